@@ -1,0 +1,69 @@
+"""Maps the top-level folders onto one import name, so that nothing called `model` or `data` lands in site-packages.
+
+`packspeed` itself is a namespace without `__init__.py`; `packspeed.model` lives in `model/`, and so on.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).resolve().parent
+
+setup(
+    name="packspeed",
+    version="0.1.0",
+    description="A DeepSpeed scale-out training stack for GPTs: a run is a pure function of its run file, dataset and seed",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        "packspeed.model",
+        "packspeed.data",
+        "packspeed.launch",
+        "packspeed.launch.configs",
+        "packspeed.launch.cluster",
+        "packspeed.ds_configs",
+    ],
+    package_dir={
+        "packspeed.model": "model",
+        "packspeed.data": "data",
+        "packspeed.launch": "launch",
+        "packspeed.launch.configs": "launch/configs",
+        "packspeed.launch.cluster": "launch/cluster",
+        "packspeed.ds_configs": "ds_configs",
+    },
+    package_data={
+        "packspeed.data": ["*.tiktoken", "*.md"],
+        "packspeed.launch.configs": ["*.yaml"],
+        "packspeed.launch.cluster": ["*"],
+        "packspeed.ds_configs": ["*.json", "*.md"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.8,<0.20",
+        "tiktoken>=0.7",
+        "tokenizers>=0.20",
+        "datasets>=3.0",
+        "pyarrow>=15",
+        "zstandard>=0.22",
+        "numpy>=1.26",
+        "tensorboard>=2.16",
+        "pyyaml>=6.0",
+        "pydantic>=2.7",
+        "typer>=0.12",
+        "rich>=13.0",
+        "xxhash>=3.4",
+        "fsspec>=2024.2",
+        "safetensors>=0.4",
+        "ninja>=1.11",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "fast": ["gigatoken>=0.10"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=4.50", "megatron-core>=0.12"],
+        "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["packspeed=packspeed.launch.cli:main"]},
+)
