@@ -1,0 +1,102 @@
+"""Writing one split: documents in, `train-00000.bin` and `.idx` pairs out, hashed as they are written.
+
+A shard ends with the document that fills it, so a document never lies in two. Both files are fsynced and then renamed,
+the index first, so a `.bin` with its final name always has its index.
+Cost: 0.3 s per gigabyte for xxh3 and the copies; memory: 4 bytes per document of the open shard.
+"""
+
+import contextlib
+import os
+from array import array
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import xxhash
+
+from packspeed.data.atomic import publish, temporary
+from packspeed.data.dataset import Shard, Tokens
+from packspeed.data.errors import DataError
+from packspeed.data.mmidx import LONGEST_TOKENS, index_bytes, write_index
+
+WRITE_BUFFER_BYTES = 2**20
+
+
+class ShardWriter:
+    """The shards of one split. `add` documents, then `close` for the list of what was written."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._done: list[Shard] = []
+        self._bin: IO[bytes] | None = None
+
+    def add(self, tokens: Tokens) -> None:
+        """Write one document: its tokens in the shard's dtype, EOT last."""
+        if len(tokens) > LONGEST_TOKENS:
+            raise DataError(f"A document of {len(tokens)} tokens is too long for a Megatron index. Split the file.")
+        if self._bin is None:
+            self._open()
+        assert self._bin is not None
+        data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False).data
+        self._bin.write(data)
+        self._hash.update(data)
+        self._lengths.append(len(tokens))
+        self._tokens += len(tokens)
+        if self._tokens >= self._shard_tokens:
+            self._finish(self._bin)
+
+    def close(self) -> list[Shard]:
+        """Finish the last shard; returns all of them in order."""
+        if self._bin is not None:
+            self._finish(self._bin)
+        return self._done
+
+    def abandon(self) -> None:
+        """Close the open file of a shard that will not be finished."""
+        if self._bin is not None:
+            with contextlib.suppress(OSError):  # on a full disk closing fails again
+                self._bin.close()
+
+    def _open(self) -> None:
+        self._name = f"{self._split}-{len(self._done):05d}"
+        path = temporary(self._path(".bin"))
+        self._bin = open(path, "wb", buffering=WRITE_BUFFER_BYTES)  # noqa: SIM115  (_finish or abandon closes it)
+        self._hash, self._lengths, self._tokens = xxhash.xxh3_128(), array("i"), 0
+
+    def _path(self, suffix: str) -> Path:
+        return self._folder / (self._name + suffix)
+
+    def _finish(self, stream: IO[bytes]) -> None:
+        with stream:
+            _flush(stream)
+        lengths = np.array(self._lengths, dtype=np.int32)
+        with open(temporary(self._path(".idx")), "wb") as index:
+            write_index(index, lengths, self._dtype)
+            _flush(index)
+        shard = Shard(
+            name=self._name,
+            split=self._split,
+            tokens=self._tokens,
+            documents=len(lengths),
+            bin_bytes=self._tokens * np.dtype(self._dtype).itemsize,
+            idx_bytes=index_bytes(len(lengths)),
+            bin_xxh3_128=self._hash.hexdigest(),
+            idx_xxh3_128=_hash_file(temporary(self._path(".idx"))),
+        )
+        publish(self._path(".idx"))
+        publish(self._path(".bin"))
+        self._done.append(shard)
+        self._bin = None
+
+
+def _flush(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(WRITE_BUFFER_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
