@@ -35,8 +35,9 @@ from packspeed.data.dataset import (
     Tokens,
 )
 from packspeed.data.errors import DataError, UsageError
+from packspeed.data.readers import Document, Tally, read_documents
 from packspeed.data.shards import ShardWriter
-from packspeed.data.sources import Document, Source, Tally, find_sources, read_documents
+from packspeed.data.sources import Source, find_sources
 from packspeed.data.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_TOKENS = 2**28
@@ -74,14 +75,17 @@ def prepare(
     tokenizer: str | Tokenizer = "gpt2",
     *,
     text_key: str = "text",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     val_fraction: float = 0.005,
     shard_tokens: int = SHARD_TOKENS,
     skip_bad: int = 0,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
-    """Write the dataset of `sources` (paths, folders, globs, Hub names) into the folder `out`; returns its manifest.
+    """Write the dataset of `sources` into the folder `out`; returns its manifest.
 
+    `sources`, `include` and `exclude` are described in sources.py; `text_key` names the text in records with many keys.
     `tokenizer` is a Tokenizer or what `load_tokenizer` takes. `val_fraction` of the documents, or of the tokens where
     documents are few, become validation. A shard ends with the document that fills it to `shard_tokens`. `skip_bad` bad
     documents are passed over. `progress` is called about once per megabyte of text.
@@ -95,7 +99,7 @@ def prepare(
     folder = Path(out)
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
-    found = find_sources(sources, exclude=folder)
+    found = find_sources(sources, include=include, exclude=exclude, outside=folder)
     created = not folder.exists()
     _claim(folder, overwrite)
     job = _Preparation(folder, tokenizer, val_fraction, shard_tokens, Tally(skip_bad), progress)

@@ -1,0 +1,188 @@
+"""The data commands: prepare, inspect, verify, tokenizer train. None of them loads torch or deepspeed.
+
+With `--json` stdout holds exactly one JSON object. Progress goes to stderr, and only where that is a terminal. Errors
+leave as DataError, which the entry point turns into one paragraph and an exit code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from packspeed.data.prepare import Progress
+
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, URLs, or Hub names as hf:owner/name.")
+]
+Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prepare wrote.")]
+TextKey = Annotated[str, typer.Option(help="Key or column of the text in jsonl, parquet and Hub records.")]
+Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="In folders, read only these (repeatable).")]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="In folders, leave these out (repeatable).")]
+SkipBad = Annotated[int, typer.Option(min=0, metavar="N", help="Pass over up to N bad documents.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the data commands to the `packspeed` command."""
+    app.command()(prepare)
+    app.command()(inspect)
+    app.command()(verify)
+    tokenizer_app = typer.Typer(no_args_is_help=True, help="Train tokenizers.")
+    tokenizer_app.command("train")(tokenizer_train)
+    # A group of a single command needs a callback to stay a group.
+    tokenizer_app.callback()(lambda: None)
+    app.add_typer(tokenizer_app, name="tokenizer")
+
+
+def prepare(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="Folder of the dataset, new or empty.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="A tiktoken name, a .tiktoken or tokenizer.json file, or bytes.")
+    ] = "gpt2",
+    text_key: TextKey = "text",
+    include: Include = None,
+    exclude: Exclude = None,
+    val_fraction: Annotated[float, typer.Option(help="Part that becomes validation.")] = 0.005,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens at which a shard ends.")] = 2**28,
+    skip_bad: SkipBad = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the dataset in the folder.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Turn text into a token dataset."""
+    from packspeed.data import dataset
+    from packspeed.data.prepare import prepare as run
+
+    with _progress("preparing") as report:
+        run(
+            sources,
+            out,
+            tokenizer,
+            text_key=text_key,
+            include=include or (),
+            exclude=exclude or (),
+            val_fraction=val_fraction,
+            shard_tokens=shard_tokens,
+            skip_bad=skip_bad,
+            overwrite=overwrite,
+            progress=report,
+        )
+    found = dataset.inspect(out)
+    _show(found, _describe(found), json_output)
+
+
+def inspect(path: Dataset, json_output: Json = False) -> None:
+    """Say what a dataset holds, without reading its tokens."""
+    from packspeed.data import dataset
+
+    found = dataset.inspect(path)
+    _show(found, _describe(found), json_output)
+
+
+def verify(path: Dataset, json_output: Json = False) -> None:
+    """Check every byte of a dataset: hashes, indices, token ids, document ends."""
+    from packspeed.data.verify import verify as run
+
+    report = run(path)
+    lines = [
+        f"{report.path}: {report.tokens:,} tokens in {report.documents:,} documents, {report.shards} shards, "
+        f"{report.bytes / 1e6:,.1f} MB checked in {report.elapsed_s:.2f} s"
+    ]
+    lines += [f"problem: {problem}" for problem in report.problems] or ["all is well"]
+    _show({"ok": report.ok} | dataclasses.asdict(report), lines, json_output)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def tokenizer_train(
+    sources: Sources,
+    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary, end-of-text included.")],
+    out: Annotated[Path, typer.Option(help="The tokenizer.json to write; .tiktoken goes beside it.")],
+    text_key: TextKey = "text",
+    include: Include = None,
+    exclude: Exclude = None,
+    skip_bad: SkipBad = 0,
+    json_output: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer."""
+    from packspeed.data.bpe import train_tokenizer
+    from packspeed.data.readers import Tally, read_documents
+    from packspeed.data.sources import find_sources
+
+    found = find_sources(sources, include=include or (), exclude=exclude or ())
+    documents, text_bytes = 0, 0
+
+    def texts() -> Iterator[str]:
+        nonlocal documents, text_bytes
+        for document in read_documents(found, text_key, Tally(skip_bad)):
+            documents, text_bytes = documents + 1, text_bytes + len(document.data)
+            yield document.text
+
+    trained = train_tokenizer(texts(), vocab_size, out)
+    facts = {
+        "path": str(out),
+        "tiktoken": str(out.with_suffix(".tiktoken")),
+        "vocab_size": trained.vocab_size,
+        "eot_id": trained.eot_id,
+        "sha256": trained.sha256,
+        "documents": documents,
+        "text_bytes": text_bytes,
+    }
+    line = f"{out}: {vocab_size:,} tokens learned from {documents:,} documents, {text_bytes / 1e6:,.1f} MB"
+    _show(facts, [line], json_output)
+
+
+def _show(facts: dict[str, Any], lines: list[str], json_output: bool) -> None:
+    print(json.dumps(facts) if json_output else "\n".join(lines))
+
+
+def _describe(found: dict[str, Any]) -> list[str]:
+    """The facts of `dataset.inspect` for people."""
+    tokenizer, source, split = found["tokenizer"], found["source"], found["split"]
+    lines = [f"{found['path']}: {found['bytes'] / 1e6:,.1f} MB in {found['shards']} shards of {found['dtype']}"]
+    for name, size in found["splits"].items():
+        lines.append(f"  {name:<10} {size['tokens']:>15,} tokens {size['documents']:>12,} documents")
+    lines.append(f"  tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, EOT {tokenizer['eot_id']}")
+    passed_over = {name: source[name] for name in ("empty_documents", "bad_documents", "binary_files") if source[name]}
+    notes = "".join(f", {count:,} {name.replace('_', ' ')} passed over" for name, count in passed_over.items())
+    lines.append(f"  source     {source['documents']:,} documents, {source['text_bytes'] / 1e6:,.1f} MB{notes}")
+    lines.append(f"  validation {_describe_split(split, found['splits']['val']['tokens'])}")
+    return [*lines, f"  fingerprint {found['fingerprint']}"]
+
+
+def _describe_split(split: dict[str, Any], val_tokens: int) -> str:
+    percent = f"{100 * split['val_fraction']:g}%"
+    if split["method"] == "none":
+        return "none"
+    if split["method"] == "tail":
+        return f"the last {percent} of the tokens (fewer than 100 documents)"
+    if val_tokens == 0:
+        return f"EMPTY: no document was drawn at {percent}; prepare again with a larger --val-fraction"
+    return f"{percent} of the documents, chosen by hash"
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[Progress], None] | None]:
+    """A live line on stderr, or nothing where that is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status(what) as status:
+
+        def report(now: Progress) -> None:
+            speed = now.tokens / max(now.elapsed_s, 1e-9) / 1e6
+            status.update(
+                f"{what}: {now.documents:,} documents, {now.text_bytes / 1e6:,.0f} MB, {now.tokens / 1e6:,.1f} Mtok, "
+                f"{speed:.1f} Mtok/s"
+            )
+
+        yield report
