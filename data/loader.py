@@ -73,9 +73,9 @@ class Loader:
             raise UsageError(f"There is no rank {rank} among {world}, or no step {step}.")
         rows = self.global_batch // world
         first = step * self.global_batch + rank * rows
-        samples = np.arange(first, first + rows, dtype=np.int64)
-        starts = self.order.starts(samples).tolist()
-        return Batch(self.dataset.read_rows(self.split, starts, self.seq_len + 1), samples)
+        starts = self.order.starts(first, rows).tolist()
+        tokens = self.dataset.read_rows(self.split, starts, self.seq_len + 1)
+        return Batch(tokens, np.arange(first, first + rows, dtype=np.int64))
 
     def batch_hash(self, step: int) -> str:
         """xxh3-128 of the tokens of a step's global batch, as 32 hex digits: equal for any number of ranks."""

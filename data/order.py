@@ -88,16 +88,15 @@ class Order:
         self._epoch = lru_cache(maxsize=4)(self._new_epoch)
         self._chunk = lru_cache(maxsize=4)(self._starts_of_chunk)
 
-    def starts(self, samples: Indices) -> Indices:
-        """First token of the window of each sample number, (n,) -> (n,)."""
-        epochs, slots = np.divmod(samples, self.windows)
-        chunks = epochs * (self.windows // CHUNK + 1) + slots // CHUNK
-        out = np.empty_like(samples)
-        for first in np.unique(chunks, return_index=True)[1].tolist():
-            inside = chunks == chunks[first]
-            chunk = self._chunk(int(epochs[first]), int(slots[first]) // CHUNK)
-            out[inside] = chunk[slots[inside] % CHUNK]
-        return out
+    def starts(self, first: int, count: int) -> Indices:
+        """First tokens of the windows of samples first .. first + count - 1, (count,), read-only; count at least 1."""
+        parts = []
+        while count > 0:
+            epoch, slot = divmod(first, self.windows)
+            chunk, offset = divmod(slot, CHUNK)
+            parts.append(self._chunk(epoch, chunk)[offset : offset + count])
+            first, count = first + len(parts[-1]), count - len(parts[-1])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def epoch(self, sample: int) -> int:
         """The pass over the data that a sample belongs to."""
@@ -105,7 +104,9 @@ class Order:
 
     def _starts_of_chunk(self, epoch: int, chunk: int) -> Indices:
         slots = np.arange(chunk * CHUNK, min(self.windows, (chunk + 1) * CHUNK), dtype=np.int64)
-        return self._epoch(epoch).offset + self.seq_len * self._epoch(epoch)(slots)
+        starts = self._epoch(epoch).offset + self.seq_len * self._epoch(epoch)(slots)
+        starts.flags.writeable = False  # it is cached and handed out in slices
+        return starts
 
     def _new_epoch(self, epoch: int) -> "_Epoch":
         return _Epoch(self, epoch)
@@ -120,9 +121,9 @@ class _Epoch:
         windows = order.windows
         self._flat = Permutation(windows, self._prefix + b"full") if order.shuffle == "full" else None
         self._block = max(1, BLOCK_TOKENS // order.seq_len)  # windows in a block
-        whole, self._rest = divmod(windows, self._block)
-        blocks = whole + (self._rest > 0)
-        self._permute_blocks = Permutation(max(1, whole), self._prefix + b"blocks")
+        self._whole, self._rest = divmod(windows, self._block)
+        blocks = self._whole + (self._rest > 0)
+        self._permute_blocks = Permutation(max(1, self._whole), self._prefix + b"blocks")
         self._rest_place = self._draw(b"rest", blocks) if self._rest else blocks
         # Group g holds the permuted blocks first_block[g] .. first_block[g + 1] - 1 and begins at slot first_slot[g].
         groups = max(1, round(windows * order.seq_len / GROUP_TOKENS))
@@ -151,7 +152,7 @@ class _Epoch:
         place, inside = np.divmod(position, self._block)
         whole = place - (place > self._rest_place)
         last = place == self._rest_place
-        block = np.where(last, self._permute_blocks.n, self._permute_blocks(np.where(last, 0, whole)))
+        block = np.where(last, self._whole, self._permute_blocks(np.where(last, 0, whole)))
         window: Indices = block * self._block + inside
         return window
 

@@ -123,7 +123,7 @@ def test_a_bad_line_is_located_or_skipped_when_allowed(line: bytes, message: str
     assert texts(path, tally=tally) == ["before", "after"]
     assert tally.bad == 1
     path.write_bytes(path.read_bytes() + b"\n" + line)
-    with pytest.raises(DataError, match="line 4.*2 so far"):
+    with pytest.raises(DataError, match=r"line 4.*2 so far"):
         read(path, tally=Tally(skip_bad=1))
 
 
@@ -172,7 +172,7 @@ def test_hub_datasets_are_streamed_through_datasets(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "held out", "id": 0}\n')
     assert texts(f"hf:{tmp_path}") == TEXTS
     assert texts(f"hf:{tmp_path}@test") == ["held out"]
-    with pytest.raises(DataError, match="Hub dataset .* cannot be read"):
+    with pytest.raises(DataError, match=r"Hub dataset .* cannot be read"):
         read(f"hf:{tmp_path}@nowhere")
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: the ids are those of tiktoken and tokenizers, the text comes back exactly, special tokens come from us."""
+"""Tokenizers: the ids are tiktoken's and tokenizers', the text comes back exactly, special tokens come only from us."""
 
 import base64
 import json
@@ -23,8 +23,9 @@ from packspeed.data.tokenizer import EOT, GPT2_SHA256, Tokenizer, load_from_data
 DATA = Path(load_tokenizer.__code__.co_filename).parent
 # The pattern of the original GPT-2 release, which tiktoken's and ours must be equivalent to.
 PUBLISHED_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-PIECES = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "'s", "'LL", "'", "é", "e\u0301", "漢字", "🎉", "👩‍🚀", "١", "½"]
-PIECES += ["1", "007", "a", "the", " and", "def", "self.", "_", "...", "\0", "\x85", "\ufeff", EOT, "<|", "endoftext", "|>"]
+PIECES = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "'s", "'LL", "'", "é", "e\u0301", "漢字", "🎉"]
+PIECES += ["👩\u200d🚀", "١", "½", "1", "007", "a", "the", " and", "def", "self.", "_", "...", "\0", "\x85", "\ufeff"]
+PIECES += [EOT, "<|", "endoftext", "|>"]
 
 
 def fuzzed(count: int) -> list[str]:
@@ -182,7 +183,7 @@ def test_another_tokenizer_in_a_dataset_is_refused(trained: Path, tmp_path: Path
 
 
 def test_wrong_names_and_damaged_files_say_what_to_do(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no tokenizer 'gpt-2'.*cl100k_base"):
+    with pytest.raises(UsageError, match=r"no tokenizer 'gpt-2'.*cl100k_base"):
         load_tokenizer("gpt-2")
     with pytest.raises(UsageError, match="does not exist"):
         load_tokenizer(str(tmp_path / "none.json"))

@@ -1,0 +1,229 @@
+"""Preparation: every document arrives, the split is right, and a failure leaves no dataset behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from packspeed.data.dataset import Manifest, TokenDataset, load_manifest
+from packspeed.data.errors import DataError, UsageError
+from packspeed.data.prepare import Progress, prepare
+from packspeed.data.tokenizer import load_from_dataset, load_tokenizer
+from packspeed.data.verify import verify
+
+
+def jsonl(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def documents(folder: Path, split: str) -> list[str]:
+    """The documents of a split, cut at EOT and decoded by the dataset's own tokenizer."""
+    dataset, tokenizer = TokenDataset(folder), load_from_dataset(folder)
+    tokens = dataset.read(split, 0, dataset.tokens(split))
+    ends = np.flatnonzero(tokens == dataset.eot_id)
+    return [tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+
+
+TEXTS = [f"Document {i}: {'é' * (i % 7)} 漢字 {i * i}" for i in range(1000)]
+
+
+def test_every_document_is_in_one_split_in_order(tmp_path: Path) -> None:
+    manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", val_fraction=0.1, shard_tokens=3000)
+    train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(TEXTS)
+    assert train == [text for text in TEXTS if text in set(train)]
+    assert 60 < len(val) < 140
+    assert (manifest.split.method, manifest.source.documents) == ("hash", 1000)
+    assert manifest.source.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert [shard.name for shard in manifest.shards[:2]] == ["train-00000", "train-00001"]
+    assert verify(tmp_path / "out").problems == []
+    assert load_manifest(tmp_path / "out") == manifest
+
+
+def test_a_document_never_changes_sides(tmp_path: Path) -> None:
+    prepare([jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "a", "bytes", val_fraction=0.1)
+    prepare([jsonl(tmp_path / "b.jsonl", TEXTS[:500][::-1])], tmp_path / "b", "gpt2", val_fraction=0.1)
+    prepare([jsonl(tmp_path / "c.jsonl", TEXTS)], tmp_path / "c", "bytes", val_fraction=0.2)
+    few, many, more = (set(documents(tmp_path / name, "val")) for name in "bac")
+    assert few == many & set(TEXTS[:500])
+    assert many < more
+
+
+def test_the_same_text_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = prepare([source], tmp_path / "a", shard_tokens=5000)
+    again = prepare([source], tmp_path / "b", shard_tokens=5000)
+    assert first == again
+    for path in sorted((tmp_path / "a").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    other = prepare([jsonl(tmp_path / "b.jsonl", TEXTS[::-1])], tmp_path / "c", shard_tokens=5000)
+    assert other.source.fingerprint == first.source.fingerprint  # the same documents
+    assert other.fingerprint != first.fingerprint  # in another order
+
+
+def test_few_documents_give_the_tail_of_the_stream(tmp_path: Path) -> None:
+    text = "".join(f"Line {i}: 漢字🎉é\n" for i in range(500))
+    (tmp_path / "a.txt").write_text(text)
+    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", "bytes", val_fraction=0.1)
+    (train,), (val,) = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert train + val == text  # the cut lies between two characters, and nothing is lost
+    assert abs(len(val.encode()) / len(text.encode()) - 0.1) < 0.001
+    assert (manifest.split.method, manifest.source.documents) == ("tail", 1)
+    assert verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("val_fraction", [0.01, 0.3, 0.5, 0.99])
+def test_the_tail_cuts_at_most_one_document(val_fraction: float, tmp_path: Path) -> None:
+    texts = TEXTS[:99]
+    prepare([jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "out", val_fraction=val_fraction)
+    train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    if len(train) + len(val) == 100:
+        train[-1] += val.pop(0)
+    assert train + val == texts
+    dataset = TokenDataset(tmp_path / "out")
+    assert abs(dataset.tokens("val") / (dataset.tokens("train") + dataset.tokens("val")) - val_fraction) < 0.01
+
+
+def test_one_hundred_documents_are_split_by_hash(tmp_path: Path) -> None:
+    manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS[:100])], tmp_path / "out", val_fraction=0.2)
+    assert manifest.split.method == "hash"
+    assert len(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == 100
+
+
+def test_no_validation_when_none_is_wanted(tmp_path: Path) -> None:
+    for count in (5, 200):
+        out = tmp_path / f"out{count}"
+        manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS[:count])], out, val_fraction=0)
+        assert manifest.split.method == "none"
+        assert (documents(out, "train"), TokenDataset(out).tokens("val")) == (TEXTS[:count], 0)
+
+
+def test_empty_documents_are_counted_and_left_out(tmp_path: Path) -> None:
+    manifest = prepare([jsonl(tmp_path / "a.jsonl", ["", "a", "", "b"])], tmp_path / "out", val_fraction=0)
+    assert (manifest.source.documents, manifest.source.empty_documents) == (2, 2)
+    with pytest.raises(DataError, match="no text"):
+        prepare([jsonl(tmp_path / "b.jsonl", ["", ""])], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_progress_counts_up_to_the_whole(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def report(now: Progress) -> None:
+        seen.append((now.documents, now.tokens))
+
+    manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS * 3)], tmp_path / "out", val_fraction=0, progress=report)
+    assert len(seen) > 1
+    assert seen == sorted(seen)
+    assert seen[-1] == (3000, manifest.split_tokens("train"))
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    source, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    prepare([source], out)
+    with pytest.raises(UsageError, match=r"holds a dataset.*--overwrite"):
+        prepare([source], out)
+    assert prepare([source], out, "bytes", overwrite=True).tokenizer.name == "bytes"
+    assert not (out / "gpt2.tiktoken").exists()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds other files \(notes\.txt\)"):
+        prepare([source], out, overwrite=True)
+    assert verify(out).ok
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/tokenizer.json").write_text("mine")
+    with pytest.raises(UsageError, match="holds other files"):
+        prepare([source], tmp_path / "mine", overwrite=True)
+    with pytest.raises(UsageError, match="cannot be made a folder"):
+        prepare([source], source)
+
+
+def test_wrong_numbers_are_refused(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", TEXTS)
+    for kwargs in ({"val_fraction": 1.0}, {"val_fraction": -0.1}, {"shard_tokens": 0}, {"skip_bad": -1}):
+        with pytest.raises(UsageError, match=next(iter(kwargs))):
+            prepare([source], tmp_path / "out", **kwargs)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_line_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = Path(jsonl(tmp_path / "a.jsonl", TEXTS))
+    source.write_bytes(source.read_bytes() + b"{\n")
+    with pytest.raises(DataError, match="line 1001"):
+        prepare([str(source)], tmp_path / "out", shard_tokens=1000)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="line 1001"):
+        prepare([str(source)], tmp_path / "out", shard_tokens=1000)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert prepare([str(source)], tmp_path / "out", skip_bad=1).source.bad_documents == 1
+
+
+def in_process(code: str) -> "subprocess.Popen[str]":
+    header = (
+        "import resource\nfrom packspeed.data.prepare import prepare\nfrom packspeed.data.errors import DataError\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", header + code], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: the same failing write, without a disk to fill."""
+    source, out = jsonl(tmp_path / "a.jsonl", TEXTS * 20), tmp_path / "out"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    code = f"try: prepare([{source!r}], {str(out)!r}, 'bytes')\nexcept DataError as error: print(error)"
+    with in_process(limit + code) as process:
+        printed, _ = process.communicate()
+    assert f"{out} cannot be written: File too large. Nothing is left there." in printed
+    assert not out.exists()
+
+
+def test_a_killed_run_leaves_no_dataset(tmp_path: Path) -> None:
+    source, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    code = f"prepare([{source!r}] * 500, {str(out)!r}, shard_tokens=5000)"
+    with in_process(code) as process:
+        while not (out / "train-00001.bin").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    with pytest.raises(UsageError, match="not a token dataset"):
+        TokenDataset(out)
+    with pytest.raises(UsageError, match=r"interrupted prepare left.*--overwrite"):
+        prepare([source], out)
+    prepare([source], out, overwrite=True)
+    assert verify(out).ok
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Ten times the text costs at most a few megabytes more."""
+    text = "All work and no play makes Jack a dull boy. " * 250
+    source = jsonl(tmp_path / "a.jsonl", [text] * 200)
+    peaks = []
+    for repeats in (1, 10):
+        out = str(tmp_path / str(repeats))
+        code = f"prepare([{source!r}] * {repeats}, {out!r}, 'bytes', val_fraction=0)\n"
+        with in_process(code + "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)") as process:
+            peaks.append(int(process.communicate()[0]) * 1024)
+    assert os.path.getsize(source) > 2_000_000
+    assert peaks[1] < peaks[0] + 8_000_000
+
+
+def test_nanogpt_reads_the_shard_as_it_is(tmp_path: Path) -> None:
+    """nanoGPT's recipe: np.memmap of uint16, random offsets, inputs and labels one apart."""
+    manifest: Manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", val_fraction=0)
+    data = np.memmap(tmp_path / "out/train-00000.bin", dtype=np.uint16, mode="r")
+    gpt2 = load_tokenizer("gpt2")
+    expected = [token for text in TEXTS for token in [*gpt2.encode(text), 50256]]
+    assert data.tolist() == expected
+    assert len(data) == manifest.split_tokens("train")
+    block = 64
+    for start in np.random.default_rng(0).integers(len(data) - block, size=20).tolist():
+        x, y = data[start : start + block].astype(np.int64), data[start + 1 : start + 1 + block].astype(np.int64)
+        row = TokenDataset(tmp_path / "out").read("train", start, block + 1)
+        assert (x.tolist(), y.tolist()) == (row[:-1].tolist(), row[1:].tolist())
