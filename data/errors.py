@@ -5,8 +5,12 @@ A message is one paragraph: what is wrong, where, and what to do.
 
 
 class DataError(Exception):
-    """The data itself is at fault: a bad document, a torn shard, a full disk (exit code 1)."""
+    """The data itself is at fault: a bad document, a torn shard, a full disk."""
+
+    exit_code = 1
 
 
 class UsageError(DataError):
-    """What was asked for makes no sense: a missing path, an unknown tokenizer name (exit code 2)."""
+    """What was asked for makes no sense: a missing path, an unknown tokenizer name."""
+
+    exit_code = 2
