@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 setup(
     name="packspeed",
     version="0.1.0",
-    description="A DeepSpeed scale-out training stack for GPTs: a run is a pure function of its run file, dataset and seed",
+    description="Pretrain GPTs with DeepSpeed: a run is a pure function of its run file, dataset and seed",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -62,7 +62,14 @@ setup(
     ],
     extras_require={
         "fast": ["gigatoken>=0.10"],
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=4.50", "megatron-core>=0.12"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "transformers>=4.50",
+            "megatron-core>=0.12",
+        ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["packspeed=packspeed.launch.cli:main"]},

@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
+SOURCE ?=
+TEXT ?=
+RANKS ?= 2
+
+.PHONY: quickstart shakespeare install test lint clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/packspeed ops build
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
+	@touch $@
+
+# The main job on Python's own standard library, or on SOURCE=path/to/text.
+quickstart: install
+	rm -rf tokens/quickstart
+ifeq ($(SOURCE),)
+	$(BIN)/packspeed tokenizer train $(STDLIB) --include '*.py' --exclude 'site-packages/*' --exclude '*test*' --vocab-size 4096 --out tokens/quickstart.json
+	$(BIN)/packspeed prepare $(STDLIB) --include '*.py' --exclude 'site-packages/*' --exclude '*test*' --val-fraction 0.05 --tokenizer tokens/quickstart.json --out tokens/quickstart
+else
+	$(BIN)/packspeed tokenizer train $(SOURCE) --vocab-size 4096 --out tokens/quickstart.json
+	$(BIN)/packspeed prepare $(SOURCE) --val-fraction 0.05 --tokenizer tokens/quickstart.json --out tokens/quickstart
+endif
+	$(BIN)/packspeed inspect tokens/quickstart
+	. $(BIN)/activate && deepspeed --num_gpus $(RANKS) launch/train.py --config launch/configs/quickstart.yaml --fresh
+	$(BIN)/packspeed generate runs/quickstart --prompt "def " --max-new-tokens 150
+	@echo
+	@echo "The run is in runs/quickstart. Watch its curves with: $(BIN)/tensorboard --logdir runs/quickstart/tensorboard"
+
+# nanoGPT's character-level demo: make shakespeare TEXT=path/to/tinyshakespeare.txt (or a URL)
+shakespeare: install
+	@test -n "$(TEXT)" || { echo "say where the text is: make shakespeare TEXT=path-or-URL"; exit 2; }
+	rm -rf tokens/shakespeare_char
+	$(BIN)/packspeed prepare "$(TEXT)" --tokenizer bytes --val-fraction 0.1 --out tokens/shakespeare_char
+	$(BIN)/packspeed train launch/configs/shakespeare_char.yaml --fresh
+	$(BIN)/packspeed generate runs/shakespeare_char --prompt "ROMEO:" --max-new-tokens 300
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/.installed-dev
+	@mkdir -p build/types/packspeed
+	@for part in model data launch; do ln -sfn ../../../$$part build/types/packspeed/$$part; done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy build/types/packspeed
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

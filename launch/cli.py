@@ -1,0 +1,111 @@
+"""The `packspeed` command. Each command imports what it needs when it runs: inspect must not wait for torch.
+
+Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or config, 75 saved and stopped on a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from packspeed.launch import data_commands
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pretrain GPTs with DeepSpeed."
+)
+data_commands.register(app)
+ops_app = typer.Typer(no_args_is_help=True, help="DeepSpeed's compiled ops.")
+app.add_typer(ops_app, name="ops")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the run file (repeatable)."),
+]
+
+
+@app.command()
+def train(
+    run_file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Move an existing run folder aside and start at step 0.")] = False,
+    ranks: Annotated[int | None, typer.Option(help="Ranks on this machine; default: all GPUs, else the cores.")] = None,
+) -> None:
+    """Train on this machine: checks both files, then runs deepspeed launch/train.py."""
+    from packspeed.launch.config import ConfigError, load_run_file, solve_batch
+    from packspeed.launch.ds_config import load_ds_config
+    from packspeed.launch.spawn import default_ranks, launcher_command, run_launcher
+
+    run = load_run_file(run_file, overrides or [])
+    load_ds_config(run.deepspeed)
+    count = ranks if ranks is not None else default_ranks(run)
+    if count < 1:
+        raise ConfigError(f"--ranks {count}: at least one rank is needed.")
+    solve_batch(run.global_batch, run.data.seq_len, count, run.train.micro_batch)
+    arguments = ["--config", str(run_file), *(f"--set={o}" for o in overrides or []), *(["--fresh"] if fresh else [])]
+    raise typer.Exit(run_launcher(launcher_command(count, arguments)))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 200,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 1337,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Continue a prompt with a run's newest checkpoint, from any ZeRO stage, on the CPU or one GPU."""
+    from packspeed.launch.sample import generate_text
+
+    stream = None if json_output else lambda piece: print(piece, end="", flush=True)
+    result = generate_text(run, prompt, max_new_tokens, temperature, top_k, top_p, seed, stream)
+    print(json.dumps(result) if json_output else "")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of run files, for editors."""
+    from packspeed.launch.config import RunFile
+
+    print(json.dumps(RunFile.model_json_schema(), indent=2))
+
+
+@ops_app.command("build")
+def ops_build(
+    run_file: Annotated[
+        Path | None, typer.Argument(help="Build what this run file needs; default: what most runs need.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Compile DeepSpeed's ops now, with progress, instead of in silence at the first step."""
+    from packspeed.launch import ops
+    from packspeed.launch.config import load_run_file, solve_batch
+    from packspeed.launch.ds_config import load_ds_config, resolve_ds_config
+    from packspeed.launch.spawn import local_accelerators
+
+    device = "cuda" if local_accelerators() else "cpu"
+    names = [ops.SHM_COMM, ops.FUSED_ADAM] if device == "cpu" else [ops.FUSED_ADAM]
+    if run_file is not None:
+        run = load_run_file(run_file, overrides or [])
+        plan = solve_batch(run.global_batch, run.data.seq_len, 1, 1)
+        names = ops.needed(resolve_ds_config(run, load_ds_config(run.deepspeed), plan, "fp32"), device)
+    ops.build(names, lambda line: print(line, flush=True))
+    print("ops are built: " + ", ".join(name.removesuffix("Builder") for name in names))
+
+
+def main() -> None:
+    """Entry point: expected errors become one paragraph on stderr and their exit code."""
+    from packspeed.data.errors import DataError
+    from packspeed.launch.config import UserError
+
+    try:
+        app()
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

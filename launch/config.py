@@ -1,0 +1,412 @@
+"""The run file: YAML that says everything that can change the loss.
+
+    load_run_file("launch/configs/quickstart.yaml", ["train.optimizer.lr=3e-4"])  ->  RunFile (frozen)
+
+Precedence: defaults < YAML < `--set key.path=value`. An unknown key, a wrong type or a value out of range is
+refused with file, line, dotted path and the nearest valid key (difflib). The DeepSpeed JSON is ds_config.py's.
+Cost: 0.1 s; imports neither torch nor deepspeed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+
+from packspeed.model.config import PRESETS, GPTConfig
+
+
+class UserError(Exception):
+    """Something the user can mend: one paragraph that says what, where and what to do. Exit code 1."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """Wrong usage or a wrong config. Exit code 2."""
+
+    exit_code = 2
+
+
+class Section(BaseModel):
+    """What every block of the run file has in common: frozen, and no unknown key gets in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _model_section() -> type[Section]:
+    """`model:` takes a preset, any field of GPTConfig, or both (the fields override the preset)."""
+    hints = typing.get_type_hints(GPTConfig)
+    fields: dict[str, Any] = {f.name: (Union[hints[f.name], None], None) for f in dataclasses.fields(GPTConfig)}  # noqa: UP007
+    preset = Annotated[str | None, Field(description="one of: " + ", ".join(PRESETS))]
+    return create_model("ModelSection", __base__=Section, preset=(preset, None), **fields)
+
+
+ModelSection = _model_section()
+
+
+class DataSection(Section):
+    """Which tokens are read, and how they are cut into samples."""
+
+    path: str = Field(description="folder of a prepared dataset (packspeed prepare)")
+    seq_len: int = Field(ge=1, description="tokens per sample; windows of seq_len + 1 tokens are read")
+    shuffle: Literal["blocks", "full"] = "blocks"
+
+
+class OptimizerSection(Section):
+    """AdamW, Lion, or Muon for the hidden matrices with AdamW for the rest; decay on matrices only."""
+
+    name: Literal["adamw", "muon", "lion"] = "adamw"
+    lr: float = Field(6e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
+    muon_lr: float | None = Field(None, gt=0, description="Muon's learning rate; the schedule scales both alike")
+
+
+class ScheduleSection(Section):
+    """The learning rate as a pure function of the step."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    decay_steps: int | None = Field(
+        None, ge=1, description="wsd: length of the final decay; default a fifth of the run"
+    )
+
+
+class TrainSection(Section):
+    """How long, how large a batch, in which precision, with which optimizer."""
+
+    seed: int = Field(1337, ge=0, lt=2**63)
+    steps: int | None = Field(None, ge=1)
+    tokens: float | None = Field(None, gt=0, description="instead of steps: rounded up to whole steps")
+    global_batch_tokens: int = Field(ge=1, description="tokens of one optimizer step over all ranks")
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    grad_clip: float = Field(1.0, ge=0, description="0 turns clipping off")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give exactly one of train.steps and train.tokens")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / self.global_batch_tokens)
+
+
+class EvalSection(Section):
+    """Validation on a fixed set of windows, the same at every evaluation."""
+
+    every_steps: int = Field(1000, ge=0, description="0: never")
+    windows: int = Field(200, ge=1)
+
+
+class CheckpointSection(Section):
+    """When to save and what to keep."""
+
+    every_steps: int = Field(1000, ge=0, description="0: only at the end or when stopped")
+    keep: int = Field(3, ge=1, description="the newest n stay")
+    keep_every_steps: int = Field(0, ge=0, description="checkpoints at multiples of it stay for ever; 0: none")
+
+
+class MonitorSection(Section):
+    """What is written while the run goes on."""
+
+    log_every_steps: int = Field(10, ge=1, description="console and TensorBoard; metrics.jsonl has every step")
+    tensorboard: bool = True
+
+
+class RunFile(Section):
+    """A whole run file. `name` gives the run folder <runs_dir>/<name>."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs_dir: str = "runs"
+    model: ModelSection  # type: ignore[valid-type]  # made by create_model from GPTConfig, so that fields live once
+    data: DataSection
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    monitor: MonitorSection = MonitorSection()
+    deepspeed: str = Field("zero1", description="a name in ds_configs/, or a path (anything with a slash)")
+
+    @field_validator("name")
+    @classmethod
+    def _no_dots_only(cls, value: str) -> str:
+        if value.startswith("."):
+            raise ValueError("a run's name must not start with a dot")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_samples(self) -> RunFile:
+        tokens, seq_len = self.train.global_batch_tokens, self.data.seq_len
+        if tokens % seq_len:
+            low = max(seq_len, tokens // seq_len * seq_len)
+            raise ValueError(
+                f"train.global_batch_tokens = {tokens} is not a multiple of data.seq_len = {seq_len}; "
+                f"the nearest that are: {low} and {tokens // seq_len * seq_len + seq_len}"
+            )
+        if self.train.schedule.warmup_steps >= self.train.total_steps:
+            raise ValueError(
+                f"train.schedule.warmup_steps = {self.train.schedule.warmup_steps} leaves no step of the "
+                f"{self.train.total_steps} of the run for training at the full learning rate"
+            )
+        return self
+
+    @property
+    def global_batch(self) -> int:
+        """Samples (windows of data.seq_len tokens) of one optimizer step over all ranks."""
+        return self.train.global_batch_tokens // self.data.seq_len
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs_dir) / self.name
+
+    def gpt_config(self, vocab_size: int) -> GPTConfig:
+        """Build the model's configuration; what the run file leaves out comes from the preset, then the dataset.
+
+        Raises ConfigError where the pieces do not fit each other.
+        """
+        given = {k: v for k, v in self.model.model_dump().items() if v is not None}  # type: ignore[attr-defined]
+        name = given.pop("preset", None)
+        if name is not None and name not in PRESETS:
+            raise ConfigError(
+                f"model.preset: {name!r} is no preset{nearest(name, PRESETS)} There are: {', '.join(PRESETS)}."
+            )
+        fields: dict[str, Any] = {**(PRESETS[name] if name else {}), **given}
+        if "vocab_size" not in given:
+            fields["vocab_size"] = vocab_size
+        fields.setdefault("max_seq_len", self.data.seq_len)
+        if fields["vocab_size"] < vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {fields['vocab_size']} is smaller than the dataset's {vocab_size}; leave it out."
+            )
+        if fields["max_seq_len"] < self.data.seq_len:
+            raise ConfigError(
+                f"data.seq_len = {self.data.seq_len} is longer than the model's max_seq_len = {fields['max_seq_len']}; "
+                "lower the one or raise model.max_seq_len."
+            )
+        missing = [
+            f.name for f in dataclasses.fields(GPTConfig) if f.default is dataclasses.MISSING and f.name not in fields
+        ]
+        if missing:
+            raise ConfigError(f"model: {', '.join(missing)} missing; give them, or a preset ({', '.join(PRESETS)}).")
+        try:
+            return GPTConfig(**fields)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model: {error}") from None
+
+
+def nearest(key: str, valid: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest valid key, a full stop where none is close."""
+    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def parse_with_lines(text: str, path: Path) -> tuple[Any, dict[tuple[str | int, ...], int]]:
+    """Parse YAML 1.1 (JSON too) into plain data and the line (from 1) of every key path; no key may stand twice."""
+    lines: dict[tuple[str | int, ...], int] = {}
+
+    def walk(node: yaml.Node, where: tuple[str | int, ...]) -> None:
+        lines.setdefault(where, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                child = (*where, str(key.value))
+                if child in lines:
+                    raise ConfigError(
+                        f"{path}:{key.start_mark.line + 1}: {_dotted(child)} is given twice "
+                        f"(first on line {lines[child]})."
+                    )
+                lines[child] = key.start_mark.line + 1
+                walk(value, child)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                walk(value, (*where, index))
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            walk(root, ())
+        return yaml.safe_load(text), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: this is not valid YAML: {getattr(error, 'problem', error)}.") from None
+
+
+def _numbers(data: Any) -> Any:
+    """YAML 1.1 reads 3e-4 (no dot) as a string; users mean the number."""
+    if isinstance(data, dict):
+        return {key: _numbers(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_numbers(value) for value in data]
+    if isinstance(data, str) and "e" in data.lower() and data[:1] in "+-.0123456789":
+        try:
+            return float(data)
+        except ValueError:
+            return data
+    return data
+
+
+def _apply_overrides(data: dict[str, Any], overrides: typing.Sequence[str]) -> dict[tuple[str | int, ...], str]:
+    """Put each `a.b.c=value` into data; return where each came from, for error messages."""
+    origins: dict[tuple[str | int, ...], str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            raise ConfigError(f"--set {override}: write it as --set key.path=value, for example --set train.steps=100.")
+        node = data
+        for part in path[:-1]:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {override}: {part} is a value, not a section.")
+            node = child
+        try:
+            node[path[-1]] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {override}: the value is not valid YAML.") from None
+        origins[path] = f"--set {override}"
+    # One length replaces the other: `--set train.tokens=1e9` on a file that says steps.
+    train = data.get("train")
+    if isinstance(train, dict):
+        for mine, other in (("steps", "tokens"), ("tokens", "steps")):
+            if ("train", mine) in origins and ("train", other) not in origins:
+                train.pop(other, None)
+    return origins
+
+
+def _dotted(path: typing.Iterable[str | int]) -> str:
+    return ".".join(map(str, path))
+
+
+def _section_at(path: typing.Sequence[str | int]) -> type[Section] | None:
+    """The pydantic class that holds the keys under path."""
+    section: Any = RunFile
+    for part in path:
+        field = section.model_fields.get(part)
+        candidates = [] if field is None else [field.annotation, *typing.get_args(field.annotation)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if section is None:
+            return None
+    return typing.cast("type[Section]", section)
+
+
+def _explain(
+    error: typing.Any, path: Path, lines: dict[tuple[str | int, ...], int], origins: dict[tuple[str | int, ...], str]
+) -> str:
+    """One line per pydantic error: where it stands, what is wrong, what was probably meant."""
+    # pydantic appends the branch of a union to loc (train, micro_batch, int): cut back to what the user wrote.
+    loc = tuple(error["loc"])
+    written = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines or loc[:n] in origins), loc)
+    if error["type"] == "missing":
+        written = loc
+    by_override = (text for path, text in origins.items() if path[: len(loc)] == loc and loc not in lines)
+    place = origins.get(written) or next(by_override, None) or f"{path}:{lines.get(written) or lines.get(written[:-1]) or 1}"
+    if error["type"] == "extra_forbidden":
+        section = _section_at(loc[:-1])
+        valid = list(section.model_fields) if section else []
+        return f"{place}: unknown key {_dotted(loc)!r}{nearest(str(loc[-1]), valid)} Valid here: {', '.join(valid)}."
+    message = error["msg"].removeprefix("Value error, ")
+    name = _dotted(written)
+    return f"{place}: {name + ': ' if name else ''}{message[0].lower() + message[1:]}{_got(error)}"
+
+
+def _got(error: typing.Any) -> str:
+    value = error.get("input")
+    return (
+        f" (got {value!r})"
+        if isinstance(value, (str, int, float, types.NoneType)) and error["type"] != "missing"
+        else ""
+    )
+
+
+def load_run_file(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunFile:
+    """Read, override and check a run file. Raises ConfigError naming every problem with its line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run file {path}: {error.strerror}. Run files that ship: launch/configs/*.yaml.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"run file {path}: not UTF-8 at byte {error.start}.") from None
+    data, lines = parse_with_lines(text, path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}:1: a run file is a mapping (name: ..., model: ..., data: ..., train: ...).")
+    origins = _apply_overrides(data, overrides)
+    try:
+        return RunFile.model_validate(_numbers(data))
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_explain(e, path, lines, origins) for e in error.errors()))) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step is cut: global_batch = micro_batch x accumulation x dp_size (samples)."""
+
+    micro_batch: int
+    accumulation: int
+    dp_size: int
+
+
+def solve_batch(
+    global_batch: int, seq_len: int, dp_size: int, micro_batch: int | Literal["auto"], max_micro_tokens: int = 16384
+) -> BatchPlan:
+    """Cut global_batch samples over dp_size ranks. `auto`: the largest micro batch of at most max_micro_tokens.
+
+    Raises ConfigError that lists the nearest feasible choices.
+    """
+    if global_batch % dp_size:
+        sizes = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        near = sorted(sorted(sizes, key=lambda n: abs(n - dp_size))[:4])
+        low = max(dp_size, global_batch // dp_size * dp_size)
+        raise ConfigError(
+            f"train.global_batch_tokens = {global_batch * seq_len} is {global_batch} samples of {seq_len} tokens, "
+            f"which {dp_size} data-parallel ranks cannot share equally. "
+            f"Ranks that can: {', '.join(map(str, near))}; or with {dp_size} ranks "
+            f"global_batch_tokens = {low * seq_len} or {(global_batch // dp_size + 1) * dp_size * seq_len}."
+        )
+    rows = global_batch // dp_size
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    if micro_batch == "auto":
+        micro_batch = max(n for n in divisors if n == 1 or n * seq_len <= max_micro_tokens)
+    if micro_batch not in divisors:
+        near = sorted(sorted(divisors, key=lambda n: abs(n - typing.cast("int", micro_batch)))[:4])
+        raise ConfigError(
+            f"train.micro_batch = {micro_batch} does not divide the {rows} samples that each of {dp_size} "
+            f"data-parallel ranks has per step ({global_batch} / {dp_size}). The nearest that do: {', '.join(map(str, near))}; or auto."
+        )
+    return BatchPlan(micro_batch, rows // micro_batch, dp_size)
+
+
+def learning_rate(step: int, train: TrainSection) -> float:
+    """The learning rate of the given optimizer step (the first is 0): warm-up, then the schedule's shape.
+
+    Warm-up as in nanoGPT, lr (step + 1) / (warmup_steps + 1): no step is spent at zero.
+    Cosine: SGDR, arXiv:1608.03983; WSD: MiniCPM, arXiv:2404.06395, with a linear decay at the end.
+    """
+    peak, schedule, total = train.optimizer.lr, train.schedule, train.total_steps
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.name == "constant":
+        return peak
+    start = schedule.warmup_steps
+    if schedule.name == "wsd":
+        start = max(start, total - (schedule.decay_steps or max(1, total // 5)))
+    progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
+    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1.0 - progress
+    return schedule.min_lr + shape * (peak - schedule.min_lr)

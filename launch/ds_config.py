@@ -1,0 +1,281 @@
+"""The DeepSpeed JSON: how memory and network are used, checked at every level before DeepSpeed sees it.
+
+DeepSpeed ignores unknown top-level keys (`zero_optimisation` trains with ZeRO off) and keeps "auto" as a string
+(DeepSpeed#653, #774, #1809). Here an unknown key is refused with its line and the nearest valid one, values that
+the run file owns must be absent, "auto" or equal, and no "auto" is left in what the engine gets.
+KEYS is DeepSpeed 0.19.8's own list (docs/config-json and its pydantic models); a test compares the two.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from packspeed.launch.config import BatchPlan, ConfigError, OptimizerSection, RunFile, nearest, parse_with_lines
+
+DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
+
+
+def _leaves(names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split())
+
+
+ANY: dict[str, Any] = {"*": None}  # free-form: DeepSpeed passes the whole block on
+KEYS: dict[str, Any] = {
+    **_leaves(
+        "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation "
+        "gradient_clipping communication_data_type seq_parallel_communication_data_type prescale_gradients "
+        "gradient_predivide_factor gradient_allreduce_op disable_allgather steps_per_print wall_clock_breakdown "
+        "memory_breakdown dump_state disable_python_gc zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
+        "dataloader_drop_last use_data_before_expert_parallelism log_level vocabulary_size sequence_parallel_size"
+    ),
+    "optimizer": {**_leaves("type legacy_fusion"), "params": ANY},
+    "scheduler": {**_leaves("type"), "params": ANY},
+    "fp16": _leaves(
+        "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+        "min_loss_scale fp16_master_weights_and_grads"
+    ),
+    "bf16": _leaves(
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+    ),
+    "torch_autocast": _leaves("enabled dtype lower_precision_safe_modules"),
+    "data_types": _leaves("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+    "zero_optimization": {
+        **_leaves(
+            "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce "
+            "allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights "
+            "elastic_checkpoint sub_group_size cpu_offload_param cpu_offload_use_pin_memory cpu_offload "
+            "prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters "
+            "max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold "
+            "use_all_reduce_for_fetch_params allgather_sequential stage3_prefetch_bucket_size "
+            "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
+            "stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold "
+            "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
+            "stage3_gather_fp16_weights_on_model_save "
+            "ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment zero_hpz_partition_size "
+            "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
+            "memory_efficient_linear "
+            "pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks "
+            "save_muon_momentum_buffer_in_memory"
+        ),
+        "offload_param": _leaves("device nvme_path buffer_count buffer_size max_in_cpu pin_memory"),
+        "offload_optimizer": _leaves(
+            "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio "
+            "super_offload cpuadam_cores_perc"
+        ),
+        "zenflow": _leaves(
+            "topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
+            "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch"
+        ),
+        "leaf_module": _leaves("classes names name_suffixes"),
+    },
+    "aio": _leaves("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
+    "activation_checkpointing": _leaves(
+        "partition_activations number_checkpoints contiguous_memory_optimization "
+        "synchronize_checkpoint_boundary profile "
+        "cpu_checkpointing"
+    ),
+    "flops_profiler": _leaves(
+        "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"
+    ),
+    "comms_logger": _leaves("enabled prof_all prof_ops verbose debug"),
+    "timers": {"throughput": _leaves("enabled synchronized")},
+    "tensorboard": _leaves("enabled output_path job_name"),
+    "wandb": _leaves("enabled group team project"),
+    "csv_monitor": _leaves("enabled output_path job_name"),
+    "comet": _leaves(
+        "enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode"
+    ),
+    "checkpoint": {
+        **_leaves("tag_validation load_universal use_node_local_storage checkpoint_serialization"),
+        "parallel_write": _leaves("pipeline_stage"),
+        "writer": _leaves("type io_buffer_size io_buffer_double io_multiplier show_statistics data_parallel decoupled"),
+    },
+    "datastates_ckpt": ANY,
+    "compile": _leaves(
+        "deepcompile autoep_non_moe free_activation free_activation_threshold offload_activation "
+        "offload_activation_pin_memory offload_opt_states double_buffer symmetric_memory debug_log offload_parameters "
+        "sync_before_reduce sync_after_reduce sync_before_allgather sync_after_allgather keep_int_input_tensors "
+        "keep_all_input_tensors passes"
+    ),
+    "tensor_parallel": ANY,
+    "expert_parallel": ANY,
+    "pipeline": ANY,
+    "hybrid_engine": ANY,
+    "autotuning": ANY,
+    "data_efficiency": ANY,
+    "weight_quantization": ANY,
+}
+
+
+def ds_config_path(name: str) -> Path:
+    """`zero1` -> ds_configs/zero1.json; anything with a slash or ending in .json is a path already."""
+    return Path(name) if "/" in name or name.endswith(".json") else DS_CONFIGS / f"{name}.json"
+
+
+def load_ds_config(name: str) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON. Raises ConfigError naming every unknown key with its line."""
+    path = ds_config_path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+    except OSError as error:
+        ships = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
+        raise ConfigError(
+            f"deepspeed: {name}: {path}: {error.strerror}{nearest(name, ships)} Names that ship: {', '.join(ships)}; "
+            "a value with a slash is a path."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: this is not valid JSON: {error.msg}.") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}:1: a DeepSpeed configuration is a JSON object.")
+    # JSON forbids tabs nowhere, YAML does; only the marks are wanted here.
+    _, lines = parse_with_lines(text.replace("\t", " "), path)
+    problems = [
+        f"{path}:{lines.get(where, 1)}: {message}" for where, message in [*_unknown(data, KEYS, ()), *_bad_values(data)]
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return data
+
+
+def _unknown(
+    data: dict[str, Any], valid: dict[str, Any], where: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every key that DeepSpeed 0.19 would ignore, at any depth."""
+    if "*" in valid:
+        return
+    for key, value in data.items():
+        here = (*where, key)
+        if key not in valid:
+            yield here, f"unknown key {'.'.join(here)!r}{nearest(key, valid)} DeepSpeed would ignore it or fail later."
+        elif valid[key] is not None and isinstance(value, dict):
+            yield from _unknown(value, valid[key], here)
+        elif valid[key] is not None and value not in (None, "auto"):
+            yield here, f"{'.'.join(here)} is a block {{...}}, not {value!r}."
+
+
+def _bad_values(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Values that DeepSpeed takes in silence and that do not do what they say."""
+    zero = data.get("zero_optimization") or {}
+    if isinstance(zero, dict):
+        stage = zero.get("stage", 0)
+        if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+            yield (
+                ("zero_optimization", "stage"),
+                f'zero_optimization.stage is 0, 1, 2 or 3, not {stage!r} (DeepSpeed reads "auto" as 0).',
+            )
+    for block in (data, *(v for v in data.values() if isinstance(v, dict))):
+        for key, value in block.items():
+            if value == "auto" and key not in OWNED and block is data:
+                yield (
+                    (key,),
+                    f'{key}: "auto" is only understood for what the run file owns '
+                    f"({', '.join(OWNED)}); write the value.",
+                )
+
+
+OWNED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "fp16", "bf16", "torch_autocast", "optimizer", "scheduler",
+)  # fmt: skip
+
+
+def _optimizer_block(optimizer: OptimizerSection, given: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's optimizer block for the run file's optimizer; `given` may add what does not change the maths."""
+    params: dict[str, Any] = {
+        "lr": optimizer.lr,
+        "weight_decay": optimizer.weight_decay,
+        "betas": list(optimizer.betas),
+    }
+    if optimizer.name != "lion":
+        params["eps"] = optimizer.eps
+    if optimizer.name == "muon":
+        params |= {
+            "momentum": optimizer.momentum,
+            "muon_lr": optimizer.muon_lr or optimizer.lr,
+            "adam_lr": optimizer.lr,
+        }
+    extra = {k: v for k, v in (given.get("params") or {}).items() if k not in params or v == "auto"}
+    extra = {k: v for k, v in extra.items() if v != "auto"}
+    return {"type": {"adamw": "AdamW", "muon": "Muon", "lion": "Lion"}[optimizer.name], "params": {**params, **extra}}
+
+
+def _precision_blocks(precision: str, stage: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Blocks for the precision; gradients accumulate in fp32 wherever DeepSpeed can (pain 23: bf16 accumulation).
+
+    bf16 at stage 0 runs as autocast over fp32 weights: DeepSpeed's own bf16 stage 0 would add gradients up in bf16.
+    """
+    blocks: dict[str, Any] = {}
+    if precision == "bf16" and stage == 0:
+        blocks["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif precision in ("bf16", "fp16"):
+        blocks[precision] = {**(given.get(precision) or {}), "enabled": True}
+        if stage > 0:
+            blocks["data_types"] = {"grad_accum_dtype": "fp32", **(given.get("data_types") or {})}
+    return blocks
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed dict; 0 where it says nothing."""
+    return int((ds_config.get("zero_optimization") or {}).get("stage", 0))
+
+
+def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precision: str) -> dict[str, Any]:
+    """Return the dict the engine gets: the JSON plus what the run file owns, no "auto" left anywhere.
+
+    Raises ConfigError where the JSON contradicts the run file, naming both places.
+    """
+    path = ds_config_path(run.deepspeed)
+    final = {key: copy.deepcopy(value) for key, value in raw.items() if key not in OWNED}
+    owned: dict[str, Any] = {
+        "train_batch_size": run.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        # DeepSpeed clips at 1.0 where the key is absent, so it is always written.
+        "gradient_clipping": run.train.grad_clip,
+    }
+    for key, value in owned.items():
+        if raw.get(key, "auto") not in ("auto", value):
+            raise ConfigError(
+                f"{path}: {key} = {raw[key]!r}, but the run file makes it {value!r} (section train); "
+                'drop it from the JSON or write "auto".'
+            )
+    if raw.get("scheduler", "auto") != "auto":
+        raise ConfigError(
+            f"{path}: scheduler: the learning rate is the run file's (train.schedule); drop the block from the JSON."
+        )
+    optimizer = raw.get("optimizer") if isinstance(raw.get("optimizer"), dict) else {}
+    final |= owned | {"optimizer": _optimizer_block(run.train.optimizer, optimizer or {})}
+    _refuse_other_optimizer(path, optimizer or {}, final["optimizer"])
+    for name in ("bf16", "fp16"):
+        block = raw.get(name) if isinstance(raw.get(name), dict) else {}
+        if (block or {}).get("enabled", "auto") not in ("auto", precision == name):
+            raise ConfigError(
+                f"{path}: {name}.enabled = {block['enabled']!r}, but train.precision is {precision}; "
+                "drop it from the JSON."
+            )
+    final |= _precision_blocks(precision, zero_stage(raw), raw)
+    # The loop prints its own line and owns the garbage collector; DeepSpeed's reports would double them.
+    final.setdefault("steps_per_print", 2**31 - 1)
+    board = {"enabled": run.monitor.tensorboard, "output_path": str(run.folder), "job_name": "tensorboard"}
+    final["tensorboard"] = {**board, **(raw.get("tensorboard") or {})}
+    return final
+
+
+def _refuse_other_optimizer(path: Path, given: dict[str, Any], ours: dict[str, Any]) -> None:
+    if str(given.get("type", "auto")).lower() not in ("auto", ours["type"].lower()):
+        raise ConfigError(
+            f"{path}: optimizer.type = {given['type']!r}, but the run file's train.optimizer.name "
+            f"gives {ours['type']!r}."
+        )
+    for key, value in (given.get("params") or {}).items():
+        if value != "auto" and key in ours["params"] and value != ours["params"][key]:
+            raise ConfigError(
+                f"{path}: optimizer.params.{key} = {value!r}, but the run file's train.optimizer "
+                f"makes it {ours['params'][key]!r}; "
+                'drop it from the JSON or write "auto".'
+            )

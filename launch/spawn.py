@@ -1,0 +1,98 @@
+"""`packspeed train`: check both files, then run DeepSpeed's own launcher on this machine and look after its signals.
+
+DeepSpeed's runner leaves its children behind when it gets SIGTERM, and its node launcher gives the ranks 30 s before
+SIGKILL, one after another. So the launcher runs in a session of its own, and a signal to us goes to the ranks alone:
+they save for as long as it takes, and their exit code (75) comes back through the launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from packspeed.launch.config import RunFile
+
+TRAIN = Path(__file__).resolve().with_name("train.py")
+
+
+def local_accelerators() -> int:
+    """Number of NVIDIA devices this machine shows, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
+    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
+
+
+def default_ranks(run: RunFile) -> int:
+    """All GPUs; without any, the largest number of cores that shares the global batch equally."""
+    gpus = local_accelerators()
+    most = gpus or len(os.sched_getaffinity(0))
+    return max(n for n in range(1, most + 1) if run.global_batch % n == 0)
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now, for the rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def launcher_command(ranks: int, train_args: Sequence[str]) -> list[str]:
+    """The command a user could type: deepspeed --num_gpus N launch/train.py ..."""
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
+        "--log_level", "warning", str(TRAIN), *train_args,
+    ]  # fmt: skip
+
+
+def run_launcher(command: Sequence[str]) -> int:
+    """Run the launcher to its end, handing SIGTERM, SIGUSR1 and Ctrl-C to the ranks; returns the exit code."""
+    process = subprocess.Popen(command, start_new_session=True)
+    interrupts = 0
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        for rank in _rank_processes(process.pid):
+            try:
+                rank.send_signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
+            except psutil.NoSuchProcess:
+                continue
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, forward)
+    while True:
+        try:
+            code = process.wait()
+            break
+        except InterruptedError:
+            continue
+    return code if code >= 0 else 128 - code
+
+
+def _rank_processes(launcher_pid: int) -> list[psutil.Process]:
+    """The processes below the launcher that run train.py themselves (not a launcher that names it as an argument)."""
+    ranks = []
+    try:
+        below = psutil.Process(launcher_pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    for child in below:
+        try:
+            if (
+                str(TRAIN) in child.cmdline()
+                and "deepspeed.launcher.launch" not in child.cmdline()
+                and "RANK" in child.environ()
+            ):
+                ranks.append(child)
+        except psutil.Error:
+            continue
+    return ranks

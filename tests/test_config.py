@@ -1,0 +1,164 @@
+"""The run file: what it refuses, and with which words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from packspeed.launch.config import ConfigError, RunFile, learning_rate, load_run_file, solve_batch
+
+CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
+
+MINIMAL = """\
+name: t
+model: {n_layer: 2, n_head: 2, d_model: 32}
+data: {path: tokens/x, seq_len: 16}
+train:
+  steps: 10
+  global_batch_tokens: 64
+  optimizer: {lr: 1e-3}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_run_files_load_and_their_batch_divides(path: Path) -> None:
+    run = load_run_file(path)
+    assert run.global_batch * run.data.seq_len == run.train.global_batch_tokens
+    for ranks in (1, 2, 4):
+        assert solve_batch(run.global_batch, run.data.seq_len, ranks, run.train.micro_batch).dp_size == ranks
+    assert run.gpt_config(257).padded_vocab_size % 128 == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "suggestion"),
+    [
+        ("nmae: u", "nmae", "name"),
+        ("deepsped: zero1", "deepsped", "deepspeed"),
+        ("eval: {every_step: 5}", "eval.every_step", "every_steps"),
+        ("checkpoint: {evry_steps: 5}", "checkpoint.evry_steps", "every_steps"),
+        ("monitor: {log_every_step: 5}", "monitor.log_every_step", "log_every_steps"),
+    ],
+)
+def test_unknown_keys_are_named_with_line_and_nearest(tmp_path: Path, line: str, key: str, suggestion: str) -> None:
+    path = write(tmp_path, MINIMAL + line + "\n")
+    with pytest.raises(ConfigError, match=f"run.yaml:8: unknown key '{key}'; did you mean '{suggestion}'"):
+        load_run_file(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("n_layer: 2", "n_layers: 2", r"run.yaml:2: unknown key 'model.n_layers'; did you mean 'n_layer'"),
+        ("seq_len: 16", "seqlen: 16", r"run.yaml:3: unknown key 'data.seqlen'; did you mean 'seq_len'"),
+        ("lr: 1e-3", "lr: 1e-3, wieght_decay: 0", r"run.yaml:7: unknown key 'train.optimizer.wieght_decay'; did you m"),
+        ("lr: 1e-3", "lr: fast", r"run.yaml:7: train.optimizer.lr: .*number.*'fast'"),
+        ("steps: 10", "steps: 10\n  tokens: 5", r"exactly one of train.steps and train.tokens"),
+        ("steps: 10\n", "\n", r"exactly one of train.steps and train.tokens"),
+        ("global_batch_tokens: 64", "global_batch_tokens: 70", r"70 is not a multiple of data.seq_len = 16; .* 64 and 80"),
+        ("steps: 10", "steps: 10\n  steps: 11", r"run.yaml:6: train.steps is given twice \(first on line 5\)"),
+        ("name: t", "name: ../t", r"run.yaml:1: name: .*pattern"),
+        ("name: t", "name: [", r"not valid YAML"),
+        ("steps: 10", "steps: 10\n  micro_batch: many", r"run.yaml:6: train.micro_batch: .*'many'"),
+        ("steps: 10", "steps: 10\n  schedule: {warmup_steps: 10}", r"warmup_steps = 10 leaves no step"),
+    ],
+)
+def test_bad_values_are_refused_where_they_stand(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_run_file(write(tmp_path, MINIMAL.replace(old, new)))
+
+
+def test_set_overrides_the_file_and_names_itself_in_errors(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    run = load_run_file(path, ["train.optimizer.lr=3e-4", "train.tokens=1e3", "name=other"])
+    assert (run.train.optimizer.lr, run.train.total_steps, run.name) == (3e-4, 16, "other")
+    with pytest.raises(ConfigError, match=r"--set train.optimizr.lr=1: unknown key 'train.optimizr'.*'optimizer'"):
+        load_run_file(path, ["train.optimizr.lr=1"])
+    with pytest.raises(ConfigError, match=r"write it as --set key.path=value"):
+        load_run_file(path, ["train.steps"])
+
+
+def test_missing_file_and_missing_sections(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nope.yaml: No such file"):
+        load_run_file(tmp_path / "nope.yaml")
+    with pytest.raises(ConfigError, match=r"run.yaml:1: .*required"):
+        load_run_file(write(tmp_path, "name: t\n"))
+
+
+def test_run_file_is_frozen(tmp_path: Path) -> None:
+    run = load_run_file(write(tmp_path, MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        run.name = "u"  # type: ignore[misc]
+
+
+def test_model_section_presets_and_mistakes(tmp_path: Path) -> None:
+    model = "{n_layer: 2, n_head: 2, d_model: 32}"
+    run = load_run_file(write(tmp_path, MINIMAL.replace(model, "{preset: gpt2-124m, n_layer: 3}")))
+    config = run.gpt_config(50257)
+    assert (config.n_layer, config.d_model, config.vocab_size) == (3, 768, 50257)
+    run = load_run_file(write(tmp_path, MINIMAL.replace(model, "{preset: gpt2-124}")))
+    with pytest.raises(ConfigError, match="did you mean 'gpt2-124m'"):
+        run.gpt_config(50257)
+    run = load_run_file(write(tmp_path, MINIMAL.replace(model, "{n_layer: 2}")))
+    with pytest.raises(ConfigError, match="n_head, d_model missing"):
+        run.gpt_config(257)
+    run = load_run_file(write(tmp_path, MINIMAL.replace(model, "{preset: gpt2-124m, vocab_size: 300}")))
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 300 is smaller than the dataset's 50257"):
+        run.gpt_config(50257)
+
+
+def test_batch_solving_lists_the_nearest_choices() -> None:
+    plan = solve_batch(480, 1024, 8, "auto", max_micro_tokens=16384)
+    assert (plan.micro_batch, plan.accumulation) == (15, 4)
+    assert solve_batch(480, 1024, 8, 12).accumulation == 5
+    with pytest.raises(ConfigError, match=r"micro_batch = 7 does not divide the 60 samples .*nearest that do: 4, 5, 6, 10;"):
+        solve_batch(480, 1024, 8, 7)
+    with pytest.raises(ConfigError, match=r"7 data-parallel ranks cannot share equally. Ranks that can: 4, 5, 6, 8; or with 7 ranks"):
+        solve_batch(480, 1024, 7, "auto")
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+def test_schedules_warm_up_peak_and_end(tmp_path: Path, name: str) -> None:
+    text = MINIMAL.replace("steps: 10", f"steps: 100\n  schedule: {{name: {name}, warmup_steps: 10, min_lr: 1e-4}}")
+    train = load_run_file(write(tmp_path, text)).train
+    rates = [learning_rate(step, train) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-3 / 11)
+    assert rates[10] == pytest.approx(1e-3)
+    assert rates[100] == pytest.approx(1e-3 if name == "constant" else 1e-4)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    if name == "wsd":
+        assert rates[79] == pytest.approx(1e-3)
+        assert rates[81] < 1e-3
+
+
+def test_schedule_equals_nanogpts_formula(tmp_path: Path) -> None:
+    import math
+
+    text = MINIMAL.replace("steps: 10", "steps: 2000\n  schedule: {warmup_steps: 100, min_lr: 1e-4}")
+    train = load_run_file(write(tmp_path, text)).train
+    for step in (0, 50, 99, 100, 1000, 1999):
+        warm = 1e-3 * (step + 1) / 101
+        ratio = (step - 100) / 1900
+        expected = warm if step < 100 else 1e-4 + 0.5 * (1 + math.cos(math.pi * ratio)) * 9e-4
+        assert learning_rate(step, train) == pytest.approx(expected, rel=1e-12)
+
+
+def test_schema_is_a_json_schema_that_forbids_unknown_keys() -> None:
+    schema = RunFile.model_json_schema()
+    json.dumps(schema)
+    assert schema["additionalProperties"] is False
+    assert "n_layer" in schema["$defs"]["ModelSection"]["properties"]
+
+
+def test_checking_a_run_file_loads_neither_torch_nor_deepspeed() -> None:
+    code = "import sys, packspeed.launch.ds_config; sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
