@@ -227,3 +227,17 @@ def test_nanogpt_reads_the_shard_as_it_is(tmp_path: Path) -> None:
         x, y = data[start : start + block].astype(np.int64), data[start + 1 : start + 1 + block].astype(np.int64)
         row = TokenDataset(tmp_path / "out").read("train", start, block + 1)
         assert (x.tolist(), y.tolist()) == (row[:-1].tolist(), row[1:].tolist())
+
+
+def hexdump(content: bytes) -> str:
+    """As `hexdump -C` prints it, without the column of characters."""
+    rows = [content[i : i + 16] for i in range(0, len(content), 16)]
+    return "\n".join(f"{16 * i:08x}  {row[:8].hex(' ')}  {row[8:].hex(' ')}".rstrip() for i, row in enumerate(rows))
+
+
+def test_the_readme_shows_real_bytes(tmp_path: Path) -> None:
+    prepare([jsonl(tmp_path / "a.jsonl", ["Hello, world!", "Bye."])], tmp_path / "out", val_fraction=0)
+    readme = (Path(__file__).resolve().parents[1] / "data/README.md").read_text(encoding="utf-8")
+    shown = "\n".join(line[4:].partition("|")[0].rstrip() for line in readme.splitlines())
+    for name in ("train-00000.bin", "train-00000.idx"):
+        assert hexdump((tmp_path / "out" / name).read_bytes()) in shown
