@@ -1,0 +1,132 @@
+"""The configuration: published counts, FLOPs against torch's counter, and refusals that say what to do."""
+
+import pytest
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.utils.flop_counter import FlopCounterMode
+
+from packspeed.model.config import (
+    PRESETS,
+    GPTConfig,
+    flops_per_token,
+    num_non_embedding_parameters,
+    num_parameters,
+    preset,
+)
+from packspeed.model.gpt import GPT
+
+SHAPE = {"n_layer": 2, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 32}
+
+PUBLISHED = {
+    "gpt2-124m": 124_439_808,  # what transformers counts for openai-community/gpt2, -medium, -large, -xl
+    "gpt2-355m": 354_823_168,
+    "gpt2-774m": 774_030_080,
+    "gpt2-1.5b": 1_557_611_200,
+    "gpt3-1.3b": 1_315_575_808,  # EleutherAI/gpt-neo-1.3B, less what it lacks: biases of q, k and v
+    "gpt3-175b": 175e9,
+    "llama-1b": 1_100_048_384,
+    "llama-7b": 6_738_415_616,
+    "llama-70b": 68_976_648_192,
+}
+GPT_NEO_MISSING_BIASES = 24 * 3 * 2048
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_counts(name: str) -> None:
+    expected = PUBLISHED[name] + (GPT_NEO_MISSING_BIASES if name == "gpt3-1.3b" else 0)
+    assert num_parameters(preset(name)) == pytest.approx(expected, rel=3e-3 if name == "gpt3-175b" else 0, abs=0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_formula_counts_the_built_model(name: str) -> None:
+    config = preset(name)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert num_parameters(config, padded=True) == sum(p.numel() for p in model.parameters())
+    inner = sum(p.numel() for n, p in model.named_parameters() if n.startswith(("blocks.", "norm.")))
+    assert num_non_embedding_parameters(config) == inner
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": False},
+        {"norm": "rmsnorm", "bias": True, "mlp": "swiglu", "qk_norm": True, "n_kv_head": 2},
+        {"head_dim": 24, "tie_embeddings": False, "d_ff": 100},
+    ],
+)
+def test_formula_counts_unusual_models(fields: dict[str, object]) -> None:
+    config = GPTConfig(**{**SHAPE, **fields})
+    assert num_parameters(config, padded=True) == sum(p.numel() for p in GPT(config).parameters())
+
+
+def test_defaults_of_what_is_left_out() -> None:
+    llama = GPTConfig(**{**SHAPE, "d_model": 4096, "n_head": 32, "mlp": "swiglu"})
+    assert (llama.ff_width, llama.kv_heads, llama.head_width) == (11_008, 32, 128)
+    assert GPTConfig(**SHAPE).ff_width == 256
+    assert (GPTConfig(**SHAPE).padded_vocab_size, preset("gpt2-124m").padded_vocab_size) == (128, 50_304)
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_flops_agree_with_torchs_counter(family: str) -> None:
+    """The counter sees the whole attention square and the padded head, so it is given both; norms are no matmuls."""
+    fields = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "tie_embeddings": False}
+    config = GPTConfig(**{**SHAPE, "vocab_size": 128, "bias": False, **(fields if family == "llama" else {})})
+    model = GPT(config)
+    tokens = torch.randint(0, 128, (3, 32))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).backward()
+    attention = 6 * config.n_layer * config.d_model * 32  # the causal half, per token
+    norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    expected = flops_per_token(config, 32) + attention - 6 * norms
+    # Flash attention's backward computes the scores once more, 2 L d T per token, which model FLOPs leave out.
+    recomputed = 2 * config.n_layer * config.d_model * 32
+    assert counter.get_total_flops() / tokens.numel() == expected + recomputed
+
+
+def test_flops_of_gpt2() -> None:
+    assert flops_per_token(preset("gpt2-124m"), 1024) == 6 * (85_056_000 + 50_257 * 768 + 12 * 768 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_head": 5}, "no multiple of n_head = 5"),
+        ({"n_kv_head": 3}, "n_kv_head = 3"),
+        ({"n_layer": 0}, "n_layer = 0"),
+        ({"vocab_size": -1}, "vocab_size = -1"),
+        ({"position": "rope", "head_dim": 7}, "odd"),
+        ({"mlp": "relu"}, "gelu, gelu_tanh, swiglu"),
+        ({"norm": "batchnorm"}, "layernorm, rmsnorm"),
+        ({"position": "alibi"}, "learned, rope"),
+        ({"dropout": 1.0}, "dropout = 1.0"),
+        ({"rope_theta": 0.0}, "rope_theta = 0.0"),
+        ({"norm_eps": -1e-5}, "norm_eps"),
+        ({"activation_checkpointing": "half"}, "none, full"),
+        ({"activation_checkpointing": 0}, "none, full"),
+        ({"activation_checkpointing": True}, "none, full"),
+    ],
+)
+def test_refusals_name_the_field(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**{**SHAPE, **fields})
+
+
+def test_preset_override_and_nearest_name() -> None:
+    assert preset("llama-7b", n_layer=2).n_layer == 2
+    with pytest.raises(ValueError, match="did you mean 'gpt2-124m'"):
+        preset("gpt2-124")
+
+
+class RunFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: GPTConfig
+
+
+def test_pydantic_takes_the_config_and_refuses_unknown_keys() -> None:
+    run = RunFile.model_validate({"model": {**SHAPE, "activation_checkpointing": 2}})
+    assert run.model == GPTConfig(**SHAPE, activation_checkpointing=2)
+    with pytest.raises(ValidationError, match="n_heads"):
+        RunFile.model_validate({"model": {**SHAPE, "n_heads": 4}})
+    with pytest.raises(ValidationError, match="no multiple of n_head"):
+        RunFile.model_validate({"model": {**SHAPE, "n_head": 5}})

@@ -1,0 +1,269 @@
+"""The model is causal, a pure function of its seed, and indifferent to vocabulary padding and recomputation."""
+
+import copy
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from packspeed.model.config import GPTConfig
+from packspeed.model.gpt import (
+    GPT,
+    attend,
+    init_weights,
+    is_matrix,
+    is_muon_parameter,
+    param_groups,
+    rope_table,
+    rotate,
+)
+from packspeed.model.loss import cross_entropy
+
+SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 24}
+LLAMA: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "position": "rope",
+    "mlp": "swiglu",
+    "n_kv_head": 2,
+    "bias": False,
+    "tie_embeddings": False,
+}
+FAMILIES = {"gpt2": {}, "llama": LLAMA, "qk_norm": {**LLAMA, "qk_norm": True}}
+
+
+def build(seed: int = 0, **fields: Any) -> GPT:
+    model = GPT(GPTConfig(**{**SHAPE, **fields}))
+    init_weights(model, seed)
+    return model
+
+
+def batch(rows: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
+    window = torch.randint(0, 100, (rows, 25), generator=torch.Generator().manual_seed(seed))
+    return window[:, :-1], window[:, 1:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_later_token_changes_no_earlier_logit(family: str) -> None:
+    model, (tokens, _) = build(**FAMILIES[family]), batch()
+    changed = tokens.clone()
+    changed[:, 15] = (changed[:, 15] + 1) % 100
+    before, after = model(tokens), model(changed)
+    assert before.shape == (4, 24, 100)
+    assert torch.equal(before[:, :15], after[:, :15])
+    assert not torch.equal(before[:, 15:], after[:, 15:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_the_cross_entropy_of_the_logits(family: str) -> None:
+    model, (tokens, labels) = build(**FAMILIES[family]), batch()
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), reduction="none").view(4, 24)
+    each = model(tokens, labels, reduction="none")
+    torch.testing.assert_close(each, expected)
+    torch.testing.assert_close(model(tokens, labels), expected.mean())
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, labels), expected.mean())
+    assert abs(expected.mean().item() - math.log(100)) < 0.1  # an untrained model knows nothing
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_gradient_in_float64(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packspeed.model.loss.CPU_BLOCK_ELEMENTS", 40)  # three rows at a time
+    logits = torch.randn(10, 13, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.randint(0, 11, (10,)), torch.rand(10, dtype=torch.float64) if weighted else torch.ones(10)
+    expected = F.cross_entropy(logits[:, :11], labels, reduction="none")
+    (reference,) = torch.autograd.grad((expected * weights).sum(), logits)
+    loss = cross_entropy(logits * 1.0, labels, 11)
+    (gradient,) = torch.autograd.grad((loss * weights).sum(), logits)
+    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(gradient, reference, rtol=1e-14, atol=1e-14)
+    assert torch.count_nonzero(gradient[:, 11:]) == 0
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_vocabulary_padding_changes_nothing(tie: bool) -> None:
+    padded = build(tie_embeddings=tie)
+    exact = copy.deepcopy(padded)
+    for module in (exact.wte, exact.head):
+        module.weight = nn.Parameter(module.weight.detach()[:100].clone())
+    if tie:
+        exact.head.weight = exact.wte.weight
+    with torch.no_grad():
+        padded.wte.weight[100:] = 7.0  # whatever stands there
+        padded.head.weight[100:] = 7.0
+    tokens, labels = batch()
+    losses = [model(tokens, labels) for model in (padded, exact)]
+    torch.testing.assert_close(*losses, rtol=1e-7, atol=0)
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(padded.named_parameters(), exact.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        torch.testing.assert_close(p.grad[: len(q)], q.grad, rtol=1e-5, atol=1e-8)
+        assert torch.count_nonzero(p.grad[len(q) :]) == 0, name
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))
+    hidden = torch.ones(q.size(2), k.size(2), dtype=torch.bool).triu(1 + k.size(2) - q.size(2))
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("new", "kv_heads"), [(16, 4), (16, 2), (5, 4), (5, 1), (1, 2)])
+def test_attention_equals_plain_softmax(new: int, kv_heads: int) -> None:
+    q = torch.randn(2, 4, new, 8, dtype=torch.float64)
+    k, v = (torch.randn(2, kv_heads, 16, 8, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(attend(q, k, v), reference_attention(q, k, v))
+
+
+def test_rope_is_a_rotation_that_sees_only_distances() -> None:
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def score(i: int, j: int) -> float:
+        a, b = (rotate(x, rope_table(torch.tensor([[p]]), 8, 10_000.0)) for x, p in ((q, i), (k, j)))
+        assert torch.allclose(a.norm(), q.norm())
+        return (a * b).sum().item()
+
+    assert score(5, 3) == pytest.approx(score(105, 103), abs=1e-4)
+    assert score(5, 3) != pytest.approx(score(5, 4), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_are_an_input(family: str) -> None:
+    model, (tokens, _) = build(**FAMILIES[family]), batch()
+    positions = torch.arange(24).expand(4, 24)
+    torch.testing.assert_close(model(tokens, positions=positions), model(tokens))
+    restarted = torch.cat((positions[:, :10], positions[:, :14]), dim=1)
+    assert not torch.allclose(model(tokens, positions=restarted)[:, 10:], model(tokens)[:, 10:], atol=1e-4)
+
+
+def test_too_long_for_learned_positions() -> None:
+    tokens = torch.zeros(1, 25, dtype=torch.int64)
+    with pytest.raises(ValueError, match="max_seq_len = 24"):
+        build()(tokens)
+    assert build(**LLAMA)(tokens).shape == (1, 25, 100)
+
+
+def gradients(model: GPT, keys: Tensor | None = None) -> list[Tensor]:
+    tokens, labels = batch()
+    model(tokens, labels, dropout_keys=keys).backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputed_gradients_are_bitwise_equal(family: str, dropout: float) -> None:
+    keys = torch.arange(4) if dropout else None
+    kept = gradients(build(**FAMILIES[family], dropout=dropout), keys)
+    for choice in ("full", 2):
+        recomputed = gradients(build(**FAMILIES[family], dropout=dropout, activation_checkpointing=choice), keys)
+        assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("none", []), ("full", [0, 1, 2]), (2, [0, 2]), (3, [0])])
+def test_which_blocks_are_recomputed(choice: Any, expected: list[int]) -> None:
+    model = build(activation_checkpointing=choice)
+    seen: list[int] = []
+
+    def spy(block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        seen.append(next(i for i, b in enumerate(model.blocks) if b is block))
+        return block(*inputs)
+
+    model.checkpoint_fn = spy
+    model(*batch())
+    assert seen == expected
+    model.eval()
+    model(*batch())
+    assert seen == expected  # nothing to recompute where no gradient is asked for
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_is_fp32_within_rounding(family: str) -> None:
+    model, (tokens, labels) = build(**FAMILIES[family]), batch()
+    half = copy.deepcopy(model).bfloat16()
+    loss = half(tokens, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, model(tokens, labels), rtol=2e-3, atol=0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in half.parameters())
+    assert half(tokens).dtype == torch.bfloat16
+
+
+def test_a_few_steps_learn() -> None:
+    model, (tokens, labels) = build(), batch()
+    optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(tokens, labels)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
+    assert torch.count_nonzero(model.wte.weight[100:]) == 0  # padding stays zero under AdamW
+
+
+def test_init_statistics() -> None:
+    model = build(d_model=128, n_layer=8, max_seq_len=256, tie_embeddings=False)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert torch.count_nonzero(p) == 0, name
+        elif "norm" in name:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:
+            real = p[:100] if name in ("wte.weight", "head.weight") else p
+            std = 0.02 / math.sqrt(16) if name.endswith("proj.weight") else 0.02
+            assert real.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(real.mean().item()) < 5 * std / math.sqrt(real.numel()), name
+            assert torch.count_nonzero(p[len(real) :]) == 0, name
+
+
+def test_init_depends_on_seed_and_name_alone() -> None:
+    reference = build(seed=3).state_dict()
+    torch.manual_seed(99)
+    torch.rand(5)
+    entered = []
+
+    @contextmanager
+    def materialise(p: nn.Parameter) -> Iterator[None]:
+        entered.append(p)
+        yield
+
+    model = GPT(GPTConfig(**SHAPE)).bfloat16()
+    state = torch.get_rng_state()
+    init_weights(model, 3, materialise)
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(entered) == len(list(model.parameters()))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, reference[name].bfloat16()), name
+    assert not torch.equal(build(seed=4).wte.weight, reference["wte.weight"])
+    larger = build(seed=3, vocab_size=129).state_dict()  # one padding tile more
+    assert larger["wte.weight"].shape == (256, 64)
+    assert torch.equal(larger["blocks.0.attn.qkv.weight"], reference["blocks.0.attn.qkv.weight"])
+    assert not torch.equal(reference["blocks.0.attn.qkv.weight"], reference["blocks.1.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_split_matrices_from_the_rest(family: str) -> None:
+    model = build(**FAMILIES[family])
+    for name, p in model.named_parameters():
+        assert is_matrix(name) == (p.dim() == 2), name
+        hidden = p.dim() == 2 and not any(p is q for q in (model.wte.weight, model.head.weight)) and "wpe" not in name
+        assert is_muon_parameter(name) == hidden, name
+    decay, rest = param_groups(model, 0.1)
+    assert (decay["name"], decay["weight_decay"], rest["name"], rest["weight_decay"]) == ("decay", 0.1, "no_decay", 0.0)
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, packspeed.model.gpt, packspeed.model.generate, packspeed.model.hf;"
+        "print([m for m in ('deepspeed', 'pydantic', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
