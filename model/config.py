@@ -1,0 +1,203 @@
+"""The shape of a GPT: its configuration, the published presets, parameters and FLOPs by closed formula.
+
+One dataclass spans the GPT-2 family (LayerNorm, learned positions, GELU, biases, tied head) and the Llama family
+(RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases). Sources of the preset shapes: GPT-2 (Radford et al. 2019,
+https://github.com/openai/gpt-2), GPT-3 (Brown et al. 2020, table 2.1, https://arxiv.org/abs/2005.14165), TinyLlama
+(https://arxiv.org/abs/2401.02385), Llama 2 (https://arxiv.org/abs/2307.09288).
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+VOCAB_MULTIPLE = 128  # GEMMs run fastest on whole tiles, and tensor-parallel ranks can split the rows evenly
+SWIGLU_MULTIPLE = 256  # Llama's `multiple_of`
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Everything that decides a GPT's parameters and its forward pass. Raises ValueError where fields do not fit.
+
+    `n_kv_head`, `head_dim` and `d_ff` may be left out; `kv_heads`, `head_width` and `ff_width` are what they come to.
+    """
+
+    # The run file embeds this class in its pydantic models; this makes a misspelt key an error there.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    n_layer: int
+    n_head: int
+    d_model: int
+    vocab_size: int  # the tokenizer's; the weights have padded_vocab_size rows
+    max_seq_len: int  # tokens; the length of the learned positions and of the window when generating
+    n_kv_head: int | None = None  # fewer than n_head: grouped-query attention; None: n_head
+    head_dim: int | None = None  # None: d_model / n_head
+    d_ff: int | None = None  # None: 4 * d_model, and for swiglu 8/3 * d_model rounded up to a multiple of 256
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    position: Literal["learned", "rope"] = "learned"
+    rope_theta: float = 10_000.0
+    mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"  # GPT-2 approximates GELU by tanh; nanoGPT is exact
+    bias: bool = True
+    qk_norm: bool = False  # RMSNorm over each head's query and key
+    tie_embeddings: bool = True
+    dropout: float = 0.0  # on the embedding and on both residual branches; needs one key per sample, see dropout.py
+    activation_checkpointing: Literal["none", "full"] | int = "none"  # n: blocks 0, n, 2n ... are recomputed
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "d_model", "vocab_size", "max_seq_len", "n_kv_head", "head_dim", "d_ff"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: give a whole number of at least 1.")
+        if self.head_dim is None and self.d_model % self.n_head:
+            raise ValueError(
+                f"d_model = {self.d_model} is no multiple of n_head = {self.n_head}: change one, or set head_dim."
+            )
+        if self.n_head % self.kv_heads:
+            raise ValueError(
+                f"n_head = {self.n_head} is no multiple of n_kv_head = {self.n_kv_head}: each key-value head "
+                "serves the same number of query heads."
+            )
+        if self.position == "rope" and self.head_width % 2:
+            raise ValueError(f"head_dim = {self.head_width} is odd: RoPE turns pairs of channels, so make it even.")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "norm": ("layernorm", "rmsnorm"),
+            "position": ("learned", "rope"),
+            "mlp": ("gelu", "gelu_tanh", "swiglu"),
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(valid)}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout = {self.dropout}: give a probability of at least 0 and less than 1.")
+        for name in ("norm_eps", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: give a number above 0.")
+        every = self.activation_checkpointing
+        if every not in ("none", "full") and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ValueError(f"activation_checkpointing = {every!r}: choose none, full, or n >= 1 (every n-th block).")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.head_dim or self.d_model // self.n_head
+
+    @property
+    def ff_width(self) -> int:
+        """Hidden channels of the MLP."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return _round_up(8 * self.d_model // 3, SWIGLU_MULTIPLE) if self.mlp == "swiglu" else 4 * self.d_model
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head; no token has the last ones, and they never change the loss."""
+        return _round_up(self.vocab_size, VOCAB_MULTIPLE)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def num_parameters(config: GPTConfig, *, padded: bool = False) -> int:
+    """Count all parameters, tied weights once.
+
+    `padded` counts the vocabulary's padding rows as well: the model as built. Published counts are without them.
+    """
+    vocab_size = config.padded_vocab_size if padded else config.vocab_size
+    tables = vocab_size * (1 if config.tie_embeddings else 2)
+    tables += config.max_seq_len if config.position == "learned" else 0
+    return tables * config.d_model + num_non_embedding_parameters(config)
+
+
+def num_non_embedding_parameters(config: GPTConfig) -> int:
+    """Count the parameters of the blocks and the last norm: all but token embedding, positions and head."""
+    d, ff, bias = config.d_model, config.ff_width, int(config.bias)
+    queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
+    attention = (d + bias) * (queries + 2 * keys) + (queries + bias) * d + config.qk_norm * 2 * config.head_width
+    up = ff * (2 if config.mlp == "swiglu" else 1)
+    mlp = (d + bias) * up + (ff + bias) * d
+    norm = d * (1 + bias if config.norm == "layernorm" else 1)
+    return config.n_layer * (attention + mlp + 2 * norm) + norm
+
+
+def flops_per_token(config: GPTConfig, seq_len: int) -> int:
+    """Model FLOPs of forward and backward for one token of a sequence of `seq_len` tokens, the numerator of MFU.
+
+    6 N_nonembedding + 6 V d (head) + 6 L d_attention T (causal attention), after PaLM's appendix B
+    (https://arxiv.org/abs/2204.02311): a multiply-add is 2 FLOPs and backward costs twice forward, so 6 per weight;
+    attention's two products cost 12 L d T over the full square, of which a causal model needs half. V is the
+    tokenizer's vocabulary. Padding, recomputed activations, look-ups and the optimizer are not counted.
+    """
+    head = config.vocab_size * config.d_model
+    attention = config.n_layer * config.n_head * config.head_width * seq_len
+    return 6 * (num_non_embedding_parameters(config) + head + attention)
+
+
+def _gpt2(n_layer: int, n_head: int, d_model: int, max_seq_len: int = 1024) -> dict[str, Any]:
+    return {
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "d_model": d_model,
+        "vocab_size": 50_257,
+        "max_seq_len": max_seq_len,
+    }
+
+
+def _gpt3(n_layer: int, n_head: int, d_model: int) -> dict[str, Any]:
+    return _gpt2(n_layer, n_head, d_model, max_seq_len=2048)
+
+
+def _llama(n_layer: int, n_head: int, n_kv_head: int, d_model: int, d_ff: int, max_seq_len: int) -> dict[str, Any]:
+    return {
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_kv_head": n_kv_head,
+        "d_model": d_model,
+        "d_ff": d_ff,
+        "vocab_size": 32_000,
+        "max_seq_len": max_seq_len,
+        "norm": "rmsnorm",
+        "position": "rope",
+        "mlp": "swiglu",
+        "bias": False,
+        "tie_embeddings": False,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2-124m": _gpt2(12, 12, 768),
+    "gpt2-355m": _gpt2(24, 16, 1024),
+    "gpt2-774m": _gpt2(36, 20, 1280),
+    "gpt2-1.5b": _gpt2(48, 25, 1600),
+    # GPT-3 with dense attention in every layer (the paper alternates with banded sparse attention).
+    "gpt3-125m": _gpt3(12, 12, 768),
+    "gpt3-350m": _gpt3(24, 16, 1024),
+    "gpt3-760m": _gpt3(24, 16, 1536),
+    "gpt3-1.3b": _gpt3(24, 16, 2048),  # the paper's 24 heads of 128 do not make 2048; 16 do, as in GPT-Neo 1.3B
+    "gpt3-2.7b": _gpt3(32, 32, 2560),
+    "gpt3-6.7b": _gpt3(32, 32, 4096),
+    "gpt3-13b": _gpt3(40, 40, 5120),  # the paper prints d_model 5140, which its 40 heads of 128 do not make
+    "gpt3-175b": _gpt3(96, 96, 12_288),
+    "llama-1b": _llama(22, 32, 4, 2048, 5632, 2048),  # TinyLlama 1.1B
+    "llama-7b": _llama(32, 32, 32, 4096, 11_008, 4096),  # Llama 2 7B
+    "llama-70b": _llama(80, 64, 8, 8192, 28_672, 4096),  # Llama 2 70B
+}
+
+
+def preset(name: str, **override: Any) -> GPTConfig:
+    """Build a published shape by name, with any field overridden.
+
+    Raises ValueError for an unknown name, naming the nearest one, and where the fields do not fit each other.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"no preset is called {name!r}: did you mean {near!r}? There are {', '.join(PRESETS)}.")
+    return GPTConfig(**{**PRESETS[name], **override})

@@ -1,0 +1,325 @@
+"""The GPT: a decoder-only transformer of the GPT-2 or the Llama family, in plain PyTorch.
+
+    tokens -> embedding (+ learned positions) -> n_layer x [ x + attention(norm(x)), x + mlp(norm(x)) ] -> norm -> head
+
+Pre-norm blocks, causal attention through `scaled_dot_product_attention` (flash kernels where there are any), no
+padding mask: packed windows have no padding. The weights of queries, keys and values are one matrix, as are SwiGLU's
+gate and up. Every weight is used inside the forward of the module that owns it, so that ZeRO-3 finds it gathered.
+Sources: GPT-2 (Radford et al. 2019), RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202),
+RMSNorm (https://arxiv.org/abs/1910.07467), grouped-query attention (https://arxiv.org/abs/2305.13245),
+QK-norm (https://arxiv.org/abs/2302.05442). Cost: flops_per_token in config.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from packspeed.model.config import GPTConfig
+from packspeed.model.dropout import keyed_dropout
+from packspeed.model.loss import cross_entropy
+
+if TYPE_CHECKING:
+    from packspeed.model.generate import KVCache
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """Build the norm of the residual stream."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
+    """Cosines and sines (2, B or 1, T, 1, width / 2) in fp32 of the angles at positions (B or 1, T).
+
+    Computed from the positions each time: a buffer would be rounded when the model is cast to bf16, and far positions
+    would blur. All layers share the table.
+    """
+    channel = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[:, :, None, None] * (1.0 / theta ** (channel / width))
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + D/2) of x (B, T, H, D) by their angle; fp32 inside, x's dtype outside."""
+    cos, sin = rope.unbind(0)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last T of S positions: q (B, H, T, D), k and v (B, H or fewer, S, D) -> (B, H, T, D)."""
+    new, all_, dtype = q.size(2), k.size(2), q.dtype
+    if q.is_cpu and q.element_size() == 2:
+        q, k, v = q.float(), k.float(), v.float()  # torch's CPU flash backward is 1.5 to 3 times slower in bf16
+    mask = None
+    if 1 < new < all_:  # some tokens are in the cache already and several are new
+        mask = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=new == all_, enable_gqa=q.size(1) != k.size(1)
+    )
+    return y.to(dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_width = config.head_width
+        self.heads = [config.n_head, config.kv_heads, config.kv_heads]
+        self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.bias)
+        self.proj = nn.Linear(config.n_head * config.head_width, config.d_model, bias=config.bias)
+        self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Mix x (B, T, C) along T; `rope` as from rope_table; `cache` holds the tokens before x."""
+        q, k, v = self.qkv(x).view(*x.shape[:2], -1, self.head_width).split(self.heads, dim=2)  # (B, T, H, D) each
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
+        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H * D), the kernel's own memory layout: no copy
+        out: Tensor = self.proj(y)
+        return out
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Gate the second half of the channels by SiLU of the first: (..., 2 F) -> (..., F)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "swiglu": swiglu,
+}
+
+
+class MLP(nn.Module):
+    """Two linear layers and the nonlinearity between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.d_model, config.ff_width * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
+        self.proj = nn.Linear(config.ff_width, config.d_model, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map each token by itself, (B, T, C) -> (B, T, C)."""
+        out: Tensor = self.proj(self.activation(self.up(x)))
+        return out
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each normed on the way in and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dropout = config.dropout
+        self.attn_norm = make_norm(config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, dropout_keys: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C). Dropout, sites 2 layer + 1 and 2 layer + 2, where there are keys.
+
+        There is none on the attention probabilities: flash kernels would draw it from a random stream.
+        """
+        branch: Tensor = self.attn(self.attn_norm(x), rope, cache)
+        if dropout_keys is not None:
+            branch = keyed_dropout(branch, dropout_keys, 2 * self.layer + 1, self.dropout)
+        x = x + branch
+        branch = self.mlp(self.mlp_norm(x))
+        if dropout_keys is not None:
+            branch = keyed_dropout(branch, dropout_keys, 2 * self.layer + 2, self.dropout)
+        return x + branch
+
+
+class Head(nn.Module):
+    """Projection to the vocabulary, and the loss; a tied head shares the embedding's very Parameter.
+
+    The padding rows of the vocabulary get no probability and no gradient.
+    """
+
+    def __init__(self, config: GPTConfig, tied: Tensor | None = None) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.d_model)) if tied is None else tied
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+        """Map x (B, T, C) to logits (B, T, V), or with labels (B, T) to the loss in nats: fp32, scalar or (B, T)."""
+        logits = F.linear(x, self.weight)  # (B, T, padded V)
+        if labels is None:
+            return logits[..., : self.vocab_size]
+        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), self.vocab_size)
+        return losses.mean() if reduction == "mean" else losses.view(labels.shape)
+
+
+class GPT(nn.Module):
+    """A causal language model. Its weights are torch's defaults until `init_weights` or `load_state_dict`.
+
+    `checkpoint_fn(block, *inputs)` runs the blocks that `activation_checkpointing` names; replace it to recompute in
+    another way.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = Head(config, tied=self.wte.weight if config.tie_embeddings else None)
+        # Keyed dropout needs no random state to be kept for the second forward pass.
+        self.checkpoint_fn: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        cache: KVCache | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """Return the logits (B, T, V) of tokens (B, T) int64, or with labels (B, T) their loss in nats, fp32.
+
+        Labels are the next tokens, shifted already. The loss is the mean over all tokens, or with reduction "none" each
+        token's, (B, T). `positions` (B, T) int64 default to 0, 1, 2 ... after what the cache holds. `dropout_keys` (B,)
+        int64, one per sample, decide the dropout masks. Raises ValueError where T exceeds learned positions, and where
+        the model trains with dropout and has no keys.
+        """
+        x = self.hidden(tokens, positions, dropout_keys, cache)
+        out: Tensor = self.head(x, labels, reduction)
+        return out
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Return what the head reads, (B, T, C); arguments as in forward."""
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            self._check_length(start + tokens.size(1))
+            positions = torch.arange(start, start + tokens.size(1), device=tokens.device).unsqueeze(0)  # (1, T)
+        keys = self._active_keys(dropout_keys)
+        x, rope = self._embed(tokens, positions)
+        if keys is not None:
+            x = keyed_dropout(x, keys, 0, self.config.dropout)
+        for layer, block in enumerate(self.blocks):
+            x = self.checkpoint_fn(block, x, rope, keys) if self._recomputes(layer) else block(x, rope, keys, cache)
+        if cache is not None:
+            cache.length += tokens.size(1)
+        out: Tensor = self.norm(x)
+        return out
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the residual stream (B, T, C) and, for RoPE, the table of angles."""
+        x: Tensor = self.wte(tokens)
+        if self.wpe is not None:
+            return x + self.wpe(positions), None
+        return x, rope_table(positions, self.config.head_width, self.config.rope_theta)
+
+    def _recomputes(self, layer: int) -> bool:
+        every = self.config.activation_checkpointing
+        if every == "none" or not (self.training and torch.is_grad_enabled()):
+            return False
+        return every == "full" or layer % every == 0
+
+    def _active_keys(self, dropout_keys: Tensor | None) -> Tensor | None:
+        if not self.training or self.config.dropout == 0.0:
+            return None
+        if dropout_keys is None:
+            raise ValueError(
+                f"the model trains with dropout = {self.config.dropout} and got no dropout_keys: pass one int64 per "
+                "sample, call model.eval(), or set dropout to 0."
+            )
+        return dropout_keys
+
+    def _check_length(self, length: int) -> None:
+        if self.wpe is not None and length > self.config.max_seq_len:
+            raise ValueError(
+                f"{length} tokens, and the model has learned positions for max_seq_len = {self.config.max_seq_len}: "
+                "cut the sequence, or build the model with a larger max_seq_len."
+            )
+
+
+STD = 0.02  # of the weights at initialisation
+
+
+def init_weights(
+    model: GPT, seed: int, materialise: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext
+) -> None:
+    """Fill all parameters in place as GPT-2 does, a pure function of (seed, parameter name).
+
+    Each parameter is drawn in fp32 from a CPU generator of its own, so the weights depend neither on the order of the
+    draws nor on ranks, device, ZeRO stage, precision (up to rounding) or the vocabulary's padding. `materialise(p)` is
+    entered around the write of p, for parameters that are partitioned. Cost: about 8 ns per weight.
+    """
+    for name, parameter in model.named_parameters():
+        with torch.no_grad(), materialise(parameter):
+            parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+
+
+def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) -> Tensor:
+    """Return one parameter's first value in fp32 on the CPU (Radford et al. 2019, section 2.3).
+
+    Matrices are normal with std 0.02, those that write into the residual stream with 0.02 / sqrt(2 n_layer); norms are
+    1, biases and the vocabulary's padding rows 0.
+    """
+    if not is_matrix(name):
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    std = STD / math.sqrt(2 * config.n_layer) if name.endswith("proj.weight") else STD
+    rows = config.vocab_size if name in ("wte.weight", "head.weight") else shape[0]
+    value = torch.zeros(shape)
+    value[:rows].normal_(0.0, std, generator=generator)
+    return value
+
+
+def is_matrix(name: str) -> bool:
+    """Tell whether the parameter is a matrix (linear layer or embedding) and not a bias or a norm's gain.
+
+    By name, because under ZeRO-3 a parameter is a flat partition whose shape says nothing.
+    """
+    return name.endswith("weight") and "norm" not in name
+
+
+def is_muon_parameter(name: str) -> bool:
+    """Tell whether Muon (https://kellerjordan.github.io/posts/muon) should take the parameter: the hidden matrices."""
+    return name.startswith("blocks.") and is_matrix(name)
+
+
+def param_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two optimizer groups: "decay", the matrices, and "no_decay", the rest; tied weights stand once."""
+    named = list(model.named_parameters())
+    return [
+        {"name": "decay", "params": [p for name, p in named if is_matrix(name)], "weight_decay": weight_decay},
+        {"name": "no_decay", "params": [p for name, p in named if not is_matrix(name)], "weight_decay": 0.0},
+    ]
