@@ -8,8 +8,8 @@ forward pass again. Sources: SplitMix64, Steele et al. 2014, https://doi.org/10.
 streams, Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405.
 
 One 64-bit hash serves four channels with 16 bits each, so p is rounded to a multiple of 2^-16 and the kept values are
-scaled by the rounded probability: unbiased. Cost: 11 integer passes over a quarter of the elements, 9 ns per element on one
-core, which is what torch's own dropout takes (1.3 ns under torch.compile), and one byte kept for the backward pass.
+scaled by the rounded probability: unbiased. Cost: 11 integer passes over a quarter of the elements, 9 ns per element on
+one core, which is what torch's own dropout takes (1.3 ns under torch.compile), and one byte kept for the backward pass.
 """
 
 import torch
