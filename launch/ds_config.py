@@ -210,6 +210,11 @@ def _precision_blocks(precision: str, stage: int, given: dict[str, Any]) -> dict
     bf16 at stage 0 runs as autocast over fp32 weights: DeepSpeed's own bf16 stage 0 would add gradients up in bf16.
     """
     blocks: dict[str, Any] = {}
+    if precision == "fp16" and stage == 0:
+        raise ConfigError(
+            "train.precision: fp16 with ZeRO-0: DeepSpeed adds its gradients up in fp16 and does not resume exactly there. "
+            "Use deepspeed: zero1 (same speed, less memory), or bf16."
+        )
     if precision == "bf16" and stage == 0:
         blocks["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif precision in ("bf16", "fp16"):
@@ -258,6 +263,9 @@ def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precis
                 f"{path}: {name}.enabled = {block['enabled']!r}, but train.precision is {precision}; "
                 "drop it from the JSON."
             )
+    if run.train.optimizer.name == "muon" and zero_stage(raw) == 3:
+        # DeepSpeed refuses Muon with reduce_scatter at stage 3: it needs whole gradients.
+        final["zero_optimization"]["reduce_scatter"] = False
     final |= _precision_blocks(precision, zero_stage(raw), raw)
     # The loop prints its own line and owns the garbage collector; DeepSpeed's reports would double them.
     final.setdefault("steps_per_print", 2**31 - 1)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from packspeed.launch.config import UserError
+from packspeed.launch.config import ConfigError, UserError
 
 SHM_COMM, FUSED_ADAM, CPU_ADAM = "ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"
 CPU_LION, FUSED_LION, ASYNC_IO = "CPULionBuilder", "FusedLionBuilder", "AsyncIOBuilder"
@@ -42,16 +42,16 @@ def build(names: list[str], say: Callable[[str], None]) -> None:
 
     for name in names:
         builder = get_accelerator().create_op_builder(name)
-        if builder is None:
-            raise UserError(
-                f"DeepSpeed has no {name} for this device ({get_accelerator().device_name()}); "
-                "choose another optimizer or DeepSpeed configuration."
+        if builder is None or "NotImplemented" in type(builder).__name__:
+            raise ConfigError(
+                f"DeepSpeed has no {name.removesuffix('Builder')} for {get_accelerator().device_name()}; choose another "
+                "optimizer, or a DeepSpeed configuration that steps elsewhere (zero2_offload)."
             )
         folder = _build_folder(builder.name)
         _wait_for_lock(folder / "lock", say)
         built = folder / f"{builder.name}.so"
         if not built.exists():
-            say(f"building DeepSpeed's {builder.name} with the C++ compiler (once per machine, about a minute) ...")
+            say(f"building DeepSpeed's {builder.name} with the C++ compiler (once per machine, one to five minutes) ...")
         start = time.monotonic()
         try:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

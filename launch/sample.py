@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,8 @@ def generate_text(
         eot_id=tokenizer.eot_id,
         on_token=pieces,
     )
+    if pieces:
+        pieces.close()
     new = [int(t) for t in out[0, len(ids) :] if int(t) != tokenizer.eot_id]
     return {"checkpoint": str(checkpoint), "prompt": prompt, "text": tokenizer.decode(new), "tokens": len(new)}
 
@@ -82,14 +85,13 @@ class _Utf8Stream:
     """Prints tokens as text while a character may still be spread over several of them."""
 
     def __init__(self, tokenizer: Any, stream: Callable[[str], None]) -> None:
-        self.tokenizer, self.stream, self.pending = tokenizer, stream, b""
+        self.tokenizer, self.stream = tokenizer, stream
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, token: Any) -> None:
-        token = int(token)
-        if token == self.tokenizer.eot_id:
-            return
-        self.pending += self.tokenizer.decode_bytes([token])
-        text = self.pending.decode("utf-8", errors="ignore")
-        if text or len(self.pending) > 4:
-            self.stream(self.pending.decode("utf-8", errors="replace"))
-            self.pending = b""
+        if int(token) != self.tokenizer.eot_id:
+            self.stream(self.decoder.decode(self.tokenizer.decode_bytes([int(token)])))
+
+    def close(self) -> None:
+        """Print what a last, unfinished character leaves."""
+        self.stream(self.decoder.decode(b"", final=True))

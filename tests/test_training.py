@@ -1,0 +1,179 @@
+"""Training through the real launcher and the real engine, 2 ranks: stages, precisions, resume, what a run leaves.
+
+All runs of this file share three launches (many_runs.py), so they stay in one xdist group.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workspace, run_many
+
+from packspeed.launch.checkpoint import candidates, problems
+from packspeed.launch.weights import fp32_state_dict
+
+pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(1500)]
+
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+EXTRAS = ("model.dropout=0.1", "train.micro_batch=2", "model.activation_checkpointing=full")
+
+
+def cases(folder: Path) -> dict[str, list[str]]:
+    """Run name -> overrides. Stage 3 runs with its persistence threshold at 0: everything really is partitioned."""
+    partitioned = folder / "zero3_all.json"
+    partitioned.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    runs: dict[str, list[str]] = {}
+    for stage in STAGES:
+        path = str(partitioned) if stage == "zero3" else stage
+        runs[f"{stage}-fp32"] = [f"deepspeed={path}", "train.precision=fp32"]
+        runs[f"{stage}-bf16"] = [f"deepspeed={path}", "train.precision=bf16"]
+        runs[f"{stage}-all"] = [f"deepspeed={path}", "train.precision=bf16", *EXTRAS]
+    runs["fp16"] = ["deepspeed=zero1", "train.precision=fp16"]
+    runs["muon"] = ["deepspeed=zero2", "train.optimizer.name=muon", "train.optimizer.muon_lr=0.02"]
+    runs["lion"] = ["deepspeed=zero2_offload", "train.optimizer.name=lion", "train.optimizer.betas=[0.9, 0.99]"]
+    runs["wsd"] = ["deepspeed=zero1", "train.schedule={name: wsd, warmup_steps: 2, min_lr: 1e-5}"]
+    return runs
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Workspace) -> dict[str, list[str]]:
+    """Every case trained for 10 steps in one launch."""
+    runs = cases(workspace.folder)
+    codes, output = run_many(workspace.folder / "full", [workspace.arguments(name, *sets) for name, sets in runs.items()])
+    assert codes == [0] * len(runs), output[-4000:]
+    return runs
+
+
+@pytest.fixture(scope="module")
+def resumed(workspace: Workspace, trained: dict[str, list[str]]) -> str:
+    """Every case again, from its checkpoint of step 4, as a crash would have left it."""
+    runs = []
+    for name, sets in trained.items():
+        workspace.rewind(name, f"{name}-again", step=4)
+        runs.append(workspace.arguments(f"{name}-again", *sets))
+    codes, output = run_many(workspace.folder / "again", runs)
+    assert codes == [0] * len(runs), output[-4000:]
+    return output
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_every_stage_has_the_losses_of_stage_0(workspace: Workspace, trained: dict[str, list[str]], stage: str) -> None:
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-2)):
+        reference, losses = workspace.losses(f"zero0-{precision}"), workspace.losses(f"{stage}-{precision}")
+        assert losses == pytest.approx(reference, abs=tolerance)
+        assert len(losses) == 10
+    assert workspace.losses(f"{stage}-fp32")[0] == workspace.losses("zero0-fp32")[0], "the same initial weights"
+
+
+def test_training_learns(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    for name in trained:
+        losses = workspace.losses(name)
+        assert losses[0] == pytest.approx(math.log(257), abs=0.2)
+        assert losses[-1] < losses[0] - 0.02, name
+
+
+def test_resume_is_bitwise_exact(workspace: Workspace, trained: dict[str, list[str]], resumed: str) -> None:
+    """Losses, gradient norms and validation of the resumed run, and its final weights, equal the uninterrupted run's."""
+    for name in trained:
+        assert workspace.curve(f"{name}-again") == workspace.curve(name), name
+        final = [fp32_state_dict(workspace.checkpoints(n) / "step-00000010") for n in (name, f"{name}-again")]
+        assert final[0].keys() == final[1].keys()
+        for key in final[0]:
+            assert torch.equal(final[0][key], final[1][key]), (name, key)
+
+
+def test_lines_after_the_checkpoint_are_kept_aside(workspace: Workspace, resumed: str) -> None:
+    folder = workspace.folder / "runs" / "zero1-fp32-again"
+    discarded = [json.loads(line)["step"] for line in (folder / "metrics.discarded.jsonl").read_text().splitlines()]
+    assert sorted(set(discarded)) == [5, 6, 7, 8, 9, 10]
+    steps = [line["step"] for line in workspace.metrics("zero1-fp32-again") if "loss" in line]
+    assert steps == list(range(1, 11)), "each step stands once"
+
+
+def test_weights_of_every_stage_are_read_alike(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    reference = fp32_state_dict(workspace.checkpoints("zero0-fp32") / "step-00000010")
+    for stage in STAGES[1:]:
+        weights = fp32_state_dict(workspace.checkpoints(f"{stage}-fp32") / "step-00000010")
+        assert weights.keys() == reference.keys()
+        for key, value in reference.items():
+            torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_checkpoints_are_whole_and_retired(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    folder = workspace.checkpoints("zero1-fp32")
+    assert [path.name for path in candidates(folder)] == ["step-00000010", "step-00000008", "step-00000004"]
+    assert (folder / "latest").read_text() == "step-00000010"
+    assert [problems(path) for path in candidates(folder)] == [[], [], []]
+
+
+def test_tensorboard_shows_the_metrics_file(workspace: Workspace, resumed: str) -> None:
+    """Read back through TensorBoard's own API; on the resumed run each step stands once there too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name in ("zero1-fp32", "zero1-fp32-again"):
+        events = EventAccumulator(str(workspace.folder / "runs" / name / "tensorboard"))
+        events.Reload()
+        tags = events.Tags()["scalars"]
+        wanted = {"train/loss", "train/lr", "train/grad_norm", "eval/loss", "speed/tokens_per_s", "speed/step_time_s"}
+        assert wanted <= set(tags)
+        lines = {line["step"]: line for line in workspace.metrics(name) if "loss" in line}
+        shown = events.Scalars("train/loss")
+        assert [event.step for event in shown] == sorted({event.step for event in shown})
+        assert {5, 10} <= {event.step for event in shown}
+        for event in shown:
+            assert event.value == pytest.approx(lines[event.step]["loss"], rel=1e-6)
+        text = [tag for tag in events.Tags()["tensors"] if "config" in tag]
+        assert text, "the run file is shown as text"
+
+
+def test_run_folder_says_what_ran(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    from packspeed.launch.config import load_run_file
+
+    folder = workspace.folder / "runs" / "zero2-bf16"
+    again = load_run_file(folder / "config.yaml")
+    assert (again.name, again.train.precision, again.train.optimizer.lr) == ("zero2-bf16", "bf16", 1e-3)
+    ds_config = json.loads((folder / "ds_config.json").read_text())
+    assert ds_config["zero_optimization"]["stage"] == 2
+    assert ds_config["data_types"]["grad_accum_dtype"] == "fp32"
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["deepspeed"].startswith("0.19")
+    assert environment["ranks"] == 2
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
+def test_metrics_lines_are_complete(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    line: dict[str, Any] = workspace.metrics("zero1-bf16")[2]
+    assert line["step"] == 3
+    assert line["tokens"] == 3 * 256
+    assert line["samples"] == 3 * 8
+    assert set(line) == {
+        "step", "tokens", "samples", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "mfu", "data_wait_s",
+    }  # fmt: skip
+    norms = [[x["grad_norm"] for x in workspace.metrics(f"{s}-fp32") if "loss" in x] for s in ("zero0", "zero1", "zero3")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[2] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_the_learning_rate_is_the_schedule(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    rates = [line["lr"] for line in workspace.metrics("wsd") if "loss" in line]
+    assert rates[0] == pytest.approx(1e-3 / 3)
+    assert rates[2:8] == [1e-3] * 6
+    assert rates[9] < rates[8] <= 1e-3
+
+
+def test_generate_reads_every_stage(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    from packspeed.launch.sample import generate_text
+
+    texts = {
+        generate_text(workspace.folder / "runs" / f"{stage}-fp32", "def ", 20, 0.8, 50, 1.0, 7, None)["text"]
+        for stage in STAGES
+    }
+    assert len(texts) == 1, "the same weights and seed give the same text"
+    pieces: list[str] = []
+    result = generate_text(workspace.folder / "runs" / "zero1-bf16", "def ", 20, 0.8, 50, 1.0, 7, pieces.append)
+    assert "".join(pieces) == "def " + result["text"]
