@@ -141,6 +141,11 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> 
         else (lambda p: nullcontext())
     )
     init_weights(model, run.train.seed, materialise)
+    if run.train.optimizer.name == "muon":
+        # DeepSpeed compiles Newton-Schulz. Left alone, torch makes one kernel per shape first and then one for all
+        # shapes, with other rounding: a resumed process would not repeat the interrupted one's bits.
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = 256
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=param_groups(model, run.train.optimizer.weight_decay),

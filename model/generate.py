@@ -99,7 +99,7 @@ def _next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     else:
         cache.clear()
         unread = tokens[:, -max(1, cache.capacity // 2) :]
-    logits: Tensor = model.head(model.hidden(unread, cache=cache)[:, -1:])
+    logits: Tensor = model.lm_head(model.hidden(unread, cache=cache)[:, -1:])
     return logits[:, 0]
 
 

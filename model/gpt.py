@@ -186,11 +186,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
+        self.embed = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.pos_embed = nn.Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
-        self.head = Head(config, tied=self.wte.weight if config.tie_embeddings else None)
+        self.lm_head = Head(config, tied=self.embed.weight if config.tie_embeddings else None)
         # Keyed dropout needs no random state to be kept for the second forward pass.
         self.checkpoint_fn: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
@@ -212,7 +212,7 @@ class GPT(nn.Module):
         the model trains with dropout and has no keys.
         """
         x = self.hidden(tokens, positions, dropout_keys, cache)
-        out: Tensor = self.head(x, labels, reduction)
+        out: Tensor = self.lm_head(x, labels, reduction)
         return out
 
     def hidden(
@@ -240,9 +240,9 @@ class GPT(nn.Module):
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream (B, T, C) and, for RoPE, the table of angles."""
-        x: Tensor = self.wte(tokens)
-        if self.wpe is not None:
-            return x + self.wpe(positions), None
+        x: Tensor = self.embed(tokens)
+        if self.pos_embed is not None:
+            return x + self.pos_embed(positions), None
         return x, rope_table(positions, self.config.head_width, self.config.rope_theta)
 
     def _recomputes(self, layer: int) -> bool:
@@ -262,7 +262,7 @@ class GPT(nn.Module):
         return dropout_keys
 
     def _check_length(self, length: int) -> None:
-        if self.wpe is not None and length > self.config.max_seq_len:
+        if self.pos_embed is not None and length > self.config.max_seq_len:
             raise ValueError(
                 f"{length} tokens, and the model has learned positions for max_seq_len = {self.config.max_seq_len}: "
                 "cut the sequence, or build the model with a larger max_seq_len."
@@ -297,7 +297,7 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     std = STD / math.sqrt(2 * config.n_layer) if name.endswith("proj.weight") else STD
-    rows = config.vocab_size if name in ("wte.weight", "head.weight") else shape[0]
+    rows = config.vocab_size if name in ("embed.weight", "lm_head.weight") else shape[0]
     value = torch.zeros(shape)
     value[:rows].normal_(0.0, std, generator=generator)
     return value

@@ -59,7 +59,7 @@ def _join(weight: Weight, theirs: Mapping[str, Tensor], config: GPTConfig) -> Te
     if tuple(len(part) for part in parts) != weight.rows:
         rows = [len(part) for part in parts]
         raise ValueError(f"{', '.join(weight.theirs)}: {rows} rows, and the config asks for {list(weight.rows)}.")
-    if weight.ours in ("wte.weight", "head.weight"):
+    if weight.ours in ("embed.weight", "lm_head.weight"):
         parts.append(parts[0].new_zeros(config.padded_vocab_size - config.vocab_size, config.d_model))
     return torch.cat(parts)
 
@@ -80,9 +80,9 @@ def weight_table(config: GPTConfig) -> list[Weight]:
 def _gpt2_table(config: GPTConfig) -> list[Weight]:
     d = config.d_model
     table = [
-        Weight("wte.weight", ("transformer.wte.weight",), (config.vocab_size,)),
-        Weight("wpe.weight", ("transformer.wpe.weight",), (config.max_seq_len,)),
-        Weight("head.weight", ("lm_head.weight",), (config.vocab_size,)),
+        Weight("embed.weight", ("transformer.wte.weight",), (config.vocab_size,)),
+        Weight("pos_embed.weight", ("transformer.wpe.weight",), (config.max_seq_len,)),
+        Weight("lm_head.weight", ("lm_head.weight",), (config.vocab_size,)),
     ]
     modules = [("norm", "transformer.ln_f", d)]
     for layer in range(config.n_layer):
@@ -105,8 +105,8 @@ def _llama_table(config: GPTConfig) -> list[Weight]:
     d, ff = config.d_model, config.ff_width
     queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
     modules: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = [
-        ("wte", ("model.embed_tokens",), (config.vocab_size,)),
-        ("head", ("lm_head",), (config.vocab_size,)),
+        ("embed", ("model.embed_tokens",), (config.vocab_size,)),
+        ("lm_head", ("lm_head",), (config.vocab_size,)),
         ("norm", ("model.norm",), (d,)),
     ]
     for layer in range(config.n_layer):

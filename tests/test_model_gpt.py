@@ -90,13 +90,13 @@ def test_cross_entropy_gradient_in_float64(weighted: bool, monkeypatch: pytest.M
 def test_vocabulary_padding_changes_nothing(tie: bool) -> None:
     padded = build(tie_embeddings=tie)
     exact = copy.deepcopy(padded)
-    for module in (exact.wte, exact.head):
+    for module in (exact.embed, exact.lm_head):
         module.weight = nn.Parameter(module.weight.detach()[:100].clone())
     if tie:
-        exact.head.weight = exact.wte.weight
+        exact.lm_head.weight = exact.embed.weight
     with torch.no_grad():
-        padded.wte.weight[100:] = 7.0  # whatever stands there
-        padded.head.weight[100:] = 7.0
+        padded.embed.weight[100:] = 7.0  # whatever stands there
+        padded.lm_head.weight[100:] = 7.0
     tokens, labels = batch()
     losses = [model(tokens, labels) for model in (padded, exact)]
     torch.testing.assert_close(*losses, rtol=1e-7, atol=0)
@@ -205,7 +205,7 @@ def test_a_few_steps_learn() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5
-    assert torch.count_nonzero(model.wte.weight[100:]) == 0  # padding stays zero under AdamW
+    assert torch.count_nonzero(model.embed.weight[100:]) == 0  # padding stays zero under AdamW
 
 
 def test_init_statistics() -> None:
@@ -216,7 +216,7 @@ def test_init_statistics() -> None:
         elif "norm" in name:
             assert torch.equal(p, torch.ones_like(p)), name
         else:
-            real = p[:100] if name in ("wte.weight", "head.weight") else p
+            real = p[:100] if name in ("embed.weight", "lm_head.weight") else p
             std = 0.02 / math.sqrt(16) if name.endswith("proj.weight") else 0.02
             assert real.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(real.mean().item()) < 5 * std / math.sqrt(real.numel()), name
@@ -241,9 +241,9 @@ def test_init_depends_on_seed_and_name_alone() -> None:
     assert len(entered) == len(list(model.parameters()))
     for name, value in model.state_dict().items():
         assert torch.equal(value, reference[name].bfloat16()), name
-    assert not torch.equal(build(seed=4).wte.weight, reference["wte.weight"])
+    assert not torch.equal(build(seed=4).embed.weight, reference["embed.weight"])
     larger = build(seed=3, vocab_size=129).state_dict()  # one padding tile more
-    assert larger["wte.weight"].shape == (256, 64)
+    assert larger["embed.weight"].shape == (256, 64)
     assert torch.equal(larger["blocks.0.attn.qkv.weight"], reference["blocks.0.attn.qkv.weight"])
     assert not torch.equal(reference["blocks.0.attn.qkv.weight"], reference["blocks.1.attn.qkv.weight"])
 
@@ -253,7 +253,7 @@ def test_groups_split_matrices_from_the_rest(family: str) -> None:
     model = build(**FAMILIES[family])
     for name, p in model.named_parameters():
         assert is_matrix(name) == (p.dim() == 2), name
-        hidden = p.dim() == 2 and not any(p is q for q in (model.wte.weight, model.head.weight)) and "wpe" not in name
+        hidden = p.dim() == 2 and not any(p is q for q in (model.embed.weight, model.lm_head.weight)) and "pos_embed" not in name
         assert is_muon_parameter(name) == hidden, name
     decay, rest = param_groups(model, 0.1)
     assert (decay["name"], decay["weight_decay"], rest["name"], rest["weight_decay"]) == ("decay", 0.1, "no_decay", 0.0)
