@@ -70,7 +70,7 @@ setup(
             "transformers>=4.50",
             "megatron-core>=0.12",
         ],
-        "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"],
     },
     entry_points={"console_scripts": ["packspeed=packspeed.launch.cli:main"]},
 )

@@ -127,7 +127,7 @@ class SafeWriter:
         try:
             with open(path, "wb") as file:
                 hashed = _HashedFile(file)
-                torch.save(state_dict, hashed)
+                torch.save(state_dict, hashed)  # type: ignore[arg-type]  # it writes and flushes only
                 file.flush()
                 os.fsync(file.fileno())
             self.files[os.path.basename(path)] = {"bytes": hashed.bytes, "xxh3_128": hashed.hash.hexdigest()}

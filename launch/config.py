@@ -316,7 +316,11 @@ def _explain(
     if error["type"] == "missing":
         written = loc
     by_override = (text for path, text in origins.items() if path[: len(loc)] == loc and loc not in lines)
-    place = origins.get(written) or next(by_override, None) or f"{path}:{lines.get(written) or lines.get(written[:-1]) or 1}"
+    place = (
+        origins.get(written)
+        or next(by_override, None)
+        or f"{path}:{lines.get(written) or lines.get(written[:-1]) or 1}"
+    )
     if error["type"] == "extra_forbidden":
         section = _section_at(loc[:-1])
         valid = list(section.model_fields) if section else []
@@ -388,7 +392,8 @@ def solve_batch(
         near = sorted(sorted(divisors, key=lambda n: abs(n - typing.cast("int", micro_batch)))[:4])
         raise ConfigError(
             f"train.micro_batch = {micro_batch} does not divide the {rows} samples that each of {dp_size} "
-            f"data-parallel ranks has per step ({global_batch} / {dp_size}). The nearest that do: {', '.join(map(str, near))}; or auto."
+            f"data-parallel ranks has per step ({global_batch} / {dp_size}). "
+            f"The nearest that do: {', '.join(map(str, near))}; or auto."
         )
     return BatchPlan(micro_batch, rows // micro_batch, dp_size)
 

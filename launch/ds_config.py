@@ -212,8 +212,8 @@ def _precision_blocks(precision: str, stage: int, given: dict[str, Any]) -> dict
     blocks: dict[str, Any] = {}
     if precision == "fp16" and stage == 0:
         raise ConfigError(
-            "train.precision: fp16 with ZeRO-0: DeepSpeed adds its gradients up in fp16 and does not resume exactly there. "
-            "Use deepspeed: zero1 (same speed, less memory), or bf16."
+            "train.precision: fp16 with ZeRO-0: DeepSpeed adds its gradients up in fp16 and does not resume exactly "
+            "there. Use deepspeed: zero1 (same speed, less memory), or bf16."
         )
     if precision == "bf16" and stage == 0:
         blocks["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -257,11 +257,11 @@ def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precis
     final |= owned | {"optimizer": _optimizer_block(run.train.optimizer, optimizer or {})}
     _refuse_other_optimizer(path, optimizer or {}, final["optimizer"])
     for name in ("bf16", "fp16"):
-        block = raw.get(name) if isinstance(raw.get(name), dict) else {}
-        if (block or {}).get("enabled", "auto") not in ("auto", precision == name):
+        block = raw.get(name)
+        enabled = block.get("enabled", "auto") if isinstance(block, dict) else "auto"
+        if enabled not in ("auto", precision == name):
             raise ConfigError(
-                f"{path}: {name}.enabled = {block['enabled']!r}, but train.precision is {precision}; "
-                "drop it from the JSON."
+                f"{path}: {name}.enabled = {enabled!r}, but train.precision is {precision}; drop it from the JSON."
             )
     if run.train.optimizer.name == "muon" and zero_stage(raw) == 3:
         # DeepSpeed refuses Muon with reduce_scatter at stage 3: it needs whole gradients.

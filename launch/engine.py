@@ -98,21 +98,25 @@ def start_distributed(timeout_s: float = 1800.0) -> Topology:
             port = str(probe.getsockname()[1])
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
+    if device_type() != "cpu":
         accelerator.set_device(local_rank)
     with quiet(None):
         deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_s), verbose=False)
     return Topology(rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name()))
 
 
+def device_type() -> str:
+    """What DeepSpeed runs on here: cpu, cuda, ..."""
+    return str(get_accelerator().device_name())
+
+
 def resolve_precision(wanted: str) -> str:
     """`auto` is bf16 where the device computes in it natively, else fp32."""
     if wanted != "auto":
         return wanted
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
+    if device_type() == "cpu":
         return "bf16" if _cpu_has_bf16() else "fp32"
-    return "bf16" if accelerator.is_bf16_supported() else "fp16"
+    return "bf16" if get_accelerator().is_bf16_supported() else "fp16"
 
 
 def _cpu_has_bf16() -> bool:

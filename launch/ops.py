@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import redirect_stdout
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,16 @@ def build(names: list[str], say: Callable[[str], None]) -> None:
         builder = get_accelerator().create_op_builder(name)
         if builder is None or "NotImplemented" in type(builder).__name__:
             raise ConfigError(
-                f"DeepSpeed has no {name.removesuffix('Builder')} for {get_accelerator().device_name()}; choose another "
-                "optimizer, or a DeepSpeed configuration that steps elsewhere (zero2_offload)."
+                f"DeepSpeed has no {name.removesuffix('Builder')} for {get_accelerator().device_name()}; choose "
+                "another optimizer, or a DeepSpeed configuration that steps elsewhere (zero2_offload)."
             )
         folder = _build_folder(builder.name)
         _wait_for_lock(folder / "lock", say)
         built = folder / f"{builder.name}.so"
         if not built.exists():
-            say(f"building DeepSpeed's {builder.name} with the C++ compiler (once per machine, one to five minutes) ...")
+            say(
+                f"building DeepSpeed's {builder.name} with the C++ compiler (once per machine, one to five minutes) ..."
+            )
         start = time.monotonic()
         try:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

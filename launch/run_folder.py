@@ -161,7 +161,8 @@ def discard_after(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    keep, drop = [], []
+    keep: list[str] = []
+    drop: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             late = json.loads(line)["step"] > step

@@ -32,7 +32,7 @@ def local_accelerators() -> int:
 
 
 def default_ranks(run: RunFile) -> int:
-    """As many GPUs as share the global batch equally; on CPUs one rank with all cores (LOG.md: faster than one each)."""
+    """As many GPUs as share the global batch equally; on CPUs one rank with all cores (figures: LOG.md)."""
     return max(n for n in range(1, (local_accelerators() or 1) + 1) if run.global_batch % n == 0)
 
 

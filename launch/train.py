@@ -71,7 +71,7 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool) -> int:
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
     if local_rank == 0:
-        ops.build(ops.needed(ds_config, engines.get_accelerator().device_name()), speak)
+        ops.build(ops.needed(ds_config, engines.device_type()), speak)
     topology = engines.start_distributed()
     run_folder.prepare(run.folder, topology, fresh)
     resolved = run_folder.resolved(run, config, precision)

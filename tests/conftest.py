@@ -66,13 +66,27 @@ class Workspace:
                 shutil.rmtree(checkpoint)
 
 
-def deepspeed(script: Path | str, *arguments: str, ranks: int = 2, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+def deepspeed(
+    script: Path | str, *arguments: str, ranks: int = 2, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run DeepSpeed's own launcher with `ranks` ranks on this machine and return what it printed."""
     from packspeed.launch.spawn import free_port
 
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+    ]
     return subprocess.run(
-        [*command, str(script), *arguments], capture_output=True, text=True, timeout=LAUNCH_TIMEOUT_S, env={**os.environ, **(env or {})}
+        [*command, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LAUNCH_TIMEOUT_S,
+        env={**os.environ, **(env or {})},
     )
 
 
@@ -95,7 +109,10 @@ def text_of_python() -> str:
 
     library = Path(typing.__file__).parent
     assert Path(argparse.__file__).parent == library
-    return "".join((library / f"{name}.py").read_text() for name in ("argparse", "typing", "tarfile", "subprocess", "inspect", "doctest"))
+    return "".join(
+        (library / f"{name}.py").read_text()
+        for name in ("argparse", "typing", "tarfile", "subprocess", "inspect", "doctest")
+    )
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -64,7 +65,11 @@ def test_unknown_keys_are_named_with_line_and_nearest(tmp_path: Path, line: str,
         ("lr: 1e-3", "lr: fast", r"run.yaml:7: train.optimizer.lr: .*number.*'fast'"),
         ("steps: 10", "steps: 10\n  tokens: 5", r"exactly one of train.steps and train.tokens"),
         ("steps: 10\n", "\n", r"exactly one of train.steps and train.tokens"),
-        ("global_batch_tokens: 64", "global_batch_tokens: 70", r"70 is not a multiple of data.seq_len = 16; .* 64 and 80"),
+        (
+            "global_batch_tokens: 64",
+            "global_batch_tokens: 70",
+            r"70 is not a multiple of data.seq_len = 16; .* 64 and 80",
+        ),
         ("steps: 10", "steps: 10\n  steps: 11", r"run.yaml:6: train.steps is given twice \(first on line 5\)"),
         ("name: t", "name: ../t", r"run.yaml:1: name: .*pattern"),
         ("name: t", "name: [", r"not valid YAML"),
@@ -120,9 +125,13 @@ def test_batch_solving_lists_the_nearest_choices() -> None:
     plan = solve_batch(480, 1024, 8, "auto", max_micro_tokens=16384)
     assert (plan.micro_batch, plan.accumulation) == (15, 4)
     assert solve_batch(480, 1024, 8, 12).accumulation == 5
-    with pytest.raises(ConfigError, match=r"micro_batch = 7 does not divide the 60 samples .*nearest that do: 4, 5, 6, 10;"):
+    with pytest.raises(
+        ConfigError, match=r"micro_batch = 7 does not divide the 60 samples .*nearest that do: 4, 5, 6, 10;"
+    ):
         solve_batch(480, 1024, 8, 7)
-    with pytest.raises(ConfigError, match=r"7 data-parallel ranks cannot share equally. Ranks that can: 4, 5, 6, 8; or with 7 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"7 data-parallel ranks cannot share equally. Ranks that can: 4, 5, 6, 8; or with 7 ranks"
+    ):
         solve_batch(480, 1024, 7, "auto")
 
 
@@ -134,7 +143,7 @@ def test_schedules_warm_up_peak_and_end(tmp_path: Path, name: str) -> None:
     assert rates[0] == pytest.approx(1e-3 / 11)
     assert rates[10] == pytest.approx(1e-3)
     assert rates[100] == pytest.approx(1e-3 if name == "constant" else 1e-4)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     if name == "wsd":
         assert rates[79] == pytest.approx(1e-3)
         assert rates[81] < 1e-3

@@ -253,7 +253,11 @@ def test_groups_split_matrices_from_the_rest(family: str) -> None:
     model = build(**FAMILIES[family])
     for name, p in model.named_parameters():
         assert is_matrix(name) == (p.dim() == 2), name
-        hidden = p.dim() == 2 and not any(p is q for q in (model.embed.weight, model.lm_head.weight)) and "pos_embed" not in name
+        hidden = (
+            p.dim() == 2
+            and not any(p is q for q in (model.embed.weight, model.lm_head.weight))
+            and "pos_embed" not in name
+        )
         assert is_muon_parameter(name) == hidden, name
     decay, rest = param_groups(model, 0.1)
     assert (decay["name"], decay["weight_decay"], rest["name"], rest["weight_decay"]) == ("decay", 0.1, "no_decay", 0.0)

@@ -44,7 +44,9 @@ def cases(folder: Path) -> dict[str, list[str]]:
 def trained(workspace: Workspace) -> dict[str, list[str]]:
     """Every case trained for 10 steps in one launch."""
     runs = cases(workspace.folder)
-    codes, output = run_many(workspace.folder / "full", [workspace.arguments(name, *sets) for name, sets in runs.items()])
+    codes, output = run_many(
+        workspace.folder / "full", [workspace.arguments(name, *sets) for name, sets in runs.items()]
+    )
     assert codes == [0] * len(runs), output[-4000:]
     return runs
 
@@ -78,7 +80,7 @@ def test_training_learns(workspace: Workspace, trained: dict[str, list[str]]) ->
 
 
 def test_resume_is_bitwise_exact(workspace: Workspace, trained: dict[str, list[str]], resumed: str) -> None:
-    """Losses, gradient norms and validation of the resumed run, and its final weights, equal the uninterrupted run's."""
+    """Losses, gradient norms, validation and final weights of the resumed run equal the uninterrupted run's."""
     for name in trained:
         assert workspace.curve(f"{name}-again") == workspace.curve(name), name
         final = [fp32_state_dict(workspace.checkpoints(n) / "step-00000010") for n in (name, f"{name}-again")]
@@ -154,7 +156,9 @@ def test_metrics_lines_are_complete(workspace: Workspace, trained: dict[str, lis
     assert set(line) == {
         "step", "tokens", "samples", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "mfu", "data_wait_s",
     }  # fmt: skip
-    norms = [[x["grad_norm"] for x in workspace.metrics(f"{s}-fp32") if "loss" in x] for s in ("zero0", "zero1", "zero3")]
+    norms = [
+        [x["grad_norm"] for x in workspace.metrics(f"{s}-fp32") if "loss" in x] for s in ("zero0", "zero1", "zero3")
+    ]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert norms[2] == pytest.approx(norms[0], rel=1e-4)
 

@@ -1,0 +1,122 @@
+"""The rules of the house: imports go one way, the wheel holds the sources, the README's map is true."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = ("model", "data", "launch")
+SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+
+
+def imports(path: Path, *, lazy: bool = True) -> set[str]:
+    """Modules that a file imports; without `lazy` only those at its top level (and not for type checking)."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if lazy else iter(tree.body)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(name: str) -> Path | None:
+    """The file of one of our modules."""
+    parts = name.split(".")
+    if parts[0] != "packspeed" or len(parts) < 3:
+        return None
+    path = ROOT.joinpath(*parts[1:]).with_suffix(".py")
+    return path if path.exists() else None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    folder, used = path.relative_to(ROOT).parts[0], imports(path)
+    roots = {name.split(".")[0] for name in used}
+    assert not roots & set(FOLDERS), "imports are absolute: packspeed.model, not model"
+    if folder == "model":
+        assert not any(name.startswith(("packspeed.data", "packspeed.launch")) for name in used)
+        assert roots.isdisjoint({"deepspeed", "pydantic", "yaml", "transformers"})
+    if folder == "data":
+        assert not any(name.startswith(("packspeed.model", "packspeed.launch")) for name in used)
+        assert roots.isdisjoint({"torch", "deepspeed"})
+
+
+def test_one_file_initialises_deepspeed_and_one_function_steps() -> None:
+    text = {path.relative_to(ROOT).as_posix(): path.read_text() for path in SOURCES}
+    assert [name for name in text if "deepspeed.initialize(" in text[name]] == ["launch/engine.py"]
+    for call in ("engine.backward(", "engine.step("):
+        assert [name for name in text if call in text[name]] == ["launch/loop.py"]
+
+
+def test_no_launch_file_hides_a_library() -> None:
+    """`deepspeed launch/train.py` puts launch/ first on the path."""
+    names = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__"}
+    assert names.isdisjoint(
+        set(sys.stdlib_module_names) | {"datasets", "tokenizers", "torch", "deepspeed", "numpy", "yaml"}
+    )
+
+
+def test_the_train_entry_reaches_at_most_15_files() -> None:
+    """Through imports at any depth of any function, except what a checkpoint of another shape or an option needs."""
+    seen: set[Path] = set()
+    queue = [ROOT / "launch" / "train.py"]
+    while queue:
+        path = queue.pop()
+        if path not in seen:
+            seen.add(path)
+            lazy = path.parts[-2] == "launch" and path.name == "train.py"
+            queue += [found for name in imports(path, lazy=lazy) if (found := ours(name))]
+    assert len(seen) <= 15, sorted(str(path.relative_to(ROOT)) for path in seen)
+
+
+def test_importing_the_model_loads_no_deepspeed() -> None:
+    code = "import sys, packspeed.model.gpt; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_data_commands_load_no_torch() -> None:
+    code = "import sys, packspeed.launch.cli; sys.exit(bool({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names in a wheel built from a copy of the tracked files."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    files = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout
+    for name in files.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
+    subprocess.run(command, check=True, timeout=300)
+    return set(zipfile.ZipFile(next(out.glob("*.whl"))).namelist())
+
+
+def test_the_wheel_holds_every_source_and_data_file(wheel: set[str]) -> None:
+    wanted = {f"packspeed/{path.relative_to(ROOT).as_posix()}" for path in SOURCES}
+    for pattern in ("data/*.tiktoken", "launch/configs/*.yaml", "ds_configs/*.json", "launch/cluster/*"):
+        wanted |= {f"packspeed/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob(pattern) if path.is_file()}
+    assert wanted <= wheel, sorted(wanted - wheel)
+    assert not any(name.split("/")[0] in FOLDERS for name in wheel), "nothing called model or data in site-packages"
+
+
+def test_the_readme_maps_every_file() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in SOURCES:
+        if path.name != "__init__.py":
+            name = path.relative_to(ROOT).as_posix()
+            assert f"`{name}`" in readme, f"{name} is missing from the README's map"
+    for line in readme.splitlines():
+        if line.startswith("| `") and ".py`" in line.split("|")[1]:
+            name = line.split("`")[1]
+            assert (ROOT / name).exists(), f"the README's map names {name}, which does not exist"
