@@ -62,7 +62,6 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool) -> int:
     # Only now the slow imports: everything above answers in a fraction of a second.
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("PACKSPEED_DEEPSPEED_LOG", "WARNING"))
     from packspeed.launch import engine as engines
-    from packspeed.launch import ops
 
     rank, world, local_rank, local_size = engines.launcher_environment()
     speak: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
@@ -71,7 +70,7 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool) -> int:
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
     if local_rank == 0:
-        ops.build(ops.needed(ds_config, engines.device_type()), speak)
+        engines.build_ops(engines.needed_ops(ds_config, engines.device_type()), speak)
     topology = engines.start_distributed()
     run_folder.prepare(run.folder, topology, fresh)
     resolved = run_folder.resolved(run, config, precision)

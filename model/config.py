@@ -40,7 +40,7 @@ class GPTConfig:
     bias: bool = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
     tie_embeddings: bool = True
-    dropout: float = 0.0  # on the embedding and on both residual branches; needs one key per sample, see dropout.py
+    dropout: float = 0.0  # on the embedding and on both residual branches; needs one key per sample, see kernels.py
     activation_checkpointing: Literal["none", "full"] | int = "none"  # n: blocks 0, n, 2n ... are recomputed
 
     def __post_init__(self) -> None:

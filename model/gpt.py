@@ -25,8 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from packspeed.model.config import GPTConfig
-from packspeed.model.dropout import keyed_dropout
-from packspeed.model.loss import cross_entropy
+from packspeed.model.kernels import cross_entropy, keyed_dropout
 
 if TYPE_CHECKING:
     from packspeed.model.generate import KVCache

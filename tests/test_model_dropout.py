@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from packspeed.model.config import GPTConfig
-from packspeed.model.dropout import keyed_dropout, random_bits
 from packspeed.model.gpt import GPT, init_weights
+from packspeed.model.kernels import keyed_dropout, random_bits
 
 KEYS = torch.tensor([0, 1, 2, -(2**63), 2**63 - 1, 1337, 7, 8])
 

@@ -24,7 +24,7 @@ from packspeed.model.gpt import (
     rope_table,
     rotate,
 )
-from packspeed.model.loss import cross_entropy
+from packspeed.model.kernels import cross_entropy
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 24}
 LLAMA: dict[str, Any] = {
@@ -74,7 +74,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(family: str) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_cross_entropy_gradient_in_float64(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packspeed.model.loss.CPU_BLOCK_ELEMENTS", 40)  # three rows at a time
+    monkeypatch.setattr("packspeed.model.kernels.CPU_BLOCK_ELEMENTS", 40)  # three rows at a time
     logits = torch.randn(10, 13, dtype=torch.float64, requires_grad=True)
     labels, weights = torch.randint(0, 11, (10,)), torch.rand(10, dtype=torch.float64) if weighted else torch.ones(10)
     expected = F.cross_entropy(logits[:, :11], labels, reduction="none")
