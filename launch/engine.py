@@ -28,6 +28,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from torch.utils import cpp_extension
 
 from packspeed.launch.config import ConfigError, RunFile, UserError
@@ -166,7 +167,32 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> 
         config=ds_config,
         dist_init_required=False,
     )
+    _forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
     return engine
+
+
+def _forget_bias_products(optimizer: Any, betas: tuple[float, float]) -> None:
+    """Make the bias correction of DeepSpeed's CPU Adams a function of the step alone.
+
+    Their C++ kernel (csrc/includes/cpu_adam.h, IncrementStep) keeps beta^t as a running product, and takes pow(beta, t)
+    only after a jump, such as a resume: the last bit differs, and so does every loss from there on. Before each step
+    the kernel updates one dummy number at a far step, so that it jumps, and takes pow, always.
+    """
+    optimizer = getattr(optimizer, "aux_optimizer", None) or optimizer  # Muon's Adam
+    p, g, m, v = (torch.zeros(1) for _ in range(4))
+    far_step, lr, eps, weight_decay = 2**30, 0.0, 1.0, 0.0
+
+    def forget(*_: Any) -> None:
+        settings = (lr, *betas, eps)
+        if isinstance(optimizer, DeepSpeedCPUAdam):
+            optimizer.ds_opt_adam.adam_update(optimizer.opt_id, far_step, *settings, weight_decay, True, p, g, m, v)
+        else:
+            mode, skip = optimizer.adam_w_mode, optimizer._dummy_overflow_buf
+            lists = [[g], [p], [m], [v]]
+            optimizer.multi_tensor_adam(1, skip, lists, *settings, far_step, mode, 1, weight_decay)
+
+    if isinstance(optimizer, DeepSpeedCPUAdam) or (isinstance(optimizer, FusedAdam) and device_type() == "cpu"):
+        optimizer.register_step_pre_hook(forget)
 
 
 def set_learning_rate(engine: Any, lr: float, muon_scale: float) -> None:

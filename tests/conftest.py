@@ -23,7 +23,7 @@ model: {{n_layer: 2, n_head: 2, d_model: 32}}
 data: {{path: {folder}/tokens, seq_len: 32}}
 train: {{steps: 10, global_batch_tokens: 256, precision: fp32, optimizer: {{lr: 1e-3}}}}
 eval: {{every_steps: 5, windows: 5}}
-checkpoint: {{every_steps: 4}}
+checkpoint: {{every_steps: 3}}
 monitor: {{log_every_steps: 5}}
 """
 

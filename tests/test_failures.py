@@ -130,26 +130,26 @@ def test_other_dataset_is_refused(trained: Workspace) -> None:
 
 def test_damaged_checkpoints_are_passed_over_with_the_reason(trained: Workspace) -> None:
     """Truncated, bit-flipped, unlisted, unfinished: the run goes on from the whole one, to the same curve."""
-    trained.rewind("done", "damaged", step=8)
+    trained.rewind("done", "damaged", step=9)
     folder = trained.checkpoints("damaged")
-    flipped = folder / "step-00000008" / "mp_rank_00_model_states.pt"
+    flipped = folder / "step-00000009" / "mp_rank_00_model_states.pt"
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
-    shutil.copytree(folder / "step-00000004", folder / "step-00000006")
-    optimizer = next((folder / "step-00000006").glob("*optim_states.pt"))
+    shutil.copytree(folder / "step-00000006", folder / "step-00000008")
+    optimizer = next((folder / "step-00000008").glob("*optim_states.pt"))
     os.truncate(optimizer, 100)
-    shutil.copytree(folder / "step-00000004", folder / "step-00000007")
+    shutil.copytree(folder / "step-00000006", folder / "step-00000007")
     (folder / "step-00000007" / "packspeed.json").unlink()
-    shutil.copytree(folder / "step-00000004", folder / "step-00000005")
-    (folder / "step-00000005" / "evil.pt").write_bytes(b"")
+    shutil.copytree(folder / "step-00000006", folder / "step-00000010")
+    (folder / "step-00000010" / "evil.pt").write_bytes(b"")
     done = train_alone(*trained.arguments("damaged"))
     assert done.returncode == 0, done.stderr
-    reasons = {"8": "another hash", "7": "did not finish", "6": "has 100 bytes", "5": "not listed"}
+    reasons = {"10": "not listed", "09": "another hash", "08": "has 100 bytes", "07": "did not finish"}
     for name, reason in reasons.items():
-        line = next(text for text in done.stdout.splitlines() if f"passing over checkpoint step-0000000{name}" in text)
+        line = next(text for text in done.stdout.splitlines() if f"passing over checkpoint step-000000{name}" in text)
         assert reason in line
-    assert "(step 4)" in done.stdout
+    assert "(step 6)" in done.stdout
     assert trained.curve("damaged") == trained.curve("done")
 
 

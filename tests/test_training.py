@@ -20,6 +20,8 @@ from packspeed.launch.weights import fp32_state_dict
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(1500)]
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+# A step at which DeepSpeed's running product of the betas and pow() differ in the last bit (engine.py).
+REWIND = 6
 EXTRAS = ("model.dropout=0.1", "train.micro_batch=2", "model.activation_checkpointing=full")
 
 
@@ -53,10 +55,10 @@ def trained(workspace: Workspace) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def resumed(workspace: Workspace, trained: dict[str, list[str]]) -> str:
-    """Every case again, from its checkpoint of step 4, as a crash would have left it."""
+    """Every case again, from its checkpoint of step 6, as a crash would have left it."""
     runs = []
     for name, sets in trained.items():
-        workspace.rewind(name, f"{name}-again", step=4)
+        workspace.rewind(name, f"{name}-again", step=REWIND)
         runs.append(workspace.arguments(f"{name}-again", *sets))
     codes, output = run_many(workspace.folder / "again", runs)
     assert codes == [0] * len(runs), output[-4000:]
@@ -92,7 +94,7 @@ def test_resume_is_bitwise_exact(workspace: Workspace, trained: dict[str, list[s
 def test_lines_after_the_checkpoint_are_kept_aside(workspace: Workspace, resumed: str) -> None:
     folder = workspace.folder / "runs" / "zero1-fp32-again"
     discarded = [json.loads(line)["step"] for line in (folder / "metrics.discarded.jsonl").read_text().splitlines()]
-    assert sorted(set(discarded)) == [5, 6, 7, 8, 9, 10]
+    assert sorted(set(discarded)) == [7, 8, 9, 10]
     steps = [line["step"] for line in workspace.metrics("zero1-fp32-again") if "loss" in line]
     assert steps == list(range(1, 11)), "each step stands once"
 
@@ -108,7 +110,7 @@ def test_weights_of_every_stage_are_read_alike(workspace: Workspace, trained: di
 
 def test_checkpoints_are_whole_and_retired(workspace: Workspace, trained: dict[str, list[str]]) -> None:
     folder = workspace.checkpoints("zero1-fp32")
-    assert [path.name for path in candidates(folder)] == ["step-00000010", "step-00000008", "step-00000004"]
+    assert [path.name for path in candidates(folder)] == ["step-00000010", "step-00000009", "step-00000006"]
     assert (folder / "latest").read_text() == "step-00000010"
     assert [problems(path) for path in candidates(folder)] == [[], [], []]
 
