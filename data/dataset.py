@@ -64,6 +64,7 @@ class SourceSummary:
     bad_documents: int
     binary_files: int
     fingerprint: str
+    duplicate_documents: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,15 @@ class Manifest:
         return xxhash.xxh3_128_hexdigest(json.dumps([self.version, self.dtype, identity, shards]).encode())
 
 
+def manifest_json(manifest: Manifest) -> bytes:
+    """The content of manifest.json. Fields at their default are left out: older versions refuse what they do not know."""
+    raw = dataclasses.asdict(manifest)
+    for field in dataclasses.fields(SourceSummary):
+        if raw["source"][field.name] == field.default:
+            del raw["source"][field.name]
+    return json.dumps(raw, indent=1).encode() + b"\n"
+
+
 @dataclass(frozen=True)
 class DocumentSpan:
     """Where a document lies: its shard, its number there, and its tokens in the stream of its split, EOT included."""
@@ -144,12 +154,14 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def _build(record: type[Record], raw: object, where: str) -> Record:
-    """A dataclass from parsed JSON: exactly its fields, exactly their types."""
+    """A dataclass from parsed JSON: exactly its fields (those with a default may be missing), exactly their types."""
     hints = get_type_hints(record)
-    if not isinstance(raw, dict) or set(raw) != set(hints):
+    fields = dataclasses.fields(record)  # type: ignore[arg-type]  # every record is a dataclass
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise DataError(f"{where} must hold exactly {sorted(hints)}, found {found}. Copy the dataset again.")
-    return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items()})
+    return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items() if name in raw})
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:

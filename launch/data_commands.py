@@ -18,6 +18,7 @@ import typer
 if TYPE_CHECKING:
     from packspeed.data.prepare import Progress
 
+PASSED_OVER = ("empty_documents", "bad_documents", "binary_files", "duplicate_documents")
 Sources = Annotated[
     list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, URLs, or Hub names as hf:owner/name.")
 ]
@@ -53,26 +54,55 @@ def prepare(
     val_fraction: Annotated[float, typer.Option(help="Part that becomes validation.")] = 0.005,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens at which a shard ends.")] = 2**28,
     skip_bad: SkipBad = 0,
+    dedup: Annotated[str | None, typer.Option(metavar="exact", help="Drop documents equal to an earlier one.")] = None,
+    shuffle_documents: Annotated[bool, typer.Option(help="Put the documents in a random order.")] = False,
+    shuffle_seed: Annotated[int, typer.Option(min=0, help="Seed of --shuffle-documents.")] = 1337,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the result is the same for any number.")] = 1,
+    encoder: Annotated[str, typer.Option(help="auto, gigatoken or tiktoken; all give the same tokens.")] = "auto",
+    task_index: Annotated[int | None, typer.Option(help="Do only the units of this task, from 0.")] = None,
+    task_count: Annotated[int | None, typer.Option(help="Tasks that share the work and the folder.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="All tasks are done: write the dataset.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the dataset in the folder.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Turn text into a token dataset."""
+    """Turn text into a token dataset. A killed run continues where it was when the command is given again."""
     from packspeed.data import dataset
-    from packspeed.data.prepare import prepare as run
+    from packspeed.data import prepare as prepares
+    from packspeed.data.errors import UsageError
 
+    if dedup not in (None, "exact") or encoder not in ("auto", "gigatoken", "tiktoken"):
+        raise UsageError(f"There is --dedup exact, and --encoder auto, gigatoken or tiktoken; not {dedup}, {encoder}.")
+    if (task_index is None) != (task_count is None) or (merge and task_count is not None):
+        raise UsageError("Give --task-index and --task-count together, and --merge alone when all tasks are done.")
+    common: dict[str, Any] = {
+        "text_key": text_key,
+        "include": include or (),
+        "exclude": exclude or (),
+        "skip_bad": skip_bad,
+        "workers": workers,
+        "encoder": encoder,
+    }
     with _progress("preparing") as report:
-        run(
+        if task_index is not None and task_count is not None:
+            units = prepares.prepare_part(
+                sources, out, tokenizer, task_index=task_index, task_count=task_count, progress=report, **common
+            )
+            facts = {"path": str(out), "task_index": task_index, "task_count": task_count, "units": units}
+            line = f"{out}: task {task_index} of {task_count} is done, {units} units; then prepare with --merge"
+            _show(facts, [line], json_output)
+            return
+        prepares.prepare(
             sources,
             out,
             tokenizer,
-            text_key=text_key,
-            include=include or (),
-            exclude=exclude or (),
             val_fraction=val_fraction,
             shard_tokens=shard_tokens,
-            skip_bad=skip_bad,
+            dedup=dedup is not None,
+            shuffle_seed=shuffle_seed if shuffle_documents else None,
             overwrite=overwrite,
+            only_merge=merge,
             progress=report,
+            **common,
         )
     found = dataset.inspect(out)
     _show(found, _describe(found), json_output)
@@ -149,7 +179,7 @@ def _describe(found: dict[str, Any]) -> list[str]:
     for name, size in found["splits"].items():
         lines.append(f"  {name:<10} {size['tokens']:>15,} tokens {size['documents']:>12,} documents")
     lines.append(f"  tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, EOT {tokenizer['eot_id']}")
-    passed_over = {name: source[name] for name in ("empty_documents", "bad_documents", "binary_files") if source[name]}
+    passed_over = {name: source[name] for name in PASSED_OVER if source.get(name)}
     notes = "".join(f", {count:,} {name.replace('_', ' ')} passed over" for name, count in passed_over.items())
     lines.append(f"  source     {source['documents']:,} documents, {source['text_bytes'] / 1e6:,.1f} MB{notes}")
     lines.append(f"  validation {_describe_split(split, found['splits']['val']['tokens'])}")
@@ -179,10 +209,11 @@ def _progress(what: str) -> Iterator[Callable[[Progress], None] | None]:
     with console.status(what) as status:
 
         def report(now: Progress) -> None:
-            speed = now.tokens / max(now.elapsed_s, 1e-9) / 1e6
+            percent = f"{100 * now.bytes_done / now.bytes_total:.0f}%, " if now.bytes_total else ""
+            left = f", {now.left_s / 60:.0f}:{now.left_s % 60:02.0f} left" if now.left_s is not None else ""
             status.update(
-                f"{what}: {now.documents:,} documents, {now.text_bytes / 1e6:,.0f} MB, {now.tokens / 1e6:,.1f} Mtok, "
-                f"{speed:.1f} Mtok/s"
+                f"{what}: {percent}{now.documents:,} documents, {now.text_bytes / 1e6:,.0f} MB, "
+                f"{now.tokens / 1e6:,.1f} Mtok, {now.tokens_per_s / 1e6:.1f} Mtok/s{left}"
             )
 
         yield report
