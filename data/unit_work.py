@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 import xxhash
 
-from packspeed.data.atomic import publish, temporary, write_file
+from packspeed.data.atomic import temporary, write_file
 from packspeed.data.dataset import Tokens
 from packspeed.data.encode import Choice, Encoder
 from packspeed.data.errors import DataError
@@ -56,18 +56,23 @@ class UnitWorker:
         """Do one unit; returns its receipt. DataError leaves no file of it."""
         tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
         path = unit_path(self.folder, unit.number, ".bin")
+        table_path = temporary(unit_path(self.folder, unit.number, ".docs"))
         try:
-            with open(temporary(path), "wb", buffering=WRITE_BUFFER_BYTES) as stream:
+            with open(temporary(path), "wb", buffering=WRITE_BUFFER_BYTES) as stream, open(table_path, "wb") as rows:
                 for tokens, counts in self._encoded(unit, tally, table):
                     stream.write(tokens.data)
                     _add(total, counts)
                     report(counts)
-                stream.flush()
-                os.fsync(stream.fileno())
-            write_file(unit_path(self.folder, unit.number, ".docs"), b"".join(table))
-            publish(path)
+                rows.write(b"".join(table))
+                for file in (stream, rows):
+                    file.flush()
+                    os.fsync(file.fileno())
+            # The receipt's own write makes these names durable; should it come first, its sizes show that they are not.
+            os.replace(table_path, unit_path(self.folder, unit.number, ".docs"))
+            os.replace(temporary(path), path)
         except BaseException:
             temporary(path).unlink(missing_ok=True)
+            table_path.unlink(missing_ok=True)
             raise
         receipt = Receipt(
             bad=tally.bad,

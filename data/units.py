@@ -182,14 +182,16 @@ def unit_path(folder: Path, number: int, suffix: str) -> Path:
 
 
 def load_receipt(folder: Path, number: int) -> Receipt | None:
-    """The receipt of a unit, or None where the unit is not done."""
+    """The receipt of a unit, or None where the unit is not done or its files are not what the receipt says."""
     path = unit_path(folder, number, ".json")
     if not path.exists():
         return None
     receipt = Receipt(**_read_json(path))
-    token_path = unit_path(folder, number, ".bin")
-    if not token_path.exists() or token_path.stat().st_size != receipt.bin_bytes:
-        raise DataError(f"{token_path} is not what its receipt says. Remove {path} and prepare again.")
+    expected = {".bin": receipt.bin_bytes, ".docs": receipt.documents * DOCUMENT.itemsize}
+    for suffix, size in expected.items():
+        file = unit_path(folder, number, suffix)
+        if not file.exists() or file.stat().st_size != size:
+            return None
     return receipt
 
 
