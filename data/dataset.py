@@ -30,6 +30,7 @@ FORMAT = "packspeed-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
+Starts = npt.NDArray[np.int64]
 Record = TypeVar("Record")
 
 
@@ -245,14 +246,14 @@ class TokenDataset:
     def read(self, split: str, start: int, length: int) -> Tokens:
         """A copy of `length` tokens from `start` on, (length,), over shard boundaries. IndexError outside the split."""
         row = np.empty(length, dtype=self.dtype)
-        self._read_into(row, split, start)
+        self.read_into(row, split, start)
         return row
 
     def read_rows(self, split: str, starts: Sequence[int], length: int) -> Tokens:
         """One row of `length` tokens from each start, (len(starts), length), in the dataset's dtype."""
         rows = np.empty((len(starts), length), dtype=self.dtype)
         for row, start in zip(rows, starts, strict=True):
-            self._read_into(row, split, start)
+            self.read_into(row, split, start)
         return rows
 
     def document_at(self, split: str, position: int) -> DocumentSpan:
@@ -261,15 +262,32 @@ class TokenDataset:
             raise IndexError(f"token {position} of {split}, which has {self.tokens(split)}")
         number = bisect_right(self._starts[split], position) - 1
         shard, first = self._shards[split][number], self._starts[split][number]
-        if shard.name not in self._indices:
-            path = self.path / f"{shard.name}.idx"
-            self._indices[shard.name] = read_index(path, shard.documents, self.manifest.dtype)
-        index = self._indices[shard.name]
+        index = self._index(shard)
         document = index.find(position - first)
         start = first + int(index.offsets_bytes[document]) // self.dtype.itemsize
         return DocumentSpan(shard.name, document, start, int(index.lengths[document]))
 
-    def _read_into(self, row: Tokens, split: str, start: int) -> None:
+    def document_spans(self, split: str, first: int, count: int, stride: int = 1) -> tuple[Starts, Starts]:
+        """Where documents first, first + stride, ... lie: first tokens and lengths, EOT included, `count` at most."""
+        starts, lengths, passed = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
+        last = first + count * stride
+        for shard, offset in zip(self._shards[split], self._starts[split], strict=False):
+            begin = max(first - passed, (first - passed) % stride)
+            if begin < shard.documents and last > passed:
+                chosen, index = slice(begin, min(last - passed, shard.documents), stride), self._index(shard)
+                starts.append(offset + index.offsets_bytes[chosen] // self.dtype.itemsize)
+                lengths.append(index.lengths[chosen].astype(np.int64))
+            passed += shard.documents
+        return np.concatenate(starts), np.concatenate(lengths)
+
+    def _index(self, shard: Shard) -> Index:
+        if shard.name not in self._indices:
+            path = self.path / f"{shard.name}.idx"
+            self._indices[shard.name] = read_index(path, shard.documents, self.manifest.dtype)
+        return self._indices[shard.name]
+
+    def read_into(self, row: Tokens, split: str, start: int) -> None:
+        """Fill a row with the tokens from `start` on. IndexError outside the split."""
         starts, end = self._starts[split], start + len(row)
         if start < 0 or end > starts[-1]:
             raise IndexError(f"tokens {start} to {end} of {split}, which has {starts[-1]}")
