@@ -224,9 +224,8 @@ class TokenDataset:
     """A prepared dataset, open for reading. Any thread may read; nothing is ever written."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.manifest = load_manifest(path)
-        check_files(self.path, self.manifest)
+        self.manifest: Manifest
+        self.path = self._open(path)
         self.fingerprint = self.manifest.fingerprint
         self.vocab_size = self.manifest.tokenizer.vocab_size
         self.eot_id = self.manifest.tokenizer.eot_id
@@ -238,6 +237,19 @@ class TokenDataset:
         self._starts = {split: _running_sum(shards) for split, shards in self._shards.items()}
         self._maps: dict[str, Tokens] = {}
         self._indices: dict[str, Index] = {}
+
+    def _open(self, path: str | Path) -> Path:
+        """Load the manifest and check the files; returns the folder."""
+        self.manifest = load_manifest(path)
+        check_files(Path(path), self.manifest)
+        return Path(path)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What a checkpoint remembers, so that a changed dataset can be refused with what changed."""
+        manifest = self.manifest
+        shards = [[shard.name, shard.tokens, shard.bin_xxh3_128] for shard in manifest.shards]
+        known = [manifest.tokenizer.name, manifest.tokenizer.sha256]
+        return [{"path": str(self.path), "fingerprint": manifest.fingerprint, "tokenizer": known, "shards": shards}]
 
     def tokens(self, split: str) -> int:
         """Length of a split's stream in tokens; 0 where the dataset has no such split."""
@@ -303,6 +315,33 @@ class TokenDataset:
             # As a plain array: slicing np.memmap itself costs ten times as much.
             self._maps[name] = np.memmap(self.path / f"{name}.bin", dtype=self.dtype, mode="r").view(np.ndarray)
         return self._maps[name]
+
+
+def open_dataset(path: str | Path, **remote: Any) -> TokenDataset:
+    """A dataset in a folder, or behind a URL (remote.py; `remote` are its options)."""
+    if "://" not in str(path):
+        return TokenDataset(path)
+    from packspeed.data.remote import RemoteDataset
+
+    return RemoteDataset(str(path), **remote)
+
+
+def changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    """What differs between datasets a checkpoint remembers (`TokenDataset.describe`) and those there are now."""
+    found = [f"there were {len(old)} datasets, now {len(new)}"] if len(old) != len(new) else []
+    for before, now in zip(old, new, strict=False):
+        if before["fingerprint"] == now["fingerprint"]:
+            continue
+        if before["tokenizer"] != now["tokenizer"]:
+            found.append(f"{now['path']}: its tokenizer was {before['tokenizer'][0]}, is {now['tokenizer'][0]}")
+        shards, there = ({name: rest for name, *rest in each["shards"]} for each in (before, now))
+        for name in sorted(shards.keys() | there.keys()):
+            if name not in shards or name not in there:
+                found.append(f"{now['path']}: {name} is {'gone' if name in shards else 'new'}")
+            elif shards[name] != there[name]:
+                sizes = f"{shards[name][0]:,} tokens before, {there[name][0]:,} now"
+                found.append(f"{now['path']}: {name} has changed ({sizes})")
+    return found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else [])
 
 
 def _running_sum(shards: list[Shard]) -> list[int]:

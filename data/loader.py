@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +142,12 @@ class Loader:
         """Which stretches of the split's stream each sample predicts: (first token, tokens), row after row."""
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
+    def hits(self, first: int, count: int, start: int, length: int) -> npt.NDArray[np.bool_]:
+        """Which of `count` samples predict any of the `length` tokens from `start` of the stream, (count,)."""
+        starts = self.order.starts(first, count)
+        found: npt.NDArray[np.bool_] = (starts + 1 < start + length) & (starts + self.seq_len >= start)
+        return found
+
     def _masked(self, batch: Batch) -> Batch:
         """The batch with positions and documents, where they are wanted."""
         if not self.document_mask:
@@ -214,6 +221,33 @@ class Loader:
                 f"{ORDER_VERSION}: the run would repeat and miss samples. Continue it with the packspeed that began it."
             )
         return state["step"]
+
+
+def make_loader(
+    dataset: TokenDataset,
+    *,
+    seq_len: int,
+    global_batch: int,
+    seed: int,
+    shuffle: Shuffle = "blocks",
+    packing: str = "stream",
+    document_mask: bool = False,
+    source: int = 0,
+) -> Loader:
+    """The loader of a split `train` for a packing: stream, best_fit or bos_aligned. Errors as Loader's."""
+    if packing == "stream":
+        return Loader(
+            dataset, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle,
+            document_mask=document_mask, source=source,
+        )  # fmt: skip
+    from packspeed.data.packing import PackedLoader
+
+    if packing not in ("best_fit", "bos_aligned"):
+        raise UsageError(f"There is no packing {packing!r}: choose stream, best_fit or bos_aligned.")
+    mode: Literal["best_fit", "bos_aligned"] = "best_fit" if packing == "best_fit" else "bos_aligned"
+    return PackedLoader(
+        dataset, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle, packing=mode, source=source
+    )
 
 
 class Prefetcher:

@@ -209,6 +209,15 @@ class PackedLoader(Loader):
         rows = [self._pieces(row) for row in self.rows_of(first, count).tolist()]
         return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]
 
+    def hits(self, first: int, count: int, start: int, length: int) -> npt.NDArray[np.bool_]:
+        """As Loader.hits: the rows of the document's window are searched once."""
+        firsts, _ = self.dataset.document_spans(self.split, 0, len(self._rows), WINDOW_DOCUMENTS)
+        window = int(np.searchsorted(firsts, start, side="right")) - 1
+        plan = self._plan(window)
+        pieces = np.flatnonzero((plan.starts < start + length) & (plan.starts + plan.lengths > start))
+        rows = self._first_row[window] + np.searchsorted(plan.first_piece, pieces, side="right") - 1
+        return np.isin(self.rows_of(first, count), rows)
+
     def used(self, step: int) -> int:
         """Labels that count in a step's global batch: all but padding."""
         rows = self.rows_of(step * self.global_batch, self.global_batch).tolist()

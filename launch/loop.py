@@ -156,7 +156,16 @@ def _record(
         "tokens_per_s": round(speed, 1),
         "mfu": finite(speed * trainer.flops_per_token / trainer.peak_flops, 5),
         "data_wait_s": round(data_wait_s, 6),
+        **_sources(trainer, step),
     }
+
+
+def _sources(trainer: Trainer, step: int) -> dict[str, Any]:
+    """Epochs per source of a mixture after `step` steps, for the metrics; nothing for a single dataset."""
+    report = getattr(trainer.loader, "report", None)
+    if report is None:
+        return {}
+    return {"epochs": {row["path"]: row["epochs"] for row in report(step * trainer.run.global_batch)}}
 
 
 def _after_step(trainer: Trainer, step: int, stopping: bool) -> None:
