@@ -118,19 +118,20 @@ class RemoteDataset(TokenDataset):
         """Fetch the manifest and the tokenizer; returns the local folder. Shards are checked when they are fetched."""
         kept = self._cache_dir / "urls" / f"{xxhash.xxh3_64_hexdigest(self.url.encode())}"
         kept.mkdir(parents=True, exist_ok=True)
-        if not (kept / MANIFEST).exists():
-            write_file(kept / MANIFEST, retrying(lambda: self._read(MANIFEST), f"{self.url}/{MANIFEST}"))
-        else:
-            with contextlib.suppress(Exception):  # the store is away: what was seen last is good enough to go on
-                write_file(kept / MANIFEST, self._read(MANIFEST))
-        self.manifest = load_manifest(kept)
-        folder = self._cache_dir / self.manifest.fingerprint
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (self.manifest.tokenizer.file, f"{self.manifest.tokenizer.file}.json"):
-            with contextlib.suppress(Exception):  # only decoding needs them
-                if not (folder / name).exists():
-                    write_file(folder / name, self._read(name))
-        write_file(folder / MANIFEST, (kept / MANIFEST).read_bytes())
+        with _locked(kept / ".lock"):
+            if not (kept / MANIFEST).exists():
+                write_file(kept / MANIFEST, retrying(lambda: self._read(MANIFEST), f"{self.url}/{MANIFEST}"))
+            else:
+                with contextlib.suppress(Exception):  # the store is away: what was seen last is good enough to go on
+                    write_file(kept / MANIFEST, self._read(MANIFEST))
+            self.manifest = load_manifest(kept)
+            folder = self._cache_dir / self.manifest.fingerprint
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (self.manifest.tokenizer.file, f"{self.manifest.tokenizer.file}.json"):
+                with contextlib.suppress(Exception):  # only decoding needs them
+                    if not (folder / name).exists():
+                        write_file(folder / name, self._read(name))
+            write_file(folder / MANIFEST, (kept / MANIFEST).read_bytes())
         return folder
 
     def describe(self) -> list[dict[str, Any]]:

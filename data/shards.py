@@ -39,6 +39,16 @@ class ShardWriter:
         data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
         self._write([data.data], np.array([len(tokens)], dtype=np.int64))
 
+    def add_run(self, tokens: Tokens, lengths: Lengths) -> None:
+        """Write consecutive documents, `lengths` tokens each, every one ended by EOT."""
+        data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
+        while len(lengths):
+            ends = np.cumsum(lengths)
+            fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
+            size = int(ends[:fills][-1])
+            self._write([np.ascontiguousarray(data[:size]).data], lengths[:fills])
+            data, lengths = data[size:], lengths[fills:]
+
     def copy(self, file: int, offset_bytes: int, lengths: Lengths) -> None:
         """Write consecutive documents, `lengths` tokens each, from a file descriptor: at disk speed, 1 MiB at a time."""
         while len(lengths):
