@@ -113,8 +113,8 @@ def prepare(
 
 def inspect(
     path: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A folder that prepare wrote.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A run file: what it will read of each of its sources.")] = None,
     json_output: Json = False,
+    config: Annotated[Path | None, typer.Option(help="A run file: what it will read of each of its sources.")] = None,
 ) -> None:
     """Say what a dataset holds, or what a run will read of each source, without reading tokens."""
     from packspeed.data import dataset

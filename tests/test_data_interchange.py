@@ -54,7 +54,9 @@ def megatron_pair(prefix: Path, dtype: type = np.uint16, sequences: int = 1, eot
     for document in DOCUMENTS:
         tokens = document if eot else document[:-1]
         parts = [part.tolist() for part in np.array_split(tokens, sequences)]
-        builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(part) for part in parts])
+        with warnings.catch_warnings():  # of numpy 2, about how it copies a tensor
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(part) for part in parts])
     builder.finalize(str(prefix) + ".idx")
     return str(prefix)
 
