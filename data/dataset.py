@@ -10,12 +10,15 @@ compares sizes; shards are mapped into memory when first read. So opening costs 
 copy is refused before the first step. Full hashes are `packspeed verify` (verify.py).
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -112,7 +115,7 @@ class Manifest:
 
 
 def manifest_json(manifest: Manifest) -> bytes:
-    """The content of manifest.json. Fields at their default are left out: older versions refuse what they do not know."""
+    """The content of manifest.json, without fields at their default: older versions refuse what they do not know."""
     raw = dataclasses.asdict(manifest)
     for field in dataclasses.fields(SourceSummary):
         if raw["source"][field.name] == field.default:
@@ -156,13 +159,18 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 def _build(record: type[Record], raw: object, where: str) -> Record:
     """A dataclass from parsed JSON: exactly its fields (those with a default may be missing), exactly their types."""
-    hints = get_type_hints(record)
-    fields = dataclasses.fields(record)  # type: ignore[arg-type]  # every record is a dataclass
-    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    hints, required = _fields(record)
     if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise DataError(f"{where} must hold exactly {sorted(hints)}, found {found}. Copy the dataset again.")
     return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items() if name in raw})
+
+
+@lru_cache
+def _fields(record: type[Any]) -> tuple[dict[str, Any], set[str]]:
+    """Types of a record's fields, and which of them must be there; found once, since there are many shards."""
+    required = {field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING}
+    return get_type_hints(record), required
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:
@@ -267,6 +275,14 @@ class TokenDataset:
         for row, start in zip(rows, starts, strict=True):
             self.read_into(row, split, start)
         return rows
+
+    def will_need(self, split: str, ranges: Starts) -> None:
+        """Ask the kernel to read ranges of a stream, (n, 2) first token and tokens, ahead of their use."""
+        for start, length in ranges.tolist():
+            shard = bisect_right(self._starts[split], start) - 1
+            offset = (start - self._starts[split][shard]) * self.dtype.itemsize
+            with contextlib.suppress(OSError), open(self.path / f"{self._shards[split][shard].name}.bin", "rb") as file:
+                os.posix_fadvise(file.fileno(), offset, length * self.dtype.itemsize, os.POSIX_FADV_WILLNEED)
 
     def document_at(self, split: str, position: int) -> DocumentSpan:
         """The document that token number `position` of a split belongs to (its EOT belongs to it)."""

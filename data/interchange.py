@@ -108,8 +108,8 @@ def import_data(
         write_file(folder / MANIFEST, manifest_json(manifest))
         return manifest
     except BaseException:
-        for path in folder.iterdir():
-            path.unlink()
+        for leftover in folder.iterdir():
+            leftover.unlink()
         if created:
             folder.rmdir()
         raise

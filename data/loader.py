@@ -87,14 +87,11 @@ def document_positions(inputs: Tokens, eot_id: int) -> tuple[npt.NDArray[np.int3
     return stretch_positions(starts, lengths).reshape(rows, width), lengths
 
 
-def stretch_positions(
-    starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int32]:
+def stretch_positions(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """0, 1, 2 ... from the start of each stretch, (sum of lengths,)."""
-    steps = np.ones(int(starts[-1] + lengths[-1]), dtype=np.int32)
-    steps[0] = 0
-    steps[starts[1:]] = 1 - lengths[:-1]
-    return np.cumsum(steps, out=steps)
+    places = np.arange(int(starts[-1] + lengths[-1]), dtype=np.int32)
+    places -= np.repeat(starts.astype(np.int32), lengths)
+    return places
 
 
 class Loader:
@@ -122,6 +119,7 @@ class Loader:
             raise UsageError(f"There is no shuffle {shuffle!r}: choose blocks or full.")
         self.dataset, self.split, self.seq_len, self.global_batch = dataset, split, seq_len, global_batch
         self.document_mask = document_mask
+        self._group = self._asked = -1  # of blocks: the one being read, the last one asked for
         self.samples_per_epoch = self._new_order(seed, shuffle, source)
 
     def _new_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
@@ -134,9 +132,23 @@ class Loader:
 
     def read(self, first: int, count: int) -> Batch:
         """Samples first to first + count - 1."""
+        self._read_ahead(first)
         starts = self.order.starts(first, count).tolist()
         tokens = self.dataset.read_rows(self.split, starts, self.seq_len + 1)
         return self._masked(Batch(tokens, np.arange(first, first + count, dtype=np.int64)))
+
+    def _read_ahead(self, sample: int) -> None:
+        """Have the blocks of a sample's group and of the next one read into memory, each once, by a thread."""
+        group = self.order.group(sample)
+        if group != self._group:
+            self._group = group
+            threading.Thread(target=self._ask_for, args=(group,), name="packspeed-ahead", daemon=True).start()
+
+    def _ask_for(self, group: int) -> None:
+        for wanted in (group, group + 1) if group >= 0 else ():
+            if wanted != self._asked:
+                self.dataset.will_need(self.split, self.order.group_blocks(wanted))
+                self._asked = wanted
 
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
         """Which stretches of the split's stream each sample predicts: (first token, tokens), row after row."""

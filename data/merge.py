@@ -1,9 +1,9 @@
 """Finished work units to the shards of a dataset: drop duplicates, split, shuffle if asked, copy.
 
-Nothing here depends on who did the units. Documents keep the order of the sources, or with `shuffle_seed` are sorted by
-a keyed 64-bit hash of their number, which is a uniform shuffle: they are dealt by the first bits of that hash into
-bucket files of about 64 MiB and each bucket is sorted by itself (shuffle.py), so memory stays small and the disk is read
-in order. Exact duplicates, by xxh3-128 of the text, are found bucket by bucket too; the first of them stays.
+Nothing here depends on who did the units. Documents keep the order of the sources, or with `shuffle_seed` are sorted
+by a keyed 64-bit hash of their number, which is a uniform shuffle: they are dealt by the first bits of that hash into
+bucket files and each bucket is read by itself (shuffle.py), so memory stays small and the disk is used in order.
+Exact duplicates, by xxh3-128 of the text, are found bucket by bucket too; the first of them stays.
 Cost: one copy, about 0.5 GB/s; memory: the documents of one unit, 24 bytes each, and one bucket.
 """
 
@@ -108,7 +108,7 @@ class Merge:
         self.found.hash_sum += _sum(table["low"]) + (_sum(table["high"]) << 64)
 
     def _duplicates(self) -> npt.NDArray[np.bool_]:
-        """Which documents have the hash of an earlier one; a file in the units' folder holds the answer and the work."""
+        """Which documents have the hash of an earlier one; files in the units' folder hold the answer and the work."""
         record = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             names = [Path(folder) / str(bucket) for bucket in range(DEDUP_BUCKETS)]
@@ -155,4 +155,3 @@ def _sum(words: npt.NDArray[np.unsignedinteger[npt.NBitBase]]) -> int:
     """The exact sum of 64-bit words."""
     native = words.astype(np.uint64)
     return int((native & np.uint64(2**32 - 1)).sum()) + (int((native >> np.uint64(32)).sum()) << 32)
-

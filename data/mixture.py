@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from packspeed.data.dataset import TokenDataset, open_dataset
+from packspeed.data.dataset import open_dataset
 from packspeed.data.errors import UsageError
 from packspeed.data.loader import Batch, Loader, make_loader
 from packspeed.data.order import Permutation, Shuffle
@@ -157,7 +157,7 @@ class MixtureLoader(Loader):
         self.samples_per_epoch = sum(loader.samples_per_epoch for loader in self.loaders)
 
     def read(self, first: int, count: int) -> Batch:
-        """Samples first to first + count - 1: each source reads a run of its own, and the rows are put in their places."""
+        """Samples first to first + count - 1: each source reads a run of its own, put in its places."""
         source, number = self.mixture.deal(first, count)
         places = [np.flatnonzero(source == i) for i in range(len(self.loaders))]
         parts = [

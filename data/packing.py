@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from packspeed.data.dataset import TokenDataset
+from packspeed.data.dataset import TokenDataset, Tokens
 from packspeed.data.errors import DataError
 from packspeed.data.loader import Batch, Loader, stretch_positions
 from packspeed.data.order import Permutation, Shuffle
@@ -39,7 +39,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of one window: pieces (first label in the stream, tokens), and the first piece of each row, (rows + 1,)."""
+    """Rows of a window: pieces (first label in the stream, tokens), and the first piece of each row, (rows + 1,)."""
 
     starts: Indices
     lengths: Indices
@@ -62,7 +62,7 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
     piece, offset, length, row = (np.array(part, dtype=np.int64) for part in zip(*shelf.pieces, strict=True)) if (
         shelf.pieces
     ) else (np.empty(0, np.int64),) * 4  # fmt: skip
-    all_starts = np.concatenate([full_starts, begin[shelf.placed] , begin[piece] + offset])
+    all_starts = np.concatenate([full_starts, begin[shelf.placed], begin[piece] + offset])
     all_lengths = np.concatenate([np.full(len(full_starts), seq_len), rest[chosen][shelf.placed], length])
     all_rows = np.concatenate([np.arange(len(full_starts)), shelf.rows + len(full_starts), row + len(full_starts)])
     order = np.lexsort((all_starts, all_rows))
@@ -114,7 +114,7 @@ class _Shelf:
         return [row for row in rows for _ in range(each)]
 
     def fill(self, lengths: Indices, left: list[int], split: bool) -> None:
-        """Put documents without room into what is left of the rows, widest first: in parts, or only their beginnings."""
+        """Put documents without room into what is left of the rows, widest first: in parts, or their beginnings."""
         holes = [(room, row) for room in range(len(self._by_room) - 1, 0, -1) for row in self._by_room[room]]
         at, used = 0, 0
         for document in left:
@@ -243,7 +243,7 @@ class PackedLoader(Loader):
         samples = np.arange(first, first + count, dtype=np.int64)
         return Batch(tokens, samples, targets, used, 0, positions, documents)
 
-    def _read_piece(self, inputs: npt.NDArray[np.unsignedinteger], labels: npt.NDArray[np.unsignedinteger], start: int) -> None:  # fmt: skip
+    def _read_piece(self, inputs: Tokens, labels: Tokens, start: int) -> None:
         """Labels begin at `start` of the stream, inputs one before; in front of the first document stands an EOT."""
         self.dataset.read_into(labels, self.split, start)
         inputs[1:] = labels[:-1]

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator
 PIECE_CHARACTERS = 2**22
 LONGEST_CHARACTERS = 2**24
 # Letters in every version of Unicode: Latin, Greek, Cyrillic, kana, Han, Hangul.
-_LETTER = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u0391-\u03a1\u0410-\u044f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+_LETTER = (
+    "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u0391-\u03a1\u0410-\u044f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+)
 _PLACE = re.compile(f"[{_LETTER}](?=[ \n][{_LETTER}])")
 _SEARCH_CHARACTERS = 4096
 
@@ -31,7 +33,7 @@ def last_place(text: str) -> int:
 
 
 def in_pieces(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The same text in pieces of about 4 million characters, each with whether it is the last; parts may be any size."""
+    """The same text in pieces of about 4 million characters, each with whether it is the last."""
     held = ""
     for part in parts:
         for start in range(0, len(part), PIECE_CHARACTERS):

@@ -6,9 +6,9 @@ Every document is encoded on its own and ended by EOT. Validation documents are 
 bytes, so the same document falls on the same side in every dataset, whatever stands around it. Fewer than 100 documents
 (one text file, say) are too few for that: then the tail of the token stream is validation (tail.py).
 
-The dataset depends on the sources and the options alone: any number of workers, tasks, kills and continuations gives the
-same bytes. A killed run leaves `.units/` and no manifest, which no reader takes for a dataset; the same command goes on
-after the last finished unit. A failure removes everything where no unit is finished, and keeps finished units otherwise.
+The dataset depends on sources and options alone: any number of workers, tasks, kills and continuations gives
+the same bytes. A killed run leaves `.units/` and no manifest, which no reader takes for a dataset; the same command
+goes on after the last finished unit. A failure keeps finished units, and removes everything where there is none.
 Cost: README.md; memory: a few megabytes of text and the encoder, whatever the corpus.
 """
 
@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from packspeed.data.atomic import temporary, write_file
 from packspeed.data.crew import Crew
@@ -242,21 +240,19 @@ class _Preparation:
         merge = Merge(self.units_folder, len(self.job.units), self.dtype, options.dedup, options.shuffle_seed)
         if not merge.found.documents:
             shutil.rmtree(self.units_folder)  # nothing worth keeping
-            raise DataError(
-                f"There is no text in {', '.join(names)}: every document is empty or was passed over."
-            )
-        writers = [ShardWriter(self.folder, split, self.dtype, options.shard_tokens) for split in ("train", "val")]
+            raise DataError(f"There is no text in {', '.join(names)}: every document is empty or was passed over.")
+        train, val = (ShardWriter(self.folder, split, self.dtype, options.shard_tokens) for split in ("train", "val"))
         try:
             if options.val_fraction > 0 and merge.found.documents < FEW_DOCUMENTS:
                 method = "tail"
-                merged = split_tail(merge, self.tokenizer, self.dtype, *writers, options.val_fraction)
+                merged = split_tail(merge, self.tokenizer, self.dtype, train, val, options.val_fraction)
             else:
                 method = "hash" if options.val_fraction > 0 else "none"
-                merged = merge.split(*writers, options.val_fraction)
-            shards = [shard for writer in writers for shard in writer.close()]
+                merged = merge.split(train, val, options.val_fraction)
+            shards = train.close() + val.close()
         finally:
-            for writer in writers:
-                writer.abandon()
+            train.abandon()
+            val.abandon()
         manifest = self._manifest(names, method, shards, merged)
         write_file(self.folder / MANIFEST, manifest_json(manifest))
         shutil.rmtree(self.units_folder)

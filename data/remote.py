@@ -3,8 +3,8 @@
     <cache_dir>/<fingerprint>/train-00000.bin   appears by rename after its xxh3-128 was found to be the manifest's
     <cache_dir>/urls/<hash of URL>.json         the last manifest seen there, for starts while the store is away
 
-All processes of a node share the cache: a file lock lets one fetch a shard while the others wait for it, and what was
-used longest ago is removed when the whole exceeds `cache_gb`; a removed shard stays readable where it is mapped. A store
+All processes of a node share the cache: a file lock lets one fetch a shard while the others wait, and what was used
+longest ago is removed when the whole exceeds `cache_gb`; a removed shard stays readable where it is mapped. A store
 that fails is tried again for ten minutes, so a run outlives its restart. A thread fetches the following shards ahead.
 The order does not know of the cache: its blocks come from everywhere, so a cache smaller than the dataset fetches
 shards again and again. Give it the size of the dataset where there is room.
@@ -92,10 +92,10 @@ def retrying(work: Callable[[], Result], what: str) -> Result:
     while True:
         try:
             return work()
-        except FileNotFoundError as error:
-            reason, found = f"it is not there ({error})", error
         except Exception as error:  # every store's library has errors of its own
             reason, found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", error
+            if isinstance(error, FileNotFoundError):
+                reason = f"it is not there ({error})"
         if time.monotonic() > deadline:
             raise DataError(
                 f"{what} could not be fetched ({reason}), tried for {RETRY_S:.0f} s. Check the URL, the credentials "
@@ -184,7 +184,9 @@ class RemoteDataset(TokenDataset):
 
     def _start_ahead(self, shards: list[Shard]) -> None:
         if self._ahead is None:
-            self._ahead = threading.Thread(target=self._fetch_ahead, args=(shards,), name="packspeed-fetch", daemon=True)
+            self._ahead = threading.Thread(
+                target=self._fetch_ahead, args=(shards,), name="packspeed-fetch", daemon=True
+            )
             self._ahead.start()
 
     def _fetch_ahead(self, shards: list[Shard]) -> None:

@@ -50,7 +50,7 @@ class ShardWriter:
             data, lengths = data[size:], lengths[fills:]
 
     def copy(self, file: int, offset_bytes: int, lengths: Lengths) -> None:
-        """Write consecutive documents, `lengths` tokens each, from a file descriptor: at disk speed, 1 MiB at a time."""
+        """Write consecutive documents, `lengths` tokens each, from a file descriptor, 1 MiB at a time."""
         while len(lengths):
             ends = np.cumsum(lengths)
             fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
@@ -132,7 +132,9 @@ def chunks_of(file: int, offset_bytes: int, size: int) -> Iterator[bytes]:
     while offset_bytes < end:
         chunk = os.pread(file, min(WRITE_BUFFER_BYTES, end - offset_bytes), offset_bytes)
         if not chunk:
-            raise DataError("A finished work unit has become shorter while it was read. Prepare again with --overwrite.")
+            raise DataError(
+                "A finished work unit has become shorter while it was read. Prepare again with --overwrite."
+            )
         yield chunk
         offset_bytes += len(chunk)
 

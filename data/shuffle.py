@@ -3,7 +3,7 @@
 Document number n gets the 64-bit key mix(n, seed), MurmurHash3's finaliser over a keyed word, and the documents are put
 in the order of their keys. They are dealt into bucket files by the keys' first bits, and a bucket is read by key. The
 result depends on the seed and the numbers alone, not on the size of the buckets.
-Cost: every token is written and read twice more, in order; memory: 4 MiB of tokens and 40 bytes per document of a bucket.
+Cost: every token is written and read once more; memory: 4 MiB of tokens and 40 bytes per document of a bucket.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Doing one work unit: read, encode, write tokens and documents, and the receipt last.
 
-    python -m packspeed.data.unit_work FOLDER SKIP_BAD ENCODER     numbers of units in on stdin, one JSON object a line out
+    python -m packspeed.data.unit_work FOLDER SKIP_BAD ENCODER     unit numbers in, JSON lines out
 
 The second form is one of several worker processes (crew.py). It ends when stdin does, so it never outlives the parent.
 Memory: a megabyte of text or one piece of a long document, its tokens, and 24 bytes per document of the unit.

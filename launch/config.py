@@ -344,7 +344,11 @@ def _explain(
     if error["type"] == "missing":
         written = loc
     by_override = (text for path, text in origins.items() if path[: len(loc)] == loc and loc not in lines)
-    place = origins.get(written) or next(by_override, None) or f"{path}:{lines.get(written) or lines.get(written[:-1]) or 1}"
+    place = (
+        origins.get(written)
+        or next(by_override, None)
+        or f"{path}:{lines.get(written) or lines.get(written[:-1]) or 1}"
+    )
     if error["type"] == "extra_forbidden":
         section = _section_at(loc[:-1])
         valid = list(section.model_fields) if section else []

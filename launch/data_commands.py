@@ -1,4 +1,6 @@
-"""The data commands: prepare, inspect, verify, audit, import-data, export-data, tokenizer train. None of them loads torch or deepspeed.
+"""The data commands: prepare, inspect, verify, audit, import-data, export-data, tokenizer train.
+
+None of them loads torch or deepspeed.
 
 With `--json` stdout holds exactly one JSON object. Progress goes to stderr, and only where that is a terminal. Errors
 leave as DataError, which the entry point turns into one paragraph and an exit code.
@@ -178,7 +180,9 @@ def _describe_document(row: dict[str, Any]) -> str:
 
 
 def import_data(
-    sources: Annotated[list[str], typer.Argument(metavar="PATH...", help="PREFIX of a .bin/.idx pair, a .bin, a folder of MDS.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="PREFIX of a .bin/.idx pair, a .bin, a folder of MDS.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the dataset, new or empty.")],
     tokenizer: Annotated[str, typer.Option(help="What the tokens were made with.")],
     val: Annotated[list[str] | None, typer.Option(metavar="PATH", help="Validation (repeatable).")] = None,

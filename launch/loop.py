@@ -93,7 +93,7 @@ def _loss(
     if part.used is None:  # full windows: every micro batch has the same number of tokens
         loss: torch.Tensor = trainer.engine(inputs, labels, **arguments)
         return loss
-    losses = trainer.engine(inputs, labels, reduction="none", **arguments)  # (b, T)
+    losses: torch.Tensor = trainer.engine(inputs, labels, reduction="none", **arguments)  # (b, T)
     counts = torch.arange(losses.size(1)) < torch.from_numpy(part.used)[:, None]
     share = trainer.plan.accumulation * trainer.topology.dp_size / part.global_used
     return (losses * counts.to(losses.device)).sum() * share

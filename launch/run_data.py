@@ -1,7 +1,4 @@
-"""From a run file to the data it describes: its datasets, its loader, and what it will read of each source.
-
-Imports neither torch nor deepspeed; mixtures, packed rows and remote datasets are loaded only where a run has them.
-"""
+"""What a run will read of each of its sources, and the loader of a run that has begun: inspect --config and audit."""
 
 from __future__ import annotations
 
@@ -9,43 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packspeed.data.dataset import TokenDataset, open_dataset
-from packspeed.launch.config import RunFile, UserError, load_run_file
+from packspeed.launch.config import UserError, load_run_file
+from packspeed.launch.train import make_run_loader, open_data
 
 if TYPE_CHECKING:
     from packspeed.data.loader import Loader
-    from packspeed.data.mixture import MixtureData
-
-
-def open_data(run: RunFile) -> TokenDataset | MixtureData:
-    """The dataset of the run, or all of a mixture's."""
-    remote: dict[str, Any] = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
-    if run.data.path is not None:
-        return open_dataset(run.data.path, **remote)
-    from packspeed.data.mixture import MixtureData
-
-    return MixtureData([source.path for source in run.data.sources or []], **remote)
-
-
-def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader:
-    """The loader that the run file describes: a pure function of it and the dataset."""
-    from packspeed.data.loader import make_loader
-
-    arguments: dict[str, Any] = {
-        "seq_len": run.data.seq_len,
-        "global_batch": run.global_batch,
-        "seed": run.train.seed,
-        "shuffle": run.data.shuffle,
-        "packing": run.data.packing,
-        "document_mask": run.data.document_mask,
-    }
-    if isinstance(dataset, TokenDataset):
-        return make_loader(dataset, **arguments)
-    from packspeed.data.mixture import MixtureLoader
-
-    stages = [(0.0, [source.weight for source in run.data.sources or []])]
-    stages += [(stage.from_tokens, stage.weights) for stage in run.data.stages]
-    return MixtureLoader(dataset, stages, **arguments)
 
 
 def plan(run_file: Path) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
         )
     if saved["dataset_fingerprint"] != identity["dataset_fingerprint"] and "datasets" in saved:
         raise ConfigError(
-            f"{checkpoint} was trained with another dataset: {'; '.join(changes(saved['datasets'], identity['datasets']))}. "
+            f"{checkpoint} was trained with another dataset: "
+            f"{'; '.join(changes(saved['datasets'], identity['datasets']))}. "
             "Point the run file at the same data, or start over with --fresh."
         )
     for key in ("dataset_fingerprint", "order_version"):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from packspeed.data.dataset import TokenDataset, open_dataset
 from packspeed.data.errors import DataError
 from packspeed.launch import run_folder
 from packspeed.launch.config import BatchPlan, RunFile, UserError, load_run_file, solve_batch
@@ -23,7 +24,7 @@ from packspeed.launch.ds_config import load_ds_config, resolve_ds_config, zero_s
 from packspeed.model.config import GPTConfig, flops_per_token
 
 if TYPE_CHECKING:
-    from packspeed.data.dataset import TokenDataset
+    from packspeed.data.loader import Loader
     from packspeed.data.mixture import MixtureData
     from packspeed.launch.checkpoint import Checkpointer
     from packspeed.launch.engine import Topology
@@ -58,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool) -> int:
-    from packspeed.launch.run_data import open_data
-
     dataset = open_data(run)
     config = run.gpt_config(dataset.vocab_size)
     # Only now the slow imports: everything above answers in a fraction of a second.
@@ -95,6 +94,37 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool) -> int:
         )
         return 0
     return _fit(run, config, dataset, engine, topology, plan, checkpointer, start_step, speak)
+
+
+def open_data(run: RunFile) -> TokenDataset | MixtureData:
+    """The dataset of the run, or all of a mixture's."""
+    remote: dict[str, Any] = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
+    if run.data.path is not None:
+        return open_dataset(run.data.path, **remote)
+    from packspeed.data.mixture import MixtureData
+
+    return MixtureData([source.path for source in run.data.sources or []], **remote)
+
+
+def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader:
+    """The loader that the run file describes: a pure function of it and the dataset."""
+    from packspeed.data.loader import make_loader
+
+    arguments: dict[str, Any] = {
+        "seq_len": run.data.seq_len,
+        "global_batch": run.global_batch,
+        "seed": run.train.seed,
+        "shuffle": run.data.shuffle,
+        "packing": run.data.packing,
+        "document_mask": run.data.document_mask,
+    }
+    if isinstance(dataset, TokenDataset):
+        return make_loader(dataset, **arguments)
+    from packspeed.data.mixture import MixtureLoader
+
+    stages = [(0.0, [source.weight for source in run.data.sources or []])]
+    stages += [(stage.from_tokens, stage.weights) for stage in run.data.stages]
+    return MixtureLoader(dataset, stages, **arguments)
 
 
 def _identity(
@@ -144,8 +174,6 @@ def _fit(
 ) -> int:
     from packspeed.launch.engine import peak_flops
     from packspeed.launch.loop import EXIT_STOPPED, StopRequest, Trainer, fit
-
-    from packspeed.launch.run_data import make_run_loader
 
     loader = make_run_loader(run, dataset)
     windows = min(run.eval.windows, loader.val_available())

@@ -83,7 +83,7 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> T
     if q.is_cuda and q.element_size() == 2:
         y = _attend_varlen(q, k, v, documents)
     else:
-        parts = zip(q.split(documents), k.split(documents), v.split(documents), strict=True)
+        parts = zip(*(torch.split(x, documents) for x in (q, k, v)), strict=True)
         y = torch.cat([attend(*(x.transpose(0, 1).unsqueeze(0) for x in part))[0].transpose(0, 1) for part in parts])
     return y.view(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
 
@@ -94,9 +94,7 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Ten
 
     ends = torch.tensor([0, *documents], device=q.device).cumsum(0, dtype=torch.int32)
     longest, causal = max(documents), (-1, 0)  # a window that reaches any way back and nowhere ahead
-    out = varlen_attn(
-        q, k, v, ends, ends, longest, longest, window_size=causal, enable_gqa=q.size(1) != k.size(1)
-    )
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=causal, enable_gqa=q.size(1) != k.size(1))
     assert isinstance(out, Tensor)  # a tuple only where more was asked for
     return out
 
@@ -121,7 +119,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         documents: list[int] | None = None,
     ) -> Tensor:
-        """Mix x (B, T, C) along T, inside `documents` where given; `rope` as from rope_table; `cache`: what precedes x."""
+        """Mix x (B, T, C) along T, inside `documents` where given; `rope` as from rope_table; `cache` precedes x."""
         q, k, v = self.qkv(x).view(*x.shape[:2], -1, self.head_width).split(self.heads, dim=2)  # (B, T, H, D) each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -251,9 +249,9 @@ class GPT(nn.Module):
 
         Labels are the next tokens, shifted already. The loss is the mean over all tokens, or with reduction "none" each
         token's, (B, T). `positions` (B, T) int64 default to 0, 1, 2 ... after what the cache holds. `dropout_keys` (B,)
-        int64, one per sample, decide the dropout masks. `documents` are lengths of stretches that make up the B * T places,
-        row after row: no token attends to another stretch (give `positions` that restart there). Raises ValueError where T exceeds learned positions, and where
-        the model trains with dropout and has no keys.
+        int64, one per sample, decide the dropout masks. `documents` are the lengths of stretches that make up the
+        B * T places, row after row: no token attends to another stretch (give `positions` that restart there). Raises
+        ValueError where T exceeds learned positions, and where the model trains with dropout and has no keys.
         """
         x = self.hidden(tokens, positions, dropout_keys, cache, documents)
         out: Tensor = self.head(x, labels, reduction)

@@ -80,7 +80,9 @@ def test_megatron_trains_in_place(dtype: type, ours: Path, tmp_path: Path) -> No
     assert stream_of(tmp_path / "out", "val") == STREAM
     assert verify(tmp_path / "out").problems == []
     import_data([prefix], [], tmp_path / "one", "gpt2", link=True)
-    batches = [Loader(TokenDataset(p), seq_len=16, global_batch=4, seed=1).batch(3).tokens for p in (ours, tmp_path / "one")]
+    batches = [
+        Loader(TokenDataset(p), seq_len=16, global_batch=4, seed=1).batch(3).tokens for p in (ours, tmp_path / "one")
+    ]
     assert np.array_equal(*batches)
 
 

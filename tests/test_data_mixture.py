@@ -1,5 +1,6 @@
 """Mixtures: exact shares, no source lost, the same batches for any ranks, resume, packing and stage; and the audit."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_stages_change_the_weights_and_keep_the_counts() -> None:
     for i in (0, 1):
         assert number[source == i].tolist() == list(range(np.count_nonzero(source == i)))
     starts = [0, 3 * BLOCK, 8 * BLOCK, 20 * BLOCK]
-    shares = [np.mean(source[a:b] == 0) for a, b in zip(starts, starts[1:], strict=False)]
+    shares = [np.mean(source[a:b] == 0) for a, b in itertools.pairwise(starts)]
     assert np.allclose(shares, [0.5, 0.0, 0.75], atol=1e-3)
     assert [mixture.stage_of(k) for k in (0, 3 * BLOCK - 1, 3 * BLOCK, 8 * BLOCK)] == [0, 0, 1, 2]
     again, _ = Mixture(stages, seed=1).deal(5 * BLOCK + 17, 100)

@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,16 +95,24 @@ def test_padding_at_2048_is_at_most_a_2000th(mean: int) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 30), st.sampled_from(["best_fit", "bos_aligned"]))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    st.integers(1, 30),
+    st.sampled_from(["best_fit", "bos_aligned"]),
+)
 def test_any_lengths_are_packed(sizes: list[int], seq_len: int, mode: PackedMode) -> None:
     lengths = np.array(sizes, dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
-    rows = -(-int(lengths.sum()) // seq_len) if mode == "best_fit" else int(np.minimum(lengths, seq_len).sum()) // seq_len
+    rows = (
+        -(-int(lengths.sum()) // seq_len) if mode == "best_fit" else int(np.minimum(lengths, seq_len).sum()) // seq_len
+    )
     plan = pack(starts, lengths, seq_len, rows, mode)
     assert len(plan.first_piece) == rows + 1
     per_row = np.add.reduceat(np.append(plan.lengths, 0), plan.first_piece[:-1]) if rows else np.zeros(0)
     assert (per_row <= seq_len).all()
-    covered = np.concatenate([np.arange(s, s + n) for s, n in zip(plan.starts, plan.lengths, strict=True)] or [starts[:0]])
+    covered = np.concatenate(
+        [np.arange(s, s + n) for s, n in zip(plan.starts, plan.lengths, strict=True)] or [starts[:0]]
+    )
     assert np.unique(covered).size == covered.size
     if mode == "best_fit":
         assert covered.size == lengths.sum()

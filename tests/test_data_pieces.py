@@ -85,7 +85,9 @@ JSON_VALUES = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.text('ab"\\', max_size=3), JSON_VALUES, max_size=4), st.text(ALPHABET + '"\\'), st.integers(1, 9))
+@given(
+    st.dictionaries(st.text('ab"\\', max_size=3), JSON_VALUES, max_size=4), st.text(ALPHABET + '"\\'), st.integers(1, 9)
+)
 def test_the_scanner_agrees_with_json(record: dict[str, object], text: str, size: int) -> None:
     record = record | {"text": text} | {"last": [record]}
     for ascii_only in (False, True):
@@ -93,7 +95,9 @@ def test_the_scanner_agrees_with_json(record: dict[str, object], text: str, size
         assert "".join(long_text(in_parts(content, size), "text")) == text
 
 
-@pytest.mark.parametrize("content", [b"[1]", b'{"a": "b"}', b'{"text": 3}', b'{"text": "abc', b'{"text": "a\\', b'{"text": "a"'])
+@pytest.mark.parametrize(
+    "content", [b"[1]", b'{"a": "b"}', b'{"text": 3}', b'{"text": "abc', b'{"text": "a\\', b'{"text": "a"']
+)
 def test_the_scanner_refuses_what_is_wrong(content: bytes) -> None:
     with pytest.raises((ValueError, LookupError)):
         list(long_text(in_parts(content, 4), "text"))

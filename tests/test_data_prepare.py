@@ -244,7 +244,7 @@ def test_any_number_of_workers_and_tasks_gives_the_same_bytes(tmp_path: Path, mo
     assert expected.source.documents == 22 * len(TEXTS) + 1
     assert prepare(sources, tmp_path / "three", val_fraction=0.1, shard_tokens=20_000, workers=3) == expected
     for task in (2, 0, 1):
-        with pytest.raises(UsageError, match="units of .* are not done"):
+        with pytest.raises(UsageError, match=r"units of .* are not done"):
             prepare(sources, tmp_path / "tasks", only_merge=True)
         assert prepare_part(sources, tmp_path / "tasks", task_index=task, task_count=3) >= 2
     assert prepare(sources, tmp_path / "tasks", val_fraction=0.1, shard_tokens=20_000, only_merge=True) == expected
@@ -305,7 +305,9 @@ def test_documents_are_shuffled_uniformly_and_alike(tmp_path: Path, monkeypatch:
 
 def test_a_vocabulary_above_65536_makes_uint32(tmp_path: Path) -> None:
     """65,535 two-byte tokens beside the bytes: ids that need 17 bits."""
-    ranks = {bytes([i]): i for i in range(256)} | {bytes([i, j]): 256 + 256 * i + j for i in range(256) for j in range(256)}
+    ranks = {bytes([i]): i for i in range(256)} | {
+        bytes([i, j]): 256 + 256 * i + j for i in range(256) for j in range(256)
+    }
     save_ranks(tmp_path / "big.tiktoken", format_ranks(ranks), GPT2_PATTERN, 65_792, 65_793)
     manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", str(tmp_path / "big.tiktoken"))
     assert manifest.dtype == "uint32"

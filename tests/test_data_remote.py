@@ -52,7 +52,9 @@ class Server:
         self.upload()
 
     def upload(self) -> None:
-        store = boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", config=Config(retries={"total_max_attempts": 10}))
+        store = boto3.client(
+            "s3", endpoint_url=self.url, region_name="us-east-1", config=Config(retries={"total_max_attempts": 10})
+        )
         store.create_bucket(Bucket="bucket")
         for path in self.folder.iterdir():
             store.put_object(Bucket="bucket", Key=f"tokens/{path.name}", Body=path.read_bytes())
@@ -96,7 +98,9 @@ def test_batches_are_those_of_the_local_dataset(local: TokenDataset, server: Ser
     far = open_dataset(URL, cache_dir=tmp_path)
     assert isinstance(far, RemoteDataset)
     assert far.fingerprint == local.fingerprint
-    assert [loader(far).batch_hash(step) for step in range(20)] == [loader(local).batch_hash(step) for step in range(20)]
+    assert [loader(far).batch_hash(step) for step in range(20)] == [
+        loader(local).batch_hash(step) for step in range(20)
+    ]
     assert far.document_at("train", 50_000) == local.document_at("train", 50_000)
     for path in (tmp_path / far.fingerprint).glob("*.bin"):
         assert path.read_bytes() == (local.path / path.name).read_bytes()
@@ -168,7 +172,9 @@ def test_processes_share_the_cache(local: TokenDataset, server: Server, tmp_path
         assert path.read_bytes() == (local.path / path.name).read_bytes()
 
 
-def test_a_store_without_the_dataset_is_an_error(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_without_the_dataset_is_an_error(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "RETRY_S", 0.2)
     with pytest.raises(DataError, match=r"nothing/manifest\.json could not be fetched \(it is not there"):
         RemoteDataset("s3://bucket/nothing", tmp_path)
