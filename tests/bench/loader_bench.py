@@ -127,9 +127,8 @@ def main(folder: Path) -> None:
             if mode == "best_fit"
             else ""
         )
-        print(
-            f"{mode} at 2,048: {lost}discarded {packed.discarded():.2%}, {speed(packed, 300):.0f} Mtok/s, first batch {first_s:.2f} s"
-        )
+        rate = f"{speed(packed, 300):.0f} Mtok/s, first batch {first_s:.2f} s"
+        print(f"{mode} at 2,048: padding {padding:.3%}, discarded {packed.discarded():.2%}, {rate}")
     make_dataset(folder / "small", 50_000_000, sparse=True)
     make_dataset(folder / "large", 50_000_000_000, sparse=True)
     for name in ("small", "large") * 2:
