@@ -16,11 +16,11 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -159,7 +159,7 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 def _build(record: type[Record], raw: object, where: str) -> Record:
     """A dataclass from parsed JSON: exactly its fields (those with a default may be missing), exactly their types."""
-    hints, required = _fields(record)
+    hints, required = _fields(cast("Hashable", record))
     if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise DataError(f"{where} must hold exactly {sorted(hints)}, found {found}. Copy the dataset again.")
@@ -167,7 +167,7 @@ def _build(record: type[Record], raw: object, where: str) -> Record:
 
 
 @lru_cache
-def _fields(record: type[Any]) -> tuple[dict[str, Any], set[str]]:
+def _fields(record: Any) -> tuple[dict[str, Any], set[str]]:
     """Types of a record's fields, and which of them must be there; found once, since there are many shards."""
     required = {field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING}
     return get_type_hints(record), required

@@ -122,11 +122,7 @@ def main(folder: Path) -> None:
         began = time.perf_counter()
         packed.batch(0)
         first_s = time.perf_counter() - began
-        lost = (
-            f"padding {1 - warm.tokens('train') / (packed.samples_per_epoch * 2048):.4%}, "
-            if mode == "best_fit"
-            else ""
-        )
+        padding = max(0.0, 1 - warm.tokens("train") / (packed.samples_per_epoch * 2048))
         rate = f"{speed(packed, 300):.0f} Mtok/s, first batch {first_s:.2f} s"
         print(f"{mode} at 2,048: padding {padding:.3%}, discarded {packed.discarded():.2%}, {rate}")
     make_dataset(folder / "small", 50_000_000, sparse=True)
