@@ -49,6 +49,7 @@ setup(
         "pyarrow>=15",
         "zstandard>=0.22",
         "numpy>=1.26",
+        "orjson>=3.9",
         "tensorboard>=2.16",
         "pyyaml>=6.0",
         "pydantic>=2.7",
@@ -62,6 +63,8 @@ setup(
     ],
     extras_require={
         "fast": ["gigatoken>=0.10"],
+        "s3": ["s3fs>=2024.2"],
+        "gcs": ["gcsfs>=2024.2"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -69,6 +72,10 @@ setup(
             "hypothesis>=6.100",
             "transformers>=4.50",
             "megatron-core>=0.12",
+            "gigatoken>=0.10",
+            "moto[s3,server]>=5.0",
+            "s3fs>=2024.2",
+            "boto3>=1.34",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"],
     },

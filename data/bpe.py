@@ -83,6 +83,10 @@ class JsonTokenizer:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
         return self._full.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def as_ranks(self) -> tuple[bytes, str] | None:
+        """The same tokenizer as ranks in tiktoken's format and a pattern, or None where it is not of that make."""
+        return self._fast.as_ranks() if self._fast is not None else None
+
     def save(self, folder: Path) -> str:
         """Write `tokenizer.json`, byte for byte the file that was loaded."""
         write_file(folder / "tokenizer.json", self._content)

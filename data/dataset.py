@@ -10,14 +10,17 @@ compares sizes; shards are mapped into memory when first read. So opening costs 
 copy is refused before the first step. Full hashes are `packspeed verify` (verify.py).
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +33,7 @@ FORMAT = "packspeed-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
+Starts = npt.NDArray[np.int64]
 Record = TypeVar("Record")
 
 
@@ -64,6 +68,7 @@ class SourceSummary:
     bad_documents: int
     binary_files: int
     fingerprint: str
+    duplicate_documents: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,15 @@ class Manifest:
         return xxhash.xxh3_128_hexdigest(json.dumps([self.version, self.dtype, identity, shards]).encode())
 
 
+def manifest_json(manifest: Manifest) -> bytes:
+    """The content of manifest.json, without fields at their default: older versions refuse what they do not know."""
+    raw = dataclasses.asdict(manifest)
+    for field in dataclasses.fields(SourceSummary):
+        if raw["source"][field.name] == field.default:
+            del raw["source"][field.name]
+    return json.dumps(raw, indent=1).encode() + b"\n"
+
+
 @dataclass(frozen=True)
 class DocumentSpan:
     """Where a document lies: its shard, its number there, and its tokens in the stream of its split, EOT included."""
@@ -144,12 +158,19 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def _build(record: type[Record], raw: object, where: str) -> Record:
-    """A dataclass from parsed JSON: exactly its fields, exactly their types."""
-    hints = get_type_hints(record)
-    if not isinstance(raw, dict) or set(raw) != set(hints):
+    """A dataclass from parsed JSON: exactly its fields (those with a default may be missing), exactly their types."""
+    hints, required = _fields(cast("Hashable", record))
+    if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise DataError(f"{where} must hold exactly {sorted(hints)}, found {found}. Copy the dataset again.")
-    return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items()})
+    return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items() if name in raw})
+
+
+@lru_cache
+def _fields(record: Any) -> tuple[dict[str, Any], set[str]]:
+    """Types of a record's fields, and which of them must be there; found once, since there are many shards."""
+    required = {field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING}
+    return get_type_hints(record), required
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:
@@ -211,9 +232,8 @@ class TokenDataset:
     """A prepared dataset, open for reading. Any thread may read; nothing is ever written."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.manifest = load_manifest(path)
-        check_files(self.path, self.manifest)
+        self.manifest: Manifest
+        self.path = self._open(path)
         self.fingerprint = self.manifest.fingerprint
         self.vocab_size = self.manifest.tokenizer.vocab_size
         self.eot_id = self.manifest.tokenizer.eot_id
@@ -226,6 +246,19 @@ class TokenDataset:
         self._maps: dict[str, Tokens] = {}
         self._indices: dict[str, Index] = {}
 
+    def _open(self, path: str | Path) -> Path:
+        """Load the manifest and check the files; returns the folder."""
+        self.manifest = load_manifest(path)
+        check_files(Path(path), self.manifest)
+        return Path(path)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What a checkpoint remembers, so that a changed dataset can be refused with what changed."""
+        manifest = self.manifest
+        shards = [[shard.name, shard.tokens, shard.bin_xxh3_128] for shard in manifest.shards]
+        known = [manifest.tokenizer.name, manifest.tokenizer.sha256]
+        return [{"path": str(self.path), "fingerprint": manifest.fingerprint, "tokenizer": known, "shards": shards}]
+
     def tokens(self, split: str) -> int:
         """Length of a split's stream in tokens; 0 where the dataset has no such split."""
         return self._starts[split][-1]
@@ -233,15 +266,23 @@ class TokenDataset:
     def read(self, split: str, start: int, length: int) -> Tokens:
         """A copy of `length` tokens from `start` on, (length,), over shard boundaries. IndexError outside the split."""
         row = np.empty(length, dtype=self.dtype)
-        self._read_into(row, split, start)
+        self.read_into(row, split, start)
         return row
 
     def read_rows(self, split: str, starts: Sequence[int], length: int) -> Tokens:
         """One row of `length` tokens from each start, (len(starts), length), in the dataset's dtype."""
         rows = np.empty((len(starts), length), dtype=self.dtype)
         for row, start in zip(rows, starts, strict=True):
-            self._read_into(row, split, start)
+            self.read_into(row, split, start)
         return rows
+
+    def will_need(self, split: str, ranges: Starts) -> None:
+        """Ask the kernel to read ranges of a stream, (n, 2) first token and tokens, ahead of their use."""
+        for start, length in ranges.tolist():
+            shard = bisect_right(self._starts[split], start) - 1
+            offset = (start - self._starts[split][shard]) * self.dtype.itemsize
+            with contextlib.suppress(OSError), open(self.path / f"{self._shards[split][shard].name}.bin", "rb") as file:
+                os.posix_fadvise(file.fileno(), offset, length * self.dtype.itemsize, os.POSIX_FADV_WILLNEED)
 
     def document_at(self, split: str, position: int) -> DocumentSpan:
         """The document that token number `position` of a split belongs to (its EOT belongs to it)."""
@@ -249,15 +290,32 @@ class TokenDataset:
             raise IndexError(f"token {position} of {split}, which has {self.tokens(split)}")
         number = bisect_right(self._starts[split], position) - 1
         shard, first = self._shards[split][number], self._starts[split][number]
-        if shard.name not in self._indices:
-            path = self.path / f"{shard.name}.idx"
-            self._indices[shard.name] = read_index(path, shard.documents, self.manifest.dtype)
-        index = self._indices[shard.name]
+        index = self._index(shard)
         document = index.find(position - first)
         start = first + int(index.offsets_bytes[document]) // self.dtype.itemsize
         return DocumentSpan(shard.name, document, start, int(index.lengths[document]))
 
-    def _read_into(self, row: Tokens, split: str, start: int) -> None:
+    def document_spans(self, split: str, first: int, count: int, stride: int = 1) -> tuple[Starts, Starts]:
+        """Where documents first, first + stride, ... lie: first tokens and lengths, EOT included, `count` at most."""
+        starts, lengths, passed = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
+        last = first + count * stride
+        for shard, offset in zip(self._shards[split], self._starts[split], strict=False):
+            begin = max(first - passed, (first - passed) % stride)
+            if begin < shard.documents and last > passed:
+                chosen, index = slice(begin, min(last - passed, shard.documents), stride), self._index(shard)
+                starts.append(offset + index.offsets_bytes[chosen] // self.dtype.itemsize)
+                lengths.append(index.lengths[chosen].astype(np.int64))
+            passed += shard.documents
+        return np.concatenate(starts), np.concatenate(lengths)
+
+    def _index(self, shard: Shard) -> Index:
+        if shard.name not in self._indices:
+            path = self.path / f"{shard.name}.idx"
+            self._indices[shard.name] = read_index(path, shard.documents, self.manifest.dtype)
+        return self._indices[shard.name]
+
+    def read_into(self, row: Tokens, split: str, start: int) -> None:
+        """Fill a row with the tokens from `start` on. IndexError outside the split."""
         starts, end = self._starts[split], start + len(row)
         if start < 0 or end > starts[-1]:
             raise IndexError(f"tokens {start} to {end} of {split}, which has {starts[-1]}")
@@ -273,6 +331,33 @@ class TokenDataset:
             # As a plain array: slicing np.memmap itself costs ten times as much.
             self._maps[name] = np.memmap(self.path / f"{name}.bin", dtype=self.dtype, mode="r").view(np.ndarray)
         return self._maps[name]
+
+
+def open_dataset(path: str | Path, **remote: Any) -> TokenDataset:
+    """A dataset in a folder, or behind a URL (remote.py; `remote` are its options)."""
+    if "://" not in str(path):
+        return TokenDataset(path)
+    from packspeed.data.remote import RemoteDataset
+
+    return RemoteDataset(str(path), **remote)
+
+
+def changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    """What differs between datasets a checkpoint remembers (`TokenDataset.describe`) and those there are now."""
+    found = [f"there were {len(old)} datasets, now {len(new)}"] if len(old) != len(new) else []
+    for before, now in zip(old, new, strict=False):
+        if before["fingerprint"] == now["fingerprint"]:
+            continue
+        if before["tokenizer"] != now["tokenizer"]:
+            found.append(f"{now['path']}: its tokenizer was {before['tokenizer'][0]}, is {now['tokenizer'][0]}")
+        shards, there = ({name: rest for name, *rest in each["shards"]} for each in (before, now))
+        for name in sorted(shards.keys() | there.keys()):
+            if name not in shards or name not in there:
+                found.append(f"{now['path']}: {name} is {'gone' if name in shards else 'new'}")
+            elif shards[name] != there[name]:
+                sizes = f"{shards[name][0]:,} tokens before, {there[name][0]:,} now"
+                found.append(f"{now['path']}: {name} has changed ({sizes})")
+    return found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else [])
 
 
 def _running_sum(shards: list[Shard]) -> list[int]:

@@ -102,6 +102,16 @@ class Order:
         """The pass over the data that a sample belongs to."""
         return sample // self.windows
 
+    def group(self, sample: int) -> int:
+        """The group of blocks that a sample belongs to, counted over all epochs; -1 where there are no groups."""
+        epoch, slot = divmod(sample, self.windows)
+        return -1 if self.shuffle == "full" else epoch * self._epoch(epoch).groups + self._epoch(epoch).group_of(slot)
+
+    def group_blocks(self, group: int) -> Indices:
+        """First token and number of tokens of every block of a group, (blocks, 2): what its samples will read."""
+        groups = self._epoch(0).groups
+        return self._epoch(group // groups).blocks_of(group % groups) if group >= 0 else np.empty((0, 2), np.int64)
+
     def _starts_of_chunk(self, epoch: int, chunk: int) -> Indices:
         slots = np.arange(chunk * CHUNK, min(self.windows, (chunk + 1) * CHUNK), dtype=np.int64)
         starts = self._epoch(epoch).offset + self.seq_len * self._epoch(epoch)(slots)
@@ -126,7 +136,8 @@ class _Epoch:
         self._permute_blocks = Permutation(max(1, self._whole), self._prefix + b"blocks")
         self._rest_place = self._draw(b"rest", blocks) if self._rest else blocks
         # Group g holds the permuted blocks first_block[g] .. first_block[g + 1] - 1 and begins at slot first_slot[g].
-        groups = max(1, round(windows * order.seq_len / GROUP_TOKENS))
+        self.groups = groups = max(1, round(windows * order.seq_len / GROUP_TOKENS))
+        self._seq_len = order.seq_len
         self._first_block = np.arange(groups + 1, dtype=np.int64) * blocks // groups
         missing = (self._first_block > self._rest_place) * (self._block - self._rest)
         self._first_slot = self._first_block * self._block - missing
@@ -155,6 +166,20 @@ class _Epoch:
         block = np.where(last, self._whole, self._permute_blocks(np.where(last, 0, whole)))
         window: Indices = block * self._block + inside
         return window
+
+    def group_of(self, slot: int) -> int:
+        """The group that holds a slot."""
+        return int(np.searchsorted(self._first_slot, slot, side="right")) - 1
+
+    def blocks_of(self, group: int) -> Indices:
+        """First token and tokens of the blocks of a group, (blocks, 2)."""
+        places = np.arange(self._first_block[group], self._first_block[group + 1])
+        places = places[places != self._rest_place]
+        blocks = self._permute_blocks(places - (places > self._rest_place))
+        if self._first_block[group] <= self._rest_place < self._first_block[group + 1]:
+            blocks = np.append(blocks, self._whole)
+        windows = np.where(blocks == self._whole, self._rest, self._block)
+        return np.stack([self.offset + blocks * self._block * self._seq_len, windows * self._seq_len + 1], axis=1)
 
     def _draw(self, purpose: bytes, n: int) -> int:
         """A number 0 .. n-1 for this epoch."""

@@ -1,28 +1,29 @@
-"""Text to a token dataset, in one pass: read, encode, split, write shards, and the manifest last.
+"""Text to a token dataset: work units, done by one process or many, then merged into shards; the manifest is last.
+
+    sources -> units of about 32 MiB -> tokens of each unit and a receipt -> merge: duplicates, split, shuffle, shards
 
 Every document is encoded on its own and ended by EOT. Validation documents are chosen by a keyed xxh3 hash of their
 bytes, so the same document falls on the same side in every dataset, whatever stands around it. Fewer than 100 documents
-(one text file, say) are too few for that: then the tail of the token stream is validation. Where the cut falls inside a
-document, between two characters, both halves become documents, the first one ended by an EOT of its own.
+(one text file, say) are too few for that: then the tail of the token stream is validation (tail.py).
 
-A failure of any kind removes what this run wrote. A killed run leaves shards without a manifest, which no reader takes
-for a dataset, and which `--overwrite` clears. Memory: a megabyte of text, or one document where that is longer.
+The dataset depends on sources and options alone: any number of workers, tasks, kills and continuations gives
+the same bytes. A killed run leaves `.units/` and no manifest, which no reader takes for a dataset; the same command
+goes on after the last finished unit. A failure keeps finished units, and removes everything where there is none.
+Cost: README.md; memory: a few megabytes of text and the encoder, whatever the corpus.
 """
 
+import contextlib
 import dataclasses
-import itertools
-import json
+import fcntl
 import re
-import tempfile
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import xxhash
-
 from packspeed.data.atomic import temporary, write_file
+from packspeed.data.crew import Crew
 from packspeed.data.dataset import (
     FORMAT,
     MANIFEST,
@@ -32,41 +33,67 @@ from packspeed.data.dataset import (
     SourceSummary,
     SplitMethod,
     TokenizerIdentity,
-    Tokens,
+    manifest_json,
 )
+from packspeed.data.encode import Choice
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.readers import Document, Tally, read_documents
+from packspeed.data.merge import FEW_DOCUMENTS, Merge, Merged
 from packspeed.data.shards import ShardWriter
-from packspeed.data.sources import Source, find_sources
+from packspeed.data.sources import find_sources
+from packspeed.data.tail import split_tail
 from packspeed.data.tokenizer import Tokenizer, load_tokenizer
+from packspeed.data.unit_work import Counts, UnitWorker
+from packspeed.data.units import (
+    FOLDER,
+    UNIT_BYTES,
+    Job,
+    Receipt,
+    Unit,
+    load_receipt,
+    plan_units,
+    remove_leftovers,
+    save_job,
+)
 
 SHARD_TOKENS = 2**28
-FEW_DOCUMENTS = 100
-BATCH_BYTES = 2**20
-BATCH_DOCUMENTS = 1024
-HASH_SEED = 0x7061636B73706565  # of all splits there will ever be: a document never changes sides
 OWN_FILES = re.compile(
-    r"(manifest\.json|(train|val)-[0-9]{5,}\.(bin|idx)|tokenizer\.json|[\w.-]+\.tiktoken(\.json)?)(\.tmp)?"
+    r"(manifest\.json|(train|val)-[0-9]{5,}\.(bin|idx)|tokenizer\.json|[\w.-]+\.tiktoken(\.json)?)(\.tmp)?|\.units"
 )
 
 
 @dataclass
 class Progress:
-    """How far a preparation has come."""
+    """How far a preparation has come, finished units of earlier runs included. `bytes` are bytes of the sources."""
 
     documents: int = 0
     empty_documents: int = 0
     text_bytes: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
+    tokens_per_s: float = 0.0
+    bytes_done: int = 0
+    bytes_total: int = 0
+    left_s: float | None = None  # None until there is something to judge by
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A document's tokens with its EOT, and the xxh3-128 of its bytes."""
+@dataclass(frozen=True)
+class Options:
+    """What the merge is told."""
 
-    tokens: Tokens
-    hash: int
+    val_fraction: float = 0.005
+    shard_tokens: int = SHARD_TOKENS
+    skip_bad: int = 0
+    dedup: bool = False
+    shuffle_seed: int | None = None
+
+    def check(self) -> None:
+        """UsageError for impossible numbers."""
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(f"val_fraction must be at least 0 and less than 1, not {self.val_fraction}.")
+        if self.shard_tokens < 1 or self.skip_bad < 0:
+            raise UsageError(
+                f"shard_tokens {self.shard_tokens} must be positive and skip_bad {self.skip_bad} not negative."
+            )
 
 
 def prepare(
@@ -80,208 +107,275 @@ def prepare(
     val_fraction: float = 0.005,
     shard_tokens: int = SHARD_TOKENS,
     skip_bad: int = 0,
+    dedup: bool = False,
+    shuffle_seed: int | None = None,
+    workers: int = 1,
+    encoder: Choice = "auto",
     overwrite: bool = False,
+    only_merge: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Write the dataset of `sources` into the folder `out`; returns its manifest.
 
     `sources`, `include` and `exclude` are described in sources.py; `text_key` names the text in records with many keys.
-    `tokenizer` is a Tokenizer or what `load_tokenizer` takes. `val_fraction` of the documents, or of the tokens where
-    documents are few, become validation. A shard ends with the document that fills it to `shard_tokens`. `skip_bad` bad
-    documents are passed over. `progress` is called about once per megabyte of text.
+    `tokenizer` is a Tokenizer or what `load_tokenizer` takes, `encoder` a choice of encode.py. `val_fraction` of the
+    documents, or of the tokens where documents are few, become validation. A shard ends with the document that fills it
+    to `shard_tokens`. `skip_bad` bad documents are passed over. `dedup` drops documents that are byte for byte an
+    earlier one; `shuffle_seed` shuffles the documents. `only_merge` expects all units to be done (`prepare_part`).
+    `progress` is called about once per megabyte of text.
     UsageError for bad arguments and a folder that is in use, DataError for bad documents and a full disk; after either
     there is no dataset in `out`.
     """
-    if not 0 <= val_fraction < 1:
-        raise UsageError(f"val_fraction must be at least 0 and less than 1, not {val_fraction}.")
-    if shard_tokens < 1 or skip_bad < 0:
-        raise UsageError(f"shard_tokens {shard_tokens} must be positive and skip_bad {skip_bad} not negative.")
-    folder = Path(out)
-    if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer)
-    found = find_sources(sources, include=include, exclude=exclude, outside=folder)
-    created = not folder.exists()
-    _claim(folder, overwrite)
-    job = _Preparation(folder, tokenizer, val_fraction, shard_tokens, Tally(skip_bad), progress)
-    try:
-        return job.run(list(sources), found, text_key)
-    except BaseException as error:
-        job.abandon()
-        if created:
-            folder.rmdir()
-        if isinstance(error, OSError):
-            raise DataError(f"{folder} cannot be written: {error.strerror or error}. Nothing is left there.") from error
-        raise
+    options = Options(val_fraction, shard_tokens, skip_bad, dedup, shuffle_seed)
+    options.check()
+    if workers < 1:
+        raise UsageError(f"workers {workers} must be at least 1.")
+    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, overwrite, options)
+    with job.failing_cleanly(), job.alone():
+        job.do(workers, encoder, progress, only_merge=only_merge)
+        return job.merge(list(sources))
+
+
+def prepare_part(
+    sources: Sequence[str],
+    out: str | Path,
+    tokenizer: str | Tokenizer = "gpt2",
+    *,
+    task_index: int,
+    task_count: int,
+    text_key: str = "text",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    skip_bad: int = 0,
+    workers: int = 1,
+    encoder: Choice = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> int:
+    """Do every `task_count`-th unit, from `task_index` on, on any of many machines that share `out`; returns how many.
+
+    Once every task is done, `prepare` with the same arguments and `only_merge` writes the dataset. Errors as there.
+    """
+    if not 0 <= task_index < task_count:
+        raise UsageError(f"There is no task {task_index} among {task_count}: they are numbered from 0.")
+    options = Options(skip_bad=skip_bad)
+    options.check()
+    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, False, options)
+    return job.do(workers, encoder, progress, task=(task_index, task_count))
 
 
 class _Preparation:
-    """One run of prepare: the writers of both splits and the counts."""
+    """One run of prepare on one folder."""
 
     def __init__(
         self,
         folder: Path,
-        tokenizer: Tokenizer,
-        val_fraction: float,
-        shard_tokens: int,
-        tally: Tally,
-        progress: Callable[[Progress], None] | None,
+        sources: Sequence[str],
+        tokenizer: str | Tokenizer,
+        text_key: str,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        overwrite: bool,
+        options: Options,
     ):
-        self.folder, self.tokenizer, self.val_fraction, self.tally = folder, tokenizer, val_fraction, tally
-        self.dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        self.train = ShardWriter(folder, "train", self.dtype, shard_tokens)
-        self.val = ShardWriter(folder, "val", self.dtype, shard_tokens)
-        self.progress, self.report, self.began = Progress(), progress, time.perf_counter()
-        self.hash_sum = 0
+        self.folder, self.options, self.units_folder = folder, options, folder / FOLDER
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        found = find_sources(sources, include=include, exclude=exclude, outside=folder)
+        self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
+        self.created = not folder.exists()
+        _claim(folder, overwrite)
+        with self.failing_cleanly():
+            self.tokenizer_file = self.tokenizer.save(folder)
+            units, state = plan_units(found)
+            self.job = Job(
+                units, state, text_key, self.tokenizer_file, self.tokenizer.sha256, self.dtype, self.tokenizer.eot_id
+            )
+            save_job(self.units_folder, self.job)
 
-    def run(self, names: list[str], sources: list[Source], text_key: str) -> Manifest:
-        temporary(self.folder / MANIFEST).touch()  # until the end it marks the folder as an unfinished dataset
-        tokenizer_file = self.tokenizer.save(self.folder)
-        documents = self._encode(read_documents(sources, text_key, self.tally))
-        method = self._split(documents)
-        shards = self.train.close() + self.val.close()
-        if not shards:
+    def do(
+        self,
+        workers: int,
+        encoder: Choice,
+        progress: Callable[[Progress], None] | None,
+        *,
+        task: tuple[int, int] = (0, 1),
+        only_merge: bool = False,
+    ) -> int:
+        """Do the units of this task that have no receipt; returns how many the task has."""
+        mine = self.job.units[task[0] :: task[1]]
+        receipts = {unit.number: load_receipt(self.units_folder, unit.number) for unit in mine}
+        todo = [unit for unit in mine if receipts[unit.number] is None]
+        if only_merge and todo:
+            raise UsageError(
+                f"{len(todo)} of {len(mine)} units of {self.folder} are not done (the first is {todo[0].number}). "
+                f"Run the missing tasks, then merge again."
+            )
+        meter = _Meter(mine, [r for r in receipts.values() if r], progress)
+        bad = sum(receipt.bad for receipt in receipts.values() if receipt)
+        for receipt in self._run(todo, workers, encoder, meter):
+            bad += receipt.bad
+            if bad > self.options.skip_bad:
+                raise DataError(
+                    f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows fewer. Raise it, or "
+                    f"correct them; what is finished is kept."
+                )
+        return len(mine)
+
+    def _run(self, units: list[Unit], workers: int, encoder: Choice, meter: "_Meter") -> Iterator[Receipt]:
+        workers = min(workers, len(units))
+        if workers > 1:
+            with Crew(self.units_folder, workers, self.options.skip_bad, encoder) as crew:
+                for receipt in crew.do(units, meter.add):
+                    meter.finished(receipt)
+                    yield receipt
+        elif units:
+            worker = UnitWorker(self.units_folder, self.job, self.tokenizer, self.options.skip_bad, encoder)
+            for unit in units:
+                receipt = worker.do(unit, meter.add)
+                meter.finished(receipt)
+                yield receipt
+
+    def merge(self, names: list[str]) -> Manifest:
+        """Make the shards and the manifest from finished units, then remove the units."""
+        options = self.options
+        merge = Merge(self.units_folder, len(self.job.units), self.dtype, options.dedup, options.shuffle_seed)
+        if not merge.found.documents:
+            shutil.rmtree(self.units_folder)  # nothing worth keeping
             raise DataError(f"There is no text in {', '.join(names)}: every document is empty or was passed over.")
-        return self._write_manifest(names, tokenizer_file, method, shards)
-
-    def abandon(self) -> None:
-        """Remove all that this run wrote."""
-        self.train.abandon()
-        self.val.abandon()
-        _clear(self.folder)
-
-    def _encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
-        """Documents with their EOT, empty ones left out."""
-        counts, eot_id = self.progress, self.tokenizer.eot_id
-        for batch in _batches(self._without_empty(documents)):
-            for document, ids in zip(batch, self.tokenizer.encode_batch([d.text for d in batch]), strict=True):
-                tokens = np.empty(len(ids) + 1, dtype=self.dtype)
-                tokens[:-1] = ids
-                tokens[-1] = eot_id
-                counts.documents += 1
-                counts.text_bytes += len(document.data)
-                counts.tokens += len(tokens)
-                yield Encoded(tokens, xxhash.xxh3_128_intdigest(document.data, seed=HASH_SEED))
-            counts.elapsed_s = time.perf_counter() - self.began
-            if self.report is not None:
-                self.report(counts)
-
-    def _without_empty(self, documents: Iterable[Document]) -> Iterator[Document]:
-        for document in documents:
-            if document.data:
-                yield document
+        train, val = (ShardWriter(self.folder, split, self.dtype, options.shard_tokens) for split in ("train", "val"))
+        try:
+            if options.val_fraction > 0 and merge.found.documents < FEW_DOCUMENTS:
+                method = "tail"
+                merged = split_tail(merge, self.tokenizer, self.dtype, train, val, options.val_fraction)
             else:
-                self.progress.empty_documents += 1
+                method = "hash" if options.val_fraction > 0 else "none"
+                merged = merge.split(train, val, options.val_fraction)
+            shards = train.close() + val.close()
+        finally:
+            train.abandon()
+            val.abandon()
+        manifest = self._manifest(names, method, shards, merged)
+        write_file(self.folder / MANIFEST, manifest_json(manifest))
+        shutil.rmtree(self.units_folder)
+        return manifest
 
-    def _split(self, documents: Iterator[Encoded]) -> str:
-        """Write every document to its split; returns the method, which the number of documents decides."""
-        with tempfile.TemporaryFile(dir=self.folder) as spool:  # on disk: a hundred documents can be any size
-            first = []
-            for document in itertools.islice(documents, FEW_DOCUMENTS):
-                spool.write(document.tokens.tobytes())
-                first.append((len(document.tokens), document.hash))
-            spool.seek(0)
-            size = np.dtype(self.dtype).itemsize
-            again = (Encoded(np.frombuffer(spool.read(n * size), dtype=self.dtype), digest) for n, digest in first)
-            if self.val_fraction > 0 and len(first) < FEW_DOCUMENTS:
-                self._split_tail(again, sum(n for n, _ in first))
-                return "tail"
-            self._split_by_hash(itertools.chain(again, documents))
-            return "hash" if self.val_fraction > 0 else "none"
-
-    def _split_by_hash(self, documents: Iterable[Encoded]) -> None:
-        bound = int(self.val_fraction * 2**64)
-        for document in documents:
-            self.hash_sum += document.hash
-            (self.val if document.hash >> 64 < bound else self.train).add(document.tokens)
-
-    def _split_tail(self, documents: Iterable[Encoded], tokens: int) -> None:
-        remaining = int(tokens * (1 - self.val_fraction))  # of the training part
-        for document in documents:
-            self.hash_sum += document.hash
-            cut = self._between_characters(document.tokens, remaining)
-            if 0 < cut < len(document.tokens):
-                eot = np.array([self.tokenizer.eot_id], dtype=self.dtype)
-                self.train.add(np.concatenate([document.tokens[:cut], eot]))
-                self.val.add(document.tokens[cut:])
-            else:
-                (self.train if cut else self.val).add(document.tokens)
-            remaining = max(0, remaining - len(document.tokens))
-
-    def _between_characters(self, tokens: Tokens, cut: int) -> int:
-        """The first place at or behind `cut` where a document may be cut in two, or its length where there is none."""
-        if cut == 0:
-            return 0
-        while cut < len(tokens) - 1 and _begins_inside_character(self.tokenizer.decode_bytes([int(tokens[cut])])):
-            cut += 1
-        return cut if cut < len(tokens) - 1 else len(tokens)
-
-    def _write_manifest(self, names: list[str], tokenizer_file: str, method: str, shards: list[Shard]) -> Manifest:
-        known, counts = self.tokenizer, self.progress
+    def _manifest(self, names: list[str], method: str, shards: list[Shard], merged: Merged) -> Manifest:
+        known = self.tokenizer
+        receipts = [load_receipt(self.units_folder, unit.number) for unit in self.job.units]
+        done = [receipt for receipt in receipts if receipt is not None]
         manifest = Manifest(
             format=FORMAT,
             version=VERSION,
             dtype=self.dtype,
             tokenizer=TokenizerIdentity(
-                known.name, known.vocab_size, known.eot_id, known.sha256, known.pattern, tokenizer_file
+                known.name, known.vocab_size, known.eot_id, known.sha256, known.pattern, self.tokenizer_file
             ),
-            split=SplitMethod(method, float(self.val_fraction)),
+            split=SplitMethod(method, float(self.options.val_fraction)),
             source=SourceSummary(
                 names=names,
-                documents=counts.documents,
-                text_bytes=counts.text_bytes,
-                empty_documents=counts.empty_documents,
-                bad_documents=self.tally.bad,
-                binary_files=self.tally.binary,
-                fingerprint=f"{self.hash_sum % 2**128:032x}",
+                documents=merged.documents,
+                text_bytes=sum(receipt.text_bytes for receipt in done),
+                empty_documents=sum(receipt.empty_documents for receipt in done),
+                bad_documents=sum(receipt.bad for receipt in done),
+                binary_files=sum(receipt.binary for receipt in done),
+                fingerprint=f"{merged.hash_sum % 2**128:032x}",
+                duplicate_documents=merged.duplicates,
             ),
             shards=shards,
             fingerprint="",
         )
-        manifest = dataclasses.replace(manifest, fingerprint=manifest.compute_fingerprint())
-        content = json.dumps(dataclasses.asdict(manifest), indent=1)
-        write_file(self.folder / MANIFEST, content.encode() + b"\n")
-        return manifest
+        return dataclasses.replace(manifest, fingerprint=manifest.compute_fingerprint())
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder's lock. UsageError where another process works on it."""
+        with open(self.units_folder / "lock", "wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(f"Another prepare is at work in {self.folder}. Wait for it, or stop it.") from error
+            remove_leftovers(self.units_folder)
+            yield
+
+    @contextlib.contextmanager
+    def failing_cleanly(self) -> Iterator[None]:
+        """On any error keep finished units and nothing else; nothing at all where none is finished."""
+        try:
+            yield
+        except BaseException as error:
+            in_use = isinstance(error, UsageError)
+            kept = self.units_folder.exists() and any(self.units_folder.glob("[0-9]*.json"))
+            if not in_use:
+                _clear(self.folder, keep_units=kept)
+                if self.created and not kept:
+                    self.folder.rmdir()
+            if isinstance(error, OSError):
+                left = "Finished units are kept: make room, and the same command goes on." if kept else ""
+                raise DataError(
+                    f"{self.folder} cannot be written: {error.strerror or error}. {left or 'Nothing is left there.'}"
+                ) from error
+            raise
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents by the megabyte: enough to encode several at once, little enough to hold."""
-    batch, size = list[Document](), 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.data)
-        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+class _Meter:
+    """Adds up what workers report and tells the caller."""
 
+    def __init__(self, units: list[Unit], done: list[Receipt], report: Callable[[Progress], None] | None):
+        self.now = Progress(bytes_total=sum(unit.bytes for unit in units))
+        self.report, self.began, self.new_tokens, self.open_bytes = report, time.perf_counter(), 0, 0
+        for receipt in done:
+            self._count(Counts(receipt.documents, receipt.empty_documents, receipt.text_bytes, receipt.tokens))
+        self.unit_bytes = self.now.bytes_total / max(1, len(units))
+        self.old_bytes = int(self.unit_bytes * len(done))
+        self.now.bytes_done = self.old_bytes
 
-def _begins_inside_character(data: bytes) -> bool:
-    return data[:1] != b"" and data[0] & 0xC0 == 0x80
+    def _count(self, counts: Counts) -> None:
+        for field in dataclasses.fields(Counts):
+            setattr(self.now, field.name, getattr(self.now, field.name) + getattr(counts, field.name))
+
+    def add(self, counts: Counts) -> None:
+        """Count what a worker has encoded."""
+        self._count(counts)
+        now, self.new_tokens = self.now, self.new_tokens + counts.tokens
+        self.open_bytes = min(self.open_bytes + counts.text_bytes, UNIT_BYTES)
+        now.elapsed_s = time.perf_counter() - self.began
+        now.tokens_per_s = self.new_tokens / max(now.elapsed_s, 1e-9)
+        done = min(now.bytes_total, now.bytes_done + self.open_bytes) - self.old_bytes
+        left = now.bytes_total - self.old_bytes - done
+        now.left_s = now.elapsed_s * left / done if done > 0 else None
+        if self.report is not None:
+            self.report(now)
+
+    def finished(self, receipt: Receipt) -> None:
+        """Count a finished unit."""
+        self.now.bytes_done = min(self.now.bytes_total, self.now.bytes_done + int(self.unit_bytes))
+        self.open_bytes = 0
 
 
 def _claim(folder: Path, overwrite: bool) -> None:
-    """Make the folder, or make sure that it is empty or holds nothing but an earlier dataset that may go."""
+    """Make the folder, or make sure that it is empty, holds unfinished units, or holds a dataset that may go."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise UsageError(f"{folder} cannot be made a folder: {error.strerror}. Choose another one.") from error
     foreign = [name for name in names if not OWN_FILES.fullmatch(name)]
-    unfinished = temporary(folder / MANIFEST).name in names
-    if foreign or (names and MANIFEST not in names and not unfinished):
+    if foreign or (names and not {MANIFEST, temporary(folder / MANIFEST).name, FOLDER} & set(names)):
         other = ", ".join((foreign or names)[:3])
         raise UsageError(f"{folder} holds other files ({other}). Choose an empty or a new folder.")
-    if names and not overwrite:
-        state = "holds a dataset" if MANIFEST in names else "holds what an interrupted prepare left"
-        raise UsageError(f"{folder} {state}. Choose another folder, or replace it with --overwrite.")
-    _clear(folder)
+    if MANIFEST in names and not overwrite:
+        raise UsageError(f"{folder} holds a dataset. Choose another folder, or replace it with --overwrite.")
+    if overwrite or FOLDER not in names:
+        _clear(folder, keep_units=False)
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, keep_units: bool) -> None:
     """Remove a dataset's files, the manifest first: what is left of one is never taken for a whole one."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if OWN_FILES.fullmatch(path.name) and path != temporary(folder / MANIFEST):
+        if path.name == FOLDER:
+            if keep_units:
+                remove_leftovers(path)
+            else:
+                shutil.rmtree(path)
+        elif OWN_FILES.fullmatch(path.name) and not (keep_units and "tok" in path.name):
             path.unlink()
-    temporary(folder / MANIFEST).unlink(missing_ok=True)

@@ -8,10 +8,12 @@ Cost: 0.3 s per gigabyte for xxh3 and the copies; memory: 4 bytes per document o
 import contextlib
 import os
 from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from packspeed.data.atomic import publish, temporary
@@ -20,6 +22,7 @@ from packspeed.data.errors import DataError
 from packspeed.data.mmidx import LONGEST_TOKENS, index_bytes, write_index
 
 WRITE_BUFFER_BYTES = 2**20
+Lengths = npt.NDArray[np.int64]
 
 
 class ShardWriter:
@@ -27,21 +30,50 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self.itemsize = np.dtype(dtype).itemsize
         self._done: list[Shard] = []
         self._bin: IO[bytes] | None = None
 
     def add(self, tokens: Tokens) -> None:
         """Write one document: its tokens in the shard's dtype, EOT last."""
-        if len(tokens) > LONGEST_TOKENS:
-            raise DataError(f"A document of {len(tokens)} tokens is too long for a Megatron index. Split the file.")
+        data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
+        self._write([data.data], np.array([len(tokens)], dtype=np.int64))
+
+    def add_run(self, tokens: Tokens, lengths: Lengths) -> None:
+        """Write consecutive documents, `lengths` tokens each, every one ended by EOT."""
+        data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
+        while len(lengths):
+            ends = np.cumsum(lengths)
+            fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
+            size = int(ends[:fills][-1])
+            self._write([np.ascontiguousarray(data[:size]).data], lengths[:fills])
+            data, lengths = data[size:], lengths[fills:]
+
+    def copy(self, file: int, offset_bytes: int, lengths: Lengths) -> None:
+        """Write consecutive documents, `lengths` tokens each, from a file descriptor, 1 MiB at a time."""
+        while len(lengths):
+            ends = np.cumsum(lengths)
+            fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
+            size = int(ends[:fills][-1]) * self.itemsize
+            self._write(chunks_of(file, offset_bytes, size), lengths[:fills])
+            offset_bytes, lengths = offset_bytes + size, lengths[fills:]
+
+    def add_chunks(self, chunks: Iterable[bytes | memoryview], tokens: int) -> None:
+        """Write one document of `tokens` tokens that comes in pieces of bytes, EOT included."""
+        self._write(chunks, np.array([tokens], dtype=np.int64))
+
+    def _write(self, chunks: Iterable[bytes | memoryview], lengths: Lengths) -> None:
+        """Write documents of which at most the last one fills the shard."""
+        if int(lengths.max()) > LONGEST_TOKENS:
+            raise DataError(f"A document of {lengths.max()} tokens is too long for a Megatron index. Split the file.")
         if self._bin is None:
             self._open()
         assert self._bin is not None
-        data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False).data
-        self._bin.write(data)
-        self._hash.update(data)
-        self._lengths.append(len(tokens))
-        self._tokens += len(tokens)
+        for chunk in chunks:
+            self._bin.write(chunk)
+            self._hash.update(chunk)
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self._tokens += int(lengths.sum())
         if self._tokens >= self._shard_tokens:
             self._finish(self._bin)
 
@@ -92,6 +124,19 @@ class ShardWriter:
 def _flush(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def chunks_of(file: int, offset_bytes: int, size: int) -> Iterator[bytes]:
+    """A part of an open file, a megabyte at a time. DataError where the file ends early."""
+    end = offset_bytes + size
+    while offset_bytes < end:
+        chunk = os.pread(file, min(WRITE_BUFFER_BYTES, end - offset_bytes), offset_bytes)
+        if not chunk:
+            raise DataError(
+                "A finished work unit has become shorter while it was read. Prepare again with --overwrite."
+            )
+        yield chunk
+        offset_bytes += len(chunk)
 
 
 def _hash_file(path: Path) -> str:

@@ -26,11 +26,17 @@ URLS = ("http://", "https://")
 
 @dataclass(frozen=True)
 class Source:
-    """One file, URL or Hub dataset. `found` tells that a folder or a glob led to it, not the user."""
+    """One file, URL or Hub dataset, or a part of it. `found` tells that a folder or a glob led to it, not the user.
+
+    `start` and `end` bound the part: bytes of plain lines (at line ends), row groups of parquet, shards of a Hub
+    dataset; an `end` of -1 stands for the whole rest.
+    """
 
     name: str
     kind: str  # text, lines, parquet, hub
     found: bool = False
+    start: int = 0
+    end: int = -1
 
 
 def find_sources(

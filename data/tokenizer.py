@@ -102,6 +102,10 @@ class TiktokenTokenizer:
         """The text of the ids, invalid UTF-8 replaced."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def as_ranks(self) -> tuple[bytes, str]:
+        """The ranks in tiktoken's format and the pattern, for other encoders."""
+        return self._ranks_file, self.pattern
+
     def save(self, folder: Path) -> str:
         """Write `NAME.tiktoken` and its `NAME.tiktoken.json`."""
         path = folder / (re.sub(r"[^A-Za-z0-9_-]", "_", self.name) + ".tiktoken")
@@ -158,7 +162,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if path.suffix in (".tiktoken", ".json"):
         if not path.is_file():
             raise UsageError(f"Tokenizer file {spec} does not exist. Check the path, or name a tiktoken vocabulary.")
-        return _load_file(path)
+        return load_tokenizer_file(path)
     return _from_tiktoken(spec)
 
 
@@ -171,7 +175,7 @@ def load_from_dataset(folder: str | Path) -> Tokenizer:
     path = Path(folder) / known.file
     if not path.is_file():
         raise DataError(f"Dataset {folder} has lost its tokenizer {known.file}. Copy that file there again.")
-    tokenizer = _load_file(path)
+    tokenizer = load_tokenizer_file(path)
     for field in ("sha256", "pattern", "vocab_size", "eot_id"):
         found, expected = getattr(tokenizer, field), getattr(known, field)
         if found != expected:
@@ -217,7 +221,8 @@ def _packaged_gpt2() -> Tokenizer:
     return TiktokenTokenizer("gpt2", content, GPT2_PATTERN, 50256, 50257)
 
 
-def _load_file(path: Path) -> Tokenizer:
+def load_tokenizer_file(path: Path) -> Tokenizer:
+    """The tokenizer of a `.tiktoken` or `.json` file that exists."""
     if path.suffix == ".json":
         from packspeed.data.bpe import JsonTokenizer
 

@@ -100,11 +100,13 @@ def ops_build(
 
 def main() -> None:
     """Entry point: expected errors become one paragraph on stderr and their exit code."""
-    from packspeed.data.errors import DataError
-    from packspeed.launch.config import UserError
-
     try:
         app()
-    except (UserError, DataError) as error:
+    except Exception as error:
+        from packspeed.data.errors import DataError
+        from packspeed.launch.config import UserError  # 0.2 s, which the data commands need not wait for
+
+        if not isinstance(error, (UserError, DataError)):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -52,12 +52,40 @@ def _model_section() -> type[Section]:
 ModelSection = _model_section()
 
 
+class SourceSection(Section):
+    """One dataset of a mixture."""
+
+    path: str = Field(description="folder or URL of a prepared dataset")
+    weight: float = Field(1.0, ge=0, description="share of the samples, relative to the other sources")
+
+
+class StageSection(Section):
+    """Other weights from a token of the run on."""
+
+    from_tokens: float = Field(gt=0, description="tokens of the run before it; rounded up to 4,096 samples")
+    weights: list[float] = Field(description="one for each source")
+
+
 class DataSection(Section):
     """Which tokens are read, and how they are cut into samples."""
 
-    path: str = Field(description="folder of a prepared dataset (packspeed prepare)")
+    path: str | None = Field(None, description="folder or URL of a prepared dataset (packspeed prepare)")
+    sources: list[SourceSection] | None = Field(None, min_length=1, description="instead of path: a mixture")
+    stages: list[StageSection] = Field([], description="later weights of the sources")
     seq_len: int = Field(ge=1, description="tokens per sample; windows of seq_len + 1 tokens are read")
     shuffle: Literal["blocks", "full"] = "blocks"
+    packing: Literal["stream", "best_fit", "bos_aligned"] = "stream"
+    document_mask: bool = Field(False, description="attention stays inside documents; packed rows always have it")
+    cache_dir: str = Field("~/.cache/packspeed", description="where shards behind URLs are kept")
+    cache_gb: float = Field(100.0, gt=0, description="most that is kept there, in 1e9 bytes")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DataSection:
+        if (self.path is None) == (self.sources is None):
+            raise ValueError("give exactly one of data.path and data.sources")
+        if any(len(stage.weights) != len(self.sources or []) for stage in self.stages):
+            raise ValueError(f"a stage of data.stages needs one weight for each of {len(self.sources or [])} sources")
+        return self
 
 
 class OptimizerSection(Section):

@@ -71,11 +71,32 @@ def _dropout_keys(samples: np.ndarray, seed: int, device: torch.device) -> torch
 
 def _micro_batches(
     batch: Batch, rows: int, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
-    """Cut this rank's rows into (inputs (b, T), labels (b, T), samples (b,)); the device casts to int64."""
-    for start in range(0, len(batch.tokens), rows):
-        tokens = torch.from_numpy(batch.tokens[start : start + rows]).to(device, non_blocking=True).long()
-        yield tokens[:, :-1], tokens[:, 1:], batch.samples[start : start + rows]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Batch, dict[str, Any]]]:
+    """Cut this rank's rows into (inputs (b, T), labels (b, T), the rows, arguments that keep documents apart)."""
+    for part in batch.cut(rows):
+        # Inputs and labels overlap: one transfer of the window, and the device casts to int64.
+        tokens = torch.from_numpy(part.tokens).to(device, non_blocking=True).long()
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        if part.targets is not None:
+            inputs, labels = tokens, torch.from_numpy(part.targets).to(device, non_blocking=True).long()
+        documents: dict[str, Any] = {}
+        if part.positions is not None and part.documents is not None:
+            positions = torch.from_numpy(part.positions).to(device, non_blocking=True).long()
+            documents = {"positions": positions, "documents": part.documents.tolist()}
+        yield inputs, labels, part, documents
+
+
+def _loss(
+    trainer: Trainer, inputs: torch.Tensor, labels: torch.Tensor, part: Batch, arguments: dict[str, Any]
+) -> torch.Tensor:
+    """The loss of a micro batch, such that the mean over micro batches and ranks is the mean over all tokens."""
+    if part.used is None:  # full windows: every micro batch has the same number of tokens
+        loss: torch.Tensor = trainer.engine(inputs, labels, **arguments)
+        return loss
+    losses: torch.Tensor = trainer.engine(inputs, labels, reduction="none", **arguments)  # (b, T)
+    counts = torch.arange(losses.size(1)) < torch.from_numpy(part.used)[:, None]
+    share = trainer.plan.accumulation * trainer.topology.dp_size / part.global_used
+    return (losses * counts.to(losses.device)).sum() * share
 
 
 def train_step(trainer: Trainer, batch: Batch, lr: float) -> tuple[torch.Tensor, float]:
@@ -85,11 +106,10 @@ def train_step(trainer: Trainer, batch: Batch, lr: float) -> tuple[torch.Tensor,
     set_learning_rate(engine, lr, (optimizer.muon_lr or optimizer.lr) / optimizer.lr)
     total = torch.zeros((), device=trainer.topology.device)
     norm: float | None = None
-    # Every micro batch has the same number of tokens (full windows, no padding), so the mean of means is the
-    # mean over all tokens; DeepSpeed's backward divides by the number of micro batches.
-    for inputs, labels, samples in _micro_batches(batch, plan.micro_batch, trainer.topology.device):
-        keys = _dropout_keys(samples, seed, trainer.topology.device)
-        loss = engine(inputs, labels, dropout_keys=keys)
+    # DeepSpeed's backward divides by the number of micro batches: the mean of means is the mean over all tokens.
+    for inputs, labels, part, documents in _micro_batches(batch, plan.micro_batch, trainer.topology.device):
+        keys = _dropout_keys(part.samples, seed, trainer.topology.device)
+        loss = _loss(trainer, inputs, labels, part, {"dropout_keys": keys} | documents)
         engine.backward(loss)
         norm = unsharded_grad_norm(engine)
         engine.step()
@@ -110,8 +130,8 @@ def evaluate(trainer: Trainer) -> tuple[float, int]:
     for start in range(0, windows, rows * topology.dp_size):
         mine = [start + topology.dp_rank * rows + i for i in range(rows)]
         batch = trainer.loader.eval_batch([min(w, windows - 1) for w in mine], windows)
-        for inputs, labels, _ in _micro_batches(batch, rows, topology.device):
-            per_token = trainer.engine(inputs, labels, reduction="none")  # (b, T)
+        for inputs, labels, _, documents in _micro_batches(batch, rows, topology.device):
+            per_token = trainer.engine(inputs, labels, reduction="none", **documents)  # (b, T)
             for window, value in zip(mine, per_token.double().mean(dim=1).cpu(), strict=True):
                 if window < windows:
                     losses[window] = value
@@ -136,7 +156,16 @@ def _record(
         "tokens_per_s": round(speed, 1),
         "mfu": finite(speed * trainer.flops_per_token / trainer.peak_flops, 5),
         "data_wait_s": round(data_wait_s, 6),
+        **_sources(trainer, step),
     }
+
+
+def _sources(trainer: Trainer, step: int) -> dict[str, Any]:
+    """Epochs per source of a mixture after `step` steps, for the metrics; nothing for a single dataset."""
+    report = getattr(trainer.loader, "report", None)
+    if report is None:
+        return {}
+    return {"epochs": {row["path"]: row["epochs"] for row in report(step * trainer.run.global_batch)}}
 
 
 def _after_step(trainer: Trainer, step: int, stopping: bool) -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from packspeed.data.dataset import changes
 from packspeed.launch.config import ConfigError, RunFile, UserError
 from packspeed.model.config import GPTConfig
 
@@ -117,6 +118,11 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
     about speed may change in the middle.
     """
     old, new = _flat(saved["config"]), _flat(identity["config"])
+    for flat in (old, new):  # what older checkpoints do not say, and where mixtures lie
+        flat.setdefault("data.packing", "stream")
+        flat.setdefault("data.document_mask", False)
+        flat.setdefault("data.stages", [])
+        flat["data.weights"] = [source["weight"] for source in flat.get("data.sources") or []]
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     fixed = [key for key in changed if _defines_the_run(key)]
     if fixed:
@@ -124,6 +130,12 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
         raise ConfigError(
             f"{checkpoint} belongs to another run: {lines}. "
             "Restore the values, choose another name, or start over with --fresh."
+        )
+    if saved["dataset_fingerprint"] != identity["dataset_fingerprint"] and "datasets" in saved:
+        raise ConfigError(
+            f"{checkpoint} was trained with another dataset: "
+            f"{'; '.join(changes(saved['datasets'], identity['datasets']))}. "
+            "Point the run file at the same data, or start over with --fresh."
         )
     for key in ("dataset_fingerprint", "order_version"):
         if saved[key] != identity[key]:
@@ -135,7 +147,9 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
 
 
 def _defines_the_run(key: str) -> bool:
-    if key in ("train.seed", "train.global_batch_tokens", "train.optimizer.name", "data.seq_len", "data.shuffle"):
+    if key in ("train.seed", "train.global_batch_tokens", "train.optimizer.name"):
+        return True
+    if key in ("data.seq_len", "data.shuffle", "data.packing", "data.document_mask", "data.weights", "data.stages"):
         return True
     return key.startswith("model.") and key != "model.activation_checkpointing"
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from packspeed.data.dataset import TokenDataset
+from packspeed.data.dataset import TokenDataset, open_dataset
 from packspeed.data.errors import DataError
 from packspeed.launch import run_folder
 from packspeed.launch.config import BatchPlan, RunFile, UserError, load_run_file, solve_batch
@@ -24,6 +24,8 @@ from packspeed.launch.ds_config import load_ds_config, resolve_ds_config, zero_s
 from packspeed.model.config import GPTConfig, flops_per_token
 
 if TYPE_CHECKING:
+    from packspeed.data.loader import Loader
+    from packspeed.data.mixture import MixtureData
     from packspeed.launch.checkpoint import Checkpointer
     from packspeed.launch.engine import Topology
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool) -> int:
-    dataset = TokenDataset(run.data.path)
+    dataset = open_data(run)
     config = run.gpt_config(dataset.vocab_size)
     # Only now the slow imports: everything above answers in a fraction of a second.
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("PACKSPEED_DEEPSPEED_LOG", "WARNING"))
@@ -93,8 +95,39 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool) -> int:
     return _fit(run, config, dataset, engine, topology, plan, checkpointer, start_step, speak)
 
 
+def open_data(run: RunFile) -> TokenDataset | MixtureData:
+    """The dataset of the run, or all of a mixture's."""
+    remote: dict[str, Any] = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
+    if run.data.path is not None:
+        return open_dataset(run.data.path, **remote)
+    from packspeed.data.mixture import MixtureData
+
+    return MixtureData([source.path for source in run.data.sources or []], **remote)
+
+
+def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader:
+    """The loader that the run file describes: a pure function of it and the dataset."""
+    from packspeed.data.loader import make_loader
+
+    arguments: dict[str, Any] = {
+        "seq_len": run.data.seq_len,
+        "global_batch": run.global_batch,
+        "seed": run.train.seed,
+        "shuffle": run.data.shuffle,
+        "packing": run.data.packing,
+        "document_mask": run.data.document_mask,
+    }
+    if isinstance(dataset, TokenDataset):
+        return make_loader(dataset, **arguments)
+    from packspeed.data.mixture import MixtureLoader
+
+    stages = [(0.0, [source.weight for source in run.data.sources or []])]
+    stages += [(stage.from_tokens, stage.weights) for stage in run.data.stages]
+    return MixtureLoader(dataset, stages, **arguments)
+
+
 def _identity(
-    resolved: dict[str, Any], dataset: TokenDataset, topology: Topology, ds_config: dict[str, Any]
+    resolved: dict[str, Any], dataset: TokenDataset | MixtureData, topology: Topology, ds_config: dict[str, Any]
 ) -> dict[str, Any]:
     """What a checkpoint says about the run that wrote it."""
     from packspeed.data.order import ORDER_VERSION
@@ -102,6 +135,7 @@ def _identity(
     return {
         "config": resolved,
         "dataset_fingerprint": dataset.fingerprint,
+        "datasets": dataset.describe(),
         "order_version": ORDER_VERSION,
         "zero_stage": zero_stage(ds_config),
         "dp_size": topology.dp_size,
@@ -129,7 +163,7 @@ def _resume(
 def _fit(
     run: RunFile,
     config: GPTConfig,
-    dataset: TokenDataset,
+    dataset: TokenDataset | MixtureData,
     engine: Any,
     topology: Topology,
     plan: BatchPlan,
@@ -137,11 +171,11 @@ def _fit(
     start_step: int,
     speak: Callable[[str], None],
 ) -> int:
-    from packspeed.data.loader import Loader
     from packspeed.launch.engine import peak_flops
     from packspeed.launch.loop import EXIT_STOPPED, StopRequest, Trainer, fit
 
-    windows = min(run.eval.windows, max(0, dataset.tokens("val") - 1) // run.data.seq_len)
+    loader = make_run_loader(run, dataset)
+    windows = min(run.eval.windows, loader.val_available())
     if windows < run.eval.windows:
         speak(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
     metrics = None
@@ -154,13 +188,7 @@ def _fit(
         topology=topology,
         engine=engine,
         plan=plan,
-        loader=Loader(
-            dataset,
-            seq_len=run.data.seq_len,
-            global_batch=run.global_batch,
-            seed=run.train.seed,
-            shuffle=run.data.shuffle,
-        ),
+        loader=loader,
         eval_windows=windows,
         metrics=metrics,
         save=checkpointer.save,

@@ -70,6 +70,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.to(dtype)
 
 
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
+    """Causal attention inside each document: q (B, H, T, D), k and v (B, H or fewer, T, D) -> (B, H, T, D).
+
+    `documents` are the lengths of the stretches that the B * T places consist of, row after row. On a GPU in half
+    precision they go to the flash kernel for variable lengths; elsewhere each stretch is attended by itself, which
+    computes only what counts: less than the causal triangle of the whole row.
+    """
+    shape = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
+    if q.is_cuda and q.element_size() == 2:
+        y = _attend_varlen(q, k, v, documents)
+    else:
+        parts = zip(*(torch.split(x, documents) for x in (q, k, v)), strict=True)
+        y = torch.cat([attend(*(x.transpose(0, 1).unsqueeze(0) for x in part))[0].transpose(0, 1) for part in parts])
+    return y.view(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
+    """Flash attention over stretches (FlashAttention-2's varlen kernel, in torch since 2.10): (N, H, D) each."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor([0, *documents], device=q.device).cumsum(0, dtype=torch.int32)
+    longest, causal = max(documents), (-1, 0)  # a window that reaches any way back and nowhere ahead
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=causal, enable_gqa=q.size(1) != k.size(1))
+    assert isinstance(out, Tensor)  # a tuple only where more was asked for
+    return out
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries."""
 
@@ -83,8 +111,14 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Mix x (B, T, C) along T; `rope` as from rope_table; `cache` holds the tokens before x."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: list[int] | None = None,
+    ) -> Tensor:
+        """Mix x (B, T, C) along T, inside `documents` where given; `rope` as from rope_table; `cache` precedes x."""
         q, k, v = self.qkv(x).view(*x.shape[:2], -1, self.head_width).split(self.heads, dim=2)  # (B, T, H, D) each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -93,7 +127,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H * D), the kernel's own memory layout: no copy
+        mixed = attend(q, k, v) if documents is None else attend_documents(q, k, v, documents)
+        y = mixed.transpose(1, 2).flatten(2)  # (B, T, H * D), the kernel's own memory layout: no copy
         out: Tensor = self.proj(y)
         return out
 
@@ -139,13 +174,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: Tensor | None = None, dropout_keys: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: list[int] | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). Dropout, sites 2 layer + 1 and 2 layer + 2, where there are keys.
 
         There is none on the attention probabilities: flash kernels would draw it from a random stream.
         """
-        branch: Tensor = self.attn(self.attn_norm(x), rope, cache)
+        branch: Tensor = self.attn(self.attn_norm(x), rope, cache, documents)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys, 2 * self.layer + 1, self.dropout)
         x = x + branch
@@ -202,15 +242,17 @@ class GPT(nn.Module):
         dropout_keys: Tensor | None = None,
         cache: KVCache | None = None,
         reduction: Literal["mean", "none"] = "mean",
+        documents: list[int] | None = None,
     ) -> Tensor:
         """Return the logits (B, T, V) of tokens (B, T) int64, or with labels (B, T) their loss in nats, fp32.
 
         Labels are the next tokens, shifted already. The loss is the mean over all tokens, or with reduction "none" each
         token's, (B, T). `positions` (B, T) int64 default to 0, 1, 2 ... after what the cache holds. `dropout_keys` (B,)
-        int64, one per sample, decide the dropout masks. Raises ValueError where T exceeds learned positions, and where
-        the model trains with dropout and has no keys.
+        int64, one per sample, decide the dropout masks. `documents` are the lengths of stretches that make up the
+        B * T places, row after row: no token attends to another stretch (give `positions` that restart there). Raises
+        ValueError where T exceeds learned positions, and where the model trains with dropout and has no keys.
         """
-        x = self.hidden(tokens, positions, dropout_keys, cache)
+        x = self.hidden(tokens, positions, dropout_keys, cache, documents)
         out: Tensor = self.lm_head(x, labels, reduction)
         return out
 
@@ -220,6 +262,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: list[int] | None = None,
     ) -> Tensor:
         """Return what the head reads, (B, T, C); arguments as in forward."""
         if positions is None:
@@ -231,7 +274,9 @@ class GPT(nn.Module):
         if keys is not None:
             x = keyed_dropout(x, keys, 0, self.config.dropout)
         for layer, block in enumerate(self.blocks):
-            x = self.checkpoint_fn(block, x, rope, keys) if self._recomputes(layer) else block(x, rope, keys, cache)
+            recompute = self._recomputes(layer)
+            inputs = (x, rope, keys, None if recompute else cache, documents)
+            x = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
         if cache is not None:
             cache.length += tokens.size(1)
         out: Tensor = self.norm(x)

@@ -1,7 +1,10 @@
 """Preparation: every document arrives, the split is right, and a failure leaves no dataset behind."""
 
+import gzip
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,12 +12,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
+from packspeed.data import encode, units
 from packspeed.data.dataset import Manifest, TokenDataset, load_manifest
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.prepare import Progress, prepare
-from packspeed.data.tokenizer import load_from_dataset, load_tokenizer
+from packspeed.data.prepare import Progress, prepare, prepare_part
+from packspeed.data.tokenizer import GPT2_PATTERN, format_ranks, load_from_dataset, load_tokenizer, save_ranks
 from packspeed.data.verify import verify
 
 
@@ -184,20 +191,142 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_a_killed_run_leaves_no_dataset(tmp_path: Path) -> None:
-    source, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
-    code = f"prepare([{source!r}] * 500, {str(out)!r}, shard_tokens=5000)"
-    with in_process(code) as process:
-        while not (out / "train-00001.bin").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    with pytest.raises(UsageError, match="not a token dataset"):
-        TokenDataset(out)
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 at several moments; what is finished is not done again and the bytes are those of an unbroken run."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
+    source, out = jsonl(tmp_path / "a.jsonl", TEXTS * 8), tmp_path / "out"
+    small = "import packspeed.data.units as u, packspeed.data.merge as m\nu.UNIT_BYTES = 20_000\n"
+    code = f"prepare([{source!r}], {str(out)!r}, shard_tokens=5000)"
+    expected = prepare([source], tmp_path / "unbroken", shard_tokens=5000)
+    times: dict[str, int] = {}
+    for wanted in (2, 5, 9, 14):
+        with in_process(small + code) as process:
+            while len(list(out.glob(".units/0*.json"))) < wanted:
+                assert process.poll() is None
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+        with pytest.raises(UsageError, match="not a token dataset"):
+            TokenDataset(out)
+        done = {path.name: path.stat().st_mtime_ns for path in out.glob(".units/0*.json")}
+        assert times.items() <= done.items()  # no receipt was written twice
+        times = done
     with pytest.raises(UsageError, match=r"interrupted prepare left.*--overwrite"):
+        prepare([source], out, text_key="other")
+    assert prepare([source], out, shard_tokens=5000) == expected
+    assert folder_bytes(out) == folder_bytes(tmp_path / "unbroken")
+
+
+def test_a_source_that_changed_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
+    source, out = Path(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "out"
+    prepare_part([str(source)], out, "bytes", task_index=1, task_count=3)
+    source.write_bytes(source.read_bytes() + b"\n")
+    with pytest.raises(UsageError, match="files have changed since"):
+        prepare([str(source)], out, "bytes")
+    assert prepare([str(source)], out, "bytes", overwrite=True).source.documents == len(TEXTS)
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_any_number_of_workers_and_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 30_000)
+    half = len(TEXTS) // 2
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(Path(jsonl(tmp_path / "x", TEXTS[:half])).read_bytes()))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress((tmp_path / "x").read_bytes()))
+    table = pyarrow.table({"text": [text + "!" for text in TEXTS] * 20})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=500, use_dictionary=False)
+    (tmp_path / "e.txt").write_text("one file")
+    sources = [jsonl(tmp_path / "a.jsonl", TEXTS), *(str(tmp_path / n) for n in ("b.jsonl.gz", "c.jsonl.zst"))]
+    sources += [str(tmp_path / "d.parquet"), str(tmp_path / "e.txt")]
+    expected = prepare(sources, tmp_path / "one", val_fraction=0.1, shard_tokens=20_000)
+    assert expected.source.documents == 22 * len(TEXTS) + 1
+    assert prepare(sources, tmp_path / "three", val_fraction=0.1, shard_tokens=20_000, workers=3) == expected
+    for task in (2, 0, 1):
+        with pytest.raises(UsageError, match=r"units of .* are not done"):
+            prepare(sources, tmp_path / "tasks", only_merge=True)
+        assert prepare_part(sources, tmp_path / "tasks", task_index=task, task_count=3) >= 2
+    assert prepare(sources, tmp_path / "tasks", val_fraction=0.1, shard_tokens=20_000, only_merge=True) == expected
+    for name in ("three", "tasks"):
+        assert folder_bytes(tmp_path / name) == folder_bytes(tmp_path / "one")
+    stream = documents(tmp_path / "one", "train")
+    assert stream[: len(TEXTS) // 2] == [text for text in TEXTS if text in set(stream)][: len(TEXTS) // 2]
+    assert stream[-1] == "one file"
+
+
+def test_the_encoders_agree(tmp_path: Path) -> None:
+    """gigatoken against tiktoken on sources with every kind of character."""
+    odd = ["\u2028 \x85\t\r\n  ", "a'll I'LL  'S", "é" * 50, "🎉🎉 1234567", " \n\n \n x", "<|endoftext|>", "\0"]
+    library = sorted(Path(os.__file__).parent.glob("*.py"))[:60]
+    source = jsonl(tmp_path / "a.jsonl", odd + [path.read_text("utf-8") for path in library] + TEXTS)
+    fast = prepare([source], tmp_path / "fast", encoder="gigatoken")
+    assert fast.fingerprint == prepare([source], tmp_path / "slow", encoder="tiktoken").fingerprint
+
+
+def test_a_wrong_encoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong rule for cutting text stands in for an encoder with a fault."""
+    monkeypatch.setitem(encode.PATTERNS, GPT2_PATTERN, "gpt4")
+    source = jsonl(tmp_path / "a.jsonl", ["numbers 123456 in a row\n\n\nand lines"])
+    with pytest.raises(DataError, match="gigatoken and tiktoken do not agree"):
+        prepare([source], tmp_path / "out")
+
+
+def test_exact_duplicates_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 10_000)
+    texts = random.Random(0).choices(TEXTS, k=3000)
+    source = jsonl(tmp_path / "a.jsonl", texts)
+    manifest = prepare([source], tmp_path / "out", val_fraction=0, dedup=True)
+    unique = list(dict.fromkeys(texts))
+    assert documents(tmp_path / "out", "train") == unique
+    assert (manifest.source.documents, manifest.source.duplicate_documents) == (len(unique), 3000 - len(unique))
+    only_once = prepare([jsonl(tmp_path / "b.jsonl", unique)], tmp_path / "b", val_fraction=0)
+    assert only_once.source.fingerprint == manifest.source.fingerprint
+    assert only_once.fingerprint == manifest.fingerprint
+
+
+def test_documents_are_shuffled_uniformly_and_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = jsonl(tmp_path / "a.jsonl", TEXTS)
+    prepare([source], tmp_path / "a", "bytes", val_fraction=0, shuffle_seed=1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
+    monkeypatch.setattr("packspeed.data.shuffle.COPY_BYTES", 10)
+    prepare([source], tmp_path / "b", "bytes", val_fraction=0, shuffle_seed=1, shard_tokens=3000)
+    prepare([source], tmp_path / "c", "bytes", val_fraction=0.1, shuffle_seed=2)
+    first = documents(tmp_path / "a", "train")
+    assert documents(tmp_path / "b", "train") == first
+    assert sorted(first) == sorted(TEXTS)
+    other = documents(tmp_path / "c", "train") + documents(tmp_path / "c", "val")
+    assert sorted(other) == sorted(TEXTS)
+    place = {text: i for i, text in enumerate(TEXTS)}
+    for order in ([place[text] for text in first], [place[text] for text in documents(tmp_path / "c", "train")]):
+        assert abs(float(np.corrcoef(order, range(len(order)))[0, 1])) < 5 / math.sqrt(len(order))
+        assert abs(float(np.corrcoef(order[1:], order[:-1])[0, 1])) < 5 / math.sqrt(len(order))
+
+
+def test_a_vocabulary_above_65536_makes_uint32(tmp_path: Path) -> None:
+    """65,535 two-byte tokens beside the bytes: ids that need 17 bits."""
+    ranks = {bytes([i]): i for i in range(256)} | {
+        bytes([i, j]): 256 + 256 * i + j for i in range(256) for j in range(256)
+    }
+    save_ranks(tmp_path / "big.tiktoken", format_ranks(ranks), GPT2_PATTERN, 65_792, 65_793)
+    manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", str(tmp_path / "big.tiktoken"))
+    assert manifest.dtype == "uint32"
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == sorted(TEXTS)
+    assert TokenDataset(tmp_path / "out").read("train", 0, 200).max() == 65_792
+    assert verify(tmp_path / "out").problems == []
+
+
+def test_bad_documents_are_counted_over_all_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
+    lines = Path(jsonl(tmp_path / "a.jsonl", TEXTS)).read_bytes().split(b"\n")
+    lines[100] = lines[500] = lines[900] = b'{"text": 1}'
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    source, out = str(tmp_path / "a.jsonl"), tmp_path / "out"
+    with pytest.raises(DataError, match=r"a\.jsonl, line 101, byte \d+: 'text' is int"):
         prepare([source], out)
-    prepare([source], out, overwrite=True)
-    assert verify(out).ok
+    with pytest.raises(DataError, match="3 bad documents so far, and --skip-bad 2"):
+        prepare([source], out, skip_bad=2)
+    assert prepare([source], out, skip_bad=3, workers=2).source.bad_documents == 3  # goes on with what is finished
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:

@@ -1,0 +1,280 @@
+"""Packed rows: every row holds whole documents, where they fit, instead of a window of the stream.
+
+    best_fit      nothing is discarded, padding below one row per 16,384 documents
+    bos_aligned   every row consists of beginnings of documents; what does not fit is discarded
+
+A document of n tokens, EOT last, takes n places: its inputs are the EOT in front of it and its first n - 1 tokens, its
+labels all its n tokens. So every token is predicted once, and EOT at position 0 is what a text begins with. Documents
+longer than a row are cut into rows; attention never leaves a document.
+
+Documents are packed inside windows of 16,384 consecutive ones by best-fit-decreasing (Ding et al., "Fewer Truncations
+Improve Language Modeling", https://arxiv.org/abs/2404.10830): the longest first, each into the fullest row that has
+room. The number of rows is fixed beforehand at ceil(tokens / seq_len), and the few documents that then find no room are
+split over what is left (best_fit) or cut to it (bos_aligned). That makes the row count of every window known without
+packing it, so row number k is found at once, whatever came before. Equal lengths are placed together: 10 to 30 ms per
+window of 5 million tokens. Rows are read in a keyed two-level order: windows, then rows inside groups of 2**25 tokens.
+"""
+
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from packspeed.data.dataset import TokenDataset, Tokens
+from packspeed.data.errors import DataError
+from packspeed.data.loader import Batch, Loader, stretch_positions
+from packspeed.data.order import Permutation, Shuffle
+
+PACKING_VERSION = 1
+WINDOW_DOCUMENTS = 16_384
+GROUP_TOKENS = 2**25
+SPARE = 0.98  # bos_aligned: share of the tokens that gets rows, so that cut documents fill every hole
+
+PackedMode = Literal["best_fit", "bos_aligned"]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of a window: pieces (first label in the stream, tokens), and the first piece of each row, (rows + 1,)."""
+
+    starts: Indices
+    lengths: Indices
+    first_piece: Indices
+
+
+def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: PackedMode) -> Plan:
+    """Pack documents (first token, tokens) into `rows` rows of seq_len places."""
+    whole = np.minimum(lengths // seq_len, 1 if mode == "bos_aligned" else 2**62)
+    document = np.repeat(np.arange(len(lengths)), whole)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)
+    full_starts = starts[document] + number * seq_len
+    rest = lengths - whole * seq_len
+    chosen = np.flatnonzero((rest > 0) & ((whole == 0) | (mode == "best_fit")))
+    shelf = _Shelf(seq_len, rows - min(rows, len(full_starts)))
+    left = shelf.place(rest[chosen])
+    shelf.fill(rest[chosen], left, split=mode == "best_fit")
+    full_starts = full_starts[:rows]
+    begin = (starts + whole * seq_len)[chosen]
+    piece, offset, length, row = (np.array(part, dtype=np.int64) for part in zip(*shelf.pieces, strict=True)) if (
+        shelf.pieces
+    ) else (np.empty(0, np.int64),) * 4  # fmt: skip
+    all_starts = np.concatenate([full_starts, begin[shelf.placed], begin[piece] + offset])
+    all_lengths = np.concatenate([np.full(len(full_starts), seq_len), rest[chosen][shelf.placed], length])
+    all_rows = np.concatenate([np.arange(len(full_starts)), shelf.rows + len(full_starts), row + len(full_starts)])
+    order = np.lexsort((all_starts, all_rows))
+    first_piece = np.searchsorted(all_rows[order], np.arange(rows + 1))
+    return Plan(all_starts[order], all_lengths[order], first_piece)
+
+
+class _Shelf:
+    """Rows by the room they have left; a bit mask of the rooms there are finds the tightest in one operation."""
+
+    def __init__(self, seq_len: int, rows: int):
+        self._by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
+        self._by_room[seq_len] = list(range(rows))
+        self._mask = 1 << seq_len if rows else 0
+        self.placed, self.rows = np.empty(0, np.int64), np.empty(0, np.int64)
+        self.pieces: list[tuple[int, int, int, int]] = []  # document, offset, tokens, row
+
+    def place(self, lengths: Indices) -> list[int]:
+        """Best-fit-decreasing; returns the documents without room. Equal lengths go together."""
+        order = np.argsort(-lengths, kind="stable")
+        sizes, counts = np.unique(lengths, return_counts=True)
+        placed, rows, left, done = list[int](), list[int](), list[int](), 0
+        documents = order.tolist()
+        for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+            todo = documents[done : done + count]
+            done += count
+            while todo:
+                fitting = self._mask >> size
+                if not fitting:
+                    left += todo
+                    break
+                homes = self._take(size + (fitting & -fitting).bit_length() - 1, size, len(todo))
+                placed += todo[: len(homes)]
+                rows += homes
+                todo = todo[len(homes) :]
+        self.placed, self.rows = np.array(placed, dtype=np.int64), np.array(rows, dtype=np.int64)
+        return left
+
+    def _take(self, room: int, size: int, count: int) -> list[int]:
+        """Rows of this room for up to `count` documents of a size, each row as often as the size goes into it."""
+        each = min(room // size, count)
+        rows = self._by_room[room][-(count // each) :]
+        del self._by_room[room][-len(rows) :]
+        if not self._by_room[room]:
+            self._mask &= ~(1 << room)
+        if room - each * size:
+            self._by_room[room - each * size] += rows
+            self._mask |= 1 << (room - each * size)
+        return [row for row in rows for _ in range(each)]
+
+    def fill(self, lengths: Indices, left: list[int], split: bool) -> None:
+        """Put documents without room into what is left of the rows, widest first: in parts, or their beginnings."""
+        holes = [(room, row) for room in range(len(self._by_room) - 1, 0, -1) for row in self._by_room[room]]
+        at, used = 0, 0
+        for document in left:
+            offset, length = 0, int(lengths[document])
+            while offset < length and at < len(holes):
+                room, row = holes[at]
+                part = min(room - used, length - offset)
+                self.pieces.append((document, offset, part, row))
+                offset, used = offset + part, used + part
+                if used == room:
+                    at, used = at + 1, 0
+                if not split:
+                    break
+
+
+class PackedLoader(Loader):
+    """Batches of packed rows; positions and documents are always there. Arguments and errors as Loader's."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        split: str = "train",
+        *,
+        seq_len: int,
+        global_batch: int,
+        seed: int,
+        packing: PackedMode = "best_fit",
+        shuffle: Shuffle = "blocks",
+        source: int = 0,
+    ):
+        self.packing, self._plan = packing, lru_cache(maxsize=512)(self._new_plan)
+        super().__init__(
+            dataset, split, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle,
+            document_mask=True, source=source,
+        )  # fmt: skip
+
+    def _new_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
+        documents = sum(s.documents for s in self.dataset.manifest.shards if s.split == self.split)
+        windows = -(-documents // WINDOW_DOCUMENTS)
+        firsts, _ = self.dataset.document_spans(self.split, 0, windows, WINDOW_DOCUMENTS)
+        self._tokens = np.diff(firsts, append=self.dataset.tokens(self.split))
+        self._rows = self._window_rows()
+        self._first_row = np.concatenate([[0], np.cumsum(self._rows)])
+        if not documents or not self._first_row[-1]:
+            raise DataError(
+                f"Split {self.split} of {self.dataset.path} does not fill one row of seq_len {self.seq_len}. Prepare "
+                f"more text or choose a shorter seq_len."
+            )
+        self._prefix = struct.pack("<QqQ", PACKING_VERSION, seed, source) + b"packed " + shuffle.encode()
+        self._epoch = lru_cache(maxsize=4)(self._new_epoch)
+        return int(self._first_row[-1])
+
+    def _window_rows(self) -> Indices:
+        if self.packing == "best_fit":
+            return -(-self._tokens // self.seq_len)
+        rows = np.empty(len(self._tokens), dtype=np.int64)
+        for window in range(len(rows)):
+            lengths = self._documents(window)[1]
+            rows[window] = int(np.minimum(lengths, self.seq_len).sum() * SPARE) // self.seq_len
+        return rows
+
+    def _documents(self, window: int) -> tuple[Indices, Indices]:
+        return self.dataset.document_spans(self.split, window * WINDOW_DOCUMENTS, WINDOW_DOCUMENTS)
+
+    def _new_plan(self, window: int) -> Plan:
+        starts, lengths = self._documents(window)
+        return pack(starts, lengths, self.seq_len, int(self._rows[window]), self.packing)
+
+    def _new_epoch(self, epoch: int) -> "_PackedEpoch":
+        return _PackedEpoch(self._rows, self.seq_len, self._prefix + struct.pack("<Q", epoch))
+
+    def rows_of(self, first: int, count: int) -> Indices:
+        """Row numbers over all windows of samples first to first + count - 1, (count,)."""
+        parts = []
+        while count > 0:
+            epoch, slot = divmod(first, self.samples_per_epoch)
+            size = min(count, self.samples_per_epoch - slot)
+            windows, rows = self._epoch(epoch)(np.arange(slot, slot + size))
+            parts.append(self._first_row[windows] + rows)
+            first, count = first + size, count - size
+        return np.concatenate(parts)
+
+    def _pieces(self, row: int) -> tuple[Indices, Indices]:
+        """First labels and lengths of the pieces of a row."""
+        window = int(np.searchsorted(self._first_row, row, side="right")) - 1
+        plan, inside = self._plan(window), row - int(self._first_row[window])
+        part = slice(int(plan.first_piece[inside]), int(plan.first_piece[inside + 1]))
+        return plan.starts[part], plan.lengths[part]
+
+    def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
+        """As Loader.spans: the pieces of every row."""
+        rows = [self._pieces(row) for row in self.rows_of(first, count).tolist()]
+        return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]
+
+    def hits(self, first: int, count: int, start: int, length: int) -> npt.NDArray[np.bool_]:
+        """As Loader.hits: the rows of the document's window are searched once."""
+        firsts, _ = self.dataset.document_spans(self.split, 0, len(self._rows), WINDOW_DOCUMENTS)
+        window = int(np.searchsorted(firsts, start, side="right")) - 1
+        plan = self._plan(window)
+        pieces = np.flatnonzero((plan.starts < start + length) & (plan.starts + plan.lengths > start))
+        rows = self._first_row[window] + np.searchsorted(plan.first_piece, pieces, side="right") - 1
+        return np.isin(self.rows_of(first, count), rows)
+
+    def used(self, step: int) -> int:
+        """Labels that count in a step's global batch: all but padding."""
+        rows = self.rows_of(step * self.global_batch, self.global_batch).tolist()
+        return sum(int(self._pieces(row)[1].sum()) for row in rows)
+
+    def read(self, first: int, count: int) -> Batch:
+        """Samples first to first + count - 1, packed."""
+        eot_id, width = self.dataset.eot_id, self.seq_len
+        tokens = np.full((count, width), eot_id, dtype=self.dataset.dtype)
+        targets = np.full((count, width), eot_id, dtype=self.dataset.dtype)
+        used, lengths = np.zeros(count, dtype=np.int64), list[int]()
+        for i, row in enumerate(self.rows_of(first, count).tolist()):
+            at = 0
+            starts, sizes = self._pieces(row)
+            for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+                self._read_piece(tokens[i, at : at + size], targets[i, at : at + size], start)
+                at += size
+            lengths += sizes.tolist()
+            lengths += [width - at] if at < width else []
+            used[i] = at
+        documents = np.array(lengths, dtype=np.int64)
+        positions = stretch_positions(np.cumsum(documents) - documents, documents).reshape(count, width)
+        samples = np.arange(first, first + count, dtype=np.int64)
+        return Batch(tokens, samples, targets, used, 0, positions, documents)
+
+    def _read_piece(self, inputs: Tokens, labels: Tokens, start: int) -> None:
+        """Labels begin at `start` of the stream, inputs one before; in front of the first document stands an EOT."""
+        self.dataset.read_into(labels, self.split, start)
+        inputs[1:] = labels[:-1]
+        if start:
+            self.dataset.read_into(inputs[:1], self.split, start - 1)
+
+    def discarded(self) -> float:
+        """Share of the split's tokens that no row predicts."""
+        return max(0.0, 1 - self.samples_per_epoch * self.seq_len / self.dataset.tokens(self.split))
+
+
+class _PackedEpoch:
+    """One pass: slot -> (window, row in the window)."""
+
+    def __init__(self, rows: Indices, seq_len: int, prefix: bytes):
+        self._prefix = prefix
+        self._windows = Permutation(len(rows), prefix + b"windows")(np.arange(len(rows)))
+        self._first = np.concatenate([[0], np.cumsum(rows[self._windows])])
+        groups = min(len(rows), max(1, round(int(rows.sum()) * seq_len / GROUP_TOKENS)))
+        self._first_slot = self._first[np.arange(groups + 1) * len(rows) // groups]
+        self._permute = lru_cache(maxsize=8)(self._new_permutation)
+
+    def _new_permutation(self, group: int) -> Permutation:
+        size = int(self._first_slot[group + 1] - self._first_slot[group])
+        return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
+
+    def __call__(self, slots: Indices) -> tuple[Indices, Indices]:
+        places = np.empty_like(slots)
+        groups = np.searchsorted(self._first_slot, slots, side="right") - 1
+        for group in np.unique(groups).tolist():
+            inside, first = groups == group, self._first_slot[group]
+            places[inside] = first + self._permute(group)(slots[inside] - first)
+        order = np.searchsorted(self._first, places, side="right") - 1
+        return self._windows[order], places - self._first[order]

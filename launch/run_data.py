@@ -1,0 +1,53 @@
+"""What a run will read of each of its sources, and the loader of a run that has begun: inspect --config and audit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packspeed.launch.config import UserError, load_run_file
+from packspeed.launch.train import make_run_loader, open_data
+
+if TYPE_CHECKING:
+    from packspeed.data.loader import Loader
+
+
+def plan(run_file: Path) -> dict[str, Any]:
+    """What a run will read: tokens and epochs of each source until its last step."""
+    run = load_run_file(run_file)
+    dataset = open_data(run)
+    loader = make_run_loader(run, dataset)
+    samples = run.train.total_steps * run.global_batch
+    single = {
+        "path": run.data.path,
+        "weight": 1.0,
+        "samples": samples,
+        "tokens": samples * run.data.seq_len,
+        "epochs": round(samples / loader.samples_per_epoch, 6),
+    }
+    sources = loader.report(samples) if hasattr(loader, "report") else [single]
+    for row, each in zip(sources, getattr(loader, "loaders", [loader]), strict=True):
+        row["discarded"] = round(each.discarded(), 6) if hasattr(each, "discarded") else 0.0
+    return {
+        "name": run.name,
+        "steps": run.train.total_steps,
+        "tokens": samples * run.data.seq_len,
+        "packing": run.data.packing,
+        "document_mask": run.data.document_mask or run.data.packing != "stream",
+        "sources": sources,
+    }
+
+
+def loader_of_run(folder: Path) -> tuple[Loader, int]:
+    """The loader of a run that has begun, from its resolved config, and how many steps it has done."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: there is no config.yaml in it. Give <runs_dir>/<name>.")
+    run = load_run_file(path)
+    steps = run.train.total_steps
+    metrics = folder / "metrics.jsonl"
+    if metrics.is_file():
+        lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if '"loss"' in line]
+        steps = int(json.loads(lines[-1])["step"]) if lines else 0
+    return make_run_loader(run, open_data(run)), steps

@@ -1,0 +1,47 @@
+"""The published test of the order: our permutation beside numpy's at awkward sizes, and 2**40 + 11 by sampling.
+
+    python tests/bench/order_bench.py
+
+Three figures per size, each 1 (or 0) for a random order: the variance of a batch's source mix over that of drawing
+without replacement (batches of 480, a source of 30%), repeated steps (neighbouring samples whose distance in the data
+occurred before, over what numpy's permutation has), and serial correlation times sqrt(n).
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from packspeed.data.order import Permutation
+
+Image = npt.NDArray[np.int64]
+
+
+def figures(image: Image, n: int) -> tuple[float, int, float]:
+    """Mix variance, repeated steps, serial correlation in standard deviations."""
+    mine = (image < 0.3 * n)[: image.size // 480 * 480].reshape(-1, 480).sum(axis=1)
+    mix = float(mine.var() / (480 * 0.3 * 0.7 * (n - 480) / (n - 1)))
+    steps = np.diff(image)
+    repeated = steps.size - np.unique(steps).size
+    serial = float(np.corrcoef(image[1:], image[:-1])[0, 1]) * float(np.sqrt(image.size))
+    return mix, repeated, serial
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"{'n':>16} {'order':>7} {'mix':>7} {'repeated steps':>15} {'serial':>7}")
+    for n in (1_000_003, 700_001, 2**18):
+        theirs = np.random.default_rng(0).permutation(n)
+        for name, image in (("numpy", theirs), ("ours", Permutation(n, b"bench")(np.arange(n)))):
+            mix, repeated, serial = figures(image, n)
+            print(f"{n:>16} {name:>7} {mix:>7.3f} {repeated:>15} {serial:>7.2f}")
+    n = 2**40 + 11
+    samples = {
+        "numpy": np.random.default_rng(0).integers(n, size=1_000_000),
+        "ours": Permutation(n, b"bench")(np.arange(1_000_000)),
+    }
+    for name, image in samples.items():
+        mix, repeated, serial = figures(image, n)
+        print(f"{n:>16} {name:>7} {mix:>7.3f} {repeated:>15} {serial:>7.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""jsonl to verified dataset against two recipes of the field, whole processes, start-up included, side by side.
+
+    python tests/bench/prepare_bench.py FOLDER [MEGABYTES=160]
+
+nanogpt: datasets.load_dataset, map with tiktoken's encode_ordinary in one process, write through np.memmap
+         (https://github.com/karpathy/nanoGPT, data/openwebtext/prepare.py).
+megatron: json.loads, tiktoken, one IndexedDatasetBuilder.add_document per document, one process
+         (https://github.com/NVIDIA/Megatron-LM, tools/preprocess_data.py).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from corpus import make_corpus
+
+
+def nanogpt(source: str, out: str) -> None:
+    """nanoGPT's recipe in our words."""
+    import numpy as np
+    import tiktoken
+    from datasets import load_dataset
+
+    encoding = ranks()
+    data = load_dataset("json", data_files=source, split="train", cache_dir=f"{out}/cache")
+    parts = data.train_test_split(test_size=0.005, seed=2357, shuffle=True)
+
+    def encode(example: dict[str, str]) -> dict[str, object]:
+        ids = encoding.encode_ordinary(example["text"])
+        ids.append(50256)
+        return {"ids": ids, "len": len(ids)}
+
+    assert isinstance(encoding, tiktoken.Encoding)
+    tokenized = parts.map(encode, remove_columns=["text", "id"], num_proc=1)
+    for split, part in tokenized.items():
+        total = int(np.sum(part["len"], dtype=np.uint64))
+        array = np.memmap(f"{out}/{split}.bin", dtype=np.uint16, mode="w+", shape=(total,))
+        at = 0
+        for i in range(min(1024, len(part))):
+            batch = part.shard(num_shards=min(1024, len(part)), index=i, contiguous=True).with_format("numpy")
+            ids = np.concatenate(batch["ids"])
+            array[at : at + len(ids)] = ids
+            at += len(ids)
+        array.flush()
+
+
+def megatron(source: str, out: str) -> None:
+    """Megatron's classic recipe in our words."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    encoding = ranks()
+    builder = IndexedDatasetBuilder(f"{out}/corpus_text_document.bin", dtype=np.uint16)
+    with open(source, encoding="utf-8") as stream:
+        for line in stream:
+            ids = encoding.encode_ordinary(json.loads(line)["text"])
+            ids.append(50256)
+            builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(ids)])
+    builder.finalize(f"{out}/corpus_text_document.idx")
+
+
+def ranks() -> object:
+    """GPT-2's encoding from the packaged ranks: no recipe is charged for a download."""
+    import tiktoken
+
+    from packspeed.data.tokenizer import GPT2_PATTERN, parse_ranks
+
+    path = Path(sys.modules["packspeed.data.tokenizer"].__file__ or "").parent / "gpt2.tiktoken"
+    return tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=parse_ranks(path.read_bytes(), "gpt2"), special_tokens={}
+    )
+
+
+def timed(name: str, *commands: list[str]) -> float:
+    """Run the commands one after another; print the wall time."""
+    began = time.perf_counter()
+    for command in commands:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wall_s = time.perf_counter() - began
+    print(f"{name:<28} {wall_s:8.2f} s", flush=True)
+    return wall_s
+
+
+def main(folder: Path, megabytes: float) -> None:
+    """All four, twice, alternating; the better of the two counts."""
+    source = folder / "corpus.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not source.exists():
+        make_corpus(source, int(megabytes * 1e6))
+    print(f"{os.path.getsize(source) / 1e6:.0f} MB of jsonl")
+    ours = [str(Path(sys.executable).parent / "packspeed")]
+    best: dict[str, float] = {}
+    for turn in range(2):
+        for name in ("packspeed", "packspeed, tiktoken alone", "nanogpt", "megatron"):
+            out = folder / f"out-{name.replace(' ', '-').replace(',', '')}-{turn}"
+            out.mkdir()
+            commands = [[sys.executable, __file__, name, str(source), str(out)]]
+            if name.startswith("packspeed"):
+                encoder = "tiktoken" if "tiktoken" in name else "auto"
+                commands = [
+                    [*ours, "prepare", str(source), "--out", str(out), "--encoder", encoder],
+                    [*ours, "verify", str(out)],
+                ]
+            best[name] = min(best.get(name, 1e9), timed(name, *commands))
+    for name in ("nanogpt", "megatron"):
+        fast, slow = (best[name] / best[each] for each in ("packspeed", "packspeed, tiktoken alone"))
+        print(f"{name} / packspeed {fast:.1f}, with tiktoken alone {slow:.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] in ("nanogpt", "megatron"):
+        {"nanogpt": nanogpt, "megatron": megatron}[sys.argv[1]](sys.argv[2], sys.argv[3])
+    else:
+        main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 160)

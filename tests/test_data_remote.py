@@ -1,0 +1,198 @@
+"""Remote datasets against a real S3 server process on loopback, which is killed and started again in mid-run."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from packspeed.data import remote
+from packspeed.data.dataset import TokenDataset, open_dataset
+from packspeed.data.errors import DataError
+from packspeed.data.loader import Loader
+from packspeed.data.prepare import prepare
+from packspeed.data.remote import RemoteDataset, ShardCache
+
+URL = "s3://bucket/tokens"
+
+
+class Server:
+    """moto's server. It keeps its objects in memory, so what was there is uploaded again after a restart."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                break
+            except OSError:
+                assert self.process.poll() is None
+                time.sleep(0.05)
+        self.upload()
+
+    def upload(self) -> None:
+        store = boto3.client(
+            "s3", endpoint_url=self.url, region_name="us-east-1", config=Config(retries={"total_max_attempts": 10})
+        )
+        store.create_bucket(Bucket="bucket")
+        for path in self.folder.iterdir():
+            store.put_object(Bucket="bucket", Key=f"tokens/{path.name}", Body=path.read_bytes())
+        store.close()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    folder = tmp_path_factory.mktemp("remote")
+    rng = random.Random(0)
+    texts = [" ".join(str(rng.randrange(10**6)) for _ in range(60)) for _ in range(1000)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare([str(folder / "a.jsonl")], folder / "out", val_fraction=0.05, shard_tokens=15_000)
+    return TokenDataset(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def server(local: TokenDataset) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+            patch.setenv(f"AWS_{name}", value)
+        server = Server(local.path)
+        patch.setenv("AWS_ENDPOINT_URL", server.url)
+        yield server
+        server.kill()
+
+
+def loader(dataset: TokenDataset) -> Loader:
+    return Loader(dataset, seq_len=64, global_batch=16, seed=1)
+
+
+def cached_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*/*") if path.suffix in (".bin", ".idx"))
+
+
+def test_batches_are_those_of_the_local_dataset(local: TokenDataset, server: Server, tmp_path: Path) -> None:
+    far = open_dataset(URL, cache_dir=tmp_path)
+    assert isinstance(far, RemoteDataset)
+    assert far.fingerprint == local.fingerprint
+    assert [loader(far).batch_hash(step) for step in range(20)] == [
+        loader(local).batch_hash(step) for step in range(20)
+    ]
+    assert far.document_at("train", 50_000) == local.document_at("train", 50_000)
+    for path in (tmp_path / far.fingerprint).glob("*.bin"):
+        assert path.read_bytes() == (local.path / path.name).read_bytes()
+
+
+def test_the_cache_is_bounded(local: TokenDataset, server: Server, tmp_path: Path) -> None:
+    limit = 3 * 32_000
+    far = RemoteDataset(URL, tmp_path, limit / 1e9)
+    assert local.tokens("train") * 2 > 2 * limit
+    for step in range(4):
+        assert loader(far).batch_hash(step) == loader(local).batch_hash(step)
+        assert cached_bytes(tmp_path) <= limit + 32_000  # the thread ahead may be about to make room
+
+
+def test_a_run_outlives_the_server(local: TokenDataset, server: Server, tmp_path: Path) -> None:
+    """Killed with -9 between two steps, back a second later: the run waits and reads the same."""
+    expected = [loader(local).batch_hash(step) for step in range(8)]
+    far = RemoteDataset(URL, tmp_path, 3 * 32_000 / 1e9)
+    found = [loader(far).batch_hash(step) for step in range(3)]
+    server.kill()
+    revival = threading.Timer(1.0, server.start)
+    revival.start()
+    found += [loader(far).batch_hash(step) for step in range(3, 8)]
+    revival.join()
+    assert found == expected
+    server.kill()
+    start_without_store = RemoteDataset(URL, tmp_path, 3 * 32_000 / 1e9)
+    assert start_without_store.fingerprint == local.fingerprint
+    server.start()
+
+
+def test_a_damaged_shard_is_never_used(
+    local: TokenDataset, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "RETRY_S", 1.0)
+    store = boto3.client("s3", endpoint_url=server.url)
+    store.put_object(Bucket="bucket", Key="tokens/train-00000.bin", Body=b"\0" * 30_000)
+    far = RemoteDataset(URL, tmp_path)
+    with pytest.raises(DataError, match=r"train-00000\.bin could not be fetched .*hash is not the manifest's"):
+        far.read("train", 0, 10)
+    assert not (tmp_path / far.fingerprint / "train-00000.bin").exists()
+    server.upload()
+    store.close()
+    assert far.read("train", 0, 100).tolist() == local.read("train", 0, 100).tolist()
+
+
+def read_everything(cache: str, url: str, results: "multiprocessing.queues.Queue[list[str]]") -> None:
+    far = RemoteDataset(url, cache)
+    results.put([loader(far).batch_hash(step) for step in range(10)])
+
+
+def test_processes_share_the_cache(local: TokenDataset, server: Server, tmp_path: Path) -> None:
+    """Four ranks start at once, and one of them is killed in the middle of its download."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=read_everything, args=(str(tmp_path), URL, results)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    while not list(tmp_path.glob("*/*.bin")) and not list(tmp_path.glob("*/.*.tmp")):
+        time.sleep(0.005)
+    os.kill(ranks[0].pid or 0, signal.SIGKILL)
+    expected = [loader(local).batch_hash(step) for step in range(10)]
+    for _ in ranks[1:]:
+        assert results.get(timeout=60) == expected
+    for rank in ranks:
+        rank.join()
+    folder = tmp_path / local.fingerprint
+    for path in folder.glob("*.bin"):
+        assert path.read_bytes() == (local.path / path.name).read_bytes()
+
+
+def test_a_store_without_the_dataset_is_an_error(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "RETRY_S", 0.2)
+    with pytest.raises(DataError, match=r"nothing/manifest\.json could not be fetched \(it is not there"):
+        RemoteDataset("s3://bucket/nothing", tmp_path)
+
+
+def test_one_fetch_serves_all_threads(tmp_path: Path, local: TokenDataset) -> None:
+    """Against files, so that the number of opens can be counted."""
+    shard, opened = local.manifest.shards[0], list[int]()
+
+    def open_remote() -> IO[bytes]:
+        opened.append(1)
+        return open(local.path / f"{shard.name}.bin", "rb")
+
+    cache = ShardCache(tmp_path, 10**9)
+    arguments = ("x/a.bin", shard.bin_bytes, shard.bin_xxh3_128, open_remote)
+    threads = [threading.Thread(target=cache.get, args=arguments) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 1
