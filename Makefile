@@ -7,7 +7,7 @@ SOURCE ?=
 TEXT ?=
 RANKS ?= 2
 
-.PHONY: quickstart shakespeare install test lint clean
+.PHONY: quickstart shakespeare install test packages lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -46,8 +46,11 @@ shakespeare: install
 	$(BIN)/packspeed train launch/configs/shakespeare_char.yaml --fresh
 	$(BIN)/packspeed generate runs/shakespeare_char --prompt "ROMEO:" --max-new-tokens 300
 
-test: $(VENV)/.installed-dev lint
+test: packages $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+packages:
+	@bash .ci/packages
 
 lint: $(VENV)/.installed-dev
 	@mkdir -p build/types/packspeed

@@ -298,6 +298,9 @@ class Checkpointer:
 
     def load(self, path: Path) -> int:
         """Load a verified checkpoint into the engine; returns its step. Raises UserError where the parts disagree."""
+        if self.engine.zero_nvme_offload_optimizer():
+            # DeepSpeed 0.19 names swapped files by addresses of the dead process: it would go on from fresh weights.
+            raise UserError(f"{path}: a run with its optimizer on NVMe cannot be resumed yet; offload to cpu can.")
         loaded, client_state = self.engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise UserError(f"{path}: DeepSpeed found nothing to load there.")

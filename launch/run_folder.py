@@ -131,6 +131,12 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
             f"{checkpoint} belongs to another run: {lines}. "
             "Restore the values, choose another name, or start over with --fresh."
         )
+    for key, what in (("dp_size", "data-parallel ranks"), ("zero_stage", "as ZeRO stage")):
+        if saved[key] != identity[key]:
+            raise ConfigError(
+                f"{checkpoint} was written with {saved[key]} {what}, this start has {identity[key]}: resuming "
+                "with another number of ranks or stage is not supported yet. Start it as it was, or over with --fresh."
+            )
     if saved["dataset_fingerprint"] != identity["dataset_fingerprint"] and "datasets" in saved:
         raise ConfigError(
             f"{checkpoint} was trained with another dataset: "

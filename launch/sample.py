@@ -58,7 +58,8 @@ def generate_text(
     model, config = load_model(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    tokenizer = load_from_dataset(config["data"]["path"])
+    data = config["data"]
+    tokenizer = load_from_dataset(data.get("path") or data["sources"][0]["path"])
     # An empty prompt starts where documents start in training: after the end of the one before.
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
     pieces = _Utf8Stream(tokenizer, stream) if stream else None
