@@ -32,6 +32,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from torch.utils import cpp_extension
 
 from packspeed.launch.config import ConfigError, RunFile, UserError
+from packspeed.launch.ds_config import zero_stage
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, param_groups
 
@@ -146,8 +147,7 @@ def quiet(log: Path | None) -> Iterator[None]:
 
 def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> Any:
     """Build the GPT, draw its weights and wrap it: a deepspeed.DeepSpeedEngine."""
-    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
-    under_zero3 = stage == 3
+    under_zero3 = zero_stage(ds_config) == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config) if under_zero3 else nullcontext():
         model = GPT(config)
     materialise = (

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,3 @@ def workspace(shared_folder: Path) -> Workspace:
     space = Workspace(shared_folder)
     space.run_file.write_text(RUN_FILE.format(folder=shared_folder))
     return space
-
-
-Launch = Callable[..., "subprocess.CompletedProcess[str]"]
