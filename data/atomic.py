@@ -2,12 +2,19 @@
 
 A rename inside one folder is atomic on every POSIX file system, so a reader sees the old file, the new file or none,
 never half of one. The folder's fsync makes the new name itself survive a power cut.
+
+An fsync at the end of a large file waits for the disk while nothing else happens; `start_writing` called every few
+megabytes has the kernel write them out meanwhile.
 """
 
+import ctypes
 import os
+from functools import lru_cache
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
+WRITTEN_BYTES = 2**23
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def temporary(path: Path) -> Path:
@@ -15,9 +22,14 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 
-def publish(path: Path) -> None:
-    """Rename the fsynced temporary of `path` to its final name and make that name durable."""
+def rename(path: Path) -> None:
+    """Give the fsynced temporary of `path` its final name, which the folder's next fsync makes durable."""
     os.replace(temporary(path), path)
+
+
+def publish(path: Path) -> None:
+    """As `rename`, and make that name durable."""
+    rename(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -32,3 +44,18 @@ def write_file(path: Path, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     publish(path)
+
+
+def start_writing(file: int) -> None:
+    """Have the dirty pages of an open file written out, without waiting for them; nothing where Linux is not."""
+    sync_file_range = _sync_file_range()
+    if sync_file_range is not None:
+        sync_file_range(file, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+
+@lru_cache
+def _sync_file_range() -> "ctypes._FuncPointer | None":
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function

@@ -39,20 +39,21 @@ class JsonTokenizer:
     def __init__(self, name: str, content: bytes):
         self.name = name
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self._content = content
+        self.content = content
         self._spec = _parse(name, content)
         self._full = _build(name, self._spec)
         ids = self._full.get_vocab(with_added_tokens=True)
-        self._eot = next((token for token in EOT_NAMES if token in ids), None)
-        if self._eot is None:
+        eot = next((token for token in EOT_NAMES if token in ids), None)
+        if eot is None:
             raise DataError(
                 f"Tokenizer {name} has no end-of-text token. Add one of {', '.join(EOT_NAMES)} to its added_tokens."
             )
-        self.eot_id = ids[self._eot]
+        self.eot_name = eot
+        self.eot_id = ids[eot]
         self.vocab_size = max(ids.values()) + 1
-        self._plain = _build(name, _without_special_tokens(self._spec, self._eot))
-        if self.eot_id in self._plain.encode(self._eot, add_special_tokens=False).ids:
-            raise DataError(f"Tokenizer {name} finds {self._eot} in ordinary text: documents could not be told apart.")
+        self._plain = _build(name, _without_special_tokens(self._spec, eot))
+        if self.eot_id in self._plain.encode(eot, add_special_tokens=False).ids:
+            raise DataError(f"Tokenizer {name} finds {eot} in ordinary text: documents could not be told apart.")
         self._fast = _as_tiktoken(self._spec, self._plain, self.eot_id, self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
@@ -89,7 +90,7 @@ class JsonTokenizer:
 
     def save(self, folder: Path) -> str:
         """Write `tokenizer.json`, byte for byte the file that was loaded."""
-        write_file(folder / "tokenizer.json", self._content)
+        write_file(folder / "tokenizer.json", self.content)
         return "tokenizer.json"
 
     @cached_property

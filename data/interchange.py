@@ -5,7 +5,7 @@
     llmc        NAME.bin                  256 int32 (magic, version, tokens, 0 ...), then tokens; EOT begins documents:
                                           magic 20240520, version 1, uint16 (GPT-2; modded-nanogpt too) or
                                           magic 20240801, version 7, uint32 (Llama 3)
-    mds         a folder                  one document per sample, an ndarray `tokens`; needs mosaicml-streaming
+    mds         a folder                  see mds.py
 
 Import writes a dataset of ours, and a Megatron pair whose documents are one sequence each and end with EOT can be
 linked instead: it trains where it lies, without a copy. The tokenizer must be named, since none of these formats says.
@@ -20,7 +20,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ from packspeed.data.dataset import (
     manifest_json,
 )
 from packspeed.data.errors import DataError, UsageError
+from packspeed.data.mds import read_mds, write_mds
 from packspeed.data.mmidx import CODES, HEADER, MAGIC, read_index, write_index
 from packspeed.data.shards import ShardWriter
 from packspeed.data.tokenizer import Tokenizer, load_tokenizer
@@ -132,7 +133,7 @@ def _copy(path: str, writer: ShardWriter, known: Tokenizer, append_eot: bool) ->
     """Add the documents of one source to a split."""
     kind = detect(path)
     if kind == "mds":
-        documents = _mds_documents(path, known.eot_id)
+        documents = _mds_documents(path, known.eot_id, append_eot)
     elif kind == "megatron":
         documents = _megatron_documents(path, known.eot_id, append_eot)
     else:
@@ -255,19 +256,14 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _mds_documents(path: str, eot_id: int) -> Iterator[Run]:
-    for sample in _streaming().LocalDataset(local=path):
-        tokens = np.asarray(sample["tokens"]).astype(np.uint32).ravel()
-        ended = tokens if len(tokens) and tokens[-1] == eot_id else np.append(tokens, np.uint32(eot_id))
-        yield ended, np.array([len(ended)], dtype=np.int64)
-
-
-def _streaming() -> Any:
-    try:
-        import streaming
-    except ImportError as error:
-        raise UsageError("MDS needs MosaicML's library: pip install mosaicml-streaming.") from error
-    return streaming
+def _mds_documents(path: str, eot_id: int, append_eot: bool) -> Iterator[Run]:
+    """Samples in a row are one stream, as llm-foundry writes them; or each is a document that lacks its EOT."""
+    if not append_eot:
+        return _cut_at_eot((tokens for tokens, _ in read_mds(Path(path))), eot_id)
+    return (
+        _without_empty(np.insert(tokens, np.cumsum(lengths), eot_id), eot_id)
+        for tokens, lengths in read_mds(Path(path))
+    )
 
 
 def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int = 10**8) -> list[Path]:
@@ -332,13 +328,10 @@ def _export_llmc(dataset: TokenDataset, split: str, folder: Path, shard_tokens: 
 
 
 def _export_mds(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    streaming = _streaming()
     documents = sum(shard.documents for shard in dataset.manifest.shards if shard.split == split)
-    columns = {"tokens": f"ndarray:{dataset.dtype.name}"}
-    with streaming.MDSWriter(out=str(folder / split), columns=columns, hashes=["xxh3_64"]) as writer:
-        starts, lengths = dataset.document_spans(split, 0, documents)
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            writer.write({"tokens": dataset.read(split, start, length)})
+    starts, lengths = dataset.document_spans(split, 0, documents)
+    spans = zip(starts.tolist(), lengths.tolist(), strict=True)
+    write_mds(folder / split, (dataset.read(split, *span) for span in spans), dataset.dtype.name)
     return [folder / split]
 
 

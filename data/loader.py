@@ -54,6 +54,16 @@ class Batch:
         """What it is to predict, (rows, seq_len)."""
         return self.targets if self.targets is not None else self.tokens[:, 1:]
 
+    def hash(self) -> int:
+        """Sum over the rows of 32 bits of xxh3 of (sample number, tokens), modulo 2**32: ranks' sums add up."""
+        total = 0
+        for row, sample in enumerate(self.samples.tolist()):
+            digest = xxhash.xxh3_64(self.tokens[row].tobytes(), seed=sample)
+            if self.targets is not None:
+                digest.update(self.targets[row].tobytes())
+            total += digest.intdigest() & 0xFFFFFFFF
+        return total % 2**32
+
     def cut(self, rows: int) -> "Iterator[Batch]":
         """The same rows, `rows` at a time."""
         ends = None if self.documents is None else np.cumsum(self.documents)
@@ -124,6 +134,7 @@ class Loader:
 
     def _new_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
         """Make the order; returns the samples of an epoch."""
+        self.dataset.scattered = True
         try:
             self.order = Order(self.dataset.tokens(self.split), self.seq_len, seed, shuffle, source)
         except DataError as error:
@@ -132,9 +143,9 @@ class Loader:
 
     def read(self, first: int, count: int) -> Batch:
         """Samples first to first + count - 1."""
-        self._read_ahead(first)
         starts = self.order.starts(first, count).tolist()
         tokens = self.dataset.read_rows(self.split, starts, self.seq_len + 1)
+        self._read_ahead(first)  # only now: the first batch would wait for 128 MiB that later ones need
         return self._masked(Batch(tokens, np.arange(first, first + count, dtype=np.int64)))
 
     def _read_ahead(self, sample: int) -> None:

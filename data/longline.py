@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 SLICE_BYTES = 2**22
-_STRUCTURE = re.compile(rb'[^"{}\[\],]*+')
-_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_STRUCTURE = re.compile(rb'[^"{}\[\],]*')
+_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 
 def long_text(parts: Iterable[bytes], text_key: str) -> Iterator[str]:

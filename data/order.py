@@ -148,9 +148,10 @@ class _Epoch:
             return self._flat(slots)
         out = np.empty_like(slots)
         groups = np.searchsorted(self._first_slot, slots, side="right") - 1
-        for group in np.unique(groups).tolist():
+        for group in range(int(groups.min()), int(groups.max()) + 1):  # np.unique would import numpy.ma, 30 ms
             inside = groups == group
-            out[inside] = self._in_group(group, slots[inside])
+            if inside.any():
+                out[inside] = self._in_group(group, slots[inside])
         return out
 
     def _in_group(self, group: int, slots: Indices) -> Indices:

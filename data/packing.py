@@ -273,7 +273,7 @@ class _PackedEpoch:
     def __call__(self, slots: Indices) -> tuple[Indices, Indices]:
         places = np.empty_like(slots)
         groups = np.searchsorted(self._first_slot, slots, side="right") - 1
-        for group in np.unique(groups).tolist():
+        for group in range(int(groups.min()), int(groups.max()) + 1):  # np.unique would import numpy.ma, 30 ms
             inside, first = groups == group, self._first_slot[group]
             places[inside] = first + self._permute(group)(slots[inside] - first)
         order = np.searchsorted(self._first, places, side="right") - 1

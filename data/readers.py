@@ -94,6 +94,7 @@ def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
         stream.seek(0)
         data = stream.read(LONG_TEXT_BYTES)
         if len(data) == LONG_TEXT_BYTES:
+            del data
             yield from _read_long_text(source, stream, tally)
             return
     try:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import numpy as np
 import xxhash
 
 from packspeed.data.atomic import write_file
@@ -162,7 +161,7 @@ class RemoteDataset(TokenDataset):
             self._start_ahead(shards)
             while True:
                 try:
-                    found = np.memmap(self._fetch(shards[number], ".bin"), dtype=self.dtype, mode="r").view(np.ndarray)
+                    found = self._map_file(self._fetch(shards[number], ".bin"))
                     break
                 except FileNotFoundError:  # removed by another process between fetching and mapping
                     continue

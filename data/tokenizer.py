@@ -16,7 +16,7 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +34,8 @@ EOT = "<|endoftext|>"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's published pattern with possessive quantifiers: the same pieces, faster.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 class Tokenizer(Protocol):
@@ -189,18 +191,29 @@ def load_from_dataset(folder: str | Path) -> Tokenizer:
 
 def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
     """Token bytes to rank, from lines of `base64 rank`; all 256 single bytes must be among them."""
-    ranks: dict[bytes, int] = {}
+    words = content.split()
+    clean = not content.translate(None, _BASE64 + b"= \n") and not re.search(rb"=[^= ]", content)
+    try:  # all at once: four times as fast as line by line
+        if not clean or not len(words) == 2 * content.count(b" ") == 2 * content.count(b"\n"):
+            raise ValueError
+        ranks = dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
+    except ValueError:
+        ranks = dict(_ranks_by_line(content, name))
+    if any(bytes([i]) not in ranks for i in range(256)):
+        raise DataError(f"Tokenizer {name} lacks some of the 256 single bytes and cannot encode every text.")
+    return ranks
+
+
+def _ranks_by_line(content: bytes, name: str) -> Iterator[tuple[bytes, int]]:
+    """As parse_ranks, for files that are unusual or wrong."""
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            yield base64.b64decode(token, validate=True), int(rank)
         except (ValueError, binascii.Error) as error:
             raise DataError(
                 f"Tokenizer {name}, line {number}: expected `base64 rank`, found {line[:60]!r}. Copy the file again."
             ) from error
-    if any(bytes([i]) not in ranks for i in range(256)):
-        raise DataError(f"Tokenizer {name} lacks some of the 256 single bytes and cannot encode every text.")
-    return ranks
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:

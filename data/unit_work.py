@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 import xxhash
 
-from packspeed.data.atomic import temporary, write_file
+from packspeed.data.atomic import WRITTEN_BYTES, start_writing, temporary, write_file
 from packspeed.data.dataset import Tokens
 from packspeed.data.encode import Choice, Encoder
 from packspeed.data.errors import DataError
@@ -61,6 +61,8 @@ class UnitWorker:
             with open(temporary(path), "wb", buffering=WRITE_BUFFER_BYTES) as stream, open(table_path, "wb") as rows:
                 for tokens, counts in self._encoded(unit, tally, table):
                     stream.write(tokens.data)
+                    if stream.tell() // WRITTEN_BYTES > total.tokens * tokens.itemsize // WRITTEN_BYTES:
+                        start_writing(stream.fileno())
                     _add(total, counts)
                     report(counts)
                 rows.write(b"".join(table))
@@ -97,22 +99,17 @@ class UnitWorker:
                 checked = True
             ids, lengths = self.encoder.encode(texts) if pieces else (np.empty(0, np.uint32), np.empty(0, np.int64))
             last = np.array([piece.last for piece in pieces], dtype=bool)
-            tokens = self._with_eot(ids, lengths, last)
+            tokens = self._tokens(ids, lengths, last)
             table.append(open_document.rows(pieces, lengths, last).tobytes())
             counts.documents, counts.text_bytes = int(last.sum()), sum(map(len, texts))
             counts.tokens = len(tokens)
             yield tokens, counts
 
-    def _with_eot(self, ids: Tokens, lengths: np.ndarray, last: np.ndarray) -> Tokens:
-        """The ids with EOT behind every text that ends a document, in the dataset's dtype."""
-        if last.all() and len(last) == 1:  # most of the time of a long document
-            return np.append(ids, self.job.eot_id).astype(self.job.dtype)
-        out = np.empty(len(ids) + int(last.sum()), dtype=np.dtype(self.job.dtype).newbyteorder("<"))
-        is_eot = np.zeros(len(out), dtype=bool)
-        is_eot[np.cumsum(lengths + last)[last] - 1] = True
-        out[is_eot] = self.job.eot_id
-        out[~is_eot] = ids
-        return out
+    def _tokens(self, ids: Tokens, lengths: np.ndarray, last: np.ndarray) -> Tokens:
+        """The ids in the dataset's dtype, without the EOT behind pieces that end no document."""
+        if not last.all():
+            ids = np.delete(ids, np.cumsum(lengths)[~last] - 1)
+        return ids.astype(np.dtype(self.job.dtype).newbyteorder("<"))
 
 
 class _OpenDocument:
@@ -133,14 +130,14 @@ class _OpenDocument:
         for piece, length in zip(pieces, lengths.tolist(), strict=True):
             if piece.last and not self.began:
                 digests.append(xxhash.xxh3_128_digest(piece.data, seed=HASH_SEED))
-                tokens.append(length + 1)
+                tokens.append(length)
                 continue
             self.hash.update(piece.data)
-            self.tokens += length
+            self.tokens += length if piece.last else length - 1
             self.began = True
             if piece.last:
                 digests.append(self.hash.digest())
-                tokens.append(self.tokens + 1)
+                tokens.append(self.tokens)
                 self.__init__()  # type: ignore[misc]  # ready for the next one
         rows["tokens"] = tokens
         halves = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)

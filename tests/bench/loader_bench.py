@@ -87,7 +87,7 @@ def first_batch(folder: Path) -> None:
 
 def drop_cache(folder: Path) -> None:
     """Let the kernel forget a dataset's pages."""
-    for path in folder.glob("*.bin"):
+    for path in folder.iterdir():
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -127,8 +127,12 @@ def main(folder: Path) -> None:
         print(f"{mode} at 2,048: padding {padding:.3%}, discarded {packed.discarded():.2%}, {rate}")
     make_dataset(folder / "small", 50_000_000, sparse=True)
     make_dataset(folder / "large", 50_000_000_000, sparse=True)
-    for name in ("small", "large") * 2:
-        subprocess.run([sys.executable, __file__, "--first", str(folder / name)], check=True)
+    for name in ("small", "large") * 3:
+        for start in ("files not in memory", "files in memory"):
+            if start == "files not in memory":
+                drop_cache(folder / name)
+            print(start, end=": ", flush=True)
+            subprocess.run([sys.executable, __file__, "--first", str(folder / name)], check=True)
     make_dataset(folder / "cold", 2**30 // 4 * 3)
     speeds = {}
     for which in ("ours", "flat"):
