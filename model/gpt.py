@@ -56,17 +56,18 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last T of S positions: q (B, H, T, D), k and v (B, H or fewer, S, D) -> (B, H, T, D)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention of the last T of S positions: q (B, H, T, D), k and v (B, H or fewer, S, D) -> (B, H, T, D).
+
+    `mask` (B, 1, T, S), true where a position may look, is for generating from padded prompts.
+    """
     new, all_, dtype = q.size(2), k.size(2), q.dtype
     if q.is_cpu and q.element_size() == 2:
         q, k, v = q.float(), k.float(), v.float()  # torch's CPU flash backward is 1.5 to 3 times slower in bf16
-    mask = None
-    if 1 < new < all_:  # some tokens are in the cache already and several are new
+    causal = mask is None and new == all_
+    if mask is None and 1 < new < all_:  # some tokens are in the cache already and several are new
         mask = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=new == all_, enable_gqa=q.size(1) != k.size(1)
-    )
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
     return y.to(dtype)
 
 
@@ -125,9 +126,11 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        mask = None
         if cache is not None:
+            mask = cache.mask(x.size(1))
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        mixed = attend(q, k, v) if documents is None else attend_documents(q, k, v, documents)
+        mixed = attend(q, k, v, mask) if documents is None else attend_documents(q, k, v, documents)
         y = mixed.transpose(1, 2).flatten(2)  # (B, T, H * D), the kernel's own memory layout: no copy
         out: Tensor = self.proj(y)
         return out

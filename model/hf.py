@@ -1,12 +1,14 @@
-"""The names and layouts of our weights in transformers' GPT2LMHeadModel and LlamaForCausalLM, both ways.
+"""The names and layouts of our weights in transformers' GPT-2, Llama and Qwen3, both ways.
 
 One table per family names each of our weights, the transformers weights that make it up (their rows stacked), and
 whether they are stored transposed (GPT-2's Conv1D keeps (in, out)). Padding rows of the vocabulary are added on the way
-in, as zeros, and cut on the way out. Both families turn the channel pairs (i, i + D/2), as rotate() does.
+in, as zeros, and cut on the way out; a GPT-2 without biases gets biases of zero there. All families turn the channel
+pairs (i, i + D/2), as rotate() does. Qwen3 is Llama with a norm on each head's queries and keys. hf_config.py has the
+configurations.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from packspeed.model.config import GPTConfig
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that older files carry; no weights
+Family = Literal["gpt2", "llama", "qwen3"]
 
 
 class Weight(NamedTuple):
@@ -24,15 +27,50 @@ class Weight(NamedTuple):
     rows: tuple[int, ...]  # of each of theirs, in our layout
     transposed: bool = False
 
+    def split(self, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of theirs, from ours."""
+        for name, part in zip(self.theirs, torch.split(ours[: sum(self.rows)], list(self.rows)), strict=True):
+            yield name, (part.t() if self.transposed else part).contiguous()
+
+    def join(self, get: Callable[[str], Tensor], config: GPTConfig) -> Tensor:
+        """Ours, from theirs by name. Raises ValueError where their sizes are others."""
+        parts = [get(name).t() if self.transposed else get(name) for name in self.theirs]
+        if tuple(len(part) for part in parts) != self.rows:
+            rows = [len(part) for part in parts]
+            raise ValueError(f"{', '.join(self.theirs)}: {rows} rows, and the config asks for {list(self.rows)}.")
+        if self.ours in ("embed.weight", "lm_head.weight"):
+            parts.append(parts[0].new_zeros(config.padded_vocab_size - config.vocab_size, config.d_model))
+        return torch.cat(parts)
+
+
+def family(config: GPTConfig) -> Family:
+    """Name the transformers family that has this model. Raises ValueError that names the field where none has it."""
+    gpt2 = config.position == "learned"
+    wanted: dict[str, tuple[object, ...]] = {"norm": ("layernorm",), "mlp": ("gelu", "gelu_tanh"), "qk_norm": (False,)}
+    if not gpt2:
+        wanted = {"norm": ("rmsnorm",), "mlp": ("swiglu",), "bias": (False,) if config.qk_norm else (False, True)}
+    wrong = [
+        f"{name} = {getattr(config, name)!r}" for name, valid in wanted.items() if getattr(config, name) not in valid
+    ]
+    if gpt2 and config.kv_heads != config.n_head:
+        wrong.append(f"n_kv_head = {config.n_kv_head}")
+    if gpt2 and config.n_head * config.head_width != config.d_model:
+        wrong.append(f"head_dim = {config.head_dim}")
+    if wrong:
+        parts = (
+            "GPT-2, with learned positions, has layernorm, gelu, as many key-value heads as heads and no qk_norm"
+            if gpt2
+            else "Llama, with rope, has rmsnorm and swiglu; with qk_norm it is Qwen3, which has no biases"
+        )
+        raise ValueError(f"transformers has no class for a model with {', '.join(wrong)}: {parts}.")
+    return "gpt2" if gpt2 else "qwen3" if config.qk_norm else "llama"
+
 
 def to_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Rename GPT's state dict for the transformers class of its family. Raises ValueError where there is none."""
-    out = {}
-    for weight in weight_table(config):
-        ours = state_dict[weight.ours][: sum(weight.rows)]
-        for name, part in zip(weight.theirs, torch.split(ours, list(weight.rows)), strict=True):
-            out[name] = (part.t() if weight.transposed else part).contiguous()
-    return out
+    out = {name: part for weight in weight_table(config) for name, part in weight.split(state_dict[weight.ours])}
+    like = next(iter(out.values()))
+    return out | {name: like.new_zeros(size) for name, size in zero_biases(config).items()}
 
 
 def from_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
@@ -40,84 +78,100 @@ def from_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> d
 
     Raises ValueError where the config has no transformers class, or weights are missing, left over or misshapen.
     """
-    theirs = {name: tensor for name, tensor in state_dict.items() if not name.endswith(BUFFERS)}
-    if config.tie_embeddings and "lm_head.weight" not in theirs:  # safetensors files store a tied weight once
-        embedding = "transformer.wte.weight" if config.norm == "layernorm" else "model.embed_tokens.weight"
-        theirs["lm_head.weight"] = theirs.get(embedding, torch.empty(0))
-    table = weight_table(config)
-    wanted = {name for weight in table for name in weight.theirs}
-    if wanted != theirs.keys():
+    names = canonical_names(state_dict, config)
+    return {weight.ours: weight.join(lambda name: state_dict[names[name]], config) for weight in weight_table(config)}
+
+
+def canonical_names(found: Mapping[str, object], config: GPTConfig) -> dict[str, str]:
+    """The full name of every weight that the config asks for -> its name in a file with the names `found`.
+
+    Files of the bare model lack the prefix, and safetensors files store a tied weight once. Raises ValueError where
+    weights are missing or left over.
+    """
+    gpt2 = family(config) == "gpt2"
+    prefix, bare = (
+        ("transformer.", ("wte.", "wpe.", "h.", "ln_f.")) if gpt2 else ("model.", ("embed_", "layers.", "norm."))
+    )
+    names = {(prefix + name if name.startswith(bare) else name): name for name in found if not name.endswith(BUFFERS)}
+    embedding = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
+    if config.tie_embeddings and embedding in names:
+        names.setdefault("lm_head.weight", names[embedding])
+    wanted = {name for weight in weight_table(config) for name in weight.theirs}
+    if wanted != names.keys():
         raise ValueError(
-            f"the state dict does not fit the config: missing {sorted(wanted - theirs.keys())[:5]}, "
-            f"left over {sorted(theirs.keys() - wanted)[:5]} (up to five of each)."
+            f"the weights do not fit the config: missing {sorted(wanted - names.keys())[:5]}, "
+            f"left over {sorted(names.keys() - wanted)[:5]} (up to five of each)."
         )
-    return {weight.ours: _join(weight, theirs, config) for weight in table}
-
-
-def _join(weight: Weight, theirs: Mapping[str, Tensor], config: GPTConfig) -> Tensor:
-    parts = [theirs[name].t() if weight.transposed else theirs[name] for name in weight.theirs]
-    if tuple(len(part) for part in parts) != weight.rows:
-        rows = [len(part) for part in parts]
-        raise ValueError(f"{', '.join(weight.theirs)}: {rows} rows, and the config asks for {list(weight.rows)}.")
-    if weight.ours in ("embed.weight", "lm_head.weight"):
-        parts.append(parts[0].new_zeros(config.padded_vocab_size - config.vocab_size, config.d_model))
-    return torch.cat(parts)
+    return names
 
 
 def weight_table(config: GPTConfig) -> list[Weight]:
     """List every entry of GPT's state dict with its transformers counterparts."""
-    gpt2 = (config.norm, config.position, config.bias) == ("layernorm", "learned", True) and config.mlp != "swiglu"
-    gpt2 = gpt2 and config.kv_heads * config.head_width == config.d_model
-    llama = (config.norm, config.position, config.mlp, config.bias) == ("rmsnorm", "rope", "swiglu", False)
-    if config.qk_norm or not (gpt2 or llama):
-        raise ValueError(
-            "transformers has no class for this model: it takes GPT-2's parts (layernorm, learned positions, gelu, "
-            "bias, as many key-value heads as heads) or Llama's (rmsnorm, rope, swiglu, no bias), without qk_norm."
-        )
-    return _gpt2_table(config) if gpt2 else _llama_table(config)
+    return _gpt2_table(config) if family(config) == "gpt2" else _llama_table(config)
+
+
+def zero_biases(config: GPTConfig) -> dict[str, int]:
+    """Names and sizes of biases that transformers' GPT-2 has and the model does not: zeros compute the same."""
+    if config.bias or family(config) != "gpt2":
+        return {}
+    return {name: rows for _, name, rows in _gpt2_modules(config)}
+
+
+def _gpt2_modules(config: GPTConfig) -> list[tuple[str, str, int]]:
+    """Modules with a weight and a bias: (ours, the bias's name in theirs, rows)."""
+    d = config.d_model
+    modules = [("norm", "transformer.ln_f.bias", d)]
+    for layer in range(config.n_layer):
+        ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
+        modules += [
+            (f"{ours}.attn_norm", f"{theirs}.ln_1.bias", d),
+            (f"{ours}.attn.qkv", f"{theirs}.attn.c_attn.bias", 3 * d),
+            (f"{ours}.attn.proj", f"{theirs}.attn.c_proj.bias", d),
+            (f"{ours}.mlp_norm", f"{theirs}.ln_2.bias", d),
+            (f"{ours}.mlp.up", f"{theirs}.mlp.c_fc.bias", config.ff_width),
+            (f"{ours}.mlp.proj", f"{theirs}.mlp.c_proj.bias", d),
+        ]
+    return modules
 
 
 def _gpt2_table(config: GPTConfig) -> list[Weight]:
-    d = config.d_model
     table = [
         Weight("embed.weight", ("transformer.wte.weight",), (config.vocab_size,)),
         Weight("pos_embed.weight", ("transformer.wpe.weight",), (config.max_seq_len,)),
         Weight("lm_head.weight", ("lm_head.weight",), (config.vocab_size,)),
     ]
-    modules = [("norm", "transformer.ln_f", d)]
-    for layer in range(config.n_layer):
-        ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
-        modules += [
-            (f"{ours}.attn_norm", f"{theirs}.ln_1", d),
-            (f"{ours}.attn.qkv", f"{theirs}.attn.c_attn", 3 * d),
-            (f"{ours}.attn.proj", f"{theirs}.attn.c_proj", d),
-            (f"{ours}.mlp_norm", f"{theirs}.ln_2", d),
-            (f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", config.ff_width),
-            (f"{ours}.mlp.proj", f"{theirs}.mlp.c_proj", d),
-        ]
-    for ours, theirs, rows in modules:
-        table.append(Weight(f"{ours}.weight", (f"{theirs}.weight",), (rows,), transposed=".c_" in theirs))
-        table.append(Weight(f"{ours}.bias", (f"{theirs}.bias",), (rows,)))
+    for ours, bias, rows in _gpt2_modules(config):
+        weight = bias.removesuffix("bias") + "weight"
+        table.append(Weight(f"{ours}.weight", (weight,), (rows,), transposed=".c_" in weight))
+        if config.bias:
+            table.append(Weight(f"{ours}.bias", (bias,), (rows,)))
     return table
 
 
 def _llama_table(config: GPTConfig) -> list[Weight]:
     d, ff = config.d_model, config.ff_width
     queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
-    modules: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = [
-        ("embed", ("model.embed_tokens",), (config.vocab_size,)),
-        ("lm_head", ("lm_head",), (config.vocab_size,)),
-        ("norm", ("model.norm",), (d,)),
+    linear: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = []
+    others: list[tuple[str, str, int]] = [
+        ("embed", "model.embed_tokens", config.vocab_size),
+        ("lm_head", "lm_head", config.vocab_size),
+        ("norm", "model.norm", d),
     ]
     for layer in range(config.n_layer):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        attention = tuple(f"{theirs}.self_attn.{x}_proj" for x in "qkv")
-        modules += [
-            (f"{ours}.attn_norm", (f"{theirs}.input_layernorm",), (d,)),
-            (f"{ours}.attn.qkv", attention, (queries, keys, keys)),
+        linear += [
+            (f"{ours}.attn.qkv", tuple(f"{theirs}.self_attn.{x}_proj" for x in "qkv"), (queries, keys, keys)),
             (f"{ours}.attn.proj", (f"{theirs}.self_attn.o_proj",), (d,)),
-            (f"{ours}.mlp_norm", (f"{theirs}.post_attention_layernorm",), (d,)),
             (f"{ours}.mlp.up", (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj"), (ff, ff)),
             (f"{ours}.mlp.proj", (f"{theirs}.mlp.down_proj",), (d,)),
         ]
-    return [Weight(f"{ours}.weight", tuple(f"{x}.weight" for x in theirs), rows) for ours, theirs, rows in modules]
+        others += [
+            (f"{ours}.attn_norm", f"{theirs}.input_layernorm", d),
+            (f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", d),
+        ]
+        if config.qk_norm:
+            others += [(f"{ours}.attn.{x}_norm", f"{theirs}.self_attn.{x}_norm", config.head_width) for x in "qk"]
+    table = [Weight(f"{ours}.weight", (f"{theirs}.weight",), (rows,)) for ours, theirs, rows in others]
+    for kind in ("weight", "bias") if config.bias else ("weight",):
+        table += [Weight(f"{ours}.{kind}", tuple(f"{x}.{kind}" for x in theirs), rows) for ours, theirs, rows in linear]
+    return table

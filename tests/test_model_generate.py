@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, sampling does what its settings say."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,12 +8,21 @@ import torch
 from torch import Tensor
 
 from packspeed.model.config import GPTConfig
-from packspeed.model.generate import KVCache, generate
+from packspeed.model.generate import KVCache, generate, stream
 from packspeed.model.gpt import GPT, init_weights
 
 SHAPE: dict[str, Any] = {"n_layer": 2, "n_head": 4, "d_model": 32, "vocab_size": 50, "max_seq_len": 20}
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "qk_norm": True}
 FAMILIES = {"gpt2": {}, "llama": LLAMA}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other over 32 channels cost seconds where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def build(**fields: Any) -> GPT:
@@ -126,3 +136,48 @@ def test_refusals(settings: dict[str, Any], message: str) -> None:
         generate(build(), prompt(), 1, **settings)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(build(), prompt(1, 0), 1)
+
+
+LENGTHS = (1, 3, 6, 13, 20, 31)  # the last ones fill the window at once, or are longer than it
+
+
+def several() -> list[list[int]]:
+    return [prompt(1, length)[0].tolist() for length in LENGTHS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {}, {"top_k": 7}, {"top_p": 0.8, "temperature": 1.3}], ids=str
+)
+def test_a_prompt_in_a_batch_is_continued_as_alone(family: str, sampling: dict[str, Any]) -> None:
+    """Tokens and probabilities, over 30 tokens: every window moves on at least once."""
+    model, prompts, seeds = build(**FAMILIES[family]).double(), several(), [3, 1, 4, 1, 5, 9]
+    together = list(stream(model, prompts, 30, seeds=seeds, **sampling))
+    for i, (each, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        alone = list(stream(model, [each], 30, seeds=[seed], **sampling))
+        assert [int(c.tokens[0]) for c in alone] == [int(c.tokens[i]) for c in together]
+        expected = torch.stack([c.log_probabilities[0] for c in alone])
+        torch.testing.assert_close(torch.stack([c.log_probabilities[i] for c in together]), expected, rtol=0, atol=1e-5)
+
+
+def test_probabilities_are_the_models() -> None:
+    model, prompts = build(**LLAMA).eval(), several()[:3]
+    columns = list(stream(model, prompts, 5, seeds=[1, 2, 3], top_k=5))
+    for i, each in enumerate(prompts):
+        whole = torch.tensor([each + [int(c.tokens[i]) for c in columns]])
+        log_p = model(whole)[0].log_softmax(-1).detach()
+        for j, column in enumerate(columns):
+            expected = log_p[len(each) - 1 + j, int(column.tokens[i])]
+            assert float(column.log_probabilities[i]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_rows_that_end_wait_for_the_others() -> None:
+    model, prompts = build(), several()[:4]
+    free = list(stream(model, prompts, 15, seeds=[0] * 4, temperature=0.0))
+    eot = int(free[2].tokens[1])
+    columns = list(stream(model, prompts, 15, seeds=[0] * 4, temperature=0.0, eot_id=eot))
+    for i, each in enumerate(prompts):
+        alone = [int(c.tokens[0]) for c in stream(model, [each], 15, seeds=[0], temperature=0.0, eot_id=eot)]
+        row = [int(c.tokens[i]) for c in columns]
+        assert row[: len(alone)] == alone
+        assert set(row[len(alone) :]) <= {eot}

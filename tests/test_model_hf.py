@@ -1,14 +1,16 @@
 """Logits and gradients equal to transformers' GPT-2 and Llama, given the same random weights."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT
 from packspeed.model.hf import from_hf_state_dict, to_hf_state_dict
+from packspeed.model.hf_config import from_hf_config, to_hf_config
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 500, "max_seq_len": 48}
 CASES: dict[str, dict[str, Any]] = {
@@ -17,6 +19,8 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": {"n_kv_head": 4, "tie_embeddings": False},
     "llama-gqa": {"n_kv_head": 2, "tie_embeddings": False, "d_ff": 96, "rope_theta": 500_000.0},
     "llama-tied-mqa": {"n_kv_head": 1, "head_dim": 32, "norm_eps": 1e-6},
+    "llama-bias": {"n_kv_head": 2, "bias": True, "tie_embeddings": False},
+    "qwen3": {"n_kv_head": 2, "qk_norm": True, "head_dim": 32, "tie_embeddings": False},
 }
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
 
@@ -24,47 +28,15 @@ LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
 def pair(case: str) -> tuple[GPT, Any, GPTConfig]:
     """Build our model and theirs with theirs' random weights, spread wide so that every part matters."""
     torch.manual_seed(0)
-    if case.startswith("gpt2"):
-        config = GPTConfig(**{**SHAPE, **CASES[case]})
-        theirs: Any = GPT2LMHeadModel(_gpt2(config))
-    else:
-        config = GPTConfig(**{**SHAPE, **LLAMA, **CASES[case]})
-        theirs = LlamaForCausalLM(_llama(config))
+    config = GPTConfig(**{**SHAPE, **({} if case.startswith("gpt2") else LLAMA), **CASES[case]})
+    raw = to_hf_config(config, eot_id=0, dtype="float32")
+    theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=torch.float32)
+    assert type(theirs).__name__ == raw["architectures"][0]
     for p in theirs.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
     ours = GPT(config)
     ours.load_state_dict(from_hf_state_dict(theirs.state_dict(), config))
     return ours, theirs.eval(), config
-
-
-def _gpt2(config: GPTConfig) -> Any:
-    return GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.max_seq_len,
-        n_embd=config.d_model,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_inner=config.ff_width,
-        activation_function="gelu" if config.mlp == "gelu" else "gelu_new",
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
-def _llama(config: GPTConfig) -> Any:
-    return LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.d_model,
-        intermediate_size=config.ff_width,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_width,
-        max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_embeddings,
-    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,5 +75,61 @@ def test_refusals() -> None:
         from_hf_state_dict({**exported, "surprise": torch.zeros(1)}, config)
     with pytest.raises(ValueError, match=r"self_attn\.q_proj.*rows"):
         from_hf_state_dict(exported, GPTConfig(**{**SHAPE, **LLAMA, "n_kv_head": 2, "tie_embeddings": False}))
-    with pytest.raises(ValueError, match="no class"):
-        to_hf_state_dict(ours.state_dict(), GPTConfig(**{**SHAPE, **LLAMA, "qk_norm": True}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"mlp": "swiglu"}, "mlp = 'swiglu'"),
+        ({"norm": "rmsnorm"}, "norm = 'rmsnorm'"),
+        ({"n_kv_head": 2}, "n_kv_head = 2"),
+        ({"head_dim": 32}, "head_dim = 32"),
+        ({"qk_norm": True}, "qk_norm = True"),
+        ({**LLAMA, "mlp": "gelu"}, "mlp = 'gelu'"),
+        ({**LLAMA, "qk_norm": True, "bias": True}, "bias = True"),
+    ],
+)
+def test_models_that_transformers_lacks_are_refused_by_field(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"no class for a model with {named}"):
+        to_hf_config(GPTConfig(**{**SHAPE, **fields}), 0, "float32")
+
+
+def effective(config: GPTConfig) -> dict[str, Any]:
+    """What a config comes to, whether said or left out."""
+    widths = {"n_kv_head": config.kv_heads, "head_dim": config.head_width, "d_ff": config.ff_width}
+    return dataclasses.asdict(config) | widths
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configs_come_back(case: str) -> None:
+    """Through transformers' own config class, which writes what it likes."""
+    _, theirs, config = pair(case)
+    back = from_hf_config(theirs.config.to_dict())
+    for name in (
+        "kv_heads",
+        "head_width",
+        "ff_width",
+        *SHAPE,
+        "norm",
+        "norm_eps",
+        "position",
+        "mlp",
+        "bias",
+        "qk_norm",
+    ):
+        assert getattr(back, name) == getattr(config, name), name
+    assert (back.rope_theta, back.tie_embeddings) == (config.rope_theta, config.tie_embeddings)
+
+
+def test_what_a_config_leaves_out_is_transformers_default() -> None:
+    for kind, theirs in (("gpt2", GPT2Config()), ("llama", LlamaConfig())):
+        assert effective(from_hf_config({"model_type": kind})) == effective(from_hf_config(theirs.to_dict()))
+
+
+def test_a_gpt2_without_biases_goes_out_with_zeros() -> None:
+    config = GPTConfig(**{**SHAPE, "bias": False})
+    ours = GPT(config).eval()
+    theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_hf_config(config, 0, "float32")))
+    theirs.load_state_dict(to_hf_state_dict(ours.state_dict(), config))
+    tokens = torch.randint(0, config.vocab_size, (2, 20))
+    torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
