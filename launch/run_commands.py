@@ -1,0 +1,87 @@
+"""The commands that read a run or a run file and train nothing: goodput, watch, report, explain. None needs torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the run file (repeatable)."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the `packspeed` command."""
+    for command in (explain, goodput, report, watch):
+        app.command()(command)
+
+
+def explain(
+    run_file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks to solve the batch for; default: all GPUs, else 1.")] = None,
+    json_output: AsJson = False,
+) -> None:
+    """Every effective value, its default, who set it; and every known trouble (exit code 1: training refuses it)."""
+    from packspeed.launch import explain as explaining
+
+    found = explaining.explain(run_file, overrides or [], ranks)
+    print(json.dumps(found.as_dict()) if json_output else explaining.text(found))
+    if any(problem.kind == "refused" for problem in found.problems):
+        raise typer.Exit(1)
+
+
+def goodput(run: RunFolder, json_output: AsJson = False) -> None:
+    """Where the wall time of a run went, over all its restarts."""
+    from packspeed.launch.config import UserError
+    from packspeed.launch.goodput import account, table
+    from packspeed.launch.watch import FILE
+
+    found = account(run)
+    if found is None:
+        raise UserError(f"{run / FILE}: nothing was recorded there. Name the folder that training printed.")
+    print(json.dumps(found.as_dict()) if json_output else table(found))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are laid over each other.")],
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    json_output: AsJson = False,
+) -> None:
+    """Runs as one HTML page that needs no network: curves, configuration, speed, goodput, restarts, samples."""
+    from packspeed.launch import report as reporting
+
+    found = reporting.report(runs, out)
+    if json_output:
+        loss, speed = reporting.differences(found)
+        names = [run.name for run in found]
+        print(json.dumps({"out": str(out), "runs": names, "can_change_the_loss": loss, "only_speed": speed}))
+    else:
+        print(f"wrote {out}")
+
+
+def watch(
+    run: RunFolder,
+    once: Annotated[bool, typer.Option(help="Show how it stands and end.")] = False,
+    json_output: AsJson = False,
+) -> None:
+    """Follow a run from its files, in another terminal or on another host."""
+    from packspeed.launch import console
+
+    if not json_output:
+        console.watch(run, once)
+        return
+    follower = console.Follower(run)
+    follower.update()
+    progress = follower.progress
+    print(json.dumps({
+        "name": progress.name, "state": progress.state, "note": progress.note, "total_steps": progress.total_steps,
+        "last": progress.last, "validation": progress.val, "left_s": round(progress.left_s, 1),
+        "checkpoint": progress.checkpoint, "restarts": progress.restarts,
+    }))  # fmt: skip

@@ -1,0 +1,162 @@
+"""Where the wall time went: delays and crashes planted in a real run, and the arithmetic on made-up records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Workspace
+
+from packspeed.launch.goodput import Account, account, read_lives
+from packspeed.launch.watch import FILE, LINE_BYTES, Clock
+
+pytestmark = [pytest.mark.xdist_group("goodput"), pytest.mark.timeout(900)]
+DELAYS = "slow_start:1.5,slow_data:0.1,slow_evaluation:0.6,slow_save:0.5,slow_collective:0.03"
+BREAK_S = 2.0
+
+
+def train(workspace: Workspace, name: str, faults: str) -> int:
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, str(ROOT / "tests" / "faulty.py"), *workspace.arguments(name)]
+    done = subprocess.run(command, env={**env, "FAULTS": faults}, capture_output=True, text=True, timeout=600)
+    return done.returncode
+
+
+@pytest.fixture(scope="module")
+def crashed_twice(workspace: Workspace) -> tuple[Account, float, Path]:
+    """10 steps, saved after 3, 6, 9; killed after step 7, then after step 8: three steps are done again."""
+    began = time.time()
+    assert train(workspace, "crashes", f"{DELAYS},die_after:7") == -9
+    time.sleep(BREAK_S)
+    assert train(workspace, "crashes", f"{DELAYS},die_after:8") == -9
+    time.sleep(BREAK_S)
+    assert train(workspace, "crashes", DELAYS) == 0
+    took = time.time() - began
+    folder = workspace.folder / "runs" / "crashes"
+    found = account(folder)
+    assert found is not None
+    return found, took, folder
+
+
+def test_the_buckets_add_up_to_the_wall_time(crashed_twice: tuple[Account, float, Path]) -> None:
+    found, took, _ = crashed_twice
+    assert sum(found.seconds.values()) == pytest.approx(found.wall_s, rel=0.01)
+    assert took - 8 < found.wall_s <= took + 0.1, "the rest: the last process ends after its last record"
+    assert [life["ended"] for life in found.lives] == [None, None, "finished"]
+    assert [(life["from_step"], life["step"]) for life in found.lives] == [(0, 7), (6, 8), (6, 10)]
+    assert found.restarts == 2
+
+
+def test_planted_delays_are_found_where_they_were_planted(crashed_twice: tuple[Account, float, Path]) -> None:
+    seconds = crashed_twice[0].seconds
+    assert seconds["startup"] >= 3 * 1.5
+    assert 1.1 <= seconds["data"] < 1.1 + 3, "11 steps that stand, and the end of the data"
+    assert seconds["evaluation"] >= 2 * 0.6, "after step 5 and step 10"
+    assert seconds["checkpoint"] >= 4 * 0.5, "after 3 and 6, then after 9 and 10"
+    assert seconds["communication"] >= 10 * 0.03
+    assert seconds["idle"] >= 2 * BREAK_S
+    assert seconds["compute"] > 0
+
+
+def test_steps_done_again_are_lost_work(crashed_twice: tuple[Account, float, Path]) -> None:
+    found, _, folder = crashed_twice
+    discarded = [json.loads(line) for line in (folder / "metrics.discarded.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in discarded] == [7, 7, 8]
+    assert found.steps_lost == 3
+    assert found.seconds["lost"] == pytest.approx(sum(line["step_time_s"] for line in discarded), abs=0.5)
+    assert found.seconds["lost"] >= 3 * 0.1, "their waiting for data is lost too"
+
+
+def test_goodput_as_a_command(crashed_twice: tuple[Account, float, Path]) -> None:
+    _, _, folder = crashed_twice
+    code = (
+        "import sys; from packspeed.launch.cli import main\n"
+        "try: main()\nfinally: assert not {'torch', 'deepspeed'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "goodput", str(folder), "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["sum_s"] == pytest.approx(result["wall_s"], rel=0.01)
+    assert result["restarts"] == 2
+    done = subprocess.run([sys.executable, "-c", code, "goodput", str(folder)], capture_output=True, text=True)
+    assert "lost work" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code, "goodput", str(folder.parent)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "nothing was recorded" in done.stderr
+
+
+def test_a_clock_counts_each_second_once(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / FILE, age_s=5.0)
+    clock.step_done(0)
+    for phase, seconds in (("data", 0.05), ("forward", 0.1), ("backward", 0.1), ("step", 0.05), ("evaluation", 0.1)):
+        clock.enter(phase)
+        time.sleep(seconds)
+    clock.enter("forward")
+    work = clock.timed(lambda: time.sleep(0.2))
+    work()
+    clock.step_done(1)
+    clock.close("finished")
+    found = account(tmp_path)
+    assert found is not None
+    wanted = {"startup": 5.0, "data": 0.05, "compute": 0.25, "communication": 0.2, "evaluation": 0.1, "lost": 0.0}
+    for name, seconds in wanted.items():
+        assert found.seconds[name] == pytest.approx(seconds, abs=0.05), name
+    assert sum(found.seconds.values()) == pytest.approx(found.wall_s, rel=1e-6)
+
+
+def test_communication_counts_only_while_it_interrupts_compute() -> None:
+    clock = Clock(None, age_s=0.0)
+    reduce = clock.timed(lambda: time.sleep(0.05))
+    for phase in ("startup", "evaluation", "checkpoint"):
+        clock.enter(phase)
+        reduce()
+    clock.enter("other")
+    assert clock.seconds["communication"] == 0
+    assert clock.seconds["evaluation"] >= 0.05
+
+
+def test_a_step_that_a_crash_cut_off_is_lost(tmp_path: Path) -> None:
+    """Killed in the second step: its 0.3 s never counted."""
+    clock = Clock(tmp_path / FILE, age_s=0.0)
+    clock.step_done(0)
+    clock.enter("forward")
+    time.sleep(0.2)
+    clock.enter("other")
+    clock.step_done(1)
+    clock.enter("forward")
+    time.sleep(0.3)
+    clock.enter("backward")
+    clock.record()
+    Clock(tmp_path / FILE, step=1, age_s=0.0).close("finished")
+    found = account(tmp_path)
+    assert found is not None
+    assert found.seconds["lost"] == pytest.approx(0.3, abs=0.05)
+    assert found.seconds["compute"] == pytest.approx(0.2, abs=0.05)
+
+
+def test_a_torn_record_is_written_over(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    Clock(path, age_s=1.0).close("stopped")
+    with path.open("a") as file:
+        file.write('{"started_at": 17')
+    assert len(read_lives(tmp_path)) == 1
+    Clock(path, age_s=1.0).close("finished")
+    assert [life["ended"] for life in read_lives(tmp_path)] == ["stopped", "finished"]
+    assert path.stat().st_size == 2 * LINE_BYTES
+
+
+def test_phase_changes_are_cheap(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / FILE, age_s=0.0)
+    began = time.perf_counter()
+    for _ in range(10_000):
+        clock.enter("forward")
+        clock.enter("backward")
+    each = (time.perf_counter() - began) / 20_000
+    assert each < 2e-5, "a step changes phase about ten times"
