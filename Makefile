@@ -6,8 +6,10 @@ STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['st
 SOURCE ?=
 TEXT ?=
 RANKS ?= 2
+RUN ?=
+STEPS ?= 50
 
-.PHONY: quickstart shakespeare install test packages lint clean
+.PHONY: quickstart shakespeare install test invariance packages lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -47,7 +49,11 @@ shakespeare: install
 	$(BIN)/packspeed generate runs/shakespeare_char --prompt "ROMEO:" --max-new-tokens 300
 
 test: packages $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The table of ds_configs/README.md again, or that of your own run file: make invariance RUN=my.yaml STEPS=50
+invariance: $(VENV)/.installed-dev
+	$(BIN)/python tests/invariance.py $(RUN) --steps $(STEPS)
 
 packages:
 	@bash .ci/packages

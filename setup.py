@@ -65,6 +65,7 @@ setup(
         "fast": ["gigatoken>=0.10"],
         "s3": ["s3fs>=2024.2"],
         "gcs": ["gcsfs>=2024.2"],
+        "eval": ["lm-eval>=0.4.9"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -76,6 +77,9 @@ setup(
             "moto[s3,server]>=5.0",
             "s3fs>=2024.2",
             "boto3>=1.34",
+            "scipy>=1.11",
+            "lm-eval>=0.4.9",
+            "accelerate>=1.0",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"],
     },

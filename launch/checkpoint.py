@@ -6,28 +6,40 @@
 A save writes under a temporary name; packspeed.json (cursor, fingerprints, size and xxh3-128 of every file) comes
 last, everything is fsynced, then one rename makes the checkpoint appear, then `latest` moves. A crash at any byte
 leaves the older ones as they were. Saving is a collective: an error on one rank is agreed on by all, and the run
-goes on with the previous checkpoint. Files are hashed while they are written, so a save reads nothing back.
+goes on with the previous checkpoint; a rank that does not come is named. Files are hashed while they are written, so
+a save reads nothing back. With checkpoint.async_write a save copies the state to host memory and a thread writes it
+while the training goes on; the same manifest, rename and `latest` follow once every rank has written.
+Cost: LOG.md compares both with torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
 
+import base64
+import datetime
 import json
 import os
+import platform
+import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import xxhash
+from torch.utils import _pytree as pytree
 
 from packspeed.launch.config import CheckpointSection, UserError
+from packspeed.launch.run_folder import sync_folder, write_durably
 
 if TYPE_CHECKING:
     from packspeed.launch.engine import Topology
 
 MANIFEST = "packspeed.json"
+UNIVERSAL = "universal"  # the folder inside a checkpoint that elastic.py makes; it has a manifest of its own
 FORMAT_VERSION = 1
 
 
@@ -76,6 +88,7 @@ def problems(folder: Path) -> list[str]:
         elif hash_file(path) != expected:
             found.append(f"{path} has another hash than packspeed.json says: its bytes were changed")
     there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    there = {name for name in there if not name.startswith((f"{UNIVERSAL}/", f".{UNIVERSAL}"))}
     found += [f"{folder / name} is not listed in packspeed.json" for name in sorted(there - set(files) - {MANIFEST})]
     return found
 
@@ -115,15 +128,44 @@ class _HashedFile:
 class SafeWriter:
     """DeepSpeed's checkpoint-engine interface (runtime/checkpoint_engine) with hash and fsync.
 
-    It remembers an error instead of raising it, so that no rank is left alone in DeepSpeed's barriers.
+    It remembers an error instead of raising it, and leaves writing to threads, so that no rank is left alone in
+    DeepSpeed's barriers, which have no timeout. `copy` lets training go on meanwhile: it writes a copy of the state,
+    in memory that is kept from save to save (pages that are there already are copied to three times as fast).
     """
 
     def __init__(self) -> None:
+        self._copies: dict[str, list[torch.Tensor]] = {}
+        self.begin(copy=False)
+
+    def begin(self, copy: bool) -> None:
+        """Begin the files of one checkpoint."""
+        self.copy = copy
         self.files: dict[str, dict[str, Any]] = {}
         self.error: str | None = None
+        self._threads: list[threading.Thread] = []
 
     def save(self, state_dict: Any, path: str) -> None:
         """torch.save (zip format: loadable with weights_only and mmap), hashed and fsynced."""
+        state = snapshot(state_dict, self._copies.setdefault(Path(path).name, [])) if self.copy else state_dict
+        self._threads.append(threading.Thread(target=self._write, args=(state, path), name="packspeed-save"))
+        if not self.copy:
+            self._threads[-1].start()
+
+    def start(self) -> None:
+        """Begin to write the copies: not before the last one is made, which the writing would slow down."""
+        for thread in self._threads if self.copy else ():
+            thread.start()
+
+    def written(self) -> bool:
+        """Whether nothing is being written any more."""
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def wait(self) -> None:
+        """Wait until everything is written."""
+        for thread in self._threads:
+            thread.join()
+
+    def _write(self, state_dict: Any, path: str) -> None:
         try:
             with open(path, "wb") as file:
                 hashed = _HashedFile(file)
@@ -171,27 +213,60 @@ def _root_cause(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _write_durably(path: Path, text: str) -> None:
-    """Write a small file so that after a power cut it holds the old or the new text, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+def snapshot(tree: Any, kept: list[torch.Tensor]) -> Any:
+    """A copy of nested dicts and lists in host memory; tensors that share storage share the copy's.
+
+    kept: the tensors of an earlier copy, whose memory is used again; those of this one when it returns.
+    """
+    memo: dict[tuple[int, int], torch.Tensor] = {}
+    spare = iter(kept[:])
+    kept.clear()
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return deepcopy(leaf)  # a loss scaler changes while it is written
+        key = (leaf.data_ptr(), leaf.untyped_storage().nbytes())
+        whole = memo.get(key)
+        if whole is None or whole.shape != leaf.shape or whole.stride() != leaf.stride():
+            whole = next(spare, None)
+            if whole is None or (whole.shape, whole.dtype, whole.stride()) != (leaf.shape, leaf.dtype, leaf.stride()):
+                whole = torch.empty_like(leaf, device="cpu", requires_grad=False)
+            memo[key] = whole.copy_(leaf.detach())
+            kept.append(whole)
+        return whole
+
+    # torch.Size must stay one: pytree would make it a tuple.
+    return pytree.tree_map(copy, tree, is_leaf=lambda leaf: isinstance(leaf, torch.Size))
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _optimizer_order(engine: Any) -> dict[str, Any]:
+    """At stage 0 the optimizer's state is numbered: the parameters' names in that order."""
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):
+        return {}
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    return {"optimizer_order": [names[p] for group in engine.optimizer.param_groups for p in group["params"]]}
+
+
+def rng_state(device: torch.device) -> dict[str, str]:
+    """State of torch's generators of this rank, base64. Our own training draws from none of them."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_rng_state(saved: dict[str, str], device: torch.device) -> None:
+    """Put back what rng_state returned."""
+    for name, text in saved.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif name == device.type:
+            torch.cuda.set_rng_state(state, device)
 
 
 class Checkpointer:
-    """Saves and loads the engine's state for one run folder; every method is a collective of all ranks."""
+    """Saves and loads the engine's state for one run folder; every public method is a collective of all ranks."""
 
     def __init__(
         self,
@@ -210,22 +285,74 @@ class Checkpointer:
             identity,
             say,
         )
+        self.newest: int | None = None  # step of the newest whole checkpoint
+        self.every_steps = section.every_steps
         self.writer = SafeWriter()
+        self._pending: tuple[int, dict[str, Any], float] | None = None  # step, state and start of an async save
+        self.hosts = topology.gather(platform.node())
+        # monitored_barrier, which names absent ranks, is gloo's.
+        self._gloo = torch.distributed.new_group(backend="gloo") if topology.world > 1 else None
         engine.checkpoint_engine = self.writer
         # Checkpoints are data: DeepSpeed's executable recovery script stays out of them (packspeed export reads them).
         engine._copy_recovery_script = lambda save_path: None
 
-    def save(self, step: int) -> Path | None:
-        """Write the checkpoint of `step`; returns its folder, or None where it failed (said on the screen)."""
-        start = time.monotonic()
+    def meet(self, what: str) -> None:
+        """Wait for all ranks; UserError naming those that did not come within checkpoint.timeout_s."""
+        if self._gloo is None:
+            return
+        try:
+            timeout = datetime.timedelta(seconds=self.section.timeout_s)
+            torch.distributed.monitored_barrier(self._gloo, timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            absent = re.search(r"[Rr]anks? ([\d, ]+) failed", str(error))
+            ranks = [int(rank) for rank in re.findall(r"\d+", absent[1])] if absent else []
+            who = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in ranks) or str(error).splitlines()[0]
+            raise UserError(
+                f"{what}: not all ranks came within {self.section.timeout_s:g} s (checkpoint.timeout_s). "
+                f"Absent: {who}. Look at what it does there (py-spy dump); older checkpoints are whole, start again."
+            ) from None
+
+    def save(self, step: int, state: dict[str, Any], now: bool = True, error: str | None = None) -> None:
+        """Write the checkpoint of `step` with `state` in its manifest; an error is said, the run goes on.
+
+        now: it must be on disk when this returns, whatever async_write says. error: rank 0 knows already why not.
+        """
+        self.finish()
+        self.meet(f"saving step {step}")
+        start, temporary = time.monotonic(), self.folder / f".{tag(step)}.tmp"
+        self.writer.begin(copy=self.section.async_write and not now)
+        if self.topology.rank == 0:
+            self.writer.error = error or self._prepare(temporary)
+        if self.topology.from_rank0(self.writer.error) is None:
+            self._save_engine(temporary, step)
+        state = {**state, **_optimizer_order(self.engine)}
+        rng = self.topology.gather(rng_state(self.topology.device))
+        different = list(dict.fromkeys(json.dumps(each) for each in rng))
+        rngs = {
+            "states": [json.loads(each) for each in different],
+            "of_rank": [different.index(json.dumps(r)) for r in rng],
+        }
+        self._pending = (step, {**state, "rng": rngs}, start)
+        if self.writer.copy:
+            self.writer.start()
+            self.say(f"copied step {step} in {time.monotonic() - start:.2f} s; writing it while training goes on")
+        else:
+            self.finish()
+
+    def written(self) -> bool:
+        """Whether this rank has written all of a save that is under way (no collective)."""
+        return self._pending is not None and self.writer.written()
+
+    def finish(self) -> bool:
+        """Wait for a save under way and publish it; False where it failed (said on the screen)."""
+        if self._pending is None:
+            return True
+        step, state, start = self._pending
+        self._pending = None
+        self.writer.wait()
+        self.meet(f"writing step {step}")
         final, temporary = self.folder / tag(step), self.folder / f".{tag(step)}.tmp"
-        self.writer.files, self.writer.error = {}, None
-        if self.topology.rank == 0 and (error := self._prepare(temporary)):
-            self.writer.error = error
-        self._save_engine(temporary, step)
-        error = self._agree_on_errors()
-        if error is None:
-            error = self._publish(temporary, final, step)
+        error = self._agree_on_errors() or self._publish(temporary, final, step, state)
         if error is not None:
             if self.topology.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -233,9 +360,10 @@ class Checkpointer:
                 f"WARNING: the checkpoint of step {step} was not written ({error}); "
                 "training goes on with the previous one"
             )
-            return None
+            return False
+        self.newest = step
         self.say(f"saved {final} in {time.monotonic() - start:.1f} s")
-        return final
+        return True
 
     def _prepare(self, temporary: Path) -> str | None:
         try:
@@ -258,7 +386,7 @@ class Checkpointer:
         errors = self.topology.gather(self.writer.error)
         return next((f"rank {rank}: {error}" for rank, error in enumerate(errors) if error), None)
 
-    def _publish(self, temporary: Path, final: Path, step: int) -> str | None:
+    def _publish(self, temporary: Path, final: Path, step: int, state: dict[str, Any]) -> str | None:
         """Write packspeed.json, rename, move `latest`, retire old ones: rank 0's work, agreed on by all."""
         files: dict[str, Any] = {}
         for part in self.topology.gather(self.writer.files):
@@ -274,39 +402,90 @@ class Checkpointer:
                     "format_version": FORMAT_VERSION,
                     "step": step,
                     **self.identity,
+                    **state,
                     "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 }
-                _write_durably(
+                write_durably(
                     temporary / MANIFEST, json.dumps({**manifest, "files": dict(sorted(files.items()))}, indent=1)
                 )
                 if final.exists():  # the same step again, after a walk back over a broken one
                     shutil.rmtree(final)
                 os.replace(temporary, final)
-                _sync_folder(self.folder)
-                _write_durably(self.folder / "latest", final.name)
-                self._retire(step)
+                sync_folder(self.folder)
+                write_durably(self.folder / "latest", final.name)
+                self._retire()
             except OSError as problem:
                 error = f"{problem.filename or final}: {problem.strerror}"
         return self.topology.from_rank0(error)  # type: ignore[no-any-return]
 
-    def _retire(self, step: int) -> None:
-        """Remove what retention no longer keeps: all but the newest `keep` and every `keep_every_steps`-th."""
+    def _retire(self) -> None:
+        """Remove what retention no longer keeps.
+
+        Kept: the newest `keep`, every `keep_every_steps`-th, the `keep_best` of lowest validation loss, and the newest
+        scheduled one, so that a rewind goes to the same place whatever stops came between.
+        """
+        there = candidates(self.folder)
+        scheduled = [path for path in there if self.every_steps and int(path.name[5:]) % self.every_steps == 0]
+        kept = {*there[: self.section.keep], *scheduled[:1], *self._best(there)}
         every = self.section.keep_every_steps
-        for path in candidates(self.folder)[self.section.keep :]:
-            if not (every and int(path.name[5:]) % every == 0):
+        for path in there:
+            if path not in kept and not (every and int(path.name[5:]) % every == 0):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def load(self, path: Path) -> int:
-        """Load a verified checkpoint into the engine; returns its step. Raises UserError where the parts disagree."""
+    def _best(self, there: list[Path]) -> list[Path]:
+        losses = []
+        for path in there:
+            try:
+                loss = read_manifest(path).get("val_loss")
+            except UserError:
+                continue
+            if loss is not None:
+                losses.append((loss, path))
+        return [path for _, path in sorted(losses)[: self.section.keep_best]]
+
+    def scheduled_before(self, step: int) -> int | None:
+        """Step of the newest whole checkpoint before `step` that the schedule made (any, if there is none such)."""
+        self.finish()
+        found = None
+        if self.topology.rank == 0:
+            earlier = [path for path in candidates(self.folder) if int(path.name[5:]) < step]
+            scheduled = [p for p in earlier if self.every_steps and int(p.name[5:]) % self.every_steps == 0]
+            whole = (path for path in [*scheduled, *earlier] if not problems(path))
+            found = next((int(path.name[5:]) for path in whole), None)
+        return self.topology.from_rank0(found)  # type: ignore[no-any-return]
+
+    def load_step(self, step: int) -> dict[str, Any]:
+        """Load the checkpoint of `step`, which must be verified; returns its manifest."""
+        return self.load(self.folder / tag(step))
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Load a verified checkpoint into the engine, whatever layout wrote it; returns its manifest.
+
+        Raises UserError where its parts disagree.
+        """
+        manifest = read_manifest(path)
+        if manifest.get("layout") == self.identity["layout"]:
+            self._load_same(path, int(manifest["step"]))
+        else:
+            from packspeed.launch import elastic
+
+            elastic.load(path, self.engine, self.topology, self.say)
+        rng = manifest.get("rng")
+        if rng is not None:
+            place = rng["of_rank"][self.topology.rank] if self.topology.rank < len(rng["of_rank"]) else 0
+            set_rng_state(rng["states"][place], self.topology.device)
+        self.newest = int(manifest["step"])
+        return manifest
+
+    def _load_same(self, path: Path, step: int) -> None:
+        """DeepSpeed's own load, bit for bit what it saved."""
         if self.engine.zero_nvme_offload_optimizer():
             # DeepSpeed 0.19 names swapped files by addresses of the dead process: it would go on from fresh weights.
             raise UserError(f"{path}: a run with its optimizer on NVMe cannot be resumed yet; offload to cpu can.")
         loaded, client_state = self.engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise UserError(f"{path}: DeepSpeed found nothing to load there.")
-        step = int(client_state["packspeed_step"])
-        if step != read_manifest(path)["step"]:
+        if int(client_state["packspeed_step"]) != step:
             raise UserError(
-                f"{path}: {MANIFEST} says step {read_manifest(path)['step']}, the state inside says {step}."
+                f"{path}: {MANIFEST} says step {step}, the state inside says {client_state['packspeed_step']}."
             )
-        return step

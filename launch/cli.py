@@ -6,18 +6,21 @@ Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or config, 75 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from packspeed.launch import data_commands
+from packspeed.launch import data_commands, model_commands, run_commands
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pretrain GPTs with DeepSpeed."
 )
 data_commands.register(app)
+model_commands.register(app)
+run_commands.register(app)
 ops_app = typer.Typer(no_args_is_help=True, help="DeepSpeed's compiled ops.")
 app.add_typer(ops_app, name="ops")
 
@@ -50,22 +53,47 @@ def train(
 
 
 @app.command()
-def generate(
+def reshard(
     run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 200,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 1337,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Continue a prompt with a run's newest checkpoint, from any ZeRO stage, on the CPU or one GPU."""
-    from packspeed.launch.sample import generate_text
+    """Convert a checkpoint ahead, so that it resumes at once with other ranks, another ZeRO stage or precision."""
+    from packspeed.launch.elastic import prepared
+    from packspeed.launch.sample import find_checkpoint
 
-    stream = None if json_output else lambda piece: print(piece, end="", flush=True)
-    result = generate_text(run, prompt, max_new_tokens, temperature, top_k, top_p, seed, stream)
-    print(json.dumps(result) if json_output else "")
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if json_output else sys.stdout, flush=True)
+
+    checkpoint = find_checkpoint(run)
+    folder = prepared(checkpoint, None, say)
+    print(json.dumps({"checkpoint": str(checkpoint), "universal": str(folder)}) if json_output else f"ready: {folder}")
+
+
+@app.command()
+def prove(
+    run_file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Steps of the shortened run.")] = 18,
+    ranks: Annotated[int | None, typer.Option(help="Ranks on this machine; default as in train.")] = None,
+    other_ranks: Annotated[int | None, typer.Option(help="Ranks of the second resume; default half as many.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeats a proof: when and whom the kill hits.")] = None,
+    keep: Annotated[bool, typer.Option(help="Keep the runs of a proof that held.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Prove that this run resumes exactly: kill it at a random step, resume, compare. Exit code 1: it does not."""
+    from packspeed.launch import prove as proofs
+
+    chosen = proofs.seed_of_the_day() if seed is None else seed
+    plan = proofs.make_plan(run_file, overrides or [], steps, ranks, other_ranks, chosen)
+    legs = proofs.prove(plan, lambda line: print(line, file=sys.stderr if json_output else sys.stdout, flush=True))
+    found = proofs.report(plan, legs, chosen)
+    if found["ok"] and not keep:
+        shutil.rmtree(plan.folder)
+    if json_output:
+        print(json.dumps(found))
+    else:
+        print("proved." if found["ok"] else f"NOT proved (--seed {chosen} repeats it); the runs are in {plan.folder}")
+    raise typer.Exit(0 if found["ok"] else 1)
 
 
 @app.command()

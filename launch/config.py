@@ -92,7 +92,7 @@ class OptimizerSection(Section):
     """AdamW, Lion, or Muon for the hidden matrices with AdamW for the rest; decay on matrices only."""
 
     name: Literal["adamw", "muon", "lion"] = "adamw"
-    lr: float = Field(6e-4, gt=0)
+    lr: float = Field(6e-4, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -148,7 +148,20 @@ class CheckpointSection(Section):
 
     every_steps: int = Field(1000, ge=0, description="0: only at the end or when stopped")
     keep: int = Field(3, ge=1, description="the newest n stay")
+    keep_best: int = Field(1, ge=0, description="the n of lowest validation loss stay, of those evaluated when saved")
     keep_every_steps: int = Field(0, ge=0, description="checkpoints at multiples of it stay for ever; 0: none")
+    async_write: bool = Field(False, description="copy to host memory, write while training; needs memory for a copy")
+    timeout_s: float = Field(1800.0, gt=0, description="a rank that comes later than this to a save ends the run")
+
+
+class AnomalySection(Section):
+    """What to do when a step's numbers are wrong, before the optimizer takes it."""
+
+    nonfinite: Literal["stop", "skip", "rewind"] = Field("stop", description="loss or gradient is NaN or infinite")
+    spike: Literal["off", "stop", "skip", "rewind"] = Field("off", description="loss or gradient norm out of line")
+    zscore: float = Field(10.0, gt=0, description="a spike is that many robust standard deviations above the median")
+    window: int = Field(128, ge=8, description="accepted steps that a step is compared with")
+    limit: int = Field(5, ge=1, description="this many anomalies in a row are dealt with, then the run stops")
 
 
 class MonitorSection(Section):
@@ -156,6 +169,9 @@ class MonitorSection(Section):
 
     log_every_steps: int = Field(10, ge=1, description="console and TensorBoard; metrics.jsonl has every step")
     tensorboard: bool = True
+    histograms_every_steps: int = Field(0, ge=0, description="norms of gradients and weights per layer; 0: never")
+    sample_prompts: list[str] = Field([], description="continued at each evaluation: samples.jsonl, TensorBoard's text")
+    sample_tokens: int = Field(64, ge=1, description="tokens of each of these texts")
 
 
 class RunFile(Section):
@@ -168,6 +184,7 @@ class RunFile(Section):
     train: TrainSection
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    anomalies: AnomalySection = AnomalySection()
     monitor: MonitorSection = MonitorSection()
     deepspeed: str = Field("zero1", description="a name in ds_configs/, or a path (anything with a slash)")
 

@@ -68,6 +68,7 @@ def prepare(
     task_count: Annotated[int | None, typer.Option(help="Tasks that share the work and the folder.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="All tasks are done: write the dataset.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the dataset in the folder.")] = False,
+    check: Annotated[bool, typer.Option("--verify", help="Then check every byte, as verify does.")] = False,
     json_output: Json = False,
 ) -> None:
     """Turn text into a token dataset. A killed run continues where it was when the command is given again."""
@@ -110,7 +111,13 @@ def prepare(
             **common,
         )
     found = dataset.inspect(out)
-    _show(found, _describe(found), json_output)
+    lines, ok = _describe(found), True
+    if check:
+        found["verify"], checked, ok = _verified(out)
+        lines += checked
+    _show(found, lines, json_output)
+    if not ok:
+        raise typer.Exit(1)
 
 
 def inspect(
@@ -156,22 +163,32 @@ def audit(
     """Say which documents a step of a run saw, or which steps saw a document."""
     from packspeed.data.audit import audit_step, steps_of
     from packspeed.data.errors import UsageError
-    from packspeed.launch.run_data import loader_of_run
+    from packspeed.launch.run_data import anomalies_of_run, batches_of_run, loader_of_run
 
-    loader, steps = loader_of_run(run)
+    loader = loader_of_run(run)
+    batches = batches_of_run(run, loader.global_batch)
     if step is not None and document is None:
-        rows = list(audit_step(loader, step - 1, text))
-        lines = [_describe_document(row) for row in rows]
-        _show({"step": step, "documents": rows}, lines, json_output)
+        rows = list(audit_step(loader, batches.get(step, step - 1), text))
+        anomalies = [entry for entry in anomalies_of_run(run) if entry["step"] == step]
+        lines = [_describe_anomaly(entry) for entry in anomalies] + [_describe_document(row) for row in rows]
+        _show({"step": step, "documents": rows, "anomalies": anomalies}, lines, json_output)
     elif document is not None and step is None:
         shard, _, index = document.partition(":")
         if not index.isdigit():
             raise UsageError(f"--document {document}: write it as SHARD:INDEX, for example train-00000:17.")
-        found = [number + 1 for number in steps_of(loader, source, shard, int(index), steps)]
-        line = f"{document} was in {len(found)} of {steps} steps: {', '.join(map(str, found)) or 'none'}"
+        last = max(batches.values(), default=-1) + 1
+        seen = set(steps_of(loader, source, shard, int(index), last))
+        found = [number for number, batch in batches.items() if batch in seen]
+        line = f"{document} was in {len(found)} of {len(batches)} steps: {', '.join(map(str, found)) or 'none'}"
         _show({"document": document, "source": source, "steps": found}, [line], json_output)
     else:
         raise UsageError("Give either --step N or --document SHARD:INDEX.")
+
+
+def _describe_anomaly(entry: dict[str, Any]) -> str:
+    last = entry["first_sample"] + entry["samples"] - 1
+    done = f"{entry['policy']}, back to step {entry['back_to']}" if "back_to" in entry else entry["policy"]
+    return f"not taken: {entry['reason']} on samples {entry['first_sample']} to {last} ({done})"
 
 
 def _describe_document(row: dict[str, Any]) -> str:
@@ -214,6 +231,13 @@ def export_data(
 
 def verify(path: Dataset, json_output: Json = False) -> None:
     """Check every byte of a dataset: hashes, indices, token ids, document ends."""
+    facts, lines, ok = _verified(path)
+    _show(facts, lines, json_output)
+    raise typer.Exit(0 if ok else 1)
+
+
+def _verified(path: Path) -> tuple[dict[str, Any], list[str], bool]:
+    """The report of a check, for machines and for people, and whether all is well."""
     from packspeed.data.verify import verify as run
 
     report = run(path)
@@ -222,8 +246,7 @@ def verify(path: Dataset, json_output: Json = False) -> None:
         f"{report.bytes / 1e6:,.1f} MB checked in {report.elapsed_s:.2f} s"
     ]
     lines += [f"problem: {problem}" for problem in report.problems] or ["all is well"]
-    _show({"ok": report.ok} | dataclasses.asdict(report), lines, json_output)
-    raise typer.Exit(0 if report.ok else 1)
+    return {"ok": report.ok} | dataclasses.asdict(report), lines, report.ok
 
 
 def tokenizer_train(

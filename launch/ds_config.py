@@ -234,7 +234,6 @@ def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precis
 
     Raises ConfigError where the JSON contradicts the run file, naming both places.
     """
-    path = ds_config_path(run.deepspeed)
     final = {key: copy.deepcopy(value) for key, value in raw.items() if key not in OWNED}
     owned: dict[str, Any] = {
         "train_batch_size": run.global_batch,
@@ -243,26 +242,10 @@ def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precis
         # DeepSpeed clips at 1.0 where the key is absent, so it is always written.
         "gradient_clipping": run.train.grad_clip,
     }
-    for key, value in owned.items():
-        if raw.get(key, "auto") not in ("auto", value):
-            raise ConfigError(
-                f"{path}: {key} = {raw[key]!r}, but the run file makes it {value!r} (section train); "
-                'drop it from the JSON or write "auto".'
-            )
-    if raw.get("scheduler", "auto") != "auto":
-        raise ConfigError(
-            f"{path}: scheduler: the learning rate is the run file's (train.schedule); drop the block from the JSON."
-        )
     optimizer = raw.get("optimizer") if isinstance(raw.get("optimizer"), dict) else {}
     final |= owned | {"optimizer": _optimizer_block(run.train.optimizer, optimizer or {})}
-    _refuse_other_optimizer(path, optimizer or {}, final["optimizer"])
-    for name in ("bf16", "fp16"):
-        block = raw.get(name)
-        enabled = block.get("enabled", "auto") if isinstance(block, dict) else "auto"
-        if enabled not in ("auto", precision == name):
-            raise ConfigError(
-                f"{path}: {name}.enabled = {enabled!r}, but train.precision is {precision}; drop it from the JSON."
-            )
+    if found := list(conflicts(run, raw, owned, precision)):
+        raise ConfigError("\n".join(found))
     if run.train.optimizer.name == "muon" and zero_stage(raw) == 3:
         # DeepSpeed refuses Muon with reduce_scatter at stage 3: it needs whole gradients.
         final["zero_optimization"]["reduce_scatter"] = False
@@ -274,15 +257,50 @@ def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precis
     return final
 
 
-def _refuse_other_optimizer(path: Path, given: dict[str, Any], ours: dict[str, Any]) -> None:
+def conflicts(run: RunFile, raw: dict[str, Any], owned: dict[str, Any], precision: str) -> Iterator[str]:
+    """Everything in the JSON that contradicts the run file, whose batch and clipping come to `owned`."""
+    path = ds_config_path(run.deepspeed)
+    for key, value in owned.items():
+        if raw.get(key, "auto") not in ("auto", value):
+            yield (
+                f"{path}: {key} = {raw[key]!r}, but the run file makes it {value!r} (section train); "
+                'drop it from the JSON or write "auto".'
+            )
+    if raw.get("scheduler", "auto") != "auto":
+        yield f"{path}: scheduler: the learning rate is the run file's (train.schedule); drop the block from the JSON."
+    given = raw.get("optimizer") if isinstance(raw.get("optimizer"), dict) else {}
+    yield from _other_optimizer(path, given or {}, _optimizer_block(run.train.optimizer, given or {}))
+    for name in ("bf16", "fp16"):
+        block = raw.get(name)
+        enabled = block.get("enabled", "auto") if isinstance(block, dict) else "auto"
+        if enabled not in ("auto", precision == name):
+            yield f"{path}: {name}.enabled = {enabled!r}, but train.precision is {precision}; drop it from the JSON."
+    yield from _clipped_muon(run, path, raw, precision)
+
+
+def _clipped_muon(run: RunFile, path: Path, raw: dict[str, Any], precision: str) -> Iterator[str]:
+    """DeepSpeed clips before Muon orthogonalises at stage 0 and in bf16 at stage 1 without offload, elsewhere after."""
+    offload = (raw.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    before = zero_stage(raw) == 0 or (
+        zero_stage(raw) == 1 and precision == "bf16" and offload.get("device", "none") == "none"
+    )
+    if run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and before:
+        yield (
+            f"{path}: Muon with train.grad_clip = {run.train.grad_clip} at ZeRO-{zero_stage(raw)} in {precision}: "
+            "DeepSpeed clips the gradient there before Muon orthogonalises it, and the update after it at the other "
+            "stages, so the stage would change the loss. Use deepspeed: zero2 (or zero3), or train.grad_clip: 0."
+        )
+
+
+def _other_optimizer(path: Path, given: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
     if str(given.get("type", "auto")).lower() not in ("auto", ours["type"].lower()):
-        raise ConfigError(
+        yield (
             f"{path}: optimizer.type = {given['type']!r}, but the run file's train.optimizer.name "
             f"gives {ours['type']!r}."
         )
     for key, value in (given.get("params") or {}).items():
         if value != "auto" and key in ours["params"] and value != ours["params"][key]:
-            raise ConfigError(
+            yield (
                 f"{path}: optimizer.params.{key} = {value!r}, but the run file's train.optimizer "
                 f"makes it {ours['params'][key]!r}; "
                 'drop it from the JSON or write "auto".'

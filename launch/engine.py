@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +31,10 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.utils import cpp_extension
 
 from packspeed.launch.config import ConfigError, RunFile, UserError
@@ -94,6 +100,13 @@ def limit_threads(local_size: int) -> int:
     return torch.get_num_threads()
 
 
+def ask_the_processor_once() -> None:
+    """Keep the answer: DeepSpeed starts a process, 1.4 s each time, to ask for the CPU's name before loading an op."""
+    import cpuinfo
+
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+
+
 def launcher_environment() -> tuple[int, int, int, int]:
     """(rank, world, local rank, local size) as the launcher set them; one lonely rank without a launcher."""
     env = os.environ
@@ -123,12 +136,21 @@ def device_type() -> str:
 
 
 def resolve_precision(wanted: str) -> str:
-    """`auto` is bf16 where the device computes in it natively, else fp32."""
+    """`auto` is bf16 where the device computes in it natively, else fp16 on a GPU and fp32 on a CPU."""
     if wanted != "auto":
         return wanted
     if device_type() == "cpu":
         return "bf16" if _cpu_has_bf16() else "fp32"
     return "bf16" if get_accelerator().is_bf16_supported() else "fp16"
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError for what DeepSpeed refuses to run here."""
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"train.precision: fp16: this {device_type()} has no arithmetic for it, and DeepSpeed refuses it there. "
+            "Use bf16 or fp32, or auto for what the machine does best."
+        )
 
 
 def _cpu_has_bf16() -> bool:
@@ -147,6 +169,7 @@ def quiet(log: Path | None) -> Iterator[None]:
 
 def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> Any:
     """Build the GPT, draw its weights and wrap it: a deepspeed.DeepSpeedEngine."""
+    torch.manual_seed(run.train.seed)  # nothing of ours draws from it; whatever does must not differ from run to run
     under_zero3 = zero_stage(ds_config) == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config) if under_zero3 else nullcontext():
         model = GPT(config)
@@ -201,17 +224,97 @@ def set_learning_rate(engine: Any, lr: float, muon_scale: float) -> None:
         group["lr"] = lr * (muon_scale if group.get("use_muon") else 1.0)
 
 
-def unsharded_grad_norm(engine: Any) -> float | None:
-    """Global L2 norm of the reduced gradients where DeepSpeed runs the plain optimizer and keeps no norm (stage 0)."""
-    if not isinstance(engine.optimizer, torch.optim.Optimizer) or not engine.is_gradient_accumulation_boundary():
-        return None
-    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+class GradientGate:
+    """Shows the global L2 norm of the gradients before clipping; keeps the optimizer from a step that judge refuses.
+
+    DeepSpeed's ZeRO optimizers discard a step whose norm is invalid, on all ranks together: a step that `judge(norm)`
+    refuses is shown to them as one. Where only the loss is wrong, stage 3 asks before Muon touches its momentum.
+    """
+
+    def __init__(self, engine: Any, judge: Callable[[float | None], bool]) -> None:
+        self.judge = judge
+        self.norm = float("nan")
+        self.closed = False
+        optimizer = engine.optimizer
+        if isinstance(optimizer, BF16_Optimizer):
+            self._gate_bf16(optimizer)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self._gate_stage3(optimizer)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            self._gate_stage12(optimizer)
+        else:
+            self._gate_plain(engine)
+
+    def open(self) -> None:
+        """Begin a step."""
+        self.norm, self.closed = float("nan"), False
+
+    def _refuses(self, norm: Any, scale: float = 1.0) -> bool:
+        """Take note of a norm (negative: DeepSpeed's word for an invalid one) and ask the judge."""
+        value = float(norm)
+        self.norm = value / scale if value >= 0 else float("nan")
+        self.closed = self.judge(self.norm)
+        return self.closed
+
+    def _gate_stage12(self, optimizer: Any) -> None:
+        original, update_scale = optimizer.scaled_global_norm, optimizer._update_scale
+
+        def scaled_global_norm(norm_type: int = 2) -> Any:
+            norm = original(norm_type)
+            return torch.full_like(norm, -1.0) if self._refuses(norm, optimizer.loss_scale) else norm
+
+        optimizer.scaled_global_norm = scaled_global_norm
+        optimizer._update_scale = lambda overflow: None if self.closed else update_scale(overflow)
+
+    def _gate_stage3(self, optimizer: Any) -> None:
+        groups, check, update_scale = (
+            optimizer._get_norm_groups,
+            optimizer._overflow_check_and_loss_scale_update,
+            optimizer._update_scale,
+        )
+
+        def get_norm_groups() -> list[Any]:
+            norms = groups()
+            refused = self._refuses(combine_grad_norm_groups(norms), optimizer.loss_scale)
+            return [torch.full_like(norms[0], -1.0)] if refused else list(norms)
+
+        def overflow_check(update_scale: bool = True) -> bool:
+            check(update_scale=update_scale)
+            self.closed = self.judge(None)
+            optimizer.overflow = optimizer.overflow or self.closed
+            return bool(optimizer.overflow)
+
+        optimizer._get_norm_groups = get_norm_groups
+        optimizer._overflow_check_and_loss_scale_update = overflow_check
+        optimizer._update_scale = lambda overflow=False: None if self.closed else update_scale(overflow)
+
+    def _gate_bf16(self, optimizer: Any) -> None:
+        original = optimizer.get_grads_for_norm
+
+        def get_grads_for_norm(for_clipping: bool = False) -> Any:
+            grads = original(for_clipping)
+            if not for_clipping and self._refuses(get_global_norm_of_tensors(grads[0])):
+                return [torch.full((1,), float("nan"), device=grads[0][0].device)], {}
+            return grads
+
+        optimizer.get_grads_for_norm = get_grads_for_norm
+
+    def _gate_plain(self, engine: Any) -> None:
+        """Stage 0: DeepSpeed runs the plain optimizer and knows no norm."""
+        take, step = engine._take_model_step, engine.optimizer.step
+
+        def take_model_step(lr_kwargs: Any) -> None:
+            grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            self._refuses(torch.nn.utils.get_total_norm(grads))
+            take(lr_kwargs)
+
+        engine._take_model_step = take_model_step
+        engine.optimizer.step = lambda *args, **kwargs: None if self.closed else step(*args, **kwargs)
 
 
-def grad_norm(engine: Any) -> float:
-    """Global L2 norm of the gradients of the step just taken, before clipping; nan where DeepSpeed has none."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
+def loss_scale(engine: Any) -> float | None:
+    """The fp16 loss scale; None in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def measured_peak(dtype: torch.dtype, seconds: float = 0.15) -> float:
@@ -231,7 +334,8 @@ def peak_flops(topology: Topology, engine: Any) -> float:
     device = topology.device
     if device.type == "cpu":
         low = engine.bfloat16_enabled() or engine.torch_autocast_enabled()
-        peak = measured_peak(torch.bfloat16 if low else torch.float32)
+        # A CPU without bf16 instructions does most of a bf16 step in fp32, and its own bf16 GEMM is no peak.
+        peak = max(measured_peak(dtype) for dtype in [torch.float32, torch.bfloat16][: 1 + low])
     else:
         name = torch.cuda.get_device_name(device)
         peak = next((value for part, value in DATASHEET_PEAK.items() if part in name), float("nan"))
@@ -256,6 +360,9 @@ def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:
 
 def build_ops(names: list[str], say: Callable[[str], None]) -> None:
     """Compile and load each op; raises UserError naming the missing compiler, header or the end of ninja's log."""
+    # Always this environment's ninja: another version (the system's, on a host reached by ssh) discards the log of
+    # what is built, and every start would compile everything anew.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     for name in names:
         builder = get_accelerator().create_op_builder(name)
         if builder is None or "NotImplemented" in type(builder).__name__:

@@ -39,15 +39,26 @@ def plan(run_file: Path) -> dict[str, Any]:
     }
 
 
-def loader_of_run(folder: Path) -> tuple[Loader, int]:
-    """The loader of a run that has begun, from its resolved config, and how many steps it has done."""
+def loader_of_run(folder: Path) -> Loader:
+    """The loader of a run that has begun, from its resolved config."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: there is no config.yaml in it. Give <runs_dir>/<name>.")
     run = load_run_file(path)
-    steps = run.train.total_steps
-    metrics = folder / "metrics.jsonl"
-    if metrics.is_file():
-        lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if '"loss"' in line]
-        steps = int(json.loads(lines[-1])["step"]) if lines else 0
-    return make_run_loader(run, open_data(run)), steps
+    return make_run_loader(run, open_data(run))
+
+
+def batches_of_run(folder: Path, global_batch: int) -> dict[int, int]:
+    """Step -> number of the batch it read, of the steps done: behind a rewind they are further apart than the steps."""
+    lines = _lines(folder / "metrics.jsonl")
+    return {line["step"]: line["samples"] // global_batch - 1 for line in lines if "samples" in line}
+
+
+def anomalies_of_run(folder: Path) -> list[dict[str, Any]]:
+    """Every step that was not taken, with its samples and what was done instead."""
+    return _lines(folder / "anomalies.jsonl")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]

@@ -1,8 +1,9 @@
 """`packspeed train`: check both files, then run DeepSpeed's own launcher on this machine and look after its signals.
 
 DeepSpeed's runner leaves its children behind when it gets SIGTERM, and its node launcher gives the ranks 30 s before
-SIGKILL, one after another. So the launcher runs in a session of its own, and a signal to us goes to the ranks alone:
-they save for as long as it takes, and their exit code (75) comes back through the launcher.
+SIGKILL, one after another. So the launcher runs in a session of its own with these signals blocked (schedulers signal
+every process they find), and a signal to us goes to the ranks alone, which unblock them (watch.py): they save for as
+long as it takes, and their exit code (75) comes back through the launcher.
 """
 
 from __future__ import annotations
@@ -53,20 +54,23 @@ def launcher_command(ranks: int, train_args: Sequence[str]) -> list[str]:
 
 def run_launcher(command: Sequence[str]) -> int:
     """Run the launcher to its end, handing SIGTERM, SIGUSR1 and Ctrl-C to the ranks; returns the exit code."""
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # inherited by the launcher and, until they unblock, the ranks
     process = subprocess.Popen(command, start_new_session=True)
     interrupts = 0
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
         interrupts += number == signal.SIGINT
-        for rank in _rank_processes(process.pid):
+        for rank in rank_processes(process.pid):
             try:
                 rank.send_signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
             except psutil.NoSuchProcess:
                 continue
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in signals:
         signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     while True:
         try:
             code = process.wait()
@@ -76,7 +80,7 @@ def run_launcher(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _rank_processes(launcher_pid: int) -> list[psutil.Process]:
+def rank_processes(launcher_pid: int) -> list[psutil.Process]:
     """The processes below the launcher that run train.py themselves (not a launcher that names it as an argument)."""
     ranks = []
     try:

@@ -46,7 +46,7 @@ class Workspace:
 
     def curve(self, name: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl without what depends on the clock."""
-        clocked = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s", "eval_time_s"}
+        clocked = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s", "eval_time_s", "memory_gib"}
         return [{k: v for k, v in line.items() if k not in clocked} for line in self.metrics(name)]
 
     def losses(self, name: str) -> list[float]:
@@ -90,14 +90,16 @@ def deepspeed(
     )
 
 
-def run_many(folder: Path, runs: Sequence[Sequence[str]], ranks: int = 2) -> tuple[list[int], str]:
+def run_many(folder: Path, runs: Sequence[Sequence[str]], ranks: int = 2, faults: str = "") -> tuple[list[int], str]:
     """Train several runs one after another in one launch; returns rank 0's exit codes and the output."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.json"
     path.write_text(json.dumps(runs))
-    done = deepspeed(ROOT / "tests" / "many_runs.py", str(path), ranks=ranks)
-    output = done.stdout + done.stderr
     codes = path.with_suffix(".json.codes")
+    codes.unlink(missing_ok=True)
+    script = ROOT / "tests" / ("faulty.py" if faults else "many_runs.py")
+    done = deepspeed(script, str(path), ranks=ranks, env={"FAULTS": faults})
+    output = done.stdout + done.stderr
     assert codes.exists(), output[-4000:]
     return json.loads(codes.read_text()), output
 
@@ -120,14 +122,19 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
     return tmp_path_factory.mktemp(f"work-{worker_id}")
 
 
+def make_workspace(folder: Path) -> Workspace:
+    """Prepare the dataset and write the run file that all training tests use."""
+    from packspeed.data.prepare import prepare
+
+    text = folder / "python.txt"
+    text.write_text(text_of_python())
+    prepare([str(text)], folder / "tokens", "bytes", val_fraction=0.05)
+    space = Workspace(folder)
+    space.run_file.write_text(RUN_FILE.format(folder=folder))
+    return space
+
+
 @pytest.fixture(scope="session")
 def workspace(shared_folder: Path) -> Workspace:
     """The dataset and run file that all training tests of this process use."""
-    from packspeed.data.prepare import prepare
-
-    text = shared_folder / "python.txt"
-    text.write_text(text_of_python())
-    prepare([str(text)], shared_folder / "tokens", "bytes", val_fraction=0.05)
-    space = Workspace(shared_folder)
-    space.run_file.write_text(RUN_FILE.format(folder=shared_folder))
-    return space
+    return make_workspace(shared_folder)

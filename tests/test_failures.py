@@ -129,12 +129,6 @@ def test_other_dataset_is_refused(trained: Workspace) -> None:
     assert "tokens before" in done.stderr, "what changed is named"
 
 
-def test_another_stage_is_refused_not_mangled(trained: Workspace) -> None:
-    done = train_alone(*trained.arguments("done", "deepspeed=zero2", "train.steps=12"))
-    assert done.returncode == 2
-    assert "was written with 1 as ZeRO stage, this start has 2" in done.stderr
-
-
 def test_damaged_checkpoints_are_passed_over_with_the_reason(trained: Workspace) -> None:
     """Truncated, bit-flipped, unlisted, unfinished: the run goes on from the whole one, to the same curve."""
     trained.rewind("done", "damaged", step=9)

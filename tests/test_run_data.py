@@ -37,6 +37,8 @@ def test_the_plan_and_the_audit(run_file: Path) -> None:
     assert [row["samples"] for row in plan["sources"]] == [1024, 3072]
     assert sum(row["tokens"] for row in plan["sources"]) == plan["tokens"] == 512 * 256
     folder = str(run_file.parent)
+    steps = [{"step": step, "loss": 4.0, "samples": step * 8} for step in range(1, 11)]
+    (run_file.parent / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
     step = json.loads(CliRunner().invoke(app, ["audit", "--run", folder, "--step", "5", "--text", "--json"]).stdout)
     assert sum(row["tokens"] for row in step["documents"]) == 256
     row = step["documents"][0]

@@ -10,11 +10,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import invariance
 import pytest
 import torch
 from conftest import Workspace, run_many
 
 from packspeed.launch.checkpoint import candidates, problems
+from packspeed.launch.config import load_run_file
 from packspeed.launch.weights import fp32_state_dict
 
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(1500)]
@@ -72,6 +74,15 @@ def test_every_stage_has_the_losses_of_stage_0(workspace: Workspace, trained: di
         assert losses == pytest.approx(reference, abs=tolerance)
         assert len(losses) == 10
     assert workspace.losses(f"{stage}-fp32")[0] == workspace.losses("zero0-fp32")[0], "the same initial weights"
+
+
+def test_every_stage_is_a_plain_pytorch_loop(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    """torch's AdamW, clipping and cross entropy in one process; `make invariance` does it at more ranks and cuts."""
+    expected = invariance.reference(load_run_file(workspace.run_file))
+    for stage in STAGES:
+        loss, weight = invariance.differences(workspace, f"{stage}-fp32", *expected)
+        assert loss < 1e-5, stage
+        assert weight < 2e-5, stage
 
 
 def test_training_learns(workspace: Workspace, trained: dict[str, list[str]]) -> None:
@@ -136,8 +147,6 @@ def test_tensorboard_shows_the_metrics_file(workspace: Workspace, resumed: str) 
 
 
 def test_run_folder_says_what_ran(workspace: Workspace, trained: dict[str, list[str]]) -> None:
-    from packspeed.launch.config import load_run_file
-
     folder = workspace.folder / "runs" / "zero2-bf16"
     again = load_run_file(folder / "config.yaml")
     assert (again.name, again.train.precision, again.train.optimizer.lr) == ("zero2-bf16", "bf16", 1e-3)
@@ -156,7 +165,8 @@ def test_metrics_lines_are_complete(workspace: Workspace, trained: dict[str, lis
     assert line["tokens"] == 3 * 256
     assert line["samples"] == 3 * 8
     assert set(line) == {
-        "step", "tokens", "samples", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "mfu", "data_wait_s",
+        "step", "tokens", "samples", "data_hash", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "mfu",
+        "data_wait_s",
     }  # fmt: skip
     norms = [
         [x["grad_norm"] for x in workspace.metrics(f"{s}-fp32") if "loss" in x] for s in ("zero0", "zero1", "zero3")

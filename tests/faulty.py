@@ -1,0 +1,249 @@
+"""train.main with faults planted in this process, for the tests: python tests/faulty.py [--local_rank=0] ARGUMENTS
+
+FAULTS in the environment names them, `name:argument` separated by commas. Nothing of the product knows them: each
+patches a function of the loop or of saving, and what follows (the kill, the full disk, the NaN) is real.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import many_runs
+import torch
+
+from packspeed.data.loader import Loader
+from packspeed.launch import checkpoint, loop, run_folder
+
+
+def die() -> None:
+    """As kill -9 ends a process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_byte(limit: str) -> None:
+    """The kernel kills the process when a file of the next checkpoint grows beyond `limit` bytes."""
+    original = checkpoint.SafeWriter.begin
+
+    def begin(self: Any, copy: bool) -> None:
+        original(self, copy)
+        if hasattr(self, "_begun"):
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+        self._begun = True
+
+    checkpoint.SafeWriter.begin = begin  # type: ignore[method-assign]
+
+
+def kill_at_rename(number: str) -> None:
+    """kill -9 at the n-th rename of the next save: before packspeed.json, before the folder, before `latest`, after."""
+    replace, save, count = os.replace, checkpoint.Checkpointer.save, [0]
+
+    def counted(source: Any, target: Any) -> None:
+        count[0] += 1
+        if count[0] > int(number):
+            die()
+        replace(source, target)
+
+    def armed(self: Any, *args: Any, **kwargs: Any) -> None:
+        os.replace = counted
+        count[0] = 0
+        save(self, *args, **kwargs)
+        die()
+
+    checkpoint.Checkpointer.save = armed  # type: ignore[method-assign]
+
+
+def at_step(step: int, action: Callable[[], None]) -> None:
+    """Do something after the metrics line of a step was written (rank 0)."""
+    write = run_folder.Metrics.write
+
+    def hooked(self: Any, record: dict[str, Any]) -> None:
+        write(self, record)
+        if record["step"] == step and "loss" in record:
+            action()
+
+    run_folder.Metrics.write = hooked  # type: ignore[method-assign]
+
+
+def full_disk(place: str) -> None:
+    """Fill the file system of a folder after step 4, make room again after step 8."""
+    ballast = Path(place) / "ballast"
+
+    def fill() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                return
+
+    at_step(4, fill)
+    at_step(8, ballast.unlink)
+
+
+def read_only(place: str) -> None:
+    """Make the checkpoints folder read-only after step 4, writable again after step 8."""
+
+    def close() -> None:
+        subprocess.run(["mount", "--bind", place, place], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", place], check=True)
+
+    at_step(4, close)
+    at_step(8, lambda: subprocess.run(["umount", place], check=True) and None)
+
+
+def late_rank(rank: str) -> None:
+    """One rank hangs while it writes its part of a checkpoint."""
+    write = checkpoint.SafeWriter._write
+
+    def slow(self: Any, state: Any, path: str) -> None:
+        if os.environ["RANK"] == rank:
+            time.sleep(60)
+        write(self, state, path)
+
+    checkpoint.SafeWriter._write = slow  # type: ignore[method-assign]
+
+
+def slow_save(seconds: str) -> None:
+    """Every rank needs long to write."""
+    write = checkpoint.SafeWriter._write
+
+    def slow(self: Any, state: Any, path: str) -> None:
+        time.sleep(float(seconds))
+        write(self, state, path)
+
+    checkpoint.SafeWriter._write = slow  # type: ignore[method-assign]
+
+
+def die_after(step: str) -> None:
+    """kill -9 once the metrics line of a step is written."""
+    at_step(int(step), die)
+
+
+def slow_collective(seconds: str) -> None:
+    """Every all-reduce takes longer."""
+    reduce = torch.distributed.all_reduce
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(float(seconds))
+        return reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = slow
+
+
+def slow_data(seconds: str) -> None:
+    """Every batch comes late."""
+    following = loop.Prefetcher.__next__
+
+    def slow(self: Any) -> Any:
+        time.sleep(float(seconds))
+        return following(self)
+
+    loop.Prefetcher.__next__ = slow  # type: ignore[method-assign]
+
+
+def slow_evaluation(seconds: str) -> None:
+    """Every evaluation takes longer."""
+    evaluate = loop.evaluate
+
+    def slow(trainer: Any) -> Any:
+        time.sleep(float(seconds))
+        return evaluate(trainer)
+
+    loop.evaluate = slow
+
+
+def slow_start(seconds: str) -> None:
+    """The process needs longer until it trains."""
+    time.sleep(float(seconds))
+
+
+def term_in_evaluation(number: str) -> None:
+    """SIGTERM arrives in the n-th forward pass of validation."""
+    losses, count = loop._row_losses, [0]
+
+    def hooked(trainer: Any, batch: Any, rows: int) -> Any:
+        if rows > 1:  # the probe goes row by row
+            count[0] += 1
+        if count[0] == int(number):
+            signal.raise_signal(signal.SIGTERM)
+        return losses(trainer, batch, rows)
+
+    loop._row_losses = hooked
+
+
+def bad_samples(values: str) -> None:
+    """`nan@80-87`: the loss of these samples is NaN; `20x@...`: twenty times what it is."""
+    what, _, span = values.partition("@")
+    first, last = (int(part) for part in span.split("-"))
+    original = loop._loss
+
+    def hooked(trainer: Any, inputs: Any, labels: Any, part: Any, arguments: Any) -> torch.Tensor:
+        loss: torch.Tensor = original(trainer, inputs, labels, part, arguments)
+        hit = bool(((part.samples >= first) & (part.samples <= last)).any())
+        factor = float("nan") if what == "nan" else float(what.rstrip("x"))
+        return loss * factor if hit else loss
+
+    loop._loss = hooked
+
+
+def other_weights(scale: str) -> None:
+    """The weights are not those of the checkpoint after a resume."""
+    load = checkpoint.Checkpointer.load
+
+    def hooked(self: Any, path: Path) -> dict[str, Any]:
+        manifest = load(self, path)
+        with torch.no_grad():
+            next(iter(self.engine.module.parameters())).mul_(float(scale))
+        return manifest
+
+    checkpoint.Checkpointer.load = hooked  # type: ignore[method-assign]
+
+
+def off_by_one(_: str) -> None:
+    """After a resume every step reads the batch of the next."""
+    load, batch, shift = checkpoint.Checkpointer.load, Loader.batch, [0]
+
+    def resumed(self: Any, path: Path) -> dict[str, Any]:
+        shift[0] = 1
+        return load(self, path)
+
+    checkpoint.Checkpointer.load = resumed  # type: ignore[method-assign]
+    Loader.batch = lambda self, step, rank, world: batch(self, step + shift[0], rank, world)  # type: ignore[method-assign]
+
+
+def noise(_: str) -> None:
+    """The loss depends on torch's generator."""
+    original = loop._loss
+    loop._loss = lambda *arguments: original(*arguments) * (1 + 0.01 * torch.rand(()))
+
+
+def lost_rng(_: str) -> None:
+    """A resume leaves torch's generators as they are."""
+    checkpoint.set_rng_state = lambda saved, device: None
+
+
+def main() -> int:
+    """Plant what FAULTS names, then train."""
+    for fault in filter(None, os.environ.get("FAULTS", "").split(",")):
+        name, _, argument = fault.partition(":")
+        globals()[name](argument)
+    many_runs.let_fp16_run()
+    if any(argument.endswith("runs.json") for argument in sys.argv):
+        many_runs.main()
+        return 0
+    from packspeed.launch.train import main as train
+
+    return train(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

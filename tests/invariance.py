@@ -1,0 +1,159 @@
+"""The invariance table: one run file trained in many layouts by the real engine, against a plain PyTorch loop.
+
+    make invariance                          the tests' small GPT on Python's sources; updates ds_configs/README.md
+    make invariance RUN=my.yaml STEPS=50     your model and dataset; prints the table
+
+The reference is one process: torch's AdamW, clipping and cross entropy in fp32, the whole batch at once, no DeepSpeed.
+Cost: one launch for each number of ranks (1, 2 and 4), about 25 runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from conftest import ROOT, Workspace, make_workspace, run_many
+from torch.nn import functional
+
+from packspeed.launch.config import RunFile, TrainSection, load_run_file
+from packspeed.launch.loop import _dropout_keys
+from packspeed.launch.train import make_run_loader, open_data
+from packspeed.launch.weights import fp32_state_dict
+from packspeed.model.gpt import GPT, init_weights, is_matrix
+
+MARKS = "<!-- the invariance table: make invariance -->", "<!-- its end -->"
+PLACE = ROOT / "ds_configs" / "README.md"
+EVERY_STAGE = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+def cosine_lr(step: int, train: TrainSection) -> float:
+    """nanoGPT's get_lr: linear warm-up, cosine to min_lr."""
+    warmup, peak, low = train.schedule.warmup_steps, train.optimizer.lr, train.schedule.min_lr
+    assert train.schedule.name == "cosine", "the reference knows the cosine schedule"
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    ratio = (step - warmup) / (train.total_steps - warmup)
+    return low + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (peak - low)
+
+
+def reference(run: RunFile) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """(loss of every step, final weights) of a training loop without DeepSpeed: fp32, one process, whole batches."""
+    dataset, train = open_data(run), run.train
+    loader, optimizer = make_run_loader(run, dataset), train.optimizer
+    assert optimizer.name == "adamw", "the reference knows AdamW"
+    model = GPT(run.gpt_config(dataset.vocab_size))
+    init_weights(model, train.seed)
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if is_matrix(name)], "weight_decay": optimizer.weight_decay},
+        {"params": [p for name, p in named if not is_matrix(name)], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+    losses = []
+    for step in range(train.total_steps):
+        for group in adamw.param_groups:
+            group["lr"] = cosine_lr(step, train)
+        batch = loader.batch(step, 0, 1)
+        tokens = torch.from_numpy(batch.tokens.astype("int64"))
+        keys = _dropout_keys(batch.samples, train.seed, torch.device("cpu"))
+        logits = model(tokens[:, :-1], dropout_keys=keys)
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        if train.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(loss.detach().item())
+    return losses, {name: parameter.detach() for name, parameter in named}
+
+
+def differences(space: Workspace, name: str, losses: list[float], weights: dict[str, torch.Tensor]) -> list[float]:
+    """[largest difference of a loss, of a final weight] of a finished run from the reference."""
+    mine = space.losses(name)
+    assert len(mine) == len(losses), name
+    final = fp32_state_dict(space.checkpoints(name) / f"step-{len(losses):08d}")
+    distance = max(float((final[key].detach() - value).abs().max()) for key, value in weights.items())
+    return [max(abs(a - b) for a, b in zip(mine, losses, strict=True)), distance]
+
+
+def layouts(folder: Path, global_batch: int) -> dict[int, list[tuple[str, str, int, str]]]:
+    """Ranks -> (precision, DeepSpeed configuration, micro batch, its name) of every run of the table."""
+    zero3 = folder / "zero3_all.json"
+    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    path = {"zero3": str(zero3)}
+    found: dict[int, list[tuple[str, str, int, str]]] = {}
+    for ranks in (n for n in (1, 2, 4) if global_batch % n == 0):
+        rows = global_batch // ranks
+        micros = sorted({rows, max(n for n in range(1, rows // 2 + 1) if rows % n == 0) if rows > 1 else 1, 1})
+        runs = [("fp32", stage, micros[-1]) for stage in EVERY_STAGE]
+        runs += [("fp32", "zero1", micro) for micro in micros[:-1]] + [("fp32", "zero3", micros[0])]
+        runs += [("bf16", "zero1", micros[-1])] + ([("bf16", "zero3", micros[0])] if ranks == 2 else [])
+        found[ranks] = [
+            (precision, path.get(stage, stage), micro, stage) for precision, stage, micro in dict.fromkeys(runs)
+        ]
+    return found
+
+
+def table(space: Workspace, sets: list[str]) -> list[str]:
+    """Train every layout; returns the table's lines."""
+    run = load_run_file(space.run_file, [*sets, "train.precision=fp32"])
+    losses, weights = reference(run)
+    lines = [
+        "| precision | ranks | DeepSpeed configuration | micro batch x accumulation | largest difference of a loss "
+        "| of a weight |",
+        "|---|---|---|---|---|---|",
+    ]
+    for ranks, runs in layouts(space.folder, run.global_batch).items():
+        commands, names = [], []
+        for precision, config, micro, stage in runs:
+            names.append(f"{precision}-{ranks}-{stage}-{micro}")
+            own = [f"train.precision={precision}", f"deepspeed={config}", f"train.micro_batch={micro}"]
+            commands.append(space.arguments(names[-1], *sets, *own, f"runs_dir={space.folder}/runs"))
+        codes, output = run_many(space.folder / f"ranks{ranks}", commands, ranks=ranks)
+        if any(codes):
+            raise SystemExit(f"runs failed with {codes}:\n{output[-4000:]}")
+        for (precision, _, micro, stage), name in zip(runs, names, strict=True):
+            loss, weight = differences(space, name, losses, weights)
+            cut = f"{micro} x {run.global_batch // ranks // micro}"
+            lines.append(f"| {precision} | {ranks} | {stage} | {cut} | {loss:.1e} | {weight:.1e} |")
+            print(lines[-1], flush=True)
+    return lines
+
+
+def publish(lines: list[str], steps: int) -> None:
+    """Put the table between its marks in ds_configs/README.md."""
+    before, _, rest = PLACE.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    head = f"{steps} steps, loss from {math.log(257):.2f} nats, learning rate 1e-3, weights of about 0.02:"
+    PLACE.write_text(before + "\n".join([MARKS[0], head, "", *lines, "", MARKS[1]]) + after)
+
+
+def main() -> int:
+    """Make the table of the run file named, or of the tests' own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_file", nargs="?", help="your run file; default: the tests' small one")
+    parser.add_argument("--steps", type=int, default=50)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="invariance-") as folder:
+        space = Workspace(Path(folder)) if args.run_file else make_workspace(Path(folder))
+        if args.run_file:
+            space.run_file = Path(args.run_file)
+        sets = [
+            f"train.steps={args.steps}",
+            "eval.every_steps=0",
+            "checkpoint.every_steps=0",
+            "train.schedule.warmup_steps=2",
+        ]
+        lines = table(space, sets)
+    if not args.run_file:
+        publish(lines, args.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""`packspeed prove` on the real launcher: it holds for what is right, and finds what is planted wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Workspace
+
+from packspeed.launch import spawn
+from packspeed.launch.checkpoint import rng_state, set_rng_state
+from packspeed.launch.config import ConfigError
+from packspeed.launch.prove import Leg, _first_difference, make_plan, prove
+
+pytestmark = [pytest.mark.xdist_group("prove"), pytest.mark.timeout(900)]
+
+COMMAND = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "prove"]
+
+
+def test_a_killed_run_is_proved_to_go_on(workspace: Workspace) -> None:
+    """2 ranks killed and resumed by 2 and by 1: dropout, accumulation, ZeRO-2."""
+    sets = ["model.dropout=0.1", "train.micro_batch=2", "deepspeed=zero2", "name=proof"]
+    arguments = [str(workspace.run_file), "--ranks", "2", "--seed", "4", "--json", *(f"--set={text}" for text in sets)]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    same, other = found["legs"]
+    assert found["ok"]
+    assert (same["ranks"], other["ranks"]) == (2, 1)
+    assert same["losses_differ_by"] == same["weights_differ_by"] == 0.0
+    assert same["samples_equal"]
+    assert other["samples_equal"]
+    assert 0 < other["losses_differ_by"] < 1e-5
+    assert other["weights_differ_by"] < 1e-4
+    assert same["resumed_from"] in (3, 6, 9, 12)
+    assert not (workspace.folder / "runs" / ".prove-proof").exists()
+
+
+def wrong(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, name: str, faults: str) -> Leg:
+    """The proof of a run with something planted; the resumed leg."""
+    monkeypatch.setattr(spawn, "TRAIN", ROOT / "tests" / "faulty.py")
+    monkeypatch.setenv("FAULTS", faults)
+    plan = make_plan(workspace.run_file, [f"name={name}"], 18, 1, 1, seed=4)
+    (leg,) = prove(dataclasses.replace(plan, other_ranks=None), print)
+    return leg
+
+
+def test_a_cursor_that_is_off_by_one_is_found(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    leg = wrong(workspace, monkeypatch, "cursor", "off_by_one")
+    assert leg.first_difference is not None
+    assert leg.first_difference.startswith(f"step {leg.resumed_from + 1}: data_hash" if leg.resumed_from else "?")
+    assert not leg.samples_equal
+
+
+def test_a_lost_rng_is_found(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    leg = wrong(workspace, monkeypatch, "rng", "noise,lost_rng")
+    assert leg.samples_equal
+    assert leg.losses_differ_by > 0
+    assert leg.first_difference is not None
+    assert f"step {(leg.resumed_from or 0) + 1}: " in leg.first_difference
+
+
+def test_the_rng_is_put_back() -> None:
+    saved = json.loads(json.dumps(rng_state(torch.device("cpu"))))
+    first = torch.rand(5)
+    set_rng_state(saved, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), first)
+
+
+def test_the_first_difference_is_told() -> None:
+    alone = [
+        {"step": 1, "loss": 4.0, "lr": 0.1, "data_hash": "a"},
+        {"step": 2, "loss": 3.0, "lr": 0.1, "data_hash": "b"},
+    ]
+    near = [alone[0], {**alone[1], "loss": 3.000001}]
+    assert _first_difference(alone, alone, 0) is None
+    assert _first_difference(alone, near, 1e-5) is None
+    assert _first_difference(alone, near, 0) == "step 2: loss 3.0 left alone and 3.000001 resumed"
+    assert _first_difference(alone, [alone[0], {**alone[1], "data_hash": "c"}], 1e-5) == (
+        "step 2: data_hash b left alone and c resumed"
+    )
+    assert "1 lines, that of the run left alone 2" in str(_first_difference(alone, alone[:1], 0))
+    assert "loss" in str(_first_difference(alone, [alone[0], {**alone[1], "loss": None}], 1e-5))
+
+
+def test_impossible_proofs_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 6"):
+        make_plan(workspace.run_file, [], 3, None, None, 0)
+    with pytest.raises(ConfigError, match="cannot share equally"):
+        make_plan(workspace.run_file, [], 18, 3, None, 0)
