@@ -100,11 +100,17 @@ def limit_threads(local_size: int) -> int:
     return torch.get_num_threads()
 
 
-def ask_the_processor_once() -> None:
-    """Keep the answer: DeepSpeed starts a process, 1.4 s each time, to ask for the CPU's name before loading an op."""
+def prepare_for_ops() -> None:
+    """What every process does before DeepSpeed loads its first op there."""
     import cpuinfo
 
+    # DeepSpeed starts a process, 1.4 s each time, to ask for the CPU's name before it loads an op.
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    # Always this environment's ninja, also where the environment is not activated (a host reached by ssh): another
+    # version, the system's, discards the log of what is built, and every start would compile everything anew.
+    own = str(Path(sys.executable).parent)
+    if own not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
+        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def launcher_environment() -> tuple[int, int, int, int]:
@@ -116,6 +122,7 @@ def launcher_environment() -> tuple[int, int, int, int]:
 
 def start_distributed(timeout_s: float = 1800.0) -> Topology:
     """Join the process group that the launcher's environment describes; without a launcher, be the only rank."""
+    prepare_for_ops()
     rank, world, local_rank, local_size = launcher_environment()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -360,9 +367,7 @@ def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:
 
 def build_ops(names: list[str], say: Callable[[str], None]) -> None:
     """Compile and load each op; raises UserError naming the missing compiler, header or the end of ninja's log."""
-    # Always this environment's ninja: another version (the system's, on a host reached by ssh) discards the log of
-    # what is built, and every start would compile everything anew.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+    prepare_for_ops()
     for name in names:
         builder = get_accelerator().create_op_builder(name)
         if builder is None or "NotImplemented" in type(builder).__name__:

@@ -109,7 +109,6 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
     rank, world, local_rank, local_size = engines.launcher_environment()
     speak: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
     threads = engines.limit_threads(local_size)
-    engines.ask_the_processor_once()
     precision = engines.resolve_precision(run.train.precision)
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
