@@ -108,10 +108,11 @@ def _loss(
     if part.used is None:  # full windows: every micro batch has the same number of tokens
         loss: torch.Tensor = trainer.engine(inputs, labels, **arguments)
         return loss
-    losses: torch.Tensor = trainer.engine(inputs, labels, reduction="none", **arguments)  # (b, T)
-    counts = torch.arange(losses.size(1)) < torch.from_numpy(part.used)[:, None]
+    counted = torch.arange(labels.size(1)) < torch.from_numpy(part.used)[:, None]  # (b, T)
+    labels = labels.masked_fill(~counted.to(labels.device), -1)
+    total: torch.Tensor = trainer.engine(inputs, labels, reduction="sum", **arguments)
     share = trainer.plan.accumulation * trainer.topology.dp_size / part.global_used
-    return (losses * counts.to(losses.device)).sum() * share
+    return total * share
 
 
 def train_step(trainer: Trainer, batch: Batch, lr: float) -> Step:

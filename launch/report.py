@@ -26,7 +26,7 @@ from packspeed.launch.run_folder import _flat
 # Keys of config.yaml and ds_config.json that leave every loss as it is, but for the order of rounding.
 SPEED_ONLY = (
     "name", "runs_dir", "checkpoint.", "monitor.", "eval.", "train.micro_batch", "data.cache_", "deepspeed",
-    "model.activation_checkpointing", "environment.",
+    "model.activation_checkpointing", "model.kernels", "environment.",
 )  # fmt: skip
 DS_CHANGES_LOSS = (
     "communication_data_type", "data_types.", "prescale_gradients", "gradient_predivide_factor", "fp16.", "bf16.",

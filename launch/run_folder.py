@@ -210,6 +210,8 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
         flat.setdefault("data.packing", "stream")
         flat.setdefault("data.document_mask", False)
         flat.setdefault("data.stages", [])
+        flat.setdefault("model.z_loss", 0.0)
+        flat.setdefault("model.kernels", "auto")
         flat["data.weights"] = [source["weight"] for source in flat.get("data.sources") or []]
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     fixed = [key for key in changed if _defines_the_run(key)]
@@ -234,9 +236,12 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
     return [f"note: {key} was {old.get(key)!r} before this resume, is {new.get(key)!r}" for key in changed]
 
 
+SPEED_ONLY = ("model.activation_checkpointing", "model.kernels")  # these of the model leave its maths alone
+
+
 def check_same_model(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse a run file whose model is not the one imported; dropout and recomputation are the run's own choice."""
-    free = ("model.dropout", "model.activation_checkpointing")
+    """Refuse a run file whose model is not the one imported; what shapes no weight is the run's own choice."""
+    free = ("model.dropout", "model.z_loss", *SPEED_ONLY)
     keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and key not in free}
     if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
         lines = "; ".join(f"{k} is {old.get(k)!r} there, {new.get(k)!r} in the run file" for k in changed)
@@ -248,7 +253,7 @@ def _defines_the_run(key: str) -> bool:
         return True
     if key in ("data.seq_len", "data.shuffle", "data.packing", "data.document_mask", "data.weights", "data.stages"):
         return True
-    return key.startswith("model.") and key != "model.activation_checkpointing"
+    return key.startswith("model.") and key not in SPEED_ONLY
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,7 +41,9 @@ class GPTConfig:
     qk_norm: bool = False  # RMSNorm over each head's query and key
     tie_embeddings: bool = True
     dropout: float = 0.0  # on the embedding and on both residual branches; needs one key per sample, see kernels.py
+    z_loss: float = 0.0  # z_loss * log(sum exp logits)^2 is added to the training loss of each token; PaLM's is 1e-4
     activation_checkpointing: Literal["none", "full"] | int = "none"  # n: blocks 0, n, 2n ... are recomputed
+    kernels: Literal["auto", "eager", "compile", "triton"] = "auto"  # changes speed and rounding alone, see kernels.py
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "d_model", "vocab_size", "max_seq_len", "n_kv_head", "head_dim", "d_ff"):
@@ -66,12 +68,15 @@ class GPTConfig:
             "norm": ("layernorm", "rmsnorm"),
             "position": ("learned", "rope"),
             "mlp": ("gelu", "gelu_tanh", "swiglu"),
+            "kernels": ("auto", "eager", "compile", "triton"),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(valid)}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout = {self.dropout}: give a probability of at least 0 and less than 1.")
+        if not self.z_loss >= 0.0:
+            raise ValueError(f"z_loss = {self.z_loss}: give 0 (none) or a small number above it, such as 1e-4.")
         for name in ("norm_eps", "rope_theta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: give a number above 0.")

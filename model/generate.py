@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from packspeed.model.gpt import GPT
-from packspeed.model.kernels import random_bits
+from packspeed.model.kernels import random_bits, site_keys
 
 
 class KVCache:
@@ -192,7 +192,7 @@ class _Window:
 
 def uniform(keys: Tensor, step: int) -> Tensor:
     """One number in [0, 1) for each key (B,) at a step: a function of both, fp64."""
-    words = random_bits(keys, step, 1, 4).view(torch.int64).flatten()  # (B,)
+    words = random_bits(site_keys(keys, torch.tensor([step], device=keys.device))[0], 1, 4).view(torch.int64).flatten()  # (B,)
     return ((words >> 32) & 0xFFFFFFFF).double() / 2**32
 
 

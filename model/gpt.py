@@ -25,17 +25,30 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from packspeed.model.config import GPTConfig
-from packspeed.model.kernels import cross_entropy, keyed_dropout
+from packspeed.model.kernels import choose, head_loss, head_losses, keyed_dropout, site_keys
 
 if TYPE_CHECKING:
     from packspeed.model.generate import KVCache
 
+Reduction = Literal["mean", "sum", "none"]
 
-def make_norm(config: GPTConfig) -> nn.Module:
-    """Build the norm of the residual stream."""
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
-    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, fused with the addition to the residual stream before it."""
+
+    def __init__(self, config: GPTConfig, width: int | None = None) -> None:
+        """`width` is the residual stream's, or that of a head: a head's norm is always an RMSNorm."""
+        super().__init__()
+        self.kernels, self.eps = config.kernels, config.norm_eps
+        self.rms = config.norm == "rmsnorm" or width is not None
+        self.weight = nn.Parameter(torch.ones(width or config.d_model))
+        self.bias = None if self.rms or not config.bias else nn.Parameter(torch.zeros(config.d_model))
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the norm of x (..., C), or with a branch of its shape x + branch and the norm of that."""
+        add_norm = choose(self.kernels, x.device).add_norm
+        total, normed = add_norm(x, branch, self.weight, self.bias, self.eps, self.rms)
+        return normed if branch is None else (total, normed)
 
 
 def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
@@ -47,13 +60,6 @@ def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
     channel = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, :, None, None] * (1.0 / theta ** (channel / width))
     return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + D/2) of x (B, T, H, D) by their angle; fp32 inside, x's dtype outside."""
-    cos, sin = rope.unbind(0)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -104,13 +110,13 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.kernels = layer, config.kernels
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.bias)
         self.proj = nn.Linear(config.n_head * config.head_width, config.d_model, bias=config.bias)
-        self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = Norm(config, config.head_width) if config.qk_norm else None
+        self.k_norm = Norm(config, config.head_width) if config.qk_norm else None
 
     def forward(
         self,
@@ -124,7 +130,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            kernels = choose(self.kernels, x.device)
+            q, k = kernels.rotate(q, rope), kernels.rotate(k, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if cache is not None:
@@ -136,19 +143,6 @@ class Attention(nn.Module):
         return out
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """Gate the second half of the channels by SiLU of the first: (..., 2 F) -> (..., F)."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "swiglu": swiglu,
-}
-
-
 class MLP(nn.Module):
     """Two linear layers and the nonlinearity between them."""
 
@@ -156,11 +150,11 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.d_model, config.ff_width * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
         self.proj = nn.Linear(config.ff_width, config.d_model, bias=config.bias)
-        self.activation = ACTIVATIONS[config.mlp]
+        self.kernels, self.activation = config.kernels, config.mlp
 
     def forward(self, x: Tensor) -> Tensor:
         """Map each token by itself, (B, T, C) -> (B, T, C)."""
-        out: Tensor = self.proj(self.activation(self.up(x)))
+        out: Tensor = self.proj(choose(self.kernels, x.device).activate(self.up(x), self.activation))
         return out
 
 
@@ -169,11 +163,10 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.dropout = config.dropout
-        self.attn_norm = make_norm(config)
+        self.attn_norm = Norm(config)
         self.attn = Attention(config, layer)
-        self.mlp_norm = make_norm(config)
+        self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
     def forward(
@@ -184,17 +177,17 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         documents: list[int] | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C). Dropout, sites 2 layer + 1 and 2 layer + 2, where there are keys.
+        """(B, T, C) -> (B, T, C). Dropout on both branches where there are keys, (2, B) of this layer's two sites.
 
         There is none on the attention probabilities: flash kernels would draw it from a random stream.
         """
         branch: Tensor = self.attn(self.attn_norm(x), rope, cache, documents)
         if dropout_keys is not None:
-            branch = keyed_dropout(branch, dropout_keys, 2 * self.layer + 1, self.dropout)
-        x = x + branch
-        branch = self.mlp(self.mlp_norm(x))
+            branch = keyed_dropout(branch, dropout_keys[0], self.dropout)
+        x, normed = self.mlp_norm(x, branch)
+        branch = self.mlp(normed)
         if dropout_keys is not None:
-            branch = keyed_dropout(branch, dropout_keys, 2 * self.layer + 2, self.dropout)
+            branch = keyed_dropout(branch, dropout_keys[1], self.dropout)
         return x + branch
 
 
@@ -206,16 +199,21 @@ class Head(nn.Module):
 
     def __init__(self, config: GPTConfig, tied: Tensor | None = None) -> None:
         super().__init__()
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.kernels, self.z_loss = config.vocab_size, config.kernels, config.z_loss
         self.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.d_model)) if tied is None else tied
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
         """Map x (B, T, C) to logits (B, T, V), or with labels (B, T) to the loss in nats: fp32, scalar or (B, T)."""
-        logits = F.linear(x, self.weight)  # (B, T, padded V)
         if labels is None:
-            return logits[..., : self.vocab_size]
-        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), self.vocab_size)
-        return losses.mean() if reduction == "mean" else losses.view(labels.shape)
+            return F.linear(x, self.weight)[..., : self.vocab_size]
+        weight, device = self.weight, x.device.type
+        if torch.is_autocast_enabled(device):  # as F.linear would
+            x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+        inputs = x.flatten(0, 1), weight, labels.flatten(), self.vocab_size, choose(self.kernels, x.device)
+        if reduction == "none":
+            return head_losses(*inputs).view(labels.shape)
+        loss = head_loss(*inputs, z_loss=self.z_loss if self.training else 0.0)
+        return loss / (labels >= 0).sum() if reduction == "mean" else loss
 
 
 class GPT(nn.Module):
@@ -231,8 +229,11 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.pos_embed = nn.Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = make_norm(config)
+        self.norm = Norm(config)
         self.lm_head = Head(config, tied=self.embed.weight if config.tie_embeddings else None)
+        if config.kernels == "compile":
+            for block in self.blocks:  # one graph serves them all; for other shapes others, so that bits never depend
+                block.compile(dynamic=False)  # on which shape came first
         # Keyed dropout needs no random state to be kept for the second forward pass.
         self.checkpoint_fn: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
@@ -244,13 +245,13 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         cache: KVCache | None = None,
-        reduction: Literal["mean", "none"] = "mean",
+        reduction: Reduction = "mean",
         documents: list[int] | None = None,
     ) -> Tensor:
         """Return the logits (B, T, V) of tokens (B, T) int64, or with labels (B, T) their loss in nats, fp32.
 
-        Labels are the next tokens, shifted already. The loss is the mean over all tokens, or with reduction "none" each
-        token's, (B, T). `positions` (B, T) int64 default to 0, 1, 2 ... after what the cache holds. `dropout_keys` (B,)
+        Labels are the next tokens, shifted already; one below 0 does not count. The loss is the mean over the labels
+        that count, their sum, or with reduction "none" each one's, (B, T), without gradient. `positions` (B, T) int64 default to 0, 1, 2 ... after what the cache holds. `dropout_keys` (B,)
         int64, one per sample, decide the dropout masks. `documents` are the lengths of stretches that make up the
         B * T places, row after row: no token attends to another stretch (give `positions` that restart there). Raises
         ValueError where T exceeds learned positions, and where the model trains with dropout and has no keys.
@@ -274,11 +275,13 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + tokens.size(1), device=tokens.device).unsqueeze(0)  # (1, T)
         keys = self._active_keys(dropout_keys)
         x, rope = self._embed(tokens, positions)
-        if keys is not None:
-            x = keyed_dropout(x, keys, 0, self.config.dropout)
+        if keys is not None:  # of sites 0, for the embedding, and 2 layer + 1 and 2 layer + 2
+            keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
+            x = keyed_dropout(x, keys[0], self.config.dropout)
         for layer, block in enumerate(self.blocks):
             recompute = self._recomputes(layer)
-            inputs = (x, rope, keys, None if recompute else cache, documents)
+            own = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
+            inputs = (x, rope, own, None if recompute else cache, documents)
             x = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
         if cache is not None:
             cache.length += tokens.size(1)

@@ -1,11 +1,19 @@
-"""The kernels that are ours: cross entropy without a second copy of the logits, and dropout keyed by the sample.
+"""The operations that deserve a kernel, plain: this file is what every other version of them is tested against.
 
-Cross entropy, in fp32 from logits of any precision. Forward turns a few rows at a time into fp32 log-probabilities,
-takes their losses, and writes the gradient (softmax - one_hot) over the logits it came from; backward scales it by
-the incoming gradient. Rows go through in blocks that stay in the cache, so beside the logits themselves only one
-block exists in fp32. On one core with 2,048 tokens and a vocabulary of 4,096, head and loss together take 104 ms in
-fp32 (F.cross_entropy: 144) and 143 ms in bf16 (F.cross_entropy over logits.float(): 185). Source of the gradient in
-the forward pass: Liger (https://arxiv.org/abs/2410.10989).
+    plain = choose("auto", x.device)      # this module, or triton_kernels: the same functions under the same names
+    add_norm, rotate, activate, row_losses
+
+`model.kernels` of the run file chooses: `eager` is this file, `compile` this file through torch.compile block by block,
+`triton` triton_kernels.py, and `auto` triton on CUDA where it imports, else eager. The choice changes rounding, nothing
+else.
+
+Head and cross entropy are one function, so that the logits of all tokens never exist. It takes a chunk of rows through
+the head, turns their logits into losses and, in place, into their gradient (softmax - one_hot), and multiplies that on
+towards the input and the weight at once: the forward pass does the work of the backward pass, which only scales by the
+incoming gradient. Losses and the weight's sum over chunks are fp32. Source: Liger (https://arxiv.org/abs/2410.10989).
+The plain losses go through in blocks of rows that stay in the cache. On one core with 2,048 tokens and a vocabulary of
+4,096, head and loss together take 104 ms in fp32 (F.cross_entropy: 144) and 143 ms in bf16 (F.cross_entropy over
+logits.float(): 185). z-loss adds z log(sum exp logits)^2 per token (PaLM, https://arxiv.org/abs/2204.02311, section 5).
 
 Keyed dropout: the mask comes from a hash of the sample, not from a random number stream. A framework's dropout draws
 from a stream, so its masks depend on the ranks, the micro batch and every draw before. Here each row of the batch
@@ -21,48 +29,172 @@ on one core, which is what torch's own dropout takes (1.3 ns under torch.compile
 pass.
 """
 
-from typing import Any
+import functools
+import importlib
+import os
+import sys
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 CPU_BLOCK_ELEMENTS = 1 << 18  # 1 MiB of fp32: stays in a core's L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 26  # 256 MiB of fp32: few launches, bounded memory
+CPU_CHUNK_ELEMENTS = 1 << 25  # logits that exist at once: 667 tokens of GPT-2's vocabulary, 128 MiB of fp32
+GPU_CHUNK_ELEMENTS = 1 << 28  # 5,336 tokens of it, 512 MiB of bf16: GEMMs large enough to fill the device
 
 
-class _CrossEntropy(torch.autograd.Function):
+class Kernels(Protocol):
+    """What a module of kernels offers; the shapes and the meaning are told by the functions of this file."""
+
+    def add_norm(
+        self, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+    ) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+
+    def rotate(self, x: Tensor, rope: Tensor) -> Tensor: ...  # noqa: D102
+
+    def activate(self, x: Tensor, kind: str) -> Tensor: ...  # noqa: D102
+
+    def row_losses(
+        self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool
+    ) -> Tensor: ...  # noqa: D102
+
+
+def choose(name: str, device: torch.device) -> Kernels:
+    """Return the kernels that `model.kernels: name` means on a device. Raises ValueError where they cannot run."""
+    if name == "triton" or (name == "auto" and device.type == "cuda" and _triton_kernels() is not None):
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"model.kernels = 'triton' needs a GPU, and this is a {device.type}: say auto or eager.")
+        found = _triton_kernels()
+        if found is None:
+            raise ValueError("model.kernels = 'triton', and triton is not installed: pip install triton, or say auto.")
+        return found
+    return cast(Kernels, sys.modules[__name__])
+
+
+@functools.cache
+def _triton_kernels() -> Kernels | None:
+    try:
+        return cast(Kernels, importlib.import_module("packspeed.model.triton_kernels"))
+    except ImportError:
+        return None
+
+
+def add_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    """Return x + branch (x itself where there is none) and its RMSNorm or LayerNorm over the last dimension."""
+    total = x if branch is None else x + branch
+    if rms:
+        return total, F.rms_norm(total, weight.shape, weight, eps)
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + D/2) of x (B, T, H, D) by their angle; fp32 inside, x's dtype outside.
+
+    `rope` (2, B or 1, T, 1, D/2) holds cosines and sines, as from gpt.rope_table.
+    """
+    cos, sin = rope.unbind(0)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    """Apply the MLP's nonlinearity: gelu and gelu_tanh keep the shape, swiglu makes (..., F) of (..., 2 F).
+
+    SwiGLU gates the second half of the channels by SiLU of the first.
+    """
+    if kind == "swiglu":
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
+    """Return each row's loss in nats, (N,) fp32, of logits (N, at least vocab_size) and labels (N,) int64.
+
+    A label below 0 does not count: its loss is 0. Columns from `vocab_size` on are padding without probability. With
+    gradient, the logits are overwritten by their own: d loss / d logits of each row.
+    """
+    block = max(1, (CPU_BLOCK_ELEMENTS if logits.is_cpu else GPU_BLOCK_ELEMENTS) // logits.size(1))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    losses = []
+    for rows, label in zip(torch.split(logits, block), torch.split(labels.unsqueeze(1), block), strict=True):
+        counted, label = label >= 0, label.clamp(min=0)
+        z = torch.logsumexp(rows[:, :vocab_size].to(dtype), -1, keepdim=True) if z_loss else None
+        log_p = torch.log_softmax(rows[:, :vocab_size], -1, dtype=dtype)  # (block, V)
+        loss = -log_p.gather(1, label)
+        losses.append((loss if z is None else loss + z_loss * z * z).masked_fill_(~counted, 0.0).squeeze(1))
+        if with_gradient:
+            gradient = log_p.exp_() if z is None else log_p.exp_().mul_(1 + 2 * z_loss * z)
+            gradient.scatter_add_(1, label, gradient.new_full((1, 1), -1.0).expand_as(label))
+            rows[:, :vocab_size] = gradient.mul_(counted)
+            rows[:, vocab_size:] = 0.0
+    return torch.cat(losses)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum of the losses, whose gradients are ready when the forward pass ends."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[0]
-        block = max(1, (CPU_BLOCK_ELEMENTS if logits.is_cpu else GPU_BLOCK_ELEMENTS) // logits.size(1))
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        losses = []
-        for rows, label in zip(torch.split(logits, block), torch.split(labels.unsqueeze(1), block), strict=True):
-            log_p = torch.log_softmax(rows[:, :vocab_size], -1, dtype=dtype)  # (block, V)
-            losses.append(log_p.gather(1, label).squeeze(1).neg_())
-            if needs_gradient:
-                gradient = log_p.exp_().scatter_add_(1, label, log_p.new_full((1, 1), -1.0).expand_as(label))
-                rows[:, :vocab_size] = gradient
-                rows[:, vocab_size:] = 0.0
-        if needs_gradient:
-            ctx.save_for_backward(logits)
-        return torch.cat(losses)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, z_loss: float, kernels: Kernels
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        d_x, d_weight = torch.empty_like(x), None
+        for rows, label, d_rows in zip(*(_chunks(t, weight) for t in (x, labels, d_x)), strict=True):
+            logits = rows @ weight.t()  # (chunk, padded V)
+            total += kernels.row_losses(logits, label, vocab_size, z_loss, True).sum()
+            torch.mm(logits, weight, out=d_rows)
+            d_weight = _add_product(d_weight, logits.t(), rows)
+        ctx.save_for_backward(d_x, d_weight)
+        ctx.dtype = weight.dtype
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.unsqueeze(1).to(gradient.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale in place: the two are as large as the activations and the head."""
+        d_x, d_weight = ctx.saved_tensors
+        return d_x.mul_(grad), d_weight.mul_(grad).to(ctx.dtype), None, None, None, None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """Return the loss of each row in nats, (N,) fp32, of logits (N, at least vocab_size) and labels (N,) int64.
+def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    elements = CPU_CHUNK_ELEMENTS if rows.is_cpu else GPU_CHUNK_ELEMENTS
+    return torch.split(rows, max(1, elements // weight.size(0)))
 
-    Columns from `vocab_size` on are padding: no probability, no gradient. The logits are overwritten when a gradient is
-    wanted, so they must not be used again.
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Add a @ b to the total; several products of half precision are summed in fp32."""
+    if total is None:
+        return a @ b
+    if total.dtype == a.dtype and a.element_size() >= 4:
+        return total.addmm_(a, b)
+    return total.float().add_(a @ b)  # .float() copies once, at the second chunk
+
+
+def head_loss(
+    x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, kernels: Kernels, z_loss: float = 0.0
+) -> Tensor:
+    """Return the sum of the losses of labels (N,) given x (N, C) through a head of weight (padded V, C): fp32, nats.
+
+    A label below 0 does not count. The gradient is computed at once where one is wanted.
     """
-    losses: Tensor = _CrossEntropy.apply(logits, labels, vocab_size)  # type: ignore[no-untyped-call]
-    return losses
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        loss: Tensor = _HeadLoss.apply(x, weight, labels, vocab_size, z_loss, kernels)  # type: ignore[no-untyped-call]
+        return loss
+    return head_losses(x, weight, labels, vocab_size, kernels, z_loss).sum()
+
+
+@torch.no_grad()
+def head_losses(
+    x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, kernels: Kernels, z_loss: float = 0.0
+) -> Tensor:
+    """Return the losses of head_loss one by one, (N,) fp32, without gradients: for evaluation."""
+    chunks = zip(_chunks(x, weight), _chunks(labels, weight), strict=True)
+    return torch.cat([kernels.row_losses(r @ weight.t(), label, vocab_size, z_loss, False) for r, label in chunks])
 
 
 def _signed(value: int) -> int:
@@ -85,19 +217,24 @@ def _mix(h: Tensor) -> Tensor:
     return h
 
 
-def random_bits(keys: Tensor, site: int, length: int, width: int) -> Tensor:
-    """Hash keys (B,) int64 into uniform int16 (B, length, width), the same numbers for the same key and site."""
+def site_keys(keys: Tensor, sites: Tensor) -> Tensor:
+    """Hash the keys of B samples, (B,) int64, with sites (S,) int64: a key for each place and row, (S, B)."""
+    return _mix(_mix(keys.clone()) + sites[:, None] * SITE)  # products and sums are taken modulo 2^64
+
+
+def random_bits(keys: Tensor, length: int, width: int) -> Tensor:
+    """Read one site's SplitMix64 sequence of each key (B,) int64: uniform int16 (B, length, width)."""
     words = -(-width // 4)
-    row = _mix(_mix(keys.clone()) + _signed(site * SITE % (1 << 64))).view(-1, 1, 1)  # (B, 1, 1)
     counter = torch.arange(length * words, device=keys.device).view(1, length, words)  # (1, T, C/4)
-    return _mix(row + counter * GAMMA).view(torch.int16)[..., :width]  # (B, T, C)
+    return _mix(keys.view(-1, 1, 1) + counter * GAMMA).view(torch.int16)[..., :width]  # (B, T, C)
 
 
-def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
+def keyed_dropout(x: Tensor, keys: Tensor, p: float) -> Tensor:
     """Zero each element of x (B, T, C) with probability p and scale the others by 1 / (1 - p).
 
-    `keys` (B,) int64 identify the samples, `site` which dropout of the model this is. Touches no random state.
+    `keys` (B,) int64, from site_keys, say which sample a row is and which dropout of the model this is. Touches no
+    random state.
     """
     dropped = round(p * 65_536)  # of the 65,536 values that 16 bits take
-    bits = random_bits(keys, site, x.size(1), x.size(2))
+    bits = random_bits(keys, x.size(1), x.size(2))
     return x.masked_fill(bits < dropped - 32_768, 0.0) * (65_536 / (65_536 - dropped))

@@ -7,11 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from packspeed.model import kernels
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights
-from packspeed.model.kernels import keyed_dropout, random_bits
 
 KEYS = torch.tensor([0, 1, 2, -(2**63), 2**63 - 1, 1337, 7, 8])
+
+
+def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
+    return kernels.keyed_dropout(x, kernels.site_keys(keys, torch.tensor([site]))[0], p)
+
+
+def random_bits(keys: Tensor, site: int, length: int, width: int) -> Tensor:
+    return kernels.random_bits(kernels.site_keys(keys, torch.tensor([site]))[0], length, width)
 
 
 def model(**fields: object) -> GPT:

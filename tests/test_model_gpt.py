@@ -22,9 +22,8 @@ from packspeed.model.gpt import (
     is_muon_parameter,
     param_groups,
     rope_table,
-    rotate,
 )
-from packspeed.model.kernels import cross_entropy
+from packspeed.model.kernels import CPU_CHUNK_ELEMENTS, choose, head_loss, head_losses, rotate
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 24}
 LLAMA: dict[str, Any] = {
@@ -35,6 +34,7 @@ LLAMA: dict[str, Any] = {
     "bias": False,
     "tie_embeddings": False,
 }
+PLAIN = choose("eager", torch.device("cpu"))
 FAMILIES = {"gpt2": {}, "llama": LLAMA, "qk_norm": {**LLAMA, "qk_norm": True}}
 
 
@@ -72,18 +72,54 @@ def test_loss_is_the_cross_entropy_of_the_logits(family: str) -> None:
     assert abs(expected.mean().item() - math.log(100)) < 0.1  # an untrained model knows nothing
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_cross_entropy_gradient_in_float64(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packspeed.model.kernels.CPU_BLOCK_ELEMENTS", 40)  # three rows at a time
-    logits = torch.randn(10, 13, dtype=torch.float64, requires_grad=True)
-    labels, weights = torch.randint(0, 11, (10,)), torch.rand(10, dtype=torch.float64) if weighted else torch.ones(10)
-    expected = F.cross_entropy(logits[:, :11], labels, reduction="none")
-    (reference,) = torch.autograd.grad((expected * weights).sum(), logits)
-    loss = cross_entropy(logits * 1.0, labels, 11)
-    (gradient,) = torch.autograd.grad((loss * weights).sum(), logits)
-    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(gradient, reference, rtol=1e-14, atol=1e-14)
-    assert torch.count_nonzero(gradient[:, 11:]) == 0
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("ignored", [[], [0, 4, 5]])
+def test_head_and_loss_in_float64(z_loss: float, ignored: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are those of a linear layer, F.cross_entropy and the log of the sum, whatever the cut."""
+    monkeypatch.setattr("packspeed.model.kernels.CPU_CHUNK_ELEMENTS", 4 * 13)
+    monkeypatch.setattr("packspeed.model.kernels.CPU_BLOCK_ELEMENTS", 3 * 13)
+    x, weight = (torch.randn(n, 7, dtype=torch.float64, requires_grad=True) for n in (10, 13))
+    labels = torch.randint(0, 11, (10,))
+    labels[ignored] = -1
+    logits = (x @ weight.t())[:, :11]
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
+    losses = losses + z_loss * logits.logsumexp(-1) ** 2 * (labels >= 0)
+    found = head_loss(x, weight, labels, 11, PLAIN, z_loss)
+    each = head_losses(x, weight, labels, 11, PLAIN, z_loss)
+    torch.testing.assert_close(found, losses.sum())
+    torch.testing.assert_close(each, losses)
+    expected = torch.autograd.grad(3.0 * losses.sum(), (x, weight))
+    torch.testing.assert_close(torch.autograd.grad(3.0 * found, (x, weight)), expected, rtol=1e-13, atol=1e-13)
+    assert torch.count_nonzero(expected[1][11:]) == 0
+
+
+def test_the_logits_are_never_there_whole() -> None:
+    """The largest tensor that forward and backward make is a chunk, a tenth of what the logits would be."""
+    x, weight = torch.randn(20_000, 8, requires_grad=True), torch.randn(16_384, 8, requires_grad=True)
+    labels = torch.randint(0, 16_384, (20_000,))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        head_loss(x, weight, labels, 16_384, PLAIN).backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 4 * CPU_CHUNK_ELEMENTS < 20_000 * 16_384 * 4 / 9
+
+
+def test_z_loss_is_trained_on_and_not_reported() -> None:
+    model, (tokens, labels) = build(z_loss=1e-2), batch()
+    plain = build()(tokens, labels)
+    z = build()(tokens).logsumexp(-1)
+    torch.testing.assert_close(model(tokens, labels), plain + 1e-2 * (z * z).mean())
+    torch.testing.assert_close(model(tokens, labels, reduction="none").mean(), plain)
+    torch.testing.assert_close(model.eval()(tokens, labels), plain)
+
+
+def test_labels_below_zero_do_not_count() -> None:
+    model, (tokens, labels) = build(), batch()
+    each = model(tokens, labels, reduction="none")
+    labels = labels.clone()
+    labels[:, ::3] = -1
+    counted = each[labels >= 0]
+    torch.testing.assert_close(model(tokens, labels), counted.mean())
+    torch.testing.assert_close(model(tokens, labels, reduction="sum"), counted.sum())
 
 
 @pytest.mark.parametrize("tie", [True, False])
