@@ -1,0 +1,312 @@
+"""The operations of kernels.py in Triton, forward and backward: each reads and writes the GPU's memory once.
+
+    add_norm    one program per row: residual sum, statistics in fp32 and norm in one pass (torch: two to seven).
+                Backward: a program walks over every n-th row and keeps its part of the weight's gradient in
+                registers; the parts are summed in a fixed order, so the same input gives the same bits
+    rotate      one program per token turns all heads; backward turns them back
+    activate    elementwise; backward recomputes the gate from the linear layer's output, which is kept anyway
+    row_losses  one program per row reads the logits twice and writes the gradient over them: an online softmax with one
+                running maximum per lane, no reduction until the row ends
+
+All arithmetic is fp32; values are rounded where they are stored. Without a GPU the numbers come from Triton's
+interpreter (TRITON_INTERPRET=1), and triton.compile builds every kernel for any GPU; tests/test_model_kernels.py does
+both. Sources: Triton's tutorials (https://triton-lang.org), online softmax (https://arxiv.org/abs/1805.02867), Liger
+(https://arxiv.org/abs/2410.10989).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NORM_ELEMENTS = 1 << 19  # in flight in a norm's backward pass: 512 programs of width 1,024 keep an H100 busy
+TILE = 1024  # elements of an activation per program
+VOCAB_TILE = 4096  # logits per step of a row
+NOTHING = tl.constexpr(-1.0e30)  # below every logit, and its difference to itself is 0
+
+
+@triton.jit
+def norm_forward(
+    x, branch, weight, bias, total, out, means, scales, width, eps,
+    RMS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row r: total = x + branch; out = (total - mean) * scale * weight + bias; RMS: mean = 0."""
+    row = tl.program_id(0)
+    start = row.to(tl.int64) * width
+    c = tl.arange(0, BLOCK)
+    inside = c < width
+    value = tl.load(x + start + c, inside, 0.0)
+    if HAS_BRANCH:
+        value = (value.to(tl.float32) + tl.load(branch + start + c, inside, 0.0).to(tl.float32)).to(value.dtype)
+        tl.store(total + start + c, value, inside)
+    value = value.to(tl.float32)
+    if not RMS:
+        mean = tl.sum(value, 0) / width
+        tl.store(means + row, mean)
+        value = tl.where(inside, value - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + eps)
+    tl.store(scales + row, scale)
+    normed = value * scale * tl.load(weight + c, inside, 0.0).to(tl.float32)
+    if HAS_BIAS:
+        normed += tl.load(bias + c, inside, 0.0).to(tl.float32)
+    tl.store(out + start + c, normed.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def norm_backward(
+    d_out, d_total, total, weight, means, scales, d_x, d_weights, d_biases, rows, width,
+    RMS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the rows program, program + programs, ...; d_x holds that of x and of branch, which are equal."""
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    c = tl.arange(0, BLOCK)
+    inside = c < width
+    gain = tl.load(weight + c, inside, 0.0).to(tl.float32)
+    d_gain = tl.zeros((BLOCK,), tl.float32)
+    d_bias = tl.zeros((BLOCK,), tl.float32)
+    for turn in range(tl.cdiv(rows - program, programs)):
+        row = program + turn * programs
+        start = row * width
+        scale = tl.load(scales + row)
+        unit = tl.load(total + start + c, inside, 0.0).to(tl.float32)
+        if not RMS:
+            unit = tl.where(inside, unit - tl.load(means + row), 0.0)
+        unit *= scale
+        d = tl.load(d_out + start + c, inside, 0.0).to(tl.float32)
+        d_gain += d * unit
+        if HAS_BIAS:
+            d_bias += d
+        d *= gain
+        change = d - unit * (tl.sum(d * unit, 0) / width)
+        if not RMS:
+            change -= tl.sum(d, 0) / width
+        change *= scale
+        if HAS_BRANCH:
+            change += tl.load(d_total + start + c, inside, 0.0).to(tl.float32)
+        tl.store(d_x + start + c, change.to(d_x.dtype.element_ty), inside)
+    tl.store(d_weights + program * width + c, d_gain, inside)
+    if HAS_BIAS:
+        tl.store(d_biases + program * width + c, d_bias, inside)
+
+
+@triton.jit
+def rotate_heads(
+    x, rope, out, length, heads, half, stride_b, stride_t, stride_h, table_rows, sign,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Token (b, t): channel pairs (i, i + half) of every head turned by `sign` times their angle."""
+    token = tl.program_id(0).to(tl.int64)
+    b, t = token // length, token % length
+    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (h < heads) & (i < half)
+    angle = ((b % table_rows) * length + t) * half + tl.arange(0, HALF)
+    cos = tl.load(rope + angle, tl.arange(0, HALF) < half, 0.0)[None, :]
+    sin = tl.load(rope + table_rows * length * half + angle, tl.arange(0, HALF) < half, 0.0)[None, :] * sign
+    source = x + b * stride_b + t * stride_t + h * stride_h + i
+    first = tl.load(source, inside, 0.0).to(tl.float32)
+    second = tl.load(source + half, inside, 0.0).to(tl.float32)
+    target = out + (token * heads + h) * 2 * half + i
+    tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), inside)
+    tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def gelu_parts(x, TANH: tl.constexpr):
+    """Return the share of x that GELU lets through, and the derivative of GELU."""
+    if TANH:
+        # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        slope = share + x * share * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    else:
+        share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return share, slope
+
+
+@triton.jit
+def activation_forward(x, out, count, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements `program * BLOCK ...` of out; for swiglu, rows of x are (gate, up), each `width` wide."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    if KIND == "swiglu":
+        place = x + i // width * (2 * width) + i % width
+        gate = tl.load(place, inside, 0.0).to(tl.float32)
+        value = gate * tl.sigmoid(gate) * tl.load(place + width, inside, 0.0).to(tl.float32)
+    else:
+        value = tl.load(x + i, inside, 0.0).to(tl.float32)
+        share, _ = gelu_parts(value, KIND == "gelu_tanh")
+        value *= share
+    tl.store(out + i, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def activation_backward(x, d_out, d_x, count, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradient of the same elements."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    d = tl.load(d_out + i, inside, 0.0).to(tl.float32)
+    if KIND == "swiglu":
+        place = i // width * (2 * width) + i % width
+        gate = tl.load(x + place, inside, 0.0).to(tl.float32)
+        up = tl.load(x + place + width, inside, 0.0).to(tl.float32)
+        open_ = tl.sigmoid(gate)
+        d_gate = d * up * open_ * (1.0 + gate * (1.0 - open_))
+        tl.store(d_x + place, d_gate.to(d_x.dtype.element_ty), inside)
+        tl.store(d_x + place + width, (d * gate * open_).to(d_x.dtype.element_ty), inside)
+    else:
+        _, slope = gelu_parts(tl.load(x + i, inside, 0.0).to(tl.float32), KIND == "gelu_tanh")
+        tl.store(d_x + i, (d * slope).to(d_x.dtype.element_ty), inside)
+
+
+@triton.jit
+def cross_entropy_row(
+    logits, labels, losses, vocab_size, padded, z_loss, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Loss of one row, and the gradient over its logits; columns from vocab_size to padded are no tokens."""
+    row = tl.program_id(0)
+    start = logits + row.to(tl.int64) * padded
+    label = tl.load(labels + row)
+    lane = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), NOTHING, tl.float32)
+    summed = tl.zeros((BLOCK,), tl.float32)
+    target = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, vocab_size, BLOCK):
+        c = first + lane
+        value = tl.load(start + c, c < vocab_size, -float("inf")).to(tl.float32)
+        higher = tl.maximum(highest, value)
+        summed = summed * tl.exp(highest - higher) + tl.exp(value - higher)
+        highest = higher
+        target = tl.where(c == label, value, target)
+    top = tl.max(highest, 0)
+    log_sum = top + tl.log(tl.sum(summed * tl.exp(highest - top), 0))
+    counted = label >= 0
+    tl.store(losses + row, tl.where(counted, log_sum - tl.sum(target, 0) + z_loss * log_sum * log_sum, 0.0))
+    if WITH_GRADIENT:
+        pull = 1.0 + 2.0 * z_loss * log_sum
+        for first in range(0, padded, BLOCK):
+            c = first + lane
+            value = tl.load(start + c, c < vocab_size, -float("inf")).to(tl.float32)
+            gradient = tl.exp(value - log_sum) * pull - tl.where(c == label, 1.0, 0.0)
+            tl.store(start + c, tl.where(counted, gradient, 0.0).to(logits.dtype.element_ty), c < padded)
+
+
+def _warps(block: int) -> int:
+    """Of a program on `block` elements: eight per thread."""
+    return min(16, max(1, block // 256))
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        x = x.contiguous()
+        branch = None if branch is None else branch.contiguous()
+        width, rows = x.size(-1), x.numel() // x.size(-1)
+        total = x if branch is None else torch.empty_like(x)
+        out, block = torch.empty_like(x), triton.next_power_of_2(width)
+        means, scales = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+        ctx.shape = {"RMS": rms, "HAS_BRANCH": branch is not None, "HAS_BIAS": bias is not None, "BLOCK": block}
+        norm_forward[(rows,)](
+            x, branch, weight, bias, total, out, means, scales, width, eps, **ctx.shape, num_warps=_warps(block)
+        )
+        ctx.save_for_backward(total, weight, means, scales)
+        return out if branch is None else (total, out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the outputs: that of the sum, where there is one, and that of the norm."""
+        total, weight, means, scales = ctx.saved_tensors
+        d_out, d_total = grads[-1].contiguous(), grads[0].contiguous()
+        width, rows = total.size(-1), total.numel() // total.size(-1)
+        programs, d_x = min(rows, NORM_ELEMENTS // ctx.shape["BLOCK"]), torch.empty_like(total)
+        parts = torch.empty(2, programs, width, dtype=torch.float32, device=total.device)
+        norm_backward[(programs,)](
+            d_out, d_total, total, weight, means, scales, d_x, parts[0], parts[1], rows, width,
+            **ctx.shape, num_warps=_warps(ctx.shape["BLOCK"]),
+        )  # fmt: skip
+        d_weight = parts[0].sum(0).to(weight.dtype)
+        d_bias = parts[1].sum(0).to(weight.dtype) if ctx.shape["HAS_BIAS"] else None
+        return d_x, d_x if ctx.shape["HAS_BRANCH"] else None, d_weight, d_bias, None, None
+
+
+def add_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    """Return x + branch (x itself where there is none) and its norm; see kernels.add_norm."""
+    out: Any = _AddNorm.apply(x, branch, weight, bias, eps, rms)  # type: ignore[no-untyped-call]
+    return (x, out) if branch is None else out
+
+
+def _rotated(x: Tensor, rope: Tensor, sign: float) -> Tensor:
+    """x (B, T, H, D) of any strides but the last."""
+    batch, length, heads, width = x.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
+    rotate_heads[(batch * length,)](
+        x, rope, out, length, heads, width // 2, *x.stride()[:3], rope.size(1), sign,
+        HEADS=block_h, HALF=block_d, num_warps=_warps(block_h * block_d),
+    )  # fmt: skip
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rope: Tensor) -> Tensor:
+        ctx.save_for_backward(rope)
+        return _rotated(x, rope, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _rotated(grad, ctx.saved_tensors[0], -1.0), None
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn channel pairs of x (B, T, H, D) by their angle; see kernels.rotate."""
+    out: Tensor = _Rotate.apply(x, rope.contiguous())  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+        x = x.contiguous()
+        width = x.size(-1) // (2 if kind == "swiglu" else 1)
+        out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+        activation_forward[(triton.cdiv(out.numel(), TILE),)](x, out, out.numel(), width, KIND=kind, BLOCK=TILE)
+        ctx.save_for_backward(x)
+        ctx.kind, ctx.width = kind, width
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,), grad = ctx.saved_tensors, grad.contiguous()
+        d_x, count = torch.empty_like(x), grad.numel()
+        activation_backward[(triton.cdiv(count, TILE),)](x, grad, d_x, count, ctx.width, KIND=ctx.kind, BLOCK=TILE)
+        return d_x, None
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    """Apply the MLP's nonlinearity: gelu, gelu_tanh or swiglu; see kernels.activate."""
+    out: Tensor = _Activate.apply(x, kind)  # type: ignore[no-untyped-call]
+    return out
+
+
+def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
+    """Return each row's loss, (N,) fp32, and overwrite the logits by their gradient; see kernels.row_losses."""
+    rows, padded = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    block = min(VOCAB_TILE, triton.next_power_of_2(padded))
+    cross_entropy_row[(rows,)](
+        logits, labels.contiguous(), losses, vocab_size, padded, z_loss,
+        WITH_GRADIENT=with_gradient, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return losses
