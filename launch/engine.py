@@ -41,6 +41,7 @@ from packspeed.launch.config import ConfigError, RunFile, UserError
 from packspeed.launch.ds_config import zero_stage
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, param_groups
+from packspeed.model.kernels import resolve
 
 # Dense peak of one accelerator in FLOP/s (16-bit, no sparsity), from NVIDIA's data sheets.
 DATASHEET_PEAK = {
@@ -149,6 +150,14 @@ def resolve_precision(wanted: str) -> str:
     if device_type() == "cpu":
         return "bf16" if _cpu_has_bf16() else "fp32"
     return "bf16" if get_accelerator().is_bf16_supported() else "fp16"
+
+
+def resolve_kernels(wanted: str) -> str:
+    """What model.kernels comes to on this device; raises ConfigError for kernels that cannot run here."""
+    try:
+        return resolve(wanted, device_type())
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
 
 
 def check_precision(precision: str) -> None:

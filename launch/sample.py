@@ -59,7 +59,7 @@ def load_model(checkpoint: Path) -> tuple[GPT, dict[str, Any]]:
     """Build the GPT of a checkpoint with its fp32 weights; returns it in eval mode with the resolved config."""
     config = read_manifest(checkpoint)["config"]
     with torch.device("meta"):  # weights are assigned below: nothing is allocated or drawn twice
-        model = GPT(GPTConfig(**config["model"]))
+        model = GPT(GPTConfig(**config["model"] | {"kernels": "auto"}))  # this device's, whatever trained it
     model.load_state_dict(fp32_state_dict(checkpoint), assign=True)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.embed.weight

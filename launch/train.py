@@ -113,6 +113,7 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
     engines.check_precision(precision)
+    kernels = engines.resolve_kernels(config.kernels)
     if local_rank == 0:
         engines.build_ops(engines.needed_ops(ds_config, engines.device_type()), speak)
     topology = engines.start_distributed()
@@ -124,8 +125,8 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
         run_folder.write_configs(run.folder, resolved, ds_config, topology)
         speak(
             f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
-            f"{topology.device.type}, {precision}, ZeRO-{zero_stage(ds_config)}, {run.global_batch} samples per step = "
-            f"{plan.micro_batch} x {plan.accumulation} accumulated x {plan.dp_size} ranks"
+            f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
+            f"{run.global_batch} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x {plan.dp_size} ranks"
         )
         identity = _identity(resolved, dataset, topology, ds_config, engine)
         checkpointer, manifest = _resume(run, engine, topology, identity, speak)

@@ -111,6 +111,10 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.kernels = layer, config.kernels
+        # A graph would be made for these very lengths of documents, and in every step they are others.
+        self.attend_documents = (
+            torch.compiler.disable(attend_documents) if config.kernels == "compile" else attend_documents
+        )
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.bias)
@@ -137,7 +141,7 @@ class Attention(nn.Module):
         if cache is not None:
             mask = cache.mask(x.size(1))
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        mixed = attend(q, k, v, mask) if documents is None else attend_documents(q, k, v, documents)
+        mixed = attend(q, k, v, mask) if documents is None else self.attend_documents(q, k, v, documents)
         y = mixed.transpose(1, 2).flatten(2)  # (B, T, H * D), the kernel's own memory layout: no copy
         out: Tensor = self.proj(y)
         return out
@@ -278,11 +282,13 @@ class GPT(nn.Module):
         if keys is not None:  # of sites 0, for the embedding, and 2 layer + 1 and 2 layer + 2
             keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
             x = keyed_dropout(x, keys[0], self.config.dropout)
-        for layer, block in enumerate(self.blocks):
-            recompute = self._recomputes(layer)
-            own = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
-            inputs = (x, rope, own, None if recompute else cache, documents)
-            x = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
+        generating = cache is not None and self.config.kernels == "compile"  # its lengths are all different: no graphs
+        with torch.compiler.set_stance("force_eager") if generating else nullcontext():
+            for layer, block in enumerate(self.blocks):
+                recompute = self._recomputes(layer)
+                own = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
+                inputs = (x, rope, own, None if recompute else cache, documents)
+                x = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
         if cache is not None:
             cache.length += tokens.size(1)
         out: Tensor = self.norm(x)

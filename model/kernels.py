@@ -61,16 +61,25 @@ class Kernels(Protocol):
     ) -> Tensor: ...  # noqa: D102
 
 
+def resolve(name: str, device: str) -> str:
+    """Say what `model.kernels: name` is on a type of device: `auto` becomes triton or eager.
+
+    Raises ValueError for triton where it cannot run.
+    """
+    if name == "auto":
+        return "triton" if device == "cuda" and _triton_kernels() is not None else "eager"
+    if name == "triton":
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"kernels = 'triton' needs a GPU, and this is a {device}: choose auto or eager.")
+        if _triton_kernels() is None:
+            raise ValueError("kernels = 'triton', and triton does not import: pip install triton, or choose auto.")
+    return name
+
+
 def choose(name: str, device: torch.device) -> Kernels:
-    """Return the kernels that `model.kernels: name` means on a device. Raises ValueError where they cannot run."""
-    if name == "triton" or (name == "auto" and device.type == "cuda" and _triton_kernels() is not None):
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"model.kernels = 'triton' needs a GPU, and this is a {device.type}: say auto or eager.")
-        found = _triton_kernels()
-        if found is None:
-            raise ValueError("model.kernels = 'triton', and triton is not installed: pip install triton, or say auto.")
-        return found
-    return cast(Kernels, sys.modules[__name__])
+    """Return the kernels of `model.kernels: name`, as resolved for a device."""
+    kernels = _triton_kernels() if resolve(name, device.type) == "triton" else None
+    return cast(Kernels, sys.modules[__name__]) if kernels is None else kernels
 
 
 @functools.cache

@@ -1,0 +1,148 @@
+"""The Triton kernels in numbers: values and gradients against float64, at awkward shapes, in Triton's interpreter.
+
+Run by test_model_kernels.py in a process of its own, because triton reads TRITON_INTERPRET when it is imported; with a
+GPU, `python -m pytest tests/kernel_numbers.py` runs the same on it.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from packspeed.model import kernels as plain
+from packspeed.model import triton_kernels as fused
+from packspeed.model.config import GPTConfig
+from packspeed.model.gpt import GPT, init_weights, rope_table
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+# Of a value, against float64: some roundings of fp32, one or two of bf16.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+
+
+def exact(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_()
+
+
+def check(found: Sequence[Tensor], inputs: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Compare outputs, and the gradients that random weights on all outputs give the inputs."""
+    tolerance = TOLERANCE[found[0].dtype]
+    weights = [normal(*each.shape, dtype=each.dtype, seed=1).detach() for each in found]
+    scores = [
+        sum((a * b.to(a.dtype)).sum() for a, b in zip(outputs, weights, strict=True)) for outputs in (found, expected)
+    ]
+    got, wanted = (torch.autograd.grad(score, at) for score, at in zip(scores, (inputs, exact), strict=True))
+    for a, b in zip((*found, *got), (*expected, *wanted), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item()))
+
+
+@DTYPES
+@pytest.mark.parametrize("rms", [True, False])
+@pytest.mark.parametrize("with_branch", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (3, 1, 64), (1, 7, 100)])
+def test_add_norm(shape: tuple[int, ...], with_branch: bool, rms: bool, dtype: torch.dtype) -> None:
+    inputs = [normal(*shape, dtype=dtype), normal(shape[-1], dtype=dtype, seed=2)]
+    inputs += [normal(*shape, dtype=dtype, seed=3)] * with_branch + [normal(shape[-1], dtype=dtype, seed=4)] * (not rms)
+
+    def run(module: plain.Kernels, x: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        branch, bias = rest[0] if with_branch else None, None if rms else rest[-1]
+        total, normed = module.add_norm(x, branch, weight, bias, 1e-5, rms)
+        return (total, normed) if with_branch else (normed,)
+
+    doubles = [exact(x) for x in inputs]
+    check(run(fused, *inputs), inputs, run(plain, *doubles), doubles)
+
+
+def test_add_norm_without_a_bias_and_far_from_zero() -> None:
+    """LayerNorm of numbers around 1,000: the mean must go before the squares are summed."""
+    x, weight = (normal(4, 33, dtype=torch.float32).detach() + 1000.0).requires_grad_(), normal(33, dtype=torch.float32)
+    doubles = exact(x), exact(weight)
+    found = fused.add_norm(x, None, weight, None, 1e-5, False)[1]
+    expected = plain.add_norm(doubles[0], None, doubles[1], None, 1e-5, False)[1]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@DTYPES
+@pytest.mark.parametrize(("batch", "length", "heads", "width"), [(1, 1, 1, 2), (2, 5, 3, 6), (1, 3, 4, 16)])
+@pytest.mark.parametrize("own_positions", [True, False])
+def test_rotate(batch: int, length: int, heads: int, width: int, own_positions: bool, dtype: torch.dtype) -> None:
+    """Heads are cut out of a wider tensor, as queries and keys are; positions are far away and differ between rows."""
+    wide = normal(batch, length, heads + 2, width, dtype=dtype)
+    positions = torch.arange(batch if own_positions else 1)[:, None] * 1000 + torch.arange(length)
+    rope = rope_table(positions.to(DEVICE), width, 10_000.0)
+    doubles = exact(wide)
+    found, expected = fused.rotate(wide[:, :, 1:-1], rope), plain.rotate(doubles[:, :, 1:-1], rope.double())
+    check([found], [wide], [expected], [doubles])
+
+
+@DTYPES
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, where a sigmoid is 0: exp is infinite
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 14), (2, 1030)])
+def test_activate(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (normal(*shape, dtype=dtype).detach() * 4.0).requires_grad_()
+    doubles = exact(x)
+    check([fused.activate(x, kind)], [x], [plain.activate(doubles, kind)], [doubles])
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "vocab_size", "padded"), [(1, 1, 1), (3, 7, 8), (5, 100, 128), (2, 5000, 5120)])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_row_losses(rows: int, vocab_size: int, padded: int, z_loss: float, dtype: torch.dtype) -> None:
+    """Large logits, an ignored row, and what stands in the padding does not matter."""
+    logits = (normal(rows, padded, dtype=dtype).detach() * 10.0).contiguous()
+    logits[:, vocab_size:] = 1e4
+    labels = torch.randint(0, vocab_size, (rows,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    labels[1:2] = -1
+    reference = logits.double()
+    expected = plain.row_losses(reference, labels, vocab_size, z_loss, True)
+    untouched = logits.clone()
+    torch.testing.assert_close(
+        fused.row_losses(untouched, labels, vocab_size, z_loss, False).double(), expected, rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(untouched, logits)
+    fused.row_losses(logits, labels, vocab_size, z_loss, True)
+    torch.testing.assert_close(logits.double(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 10)
+
+
+def test_a_nan_reaches_the_loss() -> None:
+    logits = torch.zeros(2, 10, device=DEVICE)
+    logits[0, 3] = float("nan")
+    losses = fused.row_losses(logits, torch.tensor([1, 1], device=DEVICE), 9, 0.0, True)
+    assert losses.isnan().tolist() == [True, False]
+
+
+LLAMA = {
+    "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "bias": False, "tie_embeddings": False,
+    "qk_norm": True,
+}  # fmt: skip
+
+
+VARIANT = {"mlp": "gelu", "bias": False, "z_loss": 1e-3, "dropout": 0.1, "activation_checkpointing": "full"}
+
+
+@pytest.mark.parametrize("fields", [{}, VARIANT, LLAMA], ids=["gpt2", "variant", "llama"])
+def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and all gradients within 1e-5, with the head in several chunks."""
+    for name in ("CPU_CHUNK_ELEMENTS", "GPU_CHUNK_ELEMENTS"):
+        monkeypatch.setattr(plain, name, 8 * 128)
+    tokens = torch.randint(0, 101, (2, 13), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = []
+    for kernels in ("eager", "triton"):
+        shape: dict[str, Any] = {"n_layer": 2, "n_head": 4, "d_model": 24, "d_ff": 40, "vocab_size": 101, "max_seq_len": 13}
+        model = GPT(GPTConfig(**shape | fields, kernels=kernels)).to(DEVICE)
+        init_weights(model, 0)
+        loss = model(tokens[:, :-1], tokens[:, 1:], dropout_keys=torch.arange(2, device=DEVICE))
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1.0, b.abs().max().item()))

@@ -1,0 +1,173 @@
+"""The kernels that `model.kernels` chooses: Triton's numbers, Triton's machine code, torch.compile, and the choice."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from conftest import ROOT
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from packspeed.model import kernels, triton_kernels
+from packspeed.model.config import GPTConfig
+from packspeed.model.generate import generate
+from packspeed.model.gpt import GPT, init_weights
+
+CPU = torch.device("cpu")
+
+
+def test_numbers_in_the_interpreter() -> None:
+    """kernel_numbers.py, in a process in which triton was told to interpret."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/kernel_numbers.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
+NORM = [
+    {"RMS": rms, "HAS_BRANCH": branch, "HAS_BIAS": bias, "BLOCK": 1024}
+    for rms, branch, bias in [(True, True, False), (True, False, False), (False, True, True), (False, False, False)]
+]
+ACTIVATION = [{"KIND": kind, "BLOCK": triton_kernels.TILE} for kind in ("gelu", "gelu_tanh", "swiglu")]
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "norm_forward": NORM,
+    "norm_backward": NORM,
+    "rotate_heads": [{"HEADS": 16, "HALF": 64}],
+    "activation_forward": ACTIVATION,
+    "activation_backward": ACTIVATION,
+    "cross_entropy_row": [{"WITH_GRADIENT": gradient, "BLOCK": 4096} for gradient in (True, False)],
+}
+FP32 = {"means", "scales", "d_weights", "d_biases", "rope", "losses"}
+SCALARS = {"eps": "fp32", "sign": "fp32", "z_loss": "fp32"}
+POINTERS = {"x", "branch", "weight", "bias", "total", "out", "d_out", "d_total", "d_x", "logits"}
+
+
+def signature(kernel: Any, variant: dict[str, Any], dtype: str) -> dict[str, str]:
+    """Types of the arguments as a launch has them."""
+    types = {name: f"*{dtype}" for name in POINTERS} | {name: "*fp32" for name in FP32} | {"labels": "*i64"}
+    return {n: "constexpr" if n in variant else (types | SCALARS).get(n, "i32") for n in kernel.arg_names}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kernel_compiles_to_machine_code(
+    name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(triton_kernels, name)
+    for variant, dtype in itertools.product(VARIANTS[name], ("bf16", "fp32")):
+        source = ASTSource(kernel, signature(kernel, variant, dtype), variant)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        assert built.asm["cubin"].startswith(b"\x7fELF")
+        assert f".target sm_{capability}" in built.asm["ptx"]
+
+
+def test_no_kernel_is_left_out() -> None:
+    launched = {n for n, each in vars(triton_kernels).items() if isinstance(each, triton.JITFunction)}
+    assert launched - {"gelu_parts"} == set(VARIANTS)  # which is called by two of them
+
+
+def build(**fields: Any) -> GPT:
+    shape: dict[str, Any] = {"n_layer": 3, "n_head": 2, "d_model": 32, "vocab_size": 101, "max_seq_len": 16}
+    model = GPT(GPTConfig(**shape | fields))
+    init_weights(model, 0)
+    return model
+
+
+def loss_and_gradients(model: GPT, **arguments: Any) -> list[Tensor]:
+    tokens = torch.randint(0, 101, (2, 17), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    loss = model(tokens[:, :-1], tokens[:, 1:], dropout_keys=torch.arange(2), **arguments)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
+    for found, expected in zip(a, b, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def graphs() -> Iterator[Callable[[], int]]:
+    """Number of graphs compiled since the test began."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile without its code generator: seconds instead of tens of them."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own, inside inductor
+def test_compiled_blocks_are_the_eager_ones(graphs: Callable[[], int]) -> None:
+    """Loss and gradients within 1e-5, and one graph for all layers."""
+    assert_same(loss_and_gradients(build(kernels="compile")), loss_and_gradients(build(kernels="eager")))
+    assert graphs() == 1
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_dropout_and_recomputation_need_no_graph_more(graphs: Callable[[], int]) -> None:
+    fields = {"dropout": 0.2, "position": "rope", "mlp": "swiglu", "norm": "rmsnorm", "activation_checkpointing": 2}
+    compiled, eager = (loss_and_gradients(build(**fields, kernels=kernels)) for kernels in ("compile", "eager"))
+    assert_same(compiled, eager)
+    assert graphs() <= 2  # with and without recomputation
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_other_documents_need_no_other_graph(graphs: Callable[[], int]) -> None:
+    compiled, eager = build(kernels="compile"), build(kernels="eager")
+    seen = []
+    for lengths in ([5, 11, 16], [16, 3, 13], [1, 15, 2, 14]):
+        assert_same(*(loss_and_gradients(model, documents=lengths) for model in (compiled, eager)))
+        seen.append(graphs())
+    assert seen == [seen[0]] * 3
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_generating_compiles_nothing(graphs: Callable[[], int]) -> None:
+    prompt = torch.zeros(1, 2, dtype=torch.int64)
+    compiled, eager = (generate(build(kernels=k), prompt, 6, temperature=0.0) for k in ("compile", "eager"))
+    assert torch.equal(compiled, eager)
+    assert graphs() == 0
+
+
+def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert [kernels.resolve(name, "cpu") for name in ("auto", "eager", "compile")] == ["eager", "eager", "compile"]
+    assert [kernels.resolve(name, "cuda") for name in ("auto", "eager", "triton")] == ["triton", "eager", "triton"]
+    assert kernels.choose("auto", torch.device("cuda")) is triton_kernels
+    assert kernels.choose("auto", CPU) is kernels
+    with pytest.raises(ValueError, match="needs a GPU, and this is a cpu"):
+        kernels.choose("triton", CPU)
+    with pytest.raises(ValueError, match="kernels = 'fast': choose one of auto, eager"):
+        build(kernels="fast")
+
+
+def test_without_triton_auto_is_eager() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; from packspeed.model.kernels import resolve;"
+        "assert resolve('auto', 'cuda') == 'eager'; resolve('triton', 'cuda')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "triton does not import: pip install triton" in done.stderr
+    assert done.returncode == 1
