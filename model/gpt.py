@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,6 +95,17 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> T
     return y.view(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Lengths in an object of their own: torch.compile makes a graph per length of a list that it can see."""
+
+    lengths: list[int]
+
+
+def _attend_in(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    return attend_documents(q, k, v, documents.lengths)
+
+
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
     """Flash attention over stretches (FlashAttention-2's varlen kernel, in torch since 2.10): (N, H, D) each."""
     from torch.nn.attention.varlen import varlen_attn
@@ -111,10 +123,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.kernels = layer, config.kernels
-        # A graph would be made for these very lengths of documents, and in every step they are others.
-        self.attend_documents = (
-            torch.compiler.disable(attend_documents) if config.kernels == "compile" else attend_documents
-        )
+        # Left out of graphs: one would be made for these very lengths of documents, and in each step they are others.
+        self.attend_documents = torch.compiler.disable(_attend_in) if config.kernels == "compile" else _attend_in
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.bias)
@@ -127,7 +137,7 @@ class Attention(nn.Module):
         x: Tensor,
         rope: Tensor | None = None,
         cache: KVCache | None = None,
-        documents: list[int] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Mix x (B, T, C) along T, inside `documents` where given; `rope` as from rope_table; `cache` precedes x."""
         q, k, v = self.qkv(x).view(*x.shape[:2], -1, self.head_width).split(self.heads, dim=2)  # (B, T, H, D) each
@@ -179,7 +189,7 @@ class Block(nn.Module):
         rope: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         cache: KVCache | None = None,
-        documents: list[int] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). Dropout on both branches where there are keys, (2, B) of this layer's two sites.
 
@@ -282,12 +292,13 @@ class GPT(nn.Module):
         if keys is not None:  # of sites 0, for the embedding, and 2 layer + 1 and 2 layer + 2
             keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
             x = keyed_dropout(x, keys[0], self.config.dropout)
+        stretches = None if documents is None else Documents(documents)
         generating = cache is not None and self.config.kernels == "compile"  # its lengths are all different: no graphs
         with torch.compiler.set_stance("force_eager") if generating else nullcontext():
             for layer, block in enumerate(self.blocks):
                 recompute = self._recomputes(layer)
                 own = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
-                inputs = (x, rope, own, None if recompute else cache, documents)
+                inputs = (x, rope, own, None if recompute else cache, stretches)
                 x = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
         if cache is not None:
             cache.length += tokens.size(1)
