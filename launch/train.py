@@ -126,7 +126,8 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
         speak(
             f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
             f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
-            f"{run.global_batch} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x {plan.dp_size} ranks"
+            f"{run.global_batch} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x "
+            f"{plan.dp_size} ranks"
         )
         identity = _identity(resolved, dataset, topology, ds_config, engine)
         checkpointer, manifest = _resume(run, engine, topology, identity, speak)

@@ -192,7 +192,9 @@ class _Window:
 
 def uniform(keys: Tensor, step: int) -> Tensor:
     """One number in [0, 1) for each key (B,) at a step: a function of both, fp64."""
-    words = random_bits(site_keys(keys, torch.tensor([step], device=keys.device))[0], 1, 4).view(torch.int64).flatten()  # (B,)
+    words = (
+        random_bits(site_keys(keys, torch.tensor([step], device=keys.device))[0], 1, 4).view(torch.int64).flatten()
+    )  # (B,)
     return ((words >> 32) & 0xFFFFFFFF).double() / 2**32
 
 

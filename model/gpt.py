@@ -106,6 +106,11 @@ def _attend_in(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     return attend_documents(q, k, v, documents.lengths)
 
 
+def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    disabled: Callable[..., Tensor] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
     """Flash attention over stretches (FlashAttention-2's varlen kernel, in torch since 2.10): (N, H, D) each."""
     from torch.nn.attention.varlen import varlen_attn
@@ -124,7 +129,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.kernels = layer, config.kernels
         # Left out of graphs: one would be made for these very lengths of documents, and in each step they are others.
-        self.attend_documents = torch.compiler.disable(_attend_in) if config.kernels == "compile" else _attend_in
+        self.attend_documents = _out_of_graphs(_attend_in) if config.kernels == "compile" else _attend_in
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.bias)
@@ -265,10 +270,11 @@ class GPT(nn.Module):
         """Return the logits (B, T, V) of tokens (B, T) int64, or with labels (B, T) their loss in nats, fp32.
 
         Labels are the next tokens, shifted already; one below 0 does not count. The loss is the mean over the labels
-        that count, their sum, or with reduction "none" each one's, (B, T), without gradient. `positions` (B, T) int64 default to 0, 1, 2 ... after what the cache holds. `dropout_keys` (B,)
-        int64, one per sample, decide the dropout masks. `documents` are the lengths of stretches that make up the
-        B * T places, row after row: no token attends to another stretch (give `positions` that restart there). Raises
-        ValueError where T exceeds learned positions, and where the model trains with dropout and has no keys.
+        that count, their sum, or with reduction "none" each one's, (B, T), without gradient. `positions` (B, T) int64
+        default to 0, 1, 2 ... after what the cache holds. `dropout_keys` (B,) int64, one per sample, decide the dropout
+        masks. `documents` are the lengths of stretches that make up the B * T places, row after row: no token attends
+        to another stretch (give `positions` that restart there). Raises ValueError where T exceeds learned positions,
+        and where the model trains with dropout and has no keys.
         """
         x = self.hidden(tokens, positions, dropout_keys, cache, documents)
         out: Tensor = self.lm_head(x, labels, reduction)

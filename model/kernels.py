@@ -46,19 +46,21 @@ GPU_CHUNK_ELEMENTS = 1 << 28  # 5,336 tokens of it, 512 MiB of bf16: GEMMs large
 
 
 class Kernels(Protocol):
-    """What a module of kernels offers; the shapes and the meaning are told by the functions of this file."""
+    """What a module of kernels offers, to the letter of this file's functions."""
 
     def add_norm(
         self, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
-    ) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+    ) -> tuple[Tensor, Tensor]:
+        """See add_norm below."""
 
-    def rotate(self, x: Tensor, rope: Tensor) -> Tensor: ...  # noqa: D102
+    def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+        """See rotate below."""
 
-    def activate(self, x: Tensor, kind: str) -> Tensor: ...  # noqa: D102
+    def activate(self, x: Tensor, kind: str) -> Tensor:
+        """See activate below."""
 
-    def row_losses(
-        self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool
-    ) -> Tensor: ...  # noqa: D102
+    def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
+        """See row_losses below."""
 
 
 def resolve(name: str, device: str) -> str:

@@ -239,7 +239,7 @@ def add_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
     """Return x + branch (x itself where there is none) and its norm; see kernels.add_norm."""
-    out: Any = _AddNorm.apply(x, branch, weight, bias, eps, rms)  # type: ignore[no-untyped-call]
+    out: Any = _AddNorm.apply(x, branch, weight, bias, eps, rms)
     return (x, out) if branch is None else out
 
 
@@ -270,7 +270,7 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn channel pairs of x (B, T, H, D) by their angle; see kernels.rotate."""
-    out: Tensor = _Rotate.apply(x, rope.contiguous())  # type: ignore[no-untyped-call]
+    out: Tensor = _Rotate.apply(x, rope.contiguous())
     return out
 
 
@@ -296,7 +296,7 @@ class _Activate(torch.autograd.Function):
 
 def activate(x: Tensor, kind: str) -> Tensor:
     """Apply the MLP's nonlinearity: gelu, gelu_tanh or swiglu; see kernels.activate."""
-    out: Tensor = _Activate.apply(x, kind)  # type: ignore[no-untyped-call]
+    out: Tensor = _Activate.apply(x, kind)
     return out
 
 

@@ -33,7 +33,9 @@ def exact(x: Tensor) -> Tensor:
     return x.detach().double().requires_grad_()
 
 
-def check(found: Sequence[Tensor], inputs: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+def check(
+    found: Sequence[Tensor], inputs: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[Tensor]
+) -> None:
     """Compare outputs, and the gradients that random weights on all outputs give the inputs."""
     tolerance = TOLERANCE[found[0].dtype]
     weights = [normal(*each.shape, dtype=each.dtype, seed=1).detach() for each in found]
@@ -42,7 +44,9 @@ def check(found: Sequence[Tensor], inputs: Sequence[Tensor], expected: Sequence[
     ]
     got, wanted = (torch.autograd.grad(score, at) for score, at in zip(scores, (inputs, exact), strict=True))
     for a, b in zip((*found, *got), (*expected, *wanted), strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item()))
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item())
+        )
 
 
 @DTYPES
@@ -138,7 +142,14 @@ def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], monkeypatch: p
     tokens = torch.randint(0, 101, (2, 13), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     results = []
     for kernels in ("eager", "triton"):
-        shape: dict[str, Any] = {"n_layer": 2, "n_head": 4, "d_model": 24, "d_ff": 40, "vocab_size": 101, "max_seq_len": 13}
+        shape: dict[str, Any] = {
+            "n_layer": 2,
+            "n_head": 4,
+            "d_model": 24,
+            "d_ff": 40,
+            "vocab_size": 101,
+            "max_seq_len": 13,
+        }
         model = GPT(GPTConfig(**shape | fields, kernels=kernels)).to(DEVICE)
         init_weights(model, 0)
         loss = model(tokens[:, :-1], tokens[:, 1:], dropout_keys=torch.arange(2, device=DEVICE))

@@ -61,7 +61,7 @@ POINTERS = {"x", "branch", "weight", "bias", "total", "out", "d_out", "d_total",
 
 def signature(kernel: Any, variant: dict[str, Any], dtype: str) -> dict[str, str]:
     """Types of the arguments as a launch has them."""
-    types = {name: f"*{dtype}" for name in POINTERS} | {name: "*fp32" for name in FP32} | {"labels": "*i64"}
+    types = dict.fromkeys(POINTERS, f"*{dtype}") | dict.fromkeys(FP32, "*fp32") | {"labels": "*i64"}
     return {n: "constexpr" if n in variant else (types | SCALARS).get(n, "i32") for n in kernel.arg_names}
 
 
