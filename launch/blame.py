@@ -88,7 +88,7 @@ def death_report(record: dict[str, Any], hosts: dict[int, str], beats: dict[int,
         how = f"was killed by {signal.Signals(-status).name}"
     if status == -signal.SIGKILL and record["oom_kills"]:
         how += (
-            f" for memory: the kernel's count of such kills went up by {record['oom_kills']} (peak memory here: {memory}). "
+            f" for memory: kernel or cgroup count went up by {record['oom_kills']} (peak memory here: {memory}). "
             "Lower train.micro_batch, raise the ZeRO stage, or give the job more memory"
         )
     elif status == -signal.SIGKILL:

@@ -161,7 +161,9 @@ def address_of(name: str) -> str:
     try:
         found = socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)
     except OSError as error:
-        raise ConfigError(f"host {name}: its address is not known here ({error}). See /etc/hosts or your DNS.") from error
+        raise ConfigError(
+            f"host {name}: its address is not known here ({error}). See /etc/hosts or your DNS."
+        ) from error
     addresses = sorted({str(entry[4][0]) for entry in found}, key=lambda a: (ipaddress.ip_address(a).version, a))
     return addresses[0]
 

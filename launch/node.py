@@ -29,7 +29,7 @@ import psutil
 
 from packspeed.launch.config import LAUNCH_ID
 
-RECORD = "\x1e"
+RECORD = "@packspeed "
 TRAIN = Path(__file__).resolve().with_name("train.py")
 PACKAGES = ("packspeed", "torch", "deepspeed", "numpy")
 POLL_S = 0.2  # DeepSpeed's launcher looks once a second and then ends the other ranks: we look before it does
@@ -97,13 +97,13 @@ def _fingerprint(path: str) -> str:
     from packspeed.data.errors import DataError
 
     try:
-        return open_dataset(path).fingerprint
+        return str(open_dataset(path).fingerprint)
     except (DataError, OSError) as error:
         return f"error: {error}"
 
 
 def _folder_facts(folder: Path, token: str) -> dict[str, Any]:
-    """Free space, whether the run folder can be written, and the marks other hosts left there, which show it is shared."""
+    """Free space, and whether the run folder can be written: we leave a mark, which on a shared one every host sees."""
     try:
         marks = folder / ".hosts"
         marks.mkdir(parents=True, exist_ok=True)
@@ -172,12 +172,11 @@ def stacks(request: dict[str, Any]) -> dict[str, Any]:
         state = process.status()
         answer[str(rank)] = {"state": state, "stack": ""}
         if state != psutil.STATUS_STOPPED:
-            (logs / f"rank-{rank}.stack").unlink(missing_ok=True)
             process.send_signal(signal.SIGUSR2)
     time.sleep(1)
-    for rank in answer:
+    for rank, entry in answer.items():
         path = logs / f"rank-{rank}.stack"
-        answer[rank]["stack"] = path.read_text(errors="replace") if path.exists() else ""
+        entry["stack"] = path.read_text(errors="replace") if path.exists() else ""
     return answer
 
 

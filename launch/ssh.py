@@ -20,7 +20,11 @@ from typing import Any
 from packspeed.launch.hosts import Host
 from packspeed.launch.node import RECORD
 
-OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3")
+OPTIONS = [
+    word
+    for option in ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=3", "ServerAliveCountMax=3")
+    for word in ("-o", option)
+]
 ASK_TIMEOUT_S = 40.0
 
 

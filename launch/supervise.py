@@ -71,22 +71,27 @@ class Outcome:
 class Attempt:
     """The agents of one plan, their output, and the verdict."""
 
-    def __init__(self, plan: Plan, options: Options, run: RunFile, script: Path, arguments: Sequence[str]) -> None:
-        self.id, self.plan, self.options = uuid.uuid4().hex, plan, options
-        self.logs = run.folder / "logs"
+    def __init__(self, plan: Plan, options: Options, logs: Path, script: Path, arguments: Sequence[str]) -> None:
+        self.plan, self.options = plan, options
+        self.logs = logs
         self.names = {rank: plan.host_of(rank) for rank in range(plan.world)}
         self.records: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.deaths: list[dict[str, Any]] = []
         self.started = time.time()
         for beat in self.logs.glob("rank-*.beat"):
             beat.unlink()
         info = base64.urlsafe_b64encode(json.dumps(plan.world_info).encode()).decode()
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
+        # An id for each host: where hosts share their processes (namespaces, pods), one must not end another's.
+        self.ids = {seat.host.name: f"{uuid.uuid4().hex}-{index}" for index, seat in enumerate(plan.seats)}
         for index, seat in enumerate(plan.seats):
-            interface = {} if not seat.interface else {
-                f"{library}_SOCKET_IFNAME": seat.interface for library in ("GLOO", "NCCL")
-            }
+            interface = (
+                {}
+                if not seat.interface
+                else {f"{library}_SOCKET_IFNAME": seat.interface for library in ("GLOO", "NCCL")}
+            )
             self._start(seat.host, {
-                "do": "run", "id": self.id, "cwd": str(options.cwd), "env": {**interface, **plan.env},
+                "do": "run", "id": self.ids[seat.host.name], "cwd": str(options.cwd), "env": {**interface, **plan.env},
                 "world_info": info, "node_rank": index, "master": plan.master, "port": plan.port,
                 "script": str(script), "arguments": list(arguments), "silence_s": SILENCE_S,
             })  # fmt: skip
@@ -111,7 +116,11 @@ class Attempt:
         for raw in agent.stdout:
             line = raw.decode(errors="replace")
             if line.startswith(RECORD):
-                self.records.put({"host": host, **json.loads(line[len(RECORD) :])})
+                record = json.loads(line[len(RECORD) :])
+                if "died" in record and record["status"] != 0:
+                    self.deaths.append(record)
+                else:
+                    self.records.put(record)
             else:
                 sys.stdout.write(line)
                 sys.stdout.flush()
@@ -123,8 +132,8 @@ class Attempt:
 
     def watch(self, came_back: Callable[[], bool]) -> Outcome:
         """Until it ends, well or not. came_back: whether a host that was dropped can be taken back."""
-        marks, moved, spoke = {}, self.started, 0.0
-        moving_s = START_S
+        marks: dict[int, int] = {}
+        moved, spoke, moving_s = self.started, 0.0, START_S
         while True:
             time.sleep(0.2)
             if time.monotonic() - spoke > 2:
@@ -133,7 +142,7 @@ class Attempt:
                 if came_back():
                     self.tell("term")
             codes = {host: agent.poll() for host, agent in self.agents.items()}
-            if not self.records.empty() or any(code not in (None, 0) for code in codes.values()):
+            if self.deaths or any(code not in (None, 0) for code in codes.values()):
                 return self._verdict()
             if all(code == 0 for code in codes.values()):
                 return Outcome("finished", 0, [], time.time())
@@ -148,7 +157,7 @@ class Attempt:
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline and any(agent.poll() is None for agent in self.agents.values()):
             time.sleep(0.05)
-        deaths = sorted(self.records.queue, key=lambda record: record["at"])
+        deaths = sorted(self.deaths, key=lambda record: record["at"])
         codes = {host: agent.poll() for host, agent in self.agents.items()}
         said = [death["status"] for death in deaths] + [code for code in codes.values() if code]
         for code, kind in ((USAGE, "refused"), (STOPPED, "stopped")):
@@ -168,7 +177,8 @@ class Attempt:
                 why += self._last_words(first["died"])
             return Outcome("died", first["status"] if (first["status"] or 0) > 0 else 1, why, first["at"])
         failed = {host: code for host, code in codes.items() if code}
-        return Outcome("failed", 1, [f"the launcher on {h} ended with exit code {c}" for h, c in failed.items()], time.time())
+        why = [f"the launcher on {host} ended with exit code {code}" for host, code in failed.items()]
+        return Outcome("failed", 1, why, time.time())
 
     def _wait_for_all(self, seconds: float = 90.0) -> None:
         """Ranks that save end one by one, and every agent sees its own out."""
@@ -187,8 +197,12 @@ class Attempt:
 
     def _hung(self, since: float) -> Outcome:
         hosts = [seat.host for seat in self.plan.seats]
-        request = {"do": "stacks", "id": self.id, "logs": str(self.logs.resolve())}
-        answers = ask(hosts, lambda host: request, self.options.agent, timeout_s=15)
+        logs = str(self.logs.resolve())
+
+        def request(host: Host) -> dict[str, Any]:
+            return {"do": "stacks", "id": self.ids[host.name], "logs": logs}
+
+        answers = ask(hosts, request, self.options.agent, timeout_s=15)
         now = time.time()
         report = blame.hang_report(read_beats(self.logs), answers, self.names, now)
         return Outcome("hung", 1, [f"nothing moved for {now - since:.0f} s", *report], since)
@@ -198,7 +212,7 @@ class Attempt:
         hosts = [seat.host for seat in self.plan.seats]
         for agent in self.agents.values():
             agent.kill()
-        answers = ask(hosts, lambda host: {"do": "kill", "id": self.id}, self.options.agent, timeout_s=15)
+        answers = ask(hosts, lambda host: {"do": "kill", "id": self.ids[host.name]}, self.options.agent, timeout_s=15)
         unsure = [name for name, answer in answers.items() if "error" in answer]
         for name in unsure:
             say(f"{name} does not answer; its agent ends its ranks by itself after {SILENCE_S:.0f} s of silence")
@@ -210,8 +224,8 @@ class Attempt:
 class Supervisor:
     """Attempts, and what is between them."""
 
-    def __init__(self, run: RunFile, options: Options, arguments: Sequence[str], say: Say, script: Path = TRAIN) -> None:
-        self.run, self.options, self.arguments, self.say, self.script = run, options, arguments, say, script
+    def __init__(self, run: RunFile, options: Options, arguments: Sequence[str], say: Say) -> None:
+        self.run, self.options, self.arguments, self.say = run, options, arguments, say
         self.hosts = list(options.hosts)
         self.dropped: list[Host] = []
         self.signals = 0
@@ -228,7 +242,7 @@ class Supervisor:
             plan = self.plan(first=fault is None and restarts == 0)
             for line in plan.lines():
                 self.say(line)
-            self.attempt = Attempt(plan, self.options, self.run, self.script, self.arguments)
+            self.attempt = Attempt(plan, self.options, self.run.folder / "logs", TRAIN, self.arguments)
             if fault is not None:
                 threading.Thread(target=self._time_recovery, args=(fault, self.attempt), daemon=True).start()
             outcome = self.attempt.watch(self._came_back)
