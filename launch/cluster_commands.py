@@ -42,7 +42,10 @@ def launch(
     launcher: Annotated[str, typer.Option(help="ssh (ours), or DeepSpeed's pdsh or openmpi, as they are.")] = "ssh",
     max_restarts: Annotated[int, typer.Option(help="Restarts after a failure, with the hosts that are left.")] = 0,
     hang_s: Annotated[float, typer.Option("--hang-seconds", help="A run that stands still so long has failed.")] = 600,
-    take_back: Annotated[bool, typer.Option(help="Go on with dropped hosts again when they return.")] = False,
+    take_back_s: Annotated[
+        float,
+        typer.Option("--take-back", help="Ask dropped hosts every so many seconds, and go on with them; 0: never."),
+    ] = 0,
     master_port: Annotated[int, typer.Option(help="Port of the rendezvous; default: a free one.")] = 0,
     fresh: Annotated[bool, typer.Option(help="Move an existing run folder aside and start at step 0.")] = False,
     python: Python = sys.executable,
@@ -63,7 +66,7 @@ def launch(
         raise ConfigError(f"--launcher {launcher}: ssh, pdsh or openmpi")
     arguments = ["--config", str(run_file.resolve()), *(f"--set={o}" for o in overrides or [])]
     options = Options(
-        hosts, environment(env or []), Path.cwd(), python, ssh_config, master_port, max_restarts, hang_s, take_back
+        hosts, environment(env or []), Path.cwd(), python, ssh_config, master_port, max_restarts, hang_s, take_back_s
     )
     supervisor = Supervisor(run, options, arguments, lambda line: print(line, flush=True))
     if dry or launcher != "ssh":

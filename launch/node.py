@@ -33,7 +33,8 @@ RECORD = "@packspeed "
 TRAIN = Path(__file__).resolve().with_name("train.py")
 PACKAGES = ("packspeed", "torch", "deepspeed", "numpy")
 POLL_S = 0.2  # DeepSpeed's launcher looks once a second and then ends the other ranks: we look before it does
-GRACE_S = 60.0  # for saving, once nobody is there to tell us anything
+GRACE_S = 60.0  # for saving, once the launcher is dead
+CUT_OFF_S = 5.0  # where nothing is heard: ranks without their neighbours cannot save
 
 
 def facts(request: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +175,8 @@ def stacks(request: dict[str, Any]) -> dict[str, Any]:
         if state != psutil.STATUS_STOPPED:
             process.send_signal(signal.SIGUSR2)
     time.sleep(1)
-    for rank, entry in answer.items():
-        path = logs / f"rank-{rank}.stack"
+    for name, entry in answer.items():
+        path = logs / f"rank-{name}.stack"
         entry["stack"] = path.read_text(errors="replace") if path.exists() else ""
     return answer
 
@@ -225,9 +226,9 @@ class Keeper:
                 *lines, buffer = (buffer + data).split(b"\n")
                 if b"term" in lines:
                     self.ask_to_stop()
-            alone = not stdin_open or time.monotonic() - heard > self.silence_s
-            if alone and deadline == float("inf"):
-                deadline = time.monotonic() + GRACE_S
+            silent = time.monotonic() - heard > self.silence_s
+            if (silent or not stdin_open) and deadline == float("inf"):
+                deadline = time.monotonic() + (GRACE_S if not stdin_open else CUT_OFF_S)
                 self.ask_to_stop()
             if time.monotonic() > deadline:
                 break

@@ -51,7 +51,7 @@ class Options:
     port: int = 0
     max_restarts: int = 0
     hang_s: float = 600.0
-    take_back: bool = False
+    take_back_s: float = 0.0
 
     def agent(self, host: Host) -> list[str]:
         """The command that starts a host's agent."""
@@ -308,10 +308,10 @@ class Supervisor:
         return ask(hosts, request, self.options.agent)
 
     def _came_back(self) -> bool:
-        """True once, when all dropped hosts answer again; asks every 30 s, beside the watching."""
-        if not self.options.take_back or not self.dropped or self._back.is_set():
+        """True once, when all dropped hosts answer again; asks them every `take_back_s`."""
+        if not self.options.take_back_s or not self.dropped or self._back.is_set():
             return False
-        if time.monotonic() - self._probe_at > 30:
+        if time.monotonic() - self._probe_at > self.options.take_back_s:
             self._probe_at = time.monotonic()
             facts = self.facts([*self.hosts[:1], *self.dropped])
             if not any(unfit(facts, host.name, self.hosts[0].name) for host in self.dropped):

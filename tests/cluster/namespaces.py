@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,8 +47,6 @@ class Cluster:
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / f"host-{name}"))
         for number, name in enumerate(self.names, 1):
             self._make(name, number)
-        for name in self.names:
-            self._wait_for_sshd(name)
         return self
 
     def _make(self, name: str, number: int) -> None:
@@ -79,17 +78,24 @@ class Cluster:
         )
         self.start_sshd(name)
 
-    def start_sshd(self, name: str) -> None:
-        """The host's sshd, with the host's name, in a session of its own."""
+    def start_sshd(self, name: str, first: str = ":") -> None:
+        """(Re)start the host's sshd, with the host's name and mounts of its own; `first` is a shell line before it."""
+        if old := self.daemons.pop(name, None):
+            os.killpg(old.pid, signal.SIGKILL)
+            old.wait()
+        shutil.copy(self.folder / "key.pub", f"/etc/netns/ps-{name}/ssh/authorized")
         Path("/run/sshd").mkdir(exist_ok=True)
-        self.daemons[name] = subprocess.Popen(
-            self.inside(name, "unshare", "--uts", "sh", "-c", f"hostname {name}; exec /usr/sbin/sshd -D -e"),
-            stdout=subprocess.DEVNULL, stderr=(self.folder / f"sshd-{name}.log").open("ab"), start_new_session=True,
-        )  # fmt: skip
+        line = f"hostname {name}; {first}; exec /usr/sbin/sshd -D -e"
+        log = (self.folder / f"sshd-{name}.log").open("ab")
+        words = self.inside(name, "unshare", "--uts", "--mount", "sh", "-c", line)
+        self.daemons[name] = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        self.wait_for_sshd(name)
 
-    def _wait_for_sshd(self, name: str) -> None:
+    def wait_for_sshd(self, name: str) -> None:
+        """Until its port answers."""
         deadline = time.monotonic() + 20
-        while subprocess.run(self.inside(self.names[0], "ssh", name, "true"), capture_output=True).returncode:
+        probe = f"import socket; socket.create_connection(('{self.address(name)}', 22), 1).recv(4)"
+        while subprocess.run(self.inside(name, sys.executable, "-c", probe), capture_output=True).returncode:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"sshd of {name}: {(self.folder / f'sshd-{name}.log').read_text()}")
             time.sleep(0.2)
