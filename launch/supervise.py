@@ -72,12 +72,14 @@ class Attempt:
     """The agents of one plan, their output, and the verdict."""
 
     def __init__(self, plan: Plan, options: Options, logs: Path, script: Path, arguments: Sequence[str]) -> None:
+        """Starts at once. script: what every rank runs; logs: where the ranks write theirs."""
         self.plan, self.options = plan, options
         self.logs = logs
         self.names = {rank: plan.host_of(rank) for rank in range(plan.world)}
         self.records: queue.Queue[dict[str, Any]] = queue.Queue()
         self.deaths: list[dict[str, Any]] = []
         self.started = time.time()
+        self.console = sys.stdout if script == TRAIN else sys.stderr  # the doctor's own stdout may be JSON
         for beat in self.logs.glob("rank-*.beat"):
             beat.unlink()
         info = base64.urlsafe_b64encode(json.dumps(plan.world_info).encode()).decode()
@@ -122,8 +124,7 @@ class Attempt:
                 else:
                     self.records.put(record)
             else:
-                sys.stdout.write(line)
-                sys.stdout.flush()
+                print(line, end="", file=self.console, flush=True)
 
     def tell(self, word: str) -> None:
         """A line to every agent."""
@@ -142,7 +143,7 @@ class Attempt:
                 if came_back():
                     self.tell("term")
             codes = {host: agent.poll() for host, agent in self.agents.items()}
-            if self.deaths or any(code not in (None, 0) for code in codes.values()):
+            if any(death["status"] for death in self.deaths) or any(code not in (None, 0) for code in codes.values()):
                 return self._verdict()
             if all(code == 0 for code in codes.values()):
                 return Outcome("finished", 0, [], time.time())

@@ -63,7 +63,6 @@ class Cluster:
         hosts = "".join(f"{self.address(other)} {other}\n" for other in self.names)
         (etc / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
         shutil.copy(self.folder / "key", etc / "ssh" / "cluster_key")
-        shutil.copy(self.folder / "key.pub", etc / "ssh" / "authorized")
         shutil.copy(self.folder / f"host-{name}", etc / "ssh" / "host_key")
         known = [
             f"{other},{self.address(other)} {(self.folder / f'host-{other}.pub').read_text()}" for other in self.names
@@ -72,10 +71,6 @@ class Cluster:
         (etc / "ssh" / "ssh_config").write_text(
             "IdentityFile /etc/ssh/cluster_key\nIdentitiesOnly yes\nUserKnownHostsFile none\n"
         )
-        (etc / "ssh" / "sshd_config").write_text(
-            "HostKey /etc/ssh/host_key\nAuthorizedKeysFile /etc/ssh/authorized\nStrictModes no\nPidFile none\n"
-            f"PermitRootLogin yes\nUsePAM no\nMaxStartups 100\nSetEnv PATH={os.environ['PATH']}\n"
-        )
         self.start_sshd(name)
 
     def start_sshd(self, name: str, first: str = ":") -> None:
@@ -83,12 +78,17 @@ class Cluster:
         if old := self.daemons.pop(name, None):
             os.killpg(old.pid, signal.SIGKILL)
             old.wait()
-        shutil.copy(self.folder / "key.pub", f"/etc/netns/ps-{name}/ssh/authorized")
+        ssh = Path(f"/etc/netns/ps-{name}/ssh")
+        shutil.copy(self.folder / "key.pub", ssh / "authorized")
+        (ssh / "sshd_config").write_text(
+            "HostKey /etc/ssh/host_key\nAuthorizedKeysFile /etc/ssh/authorized\nStrictModes no\nPidFile none\n"
+            f"PermitRootLogin yes\nUsePAM no\nMaxStartups 100\nSetEnv PATH={os.environ['PATH']}\n"
+        )
         Path("/run/sshd").mkdir(exist_ok=True)
         line = f"hostname {name}; {first}; exec /usr/sbin/sshd -D -e"
-        log = (self.folder / f"sshd-{name}.log").open("ab")
         words = self.inside(name, "unshare", "--uts", "--mount", "sh", "-c", line)
-        self.daemons[name] = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        with (self.folder / f"sshd-{name}.log").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
         self.wait_for_sshd(name)
 
     def wait_for_sshd(self, name: str) -> None:
