@@ -146,7 +146,7 @@ def measure(
     plan = make_plan(hosts, facts, options.env)
     with tempfile.TemporaryDirectory() as folder:
         attempt = Attempt(plan, options, Path(folder), BANDWIDTH, [])
-        outcome = attempt.watch(lambda: False)
+        outcome = attempt.watch()
         attempt.end(lambda line: None)
         result = next((r["bandwidth"] for r in list(attempt.records.queue) if "bandwidth" in r), None)
     if result is None:

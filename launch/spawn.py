@@ -61,6 +61,7 @@ def hostfile_command(plan: Plan, launcher: str, folder: Path, train_args: Sequen
     interfaces = {seat.interface for seat in plan.seats if seat.interface}
     # These launchers give every host the same environment: an interface that differs between hosts is left to gloo.
     names = {f"{library}_SOCKET_IFNAME": interfaces.pop() for library in ("GLOO",) if len(interfaces) == 1}
+    names |= {"MASTER_ADDR": plan.master, "MASTER_PORT": str(plan.port)} if launcher == "openmpi" else {}
     env.write_text("".join(f"{name}={value}\n" for name, value in {**names, **plan.env}.items()))
     os.environ["DS_ENV_FILE"] = str(env.resolve())
     return [

@@ -131,8 +131,8 @@ class Attempt:
         for agent in self.agents.values():
             self._write(agent, word)
 
-    def watch(self, came_back: Callable[[], bool]) -> Outcome:
-        """Until it ends, well or not. came_back: whether a host that was dropped can be taken back."""
+    def watch(self) -> Outcome:
+        """Until it ends, well or not."""
         marks: dict[int, int] = {}
         moved, spoke, moving_s = self.started, 0.0, START_S
         while True:
@@ -140,8 +140,6 @@ class Attempt:
             if time.monotonic() - spoke > 2:
                 self.tell("beat")
                 spoke = time.monotonic()
-                if came_back():
-                    self.tell("term")
             codes = {host: agent.poll() for host, agent in self.agents.items()}
             if any(death["status"] for death in self.deaths) or any(code not in (None, 0) for code in codes.values()):
                 return self._verdict()
@@ -231,7 +229,7 @@ class Supervisor:
         self.dropped: list[Host] = []
         self.signals = 0
         self.attempt: Attempt | None = None
-        self._probe_at, self._back = time.monotonic(), threading.Event()
+        self._back = threading.Event()  # all dropped hosts are
 
     def supervise(self) -> int:
         """Run to the end; returns the exit code."""
@@ -246,7 +244,9 @@ class Supervisor:
             self.attempt = Attempt(plan, self.options, self.run.folder / "logs", TRAIN, self.arguments)
             if fault is not None:
                 threading.Thread(target=self._time_recovery, args=(fault, self.attempt), daemon=True).start()
-            outcome = self.attempt.watch(self._came_back)
+            if self.dropped and self.options.take_back_s:
+                threading.Thread(target=self._look_for_dropped, args=(self.attempt,), daemon=True).start()
+            outcome = self.attempt.watch()
             self.attempt.end(self.say)
             step = max((beat.step for beat in read_beats(self.attempt.logs).values()), default=0)
             self._write(plan, outcome, step)
@@ -308,17 +308,17 @@ class Supervisor:
 
         return ask(hosts, request, self.options.agent)
 
-    def _came_back(self) -> bool:
-        """True once, when all dropped hosts answer again; asks them every `take_back_s`."""
-        if not self.options.take_back_s or not self.dropped or self._back.is_set():
-            return False
-        if time.monotonic() - self._probe_at > self.options.take_back_s:
-            self._probe_at = time.monotonic()
+    def _look_for_dropped(self, attempt: Attempt) -> None:
+        """Ask the dropped hosts beside an attempt that trains; when all are back, its ranks save and stop."""
+        while attempt is self.attempt and any(agent.poll() is None for agent in attempt.agents.values()):
+            time.sleep(self.options.take_back_s)
+            if not read_beats(attempt.logs):
+                continue  # ranks that have not begun cannot save
             facts = self.facts([*self.hosts[:1], *self.dropped])
             if not any(unfit(facts, host.name, self.hosts[0].name) for host in self.dropped):
                 self._back.set()
-                return True
-        return False
+                attempt.tell("term")
+                return
 
     def _write(self, plan: Plan, outcome: Outcome, step: int) -> None:
         assert self.attempt is not None
