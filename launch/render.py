@@ -35,19 +35,19 @@ TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 SBATCH_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[A-Za-z0-9_.,:;@/+%\[\]-]+)?")
 
 # The signals that ask for a stop are deaf until train.py listens; bash is gone by then (exec).
-TASK = "trap '' USR1; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec \"$@\""
+TASK = 'trap "" USR1; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
 SLURM = """\
 #!/usr/bin/env bash
 {directives}
-# {warning_s} s before the time limit all ranks get USR1, save and exit with {stopped}: the job goes back into the queue and
-# continues from there. Anything else that goes wrong ends the job; submit it again to continue.
+# {warning_s} s before the time limit all ranks get USR1, save and exit with {stopped}: the job goes back into the queue
+# and continues from there. Anything else that goes wrong ends the job; submit it again to continue.
 set -uo pipefail
 {setup}MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export WORLD_SIZE=$((SLURM_JOB_NUM_NODES * {ranks})) LOCAL_SIZE={ranks}
 code=0
-# One task per rank. A rank that saved must not take down the others (kill-on-bad-exit); a dead one may not hang them for
-# long (wait). srun does not inherit --cpus-per-task.
+# One task per rank. A rank that saved must not take down the others (kill-on-bad-exit), a dead one may not hang them
+# for long (wait). srun does not inherit --cpus-per-task.
 srun --ntasks-per-node={ranks} --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait=300 \\
     bash -c {task} rank \\
     {command} || code=$?
@@ -58,9 +58,10 @@ exit "$code"
 """
 
 K8S = f"""\
-# kubectl apply -f this file; kubectl logs -f job/NAME has rank 0's lines. The dataset and the run folder are on the
-# volume claim, which all pods mount (ReadWriteMany). Pods that exit with {STOPPED} (saved and stopped) or are evicted are
-# replaced and do not count; exit code {USAGE} (a wrong config) fails the Job at once.
+# kubectl apply -f FILE
+# kubectl logs -f -l app=NAME,batch.kubernetes.io/job-completion-index=0     the lines of rank 0
+# The dataset and the run folder are on the volume claim, which all pods mount (ReadWriteMany). Pods that exit with
+# {STOPPED} (saved and stopped) or are evicted are replaced and do not count; {USAGE} (a wrong config) fails the Job.
 """
 
 
@@ -131,7 +132,7 @@ def k8s(
     max_restarts: int = 3,
     python: str = "python3",
 ) -> str:
-    """The YAML of a headless Service and an Indexed Job; paths of the run file are inside `mount`, the volume of `claim`.
+    """The YAML of a headless Service and an Indexed Job; run file and dataset are below `mount`, the volume of `claim`.
 
     max_restarts: how often the whole run may crash; a crash of one pod ends the pods of all nodes.
     """

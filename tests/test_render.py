@@ -46,7 +46,7 @@ NASTY = [
     "#",
     "é",
 ]
-STEPS = "train.steps=40"
+STEPS = "train.steps=25"
 # A checkpoint after every step gives a signal the time to arrive in mid-run.
 SLOWLY = (STEPS, "checkpoint.every_steps=1", "eval.every_steps=1000")
 EXAMPLE: dict[str, Any] = {
@@ -255,6 +255,8 @@ def test_slurm_trains_saves_at_its_warning_and_goes_on(
     metrics = workspace.folder / "runs" / "slurm" / "metrics.jsonl"
     until(lambda: metrics.exists() and '"loss"' in metrics.read_text(), folder)
     sh(["scancel", "--signal=USR1", number], slurm)
+    until(lambda: job(number, slurm).get("Restarts") == "1", folder)
+    sh(["scontrol", "update", f"JobId={number}", "StartTime=now"], slurm)  # SLURM waits two minutes after a requeue
     until(lambda: job(number, slurm)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), folder)
     said = (folder / f"slurm-{number}.out").read_text()
     assert job(number, slurm)["JobState"] == "COMPLETED", said
