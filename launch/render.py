@@ -34,7 +34,7 @@ TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 # What `#SBATCH` lines may hold: nothing in them can be quoted reliably.
 SBATCH_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[A-Za-z0-9_.,:;@/+%\[\]-]+)?")
 
-# The signals that ask for a stop are deaf until train.py listens; bash is gone by then (exec).
+# USR1 is ignored until train.py listens to it: a rank that is still importing would die of it.
 TASK = 'trap "" USR1; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
 SLURM = """\
 #!/usr/bin/env bash
