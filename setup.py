@@ -80,6 +80,7 @@ setup(
             "scipy>=1.11",
             "lm-eval>=0.4.9",
             "accelerate>=1.0",
+            "kubernetes-validate>=1.37",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"],
     },
