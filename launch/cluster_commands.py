@@ -50,6 +50,11 @@ def launch(
     fresh: Annotated[bool, typer.Option(help="Move an existing run folder aside and start at step 0.")] = False,
     python: Python = sys.executable,
     ssh_config: SshConfig = None,
+    render: Annotated[
+        str | None, typer.Option(help="Print instead of starting: slurm, k8s (each with --nodes) or no_ssh (hostfile).")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Of a rendered job; --ranks is the number on each.")] = 1,
+    image: Annotated[str, typer.Option(help="Container image of a rendered Kubernetes job.")] = "packspeed:latest",
     dry: Annotated[bool, typer.Option("--plan", help="Print the plan and start nothing.")] = False,
 ) -> None:
     """Train on the hosts of a hostfile, watched and restarted. Exit codes as of train; 1 after the last restart."""
@@ -61,7 +66,12 @@ def launch(
 
     run = load_run_file(run_file, overrides or [])
     load_ds_config(run.deepspeed)
+    if render in ("slurm", "k8s"):
+        print(_rendered(render, run_file, overrides or [], nodes, ranks or default_ranks(run), env or [], image))
+        return
     hosts = read_hostfile(hostfile) if hostfile else [Host("localhost", ranks or default_ranks(run))]
+    if render not in (None, "no_ssh"):
+        raise ConfigError(f"--render {render}: slurm, k8s or no_ssh")
     if launcher not in ("ssh", "pdsh", "openmpi"):
         raise ConfigError(f"--launcher {launcher}: ssh, pdsh or openmpi")
     arguments = ["--config", str(run_file.resolve()), *(f"--set={o}" for o in overrides or [])]
@@ -69,6 +79,11 @@ def launch(
         hosts, environment(env or []), Path.cwd(), python, ssh_config, master_port, max_restarts, hang_s, take_back_s
     )
     supervisor = Supervisor(run, options, arguments, lambda line: print(line, flush=True))
+    if render == "no_ssh":
+        from packspeed.launch.render import no_ssh
+
+        print(no_ssh(supervisor.plan(first=True), arguments, cwd=str(Path.cwd()), python=python))
+        return
     if dry or launcher != "ssh":
         plan = supervisor.plan(first=True)
         print(*plan.lines(), sep="\n", flush=True)
@@ -82,6 +97,20 @@ def launch(
         raise typer.Exit(run_launcher(hostfile_command(plan, launcher, run.folder.parent, arguments)))
     (run.folder / "logs").mkdir(parents=True, exist_ok=True)
     raise typer.Exit(supervisor.supervise())
+
+
+def _rendered(
+    kind: str, run_file: Path, overrides: list[str], nodes: int, ranks: int, env: list[str], image: str
+) -> str:
+    from packspeed.launch import render
+    from packspeed.launch.hosts import environment
+    from packspeed.launch.spawn import local_accelerators
+
+    name, chosen = run_file.stem, environment(env)
+    if kind == "k8s":
+        return render.k8s(str(run_file), overrides, nodes, ranks, image=image, name=name, env=chosen)
+    gpus = bool(local_accelerators())
+    return render.slurm(str(run_file), overrides, nodes, ranks, name=name, env=chosen, cwd=str(Path.cwd()), gpus=gpus)
 
 
 def doctor(

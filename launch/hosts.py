@@ -27,6 +27,7 @@ LOCAL = ("localhost", "127.0.0.1")
 PASSED_ON = re.compile(
     r"(NCCL|GLOO|CUDA|TORCH|OMP|MKL|KMP|UCX|FI|HF|HUGGINGFACE|WANDB|COMET|AWS|GOOGLE|PACKSPEED|DS)_\w+|PYTHONPATH"
 )
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)  # of names whose values are never shown or written
 KEPT_BACK = ("CUDA_VISIBLE_DEVICES", "PACKSPEED_LAUNCH_ID")
 
 
@@ -127,8 +128,7 @@ class Plan:
 
 
 def _masked(name: str, value: str) -> str:
-    secret = any(word in name for word in ("KEY", "TOKEN", "SECRET", "PASSWORD"))
-    return f"({len(value)} characters)" if secret else value
+    return f"({len(value)} characters)" if SECRET.search(name) else value
 
 
 def environment(extra: list[str]) -> dict[str, str]:

@@ -28,9 +28,10 @@ from typing import Any
 import psutil
 
 from packspeed.launch.config import LAUNCH_ID
+from packspeed.launch.render import node_command
+from packspeed.launch.spawn import TRAIN
 
 RECORD = "@packspeed "
-TRAIN = Path(__file__).resolve().with_name("train.py")
 PACKAGES = ("packspeed", "torch", "deepspeed", "numpy")
 POLL_S = 0.2  # DeepSpeed's launcher looks once a second and then ends the other ranks: we look before it does
 GRACE_S = 60.0  # for saving, once the launcher is dead
@@ -206,11 +207,10 @@ class Keeper:
         self.looked = 0.0
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
         os.chdir(request["cwd"])
-        command = [
-            sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={request['world_info']}",
-            f"--node_rank={request['node_rank']}", f"--master_addr={request['master']}",
-            f"--master_port={request['port']}", "--log_level=warning", request["script"], *request["arguments"],
-        ]  # fmt: skip
+        command = node_command(
+            request["world_info"], request["node_rank"], request["master"], request["port"], request["arguments"],
+            script=request["script"],
+        )  # fmt: skip
         env = {**os.environ, **request["env"], LAUNCH_ID: self.id}
         self.launcher = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 

@@ -22,14 +22,13 @@ from typing import Any
 import yaml
 
 from packspeed.launch.config import ConfigError
-from packspeed.launch.hosts import Plan
+from packspeed.launch.hosts import SECRET, Plan
 from packspeed.launch.spawn import TRAIN
 
 STOPPED, USAGE = 75, 2
 WARNING_S = 120  # SLURM's signal comes this long before the time limit
 PORT = 29500  # a pod has its ports for itself
 VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 # What `#SBATCH` lines may hold: nothing in them can be quoted reliably.
 SBATCH_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[A-Za-z0-9_.,:;@/+%\[\]-]+)?")

@@ -8,7 +8,6 @@ answer go on from the newest whole checkpoint, with other ranks where need be.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import json
@@ -27,7 +26,8 @@ from packspeed.launch import blame
 from packspeed.launch.config import ConfigError, RunFile
 from packspeed.launch.heartbeat import read_beats
 from packspeed.launch.hosts import Host, Plan, make_plan
-from packspeed.launch.node import RECORD, TRAIN
+from packspeed.launch.node import RECORD
+from packspeed.launch.spawn import TRAIN
 from packspeed.launch.ssh import ask, command
 
 HISTORY = "launches.jsonl"
@@ -82,7 +82,6 @@ class Attempt:
         self.console = sys.stdout if script == TRAIN else sys.stderr  # the doctor's own stdout may be JSON
         for beat in self.logs.glob("rank-*.beat"):
             beat.unlink()
-        info = base64.urlsafe_b64encode(json.dumps(plan.world_info).encode()).decode()
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         # An id for each host: where hosts share their processes (namespaces, pods), one must not end another's.
         self.ids = {seat.host.name: f"{uuid.uuid4().hex}-{index}" for index, seat in enumerate(plan.seats)}
@@ -94,7 +93,7 @@ class Attempt:
             )
             self._start(seat.host, {
                 "do": "run", "id": self.ids[seat.host.name], "cwd": str(options.cwd), "env": {**interface, **plan.env},
-                "world_info": info, "node_rank": index, "master": plan.master, "port": plan.port,
+                "world_info": plan.world_info, "node_rank": index, "master": plan.master, "port": plan.port,
                 "script": str(script), "arguments": list(arguments), "silence_s": SILENCE_S,
             })  # fmt: skip
 
