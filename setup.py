@@ -81,6 +81,7 @@ setup(
             "lm-eval>=0.4.9",
             "accelerate>=1.0",
             "triton>=3.3; sys_platform == 'linux'",  # torch's CUDA wheels bring it, CPU wheels do not
+            "kubernetes-validate>=1.37",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"],
     },

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from packspeed.launch import data_commands, model_commands, run_commands
+from packspeed.launch import cluster_commands, data_commands, model_commands, run_commands
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pretrain GPTs with DeepSpeed."
@@ -21,6 +21,7 @@ app = typer.Typer(
 data_commands.register(app)
 model_commands.register(app)
 run_commands.register(app)
+cluster_commands.register(app)
 ops_app = typer.Typer(no_args_is_help=True, help="DeepSpeed's compiled ops.")
 app.add_typer(ops_app, name="ops")
 

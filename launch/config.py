@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from packspeed.model.config import PRESETS, GPTConfig
 
+LAUNCH_ID = "PACKSPEED_LAUNCH_ID"  # set in the environment of every process of a supervised launch
+
 
 class UserError(Exception):
     """Something the user can mend: one paragraph that says what, where and what to do. Exit code 1."""

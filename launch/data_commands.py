@@ -329,7 +329,7 @@ def _progress(what: str) -> Iterator[Callable[[Progress], None] | None]:
 
         def report(now: Progress) -> None:
             percent = f"{100 * now.bytes_done / now.bytes_total:.0f}%, " if now.bytes_total else ""
-            left = f", {now.left_s / 60:.0f}:{now.left_s % 60:02.0f} left" if now.left_s is not None else ""
+            left = f", {now.left_s // 60:.0f}:{now.left_s % 60 // 1:02.0f} left" if now.left_s is not None else ""
             status.update(
                 f"{what}: {percent}{now.documents:,} documents, {now.text_bytes / 1e6:,.0f} MB, "
                 f"{now.tokens / 1e6:,.1f} Mtok, {now.tokens_per_s / 1e6:.1f} Mtok/s{left}"

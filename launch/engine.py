@@ -114,9 +114,20 @@ def prepare_for_ops() -> None:
         os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
+OPENMPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
+
+
 def launcher_environment() -> tuple[int, int, int, int]:
     """(rank, world, local rank, local size) as the launcher set them; one lonely rank without a launcher."""
     env = os.environ
+    for name, mpi in OPENMPI.items():  # mpirun names them otherwise
+        if mpi in env:
+            env.setdefault(name, env[mpi])
     world = int(env.get("WORLD_SIZE", 1))
     return int(env.get("RANK", 0)), world, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_SIZE", world))
 

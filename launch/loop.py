@@ -195,6 +195,7 @@ def evaluate(trainer: Trainer) -> float | None:
         if trainer.stopping():
             trainer.engine.train()
             return None
+        trainer.enter("evaluation")  # again: who watches sees that it goes on
         mine = [start + topology.dp_rank * rows + i for i in range(rows)]
         batch = trainer.loader.eval_batch([min(w, windows - 1) for w in mine], windows)
         for window, value in zip(mine, _row_losses(trainer, batch, rows), strict=True):

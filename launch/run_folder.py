@@ -516,7 +516,7 @@ class Metrics:
         norm = "none" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
         return (
             f"{head} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | grad norm {norm}"
-            f" | {record['tokens_per_s']:,.0f} tokens/s{mfu} | {left / 60:.0f}:{left % 60:02.0f} left"
+            f" | {record['tokens_per_s']:,.0f} tokens/s{mfu} | {left // 60:.0f}:{left % 60 // 1:02.0f} left"
         )
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from types import FrameType
 import psutil
 
 from packspeed.launch.config import RunFile
+from packspeed.launch.hosts import Plan
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 
@@ -49,6 +50,24 @@ def launcher_command(ranks: int, train_args: Sequence[str]) -> list[str]:
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
         "--log_level", "warning", str(TRAIN), *train_args,
+    ]  # fmt: skip
+
+
+def hostfile_command(plan: Plan, launcher: str, folder: Path, train_args: Sequence[str]) -> list[str]:
+    """DeepSpeed's own runner over the hosts of a plan, by pdsh or OpenMPI; its hostfile and environment go to files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hostfile, env = folder / ".hostfile", folder / ".deepspeed_env"
+    hostfile.write_text("".join(f"{seat.host.name} slots={seat.host.slots}\n" for seat in plan.seats))
+    interfaces = {seat.interface for seat in plan.seats if seat.interface}
+    # These launchers give every host the same environment: an interface that differs between hosts is left to gloo.
+    names = {f"{library}_SOCKET_IFNAME": interfaces.pop() for library in ("GLOO",) if len(interfaces) == 1}
+    names |= {"MASTER_ADDR": plan.master, "MASTER_PORT": str(plan.port)} if launcher == "openmpi" else {}
+    env.write_text("".join(f"{name}={value}\n" for name, value in {**names, **plan.env}.items()))
+    os.environ["DS_ENV_FILE"] = str(env.resolve())
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--launcher", launcher,
+        "--master_addr", plan.master, "--master_port", str(plan.port), "--force_multi", "--log_level", "warning",
+        str(TRAIN), *train_args,
     ]  # fmt: skip
 
 

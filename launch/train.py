@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from packspeed.data.dataset import TokenDataset, open_dataset
 from packspeed.data.errors import DataError
 from packspeed.launch import run_folder
-from packspeed.launch.config import BatchPlan, RunFile, UserError, load_run_file, solve_batch
+from packspeed.launch.config import LAUNCH_ID, BatchPlan, RunFile, UserError, load_run_file, solve_batch
 from packspeed.launch.ds_config import load_ds_config, resolve_ds_config, zero_stage
 from packspeed.model.config import GPTConfig, flops_per_token
 
@@ -89,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if file := args.deepspeed_config:
             overrides.append(f"deepspeed={file if '/' in file else './' + file}")
         run = load_run_file(args.config, overrides)
+        if LAUNCH_ID in os.environ:
+            from packspeed.launch.heartbeat import keep_logs
+
+            keep_logs(run.folder / "logs", int(os.environ.get("RANK", 0)))
         with Chatter() as chatter:
             return _train(run, load_ds_config(run.deepspeed), args.fresh, chatter)
     except (UserError, DataError) as error:
@@ -241,6 +246,10 @@ def _make_trainer(
     if windows < run.eval.windows:
         speak(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
     clock = Clock(run.folder / FILE if topology.rank == 0 else None, manifest["step"])
+    if LAUNCH_ID in os.environ:
+        from packspeed.launch.heartbeat import Heartbeat
+
+        clock.beat = Heartbeat(run.folder / "logs", topology.rank, platform.node(), manifest["step"])
     if topology.device.type == "cpu":
         time_collectives(clock)
     guard = Guard(run.anomalies)

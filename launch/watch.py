@@ -33,11 +33,14 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from packspeed.launch.config import AnomalySection
+
+if TYPE_CHECKING:
+    from packspeed.launch.heartbeat import Heartbeat
 
 SPREAD_FLOOR = 1e-3  # a window of nearly equal losses must not turn rounding into a spike
 
@@ -208,6 +211,7 @@ class Clock:
             "started_at": time.time() - age, "pid": os.getpid(), "host": platform.node(), "from_step": step,
             "step": step, "ended": None,
         }  # fmt: skip
+        self.beat: Heartbeat | None = None  # of a supervised launch (heartbeat.py)
         self._file, self._offset = -1, 0
         if path is not None:
             with contextlib.suppress(OSError):
@@ -219,8 +223,10 @@ class Clock:
         # Whole lines only: what a torn one left is written over.
         self._offset = os.fstat(self._file).st_size // LINE_BYTES * LINE_BYTES
 
-    def enter(self, phase: str) -> str:
+    def enter(self, phase: str, collective: str = "") -> str:
         """Count the time from now on to `phase`; returns the phase until now."""
+        if self.beat is not None:
+            self.beat(phase, collective)
         now, before = time.monotonic(), self.phase
         self.seconds[BUCKET.get(before, before)] += now - self._since
         self._since, self.phase = now, phase
@@ -231,6 +237,8 @@ class Clock:
     def step_done(self, step: int) -> None:
         """All steps to this one are done: their time is not lost if the process dies now."""
         self._life["step"] = step
+        if self.beat is not None:
+            self.beat.step = step
         self._standing = self._computed()
         self.record()
 
@@ -261,18 +269,18 @@ class Clock:
             os.close(self._file)
             self._file = -1
 
-    def timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, collective: Callable[..., Any], name: str) -> Callable[..., Any]:
         """The collective, its time in the calling thread counted as communication where it interrupts compute."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if BUCKET.get(self.phase) != "compute" or threading.get_ident() != self._owner:
                 return collective(*args, **kwargs)
-            before = self.enter("communication")
+            before = self.enter("communication", name)
             try:
                 result = collective(*args, **kwargs)
             finally:
                 self.enter(before)
-            return _TimedWork(result, self) if hasattr(result, "wait") else result
+            return _TimedWork(result, self, name) if hasattr(result, "wait") else result
 
         return call
 
@@ -280,8 +288,8 @@ class Clock:
 class _TimedWork:
     """A collective under way: waiting for it is communication."""
 
-    def __init__(self, work: Any, clock: Clock) -> None:
-        self._work, self.wait = work, clock.timed(work.wait)
+    def __init__(self, work: Any, clock: Clock, name: str) -> None:
+        self._work, self.wait = work, clock.timed(work.wait, name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -293,4 +301,4 @@ def time_collectives(clock: Clock) -> None:
 
     for name in COLLECTIVES:
         if hasattr(comm.cdb, name):
-            setattr(comm.cdb, name, clock.timed(getattr(comm.cdb, name)))
+            setattr(comm.cdb, name, clock.timed(getattr(comm.cdb, name), name))

@@ -99,7 +99,7 @@ def test_a_clock_counts_each_second_once(tmp_path: Path) -> None:
         clock.enter(phase)
         time.sleep(seconds)
     clock.enter("forward")
-    work = clock.timed(lambda: time.sleep(0.2))
+    work = clock.timed(lambda: time.sleep(0.2), "reduce")
     work()
     clock.step_done(1)
     clock.close("finished")
@@ -113,7 +113,7 @@ def test_a_clock_counts_each_second_once(tmp_path: Path) -> None:
 
 def test_communication_counts_only_while_it_interrupts_compute() -> None:
     clock = Clock(None, age_s=0.0)
-    reduce = clock.timed(lambda: time.sleep(0.05))
+    reduce = clock.timed(lambda: time.sleep(0.05), "all_reduce")
     for phase in ("startup", "evaluation", "checkpoint"):
         clock.enter(phase)
         reduce()

@@ -166,7 +166,7 @@ def test_metrics_lines_are_complete(workspace: Workspace, trained: dict[str, lis
     assert line["samples"] == 3 * 8
     assert set(line) == {
         "step", "tokens", "samples", "data_hash", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "mfu",
-        "data_wait_s",
+        "data_wait_s", "memory_gib",
     }  # fmt: skip
     norms = [
         [x["grad_norm"] for x in workspace.metrics(f"{s}-fp32") if "loss" in x] for s in ("zero0", "zero1", "zero3")

@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=packspeed
+#SBATCH --job-name=gpt2-124m
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@300
+#SBATCH --signal=USR1@120
 #SBATCH --requeue
-# sbatch launch/cluster/slurm.sh RUNFILE      one task per GPU; saves 5 minutes before the limit and requeues itself
+#SBATCH --open-mode=append
+# 120 s before the time limit all ranks get USR1, save and exit with 75: the job goes back into the queue
+# and continues from there. Anything else that goes wrong ends the job; submit it again to continue.
 set -uo pipefail
-run_file=${1:?usage: sbatch launch/cluster/slurm.sh RUNFILE}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) LOCAL_SIZE=$SLURM_NTASKS_PER_NODE
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export WORLD_SIZE=$((SLURM_JOB_NUM_NODES * 8)) LOCAL_SIZE=8
 code=0
-srun --kill-on-bad-exit=0 bash -c \
-    'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec python launch/train.py --config "$0"' \
-    "$run_file" || code=$?
+# One task per rank. A rank that saved must not take down the others (kill-on-bad-exit), a dead one may not hang them
+# for long (wait). srun does not inherit --cpus-per-task.
+srun --ntasks-per-node=8 --cpus-per-task=8 --kill-on-bad-exit=0 --wait=300 \
+    bash -c 'trap "" USR1; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' rank \
+    python launch/train.py --config launch/configs/gpt2_124m.yaml || code=$?
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

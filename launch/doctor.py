@@ -1,0 +1,187 @@
+"""`packspeed doctor`: every host is asked in parallel, the answers are compared, and an all-reduce crosses them all.
+
+Nothing trains. A finding names the host, what is wrong and what to do. Cost: one connection to each host for the
+questions and one for the all-reduce, about ten seconds of importing torch for the latter.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from packspeed.launch.config import RunFile
+from packspeed.launch.hosts import Host, make_plan
+from packspeed.launch.ssh import ask
+from packspeed.launch.supervise import Attempt, Options
+
+SKEW_S = 2.0
+FREE_GIB = 10.0
+MEMORY_GIB = 2.0
+ALIKE = {  # what must be the same on all hosts, and what to do where it is not
+    "python": "install the same Python there",
+    "versions": "pip install the same versions there",
+    "commit": "git checkout the same commit there",
+    "accelerators": "the same devices on all hosts",
+}
+SLOW = 0.5  # of the median bandwidth
+BANDWIDTH = Path(__file__).resolve().with_name("bandwidth.py")
+
+
+def examine(options: Options, run: RunFile | None, bandwidth: bool) -> dict[str, Any]:
+    """The whole examination, as JSON: ok, hosts, findings, bandwidth_gbit_s."""
+    start, hosts, token = time.monotonic(), options.hosts, uuid.uuid4().hex
+    facts = ask(hosts, lambda host: _request(host, options, run, token), options.agent)
+    findings = compare(hosts, facts, run, token)
+    speeds: dict[str, float] = {}
+    able = [host for host in hosts if "error" not in facts[host.name] and facts[host.name]["cwd"]]
+    if bandwidth and able and not isinstance(facts[able[0].name].get("port"), str):
+        speeds, problems = measure(options, able, facts)
+        findings += problems
+    if run is not None:
+        for mark in (run.folder / ".hosts").glob(f"{token}-*"):
+            mark.unlink(missing_ok=True)
+    return {"ok": not findings, "hosts": facts, "findings": findings, "bandwidth_gbit_s": speeds,
+            "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
+
+
+def _request(host: Host, options: Options, run: RunFile | None, token: str) -> dict[str, Any]:
+    names = [h.name for h in options.hosts]
+    peer = "" if host.local else (names[1] if host.name == names[0] and len(names) > 1 else names[0])
+    request: dict[str, Any] = {"do": "facts", "cwd": str(options.cwd), "peer": peer, "port": options.port}
+    if run is not None:
+        paths = [run.data.path] if run.data.path else [source.path for source in run.data.sources or []]
+        request |= {"datasets": [str(path) for path in paths], "run_folder": str(run.folder), "token": token}
+    return request
+
+
+def compare(
+    hosts: list[Host], facts: dict[str, dict[str, Any]], run: RunFile | None, token: str
+) -> list[dict[str, str]]:
+    """What is wrong, host by host. Where hosts differ, the value of most of them is taken for the right one."""
+    findings: list[dict[str, str]] = []
+
+    def found(host: str, what: str, do: str) -> None:
+        findings.append({"host": host, "what": what, "do": do})
+
+    there = {h.name: facts[h.name] for h in hosts if "error" not in facts[h.name]}
+    for host in hosts:
+        if "error" in facts[host.name]:
+            found(
+                host.name,
+                f"cannot be asked: {facts[host.name]['error']}",
+                f"make `ssh {host.name}` work without a question",
+            )
+    usual = {key: _usual([json.dumps(fact[key], sort_keys=True) for fact in there.values()]) for key in ALIKE}
+    for name, fact in there.items():
+        for key, do in ALIKE.items():
+            if (mine := json.dumps(fact[key], sort_keys=True)) != usual[key]:
+                found(name, f"{key}: {mine}, elsewhere {usual[key]}", do)
+        if not fact["cwd"]:
+            found(
+                name, "this folder does not exist there", "the project at the same path on every host, or a shared disk"
+            )
+        if abs(fact["_skew_s"]) > SKEW_S:
+            found(name, f"its clock is {fact['_skew_s']:+.1f} s from ours", "chronyd or systemd-timesyncd")
+        if fact["memory_gib"] < MEMORY_GIB:
+            found(name, f"{fact['memory_gib']} GiB of memory are free", "see what else runs there")
+        if isinstance(fact.get("port"), str):
+            found(name, str(fact["port"]), "choose another port")
+        slots = next(h.slots for h in hosts if h.name == name)
+        if fact["accelerators"] and slots > len(fact["accelerators"]):
+            found(name, f"slots={slots}, and {len(fact['accelerators'])} devices", "correct the hostfile")
+        if run is not None and fact["cwd"]:
+            _check_run(name, fact, found)
+    if run is not None and there:
+        _check_shared(run, there, token, found)
+    return findings
+
+
+def _usual(values: list[str]) -> str:
+    return max(values, key=values.count) if values else ""
+
+
+def _check_run(name: str, fact: dict[str, Any], found: Any) -> None:
+    for path, fingerprint in fact["datasets"].items():
+        if fingerprint.startswith("error:"):
+            found(
+                name,
+                f"dataset {path}: {fingerprint[7:]}",
+                "copy it there, or mount it, and check with packspeed verify",
+            )
+    if fact["writable"] is not True:
+        found(name, f"the run folder cannot be written: {fact['writable']}", "permissions, or another runs_dir")
+    elif fact["free_gib"] < FREE_GIB:
+        found(name, f"{fact['free_gib']} GiB are free for the run folder", "make room, or another runs_dir")
+
+
+def _check_shared(run: RunFile, there: dict[str, dict[str, Any]], token: str, found: Any) -> None:
+    """Every host left a mark in the run folder: on a shared one, all of them are seen from here."""
+    seen = {mark.name for mark in (run.folder / ".hosts").glob(f"{token}-*")}
+    for name, fact in there.items():
+        if fact.get("writable") is True and not any(s.startswith(f"{token}-{fact['hostname']}-") for s in seen):
+            found(name, f"its {run.folder} is not ours", "put runs_dir on a disk that all hosts share (checkpoints)")
+    prints = [json.dumps(fact["datasets"], sort_keys=True) for fact in there.values() if "datasets" in fact]
+    for name, fact in there.items():
+        mine = json.dumps(fact.get("datasets"), sort_keys=True)
+        if "datasets" in fact and "error:" not in mine and mine != _usual(prints):
+            found(
+                name, "its dataset has another fingerprint", "copy the dataset again, and check with packspeed verify"
+            )
+
+
+def measure(
+    options: Options, hosts: list[Host], facts: dict[str, dict[str, Any]]
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Gbit/s by host, and what went wrong or is slow: bandwidth.py on all ranks by the launcher that trains."""
+    if hosts[0] != options.hosts[0] or "port" not in facts[hosts[0].name]:
+        return {}, []
+    plan = make_plan(hosts, facts, options.env)
+    with tempfile.TemporaryDirectory() as folder:
+        attempt = Attempt(plan, options, Path(folder), BANDWIDTH, [])
+        outcome = attempt.watch()
+        attempt.end(lambda line: None)
+        result = next((r["bandwidth"] for r in list(attempt.records.queue) if "bandwidth" in r), None)
+    if result is None:
+        return {}, [{"host": hosts[0].name, "what": "the all-reduce failed: " + "; ".join(outcome.why), "do":
+                     "firewalls between the hosts? GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"}]  # fmt: skip
+    speeds = {plan.host_of(int(rank)): speed for rank, speed in result["hosts"].items()}
+    usual = statistics.median(speeds.values()) if speeds else 0.0
+    slow = [
+        {
+            "host": name,
+            "what": f"{speed:.2f} Gbit/s to {hosts[0].name}, the median is {usual:.2f}",
+            "do": "look at its cable, switch port, driver and other jobs",
+        }
+        for name, speed in speeds.items()
+        if speed < SLOW * usual
+    ]
+    return speeds | {"all-reduce": result["all"]}, slow
+
+
+def show(report: dict[str, Any], width: int) -> None:
+    """The table for people."""
+    console = Console(width=max(100, width))
+    table = Table("host", "address", "interface", "python", "torch", "deepspeed", "commit", "devices", "free GiB",
+                  "clock", "Gbit/s")  # fmt: skip
+    for name, fact in report["hosts"].items():
+        if "error" in fact:
+            table.add_row(name, "[red]no answer")
+            continue
+        speed = report["bandwidth_gbit_s"].get(name)
+        table.add_row(
+            name, fact["address"], fact["interface"], fact["python"], fact["versions"]["torch"],
+            fact["versions"]["deepspeed"], fact["commit"], str(len(fact["accelerators"])) or f"{fact['cores']} cores",
+            f"{fact['memory_gib']:.0f}", f"{fact['_skew_s']:+.2f} s", f"{speed:.2f}" if speed else "",
+        )  # fmt: skip
+    console.print(table)
+    for finding in report["findings"]:
+        console.print(f"[red]{finding['host']}[/red]: {finding['what']}\n    do: {finding['do']}", highlight=False)
+    console.print(f"{'ready' if report['ok'] else 'NOT ready'}, {report['seconds']} s")

@@ -1,0 +1,268 @@
+"""Runs over several hosts (network namespaces with their own sshd) that are cut, stopped and killed; and the doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster.namespaces import Cluster
+from conftest import Workspace, run_many
+
+pytestmark = pytest.mark.timeout(300)
+
+STEPS = 60
+TOLERANCE = 1e-5
+LONG = 150  # of a run that must not be over before a host is back
+SETS = (f"train.steps={STEPS}", "train.global_batch_tokens=384", "eval.every_steps=0", "checkpoint={every_steps: 5}")
+PACKSPEED = str(Path(sys.executable).with_name("packspeed"))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(3, tmp_path_factory.mktemp("cluster")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference(workspace: Workspace) -> None:
+    """The same run on one host, and a longer one."""
+    runs = [workspace.arguments("one-host", *SETS), workspace.arguments("long", *SETS, f"train.steps={LONG}")]
+    codes, output = run_many(workspace.folder / "one-host", runs, ranks=1)
+    assert codes == [0, 0], output[-3000:]
+
+
+class Launch:
+    """`packspeed launch` on node1."""
+
+    def __init__(
+        self, cluster: Cluster, workspace: Workspace, name: str, slots: list[int], *options: str, steps: int = STEPS
+    ) -> None:
+        self.cluster, self.workspace, self.name = cluster, workspace, name
+        sets = [part for text in (f"name={name}", *SETS, f"train.steps={steps}") for part in ("--set", text)]
+        words = [
+            PACKSPEED,
+            "launch",
+            str(workspace.run_file),
+            *sets,
+            "--hostfile",
+            str(cluster.hostfile(slots)),
+            *options,
+        ]
+        self.output = workspace.folder / f"{name}.output"
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                cluster.inside("node1", *words),
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+                    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                },
+                cwd=workspace.folder,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def step(self) -> int:
+        """Last step of the run."""
+        path = self.workspace.folder / "runs" / self.name / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return json.loads(lines[-1]).get("step", 0) if lines and lines[-1].endswith("}") else 0
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 120) -> None:
+        """Until the condition holds; fails where the launch ends first."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+
+    def text(self) -> str:
+        """What it printed."""
+        return self.output.read_text(errors="replace")
+
+    def end(self, code: int = 0, seconds: float = 150) -> str:
+        """Wait for the end, which leaves no process on any host; returns what was printed."""
+        assert self.process.wait(seconds) == code, self.text()
+        deadline = time.monotonic() + 40  # a host that was cut off ends its ranks by itself
+        while left := [pid for name in self.cluster.names for pid in self.cluster.pids(name, "train.py")]:
+            assert time.monotonic() < deadline, (left, self.text())
+            time.sleep(0.2)
+        return self.text()
+
+    def history(self) -> list[dict[str, Any]]:
+        """One entry per attempt."""
+        path = self.workspace.folder / "runs" / self.name / "launches.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def rank(self, rank: int) -> int:
+        """Pid of a rank."""
+        return int(json.loads((self.logs / f"rank-{rank}.beat").read_text())["pid"])
+
+    @property
+    def logs(self) -> Path:
+        return self.workspace.folder / "runs" / self.name / "logs"
+
+    def check(self, reference: str = "one-host") -> None:
+        """The full curve of the run on one host, every step once, from the right samples."""
+        mine, its = ([x for x in self.workspace.metrics(name) if "loss" in x] for name in (self.name, reference))
+        assert [line["step"] for line in mine] == [line["step"] for line in its]
+        assert [line["data_hash"] for line in mine] == [line["data_hash"] for line in its]
+        assert [line["loss"] for line in mine] == pytest.approx([line["loss"] for line in its], abs=TOLERANCE)
+
+
+def test_three_hosts_give_the_curve_of_one(cluster: Cluster, workspace: Workspace, reference: None) -> None:
+    launch = Launch(cluster, workspace, "three", [1, 1, 1])
+    said = launch.end()
+    launch.check()
+    assert "plan: 3 ranks on 3 host(s), rendezvous at 10.77.41.1 port" in said
+    assert "node3                    ranks 2-2  10.77.41.3  eth0" in said
+    assert (launch.logs / "rank-2.log").exists()
+    assert [entry["kind"] for entry in launch.history()] == ["finished"]
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
+def test_deepspeeds_own_launchers(cluster: Cluster, workspace: Workspace, reference: None, launcher: str) -> None:
+    launch = Launch(cluster, workspace, launcher, [1, 1], "--launcher", launcher)
+    launch.end()
+    launch.check()
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on(cluster: Cluster, workspace: Workspace, reference: None) -> None:
+    launch = Launch(cluster, workspace, "killed", [1, 1, 1], "--max-restarts", "1")
+    launch.wait_for(lambda: launch.step() >= 25)
+    os.kill(launch.rank(2), signal.SIGKILL)
+    said = launch.end()
+    launch.check()
+    assert "rank 2 on node3 was killed by SIGKILL, not by the kernel for memory" in said
+    assert "recovered: " in said
+    assert [(e["kind"], e["ranks"]) for e in launch.history()] == [("died", 3), ("finished", 3)]
+
+
+def test_a_host_that_is_cut_off_is_left_out_and_taken_back(
+    cluster: Cluster, workspace: Workspace, reference: None
+) -> None:
+    launch = Launch(cluster, workspace, "cut", [1, 1, 1], "--max-restarts", "3", "--take-back", "1", steps=LONG)
+    launch.wait_for(lambda: launch.step() >= 15)
+    cluster.cut("node3")
+    try:
+        launch.wait_for(lambda: "going on without node3" in launch.text())
+    finally:
+        cluster.plug("node3")
+    launch.wait_for(lambda: "all hosts are back" in launch.text())
+    said = launch.end()
+    launch.check("long")
+    assert "host node3 is gone" in said
+    assert "going on without node3" in said
+    kinds = [(e["kind"], e["ranks"]) for e in launch.history()]
+    assert kinds[0] == ("lost", 3)
+    assert kinds[1:] == [("stopped", 2), ("finished", 3)], "node3 came back while the others trained"
+
+
+def test_a_frozen_rank_is_named(cluster: Cluster, workspace: Workspace, reference: None) -> None:
+    launch = Launch(cluster, workspace, "frozen", [1, 2], "--max-restarts", "1", "--hang-seconds", "6")
+    launch.wait_for(lambda: launch.step() >= 25)
+    os.kill(launch.rank(1), signal.SIGSTOP)
+    said = launch.end()
+    launch.check()
+    assert "nothing moved for" in said
+    assert "rank 1 on node2 is still in" in said
+    assert "the process is stopped" in said
+    assert "2 other(s) wait in" in said
+    assert launch.history()[0]["kind"] == "hung"
+
+
+def test_a_host_whose_processes_are_killed_comes_again(cluster: Cluster, workspace: Workspace, reference: None) -> None:
+    launch = Launch(cluster, workspace, "host", [1, 1], "--max-restarts", "1")
+    launch.wait_for(lambda: launch.step() >= 25)
+    for pid in cluster.pids("node2"):
+        os.kill(pid, signal.SIGKILL)
+    said = launch.end()
+    launch.check()
+    assert "node2" in said
+    assert [e["kind"] for e in launch.history()][-1] == "finished"
+
+
+def test_a_killed_launcher_leaves_a_saved_run_and_no_orphan(
+    cluster: Cluster, workspace: Workspace, reference: None
+) -> None:
+    launch = Launch(cluster, workspace, "launcher", [1, 1])
+    launch.wait_for(lambda: launch.step() >= 25)
+    launch.process.kill()
+    launch.end(code=-signal.SIGKILL)
+    saved = max(int(p.name[5:]) for p in workspace.checkpoints("launcher").glob("step-*"))
+    assert saved == launch.step(), "the ranks saved before they stopped"
+    again = Launch(cluster, workspace, "launcher", [1, 1])
+    again.end()
+    again.check()
+
+
+def doctor(cluster: Cluster, workspace: Workspace, *options: str) -> tuple[int, dict[str, Any]]:
+    words = [PACKSPEED, "doctor", str(workspace.run_file), "--hostfile", str(cluster.hostfile([1, 1, 1])), "--json"]
+    done = subprocess.run(
+        cluster.inside("node1", *words, *options), cwd=workspace.folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_the_doctor_finds_healthy_hosts_healthy(cluster: Cluster, workspace: Workspace) -> None:
+    code, report = doctor(cluster, workspace)
+    assert (code, report["findings"]) == (0, []), report["findings"]
+    assert set(report["bandwidth_gbit_s"]) == {"node2", "node3", "all-reduce"}
+    assert all(speed > 0 for speed in report["bandwidth_gbit_s"].values())
+
+
+BREAKS = {  # what is wrong on node2 -> a shell line in its own mount namespace, and the words of the finding
+    "python": ("mount --bind /usr/bin/python3 {python}", "python:"),
+    "package": ("mount --bind {folder}/METADATA {numpy}", "versions:"),
+    "clock": ("sed -i 's|^SetEnv|& LD_PRELOAD={faketime} FAKETIME=+30s|' /etc/ssh/sshd_config", "its clock is +"),
+    "dataset": ("mount --bind {folder}/other {folder}/tokens", "another fingerprint"),
+    "no dataset": ("mount -t tmpfs none {folder}/tokens", "dataset"),
+    "run folder": ("mount -t tmpfs none {folder}/runs", "is not ours"),
+    "key": (": > /etc/ssh/authorized", "refuses our key"),
+}
+
+
+@pytest.fixture(scope="module")
+def props(workspace: Workspace) -> dict[str, Path]:
+    """Another dataset, another version's METADATA, and where the things are that a break replaces."""
+    import numpy
+
+    from packspeed.data.prepare import prepare
+
+    prepare([str(workspace.folder / "python.txt")], workspace.folder / "other", "bytes", val_fraction=0.1)
+    metadata = next(Path(numpy.__file__).parents[1].glob("numpy-*.dist-info")) / "METADATA"
+    text = metadata.read_text().splitlines()
+    number = next(n for n, line in enumerate(text) if line.startswith("Version:"))
+    (workspace.folder / "METADATA").write_text("\n".join([*text[:number], "Version: 1.0.0", *text[number + 1 :]]))
+    (workspace.folder / "runs").mkdir(exist_ok=True)
+    faketime = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    return {
+        "folder": workspace.folder, "numpy": metadata, "python": Path(sys.executable).resolve(), "faketime": faketime,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_the_doctor_names_what_is_broken(
+    cluster: Cluster, workspace: Workspace, props: dict[str, Path], what: str
+) -> None:
+    line, words = BREAKS[what]
+    cluster.start_sshd("node2", line.format(**props))
+    try:
+        code, report = doctor(cluster, workspace, "--no-bandwidth")
+    finally:
+        cluster.start_sshd("node2")
+    assert code == 1
+    assert {finding["host"] for finding in report["findings"]} == {"node2"}, report["findings"]
+    assert any(words in finding["what"] for finding in report["findings"]), report["findings"]
+    assert all(finding["do"] for finding in report["findings"])

@@ -1,0 +1,140 @@
+"""Hostfiles and their mistakes, what reaches a shell, who is blamed for a standstill, and ranks for the hosts left."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packspeed.launch.blame import culprits, hang_report
+from packspeed.launch.config import ConfigError
+from packspeed.launch.heartbeat import Beat, Heartbeat, read_beats
+from packspeed.launch.hosts import Host, environment, read_hostfile
+from packspeed.launch.ssh import ask, command
+from packspeed.launch.supervise import fit_slots
+
+PACKSPEED = str(Path(sys.executable).with_name("packspeed"))
+
+
+def hostfile(folder: Path, text: str) -> list[Host]:
+    path = folder / "hosts"
+    path.write_text(text)
+    return read_hostfile(path)
+
+
+def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    text = "# two\nnode-1 slots=2\n\n10.0.0.2 slots=4   # the other\n"
+    hosts = hostfile(tmp_path, text)
+    assert {host.name: host.slots for host in hosts} == dict(fetch_hostfile(str(tmp_path / "hosts")))
+    assert hostfile(tmp_path, "node-1 slots = 2") == [Host("node-1", 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a slots=2\nb slots=2\na slots=4", "line 3: a stands in line 1 already"),
+        ("a slots=0", "line 1: slots=0"),
+        ("a slots=two", "line 1: slots=two"),
+        ("a slot=2", "line 1: 'a slot=2' is not a host"),
+        ("a", "is not a host"),
+        ("a;touch${IFS}x slots=2", "no host name"),
+        ("$(touch x) slots=1", "is not a host"),
+        ("-oProxyCommand=x slots=1", "no host name"),
+        ("me@a slots=1", "~/.ssh/config"),
+        ("localhost slots=1\nb slots=1", "called localhost"),
+        ("# nothing\n", "no hosts in it"),
+    ],
+)
+def test_every_mistake_is_named_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=r".") as caught:
+        hostfile(tmp_path, text)
+    assert words in str(caught.value)
+
+
+def test_a_missing_hostfile_is_an_error_and_trains_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [PACKSPEED, "launch", "launch/configs/quickstart.yaml", "--hostfile", str(tmp_path / "no")],
+        capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1],
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "cannot be read" in done.stderr
+    assert "Nothing was started" in done.stderr
+
+
+@given(python=st.text(min_size=1).filter(lambda text: "\0" not in text and max(text) < "\ud800"))
+def test_nothing_reaches_the_remote_shell_unquoted(python: str) -> None:
+    words = command(Host("node-1", 1), python)
+    assert words[-3:-1] == ["--", "node-1"]
+    assert shlex.split(words[-1]) == [python, "-m", "packspeed.launch.node"]
+
+
+def test_ssh_checks_host_keys_and_asks_nothing() -> None:
+    words = " ".join(command(Host("node-1", 1)))
+    assert "BatchMode=yes" in words
+    assert "StrictHostKeyChecking" not in words
+
+
+def test_the_agent_answers_without_a_shell(tmp_path: Path) -> None:
+    request = {"do": "facts", "cwd": str(tmp_path), "port": 0, "run_folder": str(tmp_path / "a $(b); c"), "token": "t"}
+    answer = ask([Host("localhost", 1)], lambda host: request)["localhost"]
+    assert answer["writable"] is True
+    assert answer["port"] > 0
+    assert answer["versions"]["torch"].startswith("2.")
+    assert len(list((tmp_path / "a $(b); c" / ".hosts").iterdir())) == 1
+
+
+def test_only_listed_variables_leave_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("MY_SECRET", "x")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert environment([]).get("NCCL_DEBUG") == "INFO"
+    assert {"MY_SECRET", "CUDA_VISIBLE_DEVICES"}.isdisjoint(environment([]))
+    assert environment(["MY_SECRET", "A=b=c"]) | {"MY_SECRET": "x", "A": "b=c"} == environment(["MY_SECRET", "A=b=c"])
+    with pytest.raises(ConfigError, match="not set here"):
+        environment(["NOT_THERE"])
+    with pytest.raises(ConfigError, match="no name"):
+        environment(["a b=c"])
+
+
+def beat(rank: int, phase: str, collective: str = "", step: int = 411) -> Beat:
+    return Beat(rank, 1, f"node-{rank // 2}", phase, collective, step, 9, 1000.0)
+
+
+def test_the_rank_that_is_not_in_the_collective_is_to_blame() -> None:
+    beats = {rank: beat(rank, "communication", "reduce_scatter") for rank in range(3)} | {3: beat(3, "data")}
+    hosts = {rank: f"node-{rank // 2}" for rank in range(4)}
+    assert culprits(beats, {}, hosts) == [3]
+    lines = hang_report(beats, {}, hosts, 1094.0)
+    assert lines[0].startswith("rank 3 on node-1 is still in data of step 412, 94 s")
+    assert lines[-1] == "3 other(s) wait in reduce_scatter of step 412"
+    beats[3] = beat(3, "communication", "all_gather")
+    assert culprits(beats, {}, hosts) == [3], "another collective than the others"
+    beats[3] = beats[0]
+    assert culprits(beats, {}, hosts) == []
+    states = {"node-0": {"0": {"state": "sleeping", "stack": ""}, "1": {"state": "stopped", "stack": ""}}}
+    assert culprits(beats, states | {"node-1": {"error": "no answer"}}, hosts) == [1, 2, 3]
+
+
+def test_beats_survive_being_read_at_any_time(tmp_path: Path) -> None:
+    writer = Heartbeat(tmp_path, 7, "node-9", 4)
+    writer("forward")
+    writer("communication", "all_reduce")
+    (tmp_path / "rank-8.beat").write_text('{"rank": 8, "pi')
+    beats = read_beats(tmp_path)
+    assert list(beats) == [7]
+    assert (beats[7].phase, beats[7].collective, beats[7].step, beats[7].count) == ("communication", "all_reduce", 4, 2)
+
+
+def test_ranks_that_are_left_share_the_batch() -> None:
+    hosts = [Host("a", 2), Host("b", 2), Host("c", 1)]
+    assert fit_slots(hosts, 10) == hosts
+    assert fit_slots(hosts, 8) == [Host("a", 2), Host("b", 2)]
+    assert fit_slots(hosts, 9) == [Host("a", 2), Host("b", 1)]
+    assert fit_slots(hosts, 7) == [Host("a", 1)]
