@@ -1,4 +1,4 @@
-"""The commands over several hosts: launch and doctor."""
+"""The commands over several hosts: launch, doctor, rehearse."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SshConfig = Annotated[Path | None, typer.Option(help="ssh's configuration file, 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the `packspeed` command."""
-    for command in (launch, doctor):
+    for command in (launch, doctor, rehearse):
         app.command()(command)
 
 
@@ -139,3 +139,36 @@ def doctor(
     else:
         doctors.show(report, shutil.get_terminal_size().columns)
     raise typer.Exit(0 if report["ok"] else 1)
+
+
+def rehearse(
+    run_file: RunFileArgument,
+    overrides: Overrides = None,
+    hosts: Annotated[int, typer.Option(help="Hosts to pretend.")] = 2,
+    slots: Annotated[int, typer.Option(help="Ranks on each.")] = 2,
+    fault: Annotated[
+        list[str] | None, typer.Option(help="kill:RANK@STEP, freeze:RANK@STEP or cut:HOST@STEP (repeatable).")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the rehearsal.")] = 24,
+    max_restarts: Annotated[int, typer.Option(help="Restarts after a failure.")] = 3,
+    hang_s: Annotated[float, typer.Option("--hang-seconds", help="A run that stands still so long has failed.")] = 20,
+) -> None:
+    """Try a cluster job here: its layout and checkpoints with a tiny model on CPU ranks, with faults on request."""
+    from packspeed.launch import rehearse as rehearsal
+    from packspeed.launch.config import load_run_file, solve_batch
+    from packspeed.launch.hosts import Host, environment
+    from packspeed.launch.supervise import Options
+
+    sets = rehearsal.shrink(run_file, overrides or [], steps)
+    run = load_run_file(run_file, sets)
+    pretended = [Host(f"host{number}", slots) for number in range(1, hosts + 1)]
+    solve_batch(run.global_batch, run.data.seq_len, hosts * slots, run.train.micro_batch)
+    faults = [rehearsal.parse_fault(text, pretended) for text in fault or []]
+    shutil.rmtree(run.folder, ignore_errors=True)
+    (run.folder / "logs").mkdir(parents=True)
+    env = environment(["DS_ACCELERATOR=cpu", "CUDA_VISIBLE_DEVICES=", "OMP_NUM_THREADS=1"])
+    options = Options(pretended, env, Path.cwd(), max_restarts=max_restarts, hang_s=hang_s, pretend=True)
+    arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
+    code = rehearsal.Rehearsal(run, options, arguments, faults, lambda line: print(line, flush=True)).supervise()
+    print(f"{'rehearsed' if code == 0 else 'the rehearsal failed'}: {run.folder}", flush=True)
+    raise typer.Exit(code)

@@ -52,10 +52,15 @@ class Options:
     max_restarts: int = 0
     hang_s: float = 600.0
     take_back_s: float = 0.0
+    pretend: bool = False  # all hosts are this machine (rehearse.py)
+
+    def alone(self, host: Host) -> bool:
+        """Whether a host is reached without ssh, and by nobody else."""
+        return self.pretend or host.local
 
     def agent(self, host: Host) -> list[str]:
         """The command that starts a host's agent."""
-        return command(host, self.python, self.ssh_config)
+        return command(Host("localhost", host.slots) if self.pretend else host, self.python, self.ssh_config)
 
 
 @dataclasses.dataclass
@@ -302,8 +307,14 @@ class Supervisor:
 
         def request(host: Host) -> dict[str, Any]:
             peer = names[1] if host.name == names[0] and len(names) > 1 else names[0]
+            peer = "" if self.options.alone(host) else peer
             port = {"port": self.options.port} if host.name == names[0] else {}
-            return {"do": "facts", "cwd": str(self.options.cwd), "peer": "" if host.local else peer, **port}
+            return {
+                "do": "facts",
+                "cwd": str(self.options.cwd),
+                "peer": "" if self.options.alone(host) else peer,
+                **port,
+            }
 
         return ask(hosts, request, self.options.agent)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import Workspace
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +17,7 @@ from packspeed.launch.blame import culprits, hang_report
 from packspeed.launch.config import ConfigError
 from packspeed.launch.heartbeat import Beat, Heartbeat, read_beats
 from packspeed.launch.hosts import Host, environment, read_hostfile
+from packspeed.launch.rehearse import Fault, parse_fault
 from packspeed.launch.ssh import ask, command
 from packspeed.launch.supervise import fit_slots
 
@@ -138,3 +141,32 @@ def test_ranks_that_are_left_share_the_batch() -> None:
     assert fit_slots(hosts, 8) == [Host("a", 2), Host("b", 2)]
     assert fit_slots(hosts, 9) == [Host("a", 2), Host("b", 1)]
     assert fit_slots(hosts, 7) == [Host("a", 1)]
+
+
+def test_a_rehearsal_survives_its_faults(workspace: Workspace) -> None:
+    """Two pretended hosts: a rank freezes, then a host goes; the curve is that of an undisturbed rehearsal."""
+    words = [PACKSPEED, "rehearse", str(workspace.run_file), "--slots", "1", "--hang-seconds", "5", "--steps", "18"]
+    faults = ["--fault", "freeze:1@5", "--fault", "cut:host2@10"]
+    folder = workspace.folder / "runs" / ".rehearse-base" / "base"
+    losses, said = [], ""
+    for options in ([], faults):
+        done = subprocess.run([*words, *options], cwd=workspace.folder, capture_output=True, text=True, timeout=250)
+        said = done.stdout
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert len(losses[1]) == 18
+    assert "rank 1 on host2 is still in" in said
+    kinds = [json.loads(line)["kind"] for line in (folder / "launches.jsonl").read_text().splitlines()]
+    assert kinds[0] == "hung"
+    assert kinds[-1] == "finished"
+    assert len(kinds) == 3
+
+
+def test_a_fault_that_cannot_happen_is_refused() -> None:
+    hosts = [Host("host1", 2), Host("host2", 2)]
+    assert parse_fault("kill:3@7", hosts) == Fault("kill", "3", 7)
+    for text in ("kill:4@7", "cut:host3@1", "melt:1@2", "kill:1"):
+        with pytest.raises(ConfigError, match="--fault"):
+            parse_fault(text, hosts)
