@@ -83,6 +83,7 @@ class Attempt:
         self.names = {rank: plan.host_of(rank) for rank in range(plan.world)}
         self.records: queue.Queue[dict[str, Any]] = queue.Queue()
         self.deaths: list[dict[str, Any]] = []
+        self.lost: list[str] = []  # hosts whose connection broke
         self.started = time.time()
         self.console = sys.stdout if script == TRAIN else sys.stderr  # the doctor's own stdout may be JSON
         for beat in self.logs.glob("rank-*.beat"):
@@ -168,9 +169,9 @@ class Attempt:
                 self._wait_for_all()
                 return Outcome(kind, code, [], time.time())
         beats = read_beats(self.logs)
-        lost = [host for host, code in codes.items() if code == LOST]
-        if lost:
-            why = [f"host {host} is gone: its connection broke (ranks {self._ranks_of(host)})" for host in lost]
+        self.lost = [host for host, code in codes.items() if code == LOST]
+        if self.lost:
+            why = [f"host {host} is gone: its connection broke (ranks {self._ranks_of(host)})" for host in self.lost]
             return Outcome("lost", 1, why, max((b.time for b in beats.values()), default=self.started))
         if deaths:
             # Ranks whose neighbour is gone fail with exceptions of their own, later: the first one is the cause.
@@ -212,10 +213,12 @@ class Attempt:
 
     def end(self, say: Say) -> list[str]:
         """Leave no process anywhere; returns the hosts that could not be asked."""
-        hosts = [seat.host for seat in self.plan.seats]
         for agent in self.agents.values():
             agent.kill()
-        answers = ask(hosts, lambda host: {"do": "kill", "id": self.ids[host.name]}, self.options.agent, timeout_s=15)
+        answers: dict[str, dict[str, Any]] = {}
+        for lost, patience_s in ((False, 15.0), (True, 4.0)):  # a lost host that lives (its sshd died) answers soon
+            hosts = [seat.host for seat in self.plan.seats if (seat.host.name in self.lost) is lost]
+            answers |= ask(hosts, lambda h: {"do": "kill", "id": self.ids[h.name]}, self.options.agent, patience_s)
         unsure = [name for name, answer in answers.items() if "error" in answer]
         for name in unsure:
             say(f"{name} does not answer; its agent ends its ranks by itself after {SILENCE_S:.0f} s of silence")
@@ -258,6 +261,7 @@ class Supervisor:
                 self.hosts, self.dropped = list(self.options.hosts), []
                 self._back.clear()
                 self.say("all hosts are back: the run goes on with them")
+                fault = None
                 continue
             if outcome.kind in ("finished", "stopped", "refused") or self.signals:
                 return outcome.code
