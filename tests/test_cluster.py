@@ -16,7 +16,7 @@ import pytest
 from cluster.namespaces import Cluster
 from conftest import Workspace, run_many
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 STEPS = 60
 TOLERANCE = 1e-5
@@ -78,7 +78,7 @@ class Launch:
         lines = path.read_text().splitlines() if path.exists() else []
         return json.loads(lines[-1]).get("step", 0) if lines and lines[-1].endswith("}") else 0
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 400) -> None:
         """Until the condition holds; fails where the launch ends first."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -90,7 +90,7 @@ class Launch:
         """What it printed."""
         return self.output.read_text(errors="replace")
 
-    def end(self, code: int = 0, seconds: float = 150) -> str:
+    def end(self, code: int = 0, seconds: float = 400) -> str:
         """Wait for the end, which leaves no process on any host; returns what was printed."""
         assert self.process.wait(seconds) == code, self.text()
         deadline = time.monotonic() + 40  # a host that was cut off ends its ranks by itself

@@ -150,7 +150,7 @@ def test_a_rehearsal_survives_its_faults(workspace: Workspace) -> None:
     folder = workspace.folder / "runs" / ".rehearse-base" / "base"
     losses, said = [], ""
     for options in ([], faults):
-        done = subprocess.run([*words, *options], cwd=workspace.folder, capture_output=True, text=True, timeout=250)
+        done = subprocess.run([*words, *options], cwd=workspace.folder, capture_output=True, text=True, timeout=500)
         said = done.stdout
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
