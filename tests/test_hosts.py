@@ -143,6 +143,7 @@ def test_ranks_that_are_left_share_the_batch() -> None:
     assert fit_slots(hosts, 7) == [Host("a", 1)]
 
 
+@pytest.mark.timeout(1100)
 def test_a_rehearsal_survives_its_faults(workspace: Workspace) -> None:
     """Two pretended hosts: a rank freezes, then a host goes; the curve is that of an undisturbed rehearsal."""
     words = [PACKSPEED, "rehearse", str(workspace.run_file), "--slots", "1", "--hang-seconds", "5", "--steps", "18"]
