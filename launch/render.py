@@ -51,7 +51,8 @@ srun --ntasks-per-node={ranks} --cpus-per-task={cpus} --kill-on-bad-exit=0 --wai
     bash -c {task} rank \\
     {command} || code=$?
 if [ "$code" -eq {stopped} ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    # The requeue ends this script. Exiting before that would race with it, and the job could end as failed.
+    scontrol requeue "$SLURM_JOB_ID" && sleep 300
 fi
 exit "$code"
 """

@@ -21,6 +21,7 @@ srun --ntasks-per-node=8 --cpus-per-task=8 --kill-on-bad-exit=0 --wait=300 \
     bash -c 'trap "" USR1; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' rank \
     python launch/train.py --config launch/configs/gpt2_124m.yaml || code=$?
 if [ "$code" -eq 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    # The requeue ends this script. Exiting before that would race with it, and the job could end as failed.
+    scontrol requeue "$SLURM_JOB_ID" && sleep 300
 fi
 exit "$code"
