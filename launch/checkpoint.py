@@ -33,7 +33,7 @@ import xxhash
 from torch.utils import _pytree as pytree
 
 from packspeed.launch.config import CheckpointSection, UserError
-from packspeed.launch.run_folder import sync_folder, write_durably
+from packspeed.launch.run_folder import sync, write_durably
 
 if TYPE_CHECKING:
     from packspeed.launch.engine import Topology
@@ -411,7 +411,7 @@ class Checkpointer:
                 if final.exists():  # the same step again, after a walk back over a broken one
                     shutil.rmtree(final)
                 os.replace(temporary, final)
-                sync_folder(self.folder)
+                sync(self.folder)
                 write_durably(self.folder / "latest", final.name)
                 self._retire()
             except OSError as problem:

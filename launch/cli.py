@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from packspeed.launch import cluster_commands, data_commands, model_commands, run_commands
+from packspeed.launch.run_commands import Overrides
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pretrain GPTs with DeepSpeed."
@@ -24,11 +25,6 @@ run_commands.register(app)
 cluster_commands.register(app)
 ops_app = typer.Typer(no_args_is_help=True, help="DeepSpeed's compiled ops.")
 app.add_typer(ops_app, name="ops")
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the run file (repeatable)."),
-]
 
 
 @app.command()

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from packspeed.launch.run_commands import Overrides
+
 RunFileArgument = Annotated[Path, typer.Argument(help="The run file (YAML).")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the run file (repeatable)."),
-]
 Hostfile = Annotated[Path | None, typer.Option("--hostfile", "-H", help="Lines like: node-1 slots=8")]
 Env = Annotated[
     list[str] | None,
@@ -61,6 +58,7 @@ def launch(
     from packspeed.launch.config import ConfigError, load_run_file
     from packspeed.launch.ds_config import load_ds_config
     from packspeed.launch.hosts import Host, environment, read_hostfile
+    from packspeed.launch.run_folder import move_aside
     from packspeed.launch.spawn import default_ranks
     from packspeed.launch.supervise import Options, Supervisor
 
@@ -90,7 +88,7 @@ def launch(
         if dry:
             return
     if fresh and run.folder.exists():
-        run.folder.rename(run.folder.with_name(f"{run.folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
+        move_aside(run.folder)
     if launcher != "ssh":
         from packspeed.launch.spawn import hostfile_command, run_launcher
 

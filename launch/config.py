@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from packspeed.model.config import PRESETS, GPTConfig
 
+EXIT_STOPPED = 75  # EX_TEMPFAIL: saved and stopped on a signal; start the same command again to continue
 LAUNCH_ID = "PACKSPEED_LAUNCH_ID"  # set in the environment of every process of a supervised launch
 
 

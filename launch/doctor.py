@@ -53,9 +53,7 @@ def examine(options: Options, run: RunFile | None, bandwidth: bool) -> dict[str,
 
 
 def _request(host: Host, options: Options, run: RunFile | None, token: str) -> dict[str, Any]:
-    names = [h.name for h in options.hosts]
-    peer = "" if host.local else (names[1] if host.name == names[0] and len(names) > 1 else names[0])
-    request: dict[str, Any] = {"do": "facts", "cwd": str(options.cwd), "peer": peer, "port": options.port}
+    request = options.facts_request(host, options.hosts)
     if run is not None:
         paths = [run.data.path] if run.data.path else [source.path for source in run.data.sources or []]
         request |= {"datasets": [str(path) for path in paths], "run_folder": str(run.folder), "token": token}
@@ -178,7 +176,8 @@ def show(report: dict[str, Any], width: int) -> None:
         speed = report["bandwidth_gbit_s"].get(name)
         table.add_row(
             name, fact["address"], fact["interface"], fact["python"], fact["versions"]["torch"],
-            fact["versions"]["deepspeed"], fact["commit"], str(len(fact["accelerators"])) or f"{fact['cores']} cores",
+            fact["versions"]["deepspeed"], fact["commit"][:12],
+            f"{len(fact['accelerators'])} GPUs" if fact["accelerators"] else f"{fact['cores']} cores",
             f"{fact['memory_gib']:.0f}", f"{fact['_skew_s']:+.2f} s", f"{speed:.2f}" if speed else "",
         )  # fmt: skip
     console.print(table)

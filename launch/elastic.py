@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from packspeed.launch.checkpoint import MANIFEST, UNIVERSAL, hash_file, problems
 from packspeed.launch.config import UserError
-from packspeed.launch.run_folder import sync_folder, write_durably
+from packspeed.launch.run_folder import sync, write_durably
 from packspeed.launch.weights import base_state, module_weights, optimizer_states, read_safely, whole_tensors
 
 if TYPE_CHECKING:
@@ -137,15 +137,6 @@ def _differs(name: str, path: Path, states: dict[str, torch.Tensor], computed_in
     return None
 
 
-def sync(path: Path) -> None:
-    """Have a file's bytes on disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, Any]) -> str | None:
     try:
         info = {"format_version": VERSION, **_scalars(checkpoint), "files": dict(sorted(files.items()))}
@@ -153,7 +144,7 @@ def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, A
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
-        sync_folder(checkpoint)
+        sync(checkpoint)
     except OSError as error:
         return f"{error.filename or folder}: {error.strerror}"
     return None

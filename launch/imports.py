@@ -31,7 +31,7 @@ from packspeed.data.tokenizer import load_tokenizer
 from packspeed.launch import elastic
 from packspeed.launch.checkpoint import FORMAT_VERSION, MANIFEST, UNIVERSAL, hash_file, tag
 from packspeed.launch.config import ConfigError, UserError
-from packspeed.launch.run_folder import git_commit, sync_folder, versions, write_durably
+from packspeed.launch.run_folder import git_commit, sync, versions, write_durably
 from packspeed.model.config import GPTConfig, num_parameters
 from packspeed.model.hf import canonical_names, weight_table
 from packspeed.model.hf_config import from_hf_config
@@ -171,7 +171,7 @@ def _write(
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-        sync_folder(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}; nothing was imported.") from None
     except SafetensorError as error:
@@ -199,7 +199,7 @@ def _write_checkpoint(
     for name, tensor in tensors:
         path = folder / f"{name}.safetensors"
         save_file({"fp32": tensor.contiguous()}, path)
-        elastic.sync(path)
+        sync(path)
         files[path.name] = hash_file(path)
     info = {"format_version": elastic.VERSION, "step": 0, "optimizer_step": 0, "loss_scaler": {}, "files": files}
     write_durably(folder / MANIFEST, json.dumps(info, indent=1))
@@ -219,7 +219,7 @@ def _write_checkpoint(
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     write_durably(checkpoint / MANIFEST, json.dumps({**manifest, "files": listed}, indent=1))
-    sync_folder(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def _model_section(config: GPTConfig) -> dict[str, Any]:

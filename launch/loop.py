@@ -27,7 +27,6 @@ from packspeed.launch.watch import Clock, Guard, StopRequest
 if TYPE_CHECKING:
     from packspeed.launch.inside import Sampler
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: saved and stopped on a signal; start the same command again to continue
 PROBE_ROWS = 8
 
 

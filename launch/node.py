@@ -29,6 +29,7 @@ import psutil
 
 from packspeed.launch.config import LAUNCH_ID
 from packspeed.launch.render import node_command
+from packspeed.launch.run_folder import git_commit
 from packspeed.launch.spawn import TRAIN
 
 RECORD = "@packspeed "
@@ -47,7 +48,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "hostname": platform.node(), "address": address, "interface": interface, "cwd": cwd.is_dir(),
         "python": platform.python_version(), "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _commit(), "cores": len(os.sched_getaffinity(0)),
+        "commit": git_commit() or "", "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().available / 2**30, 1),
         "accelerators": accelerators(), "ops": _ops(),
     }  # fmt: skip
@@ -67,16 +68,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "missing"
-
-
-def _commit() -> str:
-    """The commit of the installed checkout, with + where files differ from it; empty where there is none."""
-    root, git = TRAIN.parents[1], ["git", "-c", "safe.directory=*", "-C", str(TRAIN.parents[1])]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return ""
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def accelerators() -> list[str]:

@@ -21,11 +21,11 @@ from typing import Any
 
 import yaml
 
-from packspeed.launch.config import ConfigError
+from packspeed.launch.config import EXIT_STOPPED, ConfigError
 from packspeed.launch.hosts import SECRET, Plan
 from packspeed.launch.spawn import TRAIN
 
-STOPPED, USAGE = 75, 2
+STOPPED, USAGE = EXIT_STOPPED, ConfigError.exit_code
 WARNING_S = 120  # SLURM's signal comes this long before the time limit
 PORT = 29500  # a pod has its ports for itself
 VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)

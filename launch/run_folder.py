@@ -70,6 +70,11 @@ def say(line: str) -> None:
 LOCK_WAIT_S = 60.0
 
 
+def move_aside(folder: Path) -> None:
+    """Give an old run folder another name."""
+    folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
+
+
 @contextmanager
 def prepared(folder: Path, topology: Topology, fresh: bool) -> Iterator[None]:
     """Make the run folder (rank 0), moving an old one aside if asked, and hold its lock while training.
@@ -82,7 +87,7 @@ def prepared(folder: Path, topology: Topology, fresh: bool) -> Iterator[None]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder)
             if fresh and folder.exists():
-                folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
+                move_aside(folder)
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             probe = folder / ".write-probe"
             probe.write_text("")
@@ -271,12 +276,12 @@ def write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file's bytes, or the names in a folder, on disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

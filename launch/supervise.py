@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from packspeed.launch import blame
-from packspeed.launch.config import ConfigError, RunFile
+from packspeed.launch.config import EXIT_STOPPED, ConfigError, RunFile
 from packspeed.launch.heartbeat import read_beats
 from packspeed.launch.hosts import Host, Plan, make_plan
 from packspeed.launch.node import RECORD
@@ -31,7 +31,6 @@ from packspeed.launch.spawn import TRAIN
 from packspeed.launch.ssh import ask, command
 
 HISTORY = "launches.jsonl"
-STOPPED, USAGE = 75, 2
 START_S = 900.0  # imports, op builds, the engine and reading a checkpoint
 SETTLE_S = 2.0  # for the reports of other hosts about the same failure
 SILENCE_S = 20.0  # without a word from us, an agent takes itself for cut off
@@ -61,6 +60,13 @@ class Options:
     def agent(self, host: Host) -> list[str]:
         """The command that starts a host's agent."""
         return command(Host("localhost", host.slots) if self.pretend else host, self.python, self.ssh_config)
+
+    def facts_request(self, host: Host, hosts: list[Host]) -> dict[str, Any]:
+        """What a host is asked: the way to the first one (of the first: to the second) and, of the first, a port."""
+        first = host.name == hosts[0].name
+        peer = hosts[1 if first and len(hosts) > 1 else 0].name
+        port = {"port": self.port} if first else {}
+        return {"do": "facts", "cwd": str(self.cwd), "peer": "" if self.alone(host) else peer, **port}
 
 
 @dataclasses.dataclass
@@ -164,8 +170,8 @@ class Attempt:
         deaths = sorted(self.deaths, key=lambda record: record["at"])
         codes = {host: agent.poll() for host, agent in self.agents.items()}
         said = [death["status"] for death in deaths] + [code for code in codes.values() if code]
-        for code, kind in ((USAGE, "refused"), (STOPPED, "stopped")):
-            if code in said and not any(s is not None and s < 0 for s in said if s != STOPPED):
+        for code, kind in ((ConfigError.exit_code, "refused"), (EXIT_STOPPED, "stopped")):
+            if code in said and not any(s is not None and s < 0 for s in said if s != EXIT_STOPPED):
                 self._wait_for_all()
                 return Outcome(kind, code, [], time.time())
         beats = read_beats(self.logs)
@@ -211,20 +217,18 @@ class Attempt:
         report = blame.hang_report(read_beats(self.logs), answers, self.names, now)
         return Outcome("hung", 1, [f"nothing moved for {now - since:.0f} s", *report], since)
 
-    def end(self, say: Say) -> list[str]:
-        """Leave no process anywhere; returns the hosts that could not be asked."""
+    def end(self, say: Say) -> None:
+        """Leave no process anywhere."""
         for agent in self.agents.values():
             agent.kill()
         answers: dict[str, dict[str, Any]] = {}
         for lost, patience_s in ((False, 15.0), (True, 4.0)):  # a lost host that lives (its sshd died) answers soon
             hosts = [seat.host for seat in self.plan.seats if (seat.host.name in self.lost) is lost]
             answers |= ask(hosts, lambda h: {"do": "kill", "id": self.ids[h.name]}, self.options.agent, patience_s)
-        unsure = [name for name, answer in answers.items() if "error" in answer]
-        for name in unsure:
+        for name in [name for name, answer in answers.items() if "error" in answer]:
             say(f"{name} does not answer; its agent ends its ranks by itself after {SILENCE_S:.0f} s of silence")
         for agent in self.agents.values():
             agent.wait()
-        return unsure
 
 
 class Supervisor:
@@ -307,20 +311,7 @@ class Supervisor:
 
     def facts(self, hosts: list[Host]) -> dict[str, dict[str, Any]]:
         """What every host says of itself, and the first of a port."""
-        names = [host.name for host in hosts]
-
-        def request(host: Host) -> dict[str, Any]:
-            peer = names[1] if host.name == names[0] and len(names) > 1 else names[0]
-            peer = "" if self.options.alone(host) else peer
-            port = {"port": self.options.port} if host.name == names[0] else {}
-            return {
-                "do": "facts",
-                "cwd": str(self.options.cwd),
-                "peer": "" if self.options.alone(host) else peer,
-                **port,
-            }
-
-        return ask(hosts, request, self.options.agent)
+        return ask(hosts, lambda host: self.options.facts_request(host, hosts), self.options.agent)
 
     def _look_for_dropped(self, attempt: Attempt) -> None:
         """Ask the dropped hosts beside an attempt that trains; when all are back, its ranks save and stop."""

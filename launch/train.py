@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from packspeed.data.dataset import TokenDataset, open_dataset
 from packspeed.data.errors import DataError
 from packspeed.launch import run_folder
-from packspeed.launch.config import LAUNCH_ID, BatchPlan, RunFile, UserError, load_run_file, solve_batch
+from packspeed.launch.config import EXIT_STOPPED, LAUNCH_ID, BatchPlan, RunFile, UserError, load_run_file, solve_batch
 from packspeed.launch.ds_config import load_ds_config, resolve_ds_config, zero_stage
 from packspeed.model.config import GPTConfig, flops_per_token
 
@@ -299,7 +299,7 @@ def _screen(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
 
 
 def _fit(trainer: Trainer, manifest: dict[str, Any]) -> int:
-    from packspeed.launch.loop import EXIT_STOPPED, check_probe, fit
+    from packspeed.launch.loop import check_probe, fit
 
     folder, topology, state = trainer.run.folder, trainer.topology, "failed"
     try:

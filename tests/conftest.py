@@ -46,8 +46,9 @@ class Workspace:
 
     def curve(self, name: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl without what depends on the clock."""
-        clocked = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s", "eval_time_s", "memory_gib"}
-        return [{k: v for k, v in line.items() if k not in clocked} for line in self.metrics(name)]
+        from packspeed.launch.prove import CLOCKED
+
+        return [{k: v for k, v in line.items() if k not in CLOCKED} for line in self.metrics(name)]
 
     def losses(self, name: str) -> list[float]:
         """Training losses of a run."""
