@@ -197,6 +197,9 @@ def quiet(log: Path | None) -> Iterator[None]:
 def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> Any:
     """Build the GPT, draw its weights and wrap it: a deepspeed.DeepSpeedEngine."""
     torch.manual_seed(run.train.seed)  # nothing of ours draws from it; whatever does must not differ from run to run
+    # MKL's vector functions (exp, log, cos ...) choose their code at the first call. Where two threads make that call,
+    # one of them can round otherwise, in this call alone: a resumed run was off in the last bit of its first gradient.
+    torch.zeros(64).exp_()  # by one thread
     under_zero3 = zero_stage(ds_config) == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config) if under_zero3 else nullcontext():
         model = GPT(config)
