@@ -30,7 +30,7 @@ import psutil
 from packspeed.launch.config import LAUNCH_ID
 from packspeed.launch.render import node_command
 from packspeed.launch.run_folder import git_commit
-from packspeed.launch.spawn import TRAIN
+from packspeed.launch.spawn import is_rank
 
 RECORD = "@packspeed "
 PACKAGES = ("packspeed", "torch", "deepspeed", "numpy")
@@ -135,10 +135,9 @@ def ranks(launch_id: str) -> dict[int, psutil.Process]:
     found = {}
     for process in processes(launch_id):
         try:
-            if str(TRAIN) in process.cmdline() and "RANK" in (env := process.environ()):
-                parent = process.parent()
-                if parent is None or str(TRAIN) not in parent.cmdline() or "RANK" not in parent.environ():
-                    found[int(env["RANK"])] = process  # not a thing that a rank started
+            parent = process.parent()
+            if is_rank(process) and not (parent and is_rank(parent)):  # nor a thing that a rank started
+                found[int(process.environ()["RANK"])] = process
         except psutil.Error:
             continue
     return found

@@ -99,8 +99,14 @@ def run_launcher(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def is_rank(process: psutil.Process) -> bool:
+    """Whether it runs train.py as a rank: a launcher only names it as an argument. May raise psutil.Error."""
+    words = process.cmdline()
+    return str(TRAIN) in words and "deepspeed.launcher.launch" not in words and "RANK" in process.environ()
+
+
 def rank_processes(launcher_pid: int) -> list[psutil.Process]:
-    """The processes below the launcher that run train.py themselves (not a launcher that names it as an argument)."""
+    """The processes below the launcher that train."""
     ranks = []
     try:
         below = psutil.Process(launcher_pid).children(recursive=True)
@@ -108,11 +114,7 @@ def rank_processes(launcher_pid: int) -> list[psutil.Process]:
         return []
     for child in below:
         try:
-            if (
-                str(TRAIN) in child.cmdline()
-                and "deepspeed.launcher.launch" not in child.cmdline()
-                and "RANK" in child.environ()
-            ):
+            if is_rank(child):
                 ranks.append(child)
         except psutil.Error:
             continue
