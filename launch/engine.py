@@ -146,7 +146,24 @@ def start_distributed(timeout_s: float = 1800.0) -> Topology:
         accelerator.set_device(local_rank)
     with quiet(None):
         deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_s), verbose=False)
-    return Topology(rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name()))
+    topology = Topology(
+        rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name())
+    )
+    _unlink_shared_memory(topology)
+    return topology
+
+
+def _unlink_shared_memory(topology: Topology) -> None:
+    """Take the name of this rank's all-reduce buffer away once all ranks of the host have mapped it.
+
+    DeepSpeed's shared-memory collectives for CPU ranks (csrc/cpu/comm/shm.cpp) never do: every run left 64 MB a rank
+    in /dev/shm, which is memory, for good. Without a name it goes with the last process, however that dies.
+    """
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{topology.rank}")
+    if topology.local_size == topology.world and buffer.exists():
+        topology.barrier()
+        buffer.unlink()
 
 
 def device_type() -> str:

@@ -73,22 +73,17 @@ def deepspeed(
     """Run DeepSpeed's own launcher with `ranks` ranks on this machine and return what it printed."""
     from packspeed.launch.spawn import free_port
 
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-    ]
-    return subprocess.run(
+    port = free_port()
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
+    done = subprocess.run(
         [*command, str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=LAUNCH_TIMEOUT_S,
         env={**os.environ, **(env or {})},
     )
+    assert not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory stays behind for good"
+    return done
 
 
 def run_many(folder: Path, runs: Sequence[Sequence[str]], ranks: int = 2, faults: str = "") -> tuple[list[int], str]:

@@ -226,7 +226,7 @@ BREAKS = {  # what is wrong on node2 -> a shell line in its own mount namespace,
     "python": ("mount --bind /usr/bin/python3 {python}", "python:"),
     "package": ("mount --bind {folder}/METADATA {numpy}", "versions:"),
     "clock": ("sed -i 's|^SetEnv|& LD_PRELOAD={faketime} FAKETIME=+30s|' /etc/ssh/sshd_config", "its clock is +"),
-    "dataset": ("mount --bind {folder}/other {folder}/tokens", "another fingerprint"),
+    "dataset": ("mount --bind {folder}/broken-other {folder}/tokens", "another fingerprint"),
     "no dataset": ("mount -t tmpfs none {folder}/tokens", "dataset"),
     "run folder": ("mount -t tmpfs none {folder}/runs", "is not ours"),
     "key": (": > /etc/ssh/authorized", "refuses our key"),
@@ -240,7 +240,7 @@ def props(workspace: Workspace) -> dict[str, Path]:
 
     from packspeed.data.prepare import prepare
 
-    prepare([str(workspace.folder / "python.txt")], workspace.folder / "other", "bytes", val_fraction=0.1)
+    prepare([str(workspace.folder / "python.txt")], workspace.folder / "broken-other", "bytes", val_fraction=0.1)
     metadata = next(Path(numpy.__file__).parents[1].glob("numpy-*.dist-info")) / "METADATA"
     text = metadata.read_text().splitlines()
     number = next(n for n, line in enumerate(text) if line.startswith("Version:"))

@@ -27,8 +27,7 @@ from conftest import ROOT, Workspace, deepspeed
 from packspeed.launch import render
 from packspeed.launch.config import ConfigError
 from packspeed.launch.hosts import Host, Plan, Seat
-from packspeed.launch.node import TRAIN
-from packspeed.launch.spawn import free_port
+from packspeed.launch.spawn import TRAIN, free_port
 
 pytestmark = [pytest.mark.xdist_group("render"), pytest.mark.timeout(900)]
 
