@@ -18,7 +18,6 @@ import itertools
 import json
 import shutil
 import tempfile
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,12 +39,11 @@ URL_TIMEOUT_S = 60
 
 @dataclass(slots=True)
 class Document:
-    """A text, its UTF-8 bytes, and where it was: the source's name and a byte offset (text, lines) or a row.
+    """A text as UTF-8, and where it was: the source's name and a byte offset (text, lines) or a row.
 
     Or a piece of a long text: all pieces but the final one have `last` False.
     """
 
-    text: str
     data: bytes
     source: str
     position: int
@@ -98,7 +96,7 @@ def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
             yield from _read_long_text(source, stream, tally)
             return
     try:
-        text = data.decode("utf-8")
+        data.decode("utf-8")
     except UnicodeDecodeError as error:
         if source.found:
             tally.binary += 1
@@ -106,7 +104,7 @@ def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
             where = f"{source.name}, line {data.count(10, 0, error.start) + 1}, byte {error.start}"
             tally.refuse(where, f"not UTF-8 ({error.reason})")
         return
-    yield Document(text, data, source.name, 0)
+    yield Document(data, source.name, 0)
 
 
 def _read_long_text(source: Source, stream: IO[bytes], tally: Tally) -> Iterator[Document]:
@@ -123,7 +121,7 @@ def _read_long_text(source: Source, stream: IO[bytes], tally: Tally) -> Iterator
         return
     stream.seek(0)
     for text, last in in_pieces(_decoded(stream)):
-        yield Document(text, text.encode("utf-8"), source.name, 0, last)
+        yield Document(text.encode("utf-8"), source.name, 0, last)
 
 
 def _decoded(stream: IO[bytes]) -> Iterator[str]:
@@ -144,19 +142,16 @@ def _looks_binary(head: bytes) -> bool:
 
 def _read_lines(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
     for offset, line in _lines(_chunks(source), source.start):
-        if isinstance(line, bytes):
-            yield from _read_line(line, offset, source.name, text_key, tally)
-        else:
+        if not isinstance(line, bytes):
             yield from _read_long_line(line, offset, source.name, text_key, tally)
-
-
-def _read_line(line: bytes, offset: int, source: str, text_key: str, tally: Tally) -> Iterator[Document]:
-    try:
-        text = orjson.loads(line)[text_key]
-        yield Document(text, text.encode(), source, offset)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        if line and not line.isspace():
-            yield from _read_odd_line(line, offset, source, text_key, tally)
+            continue
+        try:
+            data = orjson.loads(line)[text_key].encode()
+        except (ValueError, LookupError, TypeError, AttributeError):
+            if line and not line.isspace():
+                yield from _read_odd_line(line, offset, source.name, text_key, tally)
+        else:
+            yield Document(data, source.name, offset)
 
 
 def _read_odd_line(line: bytes, offset: int, source: str, text_key: str, tally: Tally) -> Iterator[Document]:
@@ -182,7 +177,7 @@ def _read_long_line(
     """The document of a line that is not held in memory. What is wrong with it is found too late to pass over it."""
     try:
         for text, last in in_pieces(long_text(parts, text_key)):
-            yield Document(text, text.encode("utf-8"), source, offset, last)
+            yield Document(text.encode("utf-8"), source, offset, last)
     except (ValueError, LookupError) as error:
         where = f"{source}, line {_line_number(source, offset)}, byte {offset}"
         raise DataError(
@@ -213,19 +208,20 @@ def _document(
     elif not isinstance(value[text_key], str):
         tally.refuse(where, f"{text_key!r} is {type(value[text_key]).__name__}, not a text")
     else:
-        text = value[text_key]
         try:
-            data = text.encode("utf-8")
+            data = value[text_key].encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
             tally.refuse(where, f"character {error.start} of {text_key!r} is half a surrogate pair, which UTF-8 lacks")
         else:
-            yield Document(text, data, source, position)
+            yield Document(data, source, position)
 
 
 def _open(name: str) -> IO[bytes]:
     """A file, or a temporary copy of what a URL holds: nothing is read from half a download."""
     if not name.startswith(URLS):
         return open(name, "rb")
+    import urllib.request  # 40 ms (ssl, email) that those who read files need not wait for
+
     copy = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
     try:
         with urllib.request.urlopen(name, timeout=URL_TIMEOUT_S) as answer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -271,7 +272,7 @@ def tokenizer_train(
         nonlocal documents, text_bytes
         for document in read_documents(found, text_key, Tally(skip_bad)):
             documents, text_bytes = documents + 1, text_bytes + len(document.data)
-            yield document.text
+            yield document.data.decode()
 
     trained = train_tokenizer(texts(), vocab_size, out)
     facts = {
@@ -319,13 +320,12 @@ def _describe_split(split: dict[str, Any], val_tokens: int) -> str:
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[Progress], None] | None]:
     """A live line on stderr, or nothing where that is no terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield None
         return
-    with console.status(what) as status:
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as status:
 
         def report(now: Progress) -> None:
             percent = f"{100 * now.bytes_done / now.bytes_total:.0f}%, " if now.bytes_total else ""

@@ -29,7 +29,7 @@ def read(*specs: Path | str, text_key: str = "text", tally: Tally | None = None,
 
 
 def texts(*specs: Path | str, **kwargs: Any) -> list[str]:
-    return [document.text for document in read(*specs, **kwargs)]
+    return [document.data.decode() for document in read(*specs, **kwargs)]
 
 
 def write_all_formats(folder: Path) -> list[Path]:
@@ -49,7 +49,7 @@ def write_all_formats(folder: Path) -> list[Path]:
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     for path in write_all_formats(tmp_path):
         documents = read(path)
-        assert [document.text for document in documents] == TEXTS
+        assert [document.data.decode() for document in documents] == TEXTS
         assert [document.data for document in documents] == [text.encode() for text in TEXTS]
         assert {document.source for document in documents} == {str(path)}
     assert texts(tmp_path) == 4 * TEXTS
@@ -60,7 +60,7 @@ def test_positions_find_the_documents_again(tmp_path: Path) -> None:
     lines, _, _, parquet = write_all_formats(tmp_path)
     for document in read(lines):
         line = lines.read_bytes()[document.position :].split(b"\n")[0]
-        assert json.loads(line)["text"] == document.text
+        assert json.loads(line)["text"] == document.data.decode()
     assert [document.position for document in read(parquet)] == list(range(len(TEXTS)))
 
 
