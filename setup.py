@@ -77,6 +77,8 @@ setup(
             "moto[s3,server]>=5.0",
             "s3fs>=2024.2",
             "boto3>=1.34",
+            "gcsfs>=2024.2",
+            "gcp-storage-emulator>=2024.8",
             "scipy>=1.11",
             "lm-eval>=0.4.9",
             "accelerate>=1.0",

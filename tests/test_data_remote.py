@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import boto3
+import fsspec.config
 import pytest
 from botocore.config import Config
 
@@ -31,6 +32,8 @@ URL = "s3://bucket/tokens"
 class Server:
     """moto's server. It keeps its objects in memory, so what was there is uploaded again after a restart."""
 
+    dataset = URL
+
     def __init__(self, folder: Path):
         self.folder = folder
         with socket.socket() as free:
@@ -39,9 +42,11 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+
     def start(self) -> None:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
@@ -63,6 +68,34 @@ class Server:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+class WebServer(Server):
+    """Python's own web server: a dataset on any host that serves files."""
+
+    dataset = "{url}"
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "http.server", "-b", "127.0.0.1", "-d", str(self.folder), str(self.port)]
+
+    def upload(self) -> None:
+        pass
+
+
+class GoogleServer(Server):
+    """An emulator of Google's storage, another team's; in memory like moto's."""
+
+    dataset = "gs://bucket/tokens"
+
+    def command(self) -> list[str]:
+        emulator = str(Path(sys.executable).with_name("gcp-storage-emulator"))
+        return [emulator, "start", "--host=127.0.0.1", f"--port={self.port}", "--in-memory", "--default-bucket=bucket"]
+
+    def upload(self) -> None:
+        fsspec.config.conf["gs"] = {"token": "anon", "endpoint_url": self.url}
+        store = fsspec.filesystem("gs")
+        for path in self.folder.iterdir():
+            store.pipe(f"bucket/tokens/{path.name}", path.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +163,23 @@ def test_a_run_outlives_the_server(local: TokenDataset, server: Server, tmp_path
     start_without_store = RemoteDataset(URL, tmp_path, 3 * 32_000 / 1e9)
     assert start_without_store.fingerprint == local.fingerprint
     server.start()
+
+
+@pytest.mark.parametrize("kind", [WebServer, GoogleServer])
+def test_other_stores(local: TokenDataset, kind: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run, the same kill -9 in the middle."""
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks by gRPC, which no emulator speaks
+    server = kind(local.path)
+    far = open_dataset(server.dataset.format(url=server.url), cache_dir=tmp_path, cache_gb=3 * 32_000 / 1e9)
+    found = [loader(far).batch_hash(step) for step in range(3)]
+    server.kill()
+    revival = threading.Timer(1.0, server.start)
+    revival.start()
+    found += [loader(far).batch_hash(step) for step in range(3, 8)]
+    revival.join()
+    server.kill()
+    assert found == [loader(local).batch_hash(step) for step in range(8)]
 
 
 def test_a_damaged_shard_is_never_used(
