@@ -5,6 +5,7 @@ EOT of its own.
 """
 
 import os
+from itertools import chain
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def split_tail(
             cut = _between_characters(piece, start, length, remaining, eot.dtype, tokenizer)
             if 0 < cut < length:
                 place = cut * eot.itemsize
-                train.add_chunks([*chunks_of(piece.file, start, place), eot.data], cut + 1)
+                train.add_chunks(chain(chunks_of(piece.file, start, place), [eot.data]), cut + 1)
                 val.add_chunks(chunks_of(piece.file, start + place, size - place), length - cut)
             else:
                 (train if cut else val).add_chunks(chunks_of(piece.file, start, size), length)

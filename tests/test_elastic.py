@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,12 +119,24 @@ def test_weights_of_all_chains_end_alike(workspace: Workspace, elastic: dict[str
 
 
 def test_reshard_works_offline_and_mends_a_damaged_conversion(workspace: Workspace, elastic: dict[str, str]) -> None:
+    """The first attempt is killed by the kernel in the middle of the largest file."""
     checkpoint = workspace.folder / "resharded"
     shutil.copytree(workspace.checkpoints("stages") / "step-00000060", checkpoint)
-    command = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "reshard", str(checkpoint)]
+    largest = max(path.stat().st_size for path in (workspace.checkpoints("stages-leg2")).rglob("universal/*"))
+    kill = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest // 2}, {largest // 2})); "
+    )
+    run = "from packspeed.launch.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", kill + run, "reshard", str(checkpoint)], timeout=300)
+    assert done.returncode == -signal.SIGXFSZ
+    assert any((checkpoint / ".universal.tmp").iterdir())
+    assert not (checkpoint / "universal").exists()
+    command = [sys.executable, "-c", run, "reshard", str(checkpoint)]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     folder = Path(json.loads(done.stdout)["universal"])
+    assert not (checkpoint / ".universal.tmp").exists()
     assert problems(folder) == problems(checkpoint) == []
     damaged = next(folder.glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
