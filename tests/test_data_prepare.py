@@ -1,6 +1,7 @@
 """Preparation: every document arrives, the split is right, and a failure leaves no dataset behind."""
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -341,6 +342,19 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
             peaks.append(int(process.communicate()[0]) * 1024)
     assert os.path.getsize(source) > 2_000_000
     assert peaks[1] < peaks[0] + 8_000_000
+
+
+def test_memory_does_not_grow_with_the_document(tmp_path: Path) -> None:
+    """One document of 20 and of 60 MB, cut for validation. This process stays small: its memory counts in its child."""
+    text, peaks = "All work and no play makes Jack a dull boy. " * 450, []
+    for repeats in (1000, 3000):
+        source, out = tmp_path / f"{repeats}.txt", str(tmp_path / str(repeats))
+        with source.open("w") as file:
+            file.writelines(itertools.repeat(text, repeats))
+        code = f"prepare([{str(source)!r}], {out!r}, 'bytes', val_fraction=0.1)\n"
+        with in_process(code + "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)") as process:
+            peaks.append(int(process.communicate()[0]) * 1024)
+    assert peaks[1] < peaks[0] + 16_000_000
 
 
 def test_nanogpt_reads_the_shard_as_it_is(tmp_path: Path) -> None:
