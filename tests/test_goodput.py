@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, Workspace
@@ -27,13 +28,17 @@ def train(workspace: Workspace, name: str, faults: str) -> int:
     return done.returncode
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def crashed_twice(workspace: Workspace) -> tuple[Account, float, Path]:
-    """10 steps, saved after 3, 6, 9; killed after step 7, then after step 8: three steps are done again."""
+    """10 steps, saved after 3, 6, 9; killed after step 7, then in step 9: 7, 7 and 8 are done again, and half of 9."""
     began = time.time()
     assert train(workspace, "crashes", f"{DELAYS},die_after:7") == -9
     time.sleep(BREAK_S)
-    assert train(workspace, "crashes", f"{DELAYS},die_after:8") == -9
+    assert train(workspace, "crashes", f"{DELAYS},die_in:9") == -9
     time.sleep(BREAK_S)
     assert train(workspace, "crashes", DELAYS) == 0
     took = time.time() - began
@@ -65,11 +70,29 @@ def test_planted_delays_are_found_where_they_were_planted(crashed_twice: tuple[A
 
 def test_steps_done_again_are_lost_work(crashed_twice: tuple[Account, float, Path]) -> None:
     found, _, folder = crashed_twice
-    discarded = [json.loads(line) for line in (folder / "metrics.discarded.jsonl").read_text().splitlines()]
+    discarded = read_lines(folder / "metrics.discarded.jsonl")
     assert [line["step"] for line in discarded] == [7, 7, 8]
     assert found.steps_lost == 3
-    assert found.seconds["lost"] == pytest.approx(sum(line["step_time_s"] for line in discarded), abs=0.5)
-    assert found.seconds["lost"] >= 3 * 0.1, "their waiting for data is lost too"
+    assert found.seconds["lost"] == pytest.approx(sum(line["step_time_s"] for line in discarded) + 1.5, abs=0.5)
+    assert found.seconds["lost"] >= 1.5 + 3 * 0.1, "their waiting for data is lost too"
+
+
+def test_the_account_by_hand(crashed_twice: tuple[Account, float, Path]) -> None:
+    """Added up from the files as a reader would, and beside the steps' own times in metrics.jsonl."""
+    found, _, folder = crashed_twice
+    lives = read_lines(folder / "goodput.jsonl")
+    ends = [life["started_at"] + sum(life["seconds"].values()) for life in lives]
+    gaps = [after["started_at"] - end for after, end in zip(lives[1:], ends, strict=False)]
+    assert min(gaps) >= BREAK_S
+    assert found.seconds["idle"] == pytest.approx(sum(gaps), rel=0.01)
+    wall = ends[-1] - lives[0]["started_at"]
+    assert sum(sum(life["seconds"].values()) for life in lives) + sum(gaps) == pytest.approx(wall, rel=1e-6)
+    assert sum(found.seconds.values()) == pytest.approx(wall, rel=0.01)
+    stand = [line for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in stand] == list(range(1, 11))
+    steps = sum(line["step_time_s"] for line in stand)
+    counted = found.seconds["compute"] + found.seconds["communication"] + found.seconds["data"]
+    assert counted == pytest.approx(steps, abs=0.5), "what stands, and the end of the data"
 
 
 def test_goodput_as_a_command(crashed_twice: tuple[Account, float, Path]) -> None:
