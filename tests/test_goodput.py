@@ -23,7 +23,11 @@ BREAK_S = 2.0
 
 def train(workspace: Workspace, name: str, faults: str) -> int:
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, str(ROOT / "tests" / "faulty.py"), *workspace.arguments(name)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "faulty.py"),
+        *workspace.arguments(name, "monitor.log_every_steps=1"),
+    ]
     done = subprocess.run(command, env={**env, "FAULTS": faults}, capture_output=True, text=True, timeout=600)
     return done.returncode
 
@@ -93,6 +97,16 @@ def test_the_account_by_hand(crashed_twice: tuple[Account, float, Path]) -> None
     steps = sum(line["step_time_s"] for line in stand)
     counted = found.seconds["compute"] + found.seconds["communication"] + found.seconds["data"]
     assert counted == pytest.approx(steps, abs=0.5), "what stands, and the end of the data"
+
+
+def test_tensorboards_server_shows_each_step_once(crashed_twice: tuple[Account, float, Path]) -> None:
+    """Of what was done twice, the later."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    _, _, folder = crashed_twice
+    found = EventAccumulator(str(folder / "tensorboard"))
+    found.Reload()
+    assert [event.step for event in found.Tensors("train/loss")] == list(range(1, 11))
 
 
 def test_goodput_as_a_command(crashed_twice: tuple[Account, float, Path]) -> None:
