@@ -1,8 +1,8 @@
 """Tokens per second of `packspeed generate`'s path, beside transformers' generate() and recomputing without a cache.
 
-    python tests/bench/generate_bench.py [--prompts 8] [--new 64] [--rounds 3]
+    python tests/bench/generate_bench.py [--prompts 8] [--new 32] [--rounds 3]
 
-One model with random weights of GPT-2's family (6 layers, width 384, 50,257 tokens, fp32) is imported as a run and
+One model with random weights of GPT-2's family (6 layers, width 384, vocabulary 4,096, fp32) is imported as a run and
 exported from it again. Prompts of different lengths are continued greedily in one batch by all three, in turns; the
 tokens must be the same, and the medians and ratios are printed.
 """
@@ -58,18 +58,26 @@ def theirs(model: AutoModelForCausalLM, prompts: Rows, new: int) -> Rows:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("prompts", 8), ("new", 64), ("rounds", 3)):
+    for name, default in (("prompts", 8), ("new", 32), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shape = {"n_positions": 512, "n_embd": 384, "n_layer": 6, "n_head": 6}
+        shape = {
+            "n_positions": 512,
+            "n_embd": 384,
+            "n_layer": 6,
+            "n_head": 6,
+            "vocab_size": 4096,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
         GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder / "random")
         import_hf(folder / "random", folder / "run")
-        export_hf(folder / "run", folder / "hf", tokenizer="gpt2")
+        export_hf(folder / "run", folder / "hf", tokenizer="bytes")
         model, hf = load_model(find_checkpoint(folder / "run"))[0], AutoModelForCausalLM.from_pretrained(folder / "hf")
-    prompts = [torch.randint(50_000, (20 + 25 * row,)).tolist() for row in range(asked.prompts)]
+    prompts = [torch.randint(4_096, (20 + 25 * row,)).tolist() for row in range(asked.prompts)]
     kinds = {
         "packspeed, KV cache": lambda: ours(model, prompts, asked.new),
         "transformers generate()": lambda: theirs(hf.eval(), prompts, asked.new),
