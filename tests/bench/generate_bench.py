@@ -64,15 +64,8 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shape = {
-            "n_positions": 512,
-            "n_embd": 384,
-            "n_layer": 6,
-            "n_head": 6,
-            "vocab_size": 4096,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        }
+        shape = {"n_positions": 512, "n_embd": 384, "n_layer": 6, "n_head": 6, "vocab_size": 4096}
+        shape |= {"bos_token_id": 0, "eos_token_id": 0}
         GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder / "random")
         import_hf(folder / "random", folder / "run")
         export_hf(folder / "run", folder / "hf", tokenizer="bytes")
