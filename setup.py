@@ -51,6 +51,7 @@ setup(
         "numpy>=1.26",
         "orjson>=3.9",
         "tensorboard>=2.16",
+        "pillow>=10.4",
         "pyyaml>=6.0",
         "pydantic>=2.7",
         "typer>=0.12",

@@ -1,6 +1,6 @@
-"""Line charts as inline SVG, for pages that work without a network.
+"""Line charts as inline SVG, for pages that work without a network (plots.py draws the same as PNG).
 
-    line_chart("loss", [Series("run a", steps, losses), ...])  ->  "<svg ...>"
+    line_chart(Chart("loss", [Series("run a", steps, losses), ...]))  ->  "<svg ...>"
 
 A curve of a million points is drawn with at most POINTS: each bucket of steps keeps its lowest and its highest value,
 so spikes stay visible. The values travel in the page for the pointer (SCRIPT shows them); colours are CSS variables.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -45,13 +46,12 @@ def thinned(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> lis
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Exponential moving average over about `window` values, without the pull of its start."""
-    if window <= 1:
-        return list(values)
-    keep, total, weight, out = 1 - 1 / window, 0.0, 0.0, []
-    for value in values:
-        total, weight = total * keep + value, weight * keep + 1
-        out.append(total / weight)
+    """The mean of about `window` values around each, as many before as after it: a falling curve is not held up."""
+    sums = [0.0, *itertools.accumulate(values)]
+    last, out = len(values) - 1, []
+    for i in range(len(values)):
+        reach = min(window // 2, i, last - i)
+        out.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
     return out
 
 
@@ -80,47 +80,74 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def line_chart(title: str, series: Sequence[Series], unit: str = "") -> str:
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Curves over the step under one title."""
+
+    title: str
+    series: Sequence[Series]
+    unit: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Where a chart's curves lie in an area of WIDTH x HEIGHT: its points, thinned out, and the marks of its axis."""
+
+    curves: Sequence[tuple[Series, list[tuple[float, float]]]]
+    x_low: float
+    x_high: float
+    marks: Sequence[float]
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """The place of a value in the area."""
+        low, high = self.marks[0], self.marks[-1] if self.marks[-1] > self.marks[0] else self.marks[0] + 1
+        across = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+        return across, HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    @property
+    def x_marks(self) -> list[float]:
+        """Round steps inside the plot."""
+        return [mark for mark in ticks(self.x_low, self.x_high) if self.x_low <= mark <= self.x_high]
+
+
+def plot(chart: Chart) -> Plot | None:
+    """Lay a chart out; None where there is nothing to draw."""
+    curves = [(s, points) for s in chart.series if (points := thinned(s.x, s.y))]
+    if not curves:
+        return None
+    xs = [x for _, points in curves for x, _ in points]
+    ys = [y for _, points in curves for _, y in points]
+    return Plot(curves, min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, ticks(min(ys), max(ys)))
+
+
+def line_chart(chart: Chart) -> str:
     """An SVG of the curves over the step; says so where there is nothing to draw."""
-    drawn = [(s, thinned(s.x, s.y)) for s in series]
-    drawn = [(s, points) for s, points in drawn if points]
-    if not drawn:
-        return f'<figure class="chart empty"><figcaption>{html.escape(title)}</figcaption><p>no data</p></figure>'
-    xs = [x for _, points in drawn for x, _ in points]
-    ys = [y for _, points in drawn for _, y in points]
-    x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-    marks = ticks(min(ys), max(ys))
-    y_low, y_high = marks[0], marks[-1] if marks[-1] > marks[0] else marks[0] + 1
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        return across, HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
-
-    body = [_grid(at, marks, x_low, x_high)]
-    body += [_curve(s, [at(*point) for point in points]) for s, points in drawn]
+    title, found = html.escape(chart.title), plot(chart)
+    if found is None:
+        return f'<figure class="chart empty"><figcaption>{title}</figcaption><p>no data</p></figure>'
+    body = [_grid(found)]
+    body += [_curve(s, [found.at(*point) for point in points]) for s, points in found.curves]
     body.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
-    data = [{"label": s.label, "color": s.color, "points": points} for s, points in drawn if not s.faint]
-    frame = json.dumps({"x": [x_low, x_high], "left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH})
-    caption = html.escape(title) + (f' <span class="unit">{html.escape(unit)}</span>' if unit else "")
+    data = [{"label": s.label, "color": s.color, "points": points} for s, points in found.curves if not s.faint]
+    frame = json.dumps({"x": [found.x_low, found.x_high], "left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH})
+    caption = title + (f' <span class="unit">{html.escape(chart.unit)}</span>' if chart.unit else "")
     return (
         f'<figure class="chart" data-frame="{html.escape(frame)}" data-series="{html.escape(json.dumps(data))}">'
         f"<figcaption>{caption}<output></output></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(body)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(body)}</svg>'
         f"</figure>"
     )
 
 
-def _grid(at: object, marks: Sequence[float], x_low: float, x_high: float) -> str:
-    place = at  # (x, y) -> (px, py)
+def _grid(found: Plot) -> str:
     out = []
-    for mark in marks:
-        _, y = place(x_low, mark)  # type: ignore[operator]
+    for mark in found.marks:
+        _, y = found.at(found.x_low, mark)
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(mark)}</text>')
-    for mark in ticks(x_low, x_high):
-        if x_low <= mark <= x_high:
-            x, _ = place(mark, marks[0])  # type: ignore[operator]
-            out.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{short(mark)}</text>')
+    for mark in found.x_marks:
+        x, _ = found.at(mark, found.marks[0])
+        out.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{short(mark)}</text>')
     return "".join(out)
 
 

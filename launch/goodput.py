@@ -25,7 +25,9 @@ BUCKETS = ("compute", "communication", "data", "evaluation", "checkpoint", "star
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """A run's wall time. The buckets add up to wall_s, up to differences between the clocks of its hosts."""
+    """A run's wall time, from the birth of rank 0's first process to its last record (a launcher's own seconds before
+    the first are not in it). The buckets add up to wall_s, up to differences between the clocks of its hosts.
+    """
 
     wall_s: float
     seconds: dict[str, float]  # every name of BUCKETS

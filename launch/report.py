@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from packspeed.launch.charts import COLORS, SCRIPT, STYLE, Series, line_chart, short, smoothed
+from packspeed.launch.charts import COLORS, SCRIPT, STYLE, Chart, Series, line_chart, short, smoothed
 from packspeed.launch.config import UserError
 from packspeed.launch.goodput import BUCKETS, LABELS, Account, account, duration
+from packspeed.launch.plots import write_png
 from packspeed.launch.run_folder import _flat
 
 # Keys of config.yaml and ds_config.json that leave every loss as it is, but for the order of rounding.
@@ -150,14 +151,23 @@ def report(folders: Sequence[Path], out: Path) -> list[Run]:
     return runs
 
 
+def write_pngs(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write every chart that has something to show as a PNG, named after its title; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    charts = {
+        folder / f"{chart.title.replace(' ', '_')}.png": chart for chart in training_charts(runs) + speed_charts(runs)
+    }
+    return [path for path, chart in charts.items() if write_png(chart, path)]
+
+
 def page(runs: Sequence[Run]) -> str:
     """The whole page."""
     title = " · ".join(run.name for run in runs)
     sections = [
         ("Summary", _cards(runs)),
-        ("Training", _training(runs)),
+        ("Training", _charts(training_charts(runs))),
         ("What differs", _differences(runs) if len(runs) > 1 else ""),
-        ("Throughput and memory", _speed(runs)),
+        ("Throughput and memory", _charts(speed_charts(runs))),
         ("Goodput", "".join(_goodput(run, len(runs) > 1) for run in runs if run.account)),
         ("Samples", "".join(_samples(run, len(runs) > 1) for run in runs if run.samples)),
         ("Anomalies", "".join(_anomalies(run) for run in runs if run.anomalies)),
@@ -223,7 +233,8 @@ def _median(run: Run, key: str) -> float:
     return statistics.median(run.values(key)[1] or [0.0])
 
 
-def _training(runs: Sequence[Run]) -> str:
+def training_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Losses, gradient norm, learning rate."""
     loss: list[Series] = []
     for run in runs:
         x, y = run.values("loss")
@@ -236,23 +247,30 @@ def _training(runs: Sequence[Run]) -> str:
                [e["val_loss"] for e in run.evaluations if e["val_loss"]], run.color, dots=True)
         for run in runs
     ]  # fmt: skip
-    charts = [line_chart("training loss", loss, "nats per token"), line_chart("validation loss", val, "nats per token")]
-    charts += [_chart(runs, "grad_norm", "gradient norm", "before clipping"), _chart(runs, "lr", "learning rate")]
-    return f'<div class="charts">{"".join(charts)}</div>'
+    return [
+        Chart("training loss", loss, "nats per token"),
+        Chart("validation loss", val, "nats per token"),
+        _chart(runs, "grad_norm", "gradient norm", "before clipping"),
+        _chart(runs, "lr", "learning rate"),
+    ]
 
 
-def _chart(runs: Sequence[Run], key: str, title: str, unit: str = "") -> str:
-    return line_chart(title, [Series(run.name, *run.values(key), run.color) for run in runs], unit)
-
-
-def _speed(runs: Sequence[Run]) -> str:
-    charts = [
+def speed_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Throughput and memory."""
+    return [
         _chart(runs, "tokens_per_s", "throughput", "tokens/s"),
         _chart(runs, "mfu", "model FLOPs utilisation", "share of peak"),
         _chart(runs, "step_time_s", "step time", "s"),
         _chart(runs, "memory_gib", "memory of rank 0", "GiB"),
     ]
-    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _chart(runs: Sequence[Run], key: str, title: str, unit: str = "") -> Chart:
+    return Chart(title, [Series(run.name, *run.values(key), run.color) for run in runs], unit)
+
+
+def _charts(charts: Sequence[Chart]) -> str:
+    return f'<div class="charts">{"".join(line_chart(chart) for chart in charts)}</div>'
 
 
 def _goodput(run: Run, named: bool) -> str:

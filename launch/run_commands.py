@@ -52,18 +52,21 @@ def goodput(run: RunFolder, json_output: AsJson = False) -> None:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are laid over each other.")],
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each chart there as a PNG too.")] = None,
     json_output: AsJson = False,
 ) -> None:
     """Runs as one HTML page that needs no network: curves, configuration, speed, goodput, restarts, samples."""
     from packspeed.launch import report as reporting
 
     found = reporting.report(runs, out)
+    pictures = [str(path) for path in reporting.write_pngs(found, png)] if png else []
     if json_output:
         loss, speed = reporting.differences(found)
         names = [run.name for run in found]
-        print(json.dumps({"out": str(out), "runs": names, "can_change_the_loss": loss, "only_speed": speed}))
+        told = {"out": str(out), "png": pictures, "runs": names, "can_change_the_loss": loss, "only_speed": speed}
+        print(json.dumps(told))
     else:
-        print(f"wrote {out}")
+        print("\n".join(f"wrote {path}" for path in (out, *pictures)))
 
 
 def watch(

@@ -323,7 +323,7 @@ class Board:
     """TensorBoard beyond scalars, through the SummaryWriter of DeepSpeed's monitor: texts, hparams, histograms.
 
     The scalars go through engine.monitor.write_events, which wandb, csv_monitor and comet get too. hparams compares
-    runs by everything in config.yaml that is one number, word or truth value.
+    runs by everything about model and training in config.yaml that is one number, word or truth value.
     """
 
     def __init__(self, writer: Any) -> None:
@@ -339,7 +339,8 @@ class Board:
     def _hparams(self, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        settings = {key: value for key, value in _flat(config).items() if isinstance(value, (bool, int, float, str))}
+        told = {key: value for key, value in _flat(config).items() if key.startswith(("deepspeed", "model.", "train."))}
+        settings = {key: value for key, value in told.items() if isinstance(value, (bool, int, float, str))}
         # Session start and the metrics to compare; the values of the metrics are the scalars of this same folder.
         for summary in hparams(  # type: ignore[no-untyped-call]
             settings, dict.fromkeys(COMPARED, 0.0)
@@ -424,8 +425,7 @@ class Metrics:
         # Kept open: an open per step would cost more than the line; flushed after each line.
         self.file = self.path.open("ab", buffering=0)
         self.start_step, self.started = step, time.monotonic()
-        if step:
-            self._purge(step + 1)
+        self._purge(step + 1)
 
     def go_back(self, step: int) -> None:
         """Forget the lines after `step` (they are kept in metrics.discarded.jsonl)."""
@@ -433,7 +433,11 @@ class Metrics:
         self._begin(step)
 
     def _purge(self, step: int) -> None:
-        """Tell TensorBoard to forget what an earlier attempt wrote from `step` on (SummaryWriter's purge_step)."""
+        """Tell TensorBoard to forget what an earlier attempt wrote from `step` on (SummaryWriter's purge_step).
+
+        Its server takes the first such mark of a run for the start and only the following for restarts, so a fresh run
+        leaves one too.
+        """
         writer = getattr(getattr(self.monitor, "tb_monitor", None), "summary_writer", None)
         if writer is None:
             return

@@ -25,7 +25,7 @@ from packspeed.launch.config import ConfigError, UserError
 from packspeed.launch.weights import fp32_state_dict
 from packspeed.model.config import GPTConfig
 from packspeed.model.generate import stream
-from packspeed.model.gpt import GPT
+from packspeed.model.gpt import GPT, gpt_without_weights
 
 BATCH_ROWS = 32  # prompts and samples that are generated at once
 
@@ -58,8 +58,9 @@ def _verified(checkpoint: Path) -> Path:
 def load_model(checkpoint: Path) -> tuple[GPT, dict[str, Any]]:
     """Build the GPT of a checkpoint with its fp32 weights; returns it in eval mode with the resolved config."""
     config = read_manifest(checkpoint)["config"]
-    with torch.device("meta"):  # weights are assigned below: nothing is allocated or drawn twice
-        model = GPT(GPTConfig(**config["model"] | {"kernels": "auto"}))  # this device's, whatever trained it
+    model = gpt_without_weights(
+        GPTConfig(**config["model"] | {"kernels": "auto"})
+    )  # this device's, whatever trained it
     model.load_state_dict(fp32_state_dict(checkpoint), assign=True)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.embed.weight

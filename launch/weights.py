@@ -2,8 +2,8 @@
 
     for name, states in whole_tensors(checkpoint): ...     states: {"fp32": ..., "exp_avg": ..., "exp_avg_sq": ...}
 
-One parameter is in memory at a time (the files are mapped). How DeepSpeed 0.19 lays them out, the fp32 weights
-(utils/zero_to_fp32.py reads the same) and every optimizer state of their size alike:
+One parameter is in memory at a time: the files are mapped, and what was read is handed back. How DeepSpeed 0.19 lays
+them out, the fp32 weights (utils/zero_to_fp32.py reads the same) and every optimizer state of their size alike:
   stage 0      mp_rank_00_model_states.pt["module"] and ["optimizer"]: whole tensors, those of the optimizer numbered
                in the order that packspeed.json names.
   stages 1, 2  each *_optim_states.pt has, per parameter group, one slice of the group's flat fp32 vector; the slices of
@@ -16,8 +16,10 @@ DeepSpeed's files are pickles. They are read with weights_only=True: tensors and
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ from safetensors import safe_open
 
 from packspeed.launch.checkpoint import UNIVERSAL, read_manifest
 from packspeed.launch.config import UserError
+
+_LIBC = ctypes.CDLL(None)
+_MADV_PAGEOUT = 21
 
 
 class _Opaque:
@@ -159,8 +164,10 @@ def _whole(checkpoint: Path, kinds: Sequence[str] | None, turn: int, turns: int)
             continue
         seen.add(tensor.data_ptr())
         if number % turns == turn:
-            found = {"fp32": tensor, **of_name.get(name, {})}
-            yield name, {kind: value.float() for kind, value in found.items() if _is_wanted(kind, value, tensor, kinds)}
+            states = {"fp32": tensor, **of_name.get(name, {})}
+            found = {kind: value for kind, value in states.items() if _is_wanted(kind, value, tensor, kinds)}
+            yield name, {kind: value.float() for kind, value in found.items()}
+            _hand_back(found.values())
 
 
 def _is_wanted(kind: str, value: Any, like: torch.Tensor, kinds: Sequence[str] | None) -> bool:
@@ -222,7 +229,26 @@ def _span(parts: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
         part, place = divmod(start, size)
         found.append(parts[part][place : place + count])
         start, count = start + found[-1].numel(), count - found[-1].numel()
-    return torch.cat(found)
+    return _joined(found)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Copies of mapped slices, end to end, (sum of their sizes,)."""
+    joined = torch.cat(list(parts))
+    _hand_back(parts)
+    return joined
+
+
+def _hand_back(mapped: Iterable[torch.Tensor]) -> None:
+    """Let the kernel take the pages of these tensors away: unread ones come back from the file if they are read again.
+
+    Without it every page of the files would count as this process's memory until the end.
+    """
+    for tensor in mapped:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        # Advice that loses nothing, whatever the memory is; before Linux 5.4 there was none, and all stays as it is.
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
 def _stage3(
@@ -241,7 +267,7 @@ def _stage3(
                 yield (
                     name,
                     {
-                        kind: torch.cat([part[offset : offset + share] for part in flat])[: shape.numel()].view(shape)
+                        kind: _joined([part[offset : offset + share] for part in flat])[: shape.numel()].view(shape)
                         for kind, flat in flats.items()
                     },
                 )

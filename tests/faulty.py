@@ -128,6 +128,22 @@ def die_after(step: str) -> None:
     at_step(int(step), die)
 
 
+def die_in(step: str) -> None:
+    """kill -9 in the middle of a step, 1.5 s after it began."""
+    original, armed = loop._loss, []
+    at_step(int(step) - 1, lambda: armed.append(step))
+
+    def hooked(trainer: Any, *arguments: Any) -> torch.Tensor:
+        loss: torch.Tensor = original(trainer, *arguments)
+        if armed:
+            time.sleep(1.5)
+            trainer.enter("backward")
+            die()
+        return loss
+
+    loop._loss = hooked
+
+
 def slow_collective(seconds: str) -> None:
     """Every all-reduce takes longer."""
     reduce = torch.distributed.all_reduce

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, Workspace
@@ -22,18 +23,26 @@ BREAK_S = 2.0
 
 def train(workspace: Workspace, name: str, faults: str) -> int:
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, str(ROOT / "tests" / "faulty.py"), *workspace.arguments(name)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "faulty.py"),
+        *workspace.arguments(name, "monitor.log_every_steps=1"),
+    ]
     done = subprocess.run(command, env={**env, "FAULTS": faults}, capture_output=True, text=True, timeout=600)
     return done.returncode
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def crashed_twice(workspace: Workspace) -> tuple[Account, float, Path]:
-    """10 steps, saved after 3, 6, 9; killed after step 7, then after step 8: three steps are done again."""
+    """10 steps, saved after 3, 6, 9; killed after step 7, then in step 9: 7, 7 and 8 are done again, and half of 9."""
     began = time.time()
     assert train(workspace, "crashes", f"{DELAYS},die_after:7") == -9
     time.sleep(BREAK_S)
-    assert train(workspace, "crashes", f"{DELAYS},die_after:8") == -9
+    assert train(workspace, "crashes", f"{DELAYS},die_in:9") == -9
     time.sleep(BREAK_S)
     assert train(workspace, "crashes", DELAYS) == 0
     took = time.time() - began
@@ -65,11 +74,41 @@ def test_planted_delays_are_found_where_they_were_planted(crashed_twice: tuple[A
 
 def test_steps_done_again_are_lost_work(crashed_twice: tuple[Account, float, Path]) -> None:
     found, _, folder = crashed_twice
-    discarded = [json.loads(line) for line in (folder / "metrics.discarded.jsonl").read_text().splitlines()]
+    discarded = read_lines(folder / "metrics.discarded.jsonl")
     assert [line["step"] for line in discarded] == [7, 7, 8]
     assert found.steps_lost == 3
-    assert found.seconds["lost"] == pytest.approx(sum(line["step_time_s"] for line in discarded), abs=0.5)
-    assert found.seconds["lost"] >= 3 * 0.1, "their waiting for data is lost too"
+    cut_off = read_lines(folder / "goodput.jsonl")[1]["open_s"]
+    assert cut_off >= 1.5
+    assert found.seconds["lost"] == pytest.approx(sum(line["step_time_s"] for line in discarded) + cut_off, abs=0.01)
+    assert found.seconds["lost"] >= 1.5 + 3 * 0.1, "their waiting for data is lost too"
+
+
+def test_the_account_by_hand(crashed_twice: tuple[Account, float, Path]) -> None:
+    """Added up from the files as a reader would, and beside the steps' own times in metrics.jsonl."""
+    found, _, folder = crashed_twice
+    lives = read_lines(folder / "goodput.jsonl")
+    ends = [life["started_at"] + sum(life["seconds"].values()) for life in lives]
+    gaps = [after["started_at"] - end for after, end in zip(lives[1:], ends, strict=False)]
+    assert min(gaps) >= BREAK_S
+    assert found.seconds["idle"] == pytest.approx(sum(gaps), rel=0.01)
+    wall = ends[-1] - lives[0]["started_at"]
+    assert sum(sum(life["seconds"].values()) for life in lives) + sum(gaps) == pytest.approx(wall, rel=1e-6)
+    assert sum(found.seconds.values()) == pytest.approx(wall, rel=0.01)
+    stand = [line for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in stand] == list(range(1, 11))
+    steps = sum(line["step_time_s"] for line in stand)
+    counted = found.seconds["compute"] + found.seconds["communication"] + found.seconds["data"]
+    assert counted == pytest.approx(steps, abs=0.5), "what stands, and the end of the data"
+
+
+def test_tensorboards_server_shows_each_step_once(crashed_twice: tuple[Account, float, Path]) -> None:
+    """Of what was done twice, the later."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    _, _, folder = crashed_twice
+    found = EventAccumulator(str(folder / "tensorboard"))
+    found.Reload()
+    assert [event.step for event in found.Tensors("train/loss")] == list(range(1, 11))
 
 
 def test_goodput_as_a_command(crashed_twice: tuple[Account, float, Path]) -> None:

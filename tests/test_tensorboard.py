@@ -18,9 +18,12 @@ from typing import Any
 
 import pytest
 from conftest import Workspace, run_many
+from PIL import Image, ImageColor
 from rich.console import Console
 
+from packspeed.launch.charts import COLORS, Chart, Series, plot, smoothed
 from packspeed.launch.console import Follower, panel
+from packspeed.launch.plots import write_png
 from packspeed.launch.spawn import free_port
 
 pytestmark = [pytest.mark.xdist_group("tensorboard"), pytest.mark.timeout(900)]
@@ -213,9 +216,14 @@ def test_the_browser_shows_the_curves(server: str, watched: Workspace, tmp_path:
 def test_report_lays_runs_over_each_other_and_says_what_differs(watched: Workspace, tmp_path: Path) -> None:
     folders = [str(watched.folder / "runs" / name) for name in ("tb-zero0", "tb-zero3")]
     command = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "report", *folders]
-    done = subprocess.run([*command, "--out", "page.html", "--json"], capture_output=True, text=True, cwd=tmp_path)
+    options = ["--out", "page.html", "--png", "plots", "--json"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert len(found["png"]) == 8
+    for name in found["png"]:
+        colors = _colors(tmp_path / name)
+        assert ImageColor.getrgb(COLORS[1]) in colors, f"{name}: the second run's curve, or its name below"
     assert found["can_change_the_loss"] == []
     assert ["ds_config.zero_optimization.stage", [0, 3]] in found["only_speed"]
     page = (tmp_path / "page.html").read_text()
@@ -223,6 +231,38 @@ def test_report_lays_runs_over_each_other_and_says_what_differs(watched: Workspa
     assert page.count("<svg") == 8
     for line in watched.metrics("tb-zero3"):
         assert "loss" not in line or str(line["loss"]) in page
+
+
+def _colors(path: Path) -> set[Any]:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        found = image.getcolors(image.width * image.height)
+    assert found is not None
+    return {color for _, color in found}
+
+
+def test_a_png_has_its_curves_where_their_values_are(tmp_path: Path) -> None:
+    x = list(range(1, 101))
+    falling, flat = Series("falling", x, [6 - 0.05 * step for step in x], COLORS[0]), [2.5] * 100
+    chart = Chart("loss", [falling, Series("flat", x, flat, COLORS[3])], "nats")
+    assert write_png(chart, tmp_path / "loss.png")
+    found = plot(chart)
+    assert found is not None
+    with Image.open(tmp_path / "loss.png") as image:
+        for series, _ in found.curves:
+            for step in (1, 17, 50, 66, 99):
+                across, down = found.at(step, series.y[step - 1])
+                pixel = (round(2 * across), round(2 * down))
+                assert image.getpixel(pixel) == ImageColor.getrgb(series.color), (series.label, step)
+                assert image.getpixel((pixel[0], pixel[1] - 12)) != ImageColor.getrgb(series.color)
+    assert not write_png(Chart("nothing", [Series("none", [], [])]), tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
+
+
+def test_smoothing_does_not_hold_a_falling_curve_up() -> None:
+    line = [10.0 - step for step in range(9)]
+    assert smoothed(line, 4) == pytest.approx(line)
+    assert smoothed([0.0, 3.0, 0.0, 3.0, 0.0], 3) == pytest.approx([0.0, 1.0, 2.0, 1.0, 0.0])
 
 
 def test_watch_shows_a_run_from_its_files(watched: Workspace, tmp_path: Path) -> None:
