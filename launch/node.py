@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from packspeed.launch import cgroup
 from packspeed.launch.config import LAUNCH_ID
 from packspeed.launch.render import node_command
 from packspeed.launch.run_folder import git_commit
@@ -172,25 +173,14 @@ def stacks(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def oom_kills() -> int:
-    """Processes that the kernel or a cgroup's limit has killed for memory, as counted since boot."""
-    total = 0
-    for path in (Path("/proc/vmstat"), *Path("/sys/fs/cgroup").glob("memory.events")):
-        try:
-            words = path.read_text().split()
-            total += int(words[words.index("oom_kill") + 1])
-        except (OSError, ValueError, IndexError):
-            continue
-    return total
-
-
 class Keeper:
     """One host's part of one attempt."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.id = request["id"]
         self.silence_s = float(request["silence_s"])
-        self.oom_before = oom_kills()
+        self.cgroups = cgroup.groups()
+        self.oom_before = cgroup.oom_kills(self.cgroups)
         self.peak: dict[int, int] = {}  # bytes resident, by rank
         self.seen: dict[int, psutil.Process] = {}
         self.dead: set[int] = set()
@@ -253,7 +243,8 @@ class Keeper:
                 status = None
             self.dead.add(rank)
             tell({"died": rank, "status": status, "at": time.time(), "peak_bytes": self.peak,
-                  "oom_kills": oom_kills() - self.oom_before})  # fmt: skip
+                  "oom_kills": cgroup.oom_kills(self.cgroups) - self.oom_before,
+                  "limit": cgroup.limit(self.cgroups)})  # fmt: skip
 
 
 def _wait_status(pid: int) -> int | None:

@@ -181,7 +181,7 @@ class Attempt:
             return Outcome("lost", 1, why, max((b.time for b in beats.values()), default=self.started))
         if deaths:
             # Ranks whose neighbour is gone fail with exceptions of their own, later: the first one is the cause.
-            first = next((d for d in deaths if d["status"] is not None and d["status"] < 0), deaths[0])
+            first = min(deaths, key=lambda d: not blame.killed(d))
             why = [blame.death_report(first, self.names, beats)]
             if first["status"] is not None and first["status"] > 0:
                 why += self._last_words(first["died"])
