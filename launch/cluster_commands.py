@@ -117,7 +117,10 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     hostfile: Hostfile = None,
-    bandwidth: Annotated[bool, typer.Option(help="All-reduce over all ranks.")] = True,
+    bandwidth: Annotated[bool, typer.Option(help="An all-reduce over all hosts, and the rate of every link.")] = True,
+    torch: Annotated[
+        bool | None, typer.Option(help="An all-reduce by torch (NCCL, gloo) too; default: on hosts with accelerators.")
+    ] = None,
     python: Python = sys.executable,
     ssh_config: SshConfig = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -131,7 +134,7 @@ def doctor(
     run = load_run_file(run_file, overrides or []) if run_file else None
     hosts = read_hostfile(hostfile) if hostfile else [Host("localhost", 1)]
     options = Options(hosts, environment([]), Path.cwd(), python, ssh_config)
-    report = doctors.examine(options, run, bandwidth)
+    report = doctors.examine(options, run, bandwidth, torch)
     if json_output:
         print(json.dumps(report))
     else:

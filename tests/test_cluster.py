@@ -255,10 +255,27 @@ def doctor(cluster: Cluster, workspace: Workspace, *options: str) -> tuple[int, 
 
 
 def test_the_doctor_finds_healthy_hosts_healthy(cluster: Cluster, workspace: Workspace) -> None:
-    code, report = doctor(cluster, workspace)
+    code, report = doctor(cluster, workspace, "--torch")
     assert (code, report["findings"]) == (0, []), report["findings"]
-    assert set(report["bandwidth_gbit_s"]) == {"node2", "node3", "all-reduce"}
+    assert set(report["bandwidth_gbit_s"]) == {"node1", "node2", "node3", "all-reduce", "torch all-reduce"}
     assert all(speed > 0 for speed in report["bandwidth_gbit_s"].values())
+
+
+def test_the_doctor_names_a_slow_link(cluster: Cluster, workspace: Workspace) -> None:
+    """node2 sends at 20 Mbit/s: neither its neighbours nor the first host are blamed."""
+    with cluster.slowed("node2", "20mbit"):
+        code, report = doctor(cluster, workspace)
+    assert code == 1
+    assert [finding["host"] for finding in report["findings"]] == ["node2"], report
+    assert "0.02 Gbit/s, the median is" in report["findings"][0]["what"]
+
+
+def test_the_doctor_names_a_host_whose_ports_are_closed(cluster: Cluster, workspace: Workspace) -> None:
+    """ssh works, and every other connection to node3 is dropped."""
+    with cluster.only_ssh("node3"):
+        code, report = doctor(cluster, workspace)
+    assert code == 1
+    assert "node3" in {finding["host"] for finding in report["findings"]} or cluster.address("node3") in str(report)
 
 
 BREAKS = {  # what is wrong on node2 -> a shell line in its own mount namespace, and the words of the finding

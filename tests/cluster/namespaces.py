@@ -182,6 +182,29 @@ class Cluster:
         """Put it in again."""
         run("ip", "link", "set", self.link(name), "up")
 
+    @contextlib.contextmanager
+    def slowed(self, name: str, rate: str) -> Iterator[None]:
+        """A host that sends no faster than `rate`, as tc writes it."""
+        tc = self.inside(name, "tc", "qdisc")
+        run(*tc, "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
+        try:
+            yield
+        finally:
+            run(*tc, "del", "dev", "eth0", "root")
+
+    @contextlib.contextmanager
+    def only_ssh(self, name: str) -> Iterator[None]:
+        """A host whose TCP packets get no further, those of its sshd excepted (as a firewall would have it)."""
+        rules = (("pref", "1", "ipproto", "tcp", "sport", "22", "lookup", "main"),
+                 ("pref", "2", "ipproto", "tcp", "dport", "1024-65534", "blackhole"))  # fmt: skip
+        for rule in rules:
+            run(*self.inside(name, "ip", "rule", "add", *rule))
+        try:
+            yield
+        finally:
+            for rule in rules:
+                run(*self.inside(name, "ip", "rule", "del", *rule))
+
     def pids(self, name: str, word: str = "") -> list[int]:
         """Processes on a host whose command line has `word`, this host's sshd left out."""
         found = []
