@@ -179,6 +179,7 @@ class Keeper:
     def __init__(self, request: dict[str, Any]) -> None:
         self.id = request["id"]
         self.silence_s = float(request["silence_s"])
+        self.ranks = len(list(request["world_info"].values())[request["node_rank"]])
         self.cgroups = cgroup.groups()
         self.oom_before = cgroup.oom_kills(self.cgroups)
         self.peak: dict[int, int] = {}  # bytes resident, by rank
@@ -228,7 +229,7 @@ class Keeper:
 
     def look(self) -> None:
         """Note the ranks' memory, and tell of those that died, before the launcher ends the others."""
-        if not self.seen or time.monotonic() - self.looked > 5:
+        if len(self.seen) < self.ranks and time.monotonic() - self.looked > 1:  # looking takes long on a busy host
             self.seen |= ranks(self.id)
             self.looked = time.monotonic()
         for rank, process in self.seen.items():

@@ -187,9 +187,9 @@ def test_ranks_that_are_left_share_the_batch() -> None:
 
 @pytest.mark.timeout(1100)
 def test_a_rehearsal_survives_its_faults(workspace: Workspace) -> None:
-    """Two pretended hosts: a rank freezes, then a host goes; the curve is that of an undisturbed rehearsal."""
+    """Two pretended hosts: slow network, frozen rank, lost host; the curve is that of an undisturbed rehearsal."""
     words = [PACKSPEED, "rehearse", str(workspace.run_file), "--slots", "1", "--hang-seconds", "5", "--steps", "18"]
-    faults = ["--fault", "freeze:1@5", "--fault", "cut:host2@10"]
+    faults = ["--fault", "slow:200@3", "--fault", "freeze:1@5", "--fault", "cut:host2@10"]
     folder = workspace.folder / "runs" / ".rehearse-base" / "base"
     losses, said = [], ""
     for options in ([], faults):
@@ -210,6 +210,6 @@ def test_a_rehearsal_survives_its_faults(workspace: Workspace) -> None:
 def test_a_fault_that_cannot_happen_is_refused() -> None:
     hosts = [Host("host1", 2), Host("host2", 2)]
     assert parse_fault("kill:3@7", hosts) == Fault("kill", "3", 7)
-    for text in ("kill:4@7", "cut:host3@1", "melt:1@2", "kill:1"):
+    for text in ("kill:4@7", "cut:host3@1", "melt:1@2", "kill:1", "fill:x@1", "delay:0@3"):
         with pytest.raises(ConfigError, match="--fault"):
             parse_fault(text, hosts)
