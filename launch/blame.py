@@ -107,6 +107,13 @@ def death_report(record: dict[str, Any], hosts: dict[int, str], beats: dict[int,
     return f"rank {rank} on {hosts[rank]} {how}{place}"
 
 
+def ending(code: int) -> str:
+    """An exit code in words; an agent passes the signal that ended its launcher on as a byte."""
+    number = 256 - code
+    named = {int(each): each.name for each in signal.Signals}
+    return f"was killed by {named[number]}" if number in named and code > 128 else f"ended with exit code {code}"
+
+
 def _limit(limit: list[Any] | None) -> str:
     """Which limit the OOM killer kept to."""
     if limit is None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packspeed.launch import cgroup
-from packspeed.launch.blame import culprits, death_report, hang_report
+from packspeed.launch.blame import culprits, death_report, ending, hang_report
 from packspeed.launch.config import ConfigError
 from packspeed.launch.heartbeat import Beat, Heartbeat, read_beats
 from packspeed.launch.hosts import Host, environment, read_hostfile
@@ -165,6 +165,11 @@ def test_a_rank_killed_for_memory_is_told_from_a_killed_one() -> None:
     assert "rank 2 0.50 GiB, rank 3 1.00 GiB" in said
     assert "the machine had none left" in death_report(record | {"limit": None, "status": None}, hosts, {})
     assert "its counters stand still" in death_report(record | {"limit": None, "oom_kills": 0}, hosts, {})
+
+
+def test_an_agents_exit_code_is_told_in_words() -> None:
+    assert ending(-9 & 0xFF) == "was killed by SIGKILL"
+    assert ending(1) == "ended with exit code 1"
 
 
 def test_beats_survive_being_read_at_any_time(tmp_path: Path) -> None:
