@@ -74,23 +74,53 @@ def main_stack(text: str, depth: int = 8) -> list[str]:
     return []
 
 
+def killed(record: dict[str, Any]) -> bool:
+    """Whether a rank was ended from outside, by a signal or by the kernel for memory (its status may be lost)."""
+    return out_of_memory(record) or (record["status"] is not None and record["status"] < 0)
+
+
+def out_of_memory(record: dict[str, Any]) -> bool:
+    """Whether the OOM killer ended a rank."""
+    return bool(record["oom_kills"]) and record["status"] in (None, -signal.SIGKILL)
+
+
 def death_report(record: dict[str, Any], hosts: dict[int, str], beats: dict[int, Beat]) -> str:
     """How a rank ended: signal or exit code, memory, and where it was."""
     rank, status = record["died"], record["status"]
     beat = beats.get(rank)
     place = f", in {where(beat)}" if beat else ", before its first step"
-    memory = ", ".join(f"rank {r} {b / 2**30:.2f} GiB" for r, b in sorted(record["peak_bytes"].items()))
+    memory = ", ".join(f"rank {r} {_gib(b)}" for r, b in sorted(record["peak_bytes"].items(), key=lambda x: int(x[0])))
+    if out_of_memory(record):
+        return (
+            f"rank {rank} on {hosts[rank]} ran out of memory{place}: the kernel's OOM killer ended it "
+            f"{_limit(record['limit'])}. Peak resident memory there: {memory}. "
+            "Lower train.micro_batch, raise the ZeRO stage, or give the job more memory."
+        )
     if status is None:
         how = "is gone"
     elif status >= 0:
         how = f"ended with exit code {status}"
     else:
         how = f"was killed by {signal.Signals(-status).name}"
-    if status == -signal.SIGKILL and record["oom_kills"]:
-        how += (
-            f" for memory: kernel or cgroup count went up by {record['oom_kills']} (peak memory here: {memory}). "
-            "Lower train.micro_batch, raise the ZeRO stage, or give the job more memory"
-        )
-    elif status == -signal.SIGKILL:
-        how += f", not by the kernel for memory: its counters stand still (peak memory here: {memory})"
+    if status == -signal.SIGKILL:
+        how += f", not by the kernel for memory: its counters stand still (peak memory there: {memory})"
     return f"rank {rank} on {hosts[rank]} {how}{place}"
+
+
+def ending(code: int) -> str:
+    """An exit code in words; an agent passes the signal that ended its launcher on as a byte."""
+    number = 256 - code
+    named = {int(each): each.name for each in signal.Signals}
+    return f"was killed by {named[number]}" if number in named and code > 128 else f"ended with exit code {code}"
+
+
+def _limit(limit: list[Any] | None) -> str:
+    """Which limit the OOM killer kept to."""
+    if limit is None:
+        return "because the machine had none left (no cgroup limit there)"
+    most = f", of which {_gib(limit[1])} were used at most" if limit[1] else ""
+    return f"at the limit of {_gib(limit[0])} of the cgroup {limit[2]}{most}"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"

@@ -117,7 +117,10 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     hostfile: Hostfile = None,
-    bandwidth: Annotated[bool, typer.Option(help="All-reduce over all ranks.")] = True,
+    bandwidth: Annotated[bool, typer.Option(help="An all-reduce over all hosts, and the rate of every link.")] = True,
+    torch: Annotated[
+        bool | None, typer.Option(help="An all-reduce by torch (NCCL, gloo) too; default: on hosts with accelerators.")
+    ] = None,
     python: Python = sys.executable,
     ssh_config: SshConfig = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -131,7 +134,7 @@ def doctor(
     run = load_run_file(run_file, overrides or []) if run_file else None
     hosts = read_hostfile(hostfile) if hostfile else [Host("localhost", 1)]
     options = Options(hosts, environment([]), Path.cwd(), python, ssh_config)
-    report = doctors.examine(options, run, bandwidth)
+    report = doctors.examine(options, run, bandwidth, torch)
     if json_output:
         print(json.dumps(report))
     else:
@@ -145,7 +148,10 @@ def rehearse(
     hosts: Annotated[int, typer.Option(help="Hosts to pretend.")] = 2,
     slots: Annotated[int, typer.Option(help="Ranks on each.")] = 2,
     fault: Annotated[
-        list[str] | None, typer.Option(help="kill:RANK@STEP, freeze:RANK@STEP or cut:HOST@STEP (repeatable).")
+        list[str] | None,
+        typer.Option(
+            help="kill:RANK@STEP, freeze:RANK@, cut:HOST@, fill:SECONDS@, delay:MS@ or slow:MBIT@STEP (repeatable)."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the rehearsal.")] = 24,
     max_restarts: Annotated[int, typer.Option(help="Restarts after a failure.")] = 3,
@@ -162,11 +168,12 @@ def rehearse(
     pretended = [Host(f"host{number}", slots) for number in range(1, hosts + 1)]
     solve_batch(run.global_batch, run.data.seq_len, hosts * slots, run.train.micro_batch)
     faults = [rehearsal.parse_fault(text, pretended) for text in fault or []]
-    shutil.rmtree(run.folder, ignore_errors=True)
-    (run.folder / "logs").mkdir(parents=True)
+    rehearsal.enter_own_network(faults)
     env = environment(["DS_ACCELERATOR=cpu", "CUDA_VISIBLE_DEVICES=", "OMP_NUM_THREADS=1"])
     options = Options(pretended, env, Path.cwd(), max_restarts=max_restarts, hang_s=hang_s, pretend=True)
     arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
-    code = rehearsal.Rehearsal(run, options, arguments, faults, lambda line: print(line, flush=True)).supervise()
+    with rehearsal.small_disk(run.folder, any(fault.kind == "fill" for fault in faults)):
+        (run.folder / "logs").mkdir()
+        code = rehearsal.Rehearsal(run, options, arguments, faults, lambda line: print(line, flush=True)).supervise()
     print(f"{'rehearsed' if code == 0 else 'the rehearsal failed'}: {run.folder}", flush=True)
     raise typer.Exit(code)

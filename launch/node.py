@@ -1,12 +1,12 @@
 """What runs on every host of a launch: it answers what the host is like, or keeps its ranks and their launcher.
 
-    python -m packspeed.launch.node        one JSON request as the first line of stdin; answers on stdout
+    python -m packspeed.launch.node        JSON requests, one a line of stdin; answers on stdout
 
-Requests: facts, run, stacks, kill. Whatever a hostfile or a config says arrives in that JSON and never meets a shell.
-`run` starts DeepSpeed's node launcher and stays: a line on stdin says that the other end is alive, `term` asks the
-ranks to save and stop. Where the lines cease (a cut link) or stdin ends (a dead launcher), the ranks are asked to save
-and stop, and killed after a grace period: no orphan is left, whoever dies. Lines that begin with RECORD are for the
-supervisor, the others are what the ranks print.
+Requests: facts, time, ring, stacks, kill, run. Whatever a hostfile or a config says arrives in that JSON and never
+meets a shell. `run`, the last, starts DeepSpeed's node launcher and stays: a line on stdin says that the other end is
+alive, `term` asks the ranks to save and stop. Where the lines cease (a cut link) or stdin ends (a dead launcher), the
+ranks are asked to save and stop, and killed after a grace period: no orphan is left, whoever dies. Lines that begin
+with RECORD are for the supervisor, the others are what the ranks print.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from packspeed.launch import cgroup
 from packspeed.launch.config import LAUNCH_ID
 from packspeed.launch.render import node_command
 from packspeed.launch.run_folder import git_commit
@@ -60,7 +61,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
             found |= _folder_facts(Path(request["run_folder"]), request["token"])
     if "port" in request:
         found["port"] = _port(request["port"])
-    return found | {"time": time.time()}
+    return found
 
 
 def _version(package: str) -> str:
@@ -172,25 +173,15 @@ def stacks(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def oom_kills() -> int:
-    """Processes that the kernel or a cgroup's limit has killed for memory, as counted since boot."""
-    total = 0
-    for path in (Path("/proc/vmstat"), *Path("/sys/fs/cgroup").glob("memory.events")):
-        try:
-            words = path.read_text().split()
-            total += int(words[words.index("oom_kill") + 1])
-        except (OSError, ValueError, IndexError):
-            continue
-    return total
-
-
 class Keeper:
     """One host's part of one attempt."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.id = request["id"]
         self.silence_s = float(request["silence_s"])
-        self.oom_before = oom_kills()
+        self.ranks = len(list(request["world_info"].values())[request["node_rank"]])
+        self.cgroups = cgroup.groups()
+        self.oom_before = cgroup.oom_kills(self.cgroups)
         self.peak: dict[int, int] = {}  # bytes resident, by rank
         self.seen: dict[int, psutil.Process] = {}
         self.dead: set[int] = set()
@@ -238,7 +229,7 @@ class Keeper:
 
     def look(self) -> None:
         """Note the ranks' memory, and tell of those that died, before the launcher ends the others."""
-        if not self.seen or time.monotonic() - self.looked > 5:
+        if len(self.seen) < self.ranks and time.monotonic() - self.looked > 1:  # looking takes long on a busy host
             self.seen |= ranks(self.id)
             self.looked = time.monotonic()
         for rank, process in self.seen.items():
@@ -253,7 +244,8 @@ class Keeper:
                 status = None
             self.dead.add(rank)
             tell({"died": rank, "status": status, "at": time.time(), "peak_bytes": self.peak,
-                  "oom_kills": oom_kills() - self.oom_before})  # fmt: skip
+                  "oom_kills": cgroup.oom_kills(self.cgroups) - self.oom_before,
+                  "limit": cgroup.limit(self.cgroups)})  # fmt: skip
 
 
 def _wait_status(pid: int) -> int | None:
@@ -270,22 +262,42 @@ def tell(record: dict[str, Any]) -> None:
     os.write(1, f"{RECORD}{json.dumps(record)}\n".encode())
 
 
+def ring(request: dict[str, Any]) -> dict[str, Any]:
+    """This host's part of the doctor's all-reduce; `error` says who cannot be reached."""
+    from packspeed.launch.ring import RingError, take_part
+
+    try:
+        return take_part(*(request[key] for key in ("rank", "world", "address", "master", "port")))
+    except (RingError, OSError, ValueError) as error:
+        return {"error": str(error)}
+
+
 def main() -> int:
-    """Answer one request."""
-    line = b""
-    while not line.endswith(b"\n") and (byte := os.read(0, 1)):  # unbuffered: `run` goes on reading the descriptor
-        line += byte
-    request = json.loads(line)
-    match request["do"]:
-        case "facts":
-            tell(facts(request))
-        case "kill":
-            tell({"killed": kill(request["id"])})
-        case "stacks":
-            tell(stacks(request))
-        case "run":
-            return Keeper(request).keep() & 0xFF
+    """Answer requests until there are no more."""
+    while line := _read_line():
+        request = json.loads(line)
+        match request["do"]:
+            case "facts":
+                tell(facts(request))
+            case "time":
+                tell({"time": time.time()})
+            case "ring":
+                tell(ring(request))
+            case "kill":
+                tell({"killed": kill(request["id"])})
+            case "stacks":
+                tell(stacks(request))
+            case "run":
+                return Keeper(request).keep() & 0xFF
     return 0
+
+
+def _read_line() -> bytes:
+    """Unbuffered: `run` goes on reading the descriptor."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(0, 1)):
+        line += byte
+    return line
 
 
 if __name__ == "__main__":

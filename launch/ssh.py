@@ -7,10 +7,13 @@ other end is gone (ServerAlive).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,32 +46,110 @@ def ask(
     agent: Callable[[Host], list[str]] = command,
     timeout_s: float = ASK_TIMEOUT_S,
 ) -> dict[str, dict[str, Any]]:
-    """Every host's answer; `{"error": why}` where there is none. `_skew_s` and `_took_s` are added to an answer."""
-    if not hosts:
-        return {}
-    with ThreadPoolExecutor(min(64, len(hosts))) as pool:
-        answers = pool.map(lambda host: _ask_one(agent(host), request(host), timeout_s), hosts)
-        return dict(zip((host.name for host in hosts), answers, strict=True))
+    """Every host's answer to one request; `{"error": why}` where there is none."""
+    with Talk(agent) as talk:
+        return talk.ask(hosts, request, timeout_s)
 
 
-def _ask_one(argv: list[str], request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            argv, input=json.dumps(request) + "\n", capture_output=True, text=True, timeout=timeout_s, errors="replace"
+class Talk:
+    """One connection to every host, for as many questions as there are. Use as a context."""
+
+    def __init__(self, agent: Callable[[Host], list[str]] = command) -> None:
+        self.agent = agent
+        self.lines: dict[str, Line] = {}
+
+    def ask(
+        self, hosts: Sequence[Host], request: Callable[[Host], dict[str, Any]], timeout_s: float = ASK_TIMEOUT_S
+    ) -> dict[str, dict[str, Any]]:
+        """Every host's answer, all asked at the same time."""
+        if not hosts:
+            return {}
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            answers = pool.map(lambda host: self._ask_one(host, request(host), timeout_s), hosts)
+            return dict(zip((host.name for host in hosts), answers, strict=True))
+
+    def _ask_one(self, host: Host, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        try:
+            if host.name not in self.lines:
+                self.lines[host.name] = Line(self.agent(host))
+        except OSError as error:
+            return {"error": f"{self.agent(host)[0]}: {error.strerror}"}
+        return self.lines[host.name].ask(request, timeout_s)
+
+    def skews(self, hosts: Sequence[Host]) -> dict[str, float]:
+        """By how much every host's clock is off, seconds, at least: its stamp lies between question and answer."""
+        asked: dict[str, float] = {}
+
+        def request(host: Host) -> dict[str, Any]:
+            asked[host.name] = time.time()
+            return {"do": "time"}
+
+        answers = self.ask(hosts, request)
+        now = time.time()
+        return {
+            name: max(0.0, answer["time"] - now) + min(0.0, answer["time"] - asked[name])
+            for name, answer in answers.items()
+            if "error" not in answer
+        }
+
+    def __enter__(self) -> Talk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for line in self.lines.values():
+            line.close()
+
+
+class Line:
+    """The agent of one host, which answers until it is closed."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (as long as the agent lives)
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, errors="replace"
         )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {timeout_s:.0f} s"}
-    except OSError as error:
-        return {"error": f"{argv[0]}: {error.strerror}"}
-    now, took = time.time(), time.monotonic() - start
-    for line in done.stdout.splitlines():
-        if line.startswith(RECORD):
-            answer: dict[str, Any] = json.loads(line[len(RECORD) :])
-            # The answer is stamped last; ending the process and the connection took a part of what we see as skew.
-            return answer | {"_skew_s": answer.get("time", now) - now, "_took_s": took}
-    said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
-    return {"error": _advice(" ".join(said[-3:]))}
+        self.late = False
+
+    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The answer, or why there is none."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        timer = threading.Timer(timeout_s, self._give_up)
+        timer.start()
+        other = ""
+        try:
+            with contextlib.suppress(OSError, ValueError):
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
+            for line in self.process.stdout:
+                if line.startswith(RECORD):
+                    return dict(json.loads(line[len(RECORD) :]))
+                other += line
+        finally:
+            timer.cancel()
+        if self.late:
+            return {"error": f"no answer within {timeout_s:.0f} s"}
+        code = self.process.wait()
+        self.stderr.seek(0)
+        said = (self.stderr.read().strip() or other.strip() or f"exit code {code}").splitlines()
+        return {"error": _advice(" ".join(said[-3:]))}
+
+    def _give_up(self) -> None:
+        self.late = True
+        self.process.kill()
+
+    def close(self) -> None:
+        """Let the agent end: by itself at the end of its input, else after a second."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+        try:
+            self.process.wait(1)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.stderr.close()
 
 
 def _advice(said: str) -> str:

@@ -33,6 +33,7 @@ from packspeed.launch.ssh import ask, command
 HISTORY = "launches.jsonl"
 START_S = 900.0  # imports, op builds, the engine and reading a checkpoint
 SETTLE_S = 2.0  # for the reports of other hosts about the same failure
+ENDING_S = 60.0  # for DeepSpeed's launchers to see that all ranks have ended, on a busy host
 SILENCE_S = 20.0  # without a word from us, an agent takes itself for cut off
 LOST = 255  # ssh's own exit code
 Say = Callable[[str], None]
@@ -160,7 +161,10 @@ class Attempt:
             if beats and (now_marks := {rank: beat.count for rank, beat in beats.items()}) != marks:
                 marks, moved, moving_s = now_marks, time.time(), self.options.hang_s
             if time.time() - moved > moving_s:
-                return self._hung(moved)
+                outcome = self._hung(moved)
+                if outcome.kind == "hung" or moving_s == ENDING_S:
+                    return outcome
+                moved, moving_s = time.time(), ENDING_S
 
     def _verdict(self) -> Outcome:
         """The first that went wrong, once the others have had the time to report."""
@@ -181,13 +185,16 @@ class Attempt:
             return Outcome("lost", 1, why, max((b.time for b in beats.values()), default=self.started))
         if deaths:
             # Ranks whose neighbour is gone fail with exceptions of their own, later: the first one is the cause.
-            first = next((d for d in deaths if d["status"] is not None and d["status"] < 0), deaths[0])
+            first = min(deaths, key=lambda d: not blame.killed(d))
             why = [blame.death_report(first, self.names, beats)]
             if first["status"] is not None and first["status"] > 0:
                 why += self._last_words(first["died"])
             return Outcome("died", first["status"] if (first["status"] or 0) > 0 else 1, why, first["at"])
         failed = {host: code for host, code in codes.items() if code}
-        why = [f"the launcher on {host} ended with exit code {code}" for host, code in failed.items()]
+        why = [
+            f"the launcher on {host} {blame.ending(code)} (ranks {self._ranks_of(host)})"
+            for host, code in failed.items()
+        ]
         return Outcome("failed", 1, why, time.time())
 
     def _wait_for_all(self, seconds: float = 90.0) -> None:
@@ -214,6 +221,9 @@ class Attempt:
 
         answers = ask(hosts, request, self.options.agent, timeout_s=15)
         now = time.time()
+        if not any("error" in answer or answer for answer in answers.values()):
+            why = [f"all ranks have ended, and their launchers have not, {now - since:.0f} s after the last step"]
+            return Outcome("failed", 1, why, since)
         report = blame.hang_report(read_beats(self.logs), answers, self.names, now)
         return Outcome("hung", 1, [f"nothing moved for {now - since:.0f} s", *report], since)
 

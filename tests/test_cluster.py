@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from cluster.namespaces import Cluster
-from conftest import Workspace, run_many
+from conftest import ROOT, Workspace, run_many
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -22,12 +23,13 @@ STEPS = 60
 TOLERANCE = 1e-5
 LONG = 150  # of a run that must not be over before a host is back
 SETS = (f"train.steps={STEPS}", "train.global_batch_tokens=384", "eval.every_steps=0", "checkpoint={every_steps: 5}")
-PACKSPEED = str(Path(sys.executable).with_name("packspeed"))
+TRAIN = str(ROOT / "launch" / "train.py")
+DEEPSPEED, PACKSPEED = (str(Path(sys.executable).with_name(name)) for name in ("deepspeed", "packspeed"))
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(3, tmp_path_factory.mktemp("cluster")) as made:
+    with Cluster(4, tmp_path_factory.mktemp("cluster")) as made:
         yield made
 
 
@@ -40,22 +42,18 @@ def reference(workspace: Workspace) -> None:
 
 
 class Launch:
-    """`packspeed launch` on node1."""
+    """`packspeed launch` on node1, or what is typed there by hand (`by_hand`: the words before --hostfile)."""
 
     def __init__(
-        self, cluster: Cluster, workspace: Workspace, name: str, slots: list[int], *options: str, steps: int = STEPS
-    ) -> None:
+        self, cluster: Cluster, workspace: Workspace, name: str, slots: list[int], *options: str, steps: int = STEPS,
+        by_hand: bool = False,
+    ) -> None:  # fmt: skip
         self.cluster, self.workspace, self.name = cluster, workspace, name
         sets = [part for text in (f"name={name}", *SETS, f"train.steps={steps}") for part in ("--set", text)]
-        words = [
-            PACKSPEED,
-            "launch",
-            str(workspace.run_file),
-            *sets,
-            "--hostfile",
-            str(cluster.hostfile(slots)),
-            *options,
-        ]
+        hostfile = ["--hostfile", str(cluster.hostfile(slots))]
+        words = [PACKSPEED, "launch", str(workspace.run_file), *sets, *hostfile, *options]
+        if by_hand:
+            words = [DEEPSPEED, *hostfile, *options, TRAIN, "--config", str(workspace.run_file), *sets]
         self.output = workspace.folder / f"{name}.output"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
@@ -124,15 +122,22 @@ def test_three_hosts_give_the_curve_of_one(cluster: Cluster, workspace: Workspac
     launch = Launch(cluster, workspace, "three", [1, 1, 1])
     said = launch.end()
     launch.check()
-    assert "plan: 3 ranks on 3 host(s), rendezvous at 10.77.41.1 port" in said
-    assert "node3                    ranks 2-2  10.77.41.3  eth0" in said
+    assert f"plan: 3 ranks on 3 host(s), rendezvous at {cluster.address('node1')} port" in said
+    assert f"node3                    ranks 2-2  {cluster.address('node3')}  eth0" in said
     assert (launch.logs / "rank-2.log").exists()
     assert [entry["kind"] for entry in launch.history()] == ["finished"]
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
-def test_deepspeeds_own_launchers(cluster: Cluster, workspace: Workspace, reference: None, launcher: str) -> None:
-    launch = Launch(cluster, workspace, launcher, [1, 1], "--launcher", launcher)
+@pytest.mark.parametrize("slots", [[1, 1], [1, 1, 1, 1]], ids=["two hosts", "four hosts"])
+def test_deepspeed_typed_by_hand(cluster: Cluster, workspace: Workspace, reference: None, slots: list[int]) -> None:
+    launch = Launch(cluster, workspace, f"by-hand-{len(slots)}", slots, by_hand=True)
+    said = launch.end()
+    launch.check()
+    assert f"x {len(slots)} ranks" in said
+
+
+def test_openmpi_launches_too(cluster: Cluster, workspace: Workspace, reference: None) -> None:
+    launch = Launch(cluster, workspace, "openmpi", [1, 1], "--launcher", "openmpi")
     launch.end()
     launch.check()
 
@@ -166,6 +171,40 @@ def test_a_host_that_is_cut_off_is_left_out_and_taken_back(
     kinds = [(e["kind"], e["ranks"]) for e in launch.history()]
     assert kinds[0] == ("lost", 3)
     assert kinds[1:] == [("stopped", 2), ("finished", 3)], "node3 came back while the others trained"
+
+
+EATER = """\
+import os, sys, threading, time
+
+def eat():
+    meal, hoard = {meal!r}, []
+    while not os.path.exists(meal):
+        time.sleep(0.02)
+    os.unlink(meal)
+    while True:
+        hoard.append(b"x" * (8 << 20))
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=eat, daemon=True).start()
+"""
+
+
+def test_a_rank_that_runs_out_of_memory_is_named(
+    cluster: Cluster, workspace: Workspace, reference: None, tmp_path: Path
+) -> None:
+    """Rank 1 takes memory, as fast as it can, until the kernel ends it at the limit of the host's cgroup."""
+    meal = tmp_path / "meal"
+    (tmp_path / "sitecustomize.py").write_text(EATER.format(meal=str(meal)))
+    with cluster.memory_limit("node2", 3 << 29):
+        launch = Launch(cluster, workspace, "oom", [1, 1], "--max-restarts", "1", "--env", f"PYTHONPATH={tmp_path}")
+        launch.wait_for(lambda: launch.step() >= 25)
+        meal.touch()
+        said = launch.end()
+    launch.check()
+    assert "rank 1 on node2 ran out of memory, in " in said
+    assert "at the limit of 1.50 GiB of the cgroup /sys/fs/cgroup/" in said
+    assert re.search(r"Peak resident memory there: rank 1 [01]\.\d\d GiB\.", said)
+    assert [(e["kind"], e["ranks"]) for e in launch.history()] == [("died", 2), ("finished", 2)]
 
 
 def test_a_frozen_rank_is_named(cluster: Cluster, workspace: Workspace, reference: None) -> None:
@@ -216,10 +255,27 @@ def doctor(cluster: Cluster, workspace: Workspace, *options: str) -> tuple[int, 
 
 
 def test_the_doctor_finds_healthy_hosts_healthy(cluster: Cluster, workspace: Workspace) -> None:
-    code, report = doctor(cluster, workspace)
+    code, report = doctor(cluster, workspace, "--torch")
     assert (code, report["findings"]) == (0, []), report["findings"]
-    assert set(report["bandwidth_gbit_s"]) == {"node2", "node3", "all-reduce"}
+    assert set(report["bandwidth_gbit_s"]) == {"node1", "node2", "node3", "all-reduce", "torch all-reduce"}
     assert all(speed > 0 for speed in report["bandwidth_gbit_s"].values())
+
+
+def test_the_doctor_names_a_slow_link(cluster: Cluster, workspace: Workspace) -> None:
+    """node2 sends at 20 Mbit/s: neither its neighbours nor the first host are blamed."""
+    with cluster.slowed("node2", "20mbit"):
+        code, report = doctor(cluster, workspace)
+    assert code == 1
+    assert [finding["host"] for finding in report["findings"]] == ["node2"], report
+    assert "0.02 Gbit/s, the median is" in report["findings"][0]["what"]
+
+
+def test_the_doctor_names_a_host_whose_ports_are_closed(cluster: Cluster, workspace: Workspace) -> None:
+    """ssh works, and every other connection to node3 is dropped."""
+    with cluster.only_ssh("node3"):
+        code, report = doctor(cluster, workspace)
+    assert code == 1
+    assert "node3" in {finding["host"] for finding in report["findings"]} or cluster.address("node3") in str(report)
 
 
 BREAKS = {  # what is wrong on node2 -> a shell line in its own mount namespace, and the words of the finding

@@ -13,7 +13,8 @@ from conftest import Workspace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packspeed.launch.blame import culprits, hang_report
+from packspeed.launch import cgroup
+from packspeed.launch.blame import culprits, death_report, ending, hang_report
 from packspeed.launch.config import ConfigError
 from packspeed.launch.heartbeat import Beat, Heartbeat, read_beats
 from packspeed.launch.hosts import Host, environment, read_hostfile
@@ -125,6 +126,52 @@ def test_the_rank_that_is_not_in_the_collective_is_to_blame() -> None:
     assert culprits(beats, states | {"node-1": {"error": "no answer"}}, hosts) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_and_kills_of_both_cgroup_versions_are_read(tmp_path: Path, version: int) -> None:
+    """The files as the kernel writes them: a job with a limit inside a slice with a wider one."""
+    root, own, vmstat = tmp_path / "cgroup", tmp_path / "own", tmp_path / "vmstat"
+    inner = root / ("memory/slice/job" if version == 1 else "slice/job")
+    inner.mkdir(parents=True)
+    vmstat.write_text("nr_free_pages 7\noom_kill 5\n")
+    if version == 1:
+        own.write_text("4:memory:/slice/job\n1:name=systemd:/\n0::/\n")
+        (inner / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+        for folder, limit in ((inner, 2**30), (inner.parent, 2**31), (root / "memory", 9223372036854771712)):
+            (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (inner / "memory.max_usage_in_bytes").write_text("1000\n")
+    else:
+        own.write_text("0::/slice/job\n")
+        (root / "cgroup.controllers").write_text("cpu memory\n")
+        (inner / "memory.events").write_text("low 0\nhigh 0\nmax 9\noom 3\noom_kill 2\noom_group_kill 0\n")
+        for folder, text in ((inner, f"{2**30}\n"), (inner.parent, "max\n")):
+            (folder / "memory.max").write_text(text)
+        (inner / "memory.peak").write_text("1000\n")
+    folders = cgroup.groups(root, own)
+    assert folders[0] == inner
+    assert cgroup.limit(folders) == (2**30, 1000, str(inner))
+    assert cgroup.oom_kills(folders, vmstat) == 2
+    own.write_text("4:memory:/not/seen/from/here\n0::/not/seen/from/here\n")
+    folders = cgroup.groups(root, own)
+    assert cgroup.limit(folders) is None
+    assert cgroup.oom_kills(folders, vmstat) == 5, "the machine's count, where our cgroup has none"
+
+
+def test_a_rank_killed_for_memory_is_told_from_a_killed_one() -> None:
+    record = {"died": 3, "status": -9, "peak_bytes": {"2": 2**29, "3": 2**30}, "oom_kills": 1}
+    hosts = {3: "node-1"}
+    said = death_report(record | {"limit": [2**31, 2**31, "/sys/fs/cgroup/job"]}, hosts, {3: beat(3, "backward")})
+    assert said.startswith("rank 3 on node-1 ran out of memory, in backward of step 412: the kernel's OOM killer")
+    assert "the limit of 2.00 GiB of the cgroup /sys/fs/cgroup/job, of which 2.00 GiB were used at most" in said
+    assert "rank 2 0.50 GiB, rank 3 1.00 GiB" in said
+    assert "the machine had none left" in death_report(record | {"limit": None, "status": None}, hosts, {})
+    assert "its counters stand still" in death_report(record | {"limit": None, "oom_kills": 0}, hosts, {})
+
+
+def test_an_agents_exit_code_is_told_in_words() -> None:
+    assert ending(-9 & 0xFF) == "was killed by SIGKILL"
+    assert ending(1) == "ended with exit code 1"
+
+
 def test_beats_survive_being_read_at_any_time(tmp_path: Path) -> None:
     writer = Heartbeat(tmp_path, 7, "node-9", 4)
     writer("forward")
@@ -145,9 +192,9 @@ def test_ranks_that_are_left_share_the_batch() -> None:
 
 @pytest.mark.timeout(1100)
 def test_a_rehearsal_survives_its_faults(workspace: Workspace) -> None:
-    """Two pretended hosts: a rank freezes, then a host goes; the curve is that of an undisturbed rehearsal."""
+    """Two pretended hosts: slow network, frozen rank, lost host; the curve is that of an undisturbed rehearsal."""
     words = [PACKSPEED, "rehearse", str(workspace.run_file), "--slots", "1", "--hang-seconds", "5", "--steps", "18"]
-    faults = ["--fault", "freeze:1@5", "--fault", "cut:host2@10"]
+    faults = ["--fault", "slow:200@3", "--fault", "freeze:1@5", "--fault", "cut:host2@10"]
     folder = workspace.folder / "runs" / ".rehearse-base" / "base"
     losses, said = [], ""
     for options in ([], faults):
@@ -168,6 +215,6 @@ def test_a_rehearsal_survives_its_faults(workspace: Workspace) -> None:
 def test_a_fault_that_cannot_happen_is_refused() -> None:
     hosts = [Host("host1", 2), Host("host2", 2)]
     assert parse_fault("kill:3@7", hosts) == Fault("kill", "3", 7)
-    for text in ("kill:4@7", "cut:host3@1", "melt:1@2", "kill:1"):
+    for text in ("kill:4@7", "cut:host3@1", "melt:1@2", "kill:1", "fill:x@1", "delay:0@3"):
         with pytest.raises(ConfigError, match="--fault"):
             parse_fault(text, hosts)

@@ -2,22 +2,36 @@
 
 `ip netns exec` mounts /etc/netns/<name>/* over /etc: so every host has an /etc/ssh of its own, with a key that all of
 them accept and the host keys they know, and nothing of this machine's ssh is touched. Needs root.
+
+Several clusters can stand side by side: each takes a place (a bridge and a /24), locked as long as it is used, and
+removes what a killed predecessor left there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-SUBNET = "10.77.41"
-BRIDGE = "psbr0"
+PLACES = 16
+CGROUPS = Path("/sys/fs/cgroup")
+UNIFIED = (CGROUPS / "cgroup.controllers").exists()  # cgroup v2
+# A host of its own sees the memory's cgroups; `ip netns exec` hides them below a new /sys.
+SEE_CGROUPS = (
+    "mount -t cgroup2 none /sys/fs/cgroup"
+    if UNIFIED
+    else (
+        "mount -t tmpfs none /sys/fs/cgroup; mkdir /sys/fs/cgroup/memory; mount -t cgroup -o memory none "
+        "/sys/fs/cgroup/memory"
+    )
+)
 
 
 def run(*words: str, check: bool = True) -> str:
@@ -35,25 +49,53 @@ class Cluster:
         self.names = [f"node{n}" for n in range(1, size + 1)]
         self.folder = folder
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.place = -1
 
     def __enter__(self) -> Cluster:
         if os.geteuid() != 0:
             raise PermissionError("these tests make network namespaces, which only root may: run them as root")
+        self._take_place()
         self._remove()
-        run("ip", "link", "add", BRIDGE, "type", "bridge")
-        run("ip", "link", "set", BRIDGE, "up")
+        run("ip", "link", "add", self.bridge, "type", "bridge")
+        run("ip", "link", "set", self.bridge, "up")
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "key"))
         for name in self.names:
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / f"host-{name}"))
-        for number, name in enumerate(self.names, 1):
-            self._make(name, number)
+        for name in self.names:
+            self._make(name)
+        for name in self.names:
+            self.wait_for_sshd(name)
         return self
 
-    def _make(self, name: str, number: int) -> None:
-        space, link = f"ps-{name}", f"ps{number}"
+    def _take_place(self) -> None:
+        """The first place that no other process holds; the lock ends with this process, however it ends."""
+        for place in range(PLACES):
+            lock = open(f"/run/lock/packspeed-cluster-{place}", "w")  # noqa: SIM115 (held until the cluster ends)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock, self.place = lock, place
+                return
+            lock.close()
+        raise RuntimeError(f"{PLACES} clusters are in use on this machine")
+
+    @property
+    def bridge(self) -> str:
+        """The switch between the hosts."""
+        return f"psbr{self.place}"
+
+    def space(self, name: str) -> str:
+        """The network namespace of a host."""
+        return f"ps{self.place}-{name}"
+
+    def link(self, name: str) -> str:
+        """The switch's end of a host's cable."""
+        return f"ps{self.place}-{self.names.index(name) + 1}"
+
+    def _make(self, name: str) -> None:
+        space, link = self.space(name), self.link(name)
         run("ip", "netns", "add", space)
         run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
-        run("ip", "link", "set", link, "master", BRIDGE, "up")
+        run("ip", "link", "set", link, "master", self.bridge, "up")
         for words in (("addr", "add", f"{self.address(name)}/24", "dev", "eth0"), ("link", "set", "eth0", "up"),
                       ("link", "set", "lo", "up")):  # fmt: skip
             run("ip", "-n", space, *words)
@@ -71,25 +113,49 @@ class Cluster:
         (etc / "ssh" / "ssh_config").write_text(
             "IdentityFile /etc/ssh/cluster_key\nIdentitiesOnly yes\nUserKnownHostsFile none\n"
         )
-        self.start_sshd(name)
+        self._start_sshd(name)
 
     def start_sshd(self, name: str, first: str = ":") -> None:
-        """(Re)start the host's sshd, with the host's name and mounts of its own; `first` is a shell line before it."""
+        """Restart the host's sshd, with the host's name and mounts of its own; `first` is a shell line before it."""
+        self._start_sshd(name, first)
+        self.wait_for_sshd(name)
+
+    def _start_sshd(self, name: str, first: str = ":") -> None:
         if old := self.daemons.pop(name, None):
             os.killpg(old.pid, signal.SIGKILL)
             old.wait()
-        ssh = Path(f"/etc/netns/ps-{name}/ssh")
+        ssh = Path(f"/etc/netns/{self.space(name)}/ssh")
         shutil.copy(self.folder / "key.pub", ssh / "authorized")
+        # What a login shell would set there.
+        variables = " ".join(f"{n}={os.environ[n]}" for n in ("PATH", "TORCH_EXTENSIONS_DIR") if n in os.environ)
         (ssh / "sshd_config").write_text(
             "HostKey /etc/ssh/host_key\nAuthorizedKeysFile /etc/ssh/authorized\nStrictModes no\nPidFile none\n"
-            f"PermitRootLogin yes\nUsePAM no\nMaxStartups 100\nSetEnv PATH={os.environ['PATH']}\n"
+            f"PermitRootLogin yes\nUsePAM no\nMaxStartups 100\nSetEnv {variables}\n"
         )
         Path("/run/sshd").mkdir(exist_ok=True)
-        line = f"hostname {name}; {first}; exec /usr/sbin/sshd -D -e"
+        line = f"hostname {name}; {SEE_CGROUPS}; {first}; exec /usr/sbin/sshd -D -e"
         words = self.inside(name, "unshare", "--uts", "--mount", "sh", "-c", line)
         with (self.folder / f"sshd-{name}.log").open("ab") as log:
             self.daemons[name] = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
-        self.wait_for_sshd(name)
+
+    @contextlib.contextmanager
+    def memory_limit(self, name: str, limit_bytes: int) -> Iterator[None]:
+        """What ssh starts on a host shares a memory limit; raises OSError where this machine allows no cgroup."""
+        group = (CGROUPS if UNIFIED else CGROUPS / "memory") / self.space(name)
+        if UNIFIED:
+            (CGROUPS / "cgroup.subtree_control").write_text("+memory")
+        group.mkdir()
+        (group / ("memory.max" if UNIFIED else "memory.limit_in_bytes")).write_text(str(limit_bytes))
+        (group / "cgroup.procs").write_text(str(self.daemons[name].pid))
+        try:
+            yield
+        finally:
+            self.start_sshd(name)
+            for pid in (group / "cgroup.procs").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+            while (group / "cgroup.procs").read_text():
+                time.sleep(0.05)
+            group.rmdir()
 
     def wait_for_sshd(self, name: str) -> None:
         """Until its port answers."""
@@ -102,25 +168,47 @@ class Cluster:
 
     def address(self, name: str) -> str:
         """Address of a host."""
-        return f"{SUBNET}.{self.names.index(name) + 1}"
+        return f"10.77.{41 + self.place}.{self.names.index(name) + 1}"
 
-    @staticmethod
-    def inside(name: str, *words: str) -> list[str]:
+    def inside(self, name: str, *words: str) -> list[str]:
         """The command that runs `words` on a host."""
-        return ["ip", "netns", "exec", f"ps-{name}", *words]
+        return ["ip", "netns", "exec", self.space(name), *words]
 
     def cut(self, name: str) -> None:
         """Pull the host's cable."""
-        run("ip", "link", "set", f"ps{self.names.index(name) + 1}", "down")
+        run("ip", "link", "set", self.link(name), "down")
 
     def plug(self, name: str) -> None:
         """Put it in again."""
-        run("ip", "link", "set", f"ps{self.names.index(name) + 1}", "up")
+        run("ip", "link", "set", self.link(name), "up")
+
+    @contextlib.contextmanager
+    def slowed(self, name: str, rate: str) -> Iterator[None]:
+        """A host that sends no faster than `rate`, as tc writes it."""
+        tc = self.inside(name, "tc", "qdisc")
+        run(*tc, "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
+        try:
+            yield
+        finally:
+            run(*tc, "del", "dev", "eth0", "root")
+
+    @contextlib.contextmanager
+    def only_ssh(self, name: str) -> Iterator[None]:
+        """A host whose TCP packets get no further, those of its sshd excepted (as a firewall would have it)."""
+        rules = (("pref", "1", "ipproto", "tcp", "sport", "22", "lookup", "main"),
+                 ("pref", "2", "ipproto", "tcp", "dport", "1024-65534", "blackhole"))  # fmt: skip
+        for rule in rules:
+            run(*self.inside(name, "ip", "rule", "add", *rule))
+        try:
+            yield
+        finally:
+            for rule in rules:
+                run(*self.inside(name, "ip", "rule", "del", *rule))
 
     def pids(self, name: str, word: str = "") -> list[int]:
         """Processes on a host whose command line has `word`, this host's sshd left out."""
         found = []
-        for pid in run("ip", "netns", "pids", f"ps-{name}").split():
+        for pid in run("ip", "netns", "pids", self.space(name)).split():
             with contextlib.suppress(OSError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
                 if word in line and "sshd" not in line:
@@ -134,16 +222,18 @@ class Cluster:
         return path
 
     def _remove(self) -> None:
-        for name in self.names:
-            if f"ps-{name}" in run("ip", "netns", "list", check=False):
-                for pid in run("ip", "netns", "pids", f"ps-{name}", check=False).split():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(pid), signal.SIGKILL)
-                run("ip", "netns", "del", f"ps-{name}")
-            shutil.rmtree(f"/etc/netns/ps-{name}", ignore_errors=True)
-        run("ip", "link", "del", BRIDGE, check=False)
+        spaces = [path.name for path in Path("/run/netns").glob(f"ps{self.place}-*")]
+        for space in spaces:
+            for pid in run("ip", "netns", "pids", space, check=False).split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            run("ip", "netns", "del", space)
+        for path in Path("/etc/netns").glob(f"ps{self.place}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        run("ip", "link", "del", self.bridge, check=False)
 
     def __exit__(self, *_: object) -> None:
         self._remove()
         for daemon in self.daemons.values():
             daemon.wait()
+        self._lock.close()
