@@ -364,14 +364,15 @@ def loss_scale(engine: Any) -> float | None:
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
-def measured_peak(dtype: torch.dtype, seconds: float = 0.15) -> float:
-    """FLOP/s of this process's square GEMM on the CPU in dtype: what MFU refers to. All ranks call it at once."""
-    n = 1024
-    a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | str = "cpu") -> float:
+    """FLOP/s of this process's square GEMM in dtype: what MFU refers to on CPUs. All ranks call it at once."""
+    n = 8192 if torch.device(device).type == "cuda" else 1024
+    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(a, b)
+        get_accelerator().synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
@@ -384,9 +385,14 @@ def peak_flops(topology: Topology, engine: Any) -> float:
         # A CPU without bf16 instructions does most of a bf16 step in fp32, and its own bf16 GEMM is no peak.
         peak = max(measured_peak(dtype) for dtype in [torch.float32, torch.bfloat16][: 1 + low])
     else:
-        name = torch.cuda.get_device_name(device)
-        peak = next((value for part, value in DATASHEET_PEAK.items() if part in name), float("nan"))
+        peak = datasheet_peak(device)
     return float(topology.sum(torch.tensor(peak, device=device)))
+
+
+def datasheet_peak(device: torch.device) -> float:
+    """FLOP/s of one GPU by its data sheet; nan where the table above has it not."""
+    name = torch.cuda.get_device_name(device)
+    return next((value for part, value in DATASHEET_PEAK.items() if part in name), float("nan"))
 
 
 def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:
