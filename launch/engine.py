@@ -200,6 +200,19 @@ def check_precision(precision: str) -> None:
         )
 
 
+def wants_deepcompile(ds_config: dict[str, Any], device: str) -> bool:
+    """Whether the DeepSpeed JSON asks for DeepCompile; ConfigError where DeepSpeed has none and would go on without."""
+    if (ds_config.get("compile") or {}).get("deepcompile") is not True:
+        return False
+    if device != "cuda" or zero_stage(ds_config) == 0:
+        raise ConfigError(
+            "compile.deepcompile in the DeepSpeed configuration: DeepSpeed has it on NVIDIA GPUs at ZeRO 1, 2 and 3, "
+            f"and this is ZeRO-{zero_stage(ds_config)} on {device}. Drop the block; model.kernels: compile compiles "
+            "block by block everywhere."
+        )
+    return True
+
+
 def _cpu_has_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
@@ -231,6 +244,7 @@ def keep_memory() -> None:
 
 def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> Any:
     """Build the GPT, draw its weights and wrap it: a deepspeed.DeepSpeedEngine."""
+    deepcompile = wants_deepcompile(ds_config, device_type())
     keep_memory()
     torch.manual_seed(run.train.seed)  # nothing of ours draws from it; whatever does must not differ from run to run
     # MKL's vector functions (exp, log, cos ...) choose their code at the first call. Where two threads make that call,
@@ -256,6 +270,8 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> 
         config=ds_config,
         dist_init_required=False,
     )
+    if deepcompile:
+        engine.compile()  # without this call DeepSpeed ignores the block, with a warning at each step
     _forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
     return engine
 
