@@ -13,6 +13,7 @@ every later run waits in silence, for ever (torch/utils/file_baton.py); it is cl
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -48,6 +49,8 @@ DATASHEET_PEAK = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12, "4090": 165e12, "3090": 71e12,
 }  # fmt: skip
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 # DeepSpeed's compiled ops, by the names of their builders.
@@ -197,6 +200,19 @@ def check_precision(precision: str) -> None:
         )
 
 
+def wants_deepcompile(ds_config: dict[str, Any], device: str) -> bool:
+    """Whether the DeepSpeed JSON asks for DeepCompile; ConfigError where DeepSpeed has none and would go on without."""
+    if (ds_config.get("compile") or {}).get("deepcompile") is not True:
+        return False
+    if device != "cuda" or zero_stage(ds_config) == 0:
+        raise ConfigError(
+            "compile.deepcompile in the DeepSpeed configuration: DeepSpeed has it on NVIDIA GPUs at ZeRO 1, 2 and 3, "
+            f"and this is ZeRO-{zero_stage(ds_config)} on {device}. Drop the block; model.kernels: compile compiles "
+            "block by block everywhere."
+        )
+    return True
+
+
 def _cpu_has_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
@@ -211,8 +227,25 @@ def quiet(log: Path | None) -> Iterator[None]:
         yield
 
 
+def keep_memory() -> None:
+    """Let this process keep the memory of large tensors that it frees, for the next step's (CPU ranks, glibc).
+
+    By default every tensor above 32 MiB is mapped, cleared by the kernel page by page and given back, several times a
+    step: about a fifth of a small GPT's step. Costs up to a third more resident memory (LOG.md). Where the environment
+    has MALLOC_MMAP_MAX_ or MALLOC_MMAP_THRESHOLD_, that stands.
+    """
+    if {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ) or device_type() != "cpu":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> Any:
     """Build the GPT, draw its weights and wrap it: a deepspeed.DeepSpeedEngine."""
+    deepcompile = wants_deepcompile(ds_config, device_type())
+    keep_memory()
     torch.manual_seed(run.train.seed)  # nothing of ours draws from it; whatever does must not differ from run to run
     # MKL's vector functions (exp, log, cos ...) choose their code at the first call. Where two threads make that call,
     # one of them can round otherwise, in this call alone: a resumed run was off in the last bit of its first gradient.
@@ -237,6 +270,8 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> 
         config=ds_config,
         dist_init_required=False,
     )
+    if deepcompile:
+        engine.compile()  # without this call DeepSpeed ignores the block, with a warning at each step
     _forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
     return engine
 
@@ -364,14 +399,15 @@ def loss_scale(engine: Any) -> float | None:
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
-def measured_peak(dtype: torch.dtype, seconds: float = 0.15) -> float:
-    """FLOP/s of this process's square GEMM on the CPU in dtype: what MFU refers to. All ranks call it at once."""
-    n = 1024
-    a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | str = "cpu") -> float:
+    """FLOP/s of this process's square GEMM in dtype: what MFU refers to on CPUs. All ranks call it at once."""
+    n = 8192 if torch.device(device).type == "cuda" else 1024
+    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(a, b)
+        get_accelerator().synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
@@ -384,9 +420,14 @@ def peak_flops(topology: Topology, engine: Any) -> float:
         # A CPU without bf16 instructions does most of a bf16 step in fp32, and its own bf16 GEMM is no peak.
         peak = max(measured_peak(dtype) for dtype in [torch.float32, torch.bfloat16][: 1 + low])
     else:
-        name = torch.cuda.get_device_name(device)
-        peak = next((value for part, value in DATASHEET_PEAK.items() if part in name), float("nan"))
+        peak = datasheet_peak(device)
     return float(topology.sum(torch.tensor(peak, device=device)))
+
+
+def datasheet_peak(device: torch.device) -> float:
+    """FLOP/s of one GPU by its data sheet; nan where the table above has it not."""
+    name = torch.cuda.get_device_name(device)
+    return next((value for part, value in DATASHEET_PEAK.items() if part in name), float("nan"))
 
 
 def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:

@@ -76,14 +76,14 @@ class Step:
     skipped: str | None = None
 
 
-def _dropout_keys(samples: np.ndarray, seed: int, device: torch.device) -> torch.Tensor:
+def dropout_keys(samples: np.ndarray, seed: int, device: torch.device) -> torch.Tensor:
     """One int64 key per row, a function of (seed, global sample number) alone: dropout does not see ranks."""
     golden, other = np.uint64(0x9E3779B97F4A7C15), 0xD1B54A32D192ED03 * (seed + 1) % 2**64
     keys = samples.astype(np.uint64) * golden ^ np.uint64(other)
     return torch.from_numpy(keys.view(np.int64)).to(device)
 
 
-def _micro_batches(
+def micro_batches(
     batch: Batch, rows: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Batch, dict[str, Any]]]:
     """Cut this rank's rows into (inputs (b, T), labels (b, T), the rows, arguments that keep documents apart)."""
@@ -123,9 +123,9 @@ def train_step(trainer: Trainer, batch: Batch, lr: float) -> Step:
     total = torch.zeros((), device=trainer.topology.device)
     agreed = torch.empty(0)
     # DeepSpeed's backward divides by the number of micro batches: the mean of means is the mean over all tokens.
-    for inputs, labels, part, documents in _micro_batches(batch, plan.micro_batch, trainer.topology.device):
+    for inputs, labels, part, documents in micro_batches(batch, plan.micro_batch, trainer.topology.device):
         trainer.enter("forward")
-        keys = _dropout_keys(part.samples, seed, trainer.topology.device)
+        keys = dropout_keys(part.samples, seed, trainer.topology.device)
         loss = _loss(trainer, inputs, labels, part, {"dropout_keys": keys} | documents)
         trainer.enter("backward")
         engine.backward(loss)
@@ -207,7 +207,7 @@ def evaluate(trainer: Trainer) -> float | None:
 def _row_losses(trainer: Trainer, batch: Batch, rows: int) -> torch.Tensor:
     """Mean loss of each row, (rows of the batch,) fp64."""
     parts = []
-    for inputs, labels, _, documents in _micro_batches(batch, rows, trainer.topology.device):
+    for inputs, labels, _, documents in micro_batches(batch, rows, trainer.topology.device):
         per_token = trainer.engine(inputs, labels, reduction="none", **documents)  # (b, T)
         parts.append(per_token.double().mean(dim=1).cpu())
     return torch.cat(parts)
@@ -264,7 +264,7 @@ def check_probe(trainer: Trainer, manifest: dict[str, Any]) -> None:
     )
 
 
-def _record(trainer: Trainer, step: int, done: Step, lr: float, step_time_s: float, data_wait_s: float) -> Any:
+def metrics_line(trainer: Trainer, step: int, done: Step, lr: float, step_time_s: float, data_wait_s: float) -> Any:
     """The metrics line of a step."""
     tokens_per_step = trainer.run.train.global_batch_tokens
     speed = tokens_per_step / step_time_s
@@ -432,7 +432,7 @@ def _stretch(trainer: Trainer, first: int) -> tuple[int, bool]:
                 guard.accept(done.norm)
             if trainer.metrics:
                 elapsed, wait = time.perf_counter() - began, batches.wait_s - waited_s
-                trainer.metrics.write(_record(trainer, step, done, lr, elapsed, wait))
+                trainer.metrics.write(metrics_line(trainer, step, done, lr, elapsed, wait))
                 trainer.metrics.write_norms(step, trainer.norms)
                 trainer.metrics.write_anomalies(guard.records)
             if _after_step(trainer, step, done.stopping):

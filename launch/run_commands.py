@@ -1,4 +1,4 @@
-"""The commands that read a run or a run file and train nothing: goodput, watch, report, explain. None needs torch."""
+"""The commands that read a run or a run file: goodput, watch, report, explain, bench. None needs torch itself."""
 
 from __future__ import annotations
 
@@ -18,8 +18,37 @@ Overrides = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the `packspeed` command."""
-    for command in (explain, goodput, report, watch):
+    for command in (bench, explain, goodput, report, watch):
         app.command()(command)
+
+
+def bench(
+    run_file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    overrides: Overrides = None,
+    micro_batch: Annotated[str | None, typer.Option(help="Micro batches to try: 1,2,4.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="Kernels to try: eager,compile,triton.")] = None,
+    stage: Annotated[str | None, typer.Option(help="ZeRO stages to try: 0,1,2,3.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks on this machine; default as in train.")] = None,
+    rounds: Annotated[int, typer.Option(help="Measurements of each contender.")] = 5,
+    steps: Annotated[int, typer.Option(help="Optimizer steps in each.")] = 5,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Beside a bare PyTorch loop and transformers' GPT-2.")
+    ] = False,
+    nanogpt: Annotated[Path | None, typer.Option(help="A checkout of nanoGPT, compared as well.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the compared: fp32,autocast,bf16.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there too.")] = None,
+) -> None:
+    """Step time, tokens/s, MFU and memory of this run here, as Markdown rows. Exit code 1: nothing ran."""
+    from packspeed.launch import bench as benches
+
+    plan = benches.make_plan(
+        run_file, overrides or [], ranks, rounds, steps, micro_batch, kernels, stage, compare, nanogpt, precision
+    )
+    rows = benches.bench(plan, lambda line: print(line, flush=True))
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1))
+    if all(row["error"] for row in rows):
+        raise typer.Exit(1)
 
 
 def explain(

@@ -143,7 +143,7 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
                 "Raise train.steps to go on, or start over with --fresh."
             )
             return 0
-        trainer = _make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, speak)
+        trainer = make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, speak)
         return _fit(trainer, manifest)
 
 
@@ -226,7 +226,7 @@ def _resume(
     return checkpointer, manifest
 
 
-def _make_trainer(
+def make_trainer(
     run: RunFile,
     config: GPTConfig,
     dataset: TokenDataset | MixtureData,
@@ -237,6 +237,7 @@ def _make_trainer(
     manifest: dict[str, Any],
     speak: Callable[[str], None],
 ) -> Trainer:
+    """What a step needs, for a run that goes on after the step that `manifest` names."""
     from packspeed.launch.engine import GradientGate, peak_flops
     from packspeed.launch.loop import Trainer
     from packspeed.launch.watch import FILE, Clock, Guard, StopRequest, time_collectives

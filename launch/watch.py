@@ -33,14 +33,11 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import psutil
 
 from packspeed.launch.config import AnomalySection
-
-if TYPE_CHECKING:
-    from packspeed.launch.heartbeat import Heartbeat
 
 SPREAD_FLOOR = 1e-3  # a window of nearly equal losses must not turn rounding into a spike
 
@@ -196,6 +193,15 @@ def process_age_s() -> float:
         return 0.0
 
 
+class Listener(Protocol):
+    """Hears every change of phase: the heartbeat of a supervised launch, the marks of a benchmark."""
+
+    step: int
+
+    def __call__(self, phase: str, collective: str = "") -> None:
+        """The rank is in `phase` from now on."""
+
+
 class Clock:
     """Counts the seconds of one process life into buckets. Without a path it counts and writes nothing."""
 
@@ -211,7 +217,7 @@ class Clock:
             "started_at": time.time() - age, "pid": os.getpid(), "host": platform.node(), "from_step": step,
             "step": step, "ended": None,
         }  # fmt: skip
-        self.beat: Heartbeat | None = None  # of a supervised launch (heartbeat.py)
+        self.beat: Listener | None = None
         self._file, self._offset = -1, 0
         if path is not None:
             with contextlib.suppress(OSError):

@@ -21,7 +21,7 @@ from conftest import ROOT, Workspace, make_workspace, run_many
 from torch.nn import functional
 
 from packspeed.launch.config import RunFile, TrainSection, load_run_file
-from packspeed.launch.loop import _dropout_keys
+from packspeed.launch.loop import dropout_keys
 from packspeed.launch.train import make_run_loader, open_data
 from packspeed.launch.weights import fp32_state_dict
 from packspeed.model.gpt import GPT, init_weights, is_matrix
@@ -60,7 +60,7 @@ def reference(run: RunFile) -> tuple[list[float], dict[str, torch.Tensor]]:
             group["lr"] = cosine_lr(step, train)
         batch = loader.batch(step, 0, 1)
         tokens = torch.from_numpy(batch.tokens.astype("int64"))
-        keys = _dropout_keys(batch.samples, train.seed, torch.device("cpu"))
+        keys = dropout_keys(batch.samples, train.seed, torch.device("cpu"))
         logits = model(tokens[:, :-1], dropout_keys=keys)
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()

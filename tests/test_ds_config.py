@@ -155,3 +155,16 @@ def test_auto_and_equal_values_are_fine_and_extras_stay(tmp_path: Path, run: Run
     assert final["data_types"]["grad_accum_dtype"] == "fp32"
     assert final["wandb"] == {"enabled": False}
     assert '"auto"' not in json.dumps(final)
+
+
+@pytest.mark.parametrize(("device", "stage", "refused"), [("cpu", 1, True), ("cuda", 0, True), ("cuda", 3, False)])
+def test_deepcompile_is_refused_where_deepspeed_would_go_on_without_it(device: str, stage: int, refused: bool) -> None:
+    from packspeed.launch.engine import wants_deepcompile
+
+    ds_config: dict[str, Any] = {"zero_optimization": {"stage": stage}, "compile": {"deepcompile": True}}
+    if refused:
+        with pytest.raises(ConfigError, match=f"ZeRO-{stage} on {device}"):
+            wants_deepcompile(ds_config, device)
+    else:
+        assert wants_deepcompile(ds_config, device)
+    assert not wants_deepcompile({**ds_config, "compile": {"deepcompile": False}}, device)

@@ -87,6 +87,28 @@ def test_flops_of_gpt2() -> None:
     assert flops_per_token(preset("gpt2-124m"), 1024) == 6 * (85_056_000 + 50_257 * 768 + 12 * 768 * 1024)
 
 
+# Rows of MosaicML's llm-foundry, scripts/train/benchmarking/README.md, all on H100s with 80 GB in bf16:
+# layers, width, sequence length, parameters, tokens/s of one GPU, MFU in percent.
+LLM_FOUNDRY = [
+    (24, 2048, 2048, 1_315_950_592, 44_123, 40.60),
+    (32, 2560, 2048, 2_651_837_440, 24_142, 43.73),
+    (32, 2560, 32_768, 2_730_480_640, 5_873, 28.84),
+    (32, 4096, 65_536, 6_918_905_856, 1_956, 28.59),
+    (40, 5120, 2048, 12_853_954_560, 4_989, 41.42),
+    (48, 7168, 2048, 29_975_214_080, 2_148, 40.89),
+]
+
+
+@pytest.mark.parametrize("row", LLM_FOUNDRY, ids=lambda row: f"{row[3] / 1e9:.0f}b-{row[2]}")
+def test_flops_give_the_mfu_that_llm_foundry_published(row: tuple[int, int, int, int, int, float]) -> None:
+    """Theirs is 6 FLOPs for every parameter, tables included, and the whole attention square: ours plus those."""
+    n_layer, d_model, seq_len, parameters, tokens_per_s, mfu = row
+    config = GPTConfig(n_layer=n_layer, n_head=16, d_model=d_model, vocab_size=50_368, max_seq_len=seq_len)
+    assert num_parameters(config) == parameters
+    theirs = flops_per_token(config, seq_len) + 6 * seq_len * d_model + 6 * n_layer * d_model * seq_len
+    assert 100 * tokens_per_s * theirs / 989.5e12 == pytest.approx(mfu, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

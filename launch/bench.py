@@ -1,0 +1,233 @@
+"""`packspeed bench`: what a step of a run costs here, and beside other ways to train the same model.
+
+    packspeed bench my.yaml --micro-batch 1,2,4 --kernels eager,compile --stage 0,1,2
+    packspeed bench my.yaml --compare --nanogpt path/to/nanoGPT
+
+A row per setting, as a Markdown table on stdout. Every setting is measured in processes of its own (contest.py), so its
+memory is its own, and one that fails is a row that says why. With --compare the contenders' memory is measured so as
+well; their speed in one process group, in turn, and `x bare` is the median over the rounds of the bare loop's time
+by theirs, with the lowest and the highest.
+
+Step: median over the rounds, with the fastest and the slowest. MFU: model FLOPs (flops_per_token in model/config.py) by
+the peak of the device, the data sheet's on GPUs and the best GEMM on CPUs; `of fp32 GEMM` and `of bf16 GEMM` are shares
+of what square GEMMs reach in the same run. Memory: the most a rank's process had on CPUs, of which `before` the model
+was there; what torch allocated on GPUs. The parts are those of the round of the median step. Communication is what the
+host waits for (gloo); on GPUs it is queued and stays inside the other parts, as DistributedDataParallel's does. JSON
+also has the CPU time of a step, which other work on the machine changes least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from packspeed.launch.config import ConfigError, RunFile, load_run_file, solve_batch
+from packspeed.launch.ds_config import load_ds_config
+from packspeed.launch.spawn import default_ranks, launcher_command
+
+CONTEST = Path(__file__).resolve().with_name("contest.py")
+KERNELS = ("auto", "eager", "compile", "triton")
+PARTS = ("forward", "backward", "step", "communication", "data", "other")
+PEER_PRECISIONS = ("fp32", "autocast", "bf16")
+COLUMNS = (
+    "who", "precision", "kernels", "ZeRO", "ranks x threads", "micro batch", "step, ms", "tokens/s", "TFLOP/s", "MFU",
+    "of fp32 GEMM", "of bf16 GEMM", "memory, GiB", "before", "forward", "backward", "optimizer", "communication",
+    "data", "other", "x bare",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is measured: the run file, ranks, rounds of steps and the values that are swept over."""
+
+    run_file: Path
+    overrides: list[str]
+    ranks: int
+    rounds: int
+    steps: int
+    settings: list[dict[str, Any]]  # micro_batch, kernels, stage; None: the run file's
+    peers: list[str]  # "bare:fp32", ...; none without --compare
+    nanogpt: Path | None
+
+
+def make_plan(
+    run_file: Path,
+    overrides: Sequence[str],
+    ranks: int | None,
+    rounds: int,
+    steps: int,
+    micro_batch: str | None,
+    kernels: str | None,
+    stage: str | None,
+    compare: bool,
+    nanogpt: Path | None,
+    precision: str | None,
+) -> Plan:
+    """Check what was asked for; raises ConfigError that says what is wrong with it."""
+    run = load_run_file(run_file, overrides)
+    load_ds_config(run.deepspeed)
+    count = ranks if ranks is not None else default_ranks(run)
+    for name, value in (("--ranks", count), ("--rounds", rounds), ("--steps", steps)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: give a whole number of at least 1.")
+    swept = {
+        "micro_batch": _listed("--micro-batch", micro_batch, lambda word: word.isdigit() and int(word) > 0, int),
+        "kernels": _listed("--kernels", kernels, KERNELS.__contains__, str),
+        "stage": _listed("--stage", stage, ("0", "1", "2", "3").__contains__, int),
+    }
+    settings = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+    if nanogpt is not None and not (nanogpt / "model.py").is_file():
+        raise ConfigError(f"--nanogpt {nanogpt}: there is no model.py. Name a checkout of github.com/karpathy/nanoGPT.")
+    peers = _peers(run, nanogpt, precision) if compare or nanogpt else []
+    if peers and len(settings) > 1:
+        raise ConfigError("--compare takes one setting, not a sweep: name one micro batch, one of kernels, one stage.")
+    return Plan(run_file.resolve(), list(overrides), count, rounds, steps, settings, peers, nanogpt)
+
+
+def _listed(flag: str, text: str | None, valid: Callable[[str], bool], kind: Callable[[str], Any]) -> list[Any]:
+    """The values of a flag like 1,2,4; [None] where it is absent."""
+    if text is None:
+        return [None]
+    words = [word.strip() for word in text.split(",")]
+    if bad := [word for word in words if not valid(word)]:
+        example = {"--micro-batch": "1,2,4", "--kernels": ",".join(KERNELS), "--stage": "0,1,2,3"}[flag]
+        raise ConfigError(f"{flag} {text}: {bad[0]!r} is none. Give a list like {example}.")
+    return [kind(word) for word in words]
+
+
+def _peers(run: RunFile, nanogpt: Path | None, precision: str | None) -> list[str]:
+    """Names of the contenders beside packspeed; the first is what the others are compared with."""
+    default = "fp32" if run.train.precision in ("fp32", "auto") else "bf16,autocast,fp32"
+    words = (precision or default).split(",")
+    if bad := [word for word in words if word not in PEER_PRECISIONS]:
+        raise ConfigError(f"--precision {precision}: {bad[0]!r} is none. Give a list like {','.join(PEER_PRECISIONS)}.")
+    config = run.gpt_config(50_257)
+    if run.train.optimizer.name != "adamw" or run.data.packing != "stream" or run.data.document_mask:
+        raise ConfigError(
+            "--compare: the peers know AdamW and full windows only: set packing stream, no document mask."
+        )
+    if (config.position, config.norm, config.kv_heads, config.head_dim) == (
+        "learned",
+        "layernorm",
+        config.n_head,
+        None,
+    ):
+        names = ["bare", "gpt2"] + (["nanogpt"] if nanogpt else [])
+    else:
+        names = ["bare"]  # the others are GPT-2s
+    return [f"{name}:{word}" for name in names for word in words]
+
+
+def bench(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure everything, saying each row as it is found; returns the rows."""
+    say(_line(COLUMNS))
+    say(_line(["---"] * len(COLUMNS)))
+    rows = []
+    for row in _compared(plan) if plan.peers else _swept(plan):
+        rows.append(row)
+        say(_line(_cells(row)))
+    return rows
+
+
+def _swept(plan: Plan) -> Iterator[dict[str, Any]]:
+    for setting in plan.settings:
+        found = _run(plan, setting, ["packspeed:"], plan.rounds, plan.steps)
+        yield _row("packspeed:", setting, found, found)
+
+
+def _compared(plan: Plan) -> Iterator[dict[str, Any]]:
+    setting, names = plan.settings[0], ["packspeed:", *plan.peers]
+    alone = {name: _run(plan, setting, [name], 1, 2) for name in names}
+    running = [name for name in names if "error" not in alone[name]]
+    together = _run(plan, setting, running, plan.rounds, plan.steps) if running else {"error": "nothing runs"}
+    for name in names:
+        yield _row(name, setting, alone[name], alone[name] if "error" in alone[name] else together, plan.peers[0])
+
+
+def _run(plan: Plan, setting: dict[str, Any], contenders: list[str], rounds: int, steps: int) -> dict[str, Any]:
+    """Run a job in processes of its own; what it found, or {"error": why it did not}."""
+    changes = {"micro_batch": "train.micro_batch", "kernels": "model.kernels"}
+    overrides = plan.overrides + [f"{key}={setting[k]}" for k, key in changes.items() if setting[k] is not None]
+    with tempfile.TemporaryDirectory(prefix="packspeed-bench-") as folder:
+        job = Path(folder) / "job.json"
+        job.write_text(json.dumps({
+            "run_file": str(plan.run_file), "overrides": [*overrides, f"runs_dir={folder}"], "stage": setting["stage"],
+            "contenders": contenders, "rounds": rounds, "steps": steps, "nanogpt": str(plan.nanogpt or ""),
+        }))  # fmt: skip
+        try:
+            run = load_run_file(plan.run_file, overrides)
+            solve_batch(run.global_batch, run.data.seq_len, plan.ranks, run.train.micro_batch)
+        except ConfigError as error:
+            return {"error": str(error)}
+        alone = [sys.executable, str(CONTEST), str(job)]
+        command = alone if plan.ranks == 1 else launcher_command(plan.ranks, [str(job)], CONTEST)
+        done = subprocess.run(command, capture_output=True, text=True)
+        result = job.with_suffix(".result.json")
+        if result.is_file():
+            found: dict[str, Any] = json.loads(result.read_text())
+            return found
+    if done.returncode in (-9, 137):
+        return {"error": "killed, by the kernel for want of memory perhaps"}
+    last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+    return {"error": f"exit code {done.returncode}: {last}"}
+
+
+def _row(
+    name: str, setting: dict[str, Any], alone: dict[str, Any], timed: dict[str, Any], reference: str | None = None
+) -> dict[str, Any]:
+    """One result: memory from the process that had it to itself, times from where the rounds were."""
+    who, _, precision = name.partition(":")
+    row: dict[str, Any] = {"who": who, "precision": precision, **setting, "error": timed.get("error")}
+    if row["error"]:
+        return row
+    rounds = timed["rounds"][name]
+    times = [found["step_s"] for found in rounds]
+    step_s = statistics.median_low(times)
+    speed = timed["tokens_per_step"] / step_s
+    flops = speed * timed["flops_per_token"]
+    shared = ("kernels", "stage", "ranks", "threads", "micro_batch", "accumulation", "tokens_per_step", "peak_flops")
+    row |= {key: timed[key] for key in (*shared, "gemm_flops")} | {
+        "precision": precision or timed["precision"], "step_s": step_s, "rounds_s": times, "tokens_per_s": speed,
+        "model_flops": flops, "mfu": flops / timed["peak_flops"],
+        "gemm_share": {kind: flops / peak for kind, peak in timed["gemm_flops"].items()},
+        "memory_gib": alone["memory_gib"], "base_gib": alone["base_gib"], "loss": timed["losses"][name],
+        "parts_s": {part: rounds[times.index(step_s)]["parts_s"].get(part, 0.0) for part in PARTS},
+    }  # fmt: skip
+    row["cpu_s"] = statistics.median(found["cpu_s"] for found in rounds)
+    if reference in timed["rounds"]:
+        theirs = timed["rounds"][reference]
+        for name, key in (("ratio", "step_s"), ("cpu_ratio", "cpu_s")):
+            row[f"{name}s"] = [bare[key] / own[key] for bare, own in zip(theirs, rounds, strict=True)]
+            row[name] = statistics.median(row[f"{name}s"])
+    return row
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table; what a failed one asked for, and why it failed."""
+    if row["error"]:
+        asked = ["run file's" if row[key] is None else str(row[key]) for key in ("kernels", "stage", "micro_batch")]
+        cells = [row["who"], row["precision"] or "-", asked[0], asked[1], "-", asked[2], f"failed: {row['error']}"]
+        return cells + [""] * (len(COLUMNS) - len(cells))
+    ms = [f"{1000 * row['parts_s'][part]:.1f}" for part in PARTS]
+    spread = f"{1000 * row['step_s']:.1f} ({1000 * min(row['rounds_s']):.1f} to {1000 * max(row['rounds_s']):.1f})"
+    ours = row["who"] == "packspeed"
+    ratio = f"{row['ratio']:.3f} ({min(row['ratios']):.3f} to {max(row['ratios']):.3f})" if "ratio" in row else "-"
+    return [
+        row["who"], row["precision"], row["kernels"] if row["who"] in ("packspeed", "bare") else "-",
+        str(row["stage"]) if ours else "-", f"{row['ranks']} x {row['threads']}",
+        f"{row['micro_batch']} x {row['accumulation']}", spread, f"{row['tokens_per_s']:,.0f}",
+        f"{row['model_flops'] / 1e12:.4g}", f"{row['mfu']:.1%}", f"{row['gemm_share']['fp32']:.1%}",
+        f"{row['gemm_share']['bf16']:.1%}", f"{row['memory_gib']:.2f}", f"{row['base_gib']:.2f}", *ms, ratio,
+    ]  # fmt: skip
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"

@@ -1,0 +1,404 @@
+"""A process of `packspeed bench`: contenders that train the same model on the same batches, one step at a time.
+
+    python launch/contest.py JOB.json          or, with several ranks, by DeepSpeed's launcher
+
+A job names the run file and what to change in it, the contenders ("packspeed:fp32", "bare:fp32", "gpt2:bf16", ...) and
+how many rounds of how many steps. In each round every contender takes its steps, one contender after another (A B C
+A B C): what else the machine does meets all of them, and ratios within a round hold. Rank 0 writes what was found to
+JOB.result.json; a job that fails writes why.
+
+packspeed   DeepSpeed's engine and the step of launch/loop.py, with metrics, prefetching and the checks of each step
+bare        the same GPT, weights, batches and optimizer kernel in a plain PyTorch loop; its losses are packspeed's
+gpt2        transformers' GPT2LMHeadModel of the same shape, torch's fused AdamW
+nanogpt     model.py of a nanoGPT checkout, with the optimizer it configures
+
+fp32, autocast (fp32 weights, bf16 arithmetic) and bf16 (weights as well) are a peer's precisions; packspeed has the run
+file's. Several ranks: peers run under DistributedDataParallel. Nothing synchronises with a GPU inside a round but what
+a contender does itself: phases are marked by events on the device, and read when the round is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import FusedAdam
+from torch.nn import functional as F
+
+from packspeed.data.errors import DataError
+from packspeed.data.loader import Loader, Prefetcher
+from packspeed.launch import engine as engines
+from packspeed.launch import run_folder
+from packspeed.launch.checkpoint import Checkpointer
+from packspeed.launch.config import BatchPlan, RunFile, UserError, learning_rate, load_run_file, solve_batch
+from packspeed.launch.ds_config import load_ds_config, resolve_ds_config, zero_stage
+from packspeed.launch.loop import dropout_keys, metrics_line, micro_batches, train_step
+from packspeed.launch.train import Chatter, make_run_loader, make_trainer, open_data
+from packspeed.model.config import GPTConfig, flops_per_token
+from packspeed.model.gpt import GPT, init_weights, param_groups
+
+WARM_UP_STEPS = 2
+FOREVER = 2**40  # steps that the prefetcher may read
+
+
+class Marks:
+    """Listens to changes of phase (watch.Clock.beat): a time on CPUs, an event of the stream on GPUs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.step = device, 0
+        self.points: list[tuple[str, Any]] = []
+
+    def __call__(self, phase: str, collective: str = "") -> None:
+        """The phase begins."""
+        if self.device.type != "cuda":
+            self.points.append((phase, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self.points.append((phase, event))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per phase since the first mark, which are then forgotten; the last mark ends the time."""
+        found: dict[str, float] = {}
+        for (phase, a), (_, b) in zip(self.points, self.points[1:], strict=False):
+            took = b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
+            found[phase] = found.get(phase, 0.0) + took
+        self.points.clear()
+        return found
+
+
+class Contender(Protocol):
+    """Something that trains."""
+
+    marks: Marks
+
+    def step(self) -> None:
+        """Take one optimizer step."""
+
+    def loss(self) -> float:
+        """Loss of the last step, nats per token of this rank's rows."""
+
+
+class Ours:
+    """DeepSpeed's engine and our loop's step."""
+
+    def __init__(self, arena: Arena) -> None:
+        run, topology = arena.run, arena.topology
+        with run_folder.prepared(run.folder, topology, fresh=False):
+            engine = engines.build_engine(arena.config, run, arena.ds_config)
+            run_folder.write_configs(
+                run.folder, run_folder.resolved(run, arena.config, arena.precision), arena.ds_config, topology
+            )
+            checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, {}, print)
+            self.trainer = make_trainer(
+                run, arena.config, arena.dataset, engine, topology, arena.plan, checkpointer, {"step": 0}, print
+            )
+        self.marks = self.trainer.clock.beat = Marks(topology.device)
+        self.batches = arena.batches()
+        self.last = float("nan")
+
+    def step(self) -> None:
+        """As _stretch in loop.py, without evaluation and checkpoints."""
+        trainer, began, waited = self.trainer, time.perf_counter(), self.batches.wait_s
+        trainer.enter("data")
+        number, batch = next(self.batches)
+        lr = learning_rate(number, trainer.run.train)
+        done = train_step(trainer, batch, lr)
+        trainer.enter("other")
+        trainer.clock.step_done(number + 1)
+        trainer.guard.accept(done.norm)
+        self.last = done.loss
+        if trainer.metrics:
+            elapsed, wait = time.perf_counter() - began, self.batches.wait_s - waited
+            trainer.metrics.write(metrics_line(trainer, number + 1, done, lr, elapsed, wait))
+
+    def loss(self) -> float:
+        """Mean over all ranks."""
+        return self.last
+
+
+class Peer:
+    """A model and an optimizer in a plain loop: forward, backward, clip, step."""
+
+    def __init__(self, arena: Arena, name: str, precision: str) -> None:
+        self.arena, self.marks = arena, Marks(arena.topology.device)
+        device, train = arena.topology.device, arena.run.train
+        torch.manual_seed(train.seed)
+        model, self.compute, optimizer = PEERS[name](arena)
+        self.model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).train()
+        self.optimizer: torch.optim.Optimizer = optimizer(self.model)
+        if arena.topology.world > 1:
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
+        self.batches = arena.batches()
+        self.last = torch.zeros((), device=device)
+
+    def step(self) -> None:
+        """The textbook's."""
+        self.marks("data")
+        number, batch = next(self.batches)
+        train, plan = self.arena.run.train, self.arena.plan
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, train)
+        self.last = torch.zeros_like(self.last)
+        for inputs, labels, part, _ in micro_batches(batch, plan.micro_batch, self.last.device):
+            self.marks("forward")
+            keys = dropout_keys(part.samples, train.seed, self.last.device)
+            with self.autocast:
+                loss = self.compute(self.model, inputs, labels, keys) / plan.accumulation
+            self.marks("backward")
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.last += loss.detach()
+        self.marks("step")
+        if train.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.marks("other")
+
+    def loss(self) -> float:
+        """Mean over this rank's rows."""
+        return float(self.last)
+
+
+class Arena:
+    """What all contenders of a job share: the run file, its data and the process group."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        self.run: RunFile = load_run_file(job["run_file"], job["overrides"])
+        self.dataset = open_data(self.run)
+        self.config: GPTConfig = self.run.gpt_config(self.dataset.vocab_size)
+        self.precision = engines.resolve_precision(self.run.train.precision)
+        engines.check_precision(self.precision)
+        self.kernels = engines.resolve_kernels(self.config.kernels)
+        raw = load_ds_config(self.run.deepspeed)
+        if job["stage"] is not None:
+            raw["zero_optimization"] = (raw.get("zero_optimization") or {}) | {"stage": job["stage"]}
+        _, world, local_rank, local_size = engines.launcher_environment()
+        self.threads = engines.limit_threads(local_size)
+        self.plan: BatchPlan = solve_batch(
+            self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
+        )
+        self.ds_config = resolve_ds_config(self.run, raw, self.plan, self.precision)
+        if local_rank == 0:
+            engines.build_ops(engines.needed_ops(self.ds_config, engines.device_type()), print)
+        self.topology = engines.start_distributed()
+        self.loader: Loader = make_run_loader(self.run, self.dataset)
+
+    def batches(self) -> Prefetcher:
+        """This rank's rows of step 0, 1, 2 ..."""
+        return Prefetcher(self.loader, 0, FOREVER, rank=self.topology.dp_rank, world=self.topology.dp_size)
+
+    def contender(self, name: str) -> Contender:
+        """Build "packspeed:fp32", "bare:bf16", ..."""
+        who, precision = name.split(":")
+        return Ours(self) if who == "packspeed" else Peer(self, who, precision)
+
+
+Built = tuple[torch.nn.Module, Callable[..., torch.Tensor], Callable[[torch.nn.Module], torch.optim.Optimizer]]
+
+
+def _bare(arena: Arena) -> Built:
+    model, train = GPT(arena.config), arena.run.train
+    init_weights(model, train.seed)
+
+    def compute(model: Any, inputs: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = model(inputs, labels, dropout_keys=keys)
+        return loss
+
+    def optimizer(built: Any) -> torch.optim.Optimizer:
+        settings = {"lr": train.optimizer.lr, "betas": train.optimizer.betas, "eps": train.optimizer.eps}
+        found: torch.optim.Optimizer = FusedAdam(param_groups(built, train.optimizer.weight_decay), **settings)
+        return found
+
+    return model, compute, optimizer
+
+
+def _gpt2(arena: Arena) -> Built:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config, settings = arena.config, arena.run.train.optimizer
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.padded_vocab_size,
+            n_positions=config.max_seq_len,
+            n_embd=config.d_model,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_inner=config.ff_width,
+            resid_pdrop=config.dropout,
+            embd_pdrop=config.dropout,
+            attn_pdrop=0.0,
+            use_cache=False,
+        )
+    )
+
+    def compute(model: Any, inputs: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(inputs).logits.float().flatten(0, 1), labels.flatten())
+
+    def optimizer(built: torch.nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            built.parameters(), settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=True
+        )
+
+    return model, compute, optimizer
+
+
+def _nanogpt(arena: Arena) -> Built:
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(arena.job["nanogpt"]) / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    config, settings = arena.config, arena.run.train.optimizer
+    model = nanogpt.GPT(
+        nanogpt.GPTConfig(
+            block_size=config.max_seq_len,
+            vocab_size=config.padded_vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.d_model,
+            dropout=config.dropout,
+            bias=config.bias,
+        )
+    )
+
+    def compute(model: Any, inputs: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = model(inputs, labels.contiguous())[1]
+        return loss
+
+    def optimizer(built: Any) -> torch.optim.Optimizer:
+        device = arena.topology.device.type
+        found: torch.optim.Optimizer = built.configure_optimizers(
+            settings.weight_decay, settings.lr, settings.betas, device
+        )
+        return found
+
+    return model, compute, optimizer
+
+
+PEERS: dict[str, Callable[[Arena], Built]] = {"bare": _bare, "gpt2": _gpt2, "nanogpt": _nanogpt}
+
+
+def one_round(arena: Arena, contender: Contender, steps: int) -> dict[str, Any]:
+    """Let a contender take its steps: seconds per step, as a whole and by phase."""
+    accelerator = get_accelerator()
+    gc.collect()
+    accelerator.synchronize()
+    arena.topology.barrier()
+    contender.marks.points.clear()
+    contender.marks("other")
+    began, worked = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        contender.step()
+    accelerator.synchronize()
+    took, worked = time.perf_counter() - began, time.process_time() - worked
+    contender.marks("other")
+    accelerator.synchronize()
+    parts = contender.marks.seconds()
+    per_step = {name: value / steps for name, value in parts.items()}
+    return {"step_s": took / steps, "cpu_s": worked / steps, "parts_s": per_step}
+
+
+def peaks(arena: Arena, before: dict[str, float]) -> dict[str, float]:
+    """FLOP/s of square GEMMs on all ranks together, the best so far: also of the machine's busy times."""
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        own = torch.tensor(engines.measured_peak(dtype, 0.1, arena.topology.device), device=arena.topology.device)
+        found[name] = max(before.get(name, 0.0), float(arena.topology.sum(own)))
+    return found
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Build, warm up, time in rounds. UserError and torch's errors where that does not work out."""
+    arena = Arena(job)
+    base = arena.topology.gather(_memory(arena))
+    contenders = {name: arena.contender(name) for name in job["contenders"]}
+    for contender in contenders.values():
+        for _ in range(WARM_UP_STEPS):
+            contender.step()
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # as training does
+    best: dict[str, float] = {}
+    found: dict[str, list[Any]] = {name: [] for name in contenders}
+    for _ in range(job["rounds"]):
+        for name, contender in contenders.items():
+            found[name].append(one_round(arena, contender, job["steps"]))
+        best = peaks(arena, best)
+    return {
+        "device": arena.topology.device.type,
+        "precision": arena.precision,
+        "kernels": arena.kernels,
+        "stage": zero_stage(arena.ds_config),
+        "ranks": arena.topology.world,
+        "threads": arena.threads,
+        "micro_batch": arena.plan.micro_batch,
+        "accumulation": arena.plan.accumulation,
+        "tokens_per_step": arena.run.train.global_batch_tokens,
+        "flops_per_token": flops_per_token(arena.config, arena.run.data.seq_len),
+        "peak_flops": _peak(arena, best),
+        "gemm_flops": best,
+        "base_gib": max(base),
+        "memory_gib": max(arena.topology.gather(_memory(arena))),
+        "rounds": found,
+        "losses": {name: contender.loss() for name, contender in contenders.items()},
+    }
+
+
+def _peak(arena: Arena, gemm: dict[str, float]) -> float:
+    """What MFU refers to: as engine.peak_flops, but with the best GEMM of all rounds on CPUs."""
+    if arena.topology.device.type == "cuda":
+        return arena.topology.world * engines.datasheet_peak(arena.topology.device)
+    return gemm["fp32"] if arena.precision == "fp32" else max(gemm.values())
+
+
+def _memory(arena: Arena) -> float:
+    """The most memory this process has had: the device's, or on CPUs its own."""
+    if arena.topology.device.type == "cuda":
+        return run_folder.memory_gib("cuda")
+    words = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()
+    return int(words[0]) / 2**20
+
+
+def reason(error: BaseException) -> str:
+    """Why a job failed, in a line."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "out of memory"
+    return text.splitlines()[0] if isinstance(error, (UserError, DataError)) else f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def _reported(result: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(FileExistsError), result.open("x") as file:  # the first rank that fails knows why
+            json.dump({"error": reason(error)}, file)
+        raise
+
+
+def main() -> None:
+    """Run the job that the command line names."""
+    path = next(Path(word) for word in sys.argv[1:] if word.endswith(".json"))
+    result = path.with_suffix(".result.json")
+    with _reported(result), Chatter(), engines.quiet(path.with_suffix(".log")):
+        found = run_job(json.loads(path.read_text()))
+    if int(os.environ.get("RANK", 0)) == 0:
+        result.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
