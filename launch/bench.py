@@ -21,6 +21,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -128,6 +130,7 @@ def _peers(run: RunFile, nanogpt: Path | None, precision: str | None) -> list[st
 
 def bench(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Measure everything, saying each row as it is found; returns the rows."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes are ended first
     say(_line(COLUMNS))
     say(_line(["---"] * len(COLUMNS)))
     rows = []
@@ -169,15 +172,28 @@ def _run(plan: Plan, setting: dict[str, Any], contenders: list[str], rounds: int
             return {"error": str(error)}
         alone = [sys.executable, str(CONTEST), str(job)]
         command = alone if plan.ranks == 1 else launcher_command(plan.ranks, [str(job)], CONTEST)
-        done = subprocess.run(command, capture_output=True, text=True)
+        code, errors = _finished(command)
         result = job.with_suffix(".result.json")
         if result.is_file():
             found: dict[str, Any] = json.loads(result.read_text())
             return found
-    if done.returncode in (-9, 137):
+    if code in (-9, 137):
         return {"error": "killed, by the kernel for want of memory perhaps"}
-    last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-    return {"error": f"exit code {done.returncode}: {last}"}
+    last = (errors.strip().splitlines() or ["no word"])[-1]
+    return {"error": f"exit code {code}: {last}"}
+
+
+def _finished(command: list[str]) -> tuple[int, str]:
+    """Wait for processes to end; returns (exit code, what they complained of). They do not outlive this one's end."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, errors = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # ranks take SIGTERM for a wish to save and stop
+            raise
+    return process.returncode, errors
 
 
 def _row(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import Workspace
@@ -20,12 +23,17 @@ TINY = ["model.max_seq_len=32", "train.precision=fp32", "eval.every_steps=0", "d
 MODEL: dict[str, Any] = {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 257, "max_seq_len": 32}
 
 
-def bench(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, on the tests' tiny model."""
+def command(workspace: Workspace, *arguments: str) -> list[str]:
+    """packspeed bench, on the tests' tiny model."""
     sets = [part for text in TINY for part in ("--set", text)]
-    command = [str(Path(sys.executable).with_name("packspeed")), "bench", str(workspace.run_file), *sets, *arguments]
+    return [str(Path(sys.executable).with_name("packspeed")), "bench", str(workspace.run_file), *sets, *arguments]
+
+
+def bench(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, done."""
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env | {"OMP_NUM_THREADS": "1"})
+    env |= {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(workspace, *arguments), capture_output=True, text=True, timeout=900, env=env)
 
 
 def check(row: dict[str, Any], peak: str = "fp32") -> None:
@@ -95,6 +103,25 @@ def test_a_bad_flag_is_refused(
         main()
     assert end.value.code == 2
     assert word in capsys.readouterr().err
+
+
+def ranks_below(pid: int) -> list[psutil.Process]:
+    """The ranks among a process's descendants; those that come and go meanwhile are none."""
+    ranks = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            ranks += [process] if "RANK" in process.environ() else []
+    return ranks
+
+
+def test_its_processes_end_with_it(workspace: Workspace) -> None:
+    bench = subprocess.Popen(command(workspace, "--rounds", "9999", "--ranks", "2"), stdout=subprocess.DEVNULL)
+    while not (ranks := ranks_below(bench.pid)):
+        assert bench.poll() is None
+        time.sleep(0.1)
+    bench.terminate()
+    assert bench.wait(timeout=60) != 0
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
 
 
 def test_out_of_memory_is_called_that() -> None:
