@@ -35,8 +35,8 @@ class Crew:
         for worker in self._workers:
             worker.communicate()
 
-    def do(self, units: Sequence[Unit], report: Report) -> Iterator[Receipt]:
-        """Do the units, each by whichever worker is free; yields receipts as they come. DataError from any of them."""
+    def do(self, units: Sequence[Unit], report: Report) -> Iterator[tuple[int, Receipt]]:
+        """Do the units, each by whichever worker is free; yields (number, receipt) as they come. DataError from any."""
         waiting, busy = list(reversed(units)), 0
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
@@ -50,7 +50,7 @@ class Crew:
                         continue
                     if "receipt" in message:
                         busy -= 1
-                        yield Receipt(**message["receipt"])
+                        yield message["done"], Receipt(**message["receipt"])
                     if waiting:
                         busy += 1
                         _order(key.data, waiting.pop())

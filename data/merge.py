@@ -1,15 +1,17 @@
 """Finished work units to the shards of a dataset: drop duplicates, split, shuffle if asked, copy.
 
-Nothing here depends on who did the units. Documents keep the order of the sources, or with `shuffle_seed` are sorted
-by a keyed 64-bit hash of their number, which is a uniform shuffle: they are dealt by the first bits of that hash into
-bucket files and each bucket is read by itself (shuffle.py), so memory stays small and the disk is used in order.
+Nothing here depends on who did the units, or when: without duplicates to drop and without a shuffle, units are copied
+in their order as they become ready, while others are still being done. Documents keep the order of the sources, or with
+`shuffle_seed` are sorted by a keyed 64-bit hash of their number, which is a uniform shuffle: they are dealt by the
+first bits of that hash into bucket files and each bucket is read by itself (shuffle.py), so memory stays small and the
+disk is used in order.
 Exact duplicates, by xxh3-128 of the text, are found bucket by bucket too; the first of them stays.
 Cost: one copy, about 0.5 GB/s; memory: the documents of one unit, 24 bytes each, and one bucket.
 """
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,15 +51,30 @@ class Merged:
 
 
 class Merge:
-    """The finished units of a folder, numbered 0 to units - 1, in the dataset's dtype."""
+    """The units of a folder, numbered 0 to units - 1, in the dataset's dtype. `ready` returns once a unit is done."""
 
-    def __init__(self, folder: Path, units: int, dtype: str, dedup: bool, shuffle_seed: int | None):
+    def __init__(
+        self,
+        folder: Path,
+        units: int,
+        dtype: str,
+        dedup: bool,
+        shuffle_seed: int | None,
+        ready: Callable[[int], None],
+    ):
         self.folder, self.units, self.itemsize = folder, units, np.dtype(dtype).itemsize
-        self.shuffle_seed = shuffle_seed
+        self.shuffle_seed, self._ready = shuffle_seed, ready
         self.found = Merged()
-        self._first = np.cumsum([0, *(self._documents(unit) for unit in range(units))])
-        self.found.documents = int(self._first[-1])
         self._dropped = self._duplicates() if dedup else None
+
+    def few(self) -> bool:
+        """Whether fewer documents stay than a split by hash needs."""
+        documents = -self.found.duplicates
+        for unit in range(self.units):
+            documents += self._documents(unit)
+            if documents >= FEW_DOCUMENTS:
+                return False
+        return True
 
     def split(self, train: ShardWriter, val: ShardWriter, val_fraction: float) -> Merged:
         """Write every document to its side, chosen by its hash; the writers stay open."""
@@ -85,6 +102,7 @@ class Merge:
                 yield Piece(file, offsets, table)
 
     def _documents(self, unit: int) -> int:
+        self._ready(unit)
         return os.path.getsize(unit_path(self.folder, unit, ".docs")) // DOCUMENT.itemsize
 
     def _in_order(self) -> Iterator[Piece]:
@@ -93,18 +111,22 @@ class Merge:
 
     def _numbered(self) -> Iterator[tuple[npt.NDArray[np.int64], Piece]]:
         """The documents of every unit that stay, with their numbers in the whole."""
+        first = 0
         for unit in range(self.units):
+            self._ready(unit)
             table = np.fromfile(unit_path(self.folder, unit, ".docs"), dtype=DOCUMENT)
             sizes = table["tokens"] * self.itemsize
             offsets = np.cumsum(sizes) - sizes
-            numbers = np.arange(self._first[unit], self._first[unit + 1])
+            numbers = np.arange(first, first + len(table))
+            first += len(table)
             if self._dropped is not None:
-                stays = ~np.array(self._dropped[self._first[unit] : self._first[unit + 1]], dtype=bool)
+                stays = ~np.array(self._dropped[numbers], dtype=bool)
                 table, offsets, numbers = table[stays], offsets[stays], numbers[stays]
             with open(unit_path(self.folder, unit, ".bin"), "rb") as stream:
                 yield numbers, Piece(stream.fileno(), offsets, table)
 
     def _count(self, table: Table) -> None:
+        self.found.documents += len(table)
         self.found.hash_sum += _sum(table["low"]) + (_sum(table["high"]) << 64)
 
     def _duplicates(self) -> npt.NDArray[np.bool_]:
@@ -114,7 +136,7 @@ class Merge:
             names = [Path(folder) / str(bucket) for bucket in range(DEDUP_BUCKETS)]
             self._deal(names, record)
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                file.truncate(max(1, self.found.documents))
+                file.truncate(max(1, sum(self._documents(unit) for unit in range(self.units))))
                 dropped = np.memmap(file, dtype=bool, mode="r+")
             for name in names:
                 rows = np.fromfile(name, dtype=record) if name.exists() else np.empty(0, dtype=record)
@@ -123,16 +145,18 @@ class Merge:
                 same = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
                 dropped[rows["number"][1:][same]] = True
                 self.found.duplicates += int(same.sum())
-        self.found.documents -= self.found.duplicates
         return dropped
 
     def _deal(self, names: list[Path], record: np.dtype[np.void]) -> None:
         """The hashes of all documents into one file per first byte."""
+        first = 0
         for unit in range(self.units):
+            self._ready(unit)
             table = np.fromfile(unit_path(self.folder, unit, ".docs"), dtype=DOCUMENT)
             rows = np.empty(len(table), dtype=record)
             rows["high"], rows["low"] = table["high"], table["low"]
-            rows["number"] = np.arange(self._first[unit], self._first[unit + 1])
+            rows["number"] = np.arange(first, first + len(table))
+            first += len(table)
             buckets = (rows["high"] >> np.uint64(56)).astype(np.int64)
             rows = rows[np.argsort(buckets, kind="stable")]
             ends = np.cumsum(np.bincount(buckets, minlength=DEDUP_BUCKETS))

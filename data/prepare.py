@@ -2,6 +2,7 @@
 
     sources -> units of about 32 MiB -> tokens of each unit and a receipt -> merge: duplicates, split, shuffle, shards
 
+The merge runs in a thread beside the encoding.
 Every document is encoded on its own and ended by EOT. Validation documents are chosen by a keyed xxh3 hash of their
 bytes, so the same document falls on the same side in every dataset, whatever stands around it. Fewer than 100 documents
 (one text file, say) are too few for that: then the tail of the token stream is validation (tail.py).
@@ -17,8 +18,10 @@ import dataclasses
 import fcntl
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +40,7 @@ from packspeed.data.dataset import (
 )
 from packspeed.data.encode import Choice
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.merge import FEW_DOCUMENTS, Merge, Merged
+from packspeed.data.merge import Merge, Merged
 from packspeed.data.shards import ShardWriter
 from packspeed.data.sources import find_sources
 from packspeed.data.tail import split_tail
@@ -131,9 +134,13 @@ def prepare(
     if workers < 1:
         raise UsageError(f"workers {workers} must be at least 1.")
     job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, overwrite, options)
-    with job.failing_cleanly(), job.alone():
-        job.do(workers, encoder, progress, only_merge=only_merge)
-        return job.merge(list(sources))
+    with job.failing_cleanly(), job.alone(), ThreadPoolExecutor(1, "packspeed-merge") as pool:
+        merging = pool.submit(job.merge, list(sources))
+        try:
+            job.do(workers, encoder, progress, only_merge=only_merge)
+        finally:
+            job.finished.close()
+        return merging.result()
 
 
 def prepare_part(
@@ -182,6 +189,7 @@ class _Preparation:
         found = find_sources(sources, include=include, exclude=exclude, outside=folder)
         self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
         self.created = not folder.exists()
+        self.finished = _Finished()
         _claim(folder, overwrite)
         with self.failing_cleanly():
             self.tokenizer_file = self.tokenizer.save(folder)
@@ -211,7 +219,11 @@ class _Preparation:
             )
         meter = _Meter(mine, [r for r in receipts.values() if r], progress)
         bad = sum(receipt.bad for receipt in receipts.values() if receipt)
-        for receipt in self._run(todo, workers, encoder, meter):
+        for unit in mine:
+            if receipts[unit.number] is not None:
+                self.finished.add(unit.number)
+        for number, receipt in self._run(todo, workers, encoder, meter):
+            self.finished.add(number)
             bad += receipt.bad
             if bad > self.options.skip_bad:
                 raise DataError(
@@ -220,30 +232,29 @@ class _Preparation:
                 )
         return len(mine)
 
-    def _run(self, units: list[Unit], workers: int, encoder: Choice, meter: "_Meter") -> Iterator[Receipt]:
+    def _run(self, units: list[Unit], workers: int, encoder: Choice, meter: "_Meter") -> Iterator[tuple[int, Receipt]]:
         workers = min(workers, len(units))
         if workers > 1:
             with Crew(self.units_folder, workers, self.options.skip_bad, encoder) as crew:
-                for receipt in crew.do(units, meter.add):
+                for number, receipt in crew.do(units, meter.add):
                     meter.finished(receipt)
-                    yield receipt
+                    yield number, receipt
         elif units:
             worker = UnitWorker(self.units_folder, self.job, self.tokenizer, self.options.skip_bad, encoder)
             for unit in units:
                 receipt = worker.do(unit, meter.add)
                 meter.finished(receipt)
-                yield receipt
+                yield unit.number, receipt
 
     def merge(self, names: list[str]) -> Manifest:
-        """Make the shards and the manifest from finished units, then remove the units."""
-        options = self.options
-        merge = Merge(self.units_folder, len(self.job.units), self.dtype, options.dedup, options.shuffle_seed)
-        if not merge.found.documents:
-            shutil.rmtree(self.units_folder)  # nothing worth keeping
-            raise DataError(f"There is no text in {', '.join(names)}: every document is empty or was passed over.")
+        """Make the shards and the manifest, waiting for each unit to be finished, then remove the units."""
+        options, units = self.options, len(self.job.units)
+        merge = Merge(
+            self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, ready=self.finished.wait
+        )
         train, val = (ShardWriter(self.folder, split, self.dtype, options.shard_tokens) for split in ("train", "val"))
         try:
-            if options.val_fraction > 0 and merge.found.documents < FEW_DOCUMENTS:
+            if options.val_fraction > 0 and merge.few():
                 method = "tail"
                 merged = split_tail(merge, self.tokenizer, self.dtype, train, val, options.val_fraction)
             else:
@@ -253,6 +264,9 @@ class _Preparation:
         finally:
             train.abandon()
             val.abandon()
+        if not merged.documents:
+            shutil.rmtree(self.units_folder)  # nothing worth keeping
+            raise DataError(f"There is no text in {', '.join(names)}: every document is empty or was passed over.")
         manifest = self._manifest(names, method, shards, merged)
         write_file(self.folder / MANIFEST, manifest_json(manifest))
         shutil.rmtree(self.units_folder)
@@ -293,7 +307,7 @@ class _Preparation:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UsageError(f"Another prepare is at work in {self.folder}. Wait for it, or stop it.") from error
-            remove_leftovers(self.units_folder)
+            _clear(self.folder, keep_units=True)  # what a killed run was writing
             yield
 
     @contextlib.contextmanager
@@ -314,6 +328,32 @@ class _Preparation:
                     f"{self.folder} cannot be written: {error.strerror or error}. {left or 'Nothing is left there.'}"
                 ) from error
             raise
+
+
+class _Finished:
+    """The numbers of the units that are done, for a thread that waits for them."""
+
+    def __init__(self) -> None:
+        self._numbers, self._changed, self._closed = set[int](), threading.Condition(), False
+
+    def add(self, number: int) -> None:
+        """A unit is done."""
+        with self._changed:
+            self._numbers.add(number)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No other unit will be done: whoever waits for one gives up."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def wait(self, number: int) -> None:
+        """Return once a unit is done. DataError where it never will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or number in self._numbers)
+            if number not in self._numbers:
+                raise DataError(f"Unit {number} is not done.")
 
 
 class _Meter:
