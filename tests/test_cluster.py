@@ -128,15 +128,14 @@ def test_three_hosts_give_the_curve_of_one(cluster: Cluster, workspace: Workspac
     assert [entry["kind"] for entry in launch.history()] == ["finished"]
 
 
-@pytest.mark.parametrize("slots", [[1, 1], [1, 1, 1, 1]], ids=["two hosts", "four hosts"])
-def test_deepspeed_typed_by_hand(cluster: Cluster, workspace: Workspace, reference: None, slots: list[int]) -> None:
-    launch = Launch(cluster, workspace, f"by-hand-{len(slots)}", slots, by_hand=True)
+def test_deepspeed_typed_by_hand_runs_on_four_hosts(cluster: Cluster, workspace: Workspace, reference: None) -> None:
+    launch = Launch(cluster, workspace, "by-hand", [1, 1, 1, 1], by_hand=True)
     said = launch.end()
     launch.check()
-    assert f"x {len(slots)} ranks" in said
+    assert "x 4 ranks" in said
 
 
-def test_openmpi_launches_too(cluster: Cluster, workspace: Workspace, reference: None) -> None:
+def test_openmpi_runs_on_two_hosts(cluster: Cluster, workspace: Workspace, reference: None) -> None:
     launch = Launch(cluster, workspace, "openmpi", [1, 1], "--launcher", "openmpi")
     launch.end()
     launch.check()
