@@ -161,15 +161,16 @@ def _killed(plan: Plan, name: str, say: Say) -> str:
     """Train until plan.kill_at, kill plan.victim, wait for the rest to end; returns what was done."""
     with _launched(plan, name, plan.ranks) as process:
         metrics = plan.folder / name / "metrics.jsonl"
+        ranks: list[psutil.Process] = []
         while _steps(metrics) < plan.kill_at:
+            if len(ranks) < plan.ranks:  # looked for while they start: it takes longer than a small model's steps
+                family, ranks = _family(process), spawn.rank_processes(process.pid)
             if process.poll() is not None:
                 raise UserError(
                     f"the run to be killed after step {plan.kill_at} ended before: {_last_words(plan, name)}. "
                     f"Its log: {_log(plan, name)}"
                 )
             time.sleep(0.002)
-        family = _family(process)
-        ranks = spawn.rank_processes(process.pid)
         victims = {"one rank": ranks[-1:], "all ranks": ranks, "the launcher": [p for p in family if p not in ranks]}
         for victim in victims[plan.victim]:
             with suppress(psutil.NoSuchProcess):

@@ -45,11 +45,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launcher_command(ranks: int, train_args: Sequence[str], script: Path = TRAIN) -> list[str]:
+def launcher_command(ranks: int, train_args: Sequence[str], script: Path | None = None) -> list[str]:
     """The command a user could type: deepspeed --num_gpus N launch/train.py ..."""
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
-        "--log_level", "warning", str(script), *train_args,
+        "--log_level", "warning", str(script or TRAIN), *train_args,
     ]  # fmt: skip
 
 
