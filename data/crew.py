@@ -22,8 +22,9 @@ class Crew:
 
     def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str):
         command = [sys.executable, "-m", "packspeed.data.unit_work", str(folder), str(skip_bad), encoder]
+        # Unbuffered: of two messages that come at once, a buffer would hide the second from the selector, for ever.
         self._workers = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(workers)
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) for _ in range(workers)
         ]
 
     def __enter__(self) -> "Crew":

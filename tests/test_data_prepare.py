@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from packspeed.data import encode, units
+from packspeed.data import crew, encode, units
 from packspeed.data.dataset import Manifest, TokenDataset, load_manifest
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.prepare import Progress, prepare, prepare_part
@@ -254,6 +254,16 @@ def test_any_number_of_workers_and_tasks_gives_the_same_bytes(tmp_path: Path, mo
     stream = documents(tmp_path / "one", "train")
     assert stream[: len(TEXTS) // 2] == [text for text in TEXTS if text in set(stream)][: len(TEXTS) // 2]
     assert stream[-1] == "one file"
+
+
+@pytest.mark.timeout(60)
+def test_messages_that_pile_up_are_all_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent that comes late to its workers' pipes finds several messages in each."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
+    listen = crew._listen
+    monkeypatch.setattr(crew, "_listen", lambda worker: (time.sleep(0.05), listen(worker))[1])
+    manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", "bytes", workers=2)
+    assert manifest.source.documents == len(TEXTS)
 
 
 def test_the_encoders_agree(tmp_path: Path) -> None:
