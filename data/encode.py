@@ -106,8 +106,10 @@ class _Gigatoken:
         joined = mark.join([*texts, b""])
         ids: npt.NDArray[np.uint32] = self._tokenizer.encode(joined)
         ends = np.flatnonzero(ids == self._eot_id)
-        if len(ends) != len(texts):  # one of the texts holds the mark
-            return None
+        if len(ends) != len(texts):
+            if joined.count(mark) != len(texts):
+                return None
+            raise DataError(f"gigatoken found {len(ends)} documents in {len(texts)}. Prepare with --encoder tiktoken.")
         if _resident_bytes() > self._first_bytes + GROWTH_BYTES:
             self._tokenizer = None  # first, so that there are never two
             self._tokenizer = self._load()

@@ -11,6 +11,7 @@ Cost: one copy, about 0.5 GB/s; memory: the documents of one unit, 24 bytes each
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from packspeed.data.errors import DataError
 from packspeed.data.shards import ShardWriter
 from packspeed.data.shuffle import shuffled
 from packspeed.data.units import DOCUMENT, unit_path
@@ -48,6 +50,32 @@ class Merged:
     documents: int = 0
     duplicates: int = 0
     hash_sum: int = 0
+
+
+class Finished:
+    """The numbers of the units that are done, for a thread that waits for them."""
+
+    def __init__(self) -> None:
+        self._numbers, self._changed, self._closed = set[int](), threading.Condition(), False
+
+    def add(self, number: int) -> None:
+        """A unit is done."""
+        with self._changed:
+            self._numbers.add(number)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No other unit will be done: whoever waits for one gives up."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def wait(self, number: int) -> None:
+        """Return once a unit is done. DataError where it never will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or number in self._numbers)
+            if number not in self._numbers:
+                raise DataError(f"Unit {number} is not done.")
 
 
 class Merge:
@@ -105,20 +133,24 @@ class Merge:
         self._ready(unit)
         return os.path.getsize(unit_path(self.folder, unit, ".docs")) // DOCUMENT.itemsize
 
+    def _tables(self) -> Iterator[tuple[int, npt.NDArray[np.int64], Table]]:
+        """Every unit once it is done, with its documents' numbers in the whole, and its table."""
+        first = 0
+        for unit in range(self.units):
+            self._ready(unit)
+            table = np.fromfile(unit_path(self.folder, unit, ".docs"), dtype=DOCUMENT)
+            yield unit, np.arange(first, first + len(table)), table
+            first += len(table)
+
     def _in_order(self) -> Iterator[Piece]:
         for _, piece in self._numbered():
             yield piece
 
     def _numbered(self) -> Iterator[tuple[npt.NDArray[np.int64], Piece]]:
         """The documents of every unit that stay, with their numbers in the whole."""
-        first = 0
-        for unit in range(self.units):
-            self._ready(unit)
-            table = np.fromfile(unit_path(self.folder, unit, ".docs"), dtype=DOCUMENT)
+        for unit, numbers, table in self._tables():
             sizes = table["tokens"] * self.itemsize
             offsets = np.cumsum(sizes) - sizes
-            numbers = np.arange(first, first + len(table))
-            first += len(table)
             if self._dropped is not None:
                 stays = ~np.array(self._dropped[numbers], dtype=bool)
                 table, offsets, numbers = table[stays], offsets[stays], numbers[stays]
@@ -149,14 +181,10 @@ class Merge:
 
     def _deal(self, names: list[Path], record: np.dtype[np.void]) -> None:
         """The hashes of all documents into one file per first byte."""
-        first = 0
-        for unit in range(self.units):
-            self._ready(unit)
-            table = np.fromfile(unit_path(self.folder, unit, ".docs"), dtype=DOCUMENT)
+        for _, numbers, table in self._tables():
             rows = np.empty(len(table), dtype=record)
             rows["high"], rows["low"] = table["high"], table["low"]
-            rows["number"] = np.arange(first, first + len(table))
-            first += len(table)
+            rows["number"] = numbers
             buckets = (rows["high"] >> np.uint64(56)).astype(np.int64)
             rows = rows[np.argsort(buckets, kind="stable")]
             ends = np.cumsum(np.bincount(buckets, minlength=DEDUP_BUCKETS))

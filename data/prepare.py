@@ -2,10 +2,10 @@
 
     sources -> units of about 32 MiB -> tokens of each unit and a receipt -> merge: duplicates, split, shuffle, shards
 
-The merge runs in a thread beside the encoding.
-Every document is encoded on its own and ended by EOT. Validation documents are chosen by a keyed xxh3 hash of their
-bytes, so the same document falls on the same side in every dataset, whatever stands around it. Fewer than 100 documents
-(one text file, say) are too few for that: then the tail of the token stream is validation (tail.py).
+The merge runs in a thread beside the encoding. Every document is encoded on its own and ended by EOT. Validation
+documents are chosen by a keyed xxh3 hash of their bytes, so the same document falls on the same side in every dataset,
+whatever stands around it. Fewer than 100 documents (one text file, say) are too few for that: then the tail of the
+token stream is validation (tail.py).
 
 The dataset depends on sources and options alone: any number of workers, tasks, kills and continuations gives
 the same bytes. A killed run leaves `.units/` and no manifest, which no reader takes for a dataset; the same command
@@ -18,7 +18,6 @@ import dataclasses
 import fcntl
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ from packspeed.data.dataset import (
 )
 from packspeed.data.encode import Choice
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.merge import Merge, Merged
+from packspeed.data.merge import Finished, Merge, Merged
 from packspeed.data.shards import ShardWriter
 from packspeed.data.sources import find_sources
 from packspeed.data.tail import split_tail
@@ -189,7 +188,7 @@ class _Preparation:
         found = find_sources(sources, include=include, exclude=exclude, outside=folder)
         self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
         self.created = not folder.exists()
-        self.finished = _Finished()
+        self.finished = Finished()
         _claim(folder, overwrite)
         with self.failing_cleanly():
             self.tokenizer_file = self.tokenizer.save(folder)
@@ -328,32 +327,6 @@ class _Preparation:
                     f"{self.folder} cannot be written: {error.strerror or error}. {left or 'Nothing is left there.'}"
                 ) from error
             raise
-
-
-class _Finished:
-    """The numbers of the units that are done, for a thread that waits for them."""
-
-    def __init__(self) -> None:
-        self._numbers, self._changed, self._closed = set[int](), threading.Condition(), False
-
-    def add(self, number: int) -> None:
-        """A unit is done."""
-        with self._changed:
-            self._numbers.add(number)
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """No other unit will be done: whoever waits for one gives up."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    def wait(self, number: int) -> None:
-        """Return once a unit is done. DataError where it never will be."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or number in self._numbers)
-            if number not in self._numbers:
-                raise DataError(f"Unit {number} is not done.")
 
 
 class _Meter:

@@ -148,17 +148,22 @@ def test_the_cache_is_bounded(local: TokenDataset, server: Server, tmp_path: Pat
         assert cached_bytes(tmp_path) <= limit + 32_000  # the thread ahead may be about to make room
 
 
-def test_a_run_outlives_the_server(local: TokenDataset, server: Server, tmp_path: Path) -> None:
-    """Killed with -9 between two steps, back a second later: the run waits and reads the same."""
-    expected = [loader(local).batch_hash(step) for step in range(8)]
-    far = RemoteDataset(URL, tmp_path, 3 * 32_000 / 1e9)
+def through_a_restart(server: Server, far: TokenDataset) -> list[str]:
+    """The hashes of eight batches, with kill -9 of the server after the third; it is back a second later."""
     found = [loader(far).batch_hash(step) for step in range(3)]
     server.kill()
     revival = threading.Timer(1.0, server.start)
     revival.start()
     found += [loader(far).batch_hash(step) for step in range(3, 8)]
     revival.join()
-    assert found == expected
+    return found
+
+
+def test_a_run_outlives_the_server(local: TokenDataset, server: Server, tmp_path: Path) -> None:
+    """Killed with -9 between two steps, back a second later: the run waits and reads the same."""
+    expected = [loader(local).batch_hash(step) for step in range(8)]
+    far = RemoteDataset(URL, tmp_path, 3 * 32_000 / 1e9)
+    assert through_a_restart(server, far) == expected
     server.kill()
     start_without_store = RemoteDataset(URL, tmp_path, 3 * 32_000 / 1e9)
     assert start_without_store.fingerprint == local.fingerprint
@@ -172,12 +177,7 @@ def test_other_stores(local: TokenDataset, kind: type[Server], tmp_path: Path, m
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks by gRPC, which no emulator speaks
     server = kind(local.path)
     far = open_dataset(server.dataset.format(url=server.url), cache_dir=tmp_path, cache_gb=3 * 32_000 / 1e9)
-    found = [loader(far).batch_hash(step) for step in range(3)]
-    server.kill()
-    revival = threading.Timer(1.0, server.start)
-    revival.start()
-    found += [loader(far).batch_hash(step) for step in range(3, 8)]
-    revival.join()
+    found = through_a_restart(server, far)
     server.kill()
     assert found == [loader(local).batch_hash(step) for step in range(8)]
 
