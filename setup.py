@@ -36,6 +36,7 @@ setup(
     },
     package_data={
         "packspeed.data": ["*.tiktoken", "*.md"],
+        "packspeed.model": ["*.cpp"],
         "packspeed.launch.configs": ["*.yaml"],
         "packspeed.launch.cluster": ["*"],
         "packspeed.ds_configs": ["*.json", "*.md"],

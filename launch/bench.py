@@ -36,7 +36,7 @@ from packspeed.launch.ds_config import load_ds_config
 from packspeed.launch.spawn import default_ranks, launcher_command
 
 CONTEST = Path(__file__).resolve().with_name("contest.py")
-KERNELS = ("auto", "eager", "compile", "triton")
+KERNELS = ("auto", "eager", "compile", "triton", "native")
 PARTS = ("forward", "backward", "step", "communication", "data", "other")
 PEER_PRECISIONS = ("fp32", "autocast", "bf16")
 COLUMNS = (

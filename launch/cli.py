@@ -109,17 +109,17 @@ def ops_build(
     overrides: Overrides = None,
 ) -> None:
     """Compile DeepSpeed's ops now, with progress, instead of in silence at the first step."""
-    from packspeed.launch import engine
+    from packspeed.launch import ops
     from packspeed.launch.config import load_run_file, solve_batch
     from packspeed.launch.ds_config import load_ds_config, resolve_ds_config
 
-    device = engine.device_type()
-    names = [engine.SHM_COMM, engine.FUSED_ADAM] if device == "cpu" else [engine.FUSED_ADAM]
+    device = ops.device_type()
+    names = [ops.SHM_COMM, ops.FUSED_ADAM] if device == "cpu" else [ops.FUSED_ADAM]
     if run_file is not None:
         run = load_run_file(run_file, overrides or [])
         plan = solve_batch(run.global_batch, run.data.seq_len, 1, 1)
-        names = engine.needed_ops(resolve_ds_config(run, load_ds_config(run.deepspeed), plan, "fp32"), device)
-    engine.build_ops(names, lambda line: print(line, flush=True))
+        names = ops.needed_ops(resolve_ds_config(run, load_ds_config(run.deepspeed), plan, "fp32"), device)
+    ops.build_ops(names, lambda line: print(line, flush=True))
     print("ops are built: " + ", ".join(name.removesuffix("Builder") for name in names))
 
 

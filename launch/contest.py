@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from packspeed.data.errors import DataError
 from packspeed.data.loader import Loader, Prefetcher
 from packspeed.launch import engine as engines
-from packspeed.launch import run_folder
+from packspeed.launch import ops, run_folder
 from packspeed.launch.checkpoint import Checkpointer
 from packspeed.launch.config import BatchPlan, RunFile, UserError, learning_rate, load_run_file, solve_batch
 from packspeed.launch.ds_config import load_ds_config, resolve_ds_config, zero_stage
@@ -181,19 +181,20 @@ class Arena:
         self.config: GPTConfig = self.run.gpt_config(self.dataset.vocab_size)
         self.precision = engines.resolve_precision(self.run.train.precision)
         engines.check_precision(self.precision)
-        self.kernels = engines.resolve_kernels(self.config.kernels)
+        self.kernels = engines.resolve_kernels(self.config.kernels, print)
         raw = load_ds_config(self.run.deepspeed)
         if job["stage"] is not None:
             raw["zero_optimization"] = (raw.get("zero_optimization") or {}) | {"stage": job["stage"]}
-        _, world, local_rank, local_size = engines.launcher_environment()
+        _, world, _, local_size = engines.launcher_environment()
         self.threads = engines.limit_threads(local_size)
         self.plan: BatchPlan = solve_batch(
             self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
         )
         self.ds_config = resolve_ds_config(self.run, raw, self.plan, self.precision)
-        if local_rank == 0:
-            engines.build_ops(engines.needed_ops(self.ds_config, engines.device_type()), print)
+        missing = ops.build_ops(ops.needed_ops(self.ds_config, ops.device_type()), print)
         self.topology = engines.start_distributed()
+        if any(ops.FUSED_ADAM in each for each in self.topology.gather(missing)):
+            ops.use_torch_adam(self.ds_config)
         self.loader: Loader = make_run_loader(self.run, self.dataset)
 
     def batches(self) -> Prefetcher:

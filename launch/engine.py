@@ -5,10 +5,6 @@
 
 Weights are drawn per parameter name (model.gpt.init_weights), under GatheredParameters at stage 3, so every stage
 and every number of ranks starts from the same bits.
-
-DeepSpeed compiles its ops with ninja at their first use, for half a minute and more, and says nothing; build_ops does
-it ahead, with a word on the screen. A build that was killed leaves a `lock` file in TORCH_EXTENSIONS_DIR for which
-every later run waits in silence, for ever (torch/utils/file_baton.py); it is cleared once no process holds it.
 """
 
 from __future__ import annotations
@@ -16,10 +12,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import datetime
-import functools
 import os
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,15 +25,11 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch.utils import cpp_extension
 
-from packspeed.launch.config import ConfigError, RunFile, UserError
+from packspeed.launch.config import ConfigError, RunFile
 from packspeed.launch.ds_config import zero_stage
+from packspeed.launch.ops import device_type, prepare_for_ops
+from packspeed.launch.optimizers import copy_first_gradients, forget_bias_products
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, param_groups
 from packspeed.model.kernels import resolve
@@ -51,11 +41,6 @@ DATASHEET_PEAK = {
 }  # fmt: skip
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-
-
-# DeepSpeed's compiled ops, by the names of their builders.
-SHM_COMM, FUSED_ADAM, CPU_ADAM = "ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"
-CPU_LION, FUSED_LION, ASYNC_IO = "CPULionBuilder", "FusedLionBuilder", "AsyncIOBuilder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +87,6 @@ def limit_threads(local_size: int) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     return torch.get_num_threads()
-
-
-def prepare_for_ops() -> None:
-    """What every process does before DeepSpeed loads its first op there."""
-    import cpuinfo
-
-    # DeepSpeed starts a process, 1.4 s each time, to ask for the CPU's name before it loads an op.
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    # Always this environment's ninja, also where the environment is not activated (a host reached by ssh): another
-    # version, the system's, discards the log of what is built, and every start would compile everything anew.
-    own = str(Path(sys.executable).parent)
-    if own not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
-        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 OPENMPI = {
@@ -169,11 +141,6 @@ def _unlink_shared_memory(topology: Topology) -> None:
         buffer.unlink()
 
 
-def device_type() -> str:
-    """What DeepSpeed runs on here: cpu, cuda, ..."""
-    return str(get_accelerator().device_name())
-
-
 def resolve_precision(wanted: str) -> str:
     """`auto` is bf16 where the device computes in it natively, else fp16 on a GPU and fp32 on a CPU."""
     if wanted != "auto":
@@ -183,12 +150,17 @@ def resolve_precision(wanted: str) -> str:
     return "bf16" if get_accelerator().is_bf16_supported() else "fp16"
 
 
-def resolve_kernels(wanted: str) -> str:
+def resolve_kernels(wanted: str, say: Callable[[str], None]) -> str:
     """What model.kernels comes to on this device; raises ConfigError for kernels that cannot run here."""
-    try:
-        return resolve(wanted, device_type())
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = resolve(wanted, device_type())
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from None
+    for warning in caught:
+        say(f"note: {warning.message}")
+    return found
 
 
 def check_precision(precision: str) -> None:
@@ -272,126 +244,15 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> 
     )
     if deepcompile:
         engine.compile()  # without this call DeepSpeed ignores the block, with a warning at each step
-    _forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
+    forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
+    copy_first_gradients(engine.optimizer)
     return engine
-
-
-def _forget_bias_products(optimizer: Any, betas: tuple[float, float]) -> None:
-    """Make the bias correction of DeepSpeed's CPU Adams a function of the step alone.
-
-    Their C++ kernel (csrc/includes/cpu_adam.h, IncrementStep) keeps beta^t as a running product, and takes pow(beta, t)
-    only after a jump, such as a resume: the last bit differs, and so does every loss from there on. Before each step
-    the kernel updates one dummy number at a far step, so that it jumps, and takes pow, always.
-    """
-    optimizer = getattr(optimizer, "aux_optimizer", None) or optimizer  # Muon's Adam
-    p, g, m, v = (torch.zeros(1) for _ in range(4))
-    far_step, lr, eps, weight_decay = 2**30, 0.0, 1.0, 0.0
-
-    def forget(*_: Any) -> None:
-        settings = (lr, *betas, eps)
-        if isinstance(optimizer, DeepSpeedCPUAdam):
-            optimizer.ds_opt_adam.adam_update(optimizer.opt_id, far_step, *settings, weight_decay, True, p, g, m, v)
-        else:
-            mode, skip = optimizer.adam_w_mode, optimizer._dummy_overflow_buf
-            lists = [[g], [p], [m], [v]]
-            optimizer.multi_tensor_adam(1, skip, lists, *settings, far_step, mode, 1, weight_decay)
-
-    if isinstance(optimizer, DeepSpeedCPUAdam) or (isinstance(optimizer, FusedAdam) and device_type() == "cpu"):
-        optimizer.register_step_pre_hook(forget)
 
 
 def set_learning_rate(engine: Any, lr: float, muon_scale: float) -> None:
     """Give every parameter group this step's learning rate; Muon's groups get muon_scale times it."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * (muon_scale if group.get("use_muon") else 1.0)
-
-
-class GradientGate:
-    """Shows the global L2 norm of the gradients before clipping; keeps the optimizer from a step that judge refuses.
-
-    DeepSpeed's ZeRO optimizers discard a step whose norm is invalid, on all ranks together: a step that `judge(norm)`
-    refuses is shown to them as one. Where only the loss is wrong, stage 3 asks before Muon touches its momentum.
-    """
-
-    def __init__(self, engine: Any, judge: Callable[[float | None], bool]) -> None:
-        self.judge = judge
-        self.norm = float("nan")
-        self.closed = False
-        optimizer = engine.optimizer
-        if isinstance(optimizer, BF16_Optimizer):
-            self._gate_bf16(optimizer)
-        elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            self._gate_stage3(optimizer)
-        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-            self._gate_stage12(optimizer)
-        else:
-            self._gate_plain(engine)
-
-    def open(self) -> None:
-        """Begin a step."""
-        self.norm, self.closed = float("nan"), False
-
-    def _refuses(self, norm: Any, scale: float = 1.0) -> bool:
-        """Take note of a norm (negative: DeepSpeed's word for an invalid one) and ask the judge."""
-        value = float(norm)
-        self.norm = value / scale if value >= 0 else float("nan")
-        self.closed = self.judge(self.norm)
-        return self.closed
-
-    def _gate_stage12(self, optimizer: Any) -> None:
-        original, update_scale = optimizer.scaled_global_norm, optimizer._update_scale
-
-        def scaled_global_norm(norm_type: int = 2) -> Any:
-            norm = original(norm_type)
-            return torch.full_like(norm, -1.0) if self._refuses(norm, optimizer.loss_scale) else norm
-
-        optimizer.scaled_global_norm = scaled_global_norm
-        optimizer._update_scale = lambda overflow: None if self.closed else update_scale(overflow)
-
-    def _gate_stage3(self, optimizer: Any) -> None:
-        groups, check, update_scale = (
-            optimizer._get_norm_groups,
-            optimizer._overflow_check_and_loss_scale_update,
-            optimizer._update_scale,
-        )
-
-        def get_norm_groups() -> list[Any]:
-            norms = groups()
-            refused = self._refuses(combine_grad_norm_groups(norms), optimizer.loss_scale)
-            return [torch.full_like(norms[0], -1.0)] if refused else list(norms)
-
-        def overflow_check(update_scale: bool = True) -> bool:
-            check(update_scale=update_scale)
-            self.closed = self.judge(None)
-            optimizer.overflow = optimizer.overflow or self.closed
-            return bool(optimizer.overflow)
-
-        optimizer._get_norm_groups = get_norm_groups
-        optimizer._overflow_check_and_loss_scale_update = overflow_check
-        optimizer._update_scale = lambda overflow=False: None if self.closed else update_scale(overflow)
-
-    def _gate_bf16(self, optimizer: Any) -> None:
-        original = optimizer.get_grads_for_norm
-
-        def get_grads_for_norm(for_clipping: bool = False) -> Any:
-            grads = original(for_clipping)
-            if not for_clipping and self._refuses(get_global_norm_of_tensors(grads[0])):
-                return [torch.full((1,), float("nan"), device=grads[0][0].device)], {}
-            return grads
-
-        optimizer.get_grads_for_norm = get_grads_for_norm
-
-    def _gate_plain(self, engine: Any) -> None:
-        """Stage 0: DeepSpeed runs the plain optimizer and knows no norm."""
-        take, step = engine._take_model_step, engine.optimizer.step
-
-        def take_model_step(lr_kwargs: Any) -> None:
-            grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-            self._refuses(torch.nn.utils.get_total_norm(grads))
-            take(lr_kwargs)
-
-        engine._take_model_step = take_model_step
-        engine.optimizer.step = lambda *args, **kwargs: None if self.closed else step(*args, **kwargs)
 
 
 def loss_scale(engine: Any) -> float | None:
@@ -428,97 +289,3 @@ def datasheet_peak(device: torch.device) -> float:
     """FLOP/s of one GPU by its data sheet; nan where the table above has it not."""
     name = torch.cuda.get_device_name(device)
     return next((value for part, value in DATASHEET_PEAK.items() if part in name), float("nan"))
-
-
-def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:
-    """Builder names that a run with this final DeepSpeed dict loads on the given device type ("cpu", "cuda")."""
-    ops = [SHM_COMM] if device == "cpu" else []
-    zero = ds_config.get("zero_optimization") or {}
-    devices = {(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    optimizer = ds_config["optimizer"]
-    if optimizer["type"] == "Lion":
-        ops.append(CPU_LION if offload else FUSED_LION)
-    elif not optimizer["params"].get("torch_adam"):
-        ops.append(CPU_ADAM if offload else FUSED_ADAM)
-    if "nvme" in devices:
-        ops.append(ASYNC_IO)
-    return ops
-
-
-def build_ops(names: list[str], say: Callable[[str], None]) -> None:
-    """Compile and load each op; raises UserError naming the missing compiler, header or the end of ninja's log."""
-    prepare_for_ops()
-    for name in names:
-        builder = get_accelerator().create_op_builder(name)
-        if builder is None or "NotImplemented" in type(builder).__name__:
-            raise ConfigError(
-                f"DeepSpeed has no {name.removesuffix('Builder')} for {get_accelerator().device_name()}; choose "
-                "another optimizer, or a DeepSpeed configuration that steps elsewhere (zero2_offload)."
-            )
-        folder = _build_folder(builder.name)
-        _wait_for_lock(folder / "lock", say)
-        built = folder / f"{builder.name}.so"
-        if not built.exists():
-            say(
-                f"building DeepSpeed's {builder.name} with the C++ compiler (once per machine, one to five minutes) ..."
-            )
-        start = time.monotonic()
-        try:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                builder.load(verbose=False)
-        except (RuntimeError, ImportError, OSError, AssertionError) as error:
-            raise UserError(_diagnosis(builder, error)) from error
-        if time.monotonic() - start > 5:
-            say(f"built {builder.name} in {time.monotonic() - start:.0f} s -> {built}")
-
-
-def _build_folder(name: str) -> Path:
-    return Path(cpp_extension._get_build_directory(name, verbose=False))
-
-
-def _wait_for_lock(lock: Path, say: Callable[[str], None], quiet_s: float = 20.0) -> None:
-    """Wait while somebody builds; remove the lock when its owner is dead.
-
-    Dead: no process of this host has the file open, and (for a folder shared with other hosts) nothing in the
-    build folder was written for quiet_s.
-    """
-    said = False
-    while lock.exists():
-        if not _is_open_somewhere(lock) and _age_s(lock.parent) > quiet_s:
-            say(f"clearing {lock}: a build that was killed left it, and every later run would wait for it")
-            lock.unlink(missing_ok=True)
-            return
-        if not said:
-            say(f"waiting for another process that builds in {lock.parent} ...")
-            said = True
-        time.sleep(0.5)
-
-
-def _age_s(folder: Path) -> float:
-    times = [p.stat().st_mtime for p in folder.iterdir() if p.exists()]
-    return time.time() - max(times, default=0.0)
-
-
-def _is_open_somewhere(path: Path) -> bool:
-    target = str(path.resolve())
-    for fd in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(fd) == target:
-                return True
-        except OSError:
-            continue
-    return False
-
-
-def _diagnosis(builder: Any, error: BaseException) -> str:
-    text = str(error)
-    advice = "see the log above"
-    if "ninja" in text.lower() and "required" in text.lower():
-        advice = "pip install ninja"
-    elif "libaio" in text or builder.name == "async_io":
-        advice = "install the libaio headers (Debian: apt-get install libaio-dev)"
-    elif "c++" in text or "g++" in text or "Python.h" in text:
-        advice = "install a C++ compiler and Python's headers (Debian: apt-get install g++ python3-dev)"
-    tail = "\n".join(text.strip().splitlines()[-5:])
-    return f"DeepSpeed's op {builder.name} could not be built: {advice}. What the build said last:\n{tail}"

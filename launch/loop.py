@@ -20,7 +20,8 @@ import torch
 from packspeed.data.loader import Batch, Loader, Prefetcher
 from packspeed.launch.checkpoint import Checkpointer
 from packspeed.launch.config import BatchPlan, RunFile, UserError, learning_rate
-from packspeed.launch.engine import GradientGate, Topology, loss_scale, set_learning_rate
+from packspeed.launch.engine import Topology, loss_scale, set_learning_rate
+from packspeed.launch.optimizers import GradientGate
 from packspeed.launch.run_folder import Metrics, finite, memory_gib
 from packspeed.launch.watch import Clock, Guard, StopRequest
 

@@ -110,18 +110,20 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
     # Only now the slow imports: everything above answers in a fraction of a second.
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("PACKSPEED_DEEPSPEED_LOG", "WARNING"))
     from packspeed.launch import engine as engines
+    from packspeed.launch import ops
 
-    rank, world, local_rank, local_size = engines.launcher_environment()
+    rank, world, _, local_size = engines.launcher_environment()
     speak: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
     threads = engines.limit_threads(local_size)
     precision = engines.resolve_precision(run.train.precision)
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
     engines.check_precision(precision)
-    kernels = engines.resolve_kernels(config.kernels)
-    if local_rank == 0:
-        engines.build_ops(engines.needed_ops(ds_config, engines.device_type()), speak)
+    kernels = engines.resolve_kernels(config.kernels, speak)
+    missing = ops.build_ops(ops.needed_ops(ds_config, ops.device_type()), speak)
     topology = engines.start_distributed()
+    if any(ops.FUSED_ADAM in each for each in topology.gather(missing)):
+        ops.use_torch_adam(ds_config)
     with run_folder.prepared(run.folder, topology, fresh):
         chatter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
         resolved = run_folder.resolved(run, config, precision)
@@ -238,8 +240,9 @@ def make_trainer(
     speak: Callable[[str], None],
 ) -> Trainer:
     """What a step needs, for a run that goes on after the step that `manifest` names."""
-    from packspeed.launch.engine import GradientGate, peak_flops
+    from packspeed.launch.engine import peak_flops
     from packspeed.launch.loop import Trainer
+    from packspeed.launch.optimizers import GradientGate
     from packspeed.launch.watch import FILE, Clock, Guard, StopRequest, time_collectives
 
     loader = make_run_loader(run, dataset)

@@ -43,7 +43,7 @@ class GPTConfig:
     dropout: float = 0.0  # on the embedding and on both residual branches; needs one key per sample, see kernels.py
     z_loss: float = 0.0  # z_loss * log(sum exp logits)^2 is added to the training loss of each token; PaLM's is 1e-4
     activation_checkpointing: Literal["none", "full"] | int = "none"  # n: blocks 0, n, 2n ... are recomputed
-    kernels: Literal["auto", "eager", "compile", "triton"] = "auto"  # changes speed and rounding alone, see kernels.py
+    kernels: Literal["auto", "eager", "compile", "triton", "native"] = "auto"  # rounding and speed
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "d_model", "vocab_size", "max_seq_len", "n_kv_head", "head_dim", "d_ff"):
@@ -68,7 +68,7 @@ class GPTConfig:
             "norm": ("layernorm", "rmsnorm"),
             "position": ("learned", "rope"),
             "mlp": ("gelu", "gelu_tanh", "swiglu"),
-            "kernels": ("auto", "eager", "compile", "triton"),
+            "kernels": ("auto", "eager", "compile", "triton", "native"),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:

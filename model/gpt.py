@@ -219,7 +219,8 @@ class Head(nn.Module):
 
     def __init__(self, config: GPTConfig, tied: Tensor | None = None) -> None:
         super().__init__()
-        self.vocab_size, self.kernels, self.z_loss = config.vocab_size, config.kernels, config.z_loss
+        self.vocab_size, self.z_loss = config.vocab_size, config.z_loss
+        self.kernels = "auto" if config.kernels == "compile" else config.kernels  # only blocks become graphs
         self.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.d_model)) if tied is None else tied
 
     def forward(self, x: Tensor, labels: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:

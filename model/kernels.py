@@ -1,18 +1,17 @@
 """The operations that deserve a kernel, plain: this file is what every other version of them is tested against.
 
-    plain = choose("auto", x.device)      # this module, or triton_kernels: the same functions under the same names
+    fused = choose("auto", x.device)      # this module or another with the same functions under the same names
     add_norm, rotate, activate, row_losses
 
-`model.kernels` of the run file chooses: `eager` is this file, `compile` this file through torch.compile block by block,
-`triton` triton_kernels.py, and `auto` triton on CUDA where it imports, else eager. The choice changes rounding, nothing
-else.
+`model.kernels` of the run file chooses: `eager` is this file, `compile` this file through torch.compile block by block
+(and the head, which is in no block, as `auto` has it), `triton` triton_kernels.py, `native` native_kernels.py, and
+`auto` triton on CUDA where it imports, native on CPUs with a compiler, else eager. It changes rounding and speed alone.
 
 Head and cross entropy are one function, so that the logits of all tokens never exist. It takes a chunk of rows through
 the head, turns their logits into losses and, in place, into their gradient (softmax - one_hot), and multiplies that on
 towards the input and the weight at once: the forward pass does the work of the backward pass, which only scales by the
 incoming gradient. Losses and the weight's sum over chunks are fp32. Source: Liger (https://arxiv.org/abs/2410.10989).
-The plain losses go through in blocks of rows that stay in the cache. On one core head and loss take 0.8 to 0.9 of the
-time of a loss over all logits (LOG.md), and never hold more than 128 MiB of them.
+The plain losses go through in blocks of rows that stay in the cache; never more than 128 MiB of logits exist.
 z-loss adds z log(sum exp logits)^2 per token (PaLM, https://arxiv.org/abs/2204.02311, section 5).
 
 Keyed dropout: the mask comes from a hash of the sample, not from a random number stream. A framework's dropout draws
@@ -33,6 +32,7 @@ import functools
 import importlib
 import os
 import sys
+import warnings
 from typing import Any, Protocol, cast
 
 import torch
@@ -41,8 +41,8 @@ from torch.nn import functional as F
 
 CPU_BLOCK_ELEMENTS = 1 << 18  # 1 MiB of fp32: stays in a core's L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 26  # 256 MiB of fp32: few launches, bounded memory
-CPU_CHUNK_ELEMENTS = 1 << 25  # logits that exist at once: 667 tokens of GPT-2's vocabulary, 128 MiB of fp32
-GPU_CHUNK_ELEMENTS = 1 << 28  # 5,336 tokens of it, 512 MiB of bf16: GEMMs large enough to fill the device
+CPU_CHUNK_BYTES = 1 << 27  # of logits that exist at once: 128 MiB, 667 tokens of GPT-2's vocabulary in fp32
+GPU_CHUNK_BYTES = 1 << 29  # 5,336 tokens of it in bf16: GEMMs large enough to fill the device
 
 
 class Kernels(Protocol):
@@ -66,10 +66,17 @@ class Kernels(Protocol):
 def resolve(name: str, device: str) -> str:
     """Say what `model.kernels: name` is on a type of device: `auto` becomes triton or eager.
 
-    Raises ValueError for triton where it cannot run.
+    Raises ValueError for triton and native where they cannot run.
     """
     if name == "auto":
-        return "triton" if device == "cuda" and _triton_kernels() is not None else "eager"
+        if device == "cuda":
+            return "triton" if _triton_kernels() is not None else "eager"
+        return "native" if device == "cpu" and _native_kernels() is not None else "eager"
+    if name == "native":
+        if device != "cpu":
+            raise ValueError(f"kernels = 'native' is for CPUs, and this is a {device}: choose auto.")
+        if _native_kernels() is None:
+            raise ValueError("kernels = 'native', and they do not compile (see the warning above): choose auto.")
     if name == "triton":
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"kernels = 'triton' needs a GPU, and this is a {device}: choose auto or eager.")
@@ -80,7 +87,8 @@ def resolve(name: str, device: str) -> str:
 
 def choose(name: str, device: torch.device) -> Kernels:
     """Return the kernels of `model.kernels: name`, as resolved for a device."""
-    kernels = _triton_kernels() if resolve(name, device.type) == "triton" else None
+    modules = {"triton": _triton_kernels, "native": _native_kernels}
+    kernels = modules.get(resolve(name, device.type), lambda: None)()
     return cast(Kernels, sys.modules[__name__]) if kernels is None else kernels
 
 
@@ -90,6 +98,18 @@ def _triton_kernels() -> Kernels | None:
         return cast(Kernels, importlib.import_module("packspeed.model.triton_kernels"))
     except ImportError:
         return None
+
+
+@functools.cache
+def _native_kernels() -> Kernels | None:
+    """The C++ kernels, compiled unless they were before; None, with a warning why, where that fails."""
+    native: Any = importlib.import_module("packspeed.model.native_kernels")
+    try:
+        native.build()
+    except native.BuildError as error:
+        warnings.warn(f"torch's own operations take the place of ours in C++, and are slower: {error}", stacklevel=2)
+        return None
+    return cast(Kernels, native)
 
 
 def add_norm(
@@ -173,8 +193,9 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    elements = CPU_CHUNK_ELEMENTS if rows.is_cpu else GPU_CHUNK_ELEMENTS
-    return torch.split(rows, max(1, elements // weight.size(0)))
+    size = rows.size(0) * weight.size(0) * weight.element_size()
+    count = -(-size // (CPU_CHUNK_BYTES if rows.is_cpu else GPU_CHUNK_BYTES))
+    return torch.split(rows, max(1, -(-rows.size(0) // max(1, count))))  # of the same size: a rest is a slow GEMM
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

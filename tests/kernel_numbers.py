@@ -1,7 +1,7 @@
-"""The Triton kernels in numbers: values and gradients against float64, at awkward shapes, in Triton's interpreter.
+"""The kernels in numbers: values and gradients against float64, at awkward shapes; Triton's in its interpreter.
 
 Run by test_model_kernels.py in a process of its own, because triton reads TRITON_INTERPRET when it is imported; with a
-GPU, `python -m pytest tests/kernel_numbers.py` runs the same on it.
+GPU, `python -m pytest tests/kernel_numbers.py` runs Triton's on it.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packspeed.model import kernels as plain
-from packspeed.model import triton_kernels as fused
+from packspeed.model import native_kernels, triton_kernels
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, rope_table
 
@@ -21,7 +21,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # Of a value, against float64: some roundings of fp32, one or two of bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+FUSED = {"triton": triton_kernels} | ({"native": native_kernels} if INTERPRETED else {})
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@pytest.fixture(params=FUSED)
+def fused(request: pytest.FixtureRequest) -> plain.Kernels:
+    return FUSED[request.param]
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -63,14 +69,14 @@ def test_add_norm(shape: tuple[int, ...], with_branch: bool, rms: bool, dtype: t
         return (total, normed) if with_branch else (normed,)
 
     doubles = [exact(x) for x in inputs]
-    check(run(fused, *inputs), inputs, run(plain, *doubles), doubles)
+    check(run(triton_kernels, *inputs), inputs, run(plain, *doubles), doubles)
 
 
 def test_add_norm_without_a_bias_and_far_from_zero() -> None:
     """LayerNorm of numbers around 1,000: the mean must go before the squares are summed."""
     x, weight = (normal(4, 33, dtype=torch.float32).detach() + 1000.0).requires_grad_(), normal(33, dtype=torch.float32)
     doubles = exact(x), exact(weight)
-    found = fused.add_norm(x, None, weight, None, 1e-5, False)[1]
+    found = triton_kernels.add_norm(x, None, weight, None, 1e-5, False)[1]
     expected = plain.add_norm(doubles[0], None, doubles[1], None, 1e-5, False)[1]
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -84,7 +90,7 @@ def test_rotate(batch: int, length: int, heads: int, width: int, own_positions: 
     positions = torch.arange(batch if own_positions else 1)[:, None] * 1000 + torch.arange(length)
     rope = rope_table(positions.to(DEVICE), width, 10_000.0)
     doubles = exact(wide)
-    found, expected = fused.rotate(wide[:, :, 1:-1], rope), plain.rotate(doubles[:, :, 1:-1], rope.double())
+    found, expected = triton_kernels.rotate(wide[:, :, 1:-1], rope), plain.rotate(doubles[:, :, 1:-1], rope.double())
     check([found], [wide], [expected], [doubles])
 
 
@@ -92,7 +98,7 @@ def test_rotate(batch: int, length: int, heads: int, width: int, own_positions: 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, where a sigmoid is 0: exp is infinite
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "swiglu"])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 5, 14), (2, 1030)])
-def test_activate(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_activate(fused: plain.Kernels, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (normal(*shape, dtype=dtype).detach() * 4.0).requires_grad_()
     doubles = exact(x)
     check([fused.activate(x, kind)], [x], [plain.activate(doubles, kind)], [doubles])
@@ -101,7 +107,9 @@ def test_activate(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
 @DTYPES
 @pytest.mark.parametrize(("rows", "vocab_size", "padded"), [(1, 1, 1), (3, 7, 8), (5, 100, 128), (2, 5000, 5120)])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_row_losses(rows: int, vocab_size: int, padded: int, z_loss: float, dtype: torch.dtype) -> None:
+def test_row_losses(
+    fused: plain.Kernels, rows: int, vocab_size: int, padded: int, z_loss: float, dtype: torch.dtype
+) -> None:
     """Large logits, an ignored row, and what stands in the padding does not matter."""
     logits = (normal(rows, padded, dtype=dtype).detach() * 10.0).contiguous()
     logits[:, vocab_size:] = 1e4
@@ -118,7 +126,7 @@ def test_row_losses(rows: int, vocab_size: int, padded: int, z_loss: float, dtyp
     torch.testing.assert_close(logits.double(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 10)
 
 
-def test_a_nan_reaches_the_loss() -> None:
+def test_a_nan_reaches_the_loss(fused: plain.Kernels) -> None:
     logits = torch.zeros(2, 10, device=DEVICE)
     logits[0, 3] = float("nan")
     losses = fused.row_losses(logits, torch.tensor([1, 1], device=DEVICE), 9, 0.0, True)
@@ -134,14 +142,15 @@ LLAMA = {
 VARIANT = {"mlp": "gelu", "bias": False, "z_loss": 1e-3, "dropout": 0.1, "activation_checkpointing": "full"}
 
 
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("fields", [{}, VARIANT, LLAMA], ids=["gpt2", "variant", "llama"])
-def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and all gradients within 1e-5, with the head in several chunks."""
-    for name in ("CPU_CHUNK_ELEMENTS", "GPU_CHUNK_ELEMENTS"):
-        monkeypatch.setattr(plain, name, 8 * 128)
+    for chunk in ("CPU_CHUNK_BYTES", "GPU_CHUNK_BYTES"):
+        monkeypatch.setattr(plain, chunk, 4 * 8 * 128)
     tokens = torch.randint(0, 101, (2, 13), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     results = []
-    for kernels in ("eager", "triton"):
+    for kernels in ("eager", name):
         shape: dict[str, Any] = {
             "n_layer": 2,
             "n_head": 4,

@@ -23,7 +23,7 @@ from packspeed.model.gpt import (
     param_groups,
     rope_table,
 )
-from packspeed.model.kernels import CPU_CHUNK_ELEMENTS, choose, head_loss, head_losses, rotate
+from packspeed.model.kernels import CPU_CHUNK_BYTES, choose, head_loss, head_losses, rotate
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 24}
 LLAMA: dict[str, Any] = {
@@ -76,7 +76,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(family: str) -> None:
 @pytest.mark.parametrize("ignored", [[], [0, 4, 5]])
 def test_head_and_loss_in_float64(z_loss: float, ignored: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients are those of a linear layer, F.cross_entropy and the log of the sum, whatever the cut."""
-    monkeypatch.setattr("packspeed.model.kernels.CPU_CHUNK_ELEMENTS", 4 * 13)
+    monkeypatch.setattr("packspeed.model.kernels.CPU_CHUNK_BYTES", 8 * 4 * 13)
     monkeypatch.setattr("packspeed.model.kernels.CPU_BLOCK_ELEMENTS", 3 * 13)
     x, weight = (torch.randn(n, 7, dtype=torch.float64, requires_grad=True) for n in (10, 13))
     labels = torch.randint(0, 11, (10,))
@@ -100,7 +100,7 @@ def test_the_logits_are_never_there_whole() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         head_loss(x, weight, labels, 16_384, PLAIN).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < largest <= 4 * CPU_CHUNK_ELEMENTS < 20_000 * 16_384 * 4 / 9
+    assert 0 < largest <= CPU_CHUNK_BYTES < 20_000 * 16_384 * 4 / 9
 
 
 def test_z_loss_is_trained_on_and_not_reported() -> None:

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from packspeed.model import kernels, triton_kernels
+from packspeed.model import kernels, native_kernels, triton_kernels
 from packspeed.model.config import GPTConfig
 from packspeed.model.generate import generate
 from packspeed.model.gpt import GPT, init_weights
@@ -165,10 +165,13 @@ def test_generating_compiles_nothing(graphs: Callable[[], int]) -> None:
 
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert [kernels.resolve(name, "cpu") for name in ("auto", "eager", "compile")] == ["eager", "eager", "compile"]
+    assert [kernels.resolve(name, "cpu") for name in ("auto", "eager", "compile")] == ["native", "eager", "compile"]
     assert [kernels.resolve(name, "cuda") for name in ("auto", "eager", "triton")] == ["triton", "eager", "triton"]
     assert kernels.choose("auto", torch.device("cuda")) is triton_kernels
-    assert kernels.choose("auto", CPU) is kernels
+    assert kernels.choose("auto", CPU) is native_kernels
+    assert kernels.choose("compile", CPU) is kernels
+    with pytest.raises(ValueError, match="is for CPUs, and this is a cuda"):
+        kernels.choose("native", torch.device("cuda"))
     with pytest.raises(ValueError, match="needs a GPU, and this is a cpu"):
         kernels.choose("triton", CPU)
     with pytest.raises(ValueError, match="kernels = 'fast': choose one of auto, eager"):
@@ -183,3 +186,59 @@ def test_without_triton_auto_is_eager() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "triton does not import: pip install triton" in done.stderr
     assert done.returncode == 1
+
+
+TRAINS = """
+import torch, warnings
+from packspeed.model.kernels import choose
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(choose("auto", torch.device("cpu")).__name__, len(caught), caught and caught[0].message)
+"""
+
+
+def auto_in_a_new_process(**environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINS], capture_output=True, text=True, env=os.environ | environment, check=True
+    )
+    return done.stdout
+
+
+def test_native_kernels_are_built_once_and_by_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = [sys.executable, "-c", TRAINS]
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    processes = [subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [p.communicate()[0] for p in processes] == ["packspeed.model.native_kernels 0 []\n"] * 2
+    built = list((tmp_path / "packspeed").iterdir())
+    assert len(built) == 1
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    age = built[0].stat().st_mtime_ns
+    native_kernels.build.__wrapped__()
+    assert built[0].stat().st_mtime_ns == age
+
+
+def test_without_a_compiler_auto_is_eager_and_says_so(tmp_path: Path) -> None:
+    for compiler, reason in (("/nowhere/c++", "does not start"), ("false", "cannot compile native_kernels.cpp")):
+        said = auto_in_a_new_process(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX=compiler)
+        assert said.startswith("packspeed.model.kernels 1 torch's own operations take the place of ours")
+        assert reason in said
+        assert "apt-get install g++" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_bits_do_not_depend_on_the_threads(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, x = (torch.randn(37, 3000, generator=generator).to(dtype) for _ in range(2))
+    labels = torch.randint(0, 2990, (37,), generator=generator)
+    threads, seen = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            gradient, leaf = logits.clone(), x.clone().requires_grad_()
+            losses = native_kernels.row_losses(gradient, labels, 2990, 0.0, True)
+            native_kernels.activate(leaf, "gelu").sum().backward()
+            seen.append((losses, gradient, leaf.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for each in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each, seen[0], strict=True))

@@ -1,0 +1,191 @@
+// The operations of kernels.py for CPUs: plain loops that the compiler turns into vector instructions.
+//
+// No torch header and no C++ symbol crosses the border, so this compiles in two seconds and loads through ctypes; see
+// native_kernels.py for what each function means. Rows, or elements, are shared between OpenMP threads; what one thread
+// computes never depends on how many there are, so neither do the bits. Arithmetic is fp32; bf16 is rounded where it is
+// stored.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using Index = std::int64_t;
+constexpr Index TILE = 1024;  // floats that fp32 sums before the sum goes on in fp64
+
+struct bf16 {
+    std::uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bits_of(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline float load(float value) { return value; }
+inline float load(bf16 value) { return bits_of<float>(static_cast<std::uint32_t>(value.bits) << 16); }
+
+inline void store(float& place, float value) { place = value; }
+inline void store(bf16& place, float value) {  // to the nearest, ties to even; a NaN stays one
+    const auto bits = bits_of<std::uint32_t>(value);
+    const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    place.bits = static_cast<std::uint16_t>(value == value ? rounded : 0x7FC0u);
+}
+
+// e^x to 1.5 units in the last place, 0 below -87; NaN stays NaN. x = n ln 2 + r, and a Taylor polynomial of e^r.
+inline float exp_of(float x) {
+    const float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest n
+    const float n = shifted - 12582912.0f;
+    const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 5040.0f;
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const auto power = (bits_of<std::uint32_t>(shifted) + 127u) << 23;
+    const float value = p * bits_of<float>(power);
+    return x < -87.0f ? 0.0f : (x > 88.0f ? INFINITY : value);
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+// The share of x that GELU lets through, and GELU's derivative. Abramowitz and Stegun 7.1.26 for erf: 1.5e-7 at most.
+struct Gelu {
+    float share, slope;
+};
+inline Gelu gelu(float x) {
+    const float density = exp_of(-0.5f * x * x);
+    const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * std::fabs(x));
+    const float poly =
+        t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const float tail = 0.5f * poly * density;
+    const float share = x < 0.0f ? tail : 1.0f - tail;
+    return {share, share + x * 0.39894228f * density};
+}
+inline Gelu gelu_tanh(float x) {  // (1 + tanh(u)) / 2 = sigmoid(2 u)
+    const float share = sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+    return {share, share + x * share * (1.0f - share) * 1.59576912f * (1.0f + 0.134145f * x * x)};
+}
+
+enum Kind { GELU, GELU_TANH, SWIGLU };  // as in native_kernels.py
+
+template <typename T, Kind kind>
+void activate(const T* x, T* out, Index rows, Index width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (Index row = 0; row < rows; row++) {
+        const T* a = x + row * width * (kind == SWIGLU ? 2 : 1);
+        T* to = out + row * width;
+#pragma omp simd
+        for (Index i = 0; i < width; i++) {
+            const float v = load(a[i]);
+            if constexpr (kind == SWIGLU) {
+                store(to[i], v * sigmoid(v) * load(a[width + i]));
+            } else {
+                store(to[i], v * (kind == GELU ? gelu(v) : gelu_tanh(v)).share);
+            }
+        }
+    }
+}
+
+template <typename T, Kind kind>
+void activate_backward(const T* x, const T* d_out, T* d_x, Index rows, Index width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (Index row = 0; row < rows; row++) {
+        const Index start = row * width * (kind == SWIGLU ? 2 : 1);
+        const T *a = x + start, *d = d_out + row * width;
+        T* to = d_x + start;
+#pragma omp simd
+        for (Index i = 0; i < width; i++) {
+            const float v = load(a[i]), grad = load(d[i]);
+            if constexpr (kind == SWIGLU) {
+                const float open = sigmoid(v), up = load(a[width + i]);
+                store(to[i], grad * up * open * (1.0f + v * (1.0f - open)));
+                store(to[width + i], grad * v * open);
+            } else {
+                store(to[i], grad * (kind == GELU ? gelu(v) : gelu_tanh(v)).slope);
+            }
+        }
+    }
+}
+
+// Loss of a row of logits, and its gradient over them. `powers` keeps e^(logit - highest), in the cache.
+template <typename T>
+float row_loss(T* logits, Index label, Index vocab, Index padded, float z_loss, bool with_gradient, float* powers) {
+    float highest = -INFINITY;
+#pragma omp simd reduction(max : highest)
+    for (Index i = 0; i < vocab; i++) {
+        const float v = load(logits[i]);
+        highest = v > highest ? v : highest;
+    }
+    double sum = 0.0;
+    for (Index first = 0; first < vocab; first += TILE) {
+        const Index end = first + TILE < vocab ? first + TILE : vocab;
+        float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+        for (Index i = first; i < end; i++) {
+            powers[i] = exp_of(load(logits[i]) - highest);
+            part += powers[i];
+        }
+        sum += part;
+    }
+    const float log_sum = highest + static_cast<float>(std::log(sum));
+    const float loss = label < 0 ? 0.0f : log_sum - load(logits[label]) + z_loss * log_sum * log_sum;
+    if (with_gradient) {
+        const float factor = label < 0 ? 0.0f : static_cast<float>((1.0 + 2.0 * z_loss * log_sum) / sum);
+#pragma omp simd
+        for (Index i = 0; i < vocab; i++) {
+            store(logits[i], factor * powers[i]);
+        }
+        if (label >= 0) {
+            store(logits[label], factor * powers[label] - 1.0f);
+        }
+        std::memset(logits + vocab, 0, (padded - vocab) * sizeof(T));
+    }
+    return loss;
+}
+
+template <typename T>
+void row_losses(T* logits, const Index* labels, float* losses, Index rows, Index vocab, Index padded, float z_loss,
+                int with_gradient, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> powers(vocab);
+#pragma omp for schedule(static)
+        for (Index row = 0; row < rows; row++) {
+            losses[row] =
+                row_loss(logits + row * padded, labels[row], vocab, padded, z_loss, with_gradient, powers.data());
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPORT(T)                                                                                                     \
+    extern "C" void row_losses_##T(T* logits, const Index* labels, float* losses, Index rows, Index vocab,            \
+                                   Index padded, float z_loss, int with_gradient, int threads) {                      \
+        row_losses(logits, labels, losses, rows, vocab, padded, z_loss, with_gradient, threads);                      \
+    }                                                                                                                 \
+    extern "C" void activate_##T(const T* x, T* out, Index rows, Index width, int kind, int threads) {                \
+        const auto chosen =                                                                                           \
+            kind == GELU ? activate<T, GELU> : kind == GELU_TANH ? activate<T, GELU_TANH> : activate<T, SWIGLU>;       \
+        chosen(x, out, rows, width, threads);                                                                         \
+    }                                                                                                                 \
+    extern "C" void activate_backward_##T(const T* x, const T* d_out, T* d_x, Index rows, Index width, int kind,      \
+                                          int threads) {                                                              \
+        const auto chosen = kind == GELU        ? activate_backward<T, GELU>                                          \
+                            : kind == GELU_TANH ? activate_backward<T, GELU_TANH>                                     \
+                                                : activate_backward<T, SWIGLU>;                                       \
+        chosen(x, d_out, d_x, rows, width, threads);                                                                  \
+    }
+
+using fp32 = float;
+EXPORT(fp32)
+EXPORT(bf16)
