@@ -3,10 +3,10 @@
     packspeed bench my.yaml --micro-batch 1,2,4 --kernels eager,compile --stage 0,1,2
     packspeed bench my.yaml --compare --nanogpt path/to/nanoGPT
 
-A row per setting, as a Markdown table on stdout. Every setting is measured in processes of its own (contest.py), so its
-memory is its own, and one that fails is a row that says why. With --compare the contenders' memory is measured so as
-well; their speed in one process group, in turn, and `x bare` is the median over the rounds of the bare loop's time
-by theirs, with the lowest and the highest.
+A row per setting, as a Markdown table on stdout. Every setting and every contender is measured in processes of its own
+(contest.py), so its memory and what it tells the allocator are its own, and one that fails is a row that says why. With
+--compare the contenders take turns, a round of steps each, the others asleep: what else the machine does meets all of
+them. `x bare` is the median over the rounds of the bare loop's time by theirs, with the lowest and the highest.
 
 Step: median over the rounds, with the fastest and the slowest. MFU: model FLOPs (flops_per_token in model/config.py) by
 the peak of the device, the data sheet's on GPUs and the best GEMM on CPUs; `of fp32 GEMM` and `of bf16 GEMM` are shares
@@ -18,6 +18,7 @@ also has the CPU time of a step, which other work on the machine changes least.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -27,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from packspeed.launch.spawn import default_ranks, launcher_command
 CONTEST = Path(__file__).resolve().with_name("contest.py")
 KERNELS = ("auto", "eager", "compile", "triton", "native")
 PARTS = ("forward", "backward", "step", "communication", "data", "other")
+POLL_S = 0.02
 PEER_PRECISIONS = ("fp32", "autocast", "bf16")
 COLUMNS = (
     "who", "precision", "kernels", "ZeRO", "ranks x threads", "micro batch", "step, ms", "tokens/s", "TFLOP/s", "MFU",
@@ -134,94 +137,132 @@ def bench(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
     say(_line(COLUMNS))
     say(_line(["---"] * len(COLUMNS)))
     rows = []
-    for row in _compared(plan) if plan.peers else _swept(plan):
-        rows.append(row)
-        say(_line(_cells(row)))
+    for setting in plan.settings:
+        for row in _measured(plan, setting, ["packspeed:", *plan.peers]):
+            rows.append(row)
+            say(_line(_cells(row)))
     return rows
 
 
-def _swept(plan: Plan) -> Iterator[dict[str, Any]]:
-    for setting in plan.settings:
-        found = _run(plan, setting, ["packspeed:"], plan.rounds, plan.steps)
-        yield _row("packspeed:", setting, found, found)
+def _measured(plan: Plan, setting: dict[str, Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of the contenders, which take turns: A B C A B C."""
+    with tempfile.TemporaryDirectory(prefix="packspeed-bench-") as folder, contextlib.ExitStack() as running:
+        contenders = [running.enter_context(Contender(plan, setting, n, Path(folder) / str(i)))
+                      for i, n in enumerate(names)]  # fmt: skip
+        for _ in range(plan.rounds):
+            for contender in contenders:
+                contender.take_turn()
+    gemm = {kind: max(c.latest["gemm_flops"][kind] for c in contenders if c.latest)
+            for kind in ("fp32", "bf16") if any(c.latest for c in contenders)}  # fmt: skip
+    reference = next((c for c in contenders if plan.peers and c.name == plan.peers[0]), None)
+    yield from (_row(contender, setting, gemm, reference) for contender in contenders)
 
 
-def _compared(plan: Plan) -> Iterator[dict[str, Any]]:
-    setting, names = plan.settings[0], ["packspeed:", *plan.peers]
-    alone = {name: _run(plan, setting, [name], 1, 2) for name in names}
-    running = [name for name in names if "error" not in alone[name]]
-    together = _run(plan, setting, running, plan.rounds, plan.steps) if running else {"error": "nothing runs"}
-    for name in names:
-        yield _row(name, setting, alone[name], alone[name] if "error" in alone[name] else together, plan.peers[0])
+class Contender:
+    """Processes that train one model, a round of steps at each turn (contest.py); `error` says why they do not."""
 
-
-def _run(plan: Plan, setting: dict[str, Any], contenders: list[str], rounds: int, steps: int) -> dict[str, Any]:
-    """Run a job in processes of its own; what it found, or {"error": why it did not}."""
-    changes = {"micro_batch": "train.micro_batch", "kernels": "model.kernels"}
-    overrides = plan.overrides + [f"{key}={setting[k]}" for k, key in changes.items() if setting[k] is not None]
-    with tempfile.TemporaryDirectory(prefix="packspeed-bench-") as folder:
-        job = Path(folder) / "job.json"
-        job.write_text(json.dumps({
-            "run_file": str(plan.run_file), "overrides": [*overrides, f"runs_dir={folder}"], "stage": setting["stage"],
-            "contenders": contenders, "rounds": rounds, "steps": steps, "nanogpt": str(plan.nanogpt or ""),
-        }))  # fmt: skip
+    def __init__(self, plan: Plan, setting: dict[str, Any], name: str, folder: Path) -> None:
+        self.name, self.folder, self.error = name, folder, ""
+        self.rounds: list[dict[str, Any]] = []
+        self.latest: dict[str, Any] = {}
+        self._process: subprocess.Popen[str] | None = None
+        folder.mkdir()
+        changes = {"micro_batch": "train.micro_batch", "kernels": "model.kernels"}
+        overrides = plan.overrides + [f"{key}={setting[k]}" for k, key in changes.items() if setting[k] is not None]
         try:
             run = load_run_file(plan.run_file, overrides)
             solve_batch(run.global_batch, run.data.seq_len, plan.ranks, run.train.micro_batch)
         except ConfigError as error:
-            return {"error": str(error)}
+            self.error = str(error)
+            return
+        job = folder / "job.json"
+        job.write_text(json.dumps({
+            "run_file": str(plan.run_file), "overrides": [*overrides, f"runs_dir={folder}"], "stage": setting["stage"],
+            "contender": name, "steps": plan.steps, "nanogpt": str(plan.nanogpt or ""),
+            "owner": os.getpid(),
+        }))  # fmt: skip
         alone = [sys.executable, str(CONTEST), str(job)]
         command = alone if plan.ranks == 1 else launcher_command(plan.ranks, [str(job)], CONTEST)
-        code, errors = _finished(command)
-        result = job.with_suffix(".result.json")
-        if result.is_file():
-            found: dict[str, Any] = json.loads(result.read_text())
-            return found
-    if code in (-9, 137):
-        return {"error": "killed, by the kernel for want of memory perhaps"}
-    last = (errors.strip().splitlines() or ["no word"])[-1]
-    return {"error": f"exit code {code}: {last}"}
+        self._complaints = (folder / "stderr").open("w")
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=self._complaints, text=True, start_new_session=True
+        )
 
-
-def _finished(command: list[str]) -> tuple[int, str]:
-    """Wait for processes to end; returns (exit code, what they complained of). They do not outlive this one's end."""
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    def __enter__(self) -> Contender:
+        """Ready to take turns, or failed."""
         try:
-            _, errors = process.communicate()
+            self._wait_for("ready")
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # ranks take SIGTERM for a wish to save and stop
+            self.__exit__()
             raise
-    return process.returncode, errors
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The processes do not outlive this: ranks take SIGTERM for a wish to save and stop."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._complaints.close()
+
+    def take_turn(self) -> None:
+        """A round of steps, added to `rounds`."""
+        if self.error:
+            return
+        number = len(self.rounds)
+        (self.folder / f"turn-{number}").touch()
+        if found := self._wait_for(f"round-{number}.json"):
+            self.latest = json.loads(found.read_text())
+            self.rounds.append(self.latest["round"])
+
+    def _wait_for(self, name: str) -> Path | None:
+        """A file that the processes make, or None and the error where they end before."""
+        path = self.folder / name
+        while not self.error and not path.exists():
+            if self._process is None or self._process.poll() is not None:
+                self.error = self._why()
+            time.sleep(POLL_S)
+        return None if self.error else path
+
+    def _why(self) -> str:
+        told = self.folder / "error"
+        if told.is_file():
+            return told.read_text()
+        code = self._process.returncode if self._process else 0
+        if code in (-9, 137):
+            return "killed, by the kernel for want of memory perhaps"
+        last = ((self.folder / "stderr").read_text().strip().splitlines() or ["no word"])[-1]
+        return f"exit code {code}: {last}"
 
 
 def _row(
-    name: str, setting: dict[str, Any], alone: dict[str, Any], timed: dict[str, Any], reference: str | None = None
+    contender: Contender, setting: dict[str, Any], gemm: dict[str, float], reference: Contender | None
 ) -> dict[str, Any]:
-    """One result: memory from the process that had it to itself, times from where the rounds were."""
-    who, _, precision = name.partition(":")
-    row: dict[str, Any] = {"who": who, "precision": precision, **setting, "error": timed.get("error")}
-    if row["error"]:
+    """One result; MFU on CPUs by the best GEMM of all processes of this comparison."""
+    who, _, precision = contender.name.partition(":")
+    row: dict[str, Any] = {"who": who, "precision": precision, **setting, "error": contender.error or None}
+    if contender.error:
         return row
-    rounds = timed["rounds"][name]
-    times = [found["step_s"] for found in rounds]
+    rounds, found = contender.rounds, contender.latest
+    times = [each["step_s"] for each in rounds]
     step_s = statistics.median_low(times)
-    speed = timed["tokens_per_step"] / step_s
-    flops = speed * timed["flops_per_token"]
-    shared = ("kernels", "stage", "ranks", "threads", "micro_batch", "accumulation", "tokens_per_step", "peak_flops")
-    row |= {key: timed[key] for key in (*shared, "gemm_flops")} | {
-        "precision": precision or timed["precision"], "step_s": step_s, "rounds_s": times, "tokens_per_s": speed,
-        "model_flops": flops, "mfu": flops / timed["peak_flops"],
-        "gemm_share": {kind: flops / peak for kind, peak in timed["gemm_flops"].items()},
-        "memory_gib": alone["memory_gib"], "base_gib": alone["base_gib"], "loss": timed["losses"][name],
+    speed = found["tokens_per_step"] / step_s
+    flops = speed * found["flops_per_token"]
+    peak = found["datasheet_flops"] or (gemm["fp32"] if found["precision"] == "fp32" else max(gemm.values()))
+    shared = (
+        "kernels", "stage", "ranks", "threads", "micro_batch", "accumulation", "tokens_per_step", "memory_gib",
+        "base_gib", "loss",
+    )  # fmt: skip
+    row |= {key: found[key] for key in shared} | {
+        "precision": precision or found["precision"], "step_s": step_s, "rounds_s": times, "tokens_per_s": speed,
+        "model_flops": flops, "peak_flops": peak, "mfu": flops / peak, "gemm_flops": gemm,
+        "gemm_share": {kind: flops / each for kind, each in gemm.items()},
         "parts_s": {part: rounds[times.index(step_s)]["parts_s"].get(part, 0.0) for part in PARTS},
     }  # fmt: skip
-    row["cpu_s"] = statistics.median(found["cpu_s"] for found in rounds)
-    if reference in timed["rounds"]:
-        theirs = timed["rounds"][reference]
+    row["cpu_s"] = statistics.median(each["cpu_s"] for each in rounds)
+    if reference is not None and not reference.error:
         for name, key in (("ratio", "step_s"), ("cpu_ratio", "cpu_s")):
-            row[f"{name}s"] = [bare[key] / own[key] for bare, own in zip(theirs, rounds, strict=True)]
+            row[f"{name}s"] = [theirs[key] / own[key] for theirs, own in zip(reference.rounds, rounds, strict=True)]
             row[name] = statistics.median(row[f"{name}s"])
     return row
 

@@ -1,14 +1,14 @@
-"""A process of `packspeed bench`: contenders that train the same model on the same batches, one step at a time.
+"""A process of `packspeed bench`: one of the contenders that train the same model on the same batches.
 
-    python launch/contest.py JOB.json          or, with several ranks, by DeepSpeed's launcher
+    python launch/contest.py FOLDER/job.json          or, with several ranks, by DeepSpeed's launcher
 
-A job names the run file and what to change in it, the contenders ("packspeed:fp32", "bare:fp32", "gpt2:bf16", ...) and
-how many rounds of how many steps. In each round every contender takes its steps, one contender after another (A B C
-A B C): what else the machine does meets all of them, and ratios within a round hold. Rank 0 writes what was found to
-JOB.result.json; a job that fails writes why.
+The job names the run file and what to change in it, the contender ("packspeed:", "bare:fp32", "gpt2:bf16", ...) and the
+steps of a round. When the model is built and warm the process makes FOLDER/ready, then sleeps until FOLDER/turn-N
+appears, takes a round of steps and writes what it took to FOLDER/round-N.json, until it is killed or alone. One that
+fails writes why to FOLDER/error. Ratios within a round hold, whatever else the machine does.
 
 packspeed   DeepSpeed's engine and the step of launch/loop.py, with metrics, prefetching and the checks of each step
-bare        the same GPT, weights, batches and optimizer kernel in a plain PyTorch loop; its losses are packspeed's
+bare        the same GPT, weights, batches, allocator and optimizer kernel in a plain PyTorch loop; packspeed's losses
 gpt2        transformers' GPT2LMHeadModel of the same shape, torch's fused AdamW
 nanogpt     model.py of a nanoGPT checkout, with the optimizer it configures
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -48,6 +49,7 @@ from packspeed.model.config import GPTConfig, flops_per_token
 from packspeed.model.gpt import GPT, init_weights, param_groups
 
 WARM_UP_STEPS = 2
+POLL_S = 0.02
 FOREVER = 2**40  # steps that the prefetcher may read
 
 
@@ -211,6 +213,7 @@ Built = tuple[torch.nn.Module, Callable[..., torch.Tensor], Callable[[torch.nn.M
 
 
 def _bare(arena: Arena) -> Built:
+    engines.keep_memory()  # as ours does
     model, train = GPT(arena.config), arena.run.train
     init_weights(model, train.seed)
 
@@ -321,23 +324,43 @@ def peaks(arena: Arena, before: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Build, warm up, time in rounds. UserError and torch's errors where that does not work out."""
-    arena = Arena(job)
+def compete(arena: Arena, folder: Path) -> None:
+    """Build, warm up, and take a round of steps whenever `turn-N` appears. UserError and torch's where that fails."""
     base = arena.topology.gather(_memory(arena))
-    contenders = {name: arena.contender(name) for name in job["contenders"]}
-    for contender in contenders.values():
-        for _ in range(WARM_UP_STEPS):
-            contender.step()
+    contender = arena.contender(arena.job["contender"])
+    for _ in range(WARM_UP_STEPS):
+        contender.step()
     gc.collect()
     gc.freeze()
     gc.disable()  # as training does
+    if arena.topology.rank == 0:
+        (folder / "ready").touch()
     best: dict[str, float] = {}
-    found: dict[str, list[Any]] = {name: [] for name in contenders}
-    for _ in range(job["rounds"]):
-        for name, contender in contenders.items():
-            found[name].append(one_round(arena, contender, job["steps"]))
+    for number in itertools.count():
+        _await_turn(arena, folder / f"turn-{number}")
+        found = one_round(arena, contender, arena.job["steps"])
+        memory = max(arena.topology.gather(_memory(arena)))
         best = peaks(arena, best)
+        if arena.topology.rank == 0:
+            part = folder / "round.part"
+            part.write_text(json.dumps({
+                **facts(arena), "round": found, "gemm_flops": best, "base_gib": max(base), "memory_gib": memory,
+                "loss": contender.loss(),
+            }))  # fmt: skip
+            part.replace(folder / f"round-{number}.json")
+
+
+def _await_turn(arena: Arena, turn: Path) -> None:
+    """Sleep until rank 0 sees that it is this contender's turn."""
+    while arena.topology.rank == 0 and not turn.exists():
+        os.kill(arena.job["owner"], 0)  # ProcessLookupError where nobody is left to give a turn
+        time.sleep(POLL_S)
+    arena.topology.barrier()
+
+
+def facts(arena: Arena) -> dict[str, Any]:
+    """What does not change from round to round."""
+    cuda = arena.topology.device.type == "cuda"
     return {
         "device": arena.topology.device.type,
         "precision": arena.precision,
@@ -349,20 +372,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         "accumulation": arena.plan.accumulation,
         "tokens_per_step": arena.run.train.global_batch_tokens,
         "flops_per_token": flops_per_token(arena.config, arena.run.data.seq_len),
-        "peak_flops": _peak(arena, best),
-        "gemm_flops": best,
-        "base_gib": max(base),
-        "memory_gib": max(arena.topology.gather(_memory(arena))),
-        "rounds": found,
-        "losses": {name: contender.loss() for name, contender in contenders.items()},
+        "datasheet_flops": arena.topology.world * engines.datasheet_peak(arena.topology.device) if cuda else None,
     }
-
-
-def _peak(arena: Arena, gemm: dict[str, float]) -> float:
-    """What MFU refers to: as engine.peak_flops, but with the best GEMM of all rounds on CPUs."""
-    if arena.topology.device.type == "cuda":
-        return arena.topology.world * engines.datasheet_peak(arena.topology.device)
-    return gemm["fp32"] if arena.precision == "fp32" else max(gemm.values())
 
 
 def _memory(arena: Arena) -> float:
@@ -382,23 +393,20 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _reported(result: Path) -> Iterator[None]:
+def _reported(error_file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(FileExistsError), result.open("x") as file:  # the first rank that fails knows why
-            json.dump({"error": reason(error)}, file)
+        with contextlib.suppress(FileExistsError), error_file.open("x") as file:  # the first rank that fails knows why
+            file.write(reason(error))
         raise
 
 
 def main() -> None:
-    """Run the job that the command line names."""
+    """Compete as the job that the command line names says, until killed."""
     path = next(Path(word) for word in sys.argv[1:] if word.endswith(".json"))
-    result = path.with_suffix(".result.json")
-    with _reported(result), Chatter(), engines.quiet(path.with_suffix(".log")):
-        found = run_job(json.loads(path.read_text()))
-    if int(os.environ.get("RANK", 0)) == 0:
-        result.write_text(json.dumps(found))
+    with _reported(path.with_name("error")), Chatter(), engines.quiet(path.with_suffix(".log")):
+        compete(Arena(json.loads(path.read_text())), path.parent)
 
 
 if __name__ == "__main__":

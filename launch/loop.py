@@ -81,7 +81,13 @@ def dropout_keys(samples: np.ndarray, seed: int, device: torch.device) -> torch.
     """One int64 key per row, a function of (seed, global sample number) alone: dropout does not see ranks."""
     golden, other = np.uint64(0x9E3779B97F4A7C15), 0xD1B54A32D192ED03 * (seed + 1) % 2**64
     keys = samples.astype(np.uint64) * golden ^ np.uint64(other)
-    return torch.from_numpy(keys.view(np.int64)).to(device)
+    return _to_device(keys.view(np.int64), device)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device that nobody waits for: for a GPU by way of pinned memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def micro_batches(
@@ -90,13 +96,13 @@ def micro_batches(
     """Cut this rank's rows into (inputs (b, T), labels (b, T), the rows, arguments that keep documents apart)."""
     for part in batch.cut(rows):
         # Inputs and labels overlap: one transfer of the window, and the device casts to int64.
-        tokens = torch.from_numpy(part.tokens).to(device, non_blocking=True).long()
+        tokens = _to_device(part.tokens, device).long()
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         if part.targets is not None:
-            inputs, labels = tokens, torch.from_numpy(part.targets).to(device, non_blocking=True).long()
+            inputs, labels = tokens, _to_device(part.targets, device).long()
         documents: dict[str, Any] = {}
         if part.positions is not None and part.documents is not None:
-            positions = torch.from_numpy(part.positions).to(device, non_blocking=True).long()
+            positions = _to_device(part.positions, device).long()
             documents = {"positions": positions, "documents": part.documents.tolist()}
         yield inputs, labels, part, documents
 
@@ -108,8 +114,8 @@ def _loss(
     if part.used is None:  # full windows: every micro batch has the same number of tokens
         loss: torch.Tensor = trainer.engine(inputs, labels, **arguments)
         return loss
-    counted = torch.arange(labels.size(1)) < torch.from_numpy(part.used)[:, None]  # (b, T)
-    labels = labels.masked_fill(~counted.to(labels.device), -1)
+    counted = np.arange(labels.size(1)) < part.used[:, None]  # (b, T)
+    labels = labels.masked_fill(~_to_device(counted, labels.device), -1)
     total: torch.Tensor = trainer.engine(inputs, labels, reduction="sum", **arguments)
     share = trainer.plan.accumulation * trainer.topology.dp_size / part.global_used
     return total * share
@@ -164,8 +170,8 @@ def _agree(trainer: Trainer, loss: torch.Tensor, batch: Batch) -> torch.Tensor:
     """One all-reduce tells every rank (mean loss, ranks asked to stop, ranks done writing, hash of the samples)."""
     own = [float(trainer.stop.asked is not None), float(trainer.checkpointer.written()), float(batch.hash())]
     values = torch.cat([loss.double()[None] / trainer.topology.dp_size, loss.new_tensor(own, dtype=torch.float64)])
-    agreed = trainer.topology.sum(values).cpu()  # (4,) fp64: sums of 32-bit hashes are exact in it
-    trainer.guard.expect(float(agreed[0]))
+    agreed = trainer.topology.sum(values)  # (4,) fp64: sums of 32-bit hashes are exact in it
+    trainer.guard.expect(agreed[0])  # read together with the norm, so that a GPU is waited for once
     return agreed
 
 

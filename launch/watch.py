@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 import psutil
 
@@ -117,10 +117,10 @@ class Guard:
         self.in_a_row = 0
         self.records: list[dict[str, Any]] = []
         self.anomaly: Anomaly | None = None
-        self._loss = 0.0
+        self._loss: SupportsFloat = 0.0
 
-    def expect(self, loss: float) -> None:
-        """Begin a step whose mean loss over the global batch is known."""
+    def expect(self, loss: SupportsFloat) -> None:
+        """Begin a step with its mean loss over the global batch; one that is still being computed is not waited for."""
         self._loss, self.anomaly = loss, None
 
     def judge(self, norm: float | None) -> bool:
@@ -130,14 +130,14 @@ class Guard:
         return self.anomaly is not None
 
     def _find(self, norm: float | None) -> Anomaly | None:
-        section = self.section
-        for name, value in (("loss", self._loss), ("gradient norm", norm)):
+        section, loss = self.section, float(self._loss)
+        for name, value in (("loss", loss), ("gradient norm", norm)):
             if value is not None and (not math.isfinite(value) or (value < 0 and name != "loss")):
                 return Anomaly(f"{name} is not finite", section.nonfinite)
         if section.spike == "off" or norm is None:
             return None
         logarithm = math.log(max(norm, 1e-30))
-        for name, value, window in (("loss", self._loss, self.losses), ("gradient norm", logarithm, self.norms)):
+        for name, value, window in (("loss", loss, self.losses), ("gradient norm", logarithm, self.norms)):
             score = robust_z(value, window)
             if len(window) >= section.window // 4 and score > section.zscore:
                 return Anomaly(f"{name} spike, z-score {score:.1f}", section.spike)
@@ -146,7 +146,7 @@ class Guard:
     def accept(self, norm: float) -> None:
         """The step was taken: it joins the window that later ones are judged by."""
         self.in_a_row = 0
-        self.losses.append(self._loss)
+        self.losses.append(float(self._loss))
         if norm > 0 and math.isfinite(norm):
             self.norms.append(math.log(norm))
 

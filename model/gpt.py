@@ -12,12 +12,13 @@ QK-norm (https://arxiv.org/abs/2302.05442). Cost: flops_per_token in config.py.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -79,17 +80,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return y.to(dtype)
 
 
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: list[int], ends: Tensor | None = None) -> Tensor:
     """Causal attention inside each document: q (B, H, T, D), k and v (B, H or fewer, T, D) -> (B, H, T, D).
 
     `documents` are the lengths of the stretches that the B * T places consist of, row after row. On a GPU in half
     precision they go to the flash kernel for variable lengths; elsewhere each stretch is attended by itself, which
-    computes only what counts: less than the causal triangle of the whole row.
+    computes only what counts: less than the causal triangle of the whole row. `ends` as in Documents.
     """
     shape = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
-    if q.is_cuda and q.element_size() == 2:
-        y = _attend_varlen(q, k, v, documents)
+    if q.is_cuda and q.element_size() == 2 and _varlen_attn() is not None:
+        y = _attend_varlen(q, k, v, _ends(documents, q.device) if ends is None else ends, max(documents))
     else:
         parts = zip(*(torch.split(x, documents) for x in (q, k, v)), strict=True)
         y = torch.cat([attend(*(x.transpose(0, 1).unsqueeze(0) for x in part))[0].transpose(0, 1) for part in parts])
@@ -101,10 +102,16 @@ class Documents:
     """Lengths in an object of their own: torch.compile makes a graph per length of a list that it can see."""
 
     lengths: list[int]
+    ends: Tensor | None  # where each stretch ends, (n + 1,) int32 with a 0 before; on GPUs, once for all layers
+
+
+def _ends(lengths: list[int], device: torch.device) -> Tensor:
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return ends.pin_memory().to(device, non_blocking=True)
 
 
 def _attend_in(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    return attend_documents(q, k, v, documents.lengths)
+    return attend_documents(q, k, v, documents.lengths, documents.ends)
 
 
 def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -112,12 +119,21 @@ def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return disabled
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
-    """Flash attention over stretches (FlashAttention-2's varlen kernel, in torch since 2.10): (N, H, D) each."""
-    from torch.nn.attention.varlen import varlen_attn
+@functools.cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    """FlashAttention-2's kernel for variable lengths, which is in torch since 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
-    ends = torch.tensor([0, *documents], device=q.device).cumsum(0, dtype=torch.int32)
-    longest, causal = max(documents), (-1, 0)  # a window that reaches any way back and nowhere ahead
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+    """Flash attention over stretches, without a mask: q (N, H, D), k and v (N, H or fewer, D) -> (N, H, D)."""
+    varlen_attn = _varlen_attn()
+    assert varlen_attn is not None
+    causal = (-1, 0)  # a window that reaches any way back and nowhere ahead
     out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=causal, enable_gqa=q.size(1) != k.size(1))
     assert isinstance(out, Tensor)  # a tuple only where more was asked for
     return out
@@ -256,7 +272,9 @@ class GPT(nn.Module):
             for block in self.blocks:  # one graph serves them all; for other shapes others, so that bits never depend
                 block.compile(dynamic=False)  # on which shape came first
         # Keyed dropout needs no random state to be kept for the second forward pass.
-        self.checkpoint_fn: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        self.checkpoint_fn: Callable[..., Tensor] = functools.partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )
 
     def forward(
         self,
@@ -300,7 +318,9 @@ class GPT(nn.Module):
         if keys is not None:  # of sites 0, for the embedding, and 2 layer + 1 and 2 layer + 2
             keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
             x = keyed_dropout(x, keys[0], self.config.dropout)
-        stretches = None if documents is None else Documents(documents)
+        stretches = None
+        if documents is not None:
+            stretches = Documents(documents, _ends(documents, x.device) if x.is_cuda else None)
         generating = cache is not None and self.config.kernels == "compile"  # its lengths are all different: no graphs
         with torch.compiler.set_stance("force_eager") if generating else nullcontext():
             for layer, block in enumerate(self.blocks):

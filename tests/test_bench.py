@@ -64,7 +64,7 @@ def test_a_sweep_has_a_row_for_each_setting_also_for_one_that_fails(workspace: W
     assert "needs a GPU" in lines[3]
 
 
-def test_peers_are_compared_in_one_process_and_train_the_same_model(workspace: Workspace) -> None:
+def test_peers_are_compared_in_turn_and_train_the_same_model(workspace: Workspace) -> None:
     out = workspace.folder / "compare.json"
     done = bench(workspace, "--compare", "--rounds", "2", "--steps", "2", "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,14 +1,19 @@
 """Document attention: exactly plain attention under a block mask, no leak between documents, no slower than causal."""
 
+import contextlib
+import itertools
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from packspeed.model.config import GPTConfig
-from packspeed.model.gpt import GPT, attend_documents, init_weights
+from packspeed.model.gpt import GPT, _attend_varlen, attend_documents, init_weights
 
 LENGTHS = [5, 1, 10, 16, 3, 13]  # three rows of 16
 
@@ -39,6 +44,38 @@ def test_it_is_plain_attention_under_a_block_mask(kv_heads: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+def flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends_k: torch.Tensor, longest_q: int,
+    longest_k: int, dropout: float, causal: bool, return_debug_mask: bool, **options: Any,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """What aten::_flash_attention_forward says it computes, for CPUs: attention inside each stretch of (N, H, D)."""
+    assert torch.equal(ends_q, ends_k)
+    assert ends_q.dtype == torch.int32
+    assert longest_q == longest_k == max(ends_q.diff())
+    assert (options["window_size_left"], options["window_size_right"], causal, dropout) == (-1, 0, True, 0.0)
+    parts = []
+    for start, end in itertools.pairwise(ends_q.tolist()):
+        one = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
+        parts.append(attended[0].transpose(0, 1))
+    rest = torch.empty(0)
+    return torch.cat(parts), q.new_zeros(q.size(1), q.size(0), dtype=torch.float32), rest, rest, rest
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_flash_kernel_gets_what_it_wants(kv_heads: int) -> None:
+    """What GPUs run: torch's varlen_attn down to its kernel, for which CPUs have none, gets the same documents."""
+    q, k, v = (torch.randn(3, heads, 16, 8) for heads in (4, kv_heads, kv_heads))
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    ends = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    library = torch.library.Library("aten", "IMPL")
+    with contextlib.closing(SimpleNamespace(close=library._destroy)):
+        library.impl("_flash_attention_forward", flash_attention, "CPU")
+        found = _attend_varlen(*flat, ends, max(LENGTHS))
+    expected = attend_documents(q, k, v, LENGTHS).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(found, expected)
 
 
 def build(position: str = "learned", **changes: object) -> GPT:

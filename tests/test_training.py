@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import invariance
 import pytest
 import torch
-from conftest import Workspace, run_many
+from conftest import ROOT, Workspace, run_many
 
 from packspeed.launch.checkpoint import candidates, problems
 from packspeed.launch.config import load_run_file
+from packspeed.launch.optimizers import square_sum
 from packspeed.launch.weights import fp32_state_dict
 
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(1500)]
@@ -40,6 +44,11 @@ def cases(folder: Path) -> dict[str, list[str]]:
     runs["fp16"] = ["deepspeed=zero1", "train.precision=fp16"]
     runs["muon"] = ["deepspeed=zero2", "train.optimizer.name=muon", "train.optimizer.muon_lr=0.02"]
     runs["lion"] = ["deepspeed=zero2_offload", "train.optimizer.name=lion", "train.optimizer.betas=[0.9, 0.99]"]
+    torch_adam = folder / "torch_adam.json"  # what stands in for FusedAdam where that cannot be compiled
+    torch_adam.write_text(
+        json.dumps({"zero_optimization": {"stage": 1}, "optimizer": {"params": {"torch_adam": True, "fused": True}}})
+    )
+    runs["torch_adam"] = [f"deepspeed={torch_adam}", "train.precision=fp32"]
     runs["wsd"] = ["deepspeed=zero1", "train.schedule={name: wsd, warmup_steps: 2, min_lr: 1e-5}"]
     return runs
 
@@ -83,6 +92,34 @@ def test_every_stage_is_a_plain_pytorch_loop(workspace: Workspace, trained: dict
         loss, weight = invariance.differences(workspace, f"{stage}-fp32", *expected)
         assert loss < 1e-5, stage
         assert weight < 2e-5, stage
+
+
+def test_without_a_compiler_a_run_goes_on_and_says_so(
+    workspace: Workspace, trained: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """Nothing that would have to be built: torch's AdamW and operations, and one rank needs no shared memory."""
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        *workspace.arguments("no-compiler", "deepspeed=zero1"),
+    ]
+    environment = os.environ | {"CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for said in ("torch's own operations take the place of ours", "Going on with gloo", "Going on with torch's fused"):
+        assert said in done.stdout, said
+    assert done.stdout.count("install a C++ compiler") == 3
+    for name in ("no-compiler", "torch_adam"):
+        assert workspace.losses(name) == pytest.approx(workspace.losses("zero1-fp32"), abs=1e-5)
+
+
+def test_the_norm_of_many_numbers_is_right() -> None:
+    """torch's own fp32 sum over one large tensor is not, on CPUs; clipping would depend on how gradients are cut."""
+    numbers = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
+    exact = numbers.double().square().sum()
+    for parts in ([numbers], [*numbers.split(7)[:10], numbers[70:]], [numbers[:5], numbers[5:]]):
+        torch.testing.assert_close(square_sum(parts), exact, rtol=1e-6, atol=0.0)
+    assert square_sum([torch.tensor([1.0, float("nan")])]).isnan()
 
 
 def test_training_learns(workspace: Workspace, trained: dict[str, list[str]]) -> None:
