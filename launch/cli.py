@@ -108,10 +108,11 @@ def ops_build(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Compile DeepSpeed's ops now, with progress, instead of in silence at the first step."""
+    """Compile DeepSpeed's ops and our kernels now, with progress, instead of in silence at the first step."""
     from packspeed.launch import ops
     from packspeed.launch.config import load_run_file, solve_batch
     from packspeed.launch.ds_config import load_ds_config, resolve_ds_config
+    from packspeed.launch.engine import resolve_kernels
 
     device = ops.device_type()
     names = [ops.SHM_COMM, ops.FUSED_ADAM] if device == "cpu" else [ops.FUSED_ADAM]
@@ -119,8 +120,9 @@ def ops_build(
         run = load_run_file(run_file, overrides or [])
         plan = solve_batch(run.global_batch, run.data.seq_len, 1, 1)
         names = ops.needed_ops(resolve_ds_config(run, load_ds_config(run.deepspeed), plan, "fp32"), device)
-    ops.build_ops(names, lambda line: print(line, flush=True))
-    print("ops are built: " + ", ".join(name.removesuffix("Builder") for name in names))
+    missing = ops.build_ops(names, lambda line: print(line, flush=True))
+    built = [name.removesuffix("Builder") for name in names if name not in missing]
+    print(f"ops are built: {', '.join(built) or 'none'}; kernels: {resolve_kernels('auto', print)}")
 
 
 def main() -> None:

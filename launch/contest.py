@@ -187,8 +187,9 @@ class Arena:
         raw = load_ds_config(self.run.deepspeed)
         if job["stage"] is not None:
             raw["zero_optimization"] = (raw.get("zero_optimization") or {}) | {"stage": job["stage"]}
-        _, world, _, local_size = engines.launcher_environment()
-        self.threads = engines.limit_threads(local_size)
+        _, world, local_rank, local_size = engines.launcher_environment()
+        engines.share_cores(local_rank, local_size)
+        self.threads = torch.get_num_threads()
         self.plan: BatchPlan = solve_batch(
             self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
         )

@@ -82,11 +82,21 @@ class Topology:
         return out
 
 
-def limit_threads(local_size: int) -> int:
-    """Share this host's cores between its ranks unless OMP_NUM_THREADS already says how; returns the threads."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    return torch.get_num_threads()
+def share_cores(local_rank: int, local_size: int) -> str:
+    """Share this host's cores between its ranks, unless OMP_NUM_THREADS already says how; returns what came of it.
+
+    Ranks that compute on the CPU are bound to their share, in which the scheduler cannot put two of them on one core.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return f"{torch.get_num_threads()} thread(s), as OMP_NUM_THREADS says"
+    cores = sorted(os.sched_getaffinity(0))
+    threads = max(1, len(cores) // local_size)
+    torch.set_num_threads(threads)
+    if device_type() != "cpu" or not 1 < local_size <= len(cores):
+        return f"{threads} thread(s)"
+    own = cores[local_rank * threads : (local_rank + 1) * threads]
+    os.sched_setaffinity(0, own)
+    return f"{threads} thread(s), bound (rank 0: core {', '.join(map(str, own))})"
 
 
 OPENMPI = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> list[str]:
             )
         try:
             _build_op(builder, say)
-        except (RuntimeError, ImportError, OSError, AssertionError) as error:
+        except (RuntimeError, ImportError, OSError, AssertionError, subprocess.SubprocessError) as error:
             if name not in SUBSTITUTES:
                 raise UserError(_diagnosis(builder, error)) from error
             say(f"note: {_diagnosis(builder, error)}\nGoing on with {SUBSTITUTES[name]}.")
@@ -161,7 +162,9 @@ def _diagnosis(builder: Any, error: BaseException) -> str:
         advice = "install the libaio headers (Debian: apt-get install libaio-dev)"
     elif "CUDA_HOME" in text or "nvcc" in text:
         advice = "install the CUDA toolkit (nvcc) of torch's CUDA version, and let CUDA_HOME say where"
-    elif "c++" in text or "g++" in text or "Python.h" in text:
+    elif (
+        isinstance(error, (OSError, subprocess.SubprocessError)) or "c++" in text or "g++" in text or "Python.h" in text
+    ):
         advice = "install a C++ compiler and Python's headers (Debian: apt-get install g++ python3-dev)"
     tail = "\n".join(text.strip().splitlines()[-5:])
     return f"DeepSpeed's op {builder.name} could not be built: {advice}. What the build said last:\n{tail}"

@@ -112,9 +112,9 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
     from packspeed.launch import engine as engines
     from packspeed.launch import ops
 
-    rank, world, _, local_size = engines.launcher_environment()
+    rank, world, local_rank, local_size = engines.launcher_environment()
     speak: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
-    threads = engines.limit_threads(local_size)
+    cores = engines.share_cores(local_rank, local_size)
     precision = engines.resolve_precision(run.train.precision)
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
@@ -131,8 +131,8 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
             engine = engines.build_engine(config, run, ds_config)
         run_folder.write_configs(run.folder, resolved, ds_config, topology)
         speak(
-            f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
-            f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
+            f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) on "
+            f"{topology.device.type} x {cores}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
             f"{run.global_batch} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x "
             f"{plan.dp_size} ranks"
         )

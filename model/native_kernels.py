@@ -81,8 +81,8 @@ def _compile(command: list[str]) -> None:
     except OSError as error:
         raise BuildError(f"{command[0]} does not start ({error}): {advice}") from error
     if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[:5])
-        raise BuildError(f"{command[0]} cannot compile {SOURCE.name}: {advice}. What it said first:\n{tail}")
+        said = "\n".join(done.stderr.strip().splitlines()[:5])
+        raise BuildError(f"{command[0]} cannot compile {SOURCE.name}: {advice}. It said: {said or 'nothing'}")
 
 
 def _call(name: str, x: Tensor, *arguments: Any) -> None:

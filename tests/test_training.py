@@ -26,7 +26,7 @@ from packspeed.launch.weights import fp32_state_dict
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(1500)]
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
-# A step at which DeepSpeed's running product of the betas and pow() differ in the last bit (engine.py).
+# A step at which DeepSpeed's running product of the betas and pow() differ in the last bit (optimizers.py).
 REWIND = 6
 EXTRAS = ("model.dropout=0.1", "train.micro_batch=2", "model.activation_checkpointing=full")
 
