@@ -111,7 +111,7 @@ def train(*arguments: str, faults: str = "") -> subprocess.CompletedProcess[str]
     return prefork.run(FAULTY if faults else TRAIN, arguments, [environment(FAULTS=faults)])
 
 
-def forked(script: Path, *arguments: str, ranks: int, faults: str) -> subprocess.CompletedProcess[str]:
+def forked(script: Path, *arguments: str, ranks: int, faults: str = "") -> subprocess.CompletedProcess[str]:
     """The processes that a launcher starts, in the environment that it gives them."""
     from packspeed.launch.spawn import free_port
 
