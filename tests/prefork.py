@@ -149,6 +149,8 @@ def main() -> None:
     os.dup2(2, 1)  # what imports print is no answer
     for name in LOADED:
         importlib.import_module(name)
+    importlib.import_module("packspeed.launch.engine").prepare_for_ops()
+    importlib.import_module("cpuinfo").get_cpu_info()  # which is remembered from now on
     gc.freeze()  # collections in the children need not look at all that
     for line in sys.stdin:
         request, pids = json.loads(line), []
