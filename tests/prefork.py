@@ -12,6 +12,7 @@ does, the end of one rank in failure ends the others.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -37,7 +38,7 @@ LOADED = (
 class Processes:
     """What one request started; used like subprocess.Popen, of which `pid` is rank 0's."""
 
-    def __init__(self, server: subprocess.Popen[str], files: Sequence[IO[str]]) -> None:
+    def __init__(self, server: subprocess.Popen[bytes], files: Sequence[IO[str]]) -> None:
         self._server, self._files = server, files
         self.pids: list[int] = self._answer()
         self.pid, self.args = self.pids[0], "a forked process"
@@ -45,7 +46,9 @@ class Processes:
 
     def _answer(self) -> Any:
         assert self._server.stdout is not None
-        return json.loads(self._server.stdout.readline())
+        line = self._server.stdout.readline()
+        assert line, f"{__file__} has ended: run it by hand and see why"
+        return json.loads(line)
 
     @property
     def returncode(self) -> int | None:
@@ -71,7 +74,8 @@ class Processes:
                 self.codes = self._answer()
         except BaseException:
             for pid in self.pids:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.codes = self._answer()
             raise
         texts = []
@@ -83,11 +87,11 @@ class Processes:
 
 
 @functools.cache
-def server() -> subprocess.Popen[str]:
+def server() -> subprocess.Popen[bytes]:
     """The process that forks for this one; it ends with it."""
     started = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+    )  # unbuffered: where both answers are there at once, select must still see the second
 
     def end() -> None:
         assert started.stdin is not None
@@ -107,8 +111,7 @@ def start(script: Path, arguments: Sequence[str], envs: Sequence[dict[str, str]]
     request = {"script": str(script), "arguments": list(arguments), "envs": list(envs), "files": places}
     serving = server()
     assert serving.stdin is not None
-    serving.stdin.write(json.dumps(request) + "\n")
-    serving.stdin.flush()
+    serving.stdin.write(json.dumps(request).encode() + b"\n")
     return Processes(serving, files)
 
 
