@@ -65,8 +65,11 @@ class Processes:
         """Signal rank 0."""
         os.kill(self.pid, number)
 
-    def communicate(self, timeout: float = 600) -> tuple[str, str]:
-        """Wait for the end; what went to stdout and stderr. Ends them where that takes longer than `timeout` s."""
+    def communicate(self, timeout: float = 900) -> tuple[str, str]:
+        """Wait for the end; what went to stdout and stderr. Ends them where that takes longer than `timeout` s.
+
+        The first run on a machine compiles DeepSpeed's ops.
+        """
         try:
             if self.codes is None:
                 if not select.select([self._server.stdout], [], [], timeout)[0]:

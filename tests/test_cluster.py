@@ -17,6 +17,8 @@ import pytest
 from cluster.namespaces import Cluster
 from conftest import ROOT, Workspace, run_many
 
+from packspeed.launch.heartbeat import read_beats
+
 pytestmark = pytest.mark.timeout(900)
 
 STEPS = 60
@@ -105,6 +107,19 @@ class Launch:
     def rank(self, rank: int) -> int:
         """Pid of a rank."""
         return int(json.loads((self.logs / f"rank-{rank}.beat").read_text())["pid"])
+
+    def comes_to(self, step: int, after: int) -> int:
+        """Wait until rank 1, in a later life than process `after`, is at a step; returns its pid."""
+        found: list[int] = []
+
+        def there() -> bool:
+            beat = read_beats(self.logs).get(1)
+            if beat is not None and beat.pid != after and beat.step >= step:
+                found.append(beat.pid)
+            return bool(found)
+
+        self.wait_for(there)
+        return found[0]
 
     @property
     def logs(self) -> Path:
@@ -209,11 +224,11 @@ def faulted(
     with cluster.memory_limit("node2", 3 << 29):
         options = ("--max-restarts", "3", "--env", f"PYTHONPATH={folder}")
         launch = Launch(cluster, workspace, "faulted", [1, 1], *options, steps=LONG)
-        launch.wait_for(lambda: launch.step() >= saved + 15)
-        os.kill(launch.rank(1), signal.SIGKILL)
-        launch.wait_for(lambda: len(launch.history()) == 1 and launch.step() >= saved + 40)
+        killed = launch.comes_to(saved + 10, after=first.rank(1))
+        os.kill(killed, signal.SIGKILL)
+        hungry = launch.comes_to(saved + 15, after=killed)
         meal.touch()
-        launch.wait_for(lambda: len(launch.history()) == 2 and launch.step() >= saved + 70)
+        launch.comes_to(saved + 20, after=hungry)
         for pid in cluster.pids("node2"):
             os.kill(pid, signal.SIGKILL)
         launch.end()
