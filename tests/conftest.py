@@ -1,4 +1,4 @@
-"""Fixtures shared by the training tests: one small dataset, one run file, and the real launcher."""
+"""Fixtures shared by the training tests: one small dataset, one run file, forked ranks and the real launcher."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import prefork
 import pytest
 
+# Before torch is loaded, for all that the tests start: several processes share few cores, and where two threads of each
+# meet after every small operation, one spins on its core for another that waits for one: a step costs 20 times as much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
+TRAIN, FAULTY = ROOT / "launch" / "train.py", ROOT / "tests" / "faulty.py"
 LAUNCH_TIMEOUT_S = 900  # the first launch on a machine compiles DeepSpeed's ops
+
+# A worker takes whole files: the longest first, so that none is left over for one worker alone at the end.
+LONGEST = ("cluster", "training", "prove", "render", "hosts", "elastic", "failures", "export", "bench", "tensorboard")
 
 RUN_FILE = """\
 name: base
@@ -26,6 +35,12 @@ eval: {{every_steps: 5, windows: 5}}
 checkpoint: {{every_steps: 3}}
 monitor: {{log_every_steps: 5}}
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files; their tests stay in order."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 class Workspace:
@@ -86,15 +101,42 @@ def deepspeed(
     return done
 
 
-def run_many(folder: Path, runs: Sequence[Sequence[str]], ranks: int = 2, faults: str = "") -> tuple[list[int], str]:
-    """Train several runs one after another in one launch; returns rank 0's exit codes and the output."""
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without what a launcher would set."""
+    return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | more
+
+
+def train(*arguments: str, faults: str = "") -> subprocess.CompletedProcess[str]:
+    """train.py as one rank without a launcher, in a process of its own, with faults planted."""
+    return prefork.run(FAULTY if faults else TRAIN, arguments, [environment(FAULTS=faults)])
+
+
+def forked(script: Path, *arguments: str, ranks: int, faults: str = "") -> subprocess.CompletedProcess[str]:
+    """The processes that a launcher starts, in the environment that it gives them."""
+    from packspeed.launch.spawn import free_port
+
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "FAULTS": faults}
+    envs = [environment(**shared, LOCAL_SIZE=str(ranks), RANK=str(n), LOCAL_RANK=str(n)) for n in range(ranks)]
+    return prefork.run(script, arguments, envs)
+
+
+def run_many(
+    folder: Path, runs: Sequence[Sequence[str]], ranks: int = 2, faults: str = "", launcher: bool = False
+) -> tuple[list[int], str]:
+    """Train several runs one after another in the same ranks; returns rank 0's exit codes and the output.
+
+    `launcher`: DeepSpeed's own starts the ranks, which costs 20 s of a core more.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.json"
     path.write_text(json.dumps(runs))
     codes = path.with_suffix(".json.codes")
     codes.unlink(missing_ok=True)
-    script = ROOT / "tests" / ("faulty.py" if faults else "many_runs.py")
-    done = deepspeed(script, str(path), ranks=ranks, env={"FAULTS": faults})
+    script = FAULTY if faults else ROOT / "tests" / "many_runs.py"
+    if launcher:
+        done = deepspeed(script, str(path), ranks=ranks, env={"FAULTS": faults})
+    else:
+        done = forked(script, str(path), ranks=ranks, faults=faults)
     output = done.stdout + done.stderr
     assert codes.exists(), output[-4000:]
     return json.loads(codes.read_text()), output

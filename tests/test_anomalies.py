@@ -11,9 +11,8 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from conftest import Workspace, run_many
+from conftest import Workspace, run_many, train
 from scipy import stats
-from test_checkpoint import train
 
 from packspeed.launch.config import AnomalySection
 from packspeed.launch.watch import Guard, robust_z

@@ -10,30 +10,21 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Workspace, deepspeed
+from conftest import FAULTY, Workspace, forked, train
 
 from packspeed.launch.checkpoint import candidates, problems, snapshot
 from packspeed.launch.weights import fp32_state_dict
 
 pytestmark = [pytest.mark.xdist_group("checkpoint"), pytest.mark.timeout(900)]
 
-FAULTY = ROOT / "tests" / "faulty.py"
 DROPOUT = "model.dropout=0.1"
 # every byte of the model file and of the manifest is equally a place to die; these are the first, some and the renames
 KILLS = ["kill_at_byte:1", "kill_at_byte:150000", *(f"kill_at_rename:{n}" for n in range(4))]
-
-
-def train(*arguments: str, faults: str = "") -> subprocess.CompletedProcess[str]:
-    """One rank without a launcher, with faults planted."""
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, str(FAULTY), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**env, "FAULTS": faults})
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +136,7 @@ def test_a_background_save_on_a_full_disk_is_reported(short: Workspace, small_di
 
 def test_a_rank_that_does_not_come_to_a_save_is_named(workspace: Workspace) -> None:
     options = ("checkpoint.timeout_s=3", "eval.every_steps=0", "deepspeed=zero2")
-    done = deepspeed(FAULTY, *workspace.arguments("hang", *options), env={"FAULTS": "late_rank:1"})
+    done = forked(FAULTY, *workspace.arguments("hang", *options), ranks=2, faults="late_rank:1")
     assert done.returncode != 0
     assert "writing step 3: not all ranks came within 3 s (checkpoint.timeout_s). Absent: rank 1 on" in done.stderr
 

@@ -17,6 +17,8 @@ import pytest
 from cluster.namespaces import Cluster
 from conftest import ROOT, Workspace, run_many
 
+from packspeed.launch.heartbeat import read_beats
+
 pytestmark = pytest.mark.timeout(900)
 
 STEPS = 60
@@ -98,13 +100,26 @@ class Launch:
         return self.text()
 
     def history(self) -> list[dict[str, Any]]:
-        """One entry per attempt."""
+        """One entry per attempt that has ended."""
         path = self.workspace.folder / "runs" / self.name / "launches.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def rank(self, rank: int) -> int:
         """Pid of a rank."""
         return int(json.loads((self.logs / f"rank-{rank}.beat").read_text())["pid"])
+
+    def comes_to(self, step: int, after: int) -> int:
+        """Wait until rank 1, in a later life than process `after`, is at a step; returns its pid."""
+        found: list[int] = []
+
+        def there() -> bool:
+            beat = read_beats(self.logs).get(1)
+            if beat is not None and beat.pid != after and beat.step >= step:
+                found.append(beat.pid)
+            return bool(found)
+
+        self.wait_for(there)
+        return found[0]
 
     @property
     def logs(self) -> Path:
@@ -141,17 +156,6 @@ def test_openmpi_runs_on_two_hosts(cluster: Cluster, workspace: Workspace, refer
     launch.check()
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on(cluster: Cluster, workspace: Workspace, reference: None) -> None:
-    launch = Launch(cluster, workspace, "killed", [1, 1, 1], "--max-restarts", "1")
-    launch.wait_for(lambda: launch.step() >= 25)
-    os.kill(launch.rank(2), signal.SIGKILL)
-    said = launch.end()
-    launch.check()
-    assert "rank 2 on node3 was killed by SIGKILL, not by the kernel for memory" in said
-    assert "recovered: " in said
-    assert [(e["kind"], e["ranks"]) for e in launch.history()] == [("died", 3), ("finished", 3)]
-
-
 def test_a_host_that_is_cut_off_is_left_out_and_taken_back(
     cluster: Cluster, workspace: Workspace, reference: None
 ) -> None:
@@ -172,6 +176,19 @@ def test_a_host_that_is_cut_off_is_left_out_and_taken_back(
     assert kinds[1:] == [("stopped", 2), ("finished", 3)], "node3 came back while the others trained"
 
 
+def test_a_frozen_rank_is_named(cluster: Cluster, workspace: Workspace, reference: None) -> None:
+    launch = Launch(cluster, workspace, "frozen", [1, 2], "--max-restarts", "1", "--hang-seconds", "6")
+    launch.wait_for(lambda: launch.step() >= 25)
+    os.kill(launch.rank(1), signal.SIGSTOP)
+    said = launch.end()
+    launch.check()
+    assert "nothing moved for" in said
+    assert "rank 1 on node2 is still in" in said
+    assert "the process is stopped" in said
+    assert "2 other(s) wait in" in said
+    assert launch.history()[0]["kind"] == "hung"
+
+
 EATER = """\
 import os, sys, threading, time
 
@@ -188,60 +205,61 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def test_a_rank_that_runs_out_of_memory_is_named(
-    cluster: Cluster, workspace: Workspace, reference: None, tmp_path: Path
-) -> None:
-    """Rank 1 takes memory, as fast as it can, until the kernel ends it at the limit of the host's cgroup."""
-    meal = tmp_path / "meal"
-    (tmp_path / "sitecustomize.py").write_text(EATER.format(meal=str(meal)))
+@pytest.fixture(scope="module")
+def faulted(
+    cluster: Cluster, workspace: Workspace, reference: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Launch, Launch]:
+    """A run whose launcher is killed; and the same run again, whose rank 1 is killed, then takes all of its host's
+    memory, then has the host's other processes killed with it, and is whole in the end.
+    """
+    folder = tmp_path_factory.mktemp("faulted")
+    meal = folder / "meal"
+    (folder / "sitecustomize.py").write_text(EATER.format(meal=str(meal)))
+    first = Launch(cluster, workspace, "faulted", [1, 1], steps=LONG)
+    first.wait_for(lambda: first.step() >= 15)
+    first.process.kill()
+    first.end(code=-signal.SIGKILL)
+    saved = max(int(p.name[5:]) for p in workspace.checkpoints("faulted").glob("step-*"))
+    assert saved == first.step(), "the ranks saved before they stopped"
     with cluster.memory_limit("node2", 3 << 29):
-        launch = Launch(cluster, workspace, "oom", [1, 1], "--max-restarts", "1", "--env", f"PYTHONPATH={tmp_path}")
-        launch.wait_for(lambda: launch.step() >= 25)
+        options = ("--max-restarts", "3", "--env", f"PYTHONPATH={folder}")
+        launch = Launch(cluster, workspace, "faulted", [1, 1], *options, steps=LONG)
+        killed = launch.comes_to(saved + 10, after=first.rank(1))
+        os.kill(killed, signal.SIGKILL)
+        hungry = launch.comes_to(saved + 15, after=killed)
         meal.touch()
-        said = launch.end()
-    launch.check()
+        launch.comes_to(saved + 20, after=hungry)
+        for pid in cluster.pids("node2"):
+            os.kill(pid, signal.SIGKILL)
+        launch.end()
+    return first, launch
+
+
+def test_a_killed_launcher_leaves_a_saved_run_and_no_orphan(faulted: tuple[Launch, Launch]) -> None:
+    """The next launch goes on with it, and meets all the faults below."""
+    faulted[1].check("long")
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on(faulted: tuple[Launch, Launch]) -> None:
+    said = faulted[1].text()
+    assert "rank 1 on node2 was killed by SIGKILL, not by the kernel for memory" in said
+    assert "recovered: " in said
+    assert [(e["kind"], e["ranks"]) for e in faulted[1].history()][:2] == [("died", 2), ("died", 2)]
+
+
+def test_a_rank_that_runs_out_of_memory_is_named(faulted: tuple[Launch, Launch]) -> None:
+    """Rank 1 took memory, as fast as it could, until the kernel ended it at the limit of the host's cgroup."""
+    said = faulted[1].text()
     assert "rank 1 on node2 ran out of memory, in " in said
     assert "at the limit of 1.50 GiB of the cgroup /sys/fs/cgroup/" in said
     assert re.search(r"Peak resident memory there: rank 1 [01]\.\d\d GiB\.", said)
-    assert [(e["kind"], e["ranks"]) for e in launch.history()] == [("died", 2), ("finished", 2)]
 
 
-def test_a_frozen_rank_is_named(cluster: Cluster, workspace: Workspace, reference: None) -> None:
-    launch = Launch(cluster, workspace, "frozen", [1, 2], "--max-restarts", "1", "--hang-seconds", "6")
-    launch.wait_for(lambda: launch.step() >= 25)
-    os.kill(launch.rank(1), signal.SIGSTOP)
-    said = launch.end()
-    launch.check()
-    assert "nothing moved for" in said
-    assert "rank 1 on node2 is still in" in said
-    assert "the process is stopped" in said
-    assert "2 other(s) wait in" in said
-    assert launch.history()[0]["kind"] == "hung"
-
-
-def test_a_host_whose_processes_are_killed_comes_again(cluster: Cluster, workspace: Workspace, reference: None) -> None:
-    launch = Launch(cluster, workspace, "host", [1, 1], "--max-restarts", "1")
-    launch.wait_for(lambda: launch.step() >= 25)
-    for pid in cluster.pids("node2"):
-        os.kill(pid, signal.SIGKILL)
-    said = launch.end()
-    launch.check()
-    assert "node2" in said
-    assert [e["kind"] for e in launch.history()][-1] == "finished"
-
-
-def test_a_killed_launcher_leaves_a_saved_run_and_no_orphan(
-    cluster: Cluster, workspace: Workspace, reference: None
-) -> None:
-    launch = Launch(cluster, workspace, "launcher", [1, 1])
-    launch.wait_for(lambda: launch.step() >= 25)
-    launch.process.kill()
-    launch.end(code=-signal.SIGKILL)
-    saved = max(int(p.name[5:]) for p in workspace.checkpoints("launcher").glob("step-*"))
-    assert saved == launch.step(), "the ranks saved before they stopped"
-    again = Launch(cluster, workspace, "launcher", [1, 1])
-    again.end()
-    again.check()
+def test_a_host_whose_processes_are_killed_comes_again(faulted: tuple[Launch, Launch]) -> None:
+    history = faulted[1].history()
+    assert len(history) == 4
+    assert (history[-1]["kind"], history[-1]["ranks"]) == ("finished", 2)
+    assert "node2" in faulted[1].text()
 
 
 def doctor(cluster: Cluster, workspace: Workspace, *options: str) -> tuple[int, dict[str, Any]]:

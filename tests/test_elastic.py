@@ -1,6 +1,6 @@
 """Resume in another layout on the real engine: 2 -> 1 -> 4 ranks, other ZeRO stages, micro batches, precisions.
 
-Every chain is one run of 60 steps: 20 on 2 ranks, on to 40 on 1 rank, on to 60 on 4 ranks, against the same run left
+Every chain is one run of 30 steps: 10 on 2 ranks, on to 20 on 1 rank, on to 30 on 4 ranks, against the same run left
 alone on 2 ranks. Four launches in all; the conversion is compared with DeepSpeed's own ds_to_universal.
 """
 
@@ -25,9 +25,9 @@ from packspeed.launch.weights import fp32_state_dict
 pytestmark = [pytest.mark.xdist_group("elastic"), pytest.mark.timeout(1500)]
 
 STEPS = (
-    "train.steps=60",
-    "checkpoint={every_steps: 20, keep: 9}",
-    "eval.every_steps=30",
+    "train.steps=30",
+    "checkpoint={every_steps: 10, keep: 9}",
+    "eval.every_steps=15",
     "train.schedule.warmup_steps=5",
 )
 MUON = ("train.optimizer.name=muon", "train.optimizer.muon_lr=0.02", "train.grad_clip=0")
@@ -62,7 +62,7 @@ def elastic(workspace: Workspace) -> dict[str, str]:
     for leg, ranks in ((0, 2), (1, 1), (2, 4)):
         if leg:
             for name in every:
-                workspace.rewind(f"{name}-leg{leg - 1}" if leg > 1 else name, f"{name}-leg{leg}", step=20 * leg)
+                workspace.rewind(f"{name}-leg{leg - 1}" if leg > 1 else name, f"{name}-leg{leg}", step=10 * leg)
             runs = [workspace.arguments(f"{n}-leg{leg}", *STEPS, *legs[leg]) for n, (_, legs) in every.items()]
         codes, outputs[f"{ranks} ranks"] = run_many(workspace.folder / f"elastic{leg}", runs, ranks=ranks)
         assert codes == [0] * len(runs), outputs[f"{ranks} ranks"][-6000:]
@@ -77,11 +77,11 @@ def test_the_curve_does_not_see_ranks_stages_micro_batches(workspace: Workspace,
             key = "loss" if "loss" in a else "val_loss"
             assert b[key] == pytest.approx(a[key], abs=tolerance), (name, a["step"])
             assert a.get("data_hash") == b.get("data_hash"), (name, a["step"])
-    assert len(workspace.losses("stages-leg2")) == 60
+    assert len(workspace.losses("stages-leg2")) == 30
 
 
 def test_train_notices_and_says_so(elastic: dict[str, str]) -> None:
-    for ranks, steps in (("1 ranks", 20), ("4 ranks", 40)):
+    for ranks, steps in (("1 ranks", 10), ("4 ranks", 20)):
         assert elastic[ranks].count(f"converting step-000000{steps} into a universal checkpoint") == 6
         assert elastic[ranks].count("wrote and verified") == 6
         assert elastic[ranks].count("self-check: the last step's samples have the loss of the save") == 6
@@ -91,7 +91,7 @@ def test_train_notices_and_says_so(elastic: dict[str, str]) -> None:
 def test_the_conversion_is_deepspeeds_bit_for_bit(workspace: Workspace, elastic: dict[str, str], name: str) -> None:
     """ds_to_universal of the same checkpoint: ZeRO-1, and ZeRO-3 with offload."""
     checkpoint = workspace.folder / f"bare-{name}"
-    shutil.copytree(workspace.checkpoints(name) / "step-00000020", checkpoint)
+    shutil.copytree(workspace.checkpoints(name) / "step-00000010", checkpoint)
     out = workspace.folder / f"universal-{name}"
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     arguments = ["--input_folder", str(checkpoint), "--output_folder", str(out), "--num_extract_workers", "1"]
@@ -113,7 +113,7 @@ def test_the_conversion_is_deepspeeds_bit_for_bit(workspace: Workspace, elastic:
 
 def test_weights_of_all_chains_end_alike(workspace: Workspace, elastic: dict[str, str]) -> None:
     for name in ("stages", "plain", "dropout"):
-        alone, chained = (fp32_state_dict(workspace.checkpoints(n) / "step-00000060") for n in (name, f"{name}-leg2"))
+        alone, chained = (fp32_state_dict(workspace.checkpoints(n) / "step-00000030") for n in (name, f"{name}-leg2"))
         for key, value in alone.items():
             torch.testing.assert_close(chained[key], value, atol=2e-5, rtol=1e-3)
 
@@ -121,7 +121,7 @@ def test_weights_of_all_chains_end_alike(workspace: Workspace, elastic: dict[str
 def test_reshard_works_offline_and_mends_a_damaged_conversion(workspace: Workspace, elastic: dict[str, str]) -> None:
     """The first attempt is killed by the kernel in the middle of the largest file."""
     checkpoint = workspace.folder / "resharded"
-    shutil.copytree(workspace.checkpoints("stages") / "step-00000060", checkpoint)
+    shutil.copytree(workspace.checkpoints("stages") / "step-00000030", checkpoint)
     largest = max(path.stat().st_size for path in (workspace.checkpoints("stages-leg2")).rglob("universal/*"))
     kill = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL); "
@@ -153,7 +153,7 @@ def test_a_conversion_that_does_not_match_the_module_is_refused(workspace: Works
     from packspeed.launch.config import UserError
 
     checkpoint = workspace.folder / "mismatch"
-    shutil.copytree(workspace.checkpoints("stages") / "step-00000020", checkpoint)
+    shutil.copytree(workspace.checkpoints("stages") / "step-00000010", checkpoint)
     path = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     content = torch.load(path, weights_only=False)
     content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].data[7] += 1

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Workspace
+from conftest import Workspace, train
 from test_export import runs_cli
 
 from packspeed.data.prepare import prepare
@@ -117,11 +117,9 @@ def test_bytes_are_those_of_the_text_whatever_the_tokenizer(text: tuple[Path, li
 
 def test_a_runs_validation_loss_is_that_of_its_training(workspace: Workspace, tmp_path: Path) -> None:
     """The same windows, so the number that the trainer wrote; with documents kept apart too."""
-    from test_failures import train_alone
-
     name = "evaluated"
     sets = ("train.steps=2", "eval.every_steps=2", "eval.windows=100000", "data.document_mask=true")
-    done = train_alone(*workspace.arguments(name, *sets))
+    done = train(*workspace.arguments(name, *sets))
     assert done.returncode == 0, done.stdout + done.stderr
     line = next(line for line in workspace.metrics(name) if "val_loss" in line)
     (result,) = evaluate(workspace.folder / "runs" / name)["results"]

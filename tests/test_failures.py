@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import prefork
 import pytest
-from conftest import ROOT, Workspace, deepspeed
+from conftest import TRAIN, Workspace, deepspeed, environment, train
 
-TRAIN = ROOT / "launch" / "train.py"
 pytestmark = [pytest.mark.xdist_group("failures"), pytest.mark.timeout(900)]
 
 
@@ -23,17 +23,11 @@ def packspeed(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd)
 
 
-def train_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """train.py without a launcher: one rank."""
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, str(TRAIN), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
-
-
 @pytest.fixture(scope="module")
 def trained(workspace: Workspace) -> Workspace:
-    """A finished run of 10 steps called `done`."""
-    done = train_alone(*workspace.arguments("done"))
+    """A finished run of 10 steps called `done`, by the command as a user types it."""
+    command = [sys.executable, str(TRAIN), *workspace.arguments("done")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return workspace
 
@@ -73,7 +67,7 @@ def test_typo_in_the_deepspeed_json_exits_2_through_deepspeeds_launcher(workspac
     ],
 )
 def test_impossible_requests_are_one_paragraph(workspace: Workspace, sets: list[str], code: int, message: str) -> None:
-    done = train_alone(*workspace.arguments("impossible", *sets))
+    done = train(*workspace.arguments("impossible", *sets))
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -82,7 +76,7 @@ def test_impossible_requests_are_one_paragraph(workspace: Workspace, sets: list[
 def test_unwritable_run_folder(workspace: Workspace) -> None:
     """As root nothing is unwritable by mode, so the folder's parent is a file."""
     (workspace.folder / "a-file").write_text("")
-    done = train_alone(*workspace.arguments("x", f"runs_dir={workspace.folder}/a-file"))
+    done = train(*workspace.arguments("x", f"runs_dir={workspace.folder}/a-file"))
     assert done.returncode == 1
     assert "run folder" in done.stderr
     assert "--set runs_dir=DIR" in done.stderr
@@ -93,7 +87,7 @@ def test_torn_shard_is_refused_by_name(workspace: Workspace) -> None:
     shutil.copytree(workspace.folder / "tokens", torn)
     shard = torn / "train-00000.bin"
     os.truncate(shard, shard.stat().st_size - 2)
-    done = train_alone(*workspace.arguments("torn", f"data.path={torn}"))
+    done = train(*workspace.arguments("torn", f"data.path={torn}"))
     assert done.returncode == 1
     assert "train-00000.bin" in done.stderr
     assert "Traceback" not in done.stderr
@@ -101,18 +95,18 @@ def test_torn_shard_is_refused_by_name(workspace: Workspace) -> None:
 
 def test_finished_run_says_so(trained: Workspace) -> None:
     before = (trained.folder / "runs" / "done" / "metrics.jsonl").read_bytes()
-    done = train_alone(*trained.arguments("done"))
+    done = train(*trained.arguments("done"))
     assert done.returncode == 0
     assert "run done is finished: 10 of 10 steps" in done.stdout
     assert (trained.folder / "runs" / "done" / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_runs_checkpoint_is_refused_and_fresh_moves_it_aside(trained: Workspace) -> None:
-    done = train_alone(*trained.arguments("done", "model.d_model=64", "train.seed=2"))
+    done = train(*trained.arguments("done", "model.d_model=64", "train.seed=2"))
     assert done.returncode == 2
     assert "belongs to another run: model.d_model was 32, is 64; train.seed was 1337, is 2" in done.stderr
     shutil.copytree(trained.folder / "runs" / "done", trained.folder / "runs" / "fresh")
-    done = train_alone(*trained.arguments("fresh", "train.seed=2", "train.steps=2", fresh=True))
+    done = train(*trained.arguments("fresh", "train.seed=2", "train.steps=2", fresh=True))
     assert done.returncode == 0, done.stderr
     assert len(list((trained.folder / "runs").glob("fresh.old-*"))) == 1
     assert len(trained.losses("fresh")) == 2
@@ -123,7 +117,7 @@ def test_other_dataset_is_refused(trained: Workspace) -> None:
 
     (trained.folder / "other.txt").write_text("other text " * 2000)
     prepare([str(trained.folder / "other.txt")], trained.folder / "other", "bytes", val_fraction=0.1)
-    done = train_alone(*trained.arguments("done", f"data.path={trained.folder}/other"))
+    done = train(*trained.arguments("done", f"data.path={trained.folder}/other"))
     assert done.returncode == 2
     assert "was trained with another dataset" in done.stderr
     assert "tokens before" in done.stderr, "what changed is named"
@@ -144,7 +138,7 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(trained: Workspace)
     (folder / "step-00000007" / "packspeed.json").unlink()
     shutil.copytree(folder / "step-00000006", folder / "step-00000010")
     (folder / "step-00000010" / "evil.pt").write_bytes(b"")
-    done = train_alone(*trained.arguments("damaged"))
+    done = train(*trained.arguments("damaged"))
     assert done.returncode == 0, done.stderr
     reasons = {"10": "not listed", "09": "another hash", "08": "has 100 bytes", "07": "did not finish"}
     for name, reason in reasons.items():
@@ -199,7 +193,7 @@ def test_a_checkpoint_is_read_without_running_what_it_pickles(tmp_path: Path) ->
     assert not (tmp_path / "owned").exists()
 
 
-def wait_for_step(path: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(path: Path, step: int, process: subprocess.Popen[str] | prefork.Processes) -> None:
     """Wait until metrics.jsonl has a line for `step`."""
     end = time.monotonic() + 300
     while time.monotonic() < end:
@@ -237,13 +231,12 @@ def test_signals_save_and_exit_75_through_the_launcher(workspace: Workspace, num
 def test_stopped_run_goes_on_to_the_same_curve(workspace: Workspace) -> None:
     """Stopped by SIGTERM in the middle and started again: bitwise the curve of a run left alone."""
     sets = ("train.steps=60", "checkpoint.every_steps=0", "model.dropout=0.1")
-    assert train_alone(*workspace.arguments("alone", *sets)).returncode == 0
-    command = [sys.executable, str(TRAIN), *workspace.arguments("interrupted", *sets)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert train(*workspace.arguments("alone", *sets)).returncode == 0
+    process = prefork.start(TRAIN, workspace.arguments("interrupted", *sets), [environment()])
     wait_for_step(workspace.folder / "runs" / "interrupted" / "metrics.jsonl", 4, process)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output
-    assert train_alone(*workspace.arguments("interrupted", *sets)).returncode == 0
+    said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert train(*workspace.arguments("interrupted", *sets)).returncode == 0
     assert workspace.curve("interrupted") == workspace.curve("alone")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Workspace
+from conftest import Workspace, train
 
 from packspeed.launch.goodput import Account, account, read_lives
 from packspeed.launch.watch import FILE, LINE_BYTES, Clock
@@ -21,17 +20,6 @@ DELAYS = "slow_start:1.5,slow_data:0.1,slow_evaluation:0.6,slow_save:0.5,slow_co
 BREAK_S = 2.0
 
 
-def train(workspace: Workspace, name: str, faults: str) -> int:
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "faulty.py"),
-        *workspace.arguments(name, "monitor.log_every_steps=1"),
-    ]
-    done = subprocess.run(command, env={**env, "FAULTS": faults}, capture_output=True, text=True, timeout=600)
-    return done.returncode
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -39,12 +27,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def crashed_twice(workspace: Workspace) -> tuple[Account, float, Path]:
     """10 steps, saved after 3, 6, 9; killed after step 7, then in step 9: 7, 7 and 8 are done again, and half of 9."""
+    arguments = workspace.arguments("crashes", "monitor.log_every_steps=1")
     began = time.time()
-    assert train(workspace, "crashes", f"{DELAYS},die_after:7") == -9
+    assert train(*arguments, faults=f"{DELAYS},die_after:7").returncode == -9
     time.sleep(BREAK_S)
-    assert train(workspace, "crashes", f"{DELAYS},die_in:9") == -9
+    assert train(*arguments, faults=f"{DELAYS},die_in:9").returncode == -9
     time.sleep(BREAK_S)
-    assert train(workspace, "crashes", DELAYS) == 0
+    assert train(*arguments, faults=DELAYS).returncode == 0
     took = time.time() - began
     folder = workspace.folder / "runs" / "crashes"
     found = account(folder)

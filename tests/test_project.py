@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Workspace
+from conftest import ROOT, Workspace, environment
 
 FOLDERS = ("model", "data", "launch")
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
@@ -64,9 +64,11 @@ from packspeed.launch.train import main
 assert main({arguments!r}) == 0
 print("\\nloaded:", *sorted(n for n, m in sys.modules.items() if n.startswith("packspeed.") and hasattr(m, "__file__")))
 """
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = environment()
+    del env["OMP_NUM_THREADS"]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"1 rank(s) x {len(os.sched_getaffinity(0))} thread(s)" in done.stdout, "one rank has all cores"
     names = done.stdout.split("loaded:")[1].split()
     files = [name for name in names if name.count(".") == 2]
     assert len(files) + ("packspeed.launch.train" not in files) <= 16, files

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Workspace
+from conftest import FAULTY, Workspace
 
 from packspeed.launch import spawn
 from packspeed.launch.checkpoint import rng_state, set_rng_state
@@ -42,9 +42,13 @@ def test_a_killed_run_is_proved_to_go_on(workspace: Workspace) -> None:
 
 
 def wrong(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, name: str, faults: str) -> Leg:
-    """The proof of a run with something planted; the resumed leg."""
-    monkeypatch.setattr(spawn, "TRAIN", ROOT / "tests" / "faulty.py")
-    monkeypatch.setenv("FAULTS", faults)
+    """The proof of a run with something planted; the resumed leg. A shell stands where the slow launcher would."""
+    monkeypatch.setattr(spawn, "TRAIN", FAULTY)
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, str(FAULTY)]
+    monkeypatch.setattr(spawn, "launcher_command", lambda ranks, arguments: [*command, *arguments])
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for key, value in {**rank, "MASTER_PORT": str(spawn.free_port()), "FAULTS": faults}.items():
+        monkeypatch.setenv(key, value)
     plan = make_plan(workspace.run_file, [f"name={name}"], 18, 1, 1, seed=4)
     (leg,) = prove(dataclasses.replace(plan, other_ranks=None), print)
     return leg

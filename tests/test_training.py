@@ -1,6 +1,6 @@
 """Training through the real launcher and the real engine, 2 ranks: stages, precisions, resume, what a run leaves.
 
-All runs of this file share three launches (many_runs.py), so they stay in one xdist group.
+All runs of this file share two launches (many_runs.py), so they stay in one xdist group.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def trained(workspace: Workspace) -> dict[str, list[str]]:
     """Every case trained for 10 steps in one launch."""
     runs = cases(workspace.folder)
     codes, output = run_many(
-        workspace.folder / "full", [workspace.arguments(name, *sets) for name, sets in runs.items()]
+        workspace.folder / "full",
+        [workspace.arguments(name, *sets) for name, sets in runs.items()],
+        launcher=True,
     )
     assert codes == [0] * len(runs), output[-4000:]
     return runs
