@@ -7,7 +7,7 @@ SOURCE ?=
 TEXT ?=
 RANKS ?= 2
 RUN ?=
-STEPS ?= 50
+STEPS ?= 200
 
 .PHONY: quickstart shakespeare install test invariance packages lint clean
 .DELETE_ON_ERROR:
