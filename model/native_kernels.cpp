@@ -137,14 +137,16 @@ float row_loss(T* logits, Index label, Index vocab, Index padded, float z_loss, 
         sum += part;
     }
     const float log_sum = highest + static_cast<float>(std::log(sum));
-    const float loss = label < 0 ? 0.0f : log_sum - load(logits[label]) + z_loss * log_sum * log_sum;
+    const bool known = label < vocab;  // a label that is no token makes the loss NaN, which no run goes on with
+    const float target = label < 0 ? 0.0f : known ? load(logits[label]) : NAN;
+    const float loss = label < 0 ? 0.0f : log_sum - target + z_loss * log_sum * log_sum;
     if (with_gradient) {
         const float factor = label < 0 ? 0.0f : static_cast<float>((1.0 + 2.0 * z_loss * log_sum) / sum);
 #pragma omp simd
         for (Index i = 0; i < vocab; i++) {
             store(logits[i], factor * powers[i]);
         }
-        if (label >= 0) {
+        if (label >= 0 && known) {
             store(logits[label], factor * powers[label] - 1.0f);
         }
         std::memset(logits + vocab, 0, (padded - vocab) * sizeof(T));

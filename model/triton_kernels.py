@@ -184,7 +184,8 @@ def cross_entropy_row(
     top = tl.max(highest, 0)
     log_sum = top + tl.log(tl.sum(summed * tl.exp(highest - top), 0))
     counted = label >= 0
-    tl.store(losses + row, tl.where(counted, log_sum - tl.sum(target, 0) + z_loss * log_sum * log_sum, 0.0))
+    loss = tl.where(label < vocab_size, log_sum - tl.sum(target, 0) + z_loss * log_sum * log_sum, float("nan"))
+    tl.store(losses + row, tl.where(counted, loss, 0.0))
     if WITH_GRADIENT:
         pull = 1.0 + 2.0 * z_loss * log_sum
         for first in range(0, padded, BLOCK):

@@ -3,8 +3,8 @@
     make invariance                          the tests' small GPT on Python's sources; updates ds_configs/README.md
     make invariance RUN=my.yaml STEPS=50     your model and dataset; prints the table
 
-The reference is one process: torch's own operations, AdamW, clipping and cross entropy in fp32, the whole batch at once,
-no DeepSpeed. Cost: one launch for each number of ranks (1 to 4), about 35 runs.
+The reference is one process without DeepSpeed: torch's own operations, AdamW, clipping and cross entropy in fp32, the
+whole batch at once. Cost: one launch for each number of ranks (1 to 4), about 35 runs.
 """
 
 from __future__ import annotations

@@ -133,6 +133,14 @@ def test_a_nan_reaches_the_loss(fused: plain.Kernels) -> None:
     assert losses.isnan().tolist() == [True, False]
 
 
+def test_a_label_that_is_no_token_makes_the_loss_nan(fused: plain.Kernels) -> None:
+    """A NaN stops a run, with its samples named; torch's gather would end the process."""
+    labels = torch.tensor([9, 1, 2**40], device=DEVICE)
+    for with_gradient in (False, True):
+        losses = fused.row_losses(torch.zeros(3, 16, device=DEVICE), labels, 9, 0.0, with_gradient)
+        assert losses.isnan().tolist() == [True, False, True]
+
+
 LLAMA = {
     "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "bias": False, "tie_embeddings": False,
     "qk_norm": True,
