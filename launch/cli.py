@@ -121,6 +121,8 @@ def ops_build(
         plan = solve_batch(run.global_batch, run.data.seq_len, 1, 1)
         names = ops.needed_ops(resolve_ds_config(run, load_ds_config(run.deepspeed), plan, "fp32"), device)
     missing = ops.build_ops(names, lambda line: print(line, flush=True))
+    for name, why in missing.items():
+        print(f"note: {why}\nRuns go on with {ops.SUBSTITUTES[name]}.")
     built = [name.removesuffix("Builder") for name in names if name not in missing]
     print(f"ops are built: {', '.join(built) or 'none'}; kernels: {resolve_kernels('auto', print)}")
 

@@ -20,6 +20,7 @@ a contender does itself: phases are marked by events on the device, and read whe
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import itertools
@@ -39,7 +40,7 @@ from torch.nn import functional as F
 from packspeed.data.errors import DataError
 from packspeed.data.loader import Loader, Prefetcher
 from packspeed.launch import engine as engines
-from packspeed.launch import ops, run_folder
+from packspeed.launch import run_folder
 from packspeed.launch.checkpoint import Checkpointer
 from packspeed.launch.config import BatchPlan, RunFile, UserError, learning_rate, load_run_file, solve_batch
 from packspeed.launch.ds_config import load_ds_config, resolve_ds_config, zero_stage
@@ -187,17 +188,13 @@ class Arena:
         raw = load_ds_config(self.run.deepspeed)
         if job["stage"] is not None:
             raw["zero_optimization"] = (raw.get("zero_optimization") or {}) | {"stage": job["stage"]}
-        _, world, local_rank, local_size = engines.launcher_environment()
-        engines.share_cores(local_rank, local_size)
-        self.threads = torch.get_num_threads()
+        _, world, _, local_size = engines.launcher_environment()
+        self.threads = engines.limit_threads(local_size)
         self.plan: BatchPlan = solve_batch(
             self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
         )
         self.ds_config = resolve_ds_config(self.run, raw, self.plan, self.precision)
-        missing = ops.build_ops(ops.needed_ops(self.ds_config, ops.device_type()), print)
-        self.topology = engines.start_distributed()
-        if any(ops.FUSED_ADAM in each for each in self.topology.gather(missing)):
-            ops.use_torch_adam(self.ds_config)
+        self.topology = engines.start_distributed(self.ds_config, print)
         self.loader: Loader = make_run_loader(self.run, self.dataset)
 
     def batches(self) -> Prefetcher:
@@ -223,8 +220,14 @@ def _bare(arena: Arena) -> Built:
         return loss
 
     def optimizer(built: Any) -> torch.optim.Optimizer:
-        settings = {"lr": train.optimizer.lr, "betas": train.optimizer.betas, "eps": train.optimizer.eps}
-        found: torch.optim.Optimizer = FusedAdam(param_groups(built, train.optimizer.weight_decay), **settings)
+        settings: dict[str, Any] = {
+            "lr": train.optimizer.lr,
+            "betas": train.optimizer.betas,
+            "eps": train.optimizer.eps,
+        }
+        missing = arena.ds_config["optimizer"]["params"].get("torch_adam")
+        kind = functools.partial(torch.optim.AdamW, fused=True) if missing else FusedAdam  # as in packspeed's engine
+        found: torch.optim.Optimizer = kind(param_groups(built, train.optimizer.weight_decay), **settings)
         return found
 
     return model, compute, optimizer
@@ -338,7 +341,7 @@ def compete(arena: Arena, folder: Path) -> None:
         (folder / "ready").touch()
     best: dict[str, float] = {}
     for number in itertools.count():
-        _await_turn(arena, folder / f"turn-{number}")
+        _await_turn(arena.job["owner"], folder / f"turn-{number}")
         found = one_round(arena, contender, arena.job["steps"])
         memory = max(arena.topology.gather(_memory(arena)))
         best = peaks(arena, best)
@@ -351,12 +354,11 @@ def compete(arena: Arena, folder: Path) -> None:
             part.replace(folder / f"round-{number}.json")
 
 
-def _await_turn(arena: Arena, turn: Path) -> None:
-    """Sleep until rank 0 sees that it is this contender's turn."""
-    while arena.topology.rank == 0 and not turn.exists():
-        os.kill(arena.job["owner"], 0)  # ProcessLookupError where nobody is left to give a turn
+def _await_turn(owner: int, turn: Path) -> None:
+    """Sleep until it is this contender's turn: every rank by itself, as a collective would keep GPUs busy."""
+    while not turn.exists():
+        os.kill(owner, 0)  # ProcessLookupError where nobody is left to give a turn
         time.sleep(POLL_S)
-    arena.topology.barrier()
 
 
 def facts(arena: Arena) -> dict[str, Any]:

@@ -236,8 +236,8 @@ def _set_step(optimizer: Any, step: int) -> None:
     """DeepSpeed's Adams count steps in the state of each tensor or, older, of each group; torch's in tensors."""
     for state in optimizer.state.values():
         if "exp_avg_sq" in state:
-            counter = state.get("step")
-            state["step"] = torch.full_like(counter, step) if isinstance(counter, torch.Tensor) else step
+            in_tensors = isinstance(optimizer, torch.optim.AdamW) or isinstance(state.get("step"), torch.Tensor)
+            state["step"] = torch.tensor(float(step), device=state["exp_avg_sq"].device) if in_tensors else step
 
 
 def _refresh(engine: Any) -> None:

@@ -26,7 +26,8 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from packspeed.launch.config import ConfigError, RunFile
+from packspeed.launch import ops
+from packspeed.launch.config import ConfigError, RunFile, UserError
 from packspeed.launch.ds_config import zero_stage
 from packspeed.launch.ops import device_type, prepare_for_ops
 from packspeed.launch.optimizers import copy_first_gradients, forget_bias_products
@@ -82,21 +83,15 @@ class Topology:
         return out
 
 
-def share_cores(local_rank: int, local_size: int) -> str:
-    """Share this host's cores between its ranks, unless OMP_NUM_THREADS already says how; returns what came of it.
+def limit_threads(local_size: int) -> int:
+    """Share this host's cores between its ranks unless OMP_NUM_THREADS already says how; returns the threads.
 
-    Ranks that compute on the CPU are bound to their share, in which the scheduler cannot put two of them on one core.
+    Ranks are not bound to cores: on one socket that is worth nothing (LOG.md). For several sockets DeepSpeed's launcher
+    has --bind_cores_to_rank.
     """
-    if "OMP_NUM_THREADS" in os.environ:
-        return f"{torch.get_num_threads()} thread(s), as OMP_NUM_THREADS says"
-    cores = sorted(os.sched_getaffinity(0))
-    threads = max(1, len(cores) // local_size)
-    torch.set_num_threads(threads)
-    if device_type() != "cpu" or not 1 < local_size <= len(cores):
-        return f"{threads} thread(s)"
-    own = cores[local_rank * threads : (local_rank + 1) * threads]
-    os.sched_setaffinity(0, own)
-    return f"{threads} thread(s), bound (rank 0: core {', '.join(map(str, own))})"
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    return torch.get_num_threads()
 
 
 OPENMPI = {
@@ -117,8 +112,14 @@ def launcher_environment() -> tuple[int, int, int, int]:
     return int(env.get("RANK", 0)), world, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_SIZE", world))
 
 
-def start_distributed(timeout_s: float = 1800.0) -> Topology:
-    """Join the process group that the launcher's environment describes; without a launcher, be the only rank."""
+def start_distributed(
+    ds_config: dict[str, Any] | None = None, say: Callable[[str], None] = print, timeout_s: float = 1800.0
+) -> Topology:
+    """Join the process group that the launcher's environment describes; without a launcher, be the only rank.
+
+    With a DeepSpeed configuration, what it needs is compiled on the way. What one host cannot compile no rank uses: the
+    configuration then names what stands in for it, or a UserError says on every rank what is wrong on that host.
+    """
     prepare_for_ops()
     rank, world, local_rank, local_size = launcher_environment()
     if "RANK" not in os.environ:
@@ -126,16 +127,45 @@ def start_distributed(timeout_s: float = 1800.0) -> Topology:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    accelerator = get_accelerator()
+    accelerator, timeout = get_accelerator(), datetime.timedelta(seconds=timeout_s)
+    backend = accelerator.communication_backend_name()
     if device_type() != "cpu":
         accelerator.set_device(local_rank)
-    with quiet(None):
-        deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_s), verbose=False)
+    if backend != "gloo":
+        _start_deepspeed(backend, timeout)
+    elif not torch.distributed.is_initialized():
+        # Before DeepSpeed: a rank without its shared memory would keep the others waiting in it for ever.
+        torch.distributed.init_process_group(backend, timeout=timeout)
     topology = Topology(
         rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name())
     )
+    if ds_config is not None:
+        _build_ops(ds_config, topology, say)
+    _start_deepspeed(backend, timeout)
     _unlink_shared_memory(topology)
     return topology
+
+
+def _start_deepspeed(backend: str, timeout: datetime.timedelta) -> None:
+    if not dist.is_initialized():
+        with quiet(None):
+            deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+
+
+def _build_ops(ds_config: dict[str, Any], topology: Topology, say: Callable[[str], None]) -> None:
+    """The first rank of every host builds; all ranks know what came of it on each host."""
+    missing: dict[str, str] = {}
+    failed: UserError | None = None
+    if topology.local_rank == 0:
+        try:
+            missing = ops.build_ops(ops.needed_ops(ds_config, device_type()), say)
+        except UserError as error:
+            failed = error
+    answers = topology.gather((missing, failed))
+    for _, failure in answers:
+        if failure is not None:
+            raise failure
+    ops.do_without({name: why for lacking, _ in answers for name, why in lacking.items()}, ds_config, say)
 
 
 def _unlink_shared_memory(topology: Topology) -> None:
@@ -158,6 +188,16 @@ def resolve_precision(wanted: str) -> str:
     if device_type() == "cpu":
         return "bf16" if _cpu_has_bf16() else "fp32"
     return "bf16" if get_accelerator().is_bf16_supported() else "fp16"
+
+
+def agree_on_kernels(config: GPTConfig, topology: Topology, say: Callable[[str], None]) -> GPTConfig:
+    """The same kernels for every rank, so that no sample's bits depend on the host: eager where they differ."""
+    found = topology.gather(resolve_kernels(config.kernels, say))
+    if len(set(found)) == 1:
+        return config
+    differ = ", ".join(f"rank {rank} {kernels}" for rank, kernels in enumerate(found) if kernels != found[0])
+    say(f"note: rank 0 has {found[0]} kernels, but {differ}: all use torch's own operations (eager).")
+    return dataclasses.replace(config, kernels="eager")
 
 
 def resolve_kernels(wanted: str, say: Callable[[str], None]) -> str:

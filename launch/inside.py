@@ -28,6 +28,8 @@ def norms(engine: Any) -> dict[str, dict[str, float]]:
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
+    from packspeed.launch.optimizers import square_sum
+
     scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
     out: dict[str, dict[str, float]] = {"gradient": {}, "weight": {}}
     for name, parameter in engine.module.named_parameters():
@@ -35,8 +37,8 @@ def norms(engine: Any) -> dict[str, dict[str, float]]:
         weight = safe_get_full_fp32_param(parameter)
         weight = parameter if weight is None else weight
         if gradient is not None:
-            out["gradient"][name] = float(gradient.float().norm()) / scale
-        out["weight"][name] = float(weight.float().norm())
+            out["gradient"][name] = float(square_sum([gradient]).sqrt()) / scale
+        out["weight"][name] = float(square_sum([weight]).sqrt())
     return out
 
 

@@ -85,7 +85,7 @@ def dropout_keys(samples: np.ndarray, seed: int, device: torch.device) -> torch.
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device that nobody waits for: for a GPU by way of pinned memory."""
+    """The array on the device, which nobody waits for: by way of pinned memory to a GPU, the same memory on a CPU."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -67,13 +68,13 @@ def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:
     return ops
 
 
-def build_ops(names: list[str], say: Callable[[str], None]) -> list[str]:
-    """Compile and load each op; returns those that cannot be built and that something else stands in for, said aloud.
+def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
+    """Compile and load each op; returns those that cannot be built, and why, where something else stands in for them.
 
     UserError for the others: it names the missing compiler, header or the end of ninja's log.
     """
     prepare_for_ops()
-    missing = []
+    missing = {}
     for name in names:
         builder = get_accelerator().create_op_builder(name)
         if builder is None or "NotImplemented" in type(builder).__name__:
@@ -84,13 +85,23 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> list[str]:
         try:
             _build_op(builder, say)
         except (RuntimeError, ImportError, OSError, AssertionError, subprocess.SubprocessError) as error:
+            why = f"{platform.node()}: {_diagnosis(builder, error)}"
             if name not in SUBSTITUTES:
-                raise UserError(_diagnosis(builder, error)) from error
-            say(f"note: {_diagnosis(builder, error)}\nGoing on with {SUBSTITUTES[name]}.")
-            missing.append(name)
+                raise UserError(why) from error
+            missing[name] = why
+    return missing
+
+
+def do_without(missing: dict[str, str], ds_config: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Put what stands in for missing ops into the final DeepSpeed dict; UserError where nothing does."""
+    for name, why in missing.items():
+        if name == FUSED_ADAM and ds_config["optimizer"]["type"] != "AdamW":
+            raise UserError(f"{why}\nOnly train.optimizer.name: adamw can do without it.")
+        say(f"note: {why}\nGoing on with {SUBSTITUTES[name]}.")
+    if FUSED_ADAM in missing:
+        ds_config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     if SHM_COMM in missing:
         deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder(SHM_COMM).NAME] = False
-    return missing
 
 
 def _build_op(builder: Any, say: Callable[[str], None]) -> None:
@@ -104,15 +115,6 @@ def _build_op(builder: Any, say: Callable[[str], None]) -> None:
         builder.load(verbose=False)
     if time.monotonic() - start > 5:
         say(f"built {builder.name} in {time.monotonic() - start:.0f} s -> {built}")
-
-
-def use_torch_adam(ds_config: dict[str, Any]) -> None:
-    """Let DeepSpeed step with torch's fused AdamW, which needs nothing built: FusedAdam's numbers but for rounding."""
-    if ds_config["optimizer"]["type"] != "AdamW":
-        raise UserError(
-            "train.optimizer: only adamw can do without DeepSpeed's FusedAdam (see above why it is missing)."
-        )
-    ds_config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
 
 
 def _build_folder(name: str) -> Path:

@@ -2,7 +2,8 @@
 
 DeepSpeed's norms are sums in fp32 at one stage, of copies in fp64 at another. torch's fp32 norm of one large tensor on
 a CPU is wrong by 1e-3 at 19 M elements and by 8e-3 at 80 M, and by something else where the gradients are cut
-otherwise: clipping would depend on the stage. The copies take twice the gradient's memory, and five times the time.
+otherwise: clipping would depend on the stage. The copies take twice the gradient's memory, and three times the time or
+more. Only the norm for an offloaded optimizer stays DeepSpeed's: fp64, gradient by gradient.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ NORM_ROW = 4096  # elements that fp32 sums, with an error of 1e-7, before fp64 g
 
 def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum of the squares of all elements, a scalar in fp64 on the tensors' device, right to 1e-6 of its value."""
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64, device=device_type())
-    if tensors[0].is_cuda:  # few launches, and GPUs sum in trees
+    if tensors and tensors[0].is_cuda:  # few launches, and GPUs sum in trees
         norms = torch.stack(torch._foreach_norm(list(tensors), 2.0, torch.float32))
         return norms.double().square().sum()
     rows = [part for t in tensors for part in _rows(t.detach().reshape(-1))]
+    if not rows:
+        return torch.zeros((), dtype=torch.float64, device=device_type())
     return torch.cat([torch.linalg.vector_norm(r, dim=1, dtype=torch.float32) for r in rows]).double().square().sum()
 
 
@@ -117,7 +118,7 @@ class GradientGate:
 
     DeepSpeed's ZeRO optimizers discard a step whose norm is invalid, on all ranks together: a step that `judge(norm)`
     refuses is shown to them as one. Where only the loss is wrong, stage 3 asks before Muon touches its momentum. The
-    norm is square_sum's at every stage.
+    norm is square_sum's (see above).
     """
 
     def __init__(self, engine: Any, judge: Callable[[float | None], bool]) -> None:
@@ -191,7 +192,7 @@ class GradientGate:
             grads = original(for_clipping)
             if for_clipping:
                 return grads
-            norm = square_sum(grads[0]).sqrt().float().view(1)
+            norm = square_sum(grads[0]).float().sqrt().view(1)  # infinite where DeepSpeed's own square of it will be
             return [torch.full_like(norm, float("nan")) if self._refuses(norm) else norm], {}
 
         optimizer.get_grads_for_norm = get_grads_for_norm
@@ -206,6 +207,7 @@ class GradientGate:
             self._refuses(norm)
             engine.clip_fp32_gradients = lambda: _clip(grads, norm, engine.gradient_clipping())
             take(lr_kwargs)
+            del engine.clip_fp32_gradients  # it holds the gradients
 
         engine._take_model_step = take_model_step
         engine.optimizer.step = lambda *args, **kwargs: None if self.closed else step(*args, **kwargs)

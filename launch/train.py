@@ -110,20 +110,17 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
     # Only now the slow imports: everything above answers in a fraction of a second.
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("PACKSPEED_DEEPSPEED_LOG", "WARNING"))
     from packspeed.launch import engine as engines
-    from packspeed.launch import ops
 
-    rank, world, local_rank, local_size = engines.launcher_environment()
+    rank, world, _, local_size = engines.launcher_environment()
     speak: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
-    cores = engines.share_cores(local_rank, local_size)
+    threads = engines.limit_threads(local_size)
     precision = engines.resolve_precision(run.train.precision)
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
     engines.check_precision(precision)
+    topology = engines.start_distributed(ds_config, speak)
+    config = engines.agree_on_kernels(config, topology, speak)
     kernels = engines.resolve_kernels(config.kernels, speak)
-    missing = ops.build_ops(ops.needed_ops(ds_config, ops.device_type()), speak)
-    topology = engines.start_distributed()
-    if any(ops.FUSED_ADAM in each for each in topology.gather(missing)):
-        ops.use_torch_adam(ds_config)
     with run_folder.prepared(run.folder, topology, fresh):
         chatter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
         resolved = run_folder.resolved(run, config, precision)
@@ -131,8 +128,8 @@ def _train(run: RunFile, raw_ds_config: dict[str, Any], fresh: bool, chatter: Ch
             engine = engines.build_engine(config, run, ds_config)
         run_folder.write_configs(run.folder, resolved, ds_config, topology)
         speak(
-            f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) on "
-            f"{topology.device.type} x {cores}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
+            f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
+            f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
             f"{run.global_batch} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x "
             f"{plan.dp_size} ranks"
         )

@@ -11,7 +11,7 @@ Head and cross entropy are one function, so that the logits of all tokens never 
 the head, turns their logits into losses and, in place, into their gradient (softmax - one_hot), and multiplies that on
 towards the input and the weight at once: the forward pass does the work of the backward pass, which only scales by the
 incoming gradient. Losses and the weight's sum over chunks are fp32. Source: Liger (https://arxiv.org/abs/2410.10989).
-The plain losses go through in blocks of rows that stay in the cache; never more than 128 MiB of logits exist.
+The plain losses go through in blocks of rows that stay in the cache. Logits never take more than the bytes below.
 z-loss adds z log(sum exp logits)^2 per token (PaLM, https://arxiv.org/abs/2204.02311, section 5).
 
 Keyed dropout: the mask comes from a hash of the sample, not from a random number stream. A framework's dropout draws
@@ -64,7 +64,7 @@ class Kernels(Protocol):
 
 
 def resolve(name: str, device: str) -> str:
-    """Say what `model.kernels: name` is on a type of device: `auto` becomes triton or eager.
+    """Say what `model.kernels: name` is on a type of device: `auto` becomes triton, native or eager.
 
     Raises ValueError for triton and native where they cannot run.
     """
@@ -106,7 +106,7 @@ def _native_kernels() -> Kernels | None:
     native: Any = importlib.import_module("packspeed.model.native_kernels")
     try:
         native.build()
-    except native.BuildError as error:
+    except (OSError, native.BuildError) as error:  # OSError: a cache that cannot be written or loaded from
         warnings.warn(f"torch's own operations take the place of ours in C++, and are slower: {error}", stacklevel=2)
         return None
     return cast(Kernels, native)

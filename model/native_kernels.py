@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -43,26 +44,26 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def build() -> ctypes.CDLL:
-    """Compile the library unless that was done before, and load it. Raises BuildError."""
-    compiler = os.environ.get("CXX", "c++")
+    """Compile the library unless that was done before, and load it. Raises BuildError, and OSError for the cache."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
     # GCC prefers half of AVX-512's registers by itself, for the sake of CPUs that slowed down when the rest was used.
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
-    identity = "\n".join([SOURCE.read_text(), compiler, *flags, _cpu()])
+    identity = "\n".join([SOURCE.read_text(), *compiler, *flags, _cpu()])
     digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     library = _folder() / f"{SOURCE.stem}-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
-            _compile([compiler, *flags, str(SOURCE), "-o", str(built)])
+            _compile([*compiler, *flags, str(SOURCE), "-o", str(built)])
             built.replace(library)  # whole or not at all, whoever else is at it
     return ctypes.CDLL(str(library))
 
 
 def _folder() -> Path:
     """Where torch keeps what it compiles."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)) / "packspeed"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions") / "packspeed"
 
 
 def _cpu() -> str:

@@ -52,7 +52,7 @@ class Processes:
 
     @property
     def returncode(self) -> int | None:
-        """As the launcher has it: that of a rank that failed, else 0; None while they run."""
+        """As the launcher has it: that of the rank that failed first, else 0; None while they run."""
         return None if self.codes is None else next((code for code in self.codes if code), 0)
 
     def poll(self) -> int | None:
@@ -65,6 +65,14 @@ class Processes:
         """Signal rank 0."""
         os.kill(self.pid, number)
 
+    def end(self) -> None:
+        """Kill what still runs."""
+        if self.codes is None:
+            for pid in self.pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.codes = self._answer()
+
     def communicate(self, timeout: float = 900) -> tuple[str, str]:
         """Wait for the end; what went to stdout and stderr. Ends them where that takes longer than `timeout` s.
 
@@ -76,10 +84,7 @@ class Processes:
                     raise subprocess.TimeoutExpired(self.args, timeout)
                 self.codes = self._answer()
         except BaseException:
-            for pid in self.pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.codes = self._answer()
+            self.end()
             raise
         texts = []
         for file in self._files:
@@ -87,6 +92,9 @@ class Processes:
             texts.append(file.read())
             file.close()
         return texts[0], texts[1]
+
+
+STARTED: list[Processes] = []
 
 
 @functools.cache
@@ -113,9 +121,12 @@ def start(script: Path, arguments: Sequence[str], envs: Sequence[dict[str, str]]
     places = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in files]
     request = {"script": str(script), "arguments": list(arguments), "envs": list(envs), "files": places}
     serving = server()
+    for process in STARTED:
+        process.end()  # of a test that failed meanwhile: the server answers for one request at a time
     assert serving.stdin is not None
     serving.stdin.write(json.dumps(request).encode() + b"\n")
-    return Processes(serving, files)
+    STARTED[:] = [Processes(serving, files)]
+    return STARTED[0]
 
 
 def run(script: Path, arguments: Sequence[str], envs: Sequence[dict[str, str]]) -> subprocess.CompletedProcess[str]:
@@ -138,7 +149,7 @@ def become(request: dict[str, Any], env: dict[str, str]) -> None:
 
 
 def ended(pids: list[int]) -> list[int]:
-    """Wait for all children; the first that fails ends the others."""
+    """Wait for all children; the first that fails ends the others. Exit codes in the order of the ends."""
     codes: dict[int, int] = {}
     while len(codes) < len(pids):
         pid, status = os.wait()
@@ -146,7 +157,7 @@ def ended(pids: list[int]) -> list[int]:
         if codes[pid]:
             for other in set(pids) - set(codes):
                 os.kill(other, signal.SIGKILL)
-    return [codes[pid] for pid in pids]
+    return list(codes.values())
 
 
 def main() -> None:

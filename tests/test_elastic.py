@@ -38,6 +38,10 @@ def chains(folder: Path) -> dict[str, tuple[float, list[list[str]]]]:
     """Name -> (most that a loss may differ, overrides on 2, 1 and 4 ranks)."""
     zero3 = folder / "zero3_all.json"
     zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    torch_adam = folder / "elastic_torch_adam.json"  # what stands in for FusedAdam on a host without a compiler
+    torch_adam.write_text(
+        json.dumps({"zero_optimization": {"stage": 1}, "optimizer": {"params": {"torch_adam": True, "fused": True}}})
+    )
     stage = {n: f"deepspeed={n}" for n in ("zero0", "zero1", "zero2", "zero2_offload", "zero3_offload")}
     fp32, bf16 = "train.precision=fp32", "train.precision=bf16"
     one, partitioned = "train.micro_batch=1", f"deepspeed={zero3}"
@@ -48,6 +52,7 @@ def chains(folder: Path) -> dict[str, tuple[float, list[list[str]]]]:
             1e-5,
             [[x, fp32, "model.dropout=0.1"] for x in (stage["zero3_offload"], stage["zero1"], partitioned)],
         ),
+        "compiler": (1e-5, [[stage["zero1"], fp32], [f"deepspeed={torch_adam}", fp32], [stage["zero0"], fp32]]),
         "bf16": (2e-2, [[stage["zero1"], bf16], [partitioned, bf16, one], [stage["zero0"], fp32]]),
         "moved-muon": (1e-4, [[x, fp32, *MUON] for x in (stage["zero2"], partitioned, stage["zero1"])]),
         "moved-lion": (1e-5, [[stage[x], fp32, *LION] for x in ("zero2_offload", "zero3_offload", "zero2_offload")]),

@@ -218,11 +218,15 @@ def test_native_kernels_are_built_once_and_by_several_at_once(tmp_path: Path, mo
 
 
 def test_without_a_compiler_auto_is_eager_and_says_so(tmp_path: Path) -> None:
-    for compiler, reason in (("/nowhere/c++", "does not start"), ("false", "cannot compile native_kernels.cpp")):
-        said = auto_in_a_new_process(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX=compiler)
+    for compiler, cache, reason in (
+        ("/nowhere/c++", tmp_path, "does not start"),
+        ("false", tmp_path, "cannot compile native_kernels.cpp"),
+        ("c++", Path("/proc/nowhere"), "No such file or directory: '/proc/nowhere'"),
+    ):
+        said = auto_in_a_new_process(TORCH_EXTENSIONS_DIR=str(cache), CXX=compiler)
         assert said.startswith("packspeed.model.kernels 1 torch's own operations take the place of ours")
         assert reason in said
-        assert "apt-get install g++" in said
+        assert ("apt-get install g++" in said) == (compiler != "c++")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import invariance
+import prefork
 import pytest
 import torch
-from conftest import ROOT, Workspace, run_many
+from conftest import TRAIN, Workspace, environment, run_many
 
 from packspeed.launch.checkpoint import candidates, problems
 from packspeed.launch.config import load_run_file
 from packspeed.launch.optimizers import square_sum
+from packspeed.launch.spawn import free_port
 from packspeed.launch.weights import fp32_state_dict
 
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(1500)]
@@ -102,7 +104,7 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(
     """Nothing that would have to be built: torch's AdamW and operations, and one rank needs no shared memory."""
     command = [
         sys.executable,
-        str(ROOT / "launch" / "train.py"),
+        str(TRAIN),
         *workspace.arguments("no-compiler", "deepspeed=zero1"),
     ]
     environment = os.environ | {"CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
@@ -113,6 +115,25 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(
     assert done.stdout.count("install a C++ compiler") == 3
     for name in ("no-compiler", "torch_adam"):
         assert workspace.losses(name) == pytest.approx(workspace.losses("zero1-fp32"), abs=1e-5)
+
+
+def test_what_one_host_cannot_compile_no_rank_uses(
+    workspace: Workspace, trained: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """Two ranks on a host each, as the launcher tells them; the second one's has no compiler."""
+    name, address = "half-compiled", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    envs = [environment(**address, RANK=str(rank), LOCAL_RANK="0", LOCAL_SIZE="1") for rank in range(2)]
+    envs[1] |= {"CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = prefork.run(TRAIN, workspace.arguments(name, "deepspeed=zero1"), envs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rank 0 has native kernels, but rank 1 eager: all use torch's own" in done.stdout
+    assert "Going on with torch's fused AdamW" in done.stdout
+    assert workspace.losses(name) == pytest.approx(workspace.losses("zero1-fp32"), abs=1e-5)
+    envs[1] |= {"MASTER_PORT": str(free_port())}
+    envs[0] |= {"MASTER_PORT": envs[1]["MASTER_PORT"]}
+    done = prefork.run(TRAIN, workspace.arguments("half-offloaded", "deepspeed=zero2_offload"), envs)
+    assert done.returncode == 1
+    assert "DeepSpeed's op cpu_adam could not be built: install a C++ compiler" in done.stderr
 
 
 def test_the_norm_of_many_numbers_is_right() -> None:
