@@ -55,7 +55,7 @@ def test_no_launch_file_hides_a_library() -> None:
     )
 
 
-def test_a_training_run_loads_at_most_16_files(workspace: Workspace) -> None:
+def test_a_training_run_loads_at_most_20_files(workspace: Workspace) -> None:
     """What a process that trained, evaluated and saved has loaded of ours, empty __init__ files aside."""
     arguments = workspace.arguments("reach", "train.steps=2", "eval.every_steps=1", "deepspeed=zero1")
     code = f"""
@@ -71,7 +71,7 @@ print("\\nloaded:", *sorted(n for n, m in sys.modules.items() if n.startswith("p
     assert f"1 rank(s) x {len(os.sched_getaffinity(0))} thread(s)" in done.stdout, "one rank has all cores"
     names = done.stdout.split("loaded:")[1].split()
     files = [name for name in names if name.count(".") == 2]
-    assert len(files) + ("packspeed.launch.train" not in files) <= 16, files
+    assert len(files) + ("packspeed.launch.train" not in files) <= 20, files
 
 
 def test_importing_the_model_loads_no_deepspeed() -> None:
