@@ -255,9 +255,9 @@ def test_slurm_trains_saves_at_its_warning_and_goes_on(
     until(lambda: metrics.exists() and '"loss"' in metrics.read_text(), folder)
     sh(["scancel", "--signal=USR1", number], slurm)
     until(lambda: job(number, slurm).get("Restarts") == "1", folder)
-    until(lambda: job(number, slurm)["JobState"] == "PENDING", folder)
+    until(lambda: job(number, slurm).get("JobState") == "PENDING", folder)
     sh(["scontrol", "update", f"JobId={number}", "StartTime=now"], slurm)  # SLURM waits two minutes after a requeue
-    until(lambda: job(number, slurm)["JobState"] in ("COMPLETED", "CANCELLED"), folder, 400)
+    until(lambda: job(number, slurm).get("JobState") in ("COMPLETED", "CANCELLED"), folder, 400)
     said = (folder / f"slurm-{number}.out").read_text()
     assert job(number, slurm)["JobState"] == "COMPLETED", said
     assert job(number, slurm)["Restarts"] == "1", said
