@@ -31,14 +31,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from packspeed.launch.config import ConfigError, RunFile, load_run_file, solve_batch
 from packspeed.launch.ds_config import load_ds_config
 from packspeed.launch.spawn import default_ranks, launcher_command
+from packspeed.model.config import Kernels
 
 CONTEST = Path(__file__).resolve().with_name("contest.py")
-KERNELS = ("auto", "eager", "compile", "triton", "native")
+KERNELS = get_args(Kernels)
 PARTS = ("forward", "backward", "step", "communication", "data", "other")
 POLL_S = 0.02
 PEER_PRECISIONS = ("fp32", "autocast", "bf16")
@@ -147,13 +148,15 @@ def bench(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
 def _measured(plan: Plan, setting: dict[str, Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of the contenders, which take turns: A B C A B C."""
     with tempfile.TemporaryDirectory(prefix="packspeed-bench-") as folder, contextlib.ExitStack() as running:
-        contenders = [running.enter_context(Contender(plan, setting, n, Path(folder) / str(i)))
-                      for i, n in enumerate(names)]  # fmt: skip
+        contenders = []
+        for number, name in enumerate(names):
+            contenders.append(running.enter_context(Contender(plan, setting, name, Path(folder) / str(number))))
+            contenders[-1].wait_for("ready")
         for _ in range(plan.rounds):
             for contender in contenders:
                 contender.take_turn()
-    gemm = {kind: max(c.latest["gemm_flops"][kind] for c in contenders if c.latest)
-            for kind in ("fp32", "bf16") if any(c.latest for c in contenders)}  # fmt: skip
+    found = [c.latest["gemm_flops"] for c in contenders if c.latest]
+    gemm = {kind: max(each[kind] for each in found) for kind in (found[0] if found else ())}
     reference = next((c for c in contenders if plan.peers and c.name == plan.peers[0]), None)
     yield from (_row(contender, setting, gemm, reference) for contender in contenders)
 
@@ -189,12 +192,6 @@ class Contender:
         )
 
     def __enter__(self) -> Contender:
-        """Ready to take turns, or failed."""
-        try:
-            self._wait_for("ready")
-        except BaseException:
-            self.__exit__()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,11 +208,11 @@ class Contender:
             return
         number = len(self.rounds)
         (self.folder / f"turn-{number}").touch()
-        if found := self._wait_for(f"round-{number}.json"):
+        if found := self.wait_for(f"round-{number}.json"):
             self.latest = json.loads(found.read_text())
             self.rounds.append(self.latest["round"])
 
-    def _wait_for(self, name: str) -> Path | None:
+    def wait_for(self, name: str) -> Path | None:
         """A file that the processes make, or None and the error where they end before."""
         path = self.folder / name
         while not self.error and not path.exists():

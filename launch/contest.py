@@ -41,6 +41,7 @@ from packspeed.data.errors import DataError
 from packspeed.data.loader import Loader, Prefetcher
 from packspeed.launch import engine as engines
 from packspeed.launch import run_folder
+from packspeed.launch.bench import POLL_S
 from packspeed.launch.checkpoint import Checkpointer
 from packspeed.launch.config import BatchPlan, RunFile, UserError, learning_rate, load_run_file, solve_batch
 from packspeed.launch.ds_config import load_ds_config, resolve_ds_config, zero_stage
@@ -50,7 +51,6 @@ from packspeed.model.config import GPTConfig, flops_per_token
 from packspeed.model.gpt import GPT, init_weights, param_groups
 
 WARM_UP_STEPS = 2
-POLL_S = 0.02
 FOREVER = 2**40  # steps that the prefetcher may read
 
 

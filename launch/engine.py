@@ -26,10 +26,9 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from packspeed.launch import ops
 from packspeed.launch.config import ConfigError, RunFile, UserError
 from packspeed.launch.ds_config import zero_stage
-from packspeed.launch.ops import device_type, prepare_for_ops
+from packspeed.launch.ops import build_ops, device_type, do_without, needed_ops, prepare_for_ops
 from packspeed.launch.optimizers import copy_first_gradients, forget_bias_products
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, param_groups
@@ -158,14 +157,14 @@ def _build_ops(ds_config: dict[str, Any], topology: Topology, say: Callable[[str
     failed: UserError | None = None
     if topology.local_rank == 0:
         try:
-            missing = ops.build_ops(ops.needed_ops(ds_config, device_type()), say)
+            missing = build_ops(needed_ops(ds_config, device_type()), say)
         except UserError as error:
             failed = error
     answers = topology.gather((missing, failed))
     for _, failure in answers:
         if failure is not None:
             raise failure
-    ops.do_without({name: why for lacking, _ in answers for name, why in lacking.items()}, ds_config, say)
+    do_without({name: why for lacking, _ in answers for name, why in lacking.items()}, ds_config, say)
 
 
 def _unlink_shared_memory(topology: Topology) -> None:

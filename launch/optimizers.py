@@ -65,13 +65,13 @@ def copy_first_gradients(optimizer: Any) -> None:
         return
     step = optimizer.step
 
-    def update(lp: torch.nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+    def update(lp: Any, group: int, index: int, clear_lp_grads: bool) -> None:
         if lp.grad is None:
             return
         hp = optimizer.fp32_groups_gradients[group][index]
         add = optimizer.fp32_groups_has_gradients[group][index]
         (hp.add_ if add else hp.copy_)(lp.grad.view(hp.shape))
-        lp._hp_grad = hp  # type: ignore[attr-defined]
+        lp._hp_grad = hp
         optimizer.fp32_groups_has_gradients[group][index] = True
         if clear_lp_grads:
             lp.grad.zero_()

@@ -26,7 +26,7 @@ def bench(
     run_file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
     overrides: Overrides = None,
     micro_batch: Annotated[str | None, typer.Option(help="Micro batches to try: 1,2,4.")] = None,
-    kernels: Annotated[str | None, typer.Option(help="Kernels to try: eager,compile,triton.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="Kernels to try: eager,native,compile,triton.")] = None,
     stage: Annotated[str | None, typer.Option(help="ZeRO stages to try: 0,1,2,3.")] = None,
     ranks: Annotated[int | None, typer.Option(help="Ranks on this machine; default as in train.")] = None,
     rounds: Annotated[int, typer.Option(help="Measurements of each contender.")] = 5,

@@ -8,10 +8,11 @@ https://github.com/openai/gpt-2), GPT-3 (Brown et al. 2020, table 2.1, https://a
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 VOCAB_MULTIPLE = 128  # GEMMs run fastest on whole tiles, and tensor-parallel ranks can split the rows evenly
 SWIGLU_MULTIPLE = 256  # Llama's `multiple_of`
+Kernels = Literal["auto", "eager", "compile", "triton", "native"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class GPTConfig:
     dropout: float = 0.0  # on the embedding and on both residual branches; needs one key per sample, see kernels.py
     z_loss: float = 0.0  # z_loss * log(sum exp logits)^2 is added to the training loss of each token; PaLM's is 1e-4
     activation_checkpointing: Literal["none", "full"] | int = "none"  # n: blocks 0, n, 2n ... are recomputed
-    kernels: Literal["auto", "eager", "compile", "triton", "native"] = "auto"  # rounding and speed
+    kernels: Kernels = "auto"  # rounding and speed
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "d_model", "vocab_size", "max_seq_len", "n_kv_head", "head_dim", "d_ff"):
@@ -68,7 +69,7 @@ class GPTConfig:
             "norm": ("layernorm", "rmsnorm"),
             "position": ("learned", "rope"),
             "mlp": ("gelu", "gelu_tanh", "swiglu"),
-            "kernels": ("auto", "eager", "compile", "triton", "native"),
+            "kernels": get_args(Kernels),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:

@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from ctypes import c_int64
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,6 @@ def _call(name: str, x: Tensor, *arguments: Any) -> None:
     function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in (x, *arguments)))
 
 
-def _int64(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(value)
-
-
 class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
@@ -103,7 +100,7 @@ class _Activate(torch.autograd.Function):
         width = x.size(-1) // (2 if kind == "swiglu" else 1)
         out = torch.empty((*x.shape[:-1], width), dtype=x.dtype)
         ctx.save_for_backward(x)
-        ctx.shape = _int64(out.numel() // width), _int64(width), KINDS.index(kind)
+        ctx.shape = c_int64(out.numel() // width), c_int64(width), KINDS.index(kind)
         _call("activate", x, out, *ctx.shape, torch.get_num_threads())
         return out
 
@@ -131,7 +128,7 @@ def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, w
     rows, padded = logits.shape
     losses = torch.empty(rows)
     _call(
-        "row_losses", logits, labels.contiguous(), losses, _int64(rows), _int64(vocab_size), _int64(padded),
+        "row_losses", logits, labels.contiguous(), losses, c_int64(rows), c_int64(vocab_size), c_int64(padded),
         ctypes.c_float(z_loss), int(with_gradient), torch.get_num_threads(),
     )  # fmt: skip
     return losses

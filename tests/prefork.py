@@ -83,9 +83,8 @@ class Processes:
                 if not select.select([self._server.stdout], [], [], timeout)[0]:
                     raise subprocess.TimeoutExpired(self.args, timeout)
                 self.codes = self._answer()
-        except BaseException:
+        finally:
             self.end()
-            raise
         texts = []
         for file in self._files:
             file.seek(0)

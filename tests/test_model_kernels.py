@@ -188,7 +188,7 @@ def test_without_triton_auto_is_eager() -> None:
     assert done.returncode == 1
 
 
-TRAINS = """
+CHOOSES = """
 import torch, warnings
 from packspeed.model.kernels import choose
 with warnings.catch_warnings(record=True) as caught:
@@ -199,13 +199,13 @@ with warnings.catch_warnings(record=True) as caught:
 
 def auto_in_a_new_process(**environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", TRAINS], capture_output=True, text=True, env=os.environ | environment, check=True
+        [sys.executable, "-c", CHOOSES], capture_output=True, text=True, env=os.environ | environment, check=True
     )
     return done.stdout
 
 
 def test_native_kernels_are_built_once_and_by_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = [sys.executable, "-c", TRAINS]
+    run = [sys.executable, "-c", CHOOSES]
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
     processes = [subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [p.communicate()[0] for p in processes] == ["packspeed.model.native_kernels 0 []\n"] * 2
