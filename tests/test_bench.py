@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Workspace
+from conftest import Workspace, environment
 
 from packspeed.model.config import GPTConfig, flops_per_token
 
@@ -31,8 +31,7 @@ def command(workspace: Workspace, *arguments: str) -> list[str]:
 
 def bench(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command, done."""
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"OMP_NUM_THREADS": "1"}
+    env = environment(OMP_NUM_THREADS="1")
     return subprocess.run(command(workspace, *arguments), capture_output=True, text=True, timeout=900, env=env)
 
 
