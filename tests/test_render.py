@@ -156,7 +156,7 @@ ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=3
+AuthInfo=socket={folder}/munge.sock
 CredType=cred/munge
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
@@ -256,8 +256,9 @@ def test_slurm_trains_saves_at_its_warning_and_goes_on(
     sh(["scancel", "--signal=USR1", number], slurm)
     until(lambda: job(number, slurm).get("Restarts") == "1", folder)
     until(lambda: job(number, slurm).get("JobState") == "PENDING", folder)
-    sh(["scontrol", "update", f"JobId={number}", "StartTime=now"], slurm)  # SLURM waits two minutes after a requeue
-    until(lambda: job(number, slurm).get("JobState") in ("COMPLETED", "CANCELLED"), folder, 400)
+    # SLURM waits two minutes after a requeue. A start within the second of the kill would be refused: "credential revoked".
+    sh(["scontrol", "update", f"JobId={number}", "StartTime=now+5seconds"], slurm)
+    until(lambda: job(number, slurm).get("JobState") in ("COMPLETED", "CANCELLED", "FAILED"), folder, 400)
     said = (folder / f"slurm-{number}.out").read_text()
     assert job(number, slurm)["JobState"] == "COMPLETED", said
     assert job(number, slurm)["Restarts"] == "1", said
