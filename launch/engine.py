@@ -32,7 +32,7 @@ from packspeed.launch.ops import build_ops, device_type, do_without, needed_ops,
 from packspeed.launch.optimizers import copy_first_gradients, forget_bias_products
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, param_groups
-from packspeed.model.kernels import resolve
+from packspeed.model.kernels import CPU_HAS_BF16, resolve
 
 # Dense peak of one accelerator in FLOP/s (16-bit, no sparsity), from NVIDIA's data sheets.
 DATASHEET_PEAK = {
@@ -185,7 +185,7 @@ def resolve_precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     if device_type() == "cpu":
-        return "bf16" if _cpu_has_bf16() else "fp32"
+        return "bf16" if CPU_HAS_BF16 else "fp32"
     return "bf16" if get_accelerator().is_bf16_supported() else "fp16"
 
 
@@ -232,11 +232,6 @@ def wants_deepcompile(ds_config: dict[str, Any], device: str) -> bool:
             "block by block everywhere."
         )
     return True
-
-
-def _cpu_has_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from packspeed.model.config import GPTConfig
-from packspeed.model.kernels import choose, head_loss, head_losses, keyed_dropout, site_keys
+from packspeed.model.kernels import choose, head_loss, head_losses, keyed_dropout, linear, site_keys, widened
 
 if TYPE_CHECKING:
     from packspeed.model.generate import KVCache
@@ -139,6 +139,14 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) 
     return out
 
 
+class Linear(nn.Linear):
+    """A linear layer by kernels.linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries."""
 
@@ -149,8 +157,8 @@ class Attention(nn.Module):
         self.attend_documents = _out_of_graphs(_attend_in) if config.kernels == "compile" else _attend_in
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
-        self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.bias)
-        self.proj = nn.Linear(config.n_head * config.head_width, config.d_model, bias=config.bias)
+        self.qkv = Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.bias)
+        self.proj = Linear(config.n_head * config.head_width, config.d_model, bias=config.bias)
         self.q_norm = Norm(config, config.head_width) if config.qk_norm else None
         self.k_norm = Norm(config, config.head_width) if config.qk_norm else None
 
@@ -184,8 +192,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.d_model, config.ff_width * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
-        self.proj = nn.Linear(config.ff_width, config.d_model, bias=config.bias)
+        self.up = Linear(config.d_model, config.ff_width * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
+        self.proj = Linear(config.ff_width, config.d_model, bias=config.bias)
         self.kernels, self.activation = config.kernels, config.mlp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,14 +250,16 @@ class Head(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
         """Map x (B, T, C) to logits (B, T, V), or with labels (B, T) to the loss in nats: fp32, scalar or (B, T)."""
         if labels is None:
-            return F.linear(x, self.weight)[..., : self.vocab_size]
+            return linear(x, self.weight, None)[..., : self.vocab_size]
         weight, device = self.weight, x.device.type
         if torch.is_autocast_enabled(device):  # as F.linear would
             x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+        x, weight = widened(x), widened(weight)
         inputs = x.flatten(0, 1), weight, labels.flatten(), self.vocab_size, choose(self.kernels, x.device)
-        if reduction == "none":
-            return head_losses(*inputs).view(labels.shape)
-        loss = head_loss(*inputs, z_loss=self.z_loss if self.training else 0.0)
+        with torch.autocast(device, enabled=False):
+            if reduction == "none":
+                return head_losses(*inputs).view(labels.shape)
+            loss = head_loss(*inputs, z_loss=self.z_loss if self.training else 0.0)
         return loss / (labels >= 0).sum() if reduction == "mean" else loss
 
 

@@ -45,6 +45,15 @@ CPU_CHUNK_BYTES = 1 << 27  # of logits that exist at once: 128 MiB, 667 tokens o
 GPU_CHUNK_BYTES = 1 << 29  # 5,336 tokens of it in bf16: GEMMs large enough to fill the device
 
 
+def _cpu_has_bf16() -> bool:
+    """Whether there are instructions for it: without them oneDNN's bf16 GEMM takes five times as long as fp32's."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+CPU_HAS_BF16 = _cpu_has_bf16()
+
+
 class Kernels(Protocol):
     """What a module of kernels offers, to the letter of this file's functions."""
 
@@ -141,6 +150,41 @@ def activate(x: Tensor, kind: str) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, where bf16 on a CPU without bf16 instructions goes by way of fp32: the same roundings, faster."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if CPU_HAS_BF16 or not x.is_cpu or dtype != torch.bfloat16:
+        return F.linear(x, weight, bias)
+    out: Tensor = _WidenedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _WidenedLinear(torch.autograd.Function):
+    """Keeps what F.linear keeps, in bf16; the copies in fp32 live for one product."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wide = grad.flatten(0, -2).float()  # (N, out)
+        d_x = (wide @ weight.float()).to(x.dtype).view_as(x)
+        d_weight = (wide.t() @ x.flatten(0, -2).float()).to(weight.dtype)
+        return d_x, d_weight, wide.sum(0).to(weight.dtype) if ctx.has_bias else None
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x for a GEMM on its device: in fp32 where it is bf16 on a CPU without bf16 instructions."""
+    return x.float() if x.is_cpu and x.dtype == torch.bfloat16 and not CPU_HAS_BF16 else x
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:

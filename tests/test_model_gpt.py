@@ -23,7 +23,7 @@ from packspeed.model.gpt import (
     param_groups,
     rope_table,
 )
-from packspeed.model.kernels import CPU_CHUNK_BYTES, choose, head_loss, head_losses, rotate
+from packspeed.model.kernels import CPU_CHUNK_BYTES, choose, head_loss, head_losses, linear, rotate
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 24}
 LLAMA: dict[str, Any] = {
@@ -221,7 +221,9 @@ def test_which_blocks_are_recomputed(choice: Any, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_is_fp32_within_rounding(family: str) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_is_fp32_within_rounding(family: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packspeed.model.kernels.CPU_HAS_BF16", native)
     model, (tokens, labels) = build(**FAMILIES[family]), batch()
     half = copy.deepcopy(model).bfloat16()
     loss = half(tokens, labels)
@@ -230,6 +232,28 @@ def test_bf16_is_fp32_within_rounding(family: str) -> None:
     torch.testing.assert_close(loss, model(tokens, labels), rtol=2e-3, atol=0)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in half.parameters())
     assert half(tokens).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_wide_linear_rounds_as_bf16_does(has_bias: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without bf16 instructions: values, gradients and dtypes of F.linear, and nothing wider is kept for backward."""
+    monkeypatch.setattr("packspeed.model.kernels.CPU_HAS_BF16", False)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 5, 24), (7, 24), (7,))]
+    inputs = inputs if has_bias else inputs[:2]
+    weights, kept = torch.randn(2, 5, 7), []
+
+    def run(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        pack = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.dtype) or x, lambda x: x)
+        with pack, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = function(*inputs, *([] if has_bias else [None]))
+        return (out, *torch.autograd.grad((out * weights).sum(), inputs))
+
+    found = run(linear)
+    assert kept == [torch.bfloat16, torch.bfloat16]
+    for a, b in zip(found, run(F.linear), strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-6)  # a unit in the last place, of sums that cancel
 
 
 def test_a_few_steps_learn() -> None:

@@ -256,7 +256,7 @@ def test_slurm_trains_saves_at_its_warning_and_goes_on(
     sh(["scancel", "--signal=USR1", number], slurm)
     until(lambda: job(number, slurm).get("Restarts") == "1", folder)
     until(lambda: job(number, slurm).get("JobState") == "PENDING", folder)
-    # SLURM waits two minutes after a requeue. A start within the second of the kill would be refused: "credential revoked".
+    # SLURM waits two minutes after a requeue, and refuses a start in the second of the kill: "credential revoked".
     sh(["scontrol", "update", f"JobId={number}", "StartTime=now+5seconds"], slurm)
     until(lambda: job(number, slurm).get("JobState") in ("COMPLETED", "CANCELLED", "FAILED"), folder, 400)
     said = (folder / f"slurm-{number}.out").read_text()
