@@ -36,7 +36,7 @@ setup(
     },
     package_data={
         "packspeed.data": ["*.tiktoken", "*.md"],
-        "packspeed.model": ["*.cpp"],
+        "packspeed.model": ["*.cpp", "*.h"],
         "packspeed.launch.configs": ["*.yaml"],
         "packspeed.launch.cluster": ["*"],
         "packspeed.ds_configs": ["*.json", "*.md"],

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from packspeed.model.attention import Documents, attend, attend_last
 from packspeed.model.config import GPTConfig
 from packspeed.model.kernels import choose, head_loss, head_losses, keyed_dropout, linear, site_keys, widened
 
@@ -65,78 +63,9 @@ def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention of the last T of S positions: q (B, H, T, D), k and v (B, H or fewer, S, D) -> (B, H, T, D).
-
-    `mask` (B, 1, T, S), true where a position may look, is for generating from padded prompts.
-    """
-    new, all_, dtype = q.size(2), k.size(2), q.dtype
-    if q.is_cpu and q.element_size() == 2:
-        q, k, v = q.float(), k.float(), v.float()  # torch's CPU flash backward is 1.5 to 3 times slower in bf16
-    causal = mask is None and new == all_
-    if mask is None and 1 < new < all_:  # some tokens are in the cache already and several are new
-        mask = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
-    return y.to(dtype)
-
-
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: list[int], ends: Tensor | None = None) -> Tensor:
-    """Causal attention inside each document: q (B, H, T, D), k and v (B, H or fewer, T, D) -> (B, H, T, D).
-
-    `documents` are the lengths of the stretches that the B * T places consist of, row after row. On a GPU in half
-    precision they go to the flash kernel for variable lengths; elsewhere each stretch is attended by itself, which
-    computes only what counts: less than the causal triangle of the whole row. `ends` as in Documents.
-    """
-    shape = q.shape
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
-    if q.is_cuda and q.element_size() == 2 and _varlen_attn() is not None:
-        y = _attend_varlen(q, k, v, _ends(documents, q.device) if ends is None else ends, max(documents))
-    else:
-        parts = zip(*(torch.split(x, documents) for x in (q, k, v)), strict=True)
-        y = torch.cat([attend(*(x.transpose(0, 1).unsqueeze(0) for x in part))[0].transpose(0, 1) for part in parts])
-    return y.view(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Lengths in an object of their own: torch.compile makes a graph per length of a list that it can see."""
-
-    lengths: list[int]
-    ends: Tensor | None  # where each stretch ends, (n + 1,) int32 with a 0 before; on GPUs, once for all layers
-
-
-def _ends(lengths: list[int], device: torch.device) -> Tensor:
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return ends.pin_memory().to(device, non_blocking=True)
-
-
-def _attend_in(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    return attend_documents(q, k, v, documents.lengths, documents.ends)
-
-
 def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     disabled: Callable[..., Tensor] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled
-
-
-@functools.cache
-def _varlen_attn() -> Callable[..., Any] | None:
-    """FlashAttention-2's kernel for variable lengths, which is in torch since 2.10."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-    """Flash attention over stretches, without a mask: q (N, H, D), k and v (N, H or fewer, D) -> (N, H, D)."""
-    varlen_attn = _varlen_attn()
-    assert varlen_attn is not None
-    causal = (-1, 0)  # a window that reaches any way back and nowhere ahead
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=causal, enable_gqa=q.size(1) != k.size(1))
-    assert isinstance(out, Tensor)  # a tuple only where more was asked for
-    return out
 
 
 class Linear(nn.Linear):
@@ -154,7 +83,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.kernels = layer, config.kernels
         # Left out of graphs: one would be made for these very lengths of documents, and in each step they are others.
-        self.attend_documents = _out_of_graphs(_attend_in) if config.kernels == "compile" else _attend_in
+        self.attend_documents = _out_of_graphs(attend) if config.kernels == "compile" else None
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.qkv = Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.bias)
@@ -173,18 +102,23 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(*x.shape[:2], -1, self.head_width).split(self.heads, dim=2)  # (B, T, H, D) each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        kernels = choose(self.kernels, x.device)
         if rope is not None:
-            kernels = choose(self.kernels, x.device)
             q, k = kernels.rotate(q, rope), kernels.rotate(k, rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        mask = None
         if cache is not None:
-            mask = cache.mask(x.size(1))
-            k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        mixed = attend(q, k, v, mask) if documents is None else self.attend_documents(q, k, v, documents)
-        y = mixed.transpose(1, 2).flatten(2)  # (B, T, H * D), the kernel's own memory layout: no copy
-        out: Tensor = self.proj(y)
+            mixed = self._generate(q, k, v, cache)
+        elif documents is not None and self.attend_documents is not None:
+            mixed = self.attend_documents(q, k, v, documents)
+        else:
+            mixed = kernels.attend(q, k, v, documents)
+        out: Tensor = self.proj(mixed.flatten(2))  # of (B, T, H * D)
         return out
+
+    def _generate(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+        """Attend to what the cache holds and to the new tokens, which it takes in."""
+        mask = cache.mask(q.size(1))
+        k, v = cache.append(self.layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, H, S, D)
+        return attend_last(q.transpose(1, 2), k, v, mask).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -330,7 +264,7 @@ class GPT(nn.Module):
             x = keyed_dropout(x, keys[0], self.config.dropout)
         stretches = None
         if documents is not None:
-            stretches = Documents(documents, _ends(documents, x.device) if x.is_cuda else None)
+            stretches = Documents.of(documents, x.device)
         generating = cache is not None and self.config.kernels == "compile"  # its lengths are all different: no graphs
         with torch.compiler.set_stance("force_eager") if generating else nullcontext():
             for layer, block in enumerate(self.blocks):

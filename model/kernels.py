@@ -1,7 +1,7 @@
 """The operations that deserve a kernel, plain: this file is what every other version of them is tested against.
 
     fused = choose("auto", x.device)      # this module or another with the same functions under the same names
-    add_norm, rotate, activate, row_losses
+    add_norm, rotate, attend, activate, row_losses
 
 `model.kernels` of the run file chooses: `eager` is this file, `compile` this file through torch.compile block by block
 (and the head, which is in no block, as `auto` has it), `triton` triton_kernels.py, `native` native_kernels.py, and
@@ -39,6 +39,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from packspeed.model.attention import Documents
+from packspeed.model.attention import attend as attend
+
 CPU_BLOCK_ELEMENTS = 1 << 18  # 1 MiB of fp32: stays in a core's L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 26  # 256 MiB of fp32: few launches, bounded memory
 CPU_CHUNK_BYTES = 1 << 27  # of logits that exist at once: 128 MiB, 667 tokens of GPT-2's vocabulary in fp32
@@ -64,6 +67,9 @@ class Kernels(Protocol):
 
     def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         """See rotate below."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        """See attention.attend."""
 
     def activate(self, x: Tensor, kind: str) -> Tensor:
         """See activate below."""

@@ -1,6 +1,6 @@
 // The operations of kernels.py for CPUs: plain loops that the compiler turns into vector instructions.
 //
-// No torch header and no C++ symbol crosses the border, so this compiles in two seconds and loads through ctypes; see
+// No torch header and no C++ symbol crosses the border, so this compiles in four seconds and loads through ctypes; see
 // native_kernels.py for what each function means. Rows, or elements, are shared between OpenMP threads; what one thread
 // computes never depends on how many there are, so neither do the bits. Arithmetic is fp32; bf16 is rounded where it is
 // stored.
@@ -9,51 +9,11 @@
 #include <cstring>
 #include <vector>
 
+#include "native_numbers.h"
+
 namespace {
 
-using Index = std::int64_t;
 constexpr Index TILE = 1024;  // floats that fp32 sums before the sum goes on in fp64
-
-struct bf16 {
-    std::uint16_t bits;
-};
-
-template <typename To, typename From>
-inline To bits_of(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-
-inline float load(float value) { return value; }
-inline float load(bf16 value) { return bits_of<float>(static_cast<std::uint32_t>(value.bits) << 16); }
-
-inline void store(float& place, float value) { place = value; }
-inline void store(bf16& place, float value) {  // to the nearest, ties to even; a NaN stays one
-    const auto bits = bits_of<std::uint32_t>(value);
-    const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    place.bits = static_cast<std::uint16_t>(value == value ? rounded : 0x7FC0u);
-}
-
-// e^x to 1.5 units in the last place, 0 below -87; NaN stays NaN. x = n ln 2 + r, and a Taylor polynomial of e^r.
-inline float exp_of(float x) {
-    const float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest n
-    const float n = shifted - 12582912.0f;
-    const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 5040.0f;
-    p = p * r + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const auto power = (bits_of<std::uint32_t>(shifted) + 127u) << 23;
-    const float value = p * bits_of<float>(power);
-    return x < -87.0f ? 0.0f : (x > 88.0f ? INFINITY : value);
-}
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
@@ -170,22 +130,23 @@ void row_losses(T* logits, const Index* labels, float* losses, Index rows, Index
 
 }  // namespace
 
-#define EXPORT(T)                                                                                                     \
-    extern "C" void row_losses_##T(T* logits, const Index* labels, float* losses, Index rows, Index vocab,            \
-                                   Index padded, float z_loss, int with_gradient, int threads) {                      \
-        row_losses(logits, labels, losses, rows, vocab, padded, z_loss, with_gradient, threads);                      \
-    }                                                                                                                 \
-    extern "C" void activate_##T(const T* x, T* out, Index rows, Index width, int kind, int threads) {                \
-        const auto chosen =                                                                                           \
-            kind == GELU ? activate<T, GELU> : kind == GELU_TANH ? activate<T, GELU_TANH> : activate<T, SWIGLU>;       \
-        chosen(x, out, rows, width, threads);                                                                         \
-    }                                                                                                                 \
-    extern "C" void activate_backward_##T(const T* x, const T* d_out, T* d_x, Index rows, Index width, int kind,      \
-                                          int threads) {                                                              \
-        const auto chosen = kind == GELU        ? activate_backward<T, GELU>                                          \
-                            : kind == GELU_TANH ? activate_backward<T, GELU_TANH>                                     \
-                                                : activate_backward<T, SWIGLU>;                                       \
-        chosen(x, d_out, d_x, rows, width, threads);                                                                  \
+#define EXPORT(T)                                                                                                \
+    extern "C" void row_losses_##T(T* logits, const Index* labels, float* losses, Index rows, Index vocab,       \
+                                   Index padded, float z_loss, int with_gradient, int threads) {                 \
+        row_losses(logits, labels, losses, rows, vocab, padded, z_loss, with_gradient, threads);                 \
+    }                                                                                                            \
+    extern "C" void activate_##T(const T* x, T* out, Index rows, Index width, int kind, int threads) {           \
+        const auto chosen = kind == GELU        ? activate<T, GELU>                                              \
+                            : kind == GELU_TANH ? activate<T, GELU_TANH>                                         \
+                                                : activate<T, SWIGLU>;                                           \
+        chosen(x, out, rows, width, threads);                                                                    \
+    }                                                                                                            \
+    extern "C" void activate_backward_##T(const T* x, const T* d_out, T* d_x, Index rows, Index width, int kind, \
+                                          int threads) {                                                         \
+        const auto chosen = kind == GELU        ? activate_backward<T, GELU>                                     \
+                            : kind == GELU_TANH ? activate_backward<T, GELU_TANH>                                \
+                                                : activate_backward<T, SWIGLU>;                                  \
+        chosen(x, d_out, d_x, rows, width, threads);                                                             \
     }
 
 using fp32 = float;

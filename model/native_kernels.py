@@ -1,9 +1,10 @@
 """The operations of kernels.py in C++ for CPUs, where torch's own read and write memory several times.
 
+    attend      flash attention of rows or documents in one call; what a thread works on lies together in its cache
     activate    elementwise, one exp each; backward recomputes the gate from the linear layer's output
     row_losses  a row's losses and gradient while it is in the cache: one exp per logit, torch: two and four copies
 
-The rest is kernels.py's. native_kernels.cpp is compiled at first use, in two seconds, for the very CPU (`c++
+The rest is kernels.py's. They are compiled at first use, in four seconds, for the very CPU (`c++
 -march=native`), into TORCH_EXTENSIONS_DIR or torch's default for it; several processes may do so at once. Where there
 is no compiler, torch's operations stay (`auto`), with a word why. One process's threads are torch's.
 """
@@ -25,13 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packspeed.model.attention import Documents
+from packspeed.model.attention import attend as plain_attend
 from packspeed.model.kernels import activate as plain_activate
 from packspeed.model.kernels import add_norm, rotate
 from packspeed.model.kernels import row_losses as plain_row_losses
 
-__all__ = ["activate", "add_norm", "build", "rotate", "row_losses"]
+__all__ = ["activate", "add_norm", "attend", "build", "rotate", "row_losses"]
 
-SOURCE = Path(__file__).with_name("native_kernels.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("native_*.cpp"))
+HEADER = Path(__file__).with_name("native_numbers.h")
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared",
 )  # fmt: skip
@@ -49,14 +53,15 @@ def build() -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     # GCC prefers half of AVX-512's registers by itself, for the sake of CPUs that slowed down when the rest was used.
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
-    identity = "\n".join([SOURCE.read_text(), *compiler, *flags, _cpu()])
+    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    identity = "\n".join([*texts, *compiler, *flags, _cpu()])
     digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-    library = _folder() / f"{SOURCE.stem}-{digest}.so"
+    library = _folder() / f"native_kernels-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
-            _compile([*compiler, *flags, str(SOURCE), "-o", str(built)])
+            _compile([*compiler, *flags, *map(str, SOURCES), "-o", str(built)])
             built.replace(library)  # whole or not at all, whoever else is at it
     return ctypes.CDLL(str(library))
 
@@ -84,13 +89,47 @@ def _compile(command: list[str]) -> None:
         raise BuildError(f"{command[0]} does not start ({error}): {advice}") from error
     if done.returncode:
         said = "\n".join(done.stderr.strip().splitlines()[:5])
-        raise BuildError(f"{command[0]} cannot compile {SOURCE.name}: {advice}. It said: {said or 'nothing'}")
+        raise BuildError(f"{command[0]} cannot compile our kernels: {advice}. It said: {said or 'nothing'}")
 
 
 def _call(name: str, x: Tensor, *arguments: Any) -> None:
     """Call a function of the library: tensors as pointers, floats as C floats, the other numbers as 64 and 32 bits."""
     function = getattr(build(), f"{name}_{SUFFIX[x.dtype]}")
     function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in (x, *arguments)))
+
+
+class _Attend(torch.autograd.Function):
+    """Arguments (N, heads, width); `ends` (stretches + 1,) int32, from 0 to N."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+        inputs = [x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v)]
+        rows = [c_int64(x.stride(0)) for x in inputs]
+        ctx.shape = [c_int64(n) for n in (ends.numel() - 1, q.size(1), k.size(1), q.size(2))]
+        out, log_sums = torch.empty(q.shape), torch.empty(q.shape[:2])
+        ctx.save_for_backward(*inputs, out, log_sums, ends)
+        _call("attend", *inputs, *rows, out, log_sums, ends, *ctx.shape, torch.get_num_threads())
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, out, log_sums, ends = ctx.saved_tensors
+        rows = [c_int64(x.stride(0)) for x in inputs]
+        gradients = [torch.empty(x.shape) for x in inputs]
+        results = out, log_sums, grad.contiguous(), *gradients
+        _call("attend_backward", *inputs, *rows, *results, ends, *ctx.shape, torch.get_num_threads())
+        return *gradients, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """Causal attention in each row or each document, in fp32 inside; see attention.attend."""
+    if q.dtype not in SUFFIX:
+        return plain_attend(q, k, v, documents)
+    rows, length = q.shape[:2]
+    ends = torch.arange(rows + 1, dtype=torch.int32) * length if documents is None else documents.ends
+    out: Tensor = _Attend.apply(*(x.flatten(0, 1).float() for x in (q, k, v)), ends)  # type: ignore[no-untyped-call]
+    return out.to(q.dtype).view(q.shape)
 
 
 class _Activate(torch.autograd.Function):

@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packspeed.model.attention import attend as attend
+
 NORM_ELEMENTS = 1 << 19  # in flight in a norm's backward pass: 512 programs of width 1,024 keep an H100 busy
 TILE = 1024  # elements of an activation per program
 VOCAB_TILE = 4096  # logits per step of a row

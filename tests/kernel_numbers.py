@@ -14,6 +14,7 @@ from torch import Tensor
 
 from packspeed.model import kernels as plain
 from packspeed.model import native_kernels, triton_kernels
+from packspeed.model.attention import Documents
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, rope_table
 
@@ -124,6 +125,25 @@ def test_row_losses(
     assert torch.equal(untouched, logits)
     fused.row_losses(logits, labels, vocab_size, z_loss, True)
     torch.testing.assert_close(logits.double(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 10)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="GPUs have torch's kernels")
+@DTYPES
+@pytest.mark.parametrize("width", [1, 24, 64])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2)])
+@pytest.mark.parametrize(("shape", "lengths"), [((1, 1), None), ((2, 130), None), ((2, 100), [1, 64, 70, 63, 2])])
+def test_attend(
+    shape: tuple[int, int], lengths: list[int] | None, heads: int, kv_heads: int, width: int, dtype: torch.dtype
+) -> None:
+    """As parts of one tensor, which is how the model has them: rows of several heads lie between two tokens."""
+    whole = normal(*shape, heads + 2 * kv_heads, width, dtype=dtype)
+    documents = None if lengths is None else Documents.of(lengths, DEVICE)
+
+    def run(module: plain.Kernels, x: Tensor) -> list[Tensor]:
+        return [module.attend(*x.split([heads, kv_heads, kv_heads], dim=2), documents)]
+
+    double = exact(whole)
+    check(run(native_kernels, whole), [whole], run(plain, double), [double])
 
 
 def test_a_nan_reaches_the_loss(fused: plain.Kernels) -> None:

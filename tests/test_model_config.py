@@ -73,7 +73,9 @@ def test_defaults_of_what_is_left_out() -> None:
 def test_flops_agree_with_torchs_counter(family: str) -> None:
     """The counter sees the whole attention square, and only where attention is plain matmuls; norms are none."""
     fields = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "tie_embeddings": False}
-    config = GPTConfig(**{**SHAPE, "vocab_size": 128, "bias": False, **(fields if family == "llama" else {})})
+    config = GPTConfig(
+        **{**SHAPE, "vocab_size": 128, "bias": False, "kernels": "eager", **(fields if family == "llama" else {})}
+    )
     model = GPT(config)
     tokens = torch.randint(0, 128, (3, 32))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

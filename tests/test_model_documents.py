@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from packspeed.model.attention import Documents, _attend_varlen, attend
 from packspeed.model.config import GPTConfig
-from packspeed.model.gpt import GPT, _attend_varlen, attend_documents, init_weights
+from packspeed.model.gpt import GPT, init_weights
 
 LENGTHS = [5, 1, 10, 16, 3, 13]  # three rows of 16
 
@@ -27,15 +28,15 @@ def test_it_is_plain_attention_under_a_block_mask(kv_heads: int) -> None:
     """Softmax over an explicit mask, values and gradients, in fp64."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(3, heads, 16, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        torch.randn(3, 16, heads, 8, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads in (4, kv_heads, kv_heads)
     )
     document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).view(3, 16)
     mask = (document[:, :, None] == document[:, None, :]) & torch.ones(16, 16, dtype=torch.bool).tril()
-    keys, values = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v))
-    scores = (q @ keys.mT / 8**0.5).masked_fill(~mask[:, None], float("-inf"))
-    expected = scores.softmax(-1) @ values
-    found = attend_documents(q, k, v, LENGTHS)
+    queries, keys, values = (x.repeat_interleave(4 // x.size(2), dim=2).transpose(1, 2) for x in (q, k, v))
+    scores = (queries @ keys.mT / 8**0.5).masked_fill(~mask[:, None], float("-inf"))
+    expected = (scores.softmax(-1) @ values).transpose(1, 2)
+    found = attend(q, k, v, Documents.of(LENGTHS, q.device))
     torch.testing.assert_close(found, expected)
     weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     for a, b in zip(
@@ -67,15 +68,13 @@ def flash_attention(
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_flash_kernel_gets_what_it_wants(kv_heads: int) -> None:
     """What GPUs run: torch's varlen_attn down to its kernel, for which CPUs have none, gets the same documents."""
-    q, k, v = (torch.randn(3, heads, 16, 8) for heads in (4, kv_heads, kv_heads))
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    ends = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    q, k, v = (torch.randn(3, 16, heads, 8) for heads in (4, kv_heads, kv_heads))
+    documents = Documents.of(LENGTHS, q.device)
     library = torch.library.Library("aten", "IMPL")
     with contextlib.closing(SimpleNamespace(close=library._destroy)):
         library.impl("_flash_attention_forward", flash_attention, "CPU")
-        found = _attend_varlen(*flat, ends, max(LENGTHS))
-    expected = attend_documents(q, k, v, LENGTHS).transpose(1, 2).flatten(0, 1)
-    torch.testing.assert_close(found, expected)
+        found = _attend_varlen(*(x.flatten(0, 1) for x in (q, k, v)), documents.ends, max(LENGTHS))
+    torch.testing.assert_close(found.view(q.shape), attend(q, k, v, documents))
 
 
 def build(position: str = "learned", **changes: object) -> GPT:

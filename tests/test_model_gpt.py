@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from packspeed.model.attention import attend_last
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import (
     GPT,
-    attend,
     init_weights,
     is_matrix,
     is_muon_parameter,
@@ -156,7 +156,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_attention_equals_plain_softmax(new: int, kv_heads: int) -> None:
     q = torch.randn(2, 4, new, 8, dtype=torch.float64)
     k, v = (torch.randn(2, kv_heads, 16, 8, dtype=torch.float64) for _ in range(2))
-    torch.testing.assert_close(attend(q, k, v), reference_attention(q, k, v))
+    torch.testing.assert_close(attend_last(q, k, v), reference_attention(q, k, v))
 
 
 def test_rope_is_a_rotation_that_sees_only_distances() -> None:

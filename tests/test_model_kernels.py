@@ -220,7 +220,7 @@ def test_native_kernels_are_built_once_and_by_several_at_once(tmp_path: Path, mo
 def test_without_a_compiler_auto_is_eager_and_says_so(tmp_path: Path) -> None:
     for compiler, cache, reason in (
         ("/nowhere/c++", tmp_path, "does not start"),
-        ("false", tmp_path, "cannot compile native_kernels.cpp"),
+        ("false", tmp_path, "cannot compile our kernels"),
         ("c++", Path("/proc/nowhere"), "No such file or directory: '/proc/nowhere'"),
     ):
         said = auto_in_a_new_process(TORCH_EXTENSIONS_DIR=str(cache), CXX=compiler)
@@ -241,7 +241,10 @@ def test_native_bits_do_not_depend_on_the_threads(dtype: torch.dtype) -> None:
             gradient, leaf = logits.clone(), x.clone().requires_grad_()
             losses = native_kernels.row_losses(gradient, labels, 2990, 0.0, True)
             native_kernels.activate(leaf, "gelu").sum().backward()
-            seen.append((losses, gradient, leaf.grad))
+            heads = x.view(3, 37, 10, 100).clone().requires_grad_()
+            mixed = native_kernels.attend(*heads.split([6, 2, 2], dim=2))
+            mixed.sum().backward()
+            seen.append((losses, gradient, leaf.grad, mixed, heads.grad))
     finally:
         torch.set_num_threads(threads)
     for each in seen[1:]:

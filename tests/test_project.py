@@ -100,7 +100,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_the_wheel_holds_every_source_and_data_file(wheel: set[str]) -> None:
     wanted = {f"packspeed/{path.relative_to(ROOT).as_posix()}" for path in SOURCES}
-    for pattern in ("data/*.tiktoken", "launch/configs/*.yaml", "ds_configs/*.json", "launch/cluster/*"):
+    for pattern in (
+        "data/*.tiktoken",
+        "model/*.cpp",
+        "model/*.h",
+        "launch/configs/*.yaml",
+        "ds_configs/*.json",
+        "launch/cluster/*",
+    ):
         wanted |= {f"packspeed/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob(pattern) if path.is_file()}
     assert wanted <= wheel, sorted(wanted - wheel)
     assert not any(name.split("/")[0] in FOLDERS for name in wheel), "nothing called model or data in site-packages"

@@ -1,0 +1,86 @@
+"""Causal attention through torch's kernels, the plain form of kernels.attend: no padding and no mask in training.
+
+A row of tokens is attended as a whole or, where documents are kept apart, stretch by stretch. Sources: FlashAttention
+(https://arxiv.org/abs/2205.14135), grouped queries (https://arxiv.org/abs/2305.13245).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The stretches that the B * T places of a batch consist of, row after row; made once for all layers."""
+
+    lengths: list[int]
+    ends: Tensor  # where each stretch ends, (n + 1,) int32 with a 0 before, on the model's device
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> Documents:
+        """Stretches of these lengths. Does not wait for the device."""
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return cls(lengths, ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """Causal attention in each row or each document: q (B, T, H, D), k and v (B, T, H or fewer, D) -> (B, T, H, D)."""
+    if documents is not None:
+        return _attend_documents(q, k, v, documents)
+    return attend_last(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention of the last T of S positions: q (B, H, T, D), k and v (B, H or fewer, S, D) -> (B, H, T, D).
+
+    `mask` (B, 1, T, S), true where a position may look, is for generating from padded prompts.
+    """
+    new, all_, dtype = q.size(2), k.size(2), q.dtype
+    if q.is_cpu and q.element_size() == 2:
+        q, k, v = q.float(), k.float(), v.float()  # torch's CPU flash backward is 1.5 to 3 times slower in bf16
+    causal = mask is None and new == all_
+    if mask is None and 1 < new < all_:  # some tokens are in the cache already and several are new
+        mask = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+    return y.to(dtype)
+
+
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """On a GPU in half precision, the flash kernel for variable lengths; elsewhere each stretch by itself.
+
+    Both compute only what counts, less than the causal triangle of the whole row.
+    """
+    shape = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
+    if q.is_cuda and q.element_size() == 2 and _varlen_attn() is not None:
+        return _attend_varlen(q, k, v, documents.ends, max(documents.lengths)).view(shape)
+    parts = zip(*(torch.split(x, documents.lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*(x.unsqueeze(0) for x in part))[0] for part in parts]).view(shape)
+
+
+@functools.cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    """FlashAttention-2's kernel for variable lengths, which is in torch since 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+    """Flash attention over stretches, without a mask: q (N, H, D), k and v (N, H or fewer, D) -> (N, H, D)."""
+    varlen_attn = _varlen_attn()
+    assert varlen_attn is not None
+    causal = (-1, 0)  # a window that reaches any way back and nowhere ahead
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=causal, enable_gqa=q.size(1) != k.size(1))
+    assert isinstance(out, Tensor)  # a tuple only where more was asked for
+    return out

@@ -1,0 +1,347 @@
+// Causal attention of kernels.py for CPUs, forward and backward; see native_kernels.py.
+//
+// Flash attention (https://arxiv.org/abs/2205.14135): blocks of 64 queries against blocks of 64 keys, whose scores stay
+// in the cache; the backward pass makes them again from the kept log of their sums. Scores stand as (key, query), so
+// that what belongs to a query is a vector's lane and no loop reduces across one. All products go through add_product,
+// which keeps a tile of the result in registers. One thread takes a stretch and a key head with its queries' heads, and
+// copies them together first: a token's width apart they would push each other out of the cache.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "native_numbers.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr Index LANES = 16, WIDE = 4;  // floats in a vector, vectors in a tile's row
+#elif defined(__AVX__)
+constexpr Index LANES = 8, WIDE = 2;
+#else
+constexpr Index LANES = 4, WIDE = 2;
+#endif
+constexpr Index ROWS = 4;
+constexpr Index BLOCK = 64;
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+
+inline Vector vector_at(const float* place) {
+    Vector vector;
+    std::memcpy(&vector, place, sizeof vector);
+    return vector;
+}
+
+inline Index up_to(Index size, Index multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// The left factor of a product: element (m, k) stands at data[m * row + k * column].
+struct Left {
+    const float* data;
+    Index row, column;
+};
+
+template <Index VECTORS>
+inline void add_tile(Left a, const float* b, float* c, Index width, Index first, Index last) {
+    Vector sum[ROWS][VECTORS];
+#pragma GCC unroll 4
+    for (Index m = 0; m < ROWS; m++) {
+#pragma GCC unroll 4
+        for (Index n = 0; n < VECTORS; n++) {
+            sum[m][n] = vector_at(c + m * width + n * LANES);
+        }
+    }
+    for (Index k = first; k < last; k++) {
+#pragma GCC unroll 4
+        for (Index n = 0; n < VECTORS; n++) {
+            const Vector right = vector_at(b + k * width + n * LANES);
+#pragma GCC unroll 4
+            for (Index m = 0; m < ROWS; m++) {
+                sum[m][n] += a.data[m * a.row + k * a.column] * right;
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (Index m = 0; m < ROWS; m++) {
+#pragma GCC unroll 4
+        for (Index n = 0; n < VECTORS; n++) {
+            std::memcpy(c + m * width + n * LANES, &sum[m][n], sizeof(Vector));
+        }
+    }
+}
+
+// Where a product on the diagonal has its zeros, or what nobody reads: nothing there is computed.
+enum Triangle { NONE, LEFT_IS_LOWER, LEFT_IS_UPPER, RESULT_IS_UPPER };
+
+// c (M, N) += a (M, K) b (K, N). M is a multiple of ROWS; rows of b and c are `width` floats long, a multiple of LANES.
+inline void add_product(Left a, const float* b, float* c, Index M, Index N, Index K, Index width, Triangle triangle) {
+    for (Index m = 0; m < M; m += ROWS) {
+        const Left rows{a.data + m * a.row, a.row, a.column};
+        const Index first = triangle == LEFT_IS_UPPER ? m : 0;
+        const Index last = triangle == LEFT_IS_LOWER && m + ROWS < K ? m + ROWS : K;
+        float* row = c + m * width;
+        Index n = triangle == RESULT_IS_UPPER ? m / LANES * LANES : 0;
+        for (; n + WIDE * LANES <= N; n += WIDE * LANES) {
+            add_tile<WIDE>(rows, b + n, row + n, width, first, last);
+        }
+        for (; n + 2 * LANES <= N; n += 2 * LANES) {
+            add_tile<2>(rows, b + n, row + n, width, first, last);
+        }
+        for (; n < N; n += LANES) {
+            add_tile<1>(rows, b + n, row + n, width, first, last);
+        }
+    }
+}
+
+// One head of a tensor (N, heads, width): `data` is its first token, `row` floats lie between two tokens.
+struct Head {
+    float* data;
+    Index row;
+
+    Head from(Index token) const { return {data + token * row, row}; }
+};
+
+// Copy a head's tokens into rows of `padded` floats; further rows and columns are zeros.
+inline void pack(Head head, Index count, Index size, Index width, Index padded, float factor, float* to) {
+    for (Index r = 0; r < count; r++) {
+        for (Index c = 0; c < width; c++) {
+            to[r * padded + c] = factor * head.data[r * head.row + c];
+        }
+        std::memset(to + r * padded + width, 0, (padded - width) * sizeof(float));
+    }
+    std::memset(to + count * padded, 0, (size - count) * padded * sizeof(float));
+}
+
+inline void unpack(const float* from, Index count, Index width, Index padded, float factor, Head head) {
+    for (Index r = 0; r < count; r++) {
+        for (Index c = 0; c < width; c++) {
+            head.data[r * head.row + c] = factor * from[r * padded + c];
+        }
+    }
+}
+
+// A block of rows (64, padded) into (width, 64).
+inline void transpose(const float* from, Index width, Index padded, float* to) {
+    for (Index c = 0; c < width; c++) {
+        for (Index r = 0; r < BLOCK; r++) {
+            to[c * BLOCK + r] = from[r * padded + c];
+        }
+    }
+}
+
+// Stretches of tokens that attend to themselves, causally; `ends` has one more than there are, the first 0.
+struct Attention {
+    const std::int32_t* ends;
+    Index stretches, heads, kv_heads, width;
+    int threads;
+
+    Index padded() const { return up_to(width, LANES); }
+    Index group() const { return heads / kv_heads; }
+    float scale() const { return 1.0f / std::sqrt(static_cast<float>(width)); }
+    Index longest() const {  // in whole blocks
+        Index length = 0;
+        for (Index s = 0; s < stretches; s++) {
+            length = ends[s + 1] - ends[s] > length ? ends[s + 1] - ends[s] : length;
+        }
+        return up_to(length, BLOCK);
+    }
+    Head head(float* data, Index row, Index index, Index token) const {
+        return {data + index * width + token * row, row};
+    }
+};
+
+// Scores (keys, 64) become powers of e. Online softmax (https://arxiv.org/abs/1805.02867): `top` and `sum` of each
+// query take them in, and `shrink` is what the earlier powers are to be multiplied with.
+inline void soften(float* scores, Index keys, bool diagonal, float* top, float* sum, float* shrink) {
+    float before[BLOCK];
+    std::memcpy(before, top, sizeof before);
+    for (Index key = 0; key < keys; key++) {
+        float* row = scores + key * BLOCK;
+        const Index first = diagonal ? key : 0;  // the first query that sees this key
+#pragma omp simd
+        for (Index q = 0; q < BLOCK; q++) {
+            row[q] = q < first ? -INFINITY : row[q];
+            top[q] = row[q] > top[q] ? row[q] : top[q];
+        }
+    }
+#pragma omp simd
+    for (Index q = 0; q < BLOCK; q++) {
+        shrink[q] = exp_of(before[q] - top[q]);
+        sum[q] *= shrink[q];
+    }
+    for (Index key = 0; key < keys; key++) {
+        float* row = scores + key * BLOCK;
+#pragma omp simd
+        for (Index q = 0; q < BLOCK; q++) {
+            row[q] = exp_of(row[q] - top[q]);
+            sum[q] += row[q];
+        }
+    }
+}
+
+// The forward pass of one head against packed keys and values.
+void attend_head(const Attention& at, Head q, const float* keys, const float* values, Index length, Head out,
+                 float* log_sums, float* room) {
+    const Index width = at.width, padded = at.padded();
+    float *query = room, *turned = query + BLOCK * padded, *mixed = turned + BLOCK * padded;
+    float scores[BLOCK * BLOCK], top[BLOCK], sum[BLOCK], shrink[BLOCK];
+    for (Index i = 0; i < length; i += BLOCK) {
+        const Index count = length - i < BLOCK ? length - i : BLOCK, rows = up_to(count, ROWS);
+        pack(q.from(i), count, BLOCK, width, padded, at.scale(), query);
+        transpose(query, width, padded, turned);
+        std::memset(mixed, 0, BLOCK * padded * sizeof(float));
+        for (Index r = 0; r < BLOCK; r++) {
+            top[r] = -INFINITY, sum[r] = 0.0f;
+        }
+        for (Index j = 0; j <= i; j += BLOCK) {
+            const bool diagonal = j == i;
+            const Index seen = diagonal ? rows : BLOCK;
+            std::memset(scores, 0, sizeof scores);
+            add_product({keys + j * padded, padded, 1}, turned, scores, seen, up_to(count, LANES), width, BLOCK,
+                        diagonal ? RESULT_IS_UPPER : NONE);
+            soften(scores, seen, diagonal, top, sum, shrink);
+            for (Index r = 0; r < rows && j > 0; r++) {
+                for (Index c = 0; c < padded; c++) {
+                    mixed[r * padded + c] *= shrink[r];
+                }
+            }
+            add_product({scores, 1, BLOCK}, values + j * padded, mixed, rows, padded, seen, padded,
+                        diagonal ? LEFT_IS_LOWER : NONE);
+        }
+        for (Index r = 0; r < count; r++) {
+            log_sums[(i + r) * at.heads] = top[r] + std::log(sum[r]);
+            unpack(mixed + r * padded, 1, width, padded, 1.0f / sum[r], out.from(i + r));
+        }
+    }
+}
+
+void attend(const Attention& at, float* q, Index q_row, float* k, Index k_row, float* v, Index v_row, float* out,
+            float* log_sums) {
+    const Index width = at.width, padded = at.padded(), size = at.longest() * padded;
+#pragma omp parallel num_threads(at.threads)
+    {
+        std::vector<float> keys(size), values(size), room(3 * BLOCK * padded);
+#pragma omp for schedule(dynamic)
+        for (Index task = 0; task < at.stretches * at.kv_heads; task++) {
+            const Index kv = task % at.kv_heads, start = at.ends[task / at.kv_heads];
+            const Index length = at.ends[task / at.kv_heads + 1] - start, all = up_to(length, BLOCK);
+            pack(at.head(k, k_row, kv, start), length, all, width, padded, 1.0f, keys.data());
+            pack(at.head(v, v_row, kv, start), length, all, width, padded, 1.0f, values.data());
+            for (Index head = kv * at.group(); head < (kv + 1) * at.group(); head++) {
+                attend_head(at, at.head(q, q_row, head, start), keys.data(), values.data(), length,
+                            at.head(out, at.heads * width, head, start), log_sums + start * at.heads + head,
+                            room.data());
+            }
+        }
+    }
+}
+
+// A thread's memory in the backward pass: a key head and one of its queries' heads.
+struct Packed {
+    std::vector<float> keys, values, d_keys, d_values;
+    std::vector<float> query, query_turned, d_query, d_mixed, d_mixed_turned, log_sum, product;
+
+    Packed(Index rows, Index padded)
+        : keys(rows * padded),
+          values(rows * padded),
+          d_keys(rows * padded),
+          d_values(rows * padded),
+          query(rows * padded),
+          query_turned(rows * padded),
+          d_query(rows * padded),
+          d_mixed(rows * padded),
+          d_mixed_turned(rows * padded),
+          log_sum(rows),
+          product(rows) {}
+};
+
+// Add what one head's queries give to its keys and values; d_query takes theirs.
+void attend_backward_head(const Attention& at, Index length, Packed& p) {
+    const Index width = at.width, padded = at.padded();
+    float powers[BLOCK * BLOCK], d_scores[BLOCK * BLOCK];
+    for (Index j = 0; j < length; j += BLOCK) {
+        for (Index i = j; i < length; i += BLOCK) {
+            const Index count = length - i < BLOCK ? length - i : BLOCK, columns = up_to(count, LANES);
+            const Index keys = up_to(length - j < BLOCK ? length - j : BLOCK, ROWS);
+            const bool diagonal = i == j;
+            const float *key = &p.keys[j * padded], *query = &p.query[i * padded], *d_mixed = &p.d_mixed[i * padded];
+            const float *log_sum = &p.log_sum[i], *product = &p.product[i];
+            std::memset(powers, 0, sizeof powers);
+            std::memset(d_scores, 0, sizeof d_scores);
+            add_product({key, padded, 1}, &p.query_turned[i * padded], powers, keys, columns, width, BLOCK,
+                        diagonal ? RESULT_IS_UPPER : NONE);
+            add_product({&p.values[j * padded], padded, 1}, &p.d_mixed_turned[i * padded], d_scores, keys, columns,
+                        width, BLOCK, diagonal ? RESULT_IS_UPPER : NONE);
+            for (Index c = 0; c < keys; c++) {
+                float *power = powers + c * BLOCK, *d_score = d_scores + c * BLOCK;
+                const Index first = diagonal ? c : 0;
+#pragma omp simd
+                for (Index q = 0; q < BLOCK; q++) {
+                    power[q] = q < first ? 0.0f : exp_of(power[q] - log_sum[q]);
+                    d_score[q] = power[q] * (d_score[q] - product[q]);
+                }
+            }
+            add_product({d_scores, 1, BLOCK}, key, &p.d_query[i * padded], up_to(count, ROWS), padded, keys, padded,
+                        diagonal ? LEFT_IS_LOWER : NONE);
+            add_product({powers, BLOCK, 1}, d_mixed, &p.d_values[j * padded], keys, padded, count, padded,
+                        diagonal ? LEFT_IS_UPPER : NONE);
+            add_product({d_scores, BLOCK, 1}, query, &p.d_keys[j * padded], keys, padded, count, padded,
+                        diagonal ? LEFT_IS_UPPER : NONE);
+        }
+    }
+}
+
+void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index k_row, float* v, Index v_row,
+                     float* out, float* log_sums, float* d_out, float* d_q, float* d_k, float* d_v) {
+    const Index width = at.width, padded = at.padded(), all_row = at.heads * width, kv_row = at.kv_heads * width;
+#pragma omp parallel num_threads(at.threads)
+    {
+        Packed p(at.longest(), padded);
+#pragma omp for schedule(dynamic)
+        for (Index task = 0; task < at.stretches * at.kv_heads; task++) {
+            const Index kv = task % at.kv_heads, start = at.ends[task / at.kv_heads];
+            const Index length = at.ends[task / at.kv_heads + 1] - start, all = up_to(length, BLOCK);
+            pack(at.head(k, k_row, kv, start), length, all, width, padded, 1.0f, p.keys.data());
+            pack(at.head(v, v_row, kv, start), length, all, width, padded, 1.0f, p.values.data());
+            std::memset(p.d_keys.data(), 0, all * padded * sizeof(float));
+            std::memset(p.d_values.data(), 0, all * padded * sizeof(float));
+            for (Index head = kv * at.group(); head < (kv + 1) * at.group(); head++) {
+                const Head mixed = at.head(out, all_row, head, start);
+                pack(at.head(q, q_row, head, start), length, all, width, padded, at.scale(), p.query.data());
+                pack(at.head(d_out, all_row, head, start), length, all, width, padded, 1.0f, p.d_mixed.data());
+                std::memset(p.d_query.data(), 0, all * padded * sizeof(float));
+                for (Index r = 0; r < all; r++) {
+                    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                    for (Index c = 0; c < (r < length ? width : 0); c++) {
+                        sum += mixed.data[r * mixed.row + c] * p.d_mixed[r * padded + c];
+                    }
+                    p.product[r] = sum;
+                    p.log_sum[r] = r < length ? log_sums[(start + r) * at.heads + head] : INFINITY;  // no powers there
+                }
+                for (Index i = 0; i < length; i += BLOCK) {
+                    transpose(&p.query[i * padded], width, padded, &p.query_turned[i * padded]);
+                    transpose(&p.d_mixed[i * padded], width, padded, &p.d_mixed_turned[i * padded]);
+                }
+                attend_backward_head(at, length, p);
+                unpack(p.d_query.data(), length, width, padded, at.scale(), at.head(d_q, all_row, head, start));
+            }
+            unpack(p.d_keys.data(), length, width, padded, 1.0f, at.head(d_k, kv_row, kv, start));
+            unpack(p.d_values.data(), length, width, padded, 1.0f, at.head(d_v, kv_row, kv, start));
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void attend_fp32(float* q, float* k, float* v, Index q_row, Index k_row, Index v_row, float* out,
+                            float* log_sums, const std::int32_t* ends, Index stretches, Index heads, Index kv_heads,
+                            Index width, int threads) {
+    attend({ends, stretches, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out, log_sums);
+}
+
+extern "C" void attend_backward_fp32(float* q, float* k, float* v, Index q_row, Index k_row, Index v_row, float* out,
+                                     float* log_sums, float* d_out, float* d_q, float* d_k, float* d_v,
+                                     const std::int32_t* ends, Index stretches, Index heads, Index kv_heads,
+                                     Index width, int threads) {
+    attend_backward({ends, stretches, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out, log_sums,
+                    d_out, d_q, d_k, d_v);
+}

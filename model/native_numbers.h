@@ -1,0 +1,53 @@
+// Numbers of the kernels: fp32 and bf16 in memory, fp32 in arithmetic, and e^x as vector instructions.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+using Index = std::int64_t;
+
+struct bf16 {
+    std::uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bits_of(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline float load(float value) { return value; }
+inline float load(bf16 value) { return bits_of<float>(static_cast<std::uint32_t>(value.bits) << 16); }
+
+inline void store(float& place, float value) { place = value; }
+inline void store(bf16& place, float value) {  // to the nearest, ties to even; a NaN stays one
+    const auto bits = bits_of<std::uint32_t>(value);
+    const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    place.bits = static_cast<std::uint16_t>(value == value ? rounded : 0x7FC0u);
+}
+
+// e^x to 1.5 units in the last place, 0 below -87; NaN stays NaN. x = n ln 2 + r, and a Taylor polynomial of e^r.
+inline float exp_of(float x) {
+    const float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest n
+    const float n = shifted - 12582912.0f;
+    const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 5040.0f;
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const auto power = (bits_of<std::uint32_t>(shifted) + 127u) << 23;
+    const float value = p * bits_of<float>(power);
+    return x < -87.0f ? 0.0f : (x > 88.0f ? INFINITY : value);
+}
+
+}  // namespace
