@@ -5,8 +5,9 @@
 
 A row per setting, as a Markdown table on stdout. Every setting and every contender is measured in processes of its own
 (contest.py), so its memory and what it tells the allocator are its own, and one that fails is a row that says why. With
---compare the contenders take turns, a round of steps each, the others asleep: what else the machine does meets all of
-them. `x bare` is the median over the rounds of the bare loop's time by theirs, with the lowest and the highest.
+--compare the contenders take turns, a round of steps each, the others asleep, another one first in each round: what
+else the machine does meets all of them. `x bare` is the median over the rounds of the bare loop's time by theirs, with
+the lowest and the highest.
 
 Step: median over the rounds, with the fastest and the slowest. MFU: model FLOPs (flops_per_token in model/config.py) by
 the peak of the device, the data sheet's on GPUs and the best GEMM on CPUs; `of fp32 GEMM` and `of bf16 GEMM` are shares
@@ -146,14 +147,15 @@ def bench(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
 
 
 def _measured(plan: Plan, setting: dict[str, Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the contenders, which take turns: A B C A B C."""
+    """Rows of the contenders, which take turns: A B C, B C A, C A B."""
     with tempfile.TemporaryDirectory(prefix="packspeed-bench-") as folder, contextlib.ExitStack() as running:
         contenders = []
         for number, name in enumerate(names):
             contenders.append(running.enter_context(Contender(plan, setting, name, Path(folder) / str(number))))
             contenders[-1].wait_for("ready")
-        for _ in range(plan.rounds):
-            for contender in contenders:
+        for number in range(plan.rounds):
+            first = number % len(contenders)  # who comes after whom is worth some percent
+            for contender in contenders[first:] + contenders[:first]:
                 contender.take_turn()
     found = [c.latest["gemm_flops"] for c in contenders if c.latest]
     gemm = {kind: max(each[kind] for each in found) for kind in (found[0] if found else ())}
