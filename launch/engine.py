@@ -190,7 +190,7 @@ def resolve_precision(wanted: str) -> str:
 
 
 def agree_on_kernels(config: GPTConfig, topology: Topology, say: Callable[[str], None]) -> GPTConfig:
-    """The same kernels for every rank, so that no sample's bits depend on the host: eager where they differ."""
+    """The same kernels for every rank, eager where they differ: hosts with the same CPU give a sample the same bits."""
     found = topology.gather(resolve_kernels(config.kernels, say))
     if len(set(found)) == 1:
         return config

@@ -203,7 +203,7 @@ REMOVED = {
     "elasticity": "gone from DeepSpeed 0.19; start again with other ranks instead: the checkpoint is converted.",
     "amp": "gone from DeepSpeed 0.19; the run file's train.precision says it.",
     "curriculum_learning": "gone from DeepSpeed 0.19; stages of data.sources change the mixture.",
-    "sparse_attention": "gone from DeepSpeed 0.19; attention is torch's scaled_dot_product_attention.",
+    "sparse_attention": "gone from DeepSpeed 0.19; attention is causal, in flash kernels.",
     "progressive_layer_drop": "gone from DeepSpeed 0.19.",
     "compression_training": "gone from DeepSpeed 0.19.",
     "nebula": "gone from DeepSpeed 0.19; checkpoint.async_write saves in the background.",
@@ -228,7 +228,7 @@ def guessed_precision(wanted: str) -> tuple[str, str]:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         flags = ""
-    native = bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", flags))
+    native = bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags))  # the last is Arm's
     return ("bf16", "solved: this CPU has bf16") if native else ("fp32", "solved: no GPU, and this CPU has no bf16")
 
 

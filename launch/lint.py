@@ -360,9 +360,8 @@ def flops_profiler(case: Case) -> Iterator[str]:
     """It counts no FLOPs of fused attention."""
     if block(case.ds, "flops_profiler").get("enabled") is True:
         yield (
-            "flops_profiler.enabled: it does not see scaled_dot_product_attention or compiled code, so its FLOPS are "
-            "too "
-            "low. metrics.jsonl has MFU by formula, at every step."
+            "flops_profiler.enabled: it does not see fused attention or compiled code, so its FLOPS are too low. "
+            "metrics.jsonl has MFU by formula, at every step."
         )
 
 

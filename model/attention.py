@@ -1,6 +1,7 @@
-"""Causal attention through torch's kernels, the plain form of kernels.attend: no padding and no mask in training.
+"""Causal attention through torch's kernels, the plain form of kernels.attend.
 
-A row of tokens is attended as a whole or, where documents are kept apart, stretch by stretch. Sources: FlashAttention
+A row of tokens is attended as a whole or, where documents are kept apart, stretch by stretch; there is no padding, and
+only generation has a mask. Sources: FlashAttention
 (https://arxiv.org/abs/2205.14135), grouped queries (https://arxiv.org/abs/2305.13245).
 """
 
@@ -19,7 +20,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Documents:
-    """The stretches that the B * T places of a batch consist of, row after row; made once for all layers."""
+    """The stretches that the B * T places of a batch consist of, row after row; made once for all layers.
+
+    An object of its own, because torch.compile makes a graph per length of a list that it can see.
+    """
 
     lengths: list[int]
     ends: Tensor  # where each stretch ends, (n + 1,) int32 with a 0 before, on the model's device

@@ -2,7 +2,7 @@
 
     tokens -> embedding (+ learned positions) -> n_layer x [ x + attention(norm(x)), x + mlp(norm(x)) ] -> norm -> head
 
-Pre-norm blocks, causal attention through `scaled_dot_product_attention` (flash kernels where there are any), no
+Pre-norm blocks, causal attention through flash kernels (attention.py, or ours in C++ on CPUs), no
 padding mask: packed windows have no padding. The weights of queries, keys and values are one matrix, as are SwiGLU's
 gate and up. Every weight is used inside the forward of the module that owns it, so that ZeRO-3 finds it gathered.
 Sources: GPT-2 (Radford et al. 2019), RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202),
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from packspeed.model.attention import Documents, attend, attend_last
 from packspeed.model.config import GPTConfig
-from packspeed.model.kernels import choose, head_loss, head_losses, keyed_dropout, linear, site_keys, widened
+from packspeed.model.kernels import choose, head_loss, head_losses, is_slow, keyed_dropout, linear, site_keys
 
 if TYPE_CHECKING:
     from packspeed.model.generate import KVCache
@@ -61,6 +61,13 @@ def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
     channel = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, :, None, None] * (1.0 / theta ** (channel / width))
     return torch.stack((angles.cos(), angles.sin()))
+
+
+def _stretches(lengths: list[int], tokens: Tensor) -> Documents:
+    """The documents of a batch. Kernels trust their lengths, and would read and write beyond the batch."""
+    if sum(lengths) != tokens.numel() or min(lengths) < 0:
+        raise ValueError(f"documents of {sum(lengths)} tokens in all, and the batch has {tokens.numel()}.")
+    return Documents.of(lengths, tokens.device)
 
 
 def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -188,7 +195,8 @@ class Head(nn.Module):
         weight, device = self.weight, x.device.type
         if torch.is_autocast_enabled(device):  # as F.linear would
             x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-        x, weight = widened(x), widened(weight)
+        if is_slow(x.dtype, x.device):  # the logits then stay fp32
+            x, weight = x.float(), weight.float()
         inputs = x.flatten(0, 1), weight, labels.flatten(), self.vocab_size, choose(self.kernels, x.device)
         with torch.autocast(device, enabled=False):
             if reduction == "none":
@@ -238,7 +246,7 @@ class GPT(nn.Module):
         default to 0, 1, 2 ... after what the cache holds. `dropout_keys` (B,) int64, one per sample, decide the dropout
         masks. `documents` are the lengths of stretches that make up the B * T places, row after row: no token attends
         to another stretch (give `positions` that restart there). Raises ValueError where T exceeds learned positions,
-        and where the model trains with dropout and has no keys.
+        where the documents are not B * T tokens, and where the model trains with dropout and has no keys.
         """
         x = self.hidden(tokens, positions, dropout_keys, cache, documents)
         out: Tensor = self.lm_head(x, labels, reduction)
@@ -262,9 +270,7 @@ class GPT(nn.Module):
         if keys is not None:  # of sites 0, for the embedding, and 2 layer + 1 and 2 layer + 2
             keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
             x = keyed_dropout(x, keys[0], self.config.dropout)
-        stretches = None
-        if documents is not None:
-            stretches = Documents.of(documents, x.device)
+        stretches = None if documents is None else _stretches(documents, tokens)
         generating = cache is not None and self.config.kernels == "compile"  # its lengths are all different: no graphs
         with torch.compiler.set_stance("force_eager") if generating else nullcontext():
             for layer, block in enumerate(self.blocks):

@@ -6,6 +6,7 @@
 `model.kernels` of the run file chooses: `eager` is this file, `compile` this file through torch.compile block by block
 (and the head, which is in no block, as `auto` has it), `triton` triton_kernels.py, `native` native_kernels.py, and
 `auto` triton on CUDA where it imports, native on CPUs with a compiler, else eager. It changes rounding and speed alone.
+The linear layers are `linear` under every choice.
 
 Head and cross entropy are one function, so that the logits of all tokens never exist. It takes a chunk of rows through
 the head, turns their logits into losses and, in place, into their gradient (softmax - one_hot), and multiplies that on
@@ -49,12 +50,15 @@ GPU_CHUNK_BYTES = 1 << 29  # 5,336 tokens of it in bf16: GEMMs large enough to f
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether there are instructions for it: without them oneDNN's bf16 GEMM takes five times as long as fp32's."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    """Whether this CPU has instructions for bf16; where torch is too old to say, it is taken to have them."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return True
+    found = torch.cpu.get_capabilities()
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-CPU_HAS_BF16 = _cpu_has_bf16()
+CPU_HAS_BF16 = _cpu_has_bf16()  # a constant, which torch.compile can read
+WIDE_ROWS = 64  # from here on a product in fp32 pays for the copies of its factors (measured: LOG.md)
 
 
 class Kernels(Protocol):
@@ -159,38 +163,43 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, where bf16 on a CPU without bf16 instructions goes by way of fp32: the same roundings, faster."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if CPU_HAS_BF16 or not x.is_cpu or dtype != torch.bfloat16:
+    """F.linear, in fp32 inside where bf16 is slow (see is_slow): four times as fast there, and rounded as bf16 is."""
+    autocast = torch.is_autocast_enabled("cpu")
+    dtypes = {torch.get_autocast_dtype("cpu")} if autocast else {x.dtype, weight.dtype}
+    if dtypes != {torch.bfloat16} or not is_slow(torch.bfloat16, x.device) or x.numel() < WIDE_ROWS * x.size(-1):
         return F.linear(x, weight, bias)
-    out: Tensor = _WidenedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    out: Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
 
-class _WidenedLinear(torch.autograd.Function):
+def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a GEMM takes several times as long as in fp32: bf16's does on a CPU without instructions for it."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and not CPU_HAS_BF16
+
+
+class _WideLinear(torch.autograd.Function):
     """Keeps what F.linear keeps, in bf16; the copies in fp32 live for one product."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wide = grad.flatten(0, -2).float()  # (N, out)
-        d_x = (wide @ weight.float()).to(x.dtype).view_as(x)
-        d_weight = (wide.t() @ x.flatten(0, -2).float()).to(weight.dtype)
-        return d_x, d_weight, wide.sum(0).to(weight.dtype) if ctx.has_bias else None
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return x for a GEMM on its device: in fp32 where it is bf16 on a CPU without bf16 instructions."""
-    return x.float() if x.is_cpu and x.dtype == torch.bfloat16 and not CPU_HAS_BF16 else x
+        wide = grad.reshape(-1, grad.size(-1)).float()  # (N, out)
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = (wide @ weight.float()).to(x.dtype).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            d_weight = (wide.t() @ x.reshape(-1, x.size(-1)).float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            d_bias = wide.sum(0).to(weight.dtype)
+        return d_x, d_weight, d_bias
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:

@@ -3,8 +3,10 @@
 // Flash attention (https://arxiv.org/abs/2205.14135): blocks of 64 queries against blocks of 64 keys, whose scores stay
 // in the cache; the backward pass makes them again from the kept log of their sums. Scores stand as (key, query), so
 // that what belongs to a query is a vector's lane and no loop reduces across one. All products go through add_product,
-// which keeps a tile of the result in registers. One thread takes a stretch and a key head with its queries' heads, and
-// copies them together first: a token's width apart they would push each other out of the cache.
+// which keeps a tile of the result in registers. A thread copies a head together first: a token's width apart its rows
+// would push each other out of the cache. Forward, a thread takes a stretch and a head; backward, a stretch and a key
+// head with all its queries' heads, whose gradients add up in order, and 9 T D floats of memory. So batches of few
+// stretches with few key heads do not keep many threads busy.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -136,6 +138,7 @@ struct Attention {
     Index padded() const { return up_to(width, LANES); }
     Index group() const { return heads / kv_heads; }
     float scale() const { return 1.0f / std::sqrt(static_cast<float>(width)); }
+    int busy(Index tasks) const { return tasks < 1 ? 1 : tasks < threads ? static_cast<int>(tasks) : threads; }
     Index longest() const {  // in whole blocks
         Index length = 0;
         for (Index s = 0; s < stretches; s++) {
@@ -216,20 +219,18 @@ void attend_head(const Attention& at, Head q, const float* keys, const float* va
 void attend(const Attention& at, float* q, Index q_row, float* k, Index k_row, float* v, Index v_row, float* out,
             float* log_sums) {
     const Index width = at.width, padded = at.padded(), size = at.longest() * padded;
-#pragma omp parallel num_threads(at.threads)
+    const Index tasks = at.stretches * at.heads;
+#pragma omp parallel num_threads(at.busy(tasks))
     {
         std::vector<float> keys(size), values(size), room(3 * BLOCK * padded);
 #pragma omp for schedule(dynamic)
-        for (Index task = 0; task < at.stretches * at.kv_heads; task++) {
-            const Index kv = task % at.kv_heads, start = at.ends[task / at.kv_heads];
-            const Index length = at.ends[task / at.kv_heads + 1] - start, all = up_to(length, BLOCK);
+        for (Index task = 0; task < tasks; task++) {
+            const Index head = task % at.heads, kv = head / at.group(), start = at.ends[task / at.heads];
+            const Index length = at.ends[task / at.heads + 1] - start, all = up_to(length, BLOCK);
             pack(at.head(k, k_row, kv, start), length, all, width, padded, 1.0f, keys.data());
             pack(at.head(v, v_row, kv, start), length, all, width, padded, 1.0f, values.data());
-            for (Index head = kv * at.group(); head < (kv + 1) * at.group(); head++) {
-                attend_head(at, at.head(q, q_row, head, start), keys.data(), values.data(), length,
-                            at.head(out, at.heads * width, head, start), log_sums + start * at.heads + head,
-                            room.data());
-            }
+            attend_head(at, at.head(q, q_row, head, start), keys.data(), values.data(), length,
+                        at.head(out, at.heads * width, head, start), log_sums + start * at.heads + head, room.data());
         }
     }
 }
@@ -292,11 +293,12 @@ void attend_backward_head(const Attention& at, Index length, Packed& p) {
 void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index k_row, float* v, Index v_row,
                      float* out, float* log_sums, float* d_out, float* d_q, float* d_k, float* d_v) {
     const Index width = at.width, padded = at.padded(), all_row = at.heads * width, kv_row = at.kv_heads * width;
-#pragma omp parallel num_threads(at.threads)
+    const Index tasks = at.stretches * at.kv_heads;
+#pragma omp parallel num_threads(at.busy(tasks))
     {
         Packed p(at.longest(), padded);
 #pragma omp for schedule(dynamic)
-        for (Index task = 0; task < at.stretches * at.kv_heads; task++) {
+        for (Index task = 0; task < tasks; task++) {
             const Index kv = task % at.kv_heads, start = at.ends[task / at.kv_heads];
             const Index length = at.ends[task / at.kv_heads + 1] - start, all = up_to(length, BLOCK);
             pack(at.head(k, k_row, kv, start), length, all, width, padded, 1.0f, p.keys.data());
@@ -308,14 +310,17 @@ void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index
                 pack(at.head(q, q_row, head, start), length, all, width, padded, at.scale(), p.query.data());
                 pack(at.head(d_out, all_row, head, start), length, all, width, padded, 1.0f, p.d_mixed.data());
                 std::memset(p.d_query.data(), 0, all * padded * sizeof(float));
-                for (Index r = 0; r < all; r++) {
+                for (Index r = 0; r < length; r++) {
                     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-                    for (Index c = 0; c < (r < length ? width : 0); c++) {
+                    for (Index c = 0; c < width; c++) {
                         sum += mixed.data[r * mixed.row + c] * p.d_mixed[r * padded + c];
                     }
                     p.product[r] = sum;
-                    p.log_sum[r] = r < length ? log_sums[(start + r) * at.heads + head] : INFINITY;  // no powers there
+                    p.log_sum[r] = log_sums[(start + r) * at.heads + head];
+                }
+                for (Index r = length; r < all; r++) {  // rows that are not there have no powers
+                    p.product[r] = 0.0f, p.log_sum[r] = INFINITY;
                 }
                 for (Index i = 0; i < length; i += BLOCK) {
                     transpose(&p.query[i * padded], width, padded, &p.query_turned[i * padded]);

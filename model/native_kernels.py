@@ -4,7 +4,7 @@
     activate    elementwise, one exp each; backward recomputes the gate from the linear layer's output
     row_losses  a row's losses and gradient while it is in the cache: one exp per logit, torch: two and four copies
 
-The rest is kernels.py's. They are compiled at first use, in four seconds, for the very CPU (`c++
+The rest is kernels.py's. The C++ is compiled at first use, in four seconds, for the very CPU (`c++
 -march=native`), into TORCH_EXTENSIONS_DIR or torch's default for it; several processes may do so at once. Where there
 is no compiler, torch's operations stay (`auto`), with a word why. One process's threads are torch's.
 """
@@ -34,7 +34,7 @@ from packspeed.model.kernels import row_losses as plain_row_losses
 
 __all__ = ["activate", "add_norm", "attend", "build", "rotate", "row_losses"]
 
-SOURCES = sorted(Path(__file__).parent.glob("native_*.cpp"))
+SOURCES = [Path(__file__).with_name(name) for name in ("native_attention.cpp", "native_kernels.cpp")]
 HEADER = Path(__file__).with_name("native_numbers.h")
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared",
@@ -106,7 +106,7 @@ class _Attend(torch.autograd.Function):
         inputs = [x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v)]
         rows = [c_int64(x.stride(0)) for x in inputs]
         ctx.shape = [c_int64(n) for n in (ends.numel() - 1, q.size(1), k.size(1), q.size(2))]
-        out, log_sums = torch.empty(q.shape), torch.empty(q.shape[:2])
+        out, log_sums = q.new_empty(q.shape), q.new_empty(q.shape[:2])
         ctx.save_for_backward(*inputs, out, log_sums, ends)
         _call("attend", *inputs, *rows, out, log_sums, ends, *ctx.shape, torch.get_num_threads())
         return out
@@ -116,7 +116,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, out, log_sums, ends = ctx.saved_tensors
         rows = [c_int64(x.stride(0)) for x in inputs]
-        gradients = [torch.empty(x.shape) for x in inputs]
+        gradients = [x.new_empty(x.shape) for x in inputs]
         results = out, log_sums, grad.contiguous(), *gradients
         _call("attend_backward", *inputs, *rows, *results, ends, *ctx.shape, torch.get_num_threads())
         return *gradients, None
@@ -137,7 +137,7 @@ class _Activate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
         x = x.contiguous()
         width = x.size(-1) // (2 if kind == "swiglu" else 1)
-        out = torch.empty((*x.shape[:-1], width), dtype=x.dtype)
+        out = x.new_empty((*x.shape[:-1], width))
         ctx.save_for_backward(x)
         ctx.shape = c_int64(out.numel() // width), c_int64(width), KINDS.index(kind)
         _call("activate", x, out, *ctx.shape, torch.get_num_threads())
@@ -165,7 +165,7 @@ def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, w
     if logits.dtype not in SUFFIX:
         return plain_row_losses(logits, labels, vocab_size, z_loss, with_gradient)
     rows, padded = logits.shape
-    losses = torch.empty(rows)
+    losses = logits.new_empty(rows, dtype=torch.float32)
     _call(
         "row_losses", logits, labels.contiguous(), losses, c_int64(rows), c_int64(vocab_size), c_int64(padded),
         ctypes.c_float(z_loss), int(with_gradient), torch.get_num_threads(),

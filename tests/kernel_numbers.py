@@ -129,7 +129,7 @@ def test_row_losses(
 
 @pytest.mark.skipif(not INTERPRETED, reason="GPUs have torch's kernels")
 @DTYPES
-@pytest.mark.parametrize("width", [1, 24, 64])
+@pytest.mark.parametrize("width", [1, 24, 112, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2)])
 @pytest.mark.parametrize(("shape", "lengths"), [((1, 1), None), ((2, 130), None), ((2, 100), [1, 64, 70, 63, 2])])
 def test_attend(
@@ -144,6 +144,18 @@ def test_attend(
 
     double = exact(whole)
     check(run(native_kernels, whole), [whole], run(plain, double), [double])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="GPUs have torch's kernels")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_nan_goes_through_attention(value: float) -> None:
+    """To the tokens behind it, and to no other."""
+    q, k, v = (normal(1, 100, 2, 8, dtype=torch.float32, seed=i).detach() for i in range(3))
+    k[0, 70, 1] = value
+    mixed = native_kernels.attend(q, k, v)
+    assert mixed[0, 70:, 1].isnan().all(-1).any()
+    assert mixed[0, :70].isfinite().all()
+    assert mixed[0, :, 0].isfinite().all()
 
 
 def test_a_nan_reaches_the_loss(fused: plain.Kernels) -> None:

@@ -240,9 +240,9 @@ def test_a_wide_linear_rounds_as_bf16_does(has_bias: bool, autocast: bool, monke
     """Without bf16 instructions: values, gradients and dtypes of F.linear, and nothing wider is kept for backward."""
     monkeypatch.setattr("packspeed.model.kernels.CPU_HAS_BF16", False)
     dtype = torch.float32 if autocast else torch.bfloat16
-    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 5, 24), (7, 24), (7,))]
+    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 40, 24), (7, 24), (7,))]
     inputs = inputs if has_bias else inputs[:2]
-    weights, kept = torch.randn(2, 5, 7), []
+    weights, kept = torch.randn(2, 40, 7), []
 
     def run(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         pack = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.dtype) or x, lambda x: x)
