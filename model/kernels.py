@@ -58,7 +58,7 @@ def _cpu_has_bf16() -> bool:
 
 
 CPU_HAS_BF16 = _cpu_has_bf16()  # a constant, which torch.compile can read
-WIDE_ROWS = 64  # from here on a product in fp32 pays for the copies of its factors (measured: LOG.md)
+WIDE_ROWS = 16  # from about here on a product in fp32 pays for the copies of its factors (LOG.md)
 
 
 class Kernels(Protocol):
