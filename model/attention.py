@@ -1,8 +1,8 @@
 """Causal attention through torch's kernels, the plain form of kernels.attend.
 
 A row of tokens is attended as a whole or, where documents are kept apart, stretch by stretch; there is no padding, and
-only generation has a mask. Sources: FlashAttention
-(https://arxiv.org/abs/2205.14135), grouped queries (https://arxiv.org/abs/2305.13245).
+only generation has a mask. Sources: FlashAttention (https://arxiv.org/abs/2205.14135), grouped queries
+(https://arxiv.org/abs/2305.13245).
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ class Documents:
     ends: Tensor  # where each stretch ends, (n + 1,) int32 with a 0 before, on the model's device
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> Documents:
-        """Stretches of these lengths. Does not wait for the device."""
+    def of(cls, lengths: list[int], tokens: Tensor) -> Documents:
+        """Stretches of tokens (B, T). Does not wait for the device. Raises ValueError where they are not B * T tokens.
+
+        Kernels trust the lengths, and would read and write beyond the batch.
+        """
+        if sum(lengths) != tokens.numel() or min(lengths) < 0:
+            raise ValueError(f"documents of {sum(lengths)} tokens in all, and the batch has {tokens.numel()}.")
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return cls(lengths, ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends)
+        return cls(lengths, ends.pin_memory().to(tokens.device, non_blocking=True) if tokens.is_cuda else ends)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:

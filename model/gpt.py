@@ -2,9 +2,9 @@
 
     tokens -> embedding (+ learned positions) -> n_layer x [ x + attention(norm(x)), x + mlp(norm(x)) ] -> norm -> head
 
-Pre-norm blocks, causal attention through flash kernels (attention.py, or ours in C++ on CPUs), no
-padding mask: packed windows have no padding. The weights of queries, keys and values are one matrix, as are SwiGLU's
-gate and up. Every weight is used inside the forward of the module that owns it, so that ZeRO-3 finds it gathered.
+Pre-norm blocks, causal attention through flash kernels (attention.py, or ours in C++ on CPUs), no padding mask: packed
+windows have no padding. The weights of queries, keys and values are one matrix, as are SwiGLU's gate and up. Every
+weight is used inside the forward of the module that owns it, so that ZeRO-3 finds it gathered.
 Sources: GPT-2 (Radford et al. 2019), RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202),
 RMSNorm (https://arxiv.org/abs/1910.07467), grouped-query attention (https://arxiv.org/abs/2305.13245),
 QK-norm (https://arxiv.org/abs/2302.05442). Cost: flops_per_token in config.py.
@@ -61,13 +61,6 @@ def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
     channel = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, :, None, None] * (1.0 / theta ** (channel / width))
     return torch.stack((angles.cos(), angles.sin()))
-
-
-def _stretches(lengths: list[int], tokens: Tensor) -> Documents:
-    """The documents of a batch. Kernels trust their lengths, and would read and write beyond the batch."""
-    if sum(lengths) != tokens.numel() or min(lengths) < 0:
-        raise ValueError(f"documents of {sum(lengths)} tokens in all, and the batch has {tokens.numel()}.")
-    return Documents.of(lengths, tokens.device)
 
 
 def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -270,7 +263,7 @@ class GPT(nn.Module):
         if keys is not None:  # of sites 0, for the embedding, and 2 layer + 1 and 2 layer + 2
             keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
             x = keyed_dropout(x, keys[0], self.config.dropout)
-        stretches = None if documents is None else _stretches(documents, tokens)
+        stretches = None if documents is None else Documents.of(documents, tokens)
         generating = cache is not None and self.config.kernels == "compile"  # its lengths are all different: no graphs
         with torch.compiler.set_stance("force_eager") if generating else nullcontext():
             for layer, block in enumerate(self.blocks):

@@ -164,12 +164,18 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, in fp32 inside where bf16 is slow (see is_slow): four times as fast there, and rounded as bf16 is."""
-    autocast = torch.is_autocast_enabled("cpu")
-    dtypes = {torch.get_autocast_dtype("cpu")} if autocast else {x.dtype, weight.dtype}
-    if dtypes != {torch.bfloat16} or not is_slow(torch.bfloat16, x.device) or x.numel() < WIDE_ROWS * x.size(-1):
-        return F.linear(x, weight, bias)
-    out: Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return out
+    slow = is_slow(torch.bfloat16, x.device) and x.numel() >= WIDE_ROWS * x.size(-1)
+    if slow and _in_bf16(x, weight):
+        out: Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return out
+    return F.linear(x, weight, bias)
+
+
+def _in_bf16(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.linear on a CPU would multiply in bf16."""
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.dtype == weight.dtype == torch.bfloat16
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:

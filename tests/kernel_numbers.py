@@ -19,7 +19,8 @@ from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, rope_table
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+CPU = torch.device("cpu")
+DEVICE = CPU if INTERPRETED else torch.device("cuda")
 # Of a value, against float64: some roundings of fp32, one or two of bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 FUSED = {"triton": triton_kernels} | ({"native": native_kernels} if INTERPRETED else {})
@@ -31,9 +32,9 @@ def fused(request: pytest.FixtureRequest) -> plain.Kernels:
     return FUSED[request.param]
 
 
-def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+def normal(*shape: int, dtype: torch.dtype, seed: int = 0, device: torch.device = DEVICE) -> Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
 
 
 def exact(x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def check(
 ) -> None:
     """Compare outputs, and the gradients that random weights on all outputs give the inputs."""
     tolerance = TOLERANCE[found[0].dtype]
-    weights = [normal(*each.shape, dtype=each.dtype, seed=1).detach() for each in found]
+    weights = [normal(*each.shape, dtype=each.dtype, seed=1, device=each.device).detach() for each in found]
     scores = [
         sum((a * b.to(a.dtype)).sum() for a, b in zip(outputs, weights, strict=True)) for outputs in (found, expected)
     ]
@@ -127,7 +128,6 @@ def test_row_losses(
     torch.testing.assert_close(logits.double(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 10)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="GPUs have torch's kernels")
 @DTYPES
 @pytest.mark.parametrize("width", [1, 24, 112, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2)])
@@ -136,8 +136,8 @@ def test_attend(
     shape: tuple[int, int], lengths: list[int] | None, heads: int, kv_heads: int, width: int, dtype: torch.dtype
 ) -> None:
     """As parts of one tensor, which is how the model has them: rows of several heads lie between two tokens."""
-    whole = normal(*shape, heads + 2 * kv_heads, width, dtype=dtype)
-    documents = None if lengths is None else Documents.of(lengths, DEVICE)
+    whole = normal(*shape, heads + 2 * kv_heads, width, dtype=dtype, device=CPU)
+    documents = None if lengths is None else Documents.of(lengths, whole[..., 0, 0])
 
     def run(module: plain.Kernels, x: Tensor) -> list[Tensor]:
         return [module.attend(*x.split([heads, kv_heads, kv_heads], dim=2), documents)]
@@ -146,11 +146,10 @@ def test_attend(
     check(run(native_kernels, whole), [whole], run(plain, double), [double])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="GPUs have torch's kernels")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_nan_goes_through_attention(value: float) -> None:
     """To the tokens behind it, and to no other."""
-    q, k, v = (normal(1, 100, 2, 8, dtype=torch.float32, seed=i).detach() for i in range(3))
+    q, k, v = (normal(1, 100, 2, 8, dtype=torch.float32, seed=i, device=CPU).detach() for i in range(3))
     k[0, 70, 1] = value
     mixed = native_kernels.attend(q, k, v)
     assert mixed[0, 70:, 1].isnan().all(-1).any()

@@ -36,7 +36,7 @@ def test_it_is_plain_attention_under_a_block_mask(kv_heads: int) -> None:
     queries, keys, values = (x.repeat_interleave(4 // x.size(2), dim=2).transpose(1, 2) for x in (q, k, v))
     scores = (queries @ keys.mT / 8**0.5).masked_fill(~mask[:, None], float("-inf"))
     expected = (scores.softmax(-1) @ values).transpose(1, 2)
-    found = attend(q, k, v, Documents.of(LENGTHS, q.device))
+    found = attend(q, k, v, Documents.of(LENGTHS, q[..., 0, 0]))
     torch.testing.assert_close(found, expected)
     weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     for a, b in zip(
@@ -69,7 +69,7 @@ def flash_attention(
 def test_the_flash_kernel_gets_what_it_wants(kv_heads: int) -> None:
     """What GPUs run: torch's varlen_attn down to its kernel, for which CPUs have none, gets the same documents."""
     q, k, v = (torch.randn(3, 16, heads, 8) for heads in (4, kv_heads, kv_heads))
-    documents = Documents.of(LENGTHS, q.device)
+    documents = Documents.of(LENGTHS, q[..., 0, 0])
     library = torch.library.Library("aten", "IMPL")
     with contextlib.closing(SimpleNamespace(close=library._destroy)):
         library.impl("_flash_attention_forward", flash_attention, "CPU")
