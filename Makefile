@@ -59,11 +59,9 @@ packages:
 	@bash .ci/packages
 
 lint: $(VENV)/.installed-dev
-	@mkdir -p build/types/packspeed
-	@for part in model data launch; do ln -sfn ../../../$$part build/types/packspeed/$$part; done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy build/types/packspeed
+	$(BIN)/mypy -p packspeed.model -p packspeed.data -p packspeed.launch
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

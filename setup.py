@@ -1,11 +1,12 @@
-"""Maps the top-level folders onto one import name, so that nothing called `model` or `data` lands in site-packages.
+"""Builds the `packspeed` package from the top-level folders.
 
-`packspeed` itself is a namespace without `__init__.py`; `packspeed.model` lives in `model/`, and so on.
+src/packspeed/ holds one relative link per top-level folder, so setuptools, type checkers and editors see an ordinary
+src layout, and nothing called `model` or `data` lands in site-packages. `packspeed` is a namespace package.
 """
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
@@ -18,27 +19,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[
-        "packspeed.model",
-        "packspeed.data",
-        "packspeed.launch",
-        "packspeed.launch.configs",
-        "packspeed.launch.cluster",
-        "packspeed.ds_configs",
-    ],
-    package_dir={
-        "packspeed.model": "model",
-        "packspeed.data": "data",
-        "packspeed.launch": "launch",
-        "packspeed.launch.configs": "launch/configs",
-        "packspeed.launch.cluster": "launch/cluster",
-        "packspeed.ds_configs": "ds_configs",
-    },
+    package_dir={"": "src"},
+    packages=find_namespace_packages("src"),
     package_data={
         "packspeed.data": ["*.tiktoken", "*.md"],
         "packspeed.model": ["*.cpp", "*.h"],
         "packspeed.launch.configs": ["*.yaml"],
-        "packspeed.launch.cluster": ["*"],
+        "packspeed.launch.cluster.templates": ["*"],
         "packspeed.ds_configs": ["*.json", "*.md"],
     },
     install_requires=[

@@ -10,6 +10,8 @@ compares sizes; shards are mapped into memory when first read. So opening costs 
 copy is refused before the first step. Full hashes are `packspeed verify` (verify.py).
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
@@ -28,14 +30,26 @@ import numpy.typing as npt
 import xxhash
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.mmidx import LONGEST_TOKENS, Index, check_header, index_bytes, read_headers, read_index
+from packspeed.data.storage.mmidx import LONGEST_TOKENS, Index, check_header, index_bytes, read_headers, read_index
 
 FORMAT = "packspeed-tokens"
+
+
 VERSION = 1
+
+
 MANIFEST = "manifest.json"
+
+
 OPEN_FILES = 256
+
+
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
 Starts = npt.NDArray[np.int64]
+
+
 Record = TypeVar("Record")
 
 

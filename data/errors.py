@@ -3,6 +3,8 @@
 A message is one paragraph: what is wrong, where, and what to do.
 """
 
+from __future__ import annotations
+
 
 class DataError(Exception):
     """The data itself is at fault: a bad document, a torn shard, a full disk."""

@@ -9,6 +9,8 @@ Weights change at stages, at the first block that begins at or after a stage's t
 Cost: 0.1 ms per block of 4,096 samples, and what the sources' own loaders cost.
 """
 
+from __future__ import annotations
+
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -27,8 +29,14 @@ from packspeed.data.loader import Batch, Loader, make_loader
 from packspeed.data.order import Permutation, Shuffle
 
 MIXTURE_VERSION = 1
+
+
 BLOCK = 4096
+
+
 MOST_SOURCES = 64
+
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -212,12 +220,12 @@ class MixtureLoader(Loader):
         ]
 
 
-def _join(parts: "list[tuple[Indices, Batch]]", count: int) -> Batch:
+def _join(parts: list[tuple[Indices, Batch]], count: int) -> Batch:
     """One batch out of the rows of several, each at its places."""
     first = parts[0][1]
     dtype = np.result_type(*(batch.tokens.dtype for _, batch in parts))
 
-    def rows(name: str, kind: "np.dtype[Any]") -> Any:
+    def rows(name: str, kind: np.dtype[Any]) -> Any:
         if getattr(first, name) is None:
             return None
         out = np.empty((count, *getattr(first, name).shape[1:]), dtype=kind)

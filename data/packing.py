@@ -15,6 +15,8 @@ packing it, so row number k is found at once, whatever came before. Equal length
 window of 5 million tokens. Rows are read in a keyed two-level order: windows, then rows inside groups of 2**25 tokens.
 """
 
+from __future__ import annotations
+
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,11 +31,20 @@ from packspeed.data.loader import Batch, Loader, stretch_positions
 from packspeed.data.order import Permutation, Shuffle
 
 PACKING_VERSION = 1
+
+
 WINDOW_DOCUMENTS = 16_384
+
+
 GROUP_TOKENS = 2**25
+
+
 SPARE = 0.98  # bos_aligned: share of the tokens that gets rows, so that cut documents fill every hole
 
+
 PackedMode = Literal["best_fit", "bos_aligned"]
+
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -183,7 +194,7 @@ class PackedLoader(Loader):
         starts, lengths = self._documents(window)
         return pack(starts, lengths, self.seq_len, int(self._rows[window]), self.packing)
 
-    def _new_epoch(self, epoch: int) -> "_PackedEpoch":
+    def _new_epoch(self, epoch: int) -> _PackedEpoch:
         return _PackedEpoch(self._rows, self.seq_len, self._prefix + struct.pack("<Q", epoch))
 
     def rows_of(self, first: int, count: int) -> Indices:

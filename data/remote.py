@@ -10,6 +10,8 @@ The order does not know of the cache: its blocks come from everywhere, so a cach
 shards again and again. Give it the size of the dataset where there is room.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import json
@@ -22,14 +24,20 @@ from typing import IO, Any, TypeVar
 
 import xxhash
 
-from packspeed.data.atomic import write_file
 from packspeed.data.dataset import MANIFEST, Shard, TokenDataset, Tokens, load_manifest
 from packspeed.data.errors import DataError
-from packspeed.data.mmidx import Index
+from packspeed.data.storage.atomic import write_file
+from packspeed.data.storage.mmidx import Index
 
 CHUNK_BYTES = 2**22
+
+
 RETRY_S = 600.0
+
+
 WAIT_S = 0.5
+
+
 Result = TypeVar("Result")
 
 

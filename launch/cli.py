@@ -13,17 +13,32 @@ from typing import Annotated
 
 import typer
 
-from packspeed.launch import cluster_commands, data_commands, model_commands, run_commands
-from packspeed.launch.run_commands import Overrides
+from packspeed.launch.commands import cluster as cluster_commands
+from packspeed.launch.commands import data as data_commands
+from packspeed.launch.commands import model as model_commands
+from packspeed.launch.commands import run as run_commands
+from packspeed.launch.commands.run import Overrides
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pretrain GPTs with DeepSpeed."
 )
+
+
 data_commands.register(app)
+
+
 model_commands.register(app)
+
+
 run_commands.register(app)
+
+
 cluster_commands.register(app)
+
+
 ops_app = typer.Typer(no_args_is_help=True, help="DeepSpeed's compiled ops.")
+
+
 app.add_typer(ops_app, name="ops")
 
 
@@ -35,9 +50,11 @@ def train(
     ranks: Annotated[int | None, typer.Option(help="Ranks on this machine; default: all GPUs, else the cores.")] = None,
 ) -> None:
     """Train on this machine: checks both files, then runs deepspeed launch/train.py."""
-    from packspeed.launch.config import ConfigError, load_run_file, solve_batch
-    from packspeed.launch.ds_config import load_ds_config
-    from packspeed.launch.spawn import default_ranks, launcher_command, run_launcher
+    from packspeed.launch.cluster.local_launcher import default_ranks, launcher_command, run_launcher
+    from packspeed.launch.config.batch import solve_batch
+    from packspeed.launch.config.deepspeed_json import load_ds_config
+    from packspeed.launch.config.errors import ConfigError
+    from packspeed.launch.config.loading import load_run_file
 
     run = load_run_file(run_file, overrides or [])
     load_ds_config(run.deepspeed)
@@ -55,8 +72,8 @@ def reshard(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Convert a checkpoint ahead, so that it resumes at once with other ranks, another ZeRO stage or precision."""
-    from packspeed.launch.elastic import prepared
-    from packspeed.launch.sample import find_checkpoint
+    from packspeed.launch.checkpoint.reshard import prepared
+    from packspeed.launch.inference.generate import find_checkpoint
 
     def say(line: str) -> None:
         print(line, file=sys.stderr if json_output else sys.stdout, flush=True)
@@ -78,7 +95,7 @@ def prove(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Prove that this run resumes exactly: kill it at a random step, resume, compare. Exit code 1: it does not."""
-    from packspeed.launch import prove as proofs
+    from packspeed.launch.trials import prove as proofs
 
     chosen = proofs.seed_of_the_day() if seed is None else seed
     plan = proofs.make_plan(run_file, overrides or [], steps, ranks, other_ranks, chosen)
@@ -96,7 +113,7 @@ def prove(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of run files, for editors."""
-    from packspeed.launch.config import RunFile
+    from packspeed.launch.config.run_file import RunFile
 
     print(json.dumps(RunFile.model_json_schema(), indent=2))
 
@@ -109,10 +126,11 @@ def ops_build(
     overrides: Overrides = None,
 ) -> None:
     """Compile DeepSpeed's ops and our kernels now, with progress, instead of in silence at the first step."""
-    from packspeed.launch import ops
-    from packspeed.launch.config import load_run_file, solve_batch
-    from packspeed.launch.ds_config import load_ds_config, resolve_ds_config
-    from packspeed.launch.engine import resolve_kernels
+    from packspeed.launch.config.batch import solve_batch
+    from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
+    from packspeed.launch.config.loading import load_run_file
+    from packspeed.launch.engine import ops
+    from packspeed.launch.engine.build import resolve_kernels
 
     device = ops.device_type()
     names = [ops.SHM_COMM, ops.FUSED_ADAM] if device == "cpu" else [ops.FUSED_ADAM]
@@ -133,7 +151,7 @@ def main() -> None:
         app()
     except Exception as error:
         from packspeed.data.errors import DataError
-        from packspeed.launch.config import UserError  # 0.2 s, which the data commands need not wait for
+        from packspeed.launch.config.errors import UserError
 
         if not isinstance(error, (UserError, DataError)):
             raise

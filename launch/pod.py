@@ -1,50 +1,8 @@
-"""What a pod of a rendered Kubernetes Job runs: this node's ranks, under DeepSpeed's node launcher.
+"""Alias of launch/cluster/k8s_entry.py: Jobs rendered by version 0.1 run `python -m packspeed.launch.pod`."""
 
-    python -m packspeed.launch.pod --nodes 2 --ranks 8 --master NAME-0.NAME --port 29500 -- --config RUNFILE ...
-
-Which node it is comes from JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job. An eviction's
-SIGTERM reaches the ranks alone (spawn.py), which save; their exit code 75 is the pod's.
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-from collections.abc import Sequence
 
-from packspeed.launch.config import ConfigError
-from packspeed.launch.render import node_command
-from packspeed.launch.spawn import run_launcher
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run this pod's ranks to their end; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="packspeed.launch.pod", description="The ranks of one pod.")
-    parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--ranks", type=int, required=True, help="on every node")
-    parser.add_argument("--master", required=True, help="name or address of node 0")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("arguments", nargs="+", help="of train.py, after --")
-    args = parser.parse_args(argv)
-    try:
-        index = node_index(os.environ.get("JOB_COMPLETION_INDEX", ""), args.nodes)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    world_info = {f"node-{node}": list(range(args.ranks)) for node in range(args.nodes)}
-    return run_launcher(node_command(world_info, index, args.master, args.port, args.arguments))
-
-
-def node_index(text: str, nodes: int) -> int:
-    """The node's number out of JOB_COMPLETION_INDEX."""
-    if not text.isdecimal() or int(text) >= nodes:
-        raise ConfigError(
-            f"JOB_COMPLETION_INDEX={text!r}: a number below --nodes={nodes} is needed. Kubernetes sets it in the pods "
-            "of a Job with completionMode: Indexed."
-        )
-    return int(text)
-
+from packspeed.launch.cluster.k8s_entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -61,7 +61,7 @@ class Workspace:
 
     def curve(self, name: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl without what depends on the clock."""
-        from packspeed.launch.prove import CLOCKED
+        from packspeed.launch.trials.prove import CLOCKED
 
         return [{k: v for k, v in line.items() if k not in CLOCKED} for line in self.metrics(name)]
 
@@ -86,7 +86,7 @@ def deepspeed(
     script: Path | str, *arguments: str, ranks: int = 2, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run DeepSpeed's own launcher with `ranks` ranks on this machine and return what it printed."""
-    from packspeed.launch.spawn import free_port
+    from packspeed.launch.cluster.local_launcher import free_port
 
     port = free_port()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
@@ -113,7 +113,7 @@ def train(*arguments: str, faults: str = "") -> subprocess.CompletedProcess[str]
 
 def forked(script: Path, *arguments: str, ranks: int, faults: str = "") -> subprocess.CompletedProcess[str]:
     """The processes that a launcher starts, in the environment that it gives them."""
-    from packspeed.launch.spawn import free_port
+    from packspeed.launch.cluster.local_launcher import free_port
 
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "FAULTS": faults}
     envs = [environment(**shared, LOCAL_SIZE=str(ranks), RANK=str(n), LOCAL_RANK=str(n)) for n in range(ranks)]
@@ -162,7 +162,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 def make_workspace(folder: Path) -> Workspace:
     """Prepare the dataset and write the run file that all training tests use."""
-    from packspeed.data.prepare import prepare
+    from packspeed.data.prepare.prepare import prepare
 
     text = folder / "python.txt"
     text.write_text(text_of_python())

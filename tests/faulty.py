@@ -20,7 +20,10 @@ import many_runs
 import torch
 
 from packspeed.data.loader import Loader
-from packspeed.launch import checkpoint, loop, run_folder
+from packspeed.launch.checkpoint import checkpointer as checkpoint
+from packspeed.launch.training import evaluation, loop
+from packspeed.launch.training import step as steps
+from packspeed.launch.training.metrics import Metrics
 
 
 def die() -> None:
@@ -63,14 +66,14 @@ def kill_at_rename(number: str) -> None:
 
 def at_step(step: int, action: Callable[[], None]) -> None:
     """Do something after the metrics line of a step was written (rank 0)."""
-    write = run_folder.Metrics.write
+    write = Metrics.write
 
     def hooked(self: Any, record: dict[str, Any]) -> None:
         write(self, record)
         if record["step"] == step and "loss" in record:
             action()
 
-    run_folder.Metrics.write = hooked  # type: ignore[method-assign]
+    Metrics.write = hooked  # type: ignore[method-assign]
 
 
 def full_disk(place: str) -> None:
@@ -130,7 +133,7 @@ def die_after(step: str) -> None:
 
 def die_in(step: str) -> None:
     """kill -9 in the middle of a step, 1.5 s after it began."""
-    original, armed = loop._loss, []
+    original, armed = steps._loss, []
     at_step(int(step) - 1, lambda: armed.append(step))
 
     def hooked(trainer: Any, *arguments: Any) -> torch.Tensor:
@@ -141,7 +144,7 @@ def die_in(step: str) -> None:
             die()
         return loss
 
-    loop._loss = hooked
+    steps._loss = hooked
 
 
 def slow_collective(seconds: str) -> None:
@@ -168,13 +171,13 @@ def slow_data(seconds: str) -> None:
 
 def slow_evaluation(seconds: str) -> None:
     """Every evaluation takes longer."""
-    evaluate = loop.evaluate
+    evaluate = evaluation.evaluate
 
     def slow(trainer: Any) -> Any:
         time.sleep(float(seconds))
         return evaluate(trainer)
 
-    loop.evaluate = slow
+    evaluation.evaluate = slow
 
 
 def slow_start(seconds: str) -> None:
@@ -184,7 +187,7 @@ def slow_start(seconds: str) -> None:
 
 def term_in_evaluation(number: str) -> None:
     """SIGTERM arrives in the n-th forward pass of validation."""
-    losses, count = loop._row_losses, [0]
+    losses, count = evaluation.window_losses, [0]
 
     def hooked(trainer: Any, batch: Any, rows: int) -> Any:
         if rows > 1:  # the probe goes row by row
@@ -193,14 +196,14 @@ def term_in_evaluation(number: str) -> None:
             signal.raise_signal(signal.SIGTERM)
         return losses(trainer, batch, rows)
 
-    loop._row_losses = hooked
+    evaluation.window_losses = hooked
 
 
 def bad_samples(values: str) -> None:
     """`nan@80-87`: the loss of these samples is NaN; `20x@...`: twenty times what it is."""
     what, _, span = values.partition("@")
     first, last = (int(part) for part in span.split("-"))
-    original = loop._loss
+    original = steps._loss
 
     def hooked(trainer: Any, inputs: Any, labels: Any, part: Any, arguments: Any) -> torch.Tensor:
         loss: torch.Tensor = original(trainer, inputs, labels, part, arguments)
@@ -208,7 +211,7 @@ def bad_samples(values: str) -> None:
         factor = float("nan") if what == "nan" else float(what.rstrip("x"))
         return loss * factor if hit else loss
 
-    loop._loss = hooked
+    steps._loss = hooked
 
 
 def other_weights(scale: str) -> None:
@@ -238,8 +241,8 @@ def off_by_one(_: str) -> None:
 
 def noise(_: str) -> None:
     """The loss depends on torch's generator."""
-    original = loop._loss
-    loop._loss = lambda *arguments: original(*arguments) * (1 + 0.01 * torch.rand(()))
+    original = steps._loss
+    steps._loss = lambda *arguments: original(*arguments) * (1 + 0.01 * torch.rand(()))
 
 
 def lost_rng(_: str) -> None:

@@ -21,10 +21,11 @@ import torch
 from conftest import ROOT, Workspace, make_workspace, run_many
 from torch.nn import functional
 
-from packspeed.launch.config import RunFile, TrainSection, load_run_file
-from packspeed.launch.loop import dropout_keys
-from packspeed.launch.train import make_run_loader, open_data
-from packspeed.launch.weights import fp32_state_dict
+from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
+from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.config.run_data import make_run_loader, open_data
+from packspeed.launch.config.run_file import RunFile, TrainSection
+from packspeed.launch.training.step import dropout_keys
 from packspeed.model.gpt import GPT, init_weights, is_matrix
 
 MARKS = "<!-- the invariance table: make invariance -->", "<!-- its end -->"

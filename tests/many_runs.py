@@ -19,7 +19,7 @@ def let_fp16_run() -> None:
 
 
 def main() -> None:
-    from packspeed.launch.engine import launcher_environment
+    from packspeed.launch.engine.distributed import launcher_environment
     from packspeed.launch.train import main as train
 
     let_fp16_run()

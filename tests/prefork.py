@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import IO, Any
 
 LOADED = (
-    "packspeed.launch.train", "packspeed.launch.engine", "packspeed.launch.loop", "packspeed.launch.checkpoint",
-    "packspeed.launch.watch", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer",
+    "packspeed.launch.train", "packspeed.launch.training.startup", "packspeed.launch.run_folder.phase_timer",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops", "torch.utils.tensorboard",
 )  # fmt: skip
 
@@ -165,7 +165,7 @@ def main() -> None:
     os.dup2(2, 1)  # what imports print is no answer
     for name in LOADED:
         importlib.import_module(name)
-    importlib.import_module("packspeed.launch.engine").prepare_for_ops()
+    importlib.import_module("packspeed.launch.engine.distributed").prepare_for_ops()
     importlib.import_module("cpuinfo").get_cpu_info()  # which is remembered from now on
     gc.freeze()  # collections in the children need not look at all that
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The pictures of launch/docs again: python tests/screenshots.py RUN RUN   (needs Debian's chromium)
+"""The pictures of docs/images again: python tests/screenshots.py RUN RUN   (needs Debian's chromium)
 
 Two runs' report and TensorBoard's pages as headless Chromium draws them, reduced to 160 colours.
 """
@@ -15,8 +15,8 @@ from conftest import ROOT
 from PIL import Image
 from test_tensorboard import browse
 
-from packspeed.launch.report import report
-from packspeed.launch.spawn import free_port
+from packspeed.launch.cluster.local_launcher import free_port
+from packspeed.launch.observe.report import report
 
 TABS = {"scalars": "custom_scalars", "texts": "text", "histograms": "histograms", "hparams": "hparams"}
 
@@ -33,7 +33,7 @@ def shoot(url: str, path: Path, height: int, width: int = 1240) -> None:
 
 
 def main() -> None:
-    runs, docs = [Path(name).resolve() for name in sys.argv[1:]], ROOT / "launch" / "docs"
+    runs, docs = [Path(name).resolve() for name in sys.argv[1:]], ROOT / "docs" / "images"
     docs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

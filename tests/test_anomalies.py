@@ -14,9 +14,9 @@ import torch
 from conftest import Workspace, run_many, train
 from scipy import stats
 
-from packspeed.launch.config import AnomalySection
-from packspeed.launch.watch import Guard, robust_z
-from packspeed.launch.weights import fp32_state_dict, whole_tensors
+from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict, whole_tensors
+from packspeed.launch.config.run_file import AnomalySection
+from packspeed.launch.training.anomaly import AnomalyDetector, robust_z
 
 pytestmark = [pytest.mark.xdist_group("anomalies"), pytest.mark.timeout(900)]
 
@@ -165,12 +165,12 @@ def test_robust_z_is_scipys() -> None:
 
 def test_the_guard_judges_after_a_restart_as_before() -> None:
     section = AnomalySection(spike="rewind", window=8, zscore=6)
-    guard, generator = Guard(section), np.random.default_rng(1)
+    guard, generator = AnomalyDetector(section), np.random.default_rng(1)
     for _ in range(20):
         guard.expect(float(generator.normal(4, 0.1)))
         assert not guard.judge(1.0)
         guard.accept(1.0)
-    again = Guard(section)
+    again = AnomalyDetector(section)
     again.load(json.loads(json.dumps(guard.state())))
     for each in (guard, again):
         each.expect(9.0)

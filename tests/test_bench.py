@@ -124,7 +124,7 @@ def test_its_processes_end_with_it(workspace: Workspace) -> None:
 
 
 def test_out_of_memory_is_called_that() -> None:
-    from packspeed.launch.contest import reason
+    from packspeed.launch.trials.bench_worker import reason
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)

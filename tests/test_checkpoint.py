@@ -17,8 +17,9 @@ import pytest
 import torch
 from conftest import FAULTY, Workspace, forked, train
 
-from packspeed.launch.checkpoint import candidates, problems, snapshot
-from packspeed.launch.weights import fp32_state_dict
+from packspeed.launch.checkpoint.manifest import candidates, problems
+from packspeed.launch.checkpoint.writer import snapshot
+from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 
 pytestmark = [pytest.mark.xdist_group("checkpoint"), pytest.mark.timeout(900)]
 

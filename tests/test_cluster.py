@@ -17,7 +17,7 @@ import pytest
 from cluster.namespaces import Cluster
 from conftest import ROOT, Workspace, run_many
 
-from packspeed.launch.heartbeat import read_beats
+from packspeed.launch.run_folder.heartbeat import read_beats
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -311,7 +311,7 @@ def props(workspace: Workspace) -> dict[str, Path]:
     """Another dataset, another version's METADATA, and where the things are that a break replaces."""
     import numpy
 
-    from packspeed.data.prepare import prepare
+    from packspeed.data.prepare.prepare import prepare
 
     prepare([str(workspace.folder / "python.txt")], workspace.folder / "broken-other", "bytes", val_fraction=0.1)
     metadata = next(Path(numpy.__file__).parents[1].glob("numpy-*.dist-info")) / "METADATA"

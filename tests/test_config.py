@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from packspeed.launch.config import ConfigError, RunFile, learning_rate, load_run_file, solve_batch
+from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.config.schedule import learning_rate
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
@@ -169,5 +173,7 @@ def test_schema_is_a_json_schema_that_forbids_unknown_keys() -> None:
 
 
 def test_checking_a_run_file_loads_neither_torch_nor_deepspeed() -> None:
-    code = "import sys, packspeed.launch.ds_config; sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed')))"
+    code = (
+        "import sys, packspeed.launch.config.deepspeed_json; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,8 +13,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.tokenizer import load_from_dataset
-from packspeed.launch import data_commands
+from packspeed.data.text.tokenizer import load_from_dataset
+from packspeed.launch.commands import data as data_commands
 
 app = typer.Typer()
 data_commands.register(app)

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packspeed.data import dataset
+from packspeed.data.checks.verify import verify
 from packspeed.data.dataset import Manifest, TokenDataset, load_manifest
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.mmidx import CODES, HEADER, MAGIC, index_bytes
-from packspeed.data.prepare import prepare
-from packspeed.data.verify import verify
+from packspeed.data.prepare.prepare import prepare
+from packspeed.data.storage.mmidx import CODES, HEADER, MAGIC, index_bytes
 
 TEXTS = [f"{i}: " + "word " * (i % 13) for i in range(150)]
 

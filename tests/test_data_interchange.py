@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from packspeed.data.checks.verify import verify
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.interchange import detect, export_data, import_data
+from packspeed.data.exchange.interchange import detect, export_data, import_data
 from packspeed.data.loader import Loader
-from packspeed.data.prepare import prepare
-from packspeed.data.tokenizer import load_tokenizer
-from packspeed.data.verify import verify
+from packspeed.data.prepare.prepare import prepare
+from packspeed.data.text.tokenizer import load_tokenizer
 
 
 def megatron() -> Any:

@@ -13,7 +13,7 @@ import xxhash
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.loader import Loader, Prefetcher
-from packspeed.data.prepare import prepare
+from packspeed.data.prepare.prepare import prepare
 
 SEQ_LEN = 32
 

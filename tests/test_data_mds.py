@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from packspeed.data.checks.verify import verify
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError
-from packspeed.data.interchange import detect, export_data, import_data
-from packspeed.data.prepare import prepare
-from packspeed.data.tokenizer import load_tokenizer
-from packspeed.data.verify import verify
+from packspeed.data.exchange.interchange import detect, export_data, import_data
+from packspeed.data.prepare.prepare import prepare
+from packspeed.data.text.tokenizer import load_tokenizer
 
 PINS = "mosaicml-streaming==0.13.0 brotli==1.2.0 zstd==1.5.7.2 python-snappy==0.7.3 cramjam==2.11.0 catalogue==2.0.10"
 TEXTS = [f"Document {i}, {'word ' * (i % 30)}" for i in range(300)]
@@ -81,7 +81,7 @@ def exchange(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare([str(folder / "a.jsonl")], folder / "ours", val_fraction=0)
     export_data(folder / "ours", folder / "one", "mds")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("packspeed.data.mds.SHARD_BYTES", 3000)
+        patch.setattr("packspeed.data.exchange.mds.SHARD_BYTES", 3000)
         export_data(folder / "ours", folder / "many", "mds")
     exports = [str(folder / name / "train") for name in ("one", "many")]
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(library), str(folder), *exports]

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packspeed.data.audit import audit_step, steps_of
+from packspeed.data.checks.audit import audit_step, steps_of
 from packspeed.data.dataset import TokenDataset, changes
 from packspeed.data.errors import UsageError
 from packspeed.data.loader import Loader, make_loader
 from packspeed.data.mixture import BLOCK, Mixture, MixtureData, MixtureLoader
-from packspeed.data.prepare import prepare
-from packspeed.data.tokenizer import load_from_dataset
+from packspeed.data.prepare.prepare import prepare
+from packspeed.data.text.tokenizer import load_from_dataset
 
 SEQ_LEN = 32
 

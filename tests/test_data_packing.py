@@ -14,7 +14,7 @@ from packspeed.data import packing
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.loader import Loader, document_positions
 from packspeed.data.packing import PackedLoader, PackedMode, pack
-from packspeed.data.prepare import prepare
+from packspeed.data.prepare.prepare import prepare
 
 SEQ_LEN = 64
 

@@ -13,18 +13,19 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packspeed.data import pieces, readers
 from packspeed.data.dataset import TokenDataset
-from packspeed.data.encode import CL100K_PATTERN, O200K_PATTERN
 from packspeed.data.errors import DataError
-from packspeed.data.longline import long_text
-from packspeed.data.prepare import prepare
-from packspeed.data.readers import Tally, read_documents
-from packspeed.data.sources import Source, find_sources
-from packspeed.data.tokenizer import GPT2_PATTERN, load_tokenizer, parse_ranks
+from packspeed.data.prepare.prepare import prepare
+from packspeed.data.read import chunking as pieces
+from packspeed.data.read import readers
+from packspeed.data.read.long_json import long_text
+from packspeed.data.read.readers import Tally, read_documents
+from packspeed.data.read.sources import Source, find_sources
+from packspeed.data.text.encode import CL100K_PATTERN, O200K_PATTERN
+from packspeed.data.text.tokenizer import GPT2_PATTERN, load_tokenizer, parse_ranks
 
 ALPHABET = "aB é漢字ひ '\n\t\r.,!1२\u0301\u2028🎉sStT"
-RANKS = parse_ranks((Path(pieces.__file__).parent / "gpt2.tiktoken").read_bytes(), "gpt2")
+RANKS = parse_ranks((Path(__file__).resolve().parents[1] / "data" / "gpt2.tiktoken").read_bytes(), "gpt2")
 
 
 @pytest.mark.parametrize("pattern", [GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN])
@@ -121,7 +122,7 @@ def test_memory_is_bounded_for_one_line_of_any_length(name: str, tmp_path: Path)
             stream.write(word)
         stream.write(b'"}' if name.endswith("jsonl") else b"")
     code = (
-        "import re, sys\nfrom packspeed.data.prepare import prepare\n"
+        "import re, sys\nfrom packspeed.data.prepare.prepare import prepare\n"
         "prepare([sys.argv[1]], sys.argv[2], val_fraction=0)\n"
         "print(re.search('VmHWM:\\\\s+(\\\\d+)', open('/proc/self/status').read())[1])"  # ru_maxrss is inherited
     )

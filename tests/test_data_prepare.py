@@ -18,12 +18,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from packspeed.data import crew, encode, units
+from packspeed.data.checks.verify import verify
 from packspeed.data.dataset import Manifest, TokenDataset, load_manifest
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.prepare import Progress, prepare, prepare_part
-from packspeed.data.tokenizer import GPT2_PATTERN, format_ranks, load_from_dataset, load_tokenizer, save_ranks
-from packspeed.data.verify import verify
+from packspeed.data.prepare import units
+from packspeed.data.prepare import worker_pool as crew
+from packspeed.data.prepare.prepare import Progress, prepare, prepare_part
+from packspeed.data.text import encode
+from packspeed.data.text.tokenizer import GPT2_PATTERN, format_ranks, load_from_dataset, load_tokenizer, save_ranks
 
 
 def jsonl(path: Path, texts: list[str]) -> str:
@@ -175,9 +177,8 @@ def test_a_bad_line_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def in_process(code: str) -> "subprocess.Popen[str]":
-    header = (
-        "import resource\nfrom packspeed.data.prepare import prepare\nfrom packspeed.data.errors import DataError\n"
-    )
+    header = "import resource\nfrom packspeed.data.prepare.prepare import prepare\n"
+    header += "from packspeed.data.errors import DataError\n"
     return subprocess.Popen([sys.executable, "-c", header + code], stdout=subprocess.PIPE, text=True)
 
 
@@ -196,7 +197,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
     """kill -9 at several moments; what is finished is not done again and the bytes are those of an unbroken run."""
     monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
     source, out = jsonl(tmp_path / "a.jsonl", TEXTS * 8), tmp_path / "out"
-    small = "import packspeed.data.units as u, packspeed.data.merge as m\nu.UNIT_BYTES = 20_000\n"
+    small = "import packspeed.data.prepare.units as u, packspeed.data.prepare.merge as m\nu.UNIT_BYTES = 20_000\n"
     code = f"prepare([{source!r}], {str(out)!r}, shard_tokens=5000)"
     expected = prepare([source], tmp_path / "unbroken", shard_tokens=5000)
     times: dict[str, int] = {}
@@ -300,7 +301,7 @@ def test_documents_are_shuffled_uniformly_and_alike(tmp_path: Path, monkeypatch:
     source = jsonl(tmp_path / "a.jsonl", TEXTS)
     prepare([source], tmp_path / "a", "bytes", val_fraction=0, shuffle_seed=1)
     monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
-    monkeypatch.setattr("packspeed.data.shuffle.COPY_BYTES", 10)
+    monkeypatch.setattr("packspeed.data.prepare.shuffle.COPY_BYTES", 10)
     prepare([source], tmp_path / "b", "bytes", val_fraction=0, shuffle_seed=1, shard_tokens=3000)
     prepare([source], tmp_path / "c", "bytes", val_fraction=0.1, shuffle_seed=2)
     first = documents(tmp_path / "a", "train")

@@ -23,7 +23,7 @@ from packspeed.data import remote
 from packspeed.data.dataset import TokenDataset, open_dataset
 from packspeed.data.errors import DataError
 from packspeed.data.loader import Loader
-from packspeed.data.prepare import prepare
+from packspeed.data.prepare.prepare import prepare
 from packspeed.data.remote import RemoteDataset, ShardCache
 
 URL = "s3://bucket/tokens"

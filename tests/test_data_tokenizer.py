@@ -15,12 +15,12 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packspeed.data.bpe import JsonTokenizer, train_tokenizer
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.prepare import prepare
-from packspeed.data.tokenizer import EOT, GPT2_SHA256, Tokenizer, load_from_dataset, load_tokenizer
+from packspeed.data.prepare.prepare import prepare
+from packspeed.data.text.bpe import JsonTokenizer, train_tokenizer
+from packspeed.data.text.tokenizer import EOT, GPT2_SHA256, Tokenizer, load_from_dataset, load_tokenizer
 
-DATA = Path(load_tokenizer.__code__.co_filename).parent
+DATA = Path(load_tokenizer.__code__.co_filename).parents[1]
 # The pattern of the original GPT-2 release, which tiktoken's and ours must be equivalent to.
 PUBLISHED_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 PIECES = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "'s", "'LL", "'", "é", "e\u0301", "漢字", "🎉"]

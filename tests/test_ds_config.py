@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from packspeed.launch.config import BatchPlan, ConfigError, RunFile, load_run_file
-from packspeed.launch.ds_config import DS_CONFIGS, KEYS, load_ds_config, resolve_ds_config
+from packspeed.launch.config.batch import BatchPlan
+from packspeed.launch.config.deepspeed_json import DS_CONFIGS, load_ds_config, resolve_ds_config
+from packspeed.launch.config.deepspeed_keys import KEYS
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.config.run_file import RunFile
 
 PLAN = BatchPlan(micro_batch=2, accumulation=1, dp_size=2)
 
@@ -159,7 +163,7 @@ def test_auto_and_equal_values_are_fine_and_extras_stay(tmp_path: Path, run: Run
 
 @pytest.mark.parametrize(("device", "stage", "refused"), [("cpu", 1, True), ("cuda", 0, True), ("cuda", 3, False)])
 def test_deepcompile_is_refused_where_deepspeed_would_go_on_without_it(device: str, stage: int, refused: bool) -> None:
-    from packspeed.launch.engine import wants_deepcompile
+    from packspeed.launch.engine.build import wants_deepcompile
 
     ds_config: dict[str, Any] = {"zero_optimization": {"stage": stage}, "compile": {"deepcompile": True}}
     if refused:

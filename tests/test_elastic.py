@@ -18,9 +18,9 @@ import torch
 from conftest import Workspace, run_many
 from safetensors.torch import load_file
 
-from packspeed.launch.checkpoint import problems
-from packspeed.launch.elastic import prepared
-from packspeed.launch.weights import fp32_state_dict
+from packspeed.launch.checkpoint.manifest import problems
+from packspeed.launch.checkpoint.reshard import prepared
+from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 
 pytestmark = [pytest.mark.xdist_group("elastic"), pytest.mark.timeout(1500)]
 
@@ -154,8 +154,9 @@ def test_reshard_works_offline_and_mends_a_damaged_conversion(workspace: Workspa
 
 def test_a_conversion_that_does_not_match_the_module_is_refused(workspace: Workspace, elastic: dict[str, str]) -> None:
     """The optimizer's fp32 weights, rounded, must be the module's: planted in the pickle, under a new manifest."""
-    from packspeed.launch.checkpoint import MANIFEST, hash_file
-    from packspeed.launch.config import UserError
+    from packspeed.data.storage.hashing import hash_file
+    from packspeed.launch.checkpoint.manifest import MANIFEST
+    from packspeed.launch.config.errors import UserError
 
     checkpoint = workspace.folder / "mismatch"
     shutil.copytree(workspace.checkpoints("stages") / "step-00000010", checkpoint)

@@ -16,10 +16,10 @@ import yaml
 from conftest import Workspace, train
 from test_export import runs_cli
 
-from packspeed.data.prepare import prepare
-from packspeed.launch.evaluate import Span, evaluate, spans
-from packspeed.launch.export import export_hf
-from packspeed.launch.imports import import_hf
+from packspeed.data.prepare.prepare import prepare
+from packspeed.launch.convert.export import export_hf
+from packspeed.launch.convert.import_weights import import_hf
+from packspeed.launch.inference.perplexity import Span, evaluate, spans
 
 pytestmark = [pytest.mark.xdist_group("export"), pytest.mark.timeout(900)]
 
@@ -105,8 +105,8 @@ def test_every_token_counts_once() -> None:
 
 def test_bytes_are_those_of_the_text_whatever_the_tokenizer(text: tuple[Path, list[str]], tmp_path: Path) -> None:
     from packspeed.data.dataset import TokenDataset
-    from packspeed.data.tokenizer import load_from_dataset
-    from packspeed.launch.evaluate import text_bytes
+    from packspeed.data.text.tokenizer import load_from_dataset
+    from packspeed.launch.inference.perplexity import text_bytes
 
     source = text[0].parent / "text.jsonl"
     prepare([str(source)], tmp_path / "gpt2", "gpt2", val_fraction=0.0)

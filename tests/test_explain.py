@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from conftest import ROOT, Workspace
 
-from packspeed.launch import explain as explaining
-from packspeed.launch import lint
-from packspeed.launch.explain import DEFAULTS, OTHER_DEFAULTS, Explanation, explain
+from packspeed.launch.explain import explain as explaining
+from packspeed.launch.explain.explain import DEFAULTS, OTHER_DEFAULTS, Explanation, explain
+from packspeed.launch.explain.rule import KINDS, RULES
 
 pytestmark = pytest.mark.xdist_group("explain")
 
@@ -129,12 +129,12 @@ def test_a_trouble_is_named(
     problems = found(workspace, tmp_path, sets, ds, ranks).problems
     assert name in {p.rule for p in problems}
     assert len(problems) <= 2, [p.message for p in problems]
-    assert all(p.kind in lint.KINDS for p in problems)
+    assert all(p.kind in KINDS for p in problems)
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {each.name for each in lint.RULES} - {name for name, *_ in CASES} == {"uneven-vocabulary"}
-    assert len({each.name for each in lint.RULES}) == len(lint.RULES)
+    assert {each.name for each in RULES} - {name for name, *_ in CASES} == {"uneven-vocabulary"}
+    assert len({each.name for each in RULES}) == len(RULES)
 
 
 def test_shapes_that_gpus_dislike(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from packspeed.data.bpe import train_tokenizer
 from packspeed.data.errors import DataError
-from packspeed.data.tokenizer import BytesTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
-from packspeed.data.tokenizer_json import tokenizer_json
+from packspeed.data.text.bpe import train_tokenizer
+from packspeed.data.text.tokenizer import BytesTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
+from packspeed.data.text.tokenizer_json import tokenizer_json
 from packspeed.launch import cli
-from packspeed.launch.checkpoint import read_manifest
-from packspeed.launch.config import ConfigError, UserError
-from packspeed.launch.export import export_hf
-from packspeed.launch.imports import import_hf, import_nanogpt
-from packspeed.launch.sample import find_checkpoint, load_model
+from packspeed.launch.checkpoint.manifest import read_manifest
+from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.convert.export import export_hf
+from packspeed.launch.convert.import_weights import import_hf, import_nanogpt
+from packspeed.launch.inference.generate import find_checkpoint, load_model
 
 pytestmark = [pytest.mark.xdist_group("export"), pytest.mark.timeout(900)]
 
@@ -175,8 +175,8 @@ def test_an_imported_gpt2_and_llama_come_back_bit_for_bit(runs: Workspace, tmp_p
 
 def test_an_imported_llama_has_its_loss_at_once(runs: Workspace) -> None:
     """The first step's loss is what transformers computes on the same tokens."""
-    from packspeed.launch.config import load_run_file
-    from packspeed.launch.train import make_run_loader, open_data
+    from packspeed.launch.config.loading import load_run_file
+    from packspeed.launch.config.run_data import make_run_loader, open_data
 
     run = load_run_file(runs.folder / "runs" / "in-llama" / "config.yaml")
     window = torch.from_numpy(make_run_loader(run, open_data(run)).batch(0, 0, 1).tokens.astype(np.int64))
@@ -444,7 +444,7 @@ def test_gpt2s_merges_are_the_published_ones() -> None:
     assert len(merges) == 50_000
     assert merges[:3] == ["Ġ t", "Ġ a", "h e"]
     assert merges[-1] == "Ġg azed"
-    from packspeed.data.bpe import JsonTokenizer
+    from packspeed.data.text.bpe import JsonTokenizer
 
     assert JsonTokenizer("gpt2", content).as_ranks() is not None
 

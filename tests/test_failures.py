@@ -113,7 +113,7 @@ def test_another_runs_checkpoint_is_refused_and_fresh_moves_it_aside(trained: Wo
 
 
 def test_other_dataset_is_refused(trained: Workspace) -> None:
-    from packspeed.data.prepare import prepare
+    from packspeed.data.prepare.prepare import prepare
 
     (trained.folder / "other.txt").write_text("other text " * 2000)
     prepare([str(trained.folder / "other.txt")], trained.folder / "other", "bytes", val_fraction=0.1)
@@ -180,8 +180,8 @@ def test_a_checkpoint_is_read_without_running_what_it_pickles(tmp_path: Path) ->
     """weights_only: a pickle that would run a command is refused, the command not run."""
     import torch
 
-    from packspeed.launch.config import UserError
-    from packspeed.launch.weights import read_safely
+    from packspeed.launch.checkpoint.zero_checkpoint import read_safely
+    from packspeed.launch.config.errors import UserError
 
     class Evil:
         def __reduce__(self) -> tuple[object, ...]:

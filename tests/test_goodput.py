@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from conftest import Workspace, train
 
-from packspeed.launch.goodput import Account, account, read_lives
-from packspeed.launch.watch import FILE, LINE_BYTES, Clock
+from packspeed.launch.observe.goodput import Account, account, read_lives
+from packspeed.launch.run_folder.phase_timer import FILE, LINE_BYTES, Clock
 
 pytestmark = [pytest.mark.xdist_group("goodput"), pytest.mark.timeout(900)]
 DELAYS = "slow_start:1.5,slow_data:0.1,slow_evaluation:0.6,slow_save:0.5,slow_collective:0.03"

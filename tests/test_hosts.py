@@ -13,14 +13,14 @@ from conftest import Workspace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packspeed.launch import cgroup
-from packspeed.launch.blame import culprits, death_report, ending, hang_report
-from packspeed.launch.config import ConfigError
-from packspeed.launch.heartbeat import Beat, Heartbeat, read_beats
-from packspeed.launch.hosts import Host, environment, read_hostfile
-from packspeed.launch.rehearse import Fault, parse_fault
-from packspeed.launch.ssh import ask, command
-from packspeed.launch.supervise import fit_slots
+from packspeed.launch.cluster import cgroup
+from packspeed.launch.cluster.diagnosis import culprits, death_report, ending, hang_report
+from packspeed.launch.cluster.hosts import Host, environment, read_hostfile
+from packspeed.launch.cluster.ssh import ask, command
+from packspeed.launch.cluster.supervisor import fit_slots
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.run_folder.heartbeat import Beat, Heartbeat, read_beats
+from packspeed.launch.trials.rehearse import Fault, parse_fault
 
 PACKSPEED = str(Path(sys.executable).with_name("packspeed"))
 
@@ -76,7 +76,7 @@ def test_a_missing_hostfile_is_an_error_and_trains_nothing(tmp_path: Path) -> No
 def test_nothing_reaches_the_remote_shell_unquoted(python: str) -> None:
     words = command(Host("node-1", 1), python)
     assert words[-3:-1] == ["--", "node-1"]
-    assert shlex.split(words[-1]) == [python, "-m", "packspeed.launch.node"]
+    assert shlex.split(words[-1]) == [python, "-m", "packspeed.launch.cluster.agent"]
 
 
 def test_ssh_checks_host_keys_and_asks_nothing() -> None:

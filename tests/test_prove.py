@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import FAULTY, Workspace
 
-from packspeed.launch import spawn
-from packspeed.launch.checkpoint import rng_state, set_rng_state
-from packspeed.launch.config import ConfigError
-from packspeed.launch.prove import Leg, _first_difference, make_plan, prove
+from packspeed.launch.checkpoint.checkpointer import rng_state, set_rng_state
+from packspeed.launch.cluster import local_launcher as spawn
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.trials.prove import Leg, _first_difference, make_plan, prove
 
 pytestmark = [pytest.mark.xdist_group("prove"), pytest.mark.timeout(900)]
 

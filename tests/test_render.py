@@ -24,10 +24,10 @@ import pytest
 import yaml
 from conftest import ROOT, TRAIN, Workspace, forked
 
-from packspeed.launch import render
-from packspeed.launch.config import ConfigError
-from packspeed.launch.hosts import Host, Plan, Seat
-from packspeed.launch.spawn import free_port
+from packspeed.launch.cluster import render
+from packspeed.launch.cluster.hosts import Host, Plan, Seat
+from packspeed.launch.cluster.local_launcher import free_port
+from packspeed.launch.config.errors import ConfigError
 
 pytestmark = [pytest.mark.xdist_group("render"), pytest.mark.timeout(900)]
 
@@ -345,7 +345,7 @@ def test_a_pod_without_its_index_says_so(index: str) -> None:
     words = [
         sys.executable,
         "-m",
-        "packspeed.launch.pod",
+        "packspeed.launch.cluster.k8s_entry",
         "--nodes=2",
         "--ranks=1",
         "--master=x",
@@ -377,14 +377,14 @@ def test_secrets_are_not_written_down() -> None:
 
 def test_the_examples_are_what_is_rendered() -> None:
     """launch/cluster/ shows what the command prints for two nodes of eight GPUs."""
-    cluster = ROOT / "launch" / "cluster"
+    cluster = ROOT / "launch" / "cluster" / "templates"
     shown = render.slurm(**EXAMPLE, name="gpt2-124m", python="python", script="launch/train.py")
     assert (cluster / "slurm.sh").read_text() == shown
     assert (cluster / "kubernetes.yaml").read_text() == render.k8s(**EXAMPLE, name="gpt2-124m", image="packspeed")
 
 
 def test_the_container_file_copies_what_exists() -> None:
-    lines = (ROOT / "launch" / "cluster" / "Dockerfile").read_text().splitlines()
+    lines = (ROOT / "launch" / "cluster" / "templates" / "Dockerfile").read_text().splitlines()
     copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
     assert {"setup.py", "constraints.txt", "launch"} <= set(copied)
     assert all((ROOT / name).exists() for name in copied), copied

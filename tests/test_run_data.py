@@ -7,10 +7,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from packspeed.data.prepare import prepare
-from packspeed.launch import data_commands
-from packspeed.launch.config import ConfigError, UserError, load_run_file
-from packspeed.launch.run_folder import check_same_run
+from packspeed.data.prepare.prepare import prepare
+from packspeed.launch.checkpoint.resume import check_same_run
+from packspeed.launch.commands import data as data_commands
+from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.loading import load_run_file
 
 app = typer.Typer()
 data_commands.register(app)

@@ -21,10 +21,10 @@ from conftest import Workspace, run_many
 from PIL import Image, ImageColor
 from rich.console import Console
 
-from packspeed.launch.charts import COLORS, Chart, Series, plot, smoothed
-from packspeed.launch.console import Follower, panel
-from packspeed.launch.plots import write_png
-from packspeed.launch.spawn import free_port
+from packspeed.launch.cluster.local_launcher import free_port
+from packspeed.launch.observe.charts import COLORS, Chart, Series, plot, smoothed
+from packspeed.launch.observe.console import Follower, panel
+from packspeed.launch.observe.png import write_png
 
 pytestmark = [pytest.mark.xdist_group("tensorboard"), pytest.mark.timeout(900)]
 STAGES = ("zero0", "zero1", "zero2", "zero3")

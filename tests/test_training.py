@@ -19,11 +19,11 @@ import pytest
 import torch
 from conftest import TRAIN, Workspace, environment, run_many
 
-from packspeed.launch.checkpoint import candidates, problems
-from packspeed.launch.config import load_run_file
-from packspeed.launch.optimizers import square_sum
-from packspeed.launch.spawn import free_port
-from packspeed.launch.weights import fp32_state_dict
+from packspeed.launch.checkpoint.manifest import candidates, problems
+from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
+from packspeed.launch.cluster.local_launcher import free_port
+from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.engine.gradient_norm import square_sum
 
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(1500)]
 
@@ -243,7 +243,7 @@ def test_the_learning_rate_is_the_schedule(workspace: Workspace, trained: dict[s
 
 
 def test_generate_reads_every_stage(workspace: Workspace, trained: dict[str, list[str]]) -> None:
-    from packspeed.launch.sample import generate_text
+    from packspeed.launch.inference.generate import generate_text
 
     texts = {
         generate_text(workspace.folder / "runs" / f"{stage}-fp32", "def ", 20, 0.8, 50, 1.0, 7, None)["text"]

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from packspeed.launch import engine as engines
-from packspeed.launch.checkpoint import Checkpointer
-from packspeed.launch.config import RunFile, solve_batch
-from packspeed.launch.ds_config import load_ds_config, resolve_ds_config
+from packspeed.launch.checkpoint.checkpointer import Checkpointer
+from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.engine import distributed as engines
+from packspeed.launch.engine.build import build_engine
 
 RUN = {
     "name": "bench",
@@ -40,7 +42,7 @@ def stepped_engine() -> Any:
     run = RunFile.model_validate(RUN)
     plan = solve_batch(run.global_batch, run.data.seq_len, 1, "auto")
     ds_config = resolve_ds_config(run, load_ds_config("zero1"), plan, "fp32")
-    engine = engines.build_engine(run.gpt_config(50_257), run, ds_config)
+    engine = build_engine(run.gpt_config(50_257), run, ds_config)
     tokens = torch.randint(0, 50_257, (1, 257))
     engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
     engine.step()

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from packspeed.launch.export import export_hf
-from packspeed.launch.imports import import_hf
-from packspeed.launch.sample import find_checkpoint, load_model
+from packspeed.launch.convert.export import export_hf
+from packspeed.launch.convert.import_weights import import_hf
+from packspeed.launch.inference.generate import find_checkpoint, load_model
 from packspeed.model.generate import stream
 from packspeed.model.gpt import GPT
 

@@ -24,8 +24,8 @@ from packspeed.data.dataset import (
     manifest_json,
 )
 from packspeed.data.loader import Loader
-from packspeed.data.mmidx import index_bytes, write_index
 from packspeed.data.packing import PackedLoader
+from packspeed.data.storage.mmidx import index_bytes, write_index
 
 EOT = 50256
 SHARD_TOKENS = 2**28

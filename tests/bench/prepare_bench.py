@@ -68,9 +68,9 @@ def ranks() -> object:
     """GPT-2's encoding from the packaged ranks: no recipe is charged for a download."""
     import tiktoken
 
-    from packspeed.data.tokenizer import GPT2_PATTERN, parse_ranks
+    from packspeed.data.text.tokenizer import GPT2_PATTERN, parse_ranks
 
-    path = Path(sys.modules["packspeed.data.tokenizer"].__file__ or "").parent / "gpt2.tiktoken"
+    path = Path(sys.modules["packspeed.data.text.tokenizer"].__file__ or "").parents[1] / "gpt2.tiktoken"
     return tiktoken.Encoding(
         "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=parse_ranks(path.read_bytes(), "gpt2"), special_tokens={}
     )

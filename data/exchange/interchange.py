@@ -1,0 +1,352 @@
+"""Token files of other projects: Megatron's .bin/.idx, nanoGPT's .bin, llm.c's shards, MosaicML's MDS; in and out.
+
+    megatron    PREFIX.bin, PREFIX.idx    MMIDIDX v1; uint16 or int32; a document is one or more sequences
+    nanogpt     NAME.bin                  uint16, nothing else; documents end with EOT
+    llmc        NAME.bin                  256 int32 (magic, version, tokens, 0 ...), then tokens; EOT begins documents:
+                                          magic 20240520, version 1, uint16 (GPT-2; modded-nanogpt too) or
+                                          magic 20240801, version 7, uint32 (Llama 3)
+    mds         a folder                  see mds.py
+
+Import writes a dataset of ours, and a Megatron pair whose documents are one sequence each and end with EOT can be
+linked instead: it trains where it lies, without a copy. The tokenizer must be named, since none of these formats says.
+Cost: one read and one write, 0.5 GB/s; linking reads once, for the hashes. Sources: megatron/core/datasets in
+https://github.com/NVIDIA/Megatron-LM, data/openwebtext/prepare.py in https://github.com/karpathy/nanoGPT,
+dev/data/data_common.py in https://github.com/karpathy/llm.c.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from packspeed.data.dataset import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    Manifest,
+    Shard,
+    SourceSummary,
+    SplitMethod,
+    TokenDataset,
+    TokenizerIdentity,
+    Tokens,
+    manifest_json,
+)
+from packspeed.data.errors import DataError, UsageError
+from packspeed.data.exchange.mds import read_mds, write_mds
+from packspeed.data.prepare.shards import ShardWriter
+from packspeed.data.storage.atomic import write_file
+from packspeed.data.storage.mmidx import CODES, HEADER, MAGIC, read_index, write_index
+from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
+
+Kind = Literal["megatron", "nanogpt", "llmc", "mds"]
+
+
+KINDS = ("megatron", "nanogpt", "llmc", "mds")
+
+
+PIECE_TOKENS = 2**22
+
+
+LLMC_HEADER_BYTES = 1024
+
+
+LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
+
+
+MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+Flags = npt.NDArray[np.bool_]
+
+
+def detect(path: str) -> Kind:
+    """Which format a path has. UsageError where it is none of them."""
+    if Path(path + ".idx").is_file() and Path(path + ".bin").is_file():
+        return "megatron"
+    if Path(path).is_dir() and (Path(path) / "index.json").is_file():
+        return "mds"
+    if not Path(path).is_file():
+        raise UsageError(f"{path} is neither a file nor the common name of a .bin and an .idx. Check the path.")
+    with open(path, "rb") as stream:
+        head = stream.read(4)
+    return "llmc" if len(head) == 4 and struct.unpack("<i", head)[0] in LLMC else "nanogpt"
+
+
+def import_data(
+    train: Sequence[str],
+    val: Sequence[str],
+    out: str | Path,
+    tokenizer: str,
+    *,
+    link: bool = False,
+    append_eot: bool = False,
+    shard_tokens: int = 2**28,
+) -> Manifest:
+    """Make a dataset of token files; returns its manifest.
+
+    `link` takes Megatron pairs as they are; `append_eot` ends documents that have no EOT of their own. UsageError for
+    paths that are not there and a folder in use, DataError for damaged files and ids outside the vocabulary.
+    """
+    known, folder = load_tokenizer(tokenizer), Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty. Choose a new folder.")
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer_file = known.save(folder)
+        dtype, shards, digest = "", list[Shard](), xxhash.xxh3_128()
+        for split, paths in (("train", train), ("val", val)):
+            if link:
+                found = [_link(path, folder, f"{split}-{i:05d}", split, known) for i, path in enumerate(paths)]
+                if len({kind for kind, _ in found} | ({dtype} if dtype else set())) > 1:
+                    raise UsageError("Linked files must have one token type: some are uint16, some int32. Import them.")
+                dtype = found[0][0] if found else dtype
+                shards += [shard for _, shard in found]
+            else:
+                dtype = "uint16" if known.vocab_size <= 2**16 else "uint32"
+                writer = ShardWriter(folder, split, dtype, shard_tokens)
+                for path in paths:
+                    _copy(path, writer, known, append_eot)
+                shards += writer.close()
+        digest.update("".join(shard.bin_xxh3_128 for shard in shards).encode())
+        manifest = _manifest([*train, *val], dtype, known, tokenizer_file, shards, digest.hexdigest())
+        write_file(folder / MANIFEST, manifest_json(manifest))
+        return manifest
+    except BaseException:
+        for leftover in folder.iterdir():
+            leftover.unlink()
+        if created:
+            folder.rmdir()
+        raise
+
+
+def _manifest(
+    names: list[str], dtype: str, known: Tokenizer, tokenizer_file: str, shards: list[Shard], fingerprint: str
+) -> Manifest:
+    if not shards:
+        raise DataError(f"There are no tokens in {', '.join(names)}.")
+    summary = SourceSummary(names, sum(shard.documents for shard in shards), 0, 0, 0, 0, fingerprint)
+    identity = TokenizerIdentity(
+        known.name, known.vocab_size, known.eot_id, known.sha256, known.pattern, tokenizer_file
+    )
+    manifest = Manifest(FORMAT, VERSION, dtype, identity, SplitMethod("none", 0.0), summary, shards, "")
+    return dataclasses.replace(manifest, fingerprint=manifest.compute_fingerprint())
+
+
+def _copy(path: str, writer: ShardWriter, known: Tokenizer, append_eot: bool) -> None:
+    """Add the documents of one source to a split."""
+    kind = detect(path)
+    if kind == "mds":
+        documents = _mds_documents(path, known.eot_id, append_eot)
+    elif kind == "megatron":
+        documents = _megatron_documents(path, known.eot_id, append_eot)
+    else:
+        documents = _cut_at_eot(_flat(path, kind), known.eot_id)
+    for tokens, lengths in documents:
+        if len(tokens) and int(tokens.max()) >= known.vocab_size:
+            raise DataError(
+                f"{path} holds token id {int(tokens.max())}, outside the vocabulary of {known.vocab_size} of tokenizer "
+                f"{known.name}. Name the tokenizer it was made with."
+            )
+        writer.add_run(tokens, lengths)
+
+
+Run = tuple[Tokens, npt.NDArray[np.int64]]
+
+
+def _flat(path: str, kind: Kind) -> Iterator[Tokens]:
+    """The tokens of a nanoGPT or llm.c file, a few million at a time."""
+    offset, dtype, expected = 0, "uint16", -1
+    if kind == "llmc":
+        magic, version, expected = np.fromfile(path, dtype="<i4", count=3).tolist()
+        known_version, dtype = LLMC[magic]
+        size = (os.path.getsize(path) - LLMC_HEADER_BYTES) // np.dtype(dtype).itemsize
+        if version != known_version or expected != size:
+            raise DataError(
+                f"{path} announces version {version} and {expected} tokens; expected version {known_version} and the "
+                f"{size} tokens it holds. It is torn or of another make: copy or write it again."
+            )
+        offset = LLMC_HEADER_BYTES
+    with open(path, "rb") as stream:
+        stream.seek(offset)
+        while piece := stream.read(PIECE_TOKENS * np.dtype(dtype).itemsize):
+            yield np.frombuffer(piece, dtype=np.dtype(dtype).newbyteorder("<"))
+
+
+def _cut_at_eot(pieces: Iterator[Tokens], eot_id: int) -> Iterator[Run]:
+    """Documents ended by EOT, whether EOT stood before or behind them; empty ones left out."""
+    held: Tokens | None = None
+    for piece in pieces:
+        held = piece if held is None else np.concatenate([held, piece])
+        ends = np.flatnonzero(held == eot_id)
+        if len(ends):
+            yield _without_empty(held[: ends[-1] + 1], eot_id)
+            held = held[ends[-1] + 1 :]
+    if held is not None and len(held):
+        yield _without_empty(np.append(held, held.dtype.type(eot_id)), eot_id)
+
+
+def _without_empty(tokens: Tokens, eot_id: int) -> Run:
+    """Tokens that end with EOT, every EOT that ends nothing removed, and the lengths of the documents."""
+    is_eot: Flags = tokens == eot_id
+    tokens = tokens[~(is_eot & np.concatenate([[True], is_eot[:-1]]))]
+    ends = np.flatnonzero(tokens == eot_id) + 1
+    return tokens, np.diff(ends, prepend=0)
+
+
+def _megatron_index(prefix: str) -> tuple[Tokens, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """All tokens (mapped), the first token of each document and the end of the last, and those of each sequence."""
+    raw = np.memmap(prefix + ".idx", dtype=np.uint8, mode="r").view(np.ndarray)
+    magic, version, code, sequences, ends = HEADER.unpack(raw[: HEADER.size].tobytes().ljust(HEADER.size, b"\0"))
+    if magic != MAGIC or version != 1 or code not in MEGATRON_DTYPES:
+        raise DataError(f"{prefix}.idx is not a Megatron index of integers (MMIDIDX, version 1). Copy it again.")
+    if len(raw) < HEADER.size + 12 * sequences + 8 * ends:
+        raise DataError(f"{prefix}.idx is {len(raw)} bytes, too few for its {sequences} sequences. Copy it again.")
+    dtype = np.dtype(MEGATRON_DTYPES[code])
+    at = HEADER.size + 4 * sequences
+    lengths = raw[HEADER.size : at].view("<i4").astype(np.int64)
+    pointers = raw[at : at + 8 * sequences].view("<i8")
+    boundaries = raw[at + 8 * sequences : at + 8 * sequences + 8 * ends].view("<i8")
+    tokens = np.memmap(prefix + ".bin", dtype=dtype, mode="r").view(np.ndarray)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    if not np.array_equal(pointers, starts[:-1] * dtype.itemsize) or starts[-1] != len(tokens):
+        raise DataError(f"{prefix}.bin and .idx do not belong together: sequences do not lie one behind another.")
+    return tokens, starts[boundaries], starts
+
+
+def _megatron_documents(prefix: str, eot_id: int, append_eot: bool) -> Iterator[Run]:
+    tokens, bounds, _ = _megatron_index(prefix)
+    for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        document = tokens[first:end]
+        if len(document) and document[-1] != eot_id and not append_eot:
+            raise DataError(
+                f"{prefix} has documents that do not end with EOT ({eot_id}), the first at token {first}. Add "
+                f"--append-eot, or name the tokenizer it was made with."
+            )
+        if len(document) and int(document.min()) < 0:
+            raise DataError(f"{prefix} holds a negative token id at document {first}. It is damaged: copy it again.")
+        ended = document if len(document) and document[-1] == eot_id else np.append(document, eot_id)
+        if len(ended) > 1:
+            unsigned = ended.astype(np.uint32)
+            yield unsigned, np.array([len(unsigned)], dtype=np.int64)
+
+
+def _link(prefix: str, folder: Path, name: str, split: str, known: Tokenizer) -> tuple[str, Shard]:
+    """A shard that is a symbolic link to a Megatron pair; returns its dtype and the shard."""
+    if detect(prefix) != "megatron":
+        raise UsageError(f"{prefix} is not a Megatron .bin/.idx pair, and only those can be linked. Import it.")
+    tokens, bounds, starts = _megatron_index(prefix)
+    dtype = {"<u2": "uint16", "<i4": "uint32"}.get(tokens.dtype.str)
+    ends_right = dtype is not None and np.array_equal(bounds, starts)
+    is_eot: Flags = np.asarray(tokens == known.eot_id)
+    if not ends_right or dtype is None or not np.array_equal(np.flatnonzero(is_eot) + 1, starts[1:]):
+        raise UsageError(
+            f"{prefix} cannot be linked: that needs uint16 or int32, one sequence per document, and EOT "
+            f"({known.eot_id}) at the end of each and nowhere else. Leave --link out to import a copy."
+        )
+    for suffix in (".bin", ".idx"):
+        (folder / (name + suffix)).symlink_to(Path(prefix + suffix).resolve())
+    read_index(folder / f"{name}.idx", len(starts) - 1, dtype)
+    hashes = [_hash(Path(prefix + suffix)) for suffix in (".bin", ".idx")]
+    sizes = [os.path.getsize(prefix + suffix) for suffix in (".bin", ".idx")]
+    return dtype, Shard(name, split, len(tokens), len(starts) - 1, sizes[0], sizes[1], hashes[0], hashes[1])
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _mds_documents(path: str, eot_id: int, append_eot: bool) -> Iterator[Run]:
+    """Samples in a row are one stream, as llm-foundry writes them; or each is a document that lacks its EOT."""
+    if not append_eot:
+        return _cut_at_eot((tokens for tokens, _ in read_mds(Path(path))), eot_id)
+    return (
+        _without_empty(np.insert(tokens, np.cumsum(lengths), eot_id), eot_id)
+        for tokens, lengths in read_mds(Path(path))
+    )
+
+
+def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int = 10**8) -> list[Path]:
+    """Write a dataset's splits in another format into the folder `out`; returns the files (or folders) written.
+
+    UsageError for a folder in use and for ids that the format cannot hold.
+    """
+    dataset, folder = TokenDataset(path), Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty. Choose a new folder.")
+    if kind not in KINDS:
+        raise UsageError(f"There is no format {kind!r}: choose one of {', '.join(KINDS)}.")
+    if kind == "nanogpt" and dataset.dtype.itemsize != 2:
+        raise UsageError("nanoGPT's files are uint16 and this dataset needs uint32. Choose megatron, llmc or mds.")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = list[Path]()
+    for split in ("train", "val"):
+        if dataset.tokens(split):
+            written += _EXPORT[kind](dataset, split, folder, shard_tokens)
+    return written
+
+
+def _export_nanogpt(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
+    with open(folder / f"{split}.bin", "wb") as stream:
+        for shard in dataset.manifest.shards:
+            if shard.split == split:
+                with open(dataset.path / f"{shard.name}.bin", "rb") as source:
+                    shutil.copyfileobj(source, stream, 2**22)
+    return [folder / f"{split}.bin"]
+
+
+def _export_megatron(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
+    """One pair for the whole split, as Megatron's --data-path takes it."""
+    (binary,) = _export_nanogpt(dataset, split, folder, shard_tokens)
+    name = f"{split}_text_document"
+    os.replace(binary, folder / f"{name}.bin")
+    documents = sum(shard.documents for shard in dataset.manifest.shards if shard.split == split)
+    _, lengths = dataset.document_spans(split, 0, documents)
+    code = next(key for key in CODES if np.dtype(key) == dataset.dtype)
+    with open(folder / f"{name}.idx", "wb") as stream:
+        write_index(stream, lengths.astype(np.int32), code)
+    return [folder / f"{name}.bin", folder / f"{name}.idx"]
+
+
+def _export_llmc(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
+    """EOT in front of every document instead of behind it: the stream moves by one."""
+    magic = 20240520 if dataset.dtype.itemsize == 2 else 20240801
+    total, written = dataset.tokens(split), list[Path]()
+    for number, first in enumerate(range(0, total, shard_tokens)):
+        size = min(shard_tokens, total - first)
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = magic, LLMC[magic][0], size
+        written.append(folder / f"{split}_{number:06d}.bin")
+        with open(written[-1], "wb") as stream:
+            stream.write(header.tobytes())
+            for start in range(first, first + size, PIECE_TOKENS):
+                piece = dataset.read(split, max(0, start - 1), min(PIECE_TOKENS, first + size - start) - (start == 0))
+                if start == 0:
+                    stream.write(np.array([dataset.eot_id], dtype=dataset.dtype).tobytes())
+                stream.write(piece.tobytes())
+    return written
+
+
+def _export_mds(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
+    documents = sum(shard.documents for shard in dataset.manifest.shards if shard.split == split)
+    starts, lengths = dataset.document_spans(split, 0, documents)
+    spans = zip(starts.tolist(), lengths.tolist(), strict=True)
+    write_mds(folder / split, (dataset.read(split, *span) for span in spans), dataset.dtype.name)
+    return [folder / split]
+
+
+_EXPORT = {"nanogpt": _export_nanogpt, "megatron": _export_megatron, "llmc": _export_llmc, "mds": _export_mds}

@@ -1,0 +1,154 @@
+"""MosaicML's MDS, which llm-foundry trains from, read and written without their library (its pins exclude ours).
+
+    index.json          {"version": 2, "shards": [{column_names, column_encodings, column_sizes, raw_data, ...}]}
+    shard.00000.mds     uint32 n, uint32[n + 1] offsets of the samples in the file, the columns as JSON, the samples
+    a sample            uint32 size of each column without a fixed one, then the columns' bytes
+    ndarray:DTYPE       one byte, ndim * 4 + code of the shape's type (uint8, 16, 32, 64), the shape, the values
+
+llm-foundry writes a column `tokens`, `ndarray:int32` or formerly `bytes` of int64, and fills every sample to one length
+with documents that end with EOT: the samples in a row are one stream. Shards may be compressed with zstd.
+Cost: 10 us a sample; memory: one shard, 64 MiB. Source: streaming/base/format/mds in
+https://github.com/mosaicml/streaming; tests/test_data_mds.py reads and writes beside that library.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from packspeed.data.dataset import Tokens
+from packspeed.data.errors import DataError
+
+COLUMNS = ("tokens", "input_ids")
+
+
+SHARD_BYTES = 2**26
+
+
+SHAPE_DTYPES = ("<u1", "<u2", "<u4", "<u8")
+
+
+VALUE_DTYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
+
+
+Samples = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
+
+
+def read_mds(folder: Path) -> Iterator[Samples]:
+    """The tokens of each shard's samples in a row, and the lengths of the samples. DataError for what is damaged."""
+    path = folder / "index.json"
+    try:
+        index = json.loads(path.read_bytes())
+        shards = index["shards"]
+        if index["version"] != 2:
+            raise ValueError(f"version {index['version']}, and this reads 2")
+        for shard in shards:
+            yield _read_shard(folder, shard)
+    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        raise DataError(f"{path} or a shard of it is not MDS that can be read ({error}). Copy it again.") from error
+
+
+def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
+    raw, names = _content(folder, shard), shard["column_names"]
+    column = next((names.index(name) for name in COLUMNS if name in names), -1)
+    if column < 0:
+        raise ValueError(f"no column {' or '.join(COLUMNS)} among {', '.join(names)}")
+    count = int(np.frombuffer(raw, "<u4", 1)[0])
+    offsets = np.frombuffer(raw, "<u4", count + 1, 4).tolist()
+    if count != shard["samples"] or offsets[-1] != len(raw):
+        raise ValueError(f"{shard['raw_data']['basename']} is torn: {len(raw)} bytes, {count} samples")
+    sizes, encoding = shard["column_sizes"], shard["column_encodings"][column]
+    samples = [_decode(_column(raw[begin:end], sizes, column), encoding) for begin, end in itertools.pairwise(offsets)]
+    lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
+    return np.concatenate([np.empty(0, np.uint32), *samples]).astype(np.uint32), lengths
+
+
+def _content(folder: Path, shard: dict[str, Any]) -> bytes:
+    """A shard's bytes, decompressed where only a compressed file is there."""
+    packed = shard.get("zip_data")
+    for info in (shard["raw_data"], packed):
+        if info is not None and Path(info["basename"]).name != info["basename"]:
+            raise ValueError(f"{info['basename']} leaves the folder")
+    path: Path = folder / shard["raw_data"]["basename"]
+    if path.exists() or packed is None:
+        return path.read_bytes()
+    if not str(shard.get("compression")).startswith("zstd"):
+        raise ValueError(f"compression {shard.get('compression')}, and only zstd is read")
+    import zstandard
+
+    return bytes(zstandard.ZstdDecompressor().decompressobj().decompress((folder / packed["basename"]).read_bytes()))
+
+
+def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:
+    dynamic = [i for i, size in enumerate(sizes) if not size]
+    heads = dict(zip(dynamic, np.frombuffer(sample, "<u4", len(dynamic)).tolist(), strict=True))
+    found = [size or heads[i] for i, size in enumerate(sizes)]
+    begin = 4 * len(dynamic) + sum(found[:wanted])
+    return sample[begin : begin + found[wanted]]
+
+
+def _decode(value: bytes, encoding: str) -> npt.NDArray[np.uint32]:
+    kind, _, rest = encoding.partition(":")
+    dtype, _, shape = rest.partition(":")
+    if kind == "bytes":
+        dtype, shape = "int64", "all"
+    elif kind != "ndarray":
+        raise ValueError(f"column of {encoding}, and tokens are an ndarray or bytes")
+    if not dtype:
+        dtype, value = VALUE_DTYPES[value[0]], value[1:]
+    if not shape:
+        value = value[1 + (value[0] >> 2) * np.dtype(SHAPE_DTYPES[value[0] & 3]).itemsize :]
+    tokens = np.frombuffer(value, np.dtype(dtype).newbyteorder("<"))
+    if tokens.dtype.kind not in "iu" or (len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= 2**31)):
+        raise ValueError("token ids below 0, above 2**31, or not whole")
+    return tokens.astype(np.uint32)
+
+
+def write_mds(folder: Path, documents: Iterable[Tokens], dtype: str) -> None:
+    """One sample per document, a column `tokens` of `ndarray:DTYPE`, shards of at most 64 MiB (or one document)."""
+    folder.mkdir(parents=True)
+    shards, held, size = list[dict[str, Any]](), list[bytes](), 0
+    for tokens in documents:
+        sample = _encode(tokens)
+        if held and size + len(sample) > SHARD_BYTES:
+            shards.append(_write_shard(folder, len(shards), held, dtype))
+            held, size = [], 0
+        held.append(sample)
+        size += len(sample) + 4
+    shards.append(_write_shard(folder, len(shards), held, dtype))
+    (folder / "index.json").write_text(json.dumps({"shards": shards, "version": 2}, sort_keys=True))
+
+
+def _encode(tokens: Tokens) -> bytes:
+    """The sample of one document: the size of its only column, the array's header, the values."""
+    code = next(code for code, kind in enumerate(SHAPE_DTYPES) if len(tokens) <= np.iinfo(kind).max)
+    shape = np.array([len(tokens)], SHAPE_DTYPES[code]).tobytes()
+    value = bytes([4 + code]) + shape + tokens.tobytes()
+    return np.array([len(value)], "<u4").tobytes() + value
+
+
+def _write_shard(folder: Path, number: int, samples: list[bytes], dtype: str) -> dict[str, Any]:
+    columns = {
+        "column_encodings": [f"ndarray:{dtype}"],
+        "column_names": ["tokens"],
+        "column_sizes": [None],
+        "compression": None,
+        "format": "mds",
+        "hashes": ["xxh3_64"],
+        "size_limit": SHARD_BYTES,
+        "version": 2,
+    }
+    config = json.dumps(columns, sort_keys=True).encode()
+    offsets = np.cumsum([4 + 4 * (len(samples) + 1) + len(config), *map(len, samples)])
+    head = np.array([len(samples)], "<u4").tobytes() + offsets.astype("<u4").tobytes() + config
+    content, name = b"".join([head, *samples]), f"shard.{number:05d}.mds"
+    (folder / name).write_bytes(content)
+    info = {"basename": name, "bytes": len(content), "hashes": {"xxh3_64": xxhash.xxh3_64_hexdigest(content)}}
+    return columns | {"samples": len(samples), "raw_data": info, "zip_data": None}

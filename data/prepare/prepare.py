@@ -1,0 +1,398 @@
+"""Text to a token dataset: work units, done by one process or many, then merged into shards; the manifest is last.
+
+    sources -> units of about 32 MiB -> tokens of each unit and a receipt -> merge: duplicates, split, shuffle, shards
+
+The merge runs in a thread beside the encoding. Every document is encoded on its own and ended by EOT. Validation
+documents are chosen by a keyed xxh3 hash of their bytes, so the same document falls on the same side in every dataset,
+whatever stands around it. Fewer than 100 documents (one text file, say) are too few for that: then the tail of the
+token stream is validation (tail.py).
+
+The dataset depends on sources and options alone: any number of workers, tasks, kills and continuations gives
+the same bytes. A killed run leaves `.units/` and no manifest, which no reader takes for a dataset; the same command
+goes on after the last finished unit. A failure keeps finished units, and removes everything where there is none.
+Cost: README.md; memory: a few megabytes of text and the encoder, whatever the corpus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from packspeed.data.dataset import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    Manifest,
+    Shard,
+    SourceSummary,
+    SplitMethod,
+    TokenizerIdentity,
+    manifest_json,
+)
+from packspeed.data.errors import DataError, UsageError
+from packspeed.data.prepare.merge import Finished, Merge, Merged
+from packspeed.data.prepare.shards import ShardWriter
+from packspeed.data.prepare.tail_split import split_tail
+from packspeed.data.prepare.unit_work import Counts, UnitWorker
+from packspeed.data.prepare.units import (
+    FOLDER,
+    UNIT_BYTES,
+    Job,
+    Receipt,
+    Unit,
+    load_receipt,
+    plan_units,
+    remove_leftovers,
+    save_job,
+)
+from packspeed.data.prepare.worker_pool import Crew
+from packspeed.data.read.sources import find_sources
+from packspeed.data.storage.atomic import temporary, write_file
+from packspeed.data.text.encode import Choice
+from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
+
+SHARD_TOKENS = 2**28
+
+
+OWN_FILES = re.compile(
+    r"(manifest\.json|(train|val)-[0-9]{5,}\.(bin|idx)|tokenizer\.json|[\w.-]+\.tiktoken(\.json)?)(\.tmp)?|\.units"
+)
+
+
+@dataclass
+class Progress:
+    """How far a preparation has come, finished units of earlier runs included. `bytes` are bytes of the sources."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    tokens_per_s: float = 0.0
+    bytes_done: int = 0
+    bytes_total: int = 0
+    left_s: float | None = None  # None until there is something to judge by
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the merge is told."""
+
+    val_fraction: float = 0.005
+    shard_tokens: int = SHARD_TOKENS
+    skip_bad: int = 0
+    dedup: bool = False
+    shuffle_seed: int | None = None
+
+    def check(self) -> None:
+        """UsageError for impossible numbers."""
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(f"val_fraction must be at least 0 and less than 1, not {self.val_fraction}.")
+        if self.shard_tokens < 1 or self.skip_bad < 0:
+            raise UsageError(
+                f"shard_tokens {self.shard_tokens} must be positive and skip_bad {self.skip_bad} not negative."
+            )
+
+
+def prepare(
+    sources: Sequence[str],
+    out: str | Path,
+    tokenizer: str | Tokenizer = "gpt2",
+    *,
+    text_key: str = "text",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    val_fraction: float = 0.005,
+    shard_tokens: int = SHARD_TOKENS,
+    skip_bad: int = 0,
+    dedup: bool = False,
+    shuffle_seed: int | None = None,
+    workers: int = 1,
+    encoder: Choice = "auto",
+    overwrite: bool = False,
+    only_merge: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Manifest:
+    """Write the dataset of `sources` into the folder `out`; returns its manifest.
+
+    `sources`, `include` and `exclude` are described in sources.py; `text_key` names the text in records with many keys.
+    `tokenizer` is a Tokenizer or what `load_tokenizer` takes, `encoder` a choice of encode.py. `val_fraction` of the
+    documents, or of the tokens where documents are few, become validation. A shard ends with the document that fills it
+    to `shard_tokens`. `skip_bad` bad documents are passed over. `dedup` drops documents that are byte for byte an
+    earlier one; `shuffle_seed` shuffles the documents. `only_merge` expects all units to be done (`prepare_part`).
+    `progress` is called about once per megabyte of text.
+    UsageError for bad arguments and a folder that is in use, DataError for bad documents and a full disk; after either
+    there is no dataset in `out`.
+    """
+    options = Options(val_fraction, shard_tokens, skip_bad, dedup, shuffle_seed)
+    options.check()
+    if workers < 1:
+        raise UsageError(f"workers {workers} must be at least 1.")
+    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, overwrite, options)
+    with job.failing_cleanly(), job.alone(), ThreadPoolExecutor(1, "packspeed-merge") as pool:
+        merging = pool.submit(job.merge, list(sources))
+        try:
+            job.do(workers, encoder, progress, only_merge=only_merge)
+        finally:
+            job.finished.close()
+        return merging.result()
+
+
+def prepare_part(
+    sources: Sequence[str],
+    out: str | Path,
+    tokenizer: str | Tokenizer = "gpt2",
+    *,
+    task_index: int,
+    task_count: int,
+    text_key: str = "text",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    skip_bad: int = 0,
+    workers: int = 1,
+    encoder: Choice = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> int:
+    """Do every `task_count`-th unit, from `task_index` on, on any of many machines that share `out`; returns how many.
+
+    Once every task is done, `prepare` with the same arguments and `only_merge` writes the dataset. Errors as there.
+    """
+    if not 0 <= task_index < task_count:
+        raise UsageError(f"There is no task {task_index} among {task_count}: they are numbered from 0.")
+    options = Options(skip_bad=skip_bad)
+    options.check()
+    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, False, options)
+    return job.do(workers, encoder, progress, task=(task_index, task_count))
+
+
+class _Preparation:
+    """One run of prepare on one folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sequence[str],
+        tokenizer: str | Tokenizer,
+        text_key: str,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        overwrite: bool,
+        options: Options,
+    ):
+        self.folder, self.options, self.units_folder = folder, options, folder / FOLDER
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        found = find_sources(sources, include=include, exclude=exclude, outside=folder)
+        self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
+        self.created = not folder.exists()
+        self.finished = Finished()
+        _claim(folder, overwrite)
+        with self.failing_cleanly():
+            self.tokenizer_file = self.tokenizer.save(folder)
+            units, state = plan_units(found)
+            self.job = Job(
+                units, state, text_key, self.tokenizer_file, self.tokenizer.sha256, self.dtype, self.tokenizer.eot_id
+            )
+            save_job(self.units_folder, self.job)
+
+    def do(
+        self,
+        workers: int,
+        encoder: Choice,
+        progress: Callable[[Progress], None] | None,
+        *,
+        task: tuple[int, int] = (0, 1),
+        only_merge: bool = False,
+    ) -> int:
+        """Do the units of this task that have no receipt; returns how many the task has."""
+        mine = self.job.units[task[0] :: task[1]]
+        receipts = {unit.number: load_receipt(self.units_folder, unit.number) for unit in mine}
+        todo = [unit for unit in mine if receipts[unit.number] is None]
+        if only_merge and todo:
+            raise UsageError(
+                f"{len(todo)} of {len(mine)} units of {self.folder} are not done (the first is {todo[0].number}). "
+                f"Run the missing tasks, then merge again."
+            )
+        meter = _Meter(mine, [r for r in receipts.values() if r], progress)
+        bad = sum(receipt.bad for receipt in receipts.values() if receipt)
+        for unit in mine:
+            if receipts[unit.number] is not None:
+                self.finished.add(unit.number)
+        for number, receipt in self._run(todo, workers, encoder, meter):
+            self.finished.add(number)
+            bad += receipt.bad
+            if bad > self.options.skip_bad:
+                raise DataError(
+                    f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows fewer. Raise it, or "
+                    f"correct them; what is finished is kept."
+                )
+        return len(mine)
+
+    def _run(self, units: list[Unit], workers: int, encoder: Choice, meter: _Meter) -> Iterator[tuple[int, Receipt]]:
+        workers = min(workers, len(units))
+        if workers > 1:
+            with Crew(self.units_folder, workers, self.options.skip_bad, encoder) as crew:
+                for number, receipt in crew.do(units, meter.add):
+                    meter.finished(receipt)
+                    yield number, receipt
+        elif units:
+            worker = UnitWorker(self.units_folder, self.job, self.tokenizer, self.options.skip_bad, encoder)
+            for unit in units:
+                receipt = worker.do(unit, meter.add)
+                meter.finished(receipt)
+                yield unit.number, receipt
+
+    def merge(self, names: list[str]) -> Manifest:
+        """Make the shards and the manifest, waiting for each unit to be finished, then remove the units."""
+        options, units = self.options, len(self.job.units)
+        merge = Merge(
+            self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, ready=self.finished.wait
+        )
+        train, val = (ShardWriter(self.folder, split, self.dtype, options.shard_tokens) for split in ("train", "val"))
+        try:
+            if options.val_fraction > 0 and merge.few():
+                method = "tail"
+                merged = split_tail(merge, self.tokenizer, self.dtype, train, val, options.val_fraction)
+            else:
+                method = "hash" if options.val_fraction > 0 else "none"
+                merged = merge.split(train, val, options.val_fraction)
+            shards = train.close() + val.close()
+        finally:
+            train.abandon()
+            val.abandon()
+        if not merged.documents:
+            shutil.rmtree(self.units_folder)  # nothing worth keeping
+            raise DataError(f"There is no text in {', '.join(names)}: every document is empty or was passed over.")
+        manifest = self._manifest(names, method, shards, merged)
+        write_file(self.folder / MANIFEST, manifest_json(manifest))
+        shutil.rmtree(self.units_folder)
+        return manifest
+
+    def _manifest(self, names: list[str], method: str, shards: list[Shard], merged: Merged) -> Manifest:
+        known = self.tokenizer
+        receipts = [load_receipt(self.units_folder, unit.number) for unit in self.job.units]
+        done = [receipt for receipt in receipts if receipt is not None]
+        manifest = Manifest(
+            format=FORMAT,
+            version=VERSION,
+            dtype=self.dtype,
+            tokenizer=TokenizerIdentity(
+                known.name, known.vocab_size, known.eot_id, known.sha256, known.pattern, self.tokenizer_file
+            ),
+            split=SplitMethod(method, float(self.options.val_fraction)),
+            source=SourceSummary(
+                names=names,
+                documents=merged.documents,
+                text_bytes=sum(receipt.text_bytes for receipt in done),
+                empty_documents=sum(receipt.empty_documents for receipt in done),
+                bad_documents=sum(receipt.bad for receipt in done),
+                binary_files=sum(receipt.binary for receipt in done),
+                fingerprint=f"{merged.hash_sum % 2**128:032x}",
+                duplicate_documents=merged.duplicates,
+            ),
+            shards=shards,
+            fingerprint="",
+        )
+        return dataclasses.replace(manifest, fingerprint=manifest.compute_fingerprint())
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder's lock. UsageError where another process works on it."""
+        with open(self.units_folder / "lock", "wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(f"Another prepare is at work in {self.folder}. Wait for it, or stop it.") from error
+            _clear(self.folder, keep_units=True)  # what a killed run was writing
+            yield
+
+    @contextlib.contextmanager
+    def failing_cleanly(self) -> Iterator[None]:
+        """On any error keep finished units and nothing else; nothing at all where none is finished."""
+        try:
+            yield
+        except BaseException as error:
+            in_use = isinstance(error, UsageError)
+            kept = self.units_folder.exists() and any(self.units_folder.glob("[0-9]*.json"))
+            if not in_use:
+                _clear(self.folder, keep_units=kept)
+                if self.created and not kept:
+                    self.folder.rmdir()
+            if isinstance(error, OSError):
+                left = "Finished units are kept: make room, and the same command goes on." if kept else ""
+                raise DataError(
+                    f"{self.folder} cannot be written: {error.strerror or error}. {left or 'Nothing is left there.'}"
+                ) from error
+            raise
+
+
+class _Meter:
+    """Adds up what workers report and tells the caller."""
+
+    def __init__(self, units: list[Unit], done: list[Receipt], report: Callable[[Progress], None] | None):
+        self.now = Progress(bytes_total=sum(unit.bytes for unit in units))
+        self.report, self.began, self.new_tokens, self.open_bytes = report, time.perf_counter(), 0, 0
+        for receipt in done:
+            self._count(Counts(receipt.documents, receipt.empty_documents, receipt.text_bytes, receipt.tokens))
+        self.unit_bytes = self.now.bytes_total / max(1, len(units))
+        self.old_bytes = int(self.unit_bytes * len(done))
+        self.now.bytes_done = self.old_bytes
+
+    def _count(self, counts: Counts) -> None:
+        for field in dataclasses.fields(Counts):
+            setattr(self.now, field.name, getattr(self.now, field.name) + getattr(counts, field.name))
+
+    def add(self, counts: Counts) -> None:
+        """Count what a worker has encoded."""
+        self._count(counts)
+        now, self.new_tokens = self.now, self.new_tokens + counts.tokens
+        self.open_bytes = min(self.open_bytes + counts.text_bytes, UNIT_BYTES)
+        now.elapsed_s = time.perf_counter() - self.began
+        now.tokens_per_s = self.new_tokens / max(now.elapsed_s, 1e-9)
+        done = min(now.bytes_total, now.bytes_done + self.open_bytes) - self.old_bytes
+        left = now.bytes_total - self.old_bytes - done
+        now.left_s = now.elapsed_s * left / done if done > 0 else None
+        if self.report is not None:
+            self.report(now)
+
+    def finished(self, receipt: Receipt) -> None:
+        """Count a finished unit."""
+        self.now.bytes_done = min(self.now.bytes_total, self.now.bytes_done + int(self.unit_bytes))
+        self.open_bytes = 0
+
+
+def _claim(folder: Path, overwrite: bool) -> None:
+    """Make the folder, or make sure that it is empty, holds unfinished units, or holds a dataset that may go."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made a folder: {error.strerror}. Choose another one.") from error
+    foreign = [name for name in names if not OWN_FILES.fullmatch(name)]
+    if foreign or (names and not {MANIFEST, temporary(folder / MANIFEST).name, FOLDER} & set(names)):
+        other = ", ".join((foreign or names)[:3])
+        raise UsageError(f"{folder} holds other files ({other}). Choose an empty or a new folder.")
+    if MANIFEST in names and not overwrite:
+        raise UsageError(f"{folder} holds a dataset. Choose another folder, or replace it with --overwrite.")
+    if overwrite or FOLDER not in names:
+        _clear(folder, keep_units=False)
+
+
+def _clear(folder: Path, keep_units: bool) -> None:
+    """Remove a dataset's files, the manifest first: what is left of one is never taken for a whole one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name == FOLDER:
+            if keep_units:
+                remove_leftovers(path)
+            else:
+                shutil.rmtree(path)
+        elif OWN_FILES.fullmatch(path.name) and not (keep_units and "tok" in path.name):
+            path.unlink()

@@ -1,0 +1,157 @@
+"""Writing one split: documents in, `train-00000.bin` and `.idx` pairs out, hashed as they are written.
+
+A shard ends with the document that fills it, so a document never lies in two. Both files are fsynced and then renamed;
+the manifest, which comes last, makes their names durable with its own.
+Cost: 0.3 s per gigabyte for xxh3 and the copies; memory: 4 bytes per document of the open shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from packspeed.data.dataset import Shard, Tokens
+from packspeed.data.errors import DataError
+from packspeed.data.storage.atomic import WRITTEN_BYTES, rename, start_writing, temporary
+from packspeed.data.storage.mmidx import LONGEST_TOKENS, index_bytes, write_index
+
+WRITE_BUFFER_BYTES = 2**20
+
+
+Lengths = npt.NDArray[np.int64]
+
+
+class ShardWriter:
+    """The shards of one split. `add` documents, then `close` for the list of what was written."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self.itemsize = np.dtype(dtype).itemsize
+        self._done: list[Shard] = []
+        self._bin: IO[bytes] | None = None
+        self._unwritten = 0
+
+    def add(self, tokens: Tokens) -> None:
+        """Write one document: its tokens in the shard's dtype, EOT last."""
+        data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
+        self._write([data.data], np.array([len(tokens)], dtype=np.int64))
+
+    def add_run(self, tokens: Tokens, lengths: Lengths) -> None:
+        """Write consecutive documents, `lengths` tokens each, every one ended by EOT."""
+        data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
+        while len(lengths):
+            ends = np.cumsum(lengths)
+            fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
+            size = int(ends[:fills][-1])
+            self._write([np.ascontiguousarray(data[:size]).data], lengths[:fills])
+            data, lengths = data[size:], lengths[fills:]
+
+    def copy(self, file: int, offset_bytes: int, lengths: Lengths) -> None:
+        """Write consecutive documents, `lengths` tokens each, from a file descriptor, 1 MiB at a time."""
+        while len(lengths):
+            ends = np.cumsum(lengths)
+            fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
+            size = int(ends[:fills][-1]) * self.itemsize
+            self._write(chunks_of(file, offset_bytes, size), lengths[:fills])
+            offset_bytes, lengths = offset_bytes + size, lengths[fills:]
+
+    def add_chunks(self, chunks: Iterable[bytes | memoryview], tokens: int) -> None:
+        """Write one document of `tokens` tokens that comes in pieces of bytes, EOT included."""
+        self._write(chunks, np.array([tokens], dtype=np.int64))
+
+    def _write(self, chunks: Iterable[bytes | memoryview], lengths: Lengths) -> None:
+        """Write documents of which at most the last one fills the shard."""
+        if int(lengths.max()) > LONGEST_TOKENS:
+            raise DataError(f"A document of {lengths.max()} tokens is too long for a Megatron index. Split the file.")
+        if self._bin is None:
+            self._open()
+        assert self._bin is not None
+        for chunk in chunks:
+            self._bin.write(chunk)
+            self._hash.update(chunk)
+            self._unwritten += len(chunk)
+            if self._unwritten >= WRITTEN_BYTES:
+                start_writing(self._bin.fileno())
+                self._unwritten = 0
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self._tokens += int(lengths.sum())
+        if self._tokens >= self._shard_tokens:
+            self._finish(self._bin)
+
+    def close(self) -> list[Shard]:
+        """Finish the last shard; returns all of them in order."""
+        if self._bin is not None:
+            self._finish(self._bin)
+        return self._done
+
+    def abandon(self) -> None:
+        """Close the open file of a shard that will not be finished."""
+        if self._bin is not None:
+            with contextlib.suppress(OSError):  # on a full disk closing fails again
+                self._bin.close()
+
+    def _open(self) -> None:
+        self._name = f"{self._split}-{len(self._done):05d}"
+        path = temporary(self._path(".bin"))
+        self._bin = open(path, "wb", buffering=WRITE_BUFFER_BYTES)  # noqa: SIM115  (_finish or abandon closes it)
+        self._hash, self._lengths, self._tokens = xxhash.xxh3_128(), array("i"), 0
+        self._unwritten = 0
+
+    def _path(self, suffix: str) -> Path:
+        return self._folder / (self._name + suffix)
+
+    def _finish(self, stream: IO[bytes]) -> None:
+        with stream:
+            _flush(stream)
+        lengths = np.array(self._lengths, dtype=np.int32)
+        with open(temporary(self._path(".idx")), "wb") as index:
+            write_index(index, lengths, self._dtype)
+            _flush(index)
+        shard = Shard(
+            name=self._name,
+            split=self._split,
+            tokens=self._tokens,
+            documents=len(lengths),
+            bin_bytes=self._tokens * np.dtype(self._dtype).itemsize,
+            idx_bytes=index_bytes(len(lengths)),
+            bin_xxh3_128=self._hash.hexdigest(),
+            idx_xxh3_128=_hash_file(temporary(self._path(".idx"))),
+        )
+        rename(self._path(".idx"))
+        rename(self._path(".bin"))
+        self._done.append(shard)
+        self._bin = None
+
+
+def _flush(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def chunks_of(file: int, offset_bytes: int, size: int) -> Iterator[bytes]:
+    """A part of an open file, a megabyte at a time. DataError where the file ends early."""
+    end = offset_bytes + size
+    while offset_bytes < end:
+        chunk = os.pread(file, min(WRITE_BUFFER_BYTES, end - offset_bytes), offset_bytes)
+        if not chunk:
+            raise DataError(
+                "A finished work unit has become shorter while it was read. Prepare again with --overwrite."
+            )
+        yield chunk
+        offset_bytes += len(chunk)
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(WRITE_BUFFER_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

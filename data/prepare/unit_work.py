@@ -1,0 +1,197 @@
+"""Doing one work unit: read, encode, write tokens and documents, and the receipt last.
+
+    python -m packspeed.data.prepare.unit_work FOLDER SKIP_BAD ENCODER     unit numbers in, JSON lines out
+
+The second form is one of several worker processes (crew.py). It ends when stdin does, so it never outlives the parent.
+Memory: a megabyte of text or one piece of a long document, its tokens, and 24 bytes per document of the unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import xxhash
+
+from packspeed.data.dataset import Tokens
+from packspeed.data.errors import DataError
+from packspeed.data.prepare.units import DOCUMENT, Job, Receipt, Unit, load_job, unit_path
+from packspeed.data.read.readers import Document, Tally, read_documents
+from packspeed.data.storage.atomic import WRITTEN_BYTES, start_writing, temporary, write_file
+from packspeed.data.text.encode import Choice, Encoder
+from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer_file
+
+BATCH_BYTES = 2**20
+
+
+BATCH_DOCUMENTS = 1024
+
+
+HASH_SEED = 0x7061636B73706565  # of all splits there will ever be: a document never changes sides
+
+
+WRITE_BUFFER_BYTES = 2**20
+
+
+@dataclasses.dataclass
+class Counts:
+    """What was done since the last report."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+
+
+Report = Callable[[Counts], None]
+
+
+class UnitWorker:
+    """Does units of one job, one after another, with one encoder."""
+
+    def __init__(self, folder: Path, job: Job, tokenizer: Tokenizer, skip_bad: int, choice: Choice = "auto"):
+        self.folder, self.job, self.skip_bad = folder, job, skip_bad
+        self.encoder = Encoder(tokenizer, choice)
+
+    def do(self, unit: Unit, report: Report) -> Receipt:
+        """Do one unit; returns its receipt. DataError leaves no file of it."""
+        tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
+        path = unit_path(self.folder, unit.number, ".bin")
+        table_path = temporary(unit_path(self.folder, unit.number, ".docs"))
+        try:
+            with open(temporary(path), "wb", buffering=WRITE_BUFFER_BYTES) as stream, open(table_path, "wb") as rows:
+                for tokens, counts in self._encoded(unit, tally, table):
+                    stream.write(tokens.data)
+                    if stream.tell() // WRITTEN_BYTES > total.tokens * tokens.itemsize // WRITTEN_BYTES:
+                        start_writing(stream.fileno())
+                    _add(total, counts)
+                    report(counts)
+                rows.write(b"".join(table))
+                for file in (stream, rows):
+                    file.flush()
+                    os.fsync(file.fileno())
+            # The receipt's own write makes these names durable; should it come first, its sizes show that they are not.
+            os.replace(table_path, unit_path(self.folder, unit.number, ".docs"))
+            os.replace(temporary(path), path)
+        except BaseException:
+            temporary(path).unlink(missing_ok=True)
+            table_path.unlink(missing_ok=True)
+            raise
+        receipt = Receipt(
+            bad=tally.bad,
+            binary=tally.binary,
+            bin_bytes=total.tokens * np.dtype(self.job.dtype).itemsize,
+            **dataclasses.asdict(total),
+        )
+        write_file(unit_path(self.folder, unit.number, ".json"), json.dumps(dataclasses.asdict(receipt)).encode())
+        return receipt
+
+    def _encoded(self, unit: Unit, tally: Tally, table: list[bytes]) -> Iterator[tuple[Tokens, Counts]]:
+        """The unit's tokens by the megabyte of text; a row is added to `table` for every document that ended."""
+        open_document = _OpenDocument()
+        checked = False
+        for batch in _batches(read_documents(unit.sources, self.job.text_key, tally)):
+            counts = Counts()
+            pieces = [d for d in batch if d.data or (d.last and open_document.continues(d))]
+            counts.empty_documents = len(batch) - len(pieces)
+            texts = [piece.data for piece in pieces]
+            if pieces and not checked:
+                self.encoder.check(texts, pieces[0].source)
+                checked = True
+            ids, lengths = self.encoder.encode(texts) if pieces else (np.empty(0, np.uint32), np.empty(0, np.int64))
+            last = np.array([piece.last for piece in pieces], dtype=bool)
+            tokens = self._tokens(ids, lengths, last)
+            table.append(open_document.rows(pieces, lengths, last).tobytes())
+            counts.documents, counts.text_bytes = int(last.sum()), sum(map(len, texts))
+            counts.tokens = len(tokens)
+            yield tokens, counts
+
+    def _tokens(self, ids: Tokens, lengths: np.ndarray, last: np.ndarray) -> Tokens:
+        """The ids in the dataset's dtype, without the EOT behind pieces that end no document."""
+        if not last.all():
+            ids = np.delete(ids, np.cumsum(lengths)[~last] - 1)
+        return ids.astype(np.dtype(self.job.dtype).newbyteorder("<"))
+
+
+class _OpenDocument:
+    """The document whose pieces are still coming: its tokens so far and the hash of its bytes so far."""
+
+    def __init__(self) -> None:
+        self.tokens, self.hash = 0, xxhash.xxh3_128(seed=HASH_SEED)
+        self.began = False
+
+    def continues(self, document: Document) -> bool:
+        """Whether an empty final piece ends a document that began with text."""
+        return self.began
+
+    def rows(self, pieces: list[Document], lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """A table row for each document that ends in these pieces."""
+        rows = np.zeros(int(last.sum()), dtype=DOCUMENT)
+        digests, tokens = list[bytes](), list[int]()
+        for piece, length in zip(pieces, lengths.tolist(), strict=True):
+            if piece.last and not self.began:
+                digests.append(xxhash.xxh3_128_digest(piece.data, seed=HASH_SEED))
+                tokens.append(length)
+                continue
+            self.hash.update(piece.data)
+            self.tokens += length if piece.last else length - 1
+            self.began = True
+            if piece.last:
+                digests.append(self.hash.digest())
+                tokens.append(self.tokens)
+                self.__init__()  # type: ignore[misc]  # ready for the next one
+        rows["tokens"] = tokens
+        halves = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
+        rows["high"], rows["low"] = halves[:, 0], halves[:, 1]
+        return rows
+
+
+def _add(total: Counts, counts: Counts) -> None:
+    for field in dataclasses.fields(Counts):
+        setattr(total, field.name, getattr(total, field.name) + getattr(counts, field.name))
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents by the megabyte: enough to encode several at once, little enough to hold."""
+    batch, size = list[Document](), 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.data)
+        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def main(folder: Path, skip_bad: int, choice: Choice) -> None:
+    """Be a worker process: do the units whose numbers come in, tell what happens as JSON lines."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us
+
+    def tell(**message: object) -> None:
+        print(json.dumps(message), flush=True)
+
+    try:
+        job = load_job(folder)
+        tokenizer = load_tokenizer_file(folder.parent / job.tokenizer_file)
+        worker = UnitWorker(folder, job, tokenizer, skip_bad, choice)
+        tell(ready=True)
+        for line in sys.stdin:
+            unit = job.units[int(line)]
+            receipt = worker.do(unit, lambda counts: tell(counts=dataclasses.asdict(counts)))
+            tell(done=unit.number, receipt=dataclasses.asdict(receipt))
+    except DataError as error:
+        tell(error=str(error), exit_code=error.exit_code)
+    except OSError as error:
+        tell(error=f"{folder} cannot be written: {error.strerror or error}.", exit_code=DataError.exit_code)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), cast(Choice, sys.argv[3]))

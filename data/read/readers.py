@@ -1,0 +1,394 @@
+"""Documents out of sources, one after another, each with the place it came from.
+
+    text       .txt, .md, .py and all else: one file is one document, byte for byte
+    lines      .jsonl, .ndjson, plain, .gz or .zst, and .json.gz, .json.zst: one line is one document, under a key
+    parquet    one row is one document, under a column of that name
+    hub        one row of a Hub dataset is one document, streamed
+
+Nothing is ever repaired in silence: a malformed line, a missing key or invalid UTF-8 is refused with its file, line and
+byte, or counted within `skip_bad`; a compressed stream that ends early is refused too.
+A document above 16 MiB comes in pieces (`last` marks the final one), cut where no tokenizer of ours sees a difference
+(pieces.py); so does the text of a line above 64 MiB. Memory: 64 MiB at most, whatever the file.
+orjson parses a line three times as fast as json, which has the word on every line that orjson refuses.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import itertools
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import orjson
+
+from packspeed.data.errors import DataError
+from packspeed.data.read.chunking import in_pieces
+from packspeed.data.read.long_json import long_text
+from packspeed.data.read.sources import URLS, Source
+
+CHUNK_BYTES = 2**20
+
+
+LONG_TEXT_BYTES = 2**24
+
+
+LONG_LINE_BYTES = 2**26
+
+
+PARQUET_ROWS = 1024
+
+
+URL_TIMEOUT_S = 60
+
+
+@dataclass(slots=True)
+class Document:
+    """A text as UTF-8, and where it was: the source's name and a byte offset (text, lines) or a row.
+
+    Or a piece of a long text: all pieces but the final one have `last` False.
+    """
+
+    data: bytes
+    source: str
+    position: int
+    last: bool = True
+
+
+@dataclass
+class Tally:
+    """What was passed over while reading. `skip_bad` is how many bad documents are tolerated."""
+
+    skip_bad: int = 0
+    bad: int = 0
+    binary: int = 0
+
+    def refuse(self, where: str | Callable[[], str], why: str) -> None:
+        """Count a bad document; DataError when there are more than `skip_bad`. `where` is asked for only then."""
+        self.bad += 1
+        if self.bad > self.skip_bad:
+            raise DataError(
+                f"{where if isinstance(where, str) else where()}: {why}. Correct it, or pass over a few such documents "
+                f"with --skip-bad N." + (f" {self.bad} so far." if self.skip_bad else "")
+            )
+
+
+def read_documents(sources: Iterable[Source], text_key: str, tally: Tally) -> Iterator[Document]:
+    """The documents of the sources, one after another. DataError for a bad one and for a file that cannot be read."""
+    for source in sources:
+        try:
+            if source.kind == "text":
+                yield from _read_text(source, tally)
+            elif source.kind == "lines":
+                yield from _read_lines(source, text_key, tally)
+            elif source.kind == "parquet":
+                yield from _read_parquet(source, text_key, tally)
+            else:
+                yield from _read_hub(source, text_key, tally)
+        except OSError as error:
+            raise DataError(f"{source.name} cannot be read: {error.strerror or error}. Check the file.") from error
+
+
+def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
+    with _open(source.name) as stream:
+        if source.found and _looks_binary(stream.read(8192)):
+            tally.binary += 1
+            return
+        stream.seek(0)
+        data = stream.read(LONG_TEXT_BYTES)
+        if len(data) == LONG_TEXT_BYTES:
+            del data
+            yield from _read_long_text(source, stream, tally)
+            return
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if source.found:
+            tally.binary += 1
+        else:
+            where = f"{source.name}, line {data.count(10, 0, error.start) + 1}, byte {error.start}"
+            tally.refuse(where, f"not UTF-8 ({error.reason})")
+        return
+    yield Document(data, source.name, 0)
+
+
+def _read_long_text(source: Source, stream: IO[bytes], tally: Tally) -> Iterator[Document]:
+    """A text in pieces, after a first pass over all of it has found it to be UTF-8."""
+    stream.seek(0)
+    try:
+        for _ in _decoded(stream):
+            pass
+    except UnicodeDecodeError as error:
+        if source.found:
+            tally.binary += 1
+        else:
+            tally.refuse(f"{source.name}, about byte {stream.tell()}", f"not UTF-8 ({error.reason})")
+        return
+    stream.seek(0)
+    for text, last in in_pieces(_decoded(stream)):
+        yield Document(text.encode("utf-8"), source.name, 0, last)
+
+
+def _decoded(stream: IO[bytes]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    while chunk := stream.read(CHUNK_BYTES):
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
+
+
+def _looks_binary(head: bytes) -> bool:
+    """Whether a file's beginning cannot be text; a character cut off at its end is no sign of it."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return True
+    return b"\0" in head
+
+
+def _read_lines(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
+    for offset, line in _lines(_chunks(source), source.start):
+        if not isinstance(line, bytes):
+            yield from _read_long_line(line, offset, source.name, text_key, tally)
+            continue
+        try:
+            data = orjson.loads(line)[text_key].encode()
+        except (ValueError, LookupError, TypeError, AttributeError):
+            if line and not line.isspace():
+                yield from _read_odd_line(line, offset, source.name, text_key, tally)
+        else:
+            yield Document(data, source.name, offset)
+
+
+def _read_odd_line(line: bytes, offset: int, source: str, text_key: str, tally: Tally) -> Iterator[Document]:
+    """What is wrong with a line, or its document where json is more tolerant than orjson (NaN, for one)."""
+
+    def where(start: int = 0) -> str:
+        return f"{source}, line {_line_number(source, offset)}, byte {offset + start}"
+
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        start, reason = error.start, error.reason
+        tally.refuse(lambda: where(start), f"not UTF-8 ({reason})")
+    except (ValueError, RecursionError) as error:
+        tally.refuse(where, f"malformed JSON ({error})")
+    else:
+        yield from _document(value, text_key, source, offset, where, tally)
+
+
+def _read_long_line(
+    parts: Iterable[bytes], offset: int, source: str, text_key: str, tally: Tally
+) -> Iterator[Document]:
+    """The document of a line that is not held in memory. What is wrong with it is found too late to pass over it."""
+    try:
+        for text, last in in_pieces(long_text(parts, text_key)):
+            yield Document(text.encode("utf-8"), source, offset, last)
+    except (ValueError, LookupError) as error:
+        where = f"{source}, line {_line_number(source, offset)}, byte {offset}"
+        raise DataError(
+            f"{where}: this line is longer than {LONG_LINE_BYTES >> 20} MiB and {error}. Correct or remove it; a line "
+            f"this long cannot be passed over by --skip-bad."
+        ) from error
+
+
+def _line_number(source: str, offset: int) -> int:
+    """Which line begins at a byte of the (uncompressed) stream, from 1: counted only where something is wrong."""
+    number, seen = 1, 0
+    for chunk in _chunks(Source(source, "lines")):
+        number += chunk.count(b"\n", 0, max(0, offset - seen))
+        seen += len(chunk)
+        if seen >= offset:
+            break
+    return number
+
+
+def _document(
+    value: Any, text_key: str, source: str, position: int, where: str | Callable[[], str], tally: Tally
+) -> Iterator[Document]:
+    """The one document of a parsed record, or none after counting what is wrong with it."""
+    if not isinstance(value, dict):
+        tally.refuse(where, f"expected a JSON object, found {type(value).__name__}")
+    elif text_key not in value:
+        tally.refuse(where, f"no key {text_key!r} among {', '.join(map(repr, list(value)[:8]))} (choose by --text-key)")
+    elif not isinstance(value[text_key], str):
+        tally.refuse(where, f"{text_key!r} is {type(value[text_key]).__name__}, not a text")
+    else:
+        try:
+            data = value[text_key].encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+            tally.refuse(where, f"character {error.start} of {text_key!r} is half a surrogate pair, which UTF-8 lacks")
+        else:
+            yield Document(data, source, position)
+
+
+def _open(name: str) -> IO[bytes]:
+    """A file, or a temporary copy of what a URL holds: nothing is read from half a download."""
+    if not name.startswith(URLS):
+        return open(name, "rb")
+    import urllib.request  # 40 ms (ssl, email) that those who read files need not wait for
+
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
+    try:
+        with urllib.request.urlopen(name, timeout=URL_TIMEOUT_S) as answer:
+            shutil.copyfileobj(answer, copy, CHUNK_BYTES)
+            expected = answer.headers.get("Content-Length")
+        if expected is not None and copy.tell() != int(expected):
+            raise DataError(f"{name} broke off after {copy.tell()} of {expected} bytes. Try again.")
+        copy.seek(0)
+        return copy
+    except BaseException:
+        copy.close()
+        raise
+
+
+def _lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
+    """Lines without their end and the byte offset of each (in the uncompressed stream); a long one as its parts."""
+    chunks, pending, held = iter(chunks), list[bytes](), 0
+    while (chunk := next(chunks, None)) is not None:
+        *ended, rest = chunk.split(b"\n")
+        for part in ended:
+            line = b"".join([*pending, part]) if pending else part
+            pending.clear()
+            held = 0
+            yield offset, line
+            offset += len(line) + 1
+        if rest:
+            pending.append(rest)
+            held += len(rest)
+        if held > LONG_LINE_BYTES:
+            long = _LongLine(pending, chunks)
+            yield offset, iter(long)
+            for _ in long:  # the reader may have stopped early
+                pass
+            offset += long.bytes + 1
+            chunks, pending, held = itertools.chain([long.rest], chunks), [], 0
+    if pending:
+        yield offset, b"".join(pending)
+
+
+class _LongLine:
+    """The parts of one line out of a stream of chunks; `rest` is what followed its end in the last chunk."""
+
+    def __init__(self, pending: list[bytes], chunks: Iterator[bytes]):
+        self.bytes, self.rest = 0, b""
+        self._parts = self._read(list(pending), chunks)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._parts
+
+    def _read(self, pending: list[bytes], chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for part in pending:
+            self.bytes += len(part)
+            yield part
+        for chunk in chunks:
+            part, newline, self.rest = chunk.partition(b"\n")
+            self.bytes += len(part)
+            yield part
+            if newline:
+                return
+
+
+def _chunks(source: Source) -> Iterator[bytes]:
+    """A file's content, decompressed. DataError where a compressed stream is damaged or ends early."""
+    name = source.name
+    if name.lower().endswith(".zst"):
+        yield from _zstd_chunks(name)
+        return
+    compressed = name.lower().endswith(".gz")
+    try:
+        with _open(name) as raw, gzip.open(raw) if compressed else raw as stream:
+            if source.start:
+                stream.seek(source.start)
+            left = source.end - source.start if source.end >= 0 else -1
+            while chunk := stream.read(CHUNK_BYTES if left < 0 else min(left, CHUNK_BYTES)):
+                left -= len(chunk) if left >= 0 else 0
+                yield chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name} is a damaged gzip file ({error}). Fetch it again.") from error
+
+
+def _zstd_chunks(name: str) -> Iterator[bytes]:
+    """Frame by frame, since the library's own reader takes a file that ends inside a frame for a whole one."""
+    import zstandard
+
+    unpack = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    try:
+        with _open(name) as stream:
+            while packed := stream.read(CHUNK_BYTES // 8):
+                while packed:
+                    frame = frame or unpack.decompressobj()
+                    yield frame.decompress(packed)
+                    packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except zstandard.ZstdError as error:
+        raise DataError(f"{name} is a damaged zstd file ({error}). Fetch it again.") from error
+    if frame is not None:
+        raise DataError(f"{name} is a damaged zstd file (it ends inside a frame). Fetch it again.")
+
+
+def _read_parquet(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _open(source.name) as raw, pyarrow.parquet.ParquetFile(raw) as table:
+            if text_key not in table.schema_arrow.names:
+                columns = ", ".join(table.schema_arrow.names)
+                raise DataError(f"{source.name} has no column {text_key!r}; choose by --text-key among {columns}.")
+            groups = range(table.num_row_groups)[source.start : source.end if source.end >= 0 else None]
+            row = sum(table.metadata.row_group(group).num_rows for group in range(source.start))
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=[text_key]):
+                for value in batch.column(0):
+                    yield from _parquet_document(value, text_key, source.name, row, tally)
+                    row += 1
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{source.name} is a damaged parquet file ({error}). Fetch it again.") from error
+
+
+def _parquet_document(value: Any, text_key: str, source: str, row: int, tally: Tally) -> Iterator[Document]:
+    where = f"{source}, row {row}"
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        tally.refuse(where, f"not UTF-8 ({error.reason})")
+    else:
+        yield from _document({text_key: text}, text_key, source, row, where, tally)
+
+
+def open_hub(name: str) -> Any:
+    """A Hub dataset, `OWNER/NAME[:CONFIG][@SPLIT]`, as a stream. DataError where it cannot be read."""
+    import datasets
+
+    path, _, split = name.partition("@")
+    path, _, config = path.partition(":")
+    try:
+        return datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
+    except Exception as error:  # datasets lets errors of many libraries through
+        raise _hub_error(name, error) from error
+
+
+def _hub_error(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"Hub dataset {name} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]}). "
+        f"Check its name, configuration and split, and the network; as a path it does not exist either."
+    )
+
+
+def _read_hub(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
+    stream = open_hub(source.name)
+    shards = range(stream.num_shards)[source.start : source.end if source.end >= 0 else None]
+    for shard in shards:
+        part = stream.shard(num_shards=stream.num_shards, index=shard)
+        try:
+            for row, record in enumerate(part):
+                where = f"{source.name}, shard {shard}, row {row}"
+                yield from _document(record, text_key, source.name, row, where, tally)
+        except DataError:
+            raise
+        except Exception as error:
+            raise _hub_error(source.name, error) from error

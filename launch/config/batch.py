@@ -1,0 +1,49 @@
+"""Batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Literal
+
+from packspeed.launch.config.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step is cut: global_batch = micro_batch x accumulation x dp_size (samples)."""
+
+    micro_batch: int
+    accumulation: int
+    dp_size: int
+
+
+def solve_batch(
+    global_batch: int, seq_len: int, dp_size: int, micro_batch: int | Literal["auto"], max_micro_tokens: int = 16384
+) -> BatchPlan:
+    """Cut global_batch samples over dp_size ranks. `auto`: the largest micro batch of at most max_micro_tokens.
+
+    Raises ConfigError that lists the nearest feasible choices.
+    """
+    if global_batch % dp_size:
+        sizes = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        near = sorted(sorted(sizes, key=lambda n: abs(n - dp_size))[:4])
+        low = max(dp_size, global_batch // dp_size * dp_size)
+        raise ConfigError(
+            f"train.global_batch_tokens = {global_batch * seq_len} is {global_batch} samples of {seq_len} tokens, "
+            f"which {dp_size} data-parallel ranks cannot share equally. "
+            f"Ranks that can: {', '.join(map(str, near))}; or with {dp_size} ranks "
+            f"global_batch_tokens = {low * seq_len} or {(global_batch // dp_size + 1) * dp_size * seq_len}."
+        )
+    rows = global_batch // dp_size
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    if micro_batch == "auto":
+        micro_batch = max(n for n in divisors if n == 1 or n * seq_len <= max_micro_tokens)
+    if micro_batch not in divisors:
+        near = sorted(sorted(divisors, key=lambda n: abs(n - typing.cast("int", micro_batch)))[:4])
+        raise ConfigError(
+            f"train.micro_batch = {micro_batch} does not divide the {rows} samples that each of {dp_size} "
+            f"data-parallel ranks has per step ({global_batch} / {dp_size}). "
+            f"The nearest that do: {', '.join(map(str, near))}; or auto."
+        )
+    return BatchPlan(micro_batch, rows // micro_batch, dp_size)

@@ -1,0 +1,26 @@
+"""Schedule."""
+
+from __future__ import annotations
+
+import math
+
+from packspeed.launch.config.run_file import TrainSection
+
+
+def learning_rate(step: int, train: TrainSection) -> float:
+    """The learning rate of the given optimizer step (the first is 0): warm-up, then the schedule's shape.
+
+    Warm-up as in nanoGPT, lr (step + 1) / (warmup_steps + 1): no step is spent at zero.
+    Cosine: SGDR, arXiv:1608.03983; WSD: MiniCPM, arXiv:2404.06395, with a linear decay at the end.
+    """
+    peak, schedule, total = train.optimizer.lr, train.schedule, train.total_steps
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.name == "constant":
+        return peak
+    start = schedule.warmup_steps
+    if schedule.name == "wsd":
+        start = max(start, total - (schedule.decay_steps or max(1, total // 5)))
+    progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
+    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1.0 - progress
+    return schedule.min_lr + shape * (peak - schedule.min_lr)

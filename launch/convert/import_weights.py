@@ -1,0 +1,256 @@
+"""`packspeed import hf|nanogpt`: another project's weights become a run at step 0, for `packspeed train`.
+
+    OUT/checkpoints/step-00000000/packspeed.json, universal/     fp32 weights, no optimizer state (elastic.py)
+    OUT/run.yaml                                                 the run file to go on with
+    OUT/tokenizer/tokenizer.json                                 where the source had one
+
+hf takes GPT-2, Llama and Qwen3 folders (config.json, safetensors in one file or many); nanogpt takes its ckpt.pt, read
+with weights_only: nothing in it can run. One parameter is in memory at a time (hf), and the folder appears by a
+rename. What our model cannot compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from packspeed.data.errors import DataError
+from packspeed.data.storage.atomic import sync, write_durably
+from packspeed.data.storage.hashing import hash_file
+from packspeed.data.text.tokenizer import load_tokenizer
+from packspeed.launch.checkpoint import reshard as elastic
+from packspeed.launch.checkpoint.manifest import FORMAT_VERSION, MANIFEST, UNIVERSAL, tag
+from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.run_folder.folder import git_commit, versions
+from packspeed.model.config import GPTConfig, num_parameters
+from packspeed.model.hf import canonical_names, weight_table
+from packspeed.model.hf_config import from_hf_config
+
+Get = Callable[[str], torch.Tensor]
+
+
+RUN_FILE = "run.yaml"
+
+
+def import_hf(source: Path, out: Path, data: str | None = None) -> dict[str, Any]:
+    """Import a folder that transformers' save_pretrained wrote. ConfigError for models we cannot compute."""
+    try:
+        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config = from_hf_config(raw)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{source / 'config.json'}: {reason}") from None
+    tokenizer, notes = _tokenizer(source)
+    with ExitStack() as stack:
+        files = {name: (path, stack.enter_context(_open(path))) for path in _shards(source) for name in _names(path)}
+        try:
+            names = canonical_names(files, config)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+        def get(name: str) -> torch.Tensor:
+            path, file = files[names[name]]
+            tensor: torch.Tensor = file.get_tensor(names[name])
+            if not tensor.is_floating_point():
+                raise ConfigError(f"{path}: {names[name]} is {tensor.dtype}: quantized weights cannot be trained on.")
+            return tensor.float()
+
+        return _write(source, out, data, config, _joined(config, get), tokenizer, notes)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a safetensors file ({error}). Copy it again.") from None
+
+
+def _names(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
+
+
+def _shards(source: Path) -> list[Path]:
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            found = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise UserError(f"{index}: not the index of a sharded model. Copy it again.") from None
+        if any(Path(name).name != name for name in found):
+            raise UserError(f"{index} names files outside its folder.")
+        return [source / name for name in found]
+    single = source / "model.safetensors"
+    if not single.is_file():
+        raise ConfigError(
+            f"{source}: there is no model.safetensors and no index of shards. A pytorch_model.bin becomes one with "
+            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)."
+        )
+    return [single]
+
+
+def _joined(config: GPTConfig, get: Get) -> Iterator[tuple[str, torch.Tensor]]:
+    """Our parameters, tied ones once."""
+    for weight in weight_table(config):
+        if not (config.tie_embeddings and weight.ours == "lm_head.weight"):
+            yield weight.ours, weight.join(get, config)
+
+
+def _tokenizer(source: Path) -> tuple[bytes | None, list[str]]:
+    path = source / "tokenizer.json"
+    if not path.is_file():
+        return None, ["there is no tokenizer.json: prepare the data with the tokenizer that the model was trained with"]
+    try:
+        load_tokenizer(str(path))
+    except DataError as error:
+        return None, [f"its tokenizer.json is not taken over: {error}"]
+    return path.read_bytes(), []
+
+
+def import_nanogpt(source: Path, out: Path, data: str | None = None) -> dict[str, Any]:
+    """Import a ckpt.pt of nanoGPT's train.py."""
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        arguments, weights = dict(content["model_args"]), dict(content["model"])
+        config = GPTConfig(
+            n_layer=arguments["n_layer"],
+            n_head=arguments["n_head"],
+            d_model=arguments["n_embd"],
+            vocab_size=arguments["vocab_size"],
+            max_seq_len=arguments["block_size"],
+            bias=arguments["bias"],
+            mlp="gelu",
+        )
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror or error}") from None
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError by kind of damage
+        raise UserError(f"{source}: cannot be read as nanoGPT's ckpt.pt: {str(error).splitlines()[0]}") from None
+    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # of torch.compile
+    try:
+        names = canonical_names(weights, config)
+        plain = [weight._replace(transposed=False) for weight in weight_table(config)]  # Linear, not Conv1D
+        tensors = ((w.ours, w.join(lambda name: weights[names[name]].float(), config)) for w in plain)
+        notes = ["nanoGPT stores no tokenizer: prepare the data with the one the model was trained with"]
+        untied = ((name, tensor) for name, tensor in tensors if name != "lm_head.weight")
+        return _write(source, out, data, config, untied, None, notes)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _write(
+    source: Path,
+    out: Path,
+    data: str | None,
+    config: GPTConfig,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    tokenizer: bytes | None,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Write the run folder under a temporary name and rename it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is in use: name a run folder that does not exist yet.")
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    run_file = _run_file(out, config, data, tokenizer is not None)
+    try:
+        checkpoint = temporary / "checkpoints" / tag(0)
+        (checkpoint / UNIVERSAL).mkdir(parents=True)
+        _write_checkpoint(checkpoint, source, config, tensors)
+        (temporary / RUN_FILE).write_text(run_file, encoding="utf-8")
+        if tokenizer is not None:
+            (temporary / "tokenizer").mkdir()
+            (temporary / "tokenizer" / "tokenizer.json").write_bytes(tokenizer)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror}; nothing was imported.") from None
+    except SafetensorError as error:
+        raise UserError(f"{source}: {error}; nothing was imported.") from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {
+        "source": str(source),
+        "path": str(out),
+        "checkpoint": str(out / "checkpoints" / tag(0)),
+        "run_file": str(out / RUN_FILE),
+        "parameters": num_parameters(config),
+        "tied": config.tie_embeddings,
+        "notes": notes,
+    }
+
+
+def _write_checkpoint(
+    checkpoint: Path, source: Path, config: GPTConfig, tensors: Iterator[tuple[str, torch.Tensor]]
+) -> None:
+    """The universal folder, whose files packspeed.json lists too: there is nothing else to make them from again."""
+    folder, files = checkpoint / UNIVERSAL, dict[str, Any]()
+    for name, tensor in tensors:
+        path = folder / f"{name}.safetensors"
+        save_file({"fp32": tensor.contiguous()}, path)
+        sync(path)
+        files[path.name] = hash_file(path)
+    info = {"format_version": elastic.VERSION, "step": 0, "optimizer_step": 0, "loss_scaler": {}, "files": files}
+    write_durably(folder / MANIFEST, json.dumps(info, indent=1))
+    listed = {f"{UNIVERSAL}/{name}": known for name, known in files.items()}
+    listed[f"{UNIVERSAL}/{MANIFEST}"] = hash_file(folder / MANIFEST)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": 0,
+        "imported": {
+            "source": str(source),
+            "tied": {"lm_head.weight": "embed.weight"} if config.tie_embeddings else {},
+        },
+        "config": {"model": _model_section(config)},
+        "packspeed": metadata.version("packspeed"),
+        "versions": versions(),
+        "commit": git_commit(),
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_durably(checkpoint / MANIFEST, json.dumps({**manifest, "files": listed}, indent=1))
+    sync(checkpoint.parent)
+
+
+def _model_section(config: GPTConfig) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
+
+
+def _run_file(out: Path, config: GPTConfig, data: str | None, has_tokenizer: bool) -> str:
+    """A run file that goes on from the import: whole, but for the dataset where none was named."""
+    place = out.resolve()
+    seq_len = min(config.max_seq_len, 1024)
+    tokenizer = place / "tokenizer" / "tokenizer.json" if has_tokenizer else "the model's own"
+    head = (
+        f"# Goes on from the imported weights in {place}. Set the length, the batch and the learning rate.\n"
+        "# Do not train it with --fresh: that moves the imported weights aside too.\n"
+        f"# The data must be tokenized as the model's was: packspeed prepare ... --tokenizer {tokenizer}\n"
+    )
+    run = {
+        "name": place.name,
+        "runs_dir": str(place.parent),
+        "model": _model_section(config),
+        "data": {"path": str(Path(data).resolve()) if data and "://" not in data else data or "tokens/FILL-ME-IN"},
+        "train": {
+            "steps": 1000,
+            "global_batch_tokens": 64 * seq_len,
+            "optimizer": {"name": "adamw", "lr": 3e-5},
+            "schedule": {"name": "cosine", "warmup_steps": 100, "min_lr": 3e-6},
+        },
+    }
+    run["data"]["seq_len"] = seq_len  # type: ignore[index]  # a dict
+    return head + yaml.safe_dump(run, sort_keys=False)

@@ -1,0 +1,153 @@
+"""The DeepSpeed engine around the GPT: the only file that calls deepspeed.initialize.
+
+    topology = start_distributed()                          # ranks, sizes and the device, once
+    engine = build_engine(gpt_config, run, ds_config)       # the same weights at every ZeRO stage
+
+Weights are drawn per parameter name (model.gpt.init_weights), under GatheredParameters at stage 3, so every stage
+and every number of ranks starts from the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from packspeed.launch.config.errors import UserError
+from packspeed.launch.engine.ops import build_ops, device_type, do_without, needed_ops, prepare_for_ops
+from packspeed.launch.engine.quiet import quiet
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Who this process is. Code asks for the data-parallel group here, never for the world size directly."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the data-parallel ranks, in place; every rank gets the same bits."""
+        if self.dp_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def from_rank0(self, value: Any) -> Any:
+        """Broadcast a small picklable object from rank 0."""
+        box = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a small picklable object from every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(out, value)
+        return out
+
+
+OPENMPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
+
+
+def launcher_environment() -> tuple[int, int, int, int]:
+    """(rank, world, local rank, local size) as the launcher set them; one lonely rank without a launcher."""
+    env = os.environ
+    for name, mpi in OPENMPI.items():  # mpirun names them otherwise
+        if mpi in env:
+            env.setdefault(name, env[mpi])
+    world = int(env.get("WORLD_SIZE", 1))
+    return int(env.get("RANK", 0)), world, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_SIZE", world))
+
+
+def start_distributed(
+    ds_config: dict[str, Any] | None = None, say: Callable[[str], None] = print, timeout_s: float = 1800.0
+) -> Topology:
+    """Join the process group that the launcher's environment describes; without a launcher, be the only rank.
+
+    With a DeepSpeed configuration, what it needs is compiled on the way. What one host cannot compile no rank uses: the
+    configuration then names what stands in for it, or a UserError says on every rank what is wrong on that host.
+    """
+    prepare_for_ops()
+    rank, world, local_rank, local_size = launcher_environment()
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    accelerator, timeout = get_accelerator(), datetime.timedelta(seconds=timeout_s)
+    backend = accelerator.communication_backend_name()
+    if device_type() != "cpu":
+        accelerator.set_device(local_rank)
+    if backend != "gloo":
+        _start_deepspeed(backend, timeout)
+    elif not torch.distributed.is_initialized():
+        # Before DeepSpeed: a rank without its shared memory would keep the others waiting in it for ever.
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    topology = Topology(
+        rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name())
+    )
+    if ds_config is not None:
+        _build_ops(ds_config, topology, say)
+    _start_deepspeed(backend, timeout)
+    _unlink_shared_memory(topology)
+    return topology
+
+
+def _start_deepspeed(backend: str, timeout: datetime.timedelta) -> None:
+    if not dist.is_initialized():
+        with quiet(None):
+            deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+
+
+def _build_ops(ds_config: dict[str, Any], topology: Topology, say: Callable[[str], None]) -> None:
+    """The first rank of every host builds; all ranks know what came of it on each host."""
+    missing: dict[str, str] = {}
+    failed: UserError | None = None
+    if topology.local_rank == 0:
+        try:
+            missing = build_ops(needed_ops(ds_config, device_type()), say)
+        except UserError as error:
+            failed = error
+    answers = topology.gather((missing, failed))
+    for _, failure in answers:
+        if failure is not None:
+            raise failure
+    do_without({name: why for lacking, _ in answers for name, why in lacking.items()}, ds_config, say)
+
+
+def _unlink_shared_memory(topology: Topology) -> None:
+    """Take the name of this rank's all-reduce buffer away once all ranks of the host have mapped it.
+
+    DeepSpeed's shared-memory collectives for CPU ranks (csrc/cpu/comm/shm.cpp) never do: every run left 64 MB a rank
+    in /dev/shm, which is memory, for good. Without a name it goes with the last process, however that dies.
+    """
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{topology.rank}")
+    if topology.local_size == topology.world and buffer.exists():
+        topology.barrier()
+        buffer.unlink()

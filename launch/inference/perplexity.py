@@ -1,0 +1,178 @@
+"""`packspeed eval RUN`: perplexity and bits per byte of a run's model on any dataset, without DeepSpeed or a launcher.
+
+Every token of the split is predicted once, the first one from end-of-text. Windows of seq_len tokens move on by
+`stride`; with a stride below seq_len each token sees at least seq_len - stride tokens before it, where there are as
+many. A run that trained with attention inside documents is evaluated so. Bits per byte are all nats, those of
+end-of-text included, over ln 2 and the bytes of UTF-8 that the tokens decode to (end-of-text is none): models with
+different tokenizers can be compared by it, by perplexity per token they cannot.
+Cost: one forward pass over the split, in fp32. Bits per byte: Gao et al., The Pile, https://arxiv.org/abs/2101.00027.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from packspeed.data.dataset import TokenDataset, Tokens, open_dataset
+from packspeed.data.loader import document_positions
+from packspeed.data.text.tokenizer import Tokenizer
+from packspeed.launch.checkpoint.manifest import read_manifest
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.inference.generate import find_checkpoint, load_model, tokenizer_of
+from packspeed.model.gpt import GPT
+
+BATCH_TOKENS = 16_384  # of one forward pass
+
+
+DECODED_TOKENS = 2**20  # at once
+
+
+@dataclass(frozen=True)
+class Span:
+    """A window: inputs first to last - 1 of the stream, of which the labels from `scored` on count."""
+
+    first: int
+    scored: int
+    last: int
+
+
+def spans(tokens: int, seq_len: int, stride: int) -> Iterator[Span]:
+    """Windows in which each of `tokens` labels counts once."""
+    scored = 0
+    while scored < tokens:
+        first = max(0, scored - (seq_len - stride))
+        last = min(tokens, first + seq_len)
+        yield Span(first, scored, last)
+        scored = last
+
+
+def evaluate(
+    place: Path,
+    *,
+    data: str | None = None,
+    split: str = "val",
+    step: int | None = None,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run on its own datasets, or on `data`. ConfigError for a dataset of another tokenizer."""
+    checkpoint = find_checkpoint(place, step)
+    manifest = read_manifest(checkpoint)
+    model, config = load_model(checkpoint)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    own = config.get("data") or {}
+    seq_len = seq_len or own.get("seq_len") or model.config.max_seq_len
+    stride = stride or seq_len
+    if not 1 <= stride <= seq_len:
+        raise ConfigError(f"--stride {stride}: give a number from 1 to --seq-len, {seq_len}.")
+    if model.config.position == "learned" and seq_len > model.config.max_seq_len:
+        raise ConfigError(f"--seq-len {seq_len}: the model has positions for {model.config.max_seq_len} tokens.")
+    remote = {key: own[key] for key in ("cache_dir", "cache_gb") if key in own}
+    paths = [data] if data else [own["path"]] if "path" in own else [each["path"] for each in own.get("sources") or []]
+    if not paths:
+        raise ConfigError(f"{checkpoint}: the run names no dataset. Name one with --data DIR.")
+    results = []
+    for path in paths:
+        dataset = open_dataset(path, **remote)
+        _check_tokenizer(dataset, manifest, model.config.vocab_size)
+        tokenizer = tokenizer_of({"data": {"path": str(dataset.path)}}, checkpoint)
+        isolated = bool(own.get("document_mask")) or own.get("packing", "stream") != "stream"
+        results.append(_evaluate(model, dataset, tokenizer, split, seq_len, stride, max_tokens, isolated))
+    return {"checkpoint": str(checkpoint), "step": manifest["step"], "results": results}
+
+
+def _check_tokenizer(dataset: TokenDataset, manifest: dict[str, Any], vocab_size: int) -> None:
+    """Refuse ids that mean something else to the model."""
+    known, now = manifest.get("datasets"), dataset.describe()[0]["tokenizer"]
+    if known and known[0]["tokenizer"][1] != now[1]:
+        raise ConfigError(
+            f"{dataset.path} was made with tokenizer {now[0]}, and the run was trained with "
+            f"{known[0]['tokenizer'][0]}: the ids mean other texts. Prepare the text with the run's tokenizer."
+        )
+    if dataset.vocab_size > vocab_size:
+        raise ConfigError(f"{dataset.path} has {dataset.vocab_size} tokens, the model {vocab_size}.")
+
+
+def _evaluate(
+    model: GPT,
+    dataset: TokenDataset,
+    tokenizer: Tokenizer,
+    split: str,
+    seq_len: int,
+    stride: int,
+    max_tokens: int | None,
+    isolated: bool,
+) -> dict[str, Any]:
+    tokens = min(dataset.tokens(split), max_tokens or 2**62)
+    if not tokens:
+        raise ConfigError(f"{dataset.path} has no {split} split. Choose --split train, or prepare one.")
+    start, nats = time.monotonic(), 0.0
+    for batch in _batches(spans(tokens, seq_len, stride), max(1, BATCH_TOKENS // seq_len)):
+        nats += _nats(model, _read(dataset, split, batch), batch, dataset.eot_id, isolated)
+    count = text_bytes(dataset, tokenizer, split, tokens)
+    loss = nats / tokens
+    return {
+        "data": str(dataset.path),
+        "split": split,
+        "tokens": tokens,
+        "bytes": count,
+        "seq_len": seq_len,
+        "stride": stride,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_token": loss / math.log(2),
+        "bits_per_byte": nats / math.log(2) / count if count else None,
+        "tokens_per_s": round(tokens / (time.monotonic() - start), 1),
+    }
+
+
+def _batches(windows: Iterator[Span], rows: int) -> Iterator[list[Span]]:
+    """Windows of one length, up to `rows` together."""
+    batch: list[Span] = []
+    for window in windows:
+        if batch and (len(batch) == rows or window.last - window.first != batch[0].last - batch[0].first):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _read(dataset: TokenDataset, split: str, batch: list[Span]) -> Tokens:
+    """Inputs and last labels (b, T + 1); in front of the stream stands an end of text."""
+    rows = np.full((len(batch), batch[0].last - batch[0].first + 1), dataset.eot_id, dtype=dataset.dtype)
+    for row, window in zip(rows, batch, strict=True):
+        begin = max(0, window.first - 1)
+        row[begin - (window.first - 1) :] = dataset.read(split, begin, window.last - begin)
+    return rows
+
+
+@torch.inference_mode()
+def _nats(model: GPT, rows: Tokens, batch: list[Span], eot_id: int, isolated: bool) -> float:
+    """Sum of the losses of the labels that count."""
+    device = model.embed.weight.device
+    window = torch.from_numpy(rows.astype(np.int64)).to(device)
+    arguments: dict[str, Any] = {}
+    if isolated:
+        positions, lengths = document_positions(rows[:, :-1], eot_id)
+        arguments = {"documents": lengths.tolist(), "positions": torch.from_numpy(positions).long().to(device)}
+    losses = model(window[:, :-1], window[:, 1:], reduction="none", **arguments).double().cpu()  # (b, T)
+    return sum(float(row[each.scored - each.first :].sum()) for row, each in zip(losses, batch, strict=True))
+
+
+def text_bytes(dataset: TokenDataset, tokenizer: Tokenizer, split: str, tokens: int) -> int:
+    """UTF-8 bytes of the first `tokens` tokens of a split, decoded document by document; end-of-text is none."""
+    total = 0
+    for begin in range(0, tokens, DECODED_TOKENS):
+        ids = dataset.read(split, begin, min(DECODED_TOKENS, tokens - begin)).astype(np.int64)
+        for document in np.split(ids, np.flatnonzero(ids == dataset.eot_id)):
+            total += len(tokenizer.decode_bytes([i for i in document.tolist() if i != dataset.eot_id]))
+    return total

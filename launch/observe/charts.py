@@ -1,0 +1,226 @@
+"""Line charts as inline SVG, for pages that work without a network (plots.py draws the same as PNG).
+
+    line_chart(Chart("loss", [Series("run a", steps, losses), ...]))  ->  "<svg ...>"
+
+A curve of a million points is drawn with at most POINTS: each bucket of steps keeps its lowest and its highest value,
+so spikes stay visible. The values travel in the page for the pointer (SCRIPT shows them); colours are CSS variables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import itertools
+import json
+import math
+from collections.abc import Sequence
+
+POINTS = 400
+
+
+WIDTH, HEIGHT = 520, 250
+
+
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 34, 30
+
+
+COLORS = ("#2563eb", "#db2777", "#059669", "#d97706", "#7c3aed", "#0891b2", "#dc2626", "#4d7c0f")
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One curve. `faint` draws it thin and pale (the raw values behind a smoothed curve); `dots` marks its points."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str = COLORS[0]
+    faint: bool = False
+    dots: bool = False
+
+
+def thinned(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> list[tuple[float, float]]:
+    """At most about `points` of the points: the lowest and the highest of each bucket, in their order."""
+    pairs = [(float(a), float(b)) for a, b in zip(x, y, strict=True) if b is not None and math.isfinite(b)]
+    if len(pairs) <= points:
+        return pairs
+    size, out = math.ceil(len(pairs) / (points // 2)), []
+    for start in range(0, len(pairs), size):
+        bucket = pairs[start : start + size]
+        out += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
+    return out
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of about `window` values around each, as many before as after it: a falling curve is not held up."""
+    sums = [0.0, *itertools.accumulate(values)]
+    last, out = len(values) - 1, []
+    for i in range(len(values)):
+        reach = min(window // 2, i, last - i)
+        out.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+    return out
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover low to high."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / count
+    step = next(
+        m * 10 ** math.floor(math.log10(raw)) for m in (1, 2, 5, 10) if m * 10 ** math.floor(math.log10(raw)) >= raw
+    )
+    first = math.floor(low / step) * step
+    return [first + i * step for i in range(math.ceil((high - first) / step) + 1)]
+
+
+def short(value: float) -> str:
+    """1500000 -> 1.5M, 0.00042 -> 4.2e-4."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            unit = 1e3 if letter == "k" else limit
+            return f"{value / unit:.3g}{letter}"
+    if size < 1e-3:
+        return f"{value:.2g}".replace("e-0", "e-")
+    return f"{value:.4g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Curves over the step under one title."""
+
+    title: str
+    series: Sequence[Series]
+    unit: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Where a chart's curves lie in an area of WIDTH x HEIGHT: its points, thinned out, and the marks of its axis."""
+
+    curves: Sequence[tuple[Series, list[tuple[float, float]]]]
+    x_low: float
+    x_high: float
+    marks: Sequence[float]
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """The place of a value in the area."""
+        low, high = self.marks[0], self.marks[-1] if self.marks[-1] > self.marks[0] else self.marks[0] + 1
+        across = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+        return across, HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    @property
+    def x_marks(self) -> list[float]:
+        """Round steps inside the plot."""
+        return [mark for mark in ticks(self.x_low, self.x_high) if self.x_low <= mark <= self.x_high]
+
+
+def plot(chart: Chart) -> Plot | None:
+    """Lay a chart out; None where there is nothing to draw."""
+    curves = [(s, points) for s in chart.series if (points := thinned(s.x, s.y))]
+    if not curves:
+        return None
+    xs = [x for _, points in curves for x, _ in points]
+    ys = [y for _, points in curves for _, y in points]
+    return Plot(curves, min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, ticks(min(ys), max(ys)))
+
+
+def line_chart(chart: Chart) -> str:
+    """An SVG of the curves over the step; says so where there is nothing to draw."""
+    title, found = html.escape(chart.title), plot(chart)
+    if found is None:
+        return f'<figure class="chart empty"><figcaption>{title}</figcaption><p>no data</p></figure>'
+    body = [_grid(found)]
+    body += [_curve(s, [found.at(*point) for point in points]) for s, points in found.curves]
+    body.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
+    data = [{"label": s.label, "color": s.color, "points": points} for s, points in found.curves if not s.faint]
+    frame = json.dumps({"x": [found.x_low, found.x_high], "left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH})
+    caption = title + (f' <span class="unit">{html.escape(chart.unit)}</span>' if chart.unit else "")
+    return (
+        f'<figure class="chart" data-frame="{html.escape(frame)}" data-series="{html.escape(json.dumps(data))}">'
+        f"<figcaption>{caption}<output></output></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(body)}</svg>'
+        f"</figure>"
+    )
+
+
+def _grid(found: Plot) -> str:
+    out = []
+    for mark in found.marks:
+        _, y = found.at(found.x_low, mark)
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(mark)}</text>')
+    for mark in found.x_marks:
+        x, _ = found.at(mark, found.marks[0])
+        out.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{short(mark)}</text>')
+    return "".join(out)
+
+
+def _curve(series: Series, points: Sequence[tuple[float, float]]) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    style = "faint" if series.faint else "curve"
+    out = f'<polyline class="{style}" style="stroke:{series.color}" points="{path}"/>'
+    if series.dots or len(points) == 1:
+        out += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:{series.color}"/>' for x, y in points)
+    return out
+
+
+SCRIPT = """
+for (const figure of document.querySelectorAll('figure[data-series]')) {
+  const frame = JSON.parse(figure.dataset.frame), series = JSON.parse(figure.dataset.series);
+  const [svg, cursor, out] = ['svg', '.cursor', 'output'].map(name => figure.querySelector(name));
+  svg.addEventListener('pointermove', event => {
+    const box = svg.getBoundingClientRect(), px = (event.clientX - box.left) / box.width * frame.width;
+    const x = frame.x[0] + (px - frame.left) / (frame.right - frame.left) * (frame.x[1] - frame.x[0]);
+    let nearest = null, text = '';
+    for (const s of series) {
+      const p = s.points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
+      if (nearest === null) nearest = p[0];
+      const b = document.createElement('b'); b.style.color = s.color; b.textContent = +p[1].toPrecision(5);
+      text += ' ' + b.outerHTML;
+    }
+    out.innerHTML = 'step ' + nearest + text;
+    const at = frame.left + (nearest - frame.x[0]) / (frame.x[1] - frame.x[0]) * (frame.right - frame.left);
+    cursor.setAttribute('x1', at); cursor.setAttribute('x2', at);
+  });
+  svg.addEventListener('pointerleave', () => {
+    out.textContent = ''; cursor.setAttribute('x1', -9); cursor.setAttribute('x2', -9);
+  });
+}
+"""
+
+
+STYLE = """
+:root{--ink:#0f172a;--dim:#64748b;--line:#e2e8f0;--card:#fff;--page:#f8fafc;color-scheme:light dark}
+@media(prefers-color-scheme:dark){:root{--ink:#e2e8f0;--dim:#94a3b8;--line:#334155;--card:#1e293b;--page:#0f172a}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1180px;padding:24px;font:15px/1.5 system-ui,"Segoe UI","DejaVu Sans",sans-serif;
+color:var(--ink);background:var(--page)}
+header{margin-bottom:8px}h1{margin:0;font-size:28px}header p{margin:0;color:var(--dim)}
+section{margin:28px 0}h2{font-size:19px;margin:0 0 12px;padding-bottom:6px;border-bottom:1px solid var(--line)}
+h3{font-size:15px;margin:14px 0 6px}h4{margin:8px 0 4px;color:var(--dim);font-weight:600}
+.runs{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
+article{background:var(--card);border:1px solid var(--line);border-left:5px solid;border-radius:8px;padding:12px 16px}
+article h3{margin:0 0 8px;font-size:16px}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(125px,1fr));gap:10px;margin:0}
+dt{font-size:12px;color:var(--dim)}dd{margin:0;font-size:17px;font-weight:600;font-variant-numeric:tabular-nums}
+.charts{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(460px,1fr))}
+.chart{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px 4px}
+.chart svg{display:block;width:100%;height:auto}figcaption{font-weight:600;display:flex;gap:6px;align-items:baseline}
+.unit{color:var(--dim);font-weight:400;font-size:12px}output{margin-left:auto;font-size:12px;font-weight:400}
+.empty p{color:var(--dim)}.grid{stroke:var(--line)}.tick{font-size:11px;fill:var(--dim)}
+.curve{fill:none;stroke-width:1.8;stroke-linejoin:round}.faint{fill:none;stroke-width:1;opacity:.25}
+.cursor{stroke:var(--dim);stroke-dasharray:3 3}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0;font-size:13px}
+.legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
+.bar{display:flex;height:26px;border-radius:6px;overflow:hidden;background:var(--line)}.bar i{display:block}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;margin:8px 0;min-width:50%}
+th,td{text-align:left;padding:4px 14px 4px 0;border-bottom:1px solid var(--line);vertical-align:top;
+overflow-wrap:anywhere}
+th{color:var(--dim);font-weight:600}td:first-child{white-space:nowrap}
+pre{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:10px 12px;
+overflow-x:auto;margin:6px 0;font:12.5px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;white-space:pre-wrap}
+details{margin:6px 0}summary{cursor:pointer;font-weight:600}
+@media print{body{background:#fff}section{break-inside:avoid}}
+"""

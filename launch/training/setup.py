@@ -1,0 +1,82 @@
+"""Setup."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from packspeed.data.dataset import TokenDataset
+from packspeed.data.mixture import MixtureData
+from packspeed.launch.checkpoint.checkpointer import Checkpointer
+from packspeed.launch.config.batch import BatchPlan
+from packspeed.launch.config.run_data import make_run_loader
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.engine.distributed import Topology
+from packspeed.launch.engine.hardware import peak_flops
+from packspeed.launch.engine.patches.collectives import time_collectives
+from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
+from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, Heartbeat
+from packspeed.launch.run_folder.phase_timer import FILE, Clock
+from packspeed.launch.training.anomaly import AnomalyDetector
+from packspeed.launch.training.metrics import Metrics
+from packspeed.launch.training.signals import StopSignal
+from packspeed.launch.training.trainer import Trainer
+from packspeed.model.config import GPTConfig, flops_per_token
+
+
+def make_trainer(
+    run: RunFile,
+    config: GPTConfig,
+    dataset: TokenDataset | MixtureData,
+    engine: Any,
+    topology: Topology,
+    plan: BatchPlan,
+    checkpointer: Checkpointer,
+    manifest: dict[str, Any],
+    speak: Callable[[str], None],
+) -> Trainer:
+    """What a step needs, for a run that goes on after the step that `manifest` names."""
+    loader = make_run_loader(run, dataset)
+    windows = min(run.eval.windows, loader.val_available())
+    if windows < run.eval.windows:
+        speak(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
+    clock = Clock(run.folder / FILE if topology.rank == 0 else None, manifest["step"])
+    if LAUNCH_ID in os.environ:
+        clock.beat = Heartbeat(run.folder / "logs", topology.rank, platform.node(), manifest["step"])
+    if topology.device.type == "cpu":
+        time_collectives(clock)
+    guard = AnomalyDetector(run.anomalies)
+    if "guard" in manifest:
+        guard.load(manifest["guard"])
+    metrics = sampler = None
+    if run.monitor.sample_prompts:
+        from packspeed.launch.training.introspect import Sampler
+
+        sampler = Sampler(run, engine, topology.device)
+    if topology.rank == 0:
+        metrics = Metrics(
+            run.folder, engine.monitor, run.train.total_steps, run.monitor.log_every_steps, manifest["step"]
+        )
+        metrics.shares = clock.shares
+        metrics.write_anomalies(guard.records)
+    return Trainer(
+        run=run,
+        topology=topology,
+        engine=engine,
+        plan=plan,
+        loader=loader,
+        eval_windows=windows,
+        metrics=metrics,
+        checkpointer=checkpointer,
+        stop=StopSignal(),
+        guard=guard,
+        gate=GradientNormHook(engine, guard.judge),
+        clock=clock,
+        sampler=sampler,
+        flops_per_token=flops_per_token(config, run.data.seq_len),
+        peak_flops=peak_flops(topology, engine),
+        say=speak,
+        evaluation_pending=bool(manifest.get("evaluation_pending")),
+    )

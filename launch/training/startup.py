@@ -1,0 +1,112 @@
+"""The start-up sequence of a training process, from the checked files to the loop and its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from packspeed.data.dataset import TokenDataset
+from packspeed.data.mixture import MixtureData
+from packspeed.launch.checkpoint.resume import resume_newest, run_identity
+from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.deepspeed_json import resolve_ds_config, zero_stage
+from packspeed.launch.config.errors import EXIT_STOPPED
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.engine.build import (
+    agree_on_kernels,
+    build_engine,
+    check_precision,
+    resolve_kernels,
+    resolve_precision,
+)
+from packspeed.launch.engine.distributed import launcher_environment, start_distributed
+from packspeed.launch.engine.hardware import limit_threads
+from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
+from packspeed.launch.run_folder import folder as run_folder
+from packspeed.launch.training.loop import fit
+from packspeed.launch.training.self_check import check_probe
+from packspeed.launch.training.setup import make_trainer
+from packspeed.launch.training.trainer import Trainer
+
+
+def start_training(
+    run: RunFile,
+    raw_ds_config: dict[str, Any],
+    dataset: TokenDataset | MixtureData,
+    fresh: bool,
+    chatter: DeepSpeedLogFilter,
+) -> int:
+    """Train the run from its newest complete checkpoint to its end, a stop or an error. Returns the exit code."""
+    config = run.gpt_config(dataset.vocab_size)
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("PACKSPEED_DEEPSPEED_LOG", "WARNING"))
+    rank, world, _, local_size = launcher_environment()
+    speak: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
+    threads = limit_threads(local_size)
+    precision = resolve_precision(run.train.precision)
+    plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
+    ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
+    check_precision(precision)
+    topology = start_distributed(ds_config, speak)
+    config = agree_on_kernels(config, topology, speak)
+    kernels = resolve_kernels(config.kernels, speak)
+    with run_folder.prepared(run.folder, topology, fresh):
+        chatter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
+        resolved = run_folder.resolved(run, config, precision)
+        with quiet(run.folder / "deepspeed.log" if rank == 0 else None):
+            engine = build_engine(config, run, ds_config)
+        run_folder.write_configs(run.folder, resolved, ds_config, topology)
+        speak(
+            f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
+            f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
+            f"{run.global_batch} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x "
+            f"{plan.dp_size} ranks"
+        )
+        identity = run_identity(resolved, dataset, topology, ds_config, engine)
+        checkpointer, manifest = resume_newest(run, engine, topology, identity, speak)
+        total = run.train.total_steps
+        if manifest["step"] >= total and not manifest.get("evaluation_pending"):
+            speak(
+                f"run {run.name} is finished: {manifest['step']} of {total} steps. "
+                "Raise train.steps to go on, or start over with --fresh."
+            )
+            return 0
+        trainer = make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, speak)
+        return _fit(trainer, manifest)
+
+
+def _screen(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+    """The live panel where rank 0 has a terminal; the plain lines do elsewhere."""
+    if trainer.metrics is None or not sys.stdout.isatty():
+        return contextlib.nullcontext()
+    from packspeed.launch.observe.console import Progress, live
+    from packspeed.launch.observe.goodput import read_lives
+
+    run, restarts = trainer.run, len(read_lives(trainer.run.folder)) - 1
+    return live(trainer.metrics, Progress(run.name, run.train.total_steps, restarts))
+
+
+def _fit(trainer: Trainer, manifest: dict[str, Any]) -> int:
+    folder, topology, state = trainer.run.folder, trainer.topology, "failed"
+    try:
+        check_probe(trainer, manifest)
+        run_folder.write_status(folder, topology, "running")
+        with _screen(trainer):
+            stopped_by = fit(trainer, manifest["step"])
+        state = "stopped" if stopped_by else "finished"
+    finally:
+        if trainer.metrics:
+            trainer.metrics.close()
+        trainer.clock.close(state)
+        run_folder.write_status(folder, topology, state)
+    if stopped_by:
+        trainer.say(
+            f"stopped by {stopped_by}; the state is saved, the same command continues it (exit code {EXIT_STOPPED})"
+        )
+        return EXIT_STOPPED
+    trainer.say(f"finished {trainer.run.train.total_steps} steps: {folder}")
+    return 0

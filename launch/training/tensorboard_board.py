@@ -1,0 +1,88 @@
+"""Tensorboard board."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from packspeed.launch.run_folder.folder import flatten
+
+TAGS = {
+    "loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm", "val_loss": "eval/loss",
+    "tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu", "step_time_s": "speed/step_time_s",
+    "data_wait_s": "speed/data_wait_s", "memory_gib": "memory/rank0_gib",
+}  # fmt: skip
+
+
+# group -> chart -> tags; goodput's shares are those of this process life, lost work is in `packspeed goodput`.
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "training": {
+        "loss": ["Multiline", ["train/loss", "eval/loss"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+        "gradient norm before clipping": ["Multiline", ["train/grad_norm"]],
+    },
+    "speed": {
+        "tokens per second": ["Multiline", ["speed/tokens_per_s"]],
+        "model FLOPs utilisation": ["Multiline", ["speed/mfu"]],
+        "seconds per step": ["Multiline", ["speed/step_time_s", "speed/data_wait_s"]],
+    },
+    "memory": {"GiB on rank 0": ["Multiline", ["memory/rank0_gib"]]},
+    "goodput": {"share of the wall time": ["Multiline", ["goodput/.*"]]},
+}
+
+
+COMPARED = ("train/loss", "eval/loss", "speed/tokens_per_s", "speed/mfu")
+
+
+class Board:
+    """TensorBoard beyond scalars, through the SummaryWriter of DeepSpeed's monitor: texts, hparams, histograms.
+
+    The scalars go through engine.monitor.write_events, which wandb, csv_monitor and comet get too. hparams compares
+    runs by everything about model and training in config.yaml that is one number, word or truth value.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def begin(self, folder: Path) -> None:
+        """What stands once: the layout of the custom scalars, the run's files, its hparams."""
+        self.writer.add_custom_scalars(LAYOUT)
+        for name in ("config.yaml", "ds_config.json"):
+            self.text(name, "```\n" + (folder / name).read_text(encoding="utf-8") + "\n```", 0)
+        self._hparams(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+
+    def _hparams(self, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        told = {
+            key: value for key, value in flatten(config).items() if key.startswith(("deepspeed", "model.", "train."))
+        }
+        settings = {key: value for key, value in told.items() if isinstance(value, (bool, int, float, str))}
+        # Session start and the metrics to compare; the values of the metrics are the scalars of this same folder.
+        for summary in hparams(  # type: ignore[no-untyped-call]
+            settings, dict.fromkeys(COMPARED, 0.0)
+        )[:2]:
+            self.writer.file_writer.add_summary(summary)
+
+    def text(self, name: str, content: str, step: int) -> None:
+        """Show a text (markdown) on the text page."""
+        self.writer.add_text(name, content, step)
+
+    def norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
+        """Histograms of L2 norms: over all parameters, and over each layer's. norms: kind -> parameter -> norm."""
+        import numpy as np
+
+        for kind, by_name in norms.items():
+            layers: dict[str, list[float]] = {"all": list(by_name.values())}
+            for name, value in by_name.items():
+                layers.setdefault(layer_of(name), []).append(value)
+            for layer, values in layers.items():
+                self.writer.add_histogram(f"{kind}_norms/{layer}", np.array(values), step)
+
+
+def layer_of(name: str) -> str:
+    """`blocks.3.attn.qkv.weight` -> `blocks.03`; what is in no block keeps its first word."""
+    parts = name.split(".")
+    return f"{parts[0]}.{int(parts[1]):02d}" if len(parts) > 1 and parts[1].isdigit() else parts[0]
