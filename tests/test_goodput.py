@@ -13,7 +13,7 @@ import pytest
 from conftest import Workspace, train
 
 from packspeed.launch.observe.goodput import Account, account, read_lives
-from packspeed.launch.run_folder.phase_timer import FILE, LINE_BYTES, Clock
+from packspeed.launch.run_folder.phase_timer import FILE, LINE_BYTES, PhaseTimer
 
 pytestmark = [pytest.mark.xdist_group("goodput"), pytest.mark.timeout(900)]
 DELAYS = "slow_start:1.5,slow_data:0.1,slow_evaluation:0.6,slow_save:0.5,slow_collective:0.03"
@@ -121,16 +121,16 @@ def test_goodput_as_a_command(crashed_twice: tuple[Account, float, Path]) -> Non
 
 
 def test_a_clock_counts_each_second_once(tmp_path: Path) -> None:
-    clock = Clock(tmp_path / FILE, age_s=5.0)
-    clock.step_done(0)
+    timer = PhaseTimer(tmp_path / FILE, age_s=5.0)
+    timer.step_done(0)
     for phase, seconds in (("data", 0.05), ("forward", 0.1), ("backward", 0.1), ("step", 0.05), ("evaluation", 0.1)):
-        clock.enter(phase)
+        timer.enter(phase)
         time.sleep(seconds)
-    clock.enter("forward")
-    work = clock.timed(lambda: time.sleep(0.2), "reduce")
+    timer.enter("forward")
+    work = timer.timed(lambda: time.sleep(0.2), "reduce")
     work()
-    clock.step_done(1)
-    clock.close("finished")
+    timer.step_done(1)
+    timer.close("finished")
     found = account(tmp_path)
     assert found is not None
     wanted = {"startup": 5.0, "data": 0.05, "compute": 0.25, "communication": 0.2, "evaluation": 0.1, "lost": 0.0}
@@ -140,29 +140,29 @@ def test_a_clock_counts_each_second_once(tmp_path: Path) -> None:
 
 
 def test_communication_counts_only_while_it_interrupts_compute() -> None:
-    clock = Clock(None, age_s=0.0)
-    reduce = clock.timed(lambda: time.sleep(0.05), "all_reduce")
+    timer = PhaseTimer(None, age_s=0.0)
+    reduce = timer.timed(lambda: time.sleep(0.05), "all_reduce")
     for phase in ("startup", "evaluation", "checkpoint"):
-        clock.enter(phase)
+        timer.enter(phase)
         reduce()
-    clock.enter("other")
-    assert clock.seconds["communication"] == 0
-    assert clock.seconds["evaluation"] >= 0.05
+    timer.enter("other")
+    assert timer.seconds["communication"] == 0
+    assert timer.seconds["evaluation"] >= 0.05
 
 
 def test_a_step_that_a_crash_cut_off_is_lost(tmp_path: Path) -> None:
     """Killed in the second step: its 0.3 s never counted."""
-    clock = Clock(tmp_path / FILE, age_s=0.0)
-    clock.step_done(0)
-    clock.enter("forward")
+    timer = PhaseTimer(tmp_path / FILE, age_s=0.0)
+    timer.step_done(0)
+    timer.enter("forward")
     time.sleep(0.2)
-    clock.enter("other")
-    clock.step_done(1)
-    clock.enter("forward")
+    timer.enter("other")
+    timer.step_done(1)
+    timer.enter("forward")
     time.sleep(0.3)
-    clock.enter("backward")
-    clock.record()
-    Clock(tmp_path / FILE, step=1, age_s=0.0).close("finished")
+    timer.enter("backward")
+    timer.record()
+    PhaseTimer(tmp_path / FILE, step=1, age_s=0.0).close("finished")
     found = account(tmp_path)
     assert found is not None
     assert found.seconds["lost"] == pytest.approx(0.3, abs=0.05)
@@ -171,20 +171,20 @@ def test_a_step_that_a_crash_cut_off_is_lost(tmp_path: Path) -> None:
 
 def test_a_torn_record_is_written_over(tmp_path: Path) -> None:
     path = tmp_path / FILE
-    Clock(path, age_s=1.0).close("stopped")
+    PhaseTimer(path, age_s=1.0).close("stopped")
     with path.open("a") as file:
         file.write('{"started_at": 17')
     assert len(read_lives(tmp_path)) == 1
-    Clock(path, age_s=1.0).close("finished")
+    PhaseTimer(path, age_s=1.0).close("finished")
     assert [life["ended"] for life in read_lives(tmp_path)] == ["stopped", "finished"]
     assert path.stat().st_size == 2 * LINE_BYTES
 
 
 def test_phase_changes_are_cheap(tmp_path: Path) -> None:
-    clock = Clock(tmp_path / FILE, age_s=0.0)
+    timer = PhaseTimer(tmp_path / FILE, age_s=0.0)
     began = time.perf_counter()
     for _ in range(10_000):
-        clock.enter("forward")
-        clock.enter("backward")
+        timer.enter("forward")
+        timer.enter("backward")
     each = (time.perf_counter() - began) / 20_000
     assert each < 2e-5, "a step changes phase about ten times"

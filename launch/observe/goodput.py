@@ -1,7 +1,7 @@
 """Where the wall time of a run went, over all its restarts.
 
     account(folder)          seconds per bucket over all lives: they add up to the wall time
-    read_lives(folder)       the records that watch.Clock left in goodput.jsonl, one per process life
+    read_lives(folder)       the records that phase_timer.PhaseTimer left in goodput.jsonl, one per process life
 
     buckets     startup, data, compute, communication, checkpoint, evaluation, other; idle (between lives); lost:
                 steps done again after a crash or a rewind (metrics.discarded.jsonl), and the step a crash cut off

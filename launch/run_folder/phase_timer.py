@@ -1,13 +1,13 @@
-"""What watches the steps: signals, a dead launcher, numbers that no training should produce, and the clock.
+"""What watches the steps: signals, a dead launcher, numbers that no training should produce, and the timer.
 
-    clock = Clock(folder / FILE)   clock.enter("forward"): from now on the time counts there
+    timer = PhaseTimer(folder / FILE)   timer.enter("forward"): from now on the time counts there
 
 Every rank gives the same verdict: loss and norm are global, and the window of past steps travels in the checkpoint, so
 that a resumed run judges as the uninterrupted one did. A spike is a robust z-score, (x - median) / (1.4826 MAD), of the
 loss or of the log of the gradient norm above `zscore`, over the last `window` accepted steps.
 Skipping batches after going back to a checkpoint follows PaLM (arXiv:2204.02311, section 5.1).
 
-The clock leaves goodput.jsonl: one line per process life, padded to LINE_BYTES and written over in place at every step
+The timer leaves goodput.jsonl: one line per process life, padded to LINE_BYTES and written over in place at every step
 and, within long ones, once a second: a killed process loses at most the last second of its own record. One process is
 always in exactly one phase, so a life's seconds add up to its length by construction. Communication is what the host
 waited for in collectives during compute, waiting for slower ranks included; it is measured where they block the host
@@ -60,7 +60,7 @@ class Listener(Protocol):
         """The rank is in `phase` from now on."""
 
 
-class Clock:
+class PhaseTimer:
     """Counts the seconds of one process life into buckets. Without a path it counts and writes nothing."""
 
     def __init__(self, path: Path | None, step: int = 0, age_s: float | None = None) -> None:
@@ -152,8 +152,8 @@ class Clock:
 class _TimedWork:
     """A collective under way: waiting for it is communication."""
 
-    def __init__(self, work: Any, clock: Clock, name: str) -> None:
-        self._work, self.wait = work, clock.timed(work.wait, name)
+    def __init__(self, work: Any, timer: PhaseTimer, name: str) -> None:
+        self._work, self.wait = work, timer.timed(work.wait, name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)

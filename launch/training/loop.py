@@ -147,7 +147,7 @@ def _stretch(trainer: Trainer, first: int) -> tuple[int, bool]:
     span = (first + shift, total + shift)
     with Prefetcher(trainer.loader, *span, rank=topology.dp_rank, world=topology.dp_size) as batches:
         began, waited_s = time.perf_counter(), 0.0
-        trainer.clock.step_done(first)
+        trainer.timer.step_done(first)
         trainer.enter("data")
         for number, batch in batches:
             step = number - shift + 1
@@ -159,7 +159,7 @@ def _stretch(trainer: Trainer, first: int) -> tuple[int, bool]:
                 trainer.enter("checkpoint")
                 trainer.checkpointer.finish()
             trainer.enter("other")
-            trainer.clock.step_done(step)
+            trainer.timer.step_done(step)
             if guard.anomaly is not None:
                 stands = _without_the_step(trainer, step, done)
                 if stands < step:

@@ -18,7 +18,7 @@ from packspeed.launch.engine.hardware import peak_flops
 from packspeed.launch.engine.patches.collectives import time_collectives
 from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, Heartbeat
-from packspeed.launch.run_folder.phase_timer import FILE, Clock
+from packspeed.launch.run_folder.phase_timer import FILE, PhaseTimer
 from packspeed.launch.training.anomaly import AnomalyDetector
 from packspeed.launch.training.metrics import Metrics
 from packspeed.launch.training.signals import StopSignal
@@ -42,11 +42,11 @@ def make_trainer(
     windows = min(run.eval.windows, loader.val_available())
     if windows < run.eval.windows:
         speak(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
-    clock = Clock(run.folder / FILE if topology.rank == 0 else None, manifest["step"])
+    timer = PhaseTimer(run.folder / FILE if topology.rank == 0 else None, manifest["step"])
     if LAUNCH_ID in os.environ:
-        clock.beat = Heartbeat(run.folder / "logs", topology.rank, platform.node(), manifest["step"])
+        timer.beat = Heartbeat(run.folder / "logs", topology.rank, platform.node(), manifest["step"])
     if topology.device.type == "cpu":
-        time_collectives(clock)
+        time_collectives(timer)
     guard = AnomalyDetector(run.anomalies)
     if "guard" in manifest:
         guard.load(manifest["guard"])
@@ -59,7 +59,7 @@ def make_trainer(
         metrics = Metrics(
             run.folder, engine.monitor, run.train.total_steps, run.monitor.log_every_steps, manifest["step"]
         )
-        metrics.shares = clock.shares
+        metrics.shares = timer.shares
         metrics.write_anomalies(guard.records)
     return Trainer(
         run=run,
@@ -73,7 +73,7 @@ def make_trainer(
         stop=StopSignal(),
         guard=guard,
         gate=GradientNormHook(engine, guard.judge),
-        clock=clock,
+        timer=timer,
         sampler=sampler,
         flops_per_token=flops_per_token(config, run.data.seq_len),
         peak_flops=peak_flops(topology, engine),

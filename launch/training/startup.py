@@ -101,7 +101,7 @@ def _fit(trainer: Trainer, manifest: dict[str, Any]) -> int:
     finally:
         if trainer.metrics:
             trainer.metrics.close()
-        trainer.clock.close(state)
+        trainer.timer.close(state)
         run_folder.write_status(folder, topology, state)
     if stopped_by:
         trainer.say(

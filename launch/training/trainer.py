@@ -15,7 +15,7 @@ from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
-from packspeed.launch.run_folder.phase_timer import Clock
+from packspeed.launch.run_folder.phase_timer import PhaseTimer
 from packspeed.launch.training.anomaly import AnomalyDetector
 from packspeed.launch.training.metrics import Metrics
 from packspeed.launch.training.signals import StopSignal
@@ -39,7 +39,7 @@ class Trainer:
     stop: StopSignal
     guard: AnomalyDetector
     gate: GradientNormHook
-    clock: Clock
+    timer: PhaseTimer
     flops_per_token: float
     peak_flops: float  # of all ranks together
     say: Callable[[str], None]
@@ -50,7 +50,7 @@ class Trainer:
 
     def enter(self, phase: str) -> None:
         """Say what this rank does from now on (names: watch.py)."""
-        self.clock.enter(phase)
+        self.timer.enter(phase)
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop: a collective."""

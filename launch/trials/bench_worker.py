@@ -62,7 +62,7 @@ FOREVER = 2**40  # steps that the prefetcher may read
 
 
 class Marks:
-    """Listens to changes of phase (watch.Clock.beat): a time on CPUs, an event of the stream on GPUs."""
+    """Listens to changes of phase (phase_timer.PhaseTimer.beat): a time on CPUs, an event of the stream on GPUs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.step = device, 0
@@ -101,7 +101,7 @@ class Ours:
             self.trainer = make_trainer(
                 run, arena.config, arena.dataset, engine, topology, arena.plan, checkpointer, {"step": 0}, print
             )
-        self.marks = self.trainer.clock.beat = Marks(topology.device)
+        self.marks = self.trainer.timer.beat = Marks(topology.device)
         self.batches = arena.batches()
         self.last = float("nan")
 
@@ -113,7 +113,7 @@ class Ours:
         lr = learning_rate(number, trainer.run.train)
         done = train_step(trainer, batch, lr)
         trainer.enter("other")
-        trainer.clock.step_done(number + 1)
+        trainer.timer.step_done(number + 1)
         trainer.guard.accept(done.norm)
         self.last = done.loss
         if trainer.metrics:

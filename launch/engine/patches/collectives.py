@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packspeed.launch.run_folder.phase_timer import Clock
+from packspeed.launch.run_folder.phase_timer import PhaseTimer
 
 COLLECTIVES = (
     "all_reduce", "inference_all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor",
@@ -11,10 +11,10 @@ COLLECTIVES = (
 )  # fmt: skip
 
 
-def time_collectives(clock: Clock) -> None:
-    """Count DeepSpeed's blocking collectives on this host's clock (gloo; see above for GPUs)."""
+def time_collectives(timer: PhaseTimer) -> None:
+    """Count DeepSpeed's blocking collectives on this host's timer (gloo; see above for GPUs)."""
     from deepspeed.comm import comm
 
     for name in COLLECTIVES:
         if hasattr(comm.cdb, name):
-            setattr(comm.cdb, name, clock.timed(getattr(comm.cdb, name), name))
+            setattr(comm.cdb, name, timer.timed(getattr(comm.cdb, name), name))
