@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -20,6 +20,7 @@ from packspeed.launch.engine.hardware import keep_memory
 from packspeed.launch.engine.ops import device_type
 from packspeed.launch.engine.patches.adam_bias import forget_bias_products
 from packspeed.launch.engine.patches.bf16_gradients import copy_first_gradients
+from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, param_groups
 from packspeed.model.kernels import CPU_HAS_BF16, resolve
@@ -79,7 +80,7 @@ def wants_deepcompile(ds_config: dict[str, Any], device: str) -> bool:
     return True
 
 
-def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> Any:
+def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> Engine:
     """Build the GPT, draw its weights and wrap it: a deepspeed.DeepSpeedEngine."""
     deepcompile = wants_deepcompile(ds_config, device_type())
     keep_memory()
@@ -101,6 +102,7 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> 
         # shapes, with other rounding: a resumed process would not repeat the interrupted one's bits.
         torch._dynamo.config.automatic_dynamic_shapes = False
         torch._dynamo.config.recompile_limit = 256
+    engine: Engine
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=param_groups(model, run.train.optimizer.weight_decay),
@@ -114,12 +116,12 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> 
     return engine
 
 
-def set_learning_rate(engine: Any, lr: float, muon_scale: float) -> None:
+def set_learning_rate(engine: Engine, lr: float, muon_scale: float) -> None:
     """Give every parameter group this step's learning rate; Muon's groups get muon_scale times it."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * (muon_scale if group.get("use_muon") else 1.0)
 
 
-def loss_scale(engine: Any) -> float | None:
+def loss_scale(engine: Engine) -> float | None:
     """The fp16 loss scale; None in other precisions."""
-    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+    return float(cast(ScaledOptimizer, engine.optimizer).loss_scale) if engine.fp16_enabled() else None

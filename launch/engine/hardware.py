@@ -6,7 +6,7 @@ import ctypes
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -15,6 +15,7 @@ from packspeed.launch.engine.ops import device_type
 
 if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
+    from packspeed.launch.engine.protocol import Engine
 
 
 # Dense peak of one accelerator in FLOP/s (16-bit, no sparsity), from NVIDIA's data sheets.
@@ -66,7 +67,7 @@ def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.devic
     return 2 * n**3 / best
 
 
-def peak_flops(topology: Topology, engine: Any) -> float:
+def peak_flops(topology: Topology, engine: Engine) -> float:
     """Peak FLOP/s of all ranks together in the engine's dtype: measured on CPUs, from data sheets on GPUs."""
     device = topology.device
     if device.type == "cpu":
