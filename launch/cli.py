@@ -72,14 +72,14 @@ def reshard(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Convert a checkpoint ahead, so that it resumes at once with other ranks, another ZeRO stage or precision."""
-    from packspeed.launch.checkpoint.reshard import prepared
+    from packspeed.launch.checkpoint.reshard import resharded_folder
     from packspeed.launch.inference.generate import find_checkpoint
 
     def say(line: str) -> None:
         print(line, file=sys.stderr if json_output else sys.stdout, flush=True)
 
     checkpoint = find_checkpoint(run)
-    folder = prepared(checkpoint, None, say)
+    folder = resharded_folder(checkpoint, None, say)
     print(json.dumps({"checkpoint": str(checkpoint), "universal": str(folder)}) if json_output else f"ready: {folder}")
 
 

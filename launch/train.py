@@ -1,6 +1,6 @@
 """The train entry: `deepspeed launch/train.py --config launch/configs/quickstart.yaml [--set key.path=value ...]`.
 
-The same command again continues the run from its newest whole checkpoint; `--fresh` moves the old folder aside.
+The same command again continues the run from its newest complete checkpoint; `--fresh` moves the old folder aside.
 Exit codes: 0 finished, 1 failed, 2 wrong usage or config, 75 saved and stopped on a signal (start it again).
 Both files are checked before torch is imported, so a typo answers at once and no process group is made.
 """

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import FAULTY, Workspace, forked, train
 
-from packspeed.launch.checkpoint.manifest import candidates, problems
+from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints
 from packspeed.launch.checkpoint.writer import snapshot
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 
@@ -42,7 +42,7 @@ def test_killed_at_any_byte_of_a_save(alone: Workspace) -> None:
     for fault in KILLS:
         done = train(*arguments, faults=fault)
         assert done.returncode in (-signal.SIGKILL, -signal.SIGXFSZ), (fault, done.stdout, done.stderr)
-        assert all(not problems(path) for path in candidates(alone.checkpoints("killed"))), fault
+        assert all(not find_damage(path) for path in list_checkpoints(alone.checkpoints("killed"))), fault
     done = train(*arguments)
     assert done.returncode == 0, done.stderr
     assert "passing over" not in done.stdout, "what was not finished has no name"
@@ -80,10 +80,10 @@ def test_a_full_disk_does_not_end_the_run(short: Workspace, small_disk: Path) ->
     assert "No space left on device" in done.stdout
     shutil.copytree(small_disk / "full", short.folder / "runs" / "full")
     assert short.curve("full") == short.curve("short")
-    steps = [path.name for path in candidates(small_disk / "full" / "checkpoints")]
+    steps = [path.name for path in list_checkpoints(small_disk / "full" / "checkpoints")]
     assert steps[:2] == ["step-00000010", "step-00000008"]
     assert "step-00000006" not in steps
-    assert all(not problems(path) for path in candidates(small_disk / "full" / "checkpoints"))
+    assert all(not find_damage(path) for path in list_checkpoints(small_disk / "full" / "checkpoints"))
 
 
 @ROOT_ONLY
@@ -93,7 +93,7 @@ def test_the_last_save_on_a_full_disk_fails_loudly(short: Workspace, small_disk:
     done = train(*arguments, faults=f"full_disk:{small_disk}")
     assert done.returncode == 1
     assert "the state of step 7 could not be saved" in done.stderr
-    assert "newest whole checkpoint is step 2" in done.stderr
+    assert "newest complete checkpoint is step 2" in done.stderr
     (small_disk / "ballast").unlink()
     done = train(*arguments)
     assert done.returncode == 0, done.stderr
@@ -111,13 +111,13 @@ def test_a_read_only_folder_does_not_end_the_run(short: Workspace) -> None:
 
 
 def test_writing_in_the_background_gives_the_same_run(short: Workspace) -> None:
-    """The same curve, whole checkpoints with the same weights, and a resume from one."""
+    """The same curve, complete checkpoints with the same weights, and a resume from one."""
     done = train(*short.arguments("background", *FEW, "checkpoint.async_write=true"))
     assert done.returncode == 0, done.stderr
     assert "writing it while training goes on" in done.stdout
     assert short.curve("background") == short.curve("short")
-    for path in candidates(short.checkpoints("background")):
-        assert problems(path) == []
+    for path in list_checkpoints(short.checkpoints("background")):
+        assert find_damage(path) == []
         expected, found = fp32_state_dict(short.checkpoints("short") / path.name), fp32_state_dict(path)
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     short.rewind("background", "background-again", step=8)
@@ -171,7 +171,7 @@ def test_retention_keeps_the_newest_the_scheduled_the_best(workspace: Workspace)
     assert done.returncode == 0, done.stderr
     losses = {line["step"]: line["val_loss"] for line in workspace.metrics("kept") if "val_loss" in line}
     best = min(losses, key=lambda step: losses[step])
-    kept = {int(path.name[5:]) for path in candidates(workspace.checkpoints("kept"))}
+    kept = {int(path.name[5:]) for path in list_checkpoints(workspace.checkpoints("kept"))}
     assert kept == {10, 11, 4, 8, best}
 
 

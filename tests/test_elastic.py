@@ -18,8 +18,8 @@ import torch
 from conftest import Workspace, run_many
 from safetensors.torch import load_file
 
-from packspeed.launch.checkpoint.manifest import problems
-from packspeed.launch.checkpoint.reshard import prepared
+from packspeed.launch.checkpoint.manifest import find_damage
+from packspeed.launch.checkpoint.reshard import resharded_folder
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 
 pytestmark = [pytest.mark.xdist_group("elastic"), pytest.mark.timeout(1500)]
@@ -104,7 +104,7 @@ def test_the_conversion_is_deepspeeds_bit_for_bit(workspace: Workspace, elastic:
         [*command, *arguments, "--num_merge_workers", "1"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    folder, compared = prepared(checkpoint, None, print), 0
+    folder, compared = resharded_folder(checkpoint, None, print), 0
     for file in sorted(folder.glob("*.safetensors")):
         for kind, tensor in load_file(file).items():
             theirs = torch.load(out / "zero" / file.stem / f"{kind}.pt", weights_only=True)
@@ -142,12 +142,12 @@ def test_reshard_works_offline_and_mends_a_damaged_conversion(workspace: Workspa
     assert done.returncode == 0, done.stderr
     folder = Path(json.loads(done.stdout)["universal"])
     assert not (checkpoint / ".universal.tmp").exists()
-    assert problems(folder) == problems(checkpoint) == []
+    assert find_damage(folder) == find_damage(checkpoint) == []
     damaged = next(folder.glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "wrote and verified" in done.stdout
-    assert problems(folder) == []
+    assert find_damage(folder) == []
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "converting" not in done.stdout, "once"
 
@@ -170,4 +170,4 @@ def test_a_conversion_that_does_not_match_the_module_is_refused(workspace: Works
     with pytest.raises(
         UserError, match=r"embed.weight: the optimizer's fp32 weight, rounded to .* is not the module's"
     ):
-        prepared(checkpoint, None, print)
+        resharded_folder(checkpoint, None, print)

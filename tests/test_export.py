@@ -324,7 +324,7 @@ def test_a_damaged_import_is_refused_everywhere(runs: Workspace, tmp_path: Path)
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         export_hf(tmp_path / "damaged", tmp_path / "no")
     codes, output = run_many(tmp_path / "go", [["--config", str(tmp_path / "damaged" / "run.yaml")]], ranks=1)
     assert codes == [1]

@@ -155,7 +155,7 @@ def test_generate_without_a_checkpoint(workspace: Workspace) -> None:
     (workspace.folder / "empty" / "checkpoints").mkdir(parents=True)
     done = packspeed("generate", str(workspace.folder / "empty"))
     assert done.returncode == 1
-    assert "no whole checkpoint" in done.stderr
+    assert "no complete checkpoint" in done.stderr
 
 
 def test_generate_refuses_a_damaged_checkpoint(trained: Workspace) -> None:

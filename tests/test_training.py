@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import TRAIN, Workspace, environment, run_many
 
-from packspeed.launch.checkpoint.manifest import candidates, problems
+from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.config.loading import load_run_file
@@ -181,9 +181,9 @@ def test_weights_of_every_stage_are_read_alike(workspace: Workspace, trained: di
 
 def test_checkpoints_are_whole_and_retired(workspace: Workspace, trained: dict[str, list[str]]) -> None:
     folder = workspace.checkpoints("zero1-fp32")
-    assert [path.name for path in candidates(folder)] == ["step-00000010", "step-00000009", "step-00000006"]
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000010", "step-00000009", "step-00000006"]
     assert (folder / "latest").read_text() == "step-00000010"
-    assert [problems(path) for path in candidates(folder)] == [[], [], []]
+    assert [find_damage(path) for path in list_checkpoints(folder)] == [[], [], []]
 
 
 def test_tensorboard_shows_the_metrics_file(workspace: Workspace, resumed: str) -> None:

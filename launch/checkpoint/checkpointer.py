@@ -30,7 +30,14 @@ import torch
 
 from packspeed.data.storage.atomic import sync, write_durably
 from packspeed.data.storage.hashing import hash_file
-from packspeed.launch.checkpoint.manifest import FORMAT_VERSION, MANIFEST, candidates, problems, read_manifest, tag
+from packspeed.launch.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    find_damage,
+    list_checkpoints,
+    read_manifest,
+    step_folder,
+)
 from packspeed.launch.checkpoint.writer import SafeWriter
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import CheckpointSection
@@ -85,7 +92,7 @@ class Checkpointer:
             identity,
             say,
         )
-        self.newest: int | None = None  # step of the newest whole checkpoint
+        self.newest: int | None = None  # step of the newest complete checkpoint
         self.every_steps = section.every_steps
         self.writer = SafeWriter()
         self._pending: tuple[int, dict[str, Any], float] | None = None  # step, state and start of an async save
@@ -119,7 +126,7 @@ class Checkpointer:
         """
         self.finish()
         self.meet(f"saving step {step}")
-        start, temporary = time.monotonic(), self.folder / f".{tag(step)}.tmp"
+        start, temporary = time.monotonic(), self.folder / f".{step_folder(step)}.tmp"
         self.writer.begin(copy=self.section.async_write and not now)
         if self.topology.rank == 0:
             self.writer.error = error or self._prepare(temporary)
@@ -151,7 +158,7 @@ class Checkpointer:
         self._pending = None
         self.writer.wait()
         self.meet(f"writing step {step}")
-        final, temporary = self.folder / tag(step), self.folder / f".{tag(step)}.tmp"
+        final, temporary = self.folder / step_folder(step), self.folder / f".{step_folder(step)}.tmp"
         error = self._agree_on_errors() or self._publish(temporary, final, step, state)
         if error is not None:
             if self.topology.rank == 0:
@@ -224,7 +231,7 @@ class Checkpointer:
         Kept: the newest `keep`, every `keep_every_steps`-th, the `keep_best` of lowest validation loss, and the newest
         scheduled one, so that a rewind goes to the same place whatever stops came between.
         """
-        there = candidates(self.folder)
+        there = list_checkpoints(self.folder)
         scheduled = [path for path in there if self.every_steps and int(path.name[5:]) % self.every_steps == 0]
         kept = {*there[: self.section.keep], *scheduled[:1], *self._best(there)}
         every = self.section.keep_every_steps
@@ -243,20 +250,20 @@ class Checkpointer:
                 losses.append((loss, path))
         return [path for _, path in sorted(losses)[: self.section.keep_best]]
 
-    def scheduled_before(self, step: int) -> int | None:
-        """Step of the newest whole checkpoint before `step` that the schedule made (any, if there is none such)."""
+    def rewind_target(self, step: int) -> int | None:
+        """Step of the newest complete checkpoint before `step` that the schedule made (any, if there is none such)."""
         self.finish()
         found = None
         if self.topology.rank == 0:
-            earlier = [path for path in candidates(self.folder) if int(path.name[5:]) < step]
+            earlier = [path for path in list_checkpoints(self.folder) if int(path.name[5:]) < step]
             scheduled = [p for p in earlier if self.every_steps and int(p.name[5:]) % self.every_steps == 0]
-            whole = (path for path in [*scheduled, *earlier] if not problems(path))
+            whole = (path for path in [*scheduled, *earlier] if not find_damage(path))
             found = next((int(path.name[5:]) for path in whole), None)
         return self.topology.from_rank0(found)  # type: ignore[no-any-return]
 
     def load_step(self, step: int) -> dict[str, Any]:
         """Load the checkpoint of `step`, which must be verified; returns its manifest."""
-        return self.load(self.folder / tag(step))
+        return self.load(self.folder / step_folder(step))
 
     def load(self, path: Path) -> dict[str, Any]:
         """Load a verified checkpoint into the engine, whatever layout wrote it; returns its manifest.
@@ -267,9 +274,9 @@ class Checkpointer:
         if manifest.get("layout") == self.identity["layout"]:
             self._load_same(path, int(manifest["step"]))
         else:
-            from packspeed.launch.checkpoint import reshard as elastic
+            from packspeed.launch.checkpoint import reshard
 
-            elastic.load(path, self.engine, self.topology, self.say)
+            reshard.load(path, self.engine, self.topology, self.say)
         rng = manifest.get("rng")
         if rng is not None:
             place = rng["of_rank"][self.topology.rank] if self.topology.rank < len(rng["of_rank"]) else 0

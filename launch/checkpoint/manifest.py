@@ -19,7 +19,7 @@ UNIVERSAL = "universal"  # the folder inside a checkpoint that elastic.py makes;
 FORMAT_VERSION = 1
 
 
-def tag(step: int) -> str:
+def step_folder(step: int) -> str:
     """Folder name of the checkpoint after `step` optimizer steps."""
     return f"step-{step:08d}"
 
@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no readable {MANIFEST} ({error}); the save did not finish.") from None
 
 
-def problems(folder: Path) -> list[str]:
+def find_damage(folder: Path) -> list[str]:
     """Everything that keeps a checkpoint from being whole: missing, truncated, changed or unexpected files."""
     try:
         files: dict[str, Any] = read_manifest(folder)["files"]
@@ -59,7 +59,7 @@ def problems(folder: Path) -> list[str]:
     return found
 
 
-def candidates(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints under <run>/checkpoints, newest first; temporary and foreign folders do not count."""
     return sorted(
         (p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()), key=lambda p: -int(p.name[5:])
@@ -68,8 +68,8 @@ def candidates(folder: Path) -> list[Path]:
 
 def newest_complete(folder: Path, say: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint that verifies; says why it passed over the others."""
-    for path in candidates(folder):
-        found = problems(path)
+    for path in list_checkpoints(folder):
+        found = find_damage(path)
         if not found:
             return path
         say(f"passing over checkpoint {path.name}: {'; '.join(found)}")

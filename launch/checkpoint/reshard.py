@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from packspeed.data.storage.atomic import sync, write_durably
 from packspeed.data.storage.hashing import hash_file
-from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, problems
+from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import (
     base_state,
     module_weights,
@@ -52,21 +52,21 @@ def load(checkpoint: Path, engine: Any, topology: Topology, say: Say) -> None:
     """Fill the engine from a verified checkpoint of any layout: a collective of all ranks."""
     if engine.zero_nvme_offload_optimizer():
         raise UserError(f"{checkpoint}: a run cannot go on with its optimizer on NVMe yet; offload to cpu can.")
-    folder = prepared(checkpoint, topology, say)
+    folder = resharded_folder(checkpoint, topology, say)
     info = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     fill_engine(engine, folder, info)
     engine.global_steps = info["step"]
     engine.global_samples = info["step"] * engine.train_batch_size()
 
 
-def prepared(checkpoint: Path, topology: Topology | None, say: Say) -> Path:
+def resharded_folder(checkpoint: Path, topology: Topology | None, say: Say) -> Path:
     """The verified universal folder of a checkpoint, made where it is missing or damaged."""
     folder = checkpoint / UNIVERSAL
     rank, world = (topology.rank, topology.world) if topology else (0, 1)
     agree: Callable[[Any], Any] = topology.from_rank0 if topology else lambda value: value
     gather: Callable[[Any], list[Any]] = topology.gather if topology else lambda value: [value]
     with _lock(checkpoint, say) if rank == 0 else _nothing():
-        found = problems(folder) if rank == 0 else []
+        found = find_damage(folder) if rank == 0 else []
         if not agree(found):
             return folder
         if rank == 0:

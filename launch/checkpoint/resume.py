@@ -112,14 +112,14 @@ def run_identity(
 def resume_newest(
     run: RunFile, engine: Any, topology: Topology, identity: dict[str, Any], speak: Callable[[str], None]
 ) -> tuple[Checkpointer, dict[str, Any]]:
-    """Load the newest whole checkpoint where there is one; returns the checkpointer and what its manifest says."""
+    """Load the newest complete checkpoint where there is one; returns the checkpointer and what its manifest says."""
     from packspeed.launch.checkpoint.checkpointer import Checkpointer
-    from packspeed.launch.checkpoint.manifest import newest_complete, read_manifest, tag
+    from packspeed.launch.checkpoint.manifest import newest_complete, read_manifest, step_folder
 
     checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, identity, speak)
     newest = topology.from_rank0(newest_complete(checkpointer.folder, speak) if topology.rank == 0 else None)
     if newest is None:
-        if (checkpointer.folder / tag(0)).is_dir():
+        if (checkpointer.folder / step_folder(0)).is_dir():
             raise UserError(f"{checkpointer.folder}: the imported weights are damaged. Import them again.")
         return checkpointer, {"step": 0}
     for note in check_same_run(newest, read_manifest(newest), identity):

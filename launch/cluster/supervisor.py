@@ -3,7 +3,7 @@
 An attempt: an agent on every host (node.py) keeps DeepSpeed's launcher and the ranks; here we pass their output on
 and watch. It fails when a rank dies, a host vanishes or nothing moves for `hang_s`. Then everything that is left is
 ended everywhere, the cause is written (launches.jsonl in the run folder), the hosts are asked again, and those that
-answer go on from the newest whole checkpoint, with other ranks where need be.
+answer go on from the newest complete checkpoint, with other ranks where need be.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from packspeed.data.errors import DataError
 from packspeed.data.storage.atomic import sync, write_durably
 from packspeed.data.storage.hashing import hash_file
 from packspeed.data.text.tokenizer import load_tokenizer
-from packspeed.launch.checkpoint import reshard as elastic
-from packspeed.launch.checkpoint.manifest import FORMAT_VERSION, MANIFEST, UNIVERSAL, tag
+from packspeed.launch.checkpoint import reshard
+from packspeed.launch.checkpoint.manifest import FORMAT_VERSION, MANIFEST, UNIVERSAL, step_folder
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.run_folder.folder import git_commit, versions
 from packspeed.model.config import GPTConfig, num_parameters
@@ -165,7 +165,7 @@ def _write(
     shutil.rmtree(temporary, ignore_errors=True)
     run_file = _run_file(out, config, data, tokenizer is not None)
     try:
-        checkpoint = temporary / "checkpoints" / tag(0)
+        checkpoint = temporary / "checkpoints" / step_folder(0)
         (checkpoint / UNIVERSAL).mkdir(parents=True)
         _write_checkpoint(checkpoint, source, config, tensors)
         (temporary / RUN_FILE).write_text(run_file, encoding="utf-8")
@@ -187,7 +187,7 @@ def _write(
     return {
         "source": str(source),
         "path": str(out),
-        "checkpoint": str(out / "checkpoints" / tag(0)),
+        "checkpoint": str(out / "checkpoints" / step_folder(0)),
         "run_file": str(out / RUN_FILE),
         "parameters": num_parameters(config),
         "tied": config.tie_embeddings,
@@ -205,7 +205,7 @@ def _write_checkpoint(
         save_file({"fp32": tensor.contiguous()}, path)
         sync(path)
         files[path.name] = hash_file(path)
-    info = {"format_version": elastic.VERSION, "step": 0, "optimizer_step": 0, "loss_scaler": {}, "files": files}
+    info = {"format_version": reshard.VERSION, "step": 0, "optimizer_step": 0, "loss_scaler": {}, "files": files}
     write_durably(folder / MANIFEST, json.dumps(info, indent=1))
     listed = {f"{UNIVERSAL}/{name}": known for name, known in files.items()}
     listed[f"{UNIVERSAL}/{MANIFEST}"] = hash_file(folder / MANIFEST)

@@ -20,7 +20,13 @@ import torch
 from packspeed.data.dataset import open_dataset
 from packspeed.data.errors import DataError
 from packspeed.data.text.tokenizer import Tokenizer, load_from_dataset, load_tokenizer
-from packspeed.launch.checkpoint.manifest import candidates, newest_complete, problems, read_manifest, tag
+from packspeed.launch.checkpoint.manifest import (
+    find_damage,
+    list_checkpoints,
+    newest_complete,
+    read_manifest,
+    step_folder,
+)
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.model.config import GPTConfig
@@ -31,7 +37,7 @@ BATCH_ROWS = 32  # prompts and samples that are generated at once
 
 
 def find_checkpoint(place: Path, step: int | None = None) -> Path:
-    """A run folder's newest whole checkpoint, or that of `step`, or the checkpoint folder itself, verified."""
+    """A run folder's newest complete checkpoint, or that of `step`, or the checkpoint folder itself, verified."""
     if (place / "packspeed.json").exists():
         return _verified(place)
     if not place.is_dir():
@@ -39,18 +45,18 @@ def find_checkpoint(place: Path, step: int | None = None) -> Path:
             f"{place}: there is no such run folder. Name the folder that training printed, for example runs/quickstart."
         )
     if step is not None:
-        if not (place / "checkpoints" / tag(step)).is_dir():
-            there = ", ".join(str(int(p.name[5:])) for p in reversed(candidates(place / "checkpoints")))
+        if not (place / "checkpoints" / step_folder(step)).is_dir():
+            there = ", ".join(str(int(p.name[5:])) for p in reversed(list_checkpoints(place / "checkpoints")))
             raise ConfigError(f"{place}: there is no checkpoint of step {step}. There are: {there or 'none'}.")
-        return _verified(place / "checkpoints" / tag(step))
+        return _verified(place / "checkpoints" / step_folder(step))
     newest = newest_complete(place / "checkpoints", lambda line: print(line, file=sys.stderr))
     if newest is None:
-        raise UserError(f"{place / 'checkpoints'}: no whole checkpoint there yet.")
+        raise UserError(f"{place / 'checkpoints'}: no complete checkpoint there yet.")
     return newest
 
 
 def _verified(checkpoint: Path) -> Path:
-    if found := problems(checkpoint):
+    if found := find_damage(checkpoint):
         raise UserError(f"checkpoint {checkpoint} is damaged: {'; '.join(found)}")
     return checkpoint
 

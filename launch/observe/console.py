@@ -149,7 +149,7 @@ def live(metrics: Metrics, progress: Progress) -> Iterator[None]:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """Name of the newest whole checkpoint, as `latest` has it."""
+    """Name of the newest complete checkpoint, as `latest` has it."""
     try:
         return (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip() or None
     except OSError:

@@ -90,7 +90,7 @@ def save(trainer: Trainer, step: int, val_loss: float | None, final: bool) -> No
     trainer.enter("other")
     if final and checkpointer.newest != step:
         raise UserError(
-            f"the state of step {step} could not be saved (see above). The newest whole checkpoint is step "
+            f"the state of step {step} could not be saved (see above). The newest complete checkpoint is step "
             f"{checkpointer.newest or 'none'}: make room in {checkpointer.folder} and start the same command again."
         )
 
@@ -108,7 +108,7 @@ def _without_the_step(trainer: Trainer, step: int, done: Step) -> int:
         "step": step, "reason": anomaly.reason, "policy": anomaly.policy, "loss": finite(done.loss),
         "grad_norm": finite(done.norm), "first_sample": batch * size, "samples": size,
     }  # fmt: skip
-    back_to = checkpointer.scheduled_before(step) if anomaly.policy == "rewind" else None
+    back_to = checkpointer.rewind_target(step) if anomaly.policy == "rewind" else None
     good = guard.state()
     too_many = guard.record(entry | ({"back_to": back_to} if back_to is not None else {}))
     if anomaly.policy == "stop" or too_many or (anomaly.policy == "rewind" and back_to is None):

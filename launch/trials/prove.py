@@ -254,9 +254,9 @@ def _first_difference(alone: list[dict[str, Any]], mine: list[dict[str, Any]], b
 
 
 def _final(plan: Plan, name: str) -> Path:
-    from packspeed.launch.checkpoint.manifest import tag
+    from packspeed.launch.checkpoint.manifest import step_folder
 
-    return plan.folder / name / "checkpoints" / tag(plan.steps)
+    return plan.folder / name / "checkpoints" / step_folder(plan.steps)
 
 
 def weights_differ_by(one: Path, other: Path) -> float:
