@@ -15,7 +15,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -25,6 +25,8 @@ from deepspeed.accelerator import get_accelerator
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.engine.ops import build_ops, device_type, do_without, needed_ops, prepare_for_ops
 from packspeed.launch.engine.quiet import quiet
+
+Error = TypeVar("Error", str, UserError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,13 @@ class Topology:
         out: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(out, value)
         return out
+
+    def agree_on_error(self, error: Error | None) -> Error | None:
+        """Return the error of the lowest rank that has one, on every rank; None if no rank has one.
+
+        A rank that raised by itself would leave the others waiting in their next collective.
+        """
+        return next((failed for failed in self.gather(error) if failed is not None), None)
 
 
 OPENMPI = {
@@ -133,11 +142,11 @@ def _build_ops(ds_config: dict[str, Any], topology: Topology, say: Callable[[str
             missing = build_ops(needed_ops(ds_config, device_type()), say)
         except UserError as error:
             failed = error
-    answers = topology.gather((missing, failed))
-    for _, failure in answers:
-        if failure is not None:
-            raise failure
-    do_without({name: why for lacking, _ in answers for name, why in lacking.items()}, ds_config, say)
+    failure = topology.agree_on_error(failed)
+    if failure is not None:
+        raise failure
+    missing_anywhere = {name: why for on_rank in topology.gather(missing) for name, why in on_rank.items()}
+    do_without(missing_anywhere, ds_config, say)
 
 
 def _unlink_shared_memory(topology: Topology) -> None:

@@ -76,7 +76,7 @@ def prepared(folder: Path, topology: Topology, fresh: bool) -> Iterator[None]:
                 f"run folder {folder.resolve()}: {problem.strerror}. "
                 "Choose another place with --set runs_dir=DIR or --set name=NAME."
             )
-    error = topology.from_rank0(error)
+    error = topology.agree_on_error(error)
     if error:
         raise UserError(error)
     try:
