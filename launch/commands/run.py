@@ -118,6 +118,6 @@ def watch(
     progress = follower.progress
     print(json.dumps({
         "name": progress.name, "state": progress.state, "note": progress.note, "total_steps": progress.total_steps,
-        "last": progress.last, "validation": progress.val, "left_s": round(progress.left_s, 1),
+        "last": progress.last or {}, "validation": progress.evaluation or {}, "left_s": round(progress.left_s, 1),
         "checkpoint": progress.checkpoint, "restarts": progress.restarts,
     }))  # fmt: skip

@@ -1,16 +1,19 @@
-"""The run folder: what a run leaves to be read.
+"""The run folder: its lock, its configuration files and its status.
 
-    runs/<name>/config.yaml, ds_config.json, environment.json     what ran: resolved run file, engine's dict, versions
-    runs/<name>/metrics.jsonl        one object per step and one per evaluation
-    runs/<name>/tensorboard/         the same scalars; configs, samples, histograms of norms (Board)
-    runs/<name>/anomalies.jsonl      steps that were not taken, and what was done instead
-    runs/<name>/goodput.jsonl, samples.jsonl      where the time went (watch.py); texts of each evaluation
-    runs/<name>/status.json          running, stopped, finished, failed
-    runs/.<name>.lock                held while a process trains there
+    runs/<name>/config.yaml          the run file with every default written out
+    runs/<name>/ds_config.json       the configuration that DeepSpeed got
+    runs/<name>/environment.json     command, versions, git commit, hosts, device
+    runs/<name>/metrics.jsonl        one object per step and per evaluation (formats.py, docs/metrics.md)
+    runs/<name>/tensorboard/         the same scalars; configurations, samples, histograms of norms
+    runs/<name>/anomalies.jsonl      vetoed steps and what was done instead
+    runs/<name>/goodput.jsonl        seconds per phase (phase_timer.py)
+    runs/<name>/samples.jsonl        text generated at each evaluation
+    runs/<name>/checkpoints/         see docs/checkpoints.md
+    runs/<name>/logs/                supervised launches: output, heartbeat and stacks of each rank (heartbeat.py)
+    runs/<name>/status.json          running, stopped, finished or failed
+    runs/.<name>.lock                locked by the process that trains in the folder
 
-Each step stands once in metrics.jsonl: a resume moves the lines after its checkpoint to metrics.discarded.jsonl.
-Events go through DeepSpeed's monitor, so the tensorboard, wandb, csv_monitor and comet blocks of a user's JSON all
-work; DeepSpeed itself writes only the learning rate there.
+metrics.jsonl holds each step once: when a run resumes, the lines after its checkpoint move to metrics.discarded.jsonl.
 """
 
 from __future__ import annotations
@@ -23,60 +26,72 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, Protocol
 
 import yaml
 
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.run_folder.formats import Status
 from packspeed.model.config import GPTConfig
 
-if TYPE_CHECKING:
-    from packspeed.launch.engine.distributed import Topology
+LOCK_WAIT_S = 60.0  # a killed launch needs some seconds to end; longer means that somebody trains there
+LOCK_POLL_S = 2.0
+
+
+class Device(Protocol):
+    """A torch.device, in a room that does not import torch."""
+
+    @property
+    def type(self) -> str:
+        """Return cpu, cuda, ..."""
+
+
+class Ranks(Protocol):
+    """The part of engine.distributed.Topology that is used here."""
+
+    @property
+    def rank(self) -> int:
+        """Return the number of this process."""
+
+    @property
+    def world(self) -> int:
+        """Return the number of processes."""
+
+    @property
+    def device(self) -> Device:
+        """Return the device of this process."""
+
+    def agree_on_error(self, error: str | None) -> str | None:
+        """Return the first rank's error, or None if no rank has one. Collective."""
+
+    def gather(self, value: str) -> list[str]:
+        """Return every rank's value, in rank order."""
 
 
 def say(line: str) -> None:
-    """Print a line at once (the launcher's pipes buffer otherwise)."""
+    """Print a line and flush it: launchers connect stdout to a pipe, which buffers."""
     print(line, flush=True)
 
 
-LOCK_WAIT_S = 60.0
-
-
 def move_aside(folder: Path) -> None:
-    """Give an old run folder another name."""
+    """Rename an old run folder to NAME.old-DATE-TIME."""
     folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 @contextmanager
-def prepared(folder: Path, topology: Topology, fresh: bool) -> Iterator[None]:
-    """Make the run folder (rank 0), moving an old one aside if asked, and hold its lock while training.
+def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool) -> Iterator[None]:
+    """Create the run folder and hold its lock inside the `with` block. Collective; only rank 0 touches the disk.
 
-    UserError on every rank where the folder cannot be made, or another process still trains in it.
+    fresh: rename an existing folder first. Raises UserError on every rank if the folder is not writable or if another
+    process still trains in it after LOCK_WAIT_S.
     """
-    error, lock = None, None
-    if topology.rank == 0:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder)
-            if fresh and folder.exists():
-                move_aside(folder)
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            probe = folder / ".write-probe"
-            probe.write_text("")
-            probe.unlink()
-        except UserError as problem:
-            error = str(problem)
-        except OSError as problem:
-            error = (
-                f"run folder {folder.resolve()}: {problem.strerror}. "
-                "Choose another place with --set runs_dir=DIR or --set name=NAME."
-            )
-    error = topology.agree_on_error(error)
+    lock, error = _lock_and_create(folder, fresh) if ranks.rank == 0 else (None, None)
+    error = ranks.agree_on_error(error)
     if error:
         raise UserError(error)
     try:
@@ -86,8 +101,34 @@ def prepared(folder: Path, topology: Topology, fresh: bool) -> Iterator[None]:
             lock.close()
 
 
+def _lock_and_create(folder: Path, fresh: bool) -> tuple[IO[str] | None, str | None]:
+    """Return the lock and no error, or the error's text, so that rank 0 can send it to the other ranks."""
+    lock = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        if fresh and folder.exists():
+            move_aside(folder)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        # A folder can exist and be read-only; find that out now and not at the first checkpoint.
+        probe = folder / ".write-probe"
+        probe.write_text("")
+        probe.unlink()
+    except UserError as problem:
+        return lock, str(problem)
+    except OSError as problem:
+        return lock, (
+            f"run folder {folder.resolve()}: {problem.strerror}. "
+            "Choose another place with --set runs_dir=DIR or --set name=NAME."
+        )
+    return lock, None
+
+
 def _lock(folder: Path) -> IO[str]:
-    """<runs_dir>/.<name>.lock, held by one training at a time; it goes with the process, however that ends."""
+    """Lock <runs_dir>/.<name>.lock and return the open file. The kernel unlocks it when the process ends, however.
+
+    Raises UserError if another process keeps the lock for LOCK_WAIT_S.
+    """
     file = folder.with_name(f".{folder.name}.lock").open("a+", encoding="utf-8")
     end = time.monotonic() + LOCK_WAIT_S
     while True:
@@ -103,9 +144,10 @@ def _lock(folder: Path) -> IO[str]:
                     "--set name=NAME."
                 ) from None
             say(f"waiting for {holder}, which still trains in {folder} ...")
-            time.sleep(2)
-        except OSError:  # a file system without locks
+            time.sleep(LOCK_POLL_S)
+        except OSError:  # a file system without locks: train unprotected
             break
+    # The name of the holder, for the message above in the process that waits.
     file.seek(0)
     file.truncate()
     file.write(f"process {os.getpid()} on {platform.node()}")
@@ -113,20 +155,20 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def resolved(run: RunFile, config: GPTConfig, precision: str) -> dict[str, Any]:
-    """The run file with every default and the preset written out: itself a run file."""
+def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> dict[str, Any]:
+    """Return the run file as a dict with every default and the preset written out. It is a valid run file itself."""
     out = run.model_dump(mode="json", exclude_none=True)
     out["model"] = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     out["train"]["precision"] = precision
     return out
 
 
-def write_configs(folder: Path, config: dict[str, Any], ds_config: dict[str, Any], topology: Topology) -> None:
-    """Write config.yaml, ds_config.json and environment.json (rank 0)."""
-    hosts = topology.gather(platform.node())
-    if topology.rank:
+def write_configs(folder: Path, config: Mapping[str, Any], ds_config: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write config.yaml, ds_config.json and environment.json on rank 0. Collective: it gathers the host names."""
+    hosts = ranks.gather(platform.node())
+    if ranks.rank:
         return
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
     (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
     environment = {
         "command": sys.argv,
@@ -134,29 +176,29 @@ def write_configs(folder: Path, config: dict[str, Any], ds_config: dict[str, Any
         "versions": versions(),
         "git_commit": git_commit(),
         "hosts": sorted(set(hosts)),
-        "ranks": topology.world,
-        "device": topology.device.type,
+        "ranks": ranks.world,
+        "device": ranks.device.type,
         "cpus_per_host": os.cpu_count(),
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2))
 
 
-def write_status(folder: Path, topology: Topology, state: str) -> None:
-    """Say in status.json how the run stands, for scripts and other hosts."""
-    if topology.rank == 0:
-        status = {"state": state, "pid": os.getpid(), "host": platform.node(), "at": time.time()}
+def write_status(folder: Path, ranks: Ranks, state: str) -> None:
+    """Write status.json on rank 0. Scripts and other hosts read the run's state there."""
+    if ranks.rank == 0:
+        status: Status = {"state": state, "pid": os.getpid(), "host": platform.node(), "at": time.time()}
         (folder / "status.json").write_text(json.dumps(status))
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a run."""
+    """Return the versions of the packages that can change a run's numbers."""
     names = ("packspeed", "torch", "deepspeed", "numpy", "tiktoken", "tokenizers")
     return {name: metadata.version(name) for name in names}
 
 
 def git_commit() -> str | None:
-    """Commit of this checkout, with -dirty where files were changed; None outside git."""
+    """Return the commit of this checkout, with -dirty if files were changed; None outside git."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -165,8 +207,8 @@ def git_commit() -> str | None:
     return out.stdout.strip() or None
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one level: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one level: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

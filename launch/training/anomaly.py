@@ -9,6 +9,7 @@ from collections import deque
 from typing import Any, SupportsFloat
 
 from packspeed.launch.config.run_file import AnomalySection
+from packspeed.launch.run_folder.formats import AnomalyLine
 
 SPREAD_FLOOR = 1e-3  # a window of nearly equal losses must not turn rounding into a spike
 
@@ -30,7 +31,7 @@ class AnomalyDetector:
         self.norms: deque[float] = deque(maxlen=section.window)  # logarithms
         self.skipped_batches = 0  # by rewinds: step i of the run reads batch i + skipped_batches
         self.in_a_row = 0
-        self.records: list[dict[str, Any]] = []
+        self.records: list[AnomalyLine] = []
         self.anomaly: Anomaly | None = None
         self._loss: SupportsFloat = 0.0
 
@@ -65,7 +66,7 @@ class AnomalyDetector:
         if norm > 0 and math.isfinite(norm):
             self.norms.append(math.log(norm))
 
-    def record(self, entry: dict[str, Any]) -> bool:
+    def record(self, entry: AnomalyLine) -> bool:
         """Remember an anomaly; True where there have been too many: in a row, or back to the same checkpoint."""
         self.records.append(entry)
         self.in_a_row += 1

@@ -8,6 +8,7 @@ whole; a sample is one forward pass of the engine per token and prompt.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from packspeed.data.text.tokenizer import load_from_dataset
 from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.run_folder.formats import Sample
 from packspeed.model.generate import draw, uniform
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -51,10 +53,12 @@ class Sampler:
         self.run, self.engine, self.device = run, engine, device
 
     @torch.no_grad()
-    def samples(self) -> list[dict[str, str]]:
+    def samples(self) -> list[Sample]:
         """[{prompt, text}]: always sample_tokens forward passes per prompt, so that ranks stay together at ZeRO-3."""
         self.engine.eval()
-        out = [{"prompt": prompt, "text": self._continue(prompt)} for prompt in self.run.monitor.sample_prompts]
+        out: list[Sample] = [
+            {"prompt": prompt, "text": self._continue(prompt)} for prompt in self.run.monitor.sample_prompts
+        ]
         self.engine.train()
         return out
 
@@ -71,12 +75,12 @@ class Sampler:
         return str(self.tokenizer.decode(new_ids[:end]))
 
 
-def append(folder: Path, step: int, samples: list[dict[str, str]]) -> None:
+def append(folder: Path, step: int, samples: Sequence[Sample]) -> None:
     """Keep samples.jsonl: one line per evaluation."""
     with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "samples": samples}) + "\n")
 
 
-def markdown(samples: list[dict[str, str]]) -> str:
+def markdown(samples: Sequence[Sample]) -> str:
     """For TensorBoard's text page."""
     return "\n\n".join(f"**{each['prompt']}**\n\n```\n{each['prompt']}{each['text']}\n```" for each in samples)

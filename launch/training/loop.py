@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from typing import Any
 
 from packspeed.data.loader import Prefetcher
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.hardware import memory_gib
+from packspeed.launch.run_folder.formats import AnomalyLine, StepLine
 from packspeed.launch.training.evaluation import evaluate_and_record
 from packspeed.launch.training.metrics import finite
 from packspeed.launch.training.self_check import probe
@@ -24,11 +24,13 @@ from packspeed.launch.training.step import Step, train_step
 from packspeed.launch.training.trainer import Trainer
 
 
-def metrics_line(trainer: Trainer, step: int, done: Step, lr: float, step_time_s: float, data_wait_s: float) -> Any:
-    """The metrics line of a step."""
+def metrics_line(
+    trainer: Trainer, step: int, done: Step, lr: float, step_time_s: float, data_wait_s: float
+) -> StepLine:
+    """The line of metrics.jsonl for a step."""
     tokens_per_step = trainer.run.train.global_batch_tokens
     speed = tokens_per_step / step_time_s
-    return {
+    line: StepLine = {
         "step": step,
         "tokens": step * tokens_per_step,
         "samples": (step + trainer.guard.skipped_batches) * trainer.run.global_batch,
@@ -36,23 +38,18 @@ def metrics_line(trainer: Trainer, step: int, done: Step, lr: float, step_time_s
         "loss": finite(done.loss),
         "lr": lr,
         "grad_norm": finite(done.norm),
-        **({"skipped": done.skipped} if done.skipped else {}),
         "step_time_s": round(step_time_s, 6),
         "tokens_per_s": round(speed, 1),
         "mfu": finite(speed * trainer.flops_per_token / trainer.peak_flops, 5),
         "data_wait_s": round(data_wait_s, 6),
         "memory_gib": memory_gib(trainer.topology.device.type),
-        **_sources(trainer, step),
     }
-
-
-def _sources(trainer: Trainer, step: int) -> dict[str, Any]:
-    """Epochs per source of a mixture after `step` steps, for the metrics; nothing for a single dataset."""
-    report = getattr(trainer.loader, "report", None)
-    if report is None:
-        return {}
-    batches = step + trainer.guard.skipped_batches
-    return {"epochs": {row["path"]: row["epochs"] for row in report(batches * trainer.run.global_batch)}}
+    if done.skipped:
+        line["skipped"] = done.skipped
+    report = getattr(trainer.loader, "report", None)  # a mixture's loader has one
+    if report is not None:
+        line["epochs"] = {row["path"]: row["epochs"] for row in report(line["samples"])}
+    return line
 
 
 def _after_step(trainer: Trainer, step: int, stopping: bool) -> bool:
@@ -104,13 +101,15 @@ def _without_the_step(trainer: Trainer, step: int, done: Step) -> int:
     assert anomaly is not None
     batch = step - 1 + guard.skipped_batches
     size = trainer.run.global_batch
-    entry: dict[str, Any] = {
+    entry: AnomalyLine = {
         "step": step, "reason": anomaly.reason, "policy": anomaly.policy, "loss": finite(done.loss),
         "grad_norm": finite(done.norm), "first_sample": batch * size, "samples": size,
     }  # fmt: skip
     back_to = checkpointer.rewind_target(step) if anomaly.policy == "rewind" else None
     good = guard.state()
-    too_many = guard.record(entry | ({"back_to": back_to} if back_to is not None else {}))
+    if back_to is not None:
+        entry["back_to"] = back_to
+    too_many = guard.record(entry)
     if anomaly.policy == "stop" or too_many or (anomaly.policy == "rewind" and back_to is None):
         guard.load(good)
         if step > 1 and checkpointer.newest != step - 1:
@@ -129,7 +128,7 @@ def _without_the_step(trainer: Trainer, step: int, done: Step) -> int:
     return back_to
 
 
-def _why_stopped(entry: dict[str, Any], too_many: bool) -> str:
+def _why_stopped(entry: AnomalyLine, too_many: bool) -> str:
     last = entry["first_sample"] + entry["samples"] - 1
     return (
         f"step {entry['step']}: {entry['reason']} (loss {entry['loss']}, gradient norm {entry['grad_norm']}), samples "

@@ -6,13 +6,14 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from packspeed.data.storage.atomic import write_durably
 from packspeed.launch.run_folder.folder import say
+from packspeed.launch.run_folder.formats import AnomalyLine, MetricsLine, Sample
 from packspeed.launch.training.tensorboard_board import TAGS, Board
 
 
@@ -58,7 +59,7 @@ class Metrics:
         self.monitor, self.total_steps, self.log_every_steps = monitor, total_steps, log_every_steps
         self.waiting: list[str] = []
         self.anomalies = -1  # lines in anomalies.jsonl, unknown yet
-        self.followers: list[Callable[[dict[str, Any]], None]] = []  # see every line, as the live screen does
+        self.followers: list[Callable[[MetricsLine], None]] = []  # see every line, as the live screen does
         self.shares: Callable[[], dict[str, float]] = dict  # of the wall time, by bucket
         self.board: Board | None = None
         self._begin(start_step)
@@ -123,7 +124,7 @@ class Metrics:
 
         writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: MetricsLine) -> None:
         """Append one object to metrics.jsonl; at log steps and evaluations to the monitor and the screen too."""
         self.waiting.append(json.dumps(record) + "\n")
         if error := self._flush():
@@ -162,7 +163,7 @@ class Metrics:
             return f"metrics.jsonl: {problem.strerror}"
         return None
 
-    def write_anomalies(self, records: list[dict[str, Any]]) -> None:
+    def write_anomalies(self, records: Sequence[AnomalyLine]) -> None:
         """Keep anomalies.jsonl as the guard remembers it: every step that was not taken, and what was done."""
         if len(records) == self.anomalies or not (records or (self.folder / "anomalies.jsonl").exists()):
             return
@@ -180,7 +181,7 @@ class Metrics:
             except OSError as error:
                 self._monitor_failed(error)
 
-    def write_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Keep the texts of an evaluation in samples.jsonl and show them in TensorBoard."""
         from packspeed.launch.training.introspect import append, markdown
 
@@ -191,7 +192,7 @@ class Metrics:
         except OSError as error:
             say(f"WARNING: samples.jsonl: {error.strerror}")
 
-    def _line(self, record: dict[str, Any]) -> str:
+    def _line(self, record: MetricsLine) -> str:
         step, width = record["step"], len(str(self.total_steps))
         head = f"step {step:>{width}}/{self.total_steps}"
         if "val_loss" in record:

@@ -54,9 +54,9 @@ def start_training(
     topology = start_distributed(ds_config, speak)
     config = agree_on_kernels(config, topology, speak)
     kernels = resolve_kernels(config.kernels, speak)
-    with run_folder.prepared(run.folder, topology, fresh):
+    with run_folder.locked_run_folder(run.folder, topology, fresh):
         chatter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
-        resolved = run_folder.resolved(run, config, precision)
+        resolved = run_folder.resolved_config(run, config, precision)
         with quiet(run.folder / "deepspeed.log" if rank == 0 else None):
             engine = build_engine(config, run, ds_config)
         run_folder.write_configs(run.folder, resolved, ds_config, topology)
@@ -83,11 +83,11 @@ def _screen(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
     """The live panel where rank 0 has a terminal; the plain lines do elsewhere."""
     if trainer.metrics is None or not sys.stdout.isatty():
         return contextlib.nullcontext()
-    from packspeed.launch.observe.console import Progress, live
+    from packspeed.launch.observe.console import RunProgress, live
     from packspeed.launch.observe.goodput import read_lives
 
     run, restarts = trainer.run, len(read_lives(trainer.run.folder)) - 1
-    return live(trainer.metrics, Progress(run.name, run.train.total_steps, restarts))
+    return live(trainer.metrics, RunProgress(run.name, run.train.total_steps, restarts))
 
 
 def _fit(trainer: Trainer, manifest: dict[str, Any]) -> int:

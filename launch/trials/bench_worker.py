@@ -92,10 +92,10 @@ class Ours:
 
     def __init__(self, arena: Arena) -> None:
         run, topology = arena.run, arena.topology
-        with run_folder.prepared(run.folder, topology, fresh=False):
+        with run_folder.locked_run_folder(run.folder, topology, fresh=False):
             engine = build_engine(arena.config, run, arena.ds_config)
             run_folder.write_configs(
-                run.folder, run_folder.resolved(run, arena.config, arena.precision), arena.ds_config, topology
+                run.folder, run_folder.resolved_config(run, arena.config, arena.precision), arena.ds_config, topology
             )
             checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, {}, print)
             self.trainer = make_trainer(

@@ -1,0 +1,109 @@
+"""The JSON formats of a run folder: every key with its unit and its meaning.
+
+    metrics.jsonl     StepLine after every step, EvaluationLine after every evaluation
+    goodput.jsonl     Life, one per process life
+    samples.jsonl     SamplesLine, one per evaluation
+    anomalies.jsonl   AnomalyLine, one per vetoed step
+    status.json       Status, one object
+
+An annotation holds (type, unit, meaning). docs/metrics.md shows the same tables; tests/test_metrics_page.py keeps the
+page and this file equal. Cost at run time: none, the values are plain dicts.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypedDict, final
+
+
+class _StepLine(TypedDict):
+    step: Annotated[int, "steps", "completed optimizer steps, counted from 1"]
+    tokens: Annotated[int, "tokens", "training tokens up to and including this step"]
+    samples: Annotated[int, "samples", "windows read so far, including batches that a rewind skipped"]
+    data_hash: Annotated[str, "8 hex digits", "hash of the global batch, equal for any number of ranks"]
+    loss: Annotated[float | None, "nats per token", "mean over the global batch; null if it is not finite"]
+    lr: Annotated[float, "", "learning rate of this step"]
+    grad_norm: Annotated[float | None, "", "global L2 norm before clipping; null if it is not finite"]
+    step_time_s: Annotated[float, "seconds", "wall time of the step, including the wait for its batch"]
+    tokens_per_s: Annotated[float, "tokens/s", "tokens of a step divided by step_time_s, all ranks together"]
+    mfu: Annotated[float | None, "share", "model FLOPs utilisation, 0 to 1; null if it is not finite"]
+    data_wait_s: Annotated[float, "seconds", "part of step_time_s that waited for the batch"]
+    memory_gib: Annotated[float, "GiB", "memory of rank 0: peak allocation on a GPU, current resident memory on a CPU"]
+
+
+@final
+class StepLine(_StepLine, total=False):
+    """A line of metrics.jsonl after a step. The keys below exist only if they apply."""
+
+    skipped: Annotated[str, "", "why the optimizer did not take this step"]
+    epochs: Annotated[dict[str, float], "epochs", "mixtures only: passes over each source so far, by its path"]
+
+
+@final
+class EvaluationLine(TypedDict):
+    """A line of metrics.jsonl after an evaluation; it follows the StepLine of the same step."""
+
+    step: Annotated[int, "steps", "completed optimizer steps when it was evaluated"]
+    val_loss: Annotated[float | None, "nats per token", "mean over the validation windows; null if it is not finite"]
+    val_tokens: Annotated[int, "tokens", "tokens that were evaluated"]
+    eval_time_s: Annotated[float, "seconds", "wall time of the evaluation"]
+
+
+MetricsLine = StepLine | EvaluationLine
+
+
+class Life(TypedDict):
+    """A line of goodput.jsonl: one process life of rank 0, overwritten in place while the process runs."""
+
+    started_at: Annotated[float, "seconds since 1970", "start of the process"]
+    pid: Annotated[int, "", "process id of rank 0"]
+    host: Annotated[str, "", "host name of rank 0"]
+    from_step: Annotated[int, "steps", "step of the checkpoint it started from"]
+    step: Annotated[int, "steps", "last completed step"]
+    ended: Annotated[str | None, "", "finished, stopped or failed; null while it runs and after a crash"]
+    seconds: Annotated[dict[str, float], "seconds", "time per bucket; the buckets add up to the length of the life"]
+    open_s: Annotated[float, "seconds", "compute and communication of the unfinished step, lost if the process dies"]
+
+
+class EndedLife(Life):
+    """A Life as read back from the file."""
+
+    ended_at: Annotated[float, "seconds since 1970", "started_at plus all seconds"]
+
+
+class Sample(TypedDict):
+    """A prompt of monitor.sample_prompts and its continuation."""
+
+    prompt: Annotated[str, "", "the prompt"]
+    text: Annotated[str, "", "the generated continuation"]
+
+
+class SamplesLine(TypedDict):
+    """A line of samples.jsonl."""
+
+    step: Annotated[int, "steps", "completed optimizer steps"]
+    samples: Annotated[list[Sample], "", "one object with prompt and text for each prompt"]
+
+
+class _AnomalyLine(TypedDict):
+    step: Annotated[int, "steps", "the step that was vetoed"]
+    reason: Annotated[str, "", "what was wrong: a value that is not finite, or a spike with its z-score"]
+    policy: Annotated[str, "", "stop, skip or rewind, from the run file"]
+    loss: Annotated[float | None, "nats per token", "loss of the vetoed step; null if it is not finite"]
+    grad_norm: Annotated[float | None, "", "its gradient norm before clipping; null if it is not finite"]
+    first_sample: Annotated[int, "samples", "number of the first sample of its batch"]
+    samples: Annotated[int, "samples", "samples of its batch"]
+
+
+class AnomalyLine(_AnomalyLine, total=False):
+    """A line of anomalies.jsonl. The key below exists only after a rewind."""
+
+    back_to: Annotated[int, "steps", "step of the checkpoint that training continued from"]
+
+
+class Status(TypedDict):
+    """status.json."""
+
+    state: Annotated[str, "", "running, stopped, finished or failed"]
+    pid: Annotated[int, "", "process id of rank 0"]
+    host: Annotated[str, "", "host name of rank 0"]
+    at: Annotated[float, "seconds since 1970", "when this file was written"]
