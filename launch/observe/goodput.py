@@ -1,12 +1,13 @@
-"""Where the wall time of a run went, over all its restarts.
+"""`packspeed goodput`: the wall time of a run by bucket, over all its restarts.
 
-    account(folder)          seconds per bucket over all lives: they add up to the wall time
-    read_lives(folder)       the records that phase_timer.PhaseTimer left in goodput.jsonl, one per process life
+    account(folder)          seconds per bucket; together they are the wall time of the run
+    read_lives(folder)       the process lives in goodput.jsonl (run_folder/phase_timer.py)
 
-    buckets     startup, data, compute, communication, checkpoint, evaluation, other; idle (between lives); lost:
-                steps done again after a crash or a rewind (metrics.discarded.jsonl), and the step a crash cut off
+The buckets are those of the phase timer and two that it cannot see:
+    idle     between the end of one life and the start of the next
+    lost     steps repeated after a crash or a rewind (metrics.discarded.jsonl), and the step that a crash interrupted
 
-Imports neither torch nor deepspeed. The term: ML Productivity Goodput (Google Cloud, 2024).
+Goodput is compute / wall time. Source of the term: ML Productivity Goodput (Google Cloud, 2024). Without torch.
 """
 
 from __future__ import annotations
@@ -16,102 +17,12 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from packspeed.launch.run_folder.formats import EndedLife, Life, MetricsLine
 from packspeed.launch.run_folder.phase_timer import FILE, MEASURED
 
 BUCKETS = ("compute", "communication", "data", "evaluation", "checkpoint", "startup", "other", "lost", "idle")
-
-
-@dataclasses.dataclass(frozen=True)
-class Account:
-    """A run's wall time, from the birth of rank 0's first process to its last record (a launcher's own seconds before
-    the first are not in it). The buckets add up to wall_s, up to differences between the clocks of its hosts.
-    """
-
-    wall_s: float
-    seconds: dict[str, float]  # every name of BUCKETS
-    lives: list[dict[str, Any]]
-    steps_lost: int
-
-    @property
-    def goodput(self) -> float:
-        """Share of the wall time that computed steps which stand."""
-        return self.seconds["compute"] / self.wall_s if self.wall_s else 0.0
-
-    @property
-    def restarts(self) -> int:
-        """Process lives after the first."""
-        return len(self.lives) - 1
-
-    def as_dict(self) -> dict[str, Any]:
-        """For --json and the report."""
-        seconds = {name: round(value, 3) for name, value in self.seconds.items()}
-        lives = [{k: life[k] for k in ("started_at", "ended_at", "from_step", "step", "ended")} for life in self.lives]
-        return {
-            "wall_s": round(self.wall_s, 3), "seconds": seconds, "sum_s": round(sum(self.seconds.values()), 3),
-            "goodput": round(self.goodput, 4), "restarts": self.restarts, "steps_lost": self.steps_lost, "lives": lives,
-        }  # fmt: skip
-
-
-def read_lives(folder: Path) -> list[dict[str, Any]]:
-    """The process lives of a run in order, each with `ended_at`; lines torn by a power cut are left out."""
-    try:
-        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    lives = []
-    for line in lines:
-        try:
-            life = json.loads(line)
-            lives.append({**life, "ended_at": life["started_at"] + sum(life["seconds"].values())})
-        except (ValueError, KeyError, TypeError):
-            continue
-    return lives
-
-
-def account(folder: Path) -> Account | None:
-    """Add up a run's lives; None where nothing was recorded."""
-    lives = read_lives(folder)
-    if not lives:
-        return None
-    seconds = {name: sum(life["seconds"].get(name, 0.0) for life in lives) for name in MEASURED}
-    gaps = (after["started_at"] - before["ended_at"] for before, after in itertools.pairwise(lives))
-    seconds |= {"idle": sum(max(0.0, gap) for gap in gaps), "lost": 0.0}
-    discarded = list(_discarded(folder))
-    steps = [line for line in discarded if "step_time_s" in line]
-    _move_lost(seconds, "data", sum(line.get("data_wait_s", 0.0) for line in steps))
-    cut_off = sum(life["open_s"] for life in lives[:-1] if life["ended"] is None)
-    _move_compute(seconds, sum(line["step_time_s"] - line.get("data_wait_s", 0.0) for line in steps) + cut_off)
-    _move_lost(seconds, "evaluation", sum(line.get("eval_time_s", 0.0) for line in discarded))
-    return Account(lives[-1]["ended_at"] - lives[0]["started_at"], seconds, lives, len(steps))
-
-
-def _move_lost(seconds: dict[str, float], bucket: str, amount: float) -> None:
-    """What was counted in a bucket and had to be done again; never more than is there."""
-    amount = min(amount, seconds[bucket])
-    seconds[bucket] -= amount
-    seconds["lost"] += amount
-
-
-def _move_compute(seconds: dict[str, float], amount: float) -> None:
-    """A lost step's time had communication in it in the proportion of the whole run."""
-    both = seconds["compute"] + seconds["communication"]
-    share = seconds["communication"] / both if both else 0.0
-    _move_lost(seconds, "communication", amount * share)
-    _move_lost(seconds, "compute", amount * (1 - share))
-
-
-def _discarded(folder: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (folder / "metrics.discarded.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    out = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            out.append(json.loads(line))
-    return [line for line in out if isinstance(line, dict)]
 
 
 LABELS = {
@@ -121,24 +32,152 @@ LABELS = {
 }  # fmt: skip
 
 
+class LifeSummary(TypedDict):
+    """A process life in the JSON object; see formats.Life for the keys."""
+
+    started_at: float
+    ended_at: float
+    from_step: int
+    step: int
+    ended: str | None
+
+
+class AccountDict(TypedDict):
+    """The JSON object of `packspeed goodput --json`; seconds and counts as in Account."""
+
+    wall_s: float
+    seconds: dict[str, float]
+    sum_s: float
+    goodput: float
+    restarts: int
+    steps_lost: int
+    lives: list[LifeSummary]
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """The wall time of a run by bucket.
+
+    The buckets add up to wall_s, except for differences between the clocks of the hosts that rank 0 ran on.
+    """
+
+    wall_s: float  # from the start of rank 0's first process to its last record, without the launcher's own seconds
+    seconds: dict[str, float]  # every name of BUCKETS
+    lives: list[EndedLife]
+    steps_lost: int  # steps that were done and had to be repeated
+
+    @property
+    def goodput(self) -> float:
+        """Share of the wall time spent on the compute of steps that were kept."""
+        return self.seconds["compute"] / self.wall_s if self.wall_s else 0.0
+
+    @property
+    def restarts(self) -> int:
+        """Number of process lives after the first."""
+        return len(self.lives) - 1
+
+    def as_dict(self) -> AccountDict:
+        """Return the JSON object of `packspeed goodput --json`."""
+        seconds = {name: round(value, 3) for name, value in self.seconds.items()}
+        lives: list[LifeSummary] = [
+            {"started_at": life["started_at"], "ended_at": life["ended_at"], "from_step": life["from_step"],
+             "step": life["step"], "ended": life["ended"]}
+            for life in self.lives
+        ]  # fmt: skip
+        return {
+            "wall_s": round(self.wall_s, 3), "seconds": seconds, "sum_s": round(sum(self.seconds.values()), 3),
+            "goodput": round(self.goodput, 4), "restarts": self.restarts, "steps_lost": self.steps_lost, "lives": lives,
+        }  # fmt: skip
+
+
+def read_lives(folder: Path) -> list[EndedLife]:
+    """Return the process lives of a run in order, each with `ended_at`; incomplete lines are left out."""
+    try:
+        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    lives: list[EndedLife] = []
+    for line in lines:
+        try:
+            life: Life = json.loads(line)
+            lives.append({**life, "ended_at": life["started_at"] + sum(life["seconds"].values())})
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lives
+
+
+def account(folder: Path) -> Account | None:
+    """Add up the lives of a run. Returns None if goodput.jsonl is missing or empty."""
+    lives = read_lives(folder)
+    if not lives:
+        return None
+    seconds = {name: sum(life["seconds"].get(name, 0.0) for life in lives) for name in MEASURED}
+    gaps = (after["started_at"] - before["ended_at"] for before, after in itertools.pairwise(lives))
+    seconds |= {"idle": sum(max(0.0, gap) for gap in gaps), "lost": 0.0}
+    # Discarded lines of metrics.jsonl are work that was done and repeated later: move their seconds to `lost`.
+    discarded = _discarded(folder)
+    steps = [line for line in discarded if "step_time_s" in line]
+    _move_lost(seconds, "data", sum(line.get("data_wait_s", 0.0) for line in steps))
+    # A crash leaves `ended` null; the step it interrupted never reached metrics.jsonl, but its life recorded open_s.
+    cut_off = sum(life["open_s"] for life in lives[:-1] if life["ended"] is None)
+    _move_compute(seconds, sum(line["step_time_s"] - line.get("data_wait_s", 0.0) for line in steps) + cut_off)
+    _move_lost(seconds, "evaluation", sum(line["eval_time_s"] for line in discarded if "eval_time_s" in line))
+    return Account(lives[-1]["ended_at"] - lives[0]["started_at"], seconds, lives, len(steps))
+
+
+def _move_lost(seconds: dict[str, float], bucket: str, amount: float) -> None:
+    """Move `amount` seconds from a bucket to `lost`, but never more than the bucket has."""
+    amount = min(amount, seconds[bucket])
+    seconds[bucket] -= amount
+    seconds["lost"] += amount
+
+
+def _move_compute(seconds: dict[str, float], amount: float) -> None:
+    """Move `amount` from compute and communication, in the proportion that they have over the run.
+
+    metrics.jsonl has one time per step, which includes both.
+    """
+    both = seconds["compute"] + seconds["communication"]
+    share = seconds["communication"] / both if both else 0.0
+    _move_lost(seconds, "communication", amount * share)
+    _move_lost(seconds, "compute", amount * (1 - share))
+
+
+def _discarded(folder: Path) -> list[MetricsLine]:
+    """Return the lines of metrics.discarded.jsonl; incomplete ones are left out."""
+    try:
+        lines = (folder / "metrics.discarded.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    records: list[MetricsLine] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            record: MetricsLine = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
 def duration(seconds: float) -> str:
-    """5.2 s, 3:04, 2:03:04 or 4d 02:03:04."""
+    """Format seconds as 5.2 s, 3:04, 2:03:04 or 4d 02:03:04."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     days, rest = divmod(round(seconds), 86400)
     hours, rest = divmod(rest, 3600)
-    clock = f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}"
-    return f"{days}d {clock}" if days else clock.lstrip("0:") if hours else f"{rest // 60}:{rest % 60:02d}"
+    time_of_day = f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}"
+    if days:
+        return f"{days}d {time_of_day}"
+    return time_of_day.lstrip("0:") if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-def table(found: Account) -> str:
-    """The account for a terminal, the largest bucket first."""
+def table(total: Account) -> str:
+    """Format the account as lines for a terminal, the largest bucket first."""
     lines = [
-        f"wall time {duration(found.wall_s)}, {found.restarts} restart(s), {found.steps_lost} step(s) done again; "
-        f"goodput {found.goodput:.1%}"
+        f"wall time {duration(total.wall_s)}, {total.restarts} restart(s), {total.steps_lost} step(s) done again; "
+        f"goodput {total.goodput:.1%}"
     ]
-    for name, seconds in sorted(found.seconds.items(), key=lambda item: -item[1]):
-        share = seconds / found.wall_s if found.wall_s else 0.0
+    for name, seconds in sorted(total.seconds.items(), key=lambda item: -item[1]):
+        share = seconds / total.wall_s if total.wall_s else 0.0
         lines.append(f"  {LABELS[name]:<22}{duration(seconds):>14} {share:>7.1%}  {'#' * round(40 * share)}")
-    lines.append(f"  {'sum':<22}{duration(sum(found.seconds.values())):>14}")
+    lines.append(f"  {'sum':<22}{duration(sum(total.seconds.values())):>14}")
     return "\n".join(lines)

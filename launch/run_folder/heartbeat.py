@@ -1,10 +1,10 @@
-"""What a rank of a supervised launch leaves in the run folder: where it is, what it printed, and its stack on request.
+"""The files that each rank of a supervised launch writes, for its supervisor: heartbeat, output and stacks.
 
-    logs/rank-3.beat     one line of BEAT_BYTES, written over in place at every change of phase and every collective
-    logs/rank-3.log      what the rank printed; rank 0's goes to the console as well
-    logs/rank-3.stack    faulthandler's stacks of all threads, after SIGUSR2
+    logs/rank-3.beat     one line of BEAT_BYTES, overwritten at every change of phase and every collective
+    logs/rank-3.log      the rank's stdout and stderr; rank 0 also prints to the console
+    logs/rank-3.stack    faulthandler's stacks of all threads, written on SIGUSR2
 
-Cost: 8 us a change of phase on a local disk; a step has about ten.
+Cost: 8 us per change of phase on a local disk; a step has about ten.
 """
 
 from __future__ import annotations
@@ -20,27 +20,25 @@ import time
 from pathlib import Path
 
 LAUNCH_ID = "PACKSPEED_LAUNCH_ID"  # set in the environment of every process of a supervised launch
-
-
 BEAT_BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-    """Where a rank was at `time`, seconds since the epoch. `count`: phases and collectives so far in this life."""
+    """The position of a rank: `collective` of `phase` of the step after `step`."""
 
     rank: int
     pid: int
     host: str
     phase: str
-    collective: str
-    step: int
-    count: int
-    time: float
+    collective: str  # empty outside collectives
+    step: int  # the last completed step
+    count: int  # phases and collectives entered so far in this life
+    time: float  # seconds since 1970
 
 
 class Heartbeat:
-    """Writes this rank's beat. A full disk costs the beat, never the run."""
+    """Writes this rank's beat; a PhaseListener of the phase timer. Write errors (a full disk) are ignored."""
 
     def __init__(self, logs: Path, rank: int, host: str, step: int) -> None:
         self._head = {"rank": rank, "pid": os.getpid(), "host": host}
@@ -48,7 +46,7 @@ class Heartbeat:
         self.step, self._count = step, 0
 
     def __call__(self, phase: str, collective: str = "") -> None:
-        """The rank is in `phase` of the step after `step`, waiting in `collective` where one is named."""
+        """Write that the rank entered `phase` and, if it is named, waits in `collective`."""
         self._count += 1
         line = json.dumps(self._head | {"phase": phase, "collective": collective, "step": self.step,
                                         "count": self._count, "time": time.time()})  # fmt: skip
@@ -57,7 +55,7 @@ class Heartbeat:
 
 
 def read_beats(logs: Path) -> dict[int, Beat]:
-    """The last beat of every rank; one that is being written is passed over."""
+    """Return the last beat of every rank, by rank; incomplete ones are left out."""
     beats = {}
     for path in logs.glob("rank-*.beat"):
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -67,18 +65,18 @@ def read_beats(logs: Path) -> dict[int, Beat]:
 
 
 def keep_logs(logs: Path, rank: int) -> None:
-    """From now on this process prints into its log, rank 0 to its console too, and answers SIGUSR2 with its stacks."""
+    """Redirect this process's output to its log (rank 0: to the console too) and dump all stacks on SIGUSR2."""
     logs.mkdir(parents=True, exist_ok=True)
-    stack = open(logs / f"rank-{rank}.stack", "w", encoding="utf-8")  # noqa: SIM115 (open for faulthandler as long as we live)
+    stack = open(logs / f"rank-{rank}.stack", "w", encoding="utf-8")  # noqa: SIM115 (faulthandler needs it open)
     faulthandler.register(signal.SIGUSR2, stack, all_threads=True)
     path = logs / f"rank-{rank}.log"
     if rank == 0:
-        # tee ends by itself when the last process that writes to it has.
+        # tee ends by itself after the last process that writes to it. -i: it outlives Ctrl-C, to log the shutdown.
         tee = subprocess.Popen(["tee", "-a", "-i", str(path)], stdin=subprocess.PIPE, start_new_session=True)
         assert tee.stdin is not None
         target = tee.stdin.fileno()
     else:
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
+    for stream in (1, 2):  # at the level of file descriptors, so that C++ code and child processes are logged too
         os.dup2(target, stream)
     os.close(target)

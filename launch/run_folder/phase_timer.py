@@ -1,18 +1,18 @@
-"""What watches the steps: signals, a dead launcher, numbers that no training should produce, and the timer.
+"""Wall time per phase of a training process, for `packspeed goodput`.
 
-    timer = PhaseTimer(folder / FILE)   timer.enter("forward"): from now on the time counts there
+    timer = PhaseTimer(folder / FILE)
+    timer.enter("forward")         from now on, seconds count as compute
+    timer.step_done(12)            the time so far is not lost if the process dies now
+    timer.close("finished")
 
-Every rank gives the same verdict: loss and norm are global, and the window of past steps travels in the checkpoint, so
-that a resumed run judges as the uninterrupted one did. A spike is a robust z-score, (x - median) / (1.4826 MAD), of the
-loss or of the log of the gradient norm above `zscore`, over the last `window` accepted steps.
-Skipping batches after going back to a checkpoint follows PaLM (arXiv:2204.02311, section 5.1).
+A process is in exactly one phase at any moment, so the buckets of a life add up to its length by construction.
+goodput.jsonl has one line per process life (formats.Life), padded to LINE_BYTES. The line is overwritten in place after
+every step, and once a second within long steps: a killed process loses at most the last second of its record.
 
-The timer leaves goodput.jsonl: one line per process life, padded to LINE_BYTES and written over in place at every step
-and, within long ones, once a second: a killed process loses at most the last second of its own record. One process is
-always in exactly one phase, so a life's seconds add up to its length by construction. Communication is what the host
-waited for in collectives during compute, waiting for slower ranks included; it is measured where they block the host
-(gloo). On GPUs they are queued behind the computation and their exposed part stays inside compute: telling them apart
-there would need a synchronisation. Cost: 1 us a phase change, 20 us a record.
+Communication is the time that the host waited in collectives during compute, including the wait for slower ranks. It is
+measured where collectives block the host (gloo). On GPUs they are queued behind the computation, and their exposed part
+stays in compute: separating it would need a synchronisation.
+Cost: 1 us per change of phase, 20 us per record.
 """
 
 from __future__ import annotations
@@ -27,23 +27,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from packspeed.launch.run_folder.formats import Life
+
 FILE = "goodput.jsonl"
-
-
-LINE_BYTES = 640
-
-
+LINE_BYTES = 640  # more than the longest record, so that a line can be overwritten in place
 RECORD_EVERY_S = 1.0
 
-
-BUCKET = {"forward": "compute", "backward": "compute", "step": "compute"}  # other phases are buckets themselves
-
-
+BUCKET = {"forward": "compute", "backward": "compute", "step": "compute"}  # every other phase is its own bucket
 MEASURED = ("startup", "data", "compute", "communication", "checkpoint", "evaluation", "other")
 
 
 def process_age_s() -> float:
-    """Seconds since the kernel started this process, so that imports count as start-up; 0 outside Linux."""
+    """Return the seconds since the kernel started this process, so that imports count as start-up; 0 outside Linux."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK"))
@@ -51,17 +46,17 @@ def process_age_s() -> float:
         return 0.0
 
 
-class Listener(Protocol):
-    """Hears every change of phase: the heartbeat of a supervised launch, the marks of a benchmark."""
+class PhaseListener(Protocol):
+    """Called at every change of phase: the heartbeat of a supervised launch, or the timing of a benchmark."""
 
-    step: int
+    step: int  # the last completed step
 
     def __call__(self, phase: str, collective: str = "") -> None:
-        """The rank is in `phase` from now on."""
+        """Note that the rank entered `phase`; `collective` names the one it waits for, if any."""
 
 
 class PhaseTimer:
-    """Counts the seconds of one process life into buckets. Without a path it counts and writes nothing."""
+    """Adds up the seconds of one process life per bucket. Without a path it writes nothing."""
 
     def __init__(self, path: Path | None, step: int = 0, age_s: float | None = None) -> None:
         age = process_age_s() if age_s is None else age_s
@@ -69,13 +64,14 @@ class PhaseTimer:
         self.phase = "startup"
         self._since = time.monotonic() - age
         self._owner = threading.get_ident()
-        self._standing = float("inf")  # seconds of compute when the last step was done; before the first none is lost
+        # Seconds of compute when the last step was done. Before the first step nothing can be lost.
+        self._completed_s = float("inf")
         self._recorded = 0.0
-        self._life: dict[str, Any] = {
+        self._life: Life = {
             "started_at": time.time() - age, "pid": os.getpid(), "host": platform.node(), "from_step": step,
-            "step": step, "ended": None,
+            "step": step, "ended": None, "seconds": {}, "open_s": 0.0,
         }  # fmt: skip
-        self.beat: Listener | None = None
+        self.listener: PhaseListener | None = None
         self._file, self._offset = -1, 0
         if path is not None:
             with contextlib.suppress(OSError):
@@ -84,13 +80,17 @@ class PhaseTimer:
 
     def _open(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        # Whole lines only: what a torn one left is written over.
+        # Start after the last complete line: an incomplete one, from a power cut, is overwritten.
         self._offset = os.fstat(self._file).st_size // LINE_BYTES * LINE_BYTES
 
     def enter(self, phase: str, collective: str = "") -> str:
-        """Count the time from now on to `phase`; returns the phase until now."""
-        if self.beat is not None:
-            self.beat(phase, collective)
+        """Add the time since the last call to the old phase and switch to `phase`. Returns the old phase.
+
+        phase: forward, backward, step (all counted as compute) or a name of MEASURED. `collective` is passed on to the
+        listener. Cost: 1 us, and 20 us more if the last record is older than RECORD_EVERY_S.
+        """
+        if self.listener is not None:
+            self.listener(phase, collective)
         now, before = time.monotonic(), self.phase
         self.seconds[BUCKET.get(before, before)] += now - self._since
         self._since, self.phase = now, phase
@@ -99,34 +99,34 @@ class PhaseTimer:
         return before
 
     def step_done(self, step: int) -> None:
-        """All steps to this one are done: their time is not lost if the process dies now."""
+        """Note that all steps up to `step` are done: their compute is not lost if the process dies now."""
         self._life["step"] = step
-        if self.beat is not None:
-            self.beat.step = step
-        self._standing = self._computed()
+        if self.listener is not None:
+            self.listener.step = step
+        self._completed_s = self._compute_s()
         self.record()
 
     def shares(self) -> dict[str, float]:
-        """Share of each bucket in this life so far, up to the last phase change."""
+        """Return each bucket's share of this life so far, up to the last change of phase. The shares add up to 1."""
         total = sum(self.seconds.values()) or 1.0
         return {name: value / total for name, value in self.seconds.items()}
 
-    def _computed(self) -> float:
+    def _compute_s(self) -> float:
         return self.seconds["compute"] + self.seconds["communication"]
 
     def record(self, ended: str | None = None) -> None:
-        """Write this life's line over its last one. A full disk costs the record, never the run."""
+        """Overwrite this life's line in the file. Errors are ignored: a full disk must not end the run."""
         self._recorded = time.monotonic()
         if self._file < 0:
             return
-        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
-        open_s = round(max(0.0, self._computed() - self._standing), 4)
-        line = json.dumps(self._life | {"ended": ended, "seconds": seconds, "open_s": open_s})
+        self._life["ended"] = ended
+        self._life["seconds"] = {name: round(value, 4) for name, value in self.seconds.items()}
+        self._life["open_s"] = round(max(0.0, self._compute_s() - self._completed_s), 4)
         with contextlib.suppress(OSError):
-            os.pwrite(self._file, line.ljust(LINE_BYTES - 1).encode() + b"\n", self._offset)
+            os.pwrite(self._file, json.dumps(self._life).ljust(LINE_BYTES - 1).encode() + b"\n", self._offset)
 
     def close(self, state: str) -> None:
-        """End the life: finished, stopped or failed."""
+        """End the life with a last record. state: finished, stopped or failed."""
         self.enter("other")
         self.record(state)
         if self._file >= 0:
@@ -134,9 +134,10 @@ class PhaseTimer:
             self._file = -1
 
     def timed(self, collective: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The collective, its time in the calling thread counted as communication where it interrupts compute."""
+        """Wrap a collective so that its time counts as communication if this thread calls it during compute."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            # Collectives of a checkpoint or an evaluation belong to that phase; those of other threads overlap.
             if BUCKET.get(self.phase) != "compute" or threading.get_ident() != self._owner:
                 return collective(*args, **kwargs)
             before = self.enter("communication", name)
@@ -150,7 +151,7 @@ class PhaseTimer:
 
 
 class _TimedWork:
-    """A collective under way: waiting for it is communication."""
+    """The handle of an asynchronous collective, whose wait() counts as communication."""
 
     def __init__(self, work: Any, timer: PhaseTimer, name: str) -> None:
         self._work, self.wait = work, timer.timed(work.wait, name)

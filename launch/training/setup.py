@@ -44,7 +44,7 @@ def make_trainer(
         speak(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
     timer = PhaseTimer(run.folder / FILE if topology.rank == 0 else None, manifest["step"])
     if LAUNCH_ID in os.environ:
-        timer.beat = Heartbeat(run.folder / "logs", topology.rank, platform.node(), manifest["step"])
+        timer.listener = Heartbeat(run.folder / "logs", topology.rank, platform.node(), manifest["step"])
     if topology.device.type == "cpu":
         time_collectives(timer)
     guard = AnomalyDetector(run.anomalies)

@@ -61,7 +61,7 @@ FOREVER = 2**40  # steps that the prefetcher may read
 
 
 class Marks:
-    """Listens to changes of phase (phase_timer.PhaseTimer.beat): a time on CPUs, an event of the stream on GPUs."""
+    """Listens to changes of phase (phase_timer.PhaseTimer.listener): a time on CPUs, an event of the stream on GPUs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.step = device, 0
@@ -100,7 +100,7 @@ class Ours:
             self.trainer = make_trainer(
                 run, arena.config, arena.dataset, engine, topology, arena.plan, checkpointer, {"step": 0}, print
             )
-        self.marks = self.trainer.timer.beat = Marks(topology.device)
+        self.marks = self.trainer.timer.listener = Marks(topology.device)
         self.batches = arena.batches()
         self.last = float("nan")
 
