@@ -20,7 +20,7 @@ from PIL import Image, ImageColor
 from rich.console import Console
 
 from packspeed.launch.cluster.local_launcher import free_port
-from packspeed.launch.observe.charts import COLORS, Chart, Series, plot, smoothed
+from packspeed.launch.observe.charts import COLORS, Chart, Series, lay_out, smoothed
 from packspeed.launch.observe.console import Follower, panel
 from packspeed.launch.observe.png import write_png
 from support.browser import browse
@@ -234,12 +234,12 @@ def test_a_png_has_its_curves_where_their_values_are(tmp_path: Path) -> None:
     falling, flat = Series("falling", x, [6 - 0.05 * step for step in x], COLORS[0]), [2.5] * 100
     chart = Chart("loss", [falling, Series("flat", x, flat, COLORS[3])], "nats")
     assert write_png(chart, tmp_path / "loss.png")
-    found = plot(chart)
-    assert found is not None
+    plot = lay_out(chart)
+    assert plot is not None
     with Image.open(tmp_path / "loss.png") as image:
-        for series, _ in found.curves:
+        for series, _ in plot.curves:
             for step in (1, 17, 50, 66, 99):
-                across, down = found.at(step, series.y[step - 1])
+                across, down = plot.to_pixels(step, series.y[step - 1])
                 pixel = (round(2 * across), round(2 * down))
                 assert image.getpixel(pixel) == ImageColor.getrgb(series.color), (series.label, step)
                 assert image.getpixel((pixel[0], pixel[1] - 12)) != ImageColor.getrgb(series.color)

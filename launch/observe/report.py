@@ -1,12 +1,14 @@
 """`packspeed report RUN [RUN...]`: runs as one HTML page that needs no network.
 
-Curves, configuration, throughput, memory, goodput, restarts, samples and environment, from the run folders' files
-alone; several runs lie over each other, and what differs between their configurations is split into what can change
-the loss and what only changes speed. Cost: 1 s and 1 MB per million steps; imports neither torch nor deepspeed.
+The page shows loss curves, throughput, memory, goodput, restarts, samples, configuration and environment. Everything
+comes from the files of the run folders. Several runs share each chart, and the differences between their settings are
+split into those that can change the loss and those that only change speed.
+Cost: 1 s and 1 MB per million steps. Imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import json
@@ -19,32 +21,29 @@ from typing import Any
 import yaml
 
 from packspeed.launch.config.errors import UserError
-from packspeed.launch.observe.charts import COLORS, SCRIPT, STYLE, Chart, Series, line_chart, short, smoothed
+from packspeed.launch.observe.charts import COLORS, SCRIPT, STYLE, Chart, Series, line_chart, short_number, smoothed
 from packspeed.launch.observe.goodput import BUCKETS, LABELS, Account, account, duration
 from packspeed.launch.observe.png import write_png
 from packspeed.launch.run_folder.folder import flatten
+from packspeed.launch.run_folder.formats import AnomalyLine, EvaluationLine, MetricsLine, SamplesLine, StepLine
 
-# Keys of config.yaml and ds_config.json that leave every loss as it is, but for the order of rounding.
+# Settings of config.yaml that change no loss, except through the order of rounding.
 SPEED_ONLY = (
     "name", "runs_dir", "checkpoint.", "monitor.", "eval.", "train.micro_batch", "data.cache_", "deepspeed",
     "model.activation_checkpointing", "model.kernels", "environment.",
 )  # fmt: skip
 
-
+# Settings of ds_config.json that can change the loss. Most of the others choose a layout.
 DS_CHANGES_LOSS = (
     "communication_data_type", "data_types.", "prescale_gradients", "gradient_predivide_factor", "fp16.", "bf16.",
     "torch_autocast.", "zero_optimization.zero_quantized",
 )  # fmt: skip
 
 
+# Settings of ds_config.json that Packspeed copies there from config.yaml: listed once is enough.
 DS_REPEATS = (
-    "optimizer.",
-    "train_",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "tensorboard.",
-    "steps_per_print",
-)
+    "optimizer.", "train_", "gradient_accumulation_steps", "gradient_clipping", "tensorboard.", "steps_per_print",
+)  # fmt: skip
 
 
 BUCKET_COLORS = dict(
@@ -58,44 +57,49 @@ BUCKET_COLORS = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run folder says; parts that are not there are empty."""
+    """The contents of a run folder. A missing file gives an empty value."""
 
     folder: Path
     config: dict[str, Any]
     ds_config: dict[str, Any]
     environment: dict[str, Any]
     status: dict[str, Any]
-    steps: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-    anomalies: list[dict[str, Any]]
+    steps: list[StepLine]
+    evaluations: list[EvaluationLine]
+    samples: list[SamplesLine]
+    anomalies: list[AnomalyLine]
     account: Account | None
     color: str = COLORS[0]
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """Return the run's name."""
         return str(self.config["name"])
 
     def values(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a key of metrics.jsonl, where it is a number."""
-        lines = [line for line in self.steps if isinstance(line.get(key), (int, float))]
-        return [line["step"] for line in lines], [line[key] for line in lines]
+        """Return the steps whose line in metrics.jsonl has a number for `key`, and those numbers."""
+        points = [(line["step"], value) for line in self.steps if isinstance(value := line.get(key), (int, float))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def validation_losses(self) -> tuple[list[float], list[float]]:
+        """Return the steps of the evaluations with a finite loss, and those losses."""
+        points = [(line["step"], loss) for line in self.evaluations if (loss := line["val_loss"])]
+        return [step for step, _ in points], [loss for _, loss in points]
 
 
 def read_run(folder: Path, color: str = COLORS[0]) -> Run:
-    """Read a run folder. Raises UserError where there is no run."""
+    """Read a run folder. Raises UserError if it has no config.yaml."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{folder}: no run there ({error.strerror}: config.yaml). Name the folder that training printed."
         ) from None
-    lines = _json_lines(folder / "metrics.jsonl")
+    metrics: list[MetricsLine] = _json_lines(folder / "metrics.jsonl")
     return Run(
         folder, config,
         _json(folder / "ds_config.json"), _json(folder / "environment.json"), _json(folder / "status.json"),
-        [line for line in lines if "loss" in line], [line for line in lines if "val_loss" in line],
+        [line for line in metrics if "loss" in line], [line for line in metrics if "val_loss" in line],
         _json_lines(folder / "samples.jsonl"), _json_lines(folder / "anomalies.jsonl"), account(folder), color,
     )  # fmt: skip
 
@@ -107,22 +111,24 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _json_lines(path: Path) -> list[Any]:
+    """Return the objects of a JSON Lines file; incomplete lines are left out, a missing file has none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    out = []
+    objects = []
     for line in lines:
-        try:
-            out.append(json.loads(line))
-        except ValueError:
-            continue
-    return out
+        with contextlib.suppress(ValueError):
+            objects.append(json.loads(line))
+    return objects
 
 
-def differences(runs: Sequence[Run]) -> tuple[list[tuple[str, list[Any]]], list[tuple[str, list[Any]]]]:
-    """(what can change the loss, what only changes speed): key and each run's value, where they are not all equal."""
+Difference = tuple[str, list[Any]]  # a setting and its value in each run
+
+
+def differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]]:
+    """Return the settings that are not equal in all runs: (those that can change the loss, those that cannot)."""
     flats = []
     for run in runs:
         flat = flatten(run.config)
@@ -133,8 +139,8 @@ def differences(runs: Sequence[Run]) -> tuple[list[tuple[str, list[Any]]], list[
         flat |= {f"environment.{key}": run.environment.get(key) for key in ("ranks", "device", "hosts", "git_commit")}
         flat |= {f"environment.{key}": value for key, value in versions.items()}
         flats.append(flat)
-    loss: list[tuple[str, list[Any]]] = []
-    speed: list[tuple[str, list[Any]]] = []
+    loss: list[Difference] = []
+    speed: list[Difference] = []
     for key in dict.fromkeys(key for flat in flats for key in flat):
         values = [flat.get(key) for flat in flats]
         if any(value != values[0] for value in values):
@@ -143,14 +149,14 @@ def differences(runs: Sequence[Run]) -> tuple[list[tuple[str, list[Any]]], list[
 
 
 def can_change_the_loss(key: str) -> bool:
-    """Whether a setting can move the curve by more than the order of rounding."""
+    """Return whether a setting can change the loss by more than the order of rounding does."""
     if key.startswith("ds_config."):
         return key.removeprefix("ds_config.").startswith(DS_CHANGES_LOSS)
     return not key.startswith(SPEED_ONLY)
 
 
 def report(folders: Sequence[Path], out: Path) -> list[Run]:
-    """Write the page; returns the runs."""
+    """Write the page about the runs in `folders` to `out`; returns the runs."""
     runs = [read_run(folder, COLORS[i % len(COLORS)]) for i, folder in enumerate(folders)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(runs), encoding="utf-8")
@@ -158,7 +164,7 @@ def report(folders: Sequence[Path], out: Path) -> list[Run]:
 
 
 def write_pngs(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write every chart that has something to show as a PNG, named after its title; returns the files."""
+    """Write every chart that has a curve as TITLE.png into `folder`; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     charts = {
         folder / f"{chart.title.replace(' ', '_')}.png": chart for chart in training_charts(runs) + speed_charts(runs)
@@ -167,10 +173,10 @@ def write_pngs(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole page."""
+    """Return the page as HTML."""
     title = " · ".join(run.name for run in runs)
     sections = [
-        ("Summary", _cards(runs)),
+        ("Summary", _summaries(runs)),
         ("Training", _charts(training_charts(runs))),
         ("What differs", _differences(runs) if len(runs) > 1 else ""),
         ("Throughput and memory", _charts(speed_charts(runs))),
@@ -204,23 +210,22 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cards(runs: Sequence[Run]) -> str:
-    return '<div class="runs">' + "".join(_card(run) for run in runs) + "</div>"
+def _summaries(runs: Sequence[Run]) -> str:
+    return '<div class="runs">' + "".join(_summary(run) for run in runs) + "</div>"
 
 
-def _card(run: Run) -> str:
-    last, best = (
-        run.steps[-1] if run.steps else {},
-        min((e["val_loss"] for e in run.evaluations if e["val_loss"]), default=None),
-    )
+def _summary(run: Run) -> str:
+    """Return the box with a run's main figures."""
+    last = run.steps[-1] if run.steps else None
+    best = min(run.validation_losses()[1], default=None)
     loss = next((line["loss"] for line in reversed(run.steps) if line["loss"] is not None), None)
     facts = [
         ("state", run.status.get("state", "unknown")),
-        ("steps", f"{last.get('step', 0):,}"),
-        ("tokens", short(last.get("tokens", 0))),
+        ("steps", f"{last['step'] if last else 0:,}"),
+        ("tokens", short_number(last["tokens"] if last else 0)),
         ("training loss", "-" if loss is None else f"{loss:.4f}"),
         ("best validation loss", "-" if best is None else f"{best:.4f}"),
-        ("tokens/s (median)", short(_median(run, "tokens_per_s"))),
+        ("tokens/s (median)", short_number(_median(run, "tokens_per_s"))),
         ("MFU (median)", f"{_median(run, 'mfu'):.1%}"),
         ("memory, rank 0", f"{max(run.values('memory_gib')[1], default=0.0):.2f} GiB"),
     ]
@@ -240,19 +245,15 @@ def _median(run: Run, key: str) -> float:
 
 
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Losses, gradient norm, learning rate."""
+    """Return the charts of losses, gradient norm and learning rate."""
     loss: list[Series] = []
     for run in runs:
         x, y = run.values("loss")
-        window = min(50, len(y) // 20)
+        window = min(50, len(y) // 20)  # no smoothing below 40 steps
         if window > 1:
             loss.append(Series(run.name, x, y, run.color, faint=True))
         loss.append(Series(run.name, x, smoothed(y, window), run.color))
-    val = [
-        Series(run.name, [e["step"] for e in run.evaluations if e["val_loss"]],
-               [e["val_loss"] for e in run.evaluations if e["val_loss"]], run.color, dots=True)
-        for run in runs
-    ]  # fmt: skip
+    val = [Series(run.name, *run.validation_losses(), run.color, dots=True) for run in runs]
     return [
         Chart("training loss", loss, "nats per token"),
         Chart("validation loss", val, "nats per token"),
@@ -262,7 +263,7 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def speed_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Throughput and memory."""
+    """Return the charts of throughput, MFU, step time and memory."""
     return [
         _chart(runs, "tokens_per_s", "throughput", "tokens/s"),
         _chart(runs, "mfu", "model FLOPs utilisation", "share of peak"),
@@ -280,31 +281,32 @@ def _charts(charts: Sequence[Chart]) -> str:
 
 
 def _goodput(run: Run, named: bool) -> str:
-    found = run.account
-    assert found is not None
-    order = sorted((b for b in BUCKETS if found.seconds[b] > 0), key=lambda b: -found.seconds[b])
-    wall = found.wall_s or 1.0
+    """Return a bar of the buckets, the largest first, its legend, and a table of the process lives."""
+    total = run.account
+    assert total is not None
+    seconds = dict(sorted(((b, total.seconds[b]) for b in BUCKETS if total.seconds[b] > 0), key=lambda item: -item[1]))
+    wall = total.wall_s or 1.0
     bar = "".join(
-        f'<i style="width:{100 * found.seconds[b] / wall:.2f}%;background:{BUCKET_COLORS[b]}" title="{LABELS[b]}"></i>'
-        for b in order
+        f'<i style="width:{100 * value / wall:.2f}%;background:{BUCKET_COLORS[b]}" title="{LABELS[b]}"></i>'
+        for b, value in seconds.items()
     )
-    keys = "".join(
+    legend = "".join(
         f'<span><i style="background:{BUCKET_COLORS[b]}"></i>{LABELS[b]} '
-        f"<b>{found.seconds[b] / wall:.1%}</b> {duration(found.seconds[b])}</span>"
-        for b in order
+        f"<b>{value / wall:.1%}</b> {duration(value)}</span>"
+        for b, value in seconds.items()
     )
-    total = duration(sum(found.seconds.values()))
+    sum_of_buckets = duration(sum(total.seconds.values()))
     lives = [
         (i + 1, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(life["started_at"])),
          duration(life["ended_at"] - life["started_at"]), f"{life['from_step']} to {life['step']}",
-         life["ended"] or ("crashed" if i + 1 < len(found.lives) else "no end recorded"))
-        for i, life in enumerate(found.lives)
+         life["ended"] or ("crashed" if i + 1 < len(total.lives) else "no end recorded"))
+        for i, life in enumerate(total.lives)
     ]  # fmt: skip
     head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
     return (
-        f"{head}<p>{found.goodput:.1%} of {duration(found.wall_s)} computed steps that stand; the parts add up to "
-        f"{total}. {found.restarts} restart(s), {found.steps_lost} step(s) done again.</p>"
-        f'<div class="bar">{bar}</div><div class="legend">{keys}</div>'
+        f"{head}<p>{total.goodput:.1%} of {duration(total.wall_s)} was spent computing steps that were kept. The "
+        f"buckets add up to {sum_of_buckets}. {total.restarts} restart(s), {total.steps_lost} step(s) done again.</p>"
+        f'<div class="bar">{bar}</div><div class="legend">{legend}</div>'
         + _table(("process", "started", "length", "steps", "end"), lives)
     )
 
@@ -322,14 +324,14 @@ def _differences(runs: Sequence[Run]) -> str:
 def _samples(run: Run, named: bool) -> str:
     head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
     newest, *older = reversed(run.samples)
-    rest = "".join(_sample(each) for each in older[:20])
+    rest = "".join(_sample(entry) for entry in older[:20])
     more = f"<details><summary>earlier ({len(older)})</summary>{rest}</details>" if older else ""
     return f"{head}{_sample(newest)}{more}"
 
 
-def _sample(entry: dict[str, Any]) -> str:
+def _sample(entry: SamplesLine) -> str:
     texts = "".join(
-        f"<pre><b>{html.escape(each['prompt'])}</b>{html.escape(each['text'])}</pre>" for each in entry["samples"]
+        f"<pre><b>{html.escape(sample['prompt'])}</b>{html.escape(sample['text'])}</pre>" for sample in entry["samples"]
     )
     return f'<div class="sample"><h4>step {entry["step"]:,}</h4>{texts}</div>'
 
