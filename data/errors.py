@@ -1,4 +1,4 @@
-"""The errors that Packspeed expects. The entry points print the message and exit with `exit_code`.
+"""The two errors of the data half; the command line turns each into its exit code.
 
 A message is one paragraph: what is wrong, where, and what to do.
 """
@@ -6,17 +6,13 @@ A message is one paragraph: what is wrong, where, and what to do.
 from __future__ import annotations
 
 
-class PackspeedError(Exception):
-    """Base class of all expected errors; the entry points catch this one."""
+class DataError(Exception):
+    """The data itself is at fault: a bad document, a torn shard, a full disk."""
 
     exit_code = 1
 
 
-class DataError(PackspeedError):
-    """Something is wrong with the data or the disk: a bad document, a truncated shard, a full disk."""
-
-
 class UsageError(DataError):
-    """Wrong arguments: a missing path, an unknown tokenizer name."""
+    """What was asked for makes no sense: a missing path, an unknown tokenizer name."""
 
     exit_code = 2

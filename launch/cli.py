@@ -150,9 +150,10 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from packspeed.data.errors import PackspeedError
+        from packspeed.data.errors import DataError
+        from packspeed.launch.config.errors import UserError
 
-        if not isinstance(error, PackspeedError):
+        if not isinstance(error, (UserError, DataError)):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

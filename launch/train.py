@@ -2,7 +2,7 @@
 
 The same command again continues the run from its newest complete checkpoint; `--fresh` moves the old folder aside.
 Exit codes: 0 finished, 1 failed, 2 wrong usage or config, 75 saved and stopped on a signal (start it again).
-Both files are checked before torch is imported, so a typo answers at once and no process group is made.
+Both files are checked before torch is imported, so that a typo is answered in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from packspeed.data.errors import PackspeedError
+from packspeed.data.errors import DataError
 from packspeed.launch.config.deepspeed_json import load_ds_config
+from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import open_data
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter
-from packspeed.launch.run_folder.heartbeat import LAUNCH_ID
+from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, keep_logs
 
 if TYPE_CHECKING:
     pass
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of train.py; --local_rank is what DeepSpeed's launcher appends."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a GPT as a run file says.")
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a GPT as described in a run file.")
     parser.add_argument("--config", required=True, help="the run file (YAML)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE")
     parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside, start at step 0")
@@ -37,28 +38,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the training; turn expected errors into one paragraph and an exit code."""
+    """Check both files, then train. An expected error becomes one paragraph on rank 0 and an exit code."""
     args = parse_args(argv)
     try:
         overrides = list(args.overrides)
         if file := args.deepspeed_config:
             overrides.append(f"deepspeed={file if '/' in file else './' + file}")
         run = load_run_file(args.config, overrides)
-        if LAUNCH_ID in os.environ:
-            from packspeed.launch.run_folder.heartbeat import keep_logs
-
+        if LAUNCH_ID in os.environ:  # started by `packspeed launch`
             keep_logs(run.folder / "logs", int(os.environ.get("RANK", 0)))
-        with DeepSpeedLogFilter() as chatter:
+        with DeepSpeedLogFilter() as log_filter:
             dataset, ds_config = open_data(run), load_ds_config(run.deepspeed)
-            # Only now torch and DeepSpeed: everything above answers in a fraction of a second.
+            # Only now torch and DeepSpeed, which take seconds to import: a typo is answered before.
             from packspeed.launch.training.startup import start_training
 
-            return start_training(run, ds_config, dataset, args.fresh, chatter)
-    except PackspeedError as error:
+            return start_training(run, ds_config, dataset, args.fresh, log_filter)
+    except (UserError, DataError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(2)  # the launcher kills everybody at the first exit: let rank 0 speak
+            time.sleep(2)  # the launcher kills all ranks at the first exit: let rank 0 print first
         return error.exit_code
 
 

@@ -11,15 +11,14 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from conftest import Workspace, run_many, train
 from scipy import stats
 
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict, whole_tensors
 from packspeed.launch.config.run_file import AnomalySection
 from packspeed.launch.training.anomaly import AnomalyDetector, robust_z
-from support.ranks import run_many, train
-from support.workspace import Workspace
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.xdist_group("anomalies"), pytest.mark.timeout(900)]
 
 FEW = ("train.steps=12", "checkpoint.every_steps=2", "eval.every_steps=0")
 NAN = "bad_samples:nan@43-43"  # one sample of step 6: samples 40 to 47
@@ -98,7 +97,7 @@ def test_rewind_goes_back_and_leaves_out_the_batches_since(workspace: Workspace)
     sets = (*FEW, "anomalies.nonfinite=rewind")
     done = train(*workspace.arguments("rewound", *sets), faults=NAN)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "back to the checkpoint of step 4, going on with batch 6" in done.stdout
+    assert "rewinding to the checkpoint of step 4, continuing with batch 6" in done.stdout
     quiet, rewound = workspace.metrics("quiet"), workspace.metrics("rewound")
     assert [line["step"] for line in rewound] == list(range(1, 13))
     assert [x["data_hash"] for x in rewound[:4]] == [x["data_hash"] for x in quiet[:4]]
@@ -164,23 +163,23 @@ def test_robust_z_is_scipys() -> None:
     assert robust_z(5.0, deque([1.0] * 10)) == pytest.approx(4000), "a constant window has a floor"
 
 
-def test_the_guard_judges_after_a_restart_as_before() -> None:
+def test_the_detector_judges_after_a_restart_as_before() -> None:
     section = AnomalySection(spike="rewind", window=8, zscore=6)
-    guard, generator = AnomalyDetector(section), np.random.default_rng(1)
+    detector, generator = AnomalyDetector(section), np.random.default_rng(1)
     for _ in range(20):
-        guard.expect(float(generator.normal(4, 0.1)))
-        assert not guard.judge(1.0)
-        guard.accept(1.0)
+        detector.begin_step(float(generator.normal(4, 0.1)))
+        assert not detector.vetoes(1.0)
+        detector.accept(1.0)
     again = AnomalyDetector(section)
-    again.load(json.loads(json.dumps(guard.state())))
-    for each in (guard, again):
-        each.expect(9.0)
-        assert each.judge(1.0)
-        assert each.anomaly is not None
-        assert each.anomaly.policy == "rewind"
-    assert guard.anomaly == again.anomaly
-    guard.expect(4.0)
-    assert guard.judge(float("nan"))
-    assert guard.judge(float("nan"))
-    assert guard.anomaly is not None
-    assert guard.anomaly.reason == "gradient norm is not finite"
+    again.load(json.loads(json.dumps(detector.state())))
+    for one in (detector, again):
+        one.begin_step(9.0)
+        assert one.vetoes(1.0)
+        assert one.anomaly is not None
+        assert one.anomaly.policy == "rewind"
+    assert detector.anomaly == again.anomaly
+    detector.begin_step(4.0)
+    assert detector.vetoes(float("nan"))
+    assert detector.vetoes(float("nan"))
+    assert detector.anomaly is not None
+    assert detector.anomaly.reason == "gradient norm is not finite"

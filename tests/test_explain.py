@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, Workspace
 
 from packspeed.launch.explain import explain as explaining
 from packspeed.launch.explain.explain import DEFAULTS, OTHER_DEFAULTS, Explanation, explain
 from packspeed.launch.explain.rule import KINDS, RULES
-from support import ROOT
-from support.workspace import Workspace
+
+pytestmark = pytest.mark.xdist_group("explain")
 
 
 def found(

@@ -11,10 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-
-from support import ROOT
-from support.ranks import environment
-from support.workspace import Workspace
+from conftest import ROOT, Workspace, environment
 
 FOLDERS = ("model", "data", "launch")
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
@@ -104,7 +101,7 @@ def test_one_file_initialises_deepspeed_and_one_function_steps() -> None:
     text = {path.relative_to(ROOT).as_posix(): path.read_text() for path in SOURCES}
     assert [name for name in text if "deepspeed.initialize(" in text[name]] == ["launch/engine/build.py"]
     for call in ("engine.backward(", "engine.step("):
-        assert [name for name in text if call in text[name]] == ["launch/training/step.py"]
+        assert [name for name in text if call in text[name]] == ["launch/training/loop.py"]
 
 
 def test_no_launch_file_hides_a_library() -> None:

@@ -22,16 +22,14 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from conftest import ROOT, TRAIN, Workspace, forked
 
 from packspeed.launch.cluster import render
 from packspeed.launch.cluster.hosts import Host, Plan, Seat
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.config.errors import ConfigError
-from support import ROOT, TRAIN
-from support.ranks import forked
-from support.workspace import Workspace
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.xdist_group("render"), pytest.mark.timeout(900)]
 
 # What a shell, YAML, sbatch or Kubernetes could take for something else.
 NASTY = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from packspeed.launch.engine.ops import device_type
+from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 
 NORM_ROW = 4096  # elements that fp32 sums, with an error of 1e-7, before fp64 goes on
 
@@ -42,3 +44,21 @@ def global_norm(gradients: Sequence[torch.Tensor], group: Any) -> torch.Tensor:
 def clip_gradients(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
     """As torch.nn.utils.clip_grad_norm_, with a norm that is known."""
     torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+
+
+@torch.no_grad()
+def parameter_norms(engine: Engine) -> dict[str, dict[str, float]]:
+    """L2 norm of every parameter's gradient and weight: {"gradient": {name: norm}, "weight": {name: norm}}.
+
+    A collective at every ZeRO stage, to be called between the last backward and the step. Gradients are the mean over
+    the global batch, before clipping. Cost: gathers one parameter at a time, so no rank holds more than one in full.
+    """
+    scale = cast(ScaledOptimizer, engine.optimizer).loss_scale if engine.fp16_enabled() else 1.0
+    norms: dict[str, dict[str, float]] = {"gradient": {}, "weight": {}}
+    for name, parameter in engine.module.named_parameters():
+        gradient = safe_get_full_grad(parameter)
+        weight = safe_get_full_fp32_param(parameter)
+        if gradient is not None:
+            norms["gradient"][name] = float(square_sum([gradient]).sqrt()) / scale
+        norms["weight"][name] = float(square_sum([parameter if weight is None else weight]).sqrt())
+    return norms

@@ -30,6 +30,7 @@ class DeepSpeedLogFilter(logging.Filter):
 
     def __enter__(self) -> DeepSpeedLogFilter:
         """Begin before DeepSpeed is imported: it speaks while it is."""
+        logging.getLogger("DeepSpeed").setLevel(os.environ.get("PACKSPEED_DEEPSPEED_LOG", "WARNING"))
         for name in ("DeepSpeed", "py.warnings"):
             logging.getLogger(name).addFilter(self)
         logging.captureWarnings(True)

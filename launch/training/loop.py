@@ -1,9 +1,12 @@
-"""The training loop. `train_step` is the one place that calls forward, backward and step.
+"""The training loop. `run_steps` reads one step from top to bottom; `train_step` is its forward, backward and update.
 
-The order of things within a step is fixed, so that a resumed run repeats it: batch, step, metrics, evaluation,
-checkpoint, stop. Step numbers count completed optimizer steps: metrics line n and checkpoint step-n are the same n.
-What is wrong with a step is known on every rank before the optimizer takes it (watch.py); the run file says whether
-the run then stops, goes on without the step, or goes back to a checkpoint and leaves out the batches since.
+The order of the eight moments of a step is fixed, so that a resumed run repeats it:
+
+    1 batch   2 forward and backward   3 agreement of the ranks   4 optimizer step or veto
+    5 metrics   6 evaluation   7 checkpoint   8 stop
+
+Step n is the n-th optimizer step of the run, counted from 1: metrics line n and checkpoint step-n are the same n. It
+reads batch n - 1, plus the number of batches that rewinds have dropped (anomaly.py).
 """
 
 from __future__ import annotations
@@ -11,188 +14,199 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
+from typing import NamedTuple
 
-from packspeed.data.loader import Prefetcher
+import torch
+
+from packspeed.data.loader import Batch, Prefetcher
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.schedule import learning_rate
-from packspeed.launch.engine.hardware import memory_gib
-from packspeed.launch.run_folder.formats import AnomalyLine, StepLine
+from packspeed.launch.engine.build import loss_scale, set_learning_rate
+from packspeed.launch.engine.gradient_norm import parameter_norms
+from packspeed.launch.engine.protocol import Engine
+from packspeed.launch.training.anomaly_policy import handle_veto
 from packspeed.launch.training.evaluation import evaluate_and_record
-from packspeed.launch.training.metrics import finite
-from packspeed.launch.training.self_check import probe
-from packspeed.launch.training.step import Step, train_step
-from packspeed.launch.training.trainer import Trainer
-
-
-def metrics_line(
-    trainer: Trainer, step: int, done: Step, lr: float, step_time_s: float, data_wait_s: float
-) -> StepLine:
-    """The line of metrics.jsonl for a step."""
-    tokens_per_step = trainer.run.train.global_batch_tokens
-    speed = tokens_per_step / step_time_s
-    line: StepLine = {
-        "step": step,
-        "tokens": step * tokens_per_step,
-        "samples": (step + trainer.guard.skipped_batches) * trainer.run.global_batch,
-        "data_hash": done.samples_hash,
-        "loss": finite(done.loss),
-        "lr": lr,
-        "grad_norm": finite(done.norm),
-        "step_time_s": round(step_time_s, 6),
-        "tokens_per_s": round(speed, 1),
-        "mfu": finite(speed * trainer.flops_per_token / trainer.peak_flops, 5),
-        "data_wait_s": round(data_wait_s, 6),
-        "memory_gib": memory_gib(trainer.topology.device.type),
-    }
-    if done.skipped:
-        line["skipped"] = done.skipped
-    report = getattr(trainer.loader, "report", None)  # a mixture's loader has one
-    if report is not None:
-        line["epochs"] = {row["path"]: row["epochs"] for row in report(line["samples"])}
-    return line
-
-
-def _after_step(trainer: Trainer, step: int, stopping: bool) -> bool:
-    """Evaluation and checkpoint, where this step has them; returns whether to stop now."""
-    run, last, val_loss = trainer.run, step == trainer.run.train.total_steps, None
-    every = run.eval.every_steps
-    if trainer.eval_windows and every and (step % every == 0 or last):
-        val_loss = evaluate_and_record(trainer, step)
-        stopping = stopping or trainer.evaluation_pending
-    every = run.checkpoint.every_steps
-    if last or stopping or (every and step % every == 0):
-        save(trainer, step, val_loss, final=last or stopping)
-        gc.collect()
-        if not stopping and trainer.stopping():  # the signal came during the save: the state is there already
-            save(trainer, step, val_loss, final=True)
-            stopping = True
-    return stopping
-
-
-def save(trainer: Trainer, step: int, val_loss: float | None, final: bool) -> None:
-    """Write the checkpoint of `step`. UserError where it is the last act of this process and cannot be written."""
-    checkpointer = trainer.checkpointer
-    trainer.enter("checkpoint")
-    if final and checkpointer.newest == step and checkpointer.finish():
-        return
-    state = {
-        "cursor": {"step": step, "next_batch": step + trainer.guard.skipped_batches},
-        "evaluation_pending": trainer.evaluation_pending,
-        "val_loss": val_loss,
-        "probe": probe(trainer, step),
-        "guard": trainer.guard.state(),
-    }
-    unwritten = trainer.metrics.sync() if trainer.metrics else None
-    checkpointer.save(step, state, now=final, error=unwritten)
-    trainer.enter("other")
-    if final and checkpointer.newest != step:
-        raise UserError(
-            f"the state of step {step} could not be saved (see above). The newest complete checkpoint is step "
-            f"{checkpointer.newest or 'none'}: make room in {checkpointer.folder} and start the same command again."
-        )
-
-
-def _without_the_step(trainer: Trainer, step: int, done: Step) -> int:
-    """Deal with a step that the optimizer did not take; returns the last step that stands.
-
-    UserError (on every rank) where the run has to stop; what was good is saved before.
-    """
-    anomaly, guard, checkpointer = trainer.guard.anomaly, trainer.guard, trainer.checkpointer
-    assert anomaly is not None
-    batch = step - 1 + guard.skipped_batches
-    size = trainer.run.global_batch
-    entry: AnomalyLine = {
-        "step": step, "reason": anomaly.reason, "policy": anomaly.policy, "loss": finite(done.loss),
-        "grad_norm": finite(done.norm), "first_sample": batch * size, "samples": size,
-    }  # fmt: skip
-    back_to = checkpointer.rewind_target(step) if anomaly.policy == "rewind" else None
-    good = guard.state()
-    if back_to is not None:
-        entry["back_to"] = back_to
-    too_many = guard.record(entry)
-    if anomaly.policy == "stop" or too_many or (anomaly.policy == "rewind" and back_to is None):
-        guard.load(good)
-        if step > 1 and checkpointer.newest != step - 1:
-            save(trainer, step - 1, None, final=True)
-        raise UserError(_why_stopped(entry, too_many))
-    if back_to is None:
-        return step
-    records, skipped = guard.records, batch + 1 - back_to
-    guard.load(checkpointer.load_step(back_to)["guard"])
-    guard.records, guard.skipped_batches = records, skipped
-    if trainer.metrics:
-        trainer.metrics.go_back(back_to)
-    trainer.say(
-        f"step {step}: {anomaly.reason}; back to the checkpoint of step {back_to}, going on with batch {batch + 1}"
-    )
-    return back_to
-
-
-def _why_stopped(entry: AnomalyLine, too_many: bool) -> str:
-    last = entry["first_sample"] + entry["samples"] - 1
-    return (
-        f"step {entry['step']}: {entry['reason']} (loss {entry['loss']}, gradient norm {entry['grad_norm']}), samples "
-        f"{entry['first_sample']} to {last}. The optimizer did not take the step"
-        f"{'; it was one of too many (anomalies.limit)' if too_many else ''}. See what was read with "
-        f"`packspeed audit --run RUN --step {entry['step']}`; go on past it with --set anomalies.nonfinite=skip (or "
-        "rewind; anomalies.spike for spikes), or with a lower learning rate."
-    )
-
-
-def _stretch(trainer: Trainer, first: int) -> tuple[int, bool]:
-    """Train from step `first` to the end, a stop or a rewind; returns (last step that stands, whether to stop)."""
-    topology, guard, total = trainer.topology, trainer.guard, trainer.run.train.total_steps
-    shift = guard.skipped_batches
-    span = (first + shift, total + shift)
-    with Prefetcher(trainer.loader, *span, rank=topology.dp_rank, world=topology.dp_size) as batches:
-        began, waited_s = time.perf_counter(), 0.0
-        trainer.timer.step_done(first)
-        trainer.enter("data")
-        for number, batch in batches:
-            step = number - shift + 1
-            lr = learning_rate(step - 1, trainer.run.train)
-            every = trainer.run.monitor.histograms_every_steps
-            trainer.norms_due = every > 0 and step % every == 0
-            done = train_step(trainer, batch, lr)
-            if done.written:
-                trainer.enter("checkpoint")
-                trainer.checkpointer.finish()
-            trainer.enter("other")
-            trainer.timer.step_done(step)
-            if guard.anomaly is not None:
-                stands = _without_the_step(trainer, step, done)
-                if stands < step:
-                    return stands, False
-                done = dataclasses.replace(done, skipped=guard.anomaly.reason)
-            elif not done.skipped:
-                guard.accept(done.norm)
-            if trainer.metrics:
-                elapsed, wait = time.perf_counter() - began, batches.wait_s - waited_s
-                trainer.metrics.write(metrics_line(trainer, step, done, lr, elapsed, wait))
-                trainer.metrics.write_norms(step, trainer.norms)
-                trainer.metrics.write_anomalies(guard.records)
-            if _after_step(trainer, step, done.stopping):
-                return step, True
-            began, waited_s = time.perf_counter(), batches.wait_s
-            trainer.enter("data")
-    return total, False
+from packspeed.launch.training.metrics_line import metrics_line
+from packspeed.launch.training.micro_batch import micro_batch_loss, micro_batches
+from packspeed.launch.training.saving import save_checkpoint
+from packspeed.launch.training.trainer import StepResult, Trainer
 
 
 def fit(trainer: Trainer, start_step: int) -> str | None:
-    """Train from start_step to the end of the run. Returns None, or the name of the signal that stopped it."""
+    """Train from `start_step` to the end of the run. Returns None, or the name of the signal that stopped it."""
+    # A garbage collection in the middle of a step stalls every rank, so it runs after evaluations and checkpoints only.
     gc.collect()
     gc.freeze()
-    gc.disable()  # a collection in the middle of a step would stall every rank; it runs at evaluations and checkpoints
+    gc.disable()
     step, total, stopped = start_step, trainer.run.train.total_steps, False
-    if trainer.evaluation_pending:
+    if trainer.evaluation_pending:  # a signal interrupted the evaluation of this step
         val_loss = evaluate_and_record(trainer, step)
         stopped = trainer.evaluation_pending
         if step == total or stopped:
-            save(trainer, step, val_loss, final=True)
+            save_checkpoint(trainer, step, val_loss, final=True)
     while step < total and not stopped:
-        step, stopped = _stretch(trainer, step)
+        step, stopped = run_steps(trainer, step)  # returns early to rewind
     trainer.enter("checkpoint")
     trainer.checkpointer.finish()
     if stopped and (step < total or trainer.evaluation_pending):
         return trainer.stop.signal or "a signal to another rank"
     return None
+
+
+def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
+    """Train from `start_step` until the run ends, a signal stops it or an anomaly rewinds it.
+
+    Returns (the step to continue from, whether to stop).
+    """
+    run, topology, detector, metrics = trainer.run, trainer.topology, trainer.detector, trainer.metrics
+    last_step = run.train.total_steps
+    batch_numbers = trainer.batches_before(start_step), trainer.batches_before(last_step)
+    with Prefetcher(trainer.loader, *batch_numbers, rank=topology.dp_rank, world=topology.dp_size) as batches:
+        step_start, waited_s, val_loss = time.perf_counter(), 0.0, None
+        trainer.timer.step_done(start_step)
+        trainer.enter("data")
+        # 1. Batch: a pure function of run file, dataset, seed and batch number. A thread reads ahead.
+        for step, (_, batch) in enumerate(batches, start=start_step + 1):
+            lr = learning_rate(step - 1, run.train)
+
+            # 2 to 4. Forward and backward, agreement of the ranks, optimizer step or veto: see train_step.
+            result = train_step(trainer, batch, lr, with_norms=is_due(step, run.monitor.histograms_every_steps))
+            if result.checkpoint_written:
+                # Every rank has written its part of an asynchronous save, so publishing it makes nobody wait.
+                trainer.enter("checkpoint")
+                trainer.checkpointer.finish()
+            trainer.enter("other")
+            trainer.timer.step_done(step)
+            if detector.anomaly is not None:
+                # The optimizer has not stepped. handle_veto raises, drops this batch or goes back to a checkpoint.
+                continue_from = handle_veto(trainer, step, result)
+                if continue_from < step:
+                    return continue_from, False
+                result = dataclasses.replace(result, veto=detector.anomaly.reason)
+            elif result.veto is None:
+                detector.accept(result.norm)  # later steps are judged by this one
+
+            # 5. Metrics: before evaluation and checkpoint, so that no checkpoint is newer than its metrics line.
+            if metrics:
+                step_time_s, data_wait_s = time.perf_counter() - step_start, batches.wait_s - waited_s
+                metrics.write(metrics_line(trainer, step, result, lr, step_time_s, data_wait_s))
+                metrics.write_norms(step, result.layer_norms)
+                metrics.write_anomalies(detector.records)
+
+            # 6. Evaluation: before the checkpoint, which records the validation loss for checkpoint.keep_best.
+            stopping, val_loss = result.stopping, None
+            if trainer.eval_windows and is_due(step, run.eval.every_steps, last_step):
+                val_loss = evaluate_and_record(trainer, step)
+                stopping = stopping or trainer.evaluation_pending  # the signal came during the evaluation
+
+            # 7. Checkpoint: on schedule, at the last step and before a stop. It continues from the next step.
+            final = stopping or step == last_step
+            if final or is_due(step, run.checkpoint.every_steps):
+                save_checkpoint(trainer, step, val_loss, final=final)
+                gc.collect()
+                if not stopping and trainer.any_rank_stopping():
+                    # The signal came during the save. Make sure that this state is on disk, then stop.
+                    save_checkpoint(trainer, step, val_loss, final=True)
+                    stopping = True
+
+            # 8. Stop: all ranks after the same step, because they agreed on it in a collective.
+            if stopping:
+                return step, True
+            step_start, waited_s = time.perf_counter(), batches.wait_s
+            trainer.enter("data")
+    return last_step, False
+
+
+def is_due(step: int, every_steps: int, last_step: int | None = None) -> bool:
+    """Whether something scheduled every `every_steps` (0: never) happens at `step`, or because it is the last step."""
+    return every_steps > 0 and (step % every_steps == 0 or step == last_step)
+
+
+def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = False) -> StepResult:
+    """One optimizer step over this rank's rows, or its veto: moments 2 to 4 of a step.
+
+    lr: learning rate of this step. with_norms: also measure the gradient and weight norm of each parameter.
+    """
+    engine, plan, norm_hook = trainer.engine, trainer.plan, trainer.norm_hook
+    optimizer = trainer.run.train.optimizer
+    set_learning_rate(engine, lr, optimizer.muon_lr / optimizer.lr if optimizer.muon_lr and optimizer.lr else 1.0)
+    norm_hook.begin_step()
+    loss_sum = torch.zeros((), device=trainer.topology.device)
+    agreement, layer_norms = None, None
+    for micro in micro_batches(batch, plan.micro_batch, trainer.topology.device):
+        # 2. Forward and backward. DeepSpeed's backward divides by the number of micro batches, so that the gradient
+        #    is that of the mean over all tokens of the global batch.
+        trainer.enter("forward")
+        loss = micro_batch_loss(trainer, micro)
+        trainer.enter("backward")
+        engine.backward(loss)
+        loss_sum += loss.detach()
+        trainer.enter("step")
+        if engine.is_gradient_accumulation_boundary():
+            # 3. Agreement: before the optimizer steps, every rank learns the global loss and what the others want.
+            agreement = all_reduce_agreement(trainer, loss_sum / plan.accumulation, batch)
+            trainer.detector.begin_step(agreement.loss)
+            if with_norms:
+                layer_norms = parameter_norms(engine)
+        # 4. Step or veto. engine.step() only counts until the last micro batch. Then it reduces the gradients and takes
+        #    their norm. There norm_hook (engine/patches/gradient_norm.py) asks trainer.detector, which knows loss and
+        #    norm. If it finds an anomaly, the hook gives DeepSpeed an invalid norm, and DeepSpeed skips the update on
+        #    all ranks: weights and optimizer state stay as they are, and detector.anomaly holds the reason.
+        try:
+            engine.step()
+        except Exception as error:
+            raise explain_step_error(engine, error) from error
+    assert agreement is not None, "the last micro batch is a gradient accumulation boundary"
+    agreed = agreement.read()
+    overflow = trainer.detector.anomaly is None and getattr(engine.optimizer, "overflow", False)
+    return StepResult(
+        loss=agreed.loss,
+        norm=norm_hook.norm,
+        samples_hash=f"{int(agreed.batch_hash) % 2**32:08x}",
+        stopping=agreed.ranks_stopping > 0,
+        checkpoint_written=agreed.ranks_written == trainer.topology.dp_size,
+        veto=f"fp16 overflow, loss scale now {loss_scale(engine):g}" if overflow else None,
+        layer_norms=layer_norms,
+    )
+
+
+class Agreement(NamedTuple):
+    """What every rank knows of a step after one all-reduce: four fp64 scalars on the device, each a sum over ranks."""
+
+    loss: torch.Tensor  # mean over the global batch, nats per token
+    ranks_stopping: torch.Tensor  # ranks that a signal asked to stop
+    ranks_written: torch.Tensor  # ranks that have written their part of the checkpoint under way
+    batch_hash: torch.Tensor  # sum of 32-bit hashes of the rows, exact in fp64
+
+    def read(self) -> AgreedValues:
+        """Copy to the host. The norm has been read by then, so a GPU is waited for once per step, not twice."""
+        return AgreedValues(*torch.stack(self).tolist())
+
+
+class AgreedValues(NamedTuple):
+    """An Agreement as numbers."""
+
+    loss: float
+    ranks_stopping: float
+    ranks_written: float
+    batch_hash: float
+
+
+def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, batch: Batch) -> Agreement:
+    """Sum every rank's share: its part of the mean loss, its signal, its part of the checkpoint, its rows' hash."""
+    stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
+    own = loss.new_tensor([stopping, written, batch.hash()], dtype=torch.float64)
+    share = torch.cat([loss.double()[None] / trainer.topology.dp_size, own])
+    return Agreement(*trainer.topology.sum(share).unbind())
+
+
+def explain_step_error(engine: Engine, error: Exception) -> Exception:
+    """DeepSpeed raises a bare Exception at the smallest loss scale: turn it into an error that says what to do."""
+    if "loss scale already at minimum" not in str(error):
+        return error
+    return UserError(
+        f"fp16 is exhausted: the gradients overflow even at the smallest loss scale ({loss_scale(engine):g}). "
+        "The activations have outgrown fp16's 65,504, or the run has diverged: look at loss and grad_norm in "
+        "metrics.jsonl before this step. Use train.precision: bf16 (the same checkpoint resumes with it), or a lower "
+        "learning rate. The newest checkpoint is complete."
+    )

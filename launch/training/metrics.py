@@ -11,10 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from packspeed.data.storage.atomic import write_file
+from packspeed.data.storage.atomic import write_durably
 from packspeed.launch.run_folder.folder import say
 from packspeed.launch.run_folder.formats import AnomalyLine, MetricsLine, Sample
 from packspeed.launch.training.tensorboard_board import TAGS, Board
+from packspeed.launch.training.text_samples import append_to_file, as_markdown
 
 
 def finite(value: float, digits: int | None = None) -> float | None:
@@ -168,7 +169,7 @@ class Metrics:
         if len(records) == self.anomalies or not (records or (self.folder / "anomalies.jsonl").exists()):
             return
         try:
-            write_file(self.folder / "anomalies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            write_durably(self.folder / "anomalies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
             self.anomalies = len(records)
         except OSError as error:
             say(f"WARNING: anomalies.jsonl: {error.strerror}")
@@ -181,14 +182,12 @@ class Metrics:
             except OSError as error:
                 self._monitor_failed(error)
 
-    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Keep the texts of an evaluation in samples.jsonl and show them in TensorBoard."""
-        from packspeed.launch.training.introspect import append, markdown
-
+    def write_texts(self, step: int, texts: Sequence[Sample]) -> None:
+        """Append the texts of an evaluation to samples.jsonl and show them in TensorBoard."""
         try:
-            append(self.folder, step, samples)
+            append_to_file(self.folder, step, texts)
             if self.board is not None:
-                self.board.text("samples", markdown(samples), step)
+                self.board.text("samples", as_markdown(texts), step)
         except OSError as error:
             say(f"WARNING: samples.jsonl: {error.strerror}")
 

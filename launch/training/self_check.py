@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from packspeed.launch.config.errors import UserError
-from packspeed.launch.training.evaluation import window_losses
+from packspeed.launch.training.evaluation import row_mean_losses
 from packspeed.launch.training.trainer import Trainer
 
 PROBE_ROWS = 8
@@ -20,14 +20,14 @@ def probe(trainer: Trainer, step: int) -> dict[str, Any]:
     A checkpoint keeps it, and a resume repeats it: other data, code or weights cannot go unnoticed.
     """
     topology, rows = trainer.topology, min(PROBE_ROWS, trainer.run.global_batch)
-    first = (step - 1 + trainer.guard.skipped_batches) * trainer.run.global_batch
+    first = trainer.batches_before(step - 1) * trainer.run.global_batch
     batch = trainer.loader.read(first, rows)
     single = list(batch.cut(1))
     losses = torch.zeros(rows, dtype=torch.float64)
     trainer.engine.eval()
     for start in range(0, rows, topology.dp_size):
         mine = start + topology.dp_rank
-        value = window_losses(trainer, single[min(mine, rows - 1)], 1)
+        value = row_mean_losses(trainer, single[min(mine, rows - 1)], 1)
         if mine < rows:
             losses[mine] = value[0]
     trainer.engine.train()
@@ -48,7 +48,7 @@ def check_probe(trainer: Trainer, manifest: dict[str, Any]) -> None:
     tolerance = 1e-5 if {old["precision"], new["precision"]} == {"fp32"} else 2e-3 if old == new else 2e-2
     difference, same_samples = abs(found["loss"] - expected["loss"]), found["samples_hash"] == expected["samples_hash"]
     if same_samples and difference <= tolerance:
-        trainer.say(f"self-check: the last step's samples have the loss of the save, {found['loss']:.6f}")
+        trainer.log(f"self-check: the last step's samples have the loss of the save, {found['loss']:.6f}")
         return
     causes = [] if same_samples else ["the samples read are others (the dataset)"]
     names = (*trainer.checkpointer.identity["versions"], "commit")

@@ -1,4 +1,4 @@
-"""Setup."""
+"""Builds the Trainer of a run from the run file, the engine and the checkpoint that it continues."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.engine.hardware import peak_flops
 from packspeed.launch.engine.patches.collectives import time_collectives
 from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
+from packspeed.launch.engine.protocol import Engine
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, Heartbeat
 from packspeed.launch.run_folder.phase_timer import FILE, PhaseTimer
 from packspeed.launch.training.anomaly import AnomalyDetector
 from packspeed.launch.training.metrics import Metrics
 from packspeed.launch.training.signals import StopSignal
+from packspeed.launch.training.text_samples import TextSampler
 from packspeed.launch.training.trainer import Trainer
 from packspeed.model.config import GPTConfig, flops_per_token
 
@@ -30,37 +32,35 @@ def make_trainer(
     run: RunFile,
     config: GPTConfig,
     dataset: TokenDataset | MixtureData,
-    engine: Any,
+    engine: Engine,
     topology: Topology,
     plan: BatchPlan,
     checkpointer: Checkpointer,
     manifest: dict[str, Any],
-    speak: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Trainer:
-    """What a step needs, for a run that goes on after the step that `manifest` names."""
+    """Make the Trainer for a run that continues after manifest["step"]; {"step": 0} is a new run."""
+    step = manifest["step"]
     loader = make_run_loader(run, dataset)
     windows = min(run.eval.windows, loader.val_available())
     if windows < run.eval.windows:
-        speak(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
-    timer = PhaseTimer(run.folder / FILE if topology.rank == 0 else None, manifest["step"])
-    if LAUNCH_ID in os.environ:
-        timer.listener = Heartbeat(run.folder / "logs", topology.rank, platform.node(), manifest["step"])
+        log(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
+
+    timer = PhaseTimer(run.folder / FILE if topology.rank == 0 else None, step)
+    if LAUNCH_ID in os.environ:  # a supervisor started this rank and watches its heartbeat
+        timer.listener = Heartbeat(run.folder / "logs", topology.rank, platform.node(), step)
     if topology.device.type == "cpu":
         time_collectives(timer)
-    guard = AnomalyDetector(run.anomalies)
-    if "guard" in manifest:
-        guard.load(manifest["guard"])
-    metrics = sampler = None
-    if run.monitor.sample_prompts:
-        from packspeed.launch.training.introspect import Sampler
 
-        sampler = Sampler(run, engine, topology.device)
+    detector = AnomalyDetector(run.anomalies)
+    if "guard" in manifest:
+        detector.load(manifest["guard"])
+
+    metrics = None
     if topology.rank == 0:
-        metrics = Metrics(
-            run.folder, engine.monitor, run.train.total_steps, run.monitor.log_every_steps, manifest["step"]
-        )
+        metrics = Metrics(run.folder, engine.monitor, run.train.total_steps, run.monitor.log_every_steps, step)
         metrics.shares = timer.shares
-        metrics.write_anomalies(guard.records)
+        metrics.write_anomalies(detector.records)
     return Trainer(
         run=run,
         topology=topology,
@@ -71,12 +71,12 @@ def make_trainer(
         metrics=metrics,
         checkpointer=checkpointer,
         stop=StopSignal(),
-        guard=guard,
-        gate=GradientNormHook(engine, guard.judge),
+        detector=detector,
+        norm_hook=GradientNormHook(engine, detector.vetoes),
         timer=timer,
-        sampler=sampler,
         flops_per_token=flops_per_token(config, run.data.seq_len),
         peak_flops=peak_flops(topology, engine),
-        say=speak,
+        log=log,
+        text_sampler=TextSampler(run, engine, topology.device) if run.monitor.sample_prompts else None,
         evaluation_pending=bool(manifest.get("evaluation_pending")),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +26,8 @@ from packspeed.launch.engine.build import (
 from packspeed.launch.engine.distributed import launcher_environment, start_distributed
 from packspeed.launch.engine.hardware import limit_threads
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
+from packspeed.launch.observe.console import RunProgress, live
+from packspeed.launch.observe.goodput import read_lives
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.training.loop import fit
 from packspeed.launch.training.self_check import check_probe
@@ -39,63 +40,60 @@ def start_training(
     raw_ds_config: dict[str, Any],
     dataset: TokenDataset | MixtureData,
     fresh: bool,
-    chatter: DeepSpeedLogFilter,
+    log_filter: DeepSpeedLogFilter,
 ) -> int:
-    """Train the run from its newest complete checkpoint to its end, a stop or an error. Returns the exit code."""
-    config = run.gpt_config(dataset.vocab_size)
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("PACKSPEED_DEEPSPEED_LOG", "WARNING"))
+    """Train the run from its newest complete checkpoint to its end, a stop or an error. Returns the exit code.
+
+    fresh: move an existing run folder aside and start at step 0. Raises UserError with an exit code of its own.
+    """
+    # Ranks, device, precision and batch plan. What differs between hosts is agreed on before any weight exists.
     rank, world, _, local_size = launcher_environment()
-    speak: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
+    log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
     threads = limit_threads(local_size)
     precision = resolve_precision(run.train.precision)
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
     check_precision(precision)
-    topology = start_distributed(ds_config, speak)
-    config = agree_on_kernels(config, topology, speak)
-    kernels = resolve_kernels(config.kernels, speak)
+    topology = start_distributed(ds_config, log)  # joins the process group and compiles DeepSpeed's ops
+    config = agree_on_kernels(run.gpt_config(dataset.vocab_size), topology, log)
+    kernels = resolve_kernels(config.kernels, log)
+
     with run_folder.locked_run_folder(run.folder, topology, fresh):
-        chatter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
+        # The engine: the same weights at every ZeRO stage and number of ranks.
+        log_filter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
         resolved = run_folder.resolved_config(run, config, precision)
         with quiet(run.folder / "deepspeed.log" if rank == 0 else None):
             engine = build_engine(config, run, ds_config)
         run_folder.write_configs(run.folder, resolved, ds_config, topology)
-        speak(
+        log(
             f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
             f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
             f"{run.global_batch} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x "
             f"{plan.dp_size} ranks"
         )
+
+        # The checkpoint to continue from, if there is one.
         identity = run_identity(resolved, dataset, topology, ds_config, engine)
-        checkpointer, manifest = resume_newest(run, engine, topology, identity, speak)
-        total = run.train.total_steps
-        if manifest["step"] >= total and not manifest.get("evaluation_pending"):
-            speak(
-                f"run {run.name} is finished: {manifest['step']} of {total} steps. "
-                "Raise train.steps to go on, or start over with --fresh."
+        checkpointer, manifest = resume_newest(run, engine, topology, identity, log)
+        total_steps = run.train.total_steps
+        if manifest["step"] >= total_steps and not manifest.get("evaluation_pending"):
+            log(
+                f"run {run.name} is finished: {manifest['step']} of {total_steps} steps. "
+                "Raise train.steps to continue it, or start over with --fresh."
             )
             return 0
-        trainer = make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, speak)
-        return _fit(trainer, manifest)
+
+        trainer = make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, log)
+        return train_to_end(trainer, manifest)
 
 
-def _screen(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
-    """The live panel where rank 0 has a terminal; the plain lines do elsewhere."""
-    if trainer.metrics is None or not sys.stdout.isatty():
-        return contextlib.nullcontext()
-    from packspeed.launch.observe.console import RunProgress, live
-    from packspeed.launch.observe.goodput import read_lives
-
-    run, restarts = trainer.run, len(read_lives(trainer.run.folder)) - 1
-    return live(trainer.metrics, RunProgress(run.name, run.train.total_steps, restarts))
-
-
-def _fit(trainer: Trainer, manifest: dict[str, Any]) -> int:
+def train_to_end(trainer: Trainer, manifest: dict[str, Any]) -> int:
+    """Run the loop and leave the run's state in status.json, however it ends. Returns the exit code."""
     folder, topology, state = trainer.run.folder, trainer.topology, "failed"
     try:
-        check_probe(trainer, manifest)
+        check_probe(trainer, manifest)  # does the checkpoint still give the loss that it was saved with?
         run_folder.write_status(folder, topology, "running")
-        with _screen(trainer):
+        with live_panel(trainer):
             stopped_by = fit(trainer, manifest["step"])
         state = "stopped" if stopped_by else "finished"
     finally:
@@ -104,9 +102,17 @@ def _fit(trainer: Trainer, manifest: dict[str, Any]) -> int:
         trainer.timer.close(state)
         run_folder.write_status(folder, topology, state)
     if stopped_by:
-        trainer.say(
+        trainer.log(
             f"stopped by {stopped_by}; the state is saved, the same command continues it (exit code {EXIT_STOPPED})"
         )
         return EXIT_STOPPED
-    trainer.say(f"finished {trainer.run.train.total_steps} steps: {folder}")
+    trainer.log(f"finished {trainer.run.train.total_steps} steps: {folder}")
     return 0
+
+
+def live_panel(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+    """The live panel if rank 0 has a terminal; otherwise plain lines are enough."""
+    if trainer.metrics is None or not sys.stdout.isatty():
+        return contextlib.nullcontext()
+    run, restarts = trainer.run, len(read_lives(trainer.run.folder)) - 1
+    return live(trainer.metrics, RunProgress(run.name, run.train.total_steps, restarts))

@@ -1,4 +1,4 @@
-"""Tensorboard board."""
+"""What TensorBoard shows besides scalars, and the tags of the scalars (docs/metrics.md lists them)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ TAGS = {
     "tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu", "step_time_s": "speed/step_time_s",
     "data_wait_s": "speed/data_wait_s", "memory_gib": "memory/rank0_gib",
 }  # fmt: skip
-
-
-# group -> chart -> tags; goodput's shares are those of this process life, lost work is in `packspeed goodput`.
+# group -> chart -> tags; goodput's shares are those of this process life, `packspeed goodput` knows the lost work too.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "training": {
         "loss": ["Multiline", ["train/loss", "eval/loss"]],
@@ -31,23 +29,21 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     "memory": {"GiB on rank 0": ["Multiline", ["memory/rank0_gib"]]},
     "goodput": {"share of the wall time": ["Multiline", ["goodput/.*"]]},
 }
-
-
 COMPARED = ("train/loss", "eval/loss", "speed/tokens_per_s", "speed/mfu")
 
 
 class Board:
-    """TensorBoard beyond scalars, through the SummaryWriter of DeepSpeed's monitor: texts, hparams, histograms.
+    """Writes texts, hparams and histograms through the SummaryWriter of DeepSpeed's monitor.
 
-    The scalars go through engine.monitor.write_events, which wandb, csv_monitor and comet get too. hparams compares
-    runs by everything about model and training in config.yaml that is one number, word or truth value.
+    Scalars go through engine.monitor.write_events instead, so that wandb, csv_monitor and comet get them too. The
+    hparams page compares runs by every number, string and boolean of config.yaml about model and training.
     """
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
 
     def begin(self, folder: Path) -> None:
-        """What stands once: the layout of the custom scalars, the run's files, its hparams."""
+        """Write what a run has once: the layout of the custom scalars, its two configuration files, its hparams."""
         self.writer.add_custom_scalars(LAYOUT)
         for name in ("config.yaml", "ds_config.json"):
             self.text(name, "```\n" + (folder / name).read_text(encoding="utf-8") + "\n```", 0)
@@ -56,11 +52,11 @@ class Board:
     def _hparams(self, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        told = {
+        candidates = {
             key: value for key, value in flatten(config).items() if key.startswith(("deepspeed", "model.", "train."))
         }
-        settings = {key: value for key, value in told.items() if isinstance(value, (bool, int, float, str))}
-        # Session start and the metrics to compare; the values of the metrics are the scalars of this same folder.
+        settings = {key: value for key, value in candidates.items() if isinstance(value, (bool, int, float, str))}
+        # Session start and the metrics to compare. Their values are the scalars in the same folder.
         for summary in hparams(  # type: ignore[no-untyped-call]
             settings, dict.fromkeys(COMPARED, 0.0)
         )[:2]:
@@ -71,18 +67,18 @@ class Board:
         self.writer.add_text(name, content, step)
 
     def norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
-        """Histograms of L2 norms: over all parameters, and over each layer's. norms: kind -> parameter -> norm."""
+        """Histograms of L2 norms, over all parameters and per layer. norms: {"gradient" or "weight": {name: norm}}."""
         import numpy as np
 
-        for kind, by_name in norms.items():
+        for what, by_name in norms.items():
             layers: dict[str, list[float]] = {"all": list(by_name.values())}
             for name, value in by_name.items():
                 layers.setdefault(layer_of(name), []).append(value)
             for layer, values in layers.items():
-                self.writer.add_histogram(f"{kind}_norms/{layer}", np.array(values), step)
+                self.writer.add_histogram(f"{what}_norms/{layer}", np.array(values), step)
 
 
 def layer_of(name: str) -> str:
-    """`blocks.3.attn.qkv.weight` -> `blocks.03`; what is in no block keeps its first word."""
+    """`blocks.3.attn.qkv.weight` -> `blocks.03`; a parameter outside the blocks keeps its first word."""
     parts = name.split(".")
     return f"{parts[0]}.{int(parts[1]):02d}" if len(parts) > 1 and parts[1].isdigit() else parts[0]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.hardware import keep_memory
-from packspeed.launch.training.step import dropout_keys, micro_batches
+from packspeed.launch.training.micro_batch import dropout_keys, micro_batches
 from packspeed.launch.trials.bench_worker import Arena, Marks
 from packspeed.model.gpt import GPT, init_weights, param_groups
 
@@ -55,11 +55,11 @@ class Peer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, train)
         self.last = torch.zeros_like(self.last)
-        for inputs, labels, part, _ in micro_batches(batch, plan.micro_batch, self.last.device):
+        for micro in micro_batches(batch, plan.micro_batch, self.last.device):
             self.marks("forward")
-            keys = dropout_keys(part.samples, train.seed, self.last.device)
+            keys = dropout_keys(micro.rows.samples, train.seed, self.last.device)
             with self.autocast:
-                loss = self.compute(self.model, inputs, labels, keys) / plan.accumulation
+                loss = self.compute(self.model, micro.inputs, micro.labels, keys) / plan.accumulation
             self.marks("backward")
             loss.backward()  # type: ignore[no-untyped-call]
             self.last += loss.detach()

@@ -33,11 +33,12 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from packspeed.data.errors import PackspeedError
+from packspeed.data.errors import DataError
 from packspeed.data.loader import Loader, Prefetcher
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.config.batch import BatchPlan, solve_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config, zero_stage
+from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import make_run_loader, open_data
 from packspeed.launch.config.run_file import RunFile
@@ -47,9 +48,9 @@ from packspeed.launch.engine.distributed import launcher_environment, start_dist
 from packspeed.launch.engine.hardware import datasheet_peak, limit_threads, measured_peak, memory_gib
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.run_folder import folder as run_folder
-from packspeed.launch.training.loop import metrics_line
+from packspeed.launch.training.loop import train_step
+from packspeed.launch.training.metrics_line import metrics_line
 from packspeed.launch.training.setup import make_trainer
-from packspeed.launch.training.step import train_step
 from packspeed.launch.trials.baselines import Contender, Peer
 from packspeed.launch.trials.bench import POLL_S
 from packspeed.model.config import GPTConfig, flops_per_token
@@ -113,7 +114,7 @@ class Ours:
         done = train_step(trainer, batch, lr)
         trainer.enter("other")
         trainer.timer.step_done(number + 1)
-        trainer.guard.accept(done.norm)
+        trainer.detector.accept(done.norm)
         self.last = done.loss
         if trainer.metrics:
             elapsed, wait = time.perf_counter() - began, self.batches.wait_s - waited
@@ -250,7 +251,7 @@ def reason(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"
-    return text.splitlines()[0] if isinstance(error, PackspeedError) else f"{type(error).__name__}: {text}"
+    return text.splitlines()[0] if isinstance(error, (UserError, DataError)) else f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class GradientNormHook:
         else:
             self._gate_plain(engine)
 
-    def open(self) -> None:
+    def begin_step(self) -> None:
         """Begin a step."""
         self.norm, self.closed = float("nan"), False
 

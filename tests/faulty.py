@@ -1,4 +1,4 @@
-"""train.main with faults planted in this process: python tests/support/faulty.py [--local_rank=0] ARGUMENTS
+"""train.main with faults planted in this process, for the tests: python tests/faulty.py [--local_rank=0] ARGUMENTS
 
 FAULTS in the environment names them, `name:argument` separated by commas. Nothing of the product knows them: each
 patches a function of the loop or of saving, and what follows (the kill, the full disk, the NaN) is real.
@@ -22,7 +22,6 @@ import torch
 from packspeed.data.loader import Loader
 from packspeed.launch.checkpoint import checkpointer as checkpoint
 from packspeed.launch.training import evaluation, loop
-from packspeed.launch.training import step as steps
 from packspeed.launch.training.metrics import Metrics
 
 
@@ -133,7 +132,7 @@ def die_after(step: str) -> None:
 
 def die_in(step: str) -> None:
     """kill -9 in the middle of a step, 1.5 s after it began."""
-    original, armed = steps._loss, []
+    original, armed = loop.micro_batch_loss, []
     at_step(int(step) - 1, lambda: armed.append(step))
 
     def hooked(trainer: Any, *arguments: Any) -> torch.Tensor:
@@ -144,7 +143,7 @@ def die_in(step: str) -> None:
             die()
         return loss
 
-    steps._loss = hooked
+    loop.micro_batch_loss = hooked
 
 
 def slow_collective(seconds: str) -> None:
@@ -187,7 +186,7 @@ def slow_start(seconds: str) -> None:
 
 def term_in_evaluation(number: str) -> None:
     """SIGTERM arrives in the n-th forward pass of validation."""
-    losses, count = evaluation.window_losses, [0]
+    losses, count = evaluation.row_mean_losses, [0]
 
     def hooked(trainer: Any, batch: Any, rows: int) -> Any:
         if rows > 1:  # the probe goes row by row
@@ -196,22 +195,22 @@ def term_in_evaluation(number: str) -> None:
             signal.raise_signal(signal.SIGTERM)
         return losses(trainer, batch, rows)
 
-    evaluation.window_losses = hooked
+    evaluation.row_mean_losses = hooked
 
 
 def bad_samples(values: str) -> None:
     """`nan@80-87`: the loss of these samples is NaN; `20x@...`: twenty times what it is."""
     what, _, span = values.partition("@")
     first, last = (int(part) for part in span.split("-"))
-    original = steps._loss
+    original = loop.micro_batch_loss
 
-    def hooked(trainer: Any, inputs: Any, labels: Any, part: Any, arguments: Any) -> torch.Tensor:
-        loss: torch.Tensor = original(trainer, inputs, labels, part, arguments)
-        hit = bool(((part.samples >= first) & (part.samples <= last)).any())
+    def hooked(trainer: Any, micro: Any) -> torch.Tensor:
+        loss: torch.Tensor = original(trainer, micro)
+        hit = bool(((micro.rows.samples >= first) & (micro.rows.samples <= last)).any())
         factor = float("nan") if what == "nan" else float(what.rstrip("x"))
         return loss * factor if hit else loss
 
-    steps._loss = hooked
+    loop.micro_batch_loss = hooked
 
 
 def other_weights(scale: str) -> None:
@@ -241,8 +240,8 @@ def off_by_one(_: str) -> None:
 
 def noise(_: str) -> None:
     """The loss depends on torch's generator."""
-    original = steps._loss
-    steps._loss = lambda *arguments: original(*arguments) * (1 + 0.01 * torch.rand(()))
+    original = loop.micro_batch_loss
+    loop.micro_batch_loss = lambda *arguments: original(*arguments) * (1 + 0.01 * torch.rand(()))
 
 
 def lost_rng(_: str) -> None:

@@ -1,0 +1,36 @@
+"""The line of metrics.jsonl for one step."""
+
+from __future__ import annotations
+
+from packspeed.launch.engine.hardware import memory_gib
+from packspeed.launch.run_folder.formats import StepLine
+from packspeed.launch.training.metrics import finite
+from packspeed.launch.training.trainer import StepResult, Trainer
+
+
+def metrics_line(
+    trainer: Trainer, step: int, result: StepResult, lr: float, step_time_s: float, data_wait_s: float
+) -> StepLine:
+    """The metrics of `step`. step_time_s: wall time of the step; data_wait_s: the part spent waiting for data."""
+    tokens_per_step = trainer.run.train.global_batch_tokens
+    tokens_per_s = tokens_per_step / step_time_s
+    line: StepLine = {
+        "step": step,
+        "tokens": step * tokens_per_step,
+        "samples": trainer.batches_before(step) * trainer.run.global_batch,
+        "data_hash": result.samples_hash,
+        "loss": finite(result.loss),
+        "lr": lr,
+        "grad_norm": finite(result.norm),
+        "step_time_s": round(step_time_s, 6),
+        "tokens_per_s": round(tokens_per_s, 1),
+        "mfu": finite(tokens_per_s * trainer.flops_per_token / trainer.peak_flops, 5),
+        "data_wait_s": round(data_wait_s, 6),
+        "memory_gib": memory_gib(trainer.topology.device.type),
+    }
+    if result.veto:
+        line["skipped"] = result.veto
+    report = getattr(trainer.loader, "report", None)  # only a mixture's loader has one
+    if report is not None:
+        line["epochs"] = {row["path"]: row["epochs"] for row in report(line["samples"])}
+    return line

@@ -1,0 +1,63 @@
+"""Text that the model writes at each evaluation, from the prompts in monitor.sample_prompts.
+
+Sampling is a collective at every ZeRO stage. It draws from no generator of torch, so a run with it has the losses of
+one without. Cost: one forward pass of the engine per token and prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from packspeed.data.text.tokenizer import load_from_dataset
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.engine.protocol import Engine
+from packspeed.launch.run_folder.formats import Sample
+from packspeed.model.generate import draw, uniform
+
+TEMPERATURE, TOP_K = 0.8, 50
+
+
+class TextSampler:
+    """Continues the prompts of monitor.sample_prompts; the same weights give the same text on every rank."""
+
+    def __init__(self, run: RunFile, engine: Engine, device: torch.device) -> None:
+        path = run.data.path or (run.data.sources or [])[0].path
+        self.tokenizer = load_from_dataset(path)
+        self.run, self.engine, self.device = run, engine, device
+
+    @torch.no_grad()
+    def sample(self) -> list[Sample]:
+        """[{prompt, text}]. Every prompt takes sample_tokens forward passes, so that ranks stay together at ZeRO-3."""
+        self.engine.eval()
+        texts: list[Sample] = [
+            {"prompt": prompt, "text": self._continue(prompt)} for prompt in self.run.monitor.sample_prompts
+        ]
+        self.engine.train()
+        return texts
+
+    def _continue(self, prompt: str) -> str:
+        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
+        tokens = torch.tensor([ids], device=self.device)  # (1, T)
+        key = torch.tensor([self.run.train.seed])
+        for position in range(self.run.monitor.sample_tokens):
+            logits = self.engine(tokens[:, -self.run.data.seq_len :])[:, -1, : self.tokenizer.vocab_size]  # (1, V)
+            new = draw(logits.float().cpu(), TEMPERATURE, TOP_K, None, uniform(key, position)).to(self.device)
+            tokens = torch.cat((tokens, new[:, None]), dim=1)
+        new_ids = [int(token) for token in tokens[0, len(ids) :]]
+        end = new_ids.index(self.tokenizer.eot_id) if self.tokenizer.eot_id in new_ids else len(new_ids)
+        return str(self.tokenizer.decode(new_ids[:end]))
+
+
+def append_to_file(folder: Path, step: int, texts: Sequence[Sample]) -> None:
+    """Append one line to samples.jsonl."""
+    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "samples": texts}) + "\n")
+
+
+def as_markdown(texts: Sequence[Sample]) -> str:
+    """The texts for TensorBoard's text page."""
+    return "\n\n".join(f"**{text['prompt']}**\n\n```\n{text['prompt']}{text['text']}\n```" for text in texts)
