@@ -1,6 +1,8 @@
-"""Alias of launch/cluster/agent.py: scripts rendered by version 0.1 run `python -m packspeed.launch.node`."""
+"""Alias of launch/cluster/agent.py, so that `python -m packspeed.launch.node` of version 0.1 still works."""
+
+import sys
 
 from packspeed.launch.cluster.agent import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

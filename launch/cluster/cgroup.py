@@ -1,7 +1,10 @@
-"""How much memory this process and its kin may use, and how often the kernel killed one of them for it.
+"""The memory limit of this process's cgroup, and how many of its processes the kernel's OOM killer has ended.
 
-cgroup v2 (one tree at /sys/fs/cgroup: memory.max, memory.peak, memory.events) and v1 (/sys/fs/cgroup/memory:
-memory.limit_in_bytes, memory.max_usage_in_bytes, memory.oom_control), which containers, SLURM and systemd set.
+Containers, SLURM and systemd set such limits. Both versions of cgroups are read:
+
+    v2   one tree at /sys/fs/cgroup: memory.max, memory.peak, memory.events
+    v1   /sys/fs/cgroup/memory: memory.limit_in_bytes, memory.max_usage_in_bytes, memory.oom_control
+
 https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 """
 
@@ -12,14 +15,14 @@ from pathlib import Path
 ROOT = Path("/sys/fs/cgroup")
 
 
-LIMITS = {"memory.max": "memory.peak", "memory.limit_in_bytes": "memory.max_usage_in_bytes"}  # v2, v1: and most used
+LIMITS = {"memory.max": "memory.peak", "memory.limit_in_bytes": "memory.max_usage_in_bytes"}  # v2, v1: limit -> peak
 
 
 UNLIMITED = 2**60  # v1 writes nearly 2**63 for no limit, v2 `max`
 
 
 def groups(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> list[Path]:
-    """The folders of our memory cgroup and its parents, innermost first, as far as they can be seen from here."""
+    """The folders of our memory cgroup and its parents, innermost first, as far as they are visible from here."""
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
@@ -36,7 +39,7 @@ def groups(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> list[Pat
 
 
 def oom_kills(folders: list[Path], vmstat: Path = Path("/proc/vmstat")) -> int:
-    """Processes killed for memory: in our cgroup, where it counts them, else on the machine since boot."""
+    """Number of processes that the OOM killer has ended: in our cgroup if it counts them, else here since boot."""
     for path in [folder / name for folder in folders[:1] for name in ("memory.events", "memory.oom_control")] + [
         vmstat
     ]:
@@ -47,18 +50,18 @@ def oom_kills(folders: list[Path], vmstat: Path = Path("/proc/vmstat")) -> int:
 
 
 def limit(folders: list[Path]) -> tuple[int, int, str] | None:
-    """(limit, most ever used, cgroup), bytes, of the tightest limit that we are under; None where there is none."""
-    found = []
+    """(limit in bytes, peak use in bytes, cgroup) of the tightest limit that applies to us; None without a limit."""
+    limits = []
     for folder in folders:
         for limit_name, peak_name in LIMITS.items():
             value = _number(folder / limit_name)
             if value is not None and value < UNLIMITED:
-                found.append((value, _number(folder / peak_name) or 0, str(folder)))
-    return min(found, default=None)
+                limits.append((value, _number(folder / peak_name) or 0, str(folder)))
+    return min(limits, default=None)
 
 
 def _number(path: Path, key: str = "") -> int | None:
-    """The number in a file, or that after a key."""
+    """The first number in a file, or the one after `key`; None if there is none."""
     try:
         words = path.read_text().split()
         return int(words[words.index(key) + 1] if key else words[0])
