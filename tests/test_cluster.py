@@ -1,4 +1,4 @@
-"""Runs over several hosts (network namespaces with their own sshd) that are cut, stopped and killed; and the doctor."""
+"""Runs on several hosts (network namespaces, each with an sshd) that are cut off, stopped and killed; the doctor."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Launch:
         return json.loads(lines[-1]).get("step", 0) if lines and lines[-1].endswith("}") else 0
 
     def wait_for(self, condition: Callable[[], Any], seconds: float = 400) -> None:
-        """Until the condition holds; fails where the launch ends first."""
+        """Wait until the condition holds; fails if the launch ends first."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.text()
@@ -91,7 +91,7 @@ class Launch:
         return self.output.read_text(errors="replace")
 
     def end(self, code: int = 0, seconds: float = 400) -> str:
-        """Wait for the end, which leaves no process on any host; returns what was printed."""
+        """Wait for the end, check that no process is left on any host, and return what was printed."""
         assert self.process.wait(seconds) == code, self.text()
         deadline = time.monotonic() + 40  # a host that was cut off ends its ranks by itself
         while left := [pid for name in self.cluster.names for pid in self.cluster.pids(name, "train.py")]:
@@ -108,25 +108,25 @@ class Launch:
         """Pid of a rank."""
         return int(json.loads((self.logs / f"rank-{rank}.beat").read_text())["pid"])
 
-    def comes_to(self, step: int, after: int) -> int:
-        """Wait until rank 1, in a later life than process `after`, is at a step; returns its pid."""
-        found: list[int] = []
+    def wait_for_rank_1(self, step: int, after: int) -> int:
+        """Wait until rank 1 is at a step, in another process than `after`; returns its pid."""
+        pids: list[int] = []
 
         def there() -> bool:
             beat = read_beats(self.logs).get(1)
             if beat is not None and beat.pid != after and beat.step >= step:
-                found.append(beat.pid)
-            return bool(found)
+                pids.append(beat.pid)
+            return bool(pids)
 
         self.wait_for(there)
-        return found[0]
+        return pids[0]
 
     @property
     def logs(self) -> Path:
         return self.workspace.folder / "runs" / self.name / "logs"
 
-    def check(self, reference: str = "one-host") -> None:
-        """The full curve of the run on one host, every step once, from the right samples."""
+    def check_curve(self, reference: str = "one-host") -> None:
+        """The curve equals that of the run on one host: every step once, from the same samples, with the same loss."""
         mine, its = ([x for x in self.workspace.metrics(name) if "loss" in x] for name in (self.name, reference))
         assert [line["step"] for line in mine] == [line["step"] for line in its]
         assert [line["data_hash"] for line in mine] == [line["data_hash"] for line in its]
@@ -136,7 +136,7 @@ class Launch:
 def test_three_hosts_give_the_curve_of_one(cluster: Cluster, workspace: Workspace, reference: None) -> None:
     launch = Launch(cluster, workspace, "three", [1, 1, 1])
     said = launch.end()
-    launch.check()
+    launch.check_curve()
     assert f"plan: 3 ranks on 3 host(s), rendezvous at {cluster.address('node1')} port" in said
     assert f"node3                    ranks 2-2  {cluster.address('node3')}  eth0" in said
     assert (launch.logs / "rank-2.log").exists()
@@ -146,14 +146,14 @@ def test_three_hosts_give_the_curve_of_one(cluster: Cluster, workspace: Workspac
 def test_deepspeed_typed_by_hand_runs_on_four_hosts(cluster: Cluster, workspace: Workspace, reference: None) -> None:
     launch = Launch(cluster, workspace, "by-hand", [1, 1, 1, 1], by_hand=True)
     said = launch.end()
-    launch.check()
+    launch.check_curve()
     assert "x 4 ranks" in said
 
 
 def test_openmpi_runs_on_two_hosts(cluster: Cluster, workspace: Workspace, reference: None) -> None:
     launch = Launch(cluster, workspace, "openmpi", [1, 1], "--launcher", "openmpi")
     launch.end()
-    launch.check()
+    launch.check_curve()
 
 
 def test_a_host_that_is_cut_off_is_left_out_and_taken_back(
@@ -163,14 +163,14 @@ def test_a_host_that_is_cut_off_is_left_out_and_taken_back(
     launch.wait_for(lambda: launch.step() >= 15)
     cluster.cut("node3")
     try:
-        launch.wait_for(lambda: "going on without node3" in launch.text())
+        launch.wait_for(lambda: "continuing without node3" in launch.text())
     finally:
         cluster.plug("node3")
     launch.wait_for(lambda: "all hosts are back" in launch.text())
     said = launch.end()
-    launch.check("long")
+    launch.check_curve("long")
     assert "host node3 is gone" in said
-    assert "going on without node3" in said
+    assert "continuing without node3" in said
     kinds = [(e["kind"], e["ranks"]) for e in launch.history()]
     assert kinds[0] == ("lost", 3)
     assert kinds[1:] == [("stopped", 2), ("finished", 3)], "node3 came back while the others trained"
@@ -181,7 +181,7 @@ def test_a_frozen_rank_is_named(cluster: Cluster, workspace: Workspace, referenc
     launch.wait_for(lambda: launch.step() >= 25)
     os.kill(launch.rank(1), signal.SIGSTOP)
     said = launch.end()
-    launch.check()
+    launch.check_curve()
     assert "nothing moved for" in said
     assert "rank 1 on node2 is still in" in said
     assert "the process is stopped" in said
@@ -210,7 +210,7 @@ def faulted(
     cluster: Cluster, workspace: Workspace, reference: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Launch, Launch]:
     """A run whose launcher is killed; and the same run again, whose rank 1 is killed, then takes all of its host's
-    memory, then has the host's other processes killed with it, and is whole in the end.
+    memory, then has the host's other processes killed with it; it completes in the end.
     """
     folder = tmp_path_factory.mktemp("faulted")
     meal = folder / "meal"
@@ -224,11 +224,11 @@ def faulted(
     with cluster.memory_limit("node2", 3 << 29):
         options = ("--max-restarts", "3", "--env", f"PYTHONPATH={folder}")
         launch = Launch(cluster, workspace, "faulted", [1, 1], *options, steps=LONG)
-        killed = launch.comes_to(saved + 10, after=first.rank(1))
+        killed = launch.wait_for_rank_1(saved + 10, after=first.rank(1))
         os.kill(killed, signal.SIGKILL)
-        hungry = launch.comes_to(saved + 15, after=killed)
+        hungry = launch.wait_for_rank_1(saved + 15, after=killed)
         meal.touch()
-        launch.comes_to(saved + 20, after=hungry)
+        launch.wait_for_rank_1(saved + 20, after=hungry)
         for pid in cluster.pids("node2"):
             os.kill(pid, signal.SIGKILL)
         launch.end()
@@ -236,13 +236,13 @@ def faulted(
 
 
 def test_a_killed_launcher_leaves_a_saved_run_and_no_orphan(faulted: tuple[Launch, Launch]) -> None:
-    """The next launch goes on with it, and meets all the faults below."""
-    faulted[1].check("long")
+    """The next launch continues the run through all the faults below."""
+    faulted[1].check_curve("long")
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on(faulted: tuple[Launch, Launch]) -> None:
+def test_a_killed_rank_is_named_and_the_run_continues(faulted: tuple[Launch, Launch]) -> None:
     said = faulted[1].text()
-    assert "rank 1 on node2 was killed by SIGKILL, not by the kernel for memory" in said
+    assert "rank 1 on node2 was killed by SIGKILL, not by the OOM killer" in said
     assert "recovered: " in said
     assert [(e["kind"], e["ranks"]) for e in faulted[1].history()][:2] == [("died", 2), ("died", 2)]
 
@@ -255,7 +255,7 @@ def test_a_rank_that_runs_out_of_memory_is_named(faulted: tuple[Launch, Launch])
     assert re.search(r"Peak resident memory there: rank 1 [01]\.\d\d GiB\.", said)
 
 
-def test_a_host_whose_processes_are_killed_comes_again(faulted: tuple[Launch, Launch]) -> None:
+def test_a_host_whose_processes_are_killed_is_used_again(faulted: tuple[Launch, Launch]) -> None:
     history = faulted[1].history()
     assert len(history) == 4
     assert (history[-1]["kind"], history[-1]["ranks"]) == ("finished", 2)
@@ -271,7 +271,7 @@ def doctor(cluster: Cluster, workspace: Workspace, *options: str) -> tuple[int, 
     return done.returncode, json.loads(done.stdout)
 
 
-def test_the_doctor_finds_healthy_hosts_healthy(cluster: Cluster, workspace: Workspace) -> None:
+def test_the_doctor_has_no_findings_on_healthy_hosts(cluster: Cluster, workspace: Workspace) -> None:
     code, report = doctor(cluster, workspace, "--torch")
     assert (code, report["findings"]) == (0, []), report["findings"]
     assert set(report["bandwidth_gbit_s"]) == {"node1", "node2", "node3", "all-reduce", "torch all-reduce"}
@@ -308,7 +308,7 @@ BREAKS = {  # what is wrong on node2 -> a shell line in its own mount namespace,
 
 @pytest.fixture(scope="module")
 def props(workspace: Workspace) -> dict[str, Path]:
-    """Another dataset, another version's METADATA, and where the things are that a break replaces."""
+    """A different dataset, METADATA of a different version, and the paths that a break replaces."""
     import numpy
 
     from packspeed.data.prepare.prepare import prepare

@@ -1,4 +1,4 @@
-"""Hostfiles and their mistakes, what reaches a shell, who is blamed for a standstill, and ranks for the hosts left."""
+"""Hostfiles and their errors, what reaches a shell, which rank is named in a hang, ranks for the remaining hosts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packspeed.launch.cluster import cgroup
-from packspeed.launch.cluster.diagnosis import culprits, death_report, ending, hang_report
-from packspeed.launch.cluster.hosts import Host, environment, read_hostfile
-from packspeed.launch.cluster.ssh import ask, command
+from packspeed.launch.cluster.diagnosis import blocking_ranks, death_report, describe_exit, hang_report
+from packspeed.launch.cluster.hosts import Host, forwarded_environment, read_hostfile
+from packspeed.launch.cluster.messages import FactsRequest, HostFacts, RankDeath, RankState
+from packspeed.launch.cluster.ssh import agent_command, ask_hosts
 from packspeed.launch.cluster.supervisor import fit_slots
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.run_folder.heartbeat import Beat, Heartbeat, read_beats
@@ -43,20 +44,20 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a slots=2\nb slots=2\na slots=4", "line 3: a stands in line 1 already"),
+        ("a slots=2\nb slots=2\na slots=4", "line 3: a is already in line 1"),
         ("a slots=0", "line 1: slots=0"),
         ("a slots=two", "line 1: slots=two"),
         ("a slot=2", "line 1: 'a slot=2' is not a host"),
         ("a", "is not a host"),
-        ("a;touch${IFS}x slots=2", "no host name"),
+        ("a;touch${IFS}x slots=2", "not a valid host name"),
         ("$(touch x) slots=1", "is not a host"),
-        ("-oProxyCommand=x slots=1", "no host name"),
+        ("-oProxyCommand=x slots=1", "not a valid host name"),
         ("me@a slots=1", "~/.ssh/config"),
         ("localhost slots=1\nb slots=1", "called localhost"),
-        ("# nothing\n", "no hosts in it"),
+        ("# nothing\n", "lists no hosts"),
     ],
 )
-def test_every_mistake_is_named_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+def test_every_error_is_reported_with_its_line(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=r".") as caught:
         hostfile(tmp_path, text)
     assert words in str(caught.value)
@@ -74,20 +75,27 @@ def test_a_missing_hostfile_is_an_error_and_trains_nothing(tmp_path: Path) -> No
 
 @given(python=st.text(min_size=1).filter(lambda text: "\0" not in text and max(text) < "\ud800"))
 def test_nothing_reaches_the_remote_shell_unquoted(python: str) -> None:
-    words = command(Host("node-1", 1), python)
+    words = agent_command(Host("node-1", 1), python)
     assert words[-3:-1] == ["--", "node-1"]
     assert shlex.split(words[-1]) == [python, "-m", "packspeed.launch.cluster.agent"]
 
 
 def test_ssh_checks_host_keys_and_asks_nothing() -> None:
-    words = " ".join(command(Host("node-1", 1)))
+    words = " ".join(agent_command(Host("node-1", 1)))
     assert "BatchMode=yes" in words
     assert "StrictHostKeyChecking" not in words
 
 
 def test_the_agent_answers_without_a_shell(tmp_path: Path) -> None:
-    request = {"do": "facts", "cwd": str(tmp_path), "port": 0, "run_folder": str(tmp_path / "a $(b); c"), "token": "t"}
-    answer = ask([Host("localhost", 1)], lambda host: request)["localhost"]
+    request: FactsRequest = {
+        "do": "facts",
+        "cwd": str(tmp_path),
+        "port": 0,
+        "run_folder": str(tmp_path / "a $(b); c"),
+        "token": "t",
+    }
+    answer = ask_hosts([Host("localhost", 1)], lambda host: request, HostFacts).answers["localhost"]
+    assert isinstance(answer["port"], int)
     assert answer["writable"] is True
     assert answer["port"] > 0
     assert answer["versions"]["torch"].startswith("2.")
@@ -98,32 +106,32 @@ def test_only_listed_variables_leave_this_machine(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("MY_SECRET", "x")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert environment([]).get("NCCL_DEBUG") == "INFO"
-    assert {"MY_SECRET", "CUDA_VISIBLE_DEVICES"}.isdisjoint(environment([]))
-    assert environment(["MY_SECRET", "A=b=c"]) | {"MY_SECRET": "x", "A": "b=c"} == environment(["MY_SECRET", "A=b=c"])
+    assert forwarded_environment([]).get("NCCL_DEBUG") == "INFO"
+    assert {"MY_SECRET", "CUDA_VISIBLE_DEVICES"}.isdisjoint(forwarded_environment([]))
+    assert {"MY_SECRET": "x", "A": "b=c"}.items() <= forwarded_environment(["MY_SECRET", "A=b=c"]).items()
     with pytest.raises(ConfigError, match="not set here"):
-        environment(["NOT_THERE"])
-    with pytest.raises(ConfigError, match="no name"):
-        environment(["a b=c"])
+        forwarded_environment(["NOT_THERE"])
+    with pytest.raises(ConfigError, match="not a valid variable name"):
+        forwarded_environment(["a b=c"])
 
 
 def beat(rank: int, phase: str, collective: str = "", step: int = 411) -> Beat:
     return Beat(rank, 1, f"node-{rank // 2}", phase, collective, step, 9, 1000.0)
 
 
-def test_the_rank_that_is_not_in_the_collective_is_to_blame() -> None:
+def test_the_rank_that_is_not_in_the_collective_is_named() -> None:
     beats = {rank: beat(rank, "communication", "reduce_scatter") for rank in range(3)} | {3: beat(3, "data")}
     hosts = {rank: f"node-{rank // 2}" for rank in range(4)}
-    assert culprits(beats, {}, hosts) == [3]
-    lines = hang_report(beats, {}, hosts, 1094.0)
+    assert blocking_ranks(beats, {}, {}, hosts) == [3]
+    lines = hang_report(beats, {}, {}, hosts, 1094.0)
     assert lines[0].startswith("rank 3 on node-1 is still in data of step 412, 94 s")
     assert lines[-1] == "3 other(s) wait in reduce_scatter of step 412"
     beats[3] = beat(3, "communication", "all_gather")
-    assert culprits(beats, {}, hosts) == [3], "another collective than the others"
+    assert blocking_ranks(beats, {}, {}, hosts) == [3], "another collective than the others"
     beats[3] = beats[0]
-    assert culprits(beats, {}, hosts) == []
-    states = {"node-0": {"0": {"state": "sleeping", "stack": ""}, "1": {"state": "stopped", "stack": ""}}}
-    assert culprits(beats, states | {"node-1": {"error": "no answer"}}, hosts) == [1, 2, 3]
+    assert blocking_ranks(beats, {}, {}, hosts) == []
+    states: dict[int, RankState] = {0: {"state": "sleeping", "stack": ""}, 1: {"state": "stopped", "stack": ""}}
+    assert blocking_ranks(beats, states, {"node-1": "no answer"}, hosts) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -153,23 +161,25 @@ def test_limits_and_kills_of_both_cgroup_versions_are_read(tmp_path: Path, versi
     own.write_text("4:memory:/not/seen/from/here\n0::/not/seen/from/here\n")
     folders = cgroup.groups(root, own)
     assert cgroup.limit(folders) is None
-    assert cgroup.oom_kills(folders, vmstat) == 5, "the machine's count, where our cgroup has none"
+    assert cgroup.oom_kills(folders, vmstat) == 5, "the machine's count if our cgroup has none"
 
 
-def test_a_rank_killed_for_memory_is_told_from_a_killed_one() -> None:
-    record = {"died": 3, "status": -9, "peak_bytes": {"2": 2**29, "3": 2**30}, "oom_kills": 1}
+def test_a_rank_killed_for_memory_is_distinguished_from_a_killed_one() -> None:
+    limit = (2**31, 2**31, "/sys/fs/cgroup/job")
+    peaks = {"2": 2**29, "3": 2**30}
+    death: RankDeath = {"died": 3, "status": -9, "at": 1.0, "peak_bytes": peaks, "oom_kills": 1, "limit": limit}
     hosts = {3: "node-1"}
-    said = death_report(record | {"limit": [2**31, 2**31, "/sys/fs/cgroup/job"]}, hosts, {3: beat(3, "backward")})
+    said = death_report(death, hosts, {3: beat(3, "backward")})
     assert said.startswith("rank 3 on node-1 ran out of memory, in backward of step 412: the kernel's OOM killer")
     assert "the limit of 2.00 GiB of the cgroup /sys/fs/cgroup/job, of which 2.00 GiB were used at most" in said
     assert "rank 2 0.50 GiB, rank 3 1.00 GiB" in said
-    assert "the machine had none left" in death_report(record | {"limit": None, "status": None}, hosts, {})
-    assert "its counters stand still" in death_report(record | {"limit": None, "oom_kills": 0}, hosts, {})
+    assert "the machine had no memory left" in death_report({**death, "limit": None, "status": None}, hosts, {})
+    assert "not by the OOM killer" in death_report({**death, "limit": None, "oom_kills": 0}, hosts, {})
 
 
-def test_an_agents_exit_code_is_told_in_words() -> None:
-    assert ending(-9 & 0xFF) == "was killed by SIGKILL"
-    assert ending(1) == "ended with exit code 1"
+def test_an_agents_exit_code_is_put_into_words() -> None:
+    assert describe_exit(-9 & 0xFF) == "was killed by SIGKILL"
+    assert describe_exit(1) == "ended with exit code 1"
 
 
 def test_beats_survive_being_read_at_any_time(tmp_path: Path) -> None:
@@ -182,7 +192,7 @@ def test_beats_survive_being_read_at_any_time(tmp_path: Path) -> None:
     assert (beats[7].phase, beats[7].collective, beats[7].step, beats[7].count) == ("communication", "all_reduce", 4, 2)
 
 
-def test_ranks_that_are_left_share_the_batch() -> None:
+def test_ranks_of_the_remaining_hosts_divide_the_batch() -> None:
     hosts = [Host("a", 2), Host("b", 2), Host("c", 1)]
     assert fit_slots(hosts, 10) == hosts
     assert fit_slots(hosts, 8) == [Host("a", 2), Host("b", 2)]

@@ -1,7 +1,7 @@
 """Rendered launches are run: an sbatch script under a real SLURM, a Job's pods and no_ssh's commands as processes here.
 
-What stands in for a cluster: SLURM's daemons on this machine, with a folder of their own, and 127.0.0.1 for the names
-that a cluster's DNS would know. The Kubernetes documents are checked against its published JSON schemas.
+Instead of a cluster: SLURM's daemons on this machine, in a folder of their own, and 127.0.0.1 instead of the names that
+a cluster's DNS would resolve. The Kubernetes documents are checked against its published JSON schemas.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import yaml
 from conftest import ROOT, TRAIN, Workspace, forked
 
 from packspeed.launch.cluster import render
-from packspeed.launch.cluster.hosts import Host, Plan, Seat
+from packspeed.launch.cluster.hosts import Host, LaunchPlan, PlannedHost
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.config.errors import ConfigError
 
 pytestmark = [pytest.mark.xdist_group("render"), pytest.mark.timeout(900)]
 
-# What a shell, YAML, sbatch or Kubernetes could take for something else.
+# Strings with a meaning for a shell, YAML, sbatch or Kubernetes.
 NASTY = [
     "it's",
     'a "b" c',
@@ -46,7 +46,7 @@ NASTY = [
     "é",
 ]
 STEPS = "train.steps=25"
-# A checkpoint after every step gives a signal the time to arrive in mid-run.
+# A checkpoint after every step slows the run down, so that a signal arrives before it ends.
 SLOWLY = (STEPS, "checkpoint.every_steps=1", "eval.every_steps=1000")
 EXAMPLE: dict[str, Any] = {
     "run_file": "launch/configs/gpt2_124m.yaml",
@@ -65,7 +65,7 @@ def expected(workspace: Workspace) -> list[float]:
 
 
 def together(commands: list[Callable[[], subprocess.Popen[str]]]) -> None:
-    """Start all, wait for all, and show what they said where one failed."""
+    """Start all and wait for all; if one fails, show what they printed."""
     processes = [start() for start in commands]
     said = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
@@ -81,9 +81,9 @@ def start(command: str | list[str], **env: str) -> Callable[[], subprocess.Popen
 # --- one command per node ---------------------------------------------------------------------------------------------
 
 
-def local_plan(env: dict[str, str]) -> Plan:
-    seats = [Seat(Host(f"node-{i}", 1), i, "127.0.0.1", "lo") for i in range(2)]
-    return Plan(seats, free_port(), env)
+def local_plan(env: dict[str, str]) -> LaunchPlan:
+    hosts = [PlannedHost(Host(f"node-{i}", 1), i, "127.0.0.1", "lo") for i in range(2)]
+    return LaunchPlan(hosts, free_port(), env)
 
 
 def test_no_ssh_commands_train_with_the_losses_of_one_launch(workspace: Workspace, expected: list[float]) -> None:
@@ -97,11 +97,11 @@ def test_no_ssh_commands_train_with_the_losses_of_one_launch(workspace: Workspac
 
 
 def test_no_ssh_strings_stay_inert(tmp_path: Path) -> None:
-    """The shell hands the very strings to the program, from a folder and with variables that are no less nasty."""
+    """The shell passes every string on unchanged, in a folder and with variables that are just as nasty."""
     folder = tmp_path / "a b'$(touch x)"
     folder.mkdir()
     show = [sys.executable, "-c", "import os, sys; print(repr((os.getcwd(), os.environ['V'], sys.argv[-11:])))"]
-    plan = Plan([Seat(Host("node-0", 1), 0, "127.0.0.1", "lo")], 1, {"V": NASTY[2]})
+    plan = LaunchPlan([PlannedHost(Host("node-0", 1), 0, "127.0.0.1", "lo")], 1, {"V": NASTY[2]})
     text = render.no_ssh(plan, NASTY, cwd=str(folder))
     command = text.replace(shlex.join([sys.executable, "-m", "deepspeed.launcher.launch"]), shlex.join(show))
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -113,7 +113,7 @@ def test_no_ssh_strings_stay_inert(tmp_path: Path) -> None:
 
 
 def test_slurm_strings_stay_inert(tmp_path: Path) -> None:
-    """Run with programs named srun and scontrol that hand the strings on as SLURM's do."""
+    """Run with programs named srun and scontrol that pass the strings on as SLURM's do."""
     folder = tmp_path / "a b'$(touch x)"
     folder.mkdir()
     for name, body in (("scontrol", "echo node-0"), ("srun", 'while [[ "$1" == --* ]]; do shift; done; exec "$@"')):
@@ -147,7 +147,7 @@ def test_slurm_strings_stay_inert(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_slurm_refuses_what_it_cannot_quote(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"option|time limit|At least 1|no name of a variable"):
+    with pytest.raises(ConfigError, match=r"option|time limit|at least 1|not a valid variable name"):
         render.slurm(**{**EXAMPLE, **options})
 
 
@@ -242,7 +242,7 @@ def submit(text: str, folder: Path, env: dict[str, str]) -> str:
     return done.stdout.strip()
 
 
-def test_slurm_trains_saves_at_its_warning_and_goes_on(
+def test_slurm_trains_saves_at_its_warning_and_continues(
     workspace: Workspace, slurm: dict[str, str], tmp_path: Path, expected: list[float]
 ) -> None:
     """SLURM's own warning in mid-run; the job requeues itself and ends with the losses of one undisturbed launch."""
@@ -287,7 +287,7 @@ def test_kubernetes_accepts_the_documents(options: dict[str, Any]) -> None:
     for version in ("1.31", "1.37"):
         for document in (service, job):
             kubernetes_validate.validate(document, version, strict=True)
-    # What the schemas cannot know.
+    # What the schemas do not check.
     pod = job["spec"]["template"]
     assert pod["spec"]["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
@@ -341,7 +341,7 @@ def test_pods_train_with_the_losses_of_one_launch(workspace: Workspace, expected
 
 
 @pytest.mark.parametrize("index", ["", "2", "-1", "x"])
-def test_a_pod_without_its_index_says_so(index: str) -> None:
+def test_a_pod_without_its_index_is_an_error(index: str) -> None:
     words = [
         sys.executable,
         "-m",
@@ -362,7 +362,7 @@ def test_a_pod_without_its_index_says_so(index: str) -> None:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def test_secrets_are_not_written_down() -> None:
+def test_secrets_are_not_written() -> None:
     env = {"WANDB_API_KEY": "hush", "NCCL_DEBUG": "INFO"}
     texts = [
         render.no_ssh(local_plan(env), []),
@@ -376,7 +376,7 @@ def test_secrets_are_not_written_down() -> None:
 
 
 def test_the_examples_are_what_is_rendered() -> None:
-    """launch/cluster/ shows what the command prints for two nodes of eight GPUs."""
+    """The templates are what the command prints for two nodes of eight GPUs."""
     cluster = ROOT / "launch" / "cluster" / "templates"
     shown = render.slurm(**EXAMPLE, name="gpt2-124m", python="python", script="launch/train.py")
     assert (cluster / "slurm.sh").read_text() == shown

@@ -1,7 +1,7 @@
-"""`packspeed doctor`: every host is asked in parallel, the answers are compared, and an all-reduce crosses them all.
+"""`packspeed doctor`: ask all hosts in parallel, compare their answers, and measure the network between them.
 
-Nothing trains. A finding names the host, what is wrong and what to do. Cost: one connection to each host, 0.4 s of one
-core there, and 2 s for the all-reduce on plain sockets (ring.py); ten seconds more where torch is to do one as well.
+Nothing trains. A finding names the host, what is wrong and what to do. Cost: one connection and 0.4 s of one core per
+host, about 2 s for the all-reduce on plain sockets (socket_allreduce.py), and ten seconds more for one by torch.
 """
 
 from __future__ import annotations
@@ -11,32 +11,37 @@ import statistics
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, final
 
 from rich.console import Console
 from rich.table import Table
 
-from packspeed.launch.cluster.hosts import Host, make_plan
-from packspeed.launch.cluster.ssh import Talk
-from packspeed.launch.cluster.supervisor import Attempt, Options
+from packspeed.launch.cluster.attempt import Attempt, LaunchOptions
+from packspeed.launch.cluster.hosts import Host, plan_launch
+from packspeed.launch.cluster.messages import FactsRequest, HostFacts, RingAnswer, RingRequest
+from packspeed.launch.cluster.ssh import AgentPool, Replies
 from packspeed.launch.config.run_file import RunFile
 
-SKEW_S = 2.0
+Compared = Literal["python", "versions", "commit", "accelerators"]
 
 
-FREE_GIB = 10.0
-
-
-MEMORY_GIB = 2.0
-
-
-ALIKE = {  # what must be the same on all hosts, and what to do where it is not
+MUST_MATCH: dict[Compared, str] = {  # what must be the same on all hosts, and what to do if it is not
     "python": "install the same Python there",
-    "versions": "pip install the same versions there",
-    "commit": "git checkout the same commit there",
-    "accelerators": "the same devices on all hosts",
+    "versions": "install the same versions there with pip",
+    "commit": "check out the same commit there",
+    "accelerators": "use hosts with the same devices",
 }
+
+
+MAX_SKEW_S = 2.0
+
+
+MIN_FREE_GIB = 10.0  # disk of the run folder
+
+
+MIN_MEMORY_GIB = 2.0
 
 
 SLOW = 0.5  # of the median bandwidth
@@ -45,189 +50,262 @@ SLOW = 0.5  # of the median bandwidth
 RING_TIMEOUT_S = 90.0
 
 
-FIREWALL = "firewalls between the hosts? The ranks need every port; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+FIREWALL = (
+    "check firewalls between the hosts (ranks need every port), and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if hosts "
+    "have several networks"
+)
 
 
-BANDWIDTH = Path(__file__).resolve().with_name("torch_allreduce.py")
+TORCH_ALLREDUCE = Path(__file__).resolve().with_name("torch_allreduce.py")
 
 
-def examine(options: Options, run: RunFile | None, bandwidth: bool, with_torch: bool | None = None) -> dict[str, Any]:
-    """The whole examination, as JSON: ok, hosts, findings, bandwidth_gbit_s.
+class Finding(TypedDict):
+    """Something to fix before a run."""
 
-    with_torch: an all-reduce by torch (NCCL or gloo) too; None: where all hosts have accelerators.
+    host: str
+    what: str
+    do: str
+
+
+@final
+class FailedHost(TypedDict):
+    """In a report, a host that did not answer."""
+
+    error: str
+    clock_s: float
+
+
+class Report(TypedDict):
+    """What `packspeed doctor --json` prints."""
+
+    ok: bool
+    hosts: dict[str, HostFacts | FailedHost]
+    findings: list[Finding]
+    bandwidth_gbit_s: dict[str, float]  # host, "all-reduce", "torch all-reduce"
+    seconds: float
+
+
+Bandwidth = tuple[dict[str, float], list[Finding]]  # Gbit/s as in Report, and what went wrong
+
+
+def examine(options: LaunchOptions, run: RunFile | None, bandwidth: bool, with_torch: bool | None = None) -> Report:
+    """Check all hosts. run: also check its dataset and run folder on every host.
+
+    with_torch: also run torch's all-reduce (NCCL or gloo); None: if all hosts have accelerators.
     """
     start, hosts, token = time.monotonic(), options.hosts, uuid.uuid4().hex
-    with Talk(options.agent) as talk:
-        facts = talk.ask(hosts, lambda host: _request(host, options, run, token))
-        skews = talk.skews([host for host in hosts if "error" not in facts[host.name]])
-        facts = {name: fact | {"clock_s": skews.get(name, 0.0)} for name, fact in facts.items()}
-        findings = compare(hosts, facts, run, token)
-        speeds: dict[str, float] = {}
-        able = [host for host in hosts if "error" not in facts[host.name] and facts[host.name]["cwd"]]
-        reachable = bandwidth and able[:1] == hosts[:1] and isinstance(facts[hosts[0].name].get("port"), int)
-        if reachable and len(able) > 1:
-            speeds, problems = around(talk, able, facts)
+    speeds: dict[str, float] = {}
+    with AgentPool(options.agent_command) as pool:
+        replies = pool.ask(hosts, lambda host: _request(host, options, run, token), HostFacts)
+        facts = replies.answers
+        skews = pool.clock_skews([host for host in hosts if host.name in facts])
+        for name, fact in facts.items():
+            fact["clock_s"] = skews.get(name, 0.0)
+        findings = compare(hosts, replies, run, token)
+
+        # The first host is the rendezvous: without it, or without a port there, nothing can be measured.
+        able = [host for host in hosts if host.name in facts and facts[host.name]["cwd"]]
+        measurable = bandwidth and able[:1] == hosts[:1] and isinstance(facts[hosts[0].name].get("port"), int)
+        if measurable and len(able) > 1:
+            speeds, problems = measure_links(pool, able, facts)
             findings += problems
     if with_torch is None:
         with_torch = all(facts[host.name]["accelerators"] for host in able)
-    if reachable and with_torch:
-        torch_speeds, problems = by_torch(options, able, facts)
+    if measurable and with_torch:
+        torch_speeds, problems = measure_torch(options, able, facts)
         speeds, findings = speeds | torch_speeds, findings + problems
     if run is not None:
         for mark in (run.folder / ".hosts").glob(f"{token}-*"):
             mark.unlink(missing_ok=True)
-    return {"ok": not findings, "hosts": facts, "findings": findings, "bandwidth_gbit_s": speeds,
-            "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
+    return {
+        "ok": not findings,
+        "hosts": {
+            host.name: facts[host.name]
+            if host.name in facts
+            else FailedHost(error=replies.errors[host.name], clock_s=0.0)
+            for host in hosts
+        },
+        "findings": findings, "bandwidth_gbit_s": speeds, "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
 
 
-def _request(host: Host, options: Options, run: RunFile | None, token: str) -> dict[str, Any]:
+def _request(host: Host, options: LaunchOptions, run: RunFile | None, token: str) -> FactsRequest:
     request = options.facts_request(host, options.hosts)
     if run is not None:
         paths = [run.data.path] if run.data.path else [source.path for source in run.data.sources or []]
-        request |= {"datasets": [str(path) for path in paths], "run_folder": str(run.folder), "token": token}
+        request["datasets"] = [str(path) for path in paths]
+        request["run_folder"], request["token"] = str(run.folder), token
     return request
 
 
-def compare(
-    hosts: list[Host], facts: dict[str, dict[str, Any]], run: RunFile | None, token: str
-) -> list[dict[str, str]]:
-    """What is wrong, host by host. Where hosts differ, the value of most of them is taken for the right one."""
-    findings: list[dict[str, str]] = []
+# --- findings ---------------------------------------------------------------------------------------------------------
 
-    def found(host: str, what: str, do: str) -> None:
-        findings.append(_finding(host, what, do))
 
-    there = {h.name: facts[h.name] for h in hosts if "error" not in facts[h.name]}
-    for host in hosts:
-        if "error" in facts[host.name]:
-            found(
-                host.name,
-                f"cannot be asked: {facts[host.name]['error']}",
-                f"make `ssh {host.name}` work without a question",
-            )
-    usual = {key: _usual([json.dumps(fact[key], sort_keys=True) for fact in there.values()]) for key in ALIKE}
-    for name, fact in there.items():
-        for key, do in ALIKE.items():
-            if (mine := json.dumps(fact[key], sort_keys=True)) != usual[key]:
-                found(name, f"{key}: {mine}, elsewhere {usual[key]}", do)
-        if not fact["cwd"]:
-            found(
-                name, "this folder does not exist there", "the project at the same path on every host, or a shared disk"
-            )
-        if abs(fact["clock_s"]) > SKEW_S:
-            found(name, f"its clock is {fact['clock_s']:+.1f} s from ours", "chronyd or systemd-timesyncd")
-        if fact["memory_gib"] < MEMORY_GIB:
-            found(name, f"{fact['memory_gib']} GiB of memory are free", "see what else runs there")
-        if isinstance(fact.get("port"), str):
-            found(name, str(fact["port"]), "choose another port")
-        slots = next(h.slots for h in hosts if h.name == name)
-        if fact["accelerators"] and slots > len(fact["accelerators"]):
-            found(name, f"slots={slots}, and {len(fact['accelerators'])} devices", "correct the hostfile")
+def compare(hosts: list[Host], replies: Replies[HostFacts], run: RunFile | None, token: str) -> list[Finding]:
+    """What is wrong, host by host. If hosts differ, the value that most of them have is taken for the right one."""
+    facts = replies.answers
+    findings = [
+        _finding(name, f"cannot be asked: {error}", f"make `ssh {name}` work without a prompt")
+        for name, error in replies.errors.items()
+    ]
+    usual = {what: _most_common([_value(fact, what) for fact in facts.values()]) for what in MUST_MATCH}
+    slots = {host.name: host.slots for host in hosts}
+    for name, fact in facts.items():
+        for what, do in MUST_MATCH.items():
+            if (value := _value(fact, what)) != usual[what]:
+                findings.append(_finding(name, f"{what}: {value}, elsewhere {usual[what]}", do))
+        findings += _check_host(name, fact, slots[name])
         if run is not None and fact["cwd"]:
-            _check_run(name, fact, found)
-    if run is not None and there:
-        _check_shared(run, there, token, found)
+            findings += _check_run(name, fact)
+    if run is not None and facts:
+        findings += _check_shared(run, facts, token)
     return findings
 
 
-def _usual(values: list[str]) -> str:
+def _value(fact: HostFacts, what: Compared) -> str:
+    return _json(fact[what])
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _most_common(values: list[str]) -> str:
     return max(values, key=values.count) if values else ""
 
 
-def _check_run(name: str, fact: dict[str, Any], found: Any) -> None:
-    for path, fingerprint in fact["datasets"].items():
-        if fingerprint.startswith("error:"):
-            found(
-                name,
-                f"dataset {path}: {fingerprint[7:]}",
-                "copy it there, or mount it, and check with packspeed verify",
-            )
+def _check_host(name: str, fact: HostFacts, slots: int) -> list[Finding]:
+    findings = []
+    if not fact["cwd"]:
+        findings.append(
+            _finding(name, "this folder does not exist there", "install the project at the same path, or share a disk")
+        )
+    if abs(fact["clock_s"]) > MAX_SKEW_S:
+        what = f"its clock is {fact['clock_s']:+.1f} s from ours"
+        findings.append(_finding(name, what, "run chronyd or systemd-timesyncd there"))
+    if fact["memory_gib"] < MIN_MEMORY_GIB:
+        findings.append(_finding(name, f"only {fact['memory_gib']} GiB of memory are free", "see what else runs there"))
+    if isinstance(port := fact.get("port"), str):
+        findings.append(_finding(name, port, "choose another port"))
+    if fact["accelerators"] and slots > len(fact["accelerators"]):
+        what = f"slots={slots}, but it has {len(fact['accelerators'])} devices"
+        findings.append(_finding(name, what, "correct the hostfile"))
+    return findings
+
+
+def _check_run(name: str, fact: HostFacts) -> list[Finding]:
+    """Whether a host can read the datasets and write the run folder."""
+    findings = [
+        _finding(
+            name, f"dataset {path}: {fingerprint[7:]}", "copy or mount it there, and check it with packspeed verify"
+        )
+        for path, fingerprint in fact["datasets"].items()
+        if fingerprint.startswith("error:")
+    ]
     if fact["writable"] is not True:
-        found(name, f"the run folder cannot be written: {fact['writable']}", "permissions, or another runs_dir")
-    elif fact["free_gib"] < FREE_GIB:
-        found(name, f"{fact['free_gib']} GiB are free for the run folder", "make room, or another runs_dir")
+        what = f"the run folder cannot be written: {fact['writable']}"
+        findings.append(_finding(name, what, "fix its permissions, or choose another runs_dir"))
+    elif fact["free_gib"] < MIN_FREE_GIB:
+        what = f"only {fact['free_gib']} GiB are free for the run folder"
+        findings.append(_finding(name, what, "free some space, or choose another runs_dir"))
+    return findings
 
 
-def _check_shared(run: RunFile, there: dict[str, dict[str, Any]], token: str, found: Any) -> None:
-    """Every host left a mark in the run folder: on a shared one, all of them are seen from here."""
-    seen = {mark.name for mark in (run.folder / ".hosts").glob(f"{token}-*")}
-    for name, fact in there.items():
-        if fact.get("writable") is True and not any(s.startswith(f"{token}-{fact['hostname']}-") for s in seen):
-            found(name, f"its {run.folder} is not ours", "put runs_dir on a disk that all hosts share (checkpoints)")
-    prints = [json.dumps(fact["datasets"], sort_keys=True) for fact in there.values() if "datasets" in fact]
-    for name, fact in there.items():
-        mine = json.dumps(fact.get("datasets"), sort_keys=True)
-        if "datasets" in fact and "error:" not in mine and mine != _usual(prints):
-            found(
-                name, "its dataset has another fingerprint", "copy the dataset again, and check with packspeed verify"
-            )
+def _check_shared(run: RunFile, facts: Mapping[str, HostFacts], token: str) -> list[Finding]:
+    """Whether all hosts share one run folder and have the same datasets.
 
-
-Found = tuple[dict[str, float], list[dict[str, str]]]  # Gbit/s by host, and findings
-
-
-def around(talk: Talk, hosts: list[Host], facts: dict[str, dict[str, Any]]) -> Found:
-    """The ring of ring.py over all hosts. A host's rate is that of the better of its two links."""
-    first = facts[hosts[0].name]
-    ranks = {host.name: rank for rank, host in enumerate(hosts)}
-
-    def request(host: Host) -> dict[str, Any]:
-        return {
-            "do": "ring", "rank": ranks[host.name], "world": len(hosts), "address": facts[host.name]["address"],
-            "master": first["address"], "port": first["port"],
-        }  # fmt: skip
-
-    answers = talk.ask(hosts, request, RING_TIMEOUT_S)
-    result = answers[hosts[0].name]
-    if "error" in result:
-        return {}, [_finding(name, what, FIREWALL) for name, what in ring_errors(answers, hosts)]
-    links = [min(link) for link in result["links"]]  # [i]: from host i to i + 1
-    speeds = {host.name: max(links[rank], links[rank - 1]) for host, rank in zip(hosts, range(len(hosts)), strict=True)}
-    findings = slow(speeds)
-    if not result["sum"]:
-        findings.append(_finding(hosts[0].name, "the all-reduce gave a wrong sum", "do not train: look for a bad NIC"))
-    return speeds | {"all-reduce": result["all"]}, findings
-
-
-def ring_errors(answers: dict[str, dict[str, Any]], hosts: list[Host]) -> list[tuple[str, str]]:
-    """(host, what) of a ring that did not close: those that did not come to the first host, else who says most."""
-    said = str(answers[hosts[0].name]["error"])
-    if said.startswith('{"late"'):
-        names = [hosts[rank].name for rank in json.loads(said)["late"]]
-        return [(n, f"it did not come to the all-reduce: {answers[n].get('error', 'too slow')}") for n in names]
-    named = [(name, answer["error"]) for name, answer in answers.items() if "cannot reach" in answer.get("error", "")]
-    return named or [(hosts[0].name, f"the all-reduce failed: {said}")]
-
-
-def slow(speeds: dict[str, float]) -> list[dict[str, str]]:
-    """Hosts far below the median."""
-    usual = statistics.median(speeds.values()) if speeds else 0.0
-    return [
-        _finding(name, f"{speed:.2f} Gbit/s, the median is {usual:.2f}", "look at its cable, switch port, driver, jobs")
-        for name, speed in speeds.items()
-        if speed < SLOW * usual
+    Every host left a file in its run folder (agent._check_run_folder). If the folder is shared, all are visible here.
+    """
+    findings = []
+    visible = {mark.name for mark in (run.folder / ".hosts").glob(f"{token}-*")}
+    for name, fact in facts.items():
+        prefix = f"{token}-{fact['hostname']}-"
+        if fact.get("writable") is True and not any(mark.startswith(prefix) for mark in visible):
+            what, do = f"its {run.folder} is not ours", "put runs_dir on a disk that all hosts share (for checkpoints)"
+            findings.append(_finding(name, what, do))
+    fingerprints = {name: _json(fact["datasets"]) for name, fact in facts.items() if "datasets" in fact}
+    usual = _most_common(list(fingerprints.values()))
+    return findings + [
+        _finding(
+            name, "its dataset has another fingerprint", "copy the dataset again, and check it with packspeed verify"
+        )
+        for name, fingerprint in fingerprints.items()
+        if "error:" not in fingerprint and fingerprint != usual
     ]
 
 
-def by_torch(options: Options, hosts: list[Host], facts: dict[str, dict[str, Any]]) -> Found:
-    """bandwidth.py on all ranks, by the launcher that trains: NCCL's or gloo's own all-reduce."""
-    plan = make_plan(hosts, facts, options.env)
-    with tempfile.TemporaryDirectory() as folder:
-        attempt = Attempt(plan, options, Path(folder), BANDWIDTH, [])
-        outcome = attempt.watch()
-        attempt.end(lambda line: None)
-        result = next((r["bandwidth"] for r in list(attempt.records.queue) if "bandwidth" in r), None)
-    if result is None:
-        return {}, [_finding(hosts[0].name, f"torch's all-reduce failed: {'; '.join(outcome.why)}", FIREWALL)]
-    return {"torch all-reduce": result}, []
-
-
-def _finding(host: str, what: str, do: str) -> dict[str, str]:
+def _finding(host: str, what: str, do: str) -> Finding:
     return {"host": host, "what": what, "do": do}
 
 
-def show(report: dict[str, Any], width: int) -> None:
-    """The table for people."""
+# --- bandwidth --------------------------------------------------------------------------------------------------------
+
+
+def measure_links(pool: AgentPool, hosts: list[Host], facts: Mapping[str, HostFacts]) -> Bandwidth:
+    """The links of a ring over all hosts, and an all-reduce. A host's rate is that of the better of its two links."""
+    first = facts[hosts[0].name]
+    ranks = {host.name: rank for rank, host in enumerate(hosts)}
+
+    def request(host: Host) -> RingRequest:
+        return {
+            "do": "ring", "rank": ranks[host.name], "world": len(hosts), "address": facts[host.name]["address"],
+            "master": first["address"], "port": int(first["port"]),
+        }  # fmt: skip
+
+    replies = pool.ask(hosts, request, RingAnswer, RING_TIMEOUT_S)
+    if hosts[0].name in replies.errors:
+        return {}, [_finding(name, what, FIREWALL) for name, what in ring_failures(replies.errors, hosts)]
+    result = replies.answers[hosts[0].name]
+    links = [min(both_ways) for both_ways in result["links"]]  # [i]: from host i to i + 1
+    speeds = {host.name: max(links[rank], links[rank - 1]) for rank, host in enumerate(hosts)}
+    findings = slow_hosts(speeds)
+    if not result["sum"]:
+        do = "do not train: look for broken network hardware"
+        findings.append(_finding(hosts[0].name, "the all-reduce gave a wrong sum", do))
+    return speeds | {"all-reduce": result["all"]}, findings
+
+
+def ring_failures(errors: Mapping[str, str], hosts: list[Host]) -> list[tuple[str, str]]:
+    """(host, what is wrong) if the ring failed: hosts that did not reach the first one, else those that name a peer."""
+    error = errors[hosts[0].name]
+    if error.startswith('{"late"'):
+        names = [hosts[rank].name for rank in json.loads(error)["late"]]
+        return [(name, f"it did not join the all-reduce: {errors.get(name, 'too slow')}") for name in names]
+    named = [(name, text) for name, text in errors.items() if "cannot reach" in text]
+    return named or [(hosts[0].name, f"the all-reduce failed: {error}")]
+
+
+def slow_hosts(speeds: Mapping[str, float]) -> list[Finding]:
+    """Hosts far below the median bandwidth."""
+    median = statistics.median(speeds.values()) if speeds else 0.0
+    return [
+        _finding(
+            name,
+            f"{speed:.2f} Gbit/s, the median is {median:.2f}",
+            "check its cable, switch port, driver and jobs",
+        )
+        for name, speed in speeds.items()
+        if speed < SLOW * median
+    ]
+
+
+def measure_torch(options: LaunchOptions, hosts: list[Host], facts: Mapping[str, HostFacts]) -> Bandwidth:
+    """NCCL's or gloo's all-reduce on all ranks (torch_allreduce.py), started as an attempt of a launch is."""
+    plan = plan_launch(hosts, facts, options.env)
+    with tempfile.TemporaryDirectory() as logs:
+        attempt = Attempt(plan, options, Path(logs), TORCH_ALLREDUCE, [])
+        outcome = attempt.watch()
+        attempt.end(lambda line: None)
+    if not attempt.bandwidths:
+        return {}, [_finding(hosts[0].name, f"torch's all-reduce failed: {'; '.join(outcome.why)}", FIREWALL)]
+    return {"torch all-reduce": attempt.bandwidths[0]}, []
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def show(report: Report, width: int) -> None:
+    """Print the report as a table, then findings, then rates and the verdict."""
     console = Console(width=max(100, width))
     table = Table("host", "address", "interface", "python", "torch", "deepspeed", "commit", "devices", "free GiB",
                   "clock", "Gbit/s")  # fmt: skip

@@ -1,10 +1,11 @@
-"""What a pod of a rendered Kubernetes Job runs: this node's ranks, under DeepSpeed's node launcher.
+"""What each pod of a rendered Kubernetes Job runs: the ranks of one node, under DeepSpeed's node launcher.
 
     python -m packspeed.launch.cluster.k8s_entry --nodes 2 --ranks 8 --master NAME-0.NAME --port 29500
         -- --config RUNFILE ...
 
-Which node it is comes from JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job. An eviction's
-SIGTERM reaches the ranks alone (spawn.py), which save; their exit code 75 is the pod's.
+The node's number is JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job. When a pod is evicted,
+its SIGTERM is passed on to the ranks only (local_launcher.run_launcher): they save, and their exit code 75 becomes the
+pod's.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from packspeed.launch.cluster.local_launcher import run_launcher
-from packspeed.launch.cluster.render import node_command
+from packspeed.launch.cluster.local_launcher import node_launcher_command, run_launcher
 from packspeed.launch.config.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run this pod's ranks to their end; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="packspeed.launch.cluster.k8s_entry", description="The ranks of one pod.")
+    """Run this pod's ranks until they end; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="packspeed.launch.cluster.k8s_entry", description="Run the ranks of one pod.")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--ranks", type=int, required=True, help="on every node")
     parser.add_argument("--master", required=True, help="name or address of node 0")
@@ -34,15 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     world_info = {f"node-{node}": list(range(args.ranks)) for node in range(args.nodes)}
-    return run_launcher(node_command(world_info, index, args.master, args.port, args.arguments))
+    return run_launcher(node_launcher_command(world_info, index, args.master, args.port, args.arguments))
 
 
 def node_index(text: str, nodes: int) -> int:
-    """The node's number out of JOB_COMPLETION_INDEX."""
+    """The node's number, 0 to nodes - 1, from JOB_COMPLETION_INDEX. Raises ConfigError if it is not one."""
     if not text.isdecimal() or int(text) >= nodes:
         raise ConfigError(
-            f"JOB_COMPLETION_INDEX={text!r}: a number below --nodes={nodes} is needed. Kubernetes sets it in the pods "
-            "of a Job with completionMode: Indexed."
+            f"JOB_COMPLETION_INDEX={text!r} must be a number below --nodes={nodes}. Kubernetes sets it in the pods of "
+            "a Job with completionMode: Indexed."
         )
     return int(text)
 

@@ -1,18 +1,16 @@
 """A launch as text, for schedulers that start processes themselves: an sbatch script, a Kubernetes Job, plain commands.
 
     slurm     one srun task per rank; train.py reads its place from RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_*
-    k8s       an Indexed Job, one pod per node (pod.py), and the headless Service that gives pod 0 its name
-    no_ssh    DeepSpeed's node launcher, one command per node, to start by hand or by another tool
+    k8s       an Indexed Job, one pod per node (k8s_entry.py), and the headless Service that gives pod 0 its name
+    no_ssh    DeepSpeed's node launcher, one command per node, to start by hand or with another tool
 
-Pure functions of their arguments. Every string of the user is quoted for what reads it: the shell (shlex), YAML, and
-Kubernetes' own $(NAME). Values that look like secrets are never written: only where they are to come from.
+The functions are pure. Every string of the user is quoted for its reader: the shell (shlex), YAML, or Kubernetes' own
+$(NAME) expansion. The value of a variable that looks like a secret is never written, only where to take it from.
 Exit code 75 (saved and stopped, start me again) puts the job back into the queue in both schedulers.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import shlex
 import sys
@@ -21,17 +19,17 @@ from typing import Any
 
 import yaml
 
-from packspeed.launch.cluster.hosts import SECRET, Plan
-from packspeed.launch.cluster.local_launcher import TRAIN
+from packspeed.launch.cluster.hosts import SECRET, LaunchPlan
+from packspeed.launch.cluster.local_launcher import TRAIN, node_launcher_command
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
 
 STOPPED, USAGE = EXIT_STOPPED, ConfigError.exit_code
 
 
-WARNING_S = 120  # SLURM's signal comes this long before the time limit
+WARNING_S = 120  # SLURM sends its signal this long before the time limit; Kubernetes gives a pod so long to save
 
 
-PORT = 29500  # a pod has its ports for itself
+PORT = 29500  # fixed, because every pod has its own network
 
 
 VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -40,11 +38,11 @@ VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 
 
-# What `#SBATCH` lines may hold: nothing in them can be quoted reliably.
+# What an `#SBATCH` line may hold. Nothing in it can be quoted reliably.
 SBATCH_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[A-Za-z0-9_.,:;@/+%\[\]-]+)?")
 
 
-# USR1 is ignored until train.py listens to it: a rank that is still importing would die of it.
+# USR1 is ignored until train.py installs its handler, else it would kill a rank that is still importing.
 TASK = 'trap "" USR1; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
 
 
@@ -74,15 +72,15 @@ exit "$code"
 K8S = f"""\
 # kubectl apply -f FILE
 # kubectl logs -f -l app=NAME,batch.kubernetes.io/job-completion-index=0     the lines of rank 0
-# The dataset and the run folder are on the volume claim, which all pods mount (ReadWriteMany). Pods that exit with
-# {STOPPED} (saved and stopped) or are evicted are replaced and do not count; {USAGE} (a wrong config) fails the Job.
+# The dataset and the run folder are on the volume claim, which all pods mount (ReadWriteMany). A pod that is evicted or
+# exits with {STOPPED} (saved and stopped) is replaced and not counted as failed; {USAGE} (wrong config) fails the Job.
 """
 
 
 def train_arguments(run_file: str, overrides: Sequence[str], fresh: bool = False) -> list[str]:
-    """Arguments of train.py; a run file whose name begins with a dash stays a file."""
+    """The arguments of train.py. A run file whose name begins with a dash must not look like an option."""
     path = f"./{run_file}" if run_file.startswith("-") else run_file
-    sets = [part for text in overrides for part in ("--set", text)]
+    sets = [word for text in overrides for word in ("--set", text)]
     return ["--config", path, *sets, *(["--fresh"] if fresh else [])]
 
 
@@ -104,15 +102,15 @@ def slurm(
 ) -> str:
     """The text of an sbatch script.
 
-    cwd: where it runs, else where it is submitted. options: further sbatch options, such as `--partition=gpu`.
-    Raises ConfigError for what a `#SBATCH` line cannot hold.
+    cwd: where it runs; by default where it is submitted. options: further sbatch options, such as `--partition=gpu`.
+    Raises ConfigError for a value that a `#SBATCH` line cannot hold.
     """
     _at_least_one(nodes=nodes, ranks_per_node=ranks_per_node, cpus_per_rank=cpus_per_rank)
     if not TIME.fullmatch(time_limit):
-        raise ConfigError(f"time limit {time_limit!r}: SLURM takes minutes, HH:MM:SS or DAYS-HH:MM:SS.")
+        raise ConfigError(f"time limit {time_limit!r}: write minutes, HH:MM:SS or DAYS-HH:MM:SS, as SLURM does.")
     for option in options:
         if not SBATCH_OPTION.fullmatch(option):
-            raise ConfigError(f"sbatch option {option!r}: it reads --name or --name=value, without spaces and quotes.")
+            raise ConfigError(f"sbatch option {option!r}: write --name or --name=value, without spaces or quotes.")
     directives = [
         f"--job-name={re.sub(r'[^A-Za-z0-9._-]', '-', name)}", f"--nodes={nodes}",
         f"--ntasks-per-node={ranks_per_node}", f"--cpus-per-task={cpus_per_rank}",
@@ -121,7 +119,7 @@ def slurm(
     ]  # fmt: skip
     plain, secret = _split(env or {})
     setup = [f"export {shlex.quote(f'{key}={value}')}" for key, value in plain.items()]
-    setup += [f"# {key} is a secret and comes from the shell that submits" for key in secret]
+    setup += [f"# {key} is a secret: it comes from the shell that submits the job" for key in secret]
     setup += [f"cd -- {shlex.quote(cwd)} || exit {USAGE}"] if cwd else []
     return SLURM.format(
         directives="\n".join(f"#SBATCH {directive}" for directive in directives),
@@ -146,23 +144,13 @@ def k8s(
     max_restarts: int = 3,
     python: str = "python3",
 ) -> str:
-    """The YAML of a headless Service and an Indexed Job; run file and dataset are below `mount`, the volume of `claim`.
+    """The YAML of a headless Service and an Indexed Job.
 
-    max_restarts: how often the whole run may crash; a crash of one pod ends the pods of all nodes.
+    claim: the volume claim that holds the run file and the dataset, mounted at `mount`. max_restarts: how often the
+    complete run may crash; a crash of one pod ends the pods of all nodes.
     """
     _at_least_one(nodes=nodes, ranks_per_node=ranks_per_node)
     label = _dns_label(name)
-    metadata = {"name": label, "labels": {"app": label}}
-    service = {
-        "apiVersion": "v1", "kind": "Service", "metadata": metadata,
-        # Ranks look for pod 0 before any pod is ready.
-        "spec": {"clusterIP": "None", "selector": {"app": label}, "publishNotReadyAddresses": True},
-    }  # fmt: skip
-    rules = [
-        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
-        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [USAGE]}},
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-    ]
     command = [
         python, "-m", "packspeed.launch.cluster.k8s_entry", f"--nodes={nodes}", f"--ranks={ranks_per_node}",
         f"--master={label}-0.{label}", f"--port={PORT}", "--", *train_arguments(run_file, overrides),
@@ -174,16 +162,40 @@ def k8s(
     }  # fmt: skip
     if gpus:
         container["resources"] = {"limits": {"nvidia.com/gpu": ranks_per_node}}
-    pod = {
+    documents = [_service(label), _job(label, nodes, max_restarts, _pod(label, container, claim))]
+    return K8S + yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, width=10**6)
+
+
+def _service(label: str) -> dict[str, Any]:
+    """The Service that gives pod 0 the name at which all ranks meet."""
+    return {
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": label, "labels": {"app": label}},
+        # Ranks look for pod 0 before any pod is ready.
+        "spec": {"clusterIP": "None", "selector": {"app": label}, "publishNotReadyAddresses": True},
+    }  # fmt: skip
+
+
+def _pod(label: str, container: dict[str, Any], claim: str) -> dict[str, Any]:
+    """The pod of one node."""
+    return {
         "subdomain": label, "restartPolicy": "Never", "terminationGracePeriodSeconds": WARNING_S,
         "containers": [container],
         "volumes": [
             {"name": "workspace", "persistentVolumeClaim": {"claimName": claim}},
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},  # NCCL and gloo want more than the usual 64 MB
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},  # NCCL and gloo need more than the default 64 MB
         ],
     }  # fmt: skip
-    job = {
-        "apiVersion": "batch/v1", "kind": "Job", "metadata": metadata,
+
+
+def _job(label: str, nodes: int, max_restarts: int, pod: dict[str, Any]) -> dict[str, Any]:
+    """An Indexed Job of one pod per node. A saved or evicted pod is replaced, a wrong config fails the Job."""
+    rules = [
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [USAGE]}},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+    return {
+        "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": label, "labels": {"app": label}},
         "spec": {
             "completionMode": "Indexed", "completions": nodes, "parallelism": nodes,
             "backoffLimit": max_restarts * nodes, "podReplacementPolicy": "Failed",
@@ -191,52 +203,32 @@ def k8s(
             "template": {"metadata": {"labels": {"app": label}}, "spec": pod},
         },
     }  # fmt: skip
-    return K8S + yaml.dump_all([service, job], Dumper=_Plain, sort_keys=False, width=10**6)
 
 
 def no_ssh(
-    plan: Plan, arguments: Sequence[str], *, cwd: str = "", python: str = sys.executable, script: str = str(TRAIN)
+    plan: LaunchPlan, arguments: Sequence[str], *, cwd: str = "", python: str = sys.executable, script: str = str(TRAIN)
 ) -> str:
-    """One command per node of a plan, each below a comment that names the node. Start all of them, in any order."""
+    """One command per host of a plan, each under a comment that names the host. Start all of them, in any order."""
     plain, secret = _split(plan.env)
     lines = [f"# {key} is a secret: set it on every host yourself" for key in secret]
-    for index, seat in enumerate(plan.seats):
-        interface = {f"{lib}_SOCKET_IFNAME": seat.interface for lib in ("GLOO", "NCCL") if seat.interface}
-        env = [f"{key}={value}" for key, value in {**interface, **plain}.items()]
-        command = node_command(plan.world_info, index, plan.master, plan.port, arguments, python, script)
+    for index, planned in enumerate(plan.hosts):
+        env = [f"{key}={value}" for key, value in {**planned.network_env, **plain}.items()]
+        command = node_launcher_command(plan.world_info, index, plan.master, plan.port, arguments, python, script)
         words = shlex.join([*(["env", *env] if env else []), *command])
-        last = seat.first_rank + seat.host.slots - 1
-        lines.append(f"# {seat.host.name}: ranks {seat.first_rank} to {last}")
+        lines.append(f"# {planned.host.name}: ranks {planned.first_rank} to {planned.last_rank}")
         lines.append(f"cd -- {shlex.quote(cwd)} && {words}" if cwd else words)
     return "\n".join(lines) + "\n"
 
 
-def node_command(
-    world_info: Mapping[str, Sequence[int]],
-    node_rank: int,
-    master: str,
-    port: int,
-    arguments: Sequence[str],
-    python: str = sys.executable,
-    script: str = str(TRAIN),
-) -> list[str]:
-    """DeepSpeed's launcher of one node's ranks. world_info: node -> its slots, nodes in the order of their ranks."""
-    info = base64.urlsafe_b64encode(json.dumps(world_info).encode()).decode()
-    return [
-        python, "-m", "deepspeed.launcher.launch", f"--world_info={info}", f"--node_rank={node_rank}",
-        f"--master_addr={master}", f"--master_port={port}", "--log_level=warning", script, *arguments,
-    ]  # fmt: skip
-
-
 class _Plain(yaml.SafeDumper):
-    """YAML without anchors: both documents share parts."""
+    """YAML without anchors, although both documents share objects."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _literal(text: str) -> str:
-    """A string that Kubernetes' $(NAME) expansion leaves as it is."""
+    """Escape a string so that Kubernetes' $(NAME) expansion leaves it unchanged."""
     return text.replace("$", "$$")
 
 
@@ -248,16 +240,16 @@ def _k8s_env(env: Mapping[str, str], label: str) -> list[dict[str, Any]]:
 
 
 def _split(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """(variables to write down, names of those that hold secrets)."""
+    """(variables to write, names of those that hold secrets). Raises ConfigError for an invalid name."""
     for name in env:
         if not VARIABLE.fullmatch(name):
-            raise ConfigError(f"environment variable {name!r}: this is no name of a variable.")
+            raise ConfigError(f"environment variable {name!r}: this is not a valid variable name.")
     plain = {name: value for name, value in sorted(env.items()) if not SECRET.search(name)}
     return plain, sorted(env.keys() - plain.keys())
 
 
 def _dns_label(name: str) -> str:
-    """A run's name as Kubernetes takes it: a Service begins with a letter, a pod's index is appended, 63 in all."""
+    """A run's name as a Kubernetes name: it begins with a letter and leaves room for a pod's index (63 in all)."""
     label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not label[:1].isalpha():
         label = f"run-{label}"
@@ -267,4 +259,4 @@ def _dns_label(name: str) -> str:
 def _at_least_one(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
-            raise ConfigError(f"{name.replace('_', ' ')}: {value}. At least 1 is needed.")
+            raise ConfigError(f"{name.replace('_', ' ')}: {value}. It must be at least 1.")

@@ -1,13 +1,14 @@
-"""Starting the agent of every host (node.py), by ssh or, for localhost, directly, and asking all of them in parallel.
+"""Start the agent (agent.py) of every host, over ssh or directly for localhost, and ask all hosts in parallel.
 
-ssh keeps its own configuration: users, ports, keys and jump hosts come from ~/.ssh/config, and host keys are checked
-unless that file says otherwise. It must not ask for anything (BatchMode), and notices within ten seconds when the
-other end is gone (ServerAlive).
+ssh uses its own configuration: users, ports, keys and jump hosts come from ~/.ssh/config, and host keys are checked
+unless that file says otherwise. It never prompts (BatchMode) and exits with 255 within ten seconds after the other end
+disappears (ServerAlive), which is how a launch notices a lost host.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -18,10 +19,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
-from packspeed.launch.cluster.agent import RECORD
 from packspeed.launch.cluster.hosts import Host
+from packspeed.launch.cluster.messages import RECORD, ShortRequest, TimeAnswer, TimeRequest
 
 OPTIONS = [
     word
@@ -33,8 +34,19 @@ OPTIONS = [
 ASK_TIMEOUT_S = 40.0
 
 
-def command(host: Host, python: str = sys.executable, ssh_config: Path | None = None) -> list[str]:
-    """What starts the agent of a host. The one thing the remote shell sees is the name of the interpreter, quoted."""
+Answer = TypeVar("Answer")
+
+
+@dataclasses.dataclass
+class Replies(Generic[Answer]):
+    """What the hosts said to one request: every host is in exactly one of the two."""
+
+    answers: dict[str, Answer]
+    errors: dict[str, str]  # why there is no answer
+
+
+def agent_command(host: Host, python: str = sys.executable, ssh_config: Path | None = None) -> list[str]:
+    """The command that starts the agent of a host. The remote shell sees only the interpreter's name, quoted."""
     agent = [python, "-m", "packspeed.launch.cluster.agent"]
     if host.local:
         return agent
@@ -42,83 +54,94 @@ def command(host: Host, python: str = sys.executable, ssh_config: Path | None = 
     return ["ssh", "-T", *config, *OPTIONS, "--", host.name, shlex.join(agent)]
 
 
-def ask(
+def ask_hosts(
     hosts: Sequence[Host],
-    request: Callable[[Host], dict[str, Any]],
-    agent: Callable[[Host], list[str]] = command,
+    request: Callable[[Host], ShortRequest],
+    answer: type[Answer],
+    command: Callable[[Host], list[str]] = agent_command,
     timeout_s: float = ASK_TIMEOUT_S,
-) -> dict[str, dict[str, Any]]:
-    """Every host's answer to one request; `{"error": why}` where there is none."""
-    with Talk(agent) as talk:
-        return talk.ask(hosts, request, timeout_s)
+) -> Replies[Answer]:
+    """Start the hosts' agents for a single request. answer: the type of what comes back (messages.py)."""
+    with AgentPool(command) as pool:
+        return pool.ask(hosts, request, answer, timeout_s)
 
 
-class Talk:
-    """One connection to every host, for as many questions as there are. Use as a context."""
+class AgentPool:
+    """One connection to each host, for any number of requests. Use as a context."""
 
-    def __init__(self, agent: Callable[[Host], list[str]] = command) -> None:
-        self.agent = agent
-        self.lines: dict[str, Line] = {}
+    def __init__(self, command: Callable[[Host], list[str]] = agent_command) -> None:
+        self.command = command
+        self.connections: dict[str, AgentConnection] = {}
 
     def ask(
-        self, hosts: Sequence[Host], request: Callable[[Host], dict[str, Any]], timeout_s: float = ASK_TIMEOUT_S
-    ) -> dict[str, dict[str, Any]]:
-        """Every host's answer, all asked at the same time."""
+        self,
+        hosts: Sequence[Host],
+        request: Callable[[Host], ShortRequest],
+        answer: type[Answer],
+        timeout_s: float = ASK_TIMEOUT_S,
+    ) -> Replies[Answer]:
+        """Send every host its request, all at the same time, and wait for the answers."""
+        replies: Replies[Answer] = Replies({}, {})
         if not hosts:
-            return {}
-        with ThreadPoolExecutor(len(hosts)) as pool:
-            answers = pool.map(lambda host: self._ask_one(host, request(host), timeout_s), hosts)
-            return dict(zip((host.name for host in hosts), answers, strict=True))
+            return replies
+        with ThreadPoolExecutor(len(hosts)) as threads:
+            for host, reply in zip(
+                hosts, threads.map(lambda host: self._ask_one(host, request(host), timeout_s), hosts), strict=True
+            ):
+                if "error" in reply:
+                    replies.errors[host.name] = str(reply["error"])
+                else:
+                    replies.answers[host.name] = cast(Answer, reply)
+        return replies
 
-    def _ask_one(self, host: Host, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    def _ask_one(self, host: Host, request: ShortRequest, timeout_s: float) -> dict[str, Any]:
         try:
-            if host.name not in self.lines:
-                self.lines[host.name] = Line(self.agent(host))
+            if host.name not in self.connections:
+                self.connections[host.name] = AgentConnection(self.command(host))
         except OSError as error:
-            return {"error": f"{self.agent(host)[0]}: {error.strerror}"}
-        return self.lines[host.name].ask(request, timeout_s)
+            return {"error": f"{self.command(host)[0]}: {error.strerror}"}
+        return self.connections[host.name].ask(request, timeout_s)
 
-    def skews(self, hosts: Sequence[Host]) -> dict[str, float]:
-        """By how much every host's clock is off, seconds, at least: its stamp lies between question and answer."""
-        asked: dict[str, float] = {}
+    def clock_skews(self, hosts: Sequence[Host]) -> dict[str, float]:
+        """A lower bound of each host's clock error, seconds: its time must lie between sending and receiving."""
+        sent_at: dict[str, float] = {}
 
-        def request(host: Host) -> dict[str, Any]:
-            asked[host.name] = time.time()
+        def request(host: Host) -> TimeRequest:
+            sent_at[host.name] = time.time()
             return {"do": "time"}
 
-        answers = self.ask(hosts, request)
+        answers = self.ask(hosts, request, TimeAnswer).answers
         now = time.time()
         return {
-            name: max(0.0, answer["time"] - now) + min(0.0, answer["time"] - asked[name])
+            name: max(0.0, answer["time"] - now) + min(0.0, answer["time"] - sent_at[name])
             for name, answer in answers.items()
-            if "error" not in answer
         }
 
-    def __enter__(self) -> Talk:
+    def __enter__(self) -> AgentPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for line in self.lines.values():
-            line.close()
+        for connection in self.connections.values():
+            connection.close()
 
 
-class Line:
-    """The agent of one host, which answers until it is closed."""
+class AgentConnection:
+    """A running agent, which answers requests until it is closed."""
 
-    def __init__(self, argv: list[str]) -> None:
+    def __init__(self, command: list[str]) -> None:
         self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (as long as the agent lives)
         self.process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, errors="replace"
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, errors="replace"
         )
-        self.late = False
+        self.timed_out = False
 
-    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The answer, or why there is none."""
+    def ask(self, request: ShortRequest, timeout_s: float) -> dict[str, Any]:
+        """The answer, or `{"error": why}` if the agent ends or does not answer in time (then it is killed)."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        timer = threading.Timer(timeout_s, self._give_up)
+        timer = threading.Timer(timeout_s, self._time_out)
         timer.start()
-        other = ""
+        other_output = ""  # of a login shell, for example
         try:
             with contextlib.suppress(OSError, ValueError):
                 self.process.stdin.write(json.dumps(request) + "\n")
@@ -126,22 +149,23 @@ class Line:
             for line in self.process.stdout:
                 if line.startswith(RECORD):
                     return dict(json.loads(line[len(RECORD) :]))
-                other += line
+                other_output += line
         finally:
             timer.cancel()
-        if self.late:
+        # End of output without an answer: ssh or the agent has failed, and stderr says why.
+        if self.timed_out:
             return {"error": f"no answer within {timeout_s:.0f} s"}
         code = self.process.wait()
         self.stderr.seek(0)
-        said = (self.stderr.read().strip() or other.strip() or f"exit code {code}").splitlines()
-        return {"error": _advice(" ".join(said[-3:]))}
+        text = (self.stderr.read().strip() or other_output.strip() or f"exit code {code}").splitlines()
+        return {"error": _with_advice(" ".join(text[-3:]))}
 
-    def _give_up(self) -> None:
-        self.late = True
+    def _time_out(self) -> None:
+        self.timed_out = True
         self.process.kill()
 
     def close(self) -> None:
-        """Let the agent end: by itself at the end of its input, else after a second."""
+        """Close the agent's stdin, which ends it; kill it after a second."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with contextlib.suppress(OSError):
@@ -154,19 +178,20 @@ class Line:
         self.stderr.close()
 
 
-def _advice(said: str) -> str:
+def _with_advice(error: str) -> str:
+    """An error of ssh or the remote shell, with what to do about it if we know."""
     for sign, advice in (
-        ("Permission denied", "its sshd refuses our key: ssh-copy-id, or IdentityFile in ~/.ssh/config"),
+        ("Permission denied", "its sshd refuses our key: run ssh-copy-id, or set IdentityFile in ~/.ssh/config"),
         ("Host key verification failed", "its host key is not in known_hosts: connect once by hand and compare it"),
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key has changed: find out why before you accept it"),
-        ("Could not resolve", "its name is not known here: /etc/hosts or DNS"),
-        ("No module named", "Packspeed is not installed there for this Python: pip install -e . on every host"),
-        ("No such file", "there is no such Python there: same path on every host, or --python"),
-        ("not found", "there is no such Python there: same path on every host, or --python"),
-        ("refused", "no sshd answers there"),
-        ("timed out", "it does not answer: is it up, and the network between us?"),
-        ("No route", "it does not answer: is it up, and the network between us?"),
+        ("Could not resolve", "its name cannot be resolved here: check /etc/hosts or DNS"),
+        ("No module named", "Packspeed is not installed for this Python: run pip install -e . on every host"),
+        ("No such file", "this Python does not exist there: install it at the same path, or pass --python"),
+        ("not found", "this Python does not exist there: install it at the same path, or pass --python"),
+        ("refused", "no sshd answers"),
+        ("timed out", "it does not answer: check that it is up and that the network reaches it"),
+        ("No route", "it does not answer: check that it is up and that the network reaches it"),
     ):
-        if sign in said:
-            return f"{advice} ({said[:200]})"
-    return said[:300]
+        if sign in error:
+            return f"{advice} ({error[:200]})"
+    return error[:300]

@@ -1,6 +1,6 @@
-"""Run by the doctor on every rank: an all-reduce of torch's over all.
+"""torch's all-reduce over all ranks (NCCL on GPUs, gloo on CPUs), which the doctor runs as an attempt of a launch.
 
-Prints one record. Gbit/s of an all-reduce is the algorithm's: bytes reduced per second, on each rank.
+Rank 0 sends one BandwidthRecord. Its Gbit/s are the algorithm's: bytes reduced per second, on each rank.
 """
 
 from __future__ import annotations
@@ -8,43 +8,35 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 from torch import distributed as dist
 
-from packspeed.launch.cluster.agent import tell
+from packspeed.launch.cluster.messages import BandwidthRecord, send_record
 
-MEBIBYTES = 16
-
-
-def gbit_s(move: Callable[[], object], repeats: int = 3) -> float:
-    """Best rate of moving MEBIBYTES."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        move()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return MEBIBYTES * 2**20 * 8 / best / 1e9
+MEBIBYTES, REPEATS = 16, 3
 
 
 def main() -> int:
-    """Measure and tell."""
-    local, size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
+    """Measure, and send the best rate to the supervisor."""
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo")
-    rank = dist.get_rank()
     data = torch.zeros(MEBIBYTES * 2**18, device="cuda" if cuda else "cpu")
-    everywhere = gbit_s(lambda: dist.all_reduce(data))
-    if rank == 0:
-        tell({"bandwidth": everywhere, "at": time.time()})
+    best_s = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        dist.all_reduce(data)
+        if cuda:
+            torch.cuda.synchronize()
+        best_s = min(best_s, time.perf_counter() - start)
+    if dist.get_rank() == 0:
+        record: BandwidthRecord = {"bandwidth": MEBIBYTES * 2**20 * 8 / best_s / 1e9, "at": time.time()}
+        send_record(record)
     dist.barrier()
     dist.destroy_process_group()
-    return 0 if size else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -63,9 +63,10 @@ def launch(
     dry: Annotated[bool, typer.Option("--plan", help="Print the plan and start nothing.")] = False,
 ) -> None:
     """Train on the hosts of a hostfile, watched and restarted. Exit codes as of train; 1 after the last restart."""
-    from packspeed.launch.cluster.hosts import Host, environment, read_hostfile
+    from packspeed.launch.cluster.attempt import LaunchOptions
+    from packspeed.launch.cluster.hosts import Host, forwarded_environment, read_hostfile
     from packspeed.launch.cluster.local_launcher import default_ranks
-    from packspeed.launch.cluster.supervisor import Options, Supervisor
+    from packspeed.launch.cluster.supervisor import Supervisor
     from packspeed.launch.config.deepspeed_json import load_ds_config
     from packspeed.launch.config.errors import ConfigError
     from packspeed.launch.config.loading import load_run_file
@@ -82,8 +83,16 @@ def launch(
     if launcher not in ("ssh", "pdsh", "openmpi"):
         raise ConfigError(f"--launcher {launcher}: ssh, pdsh or openmpi")
     arguments = ["--config", str(run_file.resolve()), *(f"--set={o}" for o in overrides or [])]
-    options = Options(
-        hosts, environment(env or []), Path.cwd(), python, ssh_config, master_port, max_restarts, hang_s, take_back_s
+    options = LaunchOptions(
+        hosts,
+        forwarded_environment(env or []),
+        Path.cwd(),
+        python,
+        ssh_config,
+        master_port,
+        max_restarts,
+        hang_s,
+        take_back_s,
     )
     supervisor = Supervisor(run, options, arguments, lambda line: print(line, flush=True))
     if render == "no_ssh":
@@ -110,10 +119,10 @@ def _rendered(
     kind: str, run_file: Path, overrides: list[str], nodes: int, ranks: int, env: list[str], image: str
 ) -> str:
     from packspeed.launch.cluster import render
-    from packspeed.launch.cluster.hosts import environment
+    from packspeed.launch.cluster.hosts import forwarded_environment
     from packspeed.launch.cluster.local_launcher import local_accelerators
 
-    name, chosen = run_file.stem, environment(env)
+    name, chosen = run_file.stem, forwarded_environment(env)
     if kind == "k8s":
         return render.k8s(str(run_file), overrides, nodes, ranks, image=image, name=name, env=chosen)
     gpus = bool(local_accelerators())
@@ -136,13 +145,13 @@ def doctor(
 ) -> None:
     """Is every host ready? No training. Exit code 1: no, and what to do is printed."""
     from packspeed.launch.cluster import doctor as doctors
-    from packspeed.launch.cluster.hosts import Host, environment, read_hostfile
-    from packspeed.launch.cluster.supervisor import Options
+    from packspeed.launch.cluster.attempt import LaunchOptions
+    from packspeed.launch.cluster.hosts import Host, forwarded_environment, read_hostfile
     from packspeed.launch.config.loading import load_run_file
 
     run = load_run_file(run_file, overrides or []) if run_file else None
     hosts = read_hostfile(hostfile) if hostfile else [Host("localhost", 1)]
-    options = Options(hosts, environment([]), Path.cwd(), python, ssh_config)
+    options = LaunchOptions(hosts, forwarded_environment([]), Path.cwd(), python, ssh_config)
     report = doctors.examine(options, run, bandwidth, torch)
     if json_output:
         print(json.dumps(report))
@@ -167,8 +176,8 @@ def rehearse(
     hang_s: Annotated[float, typer.Option("--hang-seconds", help="A run that stands still so long has failed.")] = 20,
 ) -> None:
     """Try a cluster job here: its layout and checkpoints with a tiny model on CPU ranks, with faults on request."""
-    from packspeed.launch.cluster.hosts import Host, environment
-    from packspeed.launch.cluster.supervisor import Options
+    from packspeed.launch.cluster.attempt import LaunchOptions
+    from packspeed.launch.cluster.hosts import Host, forwarded_environment
     from packspeed.launch.config.batch import solve_batch
     from packspeed.launch.config.loading import load_run_file
     from packspeed.launch.trials import rehearse as rehearsal
@@ -179,8 +188,8 @@ def rehearse(
     solve_batch(run.global_batch, run.data.seq_len, hosts * slots, run.train.micro_batch)
     faults = [rehearsal.parse_fault(text, pretended) for text in fault or []]
     rehearsal.enter_own_network(faults)
-    env = environment(["DS_ACCELERATOR=cpu", "CUDA_VISIBLE_DEVICES=", "OMP_NUM_THREADS=1"])
-    options = Options(pretended, env, Path.cwd(), max_restarts=max_restarts, hang_s=hang_s, pretend=True)
+    env = forwarded_environment(["DS_ACCELERATOR=cpu", "CUDA_VISIBLE_DEVICES=", "OMP_NUM_THREADS=1"])
+    options = LaunchOptions(pretended, env, Path.cwd(), max_restarts=max_restarts, hang_s=hang_s, pretend=True)
     arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
     with rehearsal.small_disk(run.folder, any(fault.kind == "fill" for fault in faults)):
         (run.folder / "logs").mkdir()

@@ -173,7 +173,7 @@ def _killed(plan: Plan, name: str, say: Say) -> str:
         ranks: list[psutil.Process] = []
         while _steps(metrics) < plan.kill_at:
             if len(ranks) < plan.ranks:  # looked for while they start: it takes longer than a small model's steps
-                family, ranks = _family(process), spawn.rank_processes(process.pid)
+                family, ranks = _family(process), spawn.ranks_below(process.pid)
             if process.poll() is not None:
                 raise UserError(
                     f"the run to be killed after step {plan.kill_at} ended before: {_last_words(plan, name)}. "

@@ -26,9 +26,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from packspeed.launch.cluster import agent as node
+from packspeed.launch.cluster import agent
+from packspeed.launch.cluster.attempt import Attempt, LaunchOptions, Log
 from packspeed.launch.cluster.hosts import Host
-from packspeed.launch.cluster.supervisor import Attempt, Options, Say, Supervisor
+from packspeed.launch.cluster.supervisor import Supervisor
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
@@ -166,8 +167,10 @@ def fill(folder: Path) -> None:
 class Rehearsal(Supervisor):
     """The supervisor over pretended hosts, with faults."""
 
-    def __init__(self, run: RunFile, options: Options, arguments: list[str], faults: list[Fault], say: Say) -> None:
-        super().__init__(run, options, arguments, say)
+    def __init__(
+        self, run: RunFile, options: LaunchOptions, arguments: list[str], faults: list[Fault], log: Log
+    ) -> None:
+        super().__init__(run, options, arguments, log)
         self.faults = list(faults)
         threading.Thread(target=self._inject, daemon=True).start()
 
@@ -176,13 +179,13 @@ class Rehearsal(Supervisor):
         for fault in sorted(self.faults, key=lambda fault: fault.step):
             while (attempt := self._at(fault.step)) is None:
                 time.sleep(0.01)
-            self.say(f"fault: {fault.kind} {fault.who} after step {fault.step}")
+            self.log(f"fault: {fault.kind} {fault.who} after step {fault.step}")
             self._do(fault, attempt)
 
     def _make_room(self) -> None:
         with contextlib.suppress(FileNotFoundError):  # the rehearsal is over
             (self.run.folder / BALLAST).unlink()
-            self.say("fault: the disk has room again")
+            self.log("fault: the disk has room again")
 
     def _at(self, step: int) -> Attempt | None:
         """The attempt under way, once it has done that step."""
@@ -201,7 +204,7 @@ class Rehearsal(Supervisor):
         if fault.kind == "cut":
             if fault.who in attempt.agents:
                 attempt.agents[fault.who].kill()
-                node.kill(attempt.ids[fault.who])
+                agent.kill_launch(attempt.launch_ids[fault.who])
             return
         beat = read_beats(attempt.logs).get(int(fault.who))
         if beat is not None:

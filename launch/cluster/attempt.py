@@ -1,0 +1,304 @@
+"""One attempt of a launch: start an agent on every planned host, watch, find out how it ended, kill what is left.
+
+    start            Attempt(...)         one agent per host; each starts DeepSpeed's node launcher (agent.LocalRanks)
+    watch            Attempt.watch        records of dead ranks, exit codes of agents, heartbeats of ranks
+    verdict          _verdict, _hang      an Outcome: its kind, its cause in words, the time of the fault
+    end              Attempt.end          no process of the attempt is left on any host that answers
+
+What tells how an attempt ended, in the order in which it is checked:
+
+    refused, stopped   a rank exited with 2 (wrong config) or 75 (saved and stopped), and none was killed
+    lost               an agent's ssh exited with 255: the connection to that host broke
+    died               an agent reported a rank that was killed or failed
+    failed             a launcher failed without a dead rank, or did not end after its ranks
+    hung               no heartbeat changed for `hang_s` while ranks were alive
+    finished           all agents exited with 0
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from packspeed.launch.cluster import diagnosis
+from packspeed.launch.cluster.hosts import Host, LaunchPlan
+from packspeed.launch.cluster.local_launcher import TRAIN
+from packspeed.launch.cluster.messages import (
+    BEAT,
+    RECORD,
+    BandwidthRecord,
+    FactsRequest,
+    KillAnswer,
+    KillRequest,
+    RankDeath,
+    RankState,
+    RunRequest,
+    StacksRequest,
+)
+from packspeed.launch.cluster.ssh import agent_command, ask_hosts
+from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
+from packspeed.launch.run_folder.heartbeat import read_beats
+
+START_S = 900.0  # from the start to the first heartbeat: imports, op builds, the engine, reading a checkpoint
+
+
+SETTLE_S = 2.0  # after the first sign of a failure, for the reports of other hosts about it
+
+
+ENDING_S = 60.0  # for DeepSpeed's launchers to notice, on a busy host, that all ranks have ended
+
+
+SILENCE_S = 20.0  # an agent that has not heard from us for so long takes itself for cut off
+
+
+LOST = 255  # ssh's own exit code
+
+
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class LaunchOptions:
+    """How to launch: everything that does not belong to the run itself."""
+
+    hosts: list[Host]
+    env: dict[str, str]
+    cwd: Path
+    python: str = sys.executable
+    ssh_config: Path | None = None
+    port: int = 0
+    max_restarts: int = 0
+    hang_s: float = 600.0
+    take_back_s: float = 0.0
+    pretend: bool = False  # all hosts are this machine (rehearse.py)
+
+    def agent_command(self, host: Host) -> list[str]:
+        """The command that starts the agent of a host."""
+        return agent_command(Host("localhost", host.slots) if self.pretend else host, self.python, self.ssh_config)
+
+    def facts_request(self, host: Host, hosts: list[Host]) -> FactsRequest:
+        """The `facts` request for one of `hosts`.
+
+        A host looks up its route to the first one, and the first its route to the second. The first also checks the
+        rendezvous port.
+        """
+        is_first = host.name == hosts[0].name
+        peer = hosts[1 if is_first and len(hosts) > 1 else 0].name
+        if self.pretend or host.local:
+            peer = ""  # loopback
+        request: FactsRequest = {"do": "facts", "cwd": str(self.cwd), "peer": peer}
+        if is_first:
+            request["port"] = self.port
+        return request
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How an attempt ended. `at`: when the fault happened as far as we know, seconds since the epoch."""
+
+    kind: str  # finished, stopped, refused, died, lost, hung, failed
+    code: int  # exit code of the launch, if this attempt is the last
+    why: list[str]  # lines for the user
+    at: float
+
+
+class Attempt:
+    """The agents of one plan. Starting one is __init__; then call `watch` and `end`, once each."""
+
+    def __init__(
+        self, plan: LaunchPlan, options: LaunchOptions, logs: Path, script: Path, arguments: Sequence[str]
+    ) -> None:
+        """Starts the agents. script: what every rank runs; logs: the folder of the ranks' logs and heartbeats."""
+        self.plan, self.options = plan, options
+        self.logs = logs
+        self.host_of = plan.host_of_ranks()
+        self.deaths: list[RankDeath] = []
+        self.bandwidths: list[float] = []
+        self.lost: list[str] = []  # hosts whose connection broke
+        self.started = time.time()
+        self.console = sys.stdout if script == TRAIN else sys.stderr  # the doctor's stdout may be JSON
+        # Heartbeats of an earlier attempt would look like progress.
+        for beat in self.logs.glob("rank-*.beat"):
+            beat.unlink()
+        # Each host has its own launch id: hosts may share their processes (network namespaces, pods of one machine),
+        # and killing one host's must leave the others alone.
+        self.launch_ids = {planned.host.name: f"{uuid.uuid4().hex}-{i}" for i, planned in enumerate(plan.hosts)}
+        self.agents: dict[str, subprocess.Popen[bytes]] = {}
+        for node_rank, planned in enumerate(plan.hosts):
+            self._start_agent(planned.host, {
+                "do": "run", "id": self.launch_ids[planned.host.name], "cwd": str(options.cwd),
+                "env": {**planned.network_env, **plan.env}, "world_info": plan.world_info, "node_rank": node_rank,
+                "master": plan.master, "port": plan.port, "script": str(script), "arguments": list(arguments),
+                "silence_s": SILENCE_S,
+            })  # fmt: skip
+
+    def _start_agent(self, host: Host, request: RunRequest) -> None:
+        agent = subprocess.Popen(
+            self.options.agent_command(host), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self.agents[host.name] = agent
+        self._write(agent, json.dumps(request))
+        threading.Thread(target=self._read, args=(agent,), daemon=True).start()
+
+    @staticmethod
+    def _write(agent: subprocess.Popen[bytes], line: str) -> None:
+        assert agent.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # an agent that is gone shows in its exit code
+            agent.stdin.write(line.encode() + b"\n")
+            agent.stdin.flush()
+
+    def _read(self, agent: subprocess.Popen[bytes]) -> None:
+        """Collect an agent's records and print the output of its ranks, until it exits. Runs in a thread per host."""
+        assert agent.stdout is not None
+        for raw in agent.stdout:
+            line = raw.decode(errors="replace")
+            if not line.startswith(RECORD):
+                print(line, end="", file=self.console, flush=True)
+                continue
+            record: RankDeath | BandwidthRecord = json.loads(line[len(RECORD) :])
+            if "bandwidth" in record:
+                self.bandwidths.append(record["bandwidth"])
+            elif record["status"] != 0:
+                self.deaths.append(record)
+
+    def send(self, word: str) -> None:
+        """Send BEAT or TERM to every agent."""
+        for agent in self.agents.values():
+            self._write(agent, word)
+
+    def running(self) -> bool:
+        """Whether an agent is still there."""
+        return any(agent.poll() is None for agent in self.agents.values())
+
+    # --- watch --------------------------------------------------------------------------------------------------------
+
+    def watch(self) -> Outcome:
+        """Block until the attempt ends, and return how (see the top of this file)."""
+        beat_counts: dict[int, int] = {}
+        progress_at, patience_s, sent_at = self.started, START_S, 0.0
+        while True:
+            time.sleep(0.2)
+            # Keep the agents alive: they stop their ranks if they hear nothing.
+            if time.monotonic() - sent_at > 2:
+                self.send(BEAT)
+                sent_at = time.monotonic()
+
+            # A rank died, or an agent failed: ssh exits with 255 within ten seconds after its host is gone.
+            codes = {host: agent.poll() for host, agent in self.agents.items()}
+            if any(death["status"] for death in self.deaths) or any(code not in (None, 0) for code in codes.values()):
+                return self._verdict()
+            if all(code == 0 for code in codes.values()):
+                return Outcome("finished", 0, [], time.time())
+
+            # Any heartbeat that changed is progress. Before the first one, START_S counts instead of hang_s.
+            beats = read_beats(self.logs)
+            if beats and (new_counts := {rank: beat.count for rank, beat in beats.items()}) != beat_counts:
+                beat_counts, progress_at, patience_s = new_counts, time.time(), self.options.hang_s
+
+            # No progress: a hang if ranks are alive. If all have ended, their launchers get ENDING_S to notice.
+            if time.time() - progress_at > patience_s:
+                outcome = self._hang(progress_at)
+                if outcome.kind == "hung" or patience_s == ENDING_S:
+                    return outcome
+                progress_at, patience_s = time.time(), ENDING_S
+
+    # --- verdict ------------------------------------------------------------------------------------------------------
+
+    def _verdict(self) -> Outcome:
+        """Wait up to SETTLE_S for further reports, then choose the first failure as the cause."""
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline and self.running():
+            time.sleep(0.05)
+        deaths = sorted(self.deaths, key=lambda death: death["at"])
+        codes = {host: agent.poll() for host, agent in self.agents.items()}
+        statuses = [death["status"] for death in deaths] + [code for code in codes.values() if code]
+
+        # The ranks ended on purpose. The others still save: wait for them.
+        for code, kind in ((ConfigError.exit_code, "refused"), (EXIT_STOPPED, "stopped")):
+            if code in statuses and not any(s is not None and s < 0 for s in statuses):
+                self._wait_for_agents()
+                return Outcome(kind, code, [], time.time())
+
+        # A host is gone. Deaths on other hosts are then a consequence: their ranks lost a neighbour.
+        beats = read_beats(self.logs)
+        self.lost = [host for host, code in codes.items() if code == LOST]
+        if self.lost:
+            why = [f"host {host} is gone: its connection broke (ranks {self._ranks_on(host)})" for host in self.lost]
+            return Outcome("lost", 1, why, max((beat.time for beat in beats.values()), default=self.started))
+
+        # A rank died. Prefer one that was killed: ranks that lose a neighbour fail later with exceptions of their own.
+        if deaths:
+            first = min(deaths, key=lambda death: not diagnosis.was_killed(death))
+            status = first["status"] or 0
+            why = [diagnosis.death_report(first, self.host_of, beats)]
+            if status > 0:
+                why += self._log_tail(first["died"])
+            return Outcome("died", status if status > 0 else 1, why, first["at"])
+
+        why = [
+            f"the launcher on {host} {diagnosis.describe_exit(code)} (ranks {self._ranks_on(host)})"
+            for host, code in codes.items()
+            if code
+        ]
+        return Outcome("failed", 1, why, time.time())
+
+    def _wait_for_agents(self, seconds: float = 90.0) -> None:
+        """Wait until all agents have exited: ranks that save end one after the other."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.running():
+            self.send(BEAT)
+            time.sleep(0.2)
+
+    def _ranks_on(self, host: str) -> str:
+        return ", ".join(str(rank) for rank, name in self.host_of.items() if name == host)
+
+    def _log_tail(self, rank: int, lines: int = 12) -> list[str]:
+        """The last lines that a rank printed."""
+        with contextlib.suppress(OSError):
+            return (self.logs / f"rank-{rank}.log").read_text(errors="replace").splitlines()[-lines:]
+        return []
+
+    def _hang(self, since: float) -> Outcome:
+        """Ask every host for the state of its ranks and name those that hold up the others (diagnosis.py)."""
+        hosts = [planned.host for planned in self.plan.hosts]
+        logs = str(self.logs.resolve())
+
+        def request(host: Host) -> StacksRequest:
+            return {"do": "stacks", "id": self.launch_ids[host.name], "logs": logs}
+
+        replies = ask_hosts(hosts, request, dict[str, RankState], self.options.agent_command, timeout_s=15)
+        states = {int(rank): state for answer in replies.answers.values() for rank, state in answer.items()}
+        now = time.time()
+        if not states and not replies.errors:
+            why = [f"all ranks have ended but their launchers have not, {now - since:.0f} s after the last step"]
+            return Outcome("failed", 1, why, since)
+        report = diagnosis.hang_report(read_beats(self.logs), states, replies.errors, self.host_of, now)
+        return Outcome("hung", 1, [f"nothing moved for {now - since:.0f} s", *report], since)
+
+    # --- end ----------------------------------------------------------------------------------------------------------
+
+    def end(self, log: Log) -> None:
+        """Kill every process of the attempt on every host that answers. Ranks of the others end by themselves."""
+        for agent in self.agents.values():
+            agent.kill()
+
+        def request(host: Host) -> KillRequest:
+            return {"do": "kill", "id": self.launch_ids[host.name]}
+
+        silent: list[str] = []
+        # A lost host may be alive (only its sshd died). If so, it answers within seconds.
+        for lost, timeout_s in ((False, 15.0), (True, 4.0)):
+            hosts = [planned.host for planned in self.plan.hosts if (planned.host.name in self.lost) is lost]
+            silent += ask_hosts(hosts, request, KillAnswer, self.options.agent_command, timeout_s).errors
+        for name in silent:
+            log(f"{name} does not answer; its agent ends its ranks by itself after {SILENCE_S:.0f} s of silence")
+        for agent in self.agents.values():
+            agent.wait()
