@@ -53,7 +53,7 @@ test: packages $(VENV)/.installed-dev lint
 
 # The table of ds_configs/README.md again, or that of your own run file: make invariance RUN=my.yaml STEPS=50
 invariance: $(VENV)/.installed-dev
-	$(BIN)/python tests/invariance.py $(RUN) --steps $(STEPS)
+	$(BIN)/python tests/tools/invariance.py $(RUN) --steps $(STEPS)
 
 packages:
 	@bash .ci/packages

@@ -13,12 +13,11 @@ shards again and again. Give it the size of the dataset where there is room.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -26,7 +25,8 @@ import xxhash
 
 from packspeed.data.dataset import MANIFEST, Shard, TokenDataset, Tokens, load_manifest
 from packspeed.data.errors import DataError
-from packspeed.data.storage.atomic import write_file
+from packspeed.data.storage.atomic import sync_stream, write_file
+from packspeed.data.storage.lock import lock_file
 from packspeed.data.storage.mmidx import Index
 
 CHUNK_BYTES = 2**22
@@ -51,7 +51,7 @@ class ShardCache:
         """The local path of a file, fetched where it is not there. DataError where it never arrives whole."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.lock")):
+        with lock_file(path.with_name(f".{path.name}.lock")):
             if not (path.exists() and path.stat().st_size == size):
                 self._make_room(size)
                 retrying(lambda: self._fetch(path, size, xxh3_128, open_remote), name)
@@ -67,8 +67,7 @@ class ShardCache:
                     copy.write(chunk)
                     digest.update(chunk)
                     written += len(chunk)
-                copy.flush()
-                os.fsync(copy.fileno())
+                sync_stream(copy)
             if digest.hexdigest() != xxh3_128:
                 raise OSError(f"{written} bytes of {size} arrived, and their hash is not the manifest's")
             os.replace(temporary, path)
@@ -76,7 +75,7 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        with _locked(self.folder / ".lock"):
+        with lock_file(self.folder / ".lock"):
             found = [(path.stat(), path) for path in self.folder.glob("*/*") if path.suffix in (".bin", ".idx")]
             total = sum(stat.st_size for stat, _ in found) + size
             for stat, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
@@ -84,13 +83,6 @@ class ShardCache:
                     break
                 path.unlink(missing_ok=True)
                 total -= stat.st_size
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def retrying(work: Callable[[], Result], what: str) -> Result:
@@ -125,7 +117,7 @@ class RemoteDataset(TokenDataset):
         """Fetch the manifest and the tokenizer; returns the local folder. Shards are checked when they are fetched."""
         kept = self._cache_dir / "urls" / f"{xxhash.xxh3_64_hexdigest(self.url.encode())}"
         kept.mkdir(parents=True, exist_ok=True)
-        with _locked(kept / ".lock"):
+        with lock_file(kept / ".lock"):
             if not (kept / MANIFEST).exists():
                 write_file(kept / MANIFEST, retrying(lambda: self._read(MANIFEST), f"{self.url}/{MANIFEST}"))
             else:

@@ -150,10 +150,9 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from packspeed.data.errors import DataError
-        from packspeed.launch.config.errors import UserError
+        from packspeed.data.errors import PackspeedError
 
-        if not isinstance(error, (UserError, DataError)):
+        if not isinstance(error, PackspeedError):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

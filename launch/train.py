@@ -14,9 +14,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from packspeed.data.errors import DataError
+from packspeed.data.errors import PackspeedError
 from packspeed.launch.config.deepspeed_json import load_ds_config
-from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import open_data
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from packspeed.launch.training.startup import start_training
 
             return start_training(run, ds_config, dataset, args.fresh, log_filter)
-    except (UserError, DataError) as error:
+    except PackspeedError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

@@ -11,14 +11,15 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from conftest import Workspace, run_many, train
 from scipy import stats
 
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict, whole_tensors
 from packspeed.launch.config.run_file import AnomalySection
 from packspeed.launch.training.anomaly import AnomalyDetector, robust_z
+from support.ranks import run_many, train
+from support.workspace import Workspace
 
-pytestmark = [pytest.mark.xdist_group("anomalies"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 FEW = ("train.steps=12", "checkpoint.every_steps=2", "eval.every_steps=0")
 NAN = "bad_samples:nan@43-43"  # one sample of step 6: samples 40 to 47

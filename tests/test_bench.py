@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Workspace, environment
 
 from packspeed.model.config import GPTConfig, flops_per_token
+from support.ranks import environment
+from support.workspace import Workspace
 
 TINY = ["model.max_seq_len=32", "train.precision=fp32", "eval.every_steps=0", "deepspeed=zero1"]
 MODEL: dict[str, Any] = {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 257, "max_seq_len": 32}

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAULTY, Workspace, forked, train
 
 from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints
 from packspeed.launch.checkpoint.writer import snapshot
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
+from support import FAULTY
+from support.ranks import forked, train
+from support.workspace import Workspace
 
-pytestmark = [pytest.mark.xdist_group("checkpoint"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 DROPOUT = "model.dropout=0.1"
 # every byte of the model file and of the manifest is equally a place to die; these are the first, some and the renames

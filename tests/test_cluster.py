@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster.namespaces import Cluster
-from conftest import ROOT, Workspace, run_many
 
 from packspeed.launch.run_folder.heartbeat import read_beats
+from support import ROOT
+from support.namespaces import Cluster
+from support.ranks import run_many
+from support.workspace import Workspace
 
 pytestmark = pytest.mark.timeout(900)
 

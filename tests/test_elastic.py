@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, run_many
 from safetensors.torch import load_file
 
 from packspeed.launch.checkpoint.manifest import find_damage
 from packspeed.launch.checkpoint.reshard import resharded_folder
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
+from support.ranks import run_many
+from support.workspace import Workspace
 
-pytestmark = [pytest.mark.xdist_group("elastic"), pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.timeout(1500)
 
 STEPS = (
     "train.steps=30",

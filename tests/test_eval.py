@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Workspace, train
-from test_export import runs_cli
 
 from packspeed.data.prepare.prepare import prepare
 from packspeed.launch.convert.export import export_hf
 from packspeed.launch.convert.import_weights import import_hf
 from packspeed.launch.inference.perplexity import Span, evaluate, spans
+from support.commands import runs_cli
+from support.ranks import train
+from support.workspace import Workspace
 
-pytestmark = [pytest.mark.xdist_group("export"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Workspace
 
 from packspeed.launch.explain import explain as explaining
 from packspeed.launch.explain.explain import DEFAULTS, OTHER_DEFAULTS, Explanation, explain
 from packspeed.launch.explain.rule import KINDS, RULES
-
-pytestmark = pytest.mark.xdist_group("explain")
+from support import ROOT
+from support.workspace import Workspace
 
 
 def found(

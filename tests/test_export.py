@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import Workspace, run_many, text_of_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -24,14 +23,16 @@ from packspeed.data.errors import DataError
 from packspeed.data.text.bpe import train_tokenizer
 from packspeed.data.text.tokenizer import BytesTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 from packspeed.data.text.tokenizer_json import tokenizer_json
-from packspeed.launch import cli
 from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.convert.export import export_hf
 from packspeed.launch.convert.import_weights import import_hf, import_nanogpt
 from packspeed.launch.inference.generate import find_checkpoint, load_model
+from support.commands import runs_cli
+from support.ranks import run_many
+from support.workspace import Workspace, text_of_python
 
-pytestmark = [pytest.mark.xdist_group("export"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 ONE_STEP = ("train.steps=1", "eval.every_steps=0", "train.precision=fp32")
 LLAMA = (
@@ -138,23 +139,6 @@ def test_transformers_computes_the_same(runs: Workspace, name: str, tmp_path: Pa
         ["generate", str(run), "--prompt", "def f", "--temperature", "0", "--max-new-tokens", "20", "--json"]
     )
     assert tokenizer.decode(written[0], skip_special_tokens=True) == "def f" + json.loads(result)["text"]
-
-
-def runs_cli(arguments: list[str], code: int = 0) -> str:
-    """The `packspeed` command in this process; returns stdout, or stderr where it should fail."""
-    import contextlib
-    import io
-    import sys
-
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["packspeed", *arguments]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-            cli.main()
-    finally:
-        sys.argv = before
-    assert (end.value.code or 0) == code, err.getvalue()
-    return err.getvalue() if code else out.getvalue()
 
 
 def test_an_imported_gpt2_and_llama_come_back_bit_for_bit(runs: Workspace, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import prefork
 import pytest
-from conftest import TRAIN, Workspace, deepspeed, environment, train
 
-pytestmark = [pytest.mark.xdist_group("failures"), pytest.mark.timeout(900)]
+from support import TRAIN, prefork
+from support.ranks import deepspeed, environment, train
+from support.workspace import Workspace
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def packspeed(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Workspace, train
 
 from packspeed.launch.observe.goodput import Account, account, read_lives
 from packspeed.launch.run_folder.phase_timer import FILE, LINE_BYTES, PhaseTimer
+from support.ranks import train
+from support.workspace import Workspace
 
-pytestmark = [pytest.mark.xdist_group("goodput"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 DELAYS = "slow_start:1.5,slow_data:0.1,slow_evaluation:0.6,slow_save:0.5,slow_collective:0.03"
 BREAK_S = 2.0
 

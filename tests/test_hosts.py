@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Workspace
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from packspeed.launch.cluster.supervisor import fit_slots
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.run_folder.heartbeat import Beat, Heartbeat, read_beats
 from packspeed.launch.trials.rehearse import Fault, parse_fault
+from support.workspace import Workspace
 
 PACKSPEED = str(Path(sys.executable).with_name("packspeed"))
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-from conftest import ROOT
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from triton.backends.compiler import GPUTarget
@@ -23,6 +22,7 @@ from packspeed.model import kernels, native_kernels, triton_kernels
 from packspeed.model.config import GPTConfig
 from packspeed.model.generate import generate
 from packspeed.model.gpt import GPT, init_weights
+from support import KERNEL_NUMBERS, ROOT
 
 CPU = torch.device("cpu")
 pytestmark = [  # torch's own, from inside torch.compile
@@ -33,7 +33,7 @@ pytestmark = [  # torch's own, from inside torch.compile
 
 def test_numbers_in_the_interpreter() -> None:
     """kernel_numbers.py, in a process in which triton was told to interpret."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/kernel_numbers.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(KERNEL_NUMBERS)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | {"TRITON_INTERPRET": "1"}
     )

@@ -11,7 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Workspace, environment
+
+from support import ROOT
+from support.ranks import environment
+from support.workspace import Workspace
 
 FOLDERS = ("model", "data", "launch")
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]

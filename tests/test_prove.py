@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAULTY, Workspace
 
 from packspeed.launch.checkpoint.checkpointer import rng_state, set_rng_state
 from packspeed.launch.cluster import local_launcher as spawn
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.trials.prove import Leg, _first_difference, make_plan, prove
+from support import FAULTY
+from support.workspace import Workspace
 
-pytestmark = [pytest.mark.xdist_group("prove"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 COMMAND = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "prove"]
 

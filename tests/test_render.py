@@ -22,14 +22,16 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT, TRAIN, Workspace, forked
 
 from packspeed.launch.cluster import render
 from packspeed.launch.cluster.hosts import Host, LaunchPlan, PlannedHost
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.config.errors import ConfigError
+from support import ROOT, TRAIN
+from support.ranks import forked
+from support.workspace import Workspace
 
-pytestmark = [pytest.mark.xdist_group("render"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 # Strings with a meaning for a shell, YAML, sbatch or Kubernetes.
 NASTY = [

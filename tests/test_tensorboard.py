@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Workspace, run_many
 from PIL import Image, ImageColor
 from rich.console import Console
 
@@ -25,8 +23,11 @@ from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.observe.charts import COLORS, Chart, Series, lay_out, smoothed
 from packspeed.launch.observe.console import Follower, panel
 from packspeed.launch.observe.png import write_png
+from support.browser import browse
+from support.ranks import run_many
+from support.workspace import Workspace
 
-pytestmark = [pytest.mark.xdist_group("tensorboard"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 
 
@@ -186,19 +187,6 @@ def _wait_for(url: str, seconds: float) -> Any:
             pass
         assert time.monotonic() < end, f"{url} did not answer"
         time.sleep(0.5)
-
-
-def browse(url: str, folder: Path, *flags: str) -> str:
-    """Chromium's document after the page has drawn itself."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert chromium, "Debian's chromium is missing: bash .ci/packages"
-    command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}",
-        "--disable-dev-shm-usage", "--window-size=1400,1100", *flags, url,
-    ]  # fmt: skip
-    env = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env).stdout
 
 
 def test_the_browser_shows_the_curves(server: str, watched: Workspace, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Training through the real launcher and the real engine, 2 ranks: stages, precisions, resume, what a run leaves.
 
-All runs of this file share two launches (many_runs.py), so they stay in one xdist group.
+All runs of this file share two launches (support/many_runs.py).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import invariance
-import prefork
 import pytest
 import torch
-from conftest import TRAIN, Workspace, environment, run_many
 
 from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.engine.gradient_norm import square_sum
+from support import TRAIN, plain_loop, prefork
+from support.ranks import environment, run_many
+from support.workspace import Workspace
 
-pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.timeout(1500)
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 # A step at which DeepSpeed's running product of the betas and pow() differ in the last bit (optimizers.py).
@@ -91,9 +91,9 @@ def test_every_stage_has_the_losses_of_stage_0(workspace: Workspace, trained: di
 
 def test_every_stage_is_a_plain_pytorch_loop(workspace: Workspace, trained: dict[str, list[str]]) -> None:
     """torch's AdamW, clipping and cross entropy in one process; `make invariance` does it at more ranks and cuts."""
-    expected = invariance.reference(load_run_file(workspace.run_file))
+    expected = plain_loop.reference(load_run_file(workspace.run_file))
     for stage in STAGES:
-        loss, weight = invariance.differences(workspace, f"{stage}-fp32", *expected)
+        loss, weight = plain_loop.differences(workspace, f"{stage}-fp32", *expected)
         assert loss < 1e-5, stage
         assert weight < 2e-5, stage
 

@@ -45,6 +45,7 @@ from packspeed.data.errors import DataError, UsageError
 from packspeed.data.exchange.mds import read_mds, write_mds
 from packspeed.data.prepare.shards import ShardWriter
 from packspeed.data.storage.atomic import write_file
+from packspeed.data.storage.hashing import hash_file
 from packspeed.data.storage.mmidx import CODES, HEADER, MAGIC, read_index, write_index
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -257,17 +258,9 @@ def _link(prefix: str, folder: Path, name: str, split: str, known: Tokenizer) ->
     for suffix in (".bin", ".idx"):
         (folder / (name + suffix)).symlink_to(Path(prefix + suffix).resolve())
     read_index(folder / f"{name}.idx", len(starts) - 1, dtype)
-    hashes = [_hash(Path(prefix + suffix)) for suffix in (".bin", ".idx")]
+    hashes = [hash_file(Path(prefix + suffix))["xxh3_128"] for suffix in (".bin", ".idx")]
     sizes = [os.path.getsize(prefix + suffix) for suffix in (".bin", ".idx")]
     return dtype, Shard(name, split, len(tokens), len(starts) - 1, sizes[0], sizes[1], hashes[0], hashes[1])
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _mds_documents(path: str, eot_id: int, append_eot: bool) -> Iterator[Run]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import re
 import shutil
 import time
@@ -56,6 +55,7 @@ from packspeed.data.prepare.units import (
 from packspeed.data.prepare.worker_pool import Crew
 from packspeed.data.read.sources import find_sources
 from packspeed.data.storage.atomic import temporary, write_file
+from packspeed.data.storage.lock import LockHeldError, lock_file
 from packspeed.data.text.encode import Choice
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -305,11 +305,11 @@ class _Preparation:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the folder's lock. UsageError where another process works on it."""
-        with open(self.units_folder / "lock", "wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UsageError(f"Another prepare is at work in {self.folder}. Wait for it, or stop it.") from error
+        try:
+            lock = lock_file(self.units_folder / "lock", timeout_s=0)
+        except (LockHeldError, OSError) as error:
+            raise UsageError(f"Another prepare is working in {self.folder}. Wait for it, or stop it.") from error
+        with lock:
             _clear(self.folder, keep_units=True)  # what a killed run was writing
             yield
 

@@ -20,7 +20,8 @@ import xxhash
 
 from packspeed.data.dataset import Shard, Tokens
 from packspeed.data.errors import DataError
-from packspeed.data.storage.atomic import WRITTEN_BYTES, rename, start_writing, temporary
+from packspeed.data.storage.atomic import WRITEBACK_BYTES, rename_temporary, start_writeback, sync_stream, temporary
+from packspeed.data.storage.hashing import hash_file
 from packspeed.data.storage.mmidx import LONGEST_TOKENS, index_bytes, write_index
 
 WRITE_BUFFER_BYTES = 2**20
@@ -78,8 +79,8 @@ class ShardWriter:
             self._bin.write(chunk)
             self._hash.update(chunk)
             self._unwritten += len(chunk)
-            if self._unwritten >= WRITTEN_BYTES:
-                start_writing(self._bin.fileno())
+            if self._unwritten >= WRITEBACK_BYTES:
+                start_writeback(self._bin.fileno())
                 self._unwritten = 0
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self._tokens += int(lengths.sum())
@@ -110,11 +111,11 @@ class ShardWriter:
 
     def _finish(self, stream: IO[bytes]) -> None:
         with stream:
-            _flush(stream)
+            sync_stream(stream)
         lengths = np.array(self._lengths, dtype=np.int32)
         with open(temporary(self._path(".idx")), "wb") as index:
             write_index(index, lengths, self._dtype)
-            _flush(index)
+            sync_stream(index)
         shard = Shard(
             name=self._name,
             split=self._split,
@@ -123,17 +124,12 @@ class ShardWriter:
             bin_bytes=self._tokens * np.dtype(self._dtype).itemsize,
             idx_bytes=index_bytes(len(lengths)),
             bin_xxh3_128=self._hash.hexdigest(),
-            idx_xxh3_128=_hash_file(temporary(self._path(".idx"))),
+            idx_xxh3_128=hash_file(temporary(self._path(".idx")))["xxh3_128"],
         )
-        rename(self._path(".idx"))
-        rename(self._path(".bin"))
+        rename_temporary(self._path(".idx"))
+        rename_temporary(self._path(".bin"))
         self._done.append(shard)
         self._bin = None
-
-
-def _flush(stream: IO[bytes]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 def chunks_of(file: int, offset_bytes: int, size: int) -> Iterator[bytes]:
@@ -147,11 +143,3 @@ def chunks_of(file: int, offset_bytes: int, size: int) -> Iterator[bytes]:
             )
         yield chunk
         offset_bytes += len(chunk)
-
-
-def _hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(WRITE_BUFFER_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

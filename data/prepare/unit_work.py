@@ -24,7 +24,7 @@ from packspeed.data.dataset import Tokens
 from packspeed.data.errors import DataError
 from packspeed.data.prepare.units import DOCUMENT, Job, Receipt, Unit, load_job, unit_path
 from packspeed.data.read.readers import Document, Tally, read_documents
-from packspeed.data.storage.atomic import WRITTEN_BYTES, start_writing, temporary, write_file
+from packspeed.data.storage.atomic import WRITEBACK_BYTES, start_writeback, sync_stream, temporary, write_file
 from packspeed.data.text.encode import Choice, Encoder
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer_file
 
@@ -69,14 +69,13 @@ class UnitWorker:
             with open(temporary(path), "wb", buffering=WRITE_BUFFER_BYTES) as stream, open(table_path, "wb") as rows:
                 for tokens, counts in self._encoded(unit, tally, table):
                     stream.write(tokens.data)
-                    if stream.tell() // WRITTEN_BYTES > total.tokens * tokens.itemsize // WRITTEN_BYTES:
-                        start_writing(stream.fileno())
+                    if stream.tell() // WRITEBACK_BYTES > total.tokens * tokens.itemsize // WRITEBACK_BYTES:
+                        start_writeback(stream.fileno())
                     _add(total, counts)
                     report(counts)
                 rows.write(b"".join(table))
                 for file in (stream, rows):
-                    file.flush()
-                    os.fsync(file.fileno())
+                    sync_stream(file)
             # The receipt's own write makes these names durable; should it come first, its sizes show that they are not.
             os.replace(table_path, unit_path(self.folder, unit.number, ".docs"))
             os.replace(temporary(path), path)

@@ -1,10 +1,10 @@
-"""Files that appear whole or not at all: write `NAME.tmp`, fsync, rename over `NAME`, fsync the folder.
+"""Atomic, durable writes: write `NAME.tmp`, fsync it, rename it to `NAME`, fsync the folder.
 
-A rename inside one folder is atomic on every POSIX file system, so a reader sees the old file, the new file or none,
-never half of one. The folder's fsync makes the new name itself survive a power cut.
+A rename inside one folder is atomic on every POSIX file system, so a reader sees the old file or the new file, never a
+part of one. The fsync of the folder makes the new name survive a power cut.
 
-An fsync at the end of a large file waits for the disk while nothing else happens; `start_writing` called every few
-megabytes has the kernel write them out meanwhile.
+Small files: `write_file`. Large files: write to `temporary(path)`, call `start_writeback` every few megabytes so that
+the kernel writes to disk meanwhile (the final fsync is then short), then `sync_stream` and `rename_temporary`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,38 @@ import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
+
+TEMPORARY_SUFFIX = ".tmp"
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that after a power cut it holds the old or the new text, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+WRITEBACK_BYTES = 2**23  # how much to write between two calls of `start_writeback`
+
+
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a small file atomically and durably. Text is encoded as UTF-8."""
+    with open(temporary(path), "wb") as stream:
+        stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+        sync_stream(stream)
+    rename_temporary(path)
     sync(path.parent)
 
 
+def temporary(path: Path) -> Path:
+    """Name under which `path` is written before `rename_temporary`."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+def rename_temporary(path: Path) -> None:
+    """Rename the finished temporary of `path` to `path`. The name is durable after `sync` of the folder."""
+    os.replace(temporary(path), path)
+
+
 def sync(path: Path) -> None:
-    """Have a file's bytes, or the names in a folder, on disk."""
+    """fsync a file's content, or the names in a folder."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -35,46 +52,14 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-TEMPORARY_SUFFIX = ".tmp"
+def sync_stream(stream: IO[bytes]) -> None:
+    """Flush the buffer of an open file and fsync it."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
-WRITTEN_BYTES = 2**23
-
-
-_SYNC_FILE_RANGE_WRITE = 2
-
-
-def temporary(path: Path) -> Path:
-    """Where `path` is written before `publish` gives it its name."""
-    return path.with_name(path.name + TEMPORARY_SUFFIX)
-
-
-def rename(path: Path) -> None:
-    """Give the fsynced temporary of `path` its final name, which the folder's next fsync makes durable."""
-    os.replace(temporary(path), path)
-
-
-def publish(path: Path) -> None:
-    """As `rename`, and make that name durable."""
-    rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file atomically."""
-    with open(temporary(path), "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    publish(path)
-
-
-def start_writing(file: int) -> None:
-    """Have the dirty pages of an open file written out, without waiting for them; nothing where Linux is not."""
+def start_writeback(file: int) -> None:
+    """Start writing the dirty pages of a file descriptor to disk, without waiting. Does nothing outside Linux."""
     sync_file_range = _sync_file_range()
     if sync_file_range is not None:
         sync_file_range(file, 0, 0, _SYNC_FILE_RANGE_WRITE)

@@ -1,18 +1,27 @@
-"""Hashing."""
+"""The hash of a file: xxh3-128, about 10 GB/s from the page cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import xxhash
 
+CHUNK_BYTES = 2**22
 
-def hash_file(path: Path) -> dict[str, Any]:
-    """Size and xxh3-128 of a file, read in 4 MiB pieces."""
+
+class FileHash(TypedDict):
+    """Size and hash of one file, as dataset and checkpoint manifests store them."""
+
+    bytes: int
+    xxh3_128: str
+
+
+def hash_file(path: Path) -> FileHash:
+    """Read a file in chunks of 4 MiB; returns its size and xxh3-128 as 32 hex digits."""
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-            size += len(piece)
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
     return {"bytes": size, "xxh3_128": digest.hexdigest()}

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from packspeed.data.storage.atomic import sync, write_durably
+from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import hash_file
 from packspeed.launch.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -212,14 +212,14 @@ class Checkpointer:
                     **state,
                     "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 }
-                write_durably(
+                write_file(
                     temporary / MANIFEST, json.dumps({**manifest, "files": dict(sorted(files.items()))}, indent=1)
                 )
                 if final.exists():  # the same step again, after a walk back over a broken one
                     shutil.rmtree(final)
                 os.replace(temporary, final)
                 sync(self.folder)
-                write_durably(self.folder / "latest", final.name)
+                write_file(self.folder / "latest", final.name)
                 self._retire()
             except OSError as problem:
                 error = f"{problem.filename or final}: {problem.strerror}"

@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from packspeed.data.storage.atomic import sync, write_durably
+from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import hash_file
 from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import (
@@ -149,7 +149,7 @@ def _differs(name: str, path: Path, states: dict[str, torch.Tensor], computed_in
 def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, Any]) -> str | None:
     try:
         info = {"format_version": VERSION, **_scalars(checkpoint), "files": dict(sorted(files.items()))}
-        write_durably(temporary / MANIFEST, json.dumps(info, indent=1))
+        write_file(temporary / MANIFEST, json.dumps(info, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)

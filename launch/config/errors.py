@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from packspeed.data.errors import PackspeedError
+
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved and stopped on a signal; start the same command again to continue
 
 
-class UserError(Exception):
-    """Something the user can mend: one paragraph that says what, where and what to do. Exit code 1."""
-
-    exit_code = 1
+class UserError(PackspeedError):
+    """An error the user can fix. The message says what, where and what to do. Exit code 1."""
 
 
 class ConfigError(UserError):

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from packspeed.data.errors import DataError
-from packspeed.data.storage.atomic import sync, write_durably
+from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import hash_file
 from packspeed.data.text.tokenizer import load_tokenizer
 from packspeed.launch.checkpoint import reshard
@@ -206,7 +206,7 @@ def _write_checkpoint(
         sync(path)
         files[path.name] = hash_file(path)
     info = {"format_version": reshard.VERSION, "step": 0, "optimizer_step": 0, "loss_scaler": {}, "files": files}
-    write_durably(folder / MANIFEST, json.dumps(info, indent=1))
+    write_file(folder / MANIFEST, json.dumps(info, indent=1))
     listed = {f"{UNIVERSAL}/{name}": known for name, known in files.items()}
     listed[f"{UNIVERSAL}/{MANIFEST}"] = hash_file(folder / MANIFEST)
     manifest = {
@@ -222,7 +222,7 @@ def _write_checkpoint(
         "commit": git_commit(),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_durably(checkpoint / MANIFEST, json.dumps({**manifest, "files": listed}, indent=1))
+    write_file(checkpoint / MANIFEST, json.dumps({**manifest, "files": listed}, indent=1))
     sync(checkpoint.parent)
 
 

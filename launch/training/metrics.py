@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from packspeed.data.storage.atomic import write_durably
+from packspeed.data.storage.atomic import write_file
 from packspeed.launch.run_folder.folder import say
 from packspeed.launch.run_folder.formats import AnomalyLine, MetricsLine, Sample
 from packspeed.launch.training.tensorboard_board import TAGS, Board
@@ -169,7 +169,7 @@ class Metrics:
         if len(records) == self.anomalies or not (records or (self.folder / "anomalies.jsonl").exists()):
             return
         try:
-            write_durably(self.folder / "anomalies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            write_file(self.folder / "anomalies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
             self.anomalies = len(records)
         except OSError as error:
             say(f"WARNING: anomalies.jsonl: {error.strerror}")

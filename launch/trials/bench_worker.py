@@ -33,12 +33,11 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from packspeed.data.errors import DataError
+from packspeed.data.errors import PackspeedError
 from packspeed.data.loader import Loader, Prefetcher
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.config.batch import BatchPlan, solve_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config, zero_stage
-from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import make_run_loader, open_data
 from packspeed.launch.config.run_file import RunFile
@@ -251,7 +250,7 @@ def reason(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"
-    return text.splitlines()[0] if isinstance(error, (UserError, DataError)) else f"{type(error).__name__}: {text}"
+    return text.splitlines()[0] if isinstance(error, PackspeedError) else f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager

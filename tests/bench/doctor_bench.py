@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cluster.namespaces import Cluster
+from support.namespaces import Cluster
 
 PACKSPEED = str(Path(sys.executable).with_name("packspeed"))
 

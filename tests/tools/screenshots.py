@@ -1,4 +1,4 @@
-"""The pictures of docs/images again: python tests/screenshots.py RUN RUN   (needs Debian's chromium)
+"""The pictures of docs/images again: python tests/tools/screenshots.py RUN RUN   (needs Debian's chromium)
 
 Two runs' report and TensorBoard's pages as headless Chromium draws them, reduced to 160 colours.
 """
@@ -11,12 +11,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from PIL import Image
-from test_tensorboard import browse
 
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.observe.report import report
+from support import ROOT
+from support.browser import browse
 
 TABS = {"scalars": "custom_scalars", "texts": "text", "histograms": "histograms", "hparams": "hparams"}
 

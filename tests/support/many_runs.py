@@ -1,6 +1,6 @@
 """Run train.main several times inside one process group of the real launcher: a launch costs 10 s, a run 1 s.
 
-    deepspeed --num_gpus 2 tests/many_runs.py runs.json        runs.json: [["--config", ...], ...]
+    deepspeed --num_gpus 2 tests/support/many_runs.py runs.json        runs.json: [["--config", ...], ...]
 Writes the exit codes of rank 0 to runs.json.codes.
 """
 

@@ -1,4 +1,4 @@
-"""train.main with faults planted in this process, for the tests: python tests/faulty.py [--local_rank=0] ARGUMENTS
+"""train.main with faults planted in this process: python tests/support/faulty.py [--local_rank=0] ARGUMENTS
 
 FAULTS in the environment names them, `name:argument` separated by commas. Nothing of the product knows them: each
 patches a function of the loop or of saving, and what follows (the kill, the full disk, the NaN) is real.

@@ -3,85 +3,30 @@
     make invariance                          the tests' small GPT on Python's sources; updates ds_configs/README.md
     make invariance RUN=my.yaml STEPS=50     your model and dataset; prints the table
 
-The reference is one process without DeepSpeed: torch's own operations, AdamW, clipping and cross entropy in fp32, the
-whole batch at once. Cost: one launch for each number of ranks (1 to 4), about 35 runs.
+The reference is support/plain_loop.py. Cost: one launch for each number of ranks (1 to 4), about 35 runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from conftest import ROOT, Workspace, make_workspace, run_many
-from torch.nn import functional
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.config.loading import load_run_file
-from packspeed.launch.config.run_data import make_run_loader, open_data
-from packspeed.launch.config.run_file import RunFile, TrainSection
-from packspeed.launch.training.micro_batch import dropout_keys
-from packspeed.model.gpt import GPT, init_weights, is_matrix
+from support import ROOT
+from support.plain_loop import differences, reference
+from support.ranks import run_many
+from support.workspace import Workspace, make_workspace
 
 MARKS = "<!-- the invariance table: make invariance -->", "<!-- its end -->"
 PLACE = ROOT / "ds_configs" / "README.md"
 GLOBAL_BATCH_TOKENS = 384  # 12 samples of 32 tokens: for any number of ranks up to 4
 EVERY_STAGE = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-
-
-def cosine_lr(step: int, train: TrainSection) -> float:
-    """nanoGPT's get_lr: linear warm-up, cosine to min_lr."""
-    warmup, peak, low = train.schedule.warmup_steps, train.optimizer.lr, train.schedule.min_lr
-    assert train.schedule.name == "cosine", "the reference knows the cosine schedule"
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    ratio = (step - warmup) / (train.total_steps - warmup)
-    return low + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (peak - low)
-
-
-def reference(run: RunFile) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """(loss of every step, final weights) of a training loop without DeepSpeed: fp32, one process, whole batches."""
-    dataset, train = open_data(run), run.train
-    loader, optimizer = make_run_loader(run, dataset), train.optimizer
-    assert optimizer.name == "adamw", "the reference knows AdamW"
-    model = GPT(dataclasses.replace(run.gpt_config(dataset.vocab_size), kernels="eager"))
-    init_weights(model, train.seed)
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if is_matrix(name)], "weight_decay": optimizer.weight_decay},
-        {"params": [p for name, p in named if not is_matrix(name)], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
-    losses = []
-    for step in range(train.total_steps):
-        for group in adamw.param_groups:
-            group["lr"] = cosine_lr(step, train)
-        batch = loader.batch(step, 0, 1)
-        tokens = torch.from_numpy(batch.tokens.astype("int64"))
-        keys = dropout_keys(batch.samples, train.seed, torch.device("cpu"))
-        logits = model(tokens[:, :-1], dropout_keys=keys)
-        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        if train.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
-        adamw.step()
-        adamw.zero_grad()
-        losses.append(loss.detach().item())
-    return losses, {name: parameter.detach() for name, parameter in named}
-
-
-def differences(space: Workspace, name: str, losses: list[float], weights: dict[str, torch.Tensor]) -> list[float]:
-    """[largest difference of a loss, of a final weight] of a finished run from the reference."""
-    mine = space.losses(name)
-    assert len(mine) == len(losses), name
-    final = fp32_state_dict(space.checkpoints(name) / f"step-{len(losses):08d}")
-    distance = max(float((final[key].detach() - value).abs().max()) for key, value in weights.items())
-    return [max(abs(a - b) for a, b in zip(mine, losses, strict=True)), distance]
 
 
 def layouts(folder: Path, global_batch: int) -> dict[int, list[tuple[str, str, int, str]]]:

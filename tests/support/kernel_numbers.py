@@ -1,7 +1,7 @@
 """The kernels in numbers: values and gradients against float64, at awkward shapes; Triton's in its interpreter.
 
 Run by test_model_kernels.py in a process of its own, because triton reads TRITON_INTERPRET when it is imported; with a
-GPU, `python -m pytest tests/kernel_numbers.py` runs Triton's on it.
+GPU, `python -m pytest tests/support/kernel_numbers.py` runs Triton's on it.
 """
 
 import os

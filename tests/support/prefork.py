@@ -1,8 +1,10 @@
 """Processes that begin with torch and DeepSpeed loaded: importing both costs 5 s of a core, a fork 0.02 s.
 
-    python tests/prefork.py      one request a line on stdin, {script, arguments, envs, files}: for each environment a
-                                 process that runs the script as `python script arguments` would; answers the pids,
-                                 and when all have ended their exit codes (negative: the signal)
+    python tests/support/prefork.py
+
+reads one request a line on stdin, {script, arguments, envs, files}. For each environment it forks a process that runs
+the script as `python script arguments` would. It answers with the pids, and when all have ended with their exit codes
+(negative: the signal).
 
 What is forked is a process of its own: its signals, limits, memory, files and exit code are real. What it does not show
 is the command and the launcher before it; test_failures.py, test_training.py and others start those. As the launcher
