@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.text.tokenizer import load_from_dataset
-from packspeed.launch.commands import data as data_commands
-
-app = typer.Typer()
-data_commands.register(app)
+from packspeed.launch.cli import app
 
 
 def run(*arguments: str | Path) -> Result:
@@ -63,7 +59,7 @@ def test_prepare_says_what_it_made(source: Path, tmp_path: Path) -> None:
 def test_inspect_speaks_to_people_too(folder: Path) -> None:
     text = run("inspect", folder).stdout
     assert "gpt2, 50,257 tokens, EOT 50256" in text
-    assert "10% of the documents, chosen by hash" in text
+    assert "10% of the documents, selected by hash" in text
 
 
 def test_verify_fails_with_one(folder: Path) -> None:
@@ -108,8 +104,9 @@ def test_errors_carry_their_exit_codes(source: Path, folder: Path, tmp_path: Pat
 
 def test_inspect_loads_no_heavy_library_and_is_quick(folder: Path) -> None:
     code = (
-        "import sys, typer\nfrom packspeed.launch import data_commands\n"
-        f"data_commands.inspect({str(folder)!r}, True)\n"
+        "import sys\nfrom packspeed.launch.cli import main\n"
+        f"sys.argv = ['packspeed', 'inspect', {str(folder)!r}, '--json']\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
         "heavy = {'torch', 'deepspeed', 'tiktoken', 'tokenizers', 'datasets', 'pyarrow', 'transformers'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)"
     )

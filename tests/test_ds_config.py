@@ -103,10 +103,10 @@ def test_top_level_keys_are_in_deepspeeds_sources() -> None:
         ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, r"devise'; did you mean 'device'"),
         ({"activation_checkpointing": {"cpu_checkpoint": True}}, r"did you mean 'cpu_checkpointing'"),
         ({"flops_profiler": {"enable": True}}, r"did you mean 'enabled'"),
-        ({"zero_optimization": {"stage": "auto"}}, r"stage is 0, 1, 2 or 3, not 'auto'"),
-        ({"zero_optimization": {"stage": 4}}, r"stage is 0, 1, 2 or 3, not 4"),
-        ({"zero_optimization": 3}, r"zero_optimization is a block"),
-        ({"steps_per_print": "auto"}, r"steps_per_print: \"auto\" is only understood"),
+        ({"zero_optimization": {"stage": "auto"}}, r"stage must be 0, 1, 2 or 3, not 'auto'"),
+        ({"zero_optimization": {"stage": 4}}, r"stage must be 0, 1, 2 or 3, not 4"),
+        ({"zero_optimization": 3}, r"zero_optimization must be a block"),
+        ({"steps_per_print": "auto"}, r"steps_per_print: \"auto\" is only valid"),
     ],
 )
 def test_mistakes_are_refused_with_their_line(tmp_path: Path, content: dict[str, Any], message: str) -> None:

@@ -4,17 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from packspeed.data.prepare.prepare import prepare
 from packspeed.launch.checkpoint.resume import check_same_run
-from packspeed.launch.commands import data as data_commands
+from packspeed.launch.cli import app
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.loading import load_run_file
-
-app = typer.Typer()
-data_commands.register(app)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from packspeed.data.dataset import TokenDataset, changes
 from packspeed.launch.config.deepspeed_json import zero_stage
+from packspeed.launch.config.effects import MODEL_SPEED_ONLY, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder import folder as run_folder
@@ -38,7 +39,7 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
         flat.setdefault("model.kernels", "auto")
         flat["data.weights"] = [source["weight"] for source in flat.get("data.sources") or []]
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    fixed = [key for key in changed if _defines_the_run(key)]
+    fixed = [key for key in changed if fixed_on_resume(key)]
     if fixed:
         lines = "; ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in fixed)
         raise ConfigError(
@@ -60,24 +61,13 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, 
     return [f"note: {key} was {old.get(key)!r} before this resume, is {new.get(key)!r}" for key in changed]
 
 
-SPEED_ONLY = ("model.activation_checkpointing", "model.kernels")  # these of the model leave its maths alone
-
-
 def check_same_model(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse a run file whose model is not the one imported; what shapes no weight is the run's own choice."""
-    free = ("model.dropout", "model.z_loss", *SPEED_ONLY)
+    free = ("model.dropout", "model.z_loss", *MODEL_SPEED_ONLY)
     keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and key not in free}
     if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
         lines = "; ".join(f"{k} is {old.get(k)!r} there, {new.get(k)!r} in the run file" for k in changed)
         raise ConfigError(f"{checkpoint} holds the imported weights of another model: {lines}.")
-
-
-def _defines_the_run(key: str) -> bool:
-    if key in ("train.seed", "train.global_batch_tokens", "train.optimizer.name"):
-        return True
-    if key in ("data.seq_len", "data.shuffle", "data.packing", "data.document_mask", "data.weights", "data.stages"):
-        return True
-    return key.startswith("model.") and key not in SPEED_ONLY
 
 
 def run_identity(

@@ -1,4 +1,9 @@
-"""Batch."""
+"""Divide the global batch into micro batches: solve_batch(480, 1024, 8, "auto") -> BatchPlan(15, 4, 8).
+
+One optimizer step reads `global_batch` samples, whatever the hardware. Each of dp_size ranks takes an equal share, in
+`accumulation` forward and backward passes of `micro_batch` samples. All numbers divide exactly; if they cannot, the
+error lists the nearest ones that do, so that no choice of ranks changes the batch and with it the loss.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +16,20 @@ from packspeed.launch.config.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """How one optimizer step is cut: global_batch = micro_batch x accumulation x dp_size (samples)."""
+    """The division of one optimizer step: global batch = micro_batch x accumulation x dp_size, in samples."""
 
-    micro_batch: int
-    accumulation: int
-    dp_size: int
+    micro_batch: int  # samples per forward pass of a rank
+    accumulation: int  # forward passes per optimizer step
+    dp_size: int  # data-parallel ranks
 
 
 def solve_batch(
     global_batch: int, seq_len: int, dp_size: int, micro_batch: int | Literal["auto"], max_micro_tokens: int = 16384
 ) -> BatchPlan:
-    """Cut global_batch samples over dp_size ranks. `auto`: the largest micro batch of at most max_micro_tokens.
+    """Divide `global_batch` samples over `dp_size` ranks.
 
-    Raises ConfigError that lists the nearest feasible choices.
+    micro_batch "auto" is the largest divisor with at most `max_micro_tokens` tokens per pass, 1 if there is none.
+    Raises ConfigError with the nearest valid choices if the batch cannot be divided.
     """
     if global_batch % dp_size:
         sizes = [n for n in range(1, global_batch + 1) if global_batch % n == 0]

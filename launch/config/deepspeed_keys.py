@@ -1,4 +1,8 @@
-"""Deepspeed keys."""
+"""Every key that DeepSpeed 0.19.8 accepts in its JSON, as a tree.
+
+A key maps to None if its value is not a block, to a tree of keys if it is, and to ANY if the block is free-form.
+Sources: DeepSpeed's docs/config-json page and its pydantic models. tests/test_ds_config.py compares them.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ from typing import Any
 
 
 def _leaves(names: str) -> dict[str, Any]:
+    """Keys whose values are no blocks."""
     return dict.fromkeys(names.split())
 
 
-ANY: dict[str, Any] = {"*": None}  # free-form: DeepSpeed passes the whole block on
+ANY: dict[str, Any] = {"*": None}  # free-form: any keys
 
 
 KEYS: dict[str, Any] = {

@@ -1,4 +1,10 @@
-"""Loading."""
+"""Read a run file: YAML text -> overrides -> validated RunFile, with the line of every error.
+
+parse_with_lines   YAML -> plain data, and the line of every key
+apply_overrides    put the values of --set into the data
+parse_numbers      "3e-4" -> 0.0003, which YAML 1.1 reads as a string
+load_run_file      all of them, then pydantic; each error becomes one line: place, key, problem, suggestion
+"""
 
 from __future__ import annotations
 
@@ -9,16 +15,19 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from packspeed.launch.config.errors import ConfigError, nearest
 from packspeed.launch.config.run_file import RunFile, Section
 
+KeyPath = tuple[str | int, ...]  # ('train', 'optimizer', 'lr'); list items by number
 
-def parse_with_lines(text: str, path: Path) -> tuple[Any, dict[tuple[str | int, ...], int]]:
-    """Parse YAML 1.1 (JSON too) into plain data and the line (from 1) of every key path; no key may stand twice."""
-    lines: dict[tuple[str | int, ...], int] = {}
 
-    def walk(node: yaml.Node, where: tuple[str | int, ...]) -> None:
+def parse_with_lines(text: str, path: Path) -> tuple[Any, dict[KeyPath, int]]:
+    """Parse YAML 1.1 or JSON. Returns the data and the line, from 1, of every key. A duplicate key is a ConfigError."""
+    lines: dict[KeyPath, int] = {}
+
+    def walk(node: yaml.Node, where: KeyPath) -> None:
         lines.setdefault(where, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
@@ -46,7 +55,7 @@ def parse_with_lines(text: str, path: Path) -> tuple[Any, dict[tuple[str | int, 
 
 
 def parse_numbers(data: Any) -> Any:
-    """YAML 1.1 reads 3e-4 (no dot) as a string; users mean the number."""
+    """Convert strings such as 3e-4 to numbers, at any depth: YAML 1.1 needs a dot in 3.0e-4, users do not write it."""
     if isinstance(data, dict):
         return {key: parse_numbers(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -59,9 +68,9 @@ def parse_numbers(data: Any) -> Any:
     return data
 
 
-def apply_overrides(data: dict[str, Any], overrides: typing.Sequence[str]) -> dict[tuple[str | int, ...], str]:
-    """Put each `a.b.c=value` into data; return where each came from, for error messages."""
-    origins: dict[tuple[str | int, ...], str] = {}
+def apply_overrides(data: dict[str, Any], overrides: typing.Sequence[str]) -> dict[KeyPath, str]:
+    """Put each `a.b.c=value` into `data`. Returns the text of the override per key, for error messages."""
+    origins: dict[KeyPath, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
@@ -78,7 +87,7 @@ def apply_overrides(data: dict[str, Any], overrides: typing.Sequence[str]) -> di
         except yaml.YAMLError:
             raise ConfigError(f"--set {override}: the value is not valid YAML.") from None
         origins[path] = f"--set {override}"
-    # One length replaces the other: `--set train.tokens=1e9` on a file that says steps.
+    # A run has one length, so `--set train.tokens=1e9` replaces the file's train.steps.
     train = data.get("train")
     if isinstance(train, dict):
         for mine, other in (("steps", "tokens"), ("tokens", "steps")):
@@ -91,8 +100,8 @@ def _dotted(path: typing.Iterable[str | int]) -> str:
     return ".".join(map(str, path))
 
 
-def _section_at(path: typing.Sequence[str | int]) -> type[Section] | None:
-    """The pydantic class that holds the keys under path."""
+def _section_at(path: KeyPath) -> type[Section] | None:
+    """The pydantic class of the block at `path`; None if there is none."""
     section: Any = RunFile
     for part in path:
         field = section.model_fields.get(part)
@@ -103,11 +112,9 @@ def _section_at(path: typing.Sequence[str | int]) -> type[Section] | None:
     return typing.cast("type[Section]", section)
 
 
-def describe_error(
-    error: typing.Any, path: Path, lines: dict[tuple[str | int, ...], int], origins: dict[tuple[str | int, ...], str]
-) -> str:
-    """One line per pydantic error: where it stands, what is wrong, what was probably meant."""
-    # pydantic appends the branch of a union to loc (train, micro_batch, int): cut back to what the user wrote.
+def describe_error(error: ErrorDetails, path: Path, lines: dict[KeyPath, int], origins: dict[KeyPath, str]) -> str:
+    """A pydantic error as one line: file:line or --set, the key, what is wrong, the nearest valid key."""
+    # pydantic appends the branch of a union to loc (train, micro_batch, int). Drop what the user did not write.
     loc = tuple(error["loc"])
     written = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines or loc[:n] in origins), loc)
     if error["type"] == "missing":
@@ -127,7 +134,7 @@ def describe_error(
     return f"{place}: {name + ': ' if name else ''}{message[0].lower() + message[1:]}{_got(error)}"
 
 
-def _got(error: typing.Any) -> str:
+def _got(error: ErrorDetails) -> str:
     value = error.get("input")
     return (
         f" (got {value!r})"
@@ -137,14 +144,14 @@ def _got(error: typing.Any) -> str:
 
 
 def load_run_file(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunFile:
-    """Read, override and check a run file. Raises ConfigError naming every problem with its line."""
+    """Read a run file, apply `--set` values and validate. Raises one ConfigError with a line per problem."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"run file {path}: {error.strerror}. Run files that ship: launch/configs/*.yaml.") from None
+        raise ConfigError(f"run file {path}: {error.strerror}. Packspeed's own are in launch/configs/*.yaml.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"run file {path}: not UTF-8 at byte {error.start}.") from None
+        raise ConfigError(f"run file {path}: byte {error.start} is not UTF-8.") from None
     data, lines = parse_with_lines(text, path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}:1: a run file is a mapping (name: ..., model: ..., data: ..., train: ...).")

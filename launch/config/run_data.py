@@ -1,4 +1,9 @@
-"""What a run will read of each of its sources, and the loader of a run that has begun: inspect --config and audit."""
+"""The data of a run: opens its datasets, makes its loader, and answers questions about what it reads.
+
+open_data, make_run_loader          training: run file -> dataset -> loader
+reading_plan                        packspeed inspect --config: tokens and epochs per source
+loader_of_run, batches_of_run, vetoed_steps_of_run      packspeed audit: what a run has read
+"""
 
 from __future__ import annotations
 
@@ -16,8 +21,8 @@ if TYPE_CHECKING:
     from packspeed.data.mixture import MixtureData
 
 
-def plan(run_file: Path) -> dict[str, Any]:
-    """What a run will read: tokens and epochs of each source until its last step."""
+def reading_plan(run_file: Path) -> dict[str, Any]:
+    """What a run will read from its first to its last step: tokens and epochs of each source, as JSON."""
     run = load_run_file(run_file)
     dataset = open_data(run)
     loader = make_run_loader(run, dataset)
@@ -43,7 +48,7 @@ def plan(run_file: Path) -> dict[str, Any]:
 
 
 def loader_of_run(folder: Path) -> Loader:
-    """The loader of a run that has begun, from its resolved config."""
+    """The loader of an existing run folder, from its resolved config.yaml. Raises UserError if there is none."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: there is no config.yaml in it. Give <runs_dir>/<name>.")
@@ -52,13 +57,13 @@ def loader_of_run(folder: Path) -> Loader:
 
 
 def batches_of_run(folder: Path, global_batch: int) -> dict[int, int]:
-    """Step -> number of the batch it read, of the steps done: behind a rewind they are further apart than the steps."""
+    """The number of the batch that each finished step read. It is step - 1, plus the batches skipped by rewinds."""
     lines = _lines(folder / "metrics.jsonl")
     return {line["step"]: line["samples"] // global_batch - 1 for line in lines if "samples" in line}
 
 
-def anomalies_of_run(folder: Path) -> list[dict[str, Any]]:
-    """Every step that was not taken, with its samples and what was done instead."""
+def vetoed_steps_of_run(folder: Path) -> list[dict[str, Any]]:
+    """The lines of anomalies.jsonl: steps that the optimizer did not take, their samples, and the action."""
     return _lines(folder / "anomalies.jsonl")
 
 
@@ -68,7 +73,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def open_data(run: RunFile) -> TokenDataset | MixtureData:
-    """The dataset of the run, or all of a mixture's."""
+    """Open the dataset of a run, or all datasets of its mixture; URLs through the cache."""
     remote: dict[str, Any] = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
     if run.data.path is not None:
         return open_dataset(run.data.path, **remote)
@@ -78,7 +83,7 @@ def open_data(run: RunFile) -> TokenDataset | MixtureData:
 
 
 def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader:
-    """The loader that the run file describes: a pure function of it and the dataset."""
+    """The loader that a run file describes. Equal run files and datasets give equal batches."""
     from packspeed.data.loader import make_loader
 
     arguments: dict[str, Any] = {

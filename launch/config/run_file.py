@@ -1,10 +1,10 @@
-"""The run file: YAML that says everything that can change the loss.
+"""The run file: the pydantic classes that define every key of the YAML that describes a run.
 
-    load_run_file("launch/configs/quickstart.yaml", ["train.optimizer.lr=3e-4"])  ->  RunFile (frozen)
+    run = load_run_file("launch/configs/quickstart.yaml", ["train.optimizer.lr=3e-4"])      # loading.py -> RunFile
 
-Precedence: defaults < YAML < `--set key.path=value`. An unknown key, a wrong type or a value out of range is
-refused with file, line, dotted path and the nearest valid key (difflib). The DeepSpeed JSON is ds_config.py's.
-Cost: 0.1 s; imports neither torch nor deepspeed.
+The run file holds everything that can change the loss. How memory and network are used is in the DeepSpeed JSON
+(deepspeed_json.py). Every key has a description here; `packspeed schema --markdown` prints them as docs/run_file.md.
+Precedence: defaults < YAML < `--set key.path=value`. Objects are frozen. Loading takes 0.1 s and imports no torch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,52 @@ from packspeed.model.config import PRESETS, GPTConfig
 
 
 class Section(BaseModel):
-    """What every block of the run file has in common: frozen, and no unknown key gets in."""
+    """Base of all blocks of the run file: frozen; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+# One description per field of GPTConfig, which is plain Python and has no place for them. A test compares the names.
+MODEL_KEYS = {
+    "n_layer": "Number of transformer blocks.",
+    "n_head": "Number of attention (query) heads.",
+    "d_model": "Width of the residual stream, in channels.",
+    "vocab_size": "Tokens in the vocabulary. Default: the dataset's tokenizer. The weights are padded to a multiple of "
+    "128 rows; the padding never changes the loss.",
+    "max_seq_len": "Longest sequence in tokens: rows of the learned position table, and the window of generation. "
+    "Default: data.seq_len.",
+    "n_kv_head": "Number of key-value heads; fewer than n_head is grouped-query attention. Default: n_head.",
+    "head_dim": "Channels per attention head. Default: d_model / n_head.",
+    "d_ff": "Hidden channels of the MLP. Default: 4 d_model; for swiglu 8/3 d_model, rounded up to a multiple of 256.",
+    "norm": "Normalisation before attention, before the MLP and before the head.",
+    "norm_eps": "Number added to the variance in every norm, against division by zero.",
+    "position": "Position encoding: a learned table, or rotary embeddings (RoPE) of queries and keys.",
+    "rope_theta": "Base of the wavelengths of RoPE. Unused with learned positions.",
+    "mlp": "Activation of the MLP. gelu_tanh is GPT-2's approximation of gelu; swiglu has a third weight matrix.",
+    "bias": "Biases in the linear layers and in LayerNorm.",
+    "qk_norm": "Apply RMSNorm to the query and the key of each head.",
+    "tie_embeddings": "Use the token embedding as the weight of the output head.",
+    "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
+    "depend on the seed, the step and the sample, so that a resumed run repeats them.",
+    "z_loss": "Weight of log(sum exp logits)^2 in the training loss of each token; PaLM used 1e-4.",
+    "activation_checkpointing": "Recompute activations in the backward pass to save memory: none, full (every block), "
+    "or n (every n-th block). Full costs about a third more compute.",
+    "kernels": "Implementation of attention, norms and loss. auto: Triton on GPUs and C++ on CPUs if they build, else "
+    "PyTorch. All agree to 1e-5.",
+}
+
+
 def _model_section() -> type[Section]:
-    """`model:` takes a preset, any field of GPTConfig, or both (the fields override the preset)."""
+    """The block `model:`: a preset, any fields of GPTConfig, or both (a field overrides the preset)."""
     hints = typing.get_type_hints(GPTConfig)
-    fields: dict[str, Any] = {f.name: (Union[hints[f.name], None], None) for f in dataclasses.fields(GPTConfig)}  # noqa: UP007
-    preset = Annotated[str | None, Field(description="one of: " + ", ".join(PRESETS))]
-    return create_model("ModelSection", __base__=Section, preset=(preset, None), **fields)
+    fields: dict[str, Any] = {
+        f.name: (Union[hints[f.name], None], Field(None, description=MODEL_KEYS[f.name]))  # noqa: UP007
+        for f in dataclasses.fields(GPTConfig)
+    }
+    preset = Annotated[str | None, Field(description=f"A published shape: {', '.join(PRESETS)}.")]
+    section = create_model("ModelSection", __base__=Section, preset=(preset, None), **fields)
+    section.__doc__ = "The shape of the model: a preset, any of the other keys, or both (a key overrides the preset)."
+    return section
 
 
 ModelSection = _model_section()
@@ -41,29 +76,47 @@ ModelSection = _model_section()
 class SourceSection(Section):
     """One dataset of a mixture."""
 
-    path: str = Field(description="folder or URL of a prepared dataset")
-    weight: float = Field(1.0, ge=0, description="share of the samples, relative to the other sources")
+    path: str = Field(description="Folder or URL of a prepared dataset.")
+    weight: float = Field(1.0, ge=0, description="Share of the samples, relative to the weights of the other sources.")
 
 
 class StageSection(Section):
-    """Other weights from a token of the run on."""
+    """New weights of the sources from some point of the run on."""
 
-    from_tokens: float = Field(gt=0, description="tokens of the run before it; rounded up to 4,096 samples")
-    weights: list[float] = Field(description="one for each source")
+    from_tokens: float = Field(
+        gt=0, description="Tokens of the run after which the stage starts, rounded up to a multiple of 4,096 samples."
+    )
+    weights: list[float] = Field(description="One weight for each source, in the order of data.sources.")
 
 
 class DataSection(Section):
     """Which tokens are read, and how they are cut into samples."""
 
-    path: str | None = Field(None, description="folder or URL of a prepared dataset (packspeed prepare)")
-    sources: list[SourceSection] | None = Field(None, min_length=1, description="instead of path: a mixture")
-    stages: list[StageSection] = Field([], description="later weights of the sources")
-    seq_len: int = Field(ge=1, description="tokens per sample; windows of seq_len + 1 tokens are read")
-    shuffle: Literal["blocks", "full"] = "blocks"
-    packing: Literal["stream", "best_fit", "bos_aligned"] = "stream"
-    document_mask: bool = Field(False, description="attention stays inside documents; packed rows always have it")
-    cache_dir: str = Field("~/.cache/packspeed", description="where shards behind URLs are kept")
-    cache_gb: float = Field(100.0, gt=0, description="most that is kept there, in 1e9 bytes")
+    path: str | None = Field(None, description="Folder or URL of a dataset written by packspeed prepare.")
+    sources: list[SourceSection] | None = Field(
+        None, min_length=1, description="Instead of data.path: a weighted mixture of datasets."
+    )
+    stages: list[StageSection] = Field([], description="Later weights of the sources, in ascending order of tokens.")
+    seq_len: int = Field(
+        ge=1, description="Tokens per sample. A sample reads seq_len + 1 tokens: inputs and shifted targets."
+    )
+    shuffle: Literal["blocks", "full"] = Field(
+        "blocks",
+        description="Order of the samples in an epoch. full: a random permutation of all of them. blocks: random "
+        "blocks of neighbouring samples, shuffled inside, which reads the disk almost sequentially.",
+    )
+    packing: Literal["stream", "best_fit", "bos_aligned"] = Field(
+        "stream",
+        description="How documents fill samples. stream: cut the stream of all tokens into windows. best_fit: pack "
+        "complete documents into rows, with a little padding. bos_aligned: only "
+        "beginnings of documents; what does not fit a row is discarded.",
+    )
+    document_mask: bool = Field(
+        False,
+        description="Limit attention to the document of each token. best_fit and bos_aligned always do.",
+    )
+    cache_dir: str = Field("~/.cache/packspeed", description="Folder that caches shards read from URLs.")
+    cache_gb: float = Field(100.0, gt=0, description="Largest size of the cache, in GB (1e9 bytes).")
 
     @model_validator(mode="after")
     def _one_place(self) -> DataSection:
@@ -75,40 +128,65 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW, Lion, or Muon for the hidden matrices with AdamW for the rest; decay on matrices only."""
+    """AdamW, Lion, or Muon for the hidden matrices with AdamW for the rest. Weight decay applies to matrices only."""
 
-    name: Literal["adamw", "muon", "lion"] = "adamw"
-    lr: float = Field(6e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
-    muon_lr: float | None = Field(None, gt=0, description="Muon's learning rate; the schedule scales both alike")
+    name: Literal["adamw", "muon", "lion"] = Field(
+        "adamw", description="The optimizer. muon updates hidden matrices with Muon and everything else with AdamW."
+    )
+    lr: float = Field(6e-4, ge=0, description="Peak learning rate, reached after warm-up.")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="Decay rates of the running means of the gradient and of its square, per step."
+    )
+    eps: float = Field(1e-8, gt=0, description="Number added to the denominator of AdamW's update. Lion has none.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled weight decay of matrices, per step and relative to the learning rate."
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of Muon. Unused by adamw and lion.")
+    muon_lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of the matrices that Muon updates. Default: optimizer.lr."
+    )
 
 
 class ScheduleSection(Section):
-    """The learning rate as a pure function of the step."""
+    """The learning rate as a function of the step."""
 
-    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    min_lr: float = Field(0.0, ge=0)
+    name: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="Shape after warm-up. wsd (warm-up, stable, decay): constant, then a linear decay at the end.",
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from near 0 to the peak.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay. Unused by constant.")
     decay_steps: int | None = Field(
-        None, ge=1, description="wsd: length of the final decay; default a fifth of the run"
+        None, ge=1, description="wsd only: steps of the final decay. Default: a fifth of the run."
     )
 
 
 class TrainSection(Section):
-    """How long, how large a batch, in which precision, with which optimizer."""
+    """Length, batch size, precision and optimizer."""
 
-    seed: int = Field(1337, ge=0, lt=2**63)
-    steps: int | None = Field(None, ge=1)
-    tokens: float | None = Field(None, gt=0, description="instead of steps: rounded up to whole steps")
-    global_batch_tokens: int = Field(ge=1, description="tokens of one optimizer step over all ranks")
-    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
-    optimizer: OptimizerSection = OptimizerSection()
-    schedule: ScheduleSection = ScheduleSection()
-    grad_clip: float = Field(1.0, ge=0, description="0 turns clipping off")
+    seed: int = Field(
+        1337, ge=0, lt=2**63, description="Seed of the initial weights, of the order of the data and of dropout."
+    )
+    steps: int | None = Field(None, ge=1, description="Optimizer steps of the complete run. Or give train.tokens.")
+    tokens: float | None = Field(
+        None, gt=0, description="Tokens of the complete run, rounded up to full steps. Instead of train.steps."
+    )
+    global_batch_tokens: int = Field(
+        ge=1, description="Tokens per optimizer step, over all ranks; a multiple of data.seq_len."
+    )
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Samples per forward pass of a rank; gradients are accumulated up to the global batch. auto: the "
+        "largest that divides the batch and has at most 16,384 tokens. Changes speed and memory, not the loss.",
+    )
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+        "auto", description="Arithmetic of forward and backward. auto: bf16 if the device has it, else fp32."
+    )
+    optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer and its settings.")
+    schedule: ScheduleSection = Field(ScheduleSection(), description="The learning rate over the run.")
+    grad_clip: float = Field(
+        1.0, ge=0, description="Scale the gradient down if its global norm is larger than this; 0 = off."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -118,61 +196,92 @@ class TrainSection(Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the complete run."""
         return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / self.global_batch_tokens)
 
 
 class EvalSection(Section):
     """Validation on a fixed set of windows, the same at every evaluation."""
 
-    every_steps: int = Field(1000, ge=0, description="0: never")
-    windows: int = Field(200, ge=1)
+    every_steps: int = Field(1000, ge=0, description="Steps between evaluations; 0 = never. The last step evaluates.")
+    windows: int = Field(200, ge=1, description="Validation windows of data.seq_len tokens per evaluation.")
 
 
 class CheckpointSection(Section):
-    """When to save and what to keep."""
+    """When checkpoints are saved and which are kept."""
 
-    every_steps: int = Field(1000, ge=0, description="0: only at the end or when stopped")
-    keep: int = Field(3, ge=1, description="the newest n stay")
-    keep_best: int = Field(1, ge=0, description="the n of lowest validation loss stay, of those evaluated when saved")
-    keep_every_steps: int = Field(0, ge=0, description="checkpoints at multiples of it stay for ever; 0: none")
-    async_write: bool = Field(False, description="copy to host memory, write while training; needs memory for a copy")
-    timeout_s: float = Field(1800.0, gt=0, description="a rank that comes later than this to a save ends the run")
+    every_steps: int = Field(
+        1000, ge=0, description="Steps between checkpoints; 0 = only at the end and when a signal stops the run."
+    )
+    keep: int = Field(3, ge=1, description="Keep the newest N checkpoints.")
+    keep_best: int = Field(
+        1,
+        ge=0,
+        description="Also keep the N checkpoints with the lowest validation loss, among those saved at an evaluation.",
+    )
+    keep_every_steps: int = Field(0, ge=0, description="Also keep every checkpoint at a multiple of N steps; 0 = off.")
+    async_write: bool = Field(
+        False,
+        description="Copy the state to host memory and write it in the background while training continues. Needs "
+        "host memory for one copy.",
+    )
+    timeout_s: float = Field(
+        1800.0, gt=0, description="Seconds to wait for all ranks at a save before the run fails and names the missing."
+    )
 
 
 class AnomalySection(Section):
-    """What to do when a step's numbers are wrong, before the optimizer takes it."""
+    """What happens if the loss or the gradient of a step is bad, before the optimizer applies it."""
 
-    nonfinite: Literal["stop", "skip", "rewind"] = Field("stop", description="loss or gradient is NaN or infinite")
-    spike: Literal["off", "stop", "skip", "rewind"] = Field("off", description="loss or gradient norm out of line")
-    zscore: float = Field(10.0, gt=0, description="a spike is that many robust standard deviations above the median")
-    window: int = Field(128, ge=8, description="accepted steps that a step is compared with")
-    limit: int = Field(5, ge=1, description="this many anomalies in a row are dealt with, then the run stops")
+    nonfinite: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="If the loss or the gradient norm is NaN or infinite: stop the run, skip the step, or rewind to "
+        "the newest scheduled checkpoint and continue after the bad batch.",
+    )
+    spike: Literal["off", "stop", "skip", "rewind"] = Field(
+        "off", description="If the loss or the gradient norm is a spike (anomalies.zscore): nothing, or as nonfinite."
+    )
+    zscore: float = Field(
+        10.0, gt=0, description="A value is a spike if it is this many robust standard deviations above the median."
+    )
+    window: int = Field(128, ge=8, description="Number of accepted steps that give the median and the deviation.")
+    limit: int = Field(5, ge=1, description="Handle this many anomalies in a row; stop the run at the next one.")
 
 
 class MonitorSection(Section):
-    """What is written while the run goes on."""
+    """What is logged during the run."""
 
-    log_every_steps: int = Field(10, ge=1, description="console and TensorBoard; metrics.jsonl has every step")
-    tensorboard: bool = True
-    histograms_every_steps: int = Field(0, ge=0, description="norms of gradients and weights per layer; 0: never")
-    sample_prompts: list[str] = Field([], description="continued at each evaluation: samples.jsonl, TensorBoard's text")
-    sample_tokens: int = Field(64, ge=1, description="tokens of each of these texts")
+    log_every_steps: int = Field(
+        10, ge=1, description="Steps between lines on the console and in TensorBoard; metrics.jsonl has every step."
+    )
+    tensorboard: bool = Field(True, description="Write TensorBoard events to <run folder>/tensorboard.")
+    histograms_every_steps: int = Field(
+        0, ge=0, description="Steps between norms of gradients and weights per layer, in TensorBoard; 0 = never."
+    )
+    sample_prompts: list[str] = Field(
+        [], description="Prompts to continue at each evaluation, for samples.jsonl and TensorBoard."
+    )
+    sample_tokens: int = Field(64, ge=1, description="Tokens generated for each prompt.")
 
 
 class RunFile(Section):
-    """A whole run file. `name` gives the run folder <runs_dir>/<name>."""
+    """A complete run file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs_dir: str = "runs"
-    model: ModelSection  # type: ignore[valid-type]  # made by create_model from GPTConfig, so that fields live once
-    data: DataSection
-    train: TrainSection
-    eval: EvalSection = EvalSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    anomalies: AnomalySection = AnomalySection()
-    monitor: MonitorSection = MonitorSection()
-    deepspeed: str = Field("zero1", description="a name in ds_configs/, or a path (anything with a slash)")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; its folder is <runs_dir>/<name>."
+    )
+    runs_dir: str = Field("runs", description="Folder that holds the run folders.")
+    # create_model builds ModelSection from GPTConfig, so that each field of the model is defined once.
+    model: ModelSection = Field(description="Shape of the model: a preset, fields, or both.")  # type: ignore[valid-type]
+    data: DataSection = Field(description="The dataset and how it is cut into samples.")
+    train: TrainSection = Field(description="Length, batch, precision and optimizer.")
+    eval: EvalSection = Field(EvalSection(), description="Validation during training.")
+    checkpoint: CheckpointSection = Field(CheckpointSection(), description="When to save and what to keep.")
+    anomalies: AnomalySection = Field(AnomalySection(), description="What to do about NaN and loss spikes.")
+    monitor: MonitorSection = Field(MonitorSection(), description="What to log.")
+    deepspeed: str = Field(
+        "zero1", description="A name in ds_configs/, or a path to a DeepSpeed JSON (any value with a slash)."
+    )
 
     @field_validator("name")
     @classmethod
@@ -182,7 +291,7 @@ class RunFile(Section):
         return value
 
     @model_validator(mode="after")
-    def _whole_samples(self) -> RunFile:
+    def _full_samples(self) -> RunFile:
         tokens, seq_len = self.train.global_batch_tokens, self.data.seq_len
         if tokens % seq_len:
             low = max(seq_len, tokens // seq_len * seq_len)
@@ -193,7 +302,7 @@ class RunFile(Section):
         if self.train.schedule.warmup_steps >= self.train.total_steps:
             raise ValueError(
                 f"train.schedule.warmup_steps = {self.train.schedule.warmup_steps} leaves no step of the "
-                f"{self.train.total_steps} of the run for training at the full learning rate"
+                f"run's {self.train.total_steps} for training at the full learning rate"
             )
         return self
 
@@ -208,15 +317,15 @@ class RunFile(Section):
         return Path(self.runs_dir) / self.name
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """Build the model's configuration; what the run file leaves out comes from the preset, then the dataset.
+        """The configuration of the model. A key that the run file omits comes from the preset, else from the dataset.
 
-        Raises ConfigError where the pieces do not fit each other.
+        `vocab_size` is the dataset's. Raises ConfigError if the values contradict each other.
         """
         given = {k: v for k, v in self.model.model_dump().items() if v is not None}  # type: ignore[attr-defined]
         name = given.pop("preset", None)
         if name is not None and name not in PRESETS:
             raise ConfigError(
-                f"model.preset: {name!r} is no preset{nearest(name, PRESETS)} There are: {', '.join(PRESETS)}."
+                f"model.preset: unknown preset {name!r}{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}."
             )
         fields: dict[str, Any] = {**(PRESETS[name] if name else {}), **given}
         if "vocab_size" not in given:
@@ -229,7 +338,7 @@ class RunFile(Section):
         if fields["max_seq_len"] < self.data.seq_len:
             raise ConfigError(
                 f"data.seq_len = {self.data.seq_len} is longer than the model's max_seq_len = {fields['max_seq_len']}; "
-                "lower the one or raise model.max_seq_len."
+                "lower data.seq_len or raise model.max_seq_len."
             )
         missing = [
             f.name for f in dataclasses.fields(GPTConfig) if f.default is dataclasses.MISSING and f.name not in fields

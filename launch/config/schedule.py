@@ -1,4 +1,9 @@
-"""Schedule."""
+"""The learning rate of each step: learning_rate(step, run.train), a function without state.
+
+A resumed run computes the same rates as an uninterrupted one, because nothing but the step number goes in. The shapes
+are cosine (SGDR, arXiv:1608.03983), linear, constant, and wsd (MiniCPM, arXiv:2404.06395): constant, then a linear
+decay at the end. Warm-up is nanoGPT's.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,9 @@ from packspeed.launch.config.run_file import TrainSection
 
 
 def learning_rate(step: int, train: TrainSection) -> float:
-    """The learning rate of the given optimizer step (the first is 0): warm-up, then the schedule's shape.
+    """The learning rate of an optimizer step, counted from 0: linear warm-up, then the schedule's shape.
 
-    Warm-up as in nanoGPT, lr (step + 1) / (warmup_steps + 1): no step is spent at zero.
-    Cosine: SGDR, arXiv:1608.03983; WSD: MiniCPM, arXiv:2404.06395, with a linear decay at the end.
+    The rate of warm-up is lr (step + 1) / (warmup_steps + 1), so the first step already learns.
     """
     peak, schedule, total = train.optimizer.lr, train.schedule, train.total_steps
     if step < schedule.warmup_steps:

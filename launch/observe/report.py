@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from packspeed.launch.config import effects
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.observe.charts import COLORS, SCRIPT, STYLE, Chart, Series, line_chart, short_number, smoothed
 from packspeed.launch.observe.goodput import BUCKETS, LABELS, Account, account, duration
@@ -27,13 +28,7 @@ from packspeed.launch.observe.png import write_png
 from packspeed.launch.run_folder.folder import flatten
 from packspeed.launch.run_folder.formats import AnomalyLine, EvaluationLine, MetricsLine, SamplesLine, StepLine
 
-# Settings of config.yaml that change no loss, except through the order of rounding.
-SPEED_ONLY = (
-    "name", "runs_dir", "checkpoint.", "monitor.", "eval.", "train.micro_batch", "data.cache_", "deepspeed",
-    "model.activation_checkpointing", "model.kernels", "environment.",
-)  # fmt: skip
-
-# Settings of ds_config.json that can change the loss. Most of the others choose a layout.
+# Keys of ds_config.json that can change the loss; the run file's are in config/effects.py.
 DS_CHANGES_LOSS = (
     "communication_data_type", "data_types.", "prescale_gradients", "gradient_predivide_factor", "fp16.", "bf16.",
     "torch_autocast.", "zero_optimization.zero_quantized",
@@ -152,7 +147,7 @@ def can_change_the_loss(key: str) -> bool:
     """Return whether a setting can change the loss by more than the order of rounding does."""
     if key.startswith("ds_config."):
         return key.removeprefix("ds_config.").startswith(DS_CHANGES_LOSS)
-    return not key.startswith(SPEED_ONLY)
+    return not key.startswith("environment.") and effects.can_change_the_loss(key)
 
 
 def report(folders: Sequence[Path], out: Path) -> list[Run]:

@@ -1,0 +1,56 @@
+"""`packspeed audit`: which documents a training step read, and which steps read a document. Loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from packspeed.data.checks.audit import audit_step, steps_of
+from packspeed.data.errors import UsageError
+from packspeed.launch.commands.options import Json, show
+from packspeed.launch.config.run_data import batches_of_run, loader_of_run, vetoed_steps_of_run
+
+
+def audit(
+    run: Annotated[Path, typer.Option(help="A run folder.")],
+    step: Annotated[int | None, typer.Option(min=1, help="List the documents in the batch of this step.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the text that was predicted, too.")] = False,
+    document: Annotated[
+        str | None,
+        typer.Option(metavar="SHARD:INDEX", help="List the steps that saw this document, for example train-00000:17."),
+    ] = None,
+    source: Annotated[int, typer.Option(min=0, help="Number of the document's source in a mixture, from 0.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """List the documents in a training step, or the steps that saw a document."""
+    loader = loader_of_run(run)
+    batches = batches_of_run(run, loader.global_batch)
+    if step is not None and document is None:
+        rows = list(audit_step(loader, batches.get(step, step - 1), text))
+        anomalies = [entry for entry in vetoed_steps_of_run(run) if entry["step"] == step]
+        lines = [_describe_anomaly(entry) for entry in anomalies] + [_describe_document(row) for row in rows]
+        show({"step": step, "documents": rows, "anomalies": anomalies}, lines, json_output)
+    elif document is not None and step is None:
+        shard, _, index = document.partition(":")
+        if not index.isdigit():
+            raise UsageError(f"--document {document}: write it as SHARD:INDEX, for example train-00000:17.")
+        end = max(batches.values(), default=-1) + 1
+        seen = set(steps_of(loader, source, shard, int(index), end))
+        steps = [number for number, batch in batches.items() if batch in seen]
+        line = f"{document} was in {len(steps)} of {len(batches)} steps: {', '.join(map(str, steps)) or 'none'}"
+        show({"document": document, "source": source, "steps": steps}, [line], json_output)
+    else:
+        raise UsageError("Give either --step N or --document SHARD:INDEX.")
+
+
+def _describe_anomaly(entry: dict[str, Any]) -> str:
+    last = entry["first_sample"] + entry["samples"] - 1
+    action = f"{entry['policy']}, back to step {entry['back_to']}" if "back_to" in entry else entry["policy"]
+    return f"not taken: {entry['reason']} on samples {entry['first_sample']} to {last} ({action})"
+
+
+def _describe_document(row: dict[str, Any]) -> str:
+    line = f"sample {row['sample']}: {row['source']} {row['shard']}:{row['index']}, {row['tokens']} tokens from"
+    return f"{line} {row['first_token']}" + (f"\n{row['text']}" if "text" in row else "")

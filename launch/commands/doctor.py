@@ -1,0 +1,49 @@
+"""`packspeed doctor`: is every host ready to train?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from packspeed.launch.cluster import doctor as examination
+from packspeed.launch.cluster.attempt import LaunchOptions
+from packspeed.launch.cluster.hosts import Host, forwarded_environment, read_hostfile
+from packspeed.launch.commands.options import Hostfile, Json, Overrides, Python, SshConfig
+from packspeed.launch.config.loading import load_run_file
+
+
+def doctor(
+    run_file: Annotated[
+        Path | None, typer.Argument(help="Check the dataset and the run folder of this run file on every host, too.")
+    ] = None,
+    overrides: Overrides = None,
+    hostfile: Hostfile = None,
+    bandwidth: Annotated[
+        bool, typer.Option(help="Run an all-reduce over all hosts and measure the rate of every link.")
+    ] = True,
+    torch: Annotated[
+        bool | None,
+        typer.Option(help="Run an all-reduce with torch (NCCL, gloo), too. Default: on hosts with accelerators."),
+    ] = None,
+    python: Python = sys.executable,
+    ssh_config: SshConfig = None,
+    json_output: Json = False,
+) -> None:
+    """Check that every host is ready to train. Exit code 1: a check failed.
+
+    Prints what to do for every failed check. Trains nothing.
+    """
+    run = load_run_file(run_file, overrides or []) if run_file else None
+    hosts = read_hostfile(hostfile) if hostfile else [Host("localhost", 1)]
+    options = LaunchOptions(hosts, forwarded_environment([]), Path.cwd(), python, ssh_config)
+    report = examination.examine(options, run, bandwidth, torch)
+    if json_output:
+        print(json.dumps(report))
+    else:
+        examination.show(report, shutil.get_terminal_size().columns)
+    raise typer.Exit(0 if report["ok"] else 1)

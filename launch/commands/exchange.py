@@ -1,0 +1,49 @@
+"""`packspeed import-data` and `packspeed export-data`: token files of other projects in and out. Loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from packspeed.data import dataset
+from packspeed.data.exchange import interchange
+from packspeed.launch.commands.inspect import describe_dataset
+from packspeed.launch.commands.options import DatasetFolder, Json, show
+
+
+def import_data(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="PREFIX of a .bin/.idx pair, a .bin file, or a folder of MDS shards."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the dataset, new or empty.")],
+    tokenizer: Annotated[str, typer.Option(help="The tokenizer that made the tokens.")],
+    val: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Validation files, in the same forms (repeatable).")
+    ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="Use Megatron pairs in place, by links, instead of copying them.")
+    ] = False,
+    append_eot: Annotated[
+        bool, typer.Option("--append-eot", help="Append end-of-text to documents that do not end with it.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Make a dataset from Megatron, nanoGPT, llm.c, modded-nanogpt or MosaicML files."""
+    interchange.import_data(sources, val or [], out, tokenizer, link=link, append_eot=append_eot)
+    facts = dataset.inspect(out)
+    show(facts, describe_dataset(facts), json_output)
+
+
+def export_data(
+    path: DatasetFolder,
+    to: Annotated[str, typer.Option(help="megatron, nanogpt, llmc (also read by modded-nanogpt) or mds.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to, new or empty.")],
+    json_output: Json = False,
+) -> None:
+    """Write a dataset in another project's format."""
+    format_name: Any = to  # export_data rejects an unknown format
+    written = [str(name) for name in interchange.export_data(path, out, format_name)]
+    show({"written": written}, written, json_output)

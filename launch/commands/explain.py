@@ -1,0 +1,29 @@
+"""`packspeed explain`: every effective setting of a run, and every finding of the lint rules."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from packspeed.launch.commands.options import Json, Overrides, RunFileArgument
+from packspeed.launch.explain import explain as explanation
+
+
+def explain(
+    run_file: RunFileArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Solve the batch for this many ranks. Default: one per GPU; without a GPU, one.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Print every effective setting, who set it, and what is wrong with it.
+
+    Exit code 1: training would refuse the files. docs/troubleshooting.md describes every finding.
+    """
+    result = explanation.explain(run_file, overrides or [], ranks)
+    print(json.dumps(result.as_dict()) if json_output else explanation.text(result))
+    if any(finding.kind == "refused" for finding in result.problems):
+        raise typer.Exit(1)

@@ -1,0 +1,75 @@
+"""`packspeed generate`: text from a checkpoint.
+
+The imports inside the function load torch, 2 to 4 s: --help and usage errors must not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from packspeed.launch.commands.options import CheckpointStep, Json, RunOrCheckpoint, TokenizerFile
+from packspeed.launch.config.errors import ConfigError
+
+
+def generate(
+    run: RunOrCheckpoint,
+    prompt: Annotated[list[str] | None, typer.Option(help="The text to continue (repeatable).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Divides the logits; 0 always takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the K most likely tokens; 0 = from all.")] = 200,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens that sum to this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")] = 1337,
+    num_samples: Annotated[int, typer.Option(min=1, help="Continuations per prompt; each uses the next seed.")] = 1,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Continue each line typed at the terminal.")
+    ] = False,
+    checkpoint: CheckpointStep = None,
+    tokenizer: TokenizerFile = None,
+    json_output: Json = False,
+) -> None:
+    """Continue prompts with a checkpoint of a run, on the CPU or one GPU.
+
+    Reads checkpoints of every ZeRO stage.
+    """
+    prompts = prompt or [""]
+    if interactive and (json_output or prompt or num_samples > 1):
+        raise ConfigError(
+            "--interactive reads prompts from the terminal: leave out --prompt, --num-samples and --json."
+        )
+    if top_p == 0.0:
+        raise ConfigError(
+            "--top-p 0 leaves no token to choose: give a number above 0, or --temperature 0 for the most likely token."
+        )
+    from packspeed.launch.inference.generate import Sampling, Writer, converse, write_many
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    writer = Writer(run, checkpoint, tokenizer)
+    if interactive:
+        print("Type the beginning of a text. Ctrl-C stops a continuation, Ctrl-D quits.", file=sys.stderr)
+        converse(writer, sampling, lambda: input("> "), _print_piece)
+        return
+    if len(prompts) * num_samples == 1:
+        if not json_output:
+            _print_piece(prompts[0])
+        (text,) = writer.write(prompts, sampling, say=None if json_output else _print_piece)
+        facts = {"checkpoint": str(writer.checkpoint), "prompt": text.prompt, "text": text.text, "tokens": text.tokens}
+        print(json.dumps(facts) if json_output else "")
+        return
+    result = write_many(writer, prompts, sampling, num_samples)
+    if json_output:
+        print(json.dumps(result))
+        return
+    for sample in result["samples"]:
+        print(f"{sample['prompt']}{sample['text']}\n{'-' * 40}", flush=True)
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,125 @@
+"""`packspeed launch`: train on several hosts, supervised, or print the job for a scheduler."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from packspeed.launch.cluster import render as rendering
+from packspeed.launch.cluster.attempt import LaunchOptions
+from packspeed.launch.cluster.hosts import Host, forwarded_environment, read_hostfile
+from packspeed.launch.cluster.local_launcher import (
+    default_ranks,
+    hostfile_command,
+    local_accelerators,
+    run_launcher,
+)
+from packspeed.launch.cluster.supervisor import Supervisor
+from packspeed.launch.commands.options import (
+    Fresh,
+    HangSeconds,
+    Hostfile,
+    Overrides,
+    Python,
+    RunFileArgument,
+    SshConfig,
+)
+from packspeed.launch.config.deepspeed_json import load_ds_config
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.run_folder.folder import move_aside
+
+
+def launch(
+    run_file: RunFileArgument,
+    overrides: Overrides = None,
+    hostfile: Hostfile = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Without a hostfile: ranks on this machine. With --nodes: ranks per node.")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--env",
+            metavar="NAME[=VALUE]",
+            help="Set this variable on every host, in addition to NCCL_*, CUDA_*, OMP_*, HF_* ... (repeatable).",
+        ),
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="ssh (supervised), or pdsh or openmpi (DeepSpeed's, unsupervised).")
+    ] = "ssh",
+    max_restarts: Annotated[int, typer.Option(help="Restarts after a failure, on the hosts that still answer.")] = 0,
+    hang_s: HangSeconds = 600,
+    take_back_s: Annotated[
+        float, typer.Option("--take-back", help="Retry dropped hosts every N seconds and add them again; 0 = never.")
+    ] = 0,
+    master_port: Annotated[int, typer.Option(help="Port of the rendezvous. Default: a free one.")] = 0,
+    fresh: Fresh = False,
+    python: Python = sys.executable,
+    ssh_config: SshConfig = None,
+    render: Annotated[
+        str | None,
+        typer.Option(help="Print a job, start nothing: slurm or k8s (with --nodes), or no_ssh (with a hostfile)."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Nodes of a rendered job.")] = 1,
+    image: Annotated[str, typer.Option(help="Container image of a rendered Kubernetes job.")] = "packspeed:latest",
+    dry: Annotated[bool, typer.Option("--plan", help="Print which host runs which ranks; start nothing.")] = False,
+) -> None:
+    """Train on the hosts of a hostfile; restart after failures.
+
+    Exit codes are those of packspeed train; 1 if the last restart failed.
+    """
+    sets = overrides or []
+    run = load_run_file(run_file, sets)
+    load_ds_config(run.deepspeed)
+    if render in ("slurm", "k8s"):
+        print(_scheduler_job(render, run_file, sets, nodes, ranks or default_ranks(run), env or [], image))
+        return
+    hosts = read_hostfile(hostfile) if hostfile else [Host("localhost", ranks or default_ranks(run))]
+    if render not in (None, "no_ssh"):
+        raise ConfigError(f"--render {render}: choose slurm, k8s or no_ssh.")
+    if launcher not in ("ssh", "pdsh", "openmpi"):
+        raise ConfigError(f"--launcher {launcher}: choose ssh, pdsh or openmpi.")
+    arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
+    options = LaunchOptions(
+        hosts,
+        forwarded_environment(env or []),
+        Path.cwd(),
+        python,
+        ssh_config,
+        master_port,
+        max_restarts,
+        hang_s,
+        take_back_s,
+    )
+    supervisor = Supervisor(run, options, arguments, lambda line: print(line, flush=True))
+    if render == "no_ssh":
+        print(rendering.no_ssh(supervisor.plan(first=True), arguments, cwd=str(Path.cwd()), python=python))
+        return
+    if dry or launcher != "ssh":
+        plan = supervisor.plan(first=True)
+        print(*plan.lines(), sep="\n", flush=True)
+        if dry:
+            return
+    if fresh and run.folder.exists():
+        move_aside(run.folder)
+    if launcher != "ssh":
+        raise typer.Exit(run_launcher(hostfile_command(plan, launcher, run.folder.parent, arguments)))
+    (run.folder / "logs").mkdir(parents=True, exist_ok=True)
+    raise typer.Exit(supervisor.supervise())
+
+
+def _scheduler_job(
+    scheduler: str, run_file: Path, overrides: list[str], nodes: int, ranks: int, env: list[str], image: str
+) -> str:
+    """The sbatch script or the Kubernetes Job that runs this run file."""
+    name, variables = run_file.stem, forwarded_environment(env)
+    if scheduler == "k8s":
+        return rendering.k8s(str(run_file), overrides, nodes, ranks, image=image, name=name, env=variables)
+    return rendering.slurm(
+        str(run_file), overrides, nodes, ranks, name=name, env=variables, cwd=str(Path.cwd()),
+        gpus=bool(local_accelerators()),
+    )  # fmt: skip

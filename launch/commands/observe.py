@@ -1,0 +1,66 @@
+"""`packspeed goodput`, `report` and `watch`: they read the files of a run. None of them loads torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from packspeed.launch.commands.options import Json, RunFolder
+from packspeed.launch.config.errors import UserError
+from packspeed.launch.observe import console
+from packspeed.launch.observe import report as reporting
+from packspeed.launch.observe.goodput import account, table
+from packspeed.launch.run_folder.phase_timer import FILE
+
+
+def goodput(run: RunFolder, json_output: Json = False) -> None:
+    """Show where the wall-clock time of a run went, over all restarts."""
+    phases = account(run)
+    if phases is None:
+        raise UserError(f"{run / FILE}: nothing was recorded there. Give the run folder that training printed.")
+    print(json.dumps(phases.as_dict()) if json_output else table(phases))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the curves of several are drawn over each other.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write each chart as a PNG into this folder, too.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write an HTML report that compares runs; it needs no network.
+
+    It shows curves, configuration, speed, goodput, restarts and samples.
+    """
+    read = reporting.report(runs, out)
+    pictures = [str(path) for path in reporting.write_pngs(read, png)] if png else []
+    if json_output:
+        loss, speed = reporting.differences(read)
+        names = [run.name for run in read]
+        facts = {"out": str(out), "png": pictures, "runs": names, "can_change_the_loss": loss, "only_speed": speed}
+        print(json.dumps(facts))
+    else:
+        print("\n".join(f"wrote {path}" for path in (out, *pictures)))
+
+
+def watch(
+    run: RunFolder,
+    once: Annotated[bool, typer.Option(help="Show the current state and exit.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Follow a run from its files, in another terminal or on another host."""
+    if not json_output:
+        console.watch(run, once)
+        return
+    follower = console.Follower(run)
+    follower.update()
+    progress = follower.progress
+    print(json.dumps({
+        "name": progress.name, "state": progress.state, "note": progress.note, "total_steps": progress.total_steps,
+        "last": progress.last or {}, "validation": progress.evaluation or {}, "left_s": round(progress.left_s, 1),
+        "checkpoint": progress.checkpoint, "restarts": progress.restarts,
+    }))  # fmt: skip

@@ -1,0 +1,59 @@
+"""Arguments and options that several commands share, and how commands print their result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunFileArgument = Annotated[Path, typer.Argument(help="The run file (YAML).")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart.")]
+RunOrCheckpoint = Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")]
+DatasetFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by packspeed prepare.")]
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the run file (repeatable)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+LocalRanks = Annotated[
+    int | None, typer.Option(help="Ranks on this machine. Default: one per GPU; without a GPU, one.")
+]
+SameRanks = Annotated[int | None, typer.Option(help="Ranks on this machine. Default: as packspeed train.")]
+Fresh = Annotated[bool, typer.Option(help="Move an existing run folder aside and start at step 0.")]
+
+# What to read: prepare, tokenizer train
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, URLs, or Hub names as hf:owner/name.")
+]
+TextKey = Annotated[str, typer.Option(help="Key or column that holds the text, in jsonl, parquet and Hub records.")]
+Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="In folders, read only these (repeatable).")]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="In folders, skip these (repeatable).")]
+SkipBad = Annotated[int, typer.Option(min=0, metavar="N", help="Skip up to N bad documents.")]
+
+# Which checkpoint: generate, eval, export
+CheckpointStep = Annotated[
+    int | None,
+    typer.Option("--checkpoint", min=0, metavar="STEP", help="Use the checkpoint of this step. Default: the newest."),
+]
+TokenizerFile = Annotated[
+    str | None, typer.Option(help="Use this tokenizer (a name or a file) instead of the run's own.")
+]
+
+# Hosts: launch, doctor, rehearse
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", "-H", help="File with one host per line, as: node-1 slots=8")
+]
+Python = Annotated[str, typer.Option(help="Path of the Python that has Packspeed installed, the same on every host.")]
+SshConfig = Annotated[Path | None, typer.Option(help="ssh configuration file to use instead of ~/.ssh/config.")]
+HangSeconds = Annotated[
+    float, typer.Option("--hang-seconds", help="Seconds without progress before the run counts as hung.")
+]
+
+
+def show(facts: Mapping[str, object], lines: Sequence[str], json_output: bool) -> None:
+    """Print the result of a command: `facts` as one JSON object with --json, else `lines` for people."""
+    print(json.dumps(facts) if json_output else "\n".join(lines))

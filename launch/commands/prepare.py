@@ -1,0 +1,118 @@
+"""`packspeed prepare`: text to a token dataset. Loads no torch.
+
+With --json stdout holds exactly one JSON object. Progress goes to stderr, and only if stderr is a terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from packspeed.data import dataset
+from packspeed.data.errors import UsageError
+from packspeed.data.prepare import prepare as preparation
+from packspeed.data.prepare.prepare import Progress
+from packspeed.launch.commands.inspect import describe_dataset, verify_dataset
+from packspeed.launch.commands.options import Exclude, Include, Json, SkipBad, Sources, TextKey, show
+
+
+def prepare(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="Folder of the dataset, new or empty.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="A tiktoken name, a .tiktoken or tokenizer.json file, or bytes.")
+    ] = "gpt2",
+    text_key: TextKey = "text",
+    include: Include = None,
+    exclude: Exclude = None,
+    val_fraction: Annotated[float, typer.Option(help="Fraction of the documents used for validation.")] = 0.005,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Start a new shard after this many tokens.")] = 2**28,
+    skip_bad: SkipBad = 0,
+    dedup: Annotated[
+        str | None, typer.Option(metavar="exact", help="Drop documents that are identical to an earlier one.")
+    ] = None,
+    shuffle_documents: Annotated[bool, typer.Option(help="Shuffle the documents.")] = False,
+    shuffle_seed: Annotated[int, typer.Option(min=0, help="Seed of --shuffle-documents.")] = 1337,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes. The dataset is the same for any number.")] = 1,
+    encoder: Annotated[str, typer.Option(help="auto, gigatoken or tiktoken; all give the same tokens.")] = "auto",
+    task_index: Annotated[int | None, typer.Option(help="Number of this task, from 0, of --task-count.")] = None,
+    task_count: Annotated[int | None, typer.Option(help="Number of tasks that share the work and the folder.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the dataset after all tasks have finished.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the dataset in the folder.")] = False,
+    check: Annotated[bool, typer.Option("--verify", help="Check every byte afterwards, as verify does.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Turn text into a token dataset. Run it again to continue after a crash."""
+    if dedup not in (None, "exact"):
+        raise UsageError(f"--dedup {dedup}: the only choice is exact.")
+    if encoder not in ("auto", "gigatoken", "tiktoken"):
+        raise UsageError(f"--encoder {encoder}: choose auto, gigatoken or tiktoken.")
+    if (task_index is None) != (task_count is None) or (merge and task_count is not None):
+        raise UsageError("Give --task-index and --task-count together; give --merge without them, after all tasks.")
+    common: dict[str, Any] = {
+        "text_key": text_key,
+        "include": include or (),
+        "exclude": exclude or (),
+        "skip_bad": skip_bad,
+        "workers": workers,
+        "encoder": encoder,
+    }
+    with _progress_line("preparing") as progress:
+        if task_index is not None and task_count is not None:
+            units = preparation.prepare_part(
+                sources, out, tokenizer, task_index=task_index, task_count=task_count, progress=progress, **common
+            )
+            facts = {"path": str(out), "task_index": task_index, "task_count": task_count, "units": units}
+            line = (
+                f"{out}: task {task_index} of {task_count} has finished {units} units. After all tasks, run prepare "
+                "with --merge."
+            )
+            show(facts, [line], json_output)
+            return
+        preparation.prepare(
+            sources,
+            out,
+            tokenizer,
+            val_fraction=val_fraction,
+            shard_tokens=shard_tokens,
+            dedup=dedup is not None,
+            shuffle_seed=shuffle_seed if shuffle_documents else None,
+            overwrite=overwrite,
+            only_merge=merge,
+            progress=progress,
+            **common,
+        )
+    facts = dataset.inspect(out)
+    lines, ok = describe_dataset(facts), True
+    if check:
+        facts["verify"], checked, ok = verify_dataset(out)
+        lines += checked
+    show(facts, lines, json_output)
+    if not ok:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress_line(title: str) -> Iterator[Callable[[Progress], None] | None]:
+    """A live line on stderr; yields None if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(title) as status:
+
+        def update(now: Progress) -> None:
+            percent = f"{100 * now.bytes_done / now.bytes_total:.0f}%, " if now.bytes_total else ""
+            left = f", {now.left_s // 60:.0f}:{now.left_s % 60 // 1:02.0f} left" if now.left_s is not None else ""
+            status.update(
+                f"{title}: {percent}{now.documents:,} documents, {now.text_bytes / 1e6:,.0f} MB, "
+                f"{now.tokens / 1e6:,.1f} Mtok, {now.tokens_per_s / 1e6:.1f} Mtok/s{left}"
+            )
+
+        yield update

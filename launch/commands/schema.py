@@ -1,0 +1,18 @@
+"""`packspeed schema`: every key of a run file, for editors (JSON Schema) or for people (docs/run_file.md)."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.explain.reference import run_file_page
+
+
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/run_file.md instead.")] = False,
+) -> None:
+    """Print the schema of run files, as JSON Schema or as Markdown."""
+    print(run_file_page() if markdown else json.dumps(RunFile.model_json_schema(), indent=2))

@@ -1,0 +1,30 @@
+"""`packspeed train`: check the run file and the DeepSpeed JSON, then start training on this machine."""
+
+from __future__ import annotations
+
+import typer
+
+from packspeed.launch.cluster.local_launcher import default_ranks, launcher_command, run_launcher
+from packspeed.launch.commands.options import Fresh, LocalRanks, Overrides, RunFileArgument
+from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.deepspeed_json import load_ds_config
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.loading import load_run_file
+
+
+def train(
+    run_file: RunFileArgument, overrides: Overrides = None, fresh: Fresh = False, ranks: LocalRanks = None
+) -> None:
+    """Train on this machine: check both files, then run deepspeed launch/train.py.
+
+    The same command resumes a stopped or crashed run.
+    """
+    run = load_run_file(run_file, overrides or [])
+    load_ds_config(run.deepspeed)
+    count = ranks if ranks is not None else default_ranks(run)
+    if count < 1:
+        raise ConfigError(f"--ranks {count}: give at least 1.")
+    # Only for its errors: each rank solves the batch again, but a wrong number of ranks must fail before they start.
+    solve_batch(run.global_batch, run.data.seq_len, count, run.train.micro_batch)
+    arguments = ["--config", str(run_file), *(f"--set={o}" for o in overrides or []), *(["--fresh"] if fresh else [])]
+    raise typer.Exit(run_launcher(launcher_command(count, arguments)))
