@@ -17,15 +17,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from packspeed.data.dataset import TokenDataset, Tokens
+from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.order import ORDER_VERSION, Order, Shuffle
+from packspeed.data.storage.manifest import Tokens
 
 
 @dataclass(frozen=True)
@@ -246,33 +246,6 @@ class Loader:
                 f"{ORDER_VERSION}: the run would repeat and miss samples. Continue it with the packspeed that began it."
             )
         return state["step"]
-
-
-def make_loader(
-    dataset: TokenDataset,
-    *,
-    seq_len: int,
-    global_batch: int,
-    seed: int,
-    shuffle: Shuffle = "blocks",
-    packing: str = "stream",
-    document_mask: bool = False,
-    source: int = 0,
-) -> Loader:
-    """The loader of a split `train` for a packing: stream, best_fit or bos_aligned. Errors as Loader's."""
-    if packing == "stream":
-        return Loader(
-            dataset, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle,
-            document_mask=document_mask, source=source,
-        )  # fmt: skip
-    from packspeed.data.packing import PackedLoader
-
-    if packing not in ("best_fit", "bos_aligned"):
-        raise UsageError(f"There is no packing {packing!r}: choose stream, best_fit or bos_aligned.")
-    mode: Literal["best_fit", "bos_aligned"] = "best_fit" if packing == "best_fit" else "bos_aligned"
-    return PackedLoader(
-        dataset, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle, packing=mode, source=source
-    )
 
 
 class Prefetcher:

@@ -23,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from packspeed.data.dataset import open_dataset
 from packspeed.data.errors import UsageError
-from packspeed.data.loader import Batch, Loader, make_loader
+from packspeed.data.loader import Batch, Loader
 from packspeed.data.order import Permutation, Shuffle
+from packspeed.data.packing import make_loader
+from packspeed.data.remote import open_dataset
 
 MIXTURE_VERSION = 1
 

@@ -25,10 +25,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from packspeed.data.dataset import TokenDataset, Tokens
-from packspeed.data.errors import DataError
+from packspeed.data.dataset import TokenDataset
+from packspeed.data.errors import DataError, UsageError
 from packspeed.data.loader import Batch, Loader, stretch_positions
 from packspeed.data.order import Permutation, Shuffle
+from packspeed.data.storage.manifest import Tokens
 
 PACKING_VERSION = 1
 
@@ -289,3 +290,28 @@ class _PackedEpoch:
             places[inside] = first + self._permute(group)(slots[inside] - first)
         order = np.searchsorted(self._first, places, side="right") - 1
         return self._windows[order], places - self._first[order]
+
+
+def make_loader(
+    dataset: TokenDataset,
+    *,
+    seq_len: int,
+    global_batch: int,
+    seed: int,
+    shuffle: Shuffle = "blocks",
+    packing: str = "stream",
+    document_mask: bool = False,
+    source: int = 0,
+) -> Loader:
+    """The loader of a split `train` for a packing: stream, best_fit or bos_aligned. Errors as Loader's."""
+    if packing == "stream":
+        return Loader(
+            dataset, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle,
+            document_mask=document_mask, source=source,
+        )  # fmt: skip
+    if packing not in ("best_fit", "bos_aligned"):
+        raise UsageError(f"There is no packing {packing!r}: choose stream, best_fit or bos_aligned.")
+    mode: PackedMode = "best_fit" if packing == "best_fit" else "bos_aligned"
+    return PackedLoader(
+        dataset, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle, packing=mode, source=source
+    )

@@ -23,10 +23,11 @@ from typing import IO, Any, TypeVar
 
 import xxhash
 
-from packspeed.data.dataset import MANIFEST, Shard, TokenDataset, Tokens, load_manifest
+from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError
 from packspeed.data.storage.atomic import sync_stream, write_file
 from packspeed.data.storage.lock import lock_file
+from packspeed.data.storage.manifest import MANIFEST, Shard, Tokens, load_manifest
 from packspeed.data.storage.mmidx import Index
 
 CHUNK_BYTES = 2**22
@@ -39,6 +40,11 @@ WAIT_S = 0.5
 
 
 Result = TypeVar("Result")
+
+
+def open_dataset(path: str | Path, **remote: Any) -> TokenDataset:
+    """Open a dataset in a folder or behind a URL. `remote` are the options of RemoteDataset, ignored for a folder."""
+    return RemoteDataset(str(path), **remote) if "://" in str(path) else TokenDataset(path)
 
 
 class ShardCache:

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packspeed.data import dataset
+from packspeed.data.checks.inspect import inspect
 from packspeed.data.checks.verify import verify
-from packspeed.data.dataset import Manifest, TokenDataset, load_manifest
+from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.prepare.prepare import prepare
+from packspeed.data.storage import manifest as manifest_module
+from packspeed.data.storage.manifest import Manifest, load_manifest
 from packspeed.data.storage.mmidx import CODES, HEADER, MAGIC, index_bytes
 
 TEXTS = [f"{i}: " + "word " * (i % 13) for i in range(150)]
@@ -80,7 +82,7 @@ def test_every_token_knows_its_document(stream: tuple[TokenDataset, list[int]]) 
 
 
 def test_inspect_tells_what_is_there(folder: Path) -> None:
-    facts = dataset.inspect(folder)
+    facts = inspect(folder)
     manifest = load_manifest(folder)
     assert facts["splits"]["train"]["documents"] + facts["splits"]["val"]["documents"] == len(TEXTS)
     assert facts["fingerprint"] == manifest.fingerprint
@@ -109,7 +111,7 @@ def sparse_dataset(folder: Path, example: Path, tokens: int) -> None:
 
 def write_manifest(folder: Path, raw: dict[str, Any]) -> None:
     """Write a manifest with the right fingerprint, as a forger would."""
-    built = dataset._build(Manifest, raw, "test")
+    built = manifest_module._build(Manifest, raw, "test")
     (folder / "manifest.json").write_text(json.dumps(raw | {"fingerprint": built.compute_fingerprint()}))
 
 
@@ -118,7 +120,7 @@ def test_opening_costs_the_same_at_any_size(folder: Path, tmp_path: Path) -> Non
     big.mkdir()
     sparse_dataset(big, folder, 50 * 10**9)  # 100 GB
     began = time.perf_counter()
-    assert dataset.inspect(big)["splits"]["train"]["tokens"] == TokenDataset(big).tokens("train") > 49 * 10**9
+    assert inspect(big)["splits"]["train"]["tokens"] == TokenDataset(big).tokens("train") > 49 * 10**9
     assert TokenDataset(big).read("train", 49 * 10**9, 5).tolist() == [0] * 5
     assert time.perf_counter() - began < 1
 
@@ -131,7 +133,7 @@ def test_torn_and_missing_shards_are_refused(folder: Path) -> None:
         with pytest.raises(DataError, match=rf"{name} is {size - 2} bytes, expected {size}.*Copy it again"):
             TokenDataset(folder)
         with pytest.raises(DataError, match=name):
-            dataset.inspect(folder)
+            inspect(folder)
         os.truncate(path, size)
         path.rename(path.with_suffix(".away"))
         with pytest.raises(DataError, match=rf"{name} is missing"):

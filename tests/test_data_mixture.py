@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from packspeed.data.checks.audit import audit_step, steps_of
 from packspeed.data.dataset import TokenDataset, changes
 from packspeed.data.errors import UsageError
-from packspeed.data.loader import Loader, make_loader
+from packspeed.data.loader import Loader
 from packspeed.data.mixture import BLOCK, Mixture, MixtureData, MixtureLoader
+from packspeed.data.packing import make_loader
 from packspeed.data.prepare.prepare import prepare
 from packspeed.data.text.tokenizer import load_from_dataset
 

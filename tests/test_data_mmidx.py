@@ -12,7 +12,8 @@ from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError
 from packspeed.data.prepare.prepare import prepare
 from packspeed.data.storage.mmidx import index_bytes, read_index, write_index
-from packspeed.data.text.tokenizer import TiktokenTokenizer, Tokenizer, format_ranks, load_tokenizer
+from packspeed.data.text.ranks import TiktokenTokenizer, format_ranks
+from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def indexed_dataset() -> Any:

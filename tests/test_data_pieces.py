@@ -22,7 +22,8 @@ from packspeed.data.read.long_json import long_text
 from packspeed.data.read.readers import Tally, read_documents
 from packspeed.data.read.sources import Source, find_sources
 from packspeed.data.text.encode import CL100K_PATTERN, O200K_PATTERN
-from packspeed.data.text.tokenizer import GPT2_PATTERN, load_tokenizer, parse_ranks
+from packspeed.data.text.ranks import GPT2_PATTERN, parse_ranks
+from packspeed.data.text.tokenizer import load_tokenizer
 
 ALPHABET = "aB é漢字ひ '\n\t\r.,!1२\u0301\u2028🎉sStT"
 RANKS = parse_ranks((Path(__file__).resolve().parents[1] / "data" / "gpt2.tiktoken").read_bytes(), "gpt2")

@@ -19,13 +19,15 @@ import pytest
 import zstandard
 
 from packspeed.data.checks.verify import verify
-from packspeed.data.dataset import Manifest, TokenDataset, load_manifest
+from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.prepare import units
 from packspeed.data.prepare import worker_pool as crew
 from packspeed.data.prepare.prepare import Progress, prepare, prepare_part
+from packspeed.data.storage.manifest import Manifest, load_manifest
 from packspeed.data.text import encode
-from packspeed.data.text.tokenizer import GPT2_PATTERN, format_ranks, load_from_dataset, load_tokenizer, save_ranks
+from packspeed.data.text.ranks import GPT2_PATTERN, format_ranks, save_ranks
+from packspeed.data.text.tokenizer import load_from_dataset, load_tokenizer
 
 
 def jsonl(path: Path, texts: list[str]) -> str:

@@ -20,11 +20,11 @@ import pytest
 from botocore.config import Config
 
 from packspeed.data import remote
-from packspeed.data.dataset import TokenDataset, open_dataset
+from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError
 from packspeed.data.loader import Loader
 from packspeed.data.prepare.prepare import prepare
-from packspeed.data.remote import RemoteDataset, ShardCache
+from packspeed.data.remote import RemoteDataset, ShardCache, open_dataset
 
 URL = "s3://bucket/tokens"
 

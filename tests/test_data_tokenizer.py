@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.prepare.prepare import prepare
-from packspeed.data.text.bpe import JsonTokenizer, train_tokenizer
-from packspeed.data.text.tokenizer import EOT, GPT2_SHA256, Tokenizer, load_from_dataset, load_tokenizer
+from packspeed.data.text.bpe import train_tokenizer
+from packspeed.data.text.json_tokenizer import JsonTokenizer
+from packspeed.data.text.ranks import EOT, GPT2_SHA256
+from packspeed.data.text.tokenizer import Tokenizer, load_from_dataset, load_tokenizer
 
 DATA = Path(load_tokenizer.__code__.co_filename).parents[1]
 # The pattern of the original GPT-2 release, which tiktoken's and ours must be equivalent to.

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packspeed.data.errors import DataError
 from packspeed.data.text.bpe import train_tokenizer
-from packspeed.data.text.tokenizer import BytesTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
+from packspeed.data.text.ranks import BytesTokenizer, TiktokenTokenizer
+from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 from packspeed.data.text.tokenizer_json import tokenizer_json
 from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.config.errors import ConfigError, UserError
@@ -428,7 +429,7 @@ def test_gpt2s_merges_are_the_published_ones() -> None:
     assert len(merges) == 50_000
     assert merges[:3] == ["Ġ t", "Ġ a", "h e"]
     assert merges[-1] == "Ġg azed"
-    from packspeed.data.text.bpe import JsonTokenizer
+    from packspeed.data.text.json_tokenizer import JsonTokenizer
 
     assert JsonTokenizer("gpt2", content).as_ranks() is not None
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from packspeed.data.dataset import Manifest, Shard, load_manifest
 from packspeed.data.errors import DataError
+from packspeed.data.storage.manifest import Manifest, Shard, load_manifest
 from packspeed.data.storage.mmidx import Index, read_index
 
 PIECE_BYTES = 2**24

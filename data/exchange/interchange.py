@@ -28,7 +28,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from packspeed.data.dataset import (
+from packspeed.data.dataset import TokenDataset
+from packspeed.data.errors import DataError, UsageError
+from packspeed.data.exchange.mds import read_mds, write_mds
+from packspeed.data.prepare.shards import ShardWriter
+from packspeed.data.storage.atomic import write_file
+from packspeed.data.storage.hashing import hash_file
+from packspeed.data.storage.manifest import (
     FORMAT,
     MANIFEST,
     VERSION,
@@ -36,16 +42,10 @@ from packspeed.data.dataset import (
     Shard,
     SourceSummary,
     SplitMethod,
-    TokenDataset,
     TokenizerIdentity,
     Tokens,
     manifest_json,
 )
-from packspeed.data.errors import DataError, UsageError
-from packspeed.data.exchange.mds import read_mds, write_mds
-from packspeed.data.prepare.shards import ShardWriter
-from packspeed.data.storage.atomic import write_file
-from packspeed.data.storage.hashing import hash_file
 from packspeed.data.storage.mmidx import CODES, HEADER, MAGIC, read_index, write_index
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 

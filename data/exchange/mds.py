@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from packspeed.data.dataset import Tokens
 from packspeed.data.errors import DataError
+from packspeed.data.storage.manifest import Tokens
 
 COLUMNS = ("tokens", "input_ids")
 

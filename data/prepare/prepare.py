@@ -25,17 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from packspeed.data.dataset import (
-    FORMAT,
-    MANIFEST,
-    VERSION,
-    Manifest,
-    Shard,
-    SourceSummary,
-    SplitMethod,
-    TokenizerIdentity,
-    manifest_json,
-)
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.prepare.merge import Finished, Merge, Merged
 from packspeed.data.prepare.shards import ShardWriter
@@ -56,6 +45,17 @@ from packspeed.data.prepare.worker_pool import Crew
 from packspeed.data.read.sources import find_sources
 from packspeed.data.storage.atomic import temporary, write_file
 from packspeed.data.storage.lock import LockHeldError, lock_file
+from packspeed.data.storage.manifest import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    Manifest,
+    Shard,
+    SourceSummary,
+    SplitMethod,
+    TokenizerIdentity,
+    manifest_json,
+)
 from packspeed.data.text.encode import Choice
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 

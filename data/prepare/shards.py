@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from packspeed.data.dataset import Shard, Tokens
 from packspeed.data.errors import DataError
 from packspeed.data.storage.atomic import WRITEBACK_BYTES, rename_temporary, start_writeback, sync_stream, temporary
 from packspeed.data.storage.hashing import hash_file
+from packspeed.data.storage.manifest import Shard, Tokens
 from packspeed.data.storage.mmidx import LONGEST_TOKENS, index_bytes, write_index
 
 WRITE_BUFFER_BYTES = 2**20

@@ -11,9 +11,9 @@ from itertools import chain
 
 import numpy as np
 
-from packspeed.data.dataset import Tokens
 from packspeed.data.prepare.merge import Merge, Merged, Piece
 from packspeed.data.prepare.shards import ShardWriter, chunks_of
+from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.tokenizer import Tokenizer
 
 CHARACTER_TOKENS = 64  # no character is longer

@@ -20,11 +20,11 @@ from typing import cast
 import numpy as np
 import xxhash
 
-from packspeed.data.dataset import Tokens
 from packspeed.data.errors import DataError
 from packspeed.data.prepare.units import DOCUMENT, Job, Receipt, Unit, load_job, unit_path
 from packspeed.data.read.readers import Document, Tally, read_documents
 from packspeed.data.storage.atomic import WRITEBACK_BYTES, start_writeback, sync_stream, temporary, write_file
+from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.encode import Choice, Encoder
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer_file
 

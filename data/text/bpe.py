@@ -12,98 +12,17 @@ the file to be of that make; every other file is encoded by tokenizers itself, t
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.storage.atomic import write_file
-from packspeed.data.text.tokenizer import EOT, GPT2_PATTERN, TiktokenTokenizer, format_ranks, save_ranks
+from packspeed.data.text.json_tokenizer import JsonTokenizer
+from packspeed.data.text.ranks import EOT, GPT2_PATTERN, format_ranks, save_ranks
 
 if TYPE_CHECKING:
     import tokenizers
-
-
-# What the published tokenizer.json files call the end of a document, best first.
-EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
-
-
-class JsonTokenizer:
-    """A `tokenizer.json` file. Its special tokens are never found in text: they come only from us."""
-
-    pattern = ""
-
-    def __init__(self, name: str, content: bytes):
-        self.name = name
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self.content = content
-        self._spec = _parse(name, content)
-        self._full = _build(name, self._spec)
-        ids = self._full.get_vocab(with_added_tokens=True)
-        eot = next((token for token in EOT_NAMES if token in ids), None)
-        if eot is None:
-            raise DataError(
-                f"Tokenizer {name} has no end-of-text token. Add one of {', '.join(EOT_NAMES)} to its added_tokens."
-            )
-        self.eot_name = eot
-        self.eot_id = ids[eot]
-        self.vocab_size = max(ids.values()) + 1
-        self._plain = _build(name, _without_special_tokens(self._spec, eot))
-        if self.eot_id in self._plain.encode(eot, add_special_tokens=False).ids:
-            raise DataError(f"Tokenizer {name} finds {eot} in ordinary text: documents could not be told apart.")
-        self._fast = _as_tiktoken(self._spec, self._plain, self.eot_id, self.vocab_size)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it taken as ordinary characters."""
-        if self._fast is not None:
-            return self._fast.encode(text)
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Ids of several texts, one array each."""
-        if self._fast is not None:
-            return self._fast.encode_batch(texts)
-        encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
-        return [np.array(each.ids, dtype=np.uint32) for each in encoded]
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of byte-level tokens; for other kinds of file, the UTF-8 of what its decoder says."""
-        if not _is_byte_level(self._spec.get("decoder")):
-            return self.decode(ids).encode("utf-8")
-        try:
-            return b"".join([self._token_bytes[int(i)] for i in ids])
-        except KeyError as error:
-            raise DataError(f"Tokenizer {self.name} has no token {error.args[0]}: cannot decode it.") from error
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, invalid UTF-8 replaced."""
-        if _is_byte_level(self._spec.get("decoder")):
-            return self.decode_bytes(ids).decode("utf-8", errors="replace")
-        return self._full.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def as_ranks(self) -> tuple[bytes, str] | None:
-        """The same tokenizer as ranks in tiktoken's format and a pattern, or None where it is not of that make."""
-        return self._fast.as_ranks() if self._fast is not None else None
-
-    def save(self, folder: Path) -> str:
-        """Write `tokenizer.json`, byte for byte the file that was loaded."""
-        write_file(folder / "tokenizer.json", self.content)
-        return "tokenizer.json"
-
-    @cached_property
-    def _token_bytes(self) -> dict[int, bytes]:
-        added = {token["id"] for token in self._spec.get("added_tokens") or []}
-        table = byte_of_character()
-        return {
-            i: token.encode("utf-8") if i in added else bytes([table[c] for c in token])
-            for token, i in self._full.get_vocab(with_added_tokens=True).items()
-        }
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> JsonTokenizer:
@@ -141,88 +60,8 @@ def _write(trained: tokenizers.Tokenizer, out: Path) -> JsonTokenizer:
     """Write the three files of a trained tokenizer; tokenizer.json last, so that it stands for all three."""
     content = trained.to_str(pretty=True).encode("utf-8") + b"\n"
     tokenizer = JsonTokenizer(out.stem, content)
-    ranks_file = format_ranks(_ranks(tokenizer._spec))
+    ranks_file = format_ranks(tokenizer.byte_ranks())
     out.parent.mkdir(parents=True, exist_ok=True)
     save_ranks(out.with_suffix(".tiktoken"), ranks_file, GPT2_PATTERN, tokenizer.eot_id, tokenizer.vocab_size)
     write_file(out, content)
     return tokenizer
-
-
-def byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-in for every byte, character to byte (https://github.com/openai/gpt-2, encoder.py).
-
-    Printable Latin-1 stands for itself; the other 68 bytes become the characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _parse(name: str, content: bytes) -> dict[str, Any]:
-    try:
-        spec = json.loads(content)
-        if isinstance(spec, dict) and isinstance(spec["model"], dict):
-            return spec
-    except (ValueError, KeyError):
-        pass
-    raise DataError(f"Tokenizer {name} is not a tokenizer.json file (a JSON object with a `model`). Copy it again.")
-
-
-def _build(name: str, spec: dict[str, Any]) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"Tokenizer {name} cannot be read by the tokenizers library: {error}.") from error
-
-
-def _without_special_tokens(spec: dict[str, Any], eot: str) -> dict[str, Any]:
-    """The same tokenizer, blind to special tokens in text, adding none and cutting nothing off."""
-    ordinary = [t for t in spec.get("added_tokens") or [] if not t.get("special") and t.get("content") != eot]
-    return spec | {"added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
-
-
-def _is_byte_level(part: dict[str, Any] | None) -> bool:
-    return part is not None and part.get("type") == "ByteLevel"
-
-
-def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
-    """The byte-level tokens of a BPE and their ids, added tokens left out."""
-    table = byte_of_character()
-    added = {token["content"] for token in spec.get("added_tokens") or []}
-    vocabulary = spec["model"]["vocab"].items()
-    return {bytes([table[c] for c in token]): i for token, i in vocabulary if token not in added}
-
-
-def _as_tiktoken(
-    spec: dict[str, Any], plain: tokenizers.Tokenizer, eot_id: int, vocab_size: int
-) -> TiktokenTokenizer | None:
-    """The same encoding by tiktoken, or None unless the file is certainly made like GPT-2's."""
-    if not _is_made_like_gpt2(spec):
-        return None
-    ranks = _ranks(spec)
-    fast = TiktokenTokenizer("tokenizer.json", format_ranks(ranks), GPT2_PATTERN, eot_id, vocab_size)
-    # Every token beside its neighbours in rank: where the two ways to merge could differ, this text shows it.
-    probe = b"".join(token for token, _ in sorted(ranks.items(), key=lambda item: item[1])).decode(
-        "utf-8", errors="ignore"
-    )
-    return fast if fast.encode(probe) == plain.encode(probe, add_special_tokens=False).ids else None
-
-
-def _is_made_like_gpt2(spec: dict[str, Any]) -> bool:
-    """BPE on GPT-2's pieces, nothing rewritten, all bytes known, and ids in the order of the merges."""
-    model, cut = spec["model"], spec.get("pre_tokenizer")
-    added = spec.get("added_tokens") or []
-    if model.get("type") != "BPE" or spec.get("normalizer") is not None or any(not t["special"] for t in added):
-        return False
-    if not (cut and _is_byte_level(cut) and cut["use_regex"] and not cut["add_prefix_space"]):
-        return False
-    if any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
-        return False
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    order = [model["vocab"]["".join(pair)] for pair in pairs]
-    names = {token["content"] for token in added}
-    ordinary = [token for token in model["vocab"] if token not in names]
-    complete = len(ordinary) == 256 + len(order) and all(c in model["vocab"] for c in byte_of_character())
-    return complete and order == sorted(set(order))

@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.text.tokenizer import GPT2_PATTERN, Tokenizer
+from packspeed.data.text.ranks import GPT2_PATTERN
+from packspeed.data.text.tokenizer import Tokenizer
 
 Choice = Literal["auto", "gigatoken", "tiktoken"]
 

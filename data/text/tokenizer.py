@@ -13,37 +13,22 @@ They are OpenAI's r50k_base.tiktoken (MIT licence, https://github.com/openai/tik
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from packspeed.data.dataset import load_manifest
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.storage.atomic import write_file
+from packspeed.data.storage.manifest import load_manifest
+from packspeed.data.text.json_tokenizer import JsonTokenizer
+from packspeed.data.text.ranks import GPT2_SHA256, BytesTokenizer, TiktokenTokenizer, format_ranks, packaged_gpt2
 
 if TYPE_CHECKING:
     import tiktoken
-
-
-EOT = "<|endoftext|>"
-
-
-GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-
-
-# GPT-2's published pattern with possessive quantifiers: the same pieces, faster.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-
-
-_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 class Tokenizer(Protocol):
@@ -75,89 +60,6 @@ class Tokenizer(Protocol):
         """Write the file or files that define the tokenizer into `folder`; returns the name of the main one."""
 
 
-class TiktokenTokenizer:
-    """Ranks in tiktoken's format, encoded by tiktoken."""
-
-    def __init__(self, name: str, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int):
-        import tiktoken
-
-        self.name, self.pattern, self.eot_id, self.vocab_size = name, pattern, eot_id, vocab_size
-        self.sha256 = hashlib.sha256(ranks_file).hexdigest()
-        self._ranks_file = ranks_file
-        ranks = parse_ranks(ranks_file, name)
-        if eot_id in ranks.values() or max(eot_id, *ranks.values()) >= vocab_size:
-            raise DataError(
-                f"Tokenizer {name}: end-of-text id {eot_id} and vocabulary size {vocab_size} do not fit its "
-                f"{len(ranks)} ranks. Correct eot_id and vocab_size in the .tiktoken.json file beside the ranks."
-            )
-        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: eot_id})
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it taken as ordinary characters."""
-        ids: list[int] = self._encoding.encode_to_numpy(text, disallowed_special=()).tolist()
-        return ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Ids of several texts, one array each."""
-        return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of the ids. DataError for an id that is not in the vocabulary."""
-        try:
-            return self._encoding.decode_bytes([int(i) for i in ids])
-        except (KeyError, OverflowError) as error:
-            raise DataError(f"Tokenizer {self.name} has no token {error.args[0]}: cannot decode it.") from error
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, invalid UTF-8 replaced."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def as_ranks(self) -> tuple[bytes, str]:
-        """The ranks in tiktoken's format and the pattern, for other encoders."""
-        return self._ranks_file, self.pattern
-
-    def save(self, folder: Path) -> str:
-        """Write `NAME.tiktoken` and its `NAME.tiktoken.json`."""
-        path = folder / (re.sub(r"[^A-Za-z0-9_-]", "_", self.name) + ".tiktoken")
-        save_ranks(path, self._ranks_file, self.pattern, self.eot_id, self.vocab_size)
-        return path.name
-
-
-class BytesTokenizer:
-    """Every byte is its own token, 256 ends a document: no training, no vocabulary, any text."""
-
-    name = "bytes"
-    vocab_size = 257
-    eot_id = 256
-    pattern = r"[\s\S]"
-    ranks_file = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
-    sha256 = hashlib.sha256(ranks_file).hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of a text."""
-        return list(text.encode("utf-8"))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """The UTF-8 bytes of several texts, one array each."""
-        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32) for text in texts]
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes themselves; end-of-text gives its name. DataError for an id above 256."""
-        if len(ids) and not 0 <= min(ids) <= max(ids) <= self.eot_id:
-            raise DataError(f"Tokenizer bytes has ids 0 to 256, not {max(ids)}: cannot decode it.")
-        return b"".join(EOT.encode() if i == self.eot_id else bytes([i]) for i in ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the bytes, invalid UTF-8 replaced."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def save(self, folder: Path) -> str:
-        """Write the 256 ranks in tiktoken's format, so that any tool can decode the dataset."""
-        path = folder / "bytes.tiktoken"
-        save_ranks(path, self.ranks_file, self.pattern, self.eot_id, self.vocab_size)
-        return path.name
-
-
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `spec` names: `bytes`, a tiktoken name, or the path of a `.tiktoken` or `.json` file.
 
@@ -167,7 +69,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return BytesTokenizer()
     if spec in ("gpt2", "r50k_base"):
-        return _packaged_gpt2()
+        return packaged_gpt2()
     path = Path(spec)
     if path.suffix in (".tiktoken", ".json"):
         if not path.is_file():
@@ -197,63 +99,16 @@ def load_from_dataset(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
-    """Token bytes to rank, from lines of `base64 rank`; all 256 single bytes must be among them."""
-    words = content.split()
-    clean = not content.translate(None, _BASE64 + b"= \n") and not re.search(rb"=[^= ]", content)
-    try:  # all at once: four times as fast as line by line
-        if not clean or not len(words) == 2 * content.count(b" ") == 2 * content.count(b"\n"):
-            raise ValueError
-        ranks = dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
-    except ValueError:
-        ranks = dict(_ranks_by_line(content, name))
-    if any(bytes([i]) not in ranks for i in range(256)):
-        raise DataError(f"Tokenizer {name} lacks some of the 256 single bytes and cannot encode every text.")
-    return ranks
-
-
-def _ranks_by_line(content: bytes, name: str) -> Iterator[tuple[bytes, int]]:
-    """As parse_ranks, for files that are unusual or wrong."""
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            yield base64.b64decode(token, validate=True), int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise DataError(
-                f"Tokenizer {name}, line {number}: expected `base64 rank`, found {line[:60]!r}. Copy the file again."
-            ) from error
-
-
-def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """The content of a `.tiktoken` file, in order of rank."""
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
-
-
-def save_ranks(path: Path, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int) -> None:
-    """Write a `.tiktoken` file and the `.tiktoken.json` with what it lacks."""
-    extra = {"pattern": pattern, "eot_id": eot_id, "vocab_size": vocab_size}
-    write_file(path, ranks_file)
-    write_file(path.with_name(path.name + ".json"), json.dumps(extra, indent=1).encode() + b"\n")
-
-
-def _packaged_gpt2() -> Tokenizer:
-    content = (Path(__file__).resolve().parents[1] / "gpt2.tiktoken").read_bytes()
-    return TiktokenTokenizer("gpt2", content, GPT2_PATTERN, 50256, 50257)
-
-
 def load_tokenizer_file(path: Path) -> Tokenizer:
     """The tokenizer of a `.tiktoken` or `.json` file that exists."""
     if path.suffix == ".json":
-        from packspeed.data.text.bpe import JsonTokenizer
-
         return JsonTokenizer(path.stem, path.read_bytes())
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 == BytesTokenizer.sha256:
         return BytesTokenizer()
     if sha256 == GPT2_SHA256:
-        return _packaged_gpt2()
+        return packaged_gpt2()
     extra = _read_extra(path.with_name(path.name + ".json"))
     return TiktokenTokenizer(path.stem, content, extra["pattern"], extra["eot_id"], extra["vocab_size"])
 

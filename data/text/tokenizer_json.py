@@ -17,8 +17,9 @@ from itertools import pairwise
 from typing import Any
 
 from packspeed.data.errors import DataError
-from packspeed.data.text.bpe import JsonTokenizer, byte_of_character
-from packspeed.data.text.tokenizer import EOT, GPT2_PATTERN, BytesTokenizer, TiktokenTokenizer, Tokenizer, parse_ranks
+from packspeed.data.text.json_tokenizer import JsonTokenizer, byte_of_character
+from packspeed.data.text.ranks import EOT, GPT2_PATTERN, BytesTokenizer, TiktokenTokenizer, parse_ranks
+from packspeed.data.text.tokenizer import Tokenizer
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> tuple[bytes, str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from packspeed.data import dataset
+from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.exchange import interchange
 from packspeed.launch.commands.inspect import describe_dataset
 from packspeed.launch.commands.options import DatasetFolder, Json, show
@@ -33,7 +33,7 @@ def import_data(
 ) -> None:
     """Make a dataset from Megatron, nanoGPT, llm.c, modded-nanogpt or MosaicML files."""
     interchange.import_data(sources, val or [], out, tokenizer, link=link, append_eot=append_eot)
-    facts = dataset.inspect(out)
+    facts = inspect_dataset(out)
     show(facts, describe_dataset(facts), json_output)
 
 

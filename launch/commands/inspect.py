@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from packspeed.data import dataset
+from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.checks import verify as verification
 from packspeed.data.errors import UsageError
 from packspeed.launch.commands.options import DatasetFolder, Json, show
@@ -36,7 +36,7 @@ def inspect(
         facts = reading_plan(config)
         show(facts, _describe_plan(facts), json_output)
         return
-    facts = dataset.inspect(str(path))
+    facts = inspect_dataset(str(path))
     show(facts, describe_dataset(facts), json_output)
 
 
@@ -59,7 +59,7 @@ def verify_dataset(path: Path) -> tuple[dict[str, Any], list[str], bool]:
 
 
 def describe_dataset(facts: dict[str, Any]) -> list[str]:
-    """The result of `dataset.inspect` as lines for people."""
+    """The result of `inspect_dataset` as lines for people."""
     tokenizer, source, split = facts["tokenizer"], facts["source"], facts["split"]
     lines = [f"{facts['path']}: {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} shards of {facts['dtype']}"]
     for name, size in facts["splits"].items():

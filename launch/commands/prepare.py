@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from packspeed.data import dataset
+from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.errors import UsageError
 from packspeed.data.prepare import prepare as preparation
 from packspeed.data.prepare.prepare import Progress
@@ -87,7 +87,7 @@ def prepare(
             progress=progress,
             **common,
         )
-    facts = dataset.inspect(out)
+    facts = inspect_dataset(out)
     lines, ok = describe_dataset(facts), True
     if check:
         facts["verify"], checked, ok = verify_dataset(out)

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packspeed.data.dataset import TokenDataset, open_dataset
+from packspeed.data.dataset import TokenDataset
+from packspeed.data.remote import open_dataset
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
@@ -84,7 +85,7 @@ def open_data(run: RunFile) -> TokenDataset | MixtureData:
 
 def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader:
     """The loader that a run file describes. Equal run files and datasets give equal batches."""
-    from packspeed.data.loader import make_loader
+    from packspeed.data.packing import make_loader
 
     arguments: dict[str, Any] = {
         "seq_len": run.data.seq_len,

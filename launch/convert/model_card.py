@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from packspeed.data.dataset import load_manifest
 from packspeed.data.errors import DataError
+from packspeed.data.storage.manifest import load_manifest
 from packspeed.model.config import GPTConfig, num_parameters
 
 ROWS = 20  # of the table of losses

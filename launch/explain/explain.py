@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from packspeed.data.dataset import open_dataset
 from packspeed.data.errors import DataError
+from packspeed.data.remote import open_dataset
 from packspeed.launch.cluster.local_launcher import default_ranks, local_accelerators
 from packspeed.launch.config.batch import BatchPlan, solve_batch
 from packspeed.launch.config.deepspeed_json import (

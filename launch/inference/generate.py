@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from packspeed.data.dataset import open_dataset
 from packspeed.data.errors import DataError
+from packspeed.data.remote import open_dataset
 from packspeed.data.text.tokenizer import Tokenizer, load_from_dataset, load_tokenizer
 from packspeed.launch.checkpoint.manifest import (
     find_damage,

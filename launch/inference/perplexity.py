@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from packspeed.data.dataset import TokenDataset, Tokens, open_dataset
+from packspeed.data.dataset import TokenDataset
 from packspeed.data.loader import document_positions
+from packspeed.data.remote import open_dataset
+from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.tokenizer import Tokenizer
 from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.config.errors import ConfigError

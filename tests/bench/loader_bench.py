@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from packspeed.data.dataset import (
+from packspeed.data.dataset import TokenDataset
+from packspeed.data.loader import Loader
+from packspeed.data.packing import PackedLoader
+from packspeed.data.storage.manifest import (
     MANIFEST,
     Manifest,
     Shard,
     SourceSummary,
     SplitMethod,
-    TokenDataset,
     TokenizerIdentity,
     manifest_json,
 )
-from packspeed.data.loader import Loader
-from packspeed.data.packing import PackedLoader
 from packspeed.data.storage.mmidx import index_bytes, write_index
 
 EOT = 50256

@@ -68,7 +68,7 @@ def ranks() -> object:
     """GPT-2's encoding from the packaged ranks: no recipe is charged for a download."""
     import tiktoken
 
-    from packspeed.data.text.tokenizer import GPT2_PATTERN, parse_ranks
+    from packspeed.data.text.ranks import GPT2_PATTERN, parse_ranks
 
     path = Path(sys.modules["packspeed.data.text.tokenizer"].__file__ or "").parents[1] / "gpt2.tiktoken"
     return tiktoken.Encoding(

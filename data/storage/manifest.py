@@ -1,0 +1,231 @@
+"""The manifest of a token dataset: `manifest.json`, which says what the shards hold.
+
+Written last, so a folder without one is not a dataset. `load_manifest` checks every field and type; `check_files`
+compares the sizes of all shards and reads 34 bytes of each index. Both cost milliseconds for thousands of shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from packspeed.data.errors import DataError, UsageError
+from packspeed.data.storage.mmidx import LONGEST_TOKENS, check_header, index_bytes, read_headers
+
+FORMAT = "packspeed-tokens"
+
+
+VERSION = 1
+
+
+MANIFEST = "manifest.json"
+
+
+OPEN_FILES = 256
+
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer made the ids: enough to refuse any other. `file` lies in the dataset's folder."""
+
+    name: str
+    vocab_size: int
+    eot_id: int
+    sha256: str
+    pattern: str
+    file: str
+
+
+@dataclass(frozen=True)
+class SplitMethod:
+    """How validation was cut off: `hash` of each document, `tail` of the stream (few documents), or `none`."""
+
+    method: str
+    val_fraction: float
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """What was read. `fingerprint` is the sum of the documents' hashes: the same documents give it in any order."""
+
+    names: list[str]
+    documents: int
+    text_bytes: int
+    empty_documents: int
+    bad_documents: int
+    binary_files: int
+    fingerprint: str
+    duplicate_documents: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One `.bin` and its `.idx`."""
+
+    name: str
+    split: str
+    tokens: int
+    documents: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_xxh3_128: str
+    idx_xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a dataset without reading its tokens."""
+
+    format: str
+    version: int
+    dtype: str
+    tokenizer: TokenizerIdentity
+    split: SplitMethod
+    source: SourceSummary
+    shards: list[Shard]
+    fingerprint: str
+
+    def split_tokens(self, split: str) -> int:
+        """Tokens in a split, EOT included."""
+        return sum(shard.tokens for shard in self.shards if shard.split == split)
+
+    def split_documents(self, split: str) -> int:
+        """Documents in a split."""
+        return sum(shard.documents for shard in self.shards if shard.split == split)
+
+    def compute_fingerprint(self) -> str:
+        """xxh3-128 of everything that defines the tokens: two datasets that share it train the same."""
+        tokenizer = self.tokenizer
+        identity = [tokenizer.sha256, tokenizer.pattern, tokenizer.vocab_size, tokenizer.eot_id]
+        shards = [[shard.split, shard.tokens, shard.bin_xxh3_128] for shard in self.shards]
+        return xxhash.xxh3_128_hexdigest(json.dumps([self.version, self.dtype, identity, shards]).encode())
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """The content of manifest.json, without fields at their default: older versions refuse what they do not know."""
+    raw = dataclasses.asdict(manifest)
+    for field in dataclasses.fields(SourceSummary):
+        if raw["source"][field.name] == field.default:
+            del raw["source"][field.name]
+    return json.dumps(raw, indent=1).encode() + b"\n"
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read and check `manifest.json`. UsageError where there is none, DataError where it cannot be trusted."""
+    path = Path(folder) / MANIFEST
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"{folder} is not a token dataset: there is no {MANIFEST} in it. Give the folder that `packspeed prepare` "
+            f"wrote; a prepare that did not finish leaves no manifest and must be run again."
+        ) from error
+    try:
+        raw = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}): it is torn or edited. Copy the dataset again.") from error
+    if isinstance(raw, dict) and (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
+        raise DataError(
+            f"{path} has format {raw.get('format')!r}, version {raw.get('version')!r}; this packspeed reads "
+            f"{FORMAT!r}, version {VERSION}. Use the packspeed that wrote it, or prepare the dataset again."
+        )
+    manifest = _build(Manifest, raw, str(path))
+    _check(manifest, path)
+    return manifest
+
+
+def _build(record: type[Record], raw: object, where: str) -> Record:
+    """A dataclass from parsed JSON: exactly its fields (those with a default may be missing), exactly their types."""
+    hints, required = _fields(cast("Hashable", record))
+    if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
+        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+        raise DataError(f"{where} must hold exactly {sorted(hints)}, found {found}. Copy the dataset again.")
+    return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items() if name in raw})
+
+
+@lru_cache
+def _fields(record: Any) -> tuple[dict[str, Any], set[str]]:
+    """Types of a record's fields, and which of them must be there; found once, since there are many shards."""
+    required = {field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING}
+    return get_type_hints(record), required
+
+
+def _value(hint: Any, raw: object, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, raw, where)
+    if get_origin(hint) is list and isinstance(raw, list):
+        return [_value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(raw)]
+    if type(raw) is hint and not (hint is int and raw < 0):  # type: ignore[operator]
+        return raw
+    raise DataError(f"{where} must be {getattr(hint, '__name__', hint)}, found {raw!r}. Copy the dataset again.")
+
+
+def _check(manifest: Manifest, path: Path) -> None:
+    """Refuse names that leave the folder and numbers that contradict each other."""
+    problem = ""
+    tokenizer = manifest.tokenizer
+    if manifest.dtype not in ("uint16", "uint32"):
+        problem = f"dtype {manifest.dtype!r}"
+    elif tokenizer.eot_id >= tokenizer.vocab_size or tokenizer.vocab_size > np.iinfo(manifest.dtype).max + 1:
+        problem = f"eot_id {tokenizer.eot_id} or vocab_size {tokenizer.vocab_size}"
+    elif not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", tokenizer.file):
+        problem = f"tokenizer file name {tokenizer.file!r}"
+    for shard in manifest.shards:
+        problem = problem or _shard_problem(shard, manifest.dtype)
+    if not problem and len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+        problem = "list of shards, one of which stands there twice"
+    if not problem and manifest.fingerprint != manifest.compute_fingerprint():
+        problem = "fingerprint: it is not that of its shards and tokenizer"
+    if problem:
+        raise DataError(f"{path} has an impossible {problem}. It was edited or damaged: copy the dataset again.")
+
+
+def _shard_problem(shard: Shard, dtype: str) -> str:
+    if not re.fullmatch(r"(train|val)-[0-9]{5,}", shard.name) or not shard.name.startswith(f"{shard.split}-"):
+        return f"shard name {shard.name!r} in split {shard.split!r}"
+    if not 0 < shard.documents <= shard.tokens <= shard.documents * LONGEST_TOKENS:
+        return f"shard {shard.name}: {shard.tokens} tokens in {shard.documents} documents"
+    if shard.bin_bytes != shard.tokens * np.dtype(dtype).itemsize or shard.idx_bytes != index_bytes(shard.documents):
+        return f"shard {shard.name}: its sizes in bytes contradict its tokens and documents"
+    return ""
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """The quick check: every shard is there, whole, and its index is its own. Reads 34 bytes per shard."""
+    for first in range(0, len(manifest.shards), OPEN_FILES):
+        some = manifest.shards[first : first + OPEN_FILES]
+        for shard in some:
+            _check_size(os.path.join(folder, f"{shard.name}.bin"), shard.bin_bytes)
+            _check_size(os.path.join(folder, f"{shard.name}.idx"), shard.idx_bytes)
+        paths = [os.path.join(folder, f"{shard.name}.idx") for shard in some]
+        for shard, path, header in zip(some, paths, read_headers(paths), strict=True):
+            check_header(path, header, shard.documents, manifest.dtype)
+
+
+def _check_size(path: str, expected: int) -> None:
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise DataError(f"{path} is missing. Copy it again, or prepare the dataset again.") from error
+    if size != expected:
+        raise DataError(
+            f"{path} is {size} bytes, expected {expected}: the file is torn or was changed. Copy it again, or prepare "
+            f"the dataset again."
+        )
