@@ -42,7 +42,7 @@ Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Stage:
+class MixtureStage:
     """Weights from a block on, and how many samples each source has given before it."""
 
     first_block: int
@@ -58,7 +58,7 @@ class Mixture:
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[float]]], seed: int):
         self.sources, self.seed = len(stages[0][1]), seed
-        self.stages = list[Stage]()
+        self.stages = list[MixtureStage]()
         for first_sample, weights in stages:
             self._add(-(-first_sample // BLOCK), weights)
         self._first_blocks = [stage.first_block for stage in self.stages]
@@ -74,7 +74,7 @@ class Mixture:
             raise UsageError("The stages of a mixture must begin at token 0 and stand in the order of their tokens.")
         total = sum(Fraction(weight) for weight in weights)
         given = tuple(self.counts(block)) if self.stages else (0,) * self.sources
-        stage = Stage(block, tuple(Fraction(weight) / total for weight in weights), given)
+        stage = MixtureStage(block, tuple(Fraction(weight) / total for weight in weights), given)
         self.stages = [s for s in self.stages if s.first_block < block] + [stage]
 
     def counts(self, block: int) -> list[int]:

@@ -78,7 +78,7 @@ class Permutation:
         low_bits, high_bits = self._low_bits, self._high_bits
         high, low = value >> np.uint64(low_bits), value & _ones(low_bits)
         for key in self._keys:
-            high, low = low, high ^ (_mix(low ^ key) & _ones(high_bits))
+            high, low = low, high ^ (mix64(low ^ key) & _ones(high_bits))
             low_bits, high_bits = high_bits, low_bits
         joined: Words = (high << np.uint64(low_bits)) | low
         return joined
@@ -208,7 +208,7 @@ def _ones(bits: int) -> np.uint64:
     return mask
 
 
-def _mix(word: Words) -> Words:
+def mix64(word: Words) -> Words:
     """MurmurHash3's fmix64: every input bit reaches every output bit."""
     word = (word ^ (word >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     word = (word ^ (word >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)

@@ -50,7 +50,7 @@ Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Rows of a window: pieces (first label in the stream, tokens), and the first piece of each row, (rows + 1,)."""
 
     starts: Indices
@@ -58,7 +58,7 @@ class Plan:
     first_piece: Indices
 
 
-def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: PackedMode) -> Plan:
+def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: PackedMode) -> PackingPlan:
     """Pack documents (first token, tokens) into `rows` rows of seq_len places."""
     whole = np.minimum(lengths // seq_len, 1 if mode == "bos_aligned" else 2**62)
     document = np.repeat(np.arange(len(lengths)), whole)
@@ -66,23 +66,23 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
     full_starts = starts[document] + number * seq_len
     rest = lengths - whole * seq_len
     chosen = np.flatnonzero((rest > 0) & ((whole == 0) | (mode == "best_fit")))
-    shelf = _Shelf(seq_len, rows - min(rows, len(full_starts)))
-    left = shelf.place(rest[chosen])
-    shelf.fill(rest[chosen], left, split=mode == "best_fit")
+    open_rows = _OpenRows(seq_len, rows - min(rows, len(full_starts)))
+    left = open_rows.place(rest[chosen])
+    open_rows.fill(rest[chosen], left, split=mode == "best_fit")
     full_starts = full_starts[:rows]
     begin = (starts + whole * seq_len)[chosen]
-    piece, offset, length, row = (np.array(part, dtype=np.int64) for part in zip(*shelf.pieces, strict=True)) if (
-        shelf.pieces
+    piece, offset, length, row = (np.array(part, dtype=np.int64) for part in zip(*open_rows.pieces, strict=True)) if (
+        open_rows.pieces
     ) else (np.empty(0, np.int64),) * 4  # fmt: skip
-    all_starts = np.concatenate([full_starts, begin[shelf.placed], begin[piece] + offset])
-    all_lengths = np.concatenate([np.full(len(full_starts), seq_len), rest[chosen][shelf.placed], length])
-    all_rows = np.concatenate([np.arange(len(full_starts)), shelf.rows + len(full_starts), row + len(full_starts)])
+    all_starts = np.concatenate([full_starts, begin[open_rows.placed], begin[piece] + offset])
+    all_lengths = np.concatenate([np.full(len(full_starts), seq_len), rest[chosen][open_rows.placed], length])
+    all_rows = np.concatenate([np.arange(len(full_starts)), open_rows.rows + len(full_starts), row + len(full_starts)])
     order = np.lexsort((all_starts, all_rows))
     first_piece = np.searchsorted(all_rows[order], np.arange(rows + 1))
-    return Plan(all_starts[order], all_lengths[order], first_piece)
+    return PackingPlan(all_starts[order], all_lengths[order], first_piece)
 
 
-class _Shelf:
+class _OpenRows:
     """Rows by the room they have left; a bit mask of the rooms there are finds the tightest in one operation."""
 
     def __init__(self, seq_len: int, rows: int):
@@ -191,7 +191,7 @@ class PackedLoader(Loader):
     def _documents(self, window: int) -> tuple[Indices, Indices]:
         return self.dataset.document_spans(self.split, window * WINDOW_DOCUMENTS, WINDOW_DOCUMENTS)
 
-    def _new_plan(self, window: int) -> Plan:
+    def _new_plan(self, window: int) -> PackingPlan:
         starts, lengths = self._documents(window)
         return pack(starts, lengths, self.seq_len, int(self._rows[window]), self.packing)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packspeed.data.checks.inspect import inspect
+from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.checks.verify import verify
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
@@ -82,7 +82,7 @@ def test_every_token_knows_its_document(stream: tuple[TokenDataset, list[int]]) 
 
 
 def test_inspect_tells_what_is_there(folder: Path) -> None:
-    facts = inspect(folder)
+    facts = inspect_dataset(folder)
     manifest = load_manifest(folder)
     assert facts["splits"]["train"]["documents"] + facts["splits"]["val"]["documents"] == len(TEXTS)
     assert facts["fingerprint"] == manifest.fingerprint
@@ -120,7 +120,7 @@ def test_opening_costs_the_same_at_any_size(folder: Path, tmp_path: Path) -> Non
     big.mkdir()
     sparse_dataset(big, folder, 50 * 10**9)  # 100 GB
     began = time.perf_counter()
-    assert inspect(big)["splits"]["train"]["tokens"] == TokenDataset(big).tokens("train") > 49 * 10**9
+    assert inspect_dataset(big)["splits"]["train"]["tokens"] == TokenDataset(big).tokens("train") > 49 * 10**9
     assert TokenDataset(big).read("train", 49 * 10**9, 5).tolist() == [0] * 5
     assert time.perf_counter() - began < 1
 
@@ -133,7 +133,7 @@ def test_torn_and_missing_shards_are_refused(folder: Path) -> None:
         with pytest.raises(DataError, match=rf"{name} is {size - 2} bytes, expected {size}.*Copy it again"):
             TokenDataset(folder)
         with pytest.raises(DataError, match=name):
-            inspect(folder)
+            inspect_dataset(folder)
         os.truncate(path, size)
         path.rename(path.with_suffix(".away"))
         with pytest.raises(DataError, match=rf"{name} is missing"):

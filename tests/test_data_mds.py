@@ -16,7 +16,9 @@ import pytest
 from packspeed.data.checks.verify import verify
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError
-from packspeed.data.exchange.interchange import detect, export_data, import_data
+from packspeed.data.exchange.export_data import export_data
+from packspeed.data.exchange.formats import detect
+from packspeed.data.exchange.import_data import import_data
 from packspeed.data.prepare.prepare import prepare
 from packspeed.data.text.tokenizer import load_tokenizer
 

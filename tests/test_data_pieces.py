@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError
 from packspeed.data.prepare.prepare import prepare
-from packspeed.data.read import chunking as pieces
-from packspeed.data.read import readers
+from packspeed.data.read import readers, streams
+from packspeed.data.read import split_text as splitting
 from packspeed.data.read.long_json import long_text
 from packspeed.data.read.readers import Tally, read_documents
 from packspeed.data.read.sources import Source, find_sources
@@ -36,7 +36,7 @@ def test_a_cut_changes_no_token(pattern: str) -> None:
     cuts = 0
     for _ in range(3000):
         text = "".join(rng.choices(ALPHABET, k=30))
-        place = pieces.last_place(text)
+        place = splitting.last_split_point(text)
         cuts += place > 0
         assert encoding.encode(text) == encoding.encode(text[:place]) + encoding.encode(text[place:])
     assert cuts > 1000
@@ -46,18 +46,20 @@ def test_a_cut_changes_no_token(pattern: str) -> None:
 @given(st.lists(st.text(ALPHABET, max_size=40)), st.integers(1, 50))
 def test_pieces_are_the_text(parts: list[str], size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE_CHARACTERS", size)
-        patch.setattr(pieces, "LONGEST_CHARACTERS", 3 * size)
-        found = list(pieces.in_pieces(parts))
+        patch.setattr(splitting, "PIECE_CHARACTERS", size)
+        patch.setattr(splitting, "LONGEST_CHARACTERS", 3 * size)
+        found = list(splitting.split_text(parts))
     assert "".join(text for text, _ in found) == "".join(parts)
     assert [last for _, last in found] == [False] * (len(found) - 1) + [True]
     assert all(len(text) <= 4 * size for text, last in found if not last)
 
 
 def test_long_texts_and_lines_give_the_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("LONG_TEXT_BYTES", 1000), ("LONG_LINE_BYTES", 1000), ("CHUNK_BYTES", 300)):
-        monkeypatch.setattr(readers, name, value)
-    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 400)
+    monkeypatch.setattr(readers, "LONG_TEXT_BYTES", 1000)
+    for module in (readers, streams):
+        monkeypatch.setattr(module, "LONG_LINE_BYTES", 1000)
+        monkeypatch.setattr(module, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 400)
     rng = random.Random(0)
     texts = [" ".join(rng.choices(["word", "漢字", "é\n", "don't", "42", '"\\'], k=k)) for k in (3000, 5, 2000, 0, 700)]
     (tmp_path / "a.txt").write_text(texts[0])
@@ -106,8 +108,9 @@ def test_the_scanner_refuses_what_is_wrong(content: bytes) -> None:
 
 
 def test_a_bad_long_line_is_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "LONG_LINE_BYTES", 1000)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 300)
+    for module in (readers, streams):
+        monkeypatch.setattr(module, "LONG_LINE_BYTES", 1000)
+        monkeypatch.setattr(module, "CHUNK_BYTES", 300)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "' + "x " * 2000 + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2, byte 14: .*ends inside a string"):
         list(read_documents([Source(str(tmp_path / "a.jsonl"), "lines")], "text", Tally(9)))

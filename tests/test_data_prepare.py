@@ -21,9 +21,9 @@ import zstandard
 from packspeed.data.checks.verify import verify
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.prepare import units
-from packspeed.data.prepare import worker_pool as crew
-from packspeed.data.prepare.prepare import Progress, prepare, prepare_part
+from packspeed.data.prepare import units, worker_pool
+from packspeed.data.prepare.prepare import prepare, prepare_part
+from packspeed.data.prepare.progress import PrepareProgress
 from packspeed.data.storage.manifest import Manifest, load_manifest
 from packspeed.data.text import encode
 from packspeed.data.text.ranks import GPT2_PATTERN, format_ranks, save_ranks
@@ -128,7 +128,7 @@ def test_empty_documents_are_counted_and_left_out(tmp_path: Path) -> None:
 def test_progress_counts_up_to_the_whole(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
 
-    def report(now: Progress) -> None:
+    def report(now: PrepareProgress) -> None:
         seen.append((now.documents, now.tokens))
 
     manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS * 3)], tmp_path / "out", val_fraction=0, progress=report)
@@ -263,8 +263,8 @@ def test_any_number_of_workers_and_tasks_gives_the_same_bytes(tmp_path: Path, mo
 def test_messages_that_pile_up_are_all_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parent that comes late to its workers' pipes finds several messages in each."""
     monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
-    listen = crew._listen
-    monkeypatch.setattr(crew, "_listen", lambda worker: (time.sleep(0.05), listen(worker))[1])
+    listen = worker_pool._listen
+    monkeypatch.setattr(worker_pool, "_listen", lambda worker: (time.sleep(0.05), listen(worker))[1])
     manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", "bytes", workers=2)
     assert manifest.source.documents == len(TEXTS)
 

@@ -16,8 +16,9 @@ import pytest
 import zstandard
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.read.readers import CHUNK_BYTES, Document, Tally, read_documents
+from packspeed.data.read.readers import Document, Tally, read_documents
 from packspeed.data.read.sources import find_sources
+from packspeed.data.read.streams import CHUNK_BYTES
 
 TEXTS = ["one", "two\nlines", "", "漢字 🎉 e\u0301", "<|endoftext|>", "\u2028 \x85 not line ends", "x" * 3000]
 JSONL = "".join(json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(TEXTS))

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from packspeed.data.errors import DataError
 from packspeed.data.text.bpe import train_tokenizer
 from packspeed.data.text.ranks import BytesTokenizer, TiktokenTokenizer
+from packspeed.data.text.ranks_to_json import tokenizer_json
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
-from packspeed.data.text.tokenizer_json import tokenizer_json
 from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.convert.export import export_hf

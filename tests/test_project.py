@@ -39,15 +39,18 @@ LAUNCH["train"] = {"config", "run_folder", "engine", "training"}
 LAUNCH["node"] = LAUNCH["pod"] = {"cluster"}  # names that older rendered scripts run
 WITHOUT_TORCH = {"config", "run_folder", "cluster", "observe", "explain", "commands", "cli"}
 
-READING = {"dataset", "order", "loader", "packing", "mixture"}  # what a training run needs of data/
 DATA = {
     "errors": set[str](),
     "storage": {"errors"},
-    **{name: {"errors", "storage", "remote"} | READING for name in READING},
+    "dataset": {"errors", "storage"},
     "remote": {"errors", "storage", "dataset"},
-    "text": {"errors", "storage", "dataset"},
+    "order": {"errors"},
+    "loader": {"errors", "storage", "dataset", "order"},
+    "packing": {"errors", "storage", "dataset", "order", "loader"},
+    "mixture": {"errors", "dataset", "remote", "order", "loader", "packing"},
+    "text": {"errors", "storage"},
     "read": {"errors"},
-    "prepare": {"errors", "storage", "dataset", "order", "text", "read"},
+    "prepare": {"errors", "storage", "order", "text", "read"},
     "exchange": {"errors", "storage", "dataset", "text", "prepare"},
     "checks": {"errors", "storage", "dataset", "loader", "text"},
 }

@@ -9,7 +9,7 @@ from typing import Any
 from packspeed.data.storage.manifest import check_files, load_manifest
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect_dataset(path: str | Path) -> dict[str, Any]:
     """What a dataset holds, from its manifest and the quick check alone: milliseconds at any size."""
     folder, manifest = Path(path), load_manifest(path)
     check_files(folder, manifest)

@@ -24,7 +24,7 @@ PIECE_BYTES = 2**24
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What was checked, and every problem found, one sentence each."""
 
     path: str
@@ -41,11 +41,11 @@ class Report:
         return not self.problems
 
 
-def verify(path: str | Path, progress: Callable[[Report], None] | None = None) -> Report:
+def verify(path: str | Path, progress: Callable[[VerifyReport], None] | None = None) -> VerifyReport:
     """Check everything. DataError where the manifest itself cannot be trusted; all else goes into the report."""
     began = time.perf_counter()
     folder, manifest = Path(path), load_manifest(path)
-    report = Report(str(path))
+    report = VerifyReport(str(path))
     _check_tokenizer(folder, manifest, report)
     for shard in manifest.shards:
         try:
@@ -58,7 +58,7 @@ def verify(path: str | Path, progress: Callable[[Report], None] | None = None) -
     return report
 
 
-def _check_tokenizer(folder: Path, manifest: Manifest, report: Report) -> None:
+def _check_tokenizer(folder: Path, manifest: Manifest, report: VerifyReport) -> None:
     path = folder / manifest.tokenizer.file
     if not path.is_file():
         report.problems.append(f"{path} is missing.")
@@ -66,7 +66,7 @@ def _check_tokenizer(folder: Path, manifest: Manifest, report: Report) -> None:
         report.problems.append(f"{path} has another sha256 than the manifest says.")
 
 
-def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: Report) -> None:
+def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: VerifyReport) -> None:
     shard_path, index_path = folder / f"{shard.name}.bin", folder / f"{shard.name}.idx"
     if shard_path.stat().st_size != shard.bin_bytes:
         raise DataError(f"{shard_path} is {shard_path.stat().st_size} bytes, expected {shard.bin_bytes}: it is torn.")
@@ -92,7 +92,7 @@ def _index_is_sound(index: Index, shard: Shard) -> bool:
     return consecutive and ordered and int(sizes.sum()) == shard.bin_bytes
 
 
-def _check_tokens(path: Path, shard: Shard, manifest: Manifest, index: Index, report: Report) -> None:
+def _check_tokens(path: Path, shard: Shard, manifest: Manifest, index: Index, report: VerifyReport) -> None:
     """Hash and look at the tokens piece by piece."""
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     eot_id, vocab_size = manifest.tokenizer.eot_id, manifest.tokenizer.vocab_size

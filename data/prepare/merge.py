@@ -1,4 +1,4 @@
-"""Finished work units to the shards of a dataset: drop duplicates, split, shuffle if asked, copy.
+"""FinishedUnits work units to the shards of a dataset: drop duplicates, split, shuffle if asked, copy.
 
 Nothing here depends on who did the units, or when: without duplicates to drop and without a shuffle, units are copied
 in their order as they become ready, while others are still being done. Documents keep the order of the sources, or with
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from packspeed.data.errors import DataError
 from packspeed.data.prepare.shards import ShardWriter
 from packspeed.data.prepare.shuffle import shuffled
-from packspeed.data.prepare.units import DOCUMENT, unit_path
+from packspeed.data.prepare.units import DOCUMENT, DocumentRun, Table, unit_path
 
 FEW_DOCUMENTS = 100
 
@@ -32,25 +32,8 @@ FEW_DOCUMENTS = 100
 DEDUP_BUCKETS = 256
 
 
-Table = npt.NDArray[np.void]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Documents of one open file: where each begins in bytes, (n,), and the table of units.py, (n,)."""
-
-    file: int
-    offsets_bytes: npt.NDArray[np.int64]
-    table: Table
-
-    def runs(self, chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-        """First and end of every run of chosen documents that lie one behind another."""
-        edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-        yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-
-
 @dataclass
-class Merged:
+class MergeCounts:
     """What a merge found: the documents kept, the sum of their hashes, the duplicates dropped."""
 
     documents: int = 0
@@ -58,7 +41,7 @@ class Merged:
     hash_sum: int = 0
 
 
-class Finished:
+class FinishedUnits:
     """The numbers of the units that are done, for a thread that waits for them."""
 
     def __init__(self) -> None:
@@ -98,7 +81,7 @@ class Merge:
     ):
         self.folder, self.units, self.itemsize = folder, units, np.dtype(dtype).itemsize
         self.shuffle_seed, self._ready = shuffle_seed, ready
-        self.found = Merged()
+        self.found = MergeCounts()
         self._dropped = self._duplicates() if dedup else None
 
     def few(self) -> bool:
@@ -110,7 +93,7 @@ class Merge:
                 return False
         return True
 
-    def split(self, train: ShardWriter, val: ShardWriter, val_fraction: float) -> Merged:
+    def split(self, train: ShardWriter, val: ShardWriter, val_fraction: float) -> MergeCounts:
         """Write every document to its side, chosen by its hash; the writers stay open."""
         bound = np.uint64(min(2**64 - 1, int(val_fraction * 2**64)))
         for piece in self.pieces():
@@ -121,19 +104,19 @@ class Merge:
                     _copy(piece, first, end, writer)
         return self.found
 
-    def count(self) -> Merged:
+    def count(self) -> MergeCounts:
         """Only the counts."""
         for piece in self.pieces():
             self._count(piece.table)
         return self.found
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[DocumentRun]:
         """All documents that stay, in the order of the dataset."""
         if self.shuffle_seed is None:
             yield from self._in_order()
         else:
             for file, offsets, table in shuffled(self._numbered(), self.shuffle_seed, self.itemsize, self.folder):
-                yield Piece(file, offsets, table)
+                yield DocumentRun(file, offsets, table)
 
     def _documents(self, unit: int) -> int:
         self._ready(unit)
@@ -148,11 +131,11 @@ class Merge:
             yield unit, np.arange(first, first + len(table)), table
             first += len(table)
 
-    def _in_order(self) -> Iterator[Piece]:
+    def _in_order(self) -> Iterator[DocumentRun]:
         for _, piece in self._numbered():
             yield piece
 
-    def _numbered(self) -> Iterator[tuple[npt.NDArray[np.int64], Piece]]:
+    def _numbered(self) -> Iterator[tuple[npt.NDArray[np.int64], DocumentRun]]:
         """The documents of every unit that stay, with their numbers in the whole."""
         for unit, numbers, table in self._tables():
             sizes = table["tokens"] * self.itemsize
@@ -161,7 +144,7 @@ class Merge:
                 stays = ~np.array(self._dropped[numbers], dtype=bool)
                 table, offsets, numbers = table[stays], offsets[stays], numbers[stays]
             with open(unit_path(self.folder, unit, ".bin"), "rb") as stream:
-                yield numbers, Piece(stream.fileno(), offsets, table)
+                yield numbers, DocumentRun(stream.fileno(), offsets, table)
 
     def _count(self, table: Table) -> None:
         self.found.documents += len(table)
@@ -200,7 +183,7 @@ class Merge:
                         stream.write(part.tobytes())
 
 
-def _copy(piece: Piece, first: int, end: int, writer: ShardWriter) -> None:
+def _copy(piece: DocumentRun, first: int, end: int, writer: ShardWriter) -> None:
     """Copy documents first to end - 1, in runs that lie one behind another in the file."""
     lengths = piece.table["tokens"][first:end].astype(np.int64)
     offsets = piece.offsets_bytes[first:end]

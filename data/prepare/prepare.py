@@ -15,36 +15,32 @@ Cost: README.md; memory: a few megabytes of text and the encoder, whatever the c
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.prepare.merge import Finished, Merge, Merged
+from packspeed.data.prepare.merge import FinishedUnits, Merge, MergeCounts
+from packspeed.data.prepare.output_folder import claim_folder, clean_after_failure, locked_folder
+from packspeed.data.prepare.progress import PrepareProgress, ProgressMeter
 from packspeed.data.prepare.shards import ShardWriter
 from packspeed.data.prepare.tail_split import split_tail
-from packspeed.data.prepare.unit_work import Counts, UnitWorker
+from packspeed.data.prepare.unit_work import UnitWorker
 from packspeed.data.prepare.units import (
     FOLDER,
-    UNIT_BYTES,
     Job,
     Receipt,
     Unit,
     load_receipt,
     plan_units,
-    remove_leftovers,
     save_job,
 )
-from packspeed.data.prepare.worker_pool import Crew
+from packspeed.data.prepare.worker_pool import WorkerPool
 from packspeed.data.read.sources import find_sources
-from packspeed.data.storage.atomic import temporary, write_file
-from packspeed.data.storage.lock import LockHeldError, lock_file
+from packspeed.data.storage.atomic import write_file
 from packspeed.data.storage.manifest import (
     FORMAT,
     MANIFEST,
@@ -62,28 +58,8 @@ from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 SHARD_TOKENS = 2**28
 
 
-OWN_FILES = re.compile(
-    r"(manifest\.json|(train|val)-[0-9]{5,}\.(bin|idx)|tokenizer\.json|[\w.-]+\.tiktoken(\.json)?)(\.tmp)?|\.units"
-)
-
-
-@dataclass
-class Progress:
-    """How far a preparation has come, finished units of earlier runs included. `bytes` are bytes of the sources."""
-
-    documents: int = 0
-    empty_documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-    tokens_per_s: float = 0.0
-    bytes_done: int = 0
-    bytes_total: int = 0
-    left_s: float | None = None  # None until there is something to judge by
-
-
 @dataclass(frozen=True)
-class Options:
+class MergeOptions:
     """What the merge is told."""
 
     val_fraction: float = 0.005
@@ -119,7 +95,7 @@ def prepare(
     encoder: Choice = "auto",
     overwrite: bool = False,
     only_merge: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[PrepareProgress], None] | None = None,
 ) -> Manifest:
     """Write the dataset of `sources` into the folder `out`; returns its manifest.
 
@@ -132,12 +108,16 @@ def prepare(
     UsageError for bad arguments and a folder that is in use, DataError for bad documents and a full disk; after either
     there is no dataset in `out`.
     """
-    options = Options(val_fraction, shard_tokens, skip_bad, dedup, shuffle_seed)
+    options = MergeOptions(val_fraction, shard_tokens, skip_bad, dedup, shuffle_seed)
     options.check()
     if workers < 1:
         raise UsageError(f"workers {workers} must be at least 1.")
     job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, overwrite, options)
-    with job.failing_cleanly(), job.alone(), ThreadPoolExecutor(1, "packspeed-merge") as pool:
+    with (
+        clean_after_failure(job.folder, job.created),
+        locked_folder(job.folder),
+        ThreadPoolExecutor(1, "packspeed-merge") as pool,
+    ):
         merging = pool.submit(job.merge, list(sources))
         try:
             job.do(workers, encoder, progress, only_merge=only_merge)
@@ -159,7 +139,7 @@ def prepare_part(
     skip_bad: int = 0,
     workers: int = 1,
     encoder: Choice = "auto",
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[PrepareProgress], None] | None = None,
 ) -> int:
     """Do every `task_count`-th unit, from `task_index` on, on any of many machines that share `out`; returns how many.
 
@@ -167,7 +147,7 @@ def prepare_part(
     """
     if not 0 <= task_index < task_count:
         raise UsageError(f"There is no task {task_index} among {task_count}: they are numbered from 0.")
-    options = Options(skip_bad=skip_bad)
+    options = MergeOptions(skip_bad=skip_bad)
     options.check()
     job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, False, options)
     return job.do(workers, encoder, progress, task=(task_index, task_count))
@@ -185,16 +165,16 @@ class _Preparation:
         include: Sequence[str],
         exclude: Sequence[str],
         overwrite: bool,
-        options: Options,
+        options: MergeOptions,
     ):
         self.folder, self.options, self.units_folder = folder, options, folder / FOLDER
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         found = find_sources(sources, include=include, exclude=exclude, outside=folder)
         self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
         self.created = not folder.exists()
-        self.finished = Finished()
-        _claim(folder, overwrite)
-        with self.failing_cleanly():
+        self.finished = FinishedUnits()
+        claim_folder(folder, overwrite)
+        with clean_after_failure(folder, self.created):
             self.tokenizer_file = self.tokenizer.save(folder)
             units, state = plan_units(found)
             self.job = Job(
@@ -206,7 +186,7 @@ class _Preparation:
         self,
         workers: int,
         encoder: Choice,
-        progress: Callable[[Progress], None] | None,
+        progress: Callable[[PrepareProgress], None] | None,
         *,
         task: tuple[int, int] = (0, 1),
         only_merge: bool = False,
@@ -220,7 +200,7 @@ class _Preparation:
                 f"{len(todo)} of {len(mine)} units of {self.folder} are not done (the first is {todo[0].number}). "
                 f"Run the missing tasks, then merge again."
             )
-        meter = _Meter(mine, [r for r in receipts.values() if r], progress)
+        meter = ProgressMeter(mine, [r for r in receipts.values() if r], progress)
         bad = sum(receipt.bad for receipt in receipts.values() if receipt)
         for unit in mine:
             if receipts[unit.number] is not None:
@@ -235,11 +215,13 @@ class _Preparation:
                 )
         return len(mine)
 
-    def _run(self, units: list[Unit], workers: int, encoder: Choice, meter: _Meter) -> Iterator[tuple[int, Receipt]]:
+    def _run(
+        self, units: list[Unit], workers: int, encoder: Choice, meter: ProgressMeter
+    ) -> Iterator[tuple[int, Receipt]]:
         workers = min(workers, len(units))
         if workers > 1:
-            with Crew(self.units_folder, workers, self.options.skip_bad, encoder) as crew:
-                for number, receipt in crew.do(units, meter.add):
+            with WorkerPool(self.units_folder, workers, self.options.skip_bad, encoder) as pool:
+                for number, receipt in pool.do(units, meter.add):
                     meter.finished(receipt)
                     yield number, receipt
         elif units:
@@ -275,7 +257,7 @@ class _Preparation:
         shutil.rmtree(self.units_folder)
         return manifest
 
-    def _manifest(self, names: list[str], method: str, shards: list[Shard], merged: Merged) -> Manifest:
+    def _manifest(self, names: list[str], method: str, shards: list[Shard], merged: MergeCounts) -> Manifest:
         known = self.tokenizer
         receipts = [load_receipt(self.units_folder, unit.number) for unit in self.job.units]
         done = [receipt for receipt in receipts if receipt is not None]
@@ -301,98 +283,3 @@ class _Preparation:
             fingerprint="",
         )
         return dataclasses.replace(manifest, fingerprint=manifest.compute_fingerprint())
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the folder's lock. UsageError where another process works on it."""
-        try:
-            lock = lock_file(self.units_folder / "lock", timeout_s=0)
-        except (LockHeldError, OSError) as error:
-            raise UsageError(f"Another prepare is working in {self.folder}. Wait for it, or stop it.") from error
-        with lock:
-            _clear(self.folder, keep_units=True)  # what a killed run was writing
-            yield
-
-    @contextlib.contextmanager
-    def failing_cleanly(self) -> Iterator[None]:
-        """On any error keep finished units and nothing else; nothing at all where none is finished."""
-        try:
-            yield
-        except BaseException as error:
-            in_use = isinstance(error, UsageError)
-            kept = self.units_folder.exists() and any(self.units_folder.glob("[0-9]*.json"))
-            if not in_use:
-                _clear(self.folder, keep_units=kept)
-                if self.created and not kept:
-                    self.folder.rmdir()
-            if isinstance(error, OSError):
-                left = "Finished units are kept: make room, and the same command goes on." if kept else ""
-                raise DataError(
-                    f"{self.folder} cannot be written: {error.strerror or error}. {left or 'Nothing is left there.'}"
-                ) from error
-            raise
-
-
-class _Meter:
-    """Adds up what workers report and tells the caller."""
-
-    def __init__(self, units: list[Unit], done: list[Receipt], report: Callable[[Progress], None] | None):
-        self.now = Progress(bytes_total=sum(unit.bytes for unit in units))
-        self.report, self.began, self.new_tokens, self.open_bytes = report, time.perf_counter(), 0, 0
-        for receipt in done:
-            self._count(Counts(receipt.documents, receipt.empty_documents, receipt.text_bytes, receipt.tokens))
-        self.unit_bytes = self.now.bytes_total / max(1, len(units))
-        self.old_bytes = int(self.unit_bytes * len(done))
-        self.now.bytes_done = self.old_bytes
-
-    def _count(self, counts: Counts) -> None:
-        for field in dataclasses.fields(Counts):
-            setattr(self.now, field.name, getattr(self.now, field.name) + getattr(counts, field.name))
-
-    def add(self, counts: Counts) -> None:
-        """Count what a worker has encoded."""
-        self._count(counts)
-        now, self.new_tokens = self.now, self.new_tokens + counts.tokens
-        self.open_bytes = min(self.open_bytes + counts.text_bytes, UNIT_BYTES)
-        now.elapsed_s = time.perf_counter() - self.began
-        now.tokens_per_s = self.new_tokens / max(now.elapsed_s, 1e-9)
-        done = min(now.bytes_total, now.bytes_done + self.open_bytes) - self.old_bytes
-        left = now.bytes_total - self.old_bytes - done
-        now.left_s = now.elapsed_s * left / done if done > 0 else None
-        if self.report is not None:
-            self.report(now)
-
-    def finished(self, receipt: Receipt) -> None:
-        """Count a finished unit."""
-        self.now.bytes_done = min(self.now.bytes_total, self.now.bytes_done + int(self.unit_bytes))
-        self.open_bytes = 0
-
-
-def _claim(folder: Path, overwrite: bool) -> None:
-    """Make the folder, or make sure that it is empty, holds unfinished units, or holds a dataset that may go."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be made a folder: {error.strerror}. Choose another one.") from error
-    foreign = [name for name in names if not OWN_FILES.fullmatch(name)]
-    if foreign or (names and not {MANIFEST, temporary(folder / MANIFEST).name, FOLDER} & set(names)):
-        other = ", ".join((foreign or names)[:3])
-        raise UsageError(f"{folder} holds other files ({other}). Choose an empty or a new folder.")
-    if MANIFEST in names and not overwrite:
-        raise UsageError(f"{folder} holds a dataset. Choose another folder, or replace it with --overwrite.")
-    if overwrite or FOLDER not in names:
-        _clear(folder, keep_units=False)
-
-
-def _clear(folder: Path, keep_units: bool) -> None:
-    """Remove a dataset's files, the manifest first: what is left of one is never taken for a whole one."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.name == FOLDER:
-            if keep_units:
-                remove_leftovers(path)
-            else:
-                shutil.rmtree(path)
-        elif OWN_FILES.fullmatch(path.name) and not (keep_units and "tok" in path.name):
-            path.unlink()

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from packspeed.data.order import _mix
+from packspeed.data.order import mix64
 from packspeed.data.prepare.units import DOCUMENT
 
 if TYPE_CHECKING:
-    from packspeed.data.prepare.merge import Piece, Table
+    from packspeed.data.prepare.units import DocumentRun, Table
 
 
 BUCKETS = 256  # open files at a time; with 256 a bucket of a terabyte of tokens is 4 GB on disk, read by key
@@ -35,7 +35,7 @@ KEYED = np.dtype([("key", "<u8"), ("offset", "<i8"), ("document", DOCUMENT)])
 
 
 def shuffled(
-    documents: Iterable[tuple[npt.NDArray[np.int64], Piece]], seed: int, itemsize: int, folder: Path
+    documents: Iterable[tuple[npt.NDArray[np.int64], DocumentRun]], seed: int, itemsize: int, folder: Path
 ) -> Iterator[tuple[int, npt.NDArray[np.int64], Table]]:
     """All documents in the order of their keys: (open file, offsets in bytes (n,), table (n,)) bucket by bucket."""
     with ExitStack() as stack:
@@ -56,11 +56,16 @@ def shuffled(
 
 def _keys(numbers: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
     word = np.uint64((seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64)
-    return _mix(_mix(numbers.astype(np.uint64) ^ word) + word)
+    return mix64(mix64(numbers.astype(np.uint64) ^ word) + word)
 
 
 def _deal(
-    piece: Piece, chosen: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64], itemsize: int, bucket: int, table: int
+    piece: DocumentRun,
+    chosen: npt.NDArray[np.int64],
+    keys: npt.NDArray[np.uint64],
+    itemsize: int,
+    bucket: int,
+    table: int,
 ) -> None:
     """Append the chosen documents of a piece to a bucket and its table."""
     rows = np.empty(len(chosen), dtype=KEYED)

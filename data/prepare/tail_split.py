@@ -11,8 +11,9 @@ from itertools import chain
 
 import numpy as np
 
-from packspeed.data.prepare.merge import Merge, Merged, Piece
+from packspeed.data.prepare.merge import Merge, MergeCounts
 from packspeed.data.prepare.shards import ShardWriter, chunks_of
+from packspeed.data.prepare.units import DocumentRun
 from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.tokenizer import Tokenizer
 
@@ -21,7 +22,7 @@ CHARACTER_TOKENS = 64  # no character is longer
 
 def split_tail(
     merge: Merge, tokenizer: Tokenizer, dtype: str, train: ShardWriter, val: ShardWriter, val_fraction: float
-) -> Merged:
+) -> MergeCounts:
     """Write the first part of the stream to `train` and the last `val_fraction` of its tokens to `val`."""
     counted = merge.count()
     tokens = sum(int(piece.table["tokens"].sum()) for piece in merge.pieces())
@@ -42,7 +43,7 @@ def split_tail(
 
 
 def _between_characters(
-    piece: Piece, start: int, length: int, cut: int, dtype: np.dtype[np.unsignedinteger], tokenizer: Tokenizer
+    piece: DocumentRun, start: int, length: int, cut: int, dtype: np.dtype[np.unsignedinteger], tokenizer: Tokenizer
 ) -> int:
     """The first place at or behind `cut` where a document may be cut in two, or its length where there is none."""
     if cut == 0 or cut >= length - 1:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from packspeed.data.errors import DataError, UsageError
@@ -42,6 +43,23 @@ JOB_VERSION = 1
 
 
 DOCUMENT = np.dtype([("tokens", "<i8"), ("high", ">u8"), ("low", ">u8")])
+
+
+Table = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class DocumentRun:
+    """Documents of one open file: where each begins in bytes, (n,), and the table of units.py, (n,)."""
+
+    file: int
+    offsets_bytes: npt.NDArray[np.int64]
+    table: Table
+
+    def runs(self, chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+        """First and end of every run of chosen documents that lie one behind another."""
+        edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+        yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
 @dataclass(frozen=True)

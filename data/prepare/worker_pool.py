@@ -19,7 +19,7 @@ from packspeed.data.prepare.unit_work import Counts, Report
 from packspeed.data.prepare.units import Receipt, Unit
 
 
-class Crew:
+class WorkerPool:
     """`workers` processes. Use with `with`: leaving it ends them."""
 
     def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str):
@@ -29,7 +29,7 @@ class Crew:
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) for _ in range(workers)
         ]
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *unused: object) -> None:

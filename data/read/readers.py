@@ -15,12 +15,7 @@ orjson parses a line three times as fast as json, which has the word on every li
 from __future__ import annotations
 
 import codecs
-import gzip
-import itertools
 import json
-import shutil
-import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -28,23 +23,15 @@ from typing import IO, Any
 import orjson
 
 from packspeed.data.errors import DataError
-from packspeed.data.read.chunking import in_pieces
 from packspeed.data.read.long_json import long_text
-from packspeed.data.read.sources import URLS, Source
-
-CHUNK_BYTES = 2**20
-
+from packspeed.data.read.sources import Source
+from packspeed.data.read.split_text import split_text
+from packspeed.data.read.streams import CHUNK_BYTES, LONG_LINE_BYTES, open_source, read_chunks, split_lines
 
 LONG_TEXT_BYTES = 2**24
 
 
-LONG_LINE_BYTES = 2**26
-
-
 PARQUET_ROWS = 1024
-
-
-URL_TIMEOUT_S = 60
 
 
 @dataclass(slots=True)
@@ -95,7 +82,7 @@ def read_documents(sources: Iterable[Source], text_key: str, tally: Tally) -> It
 
 
 def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
-    with _open(source.name) as stream:
+    with open_source(source.name) as stream:
         if source.found and _looks_binary(stream.read(8192)):
             tally.binary += 1
             return
@@ -130,7 +117,7 @@ def _read_long_text(source: Source, stream: IO[bytes], tally: Tally) -> Iterator
             tally.refuse(f"{source.name}, about byte {stream.tell()}", f"not UTF-8 ({error.reason})")
         return
     stream.seek(0)
-    for text, last in in_pieces(_decoded(stream)):
+    for text, last in split_text(_decoded(stream)):
         yield Document(text.encode("utf-8"), source.name, 0, last)
 
 
@@ -151,7 +138,7 @@ def _looks_binary(head: bytes) -> bool:
 
 
 def _read_lines(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
-    for offset, line in _lines(_chunks(source), source.start):
+    for offset, line in split_lines(read_chunks(source), source.start):
         if not isinstance(line, bytes):
             yield from _read_long_line(line, offset, source.name, text_key, tally)
             continue
@@ -186,7 +173,7 @@ def _read_long_line(
 ) -> Iterator[Document]:
     """The document of a line that is not held in memory. What is wrong with it is found too late to pass over it."""
     try:
-        for text, last in in_pieces(long_text(parts, text_key)):
+        for text, last in split_text(long_text(parts, text_key)):
             yield Document(text.encode("utf-8"), source, offset, last)
     except (ValueError, LookupError) as error:
         where = f"{source}, line {_line_number(source, offset)}, byte {offset}"
@@ -199,7 +186,7 @@ def _read_long_line(
 def _line_number(source: str, offset: int) -> int:
     """Which line begins at a byte of the (uncompressed) stream, from 1: counted only where something is wrong."""
     number, seen = 1, 0
-    for chunk in _chunks(Source(source, "lines")):
+    for chunk in read_chunks(Source(source, "lines")):
         number += chunk.count(b"\n", 0, max(0, offset - seen))
         seen += len(chunk)
         if seen >= offset:
@@ -226,117 +213,12 @@ def _document(
             yield Document(data, source, position)
 
 
-def _open(name: str) -> IO[bytes]:
-    """A file, or a temporary copy of what a URL holds: nothing is read from half a download."""
-    if not name.startswith(URLS):
-        return open(name, "rb")
-    import urllib.request  # 40 ms (ssl, email) that those who read files need not wait for
-
-    copy = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
-    try:
-        with urllib.request.urlopen(name, timeout=URL_TIMEOUT_S) as answer:
-            shutil.copyfileobj(answer, copy, CHUNK_BYTES)
-            expected = answer.headers.get("Content-Length")
-        if expected is not None and copy.tell() != int(expected):
-            raise DataError(f"{name} broke off after {copy.tell()} of {expected} bytes. Try again.")
-        copy.seek(0)
-        return copy
-    except BaseException:
-        copy.close()
-        raise
-
-
-def _lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
-    """Lines without their end and the byte offset of each (in the uncompressed stream); a long one as its parts."""
-    chunks, pending, held = iter(chunks), list[bytes](), 0
-    while (chunk := next(chunks, None)) is not None:
-        *ended, rest = chunk.split(b"\n")
-        for part in ended:
-            line = b"".join([*pending, part]) if pending else part
-            pending.clear()
-            held = 0
-            yield offset, line
-            offset += len(line) + 1
-        if rest:
-            pending.append(rest)
-            held += len(rest)
-        if held > LONG_LINE_BYTES:
-            long = _LongLine(pending, chunks)
-            yield offset, iter(long)
-            for _ in long:  # the reader may have stopped early
-                pass
-            offset += long.bytes + 1
-            chunks, pending, held = itertools.chain([long.rest], chunks), [], 0
-    if pending:
-        yield offset, b"".join(pending)
-
-
-class _LongLine:
-    """The parts of one line out of a stream of chunks; `rest` is what followed its end in the last chunk."""
-
-    def __init__(self, pending: list[bytes], chunks: Iterator[bytes]):
-        self.bytes, self.rest = 0, b""
-        self._parts = self._read(list(pending), chunks)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._parts
-
-    def _read(self, pending: list[bytes], chunks: Iterator[bytes]) -> Iterator[bytes]:
-        for part in pending:
-            self.bytes += len(part)
-            yield part
-        for chunk in chunks:
-            part, newline, self.rest = chunk.partition(b"\n")
-            self.bytes += len(part)
-            yield part
-            if newline:
-                return
-
-
-def _chunks(source: Source) -> Iterator[bytes]:
-    """A file's content, decompressed. DataError where a compressed stream is damaged or ends early."""
-    name = source.name
-    if name.lower().endswith(".zst"):
-        yield from _zstd_chunks(name)
-        return
-    compressed = name.lower().endswith(".gz")
-    try:
-        with _open(name) as raw, gzip.open(raw) if compressed else raw as stream:
-            if source.start:
-                stream.seek(source.start)
-            left = source.end - source.start if source.end >= 0 else -1
-            while chunk := stream.read(CHUNK_BYTES if left < 0 else min(left, CHUNK_BYTES)):
-                left -= len(chunk) if left >= 0 else 0
-                yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{name} is a damaged gzip file ({error}). Fetch it again.") from error
-
-
-def _zstd_chunks(name: str) -> Iterator[bytes]:
-    """Frame by frame, since the library's own reader takes a file that ends inside a frame for a whole one."""
-    import zstandard
-
-    unpack = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = None
-    try:
-        with _open(name) as stream:
-            while packed := stream.read(CHUNK_BYTES // 8):
-                while packed:
-                    frame = frame or unpack.decompressobj()
-                    yield frame.decompress(packed)
-                    packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    except zstandard.ZstdError as error:
-        raise DataError(f"{name} is a damaged zstd file ({error}). Fetch it again.") from error
-    if frame is not None:
-        raise DataError(f"{name} is a damaged zstd file (it ends inside a frame). Fetch it again.")
-
-
 def _read_parquet(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with _open(source.name) as raw, pyarrow.parquet.ParquetFile(raw) as table:
+        with open_source(source.name) as raw, pyarrow.parquet.ParquetFile(raw) as table:
             if text_key not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names)
                 raise DataError(f"{source.name} has no column {text_key!r}; choose by --text-key among {columns}.")

@@ -294,8 +294,8 @@ def _compiled_ops() -> list[str]:
 
 def _fingerprint(path: str) -> str:
     """The fingerprint of a dataset, or `error: ` and what is wrong with it."""
-    from packspeed.data.remote import open_dataset
     from packspeed.data.errors import DataError
+    from packspeed.data.remote import open_dataset
 
     try:
         return str(open_dataset(path).fingerprint)

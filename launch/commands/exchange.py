@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from packspeed.data.checks.inspect import inspect_dataset
-from packspeed.data.exchange import interchange
+from packspeed.data.exchange import export_data as exporter
+from packspeed.data.exchange import import_data as importer
 from packspeed.launch.commands.inspect import describe_dataset
 from packspeed.launch.commands.options import DatasetFolder, Json, show
 
@@ -32,7 +33,7 @@ def import_data(
     json_output: Json = False,
 ) -> None:
     """Make a dataset from Megatron, nanoGPT, llm.c, modded-nanogpt or MosaicML files."""
-    interchange.import_data(sources, val or [], out, tokenizer, link=link, append_eot=append_eot)
+    importer.import_data(sources, val or [], out, tokenizer, link=link, append_eot=append_eot)
     facts = inspect_dataset(out)
     show(facts, describe_dataset(facts), json_output)
 
@@ -45,5 +46,5 @@ def export_data(
 ) -> None:
     """Write a dataset in another project's format."""
     format_name: Any = to  # export_data rejects an unknown format
-    written = [str(name) for name in interchange.export_data(path, out, format_name)]
+    written = [str(name) for name in exporter.export_data(path, out, format_name)]
     show({"written": written}, written, json_output)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.checks import verify as verification
+from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.errors import UsageError
 from packspeed.launch.commands.options import DatasetFolder, Json, show
 

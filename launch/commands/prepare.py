@@ -16,7 +16,7 @@ import typer
 from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.errors import UsageError
 from packspeed.data.prepare import prepare as preparation
-from packspeed.data.prepare.prepare import Progress
+from packspeed.data.prepare.progress import PrepareProgress
 from packspeed.launch.commands.inspect import describe_dataset, verify_dataset
 from packspeed.launch.commands.options import Exclude, Include, Json, SkipBad, Sources, TextKey, show
 
@@ -98,7 +98,7 @@ def prepare(
 
 
 @contextmanager
-def _progress_line(title: str) -> Iterator[Callable[[Progress], None] | None]:
+def _progress_line(title: str) -> Iterator[Callable[[PrepareProgress], None] | None]:
     """A live line on stderr; yields None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -107,7 +107,7 @@ def _progress_line(title: str) -> Iterator[Callable[[Progress], None] | None]:
 
     with Console(stderr=True).status(title) as status:
 
-        def update(now: Progress) -> None:
+        def update(now: PrepareProgress) -> None:
             percent = f"{100 * now.bytes_done / now.bytes_total:.0f}%, " if now.bytes_total else ""
             left = f", {now.left_s // 60:.0f}:{now.left_s % 60 // 1:02.0f} left" if now.left_s is not None else ""
             status.update(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from packspeed.data.text.tokenizer_json import tokenizer_json
+from packspeed.data.text.ranks_to_json import tokenizer_json
 from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.checkpoint.zero_checkpoint import whole_tensors
 from packspeed.launch.config.errors import ConfigError, UserError

@@ -40,7 +40,7 @@ _SEARCH_CHARACTERS = 4096
 _M_MMAP_THRESHOLD = -3
 
 
-def last_place(text: str) -> int:
+def last_split_point(text: str) -> int:
     """The last place in a text where it may be cut, 0 where there is none."""
     end = len(text)
     while end > 0:
@@ -52,7 +52,7 @@ def last_place(text: str) -> int:
     return 0
 
 
-def in_pieces(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+def split_text(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """The same text in pieces of about a million characters, each with whether it is the last."""
     _map_large_allocations()
     held = ""
@@ -61,7 +61,7 @@ def in_pieces(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
             held += part[start : start + PIECE_CHARACTERS]
             if len(held) < PIECE_CHARACTERS:
                 continue
-            place = last_place(held) or (len(held) if len(held) >= LONGEST_CHARACTERS else 0)
+            place = last_split_point(held) or (len(held) if len(held) >= LONGEST_CHARACTERS else 0)
             if place:
                 yield held[:place], False
                 held = held[place:]

@@ -1,36 +1,24 @@
-"""Token files of other projects: Megatron's .bin/.idx, nanoGPT's .bin, llm.c's shards, MosaicML's MDS; in and out.
+"""Import token files of other projects (formats.py) as a dataset.
 
-    megatron    PREFIX.bin, PREFIX.idx    MMIDIDX v1; uint16 or int32; a document is one or more sequences
-    nanogpt     NAME.bin                  uint16, nothing else; documents end with EOT
-    llmc        NAME.bin                  256 int32 (magic, version, tokens, 0 ...), then tokens; EOT begins documents:
-                                          magic 20240520, version 1, uint16 (GPT-2; modded-nanogpt too) or
-                                          magic 20240801, version 7, uint32 (Llama 3)
-    mds         a folder                  see mds.py
-
-Import writes a dataset of ours, and a Megatron pair whose documents are one sequence each and end with EOT can be
-linked instead: it trains where it lies, without a copy. The tokenizer must be named, since none of these formats says.
-Cost: one read and one write, 0.5 GB/s; linking reads once, for the hashes. Sources: megatron/core/datasets in
-https://github.com/NVIDIA/Megatron-LM, data/openwebtext/prepare.py in https://github.com/karpathy/nanoGPT,
-dev/data/data_common.py in https://github.com/karpathy/llm.c.
+A Megatron pair whose documents are one sequence each and end with EOT can be linked instead of copied: the shards are
+symbolic links to it. The tokenizer must be named, since none of these formats records it.
+Cost: one read and one write, 0.5 GB/s; linking reads once, for the hashes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.exchange.mds import read_mds, write_mds
+from packspeed.data.exchange.formats import LLMC, LLMC_HEADER_BYTES, PIECE_TOKENS, Kind, detect
+from packspeed.data.exchange.mds import read_mds
 from packspeed.data.prepare.shards import ShardWriter
 from packspeed.data.storage.atomic import write_file
 from packspeed.data.storage.hashing import hash_file
@@ -46,41 +34,13 @@ from packspeed.data.storage.manifest import (
     Tokens,
     manifest_json,
 )
-from packspeed.data.storage.mmidx import CODES, HEADER, MAGIC, read_index, write_index
+from packspeed.data.storage.mmidx import HEADER, MAGIC, read_index
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
-
-Kind = Literal["megatron", "nanogpt", "llmc", "mds"]
-
-
-KINDS = ("megatron", "nanogpt", "llmc", "mds")
-
-
-PIECE_TOKENS = 2**22
-
-
-LLMC_HEADER_BYTES = 1024
-
-
-LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
-
 
 MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 Flags = npt.NDArray[np.bool_]
-
-
-def detect(path: str) -> Kind:
-    """Which format a path has. UsageError where it is none of them."""
-    if Path(path + ".idx").is_file() and Path(path + ".bin").is_file():
-        return "megatron"
-    if Path(path).is_dir() and (Path(path) / "index.json").is_file():
-        return "mds"
-    if not Path(path).is_file():
-        raise UsageError(f"{path} is neither a file nor the common name of a .bin and an .idx. Check the path.")
-    with open(path, "rb") as stream:
-        head = stream.read(4)
-    return "llmc" if len(head) == 4 and struct.unpack("<i", head)[0] in LLMC else "nanogpt"
 
 
 def import_data(
@@ -271,75 +231,3 @@ def _mds_documents(path: str, eot_id: int, append_eot: bool) -> Iterator[Run]:
         _without_empty(np.insert(tokens, np.cumsum(lengths), eot_id), eot_id)
         for tokens, lengths in read_mds(Path(path))
     )
-
-
-def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int = 10**8) -> list[Path]:
-    """Write a dataset's splits in another format into the folder `out`; returns the files (or folders) written.
-
-    UsageError for a folder in use and for ids that the format cannot hold.
-    """
-    dataset, folder = TokenDataset(path), Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty. Choose a new folder.")
-    if kind not in KINDS:
-        raise UsageError(f"There is no format {kind!r}: choose one of {', '.join(KINDS)}.")
-    if kind == "nanogpt" and dataset.dtype.itemsize != 2:
-        raise UsageError("nanoGPT's files are uint16 and this dataset needs uint32. Choose megatron, llmc or mds.")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = list[Path]()
-    for split in ("train", "val"):
-        if dataset.tokens(split):
-            written += _EXPORT[kind](dataset, split, folder, shard_tokens)
-    return written
-
-
-def _export_nanogpt(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    with open(folder / f"{split}.bin", "wb") as stream:
-        for shard in dataset.manifest.shards:
-            if shard.split == split:
-                with open(dataset.path / f"{shard.name}.bin", "rb") as source:
-                    shutil.copyfileobj(source, stream, 2**22)
-    return [folder / f"{split}.bin"]
-
-
-def _export_megatron(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """One pair for the whole split, as Megatron's --data-path takes it."""
-    (binary,) = _export_nanogpt(dataset, split, folder, shard_tokens)
-    name = f"{split}_text_document"
-    os.replace(binary, folder / f"{name}.bin")
-    documents = sum(shard.documents for shard in dataset.manifest.shards if shard.split == split)
-    _, lengths = dataset.document_spans(split, 0, documents)
-    code = next(key for key in CODES if np.dtype(key) == dataset.dtype)
-    with open(folder / f"{name}.idx", "wb") as stream:
-        write_index(stream, lengths.astype(np.int32), code)
-    return [folder / f"{name}.bin", folder / f"{name}.idx"]
-
-
-def _export_llmc(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """EOT in front of every document instead of behind it: the stream moves by one."""
-    magic = 20240520 if dataset.dtype.itemsize == 2 else 20240801
-    total, written = dataset.tokens(split), list[Path]()
-    for number, first in enumerate(range(0, total, shard_tokens)):
-        size = min(shard_tokens, total - first)
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = magic, LLMC[magic][0], size
-        written.append(folder / f"{split}_{number:06d}.bin")
-        with open(written[-1], "wb") as stream:
-            stream.write(header.tobytes())
-            for start in range(first, first + size, PIECE_TOKENS):
-                piece = dataset.read(split, max(0, start - 1), min(PIECE_TOKENS, first + size - start) - (start == 0))
-                if start == 0:
-                    stream.write(np.array([dataset.eot_id], dtype=dataset.dtype).tobytes())
-                stream.write(piece.tobytes())
-    return written
-
-
-def _export_mds(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    documents = sum(shard.documents for shard in dataset.manifest.shards if shard.split == split)
-    starts, lengths = dataset.document_spans(split, 0, documents)
-    spans = zip(starts.tolist(), lengths.tolist(), strict=True)
-    write_mds(folder / split, (dataset.read(split, *span) for span in spans), dataset.dtype.name)
-    return [folder / split]
-
-
-_EXPORT = {"nanogpt": _export_nanogpt, "megatron": _export_megatron, "llmc": _export_llmc, "mds": _export_mds}
