@@ -62,7 +62,7 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
     last_step = run.train.total_steps
     batch_numbers = trainer.batches_before(start_step), trainer.batches_before(last_step)
     with Prefetcher(trainer.loader, *batch_numbers, rank=topology.dp_rank, world=topology.dp_size) as batches:
-        step_start, waited_s, val_loss = time.perf_counter(), 0.0, None
+        step_start, waited_s = time.perf_counter(), 0.0
         trainer.timer.step_done(start_step)
         trainer.enter("data")
         # 1. Batch: a pure function of run file, dataset, seed and batch number. A thread reads ahead.
@@ -99,7 +99,7 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
                 val_loss = evaluate_and_record(trainer, step)
                 stopping = stopping or trainer.evaluation_pending  # the signal came during the evaluation
 
-            # 7. Checkpoint: on schedule, at the last step and before a stop. It continues from the next step.
+            # 7. Checkpoint: on schedule, at the last step and before a stop.
             final = stopping or step == last_step
             if final or is_due(step, run.checkpoint.every_steps):
                 save_checkpoint(trainer, step, val_loss, final=final)
