@@ -1,4 +1,4 @@
-"""`packspeed bench`: the arithmetic of its rows, a setting that fails, the peers' losses, and bad flags."""
+"""`packspeed bench`: the arithmetic of its rows, a setting that fails, the baselines' losses, and bad flags."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_sweep_has_a_row_for_each_setting_also_for_one_that_fails(workspace: W
     assert "needs a GPU" in lines[3]
 
 
-def test_peers_are_compared_in_turn_and_train_the_same_model(workspace: Workspace) -> None:
+def test_baselines_are_compared_in_turn_and_train_the_same_model(workspace: Workspace) -> None:
     out = workspace.folder / "compare.json"
     done = bench(workspace, "--compare", "--rounds", "2", "--steps", "2", "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -125,23 +125,24 @@ def test_its_processes_end_with_it(workspace: Workspace) -> None:
 
 
 def test_out_of_memory_is_called_that() -> None:
-    from packspeed.launch.trials.bench_worker import reason
+    from packspeed.launch.trials.bench_worker import error_text
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert reason(caught.value) == "out of memory"
+    assert error_text(caught.value) == "out of memory"
 
 
 WAITS = """
 import json, sys
 from torch.profiler import profile
-from packspeed.launch.contest import Arena
+from packspeed.launch.trials.bench_setup import BenchSetup
+from packspeed.launch.trials.bench_worker import make_loop
 
 counts = []
 for micro_batch in (8, 2):
     job = json.loads(sys.argv[1])
     job["overrides"].append(f"train.micro_batch={micro_batch}")
-    ours = Arena(job).contender("packspeed:")
+    ours = make_loop(BenchSetup(job))
     ours.step()
     with profile() as profiled:
         ours.step()
@@ -154,7 +155,7 @@ print("counts", *counts)
 def test_micro_batches_wait_for_nothing(workspace: Workspace, sets: list[str], tmp_path: Path) -> None:
     """A GPU is waited for where the host reads a number: a few times a step, half of them DeepSpeed's own."""
     job = {
-        "run_file": str(workspace.run_file), "stage": None, "owner": os.getpid(),
+        "run_file": str(workspace.run_file), "loop": "packspeed:", "stage": None, "owner": os.getpid(),
         "overrides": [*TINY, "model.dropout=0.1", *sets, f"runs_dir={tmp_path}"],
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", WAITS, json.dumps(job)], capture_output=True, text=True, check=True)

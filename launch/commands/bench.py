@@ -36,7 +36,7 @@ def bench(
 
     Prints Markdown rows. Exit code 1: nothing ran.
     """
-    plan = benchmark.make_plan(
+    plan = benchmark.plan_bench(
         run_file, overrides or [], ranks, rounds, steps, micro_batch, kernels, stage, compare, nanogpt, precision
     )
     rows = benchmark.bench(plan, lambda line: print(line, flush=True))

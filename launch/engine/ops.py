@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import FusedAdam
 from torch.utils import cpp_extension
 
 from packspeed.launch.config.errors import ConfigError, UserError
@@ -41,6 +43,13 @@ SUBSTITUTES = {
 def device_type() -> str:
     """What DeepSpeed runs on here: cpu, cuda, ..."""
     return str(get_accelerator().device_name())
+
+
+def adamw_class(ds_config: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
+    """Return the AdamW that DeepSpeed uses with this final dict on one rank, for baselines that must equal it."""
+    if ds_config["optimizer"]["params"].get("torch_adam"):
+        return functools.partial(torch.optim.AdamW, fused=True)
+    return cast(Callable[..., torch.optim.Optimizer], FusedAdam)
 
 
 def prepare_for_ops() -> None:

@@ -1,68 +1,75 @@
-"""Baselines."""
+"""The models that `packspeed bench --compare` measures beside Packspeed, in a plain PyTorch loop.
+
+bare        Packspeed's GPT with the same weights, batches, allocator and optimizer kernel; its losses are equal
+gpt2        transformers' GPT2LMHeadModel of the same shape, torch's fused AdamW
+nanogpt     model.py of a nanoGPT checkout, with the optimizer that it configures
+"""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from deepspeed.ops.adam import FusedAdam
+from torch import Tensor
 from torch.nn import functional as F
 
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.hardware import keep_memory
+from packspeed.launch.engine.ops import adamw_class
 from packspeed.launch.training.micro_batch import dropout_keys, micro_batches
-from packspeed.launch.trials.bench_worker import Arena, Marks
+from packspeed.launch.trials.bench_setup import BenchSetup, PhaseMarks
 from packspeed.model.gpt import GPT, init_weights, param_groups
 
 
-class Contender(Protocol):
-    """Something that trains."""
+@dataclasses.dataclass
+class Baseline:
+    """A model, how to compute its loss, and its optimizer.
 
-    marks: Marks
+    The optimizer is made by a function, because it must see the parameters after they moved to the device.
+    """
+
+    model: torch.nn.Module
+    loss: Callable[[torch.nn.Module, Tensor, Tensor, Tensor], Tensor]  # of (model, inputs, labels, dropout keys)
+    optimizer: Callable[[], torch.optim.Optimizer]
+
+
+class BaselineLoop:
+    """Trains a baseline in a plain loop: forward, backward, clip, step. Several ranks: DistributedDataParallel."""
+
+    def __init__(self, setup: BenchSetup, name: str, precision: str) -> None:
+        """precision: fp32, autocast (fp32 weights, bf16 arithmetic) or bf16 (weights too)."""
+        self.setup, self.marks = setup, PhaseMarks(setup.topology.device)
+        device, train = setup.topology.device, setup.run.train
+        torch.manual_seed(train.seed)
+        baseline = BASELINES[name](setup)
+        self.compute_loss = baseline.loss
+        self.model = baseline.model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).train()
+        self.optimizer = baseline.optimizer()
+        if setup.topology.world > 1:
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
+        self.batches = setup.batches()
+        self.last_loss = torch.zeros((), device=device)
 
     def step(self) -> None:
         """Take one optimizer step."""
-
-    def loss(self) -> float:
-        """Loss of the last step, nats per token of this rank's rows."""
-
-
-class Peer:
-    """A model and an optimizer in a plain loop: forward, backward, clip, step."""
-
-    def __init__(self, arena: Arena, name: str, precision: str) -> None:
-        self.arena, self.marks = arena, Marks(arena.topology.device)
-        device, train = arena.topology.device, arena.run.train
-        torch.manual_seed(train.seed)
-        model, self.compute, optimizer = PEERS[name](arena)
-        self.model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).train()
-        self.optimizer: torch.optim.Optimizer = optimizer(self.model)
-        if arena.topology.world > 1:
-            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
-        self.batches = arena.batches()
-        self.last = torch.zeros((), device=device)
-
-    def step(self) -> None:
-        """The textbook's."""
         self.marks("data")
         number, batch = next(self.batches)
-        train, plan = self.arena.run.train, self.arena.plan
+        train, plan = self.setup.run.train, self.setup.plan
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, train)
-        self.last = torch.zeros_like(self.last)
-        for micro in micro_batches(batch, plan.micro_batch, self.last.device):
+        self.last_loss = torch.zeros_like(self.last_loss)
+        for micro in micro_batches(batch, plan.micro_batch, self.last_loss.device):
             self.marks("forward")
-            keys = dropout_keys(micro.rows.samples, train.seed, self.last.device)
+            keys = dropout_keys(micro.rows.samples, train.seed, self.last_loss.device)
             with self.autocast:
-                loss = self.compute(self.model, micro.inputs, micro.labels, keys) / plan.accumulation
+                loss = self.compute_loss(self.model, micro.inputs, micro.labels, keys) / plan.accumulation
             self.marks("backward")
             loss.backward()  # type: ignore[no-untyped-call]
-            self.last += loss.detach()
+            self.last_loss += loss.detach()
         self.marks("step")
         if train.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
@@ -71,41 +78,31 @@ class Peer:
         self.marks("other")
 
     def loss(self) -> float:
-        """Mean over this rank's rows."""
-        return float(self.last)
+        """Return the mean over this rank's rows, in nats per token."""
+        return float(self.last_loss)
 
 
-Built = tuple[torch.nn.Module, Callable[..., torch.Tensor], Callable[[torch.nn.Module], torch.optim.Optimizer]]
+def _bare(setup: BenchSetup) -> Baseline:
+    keep_memory()  # the same allocator settings as in training
+    gpt, train = GPT(setup.config), setup.run.train
+    init_weights(gpt, train.seed)
+
+    def loss(model: torch.nn.Module, inputs: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
+        value: Tensor = model(inputs, labels, dropout_keys=keys)
+        return value
+
+    def optimizer() -> torch.optim.Optimizer:
+        options, make = train.optimizer, adamw_class(setup.ds_config)
+        return make(param_groups(gpt, options.weight_decay), lr=options.lr, betas=options.betas, eps=options.eps)
+
+    return Baseline(gpt, loss, optimizer)
 
 
-def _bare(arena: Arena) -> Built:
-    keep_memory()  # as ours does
-    model, train = GPT(arena.config), arena.run.train
-    init_weights(model, train.seed)
-
-    def compute(model: Any, inputs: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = model(inputs, labels, dropout_keys=keys)
-        return loss
-
-    def optimizer(built: Any) -> torch.optim.Optimizer:
-        settings: dict[str, Any] = {
-            "lr": train.optimizer.lr,
-            "betas": train.optimizer.betas,
-            "eps": train.optimizer.eps,
-        }
-        missing = arena.ds_config["optimizer"]["params"].get("torch_adam")
-        kind = functools.partial(torch.optim.AdamW, fused=True) if missing else FusedAdam  # as in packspeed's engine
-        found: torch.optim.Optimizer = kind(param_groups(built, train.optimizer.weight_decay), **settings)
-        return found
-
-    return model, compute, optimizer
-
-
-def _gpt2(arena: Arena) -> Built:
+def _gpt2(setup: BenchSetup) -> Baseline:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config, settings = arena.config, arena.run.train.optimizer
-    model = GPT2LMHeadModel(
+    config, options = setup.config, setup.run.train.optimizer
+    gpt2 = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.padded_vocab_size,
             n_positions=config.max_seq_len,
@@ -120,26 +117,26 @@ def _gpt2(arena: Arena) -> Built:
         )
     )
 
-    def compute(model: Any, inputs: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def loss(model: torch.nn.Module, inputs: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
         return F.cross_entropy(model(inputs).logits.float().flatten(0, 1), labels.flatten())
 
-    def optimizer(built: torch.nn.Module) -> torch.optim.Optimizer:
+    def optimizer() -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            built.parameters(), settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=True
+            gpt2.parameters(), options.lr, options.betas, options.eps, options.weight_decay, fused=True
         )
 
-    return model, compute, optimizer
+    return Baseline(gpt2, loss, optimizer)
 
 
-def _nanogpt(arena: Arena) -> Built:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(arena.job["nanogpt"]) / "model.py")
+def _nanogpt(setup: BenchSetup) -> Baseline:
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(setup.job["nanogpt"]) / "model.py")
     assert spec is not None
     assert spec.loader is not None
-    nanogpt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
-    config, settings = arena.config, arena.run.train.optimizer
-    model = nanogpt.GPT(
-        nanogpt.GPTConfig(
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config, options = setup.config, setup.run.train.optimizer
+    nanogpt = module.GPT(
+        module.GPTConfig(
             block_size=config.max_seq_len,
             vocab_size=config.padded_vocab_size,
             n_layer=config.n_layer,
@@ -150,18 +147,18 @@ def _nanogpt(arena: Arena) -> Built:
         )
     )
 
-    def compute(model: Any, inputs: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = model(inputs, labels.contiguous())[1]
-        return loss
+    def loss(model: torch.nn.Module, inputs: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
+        value: Tensor = model(inputs, labels.contiguous())[1]
+        return value
 
-    def optimizer(built: Any) -> torch.optim.Optimizer:
-        device = arena.topology.device.type
-        found: torch.optim.Optimizer = built.configure_optimizers(
-            settings.weight_decay, settings.lr, settings.betas, device
+    def optimizer() -> torch.optim.Optimizer:
+        device = setup.topology.device.type
+        made: torch.optim.Optimizer = nanogpt.configure_optimizers(
+            options.weight_decay, options.lr, options.betas, device
         )
-        return found
+        return made
 
-    return model, compute, optimizer
+    return Baseline(nanogpt, loss, optimizer)
 
 
-PEERS: dict[str, Callable[[Arena], Built]] = {"bare": _bare, "gpt2": _gpt2, "nanogpt": _nanogpt}
+BASELINES: dict[str, Callable[[BenchSetup], Baseline]] = {"bare": _bare, "gpt2": _gpt2, "nanogpt": _nanogpt}

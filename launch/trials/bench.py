@@ -1,20 +1,26 @@
-"""`packspeed bench`: what a step of a run costs here, and beside other ways to train the same model.
+"""`packspeed bench`: what a step of a run costs here, also beside other ways to train the same model.
 
     packspeed bench my.yaml --micro-batch 1,2,4 --kernels eager,compile --stage 0,1,2
     packspeed bench my.yaml --compare --nanogpt path/to/nanoGPT
 
-A row per setting, as a Markdown table on stdout. Every setting and every contender is measured in processes of its own
-(contest.py), so its memory and what it tells the allocator are its own, and one that fails is a row that says why. With
---compare the contenders take turns, a round of steps each, the others asleep, another one first in each round: what
-else the machine does meets all of them. `x bare` is the median over the rounds of the bare loop's time by theirs, with
-the lowest and the highest.
+It prints a Markdown table with a row per setting or, with --compare, per training loop. Each is measured in processes
+of its own (bench_worker.py), so that its peak memory and its allocator settings are its own. A failed one is a row with
+the reason.
 
-Step: median over the rounds, with the fastest and the slowest. MFU: model FLOPs (flops_per_token in model/config.py) by
-the peak of the device, the data sheet's on GPUs and the best GEMM on CPUs; `of fp32 GEMM` and `of bf16 GEMM` are shares
-of what square GEMMs reach in the same run. Memory: the most a rank's process had on CPUs, of which `before` the model
-was there; what torch allocated on GPUs. The parts are those of the round of the median step. Communication is what the
-host waits for (gloo); on GPUs it is queued and stays inside the other parts, as DistributedDataParallel's does. JSON
-also has the CPU time of a step, which other work on the machine changes least.
+With --compare, all workers are built first and then take turns: one measures a round of steps while the others sleep,
+and another one begins each round. Other work on the machine so slows all of them alike. `x bare` is the median over the
+rounds of (time of the bare loop / time of this loop), with its minimum and maximum.
+
+Columns
+    step            median over the rounds (minimum to maximum)
+    MFU             model FLOPs (flops_per_token in model/config.py) / peak of the device. The peak is the data sheet's
+                    on GPUs, and the best square GEMM measured in the same run on CPUs
+    of ... GEMM     the share of what square GEMMs reach in the same run
+    memory          CPUs: peak of a rank's process; `before` is its part from before the model was built.
+                    GPUs: peak allocation by torch
+    forward, ...    the phases of the round with the median step time. Communication is the time that the host waits
+                    (gloo). On GPUs it is queued and counts in the other phases, as DistributedDataParallel's does
+The JSON file also has the CPU time per step, which other work on the machine changes least.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
 
 from packspeed.launch.cluster.local_launcher import default_ranks, launcher_command
 from packspeed.launch.config.batch import solve_batch
@@ -42,20 +48,15 @@ from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 from packspeed.model.config import Kernels
 
+if TYPE_CHECKING:  # these import torch, which only the workers load
+    from packspeed.launch.trials.bench_setup import Job
+    from packspeed.launch.trials.bench_worker import Result, Round
+
 WORKER = Path(__file__).resolve().with_name("bench_worker.py")
-
-
 KERNELS = get_args(Kernels)
-
-
-PARTS = ("forward", "backward", "step", "communication", "data", "other")
-
-
+PARTS = ("forward", "backward", "step", "communication", "data", "other")  # the phases that have a column
 POLL_S = 0.02
-
-
-PEER_PRECISIONS = ("fp32", "autocast", "bf16")
-
+BASELINE_PRECISIONS = ("fp32", "autocast", "bf16")
 
 COLUMNS = (
     "who", "precision", "kernels", "ZeRO", "ranks x threads", "micro batch", "step, ms", "tokens/s", "TFLOP/s", "MFU",
@@ -63,22 +64,34 @@ COLUMNS = (
     "data", "other", "x bare",
 )  # fmt: skip
 
+Say = Callable[[str], None]
+Row = dict[str, Any]  # an entry of the JSON file; `_row` lists its keys
+Value = TypeVar("Value")
+
+
+class Setting(TypedDict):
+    """One combination of the values of a sweep. None: the run file's value."""
+
+    micro_batch: int | None
+    kernels: str | None
+    stage: int | None  # of ZeRO
+
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is measured: the run file, ranks, rounds of steps and the values that are swept over."""
+class BenchPlan:
+    """What to measure: the run file, the ranks, the rounds of steps, and the settings of the sweep."""
 
     run_file: Path
     overrides: list[str]
     ranks: int
     rounds: int
     steps: int
-    settings: list[dict[str, Any]]  # micro_batch, kernels, stage; None: the run file's
-    peers: list[str]  # "bare:fp32", ...; none without --compare
+    settings: list[Setting]
+    baselines: list[str]  # "bare:fp32", ...; empty without --compare
     nanogpt: Path | None
 
 
-def make_plan(
+def plan_bench(
     run_file: Path,
     overrides: Sequence[str],
     ranks: int | None,
@@ -90,200 +103,221 @@ def make_plan(
     compare: bool,
     nanogpt: Path | None,
     precision: str | None,
-) -> Plan:
-    """Check what was asked for; raises ConfigError that says what is wrong with it."""
+) -> BenchPlan:
+    """Check the options of the command. Raises ConfigError if one of them is wrong."""
     run = load_run_file(run_file, overrides)
     load_ds_config(run.deepspeed)
     count = ranks if ranks is not None else default_ranks(run)
     for name, value in (("--ranks", count), ("--rounds", rounds), ("--steps", steps)):
         if value < 1:
             raise ConfigError(f"{name} {value}: give a whole number of at least 1.")
-    swept = {
-        "micro_batch": _listed("--micro-batch", micro_batch, lambda word: word.isdigit() and int(word) > 0, int),
-        "kernels": _listed("--kernels", kernels, KERNELS.__contains__, str),
-        "stage": _listed("--stage", stage, ("0", "1", "2", "3").__contains__, int),
-    }
-    settings = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+    settings: list[Setting] = [
+        {"micro_batch": rows, "kernels": name, "stage": zero}
+        for rows, name, zero in itertools.product(
+            _listed("--micro-batch", micro_batch, lambda word: word.isdigit() and int(word) > 0, int),
+            _listed("--kernels", kernels, KERNELS.__contains__, str),
+            _listed("--stage", stage, ("0", "1", "2", "3").__contains__, int),
+        )
+    ]
     if nanogpt is not None and not (nanogpt / "model.py").is_file():
         raise ConfigError(f"--nanogpt {nanogpt}: there is no model.py. Name a checkout of github.com/karpathy/nanoGPT.")
-    peers = _peers(run, nanogpt, precision) if compare or nanogpt else []
-    if peers and len(settings) > 1:
-        raise ConfigError("--compare takes one setting, not a sweep: name one micro batch, one of kernels, one stage.")
-    return Plan(run_file.resolve(), list(overrides), count, rounds, steps, settings, peers, nanogpt)
+    baselines = _baselines(run, nanogpt, precision) if compare or nanogpt else []
+    if baselines and len(settings) > 1:
+        raise ConfigError("--compare takes one setting, not a sweep: give one value of each option.")
+    return BenchPlan(run_file.resolve(), list(overrides), count, rounds, steps, settings, baselines, nanogpt)
 
 
-def _listed(flag: str, text: str | None, valid: Callable[[str], bool], kind: Callable[[str], Any]) -> list[Any]:
-    """The values of a flag like 1,2,4; [None] where it is absent."""
+def _listed(
+    flag: str, text: str | None, valid: Callable[[str], bool], convert: Callable[[str], Value]
+) -> list[Value | None]:
+    """Return the values of an option like 1,2,4; [None] if it is absent. Raises ConfigError for an invalid value."""
     if text is None:
         return [None]
     words = [word.strip() for word in text.split(",")]
     if bad := [word for word in words if not valid(word)]:
         example = {"--micro-batch": "1,2,4", "--kernels": ",".join(KERNELS), "--stage": "0,1,2,3"}[flag]
-        raise ConfigError(f"{flag} {text}: {bad[0]!r} is none. Give a list like {example}.")
-    return [kind(word) for word in words]
+        raise ConfigError(f"{flag} {text}: {bad[0]!r} is not possible. Give a list like {example}.")
+    return [convert(word) for word in words]
 
 
-def _peers(run: RunFile, nanogpt: Path | None, precision: str | None) -> list[str]:
-    """Names of the contenders beside packspeed; the first is what the others are compared with."""
+def _baselines(run: RunFile, nanogpt: Path | None, precision: str | None) -> list[str]:
+    """Return the names of the baselines. The first one is the reference of `x bare`.
+
+    Raises ConfigError if they cannot train this run: they know AdamW and full windows only.
+    """
     default = "fp32" if run.train.precision in ("fp32", "auto") else "bf16,autocast,fp32"
     words = (precision or default).split(",")
-    if bad := [word for word in words if word not in PEER_PRECISIONS]:
-        raise ConfigError(f"--precision {precision}: {bad[0]!r} is none. Give a list like {','.join(PEER_PRECISIONS)}.")
+    if bad := [word for word in words if word not in BASELINE_PRECISIONS]:
+        raise ConfigError(
+            f"--precision {precision}: {bad[0]!r} is not possible. Give a list like {','.join(BASELINE_PRECISIONS)}."
+        )
     config = run.gpt_config(50_257)
     if run.train.optimizer.name != "adamw" or run.data.packing != "stream" or run.data.document_mask:
         raise ConfigError(
-            "--compare: the peers know AdamW and full windows only: set packing stream, no document mask."
+            "--compare: the baselines support AdamW and full windows only: set packing stream, no document mask."
         )
-    if (config.position, config.norm, config.kv_heads, config.head_dim) == (
-        "learned",
-        "layernorm",
-        config.n_head,
-        None,
-    ):
-        names = ["bare", "gpt2"] + (["nanogpt"] if nanogpt else [])
-    else:
-        names = ["bare"]  # the others are GPT-2s
+    shape = (config.position, config.norm, config.kv_heads, config.head_dim)
+    names = ["bare"]
+    if shape == ("learned", "layernorm", config.n_head, None):  # a GPT-2, which is all that the others can be
+        names += ["gpt2"] + (["nanogpt"] if nanogpt else [])
     return [f"{name}:{word}" for name in names for word in words]
 
 
-def bench(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure everything, saying each row as it is found; returns the rows."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes are ended first
+def bench(plan: BenchPlan, say: Say) -> list[Row]:
+    """Measure everything and print each row of the table as soon as it is known; returns the rows."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the workers are killed first
     say(_line(COLUMNS))
     say(_line(["---"] * len(COLUMNS)))
     rows = []
     for setting in plan.settings:
-        for row in _measured(plan, setting, ["packspeed:", *plan.peers]):
+        for row in _measure(plan, setting, ["packspeed:", *plan.baselines]):
             rows.append(row)
             say(_line(_cells(row)))
     return rows
 
 
-def _measured(plan: Plan, setting: dict[str, Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the contenders, which take turns: A B C, B C A, C A B."""
+def _measure(plan: BenchPlan, setting: Setting, loops: Sequence[str]) -> Iterator[Row]:
+    """Measure the training loops in turns (A B C, B C A, C A B, ...) and yield their rows."""
     with tempfile.TemporaryDirectory(prefix="packspeed-bench-") as folder, contextlib.ExitStack() as running:
-        contenders = []
-        for number, name in enumerate(names):
-            contenders.append(running.enter_context(Contender(plan, setting, name, Path(folder) / str(number))))
-            contenders[-1].wait_for("ready")
+        workers = []
+        for number, loop in enumerate(loops):
+            worker = running.enter_context(WorkerProcess(plan, setting, loop, Path(folder) / str(number)))
+            worker.wait_for("ready")
+            workers.append(worker)
         for number in range(plan.rounds):
-            first = number % len(contenders)  # who comes after whom is worth some percent
-            for contender in contenders[first:] + contenders[:first]:
-                contender.take_turn()
-    found = [c.latest["gemm_flops"] for c in contenders if c.latest]
-    gemm = {kind: max(each[kind] for each in found) for kind in (found[0] if found else ())}
-    reference = next((c for c in contenders if plan.peers and c.name == plan.peers[0]), None)
-    yield from (_row(contender, setting, gemm, reference) for contender in contenders)
+            first = number % len(workers)  # the order inside a round changes times by some percent
+            for worker in workers[first:] + workers[:first]:
+                worker.measure_round()
+    peaks = [worker.result["gemm_flops"] for worker in workers if worker.result]
+    gemm = {precision: max(peak[precision] for peak in peaks) for precision in (peaks[0] if peaks else ())}
+    reference = next((worker for worker in workers if plan.baselines and worker.loop == plan.baselines[0]), None)
+    yield from (_row(worker, setting, gemm, reference) for worker in workers)
 
 
-class Contender:
-    """Processes that train one model, a round of steps at each turn (contest.py); `error` says why they do not."""
+class WorkerProcess:
+    """The processes of one training loop (bench_worker.py). `error` is the reason if they failed, else empty."""
 
-    def __init__(self, plan: Plan, setting: dict[str, Any], name: str, folder: Path) -> None:
-        self.name, self.folder, self.error = name, folder, ""
-        self.rounds: list[dict[str, Any]] = []
-        self.latest: dict[str, Any] = {}
+    def __init__(self, plan: BenchPlan, setting: Setting, loop: str, folder: Path) -> None:
+        self.loop, self.folder, self.error = loop, folder, ""
+        self.rounds: list[Round] = []
+        self.result: Result | None = None  # of the last round
         self._process: subprocess.Popen[str] | None = None
         folder.mkdir()
-        changes = {"micro_batch": "train.micro_batch", "kernels": "model.kernels"}
-        overrides = plan.overrides + [f"{key}={setting[k]}" for k, key in changes.items() if setting[k] is not None]
-        try:
+        overrides = list(plan.overrides)
+        if setting["micro_batch"] is not None:
+            overrides.append(f"train.micro_batch={setting['micro_batch']}")
+        if setting["kernels"] is not None:
+            overrides.append(f"model.kernels={setting['kernels']}")
+        try:  # a setting that is impossible for this run is a failed row and ends nothing
             run = load_run_file(plan.run_file, overrides)
             solve_batch(run.global_batch, run.data.seq_len, plan.ranks, run.train.micro_batch)
         except ConfigError as error:
             self.error = str(error)
             return
-        job = folder / "job.json"
-        job.write_text(json.dumps({
+        job: Job = {
             "run_file": str(plan.run_file), "overrides": [*overrides, f"runs_dir={folder}"], "stage": setting["stage"],
-            "contender": name, "steps": plan.steps, "nanogpt": str(plan.nanogpt or ""),
-            "owner": os.getpid(),
-        }))  # fmt: skip
-        alone = [sys.executable, str(WORKER), str(job)]
-        command = alone if plan.ranks == 1 else launcher_command(plan.ranks, [str(job)], WORKER)
-        self._complaints = (folder / "stderr").open("w")
+            "loop": loop, "steps": plan.steps, "nanogpt": str(plan.nanogpt or ""), "owner": os.getpid(),
+        }  # fmt: skip
+        job_file = folder / "job.json"
+        job_file.write_text(json.dumps(job))
+        one_rank = [sys.executable, str(WORKER), str(job_file)]
+        command = one_rank if plan.ranks == 1 else launcher_command(plan.ranks, [str(job_file)], WORKER)
+        self._stderr = (folder / "stderr").open("w")
         self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=self._complaints, text=True, start_new_session=True
+            command, stdout=subprocess.DEVNULL, stderr=self._stderr, text=True, start_new_session=True
         )
 
-    def __enter__(self) -> Contender:
+    def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The processes do not outlive this: ranks take SIGTERM for a wish to save and stop."""
+        """Kill the processes. SIGKILL, because ranks answer SIGTERM by saving a checkpoint."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            self._complaints.close()
+            self._stderr.close()
 
-    def take_turn(self) -> None:
-        """A round of steps, added to `rounds`."""
+    def measure_round(self) -> None:
+        """Let the worker measure a round of steps, wait for the result and add it to `rounds`."""
         if self.error:
             return
         number = len(self.rounds)
-        (self.folder / f"turn-{number}").touch()
-        if found := self.wait_for(f"round-{number}.json"):
-            self.latest = json.loads(found.read_text())
-            self.rounds.append(self.latest["round"])
+        (self.folder / f"start-{number}").touch()
+        if result_file := self.wait_for(f"round-{number}.json"):
+            result: Result = json.loads(result_file.read_text())
+            self.result = result
+            self.rounds.append(result["round"])
 
     def wait_for(self, name: str) -> Path | None:
-        """A file that the processes make, or None and the error where they end before."""
+        """Wait until the worker has written a file. Returns None, and sets `error`, if it ends before."""
         path = self.folder / name
         while not self.error and not path.exists():
             if self._process is None or self._process.poll() is not None:
-                self.error = self._why()
+                self.error = self._error_text()
             time.sleep(POLL_S)
         return None if self.error else path
 
-    def _why(self) -> str:
-        told = self.folder / "error"
-        if told.is_file():
-            return told.read_text()
+    def _error_text(self) -> str:
+        error_file = self.folder / "error"
+        if error_file.is_file():
+            return error_file.read_text()
         code = self._process.returncode if self._process else 0
         if code in (-9, 137):
-            return "killed, by the kernel for want of memory perhaps"
-        last = ((self.folder / "stderr").read_text().strip().splitlines() or ["no word"])[-1]
-        return f"exit code {code}: {last}"
+            return "killed, perhaps by the kernel because memory ran out"
+        last_line = ((self.folder / "stderr").read_text().strip().splitlines() or ["no output"])[-1]
+        return f"exit code {code}: {last_line}"
 
 
-def _row(
-    contender: Contender, setting: dict[str, Any], gemm: dict[str, float], reference: Contender | None
-) -> dict[str, Any]:
-    """One result; MFU on CPUs by the best GEMM of all processes of this comparison."""
-    who, _, precision = contender.name.partition(":")
-    row: dict[str, Any] = {"who": who, "precision": precision, **setting, "error": contender.error or None}
-    if contender.error:
+def _row(worker: WorkerProcess, setting: Setting, gemm: dict[str, float], reference: WorkerProcess | None) -> Row:
+    """Return the row of a worker: the keys of the JSON file.
+
+    gemm: best FLOP/s by precision of all workers of this comparison. It is the peak for MFU on CPUs.
+    """
+    who, _, precision = worker.loop.partition(":")
+    row: Row = {"who": who, "precision": precision, **setting, "error": worker.error or None}
+    if worker.error or worker.result is None:
         return row
-    rounds, found = contender.rounds, contender.latest
-    times = [each["step_s"] for each in rounds]
-    step_s = statistics.median_low(times)
-    speed = found["tokens_per_step"] / step_s
-    flops = speed * found["flops_per_token"]
-    peak = found["datasheet_flops"] or (gemm["fp32"] if found["precision"] == "fp32" else max(gemm.values()))
-    shared = (
-        "kernels", "stage", "ranks", "threads", "micro_batch", "accumulation", "tokens_per_step", "memory_gib",
-        "base_gib", "loss",
-    )  # fmt: skip
-    row |= {key: found[key] for key in shared} | {
-        "precision": precision or found["precision"], "step_s": step_s, "rounds_s": times, "tokens_per_s": speed,
+    rounds, result = worker.rounds, worker.result
+    times = [measured["step_s"] for measured in rounds]
+    step_s = statistics.median_low(times)  # one of the rounds, whose phases are shown
+    speed = result["tokens_per_step"] / step_s
+    flops = speed * result["flops_per_token"]
+    peak = result["datasheet_flops"] or (gemm["fp32"] if result["precision"] == "fp32" else max(gemm.values()))
+    row |= {
+        "kernels": result["kernels"], "stage": result["stage"], "ranks": result["ranks"],
+        "threads": result["threads"], "micro_batch": result["micro_batch"], "accumulation": result["accumulation"],
+        "tokens_per_step": result["tokens_per_step"], "memory_gib": result["memory_gib"],
+        "base_gib": result["base_gib"], "loss": result["loss"],
+        "precision": precision or result["precision"], "step_s": step_s, "rounds_s": times, "tokens_per_s": speed,
         "model_flops": flops, "peak_flops": peak, "mfu": flops / peak, "gemm_flops": gemm,
-        "gemm_share": {kind: flops / each for kind, each in gemm.items()},
+        "gemm_share": {name: flops / gemm_flops for name, gemm_flops in gemm.items()},
         "parts_s": {part: rounds[times.index(step_s)]["parts_s"].get(part, 0.0) for part in PARTS},
     }  # fmt: skip
-    row["cpu_s"] = statistics.median(each["cpu_s"] for each in rounds)
+    row["cpu_s"] = statistics.median(measured["cpu_s"] for measured in rounds)
     if reference is not None and not reference.error:
-        for name, key in (("ratio", "step_s"), ("cpu_ratio", "cpu_s")):
-            row[f"{name}s"] = [theirs[key] / own[key] for theirs, own in zip(reference.rounds, rounds, strict=True)]
-            row[name] = statistics.median(row[f"{name}s"])
+        # Ratios within a round: whatever else the machine did then slowed both.
+        pairs = list(zip(reference.rounds, rounds, strict=True))
+        row["ratios"] = [theirs["step_s"] / own["step_s"] for theirs, own in pairs]
+        row["ratio"] = statistics.median(row["ratios"])
+        row["cpu_ratios"] = [theirs["cpu_s"] / own["cpu_s"] for theirs, own in pairs]
+        row["cpu_ratio"] = statistics.median(row["cpu_ratios"])
     return row
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table; what a failed one asked for, and why it failed."""
+def _cells(row: Row) -> list[str]:
+    """Format a row for the table. A failed one has its setting and the reason."""
     if row["error"]:
-        asked = ["run file's" if row[key] is None else str(row[key]) for key in ("kernels", "stage", "micro_batch")]
-        cells = [row["who"], row["precision"] or "-", asked[0], asked[1], "-", asked[2], f"failed: {row['error']}"]
+        setting = ["run file's" if row[key] is None else str(row[key]) for key in ("kernels", "stage", "micro_batch")]
+        cells = [
+            row["who"],
+            row["precision"] or "-",
+            setting[0],
+            setting[1],
+            "-",
+            setting[2],
+            f"failed: {row['error']}",
+        ]
         return cells + [""] * (len(COLUMNS) - len(cells))
     ms = [f"{1000 * row['parts_s'][part]:.1f}" for part in PARTS]
     spread = f"{1000 * row['step_s']:.1f} ({1000 * min(row['rounds_s']):.1f} to {1000 * max(row['rounds_s']):.1f})"

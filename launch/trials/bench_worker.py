@@ -1,20 +1,17 @@
-"""A process of `packspeed bench`: one of the contenders that train the same model on the same batches.
+"""One process of `packspeed bench`: it trains with one training loop and measures rounds of steps.
 
-    python launch/contest.py FOLDER/job.json          or, with several ranks, by DeepSpeed's launcher
+    python launch/trials/bench_worker.py FOLDER/job.json      or, with several ranks, by DeepSpeed's launcher
 
-The job names the run file and what to change in it, the contender ("packspeed:", "bare:fp32", "gpt2:bf16", ...) and the
-steps of a round. When the model is built and warm the process makes FOLDER/ready, then sleeps until FOLDER/turn-N
-appears, takes a round of steps and writes what it took to FOLDER/round-N.json, until it is killed or alone. One that
-fails writes why to FOLDER/error. Ratios within a round hold, whatever else the machine does.
+Files in FOLDER:
+    job.json        bench_setup.Job: the run file, what to change in it, the training loop, the steps of a round
+    ready           written by the worker when the model is built and warm
+    start-N         written by `packspeed bench`: measure round N now; until then the worker sleeps
+    round-N.json    written by the worker: the result (Result)
+    error           written by the worker before it ends, if it fails: why
 
-packspeed   DeepSpeed's engine and the step of launch/loop.py, with metrics, prefetching and the checks of each step
-bare        the same GPT, weights, batches, allocator and optimizer kernel in a plain PyTorch loop; packspeed's losses
-gpt2        transformers' GPT2LMHeadModel of the same shape, torch's fused AdamW
-nanogpt     model.py of a nanoGPT checkout, with the optimizer it configures
-
-fp32, autocast (fp32 weights, bf16 arithmetic) and bf16 (weights as well) are a peer's precisions; packspeed has the run
-file's. Several ranks: peers run under DistributedDataParallel. Nothing synchronises with a GPU inside a round but what
-a contender does itself: phases are marked by events on the device, and read when the round is over.
+The loops are "packspeed:" (DeepSpeed's engine and training/loop.py, with metrics, prefetching and the checks of every
+step, in the run file's precision) and the baselines of baselines.py. A worker runs until it is killed or its owner has
+ended. Nothing synchronises with a GPU inside a round, except what a loop does itself.
 """
 
 from __future__ import annotations
@@ -28,84 +25,79 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from packspeed.data.errors import PackspeedError
-from packspeed.data.loader import Loader, Prefetcher
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
-from packspeed.launch.config.batch import BatchPlan, solve_batch
-from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config, zero_stage
-from packspeed.launch.config.loading import load_run_file
-from packspeed.launch.config.run_data import make_run_loader, open_data
-from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.config.deepspeed_json import zero_stage
 from packspeed.launch.config.schedule import learning_rate
-from packspeed.launch.engine.build import build_engine, check_precision, resolve_kernels, resolve_precision
-from packspeed.launch.engine.distributed import launcher_environment, start_distributed
-from packspeed.launch.engine.hardware import datasheet_peak, limit_threads, measured_peak, memory_gib
+from packspeed.launch.engine.build import build_engine
+from packspeed.launch.engine.hardware import datasheet_peak, measured_peak, memory_gib
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.training.loop import train_step
 from packspeed.launch.training.metrics_line import metrics_line
 from packspeed.launch.training.setup import make_trainer
-from packspeed.launch.trials.baselines import Contender, Peer
+from packspeed.launch.trials.baselines import BaselineLoop
 from packspeed.launch.trials.bench import POLL_S
-from packspeed.model.config import GPTConfig, flops_per_token
+from packspeed.launch.trials.bench_setup import BenchSetup, Job, PhaseMarks, TrainingLoop
+from packspeed.model.config import flops_per_token
 
 WARM_UP_STEPS = 2
+GEMM_SECONDS = 0.1  # spent on measuring the peak per precision and round
 
 
-FOREVER = 2**40  # steps that the prefetcher may read
+class Round(TypedDict):
+    """Seconds per step of one round on rank 0."""
+
+    step_s: float  # wall time
+    cpu_s: float  # CPU time of the process
+    parts_s: dict[str, float]  # wall time by phase
 
 
-class Marks:
-    """Listens to changes of phase (phase_timer.PhaseTimer.listener): a time on CPUs, an event of the stream on GPUs."""
+class Result(TypedDict):
+    """round-N.json."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.step = device, 0
-        self.points: list[tuple[str, Any]] = []
-
-    def __call__(self, phase: str, collective: str = "") -> None:
-        """The phase begins."""
-        if self.device.type != "cuda":
-            self.points.append((phase, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        self.points.append((phase, event))
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds per phase since the first mark, which are then forgotten; the last mark ends the time."""
-        found: dict[str, float] = {}
-        for (phase, a), (_, b) in zip(self.points, self.points[1:], strict=False):
-            took = b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
-            found[phase] = found.get(phase, 0.0) + took
-        self.points.clear()
-        return found
+    device: str
+    precision: str
+    kernels: str
+    stage: int
+    ranks: int
+    threads: int  # per rank
+    micro_batch: int
+    accumulation: int
+    tokens_per_step: int
+    flops_per_token: float
+    datasheet_flops: float | None  # FLOP/s of all GPUs together; None on CPUs
+    round: Round
+    gemm_flops: dict[str, float]  # best FLOP/s of square GEMMs so far by precision, all ranks together
+    base_gib: float  # memory before the model was built, the largest of all ranks
+    memory_gib: float  # peak, the largest of all ranks
+    loss: float
 
 
-class Ours:
-    """DeepSpeed's engine and our loop's step."""
+class PackspeedLoop:
+    """DeepSpeed's engine and the steps of Packspeed's training loop, without evaluation and checkpoints."""
 
-    def __init__(self, arena: Arena) -> None:
-        run, topology = arena.run, arena.topology
+    def __init__(self, setup: BenchSetup) -> None:
+        run, topology = setup.run, setup.topology
         with run_folder.locked_run_folder(run.folder, topology, fresh=False):
-            engine = build_engine(arena.config, run, arena.ds_config)
+            engine = build_engine(setup.config, run, setup.ds_config)
             run_folder.write_configs(
-                run.folder, run_folder.resolved_config(run, arena.config, arena.precision), arena.ds_config, topology
+                run.folder, run_folder.resolved_config(run, setup.config, setup.precision), setup.ds_config, topology
             )
             checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, {}, print)
             self.trainer = make_trainer(
-                run, arena.config, arena.dataset, engine, topology, arena.plan, checkpointer, {"step": 0}, print
+                run, setup.config, setup.dataset, engine, topology, setup.plan, checkpointer, {"step": 0}, print
             )
-        self.marks = self.trainer.timer.listener = Marks(topology.device)
-        self.batches = arena.batches()
-        self.last = float("nan")
+        self.marks = self.trainer.timer.listener = PhaseMarks(topology.device)
+        self.batches = setup.batches()
+        self.last_loss = float("nan")
 
     def step(self) -> None:
-        """As _stretch in loop.py, without evaluation and checkpoints."""
+        """Take one step as training/loop.py does."""
         trainer, began, waited = self.trainer, time.perf_counter(), self.batches.wait_s
         trainer.enter("data")
         number, batch = next(self.batches)
@@ -114,139 +106,134 @@ class Ours:
         trainer.enter("other")
         trainer.timer.step_done(number + 1)
         trainer.detector.accept(done.norm)
-        self.last = done.loss
+        self.last_loss = done.loss
         if trainer.metrics:
             elapsed, wait = time.perf_counter() - began, self.batches.wait_s - waited
             trainer.metrics.write(metrics_line(trainer, number + 1, done, lr, elapsed, wait))
 
     def loss(self) -> float:
-        """Mean over all ranks."""
-        return self.last
+        """Return the mean over all ranks, in nats per token."""
+        return self.last_loss
 
 
-class Arena:
-    """What all contenders of a job share: the run file, its data and the process group."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.job = job
-        self.run: RunFile = load_run_file(job["run_file"], job["overrides"])
-        self.dataset = open_data(self.run)
-        self.config: GPTConfig = self.run.gpt_config(self.dataset.vocab_size)
-        self.precision = resolve_precision(self.run.train.precision)
-        check_precision(self.precision)
-        self.kernels = resolve_kernels(self.config.kernels, print)
-        raw = load_ds_config(self.run.deepspeed)
-        if job["stage"] is not None:
-            raw["zero_optimization"] = (raw.get("zero_optimization") or {}) | {"stage": job["stage"]}
-        _, world, _, local_size = launcher_environment()
-        self.threads = limit_threads(local_size)
-        self.plan: BatchPlan = solve_batch(
-            self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
-        )
-        self.ds_config = resolve_ds_config(self.run, raw, self.plan, self.precision)
-        self.topology = start_distributed(self.ds_config, print)
-        self.loader: Loader = make_run_loader(self.run, self.dataset)
-
-    def batches(self) -> Prefetcher:
-        """This rank's rows of step 0, 1, 2 ..."""
-        return Prefetcher(self.loader, 0, FOREVER, rank=self.topology.dp_rank, world=self.topology.dp_size)
-
-    def contender(self, name: str) -> Contender:
-        """Build "packspeed:fp32", "bare:bf16", ..."""
-        who, precision = name.split(":")
-        return Ours(self) if who == "packspeed" else Peer(self, who, precision)
+def make_loop(setup: BenchSetup) -> TrainingLoop:
+    """Build the training loop that the job names: "packspeed:", "bare:bf16", ..."""
+    name, precision = setup.job["loop"].split(":")
+    return PackspeedLoop(setup) if name == "packspeed" else BaselineLoop(setup, name, precision)
 
 
-def one_round(arena: Arena, contender: Contender, steps: int) -> dict[str, Any]:
-    """Let a contender take its steps: seconds per step, as a whole and by phase."""
-    accelerator = get_accelerator()
+def _synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_round(setup: BenchSetup, loop: TrainingLoop, steps: int) -> Round:
+    """Take `steps` steps and return the seconds of one step."""
+    device = setup.topology.device
     gc.collect()
-    accelerator.synchronize()
-    arena.topology.barrier()
-    contender.marks.points.clear()
-    contender.marks("other")
-    began, worked = time.perf_counter(), time.process_time()
+    _synchronize(device)
+    setup.topology.barrier()  # all ranks start together
+    loop.marks.clear()
+    loop.marks("other")
+    began, cpu_began = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        contender.step()
-    accelerator.synchronize()
-    took, worked = time.perf_counter() - began, time.process_time() - worked
-    contender.marks("other")
-    accelerator.synchronize()
-    parts = contender.marks.seconds()
-    per_step = {name: value / steps for name, value in parts.items()}
-    return {"step_s": took / steps, "cpu_s": worked / steps, "parts_s": per_step}
+        loop.step()
+    _synchronize(device)
+    elapsed, cpu_time = time.perf_counter() - began, time.process_time() - cpu_began
+    loop.marks("other")
+    _synchronize(device)
+    parts = {phase: seconds / steps for phase, seconds in loop.marks.seconds().items()}
+    return {"step_s": elapsed / steps, "cpu_s": cpu_time / steps, "parts_s": parts}
 
 
-def peaks(arena: Arena, before: dict[str, float]) -> dict[str, float]:
-    """FLOP/s of square GEMMs on all ranks together, the best so far: also of the machine's busy times."""
-    found = {}
+def best_gemms(setup: BenchSetup, best: dict[str, float]) -> dict[str, float]:
+    """Measure the FLOP/s of square GEMMs, all ranks together. Returns the maximum of that and `best`, by precision.
+
+    Measured again in every round, because other work on the machine lowers single measurements.
+    """
+    flops = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        own = torch.tensor(measured_peak(dtype, 0.1, arena.topology.device), device=arena.topology.device)
-        found[name] = max(before.get(name, 0.0), float(arena.topology.sum(own)))
-    return found
+        own = torch.tensor(measured_peak(dtype, GEMM_SECONDS, setup.topology.device), device=setup.topology.device)
+        flops[name] = max(best.get(name, 0.0), float(setup.topology.sum(own)))
+    return flops
 
 
-def compete(arena: Arena, folder: Path) -> None:
-    """Build, warm up, and take a round of steps whenever `turn-N` appears. UserError and torch's where that fails."""
-    base = arena.topology.gather(_memory(arena))
-    contender = arena.contender(arena.job["contender"])
+def work(setup: BenchSetup, folder: Path) -> None:
+    """Build the loop, warm it up, and measure a round whenever start-N appears. Ends by an exception only."""
+    base_gib = setup.topology.gather(_peak_memory_gib(setup))
+    loop = make_loop(setup)
     for _ in range(WARM_UP_STEPS):
-        contender.step()
+        loop.step()
+    # As in training: no garbage collection inside a step.
     gc.collect()
     gc.freeze()
-    gc.disable()  # as training does
-    if arena.topology.rank == 0:
+    gc.disable()
+    if setup.topology.rank == 0:
         (folder / "ready").touch()
-    best: dict[str, float] = {}
+    gemm_flops: dict[str, float] = {}
     for number in itertools.count():
-        _await_turn(arena.job["owner"], folder / f"turn-{number}")
-        found = one_round(arena, contender, arena.job["steps"])
-        memory = max(arena.topology.gather(_memory(arena)))
-        best = peaks(arena, best)
-        if arena.topology.rank == 0:
-            part = folder / "round.part"
-            part.write_text(json.dumps({
-                **facts(arena), "round": found, "gemm_flops": best, "base_gib": max(base), "memory_gib": memory,
-                "loss": contender.loss(),
-            }))  # fmt: skip
-            part.replace(folder / f"round-{number}.json")
+        _wait_for_start(setup.job["owner"], folder / f"start-{number}")
+        measured = measure_round(setup, loop, setup.job["steps"])
+        memory = max(setup.topology.gather(_peak_memory_gib(setup)))
+        gemm_flops = best_gemms(setup, gemm_flops)
+        if setup.topology.rank == 0:
+            result = _result(setup, measured, gemm_flops, max(base_gib), memory, loop.loss())
+            unfinished = folder / "round.part"
+            unfinished.write_text(json.dumps(result))
+            unfinished.replace(folder / f"round-{number}.json")
 
 
-def _await_turn(owner: int, turn: Path) -> None:
-    """Sleep until it is this contender's turn: every rank by itself, as a collective would keep GPUs busy."""
-    while not turn.exists():
-        os.kill(owner, 0)  # ProcessLookupError where nobody is left to give a turn
+def _wait_for_start(owner: int, start: Path) -> None:
+    """Sleep until the file appears. Every rank polls by itself, since a collective would keep GPUs busy.
+
+    Raises ProcessLookupError if the owner has ended.
+    """
+    while not start.exists():
+        os.kill(owner, 0)
         time.sleep(POLL_S)
 
 
-def facts(arena: Arena) -> dict[str, Any]:
-    """What does not change from round to round."""
-    cuda = arena.topology.device.type == "cuda"
+def _result(
+    setup: BenchSetup,
+    measured: Round,
+    gemm_flops: dict[str, float],
+    base_gib: float,
+    peak_memory_gib: float,
+    loss: float,
+) -> Result:
+    topology = setup.topology
+    datasheet = topology.world * datasheet_peak(topology.device) if topology.device.type == "cuda" else None
     return {
-        "device": arena.topology.device.type,
-        "precision": arena.precision,
-        "kernels": arena.kernels,
-        "stage": zero_stage(arena.ds_config),
-        "ranks": arena.topology.world,
-        "threads": arena.threads,
-        "micro_batch": arena.plan.micro_batch,
-        "accumulation": arena.plan.accumulation,
-        "tokens_per_step": arena.run.train.global_batch_tokens,
-        "flops_per_token": flops_per_token(arena.config, arena.run.data.seq_len),
-        "datasheet_flops": arena.topology.world * datasheet_peak(arena.topology.device) if cuda else None,
+        "device": topology.device.type,
+        "precision": setup.precision,
+        "kernels": setup.kernels,
+        "stage": zero_stage(setup.ds_config),
+        "ranks": topology.world,
+        "threads": setup.threads,
+        "micro_batch": setup.plan.micro_batch,
+        "accumulation": setup.plan.accumulation,
+        "tokens_per_step": setup.run.train.global_batch_tokens,
+        "flops_per_token": flops_per_token(setup.config, setup.run.data.seq_len),
+        "datasheet_flops": datasheet,
+        "round": measured,
+        "gemm_flops": gemm_flops,
+        "base_gib": base_gib,
+        "memory_gib": peak_memory_gib,
+        "loss": loss,
     }
 
 
-def _memory(arena: Arena) -> float:
-    """The most memory this process has had: the device's, or on CPUs its own."""
-    if arena.topology.device.type == "cuda":
+def _peak_memory_gib(setup: BenchSetup) -> float:
+    """Return the peak memory so far: allocated by torch on a GPU, resident in the process on a CPU."""
+    if setup.topology.device.type == "cuda":
         return memory_gib("cuda")
-    words = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()
-    return int(words[0]) / 2**20
+    kibibytes = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    return int(kibibytes) / 2**20
 
 
-def reason(error: BaseException) -> str:
-    """Why a job failed, in a line."""
+def error_text(error: BaseException) -> str:
+    """Return why a job failed, in one line."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"
@@ -254,20 +241,22 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _reported(error_file: Path) -> Iterator[None]:
+def _write_error(error_file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(FileExistsError), error_file.open("x") as file:  # the first rank that fails knows why
-            file.write(reason(error))
+        # Mode x: only the first rank that fails writes. The others fail because of it.
+        with contextlib.suppress(FileExistsError), error_file.open("x") as file:
+            file.write(error_text(error))
         raise
 
 
 def main() -> None:
-    """Compete as the job that the command line names says, until killed."""
+    """Work on the job that the command line names, until killed."""
     path = next(Path(word) for word in sys.argv[1:] if word.endswith(".json"))
-    with _reported(path.with_name("error")), DeepSpeedLogFilter(), quiet(path.with_suffix(".log")):
-        compete(Arena(json.loads(path.read_text())), path.parent)
+    with _write_error(path.with_name("error")), DeepSpeedLogFilter(), quiet(path.with_suffix(".log")):
+        job: Job = json.loads(path.read_text())
+        work(BenchSetup(job), path.parent)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""What every training loop of a benchmark shares: run file, data, process group, and the timing of phases."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol, TypedDict
+
+import torch
+
+from packspeed.data.loader import Loader, Prefetcher
+from packspeed.launch.config.batch import BatchPlan, solve_batch
+from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
+from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.config.run_data import make_run_loader, open_data
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.engine.build import check_precision, resolve_kernels, resolve_precision
+from packspeed.launch.engine.distributed import launcher_environment, start_distributed
+from packspeed.launch.engine.hardware import limit_threads
+from packspeed.model.config import GPTConfig
+
+UNLIMITED = 2**40  # steps that the prefetcher may read ahead to; the benchmark stops long before
+
+
+class Job(TypedDict):
+    """job.json, which `packspeed bench` writes for one worker."""
+
+    run_file: str
+    overrides: list[str]
+    stage: int | None  # ZeRO stage; None: the run file's
+    loop: str  # "packspeed:", "bare:fp32", "gpt2:bf16", ...
+    steps: int  # of one round
+    nanogpt: str  # path of a checkout; empty: none
+    owner: int  # process id of `packspeed bench`
+
+
+class TrainingLoop(Protocol):
+    """A way to train the model that can be timed."""
+
+    marks: PhaseMarks
+
+    def step(self) -> None:
+        """Take one optimizer step."""
+
+    def loss(self) -> float:
+        """Return the loss of the last step, in nats per token."""
+
+
+class PhaseMarks:
+    """Times the phases of a training loop; a PhaseListener of the phase timer.
+
+    On GPUs it records events in the stream, so that timing adds no synchronisation; `seconds` reads them afterwards.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.step = device, 0
+        self._times: list[tuple[str, float]] = []  # CPU: (phase, its start)
+        self._events: list[tuple[str, torch.cuda.Event]] = []
+
+    def __call__(self, phase: str, collective: str = "") -> None:
+        """Mark the start of a phase."""
+        if self.device.type != "cuda":
+            self._times.append((phase, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append((phase, event))
+
+    def clear(self) -> None:
+        """Forget all marks."""
+        self._times.clear()
+        self._events.clear()
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds per phase from the first mark to the last, and clear the marks.
+
+        On a GPU the last event must have happened: synchronise before.
+        """
+        spans = [(phase, end - start) for (phase, start), (_, end) in zip(self._times, self._times[1:], strict=False)]
+        for (phase, first), (_, second) in zip(self._events, self._events[1:], strict=False):
+            spans.append((phase, first.elapsed_time(second) / 1000))
+        totals: dict[str, float] = {}
+        for phase, seconds in spans:
+            totals[phase] = totals.get(phase, 0.0) + seconds
+        self.clear()
+        return totals
+
+
+class BenchSetup:
+    """The run file, its data and the process group of one worker."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.run: RunFile = load_run_file(job["run_file"], job["overrides"])
+        self.dataset = open_data(self.run)
+        self.config: GPTConfig = self.run.gpt_config(self.dataset.vocab_size)
+        self.precision = resolve_precision(self.run.train.precision)
+        check_precision(self.precision)
+        self.kernels = resolve_kernels(self.config.kernels, print)
+        raw = load_ds_config(self.run.deepspeed)
+        if job["stage"] is not None:
+            raw["zero_optimization"] = (raw.get("zero_optimization") or {}) | {"stage": job["stage"]}
+        _, world, _, local_size = launcher_environment()
+        self.threads = limit_threads(local_size)
+        self.plan: BatchPlan = solve_batch(
+            self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
+        )
+        self.ds_config = resolve_ds_config(self.run, raw, self.plan, self.precision)
+        self.topology = start_distributed(self.ds_config, print)
+        self.loader: Loader = make_run_loader(self.run, self.dataset)
+
+    def batches(self) -> Prefetcher:
+        """Return a reader of this rank's rows of step 0, 1, 2 ..."""
+        return Prefetcher(self.loader, 0, UNLIMITED, rank=self.topology.dp_rank, world=self.topology.dp_size)
