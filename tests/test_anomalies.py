@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict, whole_tensors
+from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict, full_tensors
 from packspeed.launch.config.run_file import AnomalySection
 from packspeed.launch.training.anomaly import AnomalyDetector, robust_z
 from support.ranks import run_many, train
@@ -66,7 +66,7 @@ def test_every_stage_skips_the_step_on_all_ranks(workspace: Workspace, skipped: 
 def test_a_skipped_step_leaves_the_weights_alone(workspace: Workspace, skipped: list[str]) -> None:
     """Checkpoint 6 has the weights and the moments that step 5 left, bit for bit."""
     places = [workspace.checkpoints(name) / f"step-{step:08d}" for name, step in (("five", 5), ("six", 6))]
-    five, six = (dict(whole_tensors(place)) for place in places)
+    five, six = (dict(full_tensors(place)) for place in places)
     assert five.keys() == six.keys()
     for name, states in five.items():
         assert {"fp32", "exp_avg", "exp_avg_sq"} <= states.keys()

@@ -1,17 +1,32 @@
-"""The fp32 weights and the optimizer's state of a checkpoint of any ZeRO stage, without DeepSpeed, launcher or GPU.
+"""Reads the fp32 weights and the optimizer state of a checkpoint of any ZeRO stage, without DeepSpeed or a GPU.
 
-    for name, states in whole_tensors(checkpoint): ...     states: {"fp32": ..., "exp_avg": ..., "exp_avg_sq": ...}
+    for name, tensors in full_tensors(checkpoint):
+        tensors      # {"fp32": weight, "exp_avg": ..., "exp_avg_sq": ...}, all of the parameter's shape
 
-One parameter is in memory at a time: the files are mapped, and what was read is handed back. How DeepSpeed 0.19 lays
-them out, the fp32 weights (utils/zero_to_fp32.py reads the same) and every optimizer state of their size alike:
-  stage 0      mp_rank_00_model_states.pt["module"] and ["optimizer"]: whole tensors, those of the optimizer numbered
-               in the order that packspeed.json names.
-  stages 1, 2  each *_optim_states.pt has, per parameter group, one slice of the group's flat fp32 vector; the slices of
-               all ranks in order are the flat vector, and `param_shapes` says which name lies where.
-  stage 3      each *_optim_states.pt has, per group, the concatenation of its slice of every parameter: rank r holds
-               elements [r p, (r + 1) p) of a parameter, p = ceil(numel / ranks).
-An imported checkpoint (imports.py) has none of these, but one file of ours per parameter.
-DeepSpeed's files are pickles. They are read with weights_only=True: tensors and plain containers, nothing that runs.
+One parameter is in memory at a time: files are memory-mapped, and pages that were read are released.
+
+DeepSpeed 0.19 writes these layouts. R is the number of data-parallel ranks; optimizer states of the weights' size are
+stored like the weights. utils/zero_to_fp32.py of DeepSpeed reads the same files, the fp32 weights only.
+
+  stage 0      mp_rank_00_model_states.pt         ["module"]: name -> full weight
+                                                  ["optimizer"]["state"]: number -> full states; the optimizer_order of
+                                                  packspeed.json names the parameter of each number
+  stages 1, 2  zero_pp_rank_<r>_..._optim_states.pt, r < R. Per parameter group, all parameters are laid end to end in
+               one flat vector, which is padded and cut into R equal slices; file r has slice r. With two ranks:
+
+                   | w1 w1 w1 w1 w2 w2 | w2 w2 w3 w3 w3 -- |       w2 is in both files, -- is padding
+                         rank 0               rank 1
+
+               mp_rank_00_model_states.pt["param_shapes"] has names and shapes in that order.
+  stage 3      zero_pp_rank_<r>_..._optim_states.pt. Each parameter is cut into R equal slices of p = ceil(numel / R)
+               elements; file r has, per group, slice r of every parameter end to end. With two ranks:
+
+                   rank 0  | w1 w1 | w2 w2 | w3 w3 |
+                   rank 1  | w1 w1 | w2 w2 | w3 -- |
+
+  imported     no file of DeepSpeed's; universal/<parameter>.safetensors (convert/import_weights.py)
+
+DeepSpeed's files are pickles. They are read with weights_only=True, so no code in them can run.
 """
 
 from __future__ import annotations
@@ -20,23 +35,124 @@ import ctypes
 import mmap
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from packspeed.launch.checkpoint.manifest import UNIVERSAL, read_manifest
+from packspeed.launch.checkpoint.manifest import UNIVERSAL, ImportedFrom, read_manifest
 from packspeed.launch.config.errors import UserError
 
+Tensors = dict[str, torch.Tensor]  # "fp32" or a name of the optimizer's ("exp_avg", "momentum_buffer") -> tensor
+ZeroState = dict[str, Any]  # what one rank's *_optim_states.pt has under "optimizer_state_dict"
+Shapes = dict[str, torch.Size]  # parameter name -> shape, in the order of a group's flat vector
+
 _LIBC = ctypes.CDLL(None)
+_MADV_PAGEOUT = 21  # linux/mman.h, since Linux 5.4
 
 
-_MADV_PAGEOUT = 21
+@dataclass(frozen=True)
+class _Selection:
+    """Which tensors are read: keys of Tensors (None: all), of every `workers`-th parameter from number `worker` on."""
+
+    keys: Sequence[str] | None
+    worker: int
+    workers: int
+
+    def has_key(self, key: str) -> bool:
+        return self.keys is None or key in self.keys
+
+    def has_parameter(self, number: int) -> bool:
+        return number % self.workers == self.worker
+
+
+# ---- what callers use
+
+
+def full_tensors(
+    checkpoint: Path, keys: Sequence[str] | None = None, worker: int = 0, workers: int = 1
+) -> Iterator[tuple[str, Tensors]]:
+    """Yield (name, fp32 tensors of the parameter's shape) for every parameter; shared ones once.
+
+    keys: which of "fp32", "exp_avg", ... to read; None: all. With several workers, each reads every workers-th
+    parameter, from number `worker` on. Raises UserError for damaged or incomplete checkpoints.
+    """
+    selection = _Selection(keys, worker, workers)
+    if imported_from(checkpoint):
+        yield from _imported_tensors(checkpoint, selection)
+        return
+    states = zero_states(checkpoint)
+    if not states:
+        yield from _stage0_tensors(checkpoint, selection)
+        return
+    shapes: list[Shapes] = _model_states(checkpoint)["param_shapes"]  # one dict per parameter group
+    if "fp32_flat_groups" in states[0]:
+        yield from _stage3_tensors(states, shapes, selection)
+    else:
+        yield from _stage12_tensors(states, shapes, selection)
+
+
+def fp32_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Parameter name -> full fp32 weight; shared parameters under each of their names."""
+    weights = {name: tensors["fp32"] for name, tensors in full_tensors(checkpoint, ("fp32",))}
+    for name, stored_as in shared_parameters(checkpoint).items():
+        weights[name] = weights[stored_as]
+    return weights
+
+
+def zero_states(checkpoint: Path) -> list[ZeroState]:
+    """The ZeRO optimizer's state of every rank, in rank order; empty at stage 0. UserError if ranks are missing."""
+    files = sorted(checkpoint.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+    states = [read_safely(path)["optimizer_state_dict"] for path in files]
+    if states:
+        count = states[0]["partition_count"]  # stages 1 and 2 have a list, one number per group
+        ranks = max(count) if isinstance(count, list) else count
+        if ranks != len(states):
+            raise UserError(f"{checkpoint}: written by {ranks} ranks, but the files of {len(states)} are there.")
+    return states
+
+
+def inner_optimizer_state(state: ZeroState) -> dict[str, Any]:
+    """The state_dict of the optimizer inside ZeRO's: {"state": {group: {key: flat tensor}}, "param_groups": [...]}."""
+    return dict(state["optimizer_state_dict"] if "fp32_flat_groups" in state else state["base_optimizer_state"])
+
+
+def stage0_optimizer_state(checkpoint: Path) -> dict[str, Any]:
+    """The same at stage 0, where there is no ZeRO optimizer: {"state": {number: {key: tensor}}, ...}."""
+    return dict(read_safely(checkpoint / "mp_rank_00_model_states.pt")["optimizer"])
+
+
+def module_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The module's weights in the precision it computes in; empty at stage 3, where they are partitioned."""
+    path = checkpoint / "mp_rank_00_model_states.pt"
+    return dict(read_safely(path)["module"]) if path.exists() else {}
+
+
+def shared_parameters(checkpoint: Path) -> dict[str, str]:
+    """Name of a shared (tied) parameter -> the name it is stored under."""
+    if origin := imported_from(checkpoint):
+        return dict(origin["tied"])
+    content = _model_states(checkpoint)
+    if (shared := content.get("shared_params")) is not None:
+        return dict(shared)
+    # Stage 0 does not list them, but torch.load gives shared parameters the same storage.
+    first_name: dict[int, str] = {}
+    stored_as = {name: first_name.setdefault(tensor.data_ptr(), name) for name, tensor in content["module"].items()}
+    return {name: first for name, first in stored_as.items() if name != first}
+
+
+def imported_from(checkpoint: Path) -> ImportedFrom | None:
+    """Origin of an imported checkpoint, which has a universal/ folder only; None for those of training."""
+    return read_manifest(checkpoint).get("imported")
+
+
+# ---- files
 
 
 class _Opaque:
-    """Stands for a DeepSpeed object inside a checkpoint whose content is not wanted (loss scaler, slice addresses)."""
+    """Takes the place of a DeepSpeed object in a pickle (loss scaler, slice addresses); keeps its fields as `state`."""
 
     def __init__(self, *args: Any) -> None:
         self.state: Any = args
@@ -54,95 +170,17 @@ _DEEPSPEED_CLASSES = (
 
 
 def read_safely(path: Path) -> dict[str, Any]:
-    """torch.load with weights_only and mmap; DeepSpeed's own classes become opaque. UserError for others."""
-    stand_ins: list[Any] = [(type(name.rpartition(".")[2], (_Opaque,), {}), name) for name in _DEEPSPEED_CLASSES]
+    """torch.load with weights_only and mmap. DeepSpeed's classes become _Opaque; UserError for any other class."""
+    substitutes: list[Any] = [(type(name.rpartition(".")[2], (_Opaque,), {}), name) for name in _DEEPSPEED_CLASSES]
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(substitutes):
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, OSError by kind of damage
+    except Exception as error:  # UnpicklingError, RuntimeError or OSError, depending on the damage
         raise UserError(f"{path}: cannot be read as a checkpoint file: {str(error).splitlines()[0]}") from None
 
 
-Whole = Iterator[tuple[str, dict[str, torch.Tensor]]]
-
-
-Shapes = dict[str, torch.Size]
-
-
-def fp32_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Parameter name -> fp32 tensor, whole, shared parameters under each of their names."""
-    weights = {name: states["fp32"] for name, states in whole_tensors(checkpoint, ("fp32",))}
-    for name, same_as in shared_parameters(checkpoint).items():
-        weights[name] = weights[same_as]
-    return weights
-
-
-def whole_tensors(checkpoint: Path, kinds: Sequence[str] | None = None, turn: int = 0, turns: int = 1) -> Whole:
-    """(name, {kind: fp32 tensor of the parameter's shape}) of every parameter, tied ones once.
-
-    kinds: which of "fp32", "exp_avg", ... are wanted; None: all there are. turn, turns: every turns-th parameter, from
-    number turn on, to share the work. Raises UserError for damaged or incomplete checkpoints.
-    """
-    if imported(checkpoint):
-        yield from _universal(checkpoint, kinds, turn, turns)
-        return
-    states = optimizer_states(checkpoint)
-    if not states:
-        yield from _whole(checkpoint, kinds, turn, turns)
-        return
-    shapes: list[Shapes] = _model_states(checkpoint)["param_shapes"]
-    yield from (_stage3 if "fp32_flat_groups" in states[0] else _stages12)(states, shapes, kinds, turn, turns)
-
-
-def optimizer_states(checkpoint: Path) -> list[dict[str, Any]]:
-    """The ZeRO optimizer's state of every rank, in rank order; empty for stage 0. UserError where ranks are missing."""
-    files = sorted(checkpoint.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
-    states = [read_safely(path)["optimizer_state_dict"] for path in files]
-    if states:
-        wanted = states[0]["partition_count"]
-        wanted = max(wanted) if isinstance(wanted, list) else wanted
-        if wanted != len(states):
-            raise UserError(f"{checkpoint}: written by {wanted} ranks, but the files of {len(states)} are there.")
-    return states
-
-
-def base_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The inner optimizer's state_dict in a rank's ZeRO state: {"state": {group: {kind: flat tensor}}, ...}."""
-    return dict(state["optimizer_state_dict"] if "fp32_flat_groups" in state else state["base_optimizer_state"])
-
-
-def module_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The module's own weights, in the precision it computes in; empty where they are partitioned (stage 3)."""
-    path = checkpoint / "mp_rank_00_model_states.pt"
-    return dict(read_safely(path)["module"]) if path.exists() else {}
-
-
-def shared_parameters(checkpoint: Path) -> dict[str, str]:
-    """Names of tied parameters -> the name they are stored under."""
-    if known := imported(checkpoint):
-        return dict(known["tied"])
-    content = _model_states(checkpoint)
-    if (shared := content.get("shared_params")) is not None:
-        return dict(shared)
-    first = dict[int, str]()  # stage 0 does not say: what shares storage
-    owners = {name: first.setdefault(tensor.data_ptr(), name) for name, tensor in content["module"].items()}
-    return {name: owner for name, owner in owners.items() if name != owner}
-
-
-def imported(checkpoint: Path) -> dict[str, Any] | None:
-    """Where the weights of a checkpoint came from that imports.py made; it has a universal folder only."""
-    return read_manifest(checkpoint).get("imported")
-
-
-def _universal(checkpoint: Path, kinds: Sequence[str] | None, turn: int, turns: int) -> Whole:
-    files = sorted((checkpoint / UNIVERSAL).glob("*.safetensors"))
-    for path in files[turn::turns]:
-        with safe_open(path, "pt") as file:
-            found = [kind for kind in file.keys() if kinds is None or kind in kinds]  # noqa: SIM118  (no dict)
-            yield path.name.removesuffix(".safetensors"), {kind: file.get_tensor(kind) for kind in found}
-
-
 def _model_states(checkpoint: Path) -> dict[str, Any]:
+    """Rank 0's *_model_states.pt: weights (stages 0 to 2), shapes and shared parameters."""
     files = sorted(checkpoint.glob("*_model_states.pt"), key=_rank_of)
     if not files:
         raise UserError(f"{checkpoint}: there is no *_model_states.pt in it; this is not a checkpoint.")
@@ -154,126 +192,140 @@ def _rank_of(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _whole(checkpoint: Path, kinds: Sequence[str] | None, turn: int, turns: int) -> Whole:
+# ---- the four layouts
+
+
+def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
+    """One safetensors file per parameter."""
+    files = sorted((checkpoint / UNIVERSAL).glob("*.safetensors"))
+    for path in files[selection.worker :: selection.workers]:
+        with safe_open(path, "pt") as file:
+            keys = [key for key in file.keys() if selection.has_key(key)]  # noqa: SIM118  (safe_open is no dict)
+            yield path.name.removesuffix(".safetensors"), {key: file.get_tensor(key) for key in keys}
+
+
+def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
+    """Full tensors in rank 0's file; shared parameters are stored once and appear under each name."""
     content = _model_states(checkpoint)
-    of_name: dict[str, dict[str, torch.Tensor]] = {}
-    if kinds is None or set(kinds) != {"fp32"}:
+    optimizer_tensors: dict[str, Tensors] = {}  # by parameter name
+    if selection.keys is None or set(selection.keys) != {"fp32"}:
         order = read_manifest(checkpoint).get("optimizer_order")
         if order is None:
             raise UserError(f"{checkpoint}: written by an older Packspeed, which did not name the optimizer's state.")
-        of_name = {name: content["optimizer"]["state"].get(index, {}) for index, name in enumerate(order)}
-    shared, seen = dict(content.get("shared_params") or {}), set[int]()
-    for number, (name, tensor) in enumerate(content["module"].items()):
-        if name in shared or tensor.data_ptr() in seen:
+        numbered = content["optimizer"]["state"]
+        optimizer_tensors = {name: numbered.get(number, {}) for number, name in enumerate(order)}
+    shared = dict(content.get("shared_params") or {})
+    seen_storage = set[int]()
+    for number, (name, weight) in enumerate(content["module"].items()):
+        if name in shared or weight.data_ptr() in seen_storage:
             continue
-        seen.add(tensor.data_ptr())
-        if number % turns == turn:
-            states = {"fp32": tensor, **of_name.get(name, {})}
-            found = {kind: value for kind, value in states.items() if _is_wanted(kind, value, tensor, kinds)}
-            yield name, {kind: value.float() for kind, value in found.items()}
-            _hand_back(found.values())
+        seen_storage.add(weight.data_ptr())
+        if selection.has_parameter(number):
+            stored = {"fp32": weight, **optimizer_tensors.get(name, {})}
+            tensors = {key: value for key, value in stored.items() if _is_selected(key, value, weight, selection)}
+            yield name, {key: value.float() for key, value in tensors.items()}
+            _release_pages(tensors.values())
 
 
-def _is_wanted(kind: str, value: Any, like: torch.Tensor, kinds: Sequence[str] | None) -> bool:
-    """Whether it is a state with one number per weight, and asked for."""
-    return isinstance(value, torch.Tensor) and value.numel() == like.numel() and (kinds is None or kind in kinds)
-
-
-def _flats(
-    states: list[dict[str, Any]], key: str, group: int, kinds: Sequence[str] | None
-) -> dict[str, list[torch.Tensor]]:
-    """{kind: this group's flat tensor of every rank}."""
-    weights = [state[key][group].flatten() for state in states]
-    found = {"fp32": weights} if kinds is None or "fp32" in kinds else {}
-    inner = [base_state(state)["state"].get(group, {}) for state in states]
-    for kind in inner[0]:
-        if all(_is_wanted(kind, each[kind], weights[0], kinds) for each in inner):
-            found[kind] = [each[kind].flatten() for each in inner]
-    return found
-
-
-def _stages12(
-    states: list[dict[str, Any]],
-    shapes: list[Shapes],
-    kinds: Sequence[str] | None,
-    turn: int,
-    turns: int,
-) -> Whole:
-    paddings, number = states[0].get("param_alignment_paddings"), 0
-    for group, names in enumerate(shapes):
-        flats, offset = _flats(states, "single_partition_of_fp32_groups", group, kinds), 0
-        share = states[0]["single_partition_of_fp32_groups"][group].numel()
-        whole = _whole_momentum(states, group) if "momentum_buffer" not in flats else None
-        places = [0] * len(states)
-        for index, (name, shape) in enumerate(names.items()):
+def _stage12_tensors(
+    states: list[ZeroState], shapes: list[Shapes], selection: _Selection
+) -> Iterator[tuple[str, Tensors]]:
+    """Each parameter is a span of its group's flat vector, which the ranks' slices make up end to end."""
+    paddings = states[0].get("param_alignment_paddings")  # per group and parameter: unused elements behind it
+    number = 0  # of the parameter, over all groups
+    for group, shape_of in enumerate(shapes):
+        slices = _slices_of_ranks(states, "single_partition_of_fp32_groups", group, selection)
+        slice_size = states[0]["single_partition_of_fp32_groups"][group].numel()
+        muon_momentum = _muon_momentum(states, group) if "momentum_buffer" not in slices else None
+        momentum_start = [0] * len(states)  # where the parameter's momentum begins in each rank's tensor
+        start = 0  # where the parameter begins in the flat vector
+        for index, (name, shape) in enumerate(shape_of.items()):
             size = shape.numel()
-            holders = range(offset // share, (offset + size - 1) // share + 1)
-            if number % turns == turn:
-                found = {kind: _span(flat, offset, size).view(shape) for kind, flat in flats.items()}
-                if whole is not None and (kinds is None or "momentum_buffer" in kinds):
-                    first = holders[0]
-                    found["momentum_buffer"] = whole[first][places[first] : places[first] + size].float().view(shape)
-                yield name, found
-            for rank in holders:
-                places[rank] += size
-            offset += size + (paddings[group][index] if paddings else 0)
+            # The ranks whose slices have a part of this parameter.
+            ranks = range(start // slice_size, (start + size - 1) // slice_size + 1)
+            if selection.has_parameter(number):
+                tensors = {key: _span(of_ranks, start, size).view(shape) for key, of_ranks in slices.items()}
+                if muon_momentum is not None and selection.has_key("momentum_buffer"):
+                    # All of these ranks have it in full and equal: the first one's is taken.
+                    first, begin = muon_momentum[ranks[0]], momentum_start[ranks[0]]
+                    tensors["momentum_buffer"] = first[begin : begin + size].float().view(shape)
+                yield name, tensors
+            for rank in ranks:
+                momentum_start[rank] += size
+            start += size + (paddings[group][index] if paddings else 0)
             number += 1
 
 
-def _whole_momentum(states: list[dict[str, Any]], group: int) -> list[torch.Tensor] | None:
-    """Muon at stages 1 and 2 without offload: each rank holds the momentum of all matrices its slice touches, whole."""
-    inner = [base_state(state)["state"].get(group, {}) for state in states]
-    return [each["momentum_buffer"].flatten() for each in inner] if "momentum_buffer" in inner[0] else None
+def _stage3_tensors(
+    states: list[ZeroState], shapes: list[Shapes], selection: _Selection
+) -> Iterator[tuple[str, Tensors]]:
+    """Each rank has an equal slice of each parameter; the last rank's may end in padding."""
+    number = 0  # of the parameter, over all groups
+    for group, shape_of in enumerate(shapes):
+        slices = _slices_of_ranks(states, "fp32_flat_groups", group, selection)
+        start = 0  # where the parameter's slice begins in every rank's tensor
+        for name, shape in shape_of.items():
+            slice_size = -(-shape.numel() // len(states))
+            if selection.has_parameter(number):
+                tensors: Tensors = {}
+                for key, of_ranks in slices.items():
+                    padded = _concatenate([tensor[start : start + slice_size] for tensor in of_ranks])
+                    tensors[key] = padded[: shape.numel()].view(shape)
+                yield name, tensors
+            start += slice_size
+            number += 1
 
 
-def _span(parts: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
-    """Elements start to start + count - 1 of the equal parts laid end to end, (count,)."""
-    size, found = parts[0].numel(), []
+def _slices_of_ranks(
+    states: list[ZeroState], weights_key: str, group: int, selection: _Selection
+) -> dict[str, list[torch.Tensor]]:
+    """{"fp32" or optimizer key: this group's flat tensor of each rank}, for the tensors that are selected."""
+    weights = [state[weights_key][group].flatten() for state in states]
+    slices = {"fp32": weights} if selection.has_key("fp32") else {}
+    of_ranks = [inner_optimizer_state(state)["state"].get(group, {}) for state in states]
+    for key in of_ranks[0]:
+        if all(_is_selected(key, inner[key], weights[0], selection) for inner in of_ranks):
+            slices[key] = [inner[key].flatten() for inner in of_ranks]
+    return slices
+
+
+def _is_selected(key: str, value: Any, weight: torch.Tensor, selection: _Selection) -> bool:
+    """Whether it is a tensor with one number per weight (not a step count), and selected."""
+    return isinstance(value, torch.Tensor) and value.numel() == weight.numel() and selection.has_key(key)
+
+
+def _muon_momentum(states: list[ZeroState], group: int) -> list[torch.Tensor] | None:
+    """Muon at stages 1 and 2 without offload: each rank's momenta of all matrices that its slice touches, in full."""
+    of_ranks = [inner_optimizer_state(state)["state"].get(group, {}) for state in states]
+    if "momentum_buffer" not in of_ranks[0]:
+        return None
+    return [inner["momentum_buffer"].flatten() for inner in of_ranks]
+
+
+def _span(slices: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
+    """Elements start to start + count - 1 of equally long slices laid end to end, (count,)."""
+    slice_size, pieces = slices[0].numel(), []
     while count > 0:
-        part, place = divmod(start, size)
-        found.append(parts[part][place : place + count])
-        start, count = start + found[-1].numel(), count - found[-1].numel()
-    return _joined(found)
+        rank, begin = divmod(start, slice_size)
+        pieces.append(slices[rank][begin : begin + count])
+        start, count = start + pieces[-1].numel(), count - pieces[-1].numel()
+    return _concatenate(pieces)
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copies of mapped slices, end to end, (sum of their sizes,)."""
-    joined = torch.cat(list(parts))
-    _hand_back(parts)
+def _concatenate(mapped: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Copy memory-mapped pieces into one tensor, (sum of their sizes,), and release their pages."""
+    joined = torch.cat(list(mapped))
+    _release_pages(mapped)
     return joined
 
 
-def _hand_back(mapped: Iterable[torch.Tensor]) -> None:
-    """Let the kernel take the pages of these tensors away: unread ones come back from the file if they are read again.
+def _release_pages(mapped: Iterable[torch.Tensor]) -> None:
+    """Let the kernel reclaim the pages of memory-mapped tensors; a later read takes them from the file again.
 
-    Without it every page of the files would count as this process's memory until the end.
+    Otherwise every page that was read counts as this process's memory until it ends.
     """
     for tensor in mapped:
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
-        # Advice that loses nothing, whatever the memory is; before Linux 5.4 there was none, and all stays as it is.
+        # Loses nothing, whatever kind of memory it is. Before Linux 5.4 the call fails, and the pages stay.
         _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
-
-
-def _stage3(
-    states: list[dict[str, Any]],
-    shapes: list[Shapes],
-    kinds: Sequence[str] | None,
-    turn: int,
-    turns: int,
-) -> Whole:
-    ranks, number = len(states), 0
-    for group, names in enumerate(shapes):
-        flats, offset = _flats(states, "fp32_flat_groups", group, kinds), 0
-        for name, shape in names.items():
-            share = -(-shape.numel() // ranks)
-            if number % turns == turn:
-                yield (
-                    name,
-                    {
-                        kind: _joined([part[offset : offset + share] for part in flat])[: shape.numel()].view(shape)
-                        for kind, flat in flats.items()
-                    },
-                )
-            offset += share
-            number += 1

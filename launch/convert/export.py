@@ -22,7 +22,7 @@ import torch
 
 from packspeed.data.text.ranks_to_json import tokenizer_json
 from packspeed.launch.checkpoint.manifest import read_manifest
-from packspeed.launch.checkpoint.zero_checkpoint import whole_tensors
+from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.convert.model_card import write_card
 from packspeed.launch.inference.generate import find_checkpoint, tokenizer_of
@@ -112,7 +112,7 @@ def hf_shapes(config: GPTConfig) -> dict[str, torch.Size]:
 def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and fp32 tensors as transformers wants them, one parameter in memory at a time; tied heads once."""
     table = {weight.ours: weight for weight in weight_table(config)}
-    for name, states in whole_tensors(checkpoint, ("fp32",)):
+    for name, states in full_tensors(checkpoint, ("fp32",)):
         if name not in table:
             raise UserError(f"{checkpoint}: there is a parameter {name} in it that its config does not have.")
         yield from table[name].split(states["fp32"])

@@ -55,7 +55,7 @@ def fill_engine(engine: Any, folder: Path, info: dict[str, Any]) -> None:
 
 
 def _keeps_whole_momentum(optimizer: Any) -> bool:
-    """Stages 1 and 2 without offload (but not BF16_Optimizer): see weights._whole_momentum."""
+    """Stages 1 and 2 without offload (but not BF16_Optimizer): see zero_checkpoint._muon_momentum."""
     return hasattr(optimizer, "params_in_partition") and not optimizer.cpu_offload
 
 

@@ -261,10 +261,10 @@ def _final(plan: Plan, name: str) -> Path:
 
 def weights_differ_by(one: Path, other: Path) -> float:
     """The largest difference of a weight (fp32) between two checkpoints of any layout; inf where one is NaN."""
-    from packspeed.launch.checkpoint.zero_checkpoint import whole_tensors
+    from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
 
-    mine, largest = dict(whole_tensors(one, ("fp32",))), 0.0
-    for name, states in whole_tensors(other, ("fp32",)):
+    mine, largest = dict(full_tensors(one, ("fp32",))), 0.0
+    for name, states in full_tensors(other, ("fp32",)):
         distance = (mine.pop(name)["fp32"].detach() - states["fp32"].detach()).abs().max().item()
         largest = max(largest, math.inf if math.isnan(distance) else distance)
     return math.inf if mine else largest
