@@ -88,7 +88,7 @@ def test_the_curve_does_not_see_ranks_stages_micro_batches(workspace: Workspace,
 
 def test_train_notices_and_says_so(elastic: dict[str, str]) -> None:
     for ranks, steps in (("1 ranks", 10), ("4 ranks", 20)):
-        assert elastic[ranks].count(f"converting step-000000{steps} into a universal checkpoint") == 7
+        assert elastic[ranks].count(f"resharding step-000000{steps}") == 7
         assert elastic[ranks].count("wrote and verified") == 7
         assert elastic[ranks].count("self-check: the last step's samples have the loss of the save") == 7
 
@@ -124,7 +124,7 @@ def test_weights_of_all_chains_end_alike(workspace: Workspace, elastic: dict[str
             torch.testing.assert_close(chained[key], value, atol=2e-5, rtol=1e-3)
 
 
-def test_reshard_works_offline_and_mends_a_damaged_conversion(workspace: Workspace, elastic: dict[str, str]) -> None:
+def test_reshard_works_offline_and_replaces_a_damaged_conversion(workspace: Workspace, elastic: dict[str, str]) -> None:
     """The first attempt is killed by the kernel in the middle of the largest file."""
     checkpoint = workspace.folder / "resharded"
     shutil.copytree(workspace.checkpoints("stages") / "step-00000030", checkpoint)
@@ -150,7 +150,7 @@ def test_reshard_works_offline_and_mends_a_damaged_conversion(workspace: Workspa
     assert "wrote and verified" in done.stdout
     assert find_damage(folder) == []
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert "converting" not in done.stdout, "once"
+    assert "resharding" not in done.stdout, "once"
 
 
 def test_a_conversion_that_does_not_match_the_module_is_refused(workspace: Workspace, elastic: dict[str, str]) -> None:

@@ -1,110 +1,119 @@
-"""A checkpoint goes on in another layout: other ranks, ZeRO stage, offload, optimizer kernel or precision.
+"""Resharding: a checkpoint resumes with other ranks, ZeRO stage, offload, optimizer kernels or precision.
 
-    <checkpoint>/universal/<parameter>.safetensors     fp32 weight and every optimizer state of it, whole
+    <checkpoint>/universal/<parameter>.safetensors     fp32 weight and each of its optimizer states, in full
     <checkpoint>/universal/packspeed.json              optimizer step, loss scale, size and hash of every file
 
-convert() writes the folder once, all ranks sharing the work, under a lock, verifies what it wrote against the source,
-and publishes it by a rename; load() fills the running engine from it, each rank reading what it holds. DeepSpeed's own
-ds_to_universal (the tests compare with it) knows Adam at stages 1 to 3; this knows stage 0, Muon and Lion as well.
-Cost: one read and one write of 12 bytes per parameter (Adam), and one read at every resume in another layout.
+resharded_folder writes the folder once: all ranks share the parameters, each file is read back and compared with its
+source, and a rename publishes the folder. load fills the running engine from it; each rank reads what it needs.
+The folder has the name of DeepSpeed's format for the same purpose, but not its content: ds_to_universal knows Adam at
+stages 1 to 3, this also stage 0, Muon and Lion. The tests compare both where both work.
+Cost: one read and one write of 12 bytes per parameter (Adam), then one read at every resume in another layout.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from packspeed.data.storage.atomic import sync, write_file
-from packspeed.data.storage.hashing import hash_file
-from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, find_damage
+from packspeed.data.storage.hashing import FileHash, hash_file
+from packspeed.data.storage.lock import lock_file
+from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, find_damage, read_manifest
 from packspeed.launch.checkpoint.zero_checkpoint import (
-    base_state,
+    Tensors,
+    full_tensors,
+    inner_optimizer_state,
     module_weights,
-    optimizer_states,
-    read_safely,
-    whole_tensors,
+    stage0_optimizer_state,
+    zero_states,
 )
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.engine.optimizer_state import SCALER_FIELDS, fill_engine
 
 if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
+    from packspeed.launch.engine.protocol import Engine
+
+FORMAT_VERSION = 1
 
 
-VERSION = 1
+class ReshardedManifest(TypedDict):
+    """packspeed.json of the universal/ folder."""
+
+    format_version: int
+    step: int
+    optimizer_step: int  # smaller than `step` if fp16 overflows or anomalies kept steps from being taken
+    loss_scaler: dict[str, Any]  # SCALER_FIELDS of fp16's loss scaler; empty in other precisions
+    files: dict[str, FileHash]
 
 
-Say = Callable[[str], None]
+def load(checkpoint: Path, engine: Engine, topology: Topology, log: Callable[[str], None]) -> None:
+    """Fill the engine from a complete checkpoint of any layout. A collective of all ranks."""
+    folder = resharded_folder(checkpoint, topology, log)
+    manifest: ReshardedManifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    fill_engine(engine, folder, cast(dict[str, Any], manifest))
+    engine.global_steps = manifest["step"]
+    engine.global_samples = manifest["step"] * engine.train_batch_size()
 
 
-def load(checkpoint: Path, engine: Any, topology: Topology, say: Say) -> None:
-    """Fill the engine from a verified checkpoint of any layout: a collective of all ranks."""
-    if engine.zero_nvme_offload_optimizer():
-        raise UserError(f"{checkpoint}: a run cannot go on with its optimizer on NVMe yet; offload to cpu can.")
-    folder = resharded_folder(checkpoint, topology, say)
-    info = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    fill_engine(engine, folder, info)
-    engine.global_steps = info["step"]
-    engine.global_samples = info["step"] * engine.train_batch_size()
+def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[[str], None]) -> Path:
+    """Return the verified universal/ folder of a checkpoint; write it if it is missing or damaged.
 
+    A collective of all ranks; without a topology this process does all the work. Only rank 0 logs. Raises UserError on
+    every rank if resharding fails.
+    """
+    rank, ranks = (topology.rank, topology.world) if topology else (0, 1)
+    folder, temporary = checkpoint / UNIVERSAL, checkpoint / f".{UNIVERSAL}.tmp"
+    start = time.monotonic()
 
-def resharded_folder(checkpoint: Path, topology: Topology | None, say: Say) -> Path:
-    """The verified universal folder of a checkpoint, made where it is missing or damaged."""
-    folder = checkpoint / UNIVERSAL
-    rank, world = (topology.rank, topology.world) if topology else (0, 1)
-    agree: Callable[[Any], Any] = topology.from_rank0 if topology else lambda value: value
-    gather: Callable[[Any], list[Any]] = topology.gather if topology else lambda value: [value]
-    with _lock(checkpoint, say) if rank == 0 else _nothing():
-        found = find_damage(folder) if rank == 0 else []
-        if not agree(found):
+    # Rank 0 holds the lock for all: a second run or `packspeed reshard` on the same checkpoint waits.
+    with _lock(checkpoint, log) if rank == 0 else contextlib.nullcontext():
+        damage = find_damage(folder) if rank == 0 else []
+        if not (topology.from_rank0(damage) if topology else damage):
             return folder
         if rank == 0:
-            say(f"converting {checkpoint.name} into a universal checkpoint (once; weights and optimizer state, whole)")
-        start, temporary = time.monotonic(), checkpoint / f".{UNIVERSAL}.tmp"
-        error = agree(_make(temporary) if rank == 0 else None)
-        files, error = ({}, error) if error else _convert(checkpoint, temporary, rank, world)
-        results = gather((files, error))
-        error = next((each for _, each in results if each), None)
-        if error is None and rank == 0:
-            error = _publish(checkpoint, temporary, folder, {k: v for part, _ in results for k, v in part.items()})
-        error = agree(error)
-        if error:
-            raise UserError(f"{checkpoint}: the conversion to a universal checkpoint failed: {error}")
+            log(f"resharding {checkpoint.name} (once; full weights and optimizer state in fp32)")
+
+        # The steps in order; all ranks leave at the first that failed on any rank.
+        own_error = _make_folder(temporary) if rank == 0 else None
+        error = topology.agree_on_error(own_error) if topology else own_error
+        of_ranks: list[dict[str, FileHash]] = []
+        if error is None:
+            own_files, own_error = _write_tensors(checkpoint, temporary, rank, ranks)
+            error = topology.agree_on_error(own_error) if topology else own_error
+            of_ranks = topology.gather(own_files) if topology else [own_files]
+        if error is None:
+            files = {name: file_hash for of_rank in of_ranks for name, file_hash in of_rank.items()}
+            own_error = _publish(checkpoint, temporary, folder, files) if rank == 0 else None
+            error = topology.agree_on_error(own_error) if topology else own_error
+        if error is not None:
+            raise UserError(f"{checkpoint}: resharding failed: {error}")
+
         if rank == 0:
-            size = sum(file["bytes"] for part, _ in results for file in part.values())
-            say(f"wrote and verified {folder} ({size / 1e6:,.1f} MB) in {time.monotonic() - start:.1f} s")
+            size = sum(file_hash["bytes"] for of_rank in of_ranks for file_hash in of_rank.values())
+            log(f"wrote and verified {folder} ({size / 1e6:,.1f} MB) in {time.monotonic() - start:.1f} s")
     return folder
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _lock(checkpoint: Path, log: Callable[[str], None]) -> contextlib.AbstractContextManager[object]:
+    return lock_file(
+        checkpoint / f".{UNIVERSAL}.lock",
+        on_wait=lambda holder: log(f"waiting for another process that reshards {checkpoint} ..."),
+    )
 
 
-@contextmanager
-def _lock(checkpoint: Path, say: Say) -> Iterator[None]:
-    """One converter at a time; the lock goes with the process that holds it."""
-    with (checkpoint / f".{UNIVERSAL}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that converts {checkpoint} ...")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _make(temporary: Path) -> str | None:
+def _make_folder(temporary: Path) -> str | None:
+    """Make an empty temporary folder; returns what went wrong."""
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -113,44 +122,53 @@ def _make(temporary: Path) -> str | None:
     return None
 
 
-def _convert(checkpoint: Path, out: Path, rank: int, world: int) -> tuple[dict[str, Any], str | None]:
-    """Write every world-th parameter; returns (its files, what went wrong)."""
-    files: dict[str, Any] = {}
+def _write_tensors(checkpoint: Path, out: Path, rank: int, ranks: int) -> tuple[dict[str, FileHash], str | None]:
+    """Write and verify one file for every ranks-th parameter. Returns (hashes by file name, what went wrong)."""
+    files: dict[str, FileHash] = {}
     try:
-        computed_in = module_weights(checkpoint)
-        for name, states in whole_tensors(checkpoint, turn=rank, turns=world):
+        computed_with = module_weights(checkpoint)
+        for name, tensors in full_tensors(checkpoint, worker=rank, workers=ranks):
             path = out / f"{name}.safetensors"
-            save_file({kind: tensor.contiguous() for kind, tensor in states.items()}, path)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
             sync(path)
-            if problem := _differs(name, path, states, computed_in.get(name)):
+            if problem := _find_difference(name, path, tensors, computed_with.get(name)):
                 return files, problem
             files[path.name] = hash_file(path)
     except OSError as error:
         return files, f"{error.filename or out}: {error.strerror}"
     except UserError as error:
         return files, str(error)
-    except Exception as error:  # safetensors wraps the write errors of its Rust half in classes of its own
+    except Exception as error:  # safetensors raises errors of its own for failed writes
         return files, f"{out}: {error}"
     return files, None
 
 
-def _differs(name: str, path: Path, states: dict[str, torch.Tensor], computed_in: torch.Tensor | None) -> str | None:
-    """Read a written file back: the bits of the source, and rounded they are the weights the module computed with."""
+def _find_difference(name: str, path: Path, tensors: Tensors, computed_with: torch.Tensor | None) -> str | None:
+    """Compare a written file with its source, and its weight, rounded, with the weight that the module computed with.
+
+    The second comparison finds a wrong reading of DeepSpeed's layout: both come from different files of the checkpoint.
+    """
     with safe_open(path, "pt") as file:
-        for kind, tensor in states.items():
-            if not torch.equal(file.get_tensor(kind), tensor):
-                return f"{path}: {kind} does not read back as it was"
+        for key, tensor in tensors.items():
+            if not torch.equal(file.get_tensor(key), tensor):
+                return f"{path}: {key} does not read back as it was written"
         weight = file.get_tensor("fp32")
-    if computed_in is not None and not torch.equal(weight.to(computed_in.dtype), computed_in.view_as(weight)):
-        return f"{name}: the optimizer's fp32 weight, rounded to {computed_in.dtype}, is not the module's weight"
+    if computed_with is not None and not torch.equal(weight.to(computed_with.dtype), computed_with.view_as(weight)):
+        return f"{name}: the optimizer's fp32 weight, rounded to {computed_with.dtype}, is not the module's weight"
     return None
 
 
-def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, Any]) -> str | None:
+def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, FileHash]) -> str | None:
+    """Write the manifest and rename the folder; returns what went wrong."""
     try:
-        info = {"format_version": VERSION, **_scalars(checkpoint), "files": dict(sorted(files.items()))}
-        write_file(temporary / MANIFEST, json.dumps(info, indent=1))
-        if folder.exists():
+        manifest: ReshardedManifest = {
+            "format_version": FORMAT_VERSION,
+            "step": read_manifest(checkpoint)["step"],
+            **_optimizer_scalars(checkpoint),
+            "files": dict(sorted(files.items())),
+        }
+        write_file(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        if folder.exists():  # damaged
             shutil.rmtree(folder)
         os.replace(temporary, folder)
         sync(checkpoint)
@@ -159,18 +177,22 @@ def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, A
     return None
 
 
-def _scalars(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: its step, the optimizer's count of steps taken, the fp16 loss scale."""
-    states = optimizer_states(checkpoint)
-    step = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["step"]
-    inner = base_state(states[0]) if states else _stage0_optimizer(checkpoint)
-    counts = [int(s["step"]) for s in inner["state"].values() if "step" in s]
+class _OptimizerScalars(TypedDict):
+    optimizer_step: int
+    loss_scaler: dict[str, Any]
+
+
+def _optimizer_scalars(checkpoint: Path) -> _OptimizerScalars:
+    """What the optimizer's state holds besides tensors of the weights' size."""
+    states = zero_states(checkpoint)
+    inner = inner_optimizer_state(states[0]) if states else stage0_optimizer_state(checkpoint)
+
+    # Steps taken: DeepSpeed's and torch's Adams count them per tensor, older ones per group. Lion and Muon do not.
+    counts = [int(state["step"]) for state in inner["state"].values() if "step" in state]
     counts += [int(group["step"]) for group in inner["param_groups"] if "step" in group]
-    scaler = states[0].get("loss_scaler") if states else None
-    fields = getattr(scaler, "state", None)
+    step = read_manifest(checkpoint)["step"]
+
+    # read_safely keeps the fields of DeepSpeed's loss scaler as `state`.
+    fields = getattr(states[0].get("loss_scaler"), "state", None) if states else None
     scale = {key: fields[key] for key in SCALER_FIELDS if key in fields} if isinstance(fields, dict) else {}
-    return {"step": step, "optimizer_step": max(counts, default=step), "loss_scaler": scale}
-
-
-def _stage0_optimizer(checkpoint: Path) -> dict[str, Any]:
-    return dict(read_safely(checkpoint / "mp_rank_00_model_states.pt")["optimizer"])
+    return {"optimizer_step": max(counts, default=step), "loss_scaler": scale}

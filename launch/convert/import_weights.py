@@ -205,7 +205,7 @@ def _write_checkpoint(
         save_file({"fp32": tensor.contiguous()}, path)
         sync(path)
         files[path.name] = hash_file(path)
-    info = {"format_version": reshard.VERSION, "step": 0, "optimizer_step": 0, "loss_scaler": {}, "files": files}
+    info = {"format_version": reshard.FORMAT_VERSION, "step": 0, "optimizer_step": 0, "loss_scaler": {}, "files": files}
     write_file(folder / MANIFEST, json.dumps(info, indent=1))
     listed = {f"{UNIVERSAL}/{name}": known for name, known in files.items()}
     listed[f"{UNIVERSAL}/{MANIFEST}"] = hash_file(folder / MANIFEST)
