@@ -125,8 +125,8 @@ def test_other_dataset_is_refused(trained: Workspace) -> None:
     assert "tokens before" in done.stderr, "what changed is named"
 
 
-def test_damaged_checkpoints_are_passed_over_with_the_reason(trained: Workspace) -> None:
-    """Truncated, bit-flipped, unlisted, unfinished: the run goes on from the whole one, to the same curve."""
+def test_damaged_checkpoints_are_skipped_with_the_reason(trained: Workspace) -> None:
+    """Truncated, bit-flipped, unlisted, unfinished: the run resumes from the complete one, with the same curve."""
     trained.rewind("done", "damaged", step=9)
     folder = trained.checkpoints("damaged")
     flipped = folder / "step-00000009" / "mp_rank_00_model_states.pt"
@@ -144,7 +144,7 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(trained: Workspace)
     assert done.returncode == 0, done.stderr
     reasons = {"10": "not listed", "09": "another hash", "08": "has 100 bytes", "07": "did not finish"}
     for name, reason in reasons.items():
-        line = next(text for text in done.stdout.splitlines() if f"passing over checkpoint step-000000{name}" in text)
+        line = next(text for text in done.stdout.splitlines() if f"skipping checkpoint step-000000{name}" in text)
         assert reason in line
     assert "(step 6)" in done.stdout
     assert trained.curve("damaged") == trained.curve("done")

@@ -1,20 +1,16 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that appear complete or not at all.
 
     checkpoints/step-00000200/     DeepSpeed's own files (mp_rank_*, zero_pp_rank_*) and packspeed.json
     checkpoints/latest             the name of the newest one, as DeepSpeed's tools expect it
 
-A save writes under a temporary name; packspeed.json (cursor, fingerprints, size and xxh3-128 of every file) comes
-last, everything is fsynced, then one rename makes the checkpoint appear, then `latest` moves. A crash at any byte
-leaves the older ones as they were. Saving is a collective: an error on one rank is agreed on by all, and the run
-goes on with the previous checkpoint; a rank that does not come is named. Files are hashed while they are written, so
-a save reads nothing back. With checkpoint.async_write a save copies the state to host memory and a thread writes it
-while the training goes on; the same manifest, rename and `latest` follow once every rank has written.
-Cost: LOG.md compares both with torch.distributed.checkpoint.
+A save writes under a temporary name. packspeed.json (training state, fingerprints, size and xxh3-128 of every file) is
+written last, everything is fsynced, one rename makes the checkpoint appear, then `latest` is replaced. A crash at any
+byte leaves the older checkpoints as they were. Files are hashed while they are written, so a save reads nothing back.
+Cost: LOG.md compares synchronous and asynchronous saves with torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
 
-import base64
 import datetime
 import json
 import os
@@ -24,155 +20,195 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from packspeed.data.storage.atomic import sync, write_file
-from packspeed.data.storage.hashing import hash_file
+from packspeed.data.storage.hashing import FileHash, hash_file
+from packspeed.launch.checkpoint import retention
 from packspeed.launch.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
-    find_damage,
-    list_checkpoints,
+    Manifest,
+    RunIdentity,
+    TrainingState,
     read_manifest,
     step_folder,
 )
+from packspeed.launch.checkpoint.resume import check_loadable, check_loaded_step, has_same_layout
+from packspeed.launch.checkpoint.rng import gather_rng_states, set_rng_state
 from packspeed.launch.checkpoint.writer import SafeWriter
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import CheckpointSection
 
 if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
-
-
-def _optimizer_order(engine: Any) -> dict[str, Any]:
-    """At stage 0 the optimizer's state is numbered: the parameters' names in that order."""
-    if not isinstance(engine.optimizer, torch.optim.Optimizer):
-        return {}
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    return {"optimizer_order": [names[p] for group in engine.optimizer.param_groups for p in group["params"]]}
-
-
-def rng_state(device: torch.device) -> dict[str, str]:
-    """State of torch's generators of this rank, base64. Our own training draws from none of them."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
-
-
-def set_rng_state(saved: dict[str, str], device: torch.device) -> None:
-    """Put back what rng_state returned."""
-    for name, text in saved.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif name == device.type:
-            torch.cuda.set_rng_state(state, device)
+    from packspeed.launch.engine.protocol import Engine
 
 
 class Checkpointer:
-    """Saves and loads the engine's state for one run folder; every public method is a collective of all ranks."""
+    """Saves and loads the engine's state for one run folder. Public methods are collectives, except `written`.
+
+    Time runs to the right. B: barrier with a timeout, which names missing ranks. A: all ranks agree on an error. Both
+    are collectives; so is DeepSpeed's collection of the state.
+
+    Synchronous save (checkpoint.async_write: false, and every save before the process ends):
+
+                        save(N)                                                                    returns
+        rank 0          B  mkdir  A  collect state   wait  B  A  packspeed.json, rename, latest, retire  A  step N+1
+        other ranks     B         A  collect state   wait  B  A                                          A  step N+1
+        writer threads                  write, hash, fsync
+
+    Asynchronous save (checkpoint.async_write: true):
+
+                        save(N)                  returns           finish()                           returns
+        rank 0          B  mkdir  A  copy state  step N+1, N+2 ...  wait  B  A  packspeed.json, ..., retire  A  step M
+        other ranks     B         A  copy state  step N+1, N+2 ...  wait  B  A                               A  step M
+        writer threads                           write, hash, fsync
+
+    The loop calls `finish` after the first step at whose end all ranks report `written`, so that its wait is short. A
+    save, a rewind and the end of the run call it as well. The checkpoint is visible to others only after `finish`.
+    Errors of a save are logged and training continues with the previous checkpoint; a missing rank ends the run.
+    """
 
     def __init__(
         self,
         folder: Path,
-        engine: Any,
+        engine: Engine,
         topology: Topology,
         section: CheckpointSection,
-        identity: dict[str, Any],
-        say: Callable[[str], None],
+        identity: RunIdentity,
+        log: Callable[[str], None],
     ) -> None:
-        self.folder, self.engine, self.topology, self.section, self.identity, self.say = (
-            folder,
-            engine,
-            topology,
-            section,
-            identity,
-            say,
-        )
-        self.newest: int | None = None  # step of the newest complete checkpoint
-        self.every_steps = section.every_steps
+        self.folder, self.engine, self.topology = folder, engine, topology
+        self.section, self.identity, self.log = section, identity, log
+        self.newest: int | None = None  # step of the newest complete checkpoint of this process
         self.writer = SafeWriter()
-        self._pending: tuple[int, dict[str, Any], float] | None = None  # step, state and start of an async save
-        self.hosts = topology.gather(platform.node())
-        # monitored_barrier, which names absent ranks, is gloo's.
+        self._pending: tuple[int, Manifest, float] | None = None  # save under way: step, manifest so far, start time
+        self._hosts = topology.gather(platform.node())
+        # Only gloo has monitored_barrier, which names absent ranks.
         self._gloo = torch.distributed.new_group(backend="gloo") if topology.world > 1 else None
-        engine.checkpoint_engine = self.writer
-        # Checkpoints are data: DeepSpeed's executable recovery script stays out of them (packspeed export reads them).
-        engine._copy_recovery_script = lambda save_path: None
+        internals: Any = engine  # the two names below are not in the Protocol
+        internals.checkpoint_engine = self.writer
+        # DeepSpeed copies an executable recovery script into every checkpoint. Ours hold data only: packspeed export
+        # reads them.
+        internals._copy_recovery_script = lambda save_path: None
 
-    def meet(self, what: str) -> None:
-        """Wait for all ranks; UserError naming those that did not come within checkpoint.timeout_s."""
-        if self._gloo is None:
-            return
-        try:
-            timeout = datetime.timedelta(seconds=self.section.timeout_s)
-            torch.distributed.monitored_barrier(self._gloo, timeout, wait_all_ranks=True)
-        except RuntimeError as error:
-            absent = re.search(r"[Rr]anks? ([\d, ]+) failed", str(error))
-            ranks = [int(rank) for rank in re.findall(r"\d+", absent[1])] if absent else []
-            who = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in ranks) or str(error).splitlines()[0]
-            raise UserError(
-                f"{what}: not all ranks came within {self.section.timeout_s:g} s (checkpoint.timeout_s). "
-                f"Absent: {who}. Look at what it does there (py-spy dump); older checkpoints are whole, start again."
-            ) from None
+    def save(self, step: int, state: TrainingState, now: bool = True, error: str | None = None) -> None:
+        """Write the checkpoint of `step` with `state` in its manifest.
 
-    def save(self, step: int, state: dict[str, Any], now: bool = True, error: str | None = None) -> None:
-        """Write the checkpoint of `step` with `state` in its manifest; an error is said, the run goes on.
-
-        now: it must be on disk when this returns, whatever async_write says. error: rank 0 knows already why not.
+        now: the checkpoint is on disk when this returns, even if async_write is set. error: why rank 0 cannot save; the
+        save then fails on all ranks. Raises UserError only if a rank is missing at a barrier; other errors are logged.
         """
         self.finish()
-        self.meet(f"saving step {step}")
-        start, temporary = time.monotonic(), self.folder / f".{step_folder(step)}.tmp"
+        self._wait_for_all_ranks(f"saving step {step}")
+        start, temporary = time.monotonic(), self._temporary(step)
         self.writer.begin(copy=self.section.async_write and not now)
+
+        # Rank 0 makes the folder before any rank writes into it. If that fails, no rank enters DeepSpeed's save, whose
+        # barriers have no timeout.
         if self.topology.rank == 0:
-            self.writer.error = error or self._prepare(temporary)
-        if self.topology.from_rank0(self.writer.error) is None:
-            self._save_engine(temporary, step)
-        state = {**state, **_optimizer_order(self.engine)}
-        rng = self.topology.gather(rng_state(self.topology.device))
-        different = list(dict.fromkeys(json.dumps(each) for each in rng))
-        rngs = {
-            "states": [json.loads(each) for each in different],
-            "of_rank": [different.index(json.dumps(r)) for r in rng],
-        }
-        self._pending = (step, {**state, "rng": rngs}, start)
+            self.writer.error = error or self._make_folder(temporary)
+        if self.topology.agree_on_error(self.writer.error) is None:
+            try:
+                self.engine.save_checkpoint(
+                    str(self.folder), tag=temporary.name, client_state={"packspeed_step": step}, save_latest=False
+                )
+            except OSError as problem:
+                self.writer.error = f"{temporary}: {problem.strerror}"
+
+        # All that training may change from now on is copied: the tensors by the writer, the rest here.
+        manifest = cast(Manifest, {"format_version": FORMAT_VERSION, "step": step, **self.identity, **state})
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer):  # ZeRO stage 0
+            manifest["optimizer_order"] = self._optimizer_order()
+        manifest["rng"] = gather_rng_states(self.topology)
+        self._pending = (step, manifest, start)
+
         if self.writer.copy:
             self.writer.start()
-            self.say(f"copied step {step} in {time.monotonic() - start:.2f} s; writing it while training goes on")
+            self.log(f"copied step {step} in {time.monotonic() - start:.2f} s; writing it while training continues")
         else:
             self.finish()
 
     def written(self) -> bool:
-        """Whether this rank has written all of a save that is under way (no collective)."""
+        """Whether a save is under way of which this rank has written all its files. Not a collective."""
         return self._pending is not None and self.writer.written()
 
     def finish(self) -> bool:
-        """Wait for a save under way and publish it; False where it failed (said on the screen)."""
+        """Complete the save under way, if any. Returns False if it failed; the reason is logged."""
         if self._pending is None:
             return True
-        step, state, start = self._pending
+        step, manifest, start = self._pending
         self._pending = None
+
+        # Only when the files of all ranks are on disk may the manifest say so.
         self.writer.wait()
-        self.meet(f"writing step {step}")
-        final, temporary = self.folder / step_folder(step), self.folder / f".{step_folder(step)}.tmp"
-        error = self._agree_on_errors() or self._publish(temporary, final, step, state)
+        self._wait_for_all_ranks(f"writing step {step}")
+        own_error = f"rank {self.topology.rank}: {self.writer.error}" if self.writer.error else None
+        error = self.topology.agree_on_error(own_error)
+
+        # Rank 0 publishes. The others wait, so that no rank continues with a checkpoint that does not exist.
+        if error is None:
+            hashes = self.topology.gather(self.writer.files)
+            error = self._publish(step, manifest, hashes) if self.topology.rank == 0 else None
+            error = self.topology.agree_on_error(error)
+
         if error is not None:
             if self.topology.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            self.say(
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+            self.log(
                 f"WARNING: the checkpoint of step {step} was not written ({error}); "
-                "training goes on with the previous one"
+                "training continues with the previous one"
             )
             return False
         self.newest = step
-        self.say(f"saved {final} in {time.monotonic() - start:.1f} s")
+        self.log(f"saved {self.folder / step_folder(step)} in {time.monotonic() - start:.1f} s")
         return True
 
-    def _prepare(self, temporary: Path) -> str | None:
+    def rewind_target(self, before: int) -> int | None:
+        """Step of the checkpoint to which a rewind from step `before` returns (retention.py); None if there is none."""
+        self.finish()
+        is_rank0 = self.topology.rank == 0
+        step: int | None = self.topology.from_rank0(
+            retention.rewind_target(self.folder, before, self.section) if is_rank0 else None
+        )
+        return step
+
+    def load_step(self, step: int) -> Manifest:
+        """Load the checkpoint of `step`, which must be complete; returns its manifest."""
+        return self.load(self.folder / step_folder(step))
+
+    def load(self, path: Path) -> Manifest:
+        """Load a complete checkpoint into the engine and torch's generators; returns its manifest.
+
+        A checkpoint of another layout is resharded first. Raises UserError if it cannot be loaded (resume.py, checks 4
+        to 6).
+        """
+        manifest = read_manifest(path)
+        check_loadable(path, self.engine)
+        if has_same_layout(manifest, self.identity):
+            loaded_from, client_state = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+            check_loaded_step(path, manifest["step"], loaded_from, client_state)
+        else:
+            # Here because most runs never need it, and safetensors takes a moment to import.
+            from packspeed.launch.checkpoint import reshard
+
+            reshard.load(path, self.engine, self.topology, self.log)
+        if "rng" in manifest:
+            rng, rank = manifest["rng"], self.topology.rank
+            # A rank that the writing run did not have takes rank 0's.
+            index = rng["of_rank"][rank] if rank < len(rng["of_rank"]) else 0
+            set_rng_state(rng["states"][index], self.topology.device)
+        self.newest = manifest["step"]
+        return manifest
+
+    def _temporary(self, step: int) -> Path:
+        """Folder of an unfinished save."""
+        return self.folder / f".{step_folder(step)}.tmp"
+
+    def _make_folder(self, temporary: Path) -> str | None:
+        """Make the temporary folder and remove those of interrupted saves; returns what went wrong."""
         try:
             for stale in self.folder.glob(".*.tmp"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -181,118 +217,50 @@ class Checkpointer:
             return f"{temporary}: {error.strerror}"
         return None
 
-    def _save_engine(self, temporary: Path, step: int) -> None:
+    def _optimizer_order(self) -> list[str]:
+        """Names of the parameters in the order in which torch's optimizers number their state."""
+        names = {parameter: name for name, parameter in self.engine.module.named_parameters()}
+        return [names[parameter] for group in self.engine.optimizer.param_groups for parameter in group["params"]]
+
+    def _wait_for_all_ranks(self, what: str) -> None:
+        """Barrier. UserError that names the ranks that did not arrive within checkpoint.timeout_s."""
+        if self._gloo is None:
+            return
         try:
-            self.engine.save_checkpoint(
-                str(self.folder), tag=temporary.name, client_state={"packspeed_step": step}, save_latest=False
-            )
-        except OSError as error:
-            self.writer.error = f"{temporary}: {error.strerror}"
-
-    def _agree_on_errors(self) -> str | None:
-        errors = self.topology.gather(self.writer.error)
-        return next((f"rank {rank}: {error}" for rank, error in enumerate(errors) if error), None)
-
-    def _publish(self, temporary: Path, final: Path, step: int, state: dict[str, Any]) -> str | None:
-        """Write packspeed.json, rename, move `latest`, retire old ones: rank 0's work, agreed on by all."""
-        files: dict[str, Any] = {}
-        for part in self.topology.gather(self.writer.files):
-            files |= part
-        error = None
-        if self.topology.rank == 0:
-            try:
-                for path in temporary.rglob("*"):  # what DeepSpeed copied itself (NVMe swap files)
-                    name = str(path.relative_to(temporary))
-                    if path.is_file() and name not in files:
-                        files[name] = hash_file(path)
-                manifest = {
-                    "format_version": FORMAT_VERSION,
-                    "step": step,
-                    **self.identity,
-                    **state,
-                    "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                }
-                write_file(
-                    temporary / MANIFEST, json.dumps({**manifest, "files": dict(sorted(files.items()))}, indent=1)
-                )
-                if final.exists():  # the same step again, after a walk back over a broken one
-                    shutil.rmtree(final)
-                os.replace(temporary, final)
-                sync(self.folder)
-                write_file(self.folder / "latest", final.name)
-                self._retire()
-            except OSError as problem:
-                error = f"{problem.filename or final}: {problem.strerror}"
-        return self.topology.from_rank0(error)  # type: ignore[no-any-return]
-
-    def _retire(self) -> None:
-        """Remove what retention no longer keeps.
-
-        Kept: the newest `keep`, every `keep_every_steps`-th, the `keep_best` of lowest validation loss, and the newest
-        scheduled one, so that a rewind goes to the same place whatever stops came between.
-        """
-        there = list_checkpoints(self.folder)
-        scheduled = [path for path in there if self.every_steps and int(path.name[5:]) % self.every_steps == 0]
-        kept = {*there[: self.section.keep], *scheduled[:1], *self._best(there)}
-        every = self.section.keep_every_steps
-        for path in there:
-            if path not in kept and not (every and int(path.name[5:]) % every == 0):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _best(self, there: list[Path]) -> list[Path]:
-        losses = []
-        for path in there:
-            try:
-                loss = read_manifest(path).get("val_loss")
-            except UserError:
-                continue
-            if loss is not None:
-                losses.append((loss, path))
-        return [path for _, path in sorted(losses)[: self.section.keep_best]]
-
-    def rewind_target(self, step: int) -> int | None:
-        """Step of the newest complete checkpoint before `step` that the schedule made (any, if there is none such)."""
-        self.finish()
-        found = None
-        if self.topology.rank == 0:
-            earlier = [path for path in list_checkpoints(self.folder) if int(path.name[5:]) < step]
-            scheduled = [p for p in earlier if self.every_steps and int(p.name[5:]) % self.every_steps == 0]
-            whole = (path for path in [*scheduled, *earlier] if not find_damage(path))
-            found = next((int(path.name[5:]) for path in whole), None)
-        return self.topology.from_rank0(found)  # type: ignore[no-any-return]
-
-    def load_step(self, step: int) -> dict[str, Any]:
-        """Load the checkpoint of `step`, which must be verified; returns its manifest."""
-        return self.load(self.folder / step_folder(step))
-
-    def load(self, path: Path) -> dict[str, Any]:
-        """Load a verified checkpoint into the engine, whatever layout wrote it; returns its manifest.
-
-        Raises UserError where its parts disagree.
-        """
-        manifest = read_manifest(path)
-        if manifest.get("layout") == self.identity["layout"]:
-            self._load_same(path, int(manifest["step"]))
-        else:
-            from packspeed.launch.checkpoint import reshard
-
-            reshard.load(path, self.engine, self.topology, self.say)
-        rng = manifest.get("rng")
-        if rng is not None:
-            place = rng["of_rank"][self.topology.rank] if self.topology.rank < len(rng["of_rank"]) else 0
-            set_rng_state(rng["states"][place], self.topology.device)
-        self.newest = int(manifest["step"])
-        return manifest
-
-    def _load_same(self, path: Path, step: int) -> None:
-        """DeepSpeed's own load, bit for bit what it saved."""
-        if self.engine.zero_nvme_offload_optimizer():
-            # DeepSpeed 0.19 names swapped files by addresses of the dead process: it would go on from fresh weights.
-            raise UserError(f"{path}: a run with its optimizer on NVMe cannot be resumed yet; offload to cpu can.")
-        loaded, client_state = self.engine.load_checkpoint(str(path.parent), tag=path.name)
-        if loaded is None:
-            raise UserError(f"{path}: DeepSpeed found nothing to load there.")
-        if int(client_state["packspeed_step"]) != step:
+            timeout = datetime.timedelta(seconds=self.section.timeout_s)
+            torch.distributed.monitored_barrier(self._gloo, timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            absent = re.search(r"[Rr]anks? ([\d, ]+) failed", str(error))
+            ranks = [int(rank) for rank in re.findall(r"\d+", absent[1])] if absent else []
+            names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks) or str(error).splitlines()[0]
             raise UserError(
-                f"{path}: {MANIFEST} says step {step}, the state inside says {client_state['packspeed_step']}."
-            )
+                f"{what}: not all ranks came within {self.section.timeout_s:g} s (checkpoint.timeout_s). "
+                f"Absent: {names}. See what that process does (py-spy dump), then start the run again: "
+                "the older checkpoints are complete."
+            ) from None
+
+    def _publish(self, step: int, manifest: Manifest, hashes: list[dict[str, FileHash]]) -> str | None:
+        """Write packspeed.json, rename the folder, replace `latest`, remove expired checkpoints (rank 0).
+
+        hashes: those of the files each rank wrote. Returns what went wrong.
+        """
+        final, temporary = self.folder / step_folder(step), self._temporary(step)
+        files = {name: file_hash for of_rank in hashes for name, file_hash in of_rank.items()}
+        try:
+            for path in temporary.rglob("*"):  # files that DeepSpeed copied without the writer: swapped-out NVMe state
+                name = str(path.relative_to(temporary))
+                if path.is_file() and name not in files:
+                    files[name] = hash_file(path)
+            manifest["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            manifest["files"] = dict(sorted(files.items()))
+            write_file(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            if final.exists():  # a damaged checkpoint of this step, from before the run resumed an older one
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            sync(self.folder)
+            write_file(self.folder / "latest", final.name)
+            for expired in retention.expired_checkpoints(self.folder, self.section):
+                shutil.rmtree(expired, ignore_errors=True)
+        except OSError as error:
+            return f"{error.filename or final}: {error.strerror}"
+        return None

@@ -1,17 +1,42 @@
-"""Resume."""
+"""May this checkpoint be resumed? All checks, in the order in which they run.
+
+    1. complete      every file listed in packspeed.json has its size and hash; otherwise an older checkpoint is tried
+                     (newest_complete in manifest.py)
+    2. same run      model, data order, seed, batch and optimizer are those of the run file (config/effects.py lists
+                     the keys); other changed settings are only logged (check_same_run)
+    3. same data     fingerprints of the datasets and version of the sample order are equal (check_same_run)
+    4. loadable      the optimizer's state is not on NVMe (check_loadable)
+    5. same layout   ranks, ZeRO section, precision and optimizer classes are equal: DeepSpeed loads its own files.
+                     Otherwise reshard.py converts them (has_same_layout)
+    6. same step     the state inside the files is of the step that packspeed.json names (check_loaded_step)
+    7. same loss     the probe of the save, repeated with the loaded weights, gives the saved loss (check_probe;
+                     training/self_check.py computes it)
+
+A rewind during training repeats 1 and 4 to 6. Checks 2 and 3 raise ConfigError (exit code 2), 4 to 7 UserError (1).
+docs/checkpoints.md has the table of what may change on resume.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from packspeed.data.dataset import TokenDataset, changes
+from packspeed.data.order import ORDER_VERSION
+from packspeed.launch.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    Probe,
+    RunIdentity,
+    newest_complete,
+    read_manifest,
+    step_folder,
+)
 from packspeed.launch.config.deepspeed_json import zero_stage
 from packspeed.launch.config.effects import MODEL_SPEED_ONLY, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError, UserError
-from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.run_folder.folder import flatten
 
@@ -19,55 +44,16 @@ if TYPE_CHECKING:
     from packspeed.data.mixture import MixtureData
     from packspeed.launch.checkpoint.checkpointer import Checkpointer
     from packspeed.launch.engine.distributed import Topology
+    from packspeed.launch.engine.protocol import Engine
 
-
-def check_same_run(checkpoint: Path, saved: dict[str, Any], identity: dict[str, Any]) -> list[str]:
-    """Refuse to continue another run's checkpoint (ConfigError); return a note for every setting that changed.
-
-    Model, data order, seed, batch and optimizer kind are what the run is; the schedule, its length and everything
-    about speed may change in the middle.
-    """
-    old, new = flatten(saved["config"]), flatten(identity["config"])
-    if "imported" in saved:
-        check_same_model(checkpoint, old, new)
-        return []
-    for flat in (old, new):  # what older checkpoints do not say, and where mixtures lie
-        flat.setdefault("data.packing", "stream")
-        flat.setdefault("data.document_mask", False)
-        flat.setdefault("data.stages", [])
-        flat.setdefault("model.z_loss", 0.0)
-        flat.setdefault("model.kernels", "auto")
-        flat["data.weights"] = [source["weight"] for source in flat.get("data.sources") or []]
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    fixed = [key for key in changed if fixed_on_resume(key)]
-    if fixed:
-        lines = "; ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in fixed)
-        raise ConfigError(
-            f"{checkpoint} belongs to another run: {lines}. "
-            "Restore the values, choose another name, or start over with --fresh."
-        )
-    if saved["dataset_fingerprint"] != identity["dataset_fingerprint"] and "datasets" in saved:
-        raise ConfigError(
-            f"{checkpoint} was trained with another dataset: "
-            f"{'; '.join(changes(saved['datasets'], identity['datasets']))}. "
-            "Point the run file at the same data, or start over with --fresh."
-        )
-    for key in ("dataset_fingerprint", "order_version"):
-        if saved[key] != identity[key]:
-            raise ConfigError(
-                f"{checkpoint} was trained with {key} {saved[key]}, now it is {identity[key]}: the next samples would "
-                "not follow those it counted. Point data.path at the same dataset, or start over with --fresh."
-            )
-    return [f"note: {key} was {old.get(key)!r} before this resume, is {new.get(key)!r}" for key in changed]
-
-
-def check_same_model(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse a run file whose model is not the one imported; what shapes no weight is the run's own choice."""
-    free = ("model.dropout", "model.z_loss", *MODEL_SPEED_ONLY)
-    keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and key not in free}
-    if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
-        lines = "; ".join(f"{k} is {old.get(k)!r} there, {new.get(k)!r} in the run file" for k in changed)
-        raise ConfigError(f"{checkpoint} holds the imported weights of another model: {lines}.")
+# Settings that a checkpoint of an older Packspeed does not have: what they were at the time.
+OLDER_DEFAULTS = {
+    "data.packing": "stream",
+    "data.document_mask": False,
+    "data.stages": [],
+    "model.z_loss": 0.0,
+    "model.kernels": "auto",
+}
 
 
 def run_identity(
@@ -75,11 +61,9 @@ def run_identity(
     dataset: TokenDataset | MixtureData,
     topology: Topology,
     ds_config: dict[str, Any],
-    engine: Any,
-) -> dict[str, Any]:
-    """What a checkpoint says about the run that wrote it. A checkpoint of another layout is converted on resume."""
-    from packspeed.data.order import ORDER_VERSION
-
+    engine: Engine,
+) -> RunIdentity:
+    """Return what this run writes about itself into its checkpoints, and what it compares with on resume."""
     return {
         "config": resolved,
         "dataset_fingerprint": dataset.fingerprint,
@@ -99,21 +83,127 @@ def run_identity(
     }
 
 
-def resume_newest(
-    run: RunFile, engine: Any, topology: Topology, identity: dict[str, Any], speak: Callable[[str], None]
-) -> tuple[Checkpointer, dict[str, Any]]:
-    """Load the newest complete checkpoint where there is one; returns the checkpointer and what its manifest says."""
-    from packspeed.launch.checkpoint.checkpointer import Checkpointer
-    from packspeed.launch.checkpoint.manifest import newest_complete, read_manifest, step_folder
+def resume_newest(checkpointer: Checkpointer) -> Manifest:
+    """Load the newest complete checkpoint of the run; returns its manifest, or {"step": 0} if there is none.
 
-    checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, identity, speak)
-    newest = topology.from_rank0(newest_complete(checkpointer.folder, speak) if topology.rank == 0 else None)
+    A collective of all ranks. The caller repeats the probe (check_probe) once the data is open.
+    """
+    folder, topology, log = checkpointer.folder, checkpointer.topology, checkpointer.log
+    # Rank 0 reads and hashes the files; the others take its word.
+    newest = topology.from_rank0(newest_complete(folder, log) if topology.rank == 0 else None)
     if newest is None:
-        if (checkpointer.folder / step_folder(0)).is_dir():
-            raise UserError(f"{checkpointer.folder}: the imported weights are damaged. Import them again.")
-        return checkpointer, {"step": 0}
-    for note in check_same_run(newest, read_manifest(newest), identity):
-        speak(note)
+        if (folder / step_folder(0)).is_dir():  # only an import makes step 0: without it the run would start at random
+            raise UserError(f"{folder}: the imported weights are damaged. Import them again.")
+        return {"step": 0}
+    for note in check_same_run(newest, read_manifest(newest), checkpointer.identity):
+        log(note)
     manifest = checkpointer.load(newest)
-    speak(f"resuming from {newest} (step {manifest['step']})")
-    return checkpointer, manifest
+    log(f"resuming from {newest} (step {manifest['step']})")
+    return manifest
+
+
+def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> list[str]:
+    """Checks 2 and 3. Returns one line for each changed setting that may change.
+
+    Raises ConfigError if the checkpoint is of another run or was trained with other data.
+    """
+    old, new = flatten(saved["config"]), flatten(identity["config"])
+    if "imported" in saved:
+        check_same_model(checkpoint, old, new)
+        return []
+    for settings in (old, new):
+        for key, default in OLDER_DEFAULTS.items():
+            settings.setdefault(key, default)
+        # The sources' weights define the run; their paths may change, fingerprints decide about the data.
+        settings["data.weights"] = [source["weight"] for source in settings.get("data.sources") or []]
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    fixed = [key for key in changed if fixed_on_resume(key)]
+    if fixed:
+        lines = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in fixed)
+        raise ConfigError(
+            f"{checkpoint} belongs to another run: {lines}. "
+            "Restore the values, choose another name, or start over with --fresh."
+        )
+    _check_same_data(checkpoint, saved, identity)
+    return [f"note: {key} was {old.get(key)!r} before this resume, is {new.get(key)!r}" for key in changed]
+
+
+def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> None:
+    if saved["dataset_fingerprint"] != identity["dataset_fingerprint"] and "datasets" in saved:
+        raise ConfigError(
+            f"{checkpoint} was trained with another dataset: "
+            f"{'; '.join(changes(saved['datasets'], identity['datasets']))}. "
+            "Point the run file at the same data, or start over with --fresh."
+        )
+    then, now = cast(Mapping[str, object], saved), cast(Mapping[str, object], identity)
+    for key in ("dataset_fingerprint", "order_version"):
+        if then[key] != now[key]:
+            raise ConfigError(
+                f"{checkpoint} was trained with {key} {then[key]}, now it is {now[key]}: the next samples would not "
+                "follow those already used. Point data.path at the same dataset, or start over with --fresh."
+            )
+
+
+def check_same_model(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Check 2 for imported weights: ConfigError if a setting that shapes or interprets the weights differs."""
+    free = ("model.dropout", "model.z_loss", *MODEL_SPEED_ONLY)
+    keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and key not in free}
+    if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
+        lines = "; ".join(f"{key} is {old.get(key)!r} there, {new.get(key)!r} in the run file" for key in changed)
+        raise ConfigError(f"{checkpoint} holds the imported weights of another model: {lines}.")
+
+
+def check_loadable(checkpoint: Path, engine: Engine) -> None:
+    """Check 4: UserError if the optimizer's state is on NVMe.
+
+    DeepSpeed 0.19 names swapped files by memory addresses of the process that wrote them, so that a resume would not
+    find them and would continue with fresh state.
+    """
+    if engine.zero_nvme_offload_optimizer():
+        raise UserError(
+            f"{checkpoint}: a run with its optimizer on NVMe cannot be resumed yet. Offload the optimizer to the CPU."
+        )
+
+
+def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
+    """Check 5: whether DeepSpeed can load the checkpoint as it is. Imported weights have no layout."""
+    return saved.get("layout") == identity["layout"]
+
+
+def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: dict[str, Any]) -> None:
+    """Check 6, on what engine.load_checkpoint returned."""
+    if loaded_from is None:
+        raise UserError(f"{checkpoint}: DeepSpeed found nothing to load there.")
+    if int(client_state["packspeed_step"]) != step:
+        raise UserError(
+            f"{checkpoint}: {MANIFEST} says step {step}, the state inside says {client_state['packspeed_step']}."
+        )
+
+
+def check_probe(folder: Path, saved: Manifest, identity: RunIdentity, now: Probe) -> str:
+    """Check 7: compare the probe of the save with the one repeated `now`. Returns the line to log.
+
+    The losses must agree to 1e-5 in fp32, to 2e-3 in 16 bits with the same layout, and to 2e-2 in 16 bits with another
+    layout or precision. UserError otherwise, or if the samples differ; it lists what differs between then and now.
+    """
+    before, old, new = saved["probe"], saved["layout"], identity["layout"]
+    tolerance = 1e-5 if {old["precision"], new["precision"]} == {"fp32"} else 2e-3 if old == new else 2e-2
+    same_samples = now["samples_hash"] == before["samples_hash"]
+    if same_samples and abs(now["loss"] - before["loss"]) <= tolerance:
+        return f"self-check: the last step's samples have the loss of the save, {now['loss']:.6f}"
+    causes = [] if same_samples else ["the samples read are others (the dataset)"]
+    causes += _changes(
+        {**saved["versions"], "commit": saved.get("commit"), **old},
+        {**identity["versions"], "commit": identity.get("commit"), **new},
+    )
+    raise UserError(
+        f"self-check: step {saved['step']} of {folder} does not resume as it was saved. Loss of {before['rows']} "
+        f"samples from number {before['first_sample']} on: {before['loss']:.8f} when saved, {now['loss']:.8f} now "
+        f"(allowed difference {tolerance:g}). What differs: "
+        f"{'; '.join(causes) or 'only the weights or the model code'}. "
+        "Restore what differs, or start over with --fresh."
+    )
+
+
+def _changes(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]

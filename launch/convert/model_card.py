@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from packspeed.data.errors import DataError
 from packspeed.data.storage.manifest import load_manifest
+from packspeed.launch.checkpoint.manifest import Manifest
 from packspeed.model.config import GPTConfig, num_parameters
 
 ROWS = 20  # of the table of losses
@@ -25,7 +25,7 @@ CURVE = "training_curve.svg"
 Points = list[tuple[int, float]]
 
 
-def write_card(folder: Path, name: str, checkpoint: Path, manifest: dict[str, Any], config: GPTConfig) -> None:
+def write_card(folder: Path, name: str, checkpoint: Path, manifest: Manifest, config: GPTConfig) -> None:
     """Write README.md and, where there is a curve, its picture."""
     train, valid = curve(checkpoint.resolve().parents[1] / "metrics.jsonl", manifest["step"])
     sections = [_head(name, manifest, config), _use(), _data(manifest), _tokenizer_note()]
@@ -53,7 +53,7 @@ def curve(metrics: Path, until: int) -> tuple[Points, Points]:
     return train, valid
 
 
-def _head(name: str, manifest: dict[str, Any], config: GPTConfig) -> str:
+def _head(name: str, manifest: Manifest, config: GPTConfig) -> str:
     tokens = manifest["step"] * manifest["config"].get("train", {}).get("global_batch_tokens", 0)
     rows = {
         "parameters": f"{num_parameters(config):,}",
@@ -85,7 +85,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=Tru
 """
 
 
-def _data(manifest: dict[str, Any]) -> str:
+def _data(manifest: Manifest) -> str:
     lines = ["## Training data\n"]
     for each in manifest.get("datasets") or []:
         tokens = sum(shard[1] for shard in each["shards"])
@@ -149,7 +149,7 @@ def curve_svg(train: Points, valid: Points) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def _origin(checkpoint: Path, manifest: dict[str, Any]) -> str:
+def _origin(checkpoint: Path, manifest: Manifest) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in (manifest.get("versions") or {}).items())
     facts = [
         f"- checkpoint `{checkpoint.name}`, saved {manifest.get('saved_at', 'at an unknown time')}",

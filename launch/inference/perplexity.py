@@ -25,7 +25,7 @@ from packspeed.data.loader import document_positions
 from packspeed.data.remote import open_dataset
 from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.tokenizer import Tokenizer
-from packspeed.launch.checkpoint.manifest import read_manifest
+from packspeed.launch.checkpoint.manifest import Manifest, read_manifest
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.inference.generate import find_checkpoint, load_model, tokenizer_of
 from packspeed.model.gpt import GPT
@@ -91,7 +91,7 @@ def evaluate(
     return {"checkpoint": str(checkpoint), "step": manifest["step"], "results": results}
 
 
-def _check_tokenizer(dataset: TokenDataset, manifest: dict[str, Any], vocab_size: int) -> None:
+def _check_tokenizer(dataset: TokenDataset, manifest: Manifest, vocab_size: int) -> None:
     """Refuse ids that mean something else to the model."""
     known, now = manifest.get("datasets"), dataset.describe()[0]["tokenizer"]
     if known and known[0]["tokenizer"][1] != now[1]:

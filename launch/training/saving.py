@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from packspeed.launch.checkpoint.manifest import TrainingState
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.training.self_check import probe
 from packspeed.launch.training.trainer import Trainer
@@ -17,7 +18,7 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
     trainer.enter("checkpoint")
     if final and checkpointer.newest == step and checkpointer.finish():
         return  # the schedule has saved this step already
-    state = {
+    state: TrainingState = {
         "cursor": {"step": step, "next_batch": trainer.batches_before(step)},
         "evaluation_pending": trainer.evaluation_pending,
         "val_loss": val_loss,

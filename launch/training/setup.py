@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from typing import Any
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.mixture import MixtureData
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
+from packspeed.launch.checkpoint.manifest import Manifest
 from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.config.run_data import make_run_loader
 from packspeed.launch.config.run_file import RunFile
@@ -36,7 +36,7 @@ def make_trainer(
     topology: Topology,
     plan: BatchPlan,
     checkpointer: Checkpointer,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     log: Callable[[str], None],
 ) -> Trainer:
     """Make the Trainer for a run that continues after manifest["step"]; {"step": 0} is a new run."""

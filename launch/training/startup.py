@@ -11,6 +11,8 @@ from typing import Any
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.mixture import MixtureData
+from packspeed.launch.checkpoint.checkpointer import Checkpointer
+from packspeed.launch.checkpoint.manifest import Manifest
 from packspeed.launch.checkpoint.resume import resume_newest, run_identity
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.deepspeed_json import resolve_ds_config, zero_stage
@@ -74,7 +76,8 @@ def start_training(
 
         # The checkpoint to continue from, if there is one.
         identity = run_identity(resolved, dataset, topology, ds_config, engine)
-        checkpointer, manifest = resume_newest(run, engine, topology, identity, log)
+        checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, identity, log)
+        manifest = resume_newest(checkpointer)
         total_steps = run.train.total_steps
         if manifest["step"] >= total_steps and not manifest.get("evaluation_pending"):
             log(
@@ -87,7 +90,7 @@ def start_training(
         return train_to_end(trainer, manifest)
 
 
-def train_to_end(trainer: Trainer, manifest: dict[str, Any]) -> int:
+def train_to_end(trainer: Trainer, manifest: Manifest) -> int:
     """Run the loop and leave the run's state in status.json, however it ends. Returns the exit code."""
     folder, topology, state = trainer.run.folder, trainer.topology, "failed"
     try:
