@@ -224,7 +224,8 @@ def faulted(
     saved = max(int(p.name[5:]) for p in workspace.checkpoints("faulted").glob("step-*"))
     assert saved == first.step(), "the ranks saved before they stopped"
     with cluster.memory_limit("node2", 3 << 29):
-        options = ("--max-restarts", "3", "--env", f"PYTHONPATH={folder}")
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        options = ("--max-restarts", "3", "--env", f"PYTHONPATH={path}")
         launch = Launch(cluster, workspace, "faulted", [1, 1], *options, steps=LONG)
         killed = launch.wait_for_rank_1(saved + 10, after=first.rank(1))
         os.kill(killed, signal.SIGKILL)

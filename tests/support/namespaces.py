@@ -126,8 +126,9 @@ class Cluster:
             old.wait()
         ssh = Path(f"/etc/netns/{self.space(name)}/ssh")
         shutil.copy(self.folder / "key.pub", ssh / "authorized")
-        # What a login shell would set there.
-        variables = " ".join(f"{n}={os.environ[n]}" for n in ("PATH", "TORCH_EXTENSIONS_DIR") if n in os.environ)
+        # What a login shell would set there. PYTHONPATH: the tests also run on a tree that is not the installed one.
+        names = ("PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR")
+        variables = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
         (ssh / "sshd_config").write_text(
             "HostKey /etc/ssh/host_key\nAuthorizedKeysFile /etc/ssh/authorized\nStrictModes no\nPidFile none\n"
             f"PermitRootLogin yes\nUsePAM no\nMaxStartups 100\nSetEnv {variables}\n"
