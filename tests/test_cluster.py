@@ -137,19 +137,19 @@ class Launch:
 
 def test_three_hosts_give_the_curve_of_one(cluster: Cluster, workspace: Workspace, reference: None) -> None:
     launch = Launch(cluster, workspace, "three", [1, 1, 1])
-    said = launch.end()
+    output = launch.end()
     launch.check_curve()
-    assert f"plan: 3 ranks on 3 host(s), rendezvous at {cluster.address('node1')} port" in said
-    assert f"node3                    ranks 2-2  {cluster.address('node3')}  eth0" in said
+    assert f"plan: 3 ranks on 3 host(s), rendezvous at {cluster.address('node1')} port" in output
+    assert f"node3                    ranks 2-2  {cluster.address('node3')}  eth0" in output
     assert (launch.logs / "rank-2.log").exists()
     assert [entry["kind"] for entry in launch.history()] == ["finished"]
 
 
 def test_deepspeed_typed_by_hand_runs_on_four_hosts(cluster: Cluster, workspace: Workspace, reference: None) -> None:
     launch = Launch(cluster, workspace, "by-hand", [1, 1, 1, 1], by_hand=True)
-    said = launch.end()
+    output = launch.end()
     launch.check_curve()
-    assert "x 4 ranks" in said
+    assert "x 4 ranks" in output
 
 
 def test_openmpi_runs_on_two_hosts(cluster: Cluster, workspace: Workspace, reference: None) -> None:
@@ -169,10 +169,10 @@ def test_a_host_that_is_cut_off_is_left_out_and_taken_back(
     finally:
         cluster.plug("node3")
     launch.wait_for(lambda: "all hosts are back" in launch.text())
-    said = launch.end()
+    output = launch.end()
     launch.check_curve("long")
-    assert "host node3 is gone" in said
-    assert "continuing without node3" in said
+    assert "host node3 is gone" in output
+    assert "continuing without node3" in output
     kinds = [(e["kind"], e["ranks"]) for e in launch.history()]
     assert kinds[0] == ("lost", 3)
     assert kinds[1:] == [("stopped", 2), ("finished", 3)], "node3 came back while the others trained"
@@ -182,12 +182,12 @@ def test_a_frozen_rank_is_named(cluster: Cluster, workspace: Workspace, referenc
     launch = Launch(cluster, workspace, "frozen", [1, 2], "--max-restarts", "1", "--hang-seconds", "6")
     launch.wait_for(lambda: launch.step() >= 25)
     os.kill(launch.rank(1), signal.SIGSTOP)
-    said = launch.end()
+    output = launch.end()
     launch.check_curve()
-    assert "nothing moved for" in said
-    assert "rank 1 on node2 is still in" in said
-    assert "the process is stopped" in said
-    assert "2 other(s) wait in" in said
+    assert "nothing moved for" in output
+    assert "rank 1 on node2 is still in" in output
+    assert "the process is stopped" in output
+    assert "2 other(s) wait in" in output
     assert launch.history()[0]["kind"] == "hung"
 
 
@@ -244,18 +244,18 @@ def test_a_killed_launcher_leaves_a_saved_run_and_no_orphan(faulted: tuple[Launc
 
 
 def test_a_killed_rank_is_named_and_the_run_continues(faulted: tuple[Launch, Launch]) -> None:
-    said = faulted[1].text()
-    assert "rank 1 on node2 was killed by SIGKILL, not by the OOM killer" in said
-    assert "recovered: " in said
+    output = faulted[1].text()
+    assert "rank 1 on node2 was killed by SIGKILL, not by the OOM killer" in output
+    assert "recovered: " in output
     assert [(e["kind"], e["ranks"]) for e in faulted[1].history()][:2] == [("died", 2), ("died", 2)]
 
 
 def test_a_rank_that_runs_out_of_memory_is_named(faulted: tuple[Launch, Launch]) -> None:
     """Rank 1 took memory, as fast as it could, until the kernel ended it at the limit of the host's cgroup."""
-    said = faulted[1].text()
-    assert "rank 1 on node2 ran out of memory, in " in said
-    assert "at the limit of 1.50 GiB of the cgroup /sys/fs/cgroup/" in said
-    assert re.search(r"Peak resident memory there: rank 1 [01]\.\d\d GiB\.", said)
+    output = faulted[1].text()
+    assert "rank 1 on node2 ran out of memory, in " in output
+    assert "at the limit of 1.50 GiB of the cgroup /sys/fs/cgroup/" in output
+    assert re.search(r"Peak resident memory there: rank 1 [01]\.\d\d GiB\.", output)
 
 
 def test_a_host_whose_processes_are_killed_is_used_again(faulted: tuple[Launch, Launch]) -> None:

@@ -169,10 +169,10 @@ def test_a_rank_killed_for_memory_is_distinguished_from_a_killed_one() -> None:
     peaks = {"2": 2**29, "3": 2**30}
     death: RankDeath = {"died": 3, "status": -9, "at": 1.0, "peak_bytes": peaks, "oom_kills": 1, "limit": limit}
     hosts = {3: "node-1"}
-    said = death_report(death, hosts, {3: beat(3, "backward")})
-    assert said.startswith("rank 3 on node-1 ran out of memory, in backward of step 412: the kernel's OOM killer")
-    assert "the limit of 2.00 GiB of the cgroup /sys/fs/cgroup/job, of which 2.00 GiB were used at most" in said
-    assert "rank 2 0.50 GiB, rank 3 1.00 GiB" in said
+    output = death_report(death, hosts, {3: beat(3, "backward")})
+    assert output.startswith("rank 3 on node-1 ran out of memory, in backward of step 412: the kernel's OOM killer")
+    assert "the limit of 2.00 GiB of the cgroup /sys/fs/cgroup/job, of which 2.00 GiB were used at most" in output
+    assert "rank 2 0.50 GiB, rank 3 1.00 GiB" in output
     assert "the machine had no memory left" in death_report({**death, "limit": None, "status": None}, hosts, {})
     assert "not by the OOM killer" in death_report({**death, "limit": None, "oom_kills": 0}, hosts, {})
 
@@ -206,16 +206,16 @@ def test_a_rehearsal_survives_its_faults(workspace: Workspace) -> None:
     words = [PACKSPEED, "rehearse", str(workspace.run_file), "--slots", "1", "--hang-seconds", "5", "--steps", "18"]
     faults = ["--fault", "slow:200@3", "--fault", "freeze:1@5", "--fault", "cut:host2@10"]
     folder = workspace.folder / "runs" / ".rehearse-base" / "base"
-    losses, said = [], ""
+    losses, output = [], ""
     for options in ([], faults):
         done = subprocess.run([*words, *options], cwd=workspace.folder, capture_output=True, text=True, timeout=500)
-        said = done.stdout
+        output = done.stdout
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert len(losses[1]) == 18
-    assert "rank 1 on host2 is still in" in said
+    assert "rank 1 on host2 is still in" in output
     kinds = [json.loads(line)["kind"] for line in (folder / "launches.jsonl").read_text().splitlines()]
     assert kinds[0] == "hung"
     assert kinds[-1] == "finished"

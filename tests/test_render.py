@@ -69,8 +69,8 @@ def expected(workspace: Workspace) -> list[float]:
 def together(commands: list[Callable[[], subprocess.Popen[str]]]) -> None:
     """Start all and wait for all; if one fails, show what they printed."""
     processes = [start() for start in commands]
-    said = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
+    output = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(output)
 
 
 def start(command: str | list[str], **env: str) -> Callable[[], subprocess.Popen[str]]:
@@ -261,11 +261,11 @@ def test_slurm_trains_saves_at_its_warning_and_continues(
     # SLURM waits two minutes after a requeue, and refuses a start in the second of the kill: "credential revoked".
     sh(["scontrol", "update", f"JobId={number}", "StartTime=now+5seconds"], slurm)
     until(lambda: job(number, slurm).get("JobState") in ("COMPLETED", "CANCELLED", "FAILED"), folder, 400)
-    said = (folder / f"slurm-{number}.out").read_text()
-    assert job(number, slurm)["JobState"] == "COMPLETED", said
-    assert job(number, slurm)["Restarts"] == "1", said
-    assert "SIGUSR1" in said
-    assert "resuming from" in said
+    output = (folder / f"slurm-{number}.out").read_text()
+    assert job(number, slurm)["JobState"] == "COMPLETED", output
+    assert job(number, slurm)["Restarts"] == "1", output
+    assert "SIGUSR1" in output
+    assert "resuming from" in output
     assert workspace.losses("slurm") == pytest.approx(expected, abs=1e-5)
 
 
@@ -336,8 +336,8 @@ def test_pods_train_with_the_losses_of_one_launch(workspace: Workspace, expected
     metrics = workspace.folder / "runs" / "pods" / "metrics.jsonl"
     until(lambda: metrics.exists() and '"loss"' in metrics.read_text(), workspace.folder)
     processes[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [75, 75], "\n".join(said)
+    output = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], "\n".join(output)
     together(pods(workspace, "pods", *SLOWLY))
     assert workspace.losses("pods") == pytest.approx(expected, abs=1e-5)
 

@@ -74,6 +74,7 @@ def hang_report(
         lines.append(f"rank {rank} on {host} is still {since}{state}")
         lines += [f"    {line}" for line in training_stack(entry["stack"] if entry else "")]
     others = Counter(position(beat) for rank, beat in beats.items() if rank not in blocking)
+    # On many ranks only the most common places are worth a line.
     lines += [f"{count} other(s) wait in {place}" for place, count in others.most_common(4)]
     if not blocking:
         lines.append("all ranks wait in the same place, so none can be named (a broken network looks like this)")
@@ -82,8 +83,9 @@ def hang_report(
 
 def training_stack(text: str, depth: int = 8) -> list[str]:
     """The innermost frames of the thread that trains, out of faulthandler's text for all threads."""
+    # A rank has other threads too, which load data and write checkpoints. The main one has train.py among its frames.
     for thread in text.split("\n\n"):
-        if "launch/train.py" in thread or "in _fit" in thread:
+        if "launch/train.py" in thread:
             return [line.strip() for line in thread.splitlines() if line.startswith("  File")][:depth]
     return []
 

@@ -15,7 +15,6 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import yaml
 
@@ -80,6 +79,7 @@ K8S = f"""\
 def train_arguments(run_file: str, overrides: Sequence[str], fresh: bool = False) -> list[str]:
     """The arguments of train.py. A run file whose name begins with a dash must not look like an option."""
     path = f"./{run_file}" if run_file.startswith("-") else run_file
+    # "./" keeps argparse from reading the path as an option.
     sets = [word for text in overrides for word in ("--set", text)]
     return ["--config", path, *sets, *(["--fresh"] if fresh else [])]
 
@@ -155,7 +155,7 @@ def k8s(
         python, "-m", "packspeed.launch.cluster.k8s_entry", f"--nodes={nodes}", f"--ranks={ranks_per_node}",
         f"--master={label}-0.{label}", f"--port={PORT}", "--", *train_arguments(run_file, overrides),
     ]  # fmt: skip
-    container: dict[str, Any] = {
+    container: dict[str, object] = {
         "name": "ranks", "image": image, "command": [_literal(word) for word in command], "workingDir": mount,
         "env": _k8s_env(env or {}, label),
         "volumeMounts": [{"name": "workspace", "mountPath": mount}, {"name": "shm", "mountPath": "/dev/shm"}],
@@ -166,7 +166,7 @@ def k8s(
     return K8S + yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, width=10**6)
 
 
-def _service(label: str) -> dict[str, Any]:
+def _service(label: str) -> dict[str, object]:
     """The Service that gives pod 0 the name at which all ranks meet."""
     return {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": label, "labels": {"app": label}},
@@ -175,7 +175,7 @@ def _service(label: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _pod(label: str, container: dict[str, Any], claim: str) -> dict[str, Any]:
+def _pod(label: str, container: dict[str, object], claim: str) -> dict[str, object]:
     """The pod of one node."""
     return {
         "subdomain": label, "restartPolicy": "Never", "terminationGracePeriodSeconds": WARNING_S,
@@ -187,7 +187,7 @@ def _pod(label: str, container: dict[str, Any], claim: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _job(label: str, nodes: int, max_restarts: int, pod: dict[str, Any]) -> dict[str, Any]:
+def _job(label: str, nodes: int, max_restarts: int, pod: dict[str, object]) -> dict[str, object]:
     """An Indexed Job of one pod per node. A saved or evicted pod is replaced, a wrong config fails the Job."""
     rules = [
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
@@ -223,7 +223,7 @@ def no_ssh(
 class _Plain(yaml.SafeDumper):
     """YAML without anchors, although both documents share objects."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -232,11 +232,12 @@ def _literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _k8s_env(env: Mapping[str, str], label: str) -> list[dict[str, Any]]:
+def _k8s_env(env: Mapping[str, str], label: str) -> list[dict[str, object]]:
     plain, secret = _split(env)
-    return [{"name": key, "value": _literal(value)} for key, value in plain.items()] + [
-        {"name": key, "valueFrom": {"secretKeyRef": {"name": f"{label}-secrets", "key": key}}} for key in secret
-    ]
+    entries: list[dict[str, object]] = [{"name": key, "value": _literal(value)} for key, value in plain.items()]
+    for key in secret:
+        entries.append({"name": key, "valueFrom": {"secretKeyRef": {"name": f"{label}-secrets", "key": key}}})
+    return entries
 
 
 def _split(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from packspeed.launch.cluster.hosts import Host
 from packspeed.launch.cluster.messages import RECORD, ShortRequest, TimeAnswer, TimeRequest
@@ -39,7 +39,7 @@ Answer = TypeVar("Answer")
 
 @dataclasses.dataclass
 class Replies(Generic[Answer]):
-    """What the hosts said to one request: every host is in exactly one of the two."""
+    """The result of one request: every host is in exactly one of the two."""
 
     answers: dict[str, Answer]
     errors: dict[str, str]  # why there is no answer
@@ -94,8 +94,9 @@ class AgentPool:
                     replies.answers[host.name] = cast(Answer, reply)
         return replies
 
-    def _ask_one(self, host: Host, request: ShortRequest, timeout_s: float) -> dict[str, Any]:
+    def _ask_one(self, host: Host, request: ShortRequest, timeout_s: float) -> dict[str, object]:
         try:
+            # Each host's first request starts its agent; this runs in one thread per host.
             if host.name not in self.connections:
                 self.connections[host.name] = AgentConnection(self.command(host))
         except OSError as error:
@@ -135,15 +136,16 @@ class AgentConnection:
         )
         self.timed_out = False
 
-    def ask(self, request: ShortRequest, timeout_s: float) -> dict[str, Any]:
+    def ask(self, request: ShortRequest, timeout_s: float) -> dict[str, object]:
         """The answer, or `{"error": why}` if the agent ends or does not answer in time (then it is killed)."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        # Reading a pipe has no timeout of its own: killing the process ends the loop below.
         timer = threading.Timer(timeout_s, self._time_out)
         timer.start()
         other_output = ""  # of a login shell, for example
         try:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # a broken pipe: stderr says more than the exception
                 self.process.stdin.write(json.dumps(request) + "\n")
                 self.process.stdin.flush()
             for line in self.process.stdout:

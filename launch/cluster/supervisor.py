@@ -102,7 +102,7 @@ class Supervisor:
                 self.log(f"giving up after {restarts} restart(s); the history is in {self.run.folder / HISTORY}")
                 return 1
             if outcome.kind == "died" and outcome.code not in (1, LOST) and step == last_step:
-                self.log(f"giving up: the run has failed at step {step} twice in the same way")
+                self.log(f"giving up: the run has failed at step {step} twice")
                 return 1
 
             # Restart after a pause, which gives a host the time to come back.
