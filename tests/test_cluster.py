@@ -114,13 +114,13 @@ class Launch:
         """Wait until rank 1 is at a step, in another process than `after`; returns its pid."""
         pids: list[int] = []
 
-        def there() -> bool:
+        def arrived() -> bool:
             beat = read_beats(self.logs).get(1)
             if beat is not None and beat.pid != after and beat.step >= step:
                 pids.append(beat.pid)
             return bool(pids)
 
-        self.wait_for(there)
+        self.wait_for(arrived)
         return pids[0]
 
     @property
@@ -191,19 +191,19 @@ def test_a_frozen_rank_is_named(cluster: Cluster, workspace: Workspace, referenc
     assert launch.history()[0]["kind"] == "hung"
 
 
-EATER = """\
+MEMORY_HOG = """\
 import os, sys, threading, time
 
-def eat():
-    meal, hoard = {meal!r}, []
-    while not os.path.exists(meal):
+def take_memory():
+    start_file, blocks = {start_file!r}, []
+    while not os.path.exists(start_file):
         time.sleep(0.02)
-    os.unlink(meal)
+    os.unlink(start_file)
     while True:
-        hoard.append(b"x" * (8 << 20))
+        blocks.append(b"x" * (8 << 20))
 
 if os.environ.get("RANK") == "1":
-    threading.Thread(target=eat, daemon=True).start()
+    threading.Thread(target=take_memory, daemon=True).start()
 """
 
 
@@ -215,8 +215,8 @@ def faulted(
     memory, then has the host's other processes killed with it; it completes in the end.
     """
     folder = tmp_path_factory.mktemp("faulted")
-    meal = folder / "meal"
-    (folder / "sitecustomize.py").write_text(EATER.format(meal=str(meal)))
+    start_file = folder / "start"
+    (folder / "sitecustomize.py").write_text(MEMORY_HOG.format(start_file=str(start_file)))
     first = Launch(cluster, workspace, "faulted", [1, 1], steps=LONG)
     first.wait_for(lambda: first.step() >= 15)
     first.process.kill()
@@ -229,9 +229,9 @@ def faulted(
         launch = Launch(cluster, workspace, "faulted", [1, 1], *options, steps=LONG)
         killed = launch.wait_for_rank_1(saved + 10, after=first.rank(1))
         os.kill(killed, signal.SIGKILL)
-        hungry = launch.wait_for_rank_1(saved + 15, after=killed)
-        meal.touch()
-        launch.wait_for_rank_1(saved + 20, after=hungry)
+        restarted = launch.wait_for_rank_1(saved + 15, after=killed)
+        start_file.touch()
+        launch.wait_for_rank_1(saved + 20, after=restarted)
         for pid in cluster.pids("node2"):
             os.kill(pid, signal.SIGKILL)
         launch.end()
