@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`. While you work: `make check`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,9 @@ RANKS ?= 2
 RUN ?=
 STEPS ?= 200
 
-.PHONY: quickstart shakespeare install test invariance packages lint clean
+CHECK := not launch and not root and not browser and not slow
+
+.PHONY: quickstart shakespeare install check test invariance packages lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -49,7 +51,11 @@ shakespeare: install
 	$(BIN)/packspeed generate runs/shakespeare_char --prompt "ROMEO:" --max-new-tokens 300
 
 test: packages $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2
+
+# Within a minute: everything that starts no process.
+check: lint
+	$(BIN)/python -m pytest -q -n 2 -m "$(CHECK)"
 
 # The table of ds_configs/README.md again, or that of your own run file: make invariance RUN=my.yaml STEPS=50
 invariance: $(VENV)/.installed-dev

@@ -19,7 +19,7 @@ from packspeed.launch.training.anomaly import AnomalyDetector, robust_z
 from support.ranks import run_many, train
 from support.workspace import Workspace
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
 FEW = ("train.steps=12", "checkpoint.every_steps=2", "eval.every_steps=0")
 NAN = "bad_samples:nan@43-43"  # one sample of step 6: samples 40 to 47

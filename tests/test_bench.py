@@ -49,6 +49,7 @@ def check(row: dict[str, Any], peak: str = "fp32") -> None:
     assert row["parts_s"]["backward"] > 0
 
 
+@pytest.mark.launch
 def test_a_sweep_has_a_row_for_each_setting_also_for_one_that_fails(workspace: Workspace) -> None:
     out = workspace.folder / "sweep.json"
     done = bench(workspace, "--kernels", "eager,triton", "--rounds", "3", "--steps", "2", "--json", str(out))
@@ -64,6 +65,7 @@ def test_a_sweep_has_a_row_for_each_setting_also_for_one_that_fails(workspace: W
     assert "needs a GPU" in lines[3]
 
 
+@pytest.mark.launch
 def test_baselines_are_compared_in_turn_and_train_the_same_model(workspace: Workspace) -> None:
     out = workspace.folder / "compare.json"
     done = bench(workspace, "--compare", "--rounds", "2", "--steps", "2", "--json", str(out))
@@ -114,6 +116,7 @@ def ranks_below(pid: int) -> list[psutil.Process]:
     return ranks
 
 
+@pytest.mark.launch
 def test_its_processes_end_with_it(workspace: Workspace) -> None:
     bench = subprocess.Popen(command(workspace, "--rounds", "9999", "--ranks", "2"), stdout=subprocess.DEVNULL)
     while not (ranks := ranks_below(bench.pid)):
@@ -151,6 +154,7 @@ print("counts", *counts)
 """
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("sets", [["train.precision=bf16", "deepspeed=zero1"], ["data.document_mask=true"]], ids=str)
 def test_micro_batches_wait_for_nothing(workspace: Workspace, sets: list[str], tmp_path: Path) -> None:
     """A GPU is waited for where the host reads a number: a few times a step, half of them DeepSpeed's own."""

@@ -23,7 +23,7 @@ from support import FAULTY
 from support.ranks import forked, train
 from support.workspace import Workspace
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
 DROPOUT = "model.dropout=0.1"
 # every byte of the model file and of the manifest is equally a place to die; these are the first, some and the renames

@@ -21,7 +21,7 @@ from support.namespaces import Cluster
 from support.ranks import run_many
 from support.workspace import Workspace
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 STEPS = 60
 TOLERANCE = 1e-5

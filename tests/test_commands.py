@@ -40,6 +40,7 @@ def _metadata(function: object, name: str) -> list[object]:
     return list(typing.get_type_hints(function, include_extras=True)[name].__metadata__)
 
 
+@pytest.mark.launch
 def test_the_help_lists_every_command_and_imports_none() -> None:
     code = (
         "import sys; sys.argv = ['packspeed', '--help']\nfrom packspeed.launch.cli import main\n"
@@ -52,6 +53,7 @@ def test_the_help_lists_every_command_and_imports_none() -> None:
         assert f" {words.split()[0]} " in done.stdout
 
 
+@pytest.mark.launch
 def test_no_command_module_loads_torch() -> None:
     """So --help and usage errors answer within a fraction of a second."""
     modules = sorted({f"packspeed.launch.commands.{target.function.split(':')[0]}" for target in COMMANDS.values()})

@@ -172,6 +172,7 @@ def test_schema_is_a_json_schema_that_forbids_unknown_keys() -> None:
     assert "n_layer" in schema["$defs"]["ModelSection"]["properties"]
 
 
+@pytest.mark.launch
 def test_checking_a_run_file_loads_neither_torch_nor_deepspeed() -> None:
     code = (
         "import sys, packspeed.launch.config.deepspeed_json; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"

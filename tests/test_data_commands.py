@@ -75,6 +75,7 @@ def test_verify_fails_with_one(folder: Path) -> None:
     assert f"problem: {found['problems'][0]}" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_trained_tokenizer_prepares(tmp_path: Path) -> None:
     library = Path(os.__file__).parent
     choice = [library, "--include", "a*.py", "--exclude", "*test*"]
@@ -102,6 +103,7 @@ def test_errors_carry_their_exit_codes(source: Path, folder: Path, tmp_path: Pat
     assert "\n" not in str(error)
 
 
+@pytest.mark.launch
 def test_inspect_loads_no_heavy_library_and_is_quick(folder: Path) -> None:
     code = (
         "import sys\nfrom packspeed.launch.cli import main\n"

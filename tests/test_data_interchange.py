@@ -63,6 +63,7 @@ def megatron_pair(prefix: Path, dtype: type = np.uint16, sequences: int = 1, eot
     return str(prefix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "sequences"), [(np.uint16, 1), (np.int32, 1), (np.uint16, 3)])
 def test_megatron_is_imported(dtype: type, sequences: int, tmp_path: Path) -> None:
     prefix = megatron_pair(tmp_path / "corpus_text_document", dtype, sequences)

@@ -91,6 +91,7 @@ def exchange(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("kind", ["ndarray", "static", "bytes", "any"])
 def test_what_their_library_writes_is_imported(kind: str, exchange: Path, tmp_path: Path) -> None:
     """llm-foundry's samples of one length, several columns and zstd, whole documents without EOT, any type of array."""
@@ -104,6 +105,7 @@ def test_what_their_library_writes_is_imported(kind: str, exchange: Path, tmp_pa
     assert kind == "static" or manifest.source.documents == len(DOCUMENTS)
 
 
+@pytest.mark.launch
 def test_their_library_reads_what_is_exported(exchange: Path, tmp_path: Path) -> None:
     assert json.loads((exchange / "read.json").read_text()) == [DOCUMENTS, DOCUMENTS]
     assert len(list((exchange / "many/train").glob("*.mds"))) > 3

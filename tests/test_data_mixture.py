@@ -143,6 +143,7 @@ def test_other_tokenizers_do_not_mix(folders: list[str], tmp_path: Path) -> None
         MixtureData([folders[0], str(tmp_path / "out")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["stream", "best_fit", "mixture"])
 def test_the_audit_finds_documents_and_their_steps(folders: list[str], packing: str) -> None:
     loader: Loader = build(folders)

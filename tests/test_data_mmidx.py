@@ -32,6 +32,7 @@ def large_vocabulary() -> TiktokenTokenizer:
     return TiktokenTokenizer("large", format_ranks(ranks), r"\w+|\W+", 100_000, 100_001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "large"])
 def test_megatron_reads_every_document(name: str, tmp_path: Path) -> None:
     rng = random.Random(0)

@@ -47,6 +47,7 @@ def test_a_huge_domain_is_injective_and_uniform() -> None:
     assert_uniform(np.bincount(Permutation(n, key(1))(np.arange(200_000)) * 256 // n, minlength=256))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 4, 5])
 def test_every_permutation_of_a_few_is_equally_likely(n: int) -> None:
     images = np.array([Permutation(n, key(i))(np.arange(n)) for i in range(3000)])
@@ -55,6 +56,7 @@ def test_every_permutation_of_a_few_is_equally_likely(n: int) -> None:
     assert_uniform(counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [100, 129, 255])
 def test_every_place_is_equally_likely_for_every_index(n: int) -> None:
     images = np.array([Permutation(n, key(i))(np.arange(n)) for i in range(1500)])

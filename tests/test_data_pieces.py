@@ -116,6 +116,7 @@ def test_a_bad_long_line_is_located(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         list(read_documents([Source(str(tmp_path / "a.jsonl"), "lines")], "text", Tally(9)))
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("name", ["one.txt", "one.jsonl"])
 def test_memory_is_bounded_for_one_line_of_any_length(name: str, tmp_path: Path) -> None:
     """300 MB here; tests/bench does it with 2 GB."""

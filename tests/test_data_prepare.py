@@ -184,6 +184,7 @@ def in_process(code: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", header + code], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.launch
 def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: the same failing write, without a disk to fill."""
     source, out = jsonl(tmp_path / "a.jsonl", TEXTS * 20), tmp_path / "out"
@@ -195,6 +196,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.launch
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 at several moments; what is finished is not done again and the bytes are those of an unbroken run."""
     monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
@@ -234,6 +236,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.launch
 def test_any_number_of_workers_and_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 30_000)
     half = len(TEXTS) // 2
@@ -259,6 +262,7 @@ def test_any_number_of_workers_and_tasks_gives_the_same_bytes(tmp_path: Path, mo
     assert stream[-1] == "one file"
 
 
+@pytest.mark.launch
 @pytest.mark.timeout(60)
 def test_messages_that_pile_up_are_all_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parent that comes late to its workers' pipes finds several messages in each."""
@@ -343,6 +347,7 @@ def test_bad_documents_are_counted_over_all_units(tmp_path: Path, monkeypatch: p
     assert prepare([source], out, skip_bad=3, workers=2).source.bad_documents == 3  # goes on with what is finished
 
 
+@pytest.mark.launch
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """Ten times the text costs at most a few megabytes more."""
     text = "All work and no play makes Jack a dull boy. " * 250
@@ -357,6 +362,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] + 8_000_000
 
 
+@pytest.mark.launch
 def test_memory_does_not_grow_with_the_document(tmp_path: Path) -> None:
     """One document of 20 and of 60 MB, cut for validation. This process stays small: its memory counts in its child."""
     text, peaks = "All work and no play makes Jack a dull boy. " * 450, []

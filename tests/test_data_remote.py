@@ -127,6 +127,7 @@ def cached_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*/*") if path.suffix in (".bin", ".idx"))
 
 
+@pytest.mark.launch
 def test_batches_are_those_of_the_local_dataset(local: TokenDataset, server: Server, tmp_path: Path) -> None:
     far = open_dataset(URL, cache_dir=tmp_path)
     assert isinstance(far, RemoteDataset)
@@ -139,6 +140,7 @@ def test_batches_are_those_of_the_local_dataset(local: TokenDataset, server: Ser
         assert path.read_bytes() == (local.path / path.name).read_bytes()
 
 
+@pytest.mark.launch
 def test_the_cache_is_bounded(local: TokenDataset, server: Server, tmp_path: Path) -> None:
     limit = 3 * 32_000
     far = RemoteDataset(URL, tmp_path, limit / 1e9)
@@ -159,6 +161,7 @@ def through_a_restart(server: Server, far: TokenDataset) -> list[str]:
     return found
 
 
+@pytest.mark.launch
 def test_a_run_outlives_the_server(local: TokenDataset, server: Server, tmp_path: Path) -> None:
     """Killed with -9 between two steps, back a second later: the run waits and reads the same."""
     expected = [loader(local).batch_hash(step) for step in range(8)]
@@ -170,6 +173,7 @@ def test_a_run_outlives_the_server(local: TokenDataset, server: Server, tmp_path
     server.start()
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("kind", [WebServer, GoogleServer])
 def test_other_stores(local: TokenDataset, kind: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same run, the same kill -9 in the middle."""
@@ -182,6 +186,7 @@ def test_other_stores(local: TokenDataset, kind: type[Server], tmp_path: Path, m
     assert found == [loader(local).batch_hash(step) for step in range(8)]
 
 
+@pytest.mark.launch
 def test_a_damaged_shard_is_never_used(
     local: TokenDataset, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +207,7 @@ def read_everything(cache: str, url: str, results: "multiprocessing.queues.Queue
     results.put([loader(far).batch_hash(step) for step in range(10)])
 
 
+@pytest.mark.launch
 def test_processes_share_the_cache(local: TokenDataset, server: Server, tmp_path: Path) -> None:
     """Four ranks start at once, and one of them is killed in the middle of its download."""
     context = multiprocessing.get_context("spawn")
@@ -222,6 +228,7 @@ def test_processes_share_the_cache(local: TokenDataset, server: Server, tmp_path
         assert path.read_bytes() == (local.path / path.name).read_bytes()
 
 
+@pytest.mark.launch
 def test_a_store_without_the_dataset_is_an_error(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

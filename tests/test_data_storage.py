@@ -34,6 +34,7 @@ def holding_process(path: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.launch
 def test_a_lock_that_another_process_holds_is_refused_with_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     process = holding_process(path)
@@ -45,6 +46,7 @@ def test_a_lock_that_another_process_holds_is_refused_with_its_holder(tmp_path: 
     lock_file(path, timeout_s=0).release()
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("timeout_s", [60.0, float("inf")])
 def test_a_waiting_process_says_so_and_gets_the_lock_of_a_killed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float

@@ -226,6 +226,7 @@ def test_a_vocabulary_that_needs_the_network_says_so(tmp_path: Path, monkeypatch
         load_tokenizer("p50k_base")
 
 
+@pytest.mark.launch
 def test_training_time_imports_are_light() -> None:
     code = (
         "import sys, packspeed.data.dataset, packspeed.data.loader\n"

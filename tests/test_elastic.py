@@ -23,7 +23,7 @@ from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from support.ranks import run_many
 from support.workspace import Workspace
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1500)]
 
 STEPS = (
     "train.steps=30",

@@ -116,6 +116,7 @@ def test_bytes_are_those_of_the_text_whatever_the_tokenizer(text: tuple[Path, li
     assert found == sum(len(document.encode()) for document in text[1])
 
 
+@pytest.mark.launch
 def test_a_runs_validation_loss_is_that_of_its_training(workspace: Workspace, tmp_path: Path) -> None:
     """The same windows, so the number that the trainer wrote; with documents kept apart too."""
     name = "evaluated"
@@ -129,6 +130,7 @@ def test_a_runs_validation_loss_is_that_of_its_training(workspace: Workspace, tm
     assert result["loss"] == pytest.approx(line["val_loss"], abs=2e-3)
 
 
+@pytest.mark.launch
 def test_another_tokenizers_dataset_is_refused(
     workspace: Workspace, text: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
@@ -184,6 +186,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.launch
 def test_the_harness_finds_what_its_own_backend_finds(model: tuple[Path, Any], tasks: Path, tmp_path: Path) -> None:
     """`packspeed eval --tasks` on the run, and lm_eval's command with transformers on the exported model."""
     run, _ = model

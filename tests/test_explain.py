@@ -172,6 +172,7 @@ deepspeed: {folder}/seven.json
 """
 
 
+@pytest.mark.launch
 def test_seven_troubles_at_once(workspace: Workspace) -> None:
     """Refused ones do not hide the others; the command says the same, with lines, and exits 1."""
     run, ds = workspace.folder / "seven.yaml", workspace.folder / "seven.json"

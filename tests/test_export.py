@@ -119,6 +119,7 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_the_same(runs: Workspace, name: str, tmp_path: Path) -> None:
     run = runs.folder / "runs" / name
@@ -142,6 +143,7 @@ def test_transformers_computes_the_same(runs: Workspace, name: str, tmp_path: Pa
     assert tokenizer.decode(written[0], skip_special_tokens=True) == "def f" + json.loads(result)["text"]
 
 
+@pytest.mark.launch
 def test_an_imported_gpt2_and_llama_come_back_bit_for_bit(runs: Workspace, tmp_path: Path) -> None:
     """Through one step with learning rate 0 on two ranks, ZeRO-2 and ZeRO-3."""
     for name, source in (("in-gpt2", "hf-gpt2"), ("in-llama", "hf-llama")):
@@ -158,6 +160,7 @@ def test_an_imported_gpt2_and_llama_come_back_bit_for_bit(runs: Workspace, tmp_p
                 assert np.array_equal(value.numpy().view(np.int32), new[key].numpy().view(np.int32)), (name, step, key)
 
 
+@pytest.mark.launch
 def test_an_imported_llama_has_its_loss_at_once(runs: Workspace) -> None:
     """The first step's loss is what transformers computes on the same tokens."""
     from packspeed.launch.config.loading import load_run_file
@@ -171,6 +174,7 @@ def test_an_imported_llama_has_its_loss_at_once(runs: Workspace) -> None:
     assert runs.losses("in-llama")[0] == pytest.approx(loss.item(), abs=1e-5)
 
 
+@pytest.mark.launch
 def test_nanogpt_comes_in(runs: Workspace, tmp_path: Path) -> None:
     """Its own forward pass, written out in plain torch, gives the logits of what was imported, trained and exported."""
     export_hf(runs.folder / "runs" / "in-nanogpt", tmp_path / "hf")
@@ -233,6 +237,7 @@ class Memory:
         return self.peak - self.start
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("stage", STAGES)
 def test_memory_stays_near_one_shard(runs: Workspace, tmp_path: Path, stage: str) -> None:
     run, shard = runs.folder / "runs" / f"out-big-{stage}", 8_000_000
@@ -253,6 +258,7 @@ def test_memory_stays_near_one_shard(runs: Workspace, tmp_path: Path, stage: str
             assert torch.equal(value, whole[name])
 
 
+@pytest.mark.launch
 def test_other_precisions_and_older_checkpoints(runs: Workspace, tmp_path: Path) -> None:
     run = runs.folder / "runs" / "out-llama"
     for dtype, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
@@ -267,6 +273,7 @@ def test_other_precisions_and_older_checkpoints(runs: Workspace, tmp_path: Path)
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.launch
 def test_the_card_tells_where_the_model_comes_from(runs: Workspace, tmp_path: Path) -> None:
     run = runs.folder / "runs" / "out-gpt2"
     export_hf(run, tmp_path / "card")
@@ -284,6 +291,7 @@ def test_the_card_tells_where_the_model_comes_from(runs: Workspace, tmp_path: Pa
     assert "<polyline" in (tmp_path / "card" / "training_curve.svg").read_text()
 
 
+@pytest.mark.launch
 def test_export_refusals(runs: Workspace, tmp_path: Path) -> None:
     run = runs.folder / "runs" / "out-gpt2"
     (tmp_path / "full").mkdir()
@@ -303,6 +311,7 @@ def test_export_refusals(runs: Workspace, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.launch
 def test_a_damaged_import_is_refused_everywhere(runs: Workspace, tmp_path: Path) -> None:
     import_hf(runs.folder / "hf-gpt2", tmp_path / "damaged", str(runs.folder / "tokens"))
     victim = next((tmp_path / "damaged").rglob("embed.weight.safetensors"))
@@ -316,6 +325,7 @@ def test_a_damaged_import_is_refused_everywhere(runs: Workspace, tmp_path: Path)
     assert "imported weights are damaged" in output
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -336,6 +346,7 @@ def test_import_refusals(runs: Workspace, tmp_path: Path, fields: dict[str, Any]
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.launch
 def test_another_model_than_the_imported_is_refused(runs: Workspace, tmp_path: Path) -> None:
     import_hf(runs.folder / "hf-gpt2", tmp_path / "other", str(runs.folder / "tokens"))
     sets = ("--set", "model.mlp=gelu", "--set", "model.dropout=0.1")
@@ -405,6 +416,7 @@ TEXTS = st.text() | st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(TEXTS)
 def test_identical_tokens_on_fuzzed_text(tokenizers_both: dict[str, tuple[Tokenizer, Any]], text: str) -> None:
@@ -415,6 +427,7 @@ def test_identical_tokens_on_fuzzed_text(tokenizers_both: dict[str, tuple[Tokeni
         assert theirs.decode(ids) == text, name
 
 
+@pytest.mark.slow
 def test_identical_tokens_on_real_text(tokenizers_both: dict[str, tuple[Tokenizer, Any]]) -> None:
     text = text_of_python()
     for name, (ours, theirs) in tokenizers_both.items():
@@ -422,6 +435,7 @@ def test_identical_tokens_on_real_text(tokenizers_both: dict[str, tuple[Tokenize
         assert theirs.eos_token_id == ours.eot_id
 
 
+@pytest.mark.slow
 def test_gpt2s_merges_are_the_published_ones() -> None:
     """One merge for each of 50,000 tokens, the first and last as in OpenAI's vocab.bpe."""
     content, _ = tokenizer_json(load_tokenizer("gpt2"))
@@ -434,6 +448,7 @@ def test_gpt2s_merges_are_the_published_ones() -> None:
     assert JsonTokenizer("gpt2", content).as_ranks() is not None
 
 
+@pytest.mark.slow
 def test_a_pattern_that_means_something_else_is_refused() -> None:
     ranks = load_tokenizer("gpt2").as_ranks()[0]  # type: ignore[attr-defined]
     odd = TiktokenTokenizer("odd", ranks, r"[\p{L}--[a-e]]+|[a-e]+|[^\p{L}]", 50256, 50257)  # Rust's set difference

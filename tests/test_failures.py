@@ -17,7 +17,7 @@ from support import TRAIN, prefork
 from support.ranks import deepspeed, environment, train
 from support.workspace import Workspace
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
 
 def packspeed(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

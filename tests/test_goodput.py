@@ -42,6 +42,7 @@ def crashed_twice(workspace: Workspace) -> tuple[Account, float, Path]:
     return found, took, folder
 
 
+@pytest.mark.launch
 def test_the_buckets_add_up_to_the_wall_time(crashed_twice: tuple[Account, float, Path]) -> None:
     found, took, _ = crashed_twice
     assert sum(found.seconds.values()) == pytest.approx(found.wall_s, rel=0.01)
@@ -51,6 +52,7 @@ def test_the_buckets_add_up_to_the_wall_time(crashed_twice: tuple[Account, float
     assert found.restarts == 2
 
 
+@pytest.mark.launch
 def test_planted_delays_are_found_where_they_were_planted(crashed_twice: tuple[Account, float, Path]) -> None:
     seconds = crashed_twice[0].seconds
     assert seconds["startup"] >= 3 * 1.5
@@ -62,6 +64,7 @@ def test_planted_delays_are_found_where_they_were_planted(crashed_twice: tuple[A
     assert seconds["compute"] > 0
 
 
+@pytest.mark.launch
 def test_steps_done_again_are_lost_work(crashed_twice: tuple[Account, float, Path]) -> None:
     found, _, folder = crashed_twice
     discarded = read_lines(folder / "metrics.discarded.jsonl")
@@ -73,6 +76,7 @@ def test_steps_done_again_are_lost_work(crashed_twice: tuple[Account, float, Pat
     assert found.seconds["lost"] >= 1.5 + 3 * 0.1, "their waiting for data is lost too"
 
 
+@pytest.mark.launch
 def test_the_account_by_hand(crashed_twice: tuple[Account, float, Path]) -> None:
     """Added up from the files as a reader would, and beside the steps' own times in metrics.jsonl."""
     found, _, folder = crashed_twice
@@ -91,6 +95,7 @@ def test_the_account_by_hand(crashed_twice: tuple[Account, float, Path]) -> None
     assert counted == pytest.approx(steps, abs=0.5), "what stands, and the end of the data"
 
 
+@pytest.mark.launch
 def test_tensorboards_server_shows_each_step_once(crashed_twice: tuple[Account, float, Path]) -> None:
     """Of what was done twice, the later."""
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
@@ -101,6 +106,7 @@ def test_tensorboards_server_shows_each_step_once(crashed_twice: tuple[Account, 
     assert [event.step for event in found.Tensors("train/loss")] == list(range(1, 11))
 
 
+@pytest.mark.launch
 def test_goodput_as_a_command(crashed_twice: tuple[Account, float, Path]) -> None:
     _, _, folder = crashed_twice
     code = (

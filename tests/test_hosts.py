@@ -63,6 +63,7 @@ def test_every_error_is_reported_with_its_line(tmp_path: Path, text: str, words:
     assert words in str(caught.value)
 
 
+@pytest.mark.launch
 def test_a_missing_hostfile_is_an_error_and_trains_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [PACKSPEED, "launch", "launch/configs/quickstart.yaml", "--hostfile", str(tmp_path / "no")],
@@ -86,6 +87,7 @@ def test_ssh_checks_host_keys_and_asks_nothing() -> None:
     assert "StrictHostKeyChecking" not in words
 
 
+@pytest.mark.launch
 def test_the_agent_answers_without_a_shell(tmp_path: Path) -> None:
     request: FactsRequest = {
         "do": "facts",
@@ -200,6 +202,7 @@ def test_ranks_of_the_remaining_hosts_divide_the_batch() -> None:
     assert fit_slots(hosts, 7) == [Host("a", 1)]
 
 
+@pytest.mark.launch
 @pytest.mark.timeout(1100)
 def test_a_rehearsal_survives_its_faults(workspace: Workspace) -> None:
     """Two pretended hosts: slow network, frozen rank, lost host; the curve is that of an undisturbed rehearsal."""

@@ -125,6 +125,7 @@ def best_of(run: Callable[[], object], times: int = 4) -> float:
     return min(seconds)
 
 
+@pytest.mark.slow
 def test_a_masked_step_is_no_slower_than_a_causal_one() -> None:
     """T = 1,024, documents of 300 tokens on average; 1.1 is the promise."""
     model = build(n_layer=2, d_model=128, max_seq_len=1024)

@@ -93,6 +93,7 @@ def test_head_and_loss_in_float64(z_loss: float, ignored: list[int], monkeypatch
     assert torch.count_nonzero(expected[1][11:]) == 0
 
 
+@pytest.mark.slow
 def test_the_logits_are_never_there_whole() -> None:
     """The largest tensor that forward and backward make is a chunk, a tenth of what the logits would be."""
     x, weight = torch.randn(20_000, 8, requires_grad=True), torch.randn(16_384, 8, requires_grad=True)
@@ -324,6 +325,7 @@ def test_groups_split_matrices_from_the_rest(family: str) -> None:
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
+@pytest.mark.launch
 def test_import_is_light() -> None:
     code = (
         "import sys, packspeed.model.gpt, packspeed.model.generate, packspeed.model.hf;"

@@ -31,6 +31,7 @@ pytestmark = [  # torch's own, from inside torch.compile
 ]
 
 
+@pytest.mark.launch
 def test_numbers_in_the_interpreter() -> None:
     """kernel_numbers.py, in a process in which triton was told to interpret."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(KERNEL_NUMBERS)]
@@ -65,6 +66,7 @@ def signature(kernel: Any, variant: dict[str, Any], dtype: str) -> dict[str, str
     return {n: "constexpr" if n in variant else (types | SCALARS).get(n, "i32") for n in kernel.arg_names}
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_kernel_compiles_to_machine_code(
@@ -122,6 +124,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.launch
 @torch.no_grad()
 def test_compiled_blocks_give_the_eager_loss(graphs: Callable[[], int]) -> None:
     """Within 1e-5, and one graph serves all layers."""
@@ -178,6 +181,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         build(kernels="fast")
 
 
+@pytest.mark.launch
 def test_without_triton_auto_is_eager() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; from packspeed.model.kernels import resolve;"
@@ -204,6 +208,7 @@ def auto_in_a_new_process(**environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.launch
 def test_native_kernels_are_built_once_and_by_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = [sys.executable, "-c", CHOOSES]
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
@@ -217,6 +222,7 @@ def test_native_kernels_are_built_once_and_by_several_at_once(tmp_path: Path, mo
     assert built[0].stat().st_mtime_ns == age
 
 
+@pytest.mark.launch
 def test_without_a_compiler_auto_is_eager_and_says_so(tmp_path: Path) -> None:
     for compiler, cache, reason in (
         ("/nowhere/c++", tmp_path, "does not start"),

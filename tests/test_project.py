@@ -117,6 +117,7 @@ def test_no_launch_file_hides_a_library() -> None:
     assert names.isdisjoint(set(sys.stdlib_module_names) | (installed - {"packspeed"}))
 
 
+@pytest.mark.launch
 def test_a_training_run_loads_at_most_20_files(workspace: Workspace) -> None:
     """What a process that trained, evaluated and saved has loaded of ours, empty __init__ files aside."""
     arguments = workspace.arguments("reach", "train.steps=2", "eval.every_steps=1", "deepspeed=zero1")
@@ -136,11 +137,13 @@ print("\\nloaded:", *sorted(n for n, m in sys.modules.items() if n.startswith("p
     assert len(files) + ("packspeed.launch.train" not in files) <= 20, files
 
 
+@pytest.mark.launch
 def test_importing_the_model_loads_no_deepspeed() -> None:
     code = "import sys, packspeed.model.gpt; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.launch
 def test_data_commands_load_no_torch() -> None:
     code = "import sys, packspeed.launch.cli; sys.exit(bool({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -163,6 +166,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return set(zipfile.ZipFile(next(out.glob("*.whl"))).namelist())
 
 
+@pytest.mark.launch
 def test_the_wheel_holds_every_source_and_data_file(wheel: set[str]) -> None:
     wanted = {f"packspeed/{path.relative_to(ROOT).as_posix()}" for path in SOURCES}
     for pattern in (

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(900)
 COMMAND = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "prove"]
 
 
+@pytest.mark.launch
 def test_a_killed_run_is_proved_to_go_on(workspace: Workspace) -> None:
     """2 ranks killed and resumed by 2 and by 1: dropout, accumulation, ZeRO-2."""
     sets = ["model.dropout=0.1", "train.micro_batch=2", "deepspeed=zero2", "name=proof"]
@@ -55,6 +56,7 @@ def wrong(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, name: str, faul
     return leg
 
 
+@pytest.mark.launch
 def test_a_cursor_that_is_off_by_one_is_found(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     leg = wrong(workspace, monkeypatch, "cursor", "off_by_one")
     assert leg.first_difference is not None
@@ -62,6 +64,7 @@ def test_a_cursor_that_is_off_by_one_is_found(workspace: Workspace, monkeypatch:
     assert not leg.samples_equal
 
 
+@pytest.mark.launch
 def test_a_lost_rng_is_found(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     leg = wrong(workspace, monkeypatch, "rng", "noise,lost_rng")
     assert leg.samples_equal

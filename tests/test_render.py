@@ -88,6 +88,7 @@ def local_plan(env: dict[str, str]) -> LaunchPlan:
     return LaunchPlan(hosts, free_port(), env)
 
 
+@pytest.mark.launch
 def test_no_ssh_commands_train_with_the_losses_of_one_launch(workspace: Workspace, expected: list[float]) -> None:
     text = render.no_ssh(
         local_plan({"OMP_NUM_THREADS": "1"}), workspace.arguments("no-ssh", STEPS), cwd=str(workspace.folder)
@@ -98,6 +99,7 @@ def test_no_ssh_commands_train_with_the_losses_of_one_launch(workspace: Workspac
     assert workspace.losses("no-ssh") == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.launch
 def test_no_ssh_strings_stay_inert(tmp_path: Path) -> None:
     """The shell passes every string on unchanged, in a folder and with variables that are just as nasty."""
     folder = tmp_path / "a b'$(touch x)"
@@ -114,6 +116,7 @@ def test_no_ssh_strings_stay_inert(tmp_path: Path) -> None:
 # --- SLURM ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.launch
 def test_slurm_strings_stay_inert(tmp_path: Path) -> None:
     """Run with programs named srun and scontrol that pass the strings on as SLURM's do."""
     folder = tmp_path / "a b'$(touch x)"
@@ -140,6 +143,7 @@ def test_slurm_strings_stay_inert(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     "options",
     [
@@ -244,6 +248,7 @@ def submit(text: str, folder: Path, env: dict[str, str]) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.root
 def test_slurm_trains_saves_at_its_warning_and_continues(
     workspace: Workspace, slurm: dict[str, str], tmp_path: Path, expected: list[float]
 ) -> None:
@@ -281,6 +286,7 @@ def expand(text: str, env: dict[str, str]) -> str:
     return re.sub(r"\$\$|\$\((\w+)\)", lambda m: "$" if m[0] == "$$" else env.get(m[1], m[0]), text)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     "options", [{}, {"gpus": False, "env": {"A": "1", "WANDB_API_KEY": "hush"}}, {"name": "7B_Llama.v2"}]
 )
@@ -299,6 +305,7 @@ def test_kubernetes_accepts_the_documents(options: dict[str, Any]) -> None:
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2
 
 
+@pytest.mark.launch
 def test_the_schemas_would_notice_a_mistake() -> None:
     _, job = documents()
     job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["value"] = [75]
@@ -330,6 +337,7 @@ def pods(workspace: Workspace, name: str, *sets: str) -> list[Callable[[], subpr
     return [start(words, JOB_COMPLETION_INDEX=str(index)) for index in range(2)]
 
 
+@pytest.mark.launch
 def test_pods_train_with_the_losses_of_one_launch(workspace: Workspace, expected: list[float]) -> None:
     """An eviction first: one pod gets SIGTERM, both save and exit with 75, which counts as no failure of the Job."""
     processes = [start() for start in pods(workspace, "pods", *SLOWLY)]
@@ -342,6 +350,7 @@ def test_pods_train_with_the_losses_of_one_launch(workspace: Workspace, expected
     assert workspace.losses("pods") == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("index", ["", "2", "-1", "x"])
 def test_a_pod_without_its_index_is_an_error(index: str) -> None:
     words = [
@@ -364,6 +373,7 @@ def test_a_pod_without_its_index_is_an_error(index: str) -> None:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.launch
 def test_secrets_are_not_written() -> None:
     env = {"WANDB_API_KEY": "hush", "NCCL_DEBUG": "INFO"}
     texts = [
@@ -377,6 +387,7 @@ def test_secrets_are_not_written() -> None:
         assert "INFO" in text
 
 
+@pytest.mark.launch
 def test_the_examples_are_what_is_rendered() -> None:
     """The templates are what the command prints for two nodes of eight GPUs."""
     cluster = ROOT / "launch" / "cluster" / "templates"

@@ -72,6 +72,7 @@ def scalars(found: Any, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in found.Scalars(tag)}
 
 
+@pytest.mark.launch
 def test_scalars_are_those_of_metrics_jsonl(watched: Workspace) -> None:
     found, lines = events(watched), watched.metrics("tb-zero1")
     steps = {line["step"]: line for line in lines if "loss" in line}
@@ -83,6 +84,7 @@ def test_scalars_are_those_of_metrics_jsonl(watched: Workspace) -> None:
     assert sum(shares) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.launch
 def test_layout_puts_training_speed_memory_and_goodput_on_own_pages(watched: Workspace) -> None:
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
@@ -94,6 +96,7 @@ def test_layout_puts_training_speed_memory_and_goodput_on_own_pages(watched: Wor
     assert {tag for tag in tags if "*" not in tag} <= set(found.Tags()["scalars"])
 
 
+@pytest.mark.launch
 def test_texts_and_hparams(watched: Workspace) -> None:
     found = events(watched)
     texts = {
@@ -109,6 +112,7 @@ def test_texts_and_hparams(watched: Workspace) -> None:
     assert b"train.optimizer.lr" in plugin
 
 
+@pytest.mark.launch
 def test_histograms_of_norms_are_the_same_at_every_stage(watched: Workspace) -> None:
     """The gradients' norms together are grad_norm of metrics.jsonl, which knows nothing of them."""
     by_stage = {}
@@ -128,6 +132,7 @@ def test_histograms_of_norms_are_the_same_at_every_stage(watched: Workspace) -> 
         assert by_stage[stage] == pytest.approx(by_stage["zero0"], rel=1e-4), stage
 
 
+@pytest.mark.launch
 def test_samples_are_the_same_at_every_stage_and_change_nothing(watched: Workspace) -> None:
     texts = {(watched.folder / "runs" / f"tb-{stage}" / "samples.jsonl").read_text() for stage in STAGES}
     assert len(texts) == 1
@@ -139,6 +144,7 @@ def test_samples_are_the_same_at_every_stage_and_change_nothing(watched: Workspa
         assert watched.losses(f"tb-{stage}") == pytest.approx(losses, abs=1e-5)
 
 
+@pytest.mark.launch
 def test_csv_monitor_gets_the_same_events(watched: Workspace) -> None:
     text = (watched.folder / "csv" / "x" / "train_loss.csv").read_text()
     rows = list(csv.reader(text.splitlines()))
@@ -189,6 +195,8 @@ def _wait_for(url: str, seconds: float) -> Any:
         time.sleep(0.5)
 
 
+@pytest.mark.launch
+@pytest.mark.browser
 def test_the_browser_shows_the_curves(server: str, watched: Workspace, tmp_path: Path) -> None:
     """The first two groups are open on the page, validation loss among them: its last value stands there per run."""
     page = browse(f"{server}/#timeseries", tmp_path / "profile", "--virtual-time-budget=20000", "--dump-dom")
@@ -201,6 +209,8 @@ def test_the_browser_shows_the_curves(server: str, watched: Workspace, tmp_path:
         assert f"{val:.4f}" in words
 
 
+@pytest.mark.launch
+@pytest.mark.browser
 def test_report_lays_runs_over_each_other_and_says_what_differs(watched: Workspace, tmp_path: Path) -> None:
     folders = [str(watched.folder / "runs" / name) for name in ("tb-zero0", "tb-zero3")]
     command = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "report", *folders]
@@ -253,6 +263,7 @@ def test_smoothing_does_not_hold_a_falling_curve_up() -> None:
     assert smoothed([0.0, 3.0, 0.0, 3.0, 0.0], 3) == pytest.approx([0.0, 1.0, 2.0, 1.0, 0.0])
 
 
+@pytest.mark.launch
 def test_watch_shows_a_run_from_its_files(watched: Workspace, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(watched.folder / "runs" / "tb-zero3", folder)

@@ -25,7 +25,7 @@ from support import TRAIN, plain_loop, prefork
 from support.ranks import environment, run_many
 from support.workspace import Workspace
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1500)]
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 # A step at which DeepSpeed's running product of the betas and pow() differ in the last bit (optimizers.py).

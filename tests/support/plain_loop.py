@@ -14,7 +14,7 @@ from torch.nn import functional
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.config.run_data import make_run_loader, open_data
 from packspeed.launch.config.run_file import RunFile, TrainSection
-from packspeed.launch.training.step import dropout_keys
+from packspeed.launch.training.micro_batch import dropout_keys
 from packspeed.model.gpt import GPT, init_weights, is_matrix
 from support.workspace import Workspace
 
