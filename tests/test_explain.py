@@ -1,4 +1,4 @@
-"""packspeed explain: who set what, every rule on its trouble, and the troubles in DeepSpeed's own code."""
+"""packspeed explain: who set each value, a case for every rule, and DeepSpeed's own behaviour behind the rules."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from packspeed.launch.explain import explain as explaining
-from packspeed.launch.explain.explain import DEFAULTS, OTHER_DEFAULTS, Explanation, explain
-from packspeed.launch.explain.rule import KINDS, RULES
+from packspeed.launch.explain.explain import Explanation, explain
+from packspeed.launch.explain.lint import KINDS, RULES
+from packspeed.launch.explain.reference import REFUSALS
+from packspeed.launch.explain.values import DEFAULTS, OTHER_DEFAULTS
 from support import ROOT
 from support.workspace import Workspace
 
@@ -121,14 +123,14 @@ CASES: list[tuple[str, list[str], dict[str, Any] | None, int]] = [
 
 
 @pytest.mark.parametrize(("name", "sets", "ds", "ranks"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)])
-def test_a_trouble_is_named(
+def test_every_finding_is_named(
     workspace: Workspace, tmp_path: Path, name: str, sets: list[str], ds: dict[str, Any] | None, ranks: int
 ) -> None:
     """And little else: the file without it has none."""
-    problems = found(workspace, tmp_path, sets, ds, ranks).problems
-    assert name in {p.rule for p in problems}
-    assert len(problems) <= 2, [p.message for p in problems]
-    assert all(p.kind in KINDS for p in problems)
+    findings = found(workspace, tmp_path, sets, ds, ranks).findings
+    assert name in {p.rule for p in findings}
+    assert len(findings) <= 2, [p.message for p in findings]
+    assert all(p.kind in KINDS for p in findings)
 
 
 def test_every_rule_has_a_case() -> None:
@@ -136,22 +138,30 @@ def test_every_rule_has_a_case() -> None:
     assert len({each.name for each in RULES}) == len(RULES)
 
 
+def test_every_finding_of_a_loader_is_in_the_troubleshooting_page() -> None:
+    assert {name for name, *_ in CASES} <= {rule.name for rule in RULES} | set(REFUSALS)
+    for rule in RULES:
+        assert rule.why.endswith(".")
+        assert rule.symptom.endswith(".")
+        assert rule.fix.endswith(".")
+
+
 def test_shapes_that_gpus_dislike(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explaining, "local_accelerators", lambda: 1)
-    problems = found(workspace, tmp_path, ["model.n_head=8", "train.precision=auto"]).problems
-    assert {p.rule for p in problems} == {"uneven-vocabulary"}
-    problems = found(workspace, tmp_path, ["model.d_model=64"]).problems
-    assert {p.rule for p in problems} == {"precision-of-another-time"}
+    findings = found(workspace, tmp_path, ["model.n_head=8", "train.precision=auto"]).findings
+    assert {p.rule for p in findings} == {"uneven-vocabulary"}
+    findings = found(workspace, tmp_path, ["model.d_model=64"]).findings
+    assert {p.rule for p in findings} == {"precision-of-another-time"}
 
 
-def test_a_good_file_has_no_trouble(workspace: Workspace) -> None:
-    assert explain(workspace.run_file).problems == []
+def test_a_good_file_has_no_findings(workspace: Workspace) -> None:
+    assert explain(workspace.run_file).findings == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_run_files_have_no_trouble(path: Path) -> None:
-    """But for the data, which is not there, and what their hardware needs."""
-    rules = {p.rule for p in explain(path, ranks=8 if path.stem.startswith(("gpt2", "llama")) else None).problems}
+def test_shipped_run_files_have_no_findings(path: Path) -> None:
+    """Except for the missing dataset and what their hardware needs."""
+    rules = {p.rule for p in explain(path, ranks=8 if path.stem.startswith(("gpt2", "llama")) else None).findings}
     assert rules <= {"no-dataset", "one-checkpoint", "saved-too-late", "stage2-with-accumulation"}, rules
 
 
@@ -173,8 +183,8 @@ deepspeed: {folder}/seven.json
 
 
 @pytest.mark.launch
-def test_seven_troubles_at_once(workspace: Workspace) -> None:
-    """Refused ones do not hide the others; the command says the same, with lines, and exits 1."""
+def test_nine_findings_in_one_run(workspace: Workspace) -> None:
+    """Refusals do not hide the other findings. The command prints them with their lines and exits with 1."""
     run, ds = workspace.folder / "seven.yaml", workspace.folder / "seven.json"
     run.write_text(SEVEN.format(folder=workspace.folder))
     ds.write_text(
@@ -197,8 +207,8 @@ def test_seven_troubles_at_once(workspace: Workspace) -> None:
     command = [sys.executable, "-c", code, "explain", str(run), "--ranks", "2"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    problems = json.loads(done.stdout)["problems"]
-    assert {p["rule"] for p in problems} == {
+    findings = json.loads(done.stdout)["problems"]
+    assert {p["rule"] for p in findings} == {
         "unknown-key", "contradiction", "stage3-keys-below-stage3", "nested-auto", "activation-checkpointing-block",
         "synchronising-timers", "untrained-positions", "minimum-above-peak", "saved-too-late",
     }  # fmt: skip
@@ -232,7 +242,7 @@ def test_who_set_what(workspace: Workspace) -> None:
     assert alone["model.vocab_size"].set_by == "dataset"
 
 
-# ---- the troubles, in DeepSpeed's own code ----
+# ---- what the rules claim, in DeepSpeed's own code ----
 
 
 def test_defaults_are_those_of_the_installed_deepspeed() -> None:

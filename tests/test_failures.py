@@ -61,7 +61,7 @@ def test_typo_in_the_deepspeed_json_exits_2_through_deepspeeds_launcher(workspac
     [
         (["data.path=nowhere"], 2, "nowhere"),
         (["train.micro_batch=3"], 2, "train.micro_batch = 3 does not divide the 8 samples"),
-        (["deepspeed=zero9"], 2, "Names that ship: "),
+        (["deepspeed=zero9"], 2, "Names in ds_configs/: "),
         (["train.precision=fp16", "deepspeed=zero0"], 2, "fp16 with ZeRO-0"),
         (["train.optimizer.name=lion", "deepspeed=zero1"], 2, "DeepSpeed has no FusedLion for cpu"),
         (["model.max_seq_len=8"], 2, "data.seq_len = 32 is longer than the model's max_seq_len = 8"),

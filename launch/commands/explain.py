@@ -25,5 +25,5 @@ def explain(
     """
     result = explanation.explain(run_file, overrides or [], ranks)
     print(json.dumps(result.as_dict()) if json_output else explanation.text(result))
-    if any(finding.kind == "refused" for finding in result.problems):
+    if any(finding.kind == "refused" for finding in result.findings):
         raise typer.Exit(1)

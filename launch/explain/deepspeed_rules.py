@@ -1,60 +1,73 @@
-"""Known troubles of run files and DeepSpeed JSONs, one small function each.
+"""Lint rules for the DeepSpeed JSON: numerics, settings without effect, memory and speed, resumes.
 
-    for rule in RULES: for message in rule.check(case): ...       explain.py prints them, worst first
-
-Kinds: refused (training would not start), loss (it can change the curve or the weights), unsafe (work can be lost),
-memory, slow, useless (the setting does nothing). Where they come from: issue threads of DeepSpeed and its users, named
-by number; tests/test_explain.py shows the trouble in DeepSpeed 0.19.8's own code where a CPU can show it.
-Rules read plain dicts and never raise: a value of the wrong type is another rule's business.
+lint.py says what a rule is. The sources are issue threads of DeepSpeed and its users, by number. tests/test_explain.py
+has a case for every rule, and shows the behaviour in DeepSpeed 0.19.8's own code if a CPU can show it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from packspeed.launch.explain.rule import GIB, Case, block, device, rule
+from packspeed.launch.explain.lint import GIB, Case, block, device, rule
 
 
 # ---- the DeepSpeed JSON: numbers ----
 @rule("loss", "DeepSpeed#1800, #2352, #2768, #5154")
 def low_precision_accumulation(case: Case) -> Iterator[str]:
-    """Gradients added up in 16 bits lose what is small."""
+    """Gradients of micro batches are added up in 16 bits, so the late, small ones are rounded away.
+
+    Symptom: The loss is worse with more accumulation, and differs between micro batch sizes.
+    Fix: set data_types.grad_accum_dtype to "fp32", or remove the key.
+    """
     dtype = block(case.ds, "data_types").get("grad_accum_dtype")
     if dtype in ("bf16", "fp16", "bfloat16", "float16") and case.accumulation > 1 and case.precision != "fp32":
         yield (
-            f"data_types.grad_accum_dtype = {dtype!r} adds {case.accumulation} micro batches up in 16 bits: late ones "
-            'are rounded away. Write "fp32" or leave the key out.'
+            f"data_types.grad_accum_dtype = {dtype!r} adds up {case.accumulation} micro batches in 16 bits: late "
+            'ones are rounded away. Write "fp32" or remove the key.'
         )
 
 
 @rule("loss", "DeepSpeed#1800")
 def low_precision_communication(case: Case) -> Iterator[str]:
-    """Gradients averaged between ranks in 16 bits."""
+    """Gradients are averaged between ranks in 16 bits.
+
+    Symptom: The loss depends on the number of ranks; fp16 overflows at 65,504.
+    Fix: remove communication_data_type.
+    """
     dtype = case.ds.get("communication_data_type")
     if dtype in ("bf16", "fp16") and dtype != case.precision:
         yield (
             f"communication_data_type = {dtype!r} rounds gradients to 16 bits before ranks add them up, while the run "
-            f"trains in {case.precision}; the curve then depends on the number of ranks. Leave the key out."
+            f"trains in {case.precision}; the loss then depends on the number of ranks. Remove the key."
         )
     elif dtype == "fp16" and case.precision == "fp16":
-        yield 'communication_data_type = "fp16": sums over ranks overflow at 65,504. Leave the key out, or "fp32".'
+        yield 'communication_data_type = "fp16": sums over ranks overflow at 65,504. Remove the key, or write "fp32".'
 
 
 @rule("loss", "docs/config-json: bf16")
 def low_precision_master_weights(case: Case) -> Iterator[str]:
-    """No fp32 copy of the weights: small updates vanish."""
+    """Without an fp32 copy of the weights, or with moments in 16 bits, updates below 1/256 of a weight vanish.
+
+    Symptom: The loss stops falling late in training, when the learning rate is small.
+    Fix: remove bf16_master_weights_and_grads, fp16_master_weights_and_grads and bf16_optimizer_states.
+    """
     for name, key in (
         ("bf16", "bf16_master_weights_and_grads"), ("fp16", "fp16_master_weights_and_grads"),
         ("bf16", "bf16_optimizer_states"),
     ):  # fmt: skip
         if block(case.ds, name).get(key) is True:
             what = "the optimizer's moments" if "states" in key else "master weights"
-            yield f"{name}.{key}: {what} are kept in 16 bits, so updates below 1/256 of a weight vanish. Drop the key."
+            yield f"{name}.{key}: {what} are kept in 16 bits, so updates below 1/256 of a weight vanish. Remove it."
 
 
 @rule("loss", "docs/config-json: optimizer params")
 def hidden_optimizer_settings(case: Case) -> Iterator[str]:
-    """Settings of the optimizer in the JSON change the maths where nobody looks for them."""
+    """Parameters of the optimizer in the JSON change the update, but the run file does not show them.
+
+    Symptom: Two runs with equal run files have different losses, or DeepSpeed fails with an unexpected keyword
+    argument.
+    Fix: remove the parameter; the run file sets the optimizer.
+    """
     known = {
         "torch_adam",
         "fp32_optimizer_states",
@@ -69,50 +82,66 @@ def hidden_optimizer_settings(case: Case) -> Iterator[str]:
     for key, value in block(block(case.ds, "optimizer"), "params").items():
         if key not in known and value != "auto":
             yield (
-                f"optimizer.params.{key} = {value!r} changes the update, or ends the run; the run file owns the "
+                f"optimizer.params.{key} = {value!r} changes the update, or fails. Remove it: the run file sets the "
                 "optimizer."
             )
 
 
 @rule("loss", "DeepSpeedExamples#418, #419; ms-swift#4374")
 def fixed_loss_scale(case: Case) -> Iterator[str]:
-    """A static fp16 loss scale does not follow the gradients."""
+    """A static fp16 loss scale does not follow the gradients.
+
+    Symptom: After some time every step overflows and is skipped; the loss no longer changes.
+    Fix: set fp16.loss_scale to 0, which is dynamic scaling.
+    """
     fp16 = block(case.ds, "fp16")
     scale = fp16.get("loss_scale", 0)
     if case.precision == "fp16" and isinstance(scale, (int, float)) and scale > 0:
-        yield f"fp16.loss_scale = {scale:g} is fixed: overflowing steps are skipped for ever. Write 0 (dynamic)."
+        yield f"fp16.loss_scale = {scale:g} is fixed: if gradients overflow, every step is skipped. Write 0 (dynamic)."
 
 
 @rule("loss", "docs/config-json: zero_optimization")
 def prescaled_gradients(case: Case) -> Iterator[str]:
-    """Dividing before the sum changes rounding, and stage 3 refuses it."""
+    """Dividing gradients before the sum lets small ones underflow in 16 bits. ZeRO-3 refuses a factor.
+
+    Symptom: The loss differs from the same run at another ZeRO stage, or DeepSpeed fails at the start.
+    Fix: remove prescale_gradients and gradient_predivide_factor.
+    """
     if case.ds.get("prescale_gradients") is True or case.ds.get("gradient_predivide_factor", 1.0) not in (1, 1.0):
         yield (
-            "prescale_gradients / gradient_predivide_factor divide before the sum: small gradients underflow in 16 "
-            "bits, "
-            "and ZeRO-3 refuses a factor. Drop both."
+            "prescale_gradients and gradient_predivide_factor divide before the sum: small gradients underflow in 16 "
+            "bits, and ZeRO-3 refuses a factor. Remove both."
         )
 
 
 @rule("loss", "ZeRO++, arXiv:2306.10209")
 def quantized_communication(case: Case) -> Iterator[str]:
-    """ZeRO++ rounds what it sends."""
+    """ZeRO++ rounds weights to 8 bits and gradients to 4 bits before it sends them.
+
+    Symptom: The loss differs from that of zero3. On CPUs the run fails.
+    Fix: accept the difference for the speed on slow links, or use zero3.
+    """
     keys = [k for k in ("zero_quantized_weights", "zero_quantized_gradients") if case.zero.get(k) is True]
     if keys:
-        where = "" if case.on_gpu else ", and needs a GPU"
-        yield f"{' and '.join(keys)}: what is sent is rounded to 8 and 4 bits, which changes the curve{where}."
+        needs = "" if case.on_gpu else ", and needs a GPU"
+        yield f"{' and '.join(keys)}: weights are sent in 8 bits and gradients in 4, which changes the loss{needs}."
 
 
 # ---- the DeepSpeed JSON: settings that do nothing ----
 @rule("useless", "FAI-RL#72, accelerate#1324")
 def nested_auto(case: Case) -> Iterator[str]:
-    """HF fills these in; bare DeepSpeed drops them and takes its default."""
-    for name, part in case.ds.items():
-        if isinstance(part, dict) and name not in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"):
-            for key, value in part.items():
+    """Inside a block, "auto" is a convention of transformers, which fills it in. DeepSpeed alone drops it and uses
+    its default.
+
+    Symptom: A setting has DeepSpeed's default, for example buckets of 5e8 elements, whatever the size of the model.
+    Fix: write the number.
+    """
+    for name, settings in case.ds.items():
+        if isinstance(settings, dict) and name not in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"):
+            for key, value in settings.items():
                 if value == "auto" and key != "stage":
                     yield (
-                        f'{name}.{key} = "auto" is for transformers to fill in; DeepSpeed drops it for its default '
+                        f'{name}.{key} = "auto" is for transformers to fill in; DeepSpeed uses its default instead '
                         "(reduce_bucket_size: 5e8 elements, whatever the model). Write the number."
                     )
 
@@ -127,7 +156,11 @@ STAGE3_ONLY = (
 
 @rule("useless", "docs/config-json: zero_optimization")
 def stage3_keys_below_stage3(case: Case) -> Iterator[str]:
-    """They partition or fetch weights, which only stage 3 does."""
+    """These keys partition or fetch weights, which only ZeRO-3 does.
+
+    Symptom: The setting makes no difference.
+    Fix: use zero3, or remove the keys.
+    """
     keys = [key for key in case.zero if key.removeprefix("stage3_") in STAGE3_ONLY and case.zero[key] is not None]
     if keys and case.stage < 3:
         yield f"{', '.join(keys)}: only ZeRO-3 reads {'it' if len(keys) == 1 else 'them'}; this is stage {case.stage}."
@@ -135,28 +168,40 @@ def stage3_keys_below_stage3(case: Case) -> Iterator[str]:
 
 @rule("useless", "docs/config-json: offload_optimizer")
 def offload_without_partitions(case: Case) -> Iterator[str]:
-    """Offload needs a stage that has something to move."""
+    """Optimizer offload moves the partitions of ZeRO, and stage 0 has none. Only stage 3 offloads to NVMe.
+
+    Symptom: GPU memory is as without offload.
+    Fix: use stage 1 to 3 for cpu, stage 3 for nvme.
+    """
     where = device(case, "offload_optimizer")
     if where != "none" and case.stage == 0:
-        yield f"offload_optimizer.device = {where!r} at stage 0 moves nothing. Use stage 1 to 3."
+        yield f"offload_optimizer.device = {where!r} at stage 0 moves nothing. Use stage 1, 2 or 3."
     if where == "nvme" and case.stage in (1, 2):
-        yield 'offload_optimizer.device = "nvme" is stage 3\'s; stages 1 and 2 offload to cpu.'
+        yield 'offload_optimizer.device = "nvme" needs stage 3; stages 1 and 2 offload to cpu.'
 
 
 @rule("useless", "docs/config-json: zero_optimization")
 def stage12_keys_elsewhere(case: Case) -> Iterator[str]:
-    """round_robin_gradients belongs to stages 1 and 2, overlap_comm to stages above 0."""
+    """round_robin_gradients belongs to stages 1 and 2; overlap_comm and the bucket sizes to stages above 0.
+
+    Symptom: The setting makes no difference.
+    Fix: remove the keys, or use the stage that reads them.
+    """
     if case.zero.get("round_robin_gradients") is True and case.stage not in (1, 2):
-        yield f"round_robin_gradients is read at stages 1 and 2; this is stage {case.stage}."
+        yield f"round_robin_gradients is only read at stages 1 and 2; this is stage {case.stage}."
     if case.stage == 0:
         keys = [k for k in ("overlap_comm", "reduce_bucket_size", "allgather_bucket_size") if case.zero.get(k)]
         if keys:
-            yield f"{', '.join(keys)} at stage 0: the plain all-reduce does not read them."
+            yield f"{', '.join(keys)} at stage 0: its all-reduce does not read them."
 
 
 @rule("useless", "packspeed: model.activation_checkpointing")
 def activation_checkpointing_block(case: Case) -> Iterator[str]:
-    """The block configures deepspeed.checkpointing, which the model has to call."""
+    """The block configures deepspeed.checkpointing, which a model has to call. This model does not.
+
+    Symptom: Memory is as without activation checkpointing.
+    Fix: set model.activation_checkpointing in the run file.
+    """
     if block(case.ds, "activation_checkpointing"):
         now = "" if case.run.model.activation_checkpointing else " It is off now."  # type: ignore[attr-defined]
         yield (
@@ -167,42 +212,57 @@ def activation_checkpointing_block(case: Case) -> Iterator[str]:
 
 @rule("useless", "docs/config-json: zero_allow_untested_optimizer")
 def untested_optimizer_allowed(case: Case) -> Iterator[str]:
-    """It only silences a check."""
+    """The key switches off DeepSpeed's check that an optimizer works with ZeRO. AdamW, Muon and Lion pass it.
+
+    Symptom: None now; a wrong optimizer would not be noticed.
+    Fix: remove zero_allow_untested_optimizer.
+    """
     if case.ds.get("zero_allow_untested_optimizer") is True:
         yield (
-            "zero_allow_untested_optimizer switches off DeepSpeed's check that an optimizer works with ZeRO; AdamW, "
-            "Muon "
-            "and Lion pass it. Drop the key, so that the check protects you."
+            "zero_allow_untested_optimizer switches off DeepSpeed's check that an optimizer works with ZeRO. "
+            "Remove it: AdamW, Muon and Lion pass the check."
         )
 
 
 @rule("useless", "docs/config-json: aio")
 def aio_without_nvme(case: Case) -> Iterator[str]:
-    """Settings of asynchronous IO without anything on NVMe."""
+    """The aio block is only read if something is offloaded to NVMe.
+
+    Symptom: The setting makes no difference.
+    Fix: remove the block.
+    """
     if block(case.ds, "aio") and "nvme" not in (device(case, "offload_optimizer"), device(case, "offload_param")):
-        yield "aio {...} is read where something is offloaded to nvme; nothing is."
+        yield "aio {...} is only read if something is offloaded to nvme; nothing is."
 
 
 @rule("useless", "packspeed: a run file owns precision")
 def precision_blocks_unused(case: Case) -> Iterator[str]:
-    """Settings of a precision that the run does not train in."""
+    """The block belongs to a precision that the run does not use.
+
+    Symptom: The setting makes no difference.
+    Fix: remove the block, or change train.precision.
+    """
     for name in ("fp16", "bf16"):
         extra = [k for k in block(case.ds, name) if k != "enabled"]
         if extra and case.precision != name:
             yield f"{name}.{extra[0]} has no effect: the run trains in {case.precision}."
     if block(case.ds, "data_types") and (case.stage == 0 or case.precision == "fp32"):
         yield (
-            f"data_types has no effect in {case.precision} at stage {case.stage}: gradients are added up in fp32 there."
+            f"data_types has no effect in {case.precision} at stage {case.stage}: gradients accumulate in fp32 anyway."
         )
 
 
 @rule("useless", "ZeRO, arXiv:1910.02054")
 def zero_with_one_rank(case: Case) -> Iterator[str]:
-    """With one rank there is nobody to share with."""
+    """With one rank there is nothing to share, but stages 2 and 3 still need their buffers and hooks.
+
+    Symptom: The run is slower and needs more memory than with zero1.
+    Fix: use zero0 or zero1, or offload.
+    """
     offloads = {device(case, "offload_optimizer"), device(case, "offload_param")} != {"none"}
     if case.ranks == 1 and case.stage >= 2 and not offloads:
         yield (
-            f"ZeRO-{case.stage} on 1 rank partitions nothing and still costs its buffers and hooks. "
+            f"ZeRO-{case.stage} on 1 rank partitions nothing but still costs buffers and hooks. "
             "Use zero0 or zero1, or offload."
         )
 
@@ -210,75 +270,101 @@ def zero_with_one_rank(case: Case) -> Iterator[str]:
 # ---- the DeepSpeed JSON: speed and memory ----
 @rule("slow", "docs/config-json: buckets")
 def tiny_buckets(case: Case) -> Iterator[str]:
-    """One collective per few numbers: latency decides."""
+    """Every bucket is one collective, so the latency of many small ones dominates.
+
+    Symptom: Communication takes most of the step.
+    Fix: use 5e7 to 5e8 elements.
+    """
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         size = case.zero.get(key)
         if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 < size < 1e5 and case.stage > 0:
             pieces = f", {case.parameters / size:,.0f} collectives a step" if case.parameters else ""
-            yield f"zero_optimization.{key} = {size:g} elements{pieces}: latency decides. 5e7 to 5e8 is usual."
+            yield f"zero_optimization.{key} = {size:g} elements{pieces}: latency dominates. 5e7 to 5e8 is usual."
 
 
 @rule("memory", "DeepSpeed#965, #5099")
 def huge_buckets(case: Case) -> Iterator[str]:
-    """A bucket is a buffer, allocated whole, twice with overlap_comm."""
+    """A bucket is a buffer that is allocated completely, twice with overlap_comm.
+
+    Symptom: Out of memory with a model that should fit.
+    Fix: use 2e8 to 5e8 elements.
+    """
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         size = case.zero.get(key)
         if isinstance(size, (int, float)) and size >= 1e9 and case.stage > 0:
             twice = 2 if case.zero.get("overlap_comm") or case.stage == 3 else 1
-            each = 4 if case.precision == "fp32" else 2
+            element_bytes = 4 if case.precision == "fp32" else 2
             yield (
-                f"zero_optimization.{key} = {size:g} elements is up to {size * each * twice / GIB:.1f} GiB of "
-                "buffers per "
-                "rank. 2e8 to 5e8 is as fast."
+                f"zero_optimization.{key} = {size:g} elements is up to {size * element_bytes * twice / GIB:.1f} GiB of "
+                "buffers per rank. 2e8 to 5e8 is as fast."
             )
 
 
 @rule("slow", "docs/config-json: zero_optimization")
 def scattered_gradients(case: Case) -> Iterator[str]:
-    """contiguous_gradients false fragments memory; reduce_scatter false sends everything to everybody."""
+    """contiguous_gradients: false fragments memory. reduce_scatter: false sends all gradients to all ranks.
+    allgather_partitions: false broadcasts weights rank by rank.
+
+    Symptom: Out of memory after many steps, or slow communication.
+    Fix: remove the keys; the defaults are true.
+    """
     if case.stage > 0 and case.zero.get("contiguous_gradients") is False:
-        also = " and overlap_comm then has no second bucket to fill" if case.zero.get("overlap_comm") else ""
-        yield f"contiguous_gradients = false fragments the memory of gradients{also}. Leave it out (true)."
+        also = ", and leaves overlap_comm no second bucket to fill" if case.zero.get("overlap_comm") else ""
+        yield f"contiguous_gradients = false fragments the memory of gradients{also}. Remove it (default true)."
     muon3 = case.run.train.optimizer.name == "muon" and case.stage == 3
     if case.stage > 0 and case.zero.get("reduce_scatter") is False and not muon3:
-        yield "reduce_scatter = false all-reduces gradients: twice the traffic. Leave it out (true)."
+        yield "reduce_scatter = false all-reduces gradients: twice the traffic. Remove it (default true)."
     if case.stage > 0 and case.zero.get("allgather_partitions") is False:
-        yield "allgather_partitions = false broadcasts weights rank by rank. Leave it out (true)."
+        yield "allgather_partitions = false broadcasts weights rank by rank. Remove it (default true)."
 
 
 @rule("slow", "docs/config-json: offload_optimizer")
 def offload_without_pinned_memory(case: Case) -> Iterator[str]:
-    """Copies from pageable memory wait for the host."""
+    """Copies from pageable memory cannot overlap with compute.
+
+    Symptom: The GPU is idle while the optimizer runs.
+    Fix: remove pin_memory: false.
+    """
     for key in ("offload_optimizer", "offload_param"):
         if device(case, key) != "none" and block(case.zero, key).get("pin_memory") is False:
-            yield f"{key}.pin_memory = false: copies cannot overlap with compute. Leave it out (true)."
+            yield f"{key}.pin_memory = false: copies cannot overlap with compute. Remove it."
 
 
 @rule("slow", "ZeRO, arXiv:1910.02054")
 def stage2_with_accumulation(case: Case) -> Iterator[str]:
-    """Stages 2 and 3 reduce gradients at every micro batch."""
+    """ZeRO-2 reduces gradients after every micro batch, ZeRO-1 once per step.
+
+    Symptom: A step takes longer than with zero1.
+    Fix: use zero1 if memory allows, or a larger micro batch.
+    """
     if case.stage == 2 and case.accumulation >= 4 and case.ranks > 1 and device(case, "offload_optimizer") == "none":
         yield (
-            f"ZeRO-2 sends gradients after every one of {case.accumulation} micro batches; zero1 sends once a step and "
-            "needs the gradients' memory. Larger micro batches help as well."
+            f"ZeRO-2 sends gradients after every one of {case.accumulation} micro batches; zero1 sends once per step "
+            "but keeps all gradients in memory. Larger micro batches help, too."
         )
 
 
 @rule("slow", "docs/config-json: wall_clock_breakdown")
 def synchronising_timers(case: Case) -> Iterator[str]:
-    """Timers that wait for the device around every phase."""
+    """The timers wait for the device before and after every phase or collective.
+
+    Symptom: The run is slower than without them.
+    Fix: remove the keys; packspeed goodput shows the phases without waiting.
+    """
     for key in ("wall_clock_breakdown", "memory_breakdown"):
         if case.ds.get(key) is True:
-            yield (
-                f"{key} waits for the device around every forward, backward and step. packspeed goodput costs nothing."
-            )
+            yield (f"{key} waits for the device around every forward, backward and step. Use packspeed goodput.")
     if block(case.ds, "comms_logger").get("enabled") is True:
-        yield "comms_logger.enabled waits for the device around every collective: switch it on for a few steps only."
+        yield "comms_logger.enabled waits for the device around every collective. Enable it for a few steps only."
 
 
 @rule("useless", "DeepSpeed#4723, #5079, #4593")
 def flops_profiler(case: Case) -> Iterator[str]:
-    """It counts no FLOPs of fused attention."""
+    """The profiler patches Python functions. It sees neither fused attention nor compiled code.
+
+    Symptom: The reported FLOPs are too low.
+    Fix: remove the block; metrics.jsonl has the MFU by formula, at every step.
+    """
     if block(case.ds, "flops_profiler").get("enabled") is True:
         yield (
             "flops_profiler.enabled: it does not see fused attention or compiled code, so its FLOPS are too low. "
@@ -288,42 +374,59 @@ def flops_profiler(case: Case) -> Iterator[str]:
 
 @rule("unsafe", "DeepSpeed#2921, #5475")
 def universal_checkpoint_forced(case: Case) -> Iterator[str]:
-    """load_universal makes every resume look for a converted checkpoint."""
+    """load_universal makes DeepSpeed look for a converted checkpoint at every resume. use_node_local_storage
+    spreads one checkpoint over the hosts.
+
+    Symptom: A resume fails because files are missing.
+    Fix: remove the keys; Packspeed converts a checkpoint if the layout changes.
+    """
     if block(case.ds, "checkpoint").get("load_universal") is True:
         yield (
-            "checkpoint.load_universal makes an ordinary resume fail: Packspeed converts where the layout changed. "
-            "Drop it."
+            "checkpoint.load_universal makes an ordinary resume fail. Remove it: Packspeed converts a checkpoint if "
+            "the layout changes."
         )
     if block(case.ds, "checkpoint").get("use_node_local_storage") is True:
-        yield "checkpoint.use_node_local_storage scatters a checkpoint over hosts: a resume elsewhere cannot find it."
+        yield "checkpoint.use_node_local_storage spreads a checkpoint over the hosts: other hosts cannot resume it."
 
 
 @rule("unsafe", "tried with DeepSpeed 0.19.8")
 def nvme_cannot_resume(case: Case) -> Iterator[str]:
-    """Swap files bear addresses of the dead process."""
+    """DeepSpeed's swap files are named by memory addresses of the process that wrote them.
+
+    Symptom: Training works, but its checkpoints cannot be resumed.
+    Fix: offload to cpu, or keep runs short.
+    """
     if device(case, "offload_optimizer") == "nvme":
         yield (
-            "offload_optimizer on nvme trains, but its checkpoints cannot be resumed yet. Offload to cpu, or keep "
-            "runs short."
+            "offload_optimizer to nvme trains, but its checkpoints cannot be resumed. Offload to cpu, or keep runs "
+            "short."
         )
 
 
 @rule("useless", "docs/config-json: tensorboard")
 def monitor_elsewhere(case: Case) -> Iterator[str]:
-    """A tensorboard block that writes outside the run folder."""
+    """A tensorboard block in the JSON takes precedence over the run file.
+
+    Symptom: TensorBoard shows no events of the run.
+    Fix: remove output_path, job_name and enabled from the block.
+    """
     board = block(case.ds, "tensorboard")
     if case.run.monitor.tensorboard and ("output_path" in board or "job_name" in board):
         yield (
-            "tensorboard.output_path / job_name put the events outside the run folder, where nothing else looks for "
-            "them."
+            "tensorboard.output_path and job_name put the events outside the run folder, where Packspeed does not look "
+            "for them. Remove them."
         )
     if board.get("enabled") is False and case.run.monitor.tensorboard:
-        yield "tensorboard.enabled = false in the JSON wins over monitor.tensorboard: true in the run file: no events."
+        yield "tensorboard.enabled = false in the JSON overrides monitor.tensorboard: true in the run file: no events."
 
 
 @rule("useless", "docs/config-json: csv_monitor")
 def csv_without_a_place(case: Case) -> Iterator[str]:
-    """csv_monitor writes to ~/csv_monitor unless told where."""
+    """Without output_path, csv_monitor writes to ~/csv_monitor, for every run.
+
+    Symptom: Files of another run are overwritten.
+    Fix: set csv_monitor.output_path.
+    """
     csv = block(case.ds, "csv_monitor")
     if csv.get("enabled") is True and not csv.get("output_path"):
-        yield "csv_monitor without output_path writes to ~/csv_monitor, over the files of your other runs."
+        yield "csv_monitor without output_path writes to ~/csv_monitor and overwrites the files of other runs."

@@ -1,24 +1,35 @@
-"""Known troubles of run files: the second half of lint.py's table (importing this module fills it)."""
+"""Lint rules for the run file: learning rate, data, model and batch, checkpoints and logging.
+
+lint.py says what a rule is. The sources of the limits are papers and issue threads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from packspeed.launch.explain.rule import Case, rule
+from packspeed.launch.explain.lint import Case, rule
 
 
 # ---- the run file: the learning rate ----
 @rule("loss")
 def minimum_above_peak(case: Case) -> Iterator[str]:
-    """A decay that rises."""
+    """min_lr is larger than the peak learning rate, so the decay rises.
+
+    Symptom: The learning rate grows until the end of the run.
+    Fix: lower train.schedule.min_lr; a tenth of the peak is usual.
+    """
     low, peak = case.run.train.schedule.min_lr, case.run.train.optimizer.lr
     if low > peak and case.run.train.schedule.name != "constant":
-        yield f"train.schedule.min_lr = {low:g} is above train.optimizer.lr = {peak:g}: the rate rises to the end."
+        yield f"train.schedule.min_lr = {low:g} is above train.optimizer.lr = {peak:g}: the learning rate rises."
 
 
 @rule("loss", "DeepSpeed#7303")
 def warmup_is_most_of_the_run(case: Case) -> Iterator[str]:
-    """The peak is hardly reached."""
+    """The run hardly trains at its peak learning rate.
+
+    Symptom: The loss is worse than that of a run with less warm-up.
+    Fix: use 1% to 5% of the steps.
+    """
     warmup, total = case.run.train.schedule.warmup_steps, case.run.train.total_steps
     if total > 1 and warmup > total / 4:
         yield (
@@ -29,28 +40,40 @@ def warmup_is_most_of_the_run(case: Case) -> Iterator[str]:
 
 @rule("useless")
 def schedule_settings_unused(case: Case) -> Iterator[str]:
-    """Settings of another schedule or optimizer."""
+    """The key belongs to another schedule or optimizer.
+
+    Symptom: The setting makes no difference.
+    Fix: remove the key, or choose the schedule or optimizer that reads it.
+    """
     schedule, optimizer = case.run.train.schedule, case.run.train.optimizer
     if schedule.decay_steps is not None and schedule.name != "wsd":
-        yield f"train.schedule.decay_steps is wsd's; this is {schedule.name}."
+        yield f"train.schedule.decay_steps is only read by wsd; the schedule is {schedule.name}."
     if schedule.min_lr > 0 and schedule.name == "constant":
         yield "train.schedule.min_lr has no effect with schedule constant."
     for key in ("momentum", "muon_lr"):
         if f"train.optimizer.{key}" in case.given and optimizer.name != "muon":
-            yield f"train.optimizer.{key} is Muon's; the optimizer is {optimizer.name}."
+            yield f"train.optimizer.{key} is only read by muon; the optimizer is {optimizer.name}."
 
 
 @rule("loss")
 def decay_longer_than_the_run(case: Case) -> Iterator[str]:
-    """wsd: no stable phase is left."""
+    """With wsd the decay takes all steps after warm-up, so there is no stable phase.
+
+    Symptom: The learning rate falls from the end of warm-up.
+    Fix: lower train.schedule.decay_steps; a fifth of the run is usual.
+    """
     schedule, total = case.run.train.schedule, case.run.train.total_steps
     if schedule.name == "wsd" and (schedule.decay_steps or 0) > total - schedule.warmup_steps:
-        yield f"train.schedule.decay_steps = {schedule.decay_steps} is more than the {total} steps leave after warm-up."
+        yield f"train.schedule.decay_steps = {schedule.decay_steps} exceeds the steps after warm-up ({total} in all)."
 
 
 @rule("loss", "GPT-3, arXiv:2005.14165, table 2.1; Lion, arXiv:2302.06675")
 def unusual_learning_rate(case: Case) -> Iterator[str]:
-    """Peaks that no published run of the size used."""
+    """The value is outside the range that published runs of this size use.
+
+    Symptom: The loss diverges, or falls slowly.
+    Fix: start from 6e-4 for AdamW at 125 M parameters; use a third to a tenth of that for Lion.
+    """
     optimizer, n = case.run.train.optimizer, case.parameters or 0
     limit = 2e-3 if n > 50e6 else 2e-2
     if optimizer.name == "adamw" and optimizer.lr > limit:
@@ -63,14 +86,18 @@ def unusual_learning_rate(case: Case) -> Iterator[str]:
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
         yield f"train.optimizer.betas = {list(optimizer.betas)}: both must be at least 0 and less than 1."
     if optimizer.weight_decay > 1:
-        yield f"train.optimizer.weight_decay = {optimizer.weight_decay:g} pulls weights to zero faster than they learn."
+        yield f"train.optimizer.weight_decay = {optimizer.weight_decay:g} pulls the weights to zero. 0.1 is usual."
 
 
 @rule("loss")
 def no_clipping(case: Case) -> Iterator[str]:
-    """One bad batch moves the weights as far as it likes."""
+    """Without clipping, or with a very high limit, one bad batch moves the weights arbitrarily far.
+
+    Symptom: A loss spike from which the run recovers slowly or never.
+    Fix: set train.grad_clip: 1.0.
+    """
     if case.run.train.grad_clip == 0 and case.run.train.optimizer.name != "muon":
-        yield "train.grad_clip = 0: nothing limits the step of a bad batch. 1.0 is usual."
+        yield "train.grad_clip = 0: nothing limits the update of a bad batch. 1.0 is usual."
     elif case.run.train.grad_clip > 10:
         yield f"train.grad_clip = {case.run.train.grad_clip:g} clips nothing: gradient norms are near 1. 1.0 is usual."
 
@@ -78,7 +105,11 @@ def no_clipping(case: Case) -> Iterator[str]:
 # ---- the run file: data, model and batch ----
 @rule("loss", "Muennighoff et al., arXiv:2305.16264")
 def too_many_epochs(case: Case) -> Iterator[str]:
-    """Beyond four epochs repeated tokens are worth less and less."""
+    """Beyond four epochs, repeated tokens improve the model less and less.
+
+    Symptom: Training loss falls while validation loss rises.
+    Fix: use more data, fewer steps or a smaller model.
+    """
     if case.train_tokens:
         epochs = case.run.train.total_steps * case.run.train.global_batch_tokens / case.train_tokens
         if epochs > 4:
@@ -90,60 +121,79 @@ def too_many_epochs(case: Case) -> Iterator[str]:
 
 @rule("useless")
 def evaluation_beyond_the_data(case: Case) -> Iterator[str]:
-    """More windows than the validation split has, or an evaluation that never comes."""
+    """eval.windows exceeds the validation split, or eval.every_steps exceeds the run.
+
+    Symptom: Fewer windows or fewer evaluations than expected.
+    Fix: lower eval.windows or eval.every_steps, or prepare with a larger --val-fraction.
+    """
     section, steps = case.run.eval, case.run.train.total_steps
     if case.val_tokens is not None and section.every_steps:
-        there = max(0, (case.val_tokens - 1) // case.run.data.seq_len)
-        if section.windows > there:
+        available = max(0, (case.val_tokens - 1) // case.run.data.seq_len)
+        if section.windows > available:
             yield (
-                f"eval.windows = {section.windows}, but the validation split has {there} windows of "
+                f"eval.windows = {section.windows}, but the validation split has {available} windows of "
                 f"{case.run.data.seq_len} tokens."
             )
     if section.every_steps > steps:
         yield (
-            f"eval.every_steps = {section.every_steps} is more than the run's {steps} steps: only the last is "
-            "evaluated."
+            f"eval.every_steps = {section.every_steps} is more than the run's {steps} steps: only the last step "
+            "evaluates."
         )
 
 
 @rule("slow", "nanoGPT, model.py: vocab_size 50304")
 def uneven_vocabulary(case: Case) -> Iterator[str]:
-    """Shapes that leave tensor cores idle."""
+    """Tensor cores and fused attention need multiples of 8 and 64.
+
+    Symptom: MFU is low.
+    Fix: choose a head width divisible by 8 and a d_model divisible by 64.
+    """
     model = case.model
     if model is None or not case.on_gpu:
         return
     if model.head_width % 8:
-        yield f"heads are {model.head_width} wide, no multiple of 8: fused attention falls back to a slow kernel."
+        yield f"heads have {model.head_width} channels, not a multiple of 8: fused attention uses a slow kernel."
     if model.d_model % 64:
-        yield f"model.d_model = {model.d_model} is no multiple of 64: GEMMs run below their speed."
+        yield f"model.d_model = {model.d_model} is not a multiple of 64: matrix products run below full speed."
 
 
 @rule("useless", "packspeed: positions beyond seq_len are never trained")
 def untrained_positions(case: Case) -> Iterator[str]:
-    """A table of learned positions that the run never reads to its end."""
+    """The learned position table is longer than any sample.
+
+    Symptom: Text generated beyond data.seq_len is noise.
+    Fix: lower model.max_seq_len, raise data.seq_len, or use position: rope.
+    """
     model, length = case.model, case.run.data.seq_len
     if model is not None and model.position == "learned" and model.max_seq_len > length:
         yield (
-            f"model.max_seq_len = {model.max_seq_len}, but samples have {length} tokens: positions {length} and on "
-            "keep "
-            "their random start, and text generated there is noise. Lower it, raise data.seq_len, or position: rope."
+            f"model.max_seq_len = {model.max_seq_len}, but samples have {length} tokens: positions from {length} on "
+            "are never trained, and text generated there is noise. Lower it, raise data.seq_len, or use position: rope."
         )
 
 
 @rule("slow")
 def small_micro_batches(case: Case) -> Iterator[str]:
-    """Many small passes where few large ones would do."""
+    """Many small forward passes use the device worse than a few large ones.
+
+    Symptom: MFU is low and memory is free.
+    Fix: leave train.micro_batch at auto, or raise it.
+    """
     tokens = case.micro_batch * case.run.data.seq_len
     if case.accumulation >= 16 and tokens < 4096 and case.run.train.micro_batch != "auto":
         yield (
-            f"train.micro_batch = {case.micro_batch} makes {case.accumulation} passes of {tokens} tokens a step. "
-            "Leave it out (auto), or raise it as memory allows."
+            f"train.micro_batch = {case.micro_batch} makes {case.accumulation} passes of {tokens} tokens per step. "
+            "Remove it (auto), or raise it if memory allows."
         )
 
 
 @rule("loss")
 def dropout_in_one_epoch(case: Case) -> Iterator[str]:
-    """Dropout helps against repetition; without it it only costs."""
+    """Dropout helps against repetition. In a run that reads no token twice it only slows learning.
+
+    Symptom: The loss is higher than without dropout.
+    Fix: set model.dropout: 0.
+    """
     if case.model is not None and case.model.dropout > 0 and case.train_tokens:
         tokens = case.run.train.total_steps * case.run.train.global_batch_tokens
         if tokens <= case.train_tokens:
@@ -155,57 +205,75 @@ def dropout_in_one_epoch(case: Case) -> Iterator[str]:
 
 @rule("slow")
 def precision_of_another_time(case: Case) -> Iterator[str]:
-    """fp32 or fp16 on a GPU that has bf16."""
+    """fp32 does not use tensor cores; fp16 overflows at 65,504. bf16 has neither problem.
+
+    Symptom: The run is several times slower, or skips steps.
+    Fix: set train.precision: auto or bf16.
+    """
     if case.on_gpu and case.run.train.precision == "fp32":
         yield "train.precision: fp32 on a GPU is several times slower than bf16. Write auto or bf16."
     if case.precision == "fp16":
         yield (
-            "train.precision: fp16 overflows at 65,504 and skips steps; bf16 does not. Write auto or bf16 where "
-            "there is bf16."
+            "train.precision: fp16 overflows at 65,504 and skips steps; bf16 does not. Write auto, or bf16 if the "
+            "device has it."
         )
 
 
 # ---- the run file: saving and watching ----
 @rule("unsafe", "goodfire spd#677, #741")
 def saved_too_late(case: Case) -> Iterator[str]:
-    """A crash costs everything since the last save."""
+    """A crash loses everything since the last checkpoint.
+
+    Symptom: After a crash the run starts from the beginning.
+    Fix: lower checkpoint.every_steps.
+    """
     every, steps = case.run.checkpoint.every_steps, case.run.train.total_steps
     if every > steps:
-        yield f"checkpoint.every_steps = {every} is more than the run's {steps} steps: a crash loses all of it."
+        yield f"checkpoint.every_steps = {every} is more than the run's {steps} steps: a crash loses everything."
     elif every == 0 and steps > 1000:
-        yield f"checkpoint.every_steps = 0 saves at the end only: a crash loses up to {steps} steps."
+        yield f"checkpoint.every_steps = 0 saves only at the end: a crash loses up to {steps} steps."
 
 
 @rule("unsafe", "Megatron-LM#4378")
 def one_checkpoint(case: Case) -> Iterator[str]:
-    """Nothing to walk back to."""
+    """If the only checkpoint is damaged, there is no older one to resume from.
+
+    Symptom: A resume fails after a disk error.
+    Fix: set checkpoint.keep to 2 or more.
+    """
     section = case.run.checkpoint
     if section.keep == 1 and section.every_steps and section.keep_every_steps == 0:
         why = ", and a background write that fails is noticed late" if section.async_write else ""
-        yield (
-            f"checkpoint.keep = 1: if the newest one is damaged there is no other to walk back to{why}. Keep 2 or more."
-        )
+        yield (f"checkpoint.keep = 1: if it is damaged, there is no older one to resume from{why}. Keep 2 or more.")
 
 
 @rule("unsafe", "PaLM, arXiv:2204.02311, section 5.1")
 def nothing_to_rewind_to(case: Case) -> Iterator[str]:
-    """anomalies: rewind without scheduled checkpoints."""
+    """A rewind goes back to a scheduled checkpoint, and this run makes none before its end.
+
+    Symptom: The run stops at the first anomaly.
+    Fix: set checkpoint.every_steps to less than the number of steps, or choose skip.
+    """
     section = case.run.anomalies
     if (
         "rewind" in (section.nonfinite, section.spike)
         and not 0 < case.run.checkpoint.every_steps < case.run.train.total_steps
     ):
         yield (
-            "anomalies: rewind goes back to a scheduled checkpoint, and checkpoint.every_steps makes none before the "
+            "anomalies: rewind goes back to a scheduled checkpoint, but checkpoint.every_steps makes none before the "
             "end."
         )
 
 
 @rule("useless")
 def log_too_rarely(case: Case) -> Iterator[str]:
-    """A screen that shows two lines."""
+    """log_every_steps exceeds the number of steps.
+
+    Symptom: The console shows the first and the last step only.
+    Fix: lower monitor.log_every_steps.
+    """
     if case.run.monitor.log_every_steps > case.run.train.total_steps > 1:
         yield (
             f"monitor.log_every_steps = {case.run.monitor.log_every_steps} is more than the run's steps: only the "
-            "first and last show."
+            "first and last are shown."
         )

@@ -1,0 +1,149 @@
+"""Read the run file and the DeepSpeed JSON past their errors.
+
+Training stops at invalid files. `packspeed explain` wants all findings in one go, so each error is noted as a Finding
+of kind "refused" and the wrong value is removed or replaced by a harmless one, until the rest is valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from packspeed.launch.config.deepspeed_json import bad_values, ds_config_path, unknown_keys
+from packspeed.launch.config.deepspeed_keys import KEYS
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.loading import (
+    KeyPath,
+    apply_overrides,
+    describe_error,
+    parse_numbers,
+    parse_with_lines,
+)
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.explain.lint import Finding, block
+from packspeed.launch.run_folder.folder import flatten
+
+MAX_REPAIRS = 40
+
+REMOVED = {
+    "elasticity": "removed in DeepSpeed 0.19. Start again with other ranks instead: the checkpoint is converted.",
+    "amp": "removed in DeepSpeed 0.19. Use the run file's train.precision.",
+    "curriculum_learning": "removed in DeepSpeed 0.19. Change the mixture with data.stages.",
+    "sparse_attention": "removed in DeepSpeed 0.19.",
+    "progressive_layer_drop": "removed in DeepSpeed 0.19.",
+    "compression_training": "removed in DeepSpeed 0.19.",
+    "nebula": "removed in DeepSpeed 0.19. Use checkpoint.async_write to save in the background.",
+}
+
+
+@dataclasses.dataclass
+class WrittenRunFile:
+    """A run file as written: which keys it contains and where, before any repair."""
+
+    path: Path
+    data: dict[str, Any]  # after --set
+    lines: dict[KeyPath, int]
+    origins: dict[KeyPath, str]  # keys set on the command line, and the text of the option
+    given: dict[str, Any]  # dotted keys and values of the file and of --set
+
+    def set_by(self, key: str) -> str | None:
+        """Who wrote a dotted key: file:line or --set; None if nobody did."""
+        path = tuple(key.split("."))
+        for n in range(len(path), 0, -1):
+            if path[:n] in self.origins and (key in self.given or n == len(path)):
+                return self.origins[path[:n]]
+        return f"{self.path}:{self.lines[path]}" if path in self.lines and key in self.given else None
+
+
+def read_run_file(path: Path, overrides: Sequence[str]) -> WrittenRunFile:
+    """Read a run file without validating it. Raises ConfigError if it cannot be read or is not a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run file {path}: {error.strerror}.") from None
+    data, lines = parse_with_lines(text, path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}:1: a run file is a mapping (name: ..., model: ..., data: ..., train: ...).")
+    origins = apply_overrides(data, overrides)
+    data = parse_numbers(data)
+    return WrittenRunFile(path, data, lines, origins, flatten(data))
+
+
+def validate_leniently(written: WrittenRunFile, data: dict[str, Any], findings: list[Finding]) -> RunFile:
+    """Validate `data`, repairing it in place. Raises ConfigError if a required key cannot be repaired."""
+    for _ in range(MAX_REPAIRS):
+        try:
+            return RunFile.model_validate(data)
+        except ValidationError as error:
+            errors = error.errors()
+        for problem in errors:
+            message = describe_error(problem, written.path, written.lines, written.origins)
+            rule = "unknown-key" if problem["type"] == "extra_forbidden" else "wrong-value"
+            findings.append(Finding(rule, "refused", message))
+            if not _repair(data, tuple(problem["loc"]), str(problem["msg"])):
+                raise ConfigError("\n".join(dict.fromkeys(finding.message for finding in findings)))
+    raise ConfigError("\n".join(dict.fromkeys(finding.message for finding in findings)))
+
+
+def _repair(data: dict[str, Any], path: KeyPath, message: str) -> bool:
+    """Remove or replace a wrong value. Returns whether that was possible."""
+    train, source = data.get("train", {}), data.get("data", {})
+    if "warmup_steps" in message and isinstance(train, dict):
+        train.setdefault("schedule", {})["warmup_steps"] = 0
+        return True
+    if "global_batch_tokens" in message and isinstance(train, dict):
+        length = int(source["seq_len"])
+        train["global_batch_tokens"] = max(length, int(train["global_batch_tokens"]) // length * length)
+        return True
+    if "exactly one of" in message:
+        section, key = (train, "tokens") if "train" in message else (source, "sources")
+        section.pop(key, None)
+        return any(key in section for key in ("steps", "path"))
+    return _remove(data, path)
+
+
+def _remove(data: dict[str, Any], path: KeyPath) -> bool:
+    """Remove the deepest existing key of `path`. Returns False if that would be a required section."""
+    node: Any = data
+    parent: dict[str | int, Any] | None = None
+    last_key: str | int = ""
+    for key in path:
+        if not isinstance(node, dict) or key not in node:
+            break
+        parent, last_key, node = node, key, node[key]
+    if parent is None or (parent is data and last_key in ("model", "data", "train", "name")):
+        return False
+    del parent[last_key]
+    return True
+
+
+def read_deepspeed_json(name: str, findings: list[Finding]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """A DeepSpeed JSON without the keys that DeepSpeed would ignore, and its lines. Errors become findings."""
+    path = ds_config_path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        _, lines = parse_with_lines(text.replace("\t", " "), path)
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}:1: a DeepSpeed configuration is a JSON object.")
+    except (OSError, ValueError, ConfigError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        findings.append(Finding("unreadable-json", "refused", f"deepspeed: {path}: {reason}"))
+        return {}, {}
+    for key, message in list(unknown_keys(data, KEYS, ())):
+        rule, reason = "unknown-key", message
+        if key[0] in REMOVED:
+            rule, reason = "removed-key", f"{'.'.join(key)}: {REMOVED[key[0]]}"
+        place = f"{path}:{lines.get(key, 1)}"
+        findings.append(Finding(rule, "refused", f"{place}: {reason}", "DeepSpeed#653, #774, #1809"))
+        _remove(data, key)
+    for key, message in list(bad_values(data)):
+        findings.append(Finding("bad-value", "refused", f"{path}:{lines.get(key, 1)}: {message}", "FAI-RL#72"))
+    if not isinstance(block(data, "zero_optimization").get("stage", 0), int):
+        data["zero_optimization"].pop("stage")
+    return data, lines

@@ -1,0 +1,121 @@
+"""What a lint rule is: a function that looks at a run and yields a message for everything it finds.
+
+    @rule("loss", "DeepSpeed#1800")                       # kind and source; the function's name is the rule's id
+    def fixed_loss_scale(case: Case) -> Iterator[str]:
+        \"\"\"A static loss scale does not follow the gradients.    <- why
+        Symptom: ...                                              <- what the user sees
+        Fix: ...                                                  <- what to do
+        \"\"\"
+        if ...:
+            yield "what, where, and what to do"
+
+The rules are in deepspeed_rules.py and run_rules.py; importing those modules fills RULES. `packspeed explain` runs all
+of them, and docs/troubleshooting.md is generated from their docstrings. Rules read plain dicts and must not raise: a
+value of the wrong type is reported by the loaders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from packspeed.launch.config.run_file import RunFile
+from packspeed.model.config import GPTConfig, num_parameters
+
+KINDS = {
+    "refused": "training does not start",
+    "loss": "the setting can change the loss or the weights",
+    "unsafe": "work can be lost",
+    "memory": "the setting wastes memory",
+    "slow": "the setting costs speed",
+    "useless": "the setting has no effect",
+}  # in the order in which findings are printed
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One result of a rule or of a loader. The message starts with file and line if they are known."""
+
+    rule: str
+    kind: str
+    message: str
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What the rules look at: a run, resolved for a number of ranks."""
+
+    run: RunFile
+    given: dict[str, Any]  # the keys that the run file and --set contain, dotted
+    ds: dict[str, Any]  # the DeepSpeed JSON as written
+    precision: str
+    ranks: int
+    accumulation: int
+    micro_batch: int  # samples
+    on_gpu: bool
+    model: GPTConfig | None = None  # None if the run file's model is invalid
+    train_tokens: int | None = None  # None if the dataset is not here, as for the next
+    val_tokens: int | None = None
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The zero_optimization block."""
+        return block(self.ds, "zero_optimization")
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage; 0 if it is not a number."""
+        stage = self.zero.get("stage", 0)
+        return stage if isinstance(stage, int) else 0
+
+    @property
+    def parameters(self) -> int | None:
+        """Number of parameters of the model."""
+        return None if self.model is None else num_parameters(self.model)
+
+
+def block(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """The block at `key`; empty if it is missing or not a block."""
+    value = tree.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def device(case: Case, key: str) -> str:
+    """The device of offload_optimizer or offload_param: none, cpu or nvme."""
+    return str(block(case.zero, key).get("device", "none"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A check and its row in docs/troubleshooting.md. `source` names an issue, a paper or a page."""
+
+    name: str
+    kind: str
+    check: Callable[[Case], Iterator[str]]
+    source: str
+    why: str
+    symptom: str
+    fix: str
+
+
+RULES: list[Rule] = []
+
+
+def rule(kind: str, source: str = "") -> Callable[[Callable[[Case], Iterator[str]]], Callable[[Case], Iterator[str]]]:
+    """Add a check to RULES. Its name is the function's, its description the docstring: why, Symptom:, Fix:."""
+
+    def register(check: Callable[[Case], Iterator[str]]) -> Callable[[Case], Iterator[str]]:
+        text = " ".join((inspect.getdoc(check) or "").split())
+        why, _, rest = text.partition(" Symptom: ")
+        symptom, _, fix = rest.partition(" Fix: ")
+        if not fix:
+            raise TypeError(f"{check.__name__}: a rule's docstring says why, Symptom: and Fix:")
+        RULES.append(Rule(check.__name__.replace("_", "-"), kind, check, source, why, symptom, fix))
+        return check
+
+    return register

@@ -1,0 +1,120 @@
+"""Every effective setting of a run, its default and who set it.
+
+Who set a value: default, preset NAME, file:line, --set KEY=VALUE, dataset, or solved (from the ranks and the device).
+DEFAULTS and OTHER_DEFAULTS are DeepSpeed 0.19.8's; tests/test_explain.py compares them with the installed version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from packspeed.launch.config.batch import BatchPlan
+from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
+from packspeed.launch.config.loading import KeyPath
+from packspeed.launch.config.run_file import RunFile, Section
+from packspeed.launch.explain.lenient import WrittenRunFile
+from packspeed.launch.run_folder.folder import flatten
+from packspeed.model.config import PRESETS, GPTConfig
+
+# What DeepSpeed uses for the keys of zero_optimization that a JSON omits.
+DEFAULTS: dict[str, Any] = {
+    "stage": 0, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": 500_000_000,
+    "allgather_partitions": True, "allgather_bucket_size": 500_000_000, "round_robin_gradients": False,
+    "sub_group_size": 1_000_000_000, "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000, "stage3_gather_16bit_weights_on_model_save": False,
+    "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False,
+}  # fmt: skip
+
+# The same for keys at the top level.
+OTHER_DEFAULTS: dict[str, Any] = {
+    "gradient_clipping": 1.0, "prescale_gradients": False, "gradient_predivide_factor": 1.0, "steps_per_print": None,
+    "wall_clock_breakdown": False, "memory_breakdown": False, "zero_allow_untested_optimizer": False,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """One effective setting."""
+
+    key: str
+    value: Any
+    default: Any
+    set_by: str
+
+
+def run_file_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None, has_dataset: bool) -> list[Value]:
+    """Every key of the run file, in the order of the schema."""
+    values: list[Value] = []
+
+    def walk(section: Section, prefix: str) -> None:
+        for name, field in type(section).model_fields.items():
+            value, key = getattr(section, name), prefix + name
+            if key == "model":
+                values.extend(_model_values(run, written, model, has_dataset))
+            elif isinstance(value, Section):
+                walk(value, f"{key}.")
+            else:
+                default = None if field.is_required() else field.get_default(call_default_factory=True)
+                values.append(Value(key, _plain(value), _plain(default), written.set_by(key) or "default"))
+
+    walk(run, "")
+    return values
+
+
+def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None, has_dataset: bool) -> list[Value]:
+    preset = run.model.preset  # type: ignore[attr-defined]
+    values = [Value("model.preset", preset, None, written.set_by("model.preset") or "default")]
+    solved = {
+        "vocab_size": "dataset" if has_dataset else "unknown: no dataset here",
+        "max_seq_len": "solved: data.seq_len",
+    }
+    for field in dataclasses.fields(GPTConfig) if model else ():
+        default = None if field.default is dataclasses.MISSING else field.default
+        inherited = f"preset {preset}" if preset and field.name in PRESETS.get(preset, {}) else None
+        by = written.set_by(f"model.{field.name}") or inherited or solved.get(field.name) or "default"
+        values.append(Value(f"model.{field.name}", getattr(model, field.name), default, by))
+    return values
+
+
+def solved_values(run: RunFile, plan: BatchPlan, precision: str, why: str, ranks: int) -> list[Value]:
+    """What follows from the run file, the number of ranks and the device."""
+    division = (
+        f"solved: {run.global_batch} samples = {plan.micro_batch} x {plan.accumulation} accumulated x {ranks} ranks"
+    )
+    return [
+        Value("(solved) precision", precision, "auto", why),
+        Value("(solved) micro batch", plan.micro_batch, "auto", division),
+        Value("(solved) accumulation", plan.accumulation, None, division),
+        Value("(solved) total steps", run.train.total_steps, None, "train.steps or train.tokens"),
+    ]
+
+
+def deepspeed_values(
+    run: RunFile, raw: dict[str, Any], final: dict[str, Any], lines: dict[KeyPath, int]
+) -> list[Value]:
+    """The configuration that the engine gets, and the defaults that DeepSpeed adds to its zero_optimization block."""
+    path, stage = ds_config_path(run.deepspeed), zero_stage(raw)
+    flat, written = flatten(final), flatten(raw)
+    values = []
+    for key, value in flat.items():
+        name = key.removeprefix("zero_optimization.")
+        default = DEFAULTS.get(name) if name != key else OTHER_DEFAULTS.get(key)
+        from_json = key in written and written[key] == value
+        line = lines.get(tuple(key.split(".")))
+        values.append(Value(key, value, default, f"{path}:{line}" if from_json and line else "run file (solved)"))
+    for name, value in DEFAULTS.items():
+        only_stage3 = name.startswith(("stage3_", "zero_", "sub_"))
+        if f"zero_optimization.{name}" not in flat and (stage == 3 or not only_stage3):
+            values.append(Value(f"zero_optimization.{name}", value, value, "DeepSpeed's default"))
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Sections as dicts, at any depth, for JSON."""
+    if isinstance(value, Section):
+        return value.model_dump(mode="json")
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
