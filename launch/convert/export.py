@@ -3,11 +3,11 @@
     DIR/model.safetensors            or model-00001-of-00004.safetensors ... and model.safetensors.index.json
     DIR/config.json, generation_config.json
     DIR/tokenizer.json, tokenizer_config.json
-    DIR/README.md, training_curve.svg        the model card (card.py)
+    DIR/README.md, training_curve.svg        the model card (model_card.py)
 
-One parameter is read at a time and written to its place in its file: memory stays near the largest parameter, however
-large the model is. The padding rows of the vocabulary are cut. The folder appears by a rename, whole or not at all.
-Format: https://github.com/huggingface/safetensors. Cost: one read of the checkpoint to verify it, one to convert it.
+One parameter is read at a time and written at its offset in its file, so memory stays near the size of the largest
+parameter. The padding rows of the vocabulary are cut. A rename makes the folder appear, complete or not at all.
+Format: https://github.com/huggingface/safetensors. Cost: the checkpoint is read twice, to verify and to convert it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,20 @@ from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.convert.model_card import write_card
-from packspeed.launch.inference.generate import find_checkpoint, tokenizer_of
+from packspeed.launch.inference.load_model import find_checkpoint, find_tokenizer
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import gpt_without_weights
 from packspeed.model.hf import weight_table, zero_biases
 from packspeed.model.hf_config import to_hf_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors files
-
 
 SHARD_BYTES = 2 * 10**9
 
 
 def export_hf(
-    place: Path,
+    run: Path,
     out: Path,
     *,
     dtype: str = "fp32",
@@ -51,25 +48,27 @@ def export_hf(
 ) -> dict[str, Any]:
     """Export a run's newest checkpoint, or that of `step`, into a new folder; returns what was written.
 
-    ConfigError where transformers has no such model or the folder is in use, UserError for damaged checkpoints.
+    Raises ConfigError if transformers has no such model or the folder is in use, UserError for damaged checkpoints.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is in use: name a folder that does not exist yet.")
-    checkpoint = find_checkpoint(place, step)
+    checkpoint = find_checkpoint(run, step)
     manifest = read_manifest(checkpoint)
     config = GPTConfig(**manifest["config"]["model"])
-    known = tokenizer_of(manifest["config"], checkpoint, tokenizer)
+    trained_tokenizer = find_tokenizer(manifest["config"], checkpoint, tokenizer)
     try:
-        hf_config = to_hf_config(config, known.eot_id, str(DTYPES[dtype]).removeprefix("torch."))
+        hf_config = to_hf_config(config, trained_tokenizer.eot_id, str(DTYPES[dtype]).removeprefix("torch."))
     except ValueError as error:
         raise ConfigError(f"{checkpoint}: {error}") from None
-    if known.vocab_size > config.vocab_size:
+    if trained_tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"{checkpoint}: the model has {config.vocab_size} tokens and tokenizer {known.name} has "
-            f"{known.vocab_size}. Name the one it was trained with: --tokenizer FILE."
+            f"{checkpoint}: the model has {config.vocab_size} tokens and tokenizer {trained_tokenizer.name} has "
+            f"{trained_tokenizer.vocab_size}. Name the tokenizer that it was trained with: --tokenizer FILE."
         )
+
+    # All files are written to a temporary folder, which a rename publishes.
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -79,10 +78,10 @@ def export_hf(
             shards.write(name, tensor)
         if shards.missing:
             raise UserError(f"{checkpoint}: {', '.join(shards.missing[:5])} is missing in it.")
-        content, eot = tokenizer_json(known)
+        content, eot = tokenizer_json(trained_tokenizer)
         (temporary / "tokenizer.json").write_bytes(content)
-        for name, each in _small_files(hf_config, config, eot).items():
-            (temporary / name).write_text(json.dumps(each, indent=2) + "\n", encoding="utf-8")
+        for name, settings in _json_files(hf_config, config, eot).items():
+            (temporary / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         write_card(temporary, out.name, checkpoint, manifest, config)
         if out.exists():
             out.rmdir()
@@ -102,15 +101,15 @@ def export_hf(
 
 
 def hf_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor that transformers wants; tied heads once."""
+    """Name and shape of every tensor that transformers loads. A tied lm_head is not among them."""
     ours = gpt_without_weights(config).state_dict()
     table = [w for w in weight_table(config) if not (config.tie_embeddings and w.ours == "lm_head.weight")]
-    shapes = {name: part.shape for weight in table for name, part in weight.split(ours[weight.ours])}
+    shapes = {name: tensor.shape for weight in table for name, tensor in weight.split(ours[weight.ours])}
     return shapes | {name: torch.Size([size]) for name, size in zero_biases(config).items()}
 
 
 def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and fp32 tensors as transformers wants them, one parameter in memory at a time; tied heads once."""
+    """Yield names and fp32 tensors as transformers loads them, one of our parameters in memory at a time."""
     table = {weight.ours: weight for weight in weight_table(config)}
     for name, states in full_tensors(checkpoint, ("fp32",)):
         if name not in table:
@@ -121,54 +120,56 @@ def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch
 
 
 class Shards:
-    """Safetensors files of at most `shard_bytes` each (a larger tensor has one of its own), and their index.
+    """Safetensors files of at most `shard_bytes` each, and their index; a larger tensor gets a file of its own.
 
-    What goes where is settled by the tensors' shapes, so each is written to its place when it comes and none waits.
+    The shapes decide where each tensor is in which file. Headers are written first, then tensors in any order, each
+    at its offset, so that none has to be kept in memory.
     """
 
     def __init__(self, folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, shard_bytes: int) -> None:
         self.dtype = dtype
-        layout = [Layout()]
+        layouts = [Layout()]
         for name, shape in shapes.items():
             size = shape.numel() * dtype.itemsize
-            if layout[-1] and layout[-1].end + size > shard_bytes:
-                layout.append(Layout())
-            layout[-1][name] = shape, layout[-1].end, layout[-1].end + size
-        self.total_bytes = sum(each.end for each in layout)
-        count = len(layout)
+            if layouts[-1] and layouts[-1].end + size > shard_bytes:
+                layouts.append(Layout())
+            layouts[-1][name] = shape, layouts[-1].end, layouts[-1].end + size
+        self.total_bytes = sum(layout.end for layout in layouts)
+        count = len(layouts)
         numbered = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         self.names = numbered if count > 1 else ["model.safetensors"]
-        self._places: dict[str, tuple[Path, int, torch.Size]] = {}
-        for file, each in zip(self.names, layout, strict=True):
-            header = each.header(DTYPE_NAMES[dtype])
+        self._unwritten: dict[str, tuple[Path, int, torch.Size]] = {}  # tensor -> file, offset, shape
+        for file, layout in zip(self.names, layouts, strict=True):
+            header = layout.header(DTYPE_NAMES[dtype])
             (folder / file).write_bytes(header)
-            self._places |= {name: (folder / file, len(header) + at, shape) for name, (shape, at, _) in each.items()}
+            for name, (shape, begin, _) in layout.items():
+                self._unwritten[name] = folder / file, len(header) + begin, shape
         if count > 1:
-            where = {name: path.name for name, (path, _, _) in sorted(self._places.items())}
-            text = json.dumps({"metadata": {"total_size": self.total_bytes}, "weight_map": where}, indent=2) + "\n"
+            file_of = {name: path.name for name, (path, _, _) in sorted(self._unwritten.items())}
+            text = json.dumps({"metadata": {"total_size": self.total_bytes}, "weight_map": file_of}, indent=2) + "\n"
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor, of any precision, to its place. KeyError where it has none."""
-        path, at, shape = self._places.pop(name)
+        """Write a tensor, converted to the export's precision. KeyError if it is unknown or already written."""
+        path, offset, shape = self._unwritten.pop(name)
         if tensor.shape != shape:
             raise UserError(f"{name} is {list(tensor.shape)} in the checkpoint, and {list(shape)} by its config.")
         with path.open("r+b") as file:
-            file.seek(at)
+            file.seek(offset)
             file.write(tensor.to(self.dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
 
     @property
     def missing(self) -> list[str]:
-        """Names of the tensors that have not come."""
-        return list(self._places)
+        """Names of the tensors that were not written yet."""
+        return list(self._unwritten)
 
 
 class Layout(dict[str, tuple[torch.Size, int, int]]):
-    """One safetensors file: tensor -> shape and where its bytes are, from and to, without gaps."""
+    """The tensors of one safetensors file: name -> (shape, begin, end), in bytes after the header and without gaps."""
 
     @property
     def end(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors together."""
         return next(reversed(self.values()))[2] if self else 0
 
     def header(self, dtype: str) -> bytes:
@@ -182,7 +183,7 @@ class Layout(dict[str, tuple[torch.Size, int, int]]):
         return len(text).to_bytes(8, "little") + text
 
 
-def _small_files(hf_config: dict[str, Any], config: GPTConfig, eot: str) -> dict[str, dict[str, Any]]:
+def _json_files(hf_config: dict[str, Any], config: GPTConfig, eot: str) -> dict[str, dict[str, Any]]:
     ids = {"bos_token_id": hf_config["bos_token_id"], "eos_token_id": hf_config["eos_token_id"]}
     return {
         "config.json": hf_config,

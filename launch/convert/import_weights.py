@@ -1,12 +1,12 @@
-"""`packspeed import hf|nanogpt`: another project's weights become a run at step 0, for `packspeed train`.
+"""`packspeed import hf|nanogpt`: another project's weights become a run at step 0, which `packspeed train` continues.
 
-    OUT/checkpoints/step-00000000/packspeed.json, universal/     fp32 weights, no optimizer state (elastic.py)
-    OUT/run.yaml                                                 the run file to go on with
-    OUT/tokenizer/tokenizer.json                                 where the source had one
+    OUT/checkpoints/step-00000000/packspeed.json, universal/     fp32 weights without optimizer state (reshard.py)
+    OUT/run.yaml                                                 a run file that continues from them
+    OUT/tokenizer/tokenizer.json                                 if the source has one
 
-hf takes GPT-2, Llama and Qwen3 folders (config.json, safetensors in one file or many); nanogpt takes its ckpt.pt, read
-with weights_only: nothing in it can run. One parameter is in memory at a time (hf), and the folder appears by a
-rename. What our model cannot compute is refused by name.
+hf reads GPT-2, Llama and Qwen3 folders (config.json, safetensors in one file or several), one parameter in memory at a
+time. nanogpt reads a ckpt.pt with weights_only, so no code in it can run. A rename makes the folder appear, complete or
+not at all. Models with features that ours does not have are refused; the error names the feature.
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ from safetensors.torch import save_file
 
 from packspeed.data.errors import DataError
 from packspeed.data.storage.atomic import sync, write_file
-from packspeed.data.storage.hashing import hash_file
+from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.data.text.tokenizer import load_tokenizer
 from packspeed.launch.checkpoint import reshard
-from packspeed.launch.checkpoint.manifest import FORMAT_VERSION, MANIFEST, UNIVERSAL, step_folder
+from packspeed.launch.checkpoint.manifest import FORMAT_VERSION, MANIFEST, UNIVERSAL, Manifest, step_folder
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.run_folder.folder import git_commit, versions
 from packspeed.model.config import GPTConfig, num_parameters
 from packspeed.model.hf import canonical_names, weight_table
 from packspeed.model.hf_config import from_hf_config
 
-Get = Callable[[str], torch.Tensor]
-
+GetTensor = Callable[[str], torch.Tensor]  # of the source, by our name for it
 
 RUN_FILE = "run.yaml"
 
 
 def import_hf(source: Path, out: Path, data: str | None = None) -> dict[str, Any]:
-    """Import a folder that transformers' save_pretrained wrote. ConfigError for models we cannot compute."""
+    """Import a folder written by transformers' save_pretrained. ConfigError if our model lacks one of its features."""
     try:
         raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config = from_hf_config(raw)
@@ -67,10 +66,10 @@ def import_hf(source: Path, out: Path, data: str | None = None) -> dict[str, Any
                 raise ConfigError(f"{path}: {names[name]} is {tensor.dtype}: quantized weights cannot be trained on.")
             return tensor.float()
 
-        return _write(source, out, data, config, _joined(config, get), tokenizer, notes)
+        return _write_run(source, out, data, config, _our_parameters(config, get), tokenizer, notes)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> Any:  # safetensors has no types
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
@@ -86,12 +85,12 @@ def _shards(source: Path) -> list[Path]:
     index = source / "model.safetensors.index.json"
     if index.is_file():
         try:
-            found = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
             raise UserError(f"{index}: not the index of a sharded model. Copy it again.") from None
-        if any(Path(name).name != name for name in found):
+        if any(Path(name).name != name for name in files):
             raise UserError(f"{index} names files outside its folder.")
-        return [source / name for name in found]
+        return [source / name for name in files]
     single = source / "model.safetensors"
     if not single.is_file():
         raise ConfigError(
@@ -101,21 +100,22 @@ def _shards(source: Path) -> list[Path]:
     return [single]
 
 
-def _joined(config: GPTConfig, get: Get) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our parameters, tied ones once."""
+def _our_parameters(config: GPTConfig, get: GetTensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield our parameters, each made of one or more tensors of the source. A tied lm_head is left out."""
     for weight in weight_table(config):
         if not (config.tie_embeddings and weight.ours == "lm_head.weight"):
             yield weight.ours, weight.join(get, config)
 
 
 def _tokenizer(source: Path) -> tuple[bytes | None, list[str]]:
+    """Return (content of tokenizer.json, notes for the user); None if there is none that we can use."""
     path = source / "tokenizer.json"
     if not path.is_file():
         return None, ["there is no tokenizer.json: prepare the data with the tokenizer that the model was trained with"]
     try:
         load_tokenizer(str(path))
     except DataError as error:
-        return None, [f"its tokenizer.json is not taken over: {error}"]
+        return None, [f"its tokenizer.json was not imported: {error}"]
     return path.read_bytes(), []
 
 
@@ -137,19 +137,19 @@ def import_nanogpt(source: Path, out: Path, data: str | None = None) -> dict[str
         raise ConfigError(f"{source}: {error.strerror or error}") from None
     except Exception as error:  # torch raises UnpicklingError, RuntimeError by kind of damage
         raise UserError(f"{source}: cannot be read as nanoGPT's ckpt.pt: {str(error).splitlines()[0]}") from None
-    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # of torch.compile
+    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # added by torch.compile
     try:
         names = canonical_names(weights, config)
         plain = [weight._replace(transposed=False) for weight in weight_table(config)]  # Linear, not Conv1D
         tensors = ((w.ours, w.join(lambda name: weights[names[name]].float(), config)) for w in plain)
         notes = ["nanoGPT stores no tokenizer: prepare the data with the one the model was trained with"]
         untied = ((name, tensor) for name, tensor in tensors if name != "lm_head.weight")
-        return _write(source, out, data, config, untied, None, notes)
+        return _write_run(source, out, data, config, untied, None, notes)
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _write(
+def _write_run(
     source: Path,
     out: Path,
     data: str | None,
@@ -198,18 +198,29 @@ def _write(
 def _write_checkpoint(
     checkpoint: Path, source: Path, config: GPTConfig, tensors: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """The universal folder, whose files packspeed.json lists too: there is nothing else to make them from again."""
-    folder, files = checkpoint / UNIVERSAL, dict[str, Any]()
+    """Write a checkpoint that has a resharded folder only.
+
+    In checkpoints of training that folder is a copy, and not in packspeed.json. Here the manifest lists its files,
+    because they cannot be made again.
+    """
+    folder = checkpoint / UNIVERSAL
+    files: dict[str, FileHash] = {}
     for name, tensor in tensors:
         path = folder / f"{name}.safetensors"
         save_file({"fp32": tensor.contiguous()}, path)
         sync(path)
         files[path.name] = hash_file(path)
-    info = {"format_version": reshard.FORMAT_VERSION, "step": 0, "optimizer_step": 0, "loss_scaler": {}, "files": files}
-    write_file(folder / MANIFEST, json.dumps(info, indent=1))
-    listed = {f"{UNIVERSAL}/{name}": known for name, known in files.items()}
+    resharded: reshard.ReshardedManifest = {
+        "format_version": reshard.FORMAT_VERSION,
+        "step": 0,
+        "optimizer_step": 0,
+        "loss_scaler": {},
+        "files": files,
+    }
+    write_file(folder / MANIFEST, json.dumps(resharded, indent=1))
+    listed = {f"{UNIVERSAL}/{name}": file_hash for name, file_hash in files.items()}
     listed[f"{UNIVERSAL}/{MANIFEST}"] = hash_file(folder / MANIFEST)
-    manifest = {
+    manifest: Manifest = {
         "format_version": FORMAT_VERSION,
         "step": 0,
         "imported": {
@@ -221,8 +232,9 @@ def _write_checkpoint(
         "versions": versions(),
         "commit": git_commit(),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "files": listed,
     }
-    write_file(checkpoint / MANIFEST, json.dumps({**manifest, "files": listed}, indent=1))
+    write_file(checkpoint / MANIFEST, json.dumps(manifest, indent=1))
     sync(checkpoint.parent)
 
 
@@ -231,18 +243,18 @@ def _model_section(config: GPTConfig) -> dict[str, Any]:
 
 
 def _run_file(out: Path, config: GPTConfig, data: str | None, has_tokenizer: bool) -> str:
-    """A run file that goes on from the import: whole, but for the dataset where none was named."""
-    place = out.resolve()
+    """Return a run file that continues from the import. It is ready to use if `data` names a dataset."""
+    folder = out.resolve()
     seq_len = min(config.max_seq_len, 1024)
-    tokenizer = place / "tokenizer" / "tokenizer.json" if has_tokenizer else "the model's own"
+    tokenizer = folder / "tokenizer" / "tokenizer.json" if has_tokenizer else "the model's own"
     head = (
-        f"# Goes on from the imported weights in {place}. Set the length, the batch and the learning rate.\n"
-        "# Do not train it with --fresh: that moves the imported weights aside too.\n"
-        f"# The data must be tokenized as the model's was: packspeed prepare ... --tokenizer {tokenizer}\n"
+        f"# Continues from the imported weights in {folder}. Set the length, the batch and the learning rate.\n"
+        "# Do not use --fresh: it moves the imported weights aside too.\n"
+        f"# The data must have the model's tokenizer: packspeed prepare ... --tokenizer {tokenizer}\n"
     )
     run = {
-        "name": place.name,
-        "runs_dir": str(place.parent),
+        "name": folder.name,
+        "runs_dir": str(folder.parent),
         "model": _model_section(config),
         "data": {"path": str(Path(data).resolve()) if data and "://" not in data else data or "tokens/FILL-ME-IN"},
         "train": {

@@ -1,7 +1,7 @@
 """The model card of an exported model: README.md with data, tokens, curve, commit and config, and the curve as SVG.
 
-Everything in it is read from the checkpoint's manifest, the run folder and the dataset's manifest; what is no longer
-there is left out. Hugging Face's format: https://huggingface.co/docs/hub/model-cards.
+All facts come from the checkpoint's manifest, the run folder and the dataset's manifest; what no longer exists is left
+out. Hugging Face's format: https://huggingface.co/docs/hub/model-cards.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from packspeed.data.storage.manifest import load_manifest
 from packspeed.launch.checkpoint.manifest import Manifest
 from packspeed.model.config import GPTConfig, num_parameters
 
-ROWS = 20  # of the table of losses
-
-
+ROWS = 20  # of the table of losses, at most
 CURVE = "training_curve.svg"
 
-
-Points = list[tuple[int, float]]
+Points = list[tuple[int, float]]  # (step, loss)
 
 
 def write_card(folder: Path, name: str, checkpoint: Path, manifest: Manifest, config: GPTConfig) -> None:
-    """Write README.md and, where there is a curve, its picture."""
+    """Write README.md and, if the run folder has metrics, the picture of the curve."""
     train, valid = curve(checkpoint.resolve().parents[1] / "metrics.jsonl", manifest["step"])
     sections = [_head(name, manifest, config), _use(), _data(manifest), _tokenizer_note()]
     if train:
@@ -37,14 +34,14 @@ def write_card(folder: Path, name: str, checkpoint: Path, manifest: Manifest, co
 
 
 def curve(metrics: Path, until: int) -> tuple[Points, Points]:
-    """(step, training loss) and (step, validation loss) of a run until a step, from metrics.jsonl."""
+    """Training and validation losses of a run up to step `until`, from metrics.jsonl; empty without that file."""
     train: Points = []
     valid: Points = []
     text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
     for line in text.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # torn by a crash
+        except ValueError:  # cut off by a crash
             continue
         if record.get("step", until + 1) <= until:
             for points, key in ((train, "loss"), (valid, "val_loss")):
@@ -87,13 +84,13 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=Tru
 
 def _data(manifest: Manifest) -> str:
     lines = ["## Training data\n"]
-    for each in manifest.get("datasets") or []:
-        tokens = sum(shard[1] for shard in each["shards"])
-        made = f"tokenizer {each['tokenizer'][0]}, fingerprint `{each['fingerprint']}`"
-        lines.append(f"- `{each['path']}`: {tokens:,} tokens, {made}")
+    for dataset in manifest.get("datasets") or []:
+        tokens = sum(shard[1] for shard in dataset["shards"])
+        made = f"tokenizer {dataset['tokenizer'][0]}, fingerprint `{dataset['fingerprint']}`"
+        lines.append(f"- `{dataset['path']}`: {tokens:,} tokens, {made}")
         try:
-            source = load_manifest(each["path"]).source
-        except (DataError, OSError):  # behind a URL, or gone
+            source = load_manifest(dataset["path"]).source
+        except (DataError, OSError):  # at a URL, or deleted
             continue
         names = ", ".join(f"`{name}`" for name in source.names[:10]) + (" ..." if len(source.names) > 10 else "")
         lines.append(f"  from {names}: {source.documents:,} documents, {source.text_bytes:,} bytes of text")
@@ -124,7 +121,7 @@ def _curve_section(train: Points, valid: Points) -> str:
 
 
 def curve_svg(train: Points, valid: Points) -> str:
-    """Both curves as an SVG of 640 x 320; thinned out to 1,000 points."""
+    """Both curves as an SVG of 640 x 320 pixels, with at most about 2,000 points of the training loss."""
     train = train[:: max(1, len(train) // 1000)]
     steps, losses = [s for s, _ in train + valid], [v for _, v in train + valid]
     low, high, last = min(losses), max(losses), max(steps)
