@@ -28,7 +28,7 @@ from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.convert.export import export_hf
 from packspeed.launch.convert.import_weights import import_hf, import_nanogpt
-from packspeed.launch.inference.generate import find_checkpoint, load_model
+from packspeed.launch.inference.load_model import find_checkpoint, load_model
 from support.commands import runs_cli
 from support.ranks import run_many
 from support.workspace import Workspace, text_of_python

@@ -243,13 +243,15 @@ def test_the_learning_rate_is_the_schedule(workspace: Workspace, trained: dict[s
 
 
 def test_generate_reads_every_stage(workspace: Workspace, trained: dict[str, list[str]]) -> None:
-    from packspeed.launch.inference.generate import generate_text
+    from packspeed.launch.inference.generate import SamplingSettings, TextGenerator
 
-    texts = {
-        generate_text(workspace.folder / "runs" / f"{stage}-fp32", "def ", 20, 0.8, 50, 1.0, 7, None)["text"]
-        for stage in STAGES
-    }
+    settings = SamplingSettings(max_new_tokens=20, top_k=50, seed=7)
+    texts = set()
+    for stage in STAGES:
+        (continuation,) = TextGenerator(workspace.folder / "runs" / f"{stage}-fp32").generate(["def "], settings)
+        texts.add(continuation.text)
     assert len(texts) == 1, "the same weights and seed give the same text"
     pieces: list[str] = []
-    result = generate_text(workspace.folder / "runs" / "zero1-bf16", "def ", 20, 0.8, 50, 1.0, 7, pieces.append)
-    assert "".join(pieces) == "def " + result["text"]
+    generator = TextGenerator(workspace.folder / "runs" / "zero1-bf16")
+    (continuation,) = generator.generate(["def "], settings, on_text=pieces.append)
+    assert "".join(pieces) == continuation.text

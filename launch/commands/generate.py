@@ -48,26 +48,31 @@ def generate(
         raise ConfigError(
             "--top-p 0 leaves no token to choose: give a number above 0, or --temperature 0 for the most likely token."
         )
-    from packspeed.launch.inference.generate import Sampling, Writer, converse, write_many
+    from packspeed.launch.inference.generate import SamplingSettings, TextGenerator, generate_all, run_dialog
 
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    writer = Writer(run, checkpoint, tokenizer)
+    settings = SamplingSettings(max_new_tokens, temperature, top_k, top_p, seed)
+    generator = TextGenerator(run, checkpoint, tokenizer)
     if interactive:
         print("Type the beginning of a text. Ctrl-C stops a continuation, Ctrl-D quits.", file=sys.stderr)
-        converse(writer, sampling, lambda: input("> "), _print_piece)
+        run_dialog(generator, settings, lambda: input("> "), _print_piece)
         return
     if len(prompts) * num_samples == 1:
         if not json_output:
             _print_piece(prompts[0])
-        (text,) = writer.write(prompts, sampling, say=None if json_output else _print_piece)
-        facts = {"checkpoint": str(writer.checkpoint), "prompt": text.prompt, "text": text.text, "tokens": text.tokens}
+        (result,) = generator.generate(prompts, settings, on_text=None if json_output else _print_piece)
+        facts = {
+            "checkpoint": str(generator.checkpoint),
+            "prompt": result.prompt,
+            "text": result.text,
+            "tokens": result.tokens,
+        }
         print(json.dumps(facts) if json_output else "")
         return
-    result = write_many(writer, prompts, sampling, num_samples)
+    results = generate_all(generator, prompts, settings, num_samples)
     if json_output:
-        print(json.dumps(result))
+        print(json.dumps(results))
         return
-    for sample in result["samples"]:
+    for sample in results["samples"]:
         print(f"{sample['prompt']}{sample['text']}\n{'-' * 40}", flush=True)
 
 

@@ -17,7 +17,7 @@ def reshard(run: RunOrCheckpoint, json_output: Json = False) -> None:
     A layout is the number of ranks, the ZeRO stage and the precision. Without this command the resume converts it.
     """
     from packspeed.launch.checkpoint.reshard import resharded_folder
-    from packspeed.launch.inference.generate import find_checkpoint
+    from packspeed.launch.inference.load_model import find_checkpoint
 
     def log(line: str) -> None:
         print(line, file=sys.stderr if json_output else sys.stdout, flush=True)

@@ -1,9 +1,9 @@
 """lm-evaluation-harness on a run's model, directly: `packspeed eval RUN --tasks NAME,... [--include-path DIR]`.
 
-The model answers the harness's three questions: log-likelihood of a continuation, of a whole text (rolling windows of
-max_seq_len tokens), and greedy or sampled text until a stop string. It gives the numbers that the harness's own
-transformers backend gives for the exported model (test). Tasks of the Hub need a network; a folder of task files given
-with --include-path needs none. Needs the extra: pip install 'packspeed[eval]'.
+The harness asks three things of a model: the log-likelihood of a continuation, that of a full text (in rolling windows
+of max_seq_len tokens), and greedy or sampled text up to a stop string. The results equal those of the harness's own
+transformers backend for the exported model (tested). Tasks from the Hub need a network; a folder of task files given
+with --include-path does not. Install the extra: pip install 'packspeed[eval]'.
 Source: https://github.com/EleutherAI/lm-evaluation-harness, lm_eval/api/model.py.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from packspeed.launch.config.errors import ConfigError, UserError
-from packspeed.launch.inference.generate import Writer
+from packspeed.launch.inference.generate import TextGenerator
 from packspeed.model.generate import stream
 
 try:
@@ -29,14 +29,13 @@ except ImportError as missing:
     raise UserError(f"--tasks needs the evaluation harness ({missing}): pip install 'packspeed[eval]'.") from None
 
 
-BATCH_TOKENS = 16_384
+BATCH_TOKENS = 16_384  # of one forward pass, padding included
 
-
-Pair = tuple[list[int], list[int]]  # context and continuation
+Pair = tuple[list[int], list[int]]  # token ids of context and continuation
 
 
 def run_tasks(
-    place: Path,
+    run: Path,
     tasks: Sequence[str],
     *,
     step: int | None = None,
@@ -45,48 +44,51 @@ def run_tasks(
     limit: int | None = None,
     tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Run tasks; returns {"checkpoint": ..., "results": {task: {metric: value}}}, as plain JSON data."""
-    writer = Writer(place, step, tokenizer)
+    """Run tasks; returns {"checkpoint": ..., "results": {task: {metric: value}}} as plain JSON data.
+
+    Raises ConfigError for a task that the harness does not know.
+    """
+    generator = TextGenerator(run, step, tokenizer)
     manager = TaskManager(include_path=include_path)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(
             f"--tasks: the harness knows no {', '.join(unknown)}. Give local tasks with --include-path DIR."
         )
-    found = lm_eval.simple_evaluate(
-        HarnessModel(writer),
+    evaluated = lm_eval.simple_evaluate(
+        HarnessModel(generator),
         tasks=list(tasks),
         task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,
         log_samples=False,
     )
-    results = json.loads(json.dumps(found["results"], default=str))
-    return {"checkpoint": str(writer.checkpoint), "results": results}
+    results = json.loads(json.dumps(evaluated["results"], default=str))
+    return {"checkpoint": str(generator.checkpoint), "results": results}
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A run's model as the harness sees it."""
+    """A run's model with the interface of the harness."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, generator: TextGenerator) -> None:
         super().__init__()
-        self.writer, self.model = writer, writer.model
-        self.max_length = writer.model.config.max_seq_len
-        self._device = writer.model.embed.weight.device
+        self.tokenizer, self.model = generator.tokenizer, generator.model
+        self.max_length = self.model.config.max_seq_len
+        self._device = self.model.embed.weight.device
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text."""
-        return self.writer.tokenizer.eot_id
+        """The token before the first one of a text."""
+        return self.tokenizer.eot_id
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache."""
-        return self.writer.tokenizer.name
+        """The key of the harness's cache."""
+        return self.tokenizer.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text."""
-        return self.writer.tokenizer.encode(string)
+        """Token ids of a text."""
+        return self.tokenizer.encode(string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -94,39 +96,42 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         return self._score([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, each token counted once."""
+        """Log-likelihood of full texts; each token counts once."""
         totals = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1)
-            totals.append(sum(total for total, _ in self._score([make_disjoint_window(each) for each in windows])))
+            totals.append(sum(total for total, _ in self._score([make_disjoint_window(window) for window in windows])))
         return totals
 
     @torch.inference_mode()
     def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation, whether greedy decoding gives it), in order; long contexts are cut.
+        """Return (log-likelihood of the continuation, whether greedy decoding gives it) for each pair.
 
-        Padding is on the right, where a causal model does not see it.
+        A context that does not fit into max_seq_len loses its beginning. Padding is on the right, where it does not
+        change the result of a causal model.
         """
         rows = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        # Longest first: rows of a batch then have similar lengths, and little padding.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         while order:
             width = max(1, len(rows[order[0]]) - 1)
             batch, order = order[: max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width) :]
             padded = torch.tensor([rows[i][:-1] + [0] * (width + 1 - len(rows[i])) for i in batch])
             log_p = self.model(padded.to(self._device)).float().log_softmax(-1).cpu()  # (b, T, V)
-            for i, each in zip(batch, log_p, strict=True):
+            for i, row_log_p in zip(batch, log_p, strict=True):
                 count = min(len(pairs[i][1]), len(rows[i]) - 1)
                 if not count:
                     continue
-                labels, scores = torch.tensor(rows[i][-count:]), each[len(rows[i]) - 1 - count : len(rows[i]) - 1]
-                gained = scores.gather(1, labels.unsqueeze(1)).sum()
-                found[i] = float(gained), bool((scores.argmax(-1) == labels).all())
-        return found
+                last = len(rows[i]) - 1
+                labels, predicted = torch.tensor(rows[i][-count:]), row_log_p[last - count : last]  # (n,), (n, V)
+                total = predicted.gather(1, labels.unsqueeze(1)).sum()
+                scores[i] = float(total), bool((predicted.argmax(-1) == labels).all())
+        return scores
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text until a stop string, end-of-text or max_gen_toks tokens; greedy unless the task says otherwise."""
+        """Text up to a stop string, end-of-text or max_gen_toks tokens; greedy unless the task sets do_sample."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
@@ -149,7 +154,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
             if int(column.tokens[0]) == self.eot_token_id:
                 break
             drawn.append(int(column.tokens[0]))
-            text = self.writer.tokenizer.decode(drawn)
+            text = self.tokenizer.decode(drawn)
             if any(stop in text for stop in stops):
                 break
         return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]

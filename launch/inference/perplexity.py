@@ -1,10 +1,13 @@
 """`packspeed eval RUN`: perplexity and bits per byte of a run's model on any dataset, without DeepSpeed or a launcher.
 
-Every token of the split is predicted once, the first one from end-of-text. Windows of seq_len tokens move on by
-`stride`; with a stride below seq_len each token sees at least seq_len - stride tokens before it, where there are as
-many. A run that trained with attention inside documents is evaluated so. Bits per byte are all nats, those of
-end-of-text included, over ln 2 and the bytes of UTF-8 that the tokens decode to (end-of-text is none): models with
-different tokenizers can be compared by it, by perplexity per token they cannot.
+Every token of the split is predicted once, the first one from end-of-text. Windows of seq_len tokens advance by
+`stride`. With a stride below seq_len each token is predicted from at least seq_len - stride tokens, except near the
+beginning. Document masking is applied if the run was trained with it.
+
+    loss = nats / tokens      perplexity = exp(loss)      bits_per_byte = nats / (ln 2 * utf8_bytes)
+
+End-of-text adds nats but no bytes. Models with different tokenizers can be compared by bits per byte, but not by
+perplexity.
 Cost: one forward pass over the split, in fp32. Bits per byte: Gao et al., The Pile, https://arxiv.org/abs/2101.00027.
 """
 
@@ -27,18 +30,18 @@ from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.tokenizer import Tokenizer
 from packspeed.launch.checkpoint.manifest import Manifest, read_manifest
 from packspeed.launch.config.errors import ConfigError
-from packspeed.launch.inference.generate import find_checkpoint, load_model, tokenizer_of
+from packspeed.launch.inference.load_model import find_checkpoint, find_tokenizer, load_model
 from packspeed.model.gpt import GPT
 
 BATCH_TOKENS = 16_384  # of one forward pass
 
 
-DECODED_TOKENS = 2**20  # at once
+DECODED_TOKENS = 2**20  # decoded together, to count bytes
 
 
 @dataclass(frozen=True)
 class Span:
-    """A window: inputs first to last - 1 of the stream, of which the labels from `scored` on count."""
+    """A window: tokens first to last - 1 of the split are predicted, of which those from `scored` on count."""
 
     first: int
     scored: int
@@ -46,7 +49,7 @@ class Span:
 
 
 def spans(tokens: int, seq_len: int, stride: int) -> Iterator[Span]:
-    """Windows in which each of `tokens` labels counts once."""
+    """Windows over `tokens` tokens in which each token counts once."""
     scored = 0
     while scored < tokens:
         first = max(0, scored - (seq_len - stride))
@@ -56,7 +59,7 @@ def spans(tokens: int, seq_len: int, stride: int) -> Iterator[Span]:
 
 
 def evaluate(
-    place: Path,
+    run: Path,
     *,
     data: str | None = None,
     split: str = "val",
@@ -65,39 +68,48 @@ def evaluate(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run on its own datasets, or on `data`. ConfigError for a dataset of another tokenizer."""
-    checkpoint = find_checkpoint(place, step)
+    """Evaluate a checkpoint of a run on the run's datasets, or on `data`; returns one result per dataset.
+
+    Raises ConfigError for bad options and for a dataset of another tokenizer.
+    """
+    checkpoint = find_checkpoint(run, step)
     manifest = read_manifest(checkpoint)
     model, config = load_model(checkpoint)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    own = config.get("data") or {}
-    seq_len = seq_len or own.get("seq_len") or model.config.max_seq_len
+    data_config = config.get("data") or {}
+    seq_len = seq_len or data_config.get("seq_len") or model.config.max_seq_len
     stride = stride or seq_len
     if not 1 <= stride <= seq_len:
         raise ConfigError(f"--stride {stride}: give a number from 1 to --seq-len, {seq_len}.")
     if model.config.position == "learned" and seq_len > model.config.max_seq_len:
         raise ConfigError(f"--seq-len {seq_len}: the model has positions for {model.config.max_seq_len} tokens.")
-    remote = {key: own[key] for key in ("cache_dir", "cache_gb") if key in own}
-    paths = [data] if data else [own["path"]] if "path" in own else [each["path"] for each in own.get("sources") or []]
+    cache = {key: data_config[key] for key in ("cache_dir", "cache_gb") if key in data_config}
+    if data:
+        paths = [data]
+    elif "path" in data_config:
+        paths = [data_config["path"]]
+    else:
+        paths = [source["path"] for source in data_config.get("sources") or []]
     if not paths:
         raise ConfigError(f"{checkpoint}: the run names no dataset. Name one with --data DIR.")
     results = []
     for path in paths:
-        dataset = open_dataset(path, **remote)
+        dataset = open_dataset(path, **cache)
         _check_tokenizer(dataset, manifest, model.config.vocab_size)
-        tokenizer = tokenizer_of({"data": {"path": str(dataset.path)}}, checkpoint)
-        isolated = bool(own.get("document_mask")) or own.get("packing", "stream") != "stream"
-        results.append(_evaluate(model, dataset, tokenizer, split, seq_len, stride, max_tokens, isolated))
+        tokenizer = find_tokenizer({"data": {"path": str(dataset.path)}}, checkpoint)
+        masked = bool(data_config.get("document_mask")) or data_config.get("packing", "stream") != "stream"
+        results.append(_evaluate(model, dataset, tokenizer, split, seq_len, stride, max_tokens, masked))
     return {"checkpoint": str(checkpoint), "step": manifest["step"], "results": results}
 
 
 def _check_tokenizer(dataset: TokenDataset, manifest: Manifest, vocab_size: int) -> None:
-    """Refuse ids that mean something else to the model."""
-    known, now = manifest.get("datasets"), dataset.describe()[0]["tokenizer"]
-    if known and known[0]["tokenizer"][1] != now[1]:
+    """ConfigError if token ids of the dataset mean other text than in training."""
+    trained_on = manifest.get("datasets")
+    name, sha256 = dataset.describe()[0]["tokenizer"]
+    if trained_on and trained_on[0]["tokenizer"][1] != sha256:
         raise ConfigError(
-            f"{dataset.path} was made with tokenizer {now[0]}, and the run was trained with "
-            f"{known[0]['tokenizer'][0]}: the ids mean other texts. Prepare the text with the run's tokenizer."
+            f"{dataset.path} was made with tokenizer {name}, and the run was trained with "
+            f"{trained_on[0]['tokenizer'][0]}: the ids mean other texts. Prepare the text with the run's tokenizer."
         )
     if dataset.vocab_size > vocab_size:
         raise ConfigError(f"{dataset.path} has {dataset.vocab_size} tokens, the model {vocab_size}.")
@@ -111,14 +123,15 @@ def _evaluate(
     seq_len: int,
     stride: int,
     max_tokens: int | None,
-    isolated: bool,
+    masked: bool,
 ) -> dict[str, Any]:
+    """Evaluate the first `max_tokens` tokens (None: all) of a split; `masked`: attention stays inside documents."""
     tokens = min(dataset.tokens(split), max_tokens or 2**62)
     if not tokens:
         raise ConfigError(f"{dataset.path} has no {split} split. Choose --split train, or prepare one.")
     start, nats = time.monotonic(), 0.0
     for batch in _batches(spans(tokens, seq_len, stride), max(1, BATCH_TOKENS // seq_len)):
-        nats += _nats(model, _read(dataset, split, batch), batch, dataset.eot_id, isolated)
+        nats += _nats(model, _read(dataset, split, batch), batch, dataset.eot_id, masked)
     count = text_bytes(dataset, tokenizer, split, tokens)
     loss = nats / tokens
     return {
@@ -137,7 +150,7 @@ def _evaluate(
 
 
 def _batches(windows: Iterator[Span], rows: int) -> Iterator[list[Span]]:
-    """Windows of one length, up to `rows` together."""
+    """Group up to `rows` consecutive windows of equal length."""
     batch: list[Span] = []
     for window in windows:
         if batch and (len(batch) == rows or window.last - window.first != batch[0].last - batch[0].first):
@@ -149,7 +162,7 @@ def _batches(windows: Iterator[Span], rows: int) -> Iterator[list[Span]]:
 
 
 def _read(dataset: TokenDataset, split: str, batch: list[Span]) -> Tokens:
-    """Inputs and last labels (b, T + 1); in front of the stream stands an end of text."""
+    """Token ids (b, T + 1): inputs are [:, :-1], labels [:, 1:]. The token before the split's first is end-of-text."""
     rows = np.full((len(batch), batch[0].last - batch[0].first + 1), dataset.eot_id, dtype=dataset.dtype)
     for row, window in zip(rows, batch, strict=True):
         begin = max(0, window.first - 1)
@@ -158,20 +171,20 @@ def _read(dataset: TokenDataset, split: str, batch: list[Span]) -> Tokens:
 
 
 @torch.inference_mode()
-def _nats(model: GPT, rows: Tokens, batch: list[Span], eot_id: int, isolated: bool) -> float:
-    """Sum of the losses of the labels that count."""
+def _nats(model: GPT, rows: Tokens, batch: list[Span], eot_id: int, masked: bool) -> float:
+    """Sum of the losses, in nats, of the labels that count."""
     device = model.embed.weight.device
     window = torch.from_numpy(rows.astype(np.int64)).to(device)
     arguments: dict[str, Any] = {}
-    if isolated:
+    if masked:
         positions, lengths = document_positions(rows[:, :-1], eot_id)
         arguments = {"documents": lengths.tolist(), "positions": torch.from_numpy(positions).long().to(device)}
     losses = model(window[:, :-1], window[:, 1:], reduction="none", **arguments).double().cpu()  # (b, T)
-    return sum(float(row[each.scored - each.first :].sum()) for row, each in zip(losses, batch, strict=True))
+    return sum(float(row[span.scored - span.first :].sum()) for row, span in zip(losses, batch, strict=True))
 
 
 def text_bytes(dataset: TokenDataset, tokenizer: Tokenizer, split: str, tokens: int) -> int:
-    """UTF-8 bytes of the first `tokens` tokens of a split, decoded document by document; end-of-text is none."""
+    """UTF-8 bytes of the first `tokens` tokens of a split, decoded document by document, without end-of-text."""
     total = 0
     for begin in range(0, tokens, DECODED_TOKENS):
         ids = dataset.read(split, begin, min(DECODED_TOKENS, tokens - begin)).astype(np.int64)

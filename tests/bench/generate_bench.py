@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from packspeed.launch.convert.export import export_hf
 from packspeed.launch.convert.import_weights import import_hf
-from packspeed.launch.inference.generate import find_checkpoint, load_model
+from packspeed.launch.inference.load_model import find_checkpoint, load_model
 from packspeed.model.generate import stream
 from packspeed.model.gpt import GPT
 
@@ -28,7 +28,7 @@ Rows = list[list[int]]
 
 
 def ours(model: GPT, prompts: Rows, new: int) -> Rows:
-    """As Writer does: a KV cache, all rows in one batch."""
+    """As TextGenerator does: a KV cache, all rows in one batch."""
     columns = [column.tokens for column in stream(model, prompts, new, temperature=0.0, seeds=range(len(prompts)))]
     return torch.stack(columns, 1).tolist()
 

@@ -1,0 +1,94 @@
+"""Load a trained model from a run folder: checkpoint, weights and tokenizer, without DeepSpeed and without a launcher.
+
+    checkpoint = find_checkpoint(Path("runs/quickstart"))
+    model, config = load_model(checkpoint)            # GPT with fp32 weights, on the CPU, in evaluation mode
+    tokenizer = find_tokenizer(config, checkpoint)
+
+Cost: the checkpoint is read twice, once to verify the hashes and once to load the weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from packspeed.data.errors import DataError
+from packspeed.data.remote import open_dataset
+from packspeed.data.text.tokenizer import Tokenizer, load_from_dataset, load_tokenizer
+from packspeed.launch.checkpoint.manifest import (
+    MANIFEST,
+    find_damage,
+    list_checkpoints,
+    newest_complete,
+    read_manifest,
+    step_folder,
+    step_of,
+)
+from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
+from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.model.config import GPTConfig
+from packspeed.model.gpt import GPT, gpt_without_weights
+
+
+def find_checkpoint(run: Path, step: int | None = None) -> Path:
+    """Return a verified checkpoint of a run folder: the newest complete one, or that of `step`.
+
+    `run` may also be a checkpoint folder itself. Raises ConfigError if there is no such folder or step, UserError if
+    the checkpoint is damaged or the run has none yet.
+    """
+    if (run / MANIFEST).exists():
+        return _verified(run)
+    if not run.is_dir():
+        raise ConfigError(
+            f"{run}: there is no such run folder. Name the folder that training printed, for example runs/quickstart."
+        )
+    folder = run / "checkpoints"
+    if step is not None:
+        if not (folder / step_folder(step)).is_dir():
+            steps = ", ".join(str(step_of(path)) for path in reversed(list_checkpoints(folder)))
+            raise ConfigError(f"{run}: there is no checkpoint of step {step}. There are: {steps or 'none'}.")
+        return _verified(folder / step_folder(step))
+    newest = newest_complete(folder, lambda line: print(line, file=sys.stderr))
+    if newest is None:
+        raise UserError(f"{folder}: there is no complete checkpoint yet.")
+    return newest
+
+
+def _verified(checkpoint: Path) -> Path:
+    if damage := find_damage(checkpoint):
+        raise UserError(f"checkpoint {checkpoint} is damaged: {'; '.join(damage)}")
+    return checkpoint
+
+
+def load_model(checkpoint: Path) -> tuple[GPT, dict[str, Any]]:
+    """Build the GPT of a checkpoint with its fp32 weights; returns it in evaluation mode, and the run's config."""
+    config = read_manifest(checkpoint)["config"]
+    # "auto": kernels that suit this device, not the one that the run was trained on.
+    model = gpt_without_weights(GPTConfig(**config["model"] | {"kernels": "auto"}))
+    model.load_state_dict(fp32_state_dict(checkpoint), assign=True)
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.embed.weight
+    return model.eval().requires_grad_(False), config
+
+
+def find_tokenizer(config: dict[str, Any], checkpoint: Path, given: str | None = None) -> Tokenizer:
+    """Return the tokenizer `given`, else that of the run's first dataset, else the one imported with the weights.
+
+    Raises UserError if there is none of them.
+    """
+    if given is not None:
+        return load_tokenizer(given)
+    data = config.get("data") or {}
+    path = data.get("path") or (data.get("sources") or [{}])[0].get("path")
+    reason = "the run has no dataset"
+    if path is not None:
+        try:
+            cache = {key: data[key] for key in ("cache_dir", "cache_gb") if key in data}
+            return load_from_dataset(open_dataset(path, **cache).path if "://" in path else path)
+        except (DataError, OSError) as error:
+            reason = str(error)
+    imported = checkpoint.resolve().parents[1] / "tokenizer" / "tokenizer.json"
+    if imported.is_file():
+        return load_tokenizer(str(imported))
+    raise UserError(f"{checkpoint}: its tokenizer was not found ({reason}). Name it: --tokenizer FILE.")
