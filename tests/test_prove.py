@@ -1,4 +1,4 @@
-"""`packspeed prove` on the real launcher: it holds for what is right, and finds what is planted wrong."""
+"""`packspeed prove` on the real launcher: it succeeds for a correct run and finds planted errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from packspeed.launch.checkpoint.checkpointer import rng_state, set_rng_state
 from packspeed.launch.cluster import local_launcher as spawn
 from packspeed.launch.config.errors import ConfigError
-from packspeed.launch.trials.prove import Leg, _first_difference, make_plan, prove
+from packspeed.launch.trials.prove import ResumeResult, first_difference, plan_proof, prove
 from support import FAULTY
 from support.workspace import Workspace
 
@@ -24,7 +24,7 @@ COMMAND = [sys.executable, "-c", "from packspeed.launch.cli import main; main()"
 
 
 @pytest.mark.launch
-def test_a_killed_run_is_proved_to_go_on(workspace: Workspace) -> None:
+def test_a_killed_run_resumes_exactly(workspace: Workspace) -> None:
     """2 ranks killed and resumed by 2 and by 1: dropout, accumulation, ZeRO-2."""
     sets = ["model.dropout=0.1", "train.micro_batch=2", "deepspeed=zero2", "name=proof"]
     arguments = [str(workspace.run_file), "--ranks", "2", "--seed", "4", "--json", *(f"--set={text}" for text in sets)]
@@ -43,34 +43,35 @@ def test_a_killed_run_is_proved_to_go_on(workspace: Workspace) -> None:
     assert not (workspace.folder / "runs" / ".prove-proof").exists()
 
 
-def wrong(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, name: str, faults: str) -> Leg:
-    """The proof of a run with something planted; the resumed leg. A shell stands where the slow launcher would."""
+def prove_with_faults(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, name: str, faults: str) -> ResumeResult:
+    """Prove a run with a planted error; returns the result. A shell replaces DeepSpeed's slow launcher."""
     monkeypatch.setattr(spawn, "TRAIN", FAULTY)
     command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, str(FAULTY)]
     monkeypatch.setattr(spawn, "launcher_command", lambda ranks, arguments: [*command, *arguments])
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for key, value in {**rank, "MASTER_PORT": str(spawn.free_port()), "FAULTS": faults}.items():
         monkeypatch.setenv(key, value)
-    plan = make_plan(workspace.run_file, [f"name={name}"], 18, 1, 1, seed=4)
-    (leg,) = prove(dataclasses.replace(plan, other_ranks=None), print)
-    return leg
+    plan = plan_proof(workspace.run_file, [f"name={name}"], 18, 1, 1, seed=4)
+    (result,) = prove(dataclasses.replace(plan, other_ranks=None), print)
+    return result
 
 
 @pytest.mark.launch
 def test_a_cursor_that_is_off_by_one_is_found(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    leg = wrong(workspace, monkeypatch, "cursor", "off_by_one")
-    assert leg.first_difference is not None
-    assert leg.first_difference.startswith(f"step {leg.resumed_from + 1}: data_hash" if leg.resumed_from else "?")
-    assert not leg.samples_equal
+    result = prove_with_faults(workspace, monkeypatch, "cursor", "off_by_one")
+    assert result.first_difference is not None
+    assert result.resumed_from
+    assert result.first_difference.startswith(f"step {result.resumed_from + 1}: data_hash")
+    assert not result.samples_equal
 
 
 @pytest.mark.launch
 def test_a_lost_rng_is_found(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    leg = wrong(workspace, monkeypatch, "rng", "noise,lost_rng")
-    assert leg.samples_equal
-    assert leg.losses_differ_by > 0
-    assert leg.first_difference is not None
-    assert f"step {(leg.resumed_from or 0) + 1}: " in leg.first_difference
+    result = prove_with_faults(workspace, monkeypatch, "rng", "noise,lost_rng")
+    assert result.samples_equal
+    assert result.losses_differ_by > 0
+    assert result.first_difference is not None
+    assert f"step {(result.resumed_from or 0) + 1}: " in result.first_difference
 
 
 def test_the_rng_is_put_back() -> None:
@@ -80,24 +81,24 @@ def test_the_rng_is_put_back() -> None:
     assert torch.equal(torch.rand(5), first)
 
 
-def test_the_first_difference_is_told() -> None:
+def test_the_first_difference_is_described() -> None:
     alone = [
         {"step": 1, "loss": 4.0, "lr": 0.1, "data_hash": "a"},
         {"step": 2, "loss": 3.0, "lr": 0.1, "data_hash": "b"},
     ]
     near = [alone[0], {**alone[1], "loss": 3.000001}]
-    assert _first_difference(alone, alone, 0) is None
-    assert _first_difference(alone, near, 1e-5) is None
-    assert _first_difference(alone, near, 0) == "step 2: loss 3.0 left alone and 3.000001 resumed"
-    assert _first_difference(alone, [alone[0], {**alone[1], "data_hash": "c"}], 1e-5) == (
-        "step 2: data_hash b left alone and c resumed"
+    assert first_difference(alone, alone, 0) is None
+    assert first_difference(alone, near, 1e-5) is None
+    assert first_difference(alone, near, 0) == "step 2: loss 3.0 uninterrupted and 3.000001 resumed"
+    assert first_difference(alone, [alone[0], {**alone[1], "data_hash": "c"}], 1e-5) == (
+        "step 2: data_hash b uninterrupted and c resumed"
     )
-    assert "1 lines, that of the run left alone 2" in str(_first_difference(alone, alone[:1], 0))
-    assert "loss" in str(_first_difference(alone, [alone[0], {**alone[1], "loss": None}], 1e-5))
+    assert "1 lines, and 2 if uninterrupted" in str(first_difference(alone, alone[:1], 0))
+    assert "loss" in str(first_difference(alone, [alone[0], {**alone[1], "loss": None}], 1e-5))
 
 
 def test_impossible_proofs_are_refused(workspace: Workspace, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 6"):
-        make_plan(workspace.run_file, [], 3, None, None, 0)
+        plan_proof(workspace.run_file, [], 3, None, None, 0)
     with pytest.raises(ConfigError, match="cannot share equally"):
-        make_plan(workspace.run_file, [], 18, 3, None, 0)
+        plan_proof(workspace.run_file, [], 18, 3, None, 0)

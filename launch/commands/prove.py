@@ -19,9 +19,7 @@ def prove(
     steps: Annotated[int, typer.Option(help="Steps of the shortened run.")] = 18,
     ranks: SameRanks = None,
     other_ranks: Annotated[int | None, typer.Option(help="Ranks of the second resume. Default: half as many.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Chooses the step and the rank to kill. Default: another one each day.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses the step and the rank to kill. Default: random.")] = None,
     keep: Annotated[bool, typer.Option(help="Keep the run folders if the proof succeeds.")] = False,
     json_output: Json = False,
 ) -> None:
@@ -29,10 +27,10 @@ def prove(
 
     Exit code 1: it does not.
     """
-    chosen = proof.seed_of_the_day() if seed is None else seed
-    plan = proof.make_plan(run_file, overrides or [], steps, ranks, other_ranks, chosen)
-    legs = proof.prove(plan, lambda line: print(line, file=sys.stderr if json_output else sys.stdout, flush=True))
-    report = proof.report(plan, legs, chosen)
+    chosen = proof.random_seed() if seed is None else seed
+    plan = proof.plan_proof(run_file, overrides or [], steps, ranks, other_ranks, chosen)
+    results = proof.prove(plan, lambda line: print(line, file=sys.stderr if json_output else sys.stdout, flush=True))
+    report = proof.report(plan, results, chosen)
     if report["ok"] and not keep:
         shutil.rmtree(plan.folder)
     if json_output:

@@ -1,11 +1,12 @@
-"""`packspeed prove`: the user's own proof, on their own config, that a killed run goes on as if nothing had happened.
+"""`packspeed prove`: a kill-and-resume test of a run file.
 
-Three runs of the run file, shortened to a few steps, beside the user's own run folder, through DeepSpeed's launcher:
-    alone   left alone, to the end
-    same    killed (-9) at a random step: one rank, all ranks or the launcher; resumed by the same number of ranks:
-            every line of metrics.jsonl and every bit of the final weights must be those of `alone`
-    other   a copy of the killed folder, resumed by another number of ranks: the same samples in every step, losses
-            within 1e-5 (fp32) or 2e-2 (16 bits)
+It runs the run file three times, shortened to a few steps, in a folder of its own next to the user's run folder and
+with DeepSpeed's launcher:
+    alone   not interrupted
+    same    killed (-9) at a random step: one rank, all ranks or the launcher. Resumed with the same number of ranks:
+            every line of metrics.jsonl, except times, and every bit of the final weights must equal `alone`
+    other   a copy of the killed folder, resumed with another number of ranks: the samples of every step must be equal,
+            the losses within 1e-5 (fp32) or 2e-2 (16 bits)
 Cost: four launches and 2.5 times the steps.
 """
 
@@ -22,38 +23,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 import psutil
 
-from packspeed.launch.cluster import local_launcher as spawn
+from packspeed.launch.cluster import local_launcher as launcher
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 
-CLOCKED = {
-    "step_time_s",
-    "tokens_per_s",
-    "mfu",
-    "data_wait_s",
-    "eval_time_s",
-    "memory_gib",
-}  # what two equal runs may differ in
-
-
-TOLERANCE = {"fp32": 1e-5}  # of a loss at another number of ranks; 16 bits: 2e-2
-
-
+# Keys of metrics.jsonl that two equal runs may differ in.
+MEASURED_KEYS = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s", "eval_time_s", "memory_gib"}
+# By how much a loss may differ at another number of ranks, where sums are rounded in another order.
+TOLERANCE, TOLERANCE_16_BIT = 1e-5, 2e-2
 VICTIMS = ("one rank", "all ranks", "the launcher")
-
+POLL_S = 0.002  # how often to look for the step of the kill; a small model takes some milliseconds per step
+KILL_TIMEOUT_S = 600.0  # for the launcher to notice that its ranks are dead
 
 Say = Callable[[str], None]
+Line = dict[str, Any]  # of metrics.jsonl without MEASURED_KEYS; compared key by key, whatever the keys are
 
 
 @dataclasses.dataclass(frozen=True)
-class Leg:
-    """What one resumed run showed, beside the run left alone."""
+class ResumeResult:
+    """The comparison of one resumed run with the uninterrupted one: an entry of "legs" in the JSON object."""
 
     name: str
     ranks: int
@@ -65,33 +59,47 @@ class Leg:
     first_difference: str | None
 
 
+class Report(TypedDict):
+    """The JSON object of `packspeed prove --json`."""
+
+    ok: bool
+    run_file: str
+    steps: int
+    ranks: int
+    seed: int
+    legs: list[dict[str, Any]]  # of ResumeResult
+
+
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The shortened run, and what is to happen to it."""
+class ProofPlan:
+    """The shortened run, and the kill."""
 
     run_file: Path
     overrides: list[str]
-    folder: Path
+    folder: Path  # of all runs of the proof
     steps: int
     ranks: int
-    other_ranks: int | None
-    kill_at: int
-    victim: str
+    other_ranks: int | None  # of the second resume; None: leave it out
+    kill_at: int  # kill once this step is in metrics.jsonl
+    victim: str  # one of VICTIMS
 
     def arguments(self, name: str) -> list[str]:
-        """Arguments of train.py for the run called `name`."""
+        """Return the arguments of train.py for the run called `name`."""
         sets = [*self.overrides, f"name={name}", f"runs_dir={self.folder}"]
         return ["--config", str(self.run_file), *(f"--set={text}" for text in sets)]
 
 
-def make_plan(
+def plan_proof(
     run_file: Path, overrides: Sequence[str], steps: int, ranks: int | None, other_ranks: int | None, seed: int
-) -> Plan:
-    """Shorten the run and draw the moment and the victim of the kill. Raises ConfigError for impossible ranks."""
+) -> ProofPlan:
+    """Shorten the run and draw the step and the victim of the kill from `seed`.
+
+    Raises ConfigError if there are too few steps or if the batch cannot be divided among the ranks.
+    """
     run = load_run_file(run_file, overrides)
     if steps < 6:
         raise ConfigError(f"--steps {steps}: give at least 6, so that there is something before and after the kill.")
-    count = ranks if ranks is not None else spawn.default_ranks(run)
+    count = ranks if ranks is not None else launcher.default_ranks(run)
     other = other_ranks if other_ranks is not None else _other_ranks(run, count)
     for number in (count, other):
         if number is not None:
@@ -102,98 +110,103 @@ def make_plan(
     draw = random.Random(seed)
     kill_at, victim = draw.randrange(2, max(3, steps * 2 // 3)), draw.choice(VICTIMS)
     folder = run.folder.with_name(f".prove-{run.name}")
-    return Plan(run_file, [*overrides, *shorter], folder, steps, count, other, kill_at, victim)
+    return ProofPlan(run_file, [*overrides, *shorter], folder, steps, count, other, kill_at, victim)
 
 
 def _other_ranks(run: RunFile, ranks: int) -> int | None:
-    """Half as many, or twice one; None where this machine has only one GPU."""
-    if ranks == 1 and spawn.local_accelerators() == 1:
+    """Return half as many ranks, or 2 instead of 1; None if this machine has only one GPU or no number fits."""
+    if ranks == 1 and launcher.local_accelerators() == 1:
         return None
     wanted = max(1, ranks // 2) if ranks > 1 else 2
     return next((n for n in range(wanted, 0, -1) if run.global_batch % n == 0 and n != ranks), None)
 
 
-def prove(plan: Plan, say: Say) -> list[Leg]:
-    """Run the proof in plan.folder, which is made anew; returns a Leg for each resume."""
+def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:
+    """Run the proof in plan.folder, which is deleted first. Returns one result per resume.
+
+    Raises UserError if the uninterrupted run fails or if the kill came too late.
+    """
     shutil.rmtree(plan.folder, ignore_errors=True)
     plan.folder.mkdir(parents=True)
-    say(f"alone: {plan.steps} steps on {plan.ranks} rank(s), left alone")
+    say(f"alone: {plan.steps} steps on {plan.ranks} rank(s), not interrupted")
     if _finish(plan, "alone", plan.ranks):
         raise UserError(
-            f"the run left alone failed already: {_last_words(plan, 'alone')}. Its log: {_log(plan, 'alone')}"
+            f"the uninterrupted run failed: {_last_error(plan, 'alone')}. Its log: {_log_file(plan, 'alone')}"
         )
-    killed = _killed(plan, "same", say)
+    killed = _train_and_kill(plan, "same", say)
     if plan.other_ranks is not None:
         shutil.copytree(plan.folder / "same", plan.folder / "other")
-    legs = [_resumed(plan, "same", plan.ranks, killed, say)]
+    results = [_resume(plan, "same", plan.ranks, killed, say)]
     if plan.other_ranks is not None:
-        legs.append(_resumed(plan, "other", plan.other_ranks, killed, say))
-    return legs
+        results.append(_resume(plan, "other", plan.other_ranks, killed, say))
+    return results
 
 
-def _log(plan: Plan, name: str) -> Path:
+def _log_file(plan: ProofPlan, name: str) -> Path:
     return plan.folder / f"{name}.log"
 
 
 @contextmanager
-def _launched(plan: Plan, name: str, ranks: int) -> Iterator[psutil.Popen]:
-    """A launch of the run `name`; nothing of it is left at the end."""
-    with _log(plan, name).open("a") as log:
+def _launched(plan: ProofPlan, name: str, ranks: int) -> Iterator[psutil.Popen]:
+    """Launch the run `name`; kill what is left of it at the end of the `with` block."""
+    with _log_file(plan, name).open("a") as log:
         process = _start(plan, name, ranks, log)
         try:
             yield process
         finally:
-            for each in _family(process):
+            for member in _process_tree(process):
                 with suppress(psutil.NoSuchProcess):
-                    each.kill()
+                    member.kill()
 
 
-def _start(plan: Plan, name: str, ranks: int, log: IO[str]) -> psutil.Popen:
-    command = spawn.launcher_command(ranks, plan.arguments(name))
+def _start(plan: ProofPlan, name: str, ranks: int, log: IO[str]) -> psutil.Popen:
+    command = launcher.launcher_command(ranks, plan.arguments(name))
     return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def _family(process: psutil.Popen) -> list[psutil.Process]:
+def _process_tree(process: psutil.Popen) -> list[psutil.Process]:
+    """Return a process and all its descendants; empty if it has ended."""
     try:
         return [*process.children(recursive=True), process]
     except psutil.NoSuchProcess:
         return []
 
 
-def _finish(plan: Plan, name: str, ranks: int) -> int:
-    """Train to the end; returns the exit code."""
+def _finish(plan: ProofPlan, name: str, ranks: int) -> int:
+    """Train the run to its end; returns the exit code."""
     with _launched(plan, name, ranks) as process:
         return int(process.wait())
 
 
-def _killed(plan: Plan, name: str, say: Say) -> str:
-    """Train until plan.kill_at, kill plan.victim, wait for the rest to end; returns what was done."""
+def _train_and_kill(plan: ProofPlan, name: str, say: Say) -> str:
+    """Train until plan.kill_at, kill plan.victim, wait for all processes to end. Returns a description of the kill."""
     with _launched(plan, name, plan.ranks) as process:
         metrics = plan.folder / name / "metrics.jsonl"
         ranks: list[psutil.Process] = []
-        while _steps(metrics) < plan.kill_at:
-            if len(ranks) < plan.ranks:  # looked for while they start: it takes longer than a small model's steps
-                family, ranks = _family(process), spawn.ranks_below(process.pid)
+        while _last_step(metrics) < plan.kill_at:
+            # Find the ranks while they start. Later there is no time: searching takes longer than a few small steps.
+            if len(ranks) < plan.ranks:
+                tree, ranks = _process_tree(process), launcher.ranks_below(process.pid)
             if process.poll() is not None:
                 raise UserError(
-                    f"the run to be killed after step {plan.kill_at} ended before: {_last_words(plan, name)}. "
-                    f"Its log: {_log(plan, name)}"
+                    f"the run to be killed after step {plan.kill_at} ended before: {_last_error(plan, name)}. "
+                    f"Its log: {_log_file(plan, name)}"
                 )
-            time.sleep(0.002)
-        victims = {"one rank": ranks[-1:], "all ranks": ranks, "the launcher": [p for p in family if p not in ranks]}
+            time.sleep(POLL_S)
+        victims = {"one rank": ranks[-1:], "all ranks": ranks, "the launcher": [p for p in tree if p not in ranks]}
         for victim in victims[plan.victim]:
             with suppress(psutil.NoSuchProcess):
                 victim.kill()
-        psutil.wait_procs(family, timeout=600)
-        if _steps(metrics) >= plan.steps:
-            raise UserError(f"the run was over before {plan.victim} could be killed: prove it with more --steps.")
+        psutil.wait_procs(tree, timeout=KILL_TIMEOUT_S)
+        if _last_step(metrics) >= plan.steps:
+            raise UserError(f"the run finished before {plan.victim} could be killed: repeat it with more --steps.")
     what = f"{plan.victim} killed (-9) after step {plan.kill_at}"
     say(f"killed: {what}")
     return what
 
 
-def _steps(metrics: Path) -> int:
-    """The last step in metrics.jsonl; a line that is being written does not count."""
+def _last_step(metrics: Path) -> int:
+    """Return the last step in metrics.jsonl, 0 if there is none; an incomplete line does not count."""
     try:
         content = metrics.read_bytes()
     except FileNotFoundError:
@@ -202,65 +215,77 @@ def _steps(metrics: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def _resumed(plan: Plan, name: str, ranks: int, killed: str, say: Say) -> Leg:
-    """Finish a killed run on `ranks` ranks and compare it with `alone`."""
+def _resume(plan: ProofPlan, name: str, ranks: int, killed: str, say: Say) -> ResumeResult:
+    """Finish a killed run with `ranks` ranks and compare it with `alone`."""
     code = _finish(plan, name, ranks)
     exact = ranks == plan.ranks
-    alone, mine = (_lines(plan.folder / each / "metrics.jsonl") for each in ("alone", name))
-    bound = 0.0 if exact else TOLERANCE.get(_precision(plan), 2e-2)
-    first = f"the resumed run failed: {_last_words(plan, name)}" if code else _first_difference(alone, mine, bound)
-    weights = None if code else weights_differ_by(_final(plan, "alone"), _final(plan, name))
+    alone = _read_lines(plan.folder / "alone" / "metrics.jsonl")
+    resumed = _read_lines(plan.folder / name / "metrics.jsonl")
+    tolerance = TOLERANCE if _precision(plan) == "fp32" else TOLERANCE_16_BIT
+    first: str | None = None
+    weights: float | None = None
+    if code:
+        first = f"the resumed run failed: {_last_error(plan, name)}"
+    else:
+        first = first_difference(alone, resumed, 0.0 if exact else tolerance)
+        weights = weights_differ_by(_final_checkpoint(plan, "alone"), _final_checkpoint(plan, name))
     if first is None and exact and weights:
-        first = f"final weights: they differ by up to {weights:.3g}, though every loss is equal"
-    hashes = [[line.get("data_hash") for line in lines] for lines in (alone, mine)]
-    leg = Leg(
+        first = f"final weights: they differ by up to {weights:.3g}, although every loss is equal"
+    result = ResumeResult(
         name=f"{name} number of ranks", ranks=ranks, killed=killed, resumed_from=_resumed_from(plan, name),
-        losses_differ_by=max((_distance(a, b) for a, b in zip(alone, mine, strict=False)), default=math.inf),
-        weights_differ_by=weights, samples_equal=hashes[0] == hashes[1],
+        losses_differ_by=max((_loss_distance(a, b) for a, b in zip(alone, resumed, strict=False)), default=math.inf),
+        weights_differ_by=weights,
+        samples_equal=[a.get("data_hash") for a in alone] == [b.get("data_hash") for b in resumed],
         first_difference=first,
     )  # fmt: skip
-    say(f"{leg.name} ({ranks}): {leg.first_difference or 'as if nothing had happened'}")
-    return leg
+    say(f"{result.name} ({ranks}): {result.first_difference or 'equal to the uninterrupted run'}")
+    return result
 
 
-def _lines(metrics: Path) -> list[dict[str, Any]]:
+def _read_lines(metrics: Path) -> list[Line]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCKED} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED_KEYS} for line in lines]
 
 
-def _distance(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """How far the losses of two lines are apart."""
+def _loss_distance(a: Line, b: Line) -> float:
+    """Return the absolute difference of the losses of two lines; inf if only one of them is finite."""
     x, y = (line.get("loss", line.get("val_loss")) for line in (a, b))
     if x is None or y is None:
         return 0.0 if x == y else math.inf
     return abs(float(x) - float(y))
 
 
-def _first_difference(alone: list[dict[str, Any]], mine: list[dict[str, Any]], bound: float) -> str | None:
-    """The first line that differs by more than it may, in words; bound 0: every field must be equal."""
-    for a, b in zip(alone, mine, strict=False):
+def first_difference(alone: list[Line], resumed: list[Line], tolerance: float) -> str | None:
+    """Describe the first line that differs by more than allowed; None if there is none.
+
+    tolerance: of losses. 0 requires that every key is equal; otherwise only losses, samples and learning rates count.
+    """
+    for a, b in zip(alone, resumed, strict=False):
         if a["step"] != b["step"] or ("loss" in a) != ("loss" in b):
-            return f"metrics.jsonl has step {b['step']} where the run left alone has step {a['step']}"
-        compared = a.keys() | b.keys() if bound == 0 else {"data_hash", "samples", "tokens", "lr"} & a.keys()
-        wrong = sorted(key for key in compared if a.get(key) != b.get(key))
-        if not wrong and _distance(a, b) > bound:
-            wrong = ["loss" if "loss" in a else "val_loss"]
-        if wrong:
-            told = ", ".join(f"{key} {a.get(key)} left alone and {b.get(key)} resumed" for key in wrong)
-            return f"step {a['step']}: {told}"
-    if len(alone) != len(mine):
-        return f"metrics.jsonl has {len(mine)} lines, that of the run left alone {len(alone)}"
+            return f"metrics.jsonl has step {b['step']}, and step {a['step']} in the same line if uninterrupted"
+        compared = a.keys() | b.keys() if tolerance == 0 else {"data_hash", "samples", "tokens", "lr"} & a.keys()
+        unequal = sorted(key for key in compared if a.get(key) != b.get(key))
+        if not unequal and _loss_distance(a, b) > tolerance:
+            unequal = ["loss" if "loss" in a else "val_loss"]
+        if unequal:
+            values = ", ".join(f"{key} {a.get(key)} uninterrupted and {b.get(key)} resumed" for key in unequal)
+            return f"step {a['step']}: {values}"
+    if len(alone) != len(resumed):
+        return f"metrics.jsonl has {len(resumed)} lines, and {len(alone)} if uninterrupted"
     return None
 
 
-def _final(plan: Plan, name: str) -> Path:
+def _final_checkpoint(plan: ProofPlan, name: str) -> Path:
     from packspeed.launch.checkpoint.manifest import step_folder
 
     return plan.folder / name / "checkpoints" / step_folder(plan.steps)
 
 
 def weights_differ_by(one: Path, other: Path) -> float:
-    """The largest difference of a weight (fp32) between two checkpoints of any layout; inf where one is NaN."""
+    """Return the largest difference of an fp32 weight between two checkpoints, for any ZeRO stages and ranks.
+
+    inf if a weight is NaN or is missing in `other`.
+    """
     from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
 
     mine, largest = dict(full_tensors(one, ("fp32",))), 0.0
@@ -270,35 +295,37 @@ def weights_differ_by(one: Path, other: Path) -> float:
     return math.inf if mine else largest
 
 
-def _precision(plan: Plan) -> str:
+def _precision(plan: ProofPlan) -> str:
+    """Return bf16, fp16 or fp32, from the DeepSpeed configuration that the run used."""
     config = json.loads((plan.folder / "alone" / "ds_config.json").read_text())
     return next((name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")), "fp32")
 
 
-def _resumed_from(plan: Plan, name: str) -> int | None:
-    lines = [line for line in _log(plan, name).read_text().splitlines() if line.startswith("resuming from ")]
+def _resumed_from(plan: ProofPlan, name: str) -> int | None:
+    """Return the step that a run resumed from, as its log has it; None if it started anew."""
+    lines = [line for line in _log_file(plan, name).read_text().splitlines() if line.startswith("resuming from ")]
     return int(lines[-1].rpartition("(step ")[2].rstrip(")")) if lines else None
 
 
-def _last_words(plan: Plan, name: str) -> str:
-    """The last error that a run printed, or its last line."""
-    lines = _log(plan, name).read_text(errors="replace").strip().splitlines()
+def _last_error(plan: ProofPlan, name: str) -> str:
+    """Return the last error that a run printed, else its last line."""
+    lines = _log_file(plan, name).read_text(errors="replace").strip().splitlines()
     errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
     return (errors or lines or ["it printed nothing"])[-1]
 
 
-def report(plan: Plan, legs: Sequence[Leg], seed: int) -> dict[str, Any]:
-    """The proof as one JSON object."""
+def report(plan: ProofPlan, results: Sequence[ResumeResult], seed: int) -> Report:
+    """Return the proof as a JSON object."""
     return {
-        "ok": all(leg.first_difference is None for leg in legs),
+        "ok": all(result.first_difference is None for result in results),
         "run_file": str(plan.run_file),
         "steps": plan.steps,
         "ranks": plan.ranks,
         "seed": seed,
-        "legs": [dataclasses.asdict(leg) for leg in legs],
+        "legs": [dataclasses.asdict(result) for result in results],
     }
 
 
-def seed_of_the_day() -> int:
-    """A number that a failed proof can be repeated with."""
+def random_seed() -> int:
+    """Return a new seed; a failed proof can be repeated with it."""
     return int.from_bytes(os.urandom(3), "big")
