@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -47,13 +47,18 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 
-class ReshardedManifest(TypedDict):
+class OptimizerScalars(TypedDict):
+    """What the optimizer's state holds besides tensors of the weights' size."""
+
+    optimizer_step: int  # smaller than `step` if fp16 overflows or anomalies kept steps from being taken
+    loss_scaler: dict[str, float]  # SCALER_FIELDS of fp16's loss scaler; empty in other precisions
+
+
+class ReshardedManifest(OptimizerScalars):
     """packspeed.json of the universal/ folder."""
 
     format_version: int
     step: int
-    optimizer_step: int  # smaller than `step` if fp16 overflows or anomalies kept steps from being taken
-    loss_scaler: dict[str, Any]  # SCALER_FIELDS of fp16's loss scaler; empty in other precisions
     files: dict[str, FileHash]
 
 
@@ -61,7 +66,7 @@ def load(checkpoint: Path, engine: Engine, topology: Topology, log: Callable[[st
     """Fill the engine from a complete checkpoint of any layout. A collective of all ranks."""
     folder = resharded_folder(checkpoint, topology, log)
     manifest: ReshardedManifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    fill_engine(engine, folder, cast(dict[str, Any], manifest))
+    fill_engine(engine, folder, {key: manifest[key] for key in ("optimizer_step", "loss_scaler")})
     engine.global_steps = manifest["step"]
     engine.global_samples = manifest["step"] * engine.train_batch_size()
 
@@ -177,13 +182,8 @@ def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, F
     return None
 
 
-class _OptimizerScalars(TypedDict):
-    optimizer_step: int
-    loss_scaler: dict[str, Any]
-
-
-def _optimizer_scalars(checkpoint: Path) -> _OptimizerScalars:
-    """What the optimizer's state holds besides tensors of the weights' size."""
+def _optimizer_scalars(checkpoint: Path) -> OptimizerScalars:
+    """Read them from rank 0's files: they are equal on all ranks."""
     states = zero_states(checkpoint)
     inner = inner_optimizer_state(states[0]) if states else stage0_optimizer_state(checkpoint)
 

@@ -144,7 +144,7 @@ def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -
             )
 
 
-def check_same_model(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_same_model(checkpoint: Path, old: Mapping[str, object], new: Mapping[str, object]) -> None:
     """Check 2 for imported weights: ConfigError if a setting that shapes or interprets the weights differs."""
     free = ("model.dropout", "model.z_loss", *MODEL_SPEED_ONLY)
     keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and key not in free}
@@ -170,11 +170,11 @@ def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
     return saved.get("layout") == identity["layout"]
 
 
-def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: dict[str, Any]) -> None:
+def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: Mapping[str, object]) -> None:
     """Check 6, on what engine.load_checkpoint returned."""
     if loaded_from is None:
         raise UserError(f"{checkpoint}: DeepSpeed found nothing to load there.")
-    if int(client_state["packspeed_step"]) != step:
+    if client_state["packspeed_step"] != step:
         raise UserError(
             f"{checkpoint}: {MANIFEST} says step {step}, the state inside says {client_state['packspeed_step']}."
         )

@@ -56,7 +56,7 @@ class SafeWriter:
         self.error: str | None = None
         self._threads: list[threading.Thread] = []
 
-    def save(self, state_dict: Any, path: str) -> None:
+    def save(self, state_dict: object, path: str) -> None:
         """Have a thread write the state with torch.save (zip format: loadable with weights_only and mmap)."""
         state = snapshot(state_dict, self._copies.setdefault(Path(path).name, [])) if self.copy else state_dict
         self._threads.append(threading.Thread(target=self._write, args=(state, path), name="packspeed-save"))
@@ -77,7 +77,7 @@ class SafeWriter:
         for thread in self._threads:
             thread.join()
 
-    def _write(self, state_dict: Any, path: str) -> None:
+    def _write(self, state_dict: object, path: str) -> None:
         try:
             with open(path, "wb") as file:
                 hashed = _HashedFile(file)
@@ -99,10 +99,10 @@ class SafeWriter:
         """Unpickle a file. Checkpointer loads only checkpoints whose hashes were verified."""
         return torch.load(path, map_location=map_location, weights_only=False)
 
-    def create(self, info: Any) -> None:
+    def create(self, info: object) -> None:
         """Called by DeepSpeed before a checkpoint. Does nothing: Checkpointer makes the folder."""
 
-    def commit(self, info: Any) -> bool:
+    def commit(self, info: object) -> bool:
         """Called by DeepSpeed after a checkpoint. Does nothing: Checkpointer publishes the folder."""
         return True
 

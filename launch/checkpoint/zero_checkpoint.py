@@ -46,7 +46,8 @@ from packspeed.launch.checkpoint.manifest import UNIVERSAL, ImportedFrom, read_m
 from packspeed.launch.config.errors import UserError
 
 Tensors = dict[str, torch.Tensor]  # "fp32" or a name of the optimizer's ("exp_avg", "momentum_buffer") -> tensor
-ZeroState = dict[str, Any]  # what one rank's *_optim_states.pt has under "optimizer_state_dict"
+StateDict = dict[str, Any]  # content of a pickle: tensors, numbers, nested dicts and lists
+ZeroState = StateDict  # what one rank's *_optim_states.pt has under "optimizer_state_dict"
 Shapes = dict[str, torch.Size]  # parameter name -> shape, in the order of a group's flat vector
 
 _LIBC = ctypes.CDLL(None)
@@ -114,12 +115,12 @@ def zero_states(checkpoint: Path) -> list[ZeroState]:
     return states
 
 
-def inner_optimizer_state(state: ZeroState) -> dict[str, Any]:
+def inner_optimizer_state(state: ZeroState) -> StateDict:
     """The state_dict of the optimizer inside ZeRO's: {"state": {group: {key: flat tensor}}, "param_groups": [...]}."""
     return dict(state["optimizer_state_dict"] if "fp32_flat_groups" in state else state["base_optimizer_state"])
 
 
-def stage0_optimizer_state(checkpoint: Path) -> dict[str, Any]:
+def stage0_optimizer_state(checkpoint: Path) -> StateDict:
     """The same at stage 0, where there is no ZeRO optimizer: {"state": {number: {key: tensor}}, ...}."""
     return dict(read_safely(checkpoint / "mp_rank_00_model_states.pt")["optimizer"])
 
@@ -154,10 +155,10 @@ def imported_from(checkpoint: Path) -> ImportedFrom | None:
 class _Opaque:
     """Takes the place of a DeepSpeed object in a pickle (loss scaler, slice addresses); keeps its fields as `state`."""
 
-    def __init__(self, *args: Any) -> None:
-        self.state: Any = args
+    def __init__(self, *args: object) -> None:
+        self.state: object = args
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state
 
 
@@ -169,7 +170,7 @@ _DEEPSPEED_CLASSES = (
 )
 
 
-def read_safely(path: Path) -> dict[str, Any]:
+def read_safely(path: Path) -> StateDict:
     """torch.load with weights_only and mmap. DeepSpeed's classes become _Opaque; UserError for any other class."""
     substitutes: list[Any] = [(type(name.rpartition(".")[2], (_Opaque,), {}), name) for name in _DEEPSPEED_CLASSES]
     try:
@@ -179,7 +180,7 @@ def read_safely(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as a checkpoint file: {str(error).splitlines()[0]}") from None
 
 
-def _model_states(checkpoint: Path) -> dict[str, Any]:
+def _model_states(checkpoint: Path) -> StateDict:
     """Rank 0's *_model_states.pt: weights (stages 0 to 2), shapes and shared parameters."""
     files = sorted(checkpoint.glob("*_model_states.pt"), key=_rank_of)
     if not files:
@@ -289,7 +290,7 @@ def _slices_of_ranks(
     return slices
 
 
-def _is_selected(key: str, value: Any, weight: torch.Tensor, selection: _Selection) -> bool:
+def _is_selected(key: str, value: object, weight: torch.Tensor, selection: _Selection) -> bool:
     """Whether it is a tensor with one number per weight (not a step count), and selected."""
     return isinstance(value, torch.Tensor) and value.numel() == weight.numel() and selection.has_key(key)
 

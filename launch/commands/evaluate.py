@@ -57,12 +57,12 @@ def evaluate(
         raise ConfigError(f"--split {split}: choose train or val.")
     from packspeed.launch.inference import perplexity
 
-    facts = perplexity.evaluate(
+    evaluation = perplexity.evaluate(
         run, data=data, split=split, step=checkpoint, seq_len=seq_len, stride=stride, max_tokens=max_tokens
     )
     lines = [
         f"{row['data']} ({row['split']}): perplexity {row['perplexity']:.4f} per token, loss {row['loss']:.4f}, "
         f"{row['bits_per_byte'] or float('nan'):.4f} bits per byte; {row['tokens']:,} tokens, {row['bytes']:,} bytes"
-        for row in facts["results"]
+        for row in evaluation["results"]
     ]
-    show(facts, lines, json_output)
+    show(evaluation, lines, json_output)

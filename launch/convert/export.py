@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -37,6 +37,17 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 SHARD_BYTES = 2 * 10**9
 
 
+class ExportResult(TypedDict):
+    """What was written."""
+
+    checkpoint: str
+    path: str
+    architecture: str  # class of transformers
+    dtype: str
+    bytes: int  # of all tensors
+    files: list[str]  # with tensors
+
+
 def export_hf(
     run: Path,
     out: Path,
@@ -45,7 +56,7 @@ def export_hf(
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     tokenizer: str | None = None,
-) -> dict[str, Any]:
+) -> ExportResult:
     """Export a run's newest checkpoint, or that of `step`, into a new folder; returns what was written.
 
     Raises ConfigError if transformers has no such model or the folder is in use, UserError for damaged checkpoints.

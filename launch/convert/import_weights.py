@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import yaml
@@ -43,7 +43,19 @@ GetTensor = Callable[[str], torch.Tensor]  # of the source, by our name for it
 RUN_FILE = "run.yaml"
 
 
-def import_hf(source: Path, out: Path, data: str | None = None) -> dict[str, Any]:
+class ImportResult(TypedDict):
+    """What was written."""
+
+    source: str
+    path: str
+    checkpoint: str
+    run_file: str
+    parameters: int
+    tied: bool  # the head shares the embedding's weight
+    notes: list[str]  # for the user
+
+
+def import_hf(source: Path, out: Path, data: str | None = None) -> ImportResult:
     """Import a folder written by transformers' save_pretrained. ConfigError if our model lacks one of its features."""
     try:
         raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -119,7 +131,7 @@ def _tokenizer(source: Path) -> tuple[bytes | None, list[str]]:
     return path.read_bytes(), []
 
 
-def import_nanogpt(source: Path, out: Path, data: str | None = None) -> dict[str, Any]:
+def import_nanogpt(source: Path, out: Path, data: str | None = None) -> ImportResult:
     """Import a ckpt.pt of nanoGPT's train.py."""
     try:
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
@@ -157,7 +169,7 @@ def _write_run(
     tensors: Iterator[tuple[str, torch.Tensor]],
     tokenizer: bytes | None,
     notes: list[str],
-) -> dict[str, Any]:
+) -> ImportResult:
     """Write the run folder under a temporary name and rename it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is in use: name a run folder that does not exist yet.")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -45,6 +45,24 @@ class Continuation:
     text: str
     tokens: int
     mean_log_probability: float | None  # None: nothing was drawn
+
+
+class NumberedContinuation(TypedDict):
+    """A Continuation as JSON data; `sample` counts the continuations of its prompt from 0."""
+
+    prompt: str
+    text: str
+    tokens: int
+    mean_log_probability: float | None
+    sample: int
+
+
+class GenerationResult(TypedDict):
+    """All continuations of all prompts."""
+
+    checkpoint: str
+    samples: list[NumberedContinuation]
+    tokens_per_s: float
 
 
 class TextGenerator:
@@ -112,7 +130,7 @@ class TextGenerator:
 
 def generate_all(
     generator: TextGenerator, prompts: Sequence[str], settings: SamplingSettings, samples: int
-) -> dict[str, Any]:
+) -> GenerationResult:
     """Generate all continuations; returns them as plain JSON data, with the tokens per second."""
     start = time.monotonic()
     continuations = list(generator.generate(prompts, settings, samples))
@@ -120,7 +138,13 @@ def generate_all(
     return {
         "checkpoint": str(generator.checkpoint),
         "samples": [
-            dataclasses.asdict(continuation) | {"sample": number % samples}
+            {
+                "prompt": continuation.prompt,
+                "text": continuation.text,
+                "tokens": continuation.tokens,
+                "mean_log_probability": continuation.mean_log_probability,
+                "sample": number % samples,
+            }
             for number, continuation in enumerate(continuations)
         ],
         "tokens_per_s": round(sum(each.tokens for each in continuations) / max(seconds, 1e-9), 1),

@@ -86,12 +86,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         """The key of the harness's cache."""
         return self.tokenizer.name
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         """Token ids of a text."""
         return self.tokenizer.encode(string)
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
         return self._score([(context, continuation) for _, context, continuation in requests])
 

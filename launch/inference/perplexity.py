@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -37,6 +37,30 @@ BATCH_TOKENS = 16_384  # of one forward pass
 
 
 DECODED_TOKENS = 2**20  # decoded together, to count bytes
+
+
+class Evaluation(TypedDict):
+    """Result of one split of one dataset; losses in nats per token."""
+
+    data: str
+    split: str
+    tokens: int
+    bytes: int
+    seq_len: int
+    stride: int
+    loss: float
+    perplexity: float
+    bits_per_token: float
+    bits_per_byte: float | None  # None: the tokens decode to nothing
+    tokens_per_s: float
+
+
+class EvaluationResult(TypedDict):
+    """Results of all datasets."""
+
+    checkpoint: str
+    step: int
+    results: list[Evaluation]
 
 
 @dataclass(frozen=True)
@@ -67,7 +91,7 @@ def evaluate(
     seq_len: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Evaluate a checkpoint of a run on the run's datasets, or on `data`; returns one result per dataset.
 
     Raises ConfigError for bad options and for a dataset of another tokenizer.
@@ -92,7 +116,7 @@ def evaluate(
         paths = [source["path"] for source in data_config.get("sources") or []]
     if not paths:
         raise ConfigError(f"{checkpoint}: the run names no dataset. Name one with --data DIR.")
-    results = []
+    results: list[Evaluation] = []
     for path in paths:
         dataset = open_dataset(path, **cache)
         _check_tokenizer(dataset, manifest, model.config.vocab_size)
@@ -124,7 +148,7 @@ def _evaluate(
     stride: int,
     max_tokens: int | None,
     masked: bool,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate the first `max_tokens` tokens (None: all) of a split; `masked`: attention stays inside documents."""
     tokens = min(dataset.tokens(split), max_tokens or 2**62)
     if not tokens:
