@@ -18,6 +18,7 @@ from packspeed.data.errors import PackspeedError
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import open_data
+from packspeed.launch.engine.patches.check import check_sources
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, keep_logs
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             keep_logs(run.folder / "logs", int(os.environ.get("RANK", 0)))
         with DeepSpeedLogFilter() as log_filter:
             dataset, ds_config = open_data(run), load_ds_config(run.deepspeed)
+            check_sources()
             # Only now torch and DeepSpeed, which take seconds to import: a typo is answered before.
             from packspeed.launch.training.startup import start_training
 

@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -41,6 +41,7 @@ from packspeed.launch.checkpoint.rng import gather_rng_states, set_rng_state
 from packspeed.launch.checkpoint.writer import SafeWriter
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import CheckpointSection
+from packspeed.launch.engine.patches.checkpoint_writer import write_checkpoints_with
 
 if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
@@ -89,11 +90,7 @@ class Checkpointer:
         self._hosts = topology.gather(platform.node())
         # Only gloo has monitored_barrier, which names absent ranks.
         self._gloo = torch.distributed.new_group(backend="gloo") if topology.world > 1 else None
-        internals: Any = engine  # the two names below are not in the Protocol
-        internals.checkpoint_engine = self.writer
-        # DeepSpeed copies an executable recovery script into every checkpoint. Ours hold data only: packspeed export
-        # reads them.
-        internals._copy_recovery_script = lambda save_path: None
+        write_checkpoints_with(engine, self.writer)
 
     def save(self, step: int, state: TrainingState, now: bool = True, error: str | None = None) -> None:
         """Write the checkpoint of `step` with `state` in its manifest.

@@ -20,6 +20,7 @@ from packspeed.launch.engine.hardware import keep_memory
 from packspeed.launch.engine.ops import device_type
 from packspeed.launch.engine.patches.adam_bias import forget_bias_products
 from packspeed.launch.engine.patches.bf16_gradients import copy_first_gradients
+from packspeed.launch.engine.patches.dynamo import compile_every_shape
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, param_groups
@@ -98,10 +99,7 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> 
     )
     init_weights(model, run.train.seed, materialise)
     if run.train.optimizer.name == "muon":
-        # DeepSpeed compiles Newton-Schulz. Left alone, torch makes one kernel per shape first and then one for all
-        # shapes, with other rounding: a resumed process would not repeat the interrupted one's bits.
-        torch._dynamo.config.automatic_dynamic_shapes = False
-        torch._dynamo.config.recompile_limit = 256
+        compile_every_shape()
     engine: Engine
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -14,7 +14,6 @@ import datetime
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
@@ -24,6 +23,9 @@ from deepspeed.accelerator import get_accelerator
 
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.engine.ops import build_ops, device_type, do_without, needed_ops, prepare_for_ops
+from packspeed.launch.engine.patches.check import check_loaded, check_sources
+from packspeed.launch.engine.patches.replace import version_notes
+from packspeed.launch.engine.patches.shared_memory import unlink_buffers
 from packspeed.launch.engine.quiet import quiet
 
 Error = TypeVar("Error", str, UserError)
@@ -101,6 +103,10 @@ def start_distributed(
     With a DeepSpeed configuration, what it needs is compiled on the way. What one host cannot compile no rank uses: the
     configuration then names what stands in for it, or a UserError says on every rank what is wrong on that host.
     """
+    check_sources()
+    check_loaded()
+    for note in version_notes():
+        say(note)
     prepare_for_ops()
     rank, world, local_rank, local_size = launcher_environment()
     if "RANK" not in os.environ:
@@ -123,7 +129,7 @@ def start_distributed(
     if ds_config is not None:
         _build_ops(ds_config, topology, say)
     _start_deepspeed(backend, timeout)
-    _unlink_shared_memory(topology)
+    unlink_buffers(topology)
     return topology
 
 
@@ -147,16 +153,3 @@ def _build_ops(ds_config: dict[str, Any], topology: Topology, say: Callable[[str
         raise failure
     missing_anywhere = {name: why for on_rank in topology.gather(missing) for name, why in on_rank.items()}
     do_without(missing_anywhere, ds_config, say)
-
-
-def _unlink_shared_memory(topology: Topology) -> None:
-    """Take the name of this rank's all-reduce buffer away once all ranks of the host have mapped it.
-
-    DeepSpeed's shared-memory collectives for CPU ranks (csrc/cpu/comm/shm.cpp) never do: every run left 64 MB a rank
-    in /dev/shm, which is memory, for good. Without a name it goes with the last process, however that dies.
-    """
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{topology.rank}")
-    if topology.local_size == topology.world and buffer.exists():
-        topology.barrier()
-        buffer.unlink()

@@ -1,4 +1,4 @@
-"""Hardware."""
+"""What the machine can do: threads per rank, peak FLOP/s for MFU, memory in use, and glibc's allocator."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def limit_threads(local_size: int) -> int:
-    """Share this host's cores between its ranks unless OMP_NUM_THREADS already says how; returns the threads.
+    """Divide this host's cores evenly between its ranks, unless OMP_NUM_THREADS is set; returns threads per rank.
 
-    Ranks are not bound to cores: on one socket that is worth nothing (LOG.md). For several sockets DeepSpeed's launcher
+    Ranks are not bound to cores: on one socket binding gains nothing (LOG.md). For several sockets DeepSpeed's launcher
     has --bind_cores_to_rank.
     """
     if "OMP_NUM_THREADS" not in os.environ:
@@ -40,22 +40,25 @@ def limit_threads(local_size: int) -> int:
 
 
 def keep_memory() -> None:
-    """Let this process keep the memory of large tensors that it frees, for the next step's (CPU ranks, glibc).
+    """Make glibc keep the memory of freed large tensors for the next step (CPU ranks only).
 
-    By default every tensor above 32 MiB is mapped, cleared by the kernel page by page and given back, several times a
-    step: about a fifth of a small GPT's step. Costs up to a third more resident memory (LOG.md). Where the environment
-    has MALLOC_MMAP_MAX_ or MALLOC_MMAP_THRESHOLD_, that stands.
+    By default glibc maps every tensor above 32 MiB anew, and the kernel clears it page by page, several times a step:
+    about a fifth of a small GPT's step. Keeping it costs up to a third more resident memory (LOG.md). The environment
+    variables MALLOC_MMAP_MAX_ and MALLOC_MMAP_THRESHOLD_ take precedence: with one of them this does nothing.
     """
     if {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ) or device_type() != "cpu":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | str = "cpu") -> float:
-    """FLOP/s of this process's square GEMM in dtype: what MFU refers to on CPUs. All ranks call it at once."""
+    """FLOP/s of a square matrix product in this process: the peak that MFU refers to on CPUs.
+
+    All ranks call it at the same time, so that each has its share of the machine.
+    """
     n = 8192 if torch.device(device).type == "cuda" else 1024
     a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
@@ -72,7 +75,7 @@ def peak_flops(topology: Topology, engine: Engine) -> float:
     device = topology.device
     if device.type == "cpu":
         low = engine.bfloat16_enabled() or engine.torch_autocast_enabled()
-        # A CPU without bf16 instructions does most of a bf16 step in fp32, and its own bf16 GEMM is no peak.
+        # A CPU without bf16 instructions computes most of a bf16 step in fp32, faster than its bf16 products.
         peak = max(measured_peak(dtype) for dtype in [torch.float32, torch.bfloat16][: 1 + low])
     else:
         peak = datasheet_peak(device)
@@ -80,16 +83,14 @@ def peak_flops(topology: Topology, engine: Engine) -> float:
 
 
 def datasheet_peak(device: torch.device) -> float:
-    """FLOP/s of one GPU by its data sheet; nan where the table above has it not."""
+    """FLOP/s of one GPU by its data sheet; nan for GPUs that DATASHEET_PEAK does not list."""
     name = torch.cuda.get_device_name(device)
-    return next((value for part, value in DATASHEET_PEAK.items() if part in name), float("nan"))
+    return next((peak for model, peak in DATASHEET_PEAK.items() if model in name), float("nan"))
 
 
 def memory_gib(device_type: str) -> float:
-    """Most device memory torch held in this process so far; on CPUs what the process has in memory now."""
+    """GiB of this process: on GPUs the most that torch has allocated so far, on CPUs its resident memory now."""
     if device_type == "cuda":
-        import torch
-
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

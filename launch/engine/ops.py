@@ -18,13 +18,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, cast
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
 from torch.utils import cpp_extension
 
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.engine.patches.compatible_ops import mark_as_incompatible
+from packspeed.launch.engine.patches.cpu_name import remember_cpu_name
 
 # DeepSpeed's compiled ops, by the names of their builders.
 SHM_COMM, FUSED_ADAM, CPU_ADAM = "ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"
@@ -54,10 +55,7 @@ def adamw_class(ds_config: dict[str, Any]) -> Callable[..., torch.optim.Optimize
 
 def prepare_for_ops() -> None:
     """What every process does before DeepSpeed loads its first op there."""
-    import cpuinfo
-
-    # DeepSpeed starts a process, 1.4 s each time, to ask for the CPU's name before it loads an op.
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    remember_cpu_name()
     # Always this environment's ninja, also where the environment is not activated (a host reached by ssh): another
     # version, the system's, discards the log of what is built, and every start would compile everything anew.
     own = str(Path(sys.executable).parent)
@@ -114,7 +112,7 @@ def do_without(missing: dict[str, str], ds_config: dict[str, Any], say: Callable
     if FUSED_ADAM in missing:
         ds_config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     if SHM_COMM in missing:
-        deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder(SHM_COMM).NAME] = False
+        mark_as_incompatible(SHM_COMM)
 
 
 def _build_op(builder: Any, say: Callable[[str], None]) -> None:

@@ -35,7 +35,7 @@ class Monitor(Protocol):
 
     tb_monitor: Any  # a TensorBoardMonitor; its summary_writer is None if TensorBoard is off
 
-    def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
+    def write_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
         """Write (tag, value, step) to every backend that the DeepSpeed JSON turns on."""
 
 

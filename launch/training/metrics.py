@@ -7,11 +7,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from packspeed.data.storage.atomic import write_file
+from packspeed.launch.engine.patches.monitor import renew_summary_writer, summary_writer, survive_full_disk
+from packspeed.launch.engine.protocol import Monitor
 from packspeed.launch.run_folder.folder import say
 from packspeed.launch.run_folder.formats import AnomalyLine, MetricsLine, Sample
 from packspeed.launch.training.tensorboard_board import TAGS, Board
@@ -55,7 +55,7 @@ class Metrics:
     A full disk does not end a run: lines that cannot be written wait in memory and are tried again with the next one.
     """
 
-    def __init__(self, folder: Path, monitor: Any, total_steps: int, log_every_steps: int, start_step: int) -> None:
+    def __init__(self, folder: Path, monitor: Monitor, total_steps: int, log_every_steps: int, start_step: int) -> None:
         self.folder, self.path = folder, folder / "metrics.jsonl"
         self.monitor, self.total_steps, self.log_every_steps = monitor, total_steps, log_every_steps
         self.waiting: list[str] = []
@@ -64,39 +64,22 @@ class Metrics:
         self.shares: Callable[[], dict[str, float]] = dict  # of the wall time, by bucket
         self.board: Board | None = None
         self._begin(start_step)
-        writer = getattr(getattr(self.monitor, "tb_monitor", None), "summary_writer", None)
+        writer = summary_writer(self.monitor)
         if writer is not None:
             self.board = Board(writer)
             self.board.begin(folder)
         self.broken = False  # the monitor could not write its last events
-        self._shield()
-
-    def _shield(self) -> None:
-        """DeepSpeed writes events of its own inside engine.step: a full disk must not end the run there."""
-        original = self.monitor.write_events
-
-        def write_events(*args: Any, **kwargs: Any) -> None:
-            try:
-                original(*args, **kwargs)
-            except OSError as error:
-                self._monitor_failed(error)
-
-        self.monitor.write_events = write_events
+        survive_full_disk(self.monitor, self._monitor_failed)
 
     def _monitor_failed(self, error: OSError) -> None:
         if not self.broken:
             say(f"WARNING: TensorBoard's events could not be written ({error.strerror}); metrics.jsonl has every step")
         self.broken = True
 
-    def _mend(self) -> None:
-        """A SummaryWriter whose thread met a full disk fails for ever: begin another file."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self.board is None:
-            return
-        with suppress(OSError):
-            writer = SummaryWriter(log_dir=self.board.writer.log_dir)
-            self.monitor.tb_monitor.summary_writer = self.board.writer = writer
+    def _renew_events(self) -> None:
+        """Begin another event file: TensorBoard's writer keeps failing after a full disk."""
+        if self.board is not None and (writer := renew_summary_writer(self.monitor)) is not None:
+            self.board.writer = writer
             self.broken = False
 
     def _begin(self, step: int) -> None:
@@ -118,7 +101,7 @@ class Metrics:
         Its server takes the first such mark of a run for the start and only the following for restarts, so a fresh run
         leaves one too.
         """
-        writer = getattr(getattr(self.monitor, "tb_monitor", None), "summary_writer", None)
+        writer = summary_writer(self.monitor)
         if writer is None:
             return
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -137,7 +120,7 @@ class Metrics:
             events = [(TAGS[k], v, step) for k, v in record.items() if k in TAGS and v is not None]
             events += [(f"goodput/{name}", share, step) for name, share in self.shares().items()]
             if self.broken:
-                self._mend()
+                self._renew_events()
             self.monitor.write_events(events)
             say(self._line(record))
 

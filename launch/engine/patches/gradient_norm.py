@@ -1,9 +1,30 @@
-"""What this project changes inside DeepSpeed's optimizers: one norm at every stage, exact resumes, a gate.
+"""One gradient norm at every ZeRO stage, and a veto before the optimizer steps.
 
-DeepSpeed's norms are sums in fp32 at one stage, of copies in fp64 at another. torch's fp32 norm of one large tensor on
-a CPU is wrong by 1e-3 at 19 M elements and by 8e-3 at 80 M, and by something else where the gradients are cut
-otherwise: clipping would depend on the stage. The copies take twice the gradient's memory, and three times the time or
-more. Only the norm for an offloaded optimizer stays DeepSpeed's: fp64, gradient by gradient.
+Why        DeepSpeed takes the norm in fp32 at one stage and of fp64 copies at another. torch's fp32 norm of one large
+           tensor on a CPU is wrong by 1e-3 at 19 M elements and by 8e-3 at 80 M, and the error depends on how the
+           gradients are cut into tensors: clipping would depend on the stage and the number of ranks. The fp64 copies
+           take twice the gradients' memory and three times as long. And nothing in DeepSpeed lets the caller look at
+           the norm of a step before the optimizer has taken it.
+Version    DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/bf16_optimizer.py and
+           _take_model_step of runtime/engine.py.
+Upstream   github.com/deepspeedai/DeepSpeed/issues/7837 (norms differ between stages), issues/7749 (between versions),
+           github.com/pytorch/pytorch/issues/151761 and 68326 (the fp32 norm on CPUs).
+Without    Losses differ between stages and numbers of ranks, grad_norm in the metrics is not comparable, and NaN and
+           spikes are seen only after they are in the weights.
+
+How a veto works, with the functions in the order in which they are called:
+
+    train_step()                     loop: hook.begin_step(), forward and backward, then engine.step()
+      engine.step()                  DeepSpeed: at the accumulation boundary it runs the optimizer
+        optimizer.step()             DeepSpeed: asks for the norm of the gradients, to clip by it
+          <patched norm function>    here: takes the norm and calls
+            hook._vetoes(norm)       here: keeps the norm for the metrics and asks
+              judge(norm)            AnomalyDetector.judge: True if norm or loss is not finite or is a spike
+          <- -1 instead of the norm  DeepSpeed's own sign of an overflow: it drops the gradients and does not step
+    train_step()                     loop: reads hook.norm and the detector's anomaly
+
+All ranks have the same norm and the same mean loss, so all of them veto together. The norm of an offloaded optimizer
+stays DeepSpeed's own: it is fp64 already, gradient by gradient.
 """
 
 from __future__ import annotations
@@ -18,103 +39,121 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from packspeed.launch.engine.gradient_norm import clip_gradients, global_norm, square_sum
+from packspeed.launch.engine.patches.replace import replace, require
+from packspeed.launch.engine.protocol import Engine
 
 
 class GradientNormHook:
-    """Shows the global L2 norm of the gradients before clipping; keeps the optimizer from a step that judge refuses.
+    """Shows the global L2 norm of a step's gradients before clipping, and drops the step if `judge(norm)` is True.
 
-    DeepSpeed's ZeRO optimizers discard a step whose norm is invalid, on all ranks together: a step that `judge(norm)`
-    refuses is shown to them as one. Where only the loss is wrong, stage 3 asks before Muon touches its momentum. The
-    norm is square_sum's (see above).
+    judge(None) asks about the loss alone, when there is no norm yet. `norm` is nan if it is not finite.
     """
 
-    def __init__(self, engine: Any, judge: Callable[[float | None], bool]) -> None:
+    def __init__(self, engine: Engine, judge: Callable[[float | None], bool]) -> None:
         self.judge = judge
         self.norm = float("nan")
-        self.closed = False
-        optimizer = engine.optimizer
+        self.vetoed = False
+        # Any: DeepSpeed's optimizer classes have no types; registry.py lists the names that are used.
+        optimizer: Any = engine.optimizer
         if isinstance(optimizer, BF16_Optimizer):
-            self._gate_bf16(optimizer)
+            self._patch_bf16(optimizer)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            self._gate_stage3(optimizer)
+            self._patch_stage3(optimizer)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-            self._gate_stage12(optimizer)
+            self._patch_stages12(optimizer)
         else:
-            self._gate_plain(engine)
+            self._patch_stage0(engine)
 
     def begin_step(self) -> None:
-        """Begin a step."""
-        self.norm, self.closed = float("nan"), False
+        """Forget the last step's norm and veto."""
+        self.norm, self.vetoed = float("nan"), False
 
-    def _refuses(self, norm: Any, scale: float = 1.0) -> bool:
-        """Take note of a norm (negative: DeepSpeed's word for an invalid one) and ask the judge."""
+    def _vetoes(self, norm: torch.Tensor, scale: float = 1.0) -> bool:
+        """Keep the norm, divided by the loss scale, and ask the judge. Negative is DeepSpeed's sign for not finite."""
         value = float(norm)
         self.norm = value / scale if value >= 0 else float("nan")
-        self.closed = self.judge(self.norm)
-        return self.closed
+        self.vetoed = self.judge(self.norm)
+        return self.vetoed
 
-    def _gate_stage12(self, optimizer: Any) -> None:
-        original, update_scale = optimizer.scaled_global_norm, optimizer._update_scale
+    def _patch_stages12(self, optimizer: Any) -> None:
+        """ZeRO 1 and 2: step() calls scaled_global_norm, and drops the step if that is -1."""
 
-        def scaled_global_norm(norm_type: int = 2) -> Any:
-            norm = original(norm_type)
-            return torch.full_like(norm, -1.0) if self._refuses(norm, optimizer.loss_scale) else norm
+        def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
+            norm: torch.Tensor = original_norm(norm_type)
+            return torch.full_like(norm, -1.0) if self._vetoes(norm, optimizer.loss_scale) else norm
 
-        optimizer.scaled_global_norm = scaled_global_norm
-        optimizer.get_grad_norm_direct = lambda gradients, params: global_norm(
-            [g for g in gradients if not getattr(g, "_zero_padding", False)], optimizer.dp_process_group
-        )
-        optimizer._update_scale = lambda overflow: None if self.closed else update_scale(overflow)
+        def get_grad_norm_direct(gradients: list[torch.Tensor], params: Any, norm_type: int = 2) -> torch.Tensor:
+            # Padding is made of zeros, but would cut the sum into other rows on other numbers of ranks.
+            held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+            return global_norm(held, optimizer.dp_process_group)
 
-    def _gate_stage3(self, optimizer: Any) -> None:
-        groups, check, update_scale = (
-            optimizer._get_norm_groups,
-            optimizer._overflow_check_and_loss_scale_update,
-            optimizer._update_scale,
-        )
+        def update_scale(has_overflow: bool = False) -> None:
+            # A vetoed step is no overflow: the fp16 loss scale must stay as it is.
+            if not self.vetoed:
+                original_update(has_overflow)
 
-        def get_norm_groups() -> list[Any]:
-            norms = groups()
-            refused = self._refuses(combine_grad_norm_groups(norms), optimizer.loss_scale)
-            return [torch.full_like(norms[0], -1.0)] if refused else list(norms)
+        original_norm = replace(optimizer, "scaled_global_norm", scaled_global_norm)
+        replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
+        original_update = replace(optimizer, "_update_scale", update_scale)
+
+    def _patch_stage3(self, optimizer: Any) -> None:
+        """ZeRO 3: step() calls _overflow_check, Muon's momentum update and _get_norm_groups, in this order."""
+
+        def get_norm_groups() -> list[torch.Tensor]:
+            norms: list[torch.Tensor] = list(original_groups())
+            vetoed = self._vetoes(combine_grad_norm_groups(norms), optimizer.loss_scale)
+            return [torch.full_like(norms[0], -1.0)] if vetoed else norms
+
+        def get_grad_norm_direct(gradients: list[torch.Tensor], params: Any, norm_type: int = 2) -> torch.Tensor:
+            return global_norm(gradients, optimizer._get_param_partition_group(params[0]))
 
         def overflow_check(update_scale: bool = True) -> bool:
-            check(update_scale=update_scale)
-            self.closed = self.judge(None)
-            optimizer.overflow = optimizer.overflow or self.closed
+            original_check(update_scale=update_scale)
+            # Only the loss is known here. If it is bad, Muon must not add these gradients to its momentum.
+            self.vetoed = self.judge(None)
+            optimizer.overflow = optimizer.overflow or self.vetoed
             return bool(optimizer.overflow)
 
-        optimizer._get_norm_groups = get_norm_groups
-        optimizer.get_grad_norm_direct = lambda gradients, params: global_norm(
-            gradients, optimizer._get_param_partition_group(params[0])
-        )
-        optimizer._overflow_check_and_loss_scale_update = overflow_check
-        optimizer._update_scale = lambda overflow=False: None if self.closed else update_scale(overflow)
+        def update_scale(has_overflow: bool = False) -> None:
+            if not self.vetoed:
+                original_update(has_overflow)
 
-    def _gate_bf16(self, optimizer: Any) -> None:
-        """Here every rank has all gradients, and DeepSpeed takes their norm itself: it gets the norm alone."""
-        original = optimizer.get_grads_for_norm
+        original_groups = replace(optimizer, "_get_norm_groups", get_norm_groups)
+        replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
+        original_check = replace(optimizer, "_overflow_check_and_loss_scale_update", overflow_check)
+        original_update = replace(optimizer, "_update_scale", update_scale)
+
+    def _patch_bf16(self, optimizer: Any) -> None:
+        """bf16 with fp32 gradients: every rank has all gradients, and step() takes the norm of what it is given.
+
+        It gets a single tensor, the norm itself, whose norm is the same number.
+        """
 
         def get_grads_for_norm(for_clipping: bool = False) -> Any:
-            grads = original(for_clipping)
+            gradients = original(for_clipping)
             if for_clipping:
-                return grads
-            norm = square_sum(grads[0]).float().sqrt().view(1)  # infinite where DeepSpeed's own square of it will be
-            return [torch.full_like(norm, float("nan")) if self._refuses(norm) else norm], {}
+                return gradients
+            # DeepSpeed squares it in fp32: a norm above 1.8e19 is infinite there, and the step is dropped.
+            norm = square_sum(gradients[0]).float().sqrt().view(1)
+            return [torch.full_like(norm, float("nan")) if self._vetoes(norm) else norm], {}
 
-        optimizer.get_grads_for_norm = get_grads_for_norm
+        original = replace(optimizer, "get_grads_for_norm", get_grads_for_norm)
 
-    def _gate_plain(self, engine: Any) -> None:
-        """Stage 0: DeepSpeed runs the plain optimizer and knows no norm."""
-        take, step = engine._take_model_step, engine.optimizer.step
+    def _patch_stage0(self, engine: Any) -> None:
+        """Stage 0: DeepSpeed clips with torch's norm, runs the plain optimizer and cannot drop a step."""
+        require(engine, "clip_fp32_gradients")
 
         def take_model_step(lr_kwargs: Any) -> None:
-            grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-            norm = square_sum(grads).sqrt().float()
-            self._refuses(norm)
-            engine.clip_fp32_gradients = lambda: clip_gradients(grads, norm, engine.gradient_clipping())
-            take(lr_kwargs)
-            del engine.clip_fp32_gradients  # it holds the gradients
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            norm = square_sum(gradients).sqrt().float()
+            self._vetoes(norm)
+            # The original calls clip_fp32_gradients, then optimizer.step, both replaced.
+            engine.clip_fp32_gradients = lambda: clip_gradients(gradients, norm, engine.gradient_clipping())
+            original_take(lr_kwargs)
+            del engine.clip_fp32_gradients  # it keeps the gradients in memory
 
-        engine._take_model_step = take_model_step
-        engine.optimizer.step = lambda *args, **kwargs: None if self.closed else step(*args, **kwargs)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return None if self.vetoed else original_step(*args, **kwargs)
+
+        original_take = replace(engine, "_take_model_step", take_model_step)
+        original_step = replace(engine.optimizer, "step", step)

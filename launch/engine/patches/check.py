@@ -1,0 +1,125 @@
+"""Compare the registry with the installed packages before a run builds anything.
+
+    check_sources()     before DeepSpeed is imported: looks for every name in the source files, without running them
+    check_loaded()      after the import: the methods are there in the classes as well
+
+Reading sources finds what only exists in a running engine (attributes that __init__ sets, arguments of C++ functions,
+keys of checkpoint files), and needs no import that a missing name could break. It searches with regular expressions:
+a syntax tree of the same 35 files takes ten times as long.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+from packspeed.launch.engine.patches.registry import MODULE, REGISTRY, TENSORS, TEXT, Internal
+from packspeed.launch.engine.patches.replace import missing
+
+_TOP_LEVEL = re.compile(r"^[A-Za-z@_]", re.M)  # a line that ends the class before it
+_MODULE_NAME = re.compile(r"^(?:async +)?(?:def|class) +(\w+)|^(\w+) *(?::|=(?!=))", re.M)
+_CLASS_NAME = re.compile(r"^    (?:async +)?(?:def +(\w+)|(\w+) *=(?!=))", re.M)
+_FIELD = re.compile(r"^    (\w+) *:", re.M)  # of a dataclass: without a default it is no attribute of the class
+# self.name = ..., self.name: type = ... and self.__dict__["name"] = ...
+_ON_SELF = re.compile(r"self\.(?:(\w+)(?: *: *[\w.\[\], |]+)?|__dict__\[['\"](\w+)['\"]\]) *=(?!=)")
+_ON_OBJECTS = re.compile(r"\.(\w+) *=(?!=)")
+
+
+@functools.cache
+def check_sources() -> None:
+    """Raise UserError if an installed source file lacks a name of the registry; names all that are missing."""
+    absent = [(internal, found) for internal in REGISTRY if (found := problem(internal)) is not None]
+    if absent:
+        package = absent[0][0].package
+        raise missing([found for internal, found in absent if internal.package == package], package)
+
+
+def check_loaded() -> None:
+    """Raise UserError if a class or module that is imported by now lacks a method or function of the registry."""
+    for internal in REGISTRY:
+        module = sys.modules.get(internal.file.removesuffix(".py").replace("/", "."))
+        if module is None or internal.where in (TENSORS, TEXT):
+            continue
+        owner, name = module if internal.where == MODULE else vars(module)[internal.where], identifier(internal)
+        if name in _names_of(internal.file, internal.where)[0] and not hasattr(owner, name):
+            raise missing([internal.label], internal.package)
+
+
+def problem(internal: Internal) -> str | None:
+    """What is wrong with one name in the installed sources: it is absent, or takes other parameters. None: nothing."""
+    if internal.where == TEXT:
+        return None if _collapsed(internal.name) in _collapsed_source(internal.file) else internal.label
+    if not any(identifier(internal) in names for names in _names_of(internal.file, internal.where)):
+        return internal.label
+    if "(" in internal.name:
+        found = _signature(_scope(internal.file, internal.where), identifier(internal))
+        if found not in (internal.name, None):
+            return f"{internal.label}, which is now {found}"
+    return None
+
+
+def identifier(internal: Internal) -> str:
+    """The name without parameters."""
+    return internal.name.partition("(")[0]
+
+
+@functools.cache
+def read_source(file: str) -> str:
+    """Text of a file below site-packages, without an import of its package; empty if there is none."""
+    package, _, rest = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder, rest)
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return ""
+
+
+@functools.cache
+def _names_of(file: str, where: str) -> tuple[frozenset[str], frozenset[str]]:
+    """(names that the module or class defines, names that are set on instances) in a source file."""
+    scope = _scope(file, where)
+    if where == MODULE:
+        return _matches(_MODULE_NAME, scope), frozenset()
+    if where == TENSORS:
+        return frozenset(), _matches(_ON_OBJECTS, scope)
+    return _matches(_CLASS_NAME, scope), _matches(_ON_SELF, scope) | _matches(_FIELD, scope)
+
+
+def _matches(pattern: re.Pattern[str], source: str) -> frozenset[str]:
+    return frozenset("".join(match.groups("")) for match in pattern.finditer(source))
+
+
+@functools.cache
+def _scope(file: str, where: str) -> str:
+    """The part of a source file that a row of the registry is about: the lines of its class, or all of it."""
+    source = read_source(file)
+    if where in (MODULE, TENSORS, TEXT):
+        return source
+    begin = re.search(rf"^class {where}\b", source, re.M)
+    if begin is None:
+        return ""
+    end = _TOP_LEVEL.search(source, begin.end())
+    return source[begin.start() : end.start() if end else len(source)]
+
+
+def _signature(scope: str, name: str) -> str | None:
+    """`name(a, b)` as a function defines it, without self, annotations and defaults; None if it is no function."""
+    found = re.search(rf"def {name}\((.*?)\)(?: *->[^\n]*)?:\n", scope, re.S)
+    if found is None:
+        return None
+    parameters = [re.split(r"[:=]", parameter)[0].strip() for parameter in found[1].split(",")]
+    return f"{name}({', '.join(parameter for parameter in parameters if parameter not in ('', 'self'))})"
+
+
+@functools.cache
+def _collapsed_source(file: str) -> str:
+    return _collapsed(read_source(file))
+
+
+def _collapsed(text: str) -> str:
+    """Without white space, and with one kind of quotes: formatters change both."""
+    return "".join(text.split()).replace("'", '"')

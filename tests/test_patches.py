@@ -1,0 +1,165 @@
+"""What Packspeed replaces and reads inside DeepSpeed and torch exists there, and a run says so if it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from packspeed.launch.config.errors import UserError
+from packspeed.launch.engine import protocol
+from packspeed.launch.engine.patches import check, replace
+from packspeed.launch.engine.patches.check import check_loaded, check_sources, identifier, problem
+from packspeed.launch.engine.patches.registry import MODULE, REGISTRY, TENSORS, TEXT, Internal
+from support import ROOT
+
+CACHES = (check.check_sources, check._names_of, check._scope, check._collapsed_source)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    for cache in CACHES:
+        cache.cache_clear()
+    yield
+    for cache in CACHES:
+        cache.cache_clear()
+
+
+def described(internal: Internal) -> str:
+    return f"{internal.file}:{internal.where}.{identifier(internal)[:40]}"
+
+
+def hide(internal: Internal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the installed file lack one name."""
+    source = check.read_source(internal.file)
+    if internal.where == TEXT:
+        source = check._collapsed(source).replace(check._collapsed(internal.name), "")
+    else:
+        source = re.sub(rf"\b{identifier(internal)}\b", "something_else", source)
+    for cache in CACHES:
+        cache.cache_clear()
+    monkeypatch.setattr(check, "read_source", lambda file: source)
+    # The other files have been checked above.
+    monkeypatch.setattr(check, "REGISTRY", [other for other in REGISTRY if other.file == internal.file])
+
+
+def test_every_name_is_in_the_installed_sources_and_the_check_is_quick() -> None:
+    assert [found for internal in REGISTRY if (found := problem(internal))] == []
+    check._names_of.cache_clear()
+    began = time.process_time()  # of this process alone: other processes may be busy
+    check_sources()
+    assert time.process_time() - began < 1
+
+
+def test_every_method_and_function_is_in_the_loaded_classes() -> None:
+    """The same names again, by Python's own means, in what `import deepspeed` loads (Muon and op builders are not)."""
+    importlib.import_module("deepspeed")
+    for internal in REGISTRY:
+        module = sys.modules.get(internal.file.removesuffix(".py").replace("/", "."))
+        if module is None or internal.where in (TENSORS, TEXT):
+            continue
+        owner = module if internal.where == MODULE else getattr(module, internal.where)
+        name = identifier(internal)
+        if hasattr(owner, name):
+            if "(" in internal.name:
+                parameters = [p for p in inspect.signature(getattr(owner, name)).parameters if p != "self"]
+                # DeepSpeed's instrument_w_nvtx hides the parameters of what it decorates.
+                assert parameters == ["args", "kwargs"] or internal.name == f"{name}({', '.join(parameters)})"
+        else:
+            source = inspect.getsource(owner)
+            assert re.search(rf"self\.(__dict__\[')?{name}\b|^    {name}:", source, re.M), described(internal)
+    check_loaded()
+
+
+@pytest.mark.parametrize("internal", REGISTRY, ids=described)
+def test_a_start_without_one_name_fails_and_names_it(internal: Internal, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(internal, monkeypatch)
+    with pytest.raises(UserError) as error:
+        check_sources()
+    assert internal.label in str(error.value)
+    assert "lacks internals" in str(error.value)
+    assert replace.installed_version(internal.package) in str(error.value)
+
+
+def test_other_parameters_are_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = "deepspeed/runtime/zero/stage3.py"
+    old, new = "get_grad_norm_direct(self, gradients, params,", "get_grad_norm_direct(self, gradients, group, params,"
+    source = check.read_source(file).replace(old, new)
+    monkeypatch.setattr(check, "read_source", lambda name: source)
+    monkeypatch.setattr(check, "REGISTRY", [internal for internal in REGISTRY if internal.file == file])
+    with pytest.raises(UserError, match=r"now get_grad_norm_direct\(gradients, group, params, norm_type\)"):
+        check_sources()
+
+
+def test_a_method_that_is_gone_after_the_import_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    monkeypatch.delattr(DeepSpeedZeroOptimizer, "scaled_global_norm")
+    with pytest.raises(UserError, match=r"DeepSpeedZeroOptimizer\.scaled_global_norm"):
+        check_loaded()
+
+
+def test_replace_refuses_an_attribute_that_is_not_there() -> None:
+    class Thing:
+        def step(self) -> int:
+            return 1
+
+    thing = Thing()
+    original = replace.replace(thing, "step", lambda: 2)
+    assert (original(), thing.step()) == (1, 2)
+    with pytest.raises(UserError, match=r"Thing\.clip"):
+        replace.replace(thing, "clip", lambda: None)
+    with pytest.raises(UserError, match=r"replace\.nothing"):
+        replace.require(replace, "nothing")
+
+
+def test_another_version_gives_a_note_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert replace.version_notes() == []
+    monkeypatch.setattr(replace, "installed_version", lambda package: "0.19.9" if package == "deepspeed" else "2.13.0")
+    (note,) = replace.version_notes()
+    assert note.startswith("note: DeepSpeed 0.19.9 is installed; Packspeed was tested with 0.19.8.")
+
+
+def test_the_tested_versions_are_the_pinned_ones() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert all(pins[package] in versions for package, versions in replace.TESTED.items())
+
+
+def test_the_engine_protocol_is_in_the_registry() -> None:
+    known = {identifier(internal) for internal in REGISTRY if internal.where == "DeepSpeedEngine"}
+    inherited = {"train", "eval"}  # torch.nn.Module's own
+    members = {
+        name for name in {**vars(protocol.Engine), **protocol.Engine.__annotations__} if not name.startswith("_")
+    }
+    assert members - inherited - known == set()
+
+
+def test_every_row_names_a_file_of_ours_that_uses_it() -> None:
+    indirect = {"checkpoint_writer.py", "registry.py", "protocol.py", "quiet.py"}
+    for internal in REGISTRY:
+        path = ROOT / "launch" / internal.used_by
+        assert path.is_file(), internal
+        text = path.read_text()
+        if internal.where not in (TEXT,) and path.name not in indirect and "BLOCKING" not in text:
+            assert re.search(rf"\b{identifier(internal)}\b", text) or identifier(internal) == "NAME", internal
+        assert internal.why.split(":")[0] in {"replaced", "called", "read", "set", "format"}
+
+
+def test_the_writer_has_what_deepspeed_calls() -> None:
+    """A new abstract method of DeepSpeed's checkpoint engine must not go unnoticed."""
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+    from packspeed.launch.checkpoint.writer import SafeWriter
+
+    wanted: Any = CheckpointEngine.__abstractmethods__
+    assert wanted <= set(dir(SafeWriter))
+    listed = {identifier(internal) for internal in REGISTRY if internal.where == "CheckpointEngine"}
+    assert listed <= set(dir(SafeWriter))
+    assert dataclasses.is_dataclass(Internal)
