@@ -16,8 +16,8 @@ from packspeed.launch.config.errors import UserError
 # The versions that the whole test suite has passed with. Others may work; a run with one prints a note.
 TESTED = {"deepspeed": ("0.19.8",), "torch": ("2.13.0",)}
 
+# How messages name a package, which PyPI's names do not tell apart by case.
 TITLES = {"deepspeed": "DeepSpeed", "torch": "torch", "cpuinfo": "py-cpuinfo"}
-DISTRIBUTIONS = {"cpuinfo": "py-cpuinfo"}  # packages whose name on PyPI is another
 
 
 def replace(owner: object, name: str, replacement: Any) -> Any:
@@ -38,21 +38,21 @@ def require(owner: object, name: str) -> Any:
 
 def missing(names: list[str], package: str) -> UserError:
     """The error for internal names that the installed version of a package lacks."""
-    title = TITLES.get(package, package)
-    tested = " or ".join(f"{TITLES[name]} {version}" for name, versions in TESTED.items() for version in versions[-1:])
-    pins = " ".join(f"{name}=={versions[-1]}" for name, versions in TESTED.items() if name == package)
+    title, advice = TITLES.get(package, package), "install the version that constraints.txt names"
+    if package in TESTED:
+        newest = TESTED[package][-1]
+        advice = f"Packspeed was tested with {title} {', '.join(TESTED[package])}: pip install {package}=={newest}"
     return UserError(
         f"{title} {installed_version(package)} lacks internals that Packspeed replaces, calls or reads: "
-        f"{'; '.join(names)}. Packspeed was tested with {tested.replace(' or ', ' and ')}: "
-        + (f"install that version (pip install {pins})" if pins else "reinstall it (pip install --force-reinstall)")
-        + ", or adapt packspeed/launch/engine/patches, whose registry.py lists what is needed and why."
+        f"{'; '.join(names)}. {advice[0].upper()}{advice[1:]}, or adapt packspeed/launch/engine/patches to the new "
+        "version (registry.py says who needs what, and why)."
     )
 
 
 def installed_version(package: str) -> str:
     """The installed version of a package without its local part: 2.13.0 for 2.13.0+cpu."""
     try:
-        return metadata.version(DISTRIBUTIONS.get(package, package)).partition("+")[0]
+        return metadata.version(TITLES.get(package, package)).partition("+")[0]
     except metadata.PackageNotFoundError:
         return "(unknown version)"
 
