@@ -145,7 +145,7 @@ def test_a_rank_that_does_not_come_to_a_save_is_named(workspace: Workspace) -> N
 
 
 def test_a_stop_in_the_middle_of_evaluation(short: Workspace) -> None:
-    """SIGTERM in a validation pass: saved at once, exit 75, and the same command begins with that evaluation."""
+    """SIGTERM in a validation pass: saved immediately, exit 75, and the same command begins with that evaluation."""
     arguments = short.arguments("evalstop", *FEW, "eval.windows=64", "train.micro_batch=8")
     assert train(*short.arguments("evalfull", *FEW, "eval.windows=64", "train.micro_batch=8")).returncode == 0
     done = train(*arguments, faults="term_in_evaluation:3")

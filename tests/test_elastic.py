@@ -39,7 +39,7 @@ def chains(folder: Path) -> dict[str, tuple[float, list[list[str]]]]:
     """Name -> (most that a loss may differ, overrides on 2, 1 and 4 ranks)."""
     zero3 = folder / "zero3_all.json"
     zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    torch_adam = folder / "elastic_torch_adam.json"  # what stands in for FusedAdam on a host without a compiler
+    torch_adam = folder / "elastic_torch_adam.json"  # used instead of FusedAdam on a host without a compiler
     torch_adam.write_text(
         json.dumps({"zero_optimization": {"stage": 1}, "optimizer": {"params": {"torch_adam": True, "fused": True}}})
     )

@@ -63,7 +63,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 def reference(theirs: Any, ids: list[int], seq_len: int, stride: int) -> float:
-    """Sum of nats over ids, window by window, one at a time; end-of-text stands in front."""
+    """Sum of nats over ids, window by window, one at a time; end-of-text comes first."""
     total, done = 0.0, 0
     stream = torch.tensor([256, *ids])
     while done < len(ids):

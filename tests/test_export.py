@@ -251,11 +251,11 @@ def test_memory_stays_near_one_shard(runs: Workspace, tmp_path: Path, stage: str
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == found["bytes"]
     assert index["weight_map"] == {tensor: name for name, content in files.items() for tensor in content}
-    whole = load_file(tmp_path / "first" / "model.safetensors")
-    assert whole.keys() == index["weight_map"].keys()
+    single_file = load_file(tmp_path / "first" / "model.safetensors")
+    assert single_file.keys() == index["weight_map"].keys()
     for name, value in load(tmp_path / "hf").state_dict().items():
-        if name in whole:
-            assert torch.equal(value, whole[name])
+        if name in single_file:
+            assert torch.equal(value, single_file[name])
 
 
 @pytest.mark.launch

@@ -213,7 +213,7 @@ LONG = ("train.steps=4000", "checkpoint.every_steps=0", "eval.every_steps=0", "t
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
 def test_signals_save_and_exit_75_through_the_launcher(workspace: Workspace, number: signal.Signals) -> None:
-    """`packspeed train` hands the signal to both ranks, which save and exit 75; the same command goes on."""
+    """`packspeed train` hands the signal to both ranks, which save and exit 75; the same command resumes."""
     name = f"stopped-{number.name}"
     options = [f"--set={text}" for text in (f"name={name}", "deepspeed=zero2", *LONG)]
     command = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "train", str(workspace.run_file)]

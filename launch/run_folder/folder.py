@@ -19,7 +19,6 @@ metrics.jsonl holds each step once: when a run resumes, the lines after its chec
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import platform
@@ -30,17 +29,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import yaml
 
+from packspeed.data.storage.lock import FileLock, LockHeldError, lock_file
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.formats import Status
 from packspeed.model.config import GPTConfig
 
 LOCK_WAIT_S = 60.0  # a killed launch needs some seconds to end; longer means that somebody trains there
-LOCK_POLL_S = 2.0
 
 
 class Device(Protocol):
@@ -98,10 +97,10 @@ def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool) -> Iterator[None]
         yield
     finally:
         if lock:
-            lock.close()
+            lock.release()
 
 
-def _lock_and_create(folder: Path, fresh: bool) -> tuple[IO[str] | None, str | None]:
+def _lock_and_create(folder: Path, fresh: bool) -> tuple[FileLock | None, str | None]:
     """Return the lock and no error, or the error's text, so that rank 0 can send it to the other ranks."""
     lock = None
     try:
@@ -124,35 +123,28 @@ def _lock_and_create(folder: Path, fresh: bool) -> tuple[IO[str] | None, str | N
     return lock, None
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Lock <runs_dir>/.<name>.lock and return the open file. The kernel unlocks it when the process ends, however.
+def _lock(folder: Path) -> FileLock:
+    """Lock <runs_dir>/.<name>.lock. The kernel unlocks it when the process ends, however.
 
     Raises UserError if another process keeps the lock for LOCK_WAIT_S.
     """
-    file = folder.with_name(f".{folder.name}.lock").open("a+", encoding="utf-8")
-    end = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            if time.monotonic() > end:
-                raise UserError(
-                    f"run folder {folder}: {holder} still trains in it. Stop that first, or choose another name with "
-                    "--set name=NAME."
-                ) from None
-            say(f"waiting for {holder}, which still trains in {folder} ...")
-            time.sleep(LOCK_POLL_S)
-        except OSError:  # a file system without locks: train unprotected
-            break
-    # The name of the holder, for the message above in the process that waits.
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
+
+    def on_wait(holder: str) -> None:
+        say(f"waiting for {holder or 'another process'}, which still trains in {folder} ...")
+
+    try:
+        return lock_file(
+            folder.with_name(f".{folder.name}.lock"),
+            timeout_s=LOCK_WAIT_S,
+            on_wait=on_wait,
+            holder=f"process {os.getpid()} on {platform.node()}",
+            required=False,  # a file system without locks: train unprotected
+        )
+    except LockHeldError as error:
+        raise UserError(
+            f"run folder {folder}: {error.holder or 'another process'} still trains in it. Stop that first, or choose "
+            "another name with --set name=NAME."
+        ) from None
 
 
 def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> dict[str, Any]:
