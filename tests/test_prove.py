@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from packspeed.launch.checkpoint.checkpointer import rng_state, set_rng_state
+from packspeed.launch.checkpoint.rng import rng_state, set_rng_state
 from packspeed.launch.cluster import local_launcher as spawn
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.trials.prove import ResumeResult, first_difference, plan_proof, prove
