@@ -6,7 +6,6 @@ import types
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-from conftest import ROOT
 
 from packspeed.launch.observe.goodput import BUCKETS
 from packspeed.launch.run_folder.formats import (
@@ -19,6 +18,7 @@ from packspeed.launch.run_folder.formats import (
     StepLine,
 )
 from packspeed.launch.training.tensorboard_board import LAYOUT, TAGS
+from support import ROOT
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 JSON_NAMES = {int: "integer", float: "number", str: "string", types.NoneType: "null", dict: "object", list: "array"}
