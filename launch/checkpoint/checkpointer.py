@@ -52,19 +52,19 @@ class Checkpointer:
     """Saves and loads the engine's state for one run folder. Public methods are collectives, except `written`.
 
     Time runs to the right. B: barrier with a timeout, which names missing ranks. A: all ranks agree on an error. Both
-    are collectives; so is DeepSpeed's collection of the state.
+    are collectives; so is DeepSpeed's collection of the state. expire: remove what retention no longer keeps.
 
-    Synchronous save (checkpoint.async_write: false, and every save before the process ends):
+    Synchronous save (checkpoint.async_write: false, and the last save of a process):
 
                         save(N)                                                                    returns
-        rank 0          B  mkdir  A  collect state   wait  B  A  packspeed.json, rename, latest, retire  A  step N+1
+        rank 0          B  mkdir  A  collect state   wait  B  A  packspeed.json, rename, latest, expire  A  step N+1
         other ranks     B         A  collect state   wait  B  A                                          A  step N+1
         writer threads                  write, hash, fsync
 
     Asynchronous save (checkpoint.async_write: true):
 
                         save(N)                  returns           finish()                           returns
-        rank 0          B  mkdir  A  copy state  step N+1, N+2 ...  wait  B  A  packspeed.json, ..., retire  A  step M
+        rank 0          B  mkdir  A  copy state  step N+1, N+2 ...  wait  B  A  packspeed.json, ..., expire  A  step M
         other ranks     B         A  copy state  step N+1, N+2 ...  wait  B  A                               A  step M
         writer threads                           write, hash, fsync
 

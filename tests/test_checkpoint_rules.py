@@ -1,0 +1,189 @@
+"""The rules about checkpoints that need no training: which are complete, which are kept, which may be resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packspeed.data.storage.hashing import hash_file
+from packspeed.launch.checkpoint.manifest import Manifest, RunIdentity, find_damage, list_checkpoints, newest_complete
+from packspeed.launch.checkpoint.resume import check_loaded_step, check_probe, check_same_run
+from packspeed.launch.checkpoint.retention import expired_checkpoints, rewind_target
+from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.run_file import CheckpointSection
+
+
+def write_checkpoint(folder: Path, step: int, val_loss: float | None = None) -> Path:
+    """A complete checkpoint with one file."""
+    checkpoint = folder / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights.pt").write_bytes(bytes([step]))
+    files = {"weights.pt": hash_file(checkpoint / "weights.pt")}
+    manifest = {"format_version": 1, "step": step, "val_loss": val_loss, "files": files}
+    (checkpoint / "packspeed.json").write_text(json.dumps(manifest))
+    return checkpoint
+
+
+def steps(paths: list[Path]) -> list[int]:
+    return [int(path.name[5:]) for path in paths]
+
+
+def section(**keys: int) -> CheckpointSection:
+    return CheckpointSection(**{"every_steps": 4, "keep": 1, "keep_best": 0, **keys})  # type: ignore[arg-type]  # ints
+
+
+@pytest.mark.parametrize(
+    ("keys", "expired"),
+    [
+        ({}, [7, 6, 4, 3]),
+        ({"keep": 2}, [7, 6, 4, 3]),
+        ({"keep": 3}, [6, 4, 3]),
+        ({"keep_every_steps": 3}, [7, 4]),
+        ({"keep_best": 1}, [7, 6, 4]),
+        ({"keep_best": 2}, [7, 4]),
+        ({"every_steps": 0}, [8, 7, 6, 4, 3]),
+        ({"every_steps": 7}, [8, 6, 4, 3]),
+    ],
+)
+def test_retention(tmp_path: Path, keys: dict[str, int], expired: list[int]) -> None:
+    """Step 9 is the newest, 8 the newest scheduled one, 3 and 6 have the lowest validation losses."""
+    for step, val_loss in ((3, 1.0), (4, 3.0), (6, 2.0), (7, None), (8, 5.0), (9, None)):
+        write_checkpoint(tmp_path, step, val_loss)
+    assert steps(expired_checkpoints(tmp_path, section(**keys))) == expired
+
+
+def test_a_rewind_returns_to_the_newest_complete_scheduled_checkpoint(tmp_path: Path) -> None:
+    for step in (3, 4, 8, 9):
+        write_checkpoint(tmp_path, step)
+    assert rewind_target(tmp_path, 10, section()) == 8, "9 is newer, but of a stop"
+    assert rewind_target(tmp_path, 8, section()) == 4
+    (tmp_path / "step-00000008" / "weights.pt").write_bytes(b"x")
+    assert rewind_target(tmp_path, 10, section()) == 4, "8 is damaged"
+    assert rewind_target(tmp_path, 10, section(every_steps=0)) == 9, "none is scheduled"
+    assert rewind_target(tmp_path, 4, section()) == 3
+    assert rewind_target(tmp_path, 3, section()) is None
+
+
+def test_only_step_folders_are_checkpoints(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 3)
+    write_checkpoint(tmp_path, 100)
+    for name in (".step-00000200.tmp", "step-old", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000300").write_text("a file")
+    assert steps(list_checkpoints(tmp_path)) == [100, 3]
+
+
+def test_damage_is_named_and_an_older_checkpoint_taken(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "step-00000002" / "weights.pt").unlink()
+    (tmp_path / "step-00000003" / "weights.pt").write_bytes(b"12")
+    (tmp_path / "step-00000004" / "weights.pt").write_bytes(b"x")
+    (tmp_path / "step-00000005" / "more").write_text("")
+    (tmp_path / "step-00000006" / "packspeed.json").write_text("{")
+    lines: list[str] = []
+    assert newest_complete(tmp_path, lines.append) == tmp_path / "step-00000001"
+    for line, reason in zip(lines, ["did not finish", "not listed", "another hash", "2 bytes", "missing"], strict=True):
+        assert line.startswith("skipping checkpoint step-")
+        assert reason in line
+
+
+def test_the_resharded_folder_is_no_damage(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 1)
+    (checkpoint / "universal").mkdir()
+    (checkpoint / "universal" / "wte.safetensors").write_text("")
+    (checkpoint / ".universal.lock").write_text("")
+    assert find_damage(checkpoint) == []
+
+
+def test_another_format_version_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 1)
+    (checkpoint / "packspeed.json").write_text(json.dumps({"format_version": 2}))
+    assert "format version 2; this Packspeed reads 1" in find_damage(checkpoint)[0]
+
+
+def identity(precision: str = "fp32", dp_size: int = 2, **config: Any) -> RunIdentity:
+    """A run; `config` replaces settings."""
+    settings = {"train": {"seed": 1, "steps": 10}, "model": {"d_model": 32, "kernels": "eager"}}
+    for key, value in config.items():
+        room, _, name = key.partition("_")
+        settings[room][name] = value
+    return {
+        "config": settings,
+        "dataset_fingerprint": "a",
+        "order_version": 1,
+        "layout": {"dp_size": dp_size, "zero_optimization": {}, "precision": precision, "optimizers": []},
+        "versions": {"torch": "2"},
+        "commit": "c",
+    }
+
+
+def saved(**keys: Any) -> Manifest:
+    probe: Any = {"first_sample": 0, "rows": 8, "samples_hash": "h", "loss": 4.0}
+    manifest: Any = {"step": 5, **identity(), "probe": probe, **keys}
+    return manifest
+
+
+def test_what_may_change_on_resume(tmp_path: Path) -> None:
+    assert check_same_run(tmp_path, saved(), identity()) == []
+    notes = check_same_run(tmp_path, saved(), identity(train_steps=20, model_kernels="native"))
+    assert [note.split(" was ")[0] for note in notes] == ["note: model.kernels", "note: train.steps"]
+    with pytest.raises(ConfigError, match=r"another run: model.d_model was 32, is 64; train.seed was 1, is 2"):
+        check_same_run(tmp_path, saved(), identity(train_seed=2, model_d_model=64))
+    for changed, message in (
+        ({"dataset_fingerprint": "b"}, "fingerprint b"),
+        ({"order_version": 2}, "order_version 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_same_run(tmp_path, saved(**changed), identity())
+
+
+def test_imported_weights_are_checked_for_the_model_only(tmp_path: Path) -> None:
+    imported: Manifest = {
+        "step": 0,
+        "config": {"model": {"d_model": 32}},
+        "imported": {"source": "s", "tied": {}},
+    }
+    now = identity(train_seed=2, model_dropout=0.1)
+    assert check_same_run(tmp_path, imported, now) == []
+    with pytest.raises(ConfigError, match=r"another model: model\.d_model is 32 there, 64"):
+        check_same_run(tmp_path, imported, identity(model_d_model=64))
+
+
+@pytest.mark.parametrize(
+    ("now", "difference", "agrees"),
+    [
+        (identity(), 9e-6, True),
+        (identity(), 2e-5, False),
+        (identity(dp_size=1), 2e-5, False),
+        (identity("bf16"), 1.9e-2, True),
+        (identity("bf16"), 2.1e-2, False),
+    ],
+)
+def test_the_probe_agrees_to_the_precision(tmp_path: Path, now: RunIdentity, difference: float, agrees: bool) -> None:
+    repeated: Any = {"first_sample": 0, "rows": 8, "samples_hash": "h", "loss": 4.0 + difference}
+    if agrees:
+        assert "have the loss of the save, 4.0" in check_probe(tmp_path, saved(), now, repeated)
+    else:
+        with pytest.raises(UserError, match=r"self-check: step 5 of .* 4\.00000000 when saved"):
+            check_probe(tmp_path, saved(), now, repeated)
+
+
+def test_a_probe_of_other_samples_names_the_causes(tmp_path: Path) -> None:
+    repeated: Any = {"first_sample": 0, "rows": 8, "samples_hash": "other", "loss": 4.0}
+    now = identity("bf16")
+    now["versions"] = {"torch": "3"}
+    causes = "the samples read are others .the dataset.; torch was 2, is 3; precision was fp32, is bf16"
+    with pytest.raises(UserError, match=causes):
+        check_probe(tmp_path, saved(), now, repeated)
+
+
+def test_the_state_inside_must_be_of_the_same_step(tmp_path: Path) -> None:
+    check_loaded_step(tmp_path, 5, "here", {"packspeed_step": 5})
+    with pytest.raises(UserError, match=r"packspeed\.json says step 5, the state inside says 6"):
+        check_loaded_step(tmp_path, 5, "here", {"packspeed_step": 6})
+    with pytest.raises(UserError, match="found nothing to load"):
+        check_loaded_step(tmp_path, 5, None, {})
