@@ -21,6 +21,7 @@ from typing import Any, TypedDict
 import torch
 
 from packspeed.data.text.ranks_to_json import tokenizer_json
+from packspeed.data.text.tokenizer import Tokenizer
 from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
 from packspeed.launch.config.errors import ConfigError, UserError
@@ -69,32 +70,20 @@ def export_hf(
     manifest = read_manifest(checkpoint)
     config = GPTConfig(**manifest["config"]["model"])
     trained_tokenizer = find_tokenizer(manifest["config"], checkpoint, tokenizer)
-    try:
-        hf_config = to_hf_config(config, trained_tokenizer.eot_id, str(DTYPES[dtype]).removeprefix("torch."))
-    except ValueError as error:
-        raise ConfigError(f"{checkpoint}: {error}") from None
-    if trained_tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"{checkpoint}: the model has {config.vocab_size} tokens and tokenizer {trained_tokenizer.name} has "
-            f"{trained_tokenizer.vocab_size}. Name the tokenizer that it was trained with: --tokenizer FILE."
-        )
+    hf_config = _hf_config(checkpoint, config, trained_tokenizer, dtype)
 
     # All files are written to a temporary folder, which a rename publishes.
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        shards = Shards(temporary, hf_shapes(config), DTYPES[dtype], shard_bytes)
-        for name, tensor in hf_tensors(checkpoint, config):
-            shards.write(name, tensor)
-        if shards.missing:
-            raise UserError(f"{checkpoint}: {', '.join(shards.missing[:5])} is missing in it.")
+        shards = _write_weights(temporary, checkpoint, config, DTYPES[dtype], shard_bytes)
         content, eot = tokenizer_json(trained_tokenizer)
         (temporary / "tokenizer.json").write_bytes(content)
         for name, settings in _json_files(hf_config, config, eot).items():
             (temporary / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         write_card(temporary, out.name, checkpoint, manifest, config)
-        if out.exists():
+        if out.exists():  # an empty folder
             out.rmdir()
         temporary.rename(out)
     except OSError as error:
@@ -109,6 +98,30 @@ def export_hf(
         "bytes": shards.total_bytes,
         "files": shards.names,
     }
+
+
+def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """Content of config.json. ConfigError if transformers has no such model, or the tokenizer is not the model's."""
+    try:
+        hf_config = to_hf_config(config, tokenizer.eot_id, str(DTYPES[dtype]).removeprefix("torch."))
+    except ValueError as error:
+        raise ConfigError(f"{checkpoint}: {error}") from None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{checkpoint}: the model has {config.vocab_size} tokens and tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size}. Name the tokenizer that it was trained with: --tokenizer FILE."
+        )
+    return hf_config
+
+
+def _write_weights(folder: Path, checkpoint: Path, config: GPTConfig, dtype: torch.dtype, shard_bytes: int) -> Shards:
+    """Write all weights. UserError if the checkpoint lacks some."""
+    shards = Shards(folder, hf_shapes(config), dtype, shard_bytes)
+    for name, tensor in hf_tensors(checkpoint, config):
+        shards.write(name, tensor)
+    if shards.missing:
+        raise UserError(f"{checkpoint}: {', '.join(shards.missing[:5])} is missing in it.")
+    return shards
 
 
 def hf_shapes(config: GPTConfig) -> dict[str, torch.Size]:

@@ -64,10 +64,11 @@ def import_hf(source: Path, out: Path, data: str | None = None) -> ImportResult:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{source / 'config.json'}: {reason}") from None
     tokenizer, notes = _tokenizer(source)
+    # All files stay open and mapped: a parameter of ours may need tensors from several of them.
     with ExitStack() as stack:
         files = {name: (path, stack.enter_context(_open(path))) for path in _shards(source) for name in _names(path)}
         try:
-            names = canonical_names(files, config)
+            names = canonical_names(files, config)  # transformers' name -> the name in these files
         except ValueError as error:
             raise ConfigError(f"{source}: {error}") from None
 
@@ -152,7 +153,8 @@ def import_nanogpt(source: Path, out: Path, data: str | None = None) -> ImportRe
     weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # added by torch.compile
     try:
         names = canonical_names(weights, config)
-        plain = [weight._replace(transposed=False) for weight in weight_table(config)]  # Linear, not Conv1D
+        # The table is that of transformers' GPT-2, whose Conv1D weights are transposed; nanoGPT has Linear layers.
+        plain = [weight._replace(transposed=False) for weight in weight_table(config)]
         tensors = ((w.ours, w.join(lambda name: weights[names[name]].float(), config)) for w in plain)
         notes = ["nanoGPT stores no tokenizer: prepare the data with the one the model was trained with"]
         untied = ((name, tensor) for name, tensor in tensors if name != "lm_head.weight")

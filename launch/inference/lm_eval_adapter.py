@@ -135,8 +135,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
+        """One request. settings: those of the task ("until", "max_gen_toks", "do_sample", "temperature", ...)."""
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
+        # The window must have room for new tokens, so a long context loses its beginning.
         room = min(int(settings.get("max_gen_toks", 256)), self.max_length - 1)
         ids = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - room) :]
         drawn: list[int] = []
@@ -154,6 +156,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
             if int(column.tokens[0]) == self.eot_token_id:
                 break
             drawn.append(int(column.tokens[0]))
+            # A stop string may begin in the middle of a token, so the text is searched, not the tokens.
             text = self.tokenizer.decode(drawn)
             if any(stop in text for stop in stops):
                 break

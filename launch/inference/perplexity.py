@@ -96,6 +96,7 @@ def evaluate(
 
     Raises ConfigError for bad options and for a dataset of another tokenizer.
     """
+    # Unset options take the values of the run.
     checkpoint = find_checkpoint(run, step)
     manifest = read_manifest(checkpoint)
     model, config = load_model(checkpoint)
@@ -116,6 +117,7 @@ def evaluate(
         paths = [source["path"] for source in data_config.get("sources") or []]
     if not paths:
         raise ConfigError(f"{checkpoint}: the run names no dataset. Name one with --data DIR.")
+    # Each dataset of a mixture has a result of its own.
     results: list[Evaluation] = []
     for path in paths:
         dataset = open_dataset(path, **cache)
@@ -177,6 +179,7 @@ def _batches(windows: Iterator[Span], rows: int) -> Iterator[list[Span]]:
     """Group up to `rows` consecutive windows of equal length."""
     batch: list[Span] = []
     for window in windows:
+        # The last window may be shorter than the others.
         if batch and (len(batch) == rows or window.last - window.first != batch[0].last - batch[0].first):
             yield batch
             batch = []
