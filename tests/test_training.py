@@ -110,7 +110,11 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(
     environment = os.environ | {"CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for said in ("torch's own operations take the place of ours", "Going on with gloo", "Going on with torch's fused"):
+    for said in (
+        "torch's own operations take the place of ours",
+        "Continuing with gloo",
+        "Continuing with torch's fused",
+    ):
         assert said in done.stdout, said
     assert done.stdout.count("install a C++ compiler") == 3
     for name in ("no-compiler", "torch_adam"):
@@ -127,7 +131,7 @@ def test_what_one_host_cannot_compile_no_rank_uses(
     done = prefork.run(TRAIN, workspace.arguments(name, "deepspeed=zero1"), envs)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rank 0 has native kernels, but rank 1 eager: all use torch's own" in done.stdout
-    assert "Going on with torch's fused AdamW" in done.stdout
+    assert "Continuing with torch's fused AdamW" in done.stdout
     assert workspace.losses(name) == pytest.approx(workspace.losses("zero1-fp32"), abs=1e-5)
     envs[1] |= {"MASTER_PORT": str(free_port())}
     envs[0] |= {"MASTER_PORT": envs[1]["MASTER_PORT"]}

@@ -1,4 +1,10 @@
-"""Build."""
+"""Build the DeepSpeed engine around the GPT: the only file that calls deepspeed.initialize.
+
+    engine = build_engine(gpt_config, run, ds_config)       # the same weights at every ZeRO stage
+
+Weights are drawn per parameter name (model.gpt.init_weights), at stage 3 under GatheredParameters, so every stage and
+every number of ranks starts from the same bits. patches/ says what is changed inside DeepSpeed afterwards.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +34,7 @@ from packspeed.model.kernels import CPU_HAS_BF16, resolve
 
 
 def resolve_precision(wanted: str) -> str:
-    """`auto` is bf16 where the device computes in it natively, else fp16 on a GPU and fp32 on a CPU."""
+    """Resolve `auto`: bf16 if the device has instructions for it, else fp16 on a GPU and fp32 on a CPU."""
     if wanted != "auto":
         return wanted
     if device_type() == "cpu":
@@ -37,58 +43,63 @@ def resolve_precision(wanted: str) -> str:
 
 
 def agree_on_kernels(config: GPTConfig, topology: Topology, say: Callable[[str], None]) -> GPTConfig:
-    """The same kernels for every rank, eager where they differ: hosts with the same CPU give a sample the same bits."""
-    found = topology.gather(resolve_kernels(config.kernels, say))
-    if len(set(found)) == 1:
+    """Return the config with kernels "eager" unless every rank resolved model.kernels to the same ones: a collective.
+
+    Otherwise the loss of a sample would depend on the rank that computes it.
+    """
+    of_rank = topology.gather(resolve_kernels(config.kernels, say))
+    if len(set(of_rank)) == 1:
         return config
-    differ = ", ".join(f"rank {rank} {kernels}" for rank, kernels in enumerate(found) if kernels != found[0])
-    say(f"note: rank 0 has {found[0]} kernels, but {differ}: all use torch's own operations (eager).")
+    differing = ", ".join(f"rank {rank} {kernels}" for rank, kernels in enumerate(of_rank) if kernels != of_rank[0])
+    say(f"note: rank 0 has {of_rank[0]} kernels, but {differing}: all use torch's own operations (eager).")
     return dataclasses.replace(config, kernels="eager")
 
 
 def resolve_kernels(wanted: str, say: Callable[[str], None]) -> str:
-    """What model.kernels comes to on this device; raises ConfigError for kernels that cannot run here."""
+    """Resolve `model.kernels` for this device; raises ConfigError for kernels that cannot run on it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            found = resolve(wanted, device_type())
+            kernels = resolve(wanted, device_type())
         except ValueError as error:
             raise ConfigError(f"model: {error}") from None
     for warning in caught:
         say(f"note: {warning.message}")
-    return found
+    return kernels
 
 
 def check_precision(precision: str) -> None:
-    """Raise ConfigError for what DeepSpeed refuses to run here."""
+    """Raise ConfigError for a precision that DeepSpeed refuses on this device."""
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            f"train.precision: fp16: this {device_type()} has no arithmetic for it, and DeepSpeed refuses it there. "
-            "Use bf16 or fp32, or auto for what the machine does best."
+            f"train.precision: fp16: this {device_type()} cannot compute in it, and DeepSpeed refuses it. "
+            "Use bf16 or fp32, or auto for the machine's best."
         )
 
 
 def wants_deepcompile(ds_config: dict[str, Any], device: str) -> bool:
-    """Whether the DeepSpeed JSON asks for DeepCompile; ConfigError where DeepSpeed has none and would go on without."""
+    """Whether the DeepSpeed JSON asks for DeepCompile; ConfigError if DeepSpeed would silently ignore it here."""
     if (ds_config.get("compile") or {}).get("deepcompile") is not True:
         return False
     if device != "cuda" or zero_stage(ds_config) == 0:
         raise ConfigError(
             "compile.deepcompile in the DeepSpeed configuration: DeepSpeed has it on NVIDIA GPUs at ZeRO 1, 2 and 3, "
-            f"and this is ZeRO-{zero_stage(ds_config)} on {device}. Drop the block; model.kernels: compile compiles "
-            "block by block everywhere."
+            f"but this is ZeRO-{zero_stage(ds_config)} on {device}. Remove the compile block; model.kernels: compile "
+            "compiles block by block on every device."
         )
     return True
 
 
 def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> Engine:
-    """Build the GPT, draw its weights and wrap it: a deepspeed.DeepSpeedEngine."""
+    """Build the GPT, draw its weights, wrap it in a DeepSpeedEngine and apply the patches of its optimizer."""
     deepcompile = wants_deepcompile(ds_config, device_type())
     keep_memory()
-    torch.manual_seed(run.train.seed)  # nothing of ours draws from it; whatever does must not differ from run to run
-    # MKL's vector functions (exp, log, cos ...) choose their code at the first call. Where two threads make that call,
-    # one of them can round otherwise, in this call alone: a resumed run was off in the last bit of its first gradient.
-    torch.zeros(64).exp_()  # by one thread
+    # Packspeed draws from no global generator. If a library does, it must draw the same numbers in every run.
+    torch.manual_seed(run.train.seed)
+    # MKL's vector functions (exp, log, cos ...) choose their code in their first call. If two threads make it at the
+    # same time, one of them can round differently, in this call only: a resumed run then differs in the last bit of its
+    # first gradient. So one thread makes the first call here.
+    torch.zeros(64).exp_()
     under_zero3 = zero_stage(ds_config) == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config) if under_zero3 else nullcontext():
         model = GPT(config)
@@ -108,14 +119,14 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> 
         dist_init_required=False,
     )
     if deepcompile:
-        engine.compile()  # without this call DeepSpeed ignores the block, with a warning at each step
+        engine.compile()  # without this call DeepSpeed ignores the compile block, with a warning in each step
     forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
     copy_first_gradients(engine.optimizer)
     return engine
 
 
 def set_learning_rate(engine: Engine, lr: float, muon_scale: float) -> None:
-    """Give every parameter group this step's learning rate; Muon's groups get muon_scale times it."""
+    """Set this step's learning rate in every parameter group; Muon's groups get muon_scale times as much."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * (muon_scale if group.get("use_muon") else 1.0)
 

@@ -1,10 +1,9 @@
-"""The DeepSpeed engine around the GPT: the only file that calls deepspeed.initialize.
+"""Start the process group, and what ranks exchange outside DeepSpeed's engine.
 
-    topology = start_distributed()                          # ranks, sizes and the device, once
-    engine = build_engine(gpt_config, run, ds_config)       # the same weights at every ZeRO stage
+    topology = start_distributed(ds_config, say)            # once per process: ranks, sizes and the device
 
-Weights are drawn per parameter name (model.gpt.init_weights), under GatheredParameters at stage 3, so every stage
-and every number of ranks starts from the same bits.
+The order of a start: check DeepSpeed's internals, join the group, build ops (the first rank of each host), then let
+DeepSpeed take over the group.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Error = TypeVar("Error", str, UserError)
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Who this process is. Code asks for the data-parallel group here, never for the world size directly."""
+    """Rank, sizes and device of this process. Use dp_rank and dp_size, not the world size, to share data."""
 
     rank: int
     world: int
@@ -55,19 +54,19 @@ class Topology:
             dist.barrier()
 
     def from_rank0(self, value: Any) -> Any:
-        """Broadcast a small picklable object from rank 0."""
+        """Return rank 0's value, a small picklable object, on every rank."""
         box = [value]
         if self.world > 1:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect a small picklable object from every rank, in rank order, on every rank."""
+        """Return the values of all ranks, small picklable objects, in rank order, on every rank."""
         if self.world == 1:
             return [value]
-        out: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(out, value)
-        return out
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def agree_on_error(self, error: Error | None) -> Error | None:
         """Return the error of the lowest rank that has one, on every rank; None if no rank has one.
@@ -86,9 +85,9 @@ OPENMPI = {
 
 
 def launcher_environment() -> tuple[int, int, int, int]:
-    """(rank, world, local rank, local size) as the launcher set them; one lonely rank without a launcher."""
+    """(rank, world, local rank, local size) as the launcher set them; a single rank without a launcher."""
     env = os.environ
-    for name, mpi in OPENMPI.items():  # mpirun names them otherwise
+    for name, mpi in OPENMPI.items():  # mpirun has names of its own
         if mpi in env:
             env.setdefault(name, env[mpi])
     world = int(env.get("WORLD_SIZE", 1))
@@ -100,8 +99,9 @@ def start_distributed(
 ) -> Topology:
     """Join the process group that the launcher's environment describes; without a launcher, be the only rank.
 
-    With a DeepSpeed configuration, what it needs is compiled on the way. What one host cannot compile no rank uses: the
-    configuration then names what stands in for it, or a UserError says on every rank what is wrong on that host.
+    With a DeepSpeed configuration, its ops are compiled as well. If one host cannot compile an op, no rank uses it: the
+    configuration is changed to a substitute, or every rank raises a UserError that names the host and what it lacks.
+    Raises UserError also if DeepSpeed or torch lacks a name of patches/registry.py.
     """
     check_sources()
     check_loaded()
@@ -121,7 +121,8 @@ def start_distributed(
     if backend != "gloo":
         _start_deepspeed(backend, timeout)
     elif not torch.distributed.is_initialized():
-        # Before DeepSpeed: a rank without its shared memory would keep the others waiting in it for ever.
+        # Ops are built before DeepSpeed starts: if shared memory failed on one rank only, the others would wait for it
+        # in DeepSpeed's start forever.
         torch.distributed.init_process_group(backend, timeout=timeout)
     topology = Topology(
         rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name())
@@ -134,13 +135,14 @@ def start_distributed(
 
 
 def _start_deepspeed(backend: str, timeout: datetime.timedelta) -> None:
+    """Let DeepSpeed use the process group, and make the group if there is none yet."""
     if not dist.is_initialized():
         with quiet(None):
             deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 
 
 def _build_ops(ds_config: dict[str, Any], topology: Topology, say: Callable[[str], None]) -> None:
-    """The first rank of every host builds; all ranks know what came of it on each host."""
+    """Build on the first rank of every host, and let all ranks do without what any host could not build."""
     missing: dict[str, str] = {}
     failed: UserError | None = None
     if topology.local_rank == 0:

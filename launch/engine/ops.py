@@ -1,8 +1,8 @@
 """DeepSpeed's compiled ops: which a run needs, and building them.
 
-DeepSpeed compiles its ops with ninja at their first use, for half a minute and more, and says nothing; build_ops does
-it ahead, with a word on the screen. A build that was killed leaves a `lock` file in TORCH_EXTENSIONS_DIR for which
-every later run waits in silence, for ever (torch/utils/file_baton.py); it is cleared once no process holds it.
+DeepSpeed compiles an op with ninja when it is first used: half a minute to five minutes without a message. build_ops
+does it before training, with a message. A build that was killed leaves a `lock` file in TORCH_EXTENSIONS_DIR, and every
+later run waits for it forever (github.com/pytorch/pytorch/issues/189245); build_ops removes it if no process holds it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -29,20 +29,26 @@ from packspeed.launch.engine.patches.cpu_name import remember_cpu_name
 
 # DeepSpeed's compiled ops, by the names of their builders.
 SHM_COMM, FUSED_ADAM, CPU_ADAM = "ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"
-
-
 CPU_LION, FUSED_LION, ASYNC_IO = "CPULionBuilder", "FusedLionBuilder", "AsyncIOBuilder"
 
-
-# What a run goes on with where an op cannot be built. Its numbers differ in rounding alone.
+# What a run uses instead of an op that cannot be built. Results differ by rounding only.
 SUBSTITUTES = {
     SHM_COMM: "gloo between the ranks of a host, which is slower than shared memory",
     FUSED_ADAM: "torch's fused AdamW, which is a little slower",
 }
 
 
+class OpBuilder(Protocol):
+    """What is used of DeepSpeed's op builders."""
+
+    name: str  # of the build folder and the library in it
+
+    def load(self, verbose: bool = False) -> Any:
+        """Compile the op if it is not built yet, and import it."""
+
+
 def device_type() -> str:
-    """What DeepSpeed runs on here: cpu, cuda, ..."""
+    """The type of device that DeepSpeed uses on this host: "cpu", "cuda", ..."""
     return str(get_accelerator().device_name())
 
 
@@ -54,13 +60,13 @@ def adamw_class(ds_config: dict[str, Any]) -> Callable[..., torch.optim.Optimize
 
 
 def prepare_for_ops() -> None:
-    """What every process does before DeepSpeed loads its first op there."""
+    """Set up this process for DeepSpeed's ops: call it before the first one is loaded."""
     remember_cpu_name()
-    # Always this environment's ninja, also where the environment is not activated (a host reached by ssh): another
-    # version, the system's, discards the log of what is built, and every start would compile everything anew.
-    own = str(Path(sys.executable).parent)
-    if own not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
-        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    # Always use this environment's ninja, even if the environment is not activated (on a host reached by ssh). A ninja
+    # of another version, such as the system's, discards the log of what is built: every start would compile again.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
+        os.environ["PATH"] = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:
@@ -80,9 +86,9 @@ def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:
 
 
 def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
-    """Compile and load each op; returns those that cannot be built, and why, where something else stands in for them.
+    """Compile and load ops; returns {builder name: reason} for those that cannot be built but have a substitute.
 
-    UserError for the others: it names the missing compiler, header or the end of ninja's log.
+    Raises UserError for an op without a substitute; it names the missing compiler or header, or quotes ninja's log.
     """
     prepare_for_ops()
     missing = {}
@@ -104,69 +110,76 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
 
 
 def do_without(missing: dict[str, str], ds_config: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Put what stands in for missing ops into the final DeepSpeed dict; UserError where nothing does."""
+    """Change the final DeepSpeed dict so that it needs none of the missing ops ({builder name: reason}).
+
+    Raises UserError if this optimizer has no substitute.
+    """
     for name, why in missing.items():
         if name == FUSED_ADAM and ds_config["optimizer"]["type"] != "AdamW":
-            raise UserError(f"{why}\nOnly train.optimizer.name: adamw can do without it.")
-        say(f"note: {why}\nGoing on with {SUBSTITUTES[name]}.")
+            raise UserError(f"{why}\nOnly train.optimizer.name: adamw works without it.")
+        say(f"note: {why}\nContinuing with {SUBSTITUTES[name]}.")
     if FUSED_ADAM in missing:
         ds_config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     if SHM_COMM in missing:
         mark_as_incompatible(SHM_COMM)
 
 
-def _build_op(builder: Any, say: Callable[[str], None]) -> None:
+def _build_op(builder: OpBuilder, say: Callable[[str], None]) -> None:
     folder = _build_folder(builder.name)
     _wait_for_lock(folder / "lock", say)
     built = folder / f"{builder.name}.so"
     if not built.exists():
         say(f"building DeepSpeed's {builder.name} with the C++ compiler (once per machine, one to five minutes) ...")
     start = time.monotonic()
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # DeepSpeed prints the compiler's arguments
         builder.load(verbose=False)
     if time.monotonic() - start > 5:
         say(f"built {builder.name} in {time.monotonic() - start:.0f} s -> {built}")
 
 
 def _build_folder(name: str) -> Path:
+    """Folder where torch builds an op: in TORCH_EXTENSIONS_DIR, or in the home folder's cache."""
     return Path(cpp_extension._get_build_directory(name, verbose=False))
 
 
 def _wait_for_lock(lock: Path, say: Callable[[str], None], quiet_s: float = 20.0) -> None:
-    """Wait while somebody builds; remove the lock when its owner is dead.
+    """Wait until another process has finished its build; remove the lock if that process is dead.
 
-    Dead: no process of this host has the file open, and (for a folder shared with other hosts) nothing in the
-    build folder was written for quiet_s.
+    It counts as dead if no process of this host has the lock open and nothing was written to the build folder for
+    quiet_s: the folder may be shared with hosts whose processes cannot be seen from here.
     """
-    said = False
+    waiting = False
     while lock.exists():
         if not _is_open_somewhere(lock) and _age_s(lock.parent) > quiet_s:
             say(f"clearing {lock}: a build that was killed left it, and every later run would wait for it")
             lock.unlink(missing_ok=True)
             return
-        if not said:
+        if not waiting:
             say(f"waiting for another process that builds in {lock.parent} ...")
-            said = True
+            waiting = True
         time.sleep(0.5)
 
 
 def _age_s(folder: Path) -> float:
+    """Seconds since a file of the folder was written."""
     times = [p.stat().st_mtime for p in folder.iterdir() if p.exists()]
     return time.time() - max(times, default=0.0)
 
 
 def _is_open_somewhere(path: Path) -> bool:
+    """Whether a process of this host that we may look at has the file open."""
     target = str(path.resolve())
     for fd in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.readlink(fd) == target:
                 return True
-        except OSError:
+        except OSError:  # the process has ended, or belongs to another user
             continue
     return False
 
 
-def _diagnosis(builder: Any, error: BaseException) -> str:
+def _diagnosis(builder: OpBuilder, error: BaseException) -> str:
+    """Why a build failed and what to install: one sentence, then the last lines of the compiler's output."""
     text = str(error)
     advice = "see the log above"
     if "ninja" in text.lower() and "required" in text.lower():
@@ -174,10 +187,10 @@ def _diagnosis(builder: Any, error: BaseException) -> str:
     elif "libaio" in text or builder.name == "async_io":
         advice = "install the libaio headers (Debian: apt-get install libaio-dev)"
     elif "CUDA_HOME" in text or "nvcc" in text:
-        advice = "install the CUDA toolkit (nvcc) of torch's CUDA version, and let CUDA_HOME say where"
+        advice = "install the CUDA toolkit (nvcc) of torch's CUDA version, and set CUDA_HOME to its folder"
     elif (
         isinstance(error, (OSError, subprocess.SubprocessError)) or "c++" in text or "g++" in text or "Python.h" in text
     ):
         advice = "install a C++ compiler and Python's headers (Debian: apt-get install g++ python3-dev)"
     tail = "\n".join(text.strip().splitlines()[-5:])
-    return f"DeepSpeed's op {builder.name} could not be built: {advice}. What the build said last:\n{tail}"
+    return f"DeepSpeed's op {builder.name} could not be built: {advice}. The last lines of the build:\n{tail}"
