@@ -28,6 +28,7 @@ from packspeed.launch.engine.patches.shared_memory import unlink_buffers
 from packspeed.launch.engine.quiet import quiet
 
 Error = TypeVar("Error", str, UserError)
+T = TypeVar("T")  # a small object that pickle can copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +54,18 @@ class Topology:
         if self.world > 1:
             dist.barrier()
 
-    def from_rank0(self, value: Any) -> Any:
-        """Return rank 0's value, a small picklable object, on every rank."""
+    def from_rank0(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
         box = [value]
         if self.world > 1:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, small picklable objects, in rank order, on every rank."""
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in rank order, on every rank."""
         if self.world == 1:
             return [value]
-        values: list[Any] = [None] * self.world
+        values = [value] * self.world
         torch.distributed.all_gather_object(values, value)
         return values
 

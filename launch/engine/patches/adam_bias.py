@@ -31,12 +31,12 @@ def forget_bias_products(basic_optimizer: torch.optim.Optimizer, betas: tuple[fl
     lr, eps, weight_decay, bias_correction = 0.0, 1.0, 0.0, True
 
     # The arguments of both ops are positional: registry.py holds their C++ signatures.
-    def jump_cpu_adam(*_: Any) -> None:
+    def jump_cpu_adam(*_: object) -> None:
         optimizer.ds_opt_adam.adam_update(
             optimizer.opt_id, FAR_STEP, lr, *betas, eps, weight_decay, bias_correction, param, grad, exp_avg, exp_avg_sq
         )
 
-    def jump_fused_adam(*_: Any) -> None:
+    def jump_fused_adam(*_: object) -> None:
         chunk_size, tensors = 1, [[grad], [param], [exp_avg], [exp_avg_sq]]
         optimizer.multi_tensor_adam(
             chunk_size, optimizer._dummy_overflow_buf, tensors, lr, *betas, eps, FAR_STEP, optimizer.adam_w_mode,

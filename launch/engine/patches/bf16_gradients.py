@@ -43,7 +43,7 @@ def copy_first_gradients(wrapper: Optimizer) -> None:
     def clear_hp_grads() -> None:
         optimizer.fp32_groups_has_gradients = [[False] * len(group) for group in optimizer.fp32_groups_gradients]
 
-    def step(*args: Any, **kwargs: Any) -> None:
+    def step(*args: object, **kwargs: object) -> None:
         # Whatever got no gradient since clear_hp_grads still holds that of an earlier step.
         for gradients, filled in zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True):
             for gradient, full in zip(gradients, filled, strict=True):

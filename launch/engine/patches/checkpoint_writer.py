@@ -20,16 +20,16 @@ from packspeed.launch.engine.protocol import Engine
 class CheckpointEngine(Protocol):
     """The methods of its checkpoint engine that DeepSpeed calls (the names and parameters are DeepSpeed's)."""
 
-    def create(self, info: Any) -> None:
+    def create(self, info: object) -> None:
         """Begin a save."""
 
-    def save(self, state_dict: Any, path: str) -> None:
+    def save(self, state_dict: object, path: str) -> None:
         """Write one file."""
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file."""
 
-    def commit(self, info: Any) -> bool:
+    def commit(self, info: object) -> bool:
         """End a save; whether it succeeded."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:

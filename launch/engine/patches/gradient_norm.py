@@ -30,7 +30,7 @@ stays DeepSpeed's own: it is fp64 already, gradient by gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -40,7 +40,22 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from packspeed.launch.engine.gradient_norm import clip_gradients, global_norm, square_sum
 from packspeed.launch.engine.patches.replace import replace, require
-from packspeed.launch.engine.protocol import Engine
+from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
+
+Tensors = list[torch.Tensor]
+
+
+class Stage12Optimizer(ScaledOptimizer, Protocol):
+    """What is read of DeepSpeedZeroOptimizer."""
+
+    dp_process_group: torch.distributed.ProcessGroup
+
+
+class Stage3Optimizer(ScaledOptimizer, Protocol):
+    """What is read of DeepSpeedZeroOptimizer_Stage3."""
+
+    def _get_param_partition_group(self, param: torch.Tensor) -> torch.distributed.ProcessGroup:
+        """The ranks that share the parameter."""
 
 
 class GradientNormHook:
@@ -53,8 +68,7 @@ class GradientNormHook:
         self.judge = judge
         self.norm = float("nan")
         self.vetoed = False
-        # Any: DeepSpeed's optimizer classes have no types; registry.py lists the names that are used.
-        optimizer: Any = engine.optimizer
+        optimizer: Any = engine.optimizer  # DeepSpeed's classes, which have no types
         if isinstance(optimizer, BF16_Optimizer):
             self._patch_bf16(optimizer)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -75,14 +89,14 @@ class GradientNormHook:
         self.vetoed = self.judge(self.norm)
         return self.vetoed
 
-    def _patch_stages12(self, optimizer: Any) -> None:
+    def _patch_stages12(self, optimizer: Stage12Optimizer) -> None:
         """ZeRO 1 and 2: step() calls scaled_global_norm, and drops the step if that is -1."""
 
         def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
             norm: torch.Tensor = original_norm(norm_type)
             return torch.full_like(norm, -1.0) if self._vetoes(norm, optimizer.loss_scale) else norm
 
-        def get_grad_norm_direct(gradients: list[torch.Tensor], params: Any, norm_type: int = 2) -> torch.Tensor:
+        def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
             # Padding is made of zeros, but would cut the sum into other rows on other numbers of ranks.
             held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
             return global_norm(held, optimizer.dp_process_group)
@@ -96,7 +110,7 @@ class GradientNormHook:
         replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
         original_update = replace(optimizer, "_update_scale", update_scale)
 
-    def _patch_stage3(self, optimizer: Any) -> None:
+    def _patch_stage3(self, optimizer: Stage3Optimizer) -> None:
         """ZeRO 3: step() calls _overflow_check, Muon's momentum update and _get_norm_groups, in this order."""
 
         def get_norm_groups() -> list[torch.Tensor]:
@@ -104,7 +118,7 @@ class GradientNormHook:
             vetoed = self._vetoes(combine_grad_norm_groups(norms), optimizer.loss_scale)
             return [torch.full_like(norms[0], -1.0)] if vetoed else norms
 
-        def get_grad_norm_direct(gradients: list[torch.Tensor], params: Any, norm_type: int = 2) -> torch.Tensor:
+        def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
             return global_norm(gradients, optimizer._get_param_partition_group(params[0]))
 
         def overflow_check(update_scale: bool = True) -> bool:
@@ -123,18 +137,19 @@ class GradientNormHook:
         original_check = replace(optimizer, "_overflow_check_and_loss_scale_update", overflow_check)
         original_update = replace(optimizer, "_update_scale", update_scale)
 
-    def _patch_bf16(self, optimizer: Any) -> None:
+    def _patch_bf16(self, optimizer: object) -> None:
         """bf16 with fp32 gradients: every rank has all gradients, and step() takes the norm of what it is given.
 
         It gets a single tensor, the norm itself, whose norm is the same number.
         """
 
-        def get_grads_for_norm(for_clipping: bool = False) -> Any:
-            gradients = original(for_clipping)
+        def get_grads_for_norm(for_clipping: bool = False) -> Tensors | tuple[Tensors, dict[str, Tensors]]:
             if for_clipping:
-                return gradients
+                all_gradients: Tensors = original(for_clipping)
+                return all_gradients
+            gradients, _ = original(for_clipping)  # those of experts aside: a GPT has none
             # DeepSpeed squares it in fp32: a norm above 1.8e19 is infinite there, and the step is dropped.
-            norm = square_sum(gradients[0]).float().sqrt().view(1)
+            norm = square_sum(gradients).float().sqrt().view(1)
             return [torch.full_like(norm, float("nan")) if self._vetoes(norm) else norm], {}
 
         original = replace(optimizer, "get_grads_for_norm", get_grads_for_norm)
@@ -143,7 +158,7 @@ class GradientNormHook:
         """Stage 0: DeepSpeed clips with torch's norm, runs the plain optimizer and cannot drop a step."""
         require(engine, "clip_fp32_gradients")
 
-        def take_model_step(lr_kwargs: Any) -> None:
+        def take_model_step(lr_kwargs: object) -> None:
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             norm = square_sum(gradients).sqrt().float()
             self._vetoes(norm)
@@ -152,7 +167,7 @@ class GradientNormHook:
             original_take(lr_kwargs)
             del engine.clip_fp32_gradients  # it keeps the gradients in memory
 
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(*args: object, **kwargs: object) -> object:
             return None if self.vetoed else original_step(*args, **kwargs)
 
         original_take = replace(engine, "_take_model_step", take_model_step)

@@ -20,7 +20,7 @@ from packspeed.launch.engine.protocol import Monitor
 def survive_full_disk(monitor: Monitor, report: Callable[[OSError], None]) -> None:
     """Pass an OSError of monitor.write_events to `report` instead of raising it."""
 
-    def write_events(*args: Any, **kwargs: Any) -> None:
+    def write_events(*args: object, **kwargs: object) -> None:
         try:
             original(*args, **kwargs)
         except OSError as error:
