@@ -43,7 +43,10 @@ def check_loaded() -> None:
         module = sys.modules.get(internal.file.removesuffix(".py").replace("/", "."))
         if module is None or internal.where in (TENSORS, TEXT):
             continue
-        owner, name = module if internal.where == MODULE else vars(module)[internal.where], identifier(internal)
+        owner, name = (
+            module if internal.where == MODULE else getattr(module, internal.where, None),
+            identifier(internal),
+        )
         if name in _names_of(internal.file, internal.where)[0] and not hasattr(owner, name):
             raise missing([internal.label], internal.package)
 
@@ -68,13 +71,17 @@ def identifier(internal: Internal) -> str:
 
 @functools.cache
 def read_source(file: str) -> str:
-    """Text of a file below site-packages, without an import of its package; empty if there is none."""
+    """Text of a file below site-packages without lines that are comments; empty if there is no such file.
+
+    The package is not imported.
+    """
     package, _, rest = file.partition("/")
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder, rest)
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            comment = "#" if path.suffix in (".py", ".pyi") else "//"
+            return re.sub(rf"^[ \t]*{comment}.*", "", path.read_text(encoding="utf-8"), flags=re.M)
     return ""
 
 

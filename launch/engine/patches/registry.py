@@ -242,6 +242,7 @@ BUILDERS: tuple[Row, ...] = (
     ("deepspeed/ops/op_builder/cpu/cpu_lion.py", "CPULionBuilder", OPS, {"NAME": "read: built before training"}),
     ("deepspeed/ops/op_builder/cpu/async_io.py", "AsyncIOBuilder", OPS, {"NAME": "read: built before training"}),
     ("deepspeed/ops/op_builder/fused_adam.py", "FusedAdamBuilder", OPS, {"NAME": "read: built before training"}),
+    ("deepspeed/ops/op_builder/async_io.py", "AsyncIOBuilder", OPS, {"NAME": "read: built before training"}),
     ("deepspeed/ops/op_builder/fused_lion.py", "FusedLionBuilder", OPS, {"NAME": "read: built before training"}),
     ("deepspeed/ops/csrc/cpu/comm/shm.cpp", TEXT, "engine/patches/shared_memory.py", {
         '#define SHM_BUFFER_NAME "deepspeed_allreduce_buffer"': "read: the buffer's name in /dev/shm",
