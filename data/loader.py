@@ -1,12 +1,32 @@
-"""Batches as a pure function: `Loader.batch(step, rank, world)` gives the same rows whenever and wherever it is called.
+"""Batches as a pure function: `Loader.batch(step, rank, world)` returns the same rows on every call.
 
-Row i of step s is sample number k = s * global_batch + i of the order (order.py). Rank r of w reads the rows
-r * global_batch / w and up, so any number of ranks that divides the global batch sees the same global batch, and the
-whole state of data loading is one integer, the step.
+Row i of step s is sample k = s * global_batch + i of the order (order.py). Rank r of w reads the global_batch / w rows
+from r * global_batch / w on. So any number of ranks that divides the global batch sees the same global batch, and the
+complete state of data loading is one integer, the step.
 
-A prefetch thread hides the reads behind the computation: numpy copies release the interpreter's lock, so a thread does
-what worker processes do elsewhere without copying every batch between processes.
-Cost: about 1.5 us and one copy per row from warm files; see README.md for measured tokens per second.
+Example: three documents `abcde`, `fgh`, `ijklmn`, one token per letter, end-of-text (EOT) printed as `|`. The stream of
+the split is `abcde|fgh|ijklmn|`. With seq_len 4, global batch 2, seed 1 and two ranks:
+
+    step  rank  sample  inputs  labels
+       0     0       0    e|fg    |fgh
+       0     1       1    h|ij    |ijk
+       1     0       2    abcd    bcde     3 windows: end of the first epoch, its cut began at token 0
+       1     1       3    fgh|    gh|i     second epoch, cut from token 2 on: other borders
+       2     0       4    cde|    de|f
+       2     1       5    ijkl    jklm
+
+With one rank, step 0 has samples 0 and 1 as its two rows. With packing `best_fit` (packing.py) rows hold documents, the
+EOT before a document is its first input, and `.` marks padding, which the loss ignores:
+
+    step  rank  sample  inputs  labels  positions  documents
+       0     0       0    lmn.    mn|.       0120        3 1
+       0     1       1    |fgh    fgh|       0123          4
+       1     0       2    de..    e|..       0101        2 2
+       1     1       3    |abc    abcd       0123          4
+
+A prefetch thread reads while the device computes: numpy copies release the interpreter's lock, so a thread does
+what worker processes do elsewhere, without copying every batch between processes.
+Cost: about 1.5 us and one copy per row from warm files; see docs/data.md for measured tokens per second.
 """
 
 from __future__ import annotations
@@ -30,12 +50,17 @@ from packspeed.data.storage.manifest import Tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one rank: tokens (rows, seq_len + 1) in the dataset's dtype, samples (rows,) their numbers k.
+    """Rows of one rank; `samples` (rows,) are their numbers k in the order. Use `inputs` and `labels`, (rows, T) each.
 
-    Inputs are tokens[:, :-1], labels tokens[:, 1:]. Where rows are packed (packing.py), tokens are the inputs and
-    `targets` (rows, seq_len) the labels, of which the first `used` (rows,) of each row count; `global_used` is their
-    sum over the global batch. With a document mask `positions` (rows, seq_len) int32 count from each document's first
-    token in its row, and `documents` (n,) holds the lengths of all these stretches, row after row.
+    Which of the other fields are set depends on the packing of the run (T = seq_len, - = None or 0):
+
+        field        shape         stream                 stream + document_mask   best_fit, bos_aligned
+        tokens       (rows, T+1)   inputs and last label  inputs and last label    (rows, T): the inputs
+        targets      (rows, T)     -                      -                        the labels
+        used         (rows,)       -                      -                        labels per row before the padding
+        global_used  scalar        -                      -                        sum of `used` over all ranks
+        positions    (rows, T)     -                      token number in its document's part of the row, int32
+        documents    (n,)          -                      lengths of these parts, row after row, padding included
     """
 
     tokens: Tokens
@@ -48,16 +73,19 @@ class Batch:
 
     @property
     def inputs(self) -> Tokens:
-        """What the model reads, (rows, seq_len)."""
+        """Token ids that the model reads, (rows, T)."""
         return self.tokens if self.targets is not None else self.tokens[:, :-1]
 
     @property
     def labels(self) -> Tokens:
-        """What it is to predict, (rows, seq_len)."""
+        """Token ids that the model predicts, (rows, T): label t follows input t."""
         return self.targets if self.targets is not None else self.tokens[:, 1:]
 
     def hash(self) -> int:
-        """Sum over the rows of 32 bits of xxh3 of (sample number, tokens), modulo 2**32: ranks' sums add up."""
+        """Sum of a 32-bit hash of each row (sample number and tokens), modulo 2**32.
+
+        The sum over ranks does not depend on how rows are distributed.
+        """
         total = 0
         for row, sample in enumerate(self.samples.tolist()):
             digest = xxhash.xxh3_64(self.tokens[row].tobytes(), seed=sample)
@@ -67,50 +95,50 @@ class Batch:
         return total % 2**32
 
     def cut(self, rows: int) -> Iterator[Batch]:
-        """The same rows, `rows` at a time."""
+        """The micro batches: the same rows, `rows` at a time."""
         ends = None if self.documents is None else np.cumsum(self.documents)
         for first in range(0, len(self.tokens), rows):
-            part, documents = slice(first, first + rows), None
+            micro, documents = slice(first, first + rows), None
             if self.documents is not None and ends is not None:
+                # No document part crosses the end of a row, so their ends tell which rows they belong to.
                 width = self.inputs.shape[1]
-                chosen = (ends > first * width) & (ends <= (first + rows) * width)
-                documents = self.documents[chosen]
+                documents = self.documents[(ends > first * width) & (ends <= (first + rows) * width)]
             yield Batch(
-                self.tokens[part],
-                self.samples[part],
-                None if self.targets is None else self.targets[part],
-                None if self.used is None else self.used[part],
+                self.tokens[micro],
+                self.samples[micro],
+                None if self.targets is None else self.targets[micro],
+                None if self.used is None else self.used[micro],
                 self.global_used,
-                None if self.positions is None else self.positions[part],
+                None if self.positions is None else self.positions[micro],
                 documents,
             )
 
 
 def document_positions(inputs: Tokens, eot_id: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Positions (rows, T) and the lengths (n,) of the stretches that belong together, row after row.
+    """Positions (rows, T) inside documents, and the lengths (n,) of the documents' parts, row after row.
 
-    EOT in the input begins the document behind it, as the mark that nothing before counts; a row begins one too.
+    An EOT among the inputs is the first token of the document after it; the start of a row begins a part too.
     """
     rows, width = inputs.shape
     begins = inputs == eot_id
     begins[:, 0] = True
     starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=rows * width)
-    return stretch_positions(starts, lengths).reshape(rows, width), lengths
+    return count_from_starts(starts, lengths).reshape(rows, width), lengths
 
 
-def stretch_positions(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """0, 1, 2 ... from the start of each stretch, (sum of lengths,)."""
-    places = np.arange(int(starts[-1] + lengths[-1]), dtype=np.int32)
-    places -= np.repeat(starts.astype(np.int32), lengths)
-    return places
+def count_from_starts(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """0, 1, 2 ... from each start on; the parts are adjacent. Returns (sum of lengths,)."""
+    positions = np.arange(int(starts[-1] + lengths[-1]), dtype=np.int32)
+    positions -= np.repeat(starts.astype(np.int32), lengths)
+    return positions
 
 
 class Loader:
-    """Batches of one split. `global_batch` is the number of rows per step over all ranks.
+    """Batches of one split, as windows of its stream. `global_batch` is the number of rows per step over all ranks.
 
     `document_mask` adds positions and documents to every batch. `source` is the number of the dataset in a mixture.
-    Raises DataError where the split is too small for one window, UsageError for impossible numbers.
+    Raises DataError if the split is too small for one window, UsageError for impossible numbers.
     """
 
     def __init__(
@@ -131,11 +159,11 @@ class Loader:
             raise UsageError(f"There is no shuffle {shuffle!r}: choose blocks or full.")
         self.dataset, self.split, self.seq_len, self.global_batch = dataset, split, seq_len, global_batch
         self.document_mask = document_mask
-        self._group = self._asked = -1  # of blocks: the one being read, the last one asked for
-        self.samples_per_epoch = self._new_order(seed, shuffle, source)
+        self._group = self._requested_group = -1  # groups of blocks: the current one, the last one read ahead
+        self.samples_per_epoch = self._make_order(seed, shuffle, source)
 
-    def _new_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
-        """Make the order; returns the samples of an epoch."""
+    def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
+        """Create the order; returns the number of samples in an epoch."""
         self.dataset.scattered = True
         try:
             self.order = Order(self.dataset.tokens(self.split), self.seq_len, seed, shuffle, source)
@@ -147,41 +175,42 @@ class Loader:
         """Samples first to first + count - 1."""
         starts = self.order.starts(first, count).tolist()
         tokens = self.dataset.read_rows(self.split, starts, self.seq_len + 1)
-        self._read_ahead(first)  # only now: the first batch would wait for 128 MiB that later ones need
-        return self._masked(Batch(tokens, np.arange(first, first + count, dtype=np.int64)))
+        # After the read: the first batch would otherwise wait for 128 MiB that only later batches need.
+        self._read_ahead(first)
+        return self._add_documents(Batch(tokens, np.arange(first, first + count, dtype=np.int64)))
 
     def _read_ahead(self, sample: int) -> None:
-        """Have the blocks of a sample's group and of the next one read into memory, each once, by a thread."""
+        """When a sample enters a new group of blocks, read this group and the next into memory, in a thread."""
         group = self.order.group(sample)
         if group != self._group:
             self._group = group
-            threading.Thread(target=self._ask_for, args=(group,), name="packspeed-ahead", daemon=True).start()
+            threading.Thread(target=self._request_groups, args=(group,), name="packspeed-ahead", daemon=True).start()
 
-    def _ask_for(self, group: int) -> None:
+    def _request_groups(self, group: int) -> None:
         for wanted in (group, group + 1) if group >= 0 else ():
-            if wanted != self._asked:
+            if wanted != self._requested_group:
                 self.dataset.will_need(self.split, self.order.group_blocks(wanted))
-                self._asked = wanted
+                self._requested_group = wanted
 
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
-        """Which stretches of the split's stream each sample predicts: (first token, tokens), row after row."""
+        """The parts of the split's stream that each sample has as labels: (first token, tokens), row after row."""
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
     def hits(self, first: int, count: int, start: int, length: int) -> npt.NDArray[np.bool_]:
-        """Which of `count` samples predict any of the `length` tokens from `start` of the stream, (count,)."""
+        """Which of `count` samples have labels among the `length` tokens from `start` of the stream on, (count,)."""
         starts = self.order.starts(first, count)
-        found: npt.NDArray[np.bool_] = (starts + 1 < start + length) & (starts + self.seq_len >= start)
-        return found
+        overlaps: npt.NDArray[np.bool_] = (starts + 1 < start + length) & (starts + self.seq_len >= start)
+        return overlaps
 
-    def _masked(self, batch: Batch) -> Batch:
-        """The batch with positions and documents, where they are wanted."""
+    def _add_documents(self, batch: Batch) -> Batch:
+        """Add positions and document lengths if document_mask is set."""
         if not self.document_mask:
             return batch
         positions, documents = document_positions(batch.inputs, self.dataset.eot_id)
         return replace(batch, positions=positions, documents=documents)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The rows of `rank` of `world` in a step, tokens (global_batch / world, seq_len + 1)."""
+        """The rows of `rank` of `world` in a step: global_batch / world of them. UsageError if that is no integer."""
         if self.global_batch % world:
             raise UsageError(
                 f"{world} ranks cannot share {self.global_batch} rows evenly. Choose a global batch that is a multiple "
@@ -194,7 +223,7 @@ class Loader:
         return batch if batch.used is None else replace(batch, global_used=self.used(step))
 
     def used(self, step: int) -> int:
-        """Labels that count in a step's global batch."""
+        """Number of labels in a step's global batch that count in the loss."""
         return self.global_batch * self.seq_len
 
     def batch_hash(self, step: int) -> str:
@@ -207,13 +236,13 @@ class Loader:
         return digest.hexdigest()
 
     def epochs(self, step: int) -> float:
-        """How many times the split has been seen when `step` begins."""
+        """How many times the split has been read when `step` begins."""
         return step * self.global_batch / self.samples_per_epoch
 
     def val_windows(self, windows: int) -> npt.NDArray[np.int64]:
         """First tokens of `windows` validation windows, (windows,): fixed, in order, evenly spread over the split.
 
-        They lie at multiples of seq_len, so no token is predicted twice. DataError where the split has fewer.
+        All are multiples of seq_len, so no token is predicted twice. DataError if the split has fewer windows.
         """
         available = self.val_available()
         if not 1 <= windows <= available:
@@ -225,25 +254,26 @@ class Loader:
         return np.arange(windows, dtype=np.int64) * available // windows * self.seq_len
 
     def val_available(self) -> int:
-        """How many validation windows there are."""
+        """Number of validation windows in the dataset."""
         return max(0, self.dataset.tokens("val") - 1) // self.seq_len
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:
-        """Validation windows number `indices` of the fixed set of `windows`; `samples` holds those numbers."""
+        """Windows number `indices` of the fixed set of `windows` validation windows; `samples` holds those numbers."""
         chosen = np.asarray(indices, dtype=np.int64)
         starts = self.val_windows(windows)[chosen].tolist()
-        return self._masked(Batch(self.dataset.read_rows("val", starts, self.seq_len + 1), chosen))
+        return self._add_documents(Batch(self.dataset.read_rows("val", starts, self.seq_len + 1), chosen))
 
     def state(self, step: int) -> dict[str, int]:
-        """What a checkpoint needs to continue at `step`."""
+        """What a checkpoint stores in order to continue at `step`."""
         return {"order_version": ORDER_VERSION, "step": step}
 
     def step_of(self, state: dict[str, int]) -> int:
-        """The step to continue at. DataError where the checkpoint followed another version of the order."""
+        """The step to continue at. DataError if the checkpoint used another version of the order."""
         if state["order_version"] != ORDER_VERSION:
             raise DataError(
                 f"The checkpoint read its data in order version {state['order_version']}, this packspeed has version "
-                f"{ORDER_VERSION}: the run would repeat and miss samples. Continue it with the packspeed that began it."
+                f"{ORDER_VERSION}: the run would repeat some samples and miss others. Continue it with the packspeed "
+                f"that began it."
             )
         return state["step"]
 
@@ -251,8 +281,8 @@ class Loader:
 class Prefetcher:
     """Batches of one rank, read ahead by one thread: iterate over (step, batch), then `close`, or use `with`.
 
-    At most `depth` batches wait at a time. Every batch is a fresh array, the caller's to keep. An error in the thread
-    is raised in the caller at the step where it happened. `wait_s` is the time the caller has spent waiting for data.
+    At most `depth` batches wait in the queue. Every batch is a new array that the caller may keep. An error in the
+    thread is raised in the caller at the step where it happened. `wait_s` is the total time the caller waited for data.
     """
 
     def __init__(
@@ -294,7 +324,7 @@ class Prefetcher:
         """Stop the thread and wait for it; batches not yet taken are dropped. Safe to call twice."""
         self._closed.set()
         while self._thread.is_alive():
-            while not self._ready.empty():  # make room: the thread may be waiting to put
+            while not self._ready.empty():  # the thread may be waiting to put one
                 self._ready.get_nowait()
             self._thread.join(timeout=0.01)
 

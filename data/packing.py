@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.loader import Batch, Loader, stretch_positions
+from packspeed.data.loader import Batch, Loader, count_from_starts
 from packspeed.data.order import Permutation, Shuffle
 from packspeed.data.storage.manifest import Tokens
 
@@ -163,7 +163,7 @@ class PackedLoader(Loader):
             document_mask=True, source=source,
         )  # fmt: skip
 
-    def _new_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
+    def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
         documents = sum(s.documents for s in self.dataset.manifest.shards if s.split == self.split)
         windows = -(-documents // WINDOW_DOCUMENTS)
         firsts, _ = self.dataset.document_spans(self.split, 0, windows, WINDOW_DOCUMENTS)
@@ -251,7 +251,7 @@ class PackedLoader(Loader):
             lengths += [width - at] if at < width else []
             used[i] = at
         documents = np.array(lengths, dtype=np.int64)
-        positions = stretch_positions(np.cumsum(documents) - documents, documents).reshape(count, width)
+        positions = count_from_starts(np.cumsum(documents) - documents, documents).reshape(count, width)
         samples = np.arange(first, first + count, dtype=np.int64)
         return Batch(tokens, samples, targets, used, 0, positions, documents)
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import xxhash
 
+from packspeed.data import loader as loader_module
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.loader import Loader, Prefetcher
+from packspeed.data.packing import make_loader
 from packspeed.data.prepare.prepare import prepare
 
 SEQ_LEN = 32
@@ -31,6 +33,37 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 @pytest.fixture
 def loader(dataset: TokenDataset) -> Loader:
     return Loader(dataset, seq_len=SEQ_LEN, global_batch=24, seed=1)
+
+
+def example_rows(loader: Loader, steps: int) -> list[list[str]]:
+    """The rows of two ranks as the docstring of loader.py prints them."""
+    rows = []
+    for step in range(steps):
+        for rank in range(2):
+            batch = loader.batch(step, rank, 2)
+            used = loader.seq_len if batch.used is None else int(batch.used[0])
+            row = [str(step), str(rank), str(batch.samples[0])]
+            for ids in (batch.inputs[0], batch.labels[0]):
+                letters = ["|" if token == 256 else chr(token) for token in ids.tolist()]
+                row.append("".join(letters[:used]).ljust(loader.seq_len, "."))
+            if batch.positions is not None and batch.documents is not None:
+                row += ["".join(map(str, batch.positions[0].tolist())), *map(str, batch.documents.tolist())]
+            rows.append(row)
+    return rows
+
+
+def test_the_example_in_the_docstring_is_true(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for name, text in (("1.txt", "abcde"), ("2.txt", "fgh"), ("3.txt", "ijklmn")):
+        (tmp_path / "text" / name).write_text(text)
+    prepare([str(tmp_path / "text")], tmp_path / "tokens", "bytes", val_fraction=0)
+    opened = TokenDataset(tmp_path / "tokens")
+    stream = make_loader(opened, seq_len=4, global_batch=2, seed=1)
+    best_fit = make_loader(opened, seq_len=4, global_batch=2, seed=1, packing="best_fit")
+    lines = [line.split() for line in str(loader_module.__doc__).splitlines() if line.startswith("       ")]
+    printed = [line[:5] for line in lines[:6]] + lines[6:]
+    assert printed == example_rows(stream, 3) + example_rows(best_fit, 2)
+    assert [window * 4 for window in (0, 1, 2)] == sorted(stream.order.starts(0, 3).tolist())
 
 
 def test_rows_are_windows_of_the_stream(dataset: TokenDataset, loader: Loader) -> None:
