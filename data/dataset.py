@@ -1,13 +1,13 @@
-"""A token dataset: a folder of shards and the manifest that says what they are.
+"""A token dataset: a folder of shards and a manifest, open for reading.
 
-    manifest.json      what this module loads and checks; written last, so a folder without one is not a dataset
+    manifest.json      tokenizer, shards and their hashes (storage/manifest.py); written last
     train-00000.bin    little-endian uint16 or uint32 token ids, every document ended by EOT, no header, no padding
-    train-00000.idx    where its documents begin (see mmidx.py)
+    train-00000.idx    where its documents begin (storage/mmidx.py)
     val-00000.bin ...
 
 A split is one stream of tokens: its shards one after another. Opening reads the manifest and 34 bytes per shard and
-compares sizes; shards are mapped into memory when first read. So opening costs milliseconds at any size, and a torn
-copy is refused before the first step. Full hashes are `packspeed verify` (verify.py).
+compares sizes; a shard is mapped into memory when it is first read. So opening takes milliseconds at any size, and a
+truncated copy is refused before the first step. `packspeed verify` (checks/verify.py) compares the full hashes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,18 @@ from packspeed.data.storage.mmidx import Index, read_index
 Starts = npt.NDArray[np.int64]
 
 
+class DatasetDescription(TypedDict):
+    """What a checkpoint's manifest stores about a dataset."""
+
+    path: str
+    fingerprint: str
+    tokenizer: list[str]  # name, sha256
+    shards: list[list[str | int]]  # name, tokens, xxh3-128 of the .bin
+
+
 @dataclass(frozen=True)
 class DocumentSpan:
-    """Where a document lies: its shard, its number there, and its tokens in the stream of its split, EOT included."""
+    """A document: its shard, its number there, its first token in the stream of its split, and its length with EOT."""
 
     shard: str
     index: int
@@ -41,7 +50,7 @@ class DocumentSpan:
 
 
 class TokenDataset:
-    """A prepared dataset, open for reading. Any thread may read; nothing is ever written."""
+    """A prepared dataset in a folder, read-only. Any number of threads may read."""
 
     def __init__(self, path: str | Path):
         self.manifest: Manifest
@@ -55,8 +64,8 @@ class TokenDataset:
             self._shards[shard.split].append(shard)
         # starts[i] is the first token of shard i in its split's stream; the last entry is the split's length.
         self._starts = {split: _running_sum(shards) for split, shards in self._shards.items()}
-        # Whether single windows are read, with `will_need` where more is known: then the kernel is to read what it is
-        # asked for, not the 128 KiB to 8 MiB around it, which made the first batch of a cold dataset wait 70 ms.
+        # Set by loaders that read scattered windows: the kernel then reads only those pages and what `will_need` names.
+        # Its readahead of 128 KiB to 8 MiB around each window made the first batch of a cold dataset wait 70 ms.
         self.scattered = False
         self._maps: dict[str, Tokens] = {}
         self._indices: dict[str, Index] = {}
@@ -67,32 +76,37 @@ class TokenDataset:
         check_files(Path(path), self.manifest)
         return Path(path)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """What a checkpoint remembers, so that a changed dataset can be refused with what changed."""
+    def describe(self) -> list[DatasetDescription]:
+        """What a checkpoint stores about the dataset. `changes` compares two of these."""
         manifest = self.manifest
-        shards = [[shard.name, shard.tokens, shard.bin_xxh3_128] for shard in manifest.shards]
-        known = [manifest.tokenizer.name, manifest.tokenizer.sha256]
-        return [{"path": str(self.path), "fingerprint": manifest.fingerprint, "tokenizer": known, "shards": shards}]
+        return [
+            {
+                "path": str(self.path),
+                "fingerprint": manifest.fingerprint,
+                "tokenizer": [manifest.tokenizer.name, manifest.tokenizer.sha256],
+                "shards": [[shard.name, shard.tokens, shard.bin_xxh3_128] for shard in manifest.shards],
+            }
+        ]
 
     def tokens(self, split: str) -> int:
-        """Length of a split's stream in tokens; 0 where the dataset has no such split."""
+        """Length of a split's stream in tokens; 0 if the split is empty."""
         return self._starts[split][-1]
 
     def read(self, split: str, start: int, length: int) -> Tokens:
-        """A copy of `length` tokens from `start` on, (length,), over shard boundaries. IndexError outside the split."""
+        """Copy `length` tokens from `start` on, (length,), across shard boundaries. IndexError outside the split."""
         row = np.empty(length, dtype=self.dtype)
         self.read_into(row, split, start)
         return row
 
     def read_rows(self, split: str, starts: Sequence[int], length: int) -> Tokens:
-        """One row of `length` tokens from each start, (len(starts), length), in the dataset's dtype."""
+        """Copy `length` tokens from each start on, (len(starts), length), in the dataset's dtype."""
         rows = np.empty((len(starts), length), dtype=self.dtype)
         for row, start in zip(rows, starts, strict=True):
             self.read_into(row, split, start)
         return rows
 
     def will_need(self, split: str, ranges: Starts) -> None:
-        """Ask the kernel to read ranges of a stream, (n, 2) first token and tokens, ahead of their use."""
+        """Ask the kernel to read ranges of a stream ahead of their use. `ranges` (n, 2): first token and length."""
         for start, length in ranges.tolist():
             shard = bisect_right(self._starts[split], start) - 1
             offset = (start - self._starts[split][shard]) * self.dtype.itemsize
@@ -100,7 +114,7 @@ class TokenDataset:
                 os.posix_fadvise(file.fileno(), offset, length * self.dtype.itemsize, os.POSIX_FADV_WILLNEED)
 
     def document_at(self, split: str, position: int) -> DocumentSpan:
-        """The document that token number `position` of a split belongs to (its EOT belongs to it)."""
+        """The document of token `position` of a split; an EOT belongs to the document it ends."""
         if not 0 <= position < self.tokens(split):
             raise IndexError(f"token {position} of {split}, which has {self.tokens(split)}")
         number = bisect_right(self._starts[split], position) - 1
@@ -111,7 +125,7 @@ class TokenDataset:
         return DocumentSpan(shard.name, document, start, int(index.lengths[document]))
 
     def document_spans(self, split: str, first: int, count: int, stride: int = 1) -> tuple[Starts, Starts]:
-        """Where documents first, first + stride, ... lie: first tokens and lengths, EOT included, `count` at most."""
+        """First tokens and lengths (EOT included) of documents first, first + stride, ..., at most `count`."""
         starts, lengths, passed = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
         last = first + count * stride
         for shard, offset in zip(self._shards[split], self._starts[split], strict=False):
@@ -130,7 +144,7 @@ class TokenDataset:
         return self._indices[shard.name]
 
     def read_into(self, row: Tokens, split: str, start: int) -> None:
-        """Fill a row with the tokens from `start` on. IndexError outside the split."""
+        """Fill `row` with the tokens from `start` on. IndexError outside the split."""
         starts, end = self._starts[split], start + len(row)
         if start < 0 or end > starts[-1]:
             raise IndexError(f"tokens {start} to {end} of {split}, which has {starts[-1]}")
@@ -147,7 +161,7 @@ class TokenDataset:
         return self._maps[name]
 
     def _map_file(self, path: Path) -> Tokens:
-        """A file of tokens, mapped. np.memmap takes 1 ms for that, and slicing it costs ten times a plain array's."""
+        """Map a file of tokens. np.memmap would take 1 ms, and its slices cost ten times those of a plain array."""
         with open(path, "rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         if self.scattered and hasattr(mmap, "MADV_RANDOM"):
@@ -155,25 +169,26 @@ class TokenDataset:
         return np.frombuffer(mapped, dtype=self.dtype)
 
 
-def changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
-    """What differs between datasets a checkpoint remembers (`TokenDataset.describe`) and those there are now."""
-    found = [f"there were {len(old)} datasets, now {len(new)}"] if len(old) != len(new) else []
+def changes(old: Sequence[DatasetDescription], new: Sequence[DatasetDescription]) -> list[str]:
+    """Differences between the datasets in a checkpoint (`TokenDataset.describe`) and the current ones, as text."""
+    differences = [f"there were {len(old)} datasets, now {len(new)}"] if len(old) != len(new) else []
     for before, now in zip(old, new, strict=False):
         if before["fingerprint"] == now["fingerprint"]:
             continue
         if before["tokenizer"] != now["tokenizer"]:
-            found.append(f"{now['path']}: its tokenizer was {before['tokenizer'][0]}, is {now['tokenizer'][0]}")
-        shards, there = ({name: rest for name, *rest in each["shards"]} for each in (before, now))
-        for name in sorted(shards.keys() | there.keys()):
-            if name not in shards or name not in there:
-                found.append(f"{now['path']}: {name} is {'gone' if name in shards else 'new'}")
-            elif shards[name] != there[name]:
-                sizes = f"{shards[name][0]:,} tokens before, {there[name][0]:,} now"
-                found.append(f"{now['path']}: {name} has changed ({sizes})")
-    return found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else [])
+            differences.append(f"{now['path']}: its tokenizer was {before['tokenizer'][0]}, is {now['tokenizer'][0]}")
+        old_shards, new_shards = ({name: facts for name, *facts in dataset["shards"]} for dataset in (before, now))
+        for name in sorted(old_shards.keys() | new_shards.keys()):
+            if name not in old_shards or name not in new_shards:
+                differences.append(f"{now['path']}: {name} is {'gone' if name in old_shards else 'new'}")
+            elif old_shards[name] != new_shards[name]:
+                sizes = f"{old_shards[name][0]:,} tokens before, {new_shards[name][0]:,} now"
+                differences.append(f"{now['path']}: {name} has changed ({sizes})")
+    return differences[:5] + ([f"and {len(differences) - 5} more"] if len(differences) > 5 else [])
 
 
 def _running_sum(shards: list[Shard]) -> list[int]:
+    """First token of each shard, and the length of all as the last entry."""
     starts = [0]
     for shard in shards:
         starts.append(starts[-1] + shard.tokens)

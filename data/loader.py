@@ -322,6 +322,7 @@ class Prefetcher:
 
     def close(self) -> None:
         """Stop the thread and wait for it; batches not yet taken are dropped. Safe to call twice."""
+        # The thread sees `_closed` after its current batch, or after the `put` that this loop makes room for.
         self._closed.set()
         while self._thread.is_alive():
             while not self._ready.empty():  # the thread may be waiting to put one

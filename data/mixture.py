@@ -1,12 +1,12 @@
-"""Several datasets in one run, by weight: which source sample number k comes from, a pure function of k.
+"""Several datasets in one run, by weight: the source of sample k is a pure function of k.
 
-Samples are dealt in blocks of 4,096. After b blocks a source of weight w has been given floor(4,096 b w) samples, the
-heaviest source the rest: so every source is within one sample of its share after every block (the heaviest within one
-per source), a weight of a millionth gets its millionth, and the count is known without going through the blocks before.
-Inside a block the sources stand in a keyed order. No source runs out: its next epoch begins.
+Samples are assigned in blocks of 4,096. After b blocks a source of weight w has floor(4,096 b w) samples; the heaviest
+source has the rest. So every source is within one sample of its share after every block (the heaviest within one per
+source), even a weight of a millionth gets its share, and the counts are known without computing earlier blocks.
+Inside a block the sources follow in a keyed order. A source never runs out: its next epoch begins.
 
-Weights change at stages, at the first block that begins at or after a stage's token; counts go on from there.
-Cost: 0.1 ms per block of 4,096 samples, and what the sources' own loaders cost.
+Weights change at stages, from the first block on that starts at or after the stage's token; the counts continue.
+Cost: 0.1 ms per block of 4,096 samples, plus the cost of the sources' own loaders.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from packspeed.data.dataset import DatasetDescription
 from packspeed.data.errors import UsageError
 from packspeed.data.loader import Batch, Loader
 from packspeed.data.order import Permutation, Shuffle
@@ -43,17 +44,27 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class MixtureStage:
-    """Weights from a block on, and how many samples each source has given before it."""
+    """The weights from block `first_block` on; source i has had given[i] samples before it."""
 
     first_block: int
     weights: tuple[Fraction, ...]
     given: tuple[int, ...]
 
 
-class Mixture:
-    """Which source, and which of its samples, sample number k is. `stages`: (first sample, weights), the first at 0.
+class SourceReport(TypedDict):
+    """How much a run has read of one source."""
 
-    UsageError for weights that are no weights and stages out of order.
+    path: str
+    weight: float
+    samples: int
+    tokens: int
+    epochs: float
+
+
+class Mixture:
+    """Maps sample k to a source and a sample there. `stages` are (first sample, weights); the first is at 0.
+
+    Raises UsageError for impossible weights and for stages that are out of order.
     """
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[float]]], seed: int):
@@ -71,23 +82,25 @@ class Mixture:
                 f"{list(weights)}: give one weight per source, none negative and not all 0."
             )
         if (not self.stages and block) or (self.stages and block < self.stages[-1].first_block):
-            raise UsageError("The stages of a mixture must begin at token 0 and stand in the order of their tokens.")
+            raise UsageError("The stages of a mixture must begin at token 0 and be sorted by their tokens.")
         total = sum(Fraction(weight) for weight in weights)
         given = tuple(self.counts(block)) if self.stages else (0,) * self.sources
         stage = MixtureStage(block, tuple(Fraction(weight) / total for weight in weights), given)
+        # Two stages can round up to the same block: the later one replaces the earlier.
         self.stages = [s for s in self.stages if s.first_block < block] + [stage]
 
     def counts(self, block: int) -> list[int]:
-        """How many samples each source has given when block number `block` begins."""
+        """How many samples each source has had before block number `block`."""
         stage = next(s for s in reversed(self.stages) if s.first_block <= block)
-        dealt = (block - stage.first_block) * BLOCK
-        counts = [int(dealt * weight) for weight in stage.weights]
+        assigned = (block - stage.first_block) * BLOCK
+        # Fractions are exact, so the counts do not depend on rounding after billions of samples.
+        counts = [int(assigned * weight) for weight in stage.weights]
         heaviest = max(range(self.sources), key=lambda i: stage.weights[i])
-        counts[heaviest] += dealt - sum(counts)
+        counts[heaviest] += assigned - sum(counts)
         return [before + count for before, count in zip(stage.given, counts, strict=True)]
 
-    def deal(self, first: int, count: int) -> tuple[Indices, Indices]:
-        """Source of each sample and its number there, (count,) each; the numbers of a source follow one another."""
+    def assign(self, first: int, count: int) -> tuple[Indices, Indices]:
+        """Source of each sample and its number there, (count,) each. The numbers of one source are consecutive."""
         sources, numbers = list[Indices](), list[Indices]()
         while count > 0:
             block, offset = divmod(first, BLOCK)
@@ -98,6 +111,7 @@ class Mixture:
         return np.concatenate(sources), np.concatenate(numbers)
 
     def _new_block(self, block: int) -> tuple[Indices, Indices]:
+        # Which source gets how many of the block's samples; a keyed permutation then mixes their order.
         begin, end = self.counts(block), self.counts(block + 1)
         sizes = np.array(end, dtype=np.int64) - np.array(begin, dtype=np.int64)
         key = struct.pack("<QqQ", MIXTURE_VERSION, self.seed, block) + b"mixture"
@@ -108,12 +122,12 @@ class Mixture:
         return source, number
 
     def stage_of(self, sample: int) -> int:
-        """Number of the stage that a sample belongs to."""
+        """Index of the stage of a sample."""
         return bisect_right(self._first_blocks, sample // BLOCK) - 1
 
 
 class MixtureData:
-    """The datasets of a mixture as one: what a run needs to know of them. They must share a tokenizer."""
+    """The datasets of a mixture. UsageError if they do not share a tokenizer."""
 
     def __init__(self, paths: Sequence[str], **remote: Any):
         self.datasets = [open_dataset(path, **remote) for path in paths]
@@ -131,16 +145,16 @@ class MixtureData:
         self.fingerprint = xxhash.xxh3_128_hexdigest(" ".join(d.fingerprint for d in self.datasets).encode())
 
     def tokens(self, split: str) -> int:
-        """Tokens of a split in all datasets."""
+        """Number of tokens of a split in all datasets."""
         return sum(dataset.tokens(split) for dataset in self.datasets)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """What a checkpoint remembers of every dataset."""
+    def describe(self) -> list[DatasetDescription]:
+        """What a checkpoint stores about every dataset (TokenDataset.describe)."""
         return [description for dataset in self.datasets for description in dataset.describe()]
 
 
 class MixtureLoader(Loader):
-    """Batches out of several datasets. `stages` are (first token, weights); the rest as make_loader's arguments."""
+    """Batches from several datasets. `stages` are (first token, weights); other arguments as in make_loader."""
 
     def __init__(
         self,
@@ -166,8 +180,8 @@ class MixtureLoader(Loader):
         self.samples_per_epoch = sum(loader.samples_per_epoch for loader in self.loaders)
 
     def read(self, first: int, count: int) -> Batch:
-        """Samples first to first + count - 1: each source reads a run of its own, put in its places."""
-        source, number = self.mixture.deal(first, count)
+        """Samples first to first + count - 1. Each source reads its samples at once, then they go to their rows."""
+        source, number = self.mixture.assign(first, count)
         places = [np.flatnonzero(source == i) for i in range(len(self.loaders))]
         parts = [
             (place, loader.read(int(number[place[0]]), len(place)))
@@ -177,9 +191,9 @@ class MixtureLoader(Loader):
         return replace(_join(parts, count), samples=np.arange(first, first + count, dtype=np.int64))
 
     def used(self, step: int) -> int:
-        """As Loader.used."""
+        """Number of labels in a step's global batch that count in the loss."""
         total = 0
-        source, number = self.mixture.deal(step * self.global_batch, self.global_batch)
+        source, number = self.mixture.assign(step * self.global_batch, self.global_batch)
         for i, loader in enumerate(self.loaders):
             mine = number[source == i]
             if len(mine):
@@ -187,11 +201,12 @@ class MixtureLoader(Loader):
         return total
 
     def val_available(self) -> int:
-        """Validation windows of all sources."""
+        """Number of validation windows of all sources."""
         return sum(loader.val_available() for loader in self.loaders)
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:
-        """Validation windows, shared between the sources by how many each has."""
+        """As Loader.eval_batch; the windows are shared between the sources in proportion to how many each has."""
+        # Windows are numbered source after source; each source has its share of the fixed set.
         ends = np.cumsum([loader.val_available() for loader in self.loaders])
         shares = np.diff(ends * windows // int(ends[-1]), prepend=0)
         firsts = np.cumsum(shares) - shares
@@ -204,11 +219,11 @@ class MixtureLoader(Loader):
             parts.append((place, self.loaders[i].eval_batch(inside, int(shares[i]))))
         return replace(_join(parts, len(chosen)), samples=chosen)
 
-    def report(self, samples: int) -> list[dict[str, Any]]:
-        """Per source: weight of the first stage, samples, tokens and epochs after `samples` samples of the run."""
+    def report(self, samples: int) -> list[SourceReport]:
+        """Per source: its weight in the first stage, and samples, tokens and epochs after `samples` of the run."""
         block, rest = divmod(samples, BLOCK)
         given = np.array(self.mixture.counts(block))
-        given += np.bincount(self.mixture.deal(block * BLOCK, rest)[0], minlength=len(given)) if rest else 0
+        given += np.bincount(self.mixture.assign(block * BLOCK, rest)[0], minlength=len(given)) if rest else 0
         return [
             {
                 "path": path,
@@ -222,8 +237,9 @@ class MixtureLoader(Loader):
 
 
 def _join(parts: list[tuple[Indices, Batch]], count: int) -> Batch:
-    """One batch out of the rows of several, each at its places."""
+    """One batch of `count` rows from several batches, each with the row numbers that its rows get."""
     first = parts[0][1]
+    # Sources may be uint16 and uint32; the batch gets the wider type.
     dtype = np.result_type(*(batch.tokens.dtype for _, batch in parts))
 
     def rows(name: str, kind: np.dtype[Any]) -> Any:

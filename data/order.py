@@ -1,16 +1,16 @@
-"""The order of training samples, version 1: sample number k -> (epoch, start), a pure function with no state.
+"""The order of training samples, version 1: sample k -> first token of its window, a pure function without state.
 
 Windows of seq_len + 1 tokens tile a split's stream at stride seq_len (inputs and labels share a window, so every token
-but the first is predicted once), shifted by an offset that changes with the epoch. An epoch shows every window once.
+but the first is predicted once), shifted by an offset that changes with the epoch. An epoch reads every window once.
 
 Two-level shuffle ("blocks"). Random windows from a cold file make the disk fetch far more than is used, so the windows
-are permuted twice: blocks of neighbouring windows over the whole stream, then single windows inside a group of permuted
-blocks. Reads stay in pieces of 2**17 tokens (256 KiB of uint16) and batches mix 2**26 tokens from everywhere. Only
-whole blocks are permuted by the bijection: the shorter last one is put at a place of its own, drawn like a key. "full"
-is the flat permutation, for data that fits in the page cache.
+are permuted twice: blocks of neighbouring windows over the complete stream, then single windows inside a group of
+permuted blocks. So reads are 2**17 tokens long (256 KiB of uint16), and batches mix 2**26 tokens from all over the
+stream. The bijection permutes only full blocks; the shorter last block gets a random slot between them. "full" is the
+flat permutation, for data that fits in the page cache.
 
 The permutation is a keyed bijection that needs no table: an alternating Feistel network of 8 rounds over the smallest
-power of two that holds n, its halves unequal where the exponent is odd, with MurmurHash3's 64-bit finaliser as round
+power of two that holds n, its halves unequal if the exponent is odd, with MurmurHash3's 64-bit finaliser as round
 function, and cycle walking back into n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Keys
 are BLAKE2b of (version, seed, source, epoch, purpose): never a sum, so neighbouring seeds and epochs share nothing.
 
@@ -55,21 +55,21 @@ Words = npt.NDArray[np.uint64]
 
 
 class Permutation:
-    """A keyed bijection of 0 .. n-1 onto itself, evaluated where it is asked, one array at a time."""
+    """A keyed bijection of 0 .. n-1 onto itself, evaluated for one array of indices at a time."""
 
     def __init__(self, n: int, key: bytes):
         self.n = n
-        # Two bits a side at least: with fewer the rounds have too few functions to choose from.
+        # At least two bits per half: with fewer there are too few different round functions.
         bits = max(4, (n - 1).bit_length())
         self._low_bits, self._high_bits = (bits + 1) // 2, bits // 2
         digest = hashlib.blake2b(key, digest_size=8 * ROUNDS).digest()
         self._keys = [np.uint64(word) for word in struct.unpack(f"<{ROUNDS}Q", digest)]
 
     def __call__(self, index: Indices) -> Indices:
-        """Where each index goes, same shape; every index must lie in 0 .. n-1."""
+        """The image of each index, same shape. Every index must be in 0 .. n-1."""
         value = self._encrypt(index.astype(np.uint64))
         outside = np.flatnonzero(value >= self.n)
-        while outside.size:  # at most half of the domain lies outside, so this halves on every turn
+        while outside.size:  # cycle walking: at most half of the domain is outside, so the rest halves
             value[outside] = self._encrypt(value[outside])
             outside = outside[value[outside] >= self.n]
         return value.astype(np.int64)
@@ -85,9 +85,9 @@ class Permutation:
 
 
 class Order:
-    """Which window of a stream of `tokens` tokens sample number k is.
+    """Maps sample k to a window of a stream of `tokens` tokens.
 
-    `source` is the number of the stream in a mixture. DataError where not even one window fits.
+    `source` is the number of the stream in a mixture. DataError if not even one window fits.
     """
 
     def __init__(self, tokens: int, seq_len: int, seed: int, shuffle: Shuffle = "blocks", source: int = 0):
@@ -97,7 +97,7 @@ class Order:
                 f"choose a shorter seq_len."
             )
         self.tokens, self.seq_len, self.seed, self.shuffle, self.source = tokens, seq_len, seed, shuffle, source
-        # One window fewer than fit leaves room for the offset, the same number in every epoch.
+        # One window fewer than fit leaves room for the offset, so that every epoch has the same number of windows.
         self.windows = max(1, tokens // seq_len - 1)
         self.offsets = min(seq_len, tokens - self.windows * seq_len)
         self._epoch = lru_cache(maxsize=4)(self._new_epoch)
@@ -114,23 +114,23 @@ class Order:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def epoch(self, sample: int) -> int:
-        """The pass over the data that a sample belongs to."""
+        """The epoch (pass over the data) of a sample, from 0."""
         return sample // self.windows
 
     def group(self, sample: int) -> int:
-        """The group of blocks that a sample belongs to, counted over all epochs; -1 where there are no groups."""
+        """The group of blocks of a sample, counted over all epochs; -1 for the full shuffle, which has none."""
         epoch, slot = divmod(sample, self.windows)
         return -1 if self.shuffle == "full" else epoch * self._epoch(epoch).groups + self._epoch(epoch).group_of(slot)
 
     def group_blocks(self, group: int) -> Indices:
-        """First token and number of tokens of every block of a group, (blocks, 2): what its samples will read."""
+        """First token and number of tokens of every block of a group, (blocks, 2): all that its samples read."""
         groups = self._epoch(0).groups
         return self._epoch(group // groups).blocks_of(group % groups) if group >= 0 else np.empty((0, 2), np.int64)
 
     def _starts_of_chunk(self, epoch: int, chunk: int) -> Indices:
         slots = np.arange(chunk * CHUNK, min(self.windows, (chunk + 1) * CHUNK), dtype=np.int64)
         starts = self._epoch(epoch).offset + self.seq_len * self._epoch(epoch)(slots)
-        starts.flags.writeable = False  # it is cached and handed out in slices
+        starts.flags.writeable = False  # callers get slices of this cached array
         return starts
 
     def _new_epoch(self, epoch: int) -> _Epoch:
@@ -138,7 +138,7 @@ class Order:
 
 
 class _Epoch:
-    """One pass: slot 0 .. windows-1 -> window 0 .. windows-1."""
+    """The order of one epoch: slot 0 .. windows-1 -> window 0 .. windows-1."""
 
     def __init__(self, order: Order, epoch: int):
         self._prefix = struct.pack("<QqQQ", ORDER_VERSION, order.seed, order.source, epoch)
@@ -173,7 +173,7 @@ class _Epoch:
         first, size = self._first_slot[group], int(self._first_slot[group + 1] - self._first_slot[group])
         permute = Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
         position = first + permute(slots - first)  # windows in the order of the permuted blocks
-        # Behind the short block everything stands earlier by what it lacks; put it back to divide evenly.
+        # Windows after the short block come earlier by what it lacks; shift them back so that division gives the block.
         behind = position >= self._rest_place * self._block + self._rest
         position = position + behind * (self._block - self._rest)
         place, inside = np.divmod(position, self._block)
@@ -184,7 +184,7 @@ class _Epoch:
         return window
 
     def group_of(self, slot: int) -> int:
-        """The group that holds a slot."""
+        """The group of a slot."""
         return int(np.searchsorted(self._first_slot, slot, side="right")) - 1
 
     def blocks_of(self, group: int) -> Indices:
@@ -198,7 +198,7 @@ class _Epoch:
         return np.stack([self.offset + blocks * self._block * self._seq_len, windows * self._seq_len + 1], axis=1)
 
     def _draw(self, purpose: bytes, n: int) -> int:
-        """A number 0 .. n-1 for this epoch."""
+        """A pseudo-random number 0 .. n-1 for this epoch and purpose."""
         digest = hashlib.blake2b(self._prefix + purpose, digest_size=16).digest()
         return int.from_bytes(digest, "little") % n
 

@@ -1,18 +1,19 @@
-"""Packed rows: every row holds whole documents, where they fit, instead of a window of the stream.
+"""Packed rows: a row holds complete documents if they fit, instead of a window of the stream.
 
-    best_fit      nothing is discarded, padding below one row per 16,384 documents
-    bos_aligned   every row consists of beginnings of documents; what does not fit is discarded
+    best_fit      discards nothing; padding is less than one row per 16,384 documents
+    bos_aligned   rows contain only beginnings of documents; the rest of a document that does not fit is discarded
 
-A document of n tokens, EOT last, takes n places: its inputs are the EOT in front of it and its first n - 1 tokens, its
-labels all its n tokens. So every token is predicted once, and EOT at position 0 is what a text begins with. Documents
-longer than a row are cut into rows; attention never leaves a document.
+A document of n tokens, EOT last, takes n positions: its inputs are the EOT before it and its first n - 1 tokens, its
+labels are all its n tokens. So every token is predicted once, and every document starts with EOT at position 0.
+Documents longer than a row are cut into rows; attention never leaves a document.
 
 Documents are packed inside windows of 16,384 consecutive ones by best-fit-decreasing (Ding et al., "Fewer Truncations
 Improve Language Modeling", https://arxiv.org/abs/2404.10830): the longest first, each into the fullest row that has
-room. The number of rows is fixed beforehand at ceil(tokens / seq_len), and the few documents that then find no room are
-split over what is left (best_fit) or cut to it (bos_aligned). That makes the row count of every window known without
-packing it, so row number k is found at once, whatever came before. Equal lengths are placed together: 10 to 30 ms per
-window of 5 million tokens. Rows are read in a keyed two-level order: windows, then rows inside groups of 2**25 tokens.
+room. The number of rows is fixed beforehand at ceil(tokens / seq_len). The few documents that then have no room are
+split over the remaining gaps (best_fit) or cut to them (bos_aligned). So the row count of every window is known without
+packing it, and row k is found without packing the rows before it. Documents of equal length are placed together: 10 to
+30 ms per window of 5 million tokens. Rows are read in a keyed two-level order: windows, then rows inside groups of
+2**25 tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ WINDOW_DOCUMENTS = 16_384
 GROUP_TOKENS = 2**25
 
 
-SPARE = 0.98  # bos_aligned: share of the tokens that gets rows, so that cut documents fill every hole
+SPARE = 0.98  # bos_aligned: rows for this share of the tokens, so that there are enough documents to fill every gap
 
 
 PackedMode = Literal["best_fit", "bos_aligned"]
@@ -51,7 +52,11 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Rows of a window: pieces (first label in the stream, tokens), and the first piece of each row, (rows + 1,)."""
+    """The rows of one window.
+
+    Piece i is `lengths[i]` labels from token `starts[i]` of the stream on. Row r holds the pieces first_piece[r] to
+    first_piece[r + 1] - 1; `first_piece` is (rows + 1,).
+    """
 
     starts: Indices
     lengths: Indices
@@ -59,12 +64,15 @@ class PackingPlan:
 
 
 def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: PackedMode) -> PackingPlan:
-    """Pack documents (first token, tokens) into `rows` rows of seq_len places."""
+    """Pack documents (first tokens and lengths, (n,) each) into `rows` rows of seq_len positions."""
+    # Full rows out of documents that are at least as long as a row.
     whole = np.minimum(lengths // seq_len, 1 if mode == "bos_aligned" else 2**62)
     document = np.repeat(np.arange(len(lengths)), whole)
     number = np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)
     full_starts = starts[document] + number * seq_len
+    # What is left of them, and all shorter documents, by best fit.
     rest = lengths - whole * seq_len
+    # bos_aligned discards the rest of a long document, since it is no beginning.
     chosen = np.flatnonzero((rest > 0) & ((whole == 0) | (mode == "best_fit")))
     open_rows = _OpenRows(seq_len, rows - min(rows, len(full_starts)))
     left = open_rows.place(rest[chosen])
@@ -77,23 +85,27 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
     all_starts = np.concatenate([full_starts, begin[open_rows.placed], begin[piece] + offset])
     all_lengths = np.concatenate([np.full(len(full_starts), seq_len), rest[chosen][open_rows.placed], length])
     all_rows = np.concatenate([np.arange(len(full_starts)), open_rows.rows + len(full_starts), row + len(full_starts)])
+    # Inside a row by position in the stream, so that the result does not depend on the order of placement.
     order = np.lexsort((all_starts, all_rows))
     first_piece = np.searchsorted(all_rows[order], np.arange(rows + 1))
     return PackingPlan(all_starts[order], all_lengths[order], first_piece)
 
 
 class _OpenRows:
-    """Rows by the room they have left; a bit mask of the rooms there are finds the tightest in one operation."""
+    """Rows that still have room, listed by how much.
+
+    Bit n of a mask is set if some row has room for n tokens, so the tightest fit is one bit operation.
+    """
 
     def __init__(self, seq_len: int, rows: int):
         self._by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
         self._by_room[seq_len] = list(range(rows))
         self._mask = 1 << seq_len if rows else 0
         self.placed, self.rows = np.empty(0, np.int64), np.empty(0, np.int64)
-        self.pieces: list[tuple[int, int, int, int]] = []  # document, offset, tokens, row
+        self.pieces: list[tuple[int, int, int, int]] = []  # document, offset in it, tokens, row
 
     def place(self, lengths: Indices) -> list[int]:
-        """Best-fit-decreasing; returns the documents without room. Equal lengths go together."""
+        """Best-fit-decreasing. Returns the documents that have no room. Equal lengths are placed together."""
         order = np.argsort(-lengths, kind="stable")
         sizes, counts = np.unique(lengths, return_counts=True)
         placed, rows, left, done = list[int](), list[int](), list[int](), 0
@@ -102,7 +114,7 @@ class _OpenRows:
             todo = documents[done : done + count]
             done += count
             while todo:
-                fitting = self._mask >> size
+                fitting = self._mask >> size  # its lowest set bit is the tightest row that has room
                 if not fitting:
                     left += todo
                     break
@@ -114,7 +126,7 @@ class _OpenRows:
         return left
 
     def _take(self, room: int, size: int, count: int) -> list[int]:
-        """Rows of this room for up to `count` documents of a size, each row as often as the size goes into it."""
+        """Take rows with this `room` for up to `count` documents; a row is listed once per document it can hold."""
         each = min(room // size, count)
         rows = self._by_room[room][-(count // each) :]
         del self._by_room[room][-len(rows) :]
@@ -126,7 +138,7 @@ class _OpenRows:
         return [row for row in rows for _ in range(each)]
 
     def fill(self, lengths: Indices, left: list[int], split: bool) -> None:
-        """Put documents without room into what is left of the rows, widest first: in parts, or their beginnings."""
+        """Fill the gaps, widest first, with the documents that had no room: split over gaps, or their beginnings."""
         holes = [(room, row) for room in range(len(self._by_room) - 1, 0, -1) for row in self._by_room[room]]
         at, used = 0, 0
         for document in left:
@@ -143,7 +155,7 @@ class _OpenRows:
 
 
 class PackedLoader(Loader):
-    """Batches of packed rows; positions and documents are always there. Arguments and errors as Loader's."""
+    """Batches of packed rows; positions and documents are always set. Arguments and errors as in Loader."""
 
     def __init__(
         self,
@@ -182,6 +194,7 @@ class PackedLoader(Loader):
     def _window_rows(self) -> Indices:
         if self.packing == "best_fit":
             return -(-self._tokens // self.seq_len)
+        # Reads the index of every document once; best_fit needs only the totals.
         rows = np.empty(len(self._tokens), dtype=np.int64)
         for window in range(len(rows)):
             lengths = self._documents(window)[1]
@@ -199,7 +212,7 @@ class PackedLoader(Loader):
         return _PackedEpoch(self._rows, self.seq_len, self._prefix + struct.pack("<Q", epoch))
 
     def rows_of(self, first: int, count: int) -> Indices:
-        """Row numbers over all windows of samples first to first + count - 1, (count,)."""
+        """Row numbers, counted over all windows, of samples first to first + count - 1, (count,)."""
         parts = []
         while count > 0:
             epoch, slot = divmod(first, self.samples_per_epoch)
@@ -210,7 +223,7 @@ class PackedLoader(Loader):
         return np.concatenate(parts)
 
     def _pieces(self, row: int) -> tuple[Indices, Indices]:
-        """First labels and lengths of the pieces of a row."""
+        """First label (as token of the stream) and length of every piece of a row."""
         window = int(np.searchsorted(self._first_row, row, side="right")) - 1
         plan, inside = self._plan(window), row - int(self._first_row[window])
         part = slice(int(plan.first_piece[inside]), int(plan.first_piece[inside + 1]))
@@ -222,7 +235,7 @@ class PackedLoader(Loader):
         return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]
 
     def hits(self, first: int, count: int, start: int, length: int) -> npt.NDArray[np.bool_]:
-        """As Loader.hits: the rows of the document's window are searched once."""
+        """As Loader.hits. Only the rows of the document's window are searched."""
         firsts, _ = self.dataset.document_spans(self.split, 0, len(self._rows), WINDOW_DOCUMENTS)
         window = int(np.searchsorted(firsts, start, side="right")) - 1
         plan = self._plan(window)
@@ -231,7 +244,7 @@ class PackedLoader(Loader):
         return np.isin(self.rows_of(first, count), rows)
 
     def used(self, step: int) -> int:
-        """Labels that count in a step's global batch: all but padding."""
+        """Number of labels in a step's global batch without padding."""
         rows = self.rows_of(step * self.global_batch, self.global_batch).tolist()
         return sum(int(self._pieces(row)[1].sum()) for row in rows)
 
@@ -256,19 +269,19 @@ class PackedLoader(Loader):
         return Batch(tokens, samples, targets, used, 0, positions, documents)
 
     def _read_piece(self, inputs: Tokens, labels: Tokens, start: int) -> None:
-        """Labels begin at `start` of the stream, inputs one before; in front of the first document stands an EOT."""
+        """Labels start at token `start` of the stream, inputs one before. The stream counts as preceded by an EOT."""
         self.dataset.read_into(labels, self.split, start)
         inputs[1:] = labels[:-1]
         if start:
             self.dataset.read_into(inputs[:1], self.split, start - 1)
 
     def discarded(self) -> float:
-        """Share of the split's tokens that no row predicts."""
+        """Share of the split's tokens that are a label in no row."""
         return max(0.0, 1 - self.samples_per_epoch * self.seq_len / self.dataset.tokens(self.split))
 
 
 class _PackedEpoch:
-    """One pass: slot -> (window, row in the window)."""
+    """The order of one epoch: slot -> (window, row in the window)."""
 
     def __init__(self, rows: Indices, seq_len: int, prefix: bytes):
         self._prefix = prefix
@@ -283,13 +296,13 @@ class _PackedEpoch:
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 
     def __call__(self, slots: Indices) -> tuple[Indices, Indices]:
-        places = np.empty_like(slots)
+        positions = np.empty_like(slots)
         groups = np.searchsorted(self._first_slot, slots, side="right") - 1
         for group in range(int(groups.min()), int(groups.max()) + 1):  # np.unique would import numpy.ma, 30 ms
             inside, first = groups == group, self._first_slot[group]
-            places[inside] = first + self._permute(group)(slots[inside] - first)
-        order = np.searchsorted(self._first, places, side="right") - 1
-        return self._windows[order], places - self._first[order]
+            positions[inside] = first + self._permute(group)(slots[inside] - first)
+        order = np.searchsorted(self._first, positions, side="right") - 1
+        return self._windows[order], positions - self._first[order]
 
 
 def make_loader(
@@ -303,7 +316,7 @@ def make_loader(
     document_mask: bool = False,
     source: int = 0,
 ) -> Loader:
-    """The loader of a split `train` for a packing: stream, best_fit or bos_aligned. Errors as Loader's."""
+    """The loader of the split `train` for a packing: stream, best_fit or bos_aligned. Raises the errors of Loader."""
     if packing == "stream":
         return Loader(
             dataset, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle,

@@ -1,19 +1,18 @@
-"""Datasets behind URLs (s3://, gs://, hf://, http(s)://, all that fsspec opens), through a local cache of whole shards.
+"""Datasets behind URLs (s3://, gs://, hf://, http(s)://, all that fsspec opens), through a local cache of shards.
 
-    <cache_dir>/<fingerprint>/train-00000.bin   appears by rename after its xxh3-128 was found to be the manifest's
-    <cache_dir>/urls/<hash of URL>.json         the last manifest seen there, for starts while the store is away
+    <cache_dir>/<fingerprint>/train-00000.bin   renamed to this name once its xxh3-128 equals the manifest's
+    <cache_dir>/urls/<hash of URL>/             the last manifest seen at this URL, used if the store is unreachable
 
-All processes of a node share the cache: a file lock lets one fetch a shard while the others wait, and what was used
-longest ago is removed when the whole exceeds `cache_gb`; a removed shard stays readable where it is mapped. A store
-that fails is tried again for ten minutes, so a run outlives its restart. A thread fetches the following shards ahead.
-The order does not know of the cache: its blocks come from everywhere, so a cache smaller than the dataset fetches
-shards again and again. Give it the size of the dataset where there is room.
+All processes of a node share the cache: a file lock lets one process fetch a shard while the others wait. If the cache
+exceeds `cache_gb`, the least recently used shards are removed; a process that has one mapped can still read it. A store
+that fails is retried for ten minutes, so a run survives a restart of the store. A thread fetches shards ahead.
+The order reads blocks from all over the dataset, so a cache smaller than the dataset fetches shards again and again:
+make it as large as the dataset if there is room.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import time
@@ -23,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 import xxhash
 
-from packspeed.data.dataset import TokenDataset
+from packspeed.data.dataset import DatasetDescription, TokenDataset
 from packspeed.data.errors import DataError
 from packspeed.data.storage.atomic import sync_stream, write_file
 from packspeed.data.storage.lock import lock_file
@@ -54,17 +53,18 @@ class ShardCache:
         self.folder, self.limit_bytes = folder, limit_bytes
 
     def get(self, name: str, size: int, xxh3_128: str, open_remote: Callable[[], IO[bytes]]) -> Path:
-        """The local path of a file, fetched where it is not there. DataError where it never arrives whole."""
+        """The local path of a file, fetched if it is missing. DataError if no complete copy arrives in RETRY_S."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock_file(path.with_name(f".{path.name}.lock")):
             if not (path.exists() and path.stat().st_size == size):
                 self._make_room(size)
                 retrying(lambda: self._fetch(path, size, xxh3_128, open_remote), name)
-            os.utime(path)  # used now: what was used longest ago goes first
+            os.utime(path)  # marks the time of use for _make_room
         return path
 
     def _fetch(self, path: Path, size: int, xxh3_128: str, open_remote: Callable[[], IO[bytes]]) -> None:
+        # A name per process: a file system without working locks must not mix two downloads.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         digest, written = xxhash.xxh3_128(), 0
         try:
@@ -75,16 +75,16 @@ class ShardCache:
                     written += len(chunk)
                 sync_stream(copy)
             if digest.hexdigest() != xxh3_128:
-                raise OSError(f"{written} bytes of {size} arrived, and their hash is not the manifest's")
+                raise OSError(f"{written} bytes of {size} arrived, and their hash differs from the manifest's")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
         with lock_file(self.folder / ".lock"):
-            found = [(path.stat(), path) for path in self.folder.glob("*/*") if path.suffix in (".bin", ".idx")]
-            total = sum(stat.st_size for stat, _ in found) + size
-            for stat, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
+            files = [(path.stat(), path) for path in self.folder.glob("*/*") if path.suffix in (".bin", ".idx")]
+            total = sum(stat.st_size for stat, _ in files) + size
+            for stat, path in sorted(files, key=lambda item: item[0].st_mtime_ns):
                 if total <= self.limit_bytes:
                     break
                 path.unlink(missing_ok=True)
@@ -92,26 +92,26 @@ class ShardCache:
 
 
 def retrying(work: Callable[[], Result], what: str) -> Result:
-    """Do something with the network until it works. DataError after RETRY_S."""
+    """Repeat `work` until it succeeds, with growing pauses. DataError with the last reason after RETRY_S."""
     deadline, wait_s = time.monotonic() + RETRY_S, WAIT_S
     while True:
         try:
             return work()
         except Exception as error:  # every store's library has errors of its own
-            reason, found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", error
+            reason, cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", error
             if isinstance(error, FileNotFoundError):
-                reason = f"it is not there ({error})"
+                reason = f"it does not exist ({error})"
         if time.monotonic() > deadline:
             raise DataError(
                 f"{what} could not be fetched ({reason}), tried for {RETRY_S:.0f} s. Check the URL, the credentials "
                 f"and the store; the run continues from its checkpoint."
-            ) from found
+            ) from cause
         time.sleep(wait_s)
         wait_s = min(10.0, 2 * wait_s)
 
 
 class RemoteDataset(TokenDataset):
-    """A prepared dataset behind a URL. As TokenDataset; shards are fetched when first read, and ahead of that."""
+    """A prepared dataset behind a URL. As TokenDataset; a shard is fetched when it is first read, or ahead of that."""
 
     def __init__(self, url: str, cache_dir: str | Path = "~/.cache/packspeed", cache_gb: float = 100.0):
         self.url, self._cache_dir = url.rstrip("/"), Path(cache_dir).expanduser()
@@ -120,28 +120,30 @@ class RemoteDataset(TokenDataset):
         super().__init__(self.url)
 
     def _open(self, path: str | Path) -> Path:
-        """Fetch the manifest and the tokenizer; returns the local folder. Shards are checked when they are fetched."""
-        kept = self._cache_dir / "urls" / f"{xxhash.xxh3_64_hexdigest(self.url.encode())}"
-        kept.mkdir(parents=True, exist_ok=True)
-        with lock_file(kept / ".lock"):
-            if not (kept / MANIFEST).exists():
-                write_file(kept / MANIFEST, retrying(lambda: self._read(MANIFEST), f"{self.url}/{MANIFEST}"))
+        """Fetch the manifest and the tokenizer; returns the local folder. Shards are verified when they are fetched."""
+        url_folder = self._cache_dir / "urls" / f"{xxhash.xxh3_64_hexdigest(self.url.encode())}"
+        url_folder.mkdir(parents=True, exist_ok=True)
+        with lock_file(url_folder / ".lock"):
+            if not (url_folder / MANIFEST).exists():
+                write_file(url_folder / MANIFEST, retrying(lambda: self._read(MANIFEST), f"{self.url}/{MANIFEST}"))
             else:
-                with contextlib.suppress(Exception):  # the store is away: what was seen last is good enough to go on
-                    write_file(kept / MANIFEST, self._read(MANIFEST))
-            self.manifest = load_manifest(kept)
+                with contextlib.suppress(Exception):  # store unreachable: use the last manifest
+                    write_file(url_folder / MANIFEST, self._read(MANIFEST))
+            self.manifest = load_manifest(url_folder)
             folder = self._cache_dir / self.manifest.fingerprint
             folder.mkdir(parents=True, exist_ok=True)
             for name in (self.manifest.tokenizer.file, f"{self.manifest.tokenizer.file}.json"):
-                with contextlib.suppress(Exception):  # only decoding needs them
+                with contextlib.suppress(Exception):  # only needed for decoding
                     if not (folder / name).exists():
                         write_file(folder / name, self._read(name))
-            write_file(folder / MANIFEST, (kept / MANIFEST).read_bytes())
+            write_file(folder / MANIFEST, (url_folder / MANIFEST).read_bytes())
         return folder
 
-    def describe(self) -> list[dict[str, Any]]:
-        """As TokenDataset.describe, under the URL."""
-        return [json.loads(json.dumps(each)) | {"path": self.url} for each in super().describe()]
+    def describe(self) -> list[DatasetDescription]:
+        """As TokenDataset.describe, with the URL as the path."""
+        (description,) = super().describe()
+        description["path"] = self.url
+        return [description]
 
     def _remote(self, name: str) -> IO[bytes]:
         import fsspec
@@ -156,29 +158,32 @@ class RemoteDataset(TokenDataset):
 
     def _fetch(self, shard: Shard, suffix: str) -> Path:
         name = shard.name + suffix
-        known = (shard.bin_bytes, shard.bin_xxh3_128) if suffix == ".bin" else (shard.idx_bytes, shard.idx_xxh3_128)
-        return self.cache.get(f"{self.fingerprint}/{name}", *known, lambda: self._remote(name))
+        size_and_hash = (
+            (shard.bin_bytes, shard.bin_xxh3_128) if suffix == ".bin" else (shard.idx_bytes, shard.idx_xxh3_128)
+        )
+        return self.cache.get(f"{self.fingerprint}/{name}", *size_and_hash, lambda: self._remote(name))
 
     def _map(self, split: str, number: int) -> Tokens:
         shards = self._shards[split]
         name = shards[number].name
-        found = self._maps.get(name)
-        if found is None:
+        tokens = self._maps.get(name)
+        if tokens is None:
             self._start_ahead(shards)
             while True:
                 try:
-                    found = self._map_file(self._fetch(shards[number], ".bin"))
+                    tokens = self._map_file(self._fetch(shards[number], ".bin"))
                     break
                 except FileNotFoundError:  # removed by another process between fetching and mapping
                     continue
-            self._keep(name, found)
-        return found
+            self._remember(name, tokens)
+        return tokens
 
-    def _keep(self, name: str, tokens: Tokens) -> None:
-        """Remember a mapped shard; let go of the oldest ones, so that removed files give their space back."""
+    def _remember(self, name: str, tokens: Tokens) -> None:
+        """Keep a shard mapped; unmap the oldest beyond the limit, which frees the disk space of removed files."""
+        # A new dict, swapped in at the end: other threads read self._maps without a lock.
         maps = dict(self._maps)
         maps[name] = tokens
-        while len(maps) > 1 and sum(each.nbytes for each in maps.values()) > self.cache.limit_bytes:
+        while len(maps) > 1 and sum(mapped.nbytes for mapped in maps.values()) > self.cache.limit_bytes:
             maps.pop(next(iter(maps)))
         self._maps = maps
 
@@ -195,10 +200,11 @@ class RemoteDataset(TokenDataset):
             self._ahead.start()
 
     def _fetch_ahead(self, shards: list[Shard]) -> None:
-        """Fetch what fits into the cache, in order; the reader reports what goes wrong."""
+        """Fetch shards in order, up to half of the cache. Errors are left to the reader of the shard."""
         fetched = 0
         for shard in shards:
             fetched += shard.bin_bytes
+            # More would remove shards that the reader is using.
             if fetched > self.cache.limit_bytes // 2:
                 return
             with contextlib.suppress(DataError):

@@ -111,7 +111,7 @@ def sparse_dataset(folder: Path, example: Path, tokens: int) -> None:
 
 def write_manifest(folder: Path, raw: dict[str, Any]) -> None:
     """Write a manifest with the right fingerprint, as a forger would."""
-    built = manifest_module._build(Manifest, raw, "test")
+    built = manifest_module.build_record(Manifest, raw, "test")
     (folder / "manifest.json").write_text(json.dumps(raw | {"fingerprint": built.compute_fingerprint()}))
 
 
@@ -171,7 +171,7 @@ FORGERIES_WITH_FINGERPRINT: list[tuple[str, Edit]] = [
     ("dtype 'int64'", lambda m: m.update(dtype="int64")),
     ("vocab_size 70000", lambda m: m["tokenizer"].update(vocab_size=70_000)),
     ("eot_id 257", lambda m: m["tokenizer"].update(eot_id=257)),
-    ("stands there twice", lambda m: m["shards"].append(m["shards"][0])),
+    ("appears twice", lambda m: m["shards"].append(m["shards"][0])),
     ("contradict", lambda m: m["shards"][0].update(tokens=m["shards"][0]["tokens"] + 1)),
     ("0 documents", lambda m: m["shards"][0].update(documents=0)),
 ]
@@ -234,11 +234,11 @@ def test_verify_lists_every_problem(folder: Path) -> None:
     problems = "\n".join(verify(folder).problems)
     for expected in (
         "train-00000.bin has changed",
-        "train-00000.bin holds token id 60000, outside the vocabulary of 257",
+        "train-00000.bin contains token id 60000, outside the vocabulary of 257",
         "train-00001.bin has changed",
         "train-00001.bin has documents that do not end with EOT",
         "val-00000.idx has changed",
-        "val-00000.idx does not describe documents",
+        "val-00000.idx does not describe adjacent documents",
         "bytes.tiktoken is missing",
         "train-00002.bin is 10 bytes",
     ):

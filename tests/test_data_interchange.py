@@ -126,7 +126,7 @@ def test_llmc_files_are_imported(magic: int, version: int, dtype: type, tmp_path
     import_data([str(path)], [], tmp_path / "out", "gpt2")
     assert stream_of(tmp_path / "out") == STREAM
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(DataError, match="torn or of another make"):
+    with pytest.raises(DataError, match="truncated or another format"):
         import_data([str(path)], [], tmp_path / "torn", "gpt2")
 
 

@@ -126,8 +126,8 @@ def test_damage_is_refused(tmp_path: Path) -> None:
             import_data([str(folder)], [], tmp_path / "none", "gpt2")
         assert not (tmp_path / "none").exists()
 
-    refused("is torn", content=whole[:-1])
-    refused("leaves the folder", raw_data={"basename": "../shard.00000.mds"})
+    refused("is truncated", content=whole[:-1])
+    refused("is outside the folder", raw_data={"basename": "../shard.00000.mds"})
     refused("no column tokens or input_ids among text", column_names=["text"])
     refused("column of str", column_encodings=["str"])
     refused("only zstd is read", raw_data={"basename": "none"}, zip_data={"basename": "x"}, compression="br")

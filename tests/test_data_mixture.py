@@ -31,14 +31,14 @@ def test_shares_are_exact_at_every_block(weights: list[float], block: int) -> No
     assert sum(counts) == block * BLOCK
     for count, weight in zip(counts, weights, strict=True):
         assert abs(count - block * BLOCK * weight / sum(weights)) <= len(weights)
-    source, number = mixture.deal(block * BLOCK, BLOCK)
+    source, number = mixture.assign(block * BLOCK, BLOCK)
     for i, (begin, end) in enumerate(zip(counts, mixture.counts(block + 1), strict=True)):
         assert number[source == i].tolist() == list(range(begin, end))
 
 
 def test_rare_sources_come_and_order_is_random() -> None:
     mixture = Mixture([(0, [0.3, 0.7, 1e-5])], seed=7)
-    source, number = mixture.deal(0, 100 * BLOCK)
+    source, number = mixture.assign(0, 100 * BLOCK)
     assert abs(np.count_nonzero(source == 2) - 100 * BLOCK * 1e-5) <= 1
     assert number[source == 0].tolist() == list(range(np.count_nonzero(source == 0)))
     first = (source == 0).astype(float)
@@ -52,14 +52,14 @@ def test_rare_sources_come_and_order_is_random() -> None:
 def test_stages_change_the_weights_and_keep_the_counts() -> None:
     stages = [(0, [1.0, 1.0]), (10_000, [0.0, 1.0]), (30_000, [3.0, 1.0])]
     mixture = Mixture(stages, seed=1)
-    source, number = mixture.deal(0, 20 * BLOCK)
+    source, number = mixture.assign(0, 20 * BLOCK)
     for i in (0, 1):
         assert number[source == i].tolist() == list(range(np.count_nonzero(source == i)))
     starts = [0, 3 * BLOCK, 8 * BLOCK, 20 * BLOCK]
     shares = [np.mean(source[a:b] == 0) for a, b in itertools.pairwise(starts)]
     assert np.allclose(shares, [0.5, 0.0, 0.75], atol=1e-3)
     assert [mixture.stage_of(k) for k in (0, 3 * BLOCK - 1, 3 * BLOCK, 8 * BLOCK)] == [0, 0, 1, 2]
-    again, _ = Mixture(stages, seed=1).deal(5 * BLOCK + 17, 100)
+    again, _ = Mixture(stages, seed=1).assign(5 * BLOCK + 17, 100)
     assert np.array_equal(again, source[5 * BLOCK + 17 :][:100])
 
 
@@ -67,7 +67,7 @@ def test_wrong_weights_are_refused() -> None:
     for stages in ([(0, [0.0, 0.0])], [(0, [1.0, -1.0])], [(0, [1.0]), (5, [1.0, 2.0])], [(0, [1.0] * 65)]):
         with pytest.raises(UsageError, match="cannot have the weights"):
             Mixture(stages, 1)
-    with pytest.raises(UsageError, match="order of their tokens"):
+    with pytest.raises(UsageError, match="sorted by their tokens"):
         Mixture([(0, [1.0]), (50_000, [1.0]), (10_000, [1.0])], 1)
 
 
@@ -94,7 +94,7 @@ def test_rows_are_those_of_the_sources(folders: list[str], packing: str) -> None
     loader = build(folders, mode, document_mask=masked)
     for step in (0, 170, 400):
         batch = loader.batch(step)
-        source, number = loader.mixture.deal(step * 24, 24)
+        source, number = loader.mixture.assign(step * 24, 24)
         for i in range(24):
             alone = loader.loaders[source[i]].read(int(number[i]), 1)
             assert np.array_equal(batch.inputs[i], alone.inputs[0])
@@ -128,7 +128,7 @@ def test_validation_is_shared_between_the_sources(folders: list[str]) -> None:
 
 def test_the_report_counts_what_was_read(folders: list[str]) -> None:
     loader = build(folders)
-    source, _ = loader.mixture.deal(0, 10_000)
+    source, _ = loader.mixture.assign(0, 10_000)
     report = loader.report(10_000)
     assert [row["samples"] for row in report] == np.bincount(source).tolist()
     assert [row["epochs"] for row in report] == [

@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_never_used(
     store = boto3.client("s3", endpoint_url=server.url)
     store.put_object(Bucket="bucket", Key="tokens/train-00000.bin", Body=b"\0" * 30_000)
     far = RemoteDataset(URL, tmp_path)
-    with pytest.raises(DataError, match=r"train-00000\.bin could not be fetched .*hash is not the manifest's"):
+    with pytest.raises(DataError, match=r"train-00000\.bin could not be fetched .*hash differs from the manifest's"):
         far.read("train", 0, 10)
     assert not (tmp_path / far.fingerprint / "train-00000.bin").exists()
     server.upload()
@@ -233,7 +233,7 @@ def test_a_store_without_the_dataset_is_an_error(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "RETRY_S", 0.2)
-    with pytest.raises(DataError, match=r"nothing/manifest\.json could not be fetched \(it is not there"):
+    with pytest.raises(DataError, match=r"nothing/manifest\.json could not be fetched \(it does not exist"):
         RemoteDataset("s3://bucket/nothing", tmp_path)
 
 

@@ -220,6 +220,6 @@ def test_what_does_not_exist_is_wrong_usage(tmp_path: Path) -> None:
             find_sources([spec])
     with pytest.raises(UsageError, match="No file matches"):
         find_sources([f"{tmp_path}/*.txt"])
-    with pytest.raises(UsageError, match="holds no files"):
+    with pytest.raises(UsageError, match="contains no files"):
         find_sources([str(tmp_path / "empty")])
     assert find_sources(["owner/name:config@split"])[0].kind == "hub"

@@ -180,7 +180,7 @@ def test_another_tokenizer_in_a_dataset_is_refused(trained: Path, tmp_path: Path
     with pytest.raises(DataError, match="sha256"):
         load_from_dataset(tmp_path / "out")
     path.unlink()
-    with pytest.raises(DataError, match="lost its tokenizer"):
+    with pytest.raises(DataError, match="lacks its tokenizer"):
         load_from_dataset(tmp_path / "out")
 
 

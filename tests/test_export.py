@@ -452,7 +452,7 @@ def test_gpt2s_merges_are_the_published_ones() -> None:
 def test_a_pattern_that_means_something_else_is_refused() -> None:
     ranks = load_tokenizer("gpt2").as_ranks()[0]  # type: ignore[attr-defined]
     odd = TiktokenTokenizer("odd", ranks, r"[\p{L}--[a-e]]+|[a-e]+|[^\p{L}]", 50256, 50257)  # Rust's set difference
-    with pytest.raises(DataError, match="cuts some texts otherwise"):
+    with pytest.raises(DataError, match="cuts some texts differently"):
         tokenizer_json(odd)
 
 

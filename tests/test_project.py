@@ -52,7 +52,7 @@ DATA = {
     "read": {"errors"},
     "prepare": {"errors", "storage", "order", "text", "read"},
     "exchange": {"errors", "storage", "dataset", "text", "prepare"},
-    "checks": {"errors", "storage", "dataset", "loader", "text"},
+    "checks": {"errors", "storage", "dataset", "loader", "mixture", "text"},
 }
 
 

@@ -1,6 +1,6 @@
-"""Which documents were in a step's batch, and which steps saw a document: the order is pure, so both can be computed.
+"""Which documents a step trained on, and which steps trained on a document. Both follow from the pure order.
 
-Cost: a step costs what its batch costs; the steps of a document cost 0.5 us per sample of the run.
+Cost: one batch per audited step; 0.5 us per sample of the run to find the steps of a document.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import UsageError
 from packspeed.data.loader import Loader
+from packspeed.data.mixture import MixtureLoader
 from packspeed.data.text.tokenizer import load_from_dataset
 
 SCANNED_SAMPLES = 2**16
 
 
 def sources_of(loader: Loader) -> list[Loader]:
-    """The loaders of a mixture, or the one loader."""
-    found: list[Loader] = getattr(loader, "loaders", [loader])
-    return found
+    """The loaders of a mixture's sources, or a list of the only loader."""
+    return loader.loaders if isinstance(loader, MixtureLoader) else [loader]
 
 
 def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[str, Any]]:
-    """Every document that step `step` (from 0) predicted tokens of: sample, source, shard, index, tokens, text."""
+    """Every document with labels in step `step` (from 0), one record each; `text` adds the decoded labels."""
     first = step * loader.global_batch
     for sample in range(first, first + loader.global_batch):
         source, number = _origin(loader, sample)
@@ -37,34 +37,35 @@ def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[s
 
 
 def steps_of(loader: Loader, source: int, shard: str, index: int, steps: int) -> list[int]:
-    """The steps below `steps` whose batch predicted a token of a document. UsageError where there is no such one."""
+    """The steps below `steps` with a label in document `index` of a shard. UsageError if there is no such document."""
     if not 0 <= source < len(sources_of(loader)):
         raise UsageError(f"There is no source {source}: the run has {len(sources_of(loader))}, numbered from 0.")
     inner = sources_of(loader)[source]
-    start, length = _place(inner, shard, index)
+    start, length = _label_span(inner, shard, index)
     found = set[int]()
     for first in range(0, steps * loader.global_batch, SCANNED_SAMPLES):
         count = min(SCANNED_SAMPLES, steps * loader.global_batch - first)
-        if inner is loader:
-            samples = first + np.flatnonzero(inner.hits(first, count, start, length))
-        else:
-            origin, number = loader.mixture.deal(first, count)  # type: ignore[attr-defined]  # it is a mixture
+        if isinstance(loader, MixtureLoader):
+            origin, number = loader.mixture.assign(first, count)
             mine = np.flatnonzero(origin == source)
             hits = inner.hits(int(number[mine[0]]), len(mine), start, length) if len(mine) else np.zeros(0, bool)
             samples = first + mine[hits]
+        else:
+            samples = first + np.flatnonzero(inner.hits(first, count, start, length))
         found.update((samples // loader.global_batch).tolist())
     return sorted(found)
 
 
 def _origin(loader: Loader, sample: int) -> tuple[int, int]:
-    mixture = getattr(loader, "mixture", None)
-    if mixture is None:
+    """Source of a sample of the run, and its number there."""
+    if not isinstance(loader, MixtureLoader):
         return 0, sample
-    source, number = mixture.deal(sample, 1)
+    source, number = loader.mixture.assign(sample, 1)
     return int(source[0]), int(number[0])
 
 
 def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> Iterator[dict[str, Any]]:
+    """The documents in a part of the stream, and which of their tokens are in it."""
     at = start
     while at < start + length:
         span = dataset.document_at(split, at)
@@ -74,14 +75,14 @@ def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> It
 
 
 def _text(dataset: TokenDataset, split: str, start: int, length: int, document: dict[str, Any]) -> str:
-    """The tokens of a document that were predicted, decoded, without the EOT."""
-    _, place = _number(dataset, split, document["shard"], document["index"])
-    tokens = dataset.read(split, place + document["first_token"], document["tokens"])
+    """The labels in a document, decoded, without the EOT."""
+    _, first = _number(dataset, split, document["shard"], document["index"])
+    tokens = dataset.read(split, first + document["first_token"], document["tokens"])
     return load_from_dataset(dataset.path).decode(tokens[tokens != dataset.eot_id].tolist())
 
 
 def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[int, int]:
-    """Number of a document in its split, and its first token."""
+    """Number of a document in its split, and its first token in the stream."""
     before = 0
     for known in dataset.manifest.shards:
         if known.name == shard and known.split == split and 0 <= index < known.documents:
@@ -91,7 +92,7 @@ def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[
     raise UsageError(f"{dataset.path} has no document {index} in a shard {shard} of its {split} split.")
 
 
-def _place(loader: Loader, shard: str, index: int) -> tuple[int, int]:
+def _label_span(loader: Loader, shard: str, index: int) -> tuple[int, int]:
     number, _ = _number(loader.dataset, loader.split, shard, index)
     starts, lengths = loader.dataset.document_spans(loader.split, number, 1)
     return int(starts[0]), int(lengths[0])

@@ -1,8 +1,8 @@
-"""The full check of a dataset: every byte is read once and every problem is listed.
+"""The full check of a dataset: reads every byte once and lists every problem.
 
-Hashes of all files; the index against the shard (documents lie one behind another and fill it); token ids within the
-vocabulary; every document ends with EOT and holds no other. Cost: one read of the dataset, about 1 GB/s from memory;
-memory: one piece of 16 MiB and the index of one shard.
+Checks the hashes of all files, that the documents of an index are adjacent and fill the shard, that token ids are in
+the vocabulary, and that every document ends with EOT and contains no other.
+Cost: one read of the dataset, about 1 GB/s from memory; memory: 16 MiB and the index of one shard.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PIECE_BYTES = 2**24
 
 @dataclass
 class VerifyReport:
-    """What was checked, and every problem found, one sentence each."""
+    """What was checked, and the problems found, one sentence each."""
 
     path: str
     shards: int = 0
@@ -37,12 +37,12 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no problem was found."""
         return not self.problems
 
 
 def verify(path: str | Path, progress: Callable[[VerifyReport], None] | None = None) -> VerifyReport:
-    """Check everything. DataError where the manifest itself cannot be trusted; all else goes into the report."""
+    """Check a dataset. DataError if the manifest itself is damaged; all other problems go into the report."""
     began = time.perf_counter()
     folder, manifest = Path(path), load_manifest(path)
     report = VerifyReport(str(path))
@@ -63,20 +63,20 @@ def _check_tokenizer(folder: Path, manifest: Manifest, report: VerifyReport) -> 
     if not path.is_file():
         report.problems.append(f"{path} is missing.")
     elif hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
-        report.problems.append(f"{path} has another sha256 than the manifest says.")
+        report.problems.append(f"{path} has another sha256 than in the manifest.")
 
 
 def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: VerifyReport) -> None:
     shard_path, index_path = folder / f"{shard.name}.bin", folder / f"{shard.name}.idx"
     if shard_path.stat().st_size != shard.bin_bytes:
-        raise DataError(f"{shard_path} is {shard_path.stat().st_size} bytes, expected {shard.bin_bytes}: it is torn.")
+        raise DataError(
+            f"{shard_path} is {shard_path.stat().st_size} bytes, expected {shard.bin_bytes}: it is truncated."
+        )
     index = read_index(index_path, shard.documents, manifest.dtype)
     if xxhash.xxh3_128_hexdigest(index_path.read_bytes()) != shard.idx_xxh3_128:
-        report.problems.append(f"{index_path} has changed: its xxh3-128 is not the manifest's.")
+        report.problems.append(f"{index_path} has changed: its xxh3-128 differs from the manifest's.")
     if not _index_is_sound(index, shard):
-        report.problems.append(
-            f"{index_path} does not describe documents that lie one behind another and fill the shard."
-        )
+        report.problems.append(f"{index_path} does not describe adjacent documents that fill the shard.")
         return
     _check_tokens(shard_path, shard, manifest, index, report)
     report.shards += 1
@@ -93,7 +93,7 @@ def _index_is_sound(index: Index, shard: Shard) -> bool:
 
 
 def _check_tokens(path: Path, shard: Shard, manifest: Manifest, index: Index, report: VerifyReport) -> None:
-    """Hash and look at the tokens piece by piece."""
+    """Hash the tokens and check them, 16 MiB at a time."""
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     eot_id, vocab_size = manifest.tokenizer.eot_id, manifest.tokenizer.vocab_size
     ends = index.offsets_bytes // dtype.itemsize + index.lengths - 1
@@ -103,12 +103,13 @@ def _check_tokens(path: Path, shard: Shard, manifest: Manifest, index: Index, re
             digest.update(piece)
             tokens = np.frombuffer(piece, dtype=dtype)
             highest = max(highest, int(tokens.max()))
+            # EOT must be exactly where the index ends documents, nowhere else.
             first, last = np.searchsorted(ends, [seen, seen + len(tokens)])
             ends_right = ends_right and np.array_equal(np.flatnonzero(tokens == eot_id) + seen, ends[first:last])
             seen += len(tokens)
     if digest.hexdigest() != shard.bin_xxh3_128:
-        report.problems.append(f"{path} has changed: its xxh3-128 is not the manifest's.")
+        report.problems.append(f"{path} has changed: its xxh3-128 differs from the manifest's.")
     if highest >= vocab_size:
-        report.problems.append(f"{path} holds token id {highest}, outside the vocabulary of {vocab_size}.")
+        report.problems.append(f"{path} contains token id {highest}, outside the vocabulary of {vocab_size}.")
     if not ends_right:
         report.problems.append(f"{path} has documents that do not end with EOT ({eot_id}), or EOT inside documents.")

@@ -16,9 +16,9 @@ from packspeed.data.storage.mmidx import CODES, write_index
 
 
 def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int = 10**8) -> list[Path]:
-    """Write a dataset's splits in another format into the folder `out`; returns the files (or folders) written.
+    """Write a dataset's splits in another format into the folder `out`; returns the written files (or folders).
 
-    UsageError for a folder in use and for ids that the format cannot hold.
+    UsageError if the folder is not empty or the format cannot store the ids.
     """
     dataset, folder = TokenDataset(path), Path(out)
     if folder.exists() and any(folder.iterdir()):
@@ -45,7 +45,7 @@ def _export_nanogpt(dataset: TokenDataset, split: str, folder: Path, shard_token
 
 
 def _export_megatron(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """One pair for the whole split, as Megatron's --data-path takes it."""
+    """One .bin and .idx pair for the complete split, as Megatron's --data-path expects."""
     (binary,) = _export_nanogpt(dataset, split, folder, shard_tokens)
     name = f"{split}_text_document"
     os.replace(binary, folder / f"{name}.bin")
@@ -58,7 +58,7 @@ def _export_megatron(dataset: TokenDataset, split: str, folder: Path, shard_toke
 
 
 def _export_llmc(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """EOT in front of every document instead of behind it: the stream moves by one."""
+    """Write EOT before every document instead of after it: the stream shifts by one token."""
     magic = 20240520 if dataset.dtype.itemsize == 2 else 20240801
     total, written = dataset.tokens(split), list[Path]()
     for number, first in enumerate(range(0, total, shard_tokens)):

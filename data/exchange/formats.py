@@ -35,13 +35,13 @@ LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 
 
 def detect(path: str) -> Kind:
-    """Which format a path has. UsageError where it is none of them."""
+    """The format of a path. UsageError if it is none of them."""
     if Path(path + ".idx").is_file() and Path(path + ".bin").is_file():
         return "megatron"
     if Path(path).is_dir() and (Path(path) / "index.json").is_file():
         return "mds"
     if not Path(path).is_file():
-        raise UsageError(f"{path} is neither a file nor the common name of a .bin and an .idx. Check the path.")
+        raise UsageError(f"{path} is neither a file nor the prefix of a .bin and an .idx file. Check the path.")
     with open(path, "rb") as stream:
         head = stream.read(4)
     return "llmc" if len(head) == 4 and struct.unpack("<i", head)[0] in LLMC else "nanogpt"

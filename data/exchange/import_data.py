@@ -53,37 +53,38 @@ def import_data(
     append_eot: bool = False,
     shard_tokens: int = 2**28,
 ) -> Manifest:
-    """Make a dataset of token files; returns its manifest.
+    """Make a dataset from token files; returns its manifest.
 
-    `link` takes Megatron pairs as they are; `append_eot` ends documents that have no EOT of their own. UsageError for
-    paths that are not there and a folder in use, DataError for damaged files and ids outside the vocabulary.
+    `link` links Megatron pairs instead of copying; `append_eot` adds an EOT to documents that have none. UsageError for
+    missing paths and a folder that is not empty, DataError for damaged files and ids outside the vocabulary.
     """
-    known, folder = load_tokenizer(tokenizer), Path(out)
+    loaded, folder = load_tokenizer(tokenizer), Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty. Choose a new folder.")
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        tokenizer_file = known.save(folder)
+        tokenizer_file = loaded.save(folder)
         dtype, shards, digest = "", list[Shard](), xxhash.xxh3_128()
         for split, paths in (("train", train), ("val", val)):
             if link:
-                found = [_link(path, folder, f"{split}-{i:05d}", split, known) for i, path in enumerate(paths)]
-                if len({kind for kind, _ in found} | ({dtype} if dtype else set())) > 1:
+                linked = [_link(path, folder, f"{split}-{i:05d}", split, loaded) for i, path in enumerate(paths)]
+                if len({linked_dtype for linked_dtype, _ in linked} | ({dtype} if dtype else set())) > 1:
                     raise UsageError("Linked files must have one token type: some are uint16, some int32. Import them.")
-                dtype = found[0][0] if found else dtype
-                shards += [shard for _, shard in found]
+                dtype = linked[0][0] if linked else dtype
+                shards += [shard for _, shard in linked]
             else:
-                dtype = "uint16" if known.vocab_size <= 2**16 else "uint32"
+                dtype = "uint16" if loaded.vocab_size <= 2**16 else "uint32"
                 writer = ShardWriter(folder, split, dtype, shard_tokens)
                 for path in paths:
-                    _copy(path, writer, known, append_eot)
+                    _copy(path, writer, loaded, append_eot)
                 shards += writer.close()
         digest.update("".join(shard.bin_xxh3_128 for shard in shards).encode())
-        manifest = _manifest([*train, *val], dtype, known, tokenizer_file, shards, digest.hexdigest())
+        manifest = _manifest([*train, *val], dtype, loaded, tokenizer_file, shards, digest.hexdigest())
         write_file(folder / MANIFEST, manifest_json(manifest))
         return manifest
     except BaseException:
+        # The folder was empty before, so everything in it is ours.
         for leftover in folder.iterdir():
             leftover.unlink()
         if created:
@@ -92,32 +93,32 @@ def import_data(
 
 
 def _manifest(
-    names: list[str], dtype: str, known: Tokenizer, tokenizer_file: str, shards: list[Shard], fingerprint: str
+    names: list[str], dtype: str, tokenizer: Tokenizer, tokenizer_file: str, shards: list[Shard], fingerprint: str
 ) -> Manifest:
     if not shards:
         raise DataError(f"There are no tokens in {', '.join(names)}.")
     summary = SourceSummary(names, sum(shard.documents for shard in shards), 0, 0, 0, 0, fingerprint)
     identity = TokenizerIdentity(
-        known.name, known.vocab_size, known.eot_id, known.sha256, known.pattern, tokenizer_file
+        tokenizer.name, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.sha256, tokenizer.pattern, tokenizer_file
     )
     manifest = Manifest(FORMAT, VERSION, dtype, identity, SplitMethod("none", 0.0), summary, shards, "")
     return dataclasses.replace(manifest, fingerprint=manifest.compute_fingerprint())
 
 
-def _copy(path: str, writer: ShardWriter, known: Tokenizer, append_eot: bool) -> None:
-    """Add the documents of one source to a split."""
+def _copy(path: str, writer: ShardWriter, tokenizer: Tokenizer, append_eot: bool) -> None:
+    """Append the documents of one source to a split."""
     kind = detect(path)
     if kind == "mds":
-        documents = _mds_documents(path, known.eot_id, append_eot)
+        documents = _mds_documents(path, tokenizer.eot_id, append_eot)
     elif kind == "megatron":
-        documents = _megatron_documents(path, known.eot_id, append_eot)
+        documents = _megatron_documents(path, tokenizer.eot_id, append_eot)
     else:
-        documents = _cut_at_eot(_flat(path, kind), known.eot_id)
+        documents = _cut_at_eot(_flat(path, kind), tokenizer.eot_id)
     for tokens, lengths in documents:
-        if len(tokens) and int(tokens.max()) >= known.vocab_size:
+        if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
             raise DataError(
-                f"{path} holds token id {int(tokens.max())}, outside the vocabulary of {known.vocab_size} of tokenizer "
-                f"{known.name}. Name the tokenizer it was made with."
+                f"{path} contains token id {int(tokens.max())}, outside the vocabulary of {tokenizer.vocab_size} of "
+                f"tokenizer {tokenizer.name}. Name the tokenizer that made it."
             )
         writer.add_run(tokens, lengths)
 
@@ -126,7 +127,7 @@ Run = tuple[Tokens, npt.NDArray[np.int64]]
 
 
 def _flat(path: str, kind: Kind) -> Iterator[Tokens]:
-    """The tokens of a nanoGPT or llm.c file, a few million at a time."""
+    """The tokens of a nanoGPT or llm.c file, 4 million at a time."""
     offset, dtype, expected = 0, "uint16", -1
     if kind == "llmc":
         magic, version, expected = np.fromfile(path, dtype="<i4", count=3).tolist()
@@ -134,8 +135,8 @@ def _flat(path: str, kind: Kind) -> Iterator[Tokens]:
         size = (os.path.getsize(path) - LLMC_HEADER_BYTES) // np.dtype(dtype).itemsize
         if version != known_version or expected != size:
             raise DataError(
-                f"{path} announces version {version} and {expected} tokens; expected version {known_version} and the "
-                f"{size} tokens it holds. It is torn or of another make: copy or write it again."
+                f"{path} has version {version} and {expected} tokens in its header; expected version {known_version} "
+                f"and {size} tokens. It is truncated or another format: copy or write it again."
             )
         offset = LLMC_HEADER_BYTES
     with open(path, "rb") as stream:
@@ -145,7 +146,7 @@ def _flat(path: str, kind: Kind) -> Iterator[Tokens]:
 
 
 def _cut_at_eot(pieces: Iterator[Tokens], eot_id: int) -> Iterator[Run]:
-    """Documents ended by EOT, whether EOT stood before or behind them; empty ones left out."""
+    """Documents ended by EOT, for files with EOT before or after documents; without empty documents."""
     held: Tokens | None = None
     for piece in pieces:
         held = piece if held is None else np.concatenate([held, piece])
@@ -158,7 +159,7 @@ def _cut_at_eot(pieces: Iterator[Tokens], eot_id: int) -> Iterator[Run]:
 
 
 def _without_empty(tokens: Tokens, eot_id: int) -> Run:
-    """Tokens that end with EOT, every EOT that ends nothing removed, and the lengths of the documents."""
+    """Remove every EOT that ends an empty document; returns the tokens and the lengths of the documents."""
     is_eot: Flags = tokens == eot_id
     tokens = tokens[~(is_eot & np.concatenate([[True], is_eot[:-1]]))]
     ends = np.flatnonzero(tokens == eot_id) + 1
@@ -166,7 +167,7 @@ def _without_empty(tokens: Tokens, eot_id: int) -> Run:
 
 
 def _megatron_index(prefix: str) -> tuple[Tokens, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """All tokens (mapped), the first token of each document and the end of the last, and those of each sequence."""
+    """All tokens (mapped), the borders of the documents (n + 1,), and the borders of the sequences (m + 1,)."""
     raw = np.memmap(prefix + ".idx", dtype=np.uint8, mode="r").view(np.ndarray)
     magic, version, code, sequences, ends = HEADER.unpack(raw[: HEADER.size].tobytes().ljust(HEADER.size, b"\0"))
     if magic != MAGIC or version != 1 or code not in MEGATRON_DTYPES:
@@ -181,7 +182,7 @@ def _megatron_index(prefix: str) -> tuple[Tokens, npt.NDArray[np.int64], npt.NDA
     tokens = np.memmap(prefix + ".bin", dtype=dtype, mode="r").view(np.ndarray)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     if not np.array_equal(pointers, starts[:-1] * dtype.itemsize) or starts[-1] != len(tokens):
-        raise DataError(f"{prefix}.bin and .idx do not belong together: sequences do not lie one behind another.")
+        raise DataError(f"{prefix}.bin and .idx do not belong together: the sequences are not adjacent.")
     return tokens, starts[boundaries], starts
 
 
@@ -192,28 +193,29 @@ def _megatron_documents(prefix: str, eot_id: int, append_eot: bool) -> Iterator[
         if len(document) and document[-1] != eot_id and not append_eot:
             raise DataError(
                 f"{prefix} has documents that do not end with EOT ({eot_id}), the first at token {first}. Add "
-                f"--append-eot, or name the tokenizer it was made with."
+                f"--append-eot, or name the tokenizer that made it."
             )
         if len(document) and int(document.min()) < 0:
-            raise DataError(f"{prefix} holds a negative token id at document {first}. It is damaged: copy it again.")
+            raise DataError(f"{prefix} contains a negative token id at document {first}. It is damaged: copy it again.")
+        # Documents with and without EOT are both found in practice: Megatron's --append-eod is optional.
         ended = document if len(document) and document[-1] == eot_id else np.append(document, eot_id)
         if len(ended) > 1:
             unsigned = ended.astype(np.uint32)
             yield unsigned, np.array([len(unsigned)], dtype=np.int64)
 
 
-def _link(prefix: str, folder: Path, name: str, split: str, known: Tokenizer) -> tuple[str, Shard]:
-    """A shard that is a symbolic link to a Megatron pair; returns its dtype and the shard."""
+def _link(prefix: str, folder: Path, name: str, split: str, tokenizer: Tokenizer) -> tuple[str, Shard]:
+    """Make a shard of symbolic links to a Megatron pair; returns its dtype and the shard."""
     if detect(prefix) != "megatron":
         raise UsageError(f"{prefix} is not a Megatron .bin/.idx pair, and only those can be linked. Import it.")
     tokens, bounds, starts = _megatron_index(prefix)
     dtype = {"<u2": "uint16", "<i4": "uint32"}.get(tokens.dtype.str)
     ends_right = dtype is not None and np.array_equal(bounds, starts)
-    is_eot: Flags = np.asarray(tokens == known.eot_id)
+    is_eot: Flags = np.asarray(tokens == tokenizer.eot_id)
     if not ends_right or dtype is None or not np.array_equal(np.flatnonzero(is_eot) + 1, starts[1:]):
         raise UsageError(
             f"{prefix} cannot be linked: that needs uint16 or int32, one sequence per document, and EOT "
-            f"({known.eot_id}) at the end of each and nowhere else. Leave --link out to import a copy."
+            f"({tokenizer.eot_id}) at the end of each and nowhere else. Omit --link to import a copy."
         )
     for suffix in (".bin", ".idx"):
         (folder / (name + suffix)).symlink_to(Path(prefix + suffix).resolve())
@@ -224,7 +226,7 @@ def _link(prefix: str, folder: Path, name: str, split: str, known: Tokenizer) ->
 
 
 def _mds_documents(path: str, eot_id: int, append_eot: bool) -> Iterator[Run]:
-    """Samples in a row are one stream, as llm-foundry writes them; or each is a document that lacks its EOT."""
+    """The samples as one stream, as llm-foundry writes them; with append_eot each sample is a document."""
     if not append_eot:
         return _cut_at_eot((tokens for tokens, _ in read_mds(Path(path))), eot_id)
     return (

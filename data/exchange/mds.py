@@ -6,7 +6,7 @@
     ndarray:DTYPE       one byte, ndim * 4 + code of the shape's type (uint8, 16, 32, 64), the shape, the values
 
 llm-foundry writes a column `tokens`, `ndarray:int32` or formerly `bytes` of int64, and fills every sample to one length
-with documents that end with EOT: the samples in a row are one stream. Shards may be compressed with zstd.
+with documents that end with EOT: the samples one after another are one stream. Shards may be compressed with zstd.
 Cost: 10 us a sample; memory: one shard, 64 MiB. Source: streaming/base/format/mds in
 https://github.com/mosaicml/streaming; tests/test_data_mds.py reads and writes beside that library.
 """
@@ -42,17 +42,17 @@ Samples = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 
 
 def read_mds(folder: Path) -> Iterator[Samples]:
-    """The tokens of each shard's samples in a row, and the lengths of the samples. DataError for what is damaged."""
+    """Per shard: the tokens of all samples one after another, and their lengths. DataError if a file is damaged."""
     path = folder / "index.json"
     try:
         index = json.loads(path.read_bytes())
         shards = index["shards"]
         if index["version"] != 2:
-            raise ValueError(f"version {index['version']}, and this reads 2")
+            raise ValueError(f"version {index['version']}, expected 2")
         for shard in shards:
             yield _read_shard(folder, shard)
     except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-        raise DataError(f"{path} or a shard of it is not MDS that can be read ({error}). Copy it again.") from error
+        raise DataError(f"{path} or one of its shards cannot be read as MDS ({error}). Copy it again.") from error
 
 
 def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
@@ -63,7 +63,7 @@ def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
     count = int(np.frombuffer(raw, "<u4", 1)[0])
     offsets = np.frombuffer(raw, "<u4", count + 1, 4).tolist()
     if count != shard["samples"] or offsets[-1] != len(raw):
-        raise ValueError(f"{shard['raw_data']['basename']} is torn: {len(raw)} bytes, {count} samples")
+        raise ValueError(f"{shard['raw_data']['basename']} is truncated: {len(raw)} bytes, {count} samples")
     sizes, encoding = shard["column_sizes"], shard["column_encodings"][column]
     samples = [_decode(_column(raw[begin:end], sizes, column), encoding) for begin, end in itertools.pairwise(offsets)]
     lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
@@ -71,11 +71,12 @@ def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
 
 
 def _content(folder: Path, shard: dict[str, Any]) -> bytes:
-    """A shard's bytes, decompressed where only a compressed file is there."""
+    """A shard's bytes, decompressed if there is only a compressed file."""
     packed = shard.get("zip_data")
     for info in (shard["raw_data"], packed):
+        # index.json is foreign input: a basename with a path could read any file.
         if info is not None and Path(info["basename"]).name != info["basename"]:
-            raise ValueError(f"{info['basename']} leaves the folder")
+            raise ValueError(f"{info['basename']} is outside the folder")
     path: Path = folder / shard["raw_data"]["basename"]
     if path.exists() or packed is None:
         return path.read_bytes()
@@ -107,12 +108,12 @@ def _decode(value: bytes, encoding: str) -> npt.NDArray[np.uint32]:
         value = value[1 + (value[0] >> 2) * np.dtype(SHAPE_DTYPES[value[0] & 3]).itemsize :]
     tokens = np.frombuffer(value, np.dtype(dtype).newbyteorder("<"))
     if tokens.dtype.kind not in "iu" or (len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= 2**31)):
-        raise ValueError("token ids below 0, above 2**31, or not whole")
+        raise ValueError("token ids below 0, above 2**31, or not integers")
     return tokens.astype(np.uint32)
 
 
 def write_mds(folder: Path, documents: Iterable[Tokens], dtype: str) -> None:
-    """One sample per document, a column `tokens` of `ndarray:DTYPE`, shards of at most 64 MiB (or one document)."""
+    """Write one sample per document in a column `tokens` of `ndarray:DTYPE`, in shards of 64 MiB or one document."""
     folder.mkdir(parents=True)
     shards, held, size = list[dict[str, Any]](), list[bytes](), 0
     for tokens in documents:

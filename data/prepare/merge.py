@@ -1,11 +1,10 @@
-"""FinishedUnits work units to the shards of a dataset: drop duplicates, split, shuffle if asked, copy.
+"""Merge finished work units into the shards of a dataset: drop duplicates, shuffle, split, copy.
 
-Nothing here depends on who did the units, or when: without duplicates to drop and without a shuffle, units are copied
-in their order as they become ready, while others are still being done. Documents keep the order of the sources, or with
-`shuffle_seed` are sorted by a keyed 64-bit hash of their number, which is a uniform shuffle: they are dealt by the
-first bits of that hash into bucket files and each bucket is read by itself (shuffle.py), so memory stays small and the
-disk is used in order.
-Exact duplicates, by xxh3-128 of the text, are found bucket by bucket too; the first of them stays.
+The result does not depend on which process did a unit, or when. Without `dedup` and `shuffle_seed`, units are copied in
+their order as soon as they are ready, while others are still being encoded. Documents keep the order of the sources or,
+with `shuffle_seed`, are sorted by a keyed 64-bit hash of their number, which is a uniform shuffle: they go into
+bucket files by the first bits of that hash, and one bucket is read at a time (shuffle.py), which keeps memory small.
+Exact duplicates, by xxh3-128 of the text, are found bucket by bucket too; the first copy is kept.
 Cost: one copy, about 0.5 GB/s; memory: the documents of one unit, 24 bytes each, and one bucket.
 """
 
@@ -34,7 +33,7 @@ DEDUP_BUCKETS = 256
 
 @dataclass
 class MergeCounts:
-    """What a merge found: the documents kept, the sum of their hashes, the duplicates dropped."""
+    """Counts of a merge: documents kept, duplicates dropped, and the sum of the hashes of the kept documents."""
 
     documents: int = 0
     duplicates: int = 0
@@ -42,25 +41,25 @@ class MergeCounts:
 
 
 class FinishedUnits:
-    """The numbers of the units that are done, for a thread that waits for them."""
+    """The set of finished units, which the merging thread waits for."""
 
     def __init__(self) -> None:
         self._numbers, self._changed, self._closed = set[int](), threading.Condition(), False
 
     def add(self, number: int) -> None:
-        """A unit is done."""
+        """Mark a unit as finished."""
         with self._changed:
             self._numbers.add(number)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """No other unit will be done: whoever waits for one gives up."""
+        """No more units will finish: threads that wait for one raise DataError."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def wait(self, number: int) -> None:
-        """Return once a unit is done. DataError where it never will be."""
+        """Wait until a unit is finished. DataError if `close` was called without it."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or number in self._numbers)
             if number not in self._numbers:
@@ -68,7 +67,7 @@ class FinishedUnits:
 
 
 class Merge:
-    """The units of a folder, numbered 0 to units - 1, in the dataset's dtype. `ready` returns once a unit is done."""
+    """Merges the units 0 to units - 1 of a folder, in the dataset's dtype. `ready(unit)` waits until a unit is done."""
 
     def __init__(
         self,
@@ -81,12 +80,12 @@ class Merge:
     ):
         self.folder, self.units, self.itemsize = folder, units, np.dtype(dtype).itemsize
         self.shuffle_seed, self._ready = shuffle_seed, ready
-        self.found = MergeCounts()
+        self.counts = MergeCounts()
         self._dropped = self._duplicates() if dedup else None
 
     def few(self) -> bool:
-        """Whether fewer documents stay than a split by hash needs."""
-        documents = -self.found.duplicates
+        """Whether too few documents are kept for a split by hash (fewer than 100)."""
+        documents = -self.counts.duplicates
         for unit in range(self.units):
             documents += self._documents(unit)
             if documents >= FEW_DOCUMENTS:
@@ -94,24 +93,25 @@ class Merge:
         return True
 
     def split(self, train: ShardWriter, val: ShardWriter, val_fraction: float) -> MergeCounts:
-        """Write every document to its side, chosen by its hash; the writers stay open."""
+        """Write every document to train or val, chosen by its hash; the writers stay open."""
+        # The hash is uniform over 64 bits, so this bound selects val_fraction of the documents.
         bound = np.uint64(min(2**64 - 1, int(val_fraction * 2**64)))
-        for piece in self.pieces():
-            self._count(piece.table)
-            is_val = piece.table["high"] < bound
+        for run in self.runs():
+            self._count(run.table)
+            is_val = run.table["high"] < bound
             for writer, chosen in ((train, ~is_val), (val, is_val)):
-                for first, end in piece.runs(chosen):
-                    _copy(piece, first, end, writer)
-        return self.found
+                for first, end in run.runs(chosen):
+                    _copy_documents(run, first, end, writer)
+        return self.counts
 
     def count(self) -> MergeCounts:
-        """Only the counts."""
-        for piece in self.pieces():
-            self._count(piece.table)
-        return self.found
+        """Count documents and hashes without writing."""
+        for run in self.runs():
+            self._count(run.table)
+        return self.counts
 
-    def pieces(self) -> Iterator[DocumentRun]:
-        """All documents that stay, in the order of the dataset."""
+    def runs(self) -> Iterator[DocumentRun]:
+        """All documents that are kept, in the order of the dataset."""
         if self.shuffle_seed is None:
             yield from self._in_order()
         else:
@@ -123,7 +123,7 @@ class Merge:
         return os.path.getsize(unit_path(self.folder, unit, ".docs")) // DOCUMENT.itemsize
 
     def _tables(self) -> Iterator[tuple[int, npt.NDArray[np.int64], Table]]:
-        """Every unit once it is done, with its documents' numbers in the whole, and its table."""
+        """For every unit: its number, the numbers of its documents in the dataset, and its table."""
         first = 0
         for unit in range(self.units):
             self._ready(unit)
@@ -132,11 +132,11 @@ class Merge:
             first += len(table)
 
     def _in_order(self) -> Iterator[DocumentRun]:
-        for _, piece in self._numbered():
-            yield piece
+        for _, run in self._numbered():
+            yield run
 
     def _numbered(self) -> Iterator[tuple[npt.NDArray[np.int64], DocumentRun]]:
-        """The documents of every unit that stay, with their numbers in the whole."""
+        """The kept documents of every unit, with their numbers in the dataset."""
         for unit, numbers, table in self._tables():
             sizes = table["tokens"] * self.itemsize
             offsets = np.cumsum(sizes) - sizes
@@ -147,29 +147,32 @@ class Merge:
                 yield numbers, DocumentRun(stream.fileno(), offsets, table)
 
     def _count(self, table: Table) -> None:
-        self.found.documents += len(table)
-        self.found.hash_sum += _sum(table["low"]) + (_sum(table["high"]) << 64)
+        self.counts.documents += len(table)
+        self.counts.hash_sum += _sum(table["low"]) + (_sum(table["high"]) << 64)
 
     def _duplicates(self) -> npt.NDArray[np.bool_]:
-        """Which documents have the hash of an earlier one; files in the units' folder hold the answer and the work."""
+        """Which documents have the hash of an earlier one, as a bool per document in a memory-mapped temporary file."""
         record = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
+        # Equal hashes have equal first bytes, so each of the 256 files can be searched separately.
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             names = [Path(folder) / str(bucket) for bucket in range(DEDUP_BUCKETS)]
-            self._deal(names, record)
+            self._write_hashes(names, record)
+            # One byte per document; an unlinked file instead of memory, since there can be billions.
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 file.truncate(max(1, sum(self._documents(unit) for unit in range(self.units))))
                 dropped = np.memmap(file, dtype=bool, mode="r+")
             for name in names:
                 rows = np.fromfile(name, dtype=record) if name.exists() else np.empty(0, dtype=record)
+                # Sorted by number inside equal hashes: the first row of each group is the copy that is kept.
                 order = np.lexsort((rows["number"], rows["low"], rows["high"]))
                 rows = rows[order]
                 same = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
                 dropped[rows["number"][1:][same]] = True
-                self.found.duplicates += int(same.sum())
+                self.counts.duplicates += int(same.sum())
         return dropped
 
-    def _deal(self, names: list[Path], record: np.dtype[np.void]) -> None:
-        """The hashes of all documents into one file per first byte."""
+    def _write_hashes(self, names: list[Path], record: np.dtype[np.void]) -> None:
+        """Write the hashes of all documents to one file per first byte."""
         for _, numbers, table in self._tables():
             rows = np.empty(len(table), dtype=record)
             rows["high"], rows["low"] = table["high"], table["low"]
@@ -183,16 +186,17 @@ class Merge:
                         stream.write(part.tobytes())
 
 
-def _copy(piece: DocumentRun, first: int, end: int, writer: ShardWriter) -> None:
-    """Copy documents first to end - 1, in runs that lie one behind another in the file."""
-    lengths = piece.table["tokens"][first:end].astype(np.int64)
-    offsets = piece.offsets_bytes[first:end]
+def _copy_documents(run: DocumentRun, first: int, end: int, writer: ShardWriter) -> None:
+    """Copy documents first to end - 1, adjacent ones in one read."""
+    lengths = run.table["tokens"][first:end].astype(np.int64)
+    offsets = run.offsets_bytes[first:end]
+    # After dedup or a shuffle, consecutive rows need not be adjacent in the file.
     gaps = np.flatnonzero(np.diff(offsets) != lengths[:-1] * writer.itemsize) + 1
     for start, stop in zip([0, *gaps.tolist()], [*gaps.tolist(), end - first], strict=True):
-        writer.copy(piece.file, int(offsets[start]), lengths[start:stop])
+        writer.copy(run.file, int(offsets[start]), lengths[start:stop])
 
 
 def _sum(words: npt.NDArray[np.unsignedinteger[npt.NBitBase]]) -> int:
-    """The exact sum of 64-bit words."""
-    native = words.astype(np.uint64)
+    """The exact sum of 64-bit words (a uint64 sum would overflow)."""
+    native = words.astype(np.uint64)  # from big-endian
     return int((native & np.uint64(2**32 - 1)).sum()) + (int((native >> np.uint64(32)).sum()) << 32)

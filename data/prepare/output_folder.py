@@ -24,24 +24,25 @@ OWN_FILES = re.compile(
 
 
 def claim_folder(folder: Path, overwrite: bool) -> None:
-    """Make the folder, or make sure that it is empty, holds unfinished units, or holds a dataset that may go."""
+    """Create the folder. UsageError if it contains other files, or a dataset without `overwrite`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise UsageError(f"{folder} cannot be made a folder: {error.strerror}. Choose another one.") from error
+        raise UsageError(f"{folder} cannot be used as a folder: {error.strerror}. Choose another one.") from error
     foreign = [name for name in names if not OWN_FILES.fullmatch(name)]
     if foreign or (names and not {MANIFEST, temporary(folder / MANIFEST).name, FOLDER} & set(names)):
         other = ", ".join((foreign or names)[:3])
-        raise UsageError(f"{folder} holds other files ({other}). Choose an empty or a new folder.")
+        raise UsageError(f"{folder} contains other files ({other}). Choose an empty or a new folder.")
     if MANIFEST in names and not overwrite:
-        raise UsageError(f"{folder} holds a dataset. Choose another folder, or replace it with --overwrite.")
+        raise UsageError(f"{folder} already holds a dataset. Choose another folder, or replace it with --overwrite.")
+    # Unfinished units stay, so that the same command continues them.
     if overwrite or FOLDER not in names:
         clear_folder(folder, keep_units=False)
 
 
 def clear_folder(folder: Path, keep_units: bool) -> None:
-    """Remove a dataset's files, the manifest first: what is left of one is never taken for a whole one."""
+    """Remove a dataset's files. The manifest is first, so that the rest is not taken for a dataset."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.name == FOLDER:
@@ -83,6 +84,6 @@ def clean_after_failure(folder: Path, created: bool) -> Iterator[None]:
         if isinstance(error, OSError):
             state = "Nothing is left there."
             if has_finished_units:
-                state = "FinishedUnits units are kept: free some space, then run the same command again."
+                state = "Finished units are kept: free some space, then run the same command again."
             raise DataError(f"{folder} cannot be written: {error.strerror or error}. {state}") from error
         raise

@@ -1,16 +1,16 @@
-"""Text to a token dataset: work units, done by one process or many, then merged into shards; the manifest is last.
+"""Text to a token dataset: work units, encoded by one process or many, then merged into shards; the manifest is last.
 
-    sources -> units of about 32 MiB -> tokens of each unit and a receipt -> merge: duplicates, split, shuffle, shards
+    sources -> units of about 32 MiB -> tokens and a receipt per unit -> merge: duplicates, split, shuffle -> shards
 
-The merge runs in a thread beside the encoding. Every document is encoded on its own and ended by EOT. Validation
-documents are chosen by a keyed xxh3 hash of their bytes, so the same document falls on the same side in every dataset,
-whatever stands around it. Fewer than 100 documents (one text file, say) are too few for that: then the tail of the
-token stream is validation (tail.py).
+The merge runs in a thread while units are encoded. Every document is encoded separately and ended by EOT. Validation
+documents are chosen by a keyed xxh3 hash of their bytes, so the same document is on the same side in every dataset.
+Fewer than 100 documents (one text file, for example) are too few for that: then the tail of the token stream is
+validation (tail_split.py).
 
-The dataset depends on sources and options alone: any number of workers, tasks, kills and continuations gives
-the same bytes. A killed run leaves `.units/` and no manifest, which no reader takes for a dataset; the same command
-goes on after the last finished unit. A failure keeps finished units, and removes everything where there is none.
-Cost: README.md; memory: a few megabytes of text and the encoder, whatever the corpus.
+The dataset depends only on sources and options: any number of workers, tasks, kills and restarts gives the same bytes.
+A killed run leaves `.units/` and no manifest, so no reader takes it for a dataset; the same command continues after
+the last finished unit. A failure keeps finished units; if there are none, it removes everything.
+Cost: docs/data.md; memory: a few megabytes of text and the encoder, for any corpus.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SHARD_TOKENS = 2**28
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What the merge is told."""
+    """Options of the merge; they do not change the tokens of the units."""
 
     val_fraction: float = 0.005
     shard_tokens: int = SHARD_TOKENS
@@ -69,7 +69,7 @@ class MergeOptions:
     shuffle_seed: int | None = None
 
     def check(self) -> None:
-        """UsageError for impossible numbers."""
+        """UsageError for numbers out of range."""
         if not 0 <= self.val_fraction < 1:
             raise UsageError(f"val_fraction must be at least 0 and less than 1, not {self.val_fraction}.")
         if self.shard_tokens < 1 or self.skip_bad < 0:
@@ -100,10 +100,10 @@ def prepare(
     """Write the dataset of `sources` into the folder `out`; returns its manifest.
 
     `sources`, `include` and `exclude` are described in sources.py; `text_key` names the text in records with many keys.
-    `tokenizer` is a Tokenizer or what `load_tokenizer` takes, `encoder` a choice of encode.py. `val_fraction` of the
-    documents, or of the tokens where documents are few, become validation. A shard ends with the document that fills it
-    to `shard_tokens`. `skip_bad` bad documents are passed over. `dedup` drops documents that are byte for byte an
-    earlier one; `shuffle_seed` shuffles the documents. `only_merge` expects all units to be done (`prepare_part`).
+    `tokenizer` is a Tokenizer or an argument of `load_tokenizer`, `encoder` a choice of encode.py. `val_fraction` of
+    the documents, or of the tokens if there are few documents, become validation. A shard ends with the document that
+    fills it to `shard_tokens`. Up to `skip_bad` bad documents are skipped. `dedup` drops exact copies of earlier
+    documents; `shuffle_seed` shuffles the documents. `only_merge` requires that all units are done (`prepare_part`).
     `progress` is called about once per megabyte of text.
     UsageError for bad arguments and a folder that is in use, DataError for bad documents and a full disk; after either
     there is no dataset in `out`.
@@ -120,9 +120,10 @@ def prepare(
     ):
         merging = pool.submit(job.merge, list(sources))
         try:
+            # The merge waits for each unit in turn, so it copies finished units while later ones are encoded.
             job.do(workers, encoder, progress, only_merge=only_merge)
         finally:
-            job.finished.close()
+            job.finished.close()  # after an error the merge must not wait for units that never come
         return merging.result()
 
 
@@ -141,9 +142,9 @@ def prepare_part(
     encoder: Choice = "auto",
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> int:
-    """Do every `task_count`-th unit, from `task_index` on, on any of many machines that share `out`; returns how many.
+    """Do every `task_count`-th unit, from `task_index` on; the machines of all tasks share `out`. Returns how many.
 
-    Once every task is done, `prepare` with the same arguments and `only_merge` writes the dataset. Errors as there.
+    After all tasks, `prepare` with the same arguments and `only_merge` writes the dataset. Errors as in `prepare`.
     """
     if not 0 <= task_index < task_count:
         raise UsageError(f"There is no task {task_index} among {task_count}: they are numbered from 0.")
@@ -169,14 +170,15 @@ class _Preparation:
     ):
         self.folder, self.options, self.units_folder = folder, options, folder / FOLDER
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        found = find_sources(sources, include=include, exclude=exclude, outside=folder)
+        found_sources = find_sources(sources, include=include, exclude=exclude, outside=folder)
+        # 2 bytes per token if the ids fit: half the disk and half the bandwidth.
         self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
         self.created = not folder.exists()
         self.finished = FinishedUnits()
         claim_folder(folder, overwrite)
         with clean_after_failure(folder, self.created):
             self.tokenizer_file = self.tokenizer.save(folder)
-            units, state = plan_units(found)
+            units, state = plan_units(found_sources)
             self.job = Job(
                 units, state, text_key, self.tokenizer_file, self.tokenizer.sha256, self.dtype, self.tokenizer.eot_id
             )
@@ -191,18 +193,18 @@ class _Preparation:
         task: tuple[int, int] = (0, 1),
         only_merge: bool = False,
     ) -> int:
-        """Do the units of this task that have no receipt; returns how many the task has."""
-        mine = self.job.units[task[0] :: task[1]]
-        receipts = {unit.number: load_receipt(self.units_folder, unit.number) for unit in mine}
-        todo = [unit for unit in mine if receipts[unit.number] is None]
+        """Do the units of this task that have no receipt; returns the number of units in the task."""
+        units = self.job.units[task[0] :: task[1]]
+        receipts = {unit.number: load_receipt(self.units_folder, unit.number) for unit in units}
+        todo = [unit for unit in units if receipts[unit.number] is None]
         if only_merge and todo:
             raise UsageError(
-                f"{len(todo)} of {len(mine)} units of {self.folder} are not done (the first is {todo[0].number}). "
+                f"{len(todo)} of {len(units)} units of {self.folder} are not done (the first is {todo[0].number}). "
                 f"Run the missing tasks, then merge again."
             )
-        meter = ProgressMeter(mine, [r for r in receipts.values() if r], progress)
+        meter = ProgressMeter(units, [r for r in receipts.values() if r], progress)
         bad = sum(receipt.bad for receipt in receipts.values() if receipt)
-        for unit in mine:
+        for unit in units:
             if receipts[unit.number] is not None:
                 self.finished.add(unit.number)
         for number, receipt in self._run(todo, workers, encoder, meter):
@@ -211,14 +213,15 @@ class _Preparation:
             if bad > self.options.skip_bad:
                 raise DataError(
                     f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows fewer. Raise it, or "
-                    f"correct them; what is finished is kept."
+                    f"correct them; finished units are kept."
                 )
-        return len(mine)
+        return len(units)
 
     def _run(
         self, units: list[Unit], workers: int, encoder: Choice, meter: ProgressMeter
     ) -> Iterator[tuple[int, Receipt]]:
         workers = min(workers, len(units))
+        # One worker runs in this process: it saves the 0.3 s that a worker process takes to start.
         if workers > 1:
             with WorkerPool(self.units_folder, workers, self.options.skip_bad, encoder) as pool:
                 for number, receipt in pool.do(units, meter.add):
@@ -232,7 +235,7 @@ class _Preparation:
                 yield unit.number, receipt
 
     def merge(self, names: list[str]) -> Manifest:
-        """Make the shards and the manifest, waiting for each unit to be finished, then remove the units."""
+        """Write the shards, waiting for each unit in turn, then the manifest; then remove the units."""
         options, units = self.options, len(self.job.units)
         merge = Merge(
             self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, ready=self.finished.wait
@@ -250,15 +253,16 @@ class _Preparation:
             train.abandon()
             val.abandon()
         if not merged.documents:
-            shutil.rmtree(self.units_folder)  # nothing worth keeping
-            raise DataError(f"There is no text in {', '.join(names)}: every document is empty or was passed over.")
+            shutil.rmtree(self.units_folder)
+            raise DataError(f"There is no text in {', '.join(names)}: every document is empty or was skipped.")
         manifest = self._manifest(names, method, shards, merged)
+        # Last: only now the folder is a dataset. A crash before this line leaves units that can be merged again.
         write_file(self.folder / MANIFEST, manifest_json(manifest))
         shutil.rmtree(self.units_folder)
         return manifest
 
     def _manifest(self, names: list[str], method: str, shards: list[Shard], merged: MergeCounts) -> Manifest:
-        known = self.tokenizer
+        tokenizer = self.tokenizer
         receipts = [load_receipt(self.units_folder, unit.number) for unit in self.job.units]
         done = [receipt for receipt in receipts if receipt is not None]
         manifest = Manifest(
@@ -266,7 +270,12 @@ class _Preparation:
             version=VERSION,
             dtype=self.dtype,
             tokenizer=TokenizerIdentity(
-                known.name, known.vocab_size, known.eot_id, known.sha256, known.pattern, self.tokenizer_file
+                tokenizer.name,
+                tokenizer.vocab_size,
+                tokenizer.eot_id,
+                tokenizer.sha256,
+                tokenizer.pattern,
+                self.tokenizer_file,
             ),
             split=SplitMethod(method, float(self.options.val_fraction)),
             source=SourceSummary(

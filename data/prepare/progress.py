@@ -13,7 +13,7 @@ from packspeed.data.prepare.units import UNIT_BYTES, Receipt, Unit
 
 @dataclass
 class PrepareProgress:
-    """How far a preparation has come, finished units of earlier runs included. `bytes` are bytes of the sources."""
+    """Counts so far, including units of earlier runs. Bytes are of the sources; `left_s` is the estimated rest."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -23,11 +23,11 @@ class PrepareProgress:
     tokens_per_s: float = 0.0
     bytes_done: int = 0
     bytes_total: int = 0
-    left_s: float | None = None  # None until there is something to judge by
+    left_s: float | None = None  # None until something was encoded
 
 
 class ProgressMeter:
-    """Adds up what workers report and tells the caller."""
+    """Adds up the reports of the workers and passes the total to the caller."""
 
     def __init__(self, units: list[Unit], done: list[Receipt], report: Callable[[PrepareProgress], None] | None):
         self.now = PrepareProgress(bytes_total=sum(unit.bytes for unit in units))
@@ -43,9 +43,10 @@ class ProgressMeter:
             setattr(self.now, field.name, getattr(self.now, field.name) + getattr(counts, field.name))
 
     def add(self, counts: Counts) -> None:
-        """Count what a worker has encoded."""
+        """Add what a worker has encoded since its last report."""
         self._count(counts)
         now, self.new_tokens = self.now, self.new_tokens + counts.tokens
+        # Bytes of unfinished units are estimated by their text; several workers share one limit.
         self.open_bytes = min(self.open_bytes + counts.text_bytes, UNIT_BYTES)
         now.elapsed_s = time.perf_counter() - self.began
         now.tokens_per_s = self.new_tokens / max(now.elapsed_s, 1e-9)
@@ -56,6 +57,6 @@ class ProgressMeter:
             self.report(now)
 
     def finished(self, receipt: Receipt) -> None:
-        """Count a finished unit."""
+        """Add a finished unit."""
         self.now.bytes_done = min(self.now.bytes_total, self.now.bytes_done + int(self.unit_bytes))
         self.open_bytes = 0

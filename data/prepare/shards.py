@@ -1,7 +1,7 @@
-"""Writing one split: documents in, `train-00000.bin` and `.idx` pairs out, hashed as they are written.
+"""Write one split: documents to pairs of `train-00000.bin` and `.idx`, hashed while they are written.
 
-A shard ends with the document that fills it, so a document never lies in two. Both files are fsynced and then renamed;
-the manifest, which comes last, makes their names durable with its own.
+A shard ends with the document that fills it, so a document is never in two shards. Both files are fsynced and renamed;
+the write of the manifest, which is last, syncs the folder and so their names.
 Cost: 0.3 s per gigabyte for xxh3 and the copies; memory: 4 bytes per document of the open shard.
 """
 
@@ -31,7 +31,7 @@ Lengths = npt.NDArray[np.int64]
 
 
 class ShardWriter:
-    """The shards of one split. `add` documents, then `close` for the list of what was written."""
+    """Writes the shards of one split. Add documents, then call `close` for the list of shards."""
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
@@ -46,17 +46,18 @@ class ShardWriter:
         self._write([data.data], np.array([len(tokens)], dtype=np.int64))
 
     def add_run(self, tokens: Tokens, lengths: Lengths) -> None:
-        """Write consecutive documents, `lengths` tokens each, every one ended by EOT."""
+        """Write consecutive documents of `lengths` tokens, each ended by EOT."""
         data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
         while len(lengths):
             ends = np.cumsum(lengths)
+            # As many documents as fill the open shard, the filling one included.
             fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
             size = int(ends[:fills][-1])
             self._write([np.ascontiguousarray(data[:size]).data], lengths[:fills])
             data, lengths = data[size:], lengths[fills:]
 
     def copy(self, file: int, offset_bytes: int, lengths: Lengths) -> None:
-        """Write consecutive documents, `lengths` tokens each, from a file descriptor, 1 MiB at a time."""
+        """Copy consecutive documents of `lengths` tokens from a file descriptor, 1 MiB at a time."""
         while len(lengths):
             ends = np.cumsum(lengths)
             fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
@@ -65,11 +66,11 @@ class ShardWriter:
             offset_bytes, lengths = offset_bytes + size, lengths[fills:]
 
     def add_chunks(self, chunks: Iterable[bytes | memoryview], tokens: int) -> None:
-        """Write one document of `tokens` tokens that comes in pieces of bytes, EOT included."""
+        """Write one document of `tokens` tokens (EOT included) from chunks of bytes."""
         self._write(chunks, np.array([tokens], dtype=np.int64))
 
     def _write(self, chunks: Iterable[bytes | memoryview], lengths: Lengths) -> None:
-        """Write documents of which at most the last one fills the shard."""
+        """Write documents of which only the last one may fill the shard."""
         if int(lengths.max()) > LONGEST_TOKENS:
             raise DataError(f"A document of {lengths.max()} tokens is too long for a Megatron index. Split the file.")
         if self._bin is None:
@@ -94,9 +95,9 @@ class ShardWriter:
         return self._done
 
     def abandon(self) -> None:
-        """Close the open file of a shard that will not be finished."""
+        """Close the file of an unfinished shard after an error."""
         if self._bin is not None:
-            with contextlib.suppress(OSError):  # on a full disk closing fails again
+            with contextlib.suppress(OSError):  # on a full disk close fails again
                 self._bin.close()
 
     def _open(self) -> None:
@@ -126,6 +127,7 @@ class ShardWriter:
             bin_xxh3_128=self._hash.hexdigest(),
             idx_xxh3_128=hash_file(temporary(self._path(".idx")))["xxh3_128"],
         )
+        # The index first: a .bin under its final name always has its .idx.
         rename_temporary(self._path(".idx"))
         rename_temporary(self._path(".bin"))
         self._done.append(shard)
@@ -133,7 +135,7 @@ class ShardWriter:
 
 
 def chunks_of(file: int, offset_bytes: int, size: int) -> Iterator[bytes]:
-    """A part of an open file, a megabyte at a time. DataError where the file ends early."""
+    """`size` bytes of an open file, a megabyte at a time. DataError if the file ends early."""
     end = offset_bytes + size
     while offset_bytes < end:
         chunk = os.pread(file, min(WRITE_BUFFER_BYTES, end - offset_bytes), offset_bytes)

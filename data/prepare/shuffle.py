@@ -1,8 +1,8 @@
-"""An external shuffle of documents: uniform, keyed, in memory of one bucket.
+"""An external shuffle of documents: uniform, keyed, with one bucket in memory.
 
-Document number n gets the 64-bit key mix(n, seed), MurmurHash3's finaliser over a keyed word, and the documents are put
-in the order of their keys. They are dealt into bucket files by the keys' first bits, and a bucket is read by key. The
-result depends on the seed and the numbers alone, not on the size of the buckets.
+Document number n gets the 64-bit key mix(n, seed), MurmurHash3's finaliser over a keyed word, and the documents are
+sorted by key: they are written to bucket files by the first bits of their keys, then each bucket is sorted. The result
+depends only on the seed and the numbers, not on the size of the buckets.
 Cost: every token is written and read once more; memory: 4 MiB of tokens and 40 bytes per document of a bucket.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from packspeed.data.prepare.units import DocumentRun, Table
 
 
-BUCKETS = 256  # open files at a time; with 256 a bucket of a terabyte of tokens is 4 GB on disk, read by key
+BUCKETS = 256  # number of open files; with 256 a terabyte of tokens gives buckets of 4 GB on disk
 
 
 COPY_BYTES = 2**22
@@ -37,17 +37,17 @@ KEYED = np.dtype([("key", "<u8"), ("offset", "<i8"), ("document", DOCUMENT)])
 def shuffled(
     documents: Iterable[tuple[npt.NDArray[np.int64], DocumentRun]], seed: int, itemsize: int, folder: Path
 ) -> Iterator[tuple[int, npt.NDArray[np.int64], Table]]:
-    """All documents in the order of their keys: (open file, offsets in bytes (n,), table (n,)) bucket by bucket."""
+    """All documents sorted by key. Per bucket: (open file, offsets in bytes (n,), DOCUMENT rows (n,))."""
     with ExitStack() as stack:
-        place = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
-        buckets = [stack.enter_context(open(Path(place) / str(i), "w+b")) for i in range(BUCKETS)]
-        tables = [stack.enter_context(open(Path(place) / f"{i}.docs", "w+b")) for i in range(BUCKETS)]
-        for numbers, piece in documents:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
+        buckets = [stack.enter_context(open(Path(temporary) / str(i), "w+b")) for i in range(BUCKETS)]
+        tables = [stack.enter_context(open(Path(temporary) / f"{i}.docs", "w+b")) for i in range(BUCKETS)]
+        for numbers, run in documents:
             keys = _keys(numbers, seed)
-            homes = (keys >> np.uint64(56)).astype(np.int64)
-            for home in np.unique(homes).tolist():
-                chosen = np.flatnonzero(homes == home)
-                _deal(piece, chosen, keys[chosen], itemsize, buckets[home].fileno(), tables[home].fileno())
+            buckets_of = (keys >> np.uint64(56)).astype(np.int64)
+            for number in np.unique(buckets_of).tolist():
+                chosen = np.flatnonzero(buckets_of == number)
+                _append(run, chosen, keys[chosen], itemsize, buckets[number].fileno(), tables[number].fileno())
         for bucket, table in zip(buckets, tables, strict=True):
             rows = np.fromfile(table.name, dtype=KEYED)
             rows = rows[np.argsort(rows["key"], kind="stable")]
@@ -59,22 +59,22 @@ def _keys(numbers: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
     return mix64(mix64(numbers.astype(np.uint64) ^ word) + word)
 
 
-def _deal(
-    piece: DocumentRun,
+def _append(
+    run: DocumentRun,
     chosen: npt.NDArray[np.int64],
     keys: npt.NDArray[np.uint64],
     itemsize: int,
     bucket: int,
     table: int,
 ) -> None:
-    """Append the chosen documents of a piece to a bucket and its table."""
+    """Append the chosen documents of a run to a bucket and its table."""
     rows = np.empty(len(chosen), dtype=KEYED)
-    sizes = piece.table["tokens"][chosen] * itemsize
-    rows["key"], rows["document"] = keys, piece.table[chosen]
+    sizes = run.table["tokens"][chosen] * itemsize
+    rows["key"], rows["document"] = keys, run.table[chosen]
     rows["offset"] = os.lseek(bucket, 0, os.SEEK_END) + np.cumsum(sizes) - sizes
-    for offset, size in zip(piece.offsets_bytes[chosen].tolist(), sizes.tolist(), strict=True):
+    for offset, size in zip(run.offsets_bytes[chosen].tolist(), sizes.tolist(), strict=True):
         while size > 0:
-            part = os.pread(piece.file, min(size, COPY_BYTES), offset)
+            part = os.pread(run.file, min(size, COPY_BYTES), offset)
             os.write(bucket, part)
             offset, size = offset + len(part), size - len(part)
     os.lseek(table, 0, os.SEEK_END)

@@ -1,7 +1,7 @@
 """Validation from the tail of the token stream, for corpora of fewer than 100 documents.
 
-Where the cut falls inside a document, between two characters, both halves become documents, the first one ended by an
-EOT of its own.
+If the cut is inside a document, it is moved to the next border between two characters, and both halves become
+documents: the first half gets an EOT of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from packspeed.data.prepare.units import DocumentRun
 from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.tokenizer import Tokenizer
 
-CHARACTER_TOKENS = 64  # no character is longer
+CHARACTER_TOKENS = 64  # no character has more tokens
 
 
 def split_tail(
@@ -25,30 +25,30 @@ def split_tail(
 ) -> MergeCounts:
     """Write the first part of the stream to `train` and the last `val_fraction` of its tokens to `val`."""
     counted = merge.count()
-    tokens = sum(int(piece.table["tokens"].sum()) for piece in merge.pieces())
-    remaining = int(tokens * (1 - val_fraction))  # of the training part
+    tokens = sum(int(run.table["tokens"].sum()) for run in merge.runs())
+    remaining = int(tokens * (1 - val_fraction))  # tokens that still go to the training part
     eot = np.array([tokenizer.eot_id], dtype=np.dtype(dtype).newbyteorder("<"))
-    for piece in merge.pieces():
-        for i, length in enumerate(piece.table["tokens"].tolist()):
-            start, size = int(piece.offsets_bytes[i]), length * eot.itemsize
-            cut = _between_characters(piece, start, length, remaining, eot.dtype, tokenizer)
+    for run in merge.runs():
+        for i, length in enumerate(run.table["tokens"].tolist()):
+            start, size = int(run.offsets_bytes[i]), length * eot.itemsize
+            cut = _between_characters(run, start, length, remaining, eot.dtype, tokenizer)
             if 0 < cut < length:
-                place = cut * eot.itemsize
-                train.add_chunks(chain(chunks_of(piece.file, start, place), [eot.data]), cut + 1)
-                val.add_chunks(chunks_of(piece.file, start + place, size - place), length - cut)
+                train_size = cut * eot.itemsize
+                train.add_chunks(chain(chunks_of(run.file, start, train_size), [eot.data]), cut + 1)
+                val.add_chunks(chunks_of(run.file, start + train_size, size - train_size), length - cut)
             else:
-                (train if cut else val).add_chunks(chunks_of(piece.file, start, size), length)
+                (train if cut else val).add_chunks(chunks_of(run.file, start, size), length)
             remaining = max(0, remaining - length)
     return counted
 
 
 def _between_characters(
-    piece: DocumentRun, start: int, length: int, cut: int, dtype: np.dtype[np.unsignedinteger], tokenizer: Tokenizer
+    run: DocumentRun, start: int, length: int, cut: int, dtype: np.dtype[np.unsignedinteger], tokenizer: Tokenizer
 ) -> int:
-    """The first place at or behind `cut` where a document may be cut in two, or its length where there is none."""
+    """The first token at or after `cut` that begins a character, or `length` if there is none."""
     if cut == 0 or cut >= length - 1:
         return 0 if cut == 0 else length
-    raw = os.pread(piece.file, (length - 1 - cut) * dtype.itemsize if length - cut < CHARACTER_TOKENS else
+    raw = os.pread(run.file, (length - 1 - cut) * dtype.itemsize if length - cut < CHARACTER_TOKENS else
                    CHARACTER_TOKENS * dtype.itemsize, start + cut * dtype.itemsize)  # fmt: skip
     nearby: Tokens = np.frombuffer(raw, dtype=dtype)
     for token in nearby.tolist():

@@ -1,8 +1,8 @@
-"""Doing one work unit: read, encode, write tokens and documents, and the receipt last.
+"""Do one work unit: read and encode documents, write tokens and the document table, then the receipt.
 
     python -m packspeed.data.prepare.unit_work FOLDER SKIP_BAD ENCODER     unit numbers in, JSON lines out
 
-The second form is one of several worker processes (crew.py). It ends when stdin does, so it never outlives the parent.
+This command is a worker process of worker_pool.py. It ends when its stdin closes, so it never outlives the parent.
 Memory: a megabyte of text or one piece of a long document, its tokens, and 24 bytes per document of the unit.
 """
 
@@ -34,7 +34,7 @@ BATCH_BYTES = 2**20
 BATCH_DOCUMENTS = 1024
 
 
-HASH_SEED = 0x7061636B73706565  # of all splits there will ever be: a document never changes sides
+HASH_SEED = 0x7061636B73706565  # never changes, so that a document is on the same side in every dataset
 
 
 WRITE_BUFFER_BYTES = 2**20
@@ -42,7 +42,7 @@ WRITE_BUFFER_BYTES = 2**20
 
 @dataclasses.dataclass
 class Counts:
-    """What was done since the last report."""
+    """What was encoded since the last report."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -50,18 +50,18 @@ class Counts:
     tokens: int = 0
 
 
-Report = Callable[[Counts], None]
+ReportCounts = Callable[[Counts], None]
 
 
 class UnitWorker:
-    """Does units of one job, one after another, with one encoder."""
+    """Does units of one job, with one encoder."""
 
     def __init__(self, folder: Path, job: Job, tokenizer: Tokenizer, skip_bad: int, choice: Choice = "auto"):
         self.folder, self.job, self.skip_bad = folder, job, skip_bad
         self.encoder = Encoder(tokenizer, choice)
 
-    def do(self, unit: Unit, report: Report) -> Receipt:
-        """Do one unit; returns its receipt. DataError leaves no file of it."""
+    def do(self, unit: Unit, report: ReportCounts) -> Receipt:
+        """Do one unit; returns its receipt. After a DataError none of its files exists."""
         tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
         path = unit_path(self.folder, unit.number, ".bin")
         table_path = temporary(unit_path(self.folder, unit.number, ".docs"))
@@ -76,7 +76,8 @@ class UnitWorker:
                 rows.write(b"".join(table))
                 for file in (stream, rows):
                     sync_stream(file)
-            # The receipt's own write makes these names durable; should it come first, its sizes show that they are not.
+            # The write of the receipt syncs the folder and so these names. If a crash keeps the receipt and loses a
+            # name, load_receipt sees the missing file.
             os.replace(table_path, unit_path(self.folder, unit.number, ".docs"))
             os.replace(temporary(path), path)
         except BaseException:
@@ -93,7 +94,7 @@ class UnitWorker:
         return receipt
 
     def _encoded(self, unit: Unit, tally: Tally, table: list[bytes]) -> Iterator[tuple[Tokens, Counts]]:
-        """The unit's tokens by the megabyte of text; a row is added to `table` for every document that ended."""
+        """The tokens of about a megabyte of text at a time. `table` gets a row for every document that ends in it."""
         open_document = _OpenDocument()
         checked = False
         for batch in _batches(read_documents(unit.sources, self.job.text_key, tally)):
@@ -113,21 +114,21 @@ class UnitWorker:
             yield tokens, counts
 
     def _tokens(self, ids: Tokens, lengths: np.ndarray, last: np.ndarray) -> Tokens:
-        """The ids in the dataset's dtype, without the EOT behind pieces that end no document."""
+        """The ids in the dataset's dtype, without the EOT after pieces that do not end a document."""
         if not last.all():
             ids = np.delete(ids, np.cumsum(lengths)[~last] - 1)
         return ids.astype(np.dtype(self.job.dtype).newbyteorder("<"))
 
 
 class _OpenDocument:
-    """The document whose pieces are still coming: its tokens so far and the hash of its bytes so far."""
+    """A document of which some pieces were read: its number of tokens and the hash of its bytes so far."""
 
     def __init__(self) -> None:
         self.tokens, self.hash = 0, xxhash.xxh3_128(seed=HASH_SEED)
         self.began = False
 
     def continues(self, document: Document) -> bool:
-        """Whether an empty final piece ends a document that began with text."""
+        """Whether an empty final piece ends a document that has text."""
         return self.began
 
     def rows(self, pieces: list[Document], lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -145,7 +146,7 @@ class _OpenDocument:
             if piece.last:
                 digests.append(self.hash.digest())
                 tokens.append(self.tokens)
-                self.__init__()  # type: ignore[misc]  # ready for the next one
+                self.__init__()  # type: ignore[misc]  # reset for the next document
         rows["tokens"] = tokens
         halves = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
         rows["high"], rows["low"] = halves[:, 0], halves[:, 1]
@@ -158,7 +159,7 @@ def _add(total: Counts, counts: Counts) -> None:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents by the megabyte: enough to encode several at once, little enough to hold."""
+    """Lists of documents of about a megabyte together."""
     batch, size = list[Document](), 0
     for document in documents:
         batch.append(document)
@@ -171,25 +172,25 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def main(folder: Path, skip_bad: int, choice: Choice) -> None:
-    """Be a worker process: do the units whose numbers come in, tell what happens as JSON lines."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us
+    """Run a worker process: read unit numbers from stdin, write JSON lines (worker_pool.Message) to stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the group; the parent ends this one
 
-    def tell(**message: object) -> None:
+    def send(**message: object) -> None:
         print(json.dumps(message), flush=True)
 
     try:
         job = load_job(folder)
         tokenizer = load_tokenizer_file(folder.parent / job.tokenizer_file)
         worker = UnitWorker(folder, job, tokenizer, skip_bad, choice)
-        tell(ready=True)
+        send(ready=True)
         for line in sys.stdin:
             unit = job.units[int(line)]
-            receipt = worker.do(unit, lambda counts: tell(counts=dataclasses.asdict(counts)))
-            tell(done=unit.number, receipt=dataclasses.asdict(receipt))
+            receipt = worker.do(unit, lambda counts: send(counts=dataclasses.asdict(counts)))
+            send(done=unit.number, receipt=dataclasses.asdict(receipt))
     except DataError as error:
-        tell(error=str(error), exit_code=error.exit_code)
+        send(error=str(error), exit_code=error.exit_code)
     except OSError as error:
-        tell(error=f"{folder} cannot be written: {error.strerror or error}.", exit_code=DataError.exit_code)
+        send(error=f"{folder} cannot be written: {error.strerror or error}.", exit_code=DataError.exit_code)
 
 
 if __name__ == "__main__":

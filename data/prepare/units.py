@@ -1,15 +1,15 @@
-"""Work units: what one process reads and encodes at a time, and what it leaves behind.
+"""Work units: the part of the sources that one process reads and encodes at a time, and its output files.
 
 A unit is about 32 MiB of consecutive source: many small files, or a range of a large one (plain lines are cut at line
-ends, parquet at row groups, Hub datasets at shards; a compressed file or one text is never cut). Units depend only on
-the sources, so any number of workers makes the same ones, and the dataset is their outputs in order.
+ends, parquet at row groups, Hub datasets at shards; a compressed file or a single text is not cut). Units depend only
+on the sources, not on the number of workers, and the dataset is their outputs in order.
 
     <dataset>/.units/job.json        the units and everything that decides their tokens
     <dataset>/.units/00000012.bin    tokens of unit 12 in the dataset's dtype, every document ended by EOT
     <dataset>/.units/00000012.docs   per document int64 tokens and 16 bytes of xxh3-128
     <dataset>/.units/00000012.json   the receipt: counts and sizes; written last, so a unit with a receipt is done
 
-Each file is written under a temporary name, fsynced and renamed. A unit without a receipt is done again.
+Each file is written under a temporary name, fsynced and renamed. A unit without a receipt is repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -50,21 +50,21 @@ Table = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class DocumentRun:
-    """Documents of one open file: where each begins in bytes, (n,), and the table of units.py, (n,)."""
+    """Documents in an open file: its descriptor, where each begins in bytes, (n,), and their DOCUMENT rows, (n,)."""
 
     file: int
     offsets_bytes: npt.NDArray[np.int64]
     table: Table
 
     def runs(self, chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-        """First and end of every run of chosen documents that lie one behind another."""
+        """(first, end) of every run of consecutive chosen documents; `chosen` is (n,)."""
         edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
         yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the sources. `bytes` is its size in the files (compressed where they are), 0 where that is unknown."""
+    """A part of the sources. `bytes` is its size in the (compressed) files, 0 if unknown."""
 
     number: int
     bytes: int
@@ -73,7 +73,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a finished unit holds. `bad` and `binary` count what was passed over."""
+    """The counts of a finished unit. `bad` and `binary` count skipped documents and files."""
 
     documents: int
     empty_documents: int
@@ -86,7 +86,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the tokens of the units. `state` tells whether the sources are still the same."""
+    """Everything that determines the tokens of the units. `state` is a hash of the sources' names, sizes and times."""
 
     units: list[Unit]
     state: str
@@ -97,8 +97,39 @@ class Job:
     eot_id: int
 
     def identity(self) -> str:
-        """Hash of all of it."""
+        """xxh3-128 of the job; another one means another job."""
         return xxhash.xxh3_128_hexdigest(json.dumps([JOB_VERSION, dataclasses.asdict(self)]).encode())
+
+
+class SourceRecord(TypedDict):
+    """A Source in job.json."""
+
+    name: str
+    kind: str
+    found: bool
+    start: int
+    end: int
+
+
+class UnitRecord(TypedDict):
+    """A Unit in job.json."""
+
+    number: int
+    bytes: int
+    sources: list[SourceRecord]
+
+
+class JobFile(TypedDict):
+    """The content of job.json: the fields of Job and its identity."""
+
+    identity: str
+    units: list[UnitRecord]
+    state: str
+    text_key: str
+    tokenizer_file: str
+    tokenizer_sha256: str
+    dtype: str
+    eot_id: int
 
 
 def plan_units(sources: Sequence[Source]) -> tuple[list[Unit], str]:
@@ -126,7 +157,7 @@ def _state(source: Source) -> str:
 
 
 def _parts(source: Source) -> Iterator[tuple[Source, int]]:
-    """A source, or its parts of about UNIT_BYTES where it can be cut."""
+    """A source with its size in bytes, or its parts of about UNIT_BYTES if it can be cut."""
     if source.kind == "hub":
         from packspeed.data.read.readers import open_hub
 
@@ -134,7 +165,9 @@ def _parts(source: Source) -> Iterator[tuple[Source, int]]:
             yield dataclasses.replace(source, start=shard, end=shard + 1), UNIT_BYTES
         return
     size = 0 if source.name.startswith(URLS) else os.path.getsize(source.name)
+    # A text is one document, and a compressed stream can only be read from its start: neither can be cut.
     if size <= UNIT_BYTES or source.kind == "text" or source.name.lower().endswith((".gz", ".zst")):
+        # The size of a URL is unknown; count it as a unit of its own.
         yield source, max(size, UNIT_BYTES if source.name.startswith(URLS) else 0)
     elif source.kind == "parquet":
         yield from _row_groups(source)
@@ -145,10 +178,11 @@ def _parts(source: Source) -> Iterator[tuple[Source, int]]:
 
 
 def _line_ends(name: str, size: int) -> Iterator[int]:
-    """Ends of lines about every UNIT_BYTES; a line longer than that is passed over once, not once per unit."""
+    """Ends of lines about every UNIT_BYTES. A line longer than that is read once, not once per unit."""
     end = 0
     with open(name, "rb") as stream:
         while end < size:
+            # Jump near the next cut, then search for the end of the line there.
             end = min(size, end + UNIT_BYTES)
             stream.seek(end)
             while end < size and (chunk := stream.read(2**16)):
@@ -177,27 +211,41 @@ def _row_groups(source: Source) -> Iterator[tuple[Source, int]]:
 
 
 def save_job(folder: Path, job: Job) -> None:
-    """Write job.json, or find the same one there. UsageError where another job has begun in this folder."""
+    """Write job.json if it does not exist. UsageError if the folder holds another job."""
     path = folder / JOB
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_file(path, json.dumps({"identity": job.identity()} | dataclasses.asdict(job)).encode())
-    if _read_json(path).get("identity") != job.identity():
+    if _read_job(path).get("identity") != job.identity():
         raise UsageError(
-            f"{folder.parent} holds what an interrupted prepare left, and it had other sources, another tokenizer or "
-            f"another text key, or the files have changed since. Repeat its command, or replace it with --overwrite."
+            f"{folder.parent} holds an interrupted prepare with other sources, another tokenizer or another text key, "
+            f"or the files have changed since. Repeat its command, or replace it with --overwrite."
         )
 
 
 def load_job(folder: Path) -> Job:
-    """The job of a folder of units."""
-    raw = _read_json(folder / JOB)
-    raw.pop("identity")
-    units = [Unit(u["number"], u["bytes"], tuple(Source(**s) for s in u["sources"])) for u in raw.pop("units")]
-    return Job(units=units, **raw)
+    """Read job.json of a folder of units."""
+    raw = _read_job(folder / JOB)
+    return Job(
+        units=[
+            Unit(unit["number"], unit["bytes"], tuple(Source(**source) for source in unit["sources"]))
+            for unit in raw["units"]
+        ],
+        state=raw["state"],
+        text_key=raw["text_key"],
+        tokenizer_file=raw["tokenizer_file"],
+        tokenizer_sha256=raw["tokenizer_sha256"],
+        dtype=raw["dtype"],
+        eot_id=raw["eot_id"],
+    )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_job(path: Path) -> JobFile:
+    raw: JobFile = _read_json(path)
+    return raw
+
+
+def _read_json(path: Path) -> Any:
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, OSError) as error:
@@ -205,12 +253,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def unit_path(folder: Path, number: int, suffix: str) -> Path:
-    """Where a file of a unit lies."""
+    """The path of a unit's file."""
     return folder / f"{number:08d}{suffix}"
 
 
 def load_receipt(folder: Path, number: int) -> Receipt | None:
-    """The receipt of a unit, or None where the unit is not done or its files are not what the receipt says."""
+    """The receipt of a unit, or None if the unit is not done or its files do not have the sizes in the receipt."""
     path = unit_path(folder, number, ".json")
     if not path.exists():
         return None
@@ -224,6 +272,6 @@ def load_receipt(folder: Path, number: int) -> Receipt | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of units that were not finished."""
+    """Remove temporary files of unfinished units."""
     for path in folder.glob(f"*{temporary(Path('x')).suffix}"):
         path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Several processes doing the work units of one preparation.
+"""Worker processes that do the units of one preparation in parallel.
 
-Workers are plain subprocesses with a pipe each way (unit_work.py): a number of a unit goes in, counts and receipts come
-out. They start in 0.3 s, share nothing, and end when the pipe does, so killing the parent with -9 leaves none behind.
+Workers are plain subprocesses (unit_work.py) with two pipes: they read unit numbers and write counts and receipts.
+They start in 0.3 s, share nothing, and end when their stdin closes, so a kill -9 of the parent leaves none behind.
 """
 
 from __future__ import annotations
@@ -12,19 +12,30 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.prepare.unit_work import Counts, Report
+from packspeed.data.prepare.unit_work import Counts, ReportCounts
 from packspeed.data.prepare.units import Receipt, Unit
 
 
+class Message(TypedDict, total=False):
+    """A JSON line of a worker: one of `ready`, `counts`, `done` with `receipt`, or `error` with `exit_code`."""
+
+    ready: bool
+    counts: dict[str, int]  # the fields of Counts since the last message
+    done: int  # number of the finished unit
+    receipt: dict[str, int]  # the fields of Receipt
+    error: str
+    exit_code: int
+
+
 class WorkerPool:
-    """`workers` processes. Use with `with`: leaving it ends them."""
+    """`workers` processes, killed at the end of the `with` block."""
 
     def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str):
         command = [sys.executable, "-m", "packspeed.data.prepare.unit_work", str(folder), str(skip_bad), encoder]
-        # Unbuffered: of two messages that come at once, a buffer would hide the second from the selector, for ever.
+        # Unbuffered: if two messages arrive together, a buffer would hide the second one from the selector.
         self._workers = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) for _ in range(workers)
         ]
@@ -38,8 +49,8 @@ class WorkerPool:
         for worker in self._workers:
             worker.communicate()
 
-    def do(self, units: Sequence[Unit], report: Report) -> Iterator[tuple[int, Receipt]]:
-        """Do the units, each by whichever worker is free; yields (number, receipt) as they come. DataError from any."""
+    def do(self, units: Sequence[Unit], report: ReportCounts) -> Iterator[tuple[int, Receipt]]:
+        """Do the units on free workers; yields (number, receipt) as they finish. Raises the DataError of any worker."""
         waiting, busy = list(reversed(units)), 0
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
@@ -47,7 +58,7 @@ class WorkerPool:
                 selector.register(worker.stdout, selectors.EVENT_READ, worker)
             while waiting or busy:
                 for key, _ in selector.select():
-                    message = _listen(key.data)
+                    message = _receive(key.data)
                     if "counts" in message:
                         report(Counts(**message["counts"]))
                         continue
@@ -56,29 +67,29 @@ class WorkerPool:
                         yield message["done"], Receipt(**message["receipt"])
                     if waiting:
                         busy += 1
-                        _order(key.data, waiting.pop())
+                        _send_unit(key.data, waiting.pop())
                     else:
                         selector.unregister(key.fileobj)
 
 
-def _listen(worker: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """A worker's next message; its DataError is raised here."""
+def _receive(worker: subprocess.Popen[bytes]) -> Message:
+    """Read a worker's next message. Raises DataError if it is an error or the worker has ended."""
     assert worker.stdout is not None
     line = worker.stdout.readline()
     if not line:
         code = worker.wait()
-        reason = "it was killed, perhaps for want of memory" if code < 0 else "its own message stands above"
+        reason = "it was killed, perhaps because memory ran out" if code < 0 else "its own message is above"
         raise DataError(
-            f"A worker process of prepare ended with code {code} ({reason}). What is finished is kept: the same "
-            f"command continues; try fewer --workers."
+            f"A worker process of prepare ended with code {code} ({reason}). Finished units are kept: run the same "
+            f"command again to continue, if needed with fewer --workers."
         )
-    message: dict[str, Any] = json.loads(line)
+    message: Message = json.loads(line)
     if "error" in message:
         raise (UsageError if message["exit_code"] == UsageError.exit_code else DataError)(message["error"])
     return message
 
 
-def _order(worker: subprocess.Popen[bytes], unit: Unit) -> None:
+def _send_unit(worker: subprocess.Popen[bytes], unit: Unit) -> None:
     assert worker.stdin is not None
     worker.stdin.write(b"%d\n" % unit.number)
     worker.stdin.flush()

@@ -1,15 +1,15 @@
-"""Documents out of sources, one after another, each with the place it came from.
+"""Read documents from sources, one after another, each with its source and position.
 
-    text       .txt, .md, .py and all else: one file is one document, byte for byte
+    text       .txt, .md, .py and any other name: one file is one document, byte for byte
     lines      .jsonl, .ndjson, plain, .gz or .zst, and .json.gz, .json.zst: one line is one document, under a key
     parquet    one row is one document, under a column of that name
     hub        one row of a Hub dataset is one document, streamed
 
-Nothing is ever repaired in silence: a malformed line, a missing key or invalid UTF-8 is refused with its file, line and
-byte, or counted within `skip_bad`; a compressed stream that ends early is refused too.
-A document above 16 MiB comes in pieces (`last` marks the final one), cut where no tokenizer of ours sees a difference
-(pieces.py); so does the text of a line above 64 MiB. Memory: 64 MiB at most, whatever the file.
-orjson parses a line three times as fast as json, which has the word on every line that orjson refuses.
+Nothing is repaired silently: a malformed line, a missing key or invalid UTF-8 is refused with its file, line and byte,
+or counted if `skip_bad` allows it.
+A document above 16 MiB comes in pieces (`last` marks the final one), split without changing its tokens (split_text.py);
+so does the text of a line above 64 MiB. Memory: at most 64 MiB for any file.
+orjson parses a line three times as fast as json; a line that orjson refuses is parsed by json, which decides.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PARQUET_ROWS = 1024
 
 @dataclass(slots=True)
 class Document:
-    """A text as UTF-8, and where it was: the source's name and a byte offset (text, lines) or a row.
+    """A text as UTF-8, the name of its source, and its position there: a byte offset (text, lines) or a row.
 
     Or a piece of a long text: all pieces but the final one have `last` False.
     """
@@ -49,18 +49,18 @@ class Document:
 
 @dataclass
 class Tally:
-    """What was passed over while reading. `skip_bad` is how many bad documents are tolerated."""
+    """Counts what was skipped: `bad` documents, of which `skip_bad` are allowed, and `binary` files."""
 
     skip_bad: int = 0
     bad: int = 0
     binary: int = 0
 
     def refuse(self, where: str | Callable[[], str], why: str) -> None:
-        """Count a bad document; DataError when there are more than `skip_bad`. `where` is asked for only then."""
+        """Count a bad document; DataError if there are more than `skip_bad`. A callable `where` is called only then."""
         self.bad += 1
         if self.bad > self.skip_bad:
             raise DataError(
-                f"{where if isinstance(where, str) else where()}: {why}. Correct it, or pass over a few such documents "
+                f"{where if isinstance(where, str) else where()}: {why}. Correct it, or skip a few such documents "
                 f"with --skip-bad N." + (f" {self.bad} so far." if self.skip_bad else "")
             )
 
@@ -89,7 +89,7 @@ def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
         stream.seek(0)
         data = stream.read(LONG_TEXT_BYTES)
         if len(data) == LONG_TEXT_BYTES:
-            del data
+            del data  # free 16 MiB before the text is read again
             yield from _read_long_text(source, stream, tally)
             return
     try:
@@ -105,7 +105,7 @@ def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
 
 
 def _read_long_text(source: Source, stream: IO[bytes], tally: Tally) -> Iterator[Document]:
-    """A text in pieces, after a first pass over all of it has found it to be UTF-8."""
+    """A text in pieces, after a first pass has checked that all of it is UTF-8."""
     stream.seek(0)
     try:
         for _ in _decoded(stream):
@@ -129,7 +129,7 @@ def _decoded(stream: IO[bytes]) -> Iterator[str]:
 
 
 def _looks_binary(head: bytes) -> bool:
-    """Whether a file's beginning cannot be text; a character cut off at its end is no sign of it."""
+    """Whether the first bytes of a file cannot be UTF-8 text. A character cut off at the end is allowed."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -142,6 +142,7 @@ def _read_lines(source: Source, text_key: str, tally: Tally) -> Iterator[Documen
         if not isinstance(line, bytes):
             yield from _read_long_line(line, offset, source.name, text_key, tally)
             continue
+        # The fast path for good lines; everything else takes the slow path, which finds the reason.
         try:
             data = orjson.loads(line)[text_key].encode()
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -152,7 +153,7 @@ def _read_lines(source: Source, text_key: str, tally: Tally) -> Iterator[Documen
 
 
 def _read_odd_line(line: bytes, offset: int, source: str, text_key: str, tally: Tally) -> Iterator[Document]:
-    """What is wrong with a line, or its document where json is more tolerant than orjson (NaN, for one)."""
+    """Refuse a line that orjson refused, or return its document if json accepts it (NaN, for example)."""
 
     def where(start: int = 0) -> str:
         return f"{source}, line {_line_number(source, offset)}, byte {offset + start}"
@@ -171,7 +172,7 @@ def _read_odd_line(line: bytes, offset: int, source: str, text_key: str, tally: 
 def _read_long_line(
     parts: Iterable[bytes], offset: int, source: str, text_key: str, tally: Tally
 ) -> Iterator[Document]:
-    """The document of a line that is not held in memory. What is wrong with it is found too late to pass over it."""
+    """The document of a line that is too long for memory. Its errors are found too late to skip it."""
     try:
         for text, last in split_text(long_text(parts, text_key)):
             yield Document(text.encode("utf-8"), source, offset, last)
@@ -179,12 +180,12 @@ def _read_long_line(
         where = f"{source}, line {_line_number(source, offset)}, byte {offset}"
         raise DataError(
             f"{where}: this line is longer than {LONG_LINE_BYTES >> 20} MiB and {error}. Correct or remove it; a line "
-            f"this long cannot be passed over by --skip-bad."
+            f"this long cannot be skipped by --skip-bad."
         ) from error
 
 
 def _line_number(source: str, offset: int) -> int:
-    """Which line begins at a byte of the (uncompressed) stream, from 1: counted only where something is wrong."""
+    """Number (from 1) of the line that begins at a byte of the uncompressed stream. Reads the file again."""
     number, seen = 1, 0
     for chunk in read_chunks(Source(source, "lines")):
         number += chunk.count(b"\n", 0, max(0, offset - seen))
@@ -197,7 +198,7 @@ def _line_number(source: str, offset: int) -> int:
 def _document(
     value: Any, text_key: str, source: str, position: int, where: str | Callable[[], str], tally: Tally
 ) -> Iterator[Document]:
-    """The one document of a parsed record, or none after counting what is wrong with it."""
+    """The document of a parsed record, or none if the record is bad and was counted."""
     if not isinstance(value, dict):
         tally.refuse(where, f"expected a JSON object, found {type(value).__name__}")
     elif text_key not in value:
@@ -243,21 +244,21 @@ def _parquet_document(value: Any, text_key: str, source: str, row: int, tally: T
 
 
 def open_hub(name: str) -> Any:
-    """A Hub dataset, `OWNER/NAME[:CONFIG][@SPLIT]`, as a stream. DataError where it cannot be read."""
+    """A Hub dataset, `OWNER/NAME[:CONFIG][@SPLIT]`, as a stream. DataError if it cannot be read."""
     import datasets
 
     path, _, split = name.partition("@")
     path, _, config = path.partition(":")
     try:
         return datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # datasets lets errors of many libraries through
+    except Exception as error:  # datasets does not wrap the errors of other libraries
         raise _hub_error(name, error) from error
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
     return DataError(
         f"Hub dataset {name} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]}). "
-        f"Check its name, configuration and split, and the network; as a path it does not exist either."
+        f"Check its name, configuration and split, and the network; it is no local path either."
     )
 
 

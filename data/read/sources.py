@@ -1,13 +1,13 @@
-"""Which files and Hub datasets a preparation reads, and in which order.
+"""Which files, URLs and Hub datasets a preparation reads, and in which order.
 
-    a file                            read whole, whatever its name
-    a folder                          walked recursively, hidden files left out, sorted by path
+    a file                            its format is chosen by its name
+    a folder                          all files below it except hidden ones, sorted by path
     a glob, ** for any depth          expanded, sorted by path
     http://, https://                 fetched
     hf:OWNER/NAME[:CONFIG][@SPLIT]    a Hub dataset, streamed
 
-Files that a folder or a glob led to are passed over, and counted, where they are not UTF-8 text; a file that was named
-must be right. `include` and `exclude` are glob patterns for the files in folders, on their path below the folder.
+Files found in a folder or by a glob are skipped and counted if they are not UTF-8 text; a file that was named must be
+valid. `include` and `exclude` are glob patterns for the files in folders, matched on the path below the folder.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ URLS = ("http://", "https://")
 
 @dataclass(frozen=True)
 class Source:
-    """One file, URL or Hub dataset, or a part of it. `found` tells that a folder or a glob led to it, not the user.
+    """One file, URL or Hub dataset, or a part of it. `found` is True if a folder or a glob led to it.
 
     `start` and `end` bound the part: bytes of plain lines (at line ends), row groups of parquet, shards of a Hub
-    dataset; an `end` of -1 stands for the whole rest.
+    dataset. An `end` of -1 is the end of the file.
     """
 
     name: str
@@ -46,9 +46,9 @@ class Source:
 def find_sources(
     specs: Sequence[str], *, include: Sequence[str] = (), exclude: Sequence[str] = (), outside: Path | None = None
 ) -> list[Source]:
-    """The files, URLs and Hub datasets that `specs` name, in the order of reading; nothing in the folder `outside`.
+    """The files, URLs and Hub datasets that `specs` name, in the order of reading, without files in folder `outside`.
 
-    UsageError for a path that does not exist and for one that holds nothing to read.
+    UsageError for a path that does not exist or contains nothing to read.
     """
     sources: list[Source] = []
     for spec in specs:
@@ -58,7 +58,7 @@ def find_sources(
             if not (source.found and outside is not None and outside.resolve() in Path(source.name).resolve().parents)
         ]
         if not found:
-            raise UsageError(f"{spec} holds no files to read. Name a folder with text files in it.")
+            raise UsageError(f"{spec} contains no files to read. Name a folder with text files in it.")
         sources += found
     return sources
 
@@ -67,21 +67,21 @@ def _expand(spec: str, include: Sequence[str], exclude: Sequence[str]) -> list[S
     if spec.startswith("hf:"):
         return [Source(spec.removeprefix("hf:"), "hub")]
     if spec.startswith(URLS) or os.path.isfile(spec):
-        return [_of_kind(spec, found=False)]
+        return [_source_of(spec, found=False)]
     if os.path.isdir(spec):
-        return [_of_kind(name, found=True) for name in _walk(spec, include, exclude)]
+        return [_source_of(name, found=True) for name in _walk(spec, include, exclude)]
     if glob.has_magic(spec):
         matches = sorted(name for name in glob.glob(spec, recursive=True) if os.path.isfile(name))
         if matches:
-            return [_of_kind(name, found=True) for name in matches]
-        raise UsageError(f"No file matches {spec}. Check the pattern; ** stands for folders at any depth.")
+            return [_source_of(name, found=True) for name in matches]
+        raise UsageError(f"No file matches {spec}. Check the pattern; ** matches folders at any depth.")
     if re.fullmatch(r"[\w-]+/[\w-]+(:[^/@]+)?(@[^/]+)?", spec):
         return [Source(spec, "hub")]
     raise UsageError(f"{spec} does not exist. Check the path; Hub datasets are written hf:owner/name.")
 
 
 def _walk(folder: str, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """The chosen files below a folder, hidden ones left out, sorted by path."""
+    """The chosen files below a folder, without hidden ones, sorted by path."""
     names = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -95,7 +95,7 @@ def _chosen(name: str, folder: str, include: Sequence[str], exclude: Sequence[st
     return wanted and not any(fnmatchcase(path, pattern) for pattern in exclude)
 
 
-def _of_kind(name: str, found: bool) -> Source:
+def _source_of(name: str, found: bool) -> Source:
     lower = name.lower()
     if lower.endswith(LINES):
         return Source(name, "lines", found)

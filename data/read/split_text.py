@@ -1,15 +1,13 @@
-"""Cutting a document that is too long to hold, so that encoding the pieces gives the tokens of the whole.
+"""Split a document that is too long for memory, so that encoding the pieces gives the tokens of the document.
 
-Every regular expression of the field (GPT-2's, cl100k's, o200k's, Llama 3's and what is trained here) ends a piece of
-text between a letter and a following space or newline that stands before another letter, whatever else is around: words
-are matched with the one space in front of them. So the text is cut there. Where 4 million characters hold no such
-place (base64, a genome) it is cut between two characters: the text stays the same, and one token border falls where it
-would not have.
+The common tokenizer patterns (GPT-2's, cl100k's, o200k's, Llama 3's and the one trained here) match a word together
+with the one space before it. So they always split between a letter and a following space or newline that is followed by
+another letter, whatever is around. The text is split at such a point. If 4 million characters have none (base64, a
+genome), it is split between two characters: the text stays the same, and one token border is at another place.
 Cost: a search from the end of a piece, microseconds. tests/test_data_pieces.py compares the tokens with tiktoken's.
 
-Pieces of a few megabytes, made and dropped by the hundred, leave glibc's heap in tatters (a line of 2 GB with
-characters of four bytes took 735 MB), so the first long document has every allocation above a megabyte mapped by
-itself, to be given back whole.
+Hundreds of strings of a few megabytes fragment glibc's heap (a line of 2 GB with characters of four bytes took 735 MB),
+so from the first long document on every allocation above a megabyte is mapped separately and returned when freed.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _LETTER = (
 )
 
 
-_PLACE = re.compile(f"[{_LETTER}](?=[ \n][{_LETTER}])")
+_SPLIT_POINT = re.compile(f"[{_LETTER}](?=[ \n][{_LETTER}])")
 
 
 _SEARCH_CHARACTERS = 4096
@@ -41,19 +39,19 @@ _M_MMAP_THRESHOLD = -3
 
 
 def last_split_point(text: str) -> int:
-    """The last place in a text where it may be cut, 0 where there is none."""
+    """The last position at which a text may be split, 0 if there is none."""
     end = len(text)
     while end > 0:
         start = max(0, end - _SEARCH_CHARACTERS)
-        found = [match.end() for match in _PLACE.finditer(text, start, min(len(text), end + 2))]
-        if found:
-            return found[-1]
+        points = [match.end() for match in _SPLIT_POINT.finditer(text, start, min(len(text), end + 2))]
+        if points:
+            return points[-1]
         end = start
     return 0
 
 
 def split_text(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The same text in pieces of about a million characters, each with whether it is the last."""
+    """The text in pieces of about a million characters, each with True if it is the last."""
     _map_large_allocations()
     held = ""
     for part in parts:
@@ -61,16 +59,16 @@ def split_text(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
             held += part[start : start + PIECE_CHARACTERS]
             if len(held) < PIECE_CHARACTERS:
                 continue
-            place = last_split_point(held) or (len(held) if len(held) >= LONGEST_CHARACTERS else 0)
-            if place:
-                yield held[:place], False
-                held = held[place:]
+            end = last_split_point(held) or (len(held) if len(held) >= LONGEST_CHARACTERS else 0)
+            if end:
+                yield held[:end], False
+                held = held[end:]
     yield held, True
 
 
 @lru_cache
 def _map_large_allocations() -> None:
-    """mallopt(M_MMAP_THRESHOLD), which also stops glibc from raising that threshold; elsewhere nothing."""
+    """mallopt(M_MMAP_THRESHOLD), which also stops glibc from raising the threshold. Does nothing without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**20)

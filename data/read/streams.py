@@ -1,7 +1,6 @@
 """Bytes and lines of source files: local files and URLs, gzip and zstd, lines of any length.
 
-A compressed stream that is damaged or ends early is refused. Memory: 64 MiB, the longest line that is held whole;
-a longer line is handed on in parts.
+A compressed stream that is damaged or ends early is refused. Memory: 64 MiB; a longer line is returned in chunks.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ URL_TIMEOUT_S = 60
 
 
 def open_source(name: str) -> IO[bytes]:
-    """A file, or a temporary copy of what a URL holds: nothing is read from half a download."""
+    """Open a file, or a temporary copy of a URL's content. DataError if the download is incomplete."""
     if not name.startswith(URLS):
         return open(name, "rb")
-    import urllib.request  # 40 ms (ssl, email) that those who read files need not wait for
+    import urllib.request  # takes 40 ms (ssl, email), needed only for URLs
 
     copy = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
     try:
@@ -47,7 +46,7 @@ def open_source(name: str) -> IO[bytes]:
 
 
 def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
-    """Lines without their end and the byte offset of each (in the uncompressed stream); a long one as its parts."""
+    """The byte offset of each line (in the uncompressed stream) and the line without its end; a long one as chunks."""
     chunks, pending, held = iter(chunks), list[bytes](), 0
     while (chunk := next(chunks, None)) is not None:
         *ended, rest = chunk.split(b"\n")
@@ -60,10 +59,11 @@ def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int,
         if rest:
             pending.append(rest)
             held += len(rest)
+        # Too long for memory: return an iterator that takes the rest of the line from the same chunks.
         if held > LONG_LINE_BYTES:
             long = _LongLine(pending, chunks)
             yield offset, iter(long)
-            for _ in long:  # the reader may have stopped early
+            for _ in long:  # the caller may have stopped early
                 pass
             offset += long.bytes + 1
             chunks, pending, held = itertools.chain([long.rest], chunks), [], 0
@@ -72,7 +72,7 @@ def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int,
 
 
 class _LongLine:
-    """The parts of one line out of a stream of chunks; `rest` is what followed its end in the last chunk."""
+    """The chunks of one line. When they are used up, `rest` is what followed the line in its last chunk."""
 
     def __init__(self, pending: list[bytes], chunks: Iterator[bytes]):
         self.bytes, self.rest = 0, b""
@@ -94,7 +94,7 @@ class _LongLine:
 
 
 def read_chunks(source: Source) -> Iterator[bytes]:
-    """A file's content, decompressed. DataError where a compressed stream is damaged or ends early."""
+    """The content of a source, decompressed. DataError if a compressed stream is damaged or ends early."""
     name = source.name
     if name.lower().endswith(".zst"):
         yield from _zstd_chunks(name)
@@ -113,7 +113,7 @@ def read_chunks(source: Source) -> Iterator[bytes]:
 
 
 def _zstd_chunks(name: str) -> Iterator[bytes]:
-    """Frame by frame, since the library's own reader takes a file that ends inside a frame for a whole one."""
+    """Decompress frame by frame: the library's own reader accepts a file that ends inside a frame."""
     import zstandard
 
     unpack = zstandard.ZstdDecompressor(max_window_size=2**31)

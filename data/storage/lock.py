@@ -58,6 +58,7 @@ def lock_file(
     into the file for the next process to read. With `required=False` a file system without locks counts as unlocked.
     Raises LockHeldError after the timeout, OSError if the file cannot be created or locked.
     """
+    # Not truncated: the text of the current holder must stay readable for those who wait.
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _acquire(file, path, timeout_s, on_wait, required)
@@ -87,6 +88,7 @@ def _acquire(file: int, path: Path, timeout_s: float, on_wait: Callable[[str], N
         if on_wait is not None:
             on_wait(current_holder)
         if math.isinf(timeout_s):
+            # The kernel queues waiting processes and wakes the next one without delay.
             fcntl.flock(file, fcntl.LOCK_EX)
             return
         time.sleep(POLL_S)

@@ -1,4 +1,4 @@
-"""The manifest of a token dataset: `manifest.json`, which says what the shards hold.
+"""The manifest of a token dataset: `manifest.json`, with the tokenizer, the shards and their hashes.
 
 Written last, so a folder without one is not a dataset. `load_manifest` checks every field and type; `check_files`
 compares the sizes of all shards and reads 34 bytes of each index. Both cost milliseconds for thousands of shards.
@@ -43,7 +43,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """Which tokenizer made the ids: enough to refuse any other. `file` lies in the dataset's folder."""
+    """Identifies the tokenizer that made the ids. `file` is its file in the dataset's folder."""
 
     name: str
     vocab_size: int
@@ -55,7 +55,7 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class SplitMethod:
-    """How validation was cut off: `hash` of each document, `tail` of the stream (few documents), or `none`."""
+    """How validation was chosen: by `hash` of each document, the `tail` of the stream (few documents), or `none`."""
 
     method: str
     val_fraction: float
@@ -63,7 +63,7 @@ class SplitMethod:
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What was read. `fingerprint` is the sum of the documents' hashes: the same documents give it in any order."""
+    """What `prepare` read. `fingerprint` is the sum of the documents' hashes, so their order does not matter."""
 
     names: list[str]
     documents: int
@@ -77,7 +77,7 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.bin` and its `.idx`."""
+    """One `.bin` file and its `.idx`, with sizes and hashes."""
 
     name: str
     split: str
@@ -91,7 +91,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a dataset without reading its tokens."""
+    """The content of manifest.json."""
 
     format: str
     version: int
@@ -103,15 +103,15 @@ class Manifest:
     fingerprint: str
 
     def split_tokens(self, split: str) -> int:
-        """Tokens in a split, EOT included."""
+        """Number of tokens in a split, EOT included."""
         return sum(shard.tokens for shard in self.shards if shard.split == split)
 
     def split_documents(self, split: str) -> int:
-        """Documents in a split."""
+        """Number of documents in a split."""
         return sum(shard.documents for shard in self.shards if shard.split == split)
 
     def compute_fingerprint(self) -> str:
-        """xxh3-128 of everything that defines the tokens: two datasets that share it train the same."""
+        """xxh3-128 of everything that defines the tokens: equal fingerprints, equal training."""
         tokenizer = self.tokenizer
         identity = [tokenizer.sha256, tokenizer.pattern, tokenizer.vocab_size, tokenizer.eot_id]
         shards = [[shard.split, shard.tokens, shard.bin_xxh3_128] for shard in self.shards]
@@ -119,7 +119,7 @@ class Manifest:
 
 
 def manifest_json(manifest: Manifest) -> bytes:
-    """The content of manifest.json, without fields at their default: older versions refuse what they do not know."""
+    """The manifest as JSON. Fields of `source` at their default are left out: older versions refuse unknown fields."""
     raw = dataclasses.asdict(manifest)
     for field in dataclasses.fields(SourceSummary):
         if raw["source"][field.name] == field.default:
@@ -128,7 +128,7 @@ def manifest_json(manifest: Manifest) -> bytes:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read and check `manifest.json`. UsageError where there is none, DataError where it cannot be trusted."""
+    """Read and check `manifest.json`. UsageError if there is none, DataError if it is damaged or contradicts itself."""
     path = Path(folder) / MANIFEST
     try:
         content = path.read_bytes()
@@ -140,19 +140,22 @@ def load_manifest(folder: str | Path) -> Manifest:
     try:
         raw = json.loads(content)
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}): it is torn or edited. Copy the dataset again.") from error
+        raise DataError(
+            f"{path} is not valid JSON ({error}): the file is truncated or was edited. Copy the dataset again."
+        ) from error
+    # The version before the fields: a newer format has other fields, and that is the error to report.
     if isinstance(raw, dict) and (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
         raise DataError(
             f"{path} has format {raw.get('format')!r}, version {raw.get('version')!r}; this packspeed reads "
             f"{FORMAT!r}, version {VERSION}. Use the packspeed that wrote it, or prepare the dataset again."
         )
-    manifest = _build(Manifest, raw, str(path))
+    manifest = build_record(Manifest, raw, str(path))
     _check(manifest, path)
     return manifest
 
 
-def _build(record: type[Record], raw: object, where: str) -> Record:
-    """A dataclass from parsed JSON: exactly its fields (those with a default may be missing), exactly their types."""
+def build_record(record: type[Record], raw: object, where: str) -> Record:
+    """A dataclass from parsed JSON: exactly its fields and types; fields with a default may be missing."""
     hints, required = _fields(cast("Hashable", record))
     if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
@@ -162,23 +165,24 @@ def _build(record: type[Record], raw: object, where: str) -> Record:
 
 @lru_cache
 def _fields(record: Any) -> tuple[dict[str, Any], set[str]]:
-    """Types of a record's fields, and which of them must be there; found once, since there are many shards."""
+    """Types of a record's fields and the names of the required ones. Cached: a manifest has many shards."""
     required = {field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING}
     return get_type_hints(record), required
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, raw, where)
+        return build_record(hint, raw, where)
     if get_origin(hint) is list and isinstance(raw, list):
         return [_value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(raw)]
+    # `type() is`, not isinstance: JSON true must not pass as the integer 1.
     if type(raw) is hint and not (hint is int and raw < 0):  # type: ignore[operator]
         return raw
     raise DataError(f"{where} must be {getattr(hint, '__name__', hint)}, found {raw!r}. Copy the dataset again.")
 
 
 def _check(manifest: Manifest, path: Path) -> None:
-    """Refuse names that leave the folder and numbers that contradict each other."""
+    """DataError for file names outside the folder and for numbers that contradict each other."""
     problem = ""
     tokenizer = manifest.tokenizer
     if manifest.dtype not in ("uint16", "uint32"):
@@ -190,9 +194,9 @@ def _check(manifest: Manifest, path: Path) -> None:
     for shard in manifest.shards:
         problem = problem or _shard_problem(shard, manifest.dtype)
     if not problem and len({shard.name for shard in manifest.shards}) < len(manifest.shards):
-        problem = "list of shards, one of which stands there twice"
+        problem = "list of shards: one name appears twice"
     if not problem and manifest.fingerprint != manifest.compute_fingerprint():
-        problem = "fingerprint: it is not that of its shards and tokenizer"
+        problem = "fingerprint: it differs from that of its shards and tokenizer"
     if problem:
         raise DataError(f"{path} has an impossible {problem}. It was edited or damaged: copy the dataset again.")
 
@@ -208,7 +212,8 @@ def _shard_problem(shard: Shard, dtype: str) -> str:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """The quick check: every shard is there, whole, and its index is its own. Reads 34 bytes per shard."""
+    """The quick check: every shard exists with its size, and its index fits it. Reads 34 bytes per shard."""
+    # In groups, so that thousands of shards do not exceed the limit of open files.
     for first in range(0, len(manifest.shards), OPEN_FILES):
         some = manifest.shards[first : first + OPEN_FILES]
         for shard in some:
@@ -226,6 +231,6 @@ def _check_size(path: str, expected: int) -> None:
         raise DataError(f"{path} is missing. Copy it again, or prepare the dataset again.") from error
     if size != expected:
         raise DataError(
-            f"{path} is {size} bytes, expected {expected}: the file is torn or was changed. Copy it again, or prepare "
-            f"the dataset again."
+            f"{path} is {size} bytes, expected {expected}: the file is truncated or was edited. Copy it again, or "
+            f"prepare the dataset again."
         )

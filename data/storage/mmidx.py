@@ -42,7 +42,10 @@ LONGEST_TOKENS = 2**31 - 1  # lengths are int32
 
 @dataclass(frozen=True)
 class Index:
-    """Documents of one shard: tokens of each, int32 (n,), and where each begins, in bytes, int64 (n,)."""
+    """The documents of one shard.
+
+    `lengths` (n,) in tokens; `offsets_bytes` (n,): where each begins in the .bin; `boundaries` (n + 1,): 0, 1, ... n.
+    """
 
     dtype: str
     lengths: npt.NDArray[np.int32]
@@ -50,18 +53,18 @@ class Index:
     boundaries: npt.NDArray[np.int64]
 
     def find(self, token: int) -> int:
-        """The document that holds the shard's token number `token`."""
+        """The document that contains token number `token` of the shard."""
         byte = token * np.dtype(self.dtype).itemsize
         return int(np.searchsorted(self.offsets_bytes, byte, side="right")) - 1
 
 
 def index_bytes(documents: int) -> int:
-    """Size of the index of that many documents."""
+    """Size of the index file of `documents` documents."""
     return HEADER.size + documents * (4 + 8) + (documents + 1) * 8
 
 
 def write_index(stream: IO[bytes], lengths: npt.NDArray[np.int32], dtype: str) -> None:
-    """Write the index of documents that lie one after another, `lengths` tokens each, EOT included."""
+    """Write the index of adjacent documents, `lengths` tokens each, EOT included."""
     documents = len(lengths)
     sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
     offsets = np.cumsum(sizes) - sizes
@@ -72,7 +75,7 @@ def write_index(stream: IO[bytes], lengths: npt.NDArray[np.int32], dtype: str) -
 
 
 def read_headers(paths: Sequence[str]) -> list[bytes]:
-    """The 34 bytes of each index, all asked of the disk before the first is waited for."""
+    """The first 34 bytes of each index. All reads are requested from the disk before the first is awaited."""
     files = list[int]()
     try:
         for path in paths:
@@ -86,7 +89,7 @@ def read_headers(paths: Sequence[str]) -> list[bytes]:
 
 
 def check_header(path: str, found: bytes, documents: int, dtype: str) -> None:
-    """DataError unless the header `found` in `path` announces `documents` documents of `dtype`."""
+    """DataError unless the header `found` in `path` is that of `documents` documents of `dtype`."""
     expected = HEADER.pack(MAGIC, 1, CODES[dtype], documents, documents + 1)
     if found == expected:
         return
@@ -94,19 +97,19 @@ def check_header(path: str, found: bytes, documents: int, dtype: str) -> None:
         raise DataError(f"{path} is not a Megatron index: it begins with {found[:9]!r}. Copy the shard again.")
     _, version, code, sequences, ends = HEADER.unpack(found)
     raise DataError(
-        f"{path} announces version {version}, type code {code}, {sequences} documents and {ends} ends; expected 1, "
+        f"{path} has version {version}, type code {code}, {sequences} documents and {ends} ends; expected 1, "
         f"{CODES[dtype]}, {documents} and {documents + 1}. The index belongs to another shard: copy the pair again."
     )
 
 
 def read_index(path: Path, documents: int, dtype: str) -> Index:
-    """Map an index into memory. DataError where its header or its size is not that of `documents` documents."""
+    """Map an index into memory. DataError if its header or size does not fit `documents` documents of `dtype`."""
     (header,) = read_headers([str(path)])
     check_header(str(path), header, documents, dtype)
     if path.stat().st_size != index_bytes(documents):
         raise DataError(
             f"{path} is {path.stat().st_size} bytes, expected {index_bytes(documents)} for {documents} documents: the "
-            f"file is torn. Copy it again, or prepare the dataset again."
+            f"file is truncated. Copy it again, or prepare the dataset again."
         )
     raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
     ends = np.cumsum([HEADER.size, 4 * documents, 8 * documents, 8 * (documents + 1)])

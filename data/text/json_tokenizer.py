@@ -1,4 +1,4 @@
-"""`tokenizer.json` files of Hugging Face's tokenizers.
+"""The `tokenizer.json` files of Hugging Face's tokenizers library.
 
 tiktoken merges any adjacent tokens that join into a known one; tokenizers merges only the pairs in its list. For a file
 with GPT-2's structure the results are the same and tiktoken is four times as fast, so tiktoken encodes if
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-# What the published tokenizer.json files call the end of a document, best first.
+# Names of the end-of-text token in published tokenizer.json files; the first one found is used.
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` file. Its special tokens are never found in text: they come only from us."""
+    """A tokenizer from a `tokenizer.json` file. Special tokens in text are encoded as ordinary characters."""
 
     pattern = ""
 
@@ -51,11 +51,13 @@ class JsonTokenizer:
         self.vocab_size = max(ids.values()) + 1
         self._plain = _build(name, _without_special_tokens(self._spec, eot))
         if self.eot_id in self._plain.encode(eot, add_special_tokens=False).ids:
-            raise DataError(f"Tokenizer {name} finds {eot} in ordinary text: documents could not be told apart.")
+            raise DataError(
+                f"Tokenizer {name} encodes {eot} in ordinary text as end-of-text: a text could end its own document."
+            )
         self._fast = _as_tiktoken(self._spec, self._plain, self.eot_id, self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it taken as ordinary characters."""
+        """Ids of a text. Special tokens in it are encoded as ordinary characters."""
         if self._fast is not None:
             return self._fast.encode(text)
         return list(self._plain.encode(text, add_special_tokens=False).ids)
@@ -65,10 +67,10 @@ class JsonTokenizer:
         if self._fast is not None:
             return self._fast.encode_batch(texts)
         encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
-        return [np.array(each.ids, dtype=np.uint32) for each in encoded]
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of byte-level tokens; for other kinds of file, the UTF-8 of what its decoder says."""
+        """The exact bytes of byte-level tokens; for other files, the decoder's text as UTF-8."""
         if not _is_byte_level(self._spec.get("decoder")):
             return self.decode(ids).encode("utf-8")
         try:
@@ -83,7 +85,7 @@ class JsonTokenizer:
         return self._full.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def as_ranks(self) -> tuple[bytes, str] | None:
-        """The same tokenizer as ranks in tiktoken's format and a pattern, or None where it is not of that make."""
+        """The tokenizer as ranks in tiktoken's format and a pattern, or None if it has no such form."""
         return self._fast.as_ranks() if self._fast is not None else None
 
     def byte_ranks(self) -> dict[bytes, int]:
@@ -106,9 +108,9 @@ class JsonTokenizer:
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-in for every byte, character to byte (https://github.com/openai/gpt-2, encoder.py).
+    """GPT-2's printable character for every byte, character to byte (https://github.com/openai/gpt-2, encoder.py).
 
-    Printable Latin-1 stands for itself; the other 68 bytes become the characters from U+0100 on.
+    Printable Latin-1 characters are their own bytes; the other 68 bytes are the characters from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -135,7 +137,7 @@ def _build(name: str, spec: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _without_special_tokens(spec: dict[str, Any], eot: str) -> dict[str, Any]:
-    """The same tokenizer, blind to special tokens in text, adding none and cutting nothing off."""
+    """The tokenizer without special tokens, post-processing, truncation and padding."""
     ordinary = [t for t in spec.get("added_tokens") or [] if not t.get("special") and t.get("content") != eot]
     return spec | {"added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
 
@@ -145,7 +147,7 @@ def _is_byte_level(part: dict[str, Any] | None) -> bool:
 
 
 def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
-    """The byte-level tokens of a BPE and their ids, added tokens left out."""
+    """The byte-level tokens of a BPE and their ids, without added tokens."""
     table = byte_of_character()
     added = {token["content"] for token in spec.get("added_tokens") or []}
     vocabulary = spec["model"]["vocab"].items()
@@ -155,20 +157,20 @@ def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
 def _as_tiktoken(
     spec: dict[str, Any], plain: tokenizers.Tokenizer, eot_id: int, vocab_size: int
 ) -> TiktokenTokenizer | None:
-    """The same encoding by tiktoken, or None unless the file is certainly made like GPT-2's."""
-    if not _is_made_like_gpt2(spec):
+    """A tiktoken encoder with the same results, or None unless the file certainly has GPT-2's structure."""
+    if not _has_gpt2_structure(spec):
         return None
     ranks = _ranks(spec)
     fast = TiktokenTokenizer("tokenizer.json", format_ranks(ranks), GPT2_PATTERN, eot_id, vocab_size)
-    # Every token beside its neighbours in rank: where the two ways to merge could differ, this text shows it.
+    # All tokens in order of rank as one text: if the two ways of merging differ, they differ here.
     probe = b"".join(token for token, _ in sorted(ranks.items(), key=lambda item: item[1])).decode(
         "utf-8", errors="ignore"
     )
     return fast if fast.encode(probe) == plain.encode(probe, add_special_tokens=False).ids else None
 
 
-def _is_made_like_gpt2(spec: dict[str, Any]) -> bool:
-    """BPE on GPT-2's pieces, nothing rewritten, all bytes known, and ids in the order of the merges."""
+def _has_gpt2_structure(spec: dict[str, Any]) -> bool:
+    """BPE on GPT-2's pieces, no normalizer, all 256 bytes in the vocabulary, ids in the order of the merges."""
     model, cut = spec["model"], spec.get("pre_tokenizer")
     added = spec.get("added_tokens") or []
     if model.get("type") != "BPE" or spec.get("normalizer") is not None or any(not t["special"] for t in added):

@@ -31,7 +31,7 @@ EOT = "<|endoftext|>"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
-# GPT-2's published pattern with possessive quantifiers: the same pieces, faster.
+# GPT-2's published pattern with possessive quantifiers: the same pieces, but faster.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
@@ -39,7 +39,7 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 class TiktokenTokenizer:
-    """Ranks in tiktoken's format, encoded by tiktoken."""
+    """A vocabulary in tiktoken's format, encoded by tiktoken."""
 
     def __init__(self, name: str, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int):
         import tiktoken
@@ -56,7 +56,7 @@ class TiktokenTokenizer:
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: eot_id})
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it taken as ordinary characters."""
+        """Ids of a text. Special tokens in it are encoded as ordinary characters."""
         ids: list[int] = self._encoding.encode_to_numpy(text, disallowed_special=()).tolist()
         return ids
 
@@ -65,7 +65,7 @@ class TiktokenTokenizer:
         return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of the ids. DataError for an id that is not in the vocabulary."""
+        """The exact bytes of the ids. DataError for an id outside the vocabulary."""
         try:
             return self._encoding.decode_bytes([int(i) for i in ids])
         except (KeyError, OverflowError) as error:
@@ -76,7 +76,7 @@ class TiktokenTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def as_ranks(self) -> tuple[bytes, str]:
-        """The ranks in tiktoken's format and the pattern, for other encoders."""
+        """The ranks in tiktoken's format and the pattern, for encoders other than tiktoken."""
         return self._ranks_file, self.pattern
 
     def save(self, folder: Path) -> str:
@@ -87,7 +87,7 @@ class TiktokenTokenizer:
 
 
 class BytesTokenizer:
-    """Every byte is its own token, 256 ends a document: no training, no vocabulary, any text."""
+    """Every byte is a token, and 256 ends a document. Needs no training and encodes any text."""
 
     name = "bytes"
     vocab_size = 257
@@ -128,10 +128,10 @@ def packaged_gpt2() -> TiktokenTokenizer:
 
 
 def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
-    """Token bytes to rank, from lines of `base64 rank`; all 256 single bytes must be among them."""
+    """Token bytes to rank, from lines of `base64 rank`. DataError for a malformed line or a missing single byte."""
     words = content.split()
     clean = not content.translate(None, _BASE64 + b"= \n") and not re.search(rb"=[^= ]", content)
-    try:  # all at once: four times as fast as line by line
+    try:  # the complete file in one call: four times as fast as line by line
         if not clean or not len(words) == 2 * content.count(b" ") == 2 * content.count(b"\n"):
             raise ValueError
         ranks = dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
@@ -143,7 +143,7 @@ def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
 
 
 def _ranks_by_line(content: bytes, name: str) -> Iterator[tuple[bytes, int]]:
-    """As parse_ranks, for files that are unusual or wrong."""
+    """As parse_ranks, line by line, for unusual files and to locate an error."""
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             token, rank = line.split()
@@ -155,13 +155,13 @@ def _ranks_by_line(content: bytes, name: str) -> Iterator[tuple[bytes, int]]:
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """The content of a `.tiktoken` file, in order of rank."""
+    """The content of a `.tiktoken` file, sorted by rank."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
 
 
 def save_ranks(path: Path, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int) -> None:
-    """Write a `.tiktoken` file and the `.tiktoken.json` with what it lacks."""
+    """Write a `.tiktoken` file, and beside it a `.tiktoken.json` with the pattern, EOT id and vocabulary size."""
     extra = {"pattern": pattern, "eot_id": eot_id, "vocab_size": vocab_size}
     write_file(path, ranks_file)
     write_file(path.with_name(path.name + ".json"), json.dumps(extra, indent=1).encode() + b"\n")

@@ -1,11 +1,10 @@
-"""tokenizer.json of Hugging Face's tokenizers, made from ranks in tiktoken's format: the same ids for every text.
+"""Convert ranks in tiktoken's format to Hugging Face's tokenizer.json: the same ids for every text.
 
-tiktoken joins the adjacent pair whose joint bytes have the lowest rank; tokenizers joins pairs from a list. No merge
-crosses the two ends of what becomes one token, so inside them merging goes as it does on the token's bytes alone:
-each token comes from one pair only, the two parts that merging its own bytes leaves last, and the list of those pairs,
-in order of rank, does what tiktoken does. A token that merging cannot reach is found only as a whole piece:
-`ignore_merges` looks for those. Regular expressions are rewritten from Rust's syntax (tiktoken) to
-Oniguruma's (tokenizers).
+tiktoken joins the adjacent pair whose joint bytes have the lowest rank; tokenizers joins pairs from a list. A token is
+the result of merges inside its own bytes only, so the last two parts that merging those bytes leaves are the only pair
+that makes the token. The list of these pairs, in order of rank, gives tiktoken's result. A token that no merges reach
+is found only as a complete piece of text, which `ignore_merges` looks up. Regular expressions are rewritten from Rust's
+syntax (tiktoken) to Oniguruma's (tokenizers).
 Cost: 1.2 s for GPT-2's 50,256 ranks.
 """
 
@@ -23,7 +22,7 @@ from packspeed.data.text.tokenizer import Tokenizer
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> tuple[bytes, str]:
-    """The content of tokenizer.json and the name of its end-of-text token. DataError where it cannot be made."""
+    """The content of tokenizer.json and the name of its end-of-text token. DataError if the ids would differ."""
     if isinstance(tokenizer, JsonTokenizer):
         return tokenizer.content, tokenizer.eot_name
     if isinstance(tokenizer, BytesTokenizer):
@@ -31,17 +30,17 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[bytes, str]:
     if isinstance(tokenizer, TiktokenTokenizer):
         content, pattern = tokenizer.as_ranks()
         return _checked(_build(parse_ranks(content, tokenizer.name), tokenizer.eot_id, pattern), tokenizer), EOT
-    raise DataError(f"Tokenizer {tokenizer.name} is of a kind that cannot be written as tokenizer.json.")
+    raise DataError(f"Tokenizer {tokenizer.name} has a type that cannot be written as tokenizer.json.")
 
 
 def _build(ranks: dict[bytes, int], eot_id: int, pattern: str | None) -> bytes:
-    """The file. `pattern` None: text is not cut, which only matters where there are merges."""
+    """The file's content. `pattern` None: text is not cut (correct for a vocabulary without merges)."""
     table = {byte: character for character, byte in byte_of_character().items()}
     names = {token: "".join(table[byte] for byte in token) for token in ranks}
     pairs = merges(ranks)
     cut: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     if pattern == GPT2_PATTERN:
-        cut["use_regex"] = True  # it is tokenizers' own, and readers of the file know it by this
+        cut["use_regex"] = True  # the library's built-in pattern; other readers recognize it by this flag
     elif pattern is not None:
         split = {"type": "Split", "pattern": {"Regex": ruby(pattern)}, "behavior": "Isolated", "invert": False}
         cut = {"type": "Sequence", "pretokenizers": [split, cut]}
@@ -74,7 +73,7 @@ def _build(ranks: dict[bytes, int], eot_id: int, pattern: str | None) -> bytes:
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that makes each token, in order of rank; tokens that no merging reaches have none."""
+    """The pair that makes each token, in order of rank. Tokens that no merges reach have none."""
     pairs = []
     for token in sorted(ranks, key=ranks.__getitem__):
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -93,14 +92,14 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 def ruby(pattern: str) -> str:
     r"""A Rust regular expression in Oniguruma's Ruby syntax.
 
-    There `{1,3}+` repeats instead of being possessive, so it becomes an atomic group, and `$` matches at every line.
+    There `{1,3}+` is not possessive, so it becomes an atomic group; `$` matches at every line end, so it becomes `\\z`.
     """
     atom = r"(\\p\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\()\[\]{}|])"
     pattern = re.sub(atom + r"(\{\d+(?:,\d*)?\})\+", r"(?>\1\2)", pattern)
     return re.sub(r"(?<!\\)\$", r"\\z", pattern)
 
 
-# Where two regular expression engines or two ways to merge would part: spaces, lines, repeats, cases, scripts, digits.
+# Text on which regular expression engines and merge rules differ: spaces, lines, repeats, cases, scripts, digits.
 PROBE = (
     "Hello  world!\n\n\tIt's   HE'LL we'Ve 1234567 ½²³ a\u00a0b \u3000 \r\n \r x\n y  \naaaaaaaaaaaaaaa ======== "
     "\u00e9e\u0301 ſK Ǆ \u4f60\u597d\u4e16\u754c \u0645\u0631\u062d\u0628\u0627 \U0001f600\U0001f468\u200d\U0001f469 "
@@ -113,7 +112,7 @@ def _checked(content: bytes, tokenizer: TiktokenTokenizer) -> bytes:
 
     try:
         made = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # what the library raises has no class of its own
+    except Exception as error:  # the library raises bare Exception
         raise _refusal(tokenizer) from error
     joined = b"".join(parse_ranks(tokenizer.as_ranks()[0], tokenizer.name)).decode("utf-8", errors="ignore")
     for probe in (PROBE, joined.replace(EOT, "")):
@@ -124,7 +123,7 @@ def _checked(content: bytes, tokenizer: TiktokenTokenizer) -> bytes:
 
 def _refusal(tokenizer: TiktokenTokenizer) -> DataError:
     return DataError(
-        f"Tokenizer {tokenizer.name}: a tokenizer.json made from it cuts some texts otherwise (its pattern "
-        f"{tokenizer.pattern!r} means something else there). Write tokenizer.json by hand, or use tiktoken with the "
+        f"Tokenizer {tokenizer.name}: a tokenizer.json made from it cuts some texts differently (its pattern "
+        f"{tokenizer.pattern!r} has another meaning there). Write tokenizer.json by hand, or use tiktoken with the "
         f"exported weights."
     )

@@ -1,4 +1,4 @@
-"""Text to token ids and back: tiktoken vocabularies, `tokenizer.json` files and plain bytes behind one interface.
+"""Text to token ids and back: one interface for tiktoken vocabularies, `tokenizer.json` files and plain bytes.
 
 All of them are byte-level byte-pair encodings (Sennrich et al., https://arxiv.org/abs/1508.07909; bytes as in GPT-2): a
 regular expression cuts the text into pieces, then inside each piece the adjacent pair of lowest rank is merged until
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """What the rest of packspeed needs to know of a tokenizer.
+    """The interface of every tokenizer.
 
     `vocab_size` is the largest id plus one, special tokens included; `eot_id` ends every document; `sha256` is the hash
-    of the file that defines the ids and `pattern` what that file lacks ("" where it lacks nothing).
+    of the file that defines the ids, and `pattern` the regular expression if that file lacks it (else "").
     """
 
     name: str
@@ -45,13 +45,13 @@ class Tokenizer(Protocol):
     pattern: str
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without an end-of-text token; special tokens in it are ordinary characters."""
+        """Ids of a text, without an end-of-text token. Special tokens in it are encoded as ordinary characters."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         """Ids of several texts, one array each."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes that the ids stand for; end-of-text gives its name."""
+        """The exact bytes of the ids; end-of-text gives its name."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
@@ -61,10 +61,10 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `spec` names: `bytes`, a tiktoken name, or the path of a `.tiktoken` or `.json` file.
+    """Load a tokenizer: `bytes`, a tiktoken name, or the path of a `.tiktoken` or `.json` file.
 
-    `gpt2` needs no network; tiktoken downloads and caches its other vocabularies. UsageError where there is no such
-    name or path, DataError where the file is damaged or the download fails.
+    `gpt2` needs no network; tiktoken downloads and caches its other vocabularies. UsageError if there is no such
+    name or path, DataError if the file is damaged or the download fails.
     """
     if spec == "bytes":
         return BytesTokenizer()
@@ -79,32 +79,33 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def load_from_dataset(folder: str | Path) -> Tokenizer:
-    """The tokenizer that a dataset was made with, from the dataset's own files: no network.
+    """The tokenizer that made a dataset, from the dataset's own files, without a network.
 
-    DataError where the file is missing or is not the one that the manifest names.
+    DataError if the file is missing or is not the one in the manifest.
     """
-    known = load_manifest(folder).tokenizer
-    path = Path(folder) / known.file
+    identity = load_manifest(folder).tokenizer
+    path = Path(folder) / identity.file
     if not path.is_file():
-        raise DataError(f"Dataset {folder} has lost its tokenizer {known.file}. Copy that file there again.")
+        raise DataError(f"Dataset {folder} lacks its tokenizer {identity.file}. Copy that file there again.")
     tokenizer = load_tokenizer_file(path)
     for field in ("sha256", "pattern", "vocab_size", "eot_id"):
-        found, expected = getattr(tokenizer, field), getattr(known, field)
+        found, expected = getattr(tokenizer, field), getattr(identity, field)
         if found != expected:
             raise DataError(
                 f"{path} is not the tokenizer of its dataset: {field} is {found!r}, the manifest says {expected!r}. "
                 f"Copy the original file there again."
             )
-    tokenizer.name = known.name
+    tokenizer.name = identity.name
     return tokenizer
 
 
 def load_tokenizer_file(path: Path) -> Tokenizer:
-    """The tokenizer of a `.tiktoken` or `.json` file that exists."""
+    """Load a `.tiktoken` or `.json` file that exists."""
     if path.suffix == ".json":
         return JsonTokenizer(path.stem, path.read_bytes())
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
+    # Known vocabularies keep their names, whatever the file is called.
     if sha256 == BytesTokenizer.sha256:
         return BytesTokenizer()
     if sha256 == GPT2_SHA256:
@@ -118,8 +119,8 @@ def _read_extra(path: Path) -> dict[str, Any]:
     wanted = '{"pattern": REGEX, "eot_id": N, "vocab_size": N}'
     if not path.is_file():
         raise UsageError(
-            f"A .tiktoken file says neither how text is cut into pieces nor which id ends a document, and {path} does "
-            f"not exist. Write it: {wanted}."
+            f"A .tiktoken file contains neither the pattern that cuts text into pieces nor the end-of-text id, and "
+            f"{path} does not exist. Write it: {wanted}."
         )
     try:
         extra = json.loads(path.read_bytes())
@@ -143,7 +144,7 @@ def _from_tiktoken(name: str) -> Tokenizer:
         )
     try:
         return _from_encoding(tiktoken.get_encoding(name))
-    except Exception as error:  # tiktoken lets whatever its HTTP library raises through
+    except Exception as error:  # tiktoken does not wrap the errors of its HTTP library
         raise DataError(
             f"tiktoken could not fetch the vocabulary {name} ({type(error).__name__}). It needs the network once; "
             f"without one, set TIKTOKEN_CACHE_DIR to a cache filled elsewhere, or use gpt2, which comes with packspeed."
