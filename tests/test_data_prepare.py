@@ -145,15 +145,15 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert prepare([source], out, "bytes", overwrite=True).tokenizer.name == "bytes"
     assert not (out / "gpt2.tiktoken").exists()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds other files \(notes\.txt\)"):
+    with pytest.raises(UsageError, match=r"contains other files \(notes\.txt\)"):
         prepare([source], out, overwrite=True)
     assert verify(out).ok
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/tokenizer.json").write_text("mine")
-    with pytest.raises(UsageError, match="holds other files"):
+    with pytest.raises(UsageError, match="contains other files"):
         prepare([source], tmp_path / "mine", overwrite=True)
-    with pytest.raises(UsageError, match="cannot be made a folder"):
+    with pytest.raises(UsageError, match="cannot be used as a folder"):
         prepare([source], source)
 
 
@@ -216,7 +216,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
         done = {path.name: path.stat().st_mtime_ns for path in out.glob(".units/0*.json")}
         assert times.items() <= done.items()  # no receipt was written twice
         times = done
-    with pytest.raises(UsageError, match=r"interrupted prepare left.*--overwrite"):
+    with pytest.raises(UsageError, match=r"holds an interrupted prepare.*--overwrite"):
         prepare([source], out, text_key="other")
     assert prepare([source], out, shard_tokens=5000) == expected
     assert folder_bytes(out) == folder_bytes(tmp_path / "unbroken")
@@ -267,8 +267,8 @@ def test_any_number_of_workers_and_tasks_gives_the_same_bytes(tmp_path: Path, mo
 def test_messages_that_pile_up_are_all_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parent that comes late to its workers' pipes finds several messages in each."""
     monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
-    listen = worker_pool._listen
-    monkeypatch.setattr(worker_pool, "_listen", lambda worker: (time.sleep(0.05), listen(worker))[1])
+    listen = worker_pool._receive
+    monkeypatch.setattr(worker_pool, "_receive", lambda worker: (time.sleep(0.05), listen(worker))[1])
     manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", "bytes", workers=2)
     assert manifest.source.documents == len(TEXTS)
 
@@ -286,7 +286,7 @@ def test_a_wrong_encoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The wrong rule for cutting text stands in for an encoder with a fault."""
     monkeypatch.setitem(encode.PATTERNS, GPT2_PATTERN, "gpt4")
     source = jsonl(tmp_path / "a.jsonl", ["numbers 123456 in a row\n\n\nand lines"])
-    with pytest.raises(DataError, match="gigatoken and tiktoken do not agree"):
+    with pytest.raises(DataError, match="gigatoken and tiktoken give different tokens"):
         prepare([source], tmp_path / "out")
 
 
@@ -399,7 +399,7 @@ def hexdump(content: bytes) -> str:
 
 def test_the_readme_shows_real_bytes(tmp_path: Path) -> None:
     prepare([jsonl(tmp_path / "a.jsonl", ["Hello, world!", "Bye."])], tmp_path / "out", val_fraction=0)
-    readme = (Path(__file__).resolve().parents[1] / "data/README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).resolve().parents[1] / "docs/data.md").read_text(encoding="utf-8")
     shown = "\n".join(line[4:].partition("|")[0].rstrip() for line in readme.splitlines())
     for name in ("train-00000.bin", "train-00000.idx"):
         assert hexdump((tmp_path / "out" / name).read_bytes()) in shown
