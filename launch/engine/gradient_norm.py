@@ -1,8 +1,8 @@
-"""The L2 norm of gradients, right to 1e-6 of its value however they are cut into tensors, and clipping by it.
+"""The L2 norm of gradients, exact to 1e-6 of its value however they are cut into tensors, and clipping by it.
 
 torch's fp32 norm of one large tensor on a CPU is wrong by 1e-3 at 19 M elements (github.com/pytorch/pytorch/issues/
 151761), and an fp64 copy of the gradients costs twice their memory. Here fp32 sums rows of 4,096 elements and fp64 sums
-the rows: no copies, one pass over memory. Who uses it and why: patches/gradient_norm.py.
+the rows: no copies, one pass over memory. patches/gradient_norm.py makes DeepSpeed use it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NORM_ROW = 4096  # elements that are summed in fp32, with an error of 1e-7; the 
 
 
 def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum of the squares of all elements: a scalar in fp64 on the tensors' device, right to 1e-6 of its value."""
+    """Sum of the squares of all elements: a scalar in fp64 on the tensors' device, exact to 1e-6 of its value."""
     if tensors and tensors[0].is_cuda:
         # GPUs sum in trees, so fp32 is exact enough, and one launch serves many tensors.
         norms = torch.stack(torch._foreach_norm(list(tensors), 2.0, torch.float32))

@@ -97,7 +97,7 @@ class GradientNormHook:
             return torch.full_like(norm, -1.0) if self._vetoes(norm, optimizer.loss_scale) else norm
 
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
-            # Padding is made of zeros, but would cut the sum into other rows on other numbers of ranks.
+            # The list also has tensors that only fill up the partition; DeepSpeed's own norm skips them too.
             held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
             return global_norm(held, optimizer.dp_process_group)
 
@@ -106,6 +106,7 @@ class GradientNormHook:
             if not self.vetoed:
                 original_update(has_overflow)
 
+        # replace() returns what the functions above call as original_*: they run later than these lines.
         original_norm = replace(optimizer, "scaled_global_norm", scaled_global_norm)
         replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
         original_update = replace(optimizer, "_update_scale", update_scale)
