@@ -97,7 +97,7 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
         if builder is None or "NotImplemented" in type(builder).__name__:
             raise ConfigError(
                 f"DeepSpeed has no {name.removesuffix('Builder')} for {get_accelerator().device_name()}; choose "
-                "another optimizer, or a DeepSpeed configuration that steps elsewhere (zero2_offload)."
+                "another optimizer, or a DeepSpeed configuration that runs it on the CPU (zero2_offload)."
             )
         try:
             _build_op(builder, say)
