@@ -36,7 +36,7 @@ class DatasetDescription(TypedDict):
     path: str
     fingerprint: str
     tokenizer: list[str]  # name, sha256
-    shards: list[list[str | int]]  # name, tokens, xxh3-128 of the .bin
+    shards: list[tuple[str, int, str]]  # name, tokens, xxh3-128 of the .bin; lists when read back from JSON
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class TokenDataset:
                 "path": str(self.path),
                 "fingerprint": manifest.fingerprint,
                 "tokenizer": [manifest.tokenizer.name, manifest.tokenizer.sha256],
-                "shards": [[shard.name, shard.tokens, shard.bin_xxh3_128] for shard in manifest.shards],
+                "shards": [(shard.name, shard.tokens, shard.bin_xxh3_128) for shard in manifest.shards],
             }
         ]
 

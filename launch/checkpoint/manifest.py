@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from packspeed.data.dataset import DatasetDescription
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.launch.config.errors import UserError
 
@@ -36,7 +37,7 @@ class RunIdentity(TypedDict, total=False):
 
     config: dict[str, Any]  # the run file with all defaults
     dataset_fingerprint: str
-    datasets: list[dict[str, Any]]  # TokenDataset.describe() of each; older checkpoints lack it
+    datasets: list[DatasetDescription]  # TokenDataset.describe() of each; older checkpoints lack it
     order_version: int  # of the sample order, data/order.py
     zero_stage: int
     dp_size: int
