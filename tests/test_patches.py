@@ -97,12 +97,18 @@ def test_other_parameters_are_an_error_too(monkeypatch: pytest.MonkeyPatch) -> N
         check_sources()
 
 
-def test_a_method_that_is_gone_after_the_import_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    monkeypatch.delattr(DeepSpeedZeroOptimizer, "scaled_global_norm")
-    with pytest.raises(UserError, match=r"DeepSpeedZeroOptimizer\.scaled_global_norm"):
-        check_loaded()
+@pytest.mark.parametrize("internal", REGISTRY, ids=described)
+def test_a_method_that_is_gone_after_the_import_is_an_error(
+    internal: Internal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importlib.import_module("deepspeed")
+    module = sys.modules.get(internal.file.removesuffix(".py").replace("/", "."))
+    owner = module if internal.where == MODULE else getattr(module, internal.where, None)
+    if owner is not None and identifier(internal) in vars(owner):
+        monkeypatch.delattr(owner, identifier(internal))
+        monkeypatch.setattr(check, "REGISTRY", [internal])
+        with pytest.raises(UserError, match=re.escape(internal.label)):
+            check_loaded()
 
 
 def test_replace_refuses_an_attribute_that_is_not_there() -> None:

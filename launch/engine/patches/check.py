@@ -43,11 +43,10 @@ def check_loaded() -> None:
         module = sys.modules.get(internal.file.removesuffix(".py").replace("/", "."))
         if module is None or internal.where in (TENSORS, TEXT):
             continue
-        owner, name = (
-            module if internal.where == MODULE else getattr(module, internal.where, None),
-            identifier(internal),
-        )
-        if name in _names_of(internal.file, internal.where)[0] and not hasattr(owner, name):
+        owner = module if internal.where == MODULE else getattr(module, internal.where, None)
+        # Its own names, not inherited ones: torch.nn.Module has a forward and a compile too.
+        present = vars(owner) if owner is not None else {}
+        if identifier(internal) in _names_of(internal.file, internal.where)[0] and identifier(internal) not in present:
             raise missing([internal.label], internal.package)
 
 
