@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def test_errors_carry_their_exit_codes(source: Path, folder: Path, tmp_path: Pat
 
 
 @pytest.mark.launch
-def test_inspect_loads_no_heavy_library_and_is_quick(folder: Path) -> None:
+def test_inspect_loads_no_heavy_library(folder: Path) -> None:
     code = (
         "import sys\nfrom packspeed.launch.cli import main\n"
         f"sys.argv = ['packspeed', 'inspect', {str(folder)!r}, '--json']\n"
@@ -112,7 +111,5 @@ def test_inspect_loads_no_heavy_library_and_is_quick(folder: Path) -> None:
         "heavy = {'torch', 'deepspeed', 'tiktoken', 'tokenizers', 'datasets', 'pyarrow', 'transformers'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)"
     )
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert time.perf_counter() - began < 2  # 0.3 s on an idle machine
     assert json.loads(done.stdout)["path"] == str(folder)
