@@ -6,11 +6,13 @@ import ast
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 from support import ROOT
 from support.ranks import environment
@@ -54,6 +56,10 @@ DATA = {
     "exchange": {"errors", "storage", "dataset", "text", "prepare"},
     "checks": {"errors", "storage", "dataset", "loader", "mixture", "text"},
 }
+
+
+# What one rank loads of our code when it trains, evaluates and saves; a reader of a run can meet no more.
+STATEMENTS_OF_A_RUN = 6_000
 
 
 def imports(path: Path) -> set[str]:
@@ -108,11 +114,18 @@ def calls(path: Path) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
 
 
-def test_one_file_initialises_deepspeed_and_one_function_steps() -> None:
+def test_one_file_initialises_deepspeed_and_one_steps() -> None:
+    places = {"deepspeed.initialize": "launch/engine/build.py", "engine.backward": "launch/training/loop.py"}
+    places["engine.step"] = places["engine.backward"]
     called = {path.relative_to(ROOT).as_posix(): calls(path) for path in SOURCES}
-    assert [name for name in called if "deepspeed.initialize" in called[name]] == ["launch/engine/build.py"]
-    for call in ("engine.backward", "engine.step"):
-        assert [name for name in called if call in called[name]] == ["launch/training/loop.py"]
+    for function, place in places.items():
+        assert [file for file, names in called.items() if any(n.endswith(function) for n in names)] == [place], function
+
+
+def test_nobody_imports_the_entry_of_a_run() -> None:
+    """launch/train.py is started, never imported: what others need of it stands in launch/training/."""
+    users = [path for path in SOURCES if "packspeed.launch.train" in imports(path)]
+    assert users == []
 
 
 def test_no_launch_file_hides_a_library() -> None:
@@ -122,57 +135,102 @@ def test_no_launch_file_hides_a_library() -> None:
     assert names.isdisjoint(set(sys.stdlib_module_names) | (installed - {"packspeed"}))
 
 
+def python(code: str, **more: str) -> str:
+    """What a new interpreter prints."""
+    env = {key: value for key, value in environment(**more).items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def statements(path: Path) -> int:
+    """Statements of a file, in functions too; docstrings and comments are none."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.stmt)]
+    return sum(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in nodes)
+
+
 @pytest.mark.launch
-def test_a_training_run_loads_at_most_20_files(workspace: Workspace) -> None:
-    """What a process that trained, evaluated and saved has loaded of ours, empty __init__ files aside."""
+def test_a_training_run_loads_a_bounded_amount_of_code(workspace: Workspace) -> None:
+    """What a process that trained, evaluated and saved has loaded of ours: what a reader of a run can meet."""
     arguments = workspace.arguments("reach", "train.steps=2", "eval.every_steps=1", "deepspeed=zero1")
-    code = f"""
+    out = python(f"""
 import sys
 from packspeed.launch.train import main
 assert main({arguments!r}) == 0
-print("\\nloaded:", *sorted(n for n, m in sys.modules.items() if n.startswith("packspeed.") and hasattr(m, "__file__")))
-"""
-    env = environment()
-    del env["OMP_NUM_THREADS"]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"1 rank(s) x {len(os.sched_getaffinity(0))} thread(s)" in done.stdout, "one rank has all cores"
-    names = done.stdout.split("loaded:")[1].split()
-    files = [name for name in names if "__init__" not in name and name.count(".") >= 2]
-    assert len(files) + ("packspeed.launch.train" not in files) <= 20, files
+print("\\nloaded:", *{{m.__file__ for n, m in sys.modules.items() if n.startswith("packspeed.") and m.__file__}})
+""")
+    assert f"1 rank(s) x {len(os.sched_getaffinity(0))} thread(s)" in out, "one rank has all cores"
+    sizes = {file: statements(Path(file)) for file in out.split("loaded:")[1].split()}
+    assert sum(sizes.values()) <= STATEMENTS_OF_A_RUN, (len(sizes), sum(sizes.values()), sizes)
+
+
+@pytest.mark.launch
+def test_rooms_without_torch_reach_none() -> None:
+    """Every module of data/ and of the rooms that need no torch is imported, with all that it imports."""
+    names = [
+        ".".join(("packspeed", *path.relative_to(ROOT).with_suffix("").parts))
+        for path in SOURCES
+        if path.name not in ("__init__.py", "torch_allreduce.py")
+        and (path.is_relative_to(ROOT / "data") or room_of(path) in WITHOUT_TORCH)
+        and not path.is_relative_to(ROOT / "model")
+    ]
+    assert len(names) > 50
+    python(f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+    heavy = {{"torch", "deepspeed", "transformers", "safetensors"}} & set(sys.modules)
+    assert not heavy, (name, heavy)
+""")
 
 
 @pytest.mark.launch
 def test_importing_the_model_loads_no_deepspeed() -> None:
-    code = "import sys, packspeed.model.gpt; sys.exit('deepspeed' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    python("import sys, packspeed.model.gpt; sys.exit('deepspeed' in sys.modules)")
 
 
-@pytest.mark.launch
-def test_data_commands_load_no_torch() -> None:
-    code = "import sys, packspeed.launch.cli; sys.exit(bool({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_the_links_of_src_are_the_package() -> None:
+    """setuptools, mypy and editors see src/packspeed/ as an ordinary src layout."""
+    links = {path.name: path for path in (ROOT / "src" / "packspeed").iterdir()}
+    assert set(links) == {*FOLDERS, "ds_configs"}
+    for name, link in links.items():
+        assert link.is_symlink(), "a checkout without symlinks: git config core.symlinks true, then check out again"
+        assert link.readlink() == Path("..", "..", name)
+    packages = set(find_namespace_packages(str(ROOT / "src")))
+    for path in SOURCES:
+        assert ".".join(("packspeed", *path.parent.relative_to(ROOT).parts)) in packages
+    settings = (ROOT / "pyproject.toml").read_text()
+    for line in (
+        'include = ["model", "data", "launch", "tests"]',
+        'extraPaths = ["src", "tests"]',
+        'mypy_path = "src"',
+    ):
+        assert line in settings.splitlines(), line
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names in a wheel built from a copy of the tracked files."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
+    """Names in a wheel and in a source distribution, built from a copy of the tracked files."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     files = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout
     for name in files.splitlines():
-        if (ROOT / name).is_symlink():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).symlink_to((ROOT / name).readlink())
-        elif (ROOT / name).is_file():
+        if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
-    subprocess.run(command, check=True, timeout=300)
-    return set(zipfile.ZipFile(next(out.glob("*.whl"))).namelist())
+        elif (ROOT / name).is_symlink():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).symlink_to((ROOT / name).readlink())
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
+    subprocess.run(pip, check=True, timeout=300)
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=source, capture_output=True)
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel, tarfile.open(next(out.glob("*.tar.gz"))) as sdist:
+        return set(wheel.namelist()), {name.partition("/")[2] for name in sdist.getnames()}
 
 
 @pytest.mark.launch
-def test_the_wheel_holds_every_source_and_data_file(wheel: set[str]) -> None:
+def test_the_wheel_holds_every_source_and_data_file(built: tuple[set[str], set[str]]) -> None:
+    wheel, sdist = built
     wanted = {f"packspeed/{path.relative_to(ROOT).as_posix()}" for path in SOURCES}
     for pattern in (
         "data/*.tiktoken",
@@ -184,7 +242,9 @@ def test_the_wheel_holds_every_source_and_data_file(wheel: set[str]) -> None:
     ):
         wanted |= {f"packspeed/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob(pattern) if path.is_file()}
     assert wanted <= wheel, sorted(wanted - wheel)
-    assert not any(name.split("/")[0] in FOLDERS for name in wheel), "nothing called model or data in site-packages"
+    assert {f"src/{name}" for name in wanted} <= sdist
+    assert {name.split("/")[0] for name in wheel if ".dist-info" not in name} == {"packspeed"}
+    assert not any({"tests", "docs", "findings"} & set(name.split("/")) for name in wheel | sdist)
 
 
 def test_the_readme_names_every_folder() -> None:
