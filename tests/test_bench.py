@@ -82,6 +82,20 @@ def test_baselines_are_compared_in_turn_and_train_the_same_model(workspace: Work
     assert rows["gpt2"]["loss"] < math.log(384), "it learns as well"
 
 
+@pytest.mark.launch
+def test_a_profile_is_a_trace_and_a_table_of_operations(workspace: Workspace, tmp_path: Path) -> None:
+    done = bench(
+        workspace, "--rounds", "1", "--steps", "2", "--kernels", "eager", "--profile", str(tmp_path / "traces")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    trace = json.loads((tmp_path / "traces" / "packspeed-eager-rank0.json").read_text())
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+    table = done.stdout[done.stdout.index("operation ") :]
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert {"aten::mm"} <= {row[0] for row in rows}
+    assert all(float(row[-2]) >= 0 and row[-1].endswith("%") for row in rows if row)
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

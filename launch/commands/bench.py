@@ -30,6 +30,10 @@ def bench(
     precision: Annotated[
         str | None, typer.Option(help="Precisions of the implementations compared: fp32,autocast,bf16.")
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write torch profiler traces here and print the slowest operations."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file, too.")] = None,
 ) -> None:
     """Measure step time, tokens/s, MFU and memory of a run on this machine.
@@ -37,7 +41,18 @@ def bench(
     Prints Markdown rows. Exit code 1: nothing ran.
     """
     plan = benchmark.plan_bench(
-        run_file, overrides or [], ranks, rounds, steps, micro_batch, kernels, stage, compare, nanogpt, precision
+        run_file,
+        overrides or [],
+        ranks,
+        rounds,
+        steps,
+        micro_batch,
+        kernels,
+        stage,
+        compare,
+        nanogpt,
+        precision,
+        profile,
     )
     rows = benchmark.bench(plan, lambda line: print(line, flush=True))
     if json_file is not None:

@@ -89,6 +89,7 @@ class BenchPlan:
     settings: list[Setting]
     baselines: list[str]  # "bare:fp32", ...; empty without --compare
     nanogpt: Path | None
+    profile: Path | None = None  # folder for the traces of --profile
 
 
 def plan_bench(
@@ -103,6 +104,7 @@ def plan_bench(
     compare: bool,
     nanogpt: Path | None,
     precision: str | None,
+    profile: Path | None = None,
 ) -> BenchPlan:
     """Check the options of the command. Raises ConfigError if one of them is wrong."""
     run = load_run_file(run_file, overrides)
@@ -124,7 +126,8 @@ def plan_bench(
     baselines = _baselines(run, nanogpt, precision) if compare or nanogpt else []
     if baselines and len(settings) > 1:
         raise ConfigError("--compare takes one setting, not a sweep: give one value of each option.")
-    return BenchPlan(run_file.resolve(), list(overrides), count, rounds, steps, settings, baselines, nanogpt)
+    traces = None if profile is None else profile.resolve()
+    return BenchPlan(run_file.resolve(), list(overrides), count, rounds, steps, settings, baselines, nanogpt, traces)
 
 
 def _listed(
@@ -168,12 +171,27 @@ def bench(plan: BenchPlan, say: Say) -> list[Row]:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the workers are killed first
     say(_line(COLUMNS))
     say(_line(["---"] * len(COLUMNS)))
-    rows = []
+    rows, profiles = [], []
+    loops = ["packspeed:", *plan.baselines]
     for setting in plan.settings:
-        for row in _measure(plan, setting, ["packspeed:", *plan.baselines]):
+        for loop, row in zip(loops, _measure(plan, setting, loops), strict=True):
             rows.append(row)
             say(_line(_cells(row)))
+            if plan.profile is not None and not row["error"]:
+                profiles.append(_profile_prefix(plan, setting, loop))
+    for prefix in profiles:
+        say(f"\n{prefix}-rank*.json, {plan.steps} step(s); rank 0:\n{Path(prefix + '.txt').read_text()}")
     return rows
+
+
+def _profile_prefix(plan: BenchPlan, setting: Setting, loop: str) -> str:
+    """Where a worker writes its profile, without the ending; empty without --profile."""
+    if plan.profile is None:
+        return ""
+    stage = None if setting["stage"] is None else f"zero{setting['stage']}"
+    rows = None if setting["micro_batch"] is None else f"batch{setting['micro_batch']}"
+    words = [*loop.split(":"), rows, setting["kernels"], stage]
+    return str(plan.profile / "-".join(word for word in words if word))
 
 
 def _measure(plan: BenchPlan, setting: Setting, loops: Sequence[str]) -> Iterator[Row]:
@@ -217,6 +235,7 @@ class WorkerProcess:
         job: Job = {
             "run_file": str(plan.run_file), "overrides": [*overrides, f"runs_dir={folder}"], "stage": setting["stage"],
             "loop": loop, "steps": plan.steps, "nanogpt": str(plan.nanogpt or ""), "owner": os.getpid(),
+            "profile": _profile_prefix(plan, setting, loop),
         }  # fmt: skip
         job_file = folder / "job.json"
         job_file.write_text(json.dumps(job))

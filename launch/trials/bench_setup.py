@@ -31,6 +31,7 @@ class Job(TypedDict):
     steps: int  # of one round
     nanogpt: str  # path of a checkout; empty: none
     owner: int  # process id of `packspeed bench`
+    profile: str  # path of the profile to write, without its ending; empty: none
 
 
 class TrainingLoop(Protocol):

@@ -43,6 +43,7 @@ from packspeed.launch.training.setup import make_trainer
 from packspeed.launch.trials.baselines import BaselineLoop
 from packspeed.launch.trials.bench import POLL_S
 from packspeed.launch.trials.bench_setup import BenchSetup, Job, PhaseMarks, TrainingLoop
+from packspeed.launch.trials.profiling import profile_round
 from packspeed.model.config import flops_per_token
 
 WARM_UP_STEPS = 2
@@ -165,6 +166,8 @@ def work(setup: BenchSetup, folder: Path) -> None:
     loop = make_loop(setup)
     for _ in range(WARM_UP_STEPS):
         loop.step()
+    if prefix := setup.job["profile"]:
+        profile_round(loop, setup.job["steps"], Path(prefix), setup.topology.rank, setup.topology.device)
     # As in training: no garbage collection inside a step.
     gc.collect()
     gc.freeze()
