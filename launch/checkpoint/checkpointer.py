@@ -115,7 +115,7 @@ class Checkpointer:
             except OSError as problem:
                 self.writer.error = f"{temporary}: {problem.strerror}"
 
-        # All that training may change from now on is copied: the tensors by the writer, the rest here.
+        # The manifest, except for the files' hashes, describes the state as it is now, before training continues.
         manifest = cast(Manifest, {"format_version": FORMAT_VERSION, "step": step, **self.identity, **state})
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):  # ZeRO stage 0
             manifest["optimizer_order"] = self._optimizer_order()
