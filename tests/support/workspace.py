@@ -37,9 +37,9 @@ class Workspace:
 
     def curve(self, name: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl without what depends on the clock."""
-        from packspeed.launch.trials.prove import CLOCKED
+        from packspeed.launch.trials.prove import MEASURED_KEYS
 
-        return [{k: v for k, v in line.items() if k not in CLOCKED} for line in self.metrics(name)]
+        return [{k: v for k, v in line.items() if k not in MEASURED_KEYS} for line in self.metrics(name)]
 
     def losses(self, name: str) -> list[float]:
         """Training losses of a run."""
