@@ -41,7 +41,7 @@ class GPTConfig:
     bias: bool = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
     tie_embeddings: bool = True
-    dropout: float = 0.0  # on the embedding and on both residual branches; needs one key per sample, see kernels.py
+    dropout: float = 0.0  # on the embedding and both residual branches; needs a key per sample (keyed_dropout.py)
     z_loss: float = 0.0  # z_loss * log(sum exp logits)^2 is added to the training loss of each token; PaLM's is 1e-4
     activation_checkpointing: Literal["none", "full"] | int = "none"  # n: blocks 0, n, 2n ... are recomputed
     kernels: Kernels = "auto"  # rounding and speed

@@ -6,7 +6,7 @@ whole one, for learned positions and RoPE alike, and the re-reading costs about 
 
 Prompts of different lengths are batched by padding on the left, here and nowhere else: positions begin at a row's first
 token, and the cache's mask keeps the padding out. What a row draws depends on its own seed and step alone (a
-hash, as the dropout's in kernels.py), and its window moves when its own tokens fill it. So a row of a batch has the
+hash, as in keyed_dropout.py), and its window moves when its own tokens fill it. So a row of a batch has the
 tokens and probabilities that it has alone.
 Nucleus sampling: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from packspeed.model.gpt import GPT
-from packspeed.model.kernels import random_bits, site_keys
+from packspeed.model.keyed_dropout import random_bits, site_keys
 
 
 class KVCache:

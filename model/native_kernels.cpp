@@ -1,4 +1,4 @@
-// The operations of kernels.py for CPUs: plain loops that the compiler turns into vector instructions.
+// The operations of reference_ops.py for CPUs: plain loops that the compiler turns into vector instructions.
 //
 // No torch header and no C++ symbol crosses the border, so this compiles in four seconds and loads through ctypes; see
 // native_kernels.py for what each function means. Rows, or elements, are shared between OpenMP threads; what one thread

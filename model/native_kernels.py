@@ -1,10 +1,10 @@
-"""The operations of kernels.py in C++ for CPUs, where torch's own read and write memory several times.
+"""The operations of reference_ops.py in C++ for CPUs, where torch's own read and write memory several times.
 
     attend      flash attention of rows or documents in one call; what a thread works on lies together in its cache
     activate    elementwise, one exp each; backward recomputes the gate from the linear layer's output
     row_losses  a row's losses and gradient while it is in the cache: one exp per logit, torch: two and four copies
 
-The rest is kernels.py's. The C++ is compiled at first use, in four seconds, for the very CPU (`c++
+The rest is reference_ops.py's. The C++ is compiled at first use, in four seconds, for the very CPU (`c++
 -march=native`), into TORCH_EXTENSIONS_DIR or torch's default for it; several processes may do so at once. Where there
 is no compiler, torch's operations stay (`auto`), with a word why. One process's threads are torch's.
 """
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from packspeed.model.attention import Documents
 from packspeed.model.attention import attend as plain_attend
-from packspeed.model.kernels import activate as plain_activate
-from packspeed.model.kernels import add_norm, rotate
-from packspeed.model.kernels import row_losses as plain_row_losses
+from packspeed.model.reference_ops import activate as plain_activate
+from packspeed.model.reference_ops import add_norm, rotate
+from packspeed.model.reference_ops import row_losses as plain_row_losses
 
 __all__ = ["activate", "add_norm", "attend", "build", "rotate", "row_losses"]
 
@@ -153,7 +153,7 @@ class _Activate(torch.autograd.Function):
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Apply the MLP's nonlinearity: gelu, gelu_tanh or swiglu; see kernels.activate."""
+    """Apply the MLP's nonlinearity: gelu, gelu_tanh or swiglu; see reference_ops.activate."""
     if x.dtype not in SUFFIX or x.numel() == 0:
         return plain_activate(x, kind)
     out: Tensor = _Activate.apply(x, kind)  # type: ignore[no-untyped-call]
@@ -161,7 +161,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return each row's loss, (N,) fp32, and overwrite the logits by their gradient; see kernels.row_losses."""
+    """Return each row's loss, (N,) fp32, and overwrite the logits by their gradient; see reference_ops.row_losses."""
     if logits.dtype not in SUFFIX:
         return plain_row_losses(logits, labels, vocab_size, z_loss, with_gradient)
     rows, padded = logits.shape

@@ -1,4 +1,4 @@
-"""The operations of kernels.py in Triton, forward and backward: each reads and writes the GPU's memory once.
+"""The operations of reference_ops.py in Triton, forward and backward: each reads and writes the GPU's memory once.
 
     add_norm    one program per row: residual sum, statistics in fp32 and norm in one pass (torch: two to seven).
                 Backward: a program walks over every n-th row and keeps its part of the weight's gradient in
@@ -241,7 +241,7 @@ class _AddNorm(torch.autograd.Function):
 def add_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return x + branch (x itself where there is none) and its norm; see kernels.add_norm."""
+    """Return x + branch (x itself where there is none) and its norm; see reference_ops.add_norm."""
     out: Any = _AddNorm.apply(x, branch, weight, bias, eps, rms)
     return (x, out) if branch is None else out
 
@@ -272,7 +272,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn channel pairs of x (B, T, H, D) by their angle; see kernels.rotate."""
+    """Turn channel pairs of x (B, T, H, D) by their angle; see reference_ops.rotate."""
     out: Tensor = _Rotate.apply(x, rope.contiguous())
     return out
 
@@ -298,13 +298,13 @@ class _Activate(torch.autograd.Function):
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Apply the MLP's nonlinearity: gelu, gelu_tanh or swiglu; see kernels.activate."""
+    """Apply the MLP's nonlinearity: gelu, gelu_tanh or swiglu; see reference_ops.activate."""
     out: Tensor = _Activate.apply(x, kind)
     return out
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return each row's loss, (N,) fp32, and overwrite the logits by their gradient; see kernels.row_losses."""
+    """Return each row's loss, (N,) fp32, and overwrite the logits by their gradient; see reference_ops.row_losses."""
     rows, padded = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(VOCAB_TILE, triton.next_power_of_2(padded))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packspeed.model import kernels
+from packspeed.model import keyed_dropout as dropout
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights
 
@@ -15,11 +15,11 @@ KEYS = torch.tensor([0, 1, 2, -(2**63), 2**63 - 1, 1337, 7, 8])
 
 
 def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
-    return kernels.keyed_dropout(x, kernels.site_keys(keys, torch.tensor([site]))[0], p)
+    return dropout.keyed_dropout(x, dropout.site_keys(keys, torch.tensor([site]))[0], p)
 
 
 def random_bits(keys: Tensor, site: int, length: int, width: int) -> Tensor:
-    return kernels.random_bits(kernels.site_keys(keys, torch.tensor([site]))[0], length, width)
+    return dropout.random_bits(dropout.site_keys(keys, torch.tensor([site]))[0], length, width)
 
 
 def model(**fields: object) -> GPT:

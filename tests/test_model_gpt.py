@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from packspeed.model.attention import attend_last
 from packspeed.model.config import GPTConfig
+from packspeed.model.fused_loss import CPU_CHUNK_BYTES, head_loss, head_losses
 from packspeed.model.gpt import (
     GPT,
     init_weights,
@@ -23,7 +24,9 @@ from packspeed.model.gpt import (
     param_groups,
     rope_table,
 )
-from packspeed.model.kernels import CPU_CHUNK_BYTES, choose, head_loss, head_losses, linear, rotate
+from packspeed.model.kernels import choose
+from packspeed.model.linear import linear
+from packspeed.model.reference_ops import rotate
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 24}
 LLAMA: dict[str, Any] = {
@@ -76,8 +79,8 @@ def test_loss_is_the_cross_entropy_of_the_logits(family: str) -> None:
 @pytest.mark.parametrize("ignored", [[], [0, 4, 5]])
 def test_head_and_loss_in_float64(z_loss: float, ignored: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients are those of a linear layer, F.cross_entropy and the log of the sum, whatever the cut."""
-    monkeypatch.setattr("packspeed.model.kernels.CPU_CHUNK_BYTES", 8 * 4 * 13)
-    monkeypatch.setattr("packspeed.model.kernels.CPU_BLOCK_ELEMENTS", 3 * 13)
+    monkeypatch.setattr("packspeed.model.fused_loss.CPU_CHUNK_BYTES", 8 * 4 * 13)
+    monkeypatch.setattr("packspeed.model.reference_ops.CPU_BLOCK_ELEMENTS", 3 * 13)
     x, weight = (torch.randn(n, 7, dtype=torch.float64, requires_grad=True) for n in (10, 13))
     labels = torch.randint(0, 11, (10,))
     labels[ignored] = -1
@@ -224,7 +227,7 @@ def test_which_blocks_are_recomputed(choice: Any, expected: list[int]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("native", [False, True])
 def test_bf16_is_fp32_within_rounding(family: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packspeed.model.kernels.CPU_HAS_BF16", native)
+    monkeypatch.setattr("packspeed.model.linear.CPU_HAS_BF16", native)
     model, (tokens, labels) = build(**FAMILIES[family]), batch()
     half = copy.deepcopy(model).bfloat16()
     loss = half(tokens, labels)
@@ -239,7 +242,7 @@ def test_bf16_is_fp32_within_rounding(family: str, native: bool, monkeypatch: py
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_wide_linear_rounds_as_bf16_does(has_bias: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without bf16 instructions: values, gradients and dtypes of F.linear, and nothing wider is kept for backward."""
-    monkeypatch.setattr("packspeed.model.kernels.CPU_HAS_BF16", False)
+    monkeypatch.setattr("packspeed.model.linear.CPU_HAS_BF16", False)
     dtype = torch.float32 if autocast else torch.bfloat16
     inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 40, 24), (7, 24), (7,))]
     inputs = inputs if has_bias else inputs[:2]

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from packspeed.model import kernels, native_kernels, triton_kernels
+from packspeed.model import kernels, native_kernels, reference_ops, triton_kernels
 from packspeed.model.config import GPTConfig
 from packspeed.model.generate import generate
 from packspeed.model.gpt import GPT, init_weights
@@ -172,7 +172,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [kernels.resolve(name, "cuda") for name in ("auto", "eager", "triton")] == ["triton", "eager", "triton"]
     assert kernels.choose("auto", torch.device("cuda")) is triton_kernels
     assert kernels.choose("auto", CPU) is native_kernels
-    assert kernels.choose("compile", CPU) is kernels
+    assert kernels.choose("compile", CPU) is reference_ops
     with pytest.raises(ValueError, match="is for CPUs, and this is a cuda"):
         kernels.choose("native", torch.device("cuda"))
     with pytest.raises(ValueError, match="needs a GPU, and this is a cpu"):
@@ -230,7 +230,7 @@ def test_without_a_compiler_auto_is_eager_and_says_so(tmp_path: Path) -> None:
         ("c++", Path("/proc/nowhere"), "No such file or directory: '/proc/nowhere'"),
     ):
         said = auto_in_a_new_process(TORCH_EXTENSIONS_DIR=str(cache), CXX=compiler)
-        assert said.startswith("packspeed.model.kernels 1 torch's own operations take the place of ours")
+        assert said.startswith("packspeed.model.reference_ops 1 the C++ kernels could not be built")
         assert reason in said
         assert ("apt-get install g++" in said) == (compiler != "c++")
 

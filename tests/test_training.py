@@ -110,11 +110,7 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(
     environment = os.environ | {"CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for said in (
-        "torch's own operations take the place of ours",
-        "Continuing with gloo",
-        "Continuing with torch's fused",
-    ):
+    for said in ("the C++ kernels could not be built", "Continuing with gloo", "Continuing with torch's fused"):
         assert said in done.stdout, said
     assert done.stdout.count("install a C++ compiler") == 3
     for name in ("no-compiler", "torch_adam"):

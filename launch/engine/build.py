@@ -30,7 +30,8 @@ from packspeed.launch.engine.patches.dynamo import compile_every_shape
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, param_groups
-from packspeed.model.kernels import CPU_HAS_BF16, resolve
+from packspeed.model.kernels import resolve
+from packspeed.model.linear import CPU_HAS_BF16
 
 
 def resolve_precision(wanted: str) -> str:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from packspeed.model import kernels as plain
 from packspeed.model import native_kernels, triton_kernels
+from packspeed.model import reference_ops as plain
 from packspeed.model.attention import Documents
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, rope_table
