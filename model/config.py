@@ -10,16 +10,16 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-VOCAB_MULTIPLE = 128  # GEMMs run fastest on whole tiles, and tensor-parallel ranks can split the rows evenly
+VOCAB_MULTIPLE = 128  # GEMMs are fastest on full tiles, and tensor-parallel ranks can split the rows evenly
 SWIGLU_MULTIPLE = 256  # Llama's `multiple_of`
 Kernels = Literal["auto", "eager", "compile", "triton", "native"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Everything that decides a GPT's parameters and its forward pass. Raises ValueError where fields do not fit.
+    """Everything that determines a GPT's parameters and forward pass. Raises ValueError if the fields do not fit.
 
-    `n_kv_head`, `head_dim` and `d_ff` may be left out; `kv_heads`, `head_width` and `ff_width` are what they come to.
+    n_kv_head, head_dim and d_ff are optional; the properties kv_heads, head_width and ff_width have the values in use.
     """
 
     # The run file embeds this class in its pydantic models; this makes a misspelt key an error there.
@@ -43,8 +43,8 @@ class GPTConfig:
     tie_embeddings: bool = True
     dropout: float = 0.0  # on the embedding and both residual branches; needs a key per sample (keyed_dropout.py)
     z_loss: float = 0.0  # z_loss * log(sum exp logits)^2 is added to the training loss of each token; PaLM's is 1e-4
-    activation_checkpointing: Literal["none", "full"] | int = "none"  # n: blocks 0, n, 2n ... are recomputed
-    kernels: Kernels = "auto"  # rounding and speed
+    activation_checkpointing: Literal["none", "full"] | int = "none"  # n: recompute blocks 0, n, 2n ...
+    kernels: Kernels = "auto"  # changes speed and rounding; see kernels.py
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "d_model", "vocab_size", "max_seq_len", "n_kv_head", "head_dim", "d_ff"):
@@ -53,11 +53,11 @@ class GPTConfig:
                 raise ValueError(f"{name} = {value}: give a whole number of at least 1.")
         if self.head_dim is None and self.d_model % self.n_head:
             raise ValueError(
-                f"d_model = {self.d_model} is no multiple of n_head = {self.n_head}: change one, or set head_dim."
+                f"d_model = {self.d_model} is not a multiple of n_head = {self.n_head}: change one, or set head_dim."
             )
         if self.n_head % self.kv_heads:
             raise ValueError(
-                f"n_head = {self.n_head} is no multiple of n_kv_head = {self.n_kv_head}: each key-value head "
+                f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}: each key-value head "
                 "serves the same number of query heads."
             )
         if self.position == "rope" and self.head_width % 2:
@@ -87,24 +87,24 @@ class GPTConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Return the number of key-value heads."""
         return self.n_kv_head or self.n_head
 
     @property
     def head_width(self) -> int:
-        """Channels of one attention head."""
+        """Return the channels of one attention head."""
         return self.head_dim or self.d_model // self.n_head
 
     @property
     def ff_width(self) -> int:
-        """Hidden channels of the MLP."""
+        """Return the hidden channels of the MLP."""
         if self.d_ff is not None:
             return self.d_ff
         return _round_up(8 * self.d_model // 3, SWIGLU_MULTIPLE) if self.mlp == "swiglu" else 4 * self.d_model
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head; no token has the last ones, and they never change the loss."""
+        """Return the rows of embedding and head. The last ones belong to no token and never change the loss."""
         return _round_up(self.vocab_size, VOCAB_MULTIPLE)
 
 
@@ -115,7 +115,7 @@ def _round_up(value: int, multiple: int) -> int:
 def num_parameters(config: GPTConfig, *, padded: bool = False) -> int:
     """Count all parameters, tied weights once.
 
-    `padded` counts the vocabulary's padding rows as well: the model as built. Published counts are without them.
+    padded: include the padding rows of the vocabulary, as the built model has them. Published counts do not.
     """
     vocab_size = config.padded_vocab_size if padded else config.vocab_size
     tables = vocab_size * (1 if config.tie_embeddings else 2)
@@ -124,7 +124,7 @@ def num_parameters(config: GPTConfig, *, padded: bool = False) -> int:
 
 
 def num_non_embedding_parameters(config: GPTConfig) -> int:
-    """Count the parameters of the blocks and the last norm: all but token embedding, positions and head."""
+    """Count the parameters of the blocks and the final norm: all except token embedding, positions and head."""
     d, ff, bias = config.d_model, config.ff_width, int(config.bias)
     queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
     attention = (d + bias) * (queries + 2 * keys) + (queries + bias) * d + config.qk_norm * 2 * config.head_width
@@ -135,7 +135,7 @@ def num_non_embedding_parameters(config: GPTConfig) -> int:
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
-    """Model FLOPs of forward and backward for one token of a sequence of `seq_len` tokens, the numerator of MFU.
+    """Return the model FLOPs of forward and backward per token at a sequence length: the numerator of MFU.
 
     6 N_nonembedding + 6 V d (head) + 6 L d_attention T (causal attention), after PaLM's appendix B
     (https://arxiv.org/abs/2204.02311): a multiply-add is 2 FLOPs and backward costs twice forward, so 6 per weight;
@@ -201,7 +201,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str, **override: Any) -> GPTConfig:
     """Build a published shape by name, with any field overridden.
 
-    Raises ValueError for an unknown name, naming the nearest one, and where the fields do not fit each other.
+    Raises ValueError for an unknown name, with the nearest known one, and if the fields do not fit each other.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]

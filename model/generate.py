@@ -1,13 +1,13 @@
-"""Sampling: one token at a time from a model with a KV cache, a pure function of (weights, prompt, settings, seed).
+"""Sampling from a model with a key-value cache. The result is a function of (weights, prompt, settings, seed).
 
-The prompts are read once; then each token costs the forward pass of one token. When the window of max_seq_len tokens is
-full, the cache is cleared and the last half of the window is read again: every token sees between half a window and a
-whole one, for learned positions and RoPE alike, and the re-reading costs about as much as generating.
+The prompt is processed once; then each token costs the forward pass of one token. When the window of max_seq_len tokens
+is full, the cache is cleared and the last half of the window is processed again. So every token sees between half a
+window and a full one, with learned positions and with RoPE, and this costs about as much as generating itself.
 
-Prompts of different lengths are batched by padding on the left, here and nowhere else: positions begin at a row's first
-token, and the cache's mask keeps the padding out. What a row draws depends on its own seed and step alone (a
-hash, as in keyed_dropout.py), and its window moves when its own tokens fill it. So a row of a batch has the
-tokens and probabilities that it has alone.
+Prompts of different lengths are batched by padding on the left, which happens nowhere else: positions begin at a row's
+first token, and the mask of the cache hides the padding. A row's draws depend on its own seed and step only (a hash, as
+in keyed_dropout.py), and its window moves when its own tokens fill it. So a row in a batch gets the same tokens and
+probabilities as alone.
 Nucleus sampling: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
 """
 
@@ -22,10 +22,10 @@ from packspeed.model.keyed_dropout import random_bits, site_keys
 
 
 class KVCache:
-    """The keys and values of the tokens read so far, (B, kv heads, capacity, head width) each and per layer.
+    """Keys and values of the tokens processed so far: per layer two tensors (B, kv heads, capacity, head width).
 
-    Allocated when first written, in the dtype given. `length` counts the tokens held; the model moves it on after all
-    its layers have appended. The first `padding` (B,) columns of each row are no tokens.
+    Allocated at the first write, in the dtype of the keys. `length` is the number of tokens in the cache; the model
+    increases it after all layers have appended. The first `padding` (B,) columns of each row are padding.
     """
 
     def __init__(self, n_layer: int, capacity: int, padding: Tensor | None = None) -> None:
@@ -36,7 +36,7 @@ class KVCache:
         self._mask: tuple[tuple[int, int], Tensor] | None = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) behind the tokens held and return all keys and values, (B, H, length + T, D)."""
+        """Append k, v (B, H, T, D) and return all keys and values, (B, H, length + T, D). Raises ValueError if full."""
         end = self.length + k.size(2)
         if end > self.capacity:
             raise ValueError(f"the KV cache has room for {self.capacity} tokens and was given {end}: make it larger.")
@@ -46,9 +46,9 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def mask(self, new: int) -> Tensor | None:
-        """What each of `new` tokens may look at, (B, 1, T, S) bool, the same for all layers; None without padding.
+        """Return which tokens each of `new` tokens may attend to, (B, 1, T, S) bool; None without padding.
 
-        A column of padding looks at itself, since a softmax over nothing would be nan.
+        A padding column attends to itself, because a softmax over nothing would be NaN.
         """
         if self.padding is None:
             return None
@@ -60,19 +60,19 @@ class KVCache:
         return self._mask[1]
 
     def clear(self, padding: Tensor | None = None) -> None:
-        """Forget all tokens and keep the memory; what comes next has this padding."""
+        """Remove all tokens and keep the memory. `padding` is that of the tokens that follow."""
         self.length, self.padding, self._mask = 0, padding, None
 
     def _allocate(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
         batch, heads, _, width = k.shape
         shape = (batch, heads, self.capacity, width)
-        held = torch.empty(shape, dtype=k.dtype, device=k.device), torch.empty(shape, dtype=k.dtype, device=k.device)
-        self._layers[layer] = held
-        return held
+        keys, values = (torch.empty(shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        self._layers[layer] = keys, values
+        return keys, values
 
 
 class Column(NamedTuple):
-    """The next token of every row, (B,) int64, and the log-probability that the model gave it, (B,) fp32."""
+    """The next token of every row, (B,) int64, and its log-probability, (B,) fp32."""
 
     tokens: Tensor
     log_probabilities: Tensor
@@ -92,7 +92,7 @@ def generate(
 ) -> Tensor:
     """Continue tokens (B, T) int64 by up to `max_new_tokens` and return prompt and continuation, (B, T + new).
 
-    As `stream` does; row i has seed + i. `on_token` is called with each new column (B,).
+    Like `stream`, with seed + i for row i. on_token is called with each new column (B,).
     """
     columns = [tokens]
     for column in stream(
@@ -122,11 +122,12 @@ def stream(
     seeds: Sequence[int],
     eot_id: int | None = None,
 ) -> Iterator[Column]:
-    """Continue prompts of any lengths; yields one column of new tokens at a time, on the CPU.
+    """Continue prompts of any lengths. Yields one column of new tokens at a time, on the CPU.
 
-    Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the fewest whose probabilities reach
-    p. `seeds`: one for each prompt. A row that has drawn `eot_id` repeats it (log-probability 0), and all stop when
-    every row has. Dropout is off; the model's mode is put back. Raises ValueError for an empty prompt and bad settings.
+    temperature: 0 takes the most likely token. top_k: sample from the k most likely. top_p: sample from the fewest
+    tokens whose probabilities add up to p. seeds: one per prompt. eot_id: a row that has drawn it repeats it with
+    log-probability 0, and generation stops when every row has. Dropout is off; the model's mode is restored.
+    Raises ValueError for an empty prompt and invalid settings.
     """
     _check(prompts, temperature, top_k, top_p)
     rows = [list(prompt) for prompt in prompts]
@@ -153,7 +154,7 @@ def stream(
 
 
 class _Window:
-    """What the model sees of each row: its tokens from `first` on, and the cache that holds them."""
+    """The part of each row that the model sees, its tokens from `first` on, and their cache."""
 
     def __init__(self, model: GPT, rows: list[list[int]], room: int) -> None:
         self.model, self.rows, self.limit = model, rows, model.config.max_seq_len
@@ -164,34 +165,34 @@ class _Window:
 
     @torch.inference_mode()
     def next_logits(self) -> Tensor:
-        """Read the tokens that the cache does not hold yet; returns the logits after the last, (B, V) fp32, CPU."""
+        """Process the tokens that are not in the cache yet. Returns the last logits, (B, V) fp32 on the CPU."""
         if self.cache.length == self.cache.capacity:
             for i, row in enumerate(self.rows):
-                if len(row) - 1 - self.first[i] == self.limit:  # the row fills its window, as it would alone
+                if len(row) - 1 - self.first[i] == self.limit:  # this row's own tokens fill the window, without padding
                     self.first[i] = len(row) - max(1, self.limit // 2)
             self.cache.clear()
-        tokens, positions = self._whole() if self.cache.length == 0 else self._last()
+        tokens, positions = self._all_tokens() if self.cache.length == 0 else self._last_tokens()
         hidden = self.model.hidden(tokens.to(self.device), positions.to(self.device), cache=self.cache)
         logits: Tensor = self.model.lm_head(hidden[:, -1:])
         return logits[:, 0].float().cpu()
 
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        """All that is seen, padded on the left: tokens (B, T) and positions (B, T)."""
-        seen = [row[first:] for row, first in zip(self.rows, self.first, strict=True)]
-        width = max(map(len, seen))
-        padding = torch.tensor([width - len(row) for row in seen])
+    def _all_tokens(self) -> tuple[Tensor, Tensor]:
+        """Return the window of every row, padded on the left, and reset the cache: tokens and positions, (B, T)."""
+        windows = [row[first:] for row, first in zip(self.rows, self.first, strict=True)]
+        width = max(map(len, windows))
+        padding = torch.tensor([width - len(row) for row in windows])
         self.cache.clear(padding.to(self.device) if padding.any() else None)
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in seen])
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in windows])
         return tokens, (torch.arange(width) - padding[:, None]).clamp(min=0)
 
-    def _last(self) -> tuple[Tensor, Tensor]:
-        """The newest token of each row, (B, 1), and its position."""
-        places = [[len(row) - 1 - first] for row, first in zip(self.rows, self.first, strict=True)]
-        return torch.tensor([row[-1:] for row in self.rows]), torch.tensor(places)
+    def _last_tokens(self) -> tuple[Tensor, Tensor]:
+        """Return the newest token of each row and its position, (B, 1) each."""
+        positions = [[len(row) - 1 - first] for row, first in zip(self.rows, self.first, strict=True)]
+        return torch.tensor([row[-1:] for row in self.rows]), torch.tensor(positions)
 
 
 def uniform(keys: Tensor, step: int) -> Tensor:
-    """One number in [0, 1) for each key (B,) at a step: a function of both, fp64."""
+    """Return a number in [0, 1) for each key (B,) at a step, fp64; a function of key and step."""
     words = (
         random_bits(site_keys(keys, torch.tensor([step], device=keys.device))[0], 1, 4).view(torch.int64).flatten()
     )  # (B,)
@@ -199,17 +200,17 @@ def uniform(keys: Tensor, step: int) -> Tensor:
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor) -> Tensor:
-    """Draw one token per row of logits (B, V) by inverting the cumulative distribution at `uniform` (B,)."""
+    """Draw one token per row of logits (B, V): invert the cumulative distribution at `uniform` (B,)."""
     if temperature == 0.0:
         return logits.argmax(-1)
     logits, ids = logits / temperature, None
     if top_k is not None:
-        logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, k), likeliest first
+        logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, k), the most likely first
     elif top_p is not None and top_p < 1.0:
         logits, ids = logits.sort(stable=True, dim=-1, descending=True)
     probabilities = logits.double().softmax(-1)
     if top_p is not None and top_p < 1.0:
-        before = probabilities.cumsum(-1) - probabilities  # what the likelier ones have together
+        before = probabilities.cumsum(-1) - probabilities  # sum of the more likely ones
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     cumulative = probabilities.cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)  # (B, 1)

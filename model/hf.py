@@ -1,10 +1,10 @@
-"""The names and layouts of our weights in transformers' GPT-2, Llama and Qwen3, both ways.
+"""Conversion of weights between our GPT and transformers' GPT-2, Llama and Qwen3, in both directions.
 
-One table per family names each of our weights, the transformers weights that make it up (their rows stacked), and
-whether they are stored transposed (GPT-2's Conv1D keeps (in, out)). Padding rows of the vocabulary are added on the way
-in, as zeros, and cut on the way out; a GPT-2 without biases gets biases of zero there. All families turn the channel
-pairs (i, i + D/2), as rotate() does. Qwen3 is Llama with a norm on each head's queries and keys. hf_config.py has the
-configurations.
+One table per family lists each of our weights, the transformers weights that it consists of (their rows stacked), and
+whether they are stored transposed (GPT-2's Conv1D has (in, out)). Import adds the padding rows of the vocabulary as
+zeros; export removes them, and adds zero biases to a GPT-2 without biases. RoPE needs no permutation: all families
+rotate the channel pairs (i, i + D/2), as we do. Qwen3 is Llama with a norm on each head's queries and keys.
+hf_config.py converts the configurations.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,25 +15,25 @@ from torch import Tensor
 
 from packspeed.model.config import GPTConfig
 
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that older files carry; no weights
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants in older files, not weights
 Family = Literal["gpt2", "llama", "qwen3"]
 
 
 class Weight(NamedTuple):
-    """One weight of ours and what it is made of."""
+    """One of our weights, and the transformers weights that it consists of."""
 
     ours: str
     theirs: tuple[str, ...]
-    rows: tuple[int, ...]  # of each of theirs, in our layout
+    rows: tuple[int, ...]  # of each of them, in our layout
     transposed: bool = False
 
     def split(self, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of theirs, from ours."""
+        """Yield (name, value) of the transformers weights."""
         for name, part in zip(self.theirs, torch.split(ours[: sum(self.rows)], list(self.rows)), strict=True):
             yield name, (part.t() if self.transposed else part).contiguous()
 
     def join(self, get: Callable[[str], Tensor], config: GPTConfig) -> Tensor:
-        """Ours, from theirs by name. Raises ValueError where their sizes are others."""
+        """Return our weight. get(name): a transformers weight. Raises ValueError if a size does not fit."""
         parts = [get(name).t() if self.transposed else get(name) for name in self.theirs]
         if tuple(len(part) for part in parts) != self.rows:
             rows = [len(part) for part in parts]
@@ -44,7 +44,7 @@ class Weight(NamedTuple):
 
 
 def family(config: GPTConfig) -> Family:
-    """Name the transformers family that has this model. Raises ValueError that names the field where none has it."""
+    """Return the transformers family of a model. Raises ValueError with the offending fields if there is none."""
     gpt2 = config.position == "learned"
     wanted: dict[str, tuple[object, ...]] = {"norm": ("layernorm",), "mlp": ("gelu", "gelu_tanh"), "qk_norm": (False,)}
     if not gpt2:
@@ -67,32 +67,32 @@ def family(config: GPTConfig) -> Family:
 
 
 def to_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Rename GPT's state dict for the transformers class of its family. Raises ValueError where there is none."""
+    """Convert GPT's state dict for the transformers class of its family. Raises ValueError if there is none."""
     out = {name: part for weight in weight_table(config) for name, part in weight.split(state_dict[weight.ours])}
     like = next(iter(out.values()))
     return out | {name: like.new_zeros(size) for name, size in zero_biases(config).items()}
 
 
 def from_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Rename a transformers state dict for GPT(config).load_state_dict.
+    """Convert a transformers state dict for GPT(config).load_state_dict.
 
-    Raises ValueError where the config has no transformers class, or weights are missing, left over or misshapen.
+    Raises ValueError if the config has no transformers class, or if weights are missing, left over or of another shape.
     """
     names = canonical_names(state_dict, config)
     return {weight.ours: weight.join(lambda name: state_dict[names[name]], config) for weight in weight_table(config)}
 
 
-def canonical_names(found: Mapping[str, object], config: GPTConfig) -> dict[str, str]:
-    """The full name of every weight that the config asks for -> its name in a file with the names `found`.
+def canonical_names(stored: Mapping[str, object], config: GPTConfig) -> dict[str, str]:
+    """Map the full name of every weight that the config needs to its name in a file that has the names `stored`.
 
-    Files of the bare model lack the prefix, and safetensors files store a tied weight once. Raises ValueError where
+    Files of the bare model lack the prefix, and safetensors files store a tied weight once. Raises ValueError if
     weights are missing or left over.
     """
     gpt2 = family(config) == "gpt2"
     prefix, bare = (
         ("transformer.", ("wte.", "wpe.", "h.", "ln_f.")) if gpt2 else ("model.", ("embed_", "layers.", "norm."))
     )
-    names = {(prefix + name if name.startswith(bare) else name): name for name in found if not name.endswith(BUFFERS)}
+    names = {(prefix + name if name.startswith(bare) else name): name for name in stored if not name.endswith(BUFFERS)}
     embedding = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
     if config.tie_embeddings and embedding in names:
         names.setdefault("lm_head.weight", names[embedding])
@@ -111,14 +111,14 @@ def weight_table(config: GPTConfig) -> list[Weight]:
 
 
 def zero_biases(config: GPTConfig) -> dict[str, int]:
-    """Names and sizes of biases that transformers' GPT-2 has and the model does not: zeros compute the same."""
+    """Return names and sizes of the biases that transformers' GPT-2 has and our model lacks; they are exported as 0."""
     if config.bias or family(config) != "gpt2":
         return {}
     return {name: rows for _, name, rows in _gpt2_modules(config)}
 
 
 def _gpt2_modules(config: GPTConfig) -> list[tuple[str, str, int]]:
-    """Modules with a weight and a bias: (ours, the bias's name in theirs, rows)."""
+    """Return the modules with a weight and a bias: (our name, transformers' name of the bias, rows)."""
     d = config.d_model
     modules = [("norm", "transformer.ln_f.bias", d)]
     for layer in range(config.n_layer):

@@ -1,7 +1,7 @@
-"""config.json of transformers, from and to GPTConfig: GPT-2, Llama, Qwen3.
+"""Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Qwen3.
 
-What a config.json leaves out has the value that transformers gives it; what our model cannot do (scaled RoPE, sliding
-windows, other activations) is refused by name, never dropped in silence.
+Keys that a config.json leaves out have transformers' defaults. Features that our model lacks (scaled RoPE, sliding
+windows, other activations) raise a ValueError with their name; they are never ignored.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ QWEN3_DEFAULTS = LLAMA_DEFAULTS | {
 
 
 def to_hf_config(config: GPTConfig, eot_id: int, dtype: str) -> dict[str, Any]:
-    """config.json of the model's family; dtype as torch names it ("float32"). Raises ValueError where there is none."""
+    """Return the config.json of a model; dtype: torch's name, as "float32". Raises ValueError if no family fits."""
     kind = family(config)
     common = {
         "architectures": [ARCHITECTURES[kind]],
@@ -74,13 +74,13 @@ def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
-        "rope_theta": config.rope_theta,  # transformers 4; 5 reads the next
+        "rope_theta": config.rope_theta,  # read by transformers 4; version 5 reads the next key
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
     }
 
 
 def from_hf_config(raw: Mapping[str, Any]) -> GPTConfig:
-    """Read a config.json. Raises ValueError naming what our model does not have. Dropout is 0: the run file decides."""
+    """Read a config.json. Raises ValueError for features that our model lacks. Dropout is 0: the run file sets it."""
     kind = raw.get("model_type")
     if kind == "gpt2":
         return _from_gpt2(GPT2_DEFAULTS | dict(raw))
@@ -106,7 +106,7 @@ def _from_gpt2(raw: dict[str, Any]) -> GPTConfig:
         max_seq_len=raw["n_positions"],
         d_ff=raw["n_inner"],
         norm_eps=raw["layer_norm_epsilon"],
-        mlp=GELU[raw["activation_function"]],  # type: ignore[arg-type]  # _refuse saw to it
+        mlp=GELU[raw["activation_function"]],  # type: ignore[arg-type]  # _refuse has checked it
         tie_embeddings=raw["tie_word_embeddings"],
     )
 

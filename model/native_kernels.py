@@ -1,12 +1,12 @@
 """The operations of reference_ops.py in C++ for CPUs, where torch's own read and write memory several times.
 
-    attend      flash attention of rows or documents in one call; what a thread works on lies together in its cache
-    activate    elementwise, one exp each; backward recomputes the gate from the linear layer's output
-    row_losses  a row's losses and gradient while it is in the cache: one exp per logit, torch: two and four copies
+    attend      flash attention of rows or documents in one call, in tiles that fit a core's cache
+    activate    elementwise, one exp per element; backward recomputes the gate from the linear layer's output
+    row_losses  loss and gradient of a row while it is in the cache: one exp per logit (torch: two, and four copies)
 
-The rest is reference_ops.py's. The C++ is compiled at first use, in four seconds, for the very CPU (`c++
--march=native`), into TORCH_EXTENSIONS_DIR or torch's default for it; several processes may do so at once. Where there
-is no compiler, torch's operations stay (`auto`), with a word why. One process's threads are torch's.
+The rest is reference_ops.py's. At first use the C++ is compiled for this CPU (`c++ -march=native`, four
+seconds) into TORCH_EXTENSIONS_DIR or torch's default for it; several processes may do that in parallel. Without a
+compiler, `auto` falls back to reference_ops.py with a warning. The number of threads is torch's.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class BuildError(RuntimeError):
-    """No compiler, or one that fails; the message says what to install."""
+    """There is no compiler, or it failed. The message says what to install."""
 
 
 @functools.cache
 def build() -> ctypes.CDLL:
-    """Compile the library unless that was done before, and load it. Raises BuildError, and OSError for the cache."""
+    """Load the library, compiled first if necessary. Raises BuildError, or OSError if the cache is not writable."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    # GCC prefers half of AVX-512's registers by itself, for the sake of CPUs that slowed down when the rest was used.
+    # By default GCC uses half of the width of AVX-512, because older CPUs lowered their clock at full width.
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
     texts = [path.read_text() for path in (HEADER, *SOURCES)]
     identity = "\n".join([*texts, *compiler, *flags, _cpu()])
@@ -62,18 +62,18 @@ def build() -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
             _compile([*compiler, *flags, *map(str, SOURCES), "-o", str(built)])
-            built.replace(library)  # whole or not at all, whoever else is at it
+            built.replace(library)  # atomic: other processes see the complete file or none
     return ctypes.CDLL(str(library))
 
 
 def _folder() -> Path:
-    """Where torch keeps what it compiles."""
+    """Return the folder in which torch caches compiled extensions."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions") / "packspeed"
 
 
 def _cpu() -> str:
-    """What -march=native depends on: hosts that share a home directory may differ."""
+    """Return what -march=native depends on. Hosts that share a home directory may have different CPUs."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -88,18 +88,18 @@ def _compile(command: list[str]) -> None:
     except OSError as error:
         raise BuildError(f"{command[0]} does not start ({error}): {advice}") from error
     if done.returncode:
-        said = "\n".join(done.stderr.strip().splitlines()[:5])
-        raise BuildError(f"{command[0]} cannot compile our kernels: {advice}. It said: {said or 'nothing'}")
+        output = "\n".join(done.stderr.strip().splitlines()[:5])
+        raise BuildError(f"{command[0]} cannot compile our kernels: {advice}. Its output: {output or 'none'}")
 
 
 def _call(name: str, x: Tensor, *arguments: Any) -> None:
-    """Call a function of the library: tensors as pointers, floats as C floats, the other numbers as 64 and 32 bits."""
+    """Call a function of the library for the dtype of x. Tensors become pointers; other arguments are passed on."""
     function = getattr(build(), f"{name}_{SUFFIX[x.dtype]}")
     function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in (x, *arguments)))
 
 
 class _Attend(torch.autograd.Function):
-    """Arguments (N, heads, width); `ends` (stretches + 1,) int32, from 0 to N."""
+    """q, k, v (N, heads, width); ends (documents + 1,) int32, from 0 to N."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class _Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """Causal attention in each row or each document, in fp32 inside; see attention.attend."""
+    """Causal attention within each row or document, computed in fp32; see attention.attend."""
     if q.dtype not in SUFFIX:
         return plain_attend(q, k, v, documents)
     rows, length = q.shape[:2]
@@ -161,7 +161,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return each row's loss, (N,) fp32, and overwrite the logits by their gradient; see reference_ops.row_losses."""
+    """Return the loss of each row, (N,) fp32; overwrite the logits with their gradient. See reference_ops."""
     if logits.dtype not in SUFFIX:
         return plain_row_losses(logits, labels, vocab_size, z_loss, with_gradient)
     rows, padded = logits.shape

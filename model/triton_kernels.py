@@ -1,16 +1,16 @@
-"""The operations of reference_ops.py in Triton, forward and backward: each reads and writes the GPU's memory once.
+"""The operations of reference_ops.py in Triton, forward and backward. Each reads and writes the GPU's memory once.
 
     add_norm    one program per row: residual sum, statistics in fp32 and norm in one pass (torch: two to seven).
-                Backward: a program walks over every n-th row and keeps its part of the weight's gradient in
-                registers; the parts are summed in a fixed order, so the same input gives the same bits
-    rotate      one program per token turns all heads; backward turns them back
-    activate    elementwise; backward recomputes the gate from the linear layer's output, which is kept anyway
-    row_losses  one program per row reads the logits twice and writes the gradient over them: an online softmax with one
-                running maximum per lane, no reduction until the row ends
+                Backward: each of n programs processes every n-th row and keeps its part of the weight's gradient in
+                registers; the parts are summed in a fixed order, so equal inputs give equal bits
+    rotate      one program per token rotates all heads; backward rotates by the negative angle
+    activate    elementwise; backward recomputes the gate from the linear layer's output, which is saved anyway
+    row_losses  one program per row reads the logits twice and overwrites them with the gradient: an online softmax with
+                one running maximum per lane, without a reduction before the end of the row
 
-All arithmetic is fp32; values are rounded where they are stored. Without a GPU the numbers come from Triton's
-interpreter (TRITON_INTERPRET=1), and triton.compile builds every kernel for any GPU; tests/test_model_kernels.py does
-both. Sources: Triton's tutorials (https://triton-lang.org), online softmax (https://arxiv.org/abs/1805.02867), Liger
+All arithmetic is fp32; values are rounded when they are stored. Tests need no GPU: Triton's interpreter
+(TRITON_INTERPRET=1) computes the numbers, and triton.compile builds every kernel for any GPU.
+Sources: Triton's tutorials (https://triton-lang.org), online softmax (https://arxiv.org/abs/1805.02867), Liger
 (https://arxiv.org/abs/2410.10989).
 """
 
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from packspeed.model.attention import attend as attend
 
-NORM_ELEMENTS = 1 << 19  # in flight in a norm's backward pass: 512 programs of width 1,024 keep an H100 busy
+NORM_ELEMENTS = 1 << 19  # processed in parallel by a norm's backward pass: 512 programs of 1,024 fill an H100
 TILE = 1024  # elements of an activation per program
 VOCAB_TILE = 4096  # logits per step of a row
-NOTHING = tl.constexpr(-1.0e30)  # below every logit, and its difference to itself is 0
+NOTHING = tl.constexpr(-1.0e30)  # below every logit; unlike -inf, minus itself it is 0 and not NaN
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def norm_backward(
     d_out, d_total, total, weight, means, scales, d_x, d_weights, d_biases, rows, width,
     RMS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the rows program, program + programs, ...; d_x holds that of x and of branch, which are equal."""
+    """Gradient of rows program, program + programs, ...; d_x is the gradient of x and of branch, which are equal."""
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     c = tl.arange(0, BLOCK)
     inside = c < width
@@ -100,7 +100,7 @@ def rotate_heads(
     x, rope, out, length, heads, half, stride_b, stride_t, stride_h, table_rows, sign,
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Token (b, t): channel pairs (i, i + half) of every head turned by `sign` times their angle."""
+    """Token (b, t): rotate the channel pairs (i, i + half) of every head by `sign` times their angle."""
     token = tl.program_id(0).to(tl.int64)
     b, t = token // length, token % length
     h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
@@ -118,7 +118,7 @@ def rotate_heads(
 
 @triton.jit
 def gelu_parts(x, TANH: tl.constexpr):
-    """Return the share of x that GELU lets through, and the derivative of GELU."""
+    """Return GELU(x) / x and the derivative of GELU."""
     if TANH:
         # (1 + tanh(u)) / 2 = sigmoid(2 u)
         share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
@@ -131,7 +131,7 @@ def gelu_parts(x, TANH: tl.constexpr):
 
 @triton.jit
 def activation_forward(x, out, count, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Elements `program * BLOCK ...` of out; for swiglu, rows of x are (gate, up), each `width` wide."""
+    """Compute BLOCK elements of out. For swiglu, a row of x is (gate, up), each `width` wide."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     if KIND == "swiglu":
@@ -168,7 +168,7 @@ def activation_backward(x, d_out, d_x, count, width, KIND: tl.constexpr, BLOCK: 
 def cross_entropy_row(
     logits, labels, losses, vocab_size, padded, z_loss, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Loss of one row, and the gradient over its logits; columns from vocab_size to padded are no tokens."""
+    """Loss of one row; the gradient overwrites its logits. Columns from vocab_size to padded are padding."""
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * padded
     label = tl.load(labels + row)
@@ -198,7 +198,7 @@ def cross_entropy_row(
 
 
 def _warps(block: int) -> int:
-    """Of a program on `block` elements: eight per thread."""
+    """Return the warps of a program on `block` elements: eight elements per thread."""
     return min(16, max(1, block // 256))
 
 
@@ -223,7 +223,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the outputs: that of the sum, where there is one, and that of the norm."""
+        """grads: of the sum, if there is a branch, and of the norm."""
         total, weight, means, scales = ctx.saved_tensors
         d_out, d_total = grads[-1].contiguous(), grads[0].contiguous()
         width, rows = total.size(-1), total.numel() // total.size(-1)
@@ -241,13 +241,13 @@ class _AddNorm(torch.autograd.Function):
 def add_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return x + branch (x itself where there is none) and its norm; see reference_ops.add_norm."""
+    """Return x + branch (x if branch is None) and its norm; see reference_ops.add_norm."""
     out: Any = _AddNorm.apply(x, branch, weight, bias, eps, rms)
     return (x, out) if branch is None else out
 
 
 def _rotated(x: Tensor, rope: Tensor, sign: float) -> Tensor:
-    """x (B, T, H, D) of any strides but the last."""
+    """Rotate x (B, T, H, D), whose strides may be any except the last."""
     batch, length, heads, width = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -272,7 +272,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn channel pairs of x (B, T, H, D) by their angle; see reference_ops.rotate."""
+    """Rotate channel pairs of x (B, T, H, D) by their angles; see reference_ops.rotate."""
     out: Tensor = _Rotate.apply(x, rope.contiguous())
     return out
 
@@ -304,7 +304,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return each row's loss, (N,) fp32, and overwrite the logits by their gradient; see reference_ops.row_losses."""
+    """Return the loss of each row, (N,) fp32; overwrite the logits with their gradient. See reference_ops."""
     rows, padded = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(VOCAB_TILE, triton.next_power_of_2(padded))

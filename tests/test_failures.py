@@ -65,7 +65,7 @@ def test_typo_in_the_deepspeed_json_exits_2_through_deepspeeds_launcher(workspac
         (["train.precision=fp16", "deepspeed=zero0"], 2, "fp16 with ZeRO-0"),
         (["train.optimizer.name=lion", "deepspeed=zero1"], 2, "DeepSpeed has no FusedLion for cpu"),
         (["model.max_seq_len=8"], 2, "data.seq_len = 32 is longer than the model's max_seq_len = 8"),
-        (["model.n_head=3"], 2, "d_model = 32 is no multiple of n_head = 3"),
+        (["model.n_head=3"], 2, "d_model = 32 is not a multiple of n_head = 3"),
     ],
 )
 def test_impossible_requests_are_one_paragraph(workspace: Workspace, sets: list[str], code: int, message: str) -> None:

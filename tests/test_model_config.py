@@ -114,7 +114,7 @@ def test_flops_give_the_mfu_that_llm_foundry_published(row: tuple[int, int, int,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_head": 5}, "no multiple of n_head = 5"),
+        ({"n_head": 5}, "not a multiple of n_head = 5"),
         ({"n_kv_head": 3}, "n_kv_head = 3"),
         ({"n_layer": 0}, "n_layer = 0"),
         ({"vocab_size": -1}, "vocab_size = -1"),
@@ -151,5 +151,5 @@ def test_pydantic_takes_the_config_and_refuses_unknown_keys() -> None:
     assert run.model == GPTConfig(**SHAPE, activation_checkpointing=2)
     with pytest.raises(ValidationError, match="n_heads"):
         RunFile.model_validate({"model": {**SHAPE, "n_heads": 4}})
-    with pytest.raises(ValidationError, match="no multiple of n_head"):
+    with pytest.raises(ValidationError, match="not a multiple of n_head"):
         RunFile.model_validate({"model": {**SHAPE, "n_head": 5}})

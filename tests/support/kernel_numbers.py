@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from packspeed.model import native_kernels, triton_kernels
+from packspeed.model import fused_loss, native_kernels, triton_kernels
 from packspeed.model import reference_ops as plain
 from packspeed.model.attention import Documents
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, rope_table
+from packspeed.model.kernels import Kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 @pytest.fixture(params=FUSED)
-def fused(request: pytest.FixtureRequest) -> plain.Kernels:
+def fused(request: pytest.FixtureRequest) -> Kernels:
     return FUSED[request.param]
 
 
@@ -65,7 +66,7 @@ def test_add_norm(shape: tuple[int, ...], with_branch: bool, rms: bool, dtype: t
     inputs = [normal(*shape, dtype=dtype), normal(shape[-1], dtype=dtype, seed=2)]
     inputs += [normal(*shape, dtype=dtype, seed=3)] * with_branch + [normal(shape[-1], dtype=dtype, seed=4)] * (not rms)
 
-    def run(module: plain.Kernels, x: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def run(module: Kernels, x: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         branch, bias = rest[0] if with_branch else None, None if rms else rest[-1]
         total, normed = module.add_norm(x, branch, weight, bias, 1e-5, rms)
         return (total, normed) if with_branch else (normed,)
@@ -100,7 +101,7 @@ def test_rotate(batch: int, length: int, heads: int, width: int, own_positions: 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, where a sigmoid is 0: exp is infinite
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "swiglu"])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 5, 14), (2, 1030)])
-def test_activate(fused: plain.Kernels, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_activate(fused: Kernels, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (normal(*shape, dtype=dtype).detach() * 4.0).requires_grad_()
     doubles = exact(x)
     check([fused.activate(x, kind)], [x], [plain.activate(doubles, kind)], [doubles])
@@ -109,9 +110,7 @@ def test_activate(fused: plain.Kernels, kind: str, shape: tuple[int, ...], dtype
 @DTYPES
 @pytest.mark.parametrize(("rows", "vocab_size", "padded"), [(1, 1, 1), (3, 7, 8), (5, 100, 128), (2, 5000, 5120)])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_row_losses(
-    fused: plain.Kernels, rows: int, vocab_size: int, padded: int, z_loss: float, dtype: torch.dtype
-) -> None:
+def test_row_losses(fused: Kernels, rows: int, vocab_size: int, padded: int, z_loss: float, dtype: torch.dtype) -> None:
     """Large logits, an ignored row, and what stands in the padding does not matter."""
     logits = (normal(rows, padded, dtype=dtype).detach() * 10.0).contiguous()
     logits[:, vocab_size:] = 1e4
@@ -139,7 +138,7 @@ def test_attend(
     whole = normal(*shape, heads + 2 * kv_heads, width, dtype=dtype, device=CPU)
     documents = None if lengths is None else Documents.of(lengths, whole[..., 0, 0])
 
-    def run(module: plain.Kernels, x: Tensor) -> list[Tensor]:
+    def run(module: Kernels, x: Tensor) -> list[Tensor]:
         return [module.attend(*x.split([heads, kv_heads, kv_heads], dim=2), documents)]
 
     double = exact(whole)
@@ -157,14 +156,14 @@ def test_a_nan_goes_through_attention(value: float) -> None:
     assert mixed[0, :, 0].isfinite().all()
 
 
-def test_a_nan_reaches_the_loss(fused: plain.Kernels) -> None:
+def test_a_nan_reaches_the_loss(fused: Kernels) -> None:
     logits = torch.zeros(2, 10, device=DEVICE)
     logits[0, 3] = float("nan")
     losses = fused.row_losses(logits, torch.tensor([1, 1], device=DEVICE), 9, 0.0, True)
     assert losses.isnan().tolist() == [True, False]
 
 
-def test_a_label_that_is_no_token_makes_the_loss_nan(fused: plain.Kernels) -> None:
+def test_a_label_that_is_no_token_makes_the_loss_nan(fused: Kernels) -> None:
     """A NaN stops a run, with its samples named; torch's gather would end the process."""
     labels = torch.tensor([9, 1, 2**40], device=DEVICE)
     for with_gradient in (False, True):
@@ -186,7 +185,7 @@ VARIANT = {"mlp": "gelu", "bias": False, "z_loss": 1e-3, "dropout": 0.1, "activa
 def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and all gradients within 1e-5, with the head in several chunks."""
     for chunk in ("CPU_CHUNK_BYTES", "GPU_CHUNK_BYTES"):
-        monkeypatch.setattr(plain, chunk, 4 * 8 * 128)
+        monkeypatch.setattr(fused_loss, chunk, 4 * 8 * 128)
     tokens = torch.randint(0, 101, (2, 13), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     results = []
     for kernels in ("eager", name):
