@@ -180,24 +180,24 @@ class MixtureLoader(Loader):
         self.samples_per_epoch = sum(loader.samples_per_epoch for loader in self.loaders)
 
     def read(self, first: int, count: int) -> Batch:
-        """Samples first to first + count - 1. Each source reads its samples at once, then they go to their rows."""
+        """Samples first to first + count - 1. Each source reads its samples in one call."""
         source, number = self.mixture.assign(first, count)
-        places = [np.flatnonzero(source == i) for i in range(len(self.loaders))]
-        parts = [
-            (place, loader.read(int(number[place[0]]), len(place)))
-            for place, loader in zip(places, self.loaders, strict=True)
-            if len(place)
+        rows_of_source = [np.flatnonzero(source == i) for i in range(len(self.loaders))]
+        batches = [
+            (rows, loader.read(int(number[rows[0]]), len(rows)))
+            for rows, loader in zip(rows_of_source, self.loaders, strict=True)
+            if len(rows)
         ]
-        return replace(_join(parts, count), samples=np.arange(first, first + count, dtype=np.int64))
+        return replace(_join(batches, count), samples=np.arange(first, first + count, dtype=np.int64))
 
     def used(self, step: int) -> int:
         """Number of labels in a step's global batch that count in the loss."""
         total = 0
         source, number = self.mixture.assign(step * self.global_batch, self.global_batch)
         for i, loader in enumerate(self.loaders):
-            mine = number[source == i]
-            if len(mine):
-                total += sum(n for row in loader.spans(int(mine[0]), len(mine)) for _, n in row)
+            numbers = number[source == i]
+            if len(numbers):
+                total += sum(n for row in loader.spans(int(numbers[0]), len(numbers)) for _, n in row)
         return total
 
     def val_available(self) -> int:
@@ -212,12 +212,12 @@ class MixtureLoader(Loader):
         firsts = np.cumsum(shares) - shares
         chosen = np.asarray(indices, dtype=np.int64)
         source = np.searchsorted(np.cumsum(shares), chosen, side="right")
-        parts = []
+        batches = []
         for i in np.unique(source).tolist():
-            place = np.flatnonzero(source == i)
-            inside = (chosen[place] - firsts[i]).tolist()
-            parts.append((place, self.loaders[i].eval_batch(inside, int(shares[i]))))
-        return replace(_join(parts, len(chosen)), samples=chosen)
+            rows = np.flatnonzero(source == i)
+            inside = (chosen[rows] - firsts[i]).tolist()
+            batches.append((rows, self.loaders[i].eval_batch(inside, int(shares[i]))))
+        return replace(_join(batches, len(chosen)), samples=chosen)
 
     def report(self, samples: int) -> list[SourceReport]:
         """Per source: its weight in the first stage, and samples, tokens and epochs after `samples` of the run."""
@@ -236,21 +236,21 @@ class MixtureLoader(Loader):
         ]
 
 
-def _join(parts: list[tuple[Indices, Batch]], count: int) -> Batch:
+def _join(batches: list[tuple[Indices, Batch]], count: int) -> Batch:
     """One batch of `count` rows from several batches, each with the row numbers that its rows get."""
-    first = parts[0][1]
+    first = batches[0][1]
     # Sources may be uint16 and uint32; the batch gets the wider type.
-    dtype = np.result_type(*(batch.tokens.dtype for _, batch in parts))
+    dtype = np.result_type(*(batch.tokens.dtype for _, batch in batches))
 
-    def rows(name: str, kind: np.dtype[Any]) -> Any:
+    def joined(name: str, dtype: np.dtype[Any]) -> Any:
         if getattr(first, name) is None:
             return None
-        out = np.empty((count, *getattr(first, name).shape[1:]), dtype=kind)
-        for place, batch in parts:
-            out[place] = getattr(batch, name)
+        out = np.empty((count, *getattr(first, name).shape[1:]), dtype=dtype)
+        for rows, batch in batches:
+            out[rows] = getattr(batch, name)
         return out
 
-    positions = rows("positions", np.dtype(np.int32))
+    positions = joined("positions", np.dtype(np.int32))
     documents = None if positions is None else np.diff(np.flatnonzero(positions == 0), append=positions.size)
-    tokens, targets = rows("tokens", dtype), rows("targets", dtype)
-    return Batch(tokens, first.samples, targets, rows("used", np.dtype(np.int64)), 0, positions, documents)
+    tokens, targets = joined("tokens", dtype), joined("targets", dtype)
+    return Batch(tokens, first.samples, targets, joined("used", np.dtype(np.int64)), 0, positions, documents)

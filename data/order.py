@@ -146,15 +146,15 @@ class _Epoch:
         windows = order.windows
         self._flat = Permutation(windows, self._prefix + b"full") if order.shuffle == "full" else None
         self._block = max(1, BLOCK_TOKENS // order.seq_len)  # windows in a block
-        self._whole, self._rest = divmod(windows, self._block)
-        blocks = self._whole + (self._rest > 0)
-        self._permute_blocks = Permutation(max(1, self._whole), self._prefix + b"blocks")
-        self._rest_place = self._draw(b"rest", blocks) if self._rest else blocks
+        self._full_blocks, self._rest = divmod(windows, self._block)
+        blocks = self._full_blocks + (self._rest > 0)
+        self._permute_blocks = Permutation(max(1, self._full_blocks), self._prefix + b"blocks")
+        self._rest_slot = self._draw(b"rest", blocks) if self._rest else blocks
         # Group g holds the permuted blocks first_block[g] .. first_block[g + 1] - 1 and begins at slot first_slot[g].
         self.groups = groups = max(1, round(windows * order.seq_len / GROUP_TOKENS))
         self._seq_len = order.seq_len
         self._first_block = np.arange(groups + 1, dtype=np.int64) * blocks // groups
-        missing = (self._first_block > self._rest_place) * (self._block - self._rest)
+        missing = (self._first_block > self._rest_slot) * (self._block - self._rest)
         self._first_slot = self._first_block * self._block - missing
 
     def __call__(self, slots: Indices) -> Indices:
@@ -174,12 +174,12 @@ class _Epoch:
         permute = Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
         position = first + permute(slots - first)  # windows in the order of the permuted blocks
         # Windows after the short block come earlier by what it lacks; shift them back so that division gives the block.
-        behind = position >= self._rest_place * self._block + self._rest
+        behind = position >= self._rest_slot * self._block + self._rest
         position = position + behind * (self._block - self._rest)
-        place, inside = np.divmod(position, self._block)
-        whole = place - (place > self._rest_place)
-        last = place == self._rest_place
-        block = np.where(last, self._whole, self._permute_blocks(np.where(last, 0, whole)))
+        slot_block, inside = np.divmod(position, self._block)
+        full_block = slot_block - (slot_block > self._rest_slot)  # its number among the full blocks
+        last = slot_block == self._rest_slot
+        block = np.where(last, self._full_blocks, self._permute_blocks(np.where(last, 0, full_block)))
         window: Indices = block * self._block + inside
         return window
 
@@ -189,12 +189,12 @@ class _Epoch:
 
     def blocks_of(self, group: int) -> Indices:
         """First token and tokens of the blocks of a group, (blocks, 2)."""
-        places = np.arange(self._first_block[group], self._first_block[group + 1])
-        places = places[places != self._rest_place]
-        blocks = self._permute_blocks(places - (places > self._rest_place))
-        if self._first_block[group] <= self._rest_place < self._first_block[group + 1]:
-            blocks = np.append(blocks, self._whole)
-        windows = np.where(blocks == self._whole, self._rest, self._block)
+        slot_blocks = np.arange(self._first_block[group], self._first_block[group + 1])
+        slot_blocks = slot_blocks[slot_blocks != self._rest_slot]
+        blocks = self._permute_blocks(slot_blocks - (slot_blocks > self._rest_slot))
+        if self._first_block[group] <= self._rest_slot < self._first_block[group + 1]:
+            blocks = np.append(blocks, self._full_blocks)
+        windows = np.where(blocks == self._full_blocks, self._rest, self._block)
         return np.stack([self.offset + blocks * self._block * self._seq_len, windows * self._seq_len + 1], axis=1)
 
     def _draw(self, purpose: bytes, n: int) -> int:

@@ -75,13 +75,11 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
     # bos_aligned discards the rest of a long document, since it is no beginning.
     chosen = np.flatnonzero((rest > 0) & ((whole == 0) | (mode == "best_fit")))
     open_rows = _OpenRows(seq_len, rows - min(rows, len(full_starts)))
-    left = open_rows.place(rest[chosen])
+    left = open_rows.best_fit(rest[chosen])
     open_rows.fill(rest[chosen], left, split=mode == "best_fit")
     full_starts = full_starts[:rows]
     begin = (starts + whole * seq_len)[chosen]
-    piece, offset, length, row = (np.array(part, dtype=np.int64) for part in zip(*open_rows.pieces, strict=True)) if (
-        open_rows.pieces
-    ) else (np.empty(0, np.int64),) * 4  # fmt: skip
+    piece, offset, length, row = np.array(open_rows.pieces, dtype=np.int64).reshape(-1, 4).T
     all_starts = np.concatenate([full_starts, begin[open_rows.placed], begin[piece] + offset])
     all_lengths = np.concatenate([np.full(len(full_starts), seq_len), rest[chosen][open_rows.placed], length])
     all_rows = np.concatenate([np.arange(len(full_starts)), open_rows.rows + len(full_starts), row + len(full_starts)])
@@ -104,7 +102,7 @@ class _OpenRows:
         self.placed, self.rows = np.empty(0, np.int64), np.empty(0, np.int64)
         self.pieces: list[tuple[int, int, int, int]] = []  # document, offset in it, tokens, row
 
-    def place(self, lengths: Indices) -> list[int]:
+    def best_fit(self, lengths: Indices) -> list[int]:
         """Best-fit-decreasing. Returns the documents that have no room. Equal lengths are placed together."""
         order = np.argsort(-lengths, kind="stable")
         sizes, counts = np.unique(lengths, return_counts=True)
@@ -127,15 +125,15 @@ class _OpenRows:
 
     def _take(self, room: int, size: int, count: int) -> list[int]:
         """Take rows with this `room` for up to `count` documents; a row is listed once per document it can hold."""
-        each = min(room // size, count)
-        rows = self._by_room[room][-(count // each) :]
+        per_row = min(room // size, count)
+        rows = self._by_room[room][-(count // per_row) :]
         del self._by_room[room][-len(rows) :]
         if not self._by_room[room]:
             self._mask &= ~(1 << room)
-        if room - each * size:
-            self._by_room[room - each * size] += rows
-            self._mask |= 1 << (room - each * size)
-        return [row for row in rows for _ in range(each)]
+        if room - per_row * size:
+            self._by_room[room - per_row * size] += rows
+            self._mask |= 1 << (room - per_row * size)
+        return [row for row in rows for _ in range(per_row)]
 
     def fill(self, lengths: Indices, left: list[int], split: bool) -> None:
         """Fill the gaps, widest first, with the documents that had no room: split over gaps, or their beginnings."""
@@ -145,9 +143,9 @@ class _OpenRows:
             offset, length = 0, int(lengths[document])
             while offset < length and at < len(holes):
                 room, row = holes[at]
-                part = min(room - used, length - offset)
-                self.pieces.append((document, offset, part, row))
-                offset, used = offset + part, used + part
+                size = min(room - used, length - offset)
+                self.pieces.append((document, offset, size, row))
+                offset, used = offset + size, used + size
                 if used == room:
                     at, used = at + 1, 0
                 if not split:
@@ -226,8 +224,8 @@ class PackedLoader(Loader):
         """First label (as token of the stream) and length of every piece of a row."""
         window = int(np.searchsorted(self._first_row, row, side="right")) - 1
         plan, inside = self._plan(window), row - int(self._first_row[window])
-        part = slice(int(plan.first_piece[inside]), int(plan.first_piece[inside + 1]))
-        return plan.starts[part], plan.lengths[part]
+        pieces = slice(int(plan.first_piece[inside]), int(plan.first_piece[inside + 1]))
+        return plan.starts[pieces], plan.lengths[pieces]
 
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
         """As Loader.spans: the pieces of every row."""

@@ -29,31 +29,34 @@ def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[s
     first = step * loader.global_batch
     for sample in range(first, first + loader.global_batch):
         source, number = _origin(loader, sample)
-        inner = sources_of(loader)[source]
-        for start, length in inner.spans(number, 1)[0]:
-            for document in _documents(inner.dataset, inner.split, start, length):
-                found = {"sample": sample, "source": str(inner.dataset.path)} | document
-                yield found | ({"text": _text(inner.dataset, inner.split, start, length, document)} if text else {})
+        source_loader = sources_of(loader)[source]
+        for start, length in source_loader.spans(number, 1)[0]:
+            for document in _documents(source_loader.dataset, source_loader.split, start, length):
+                record = {"sample": sample, "source": str(source_loader.dataset.path)} | document
+                if text:
+                    record["text"] = _text(source_loader.dataset, source_loader.split, document)
+                yield record
 
 
 def steps_of(loader: Loader, source: int, shard: str, index: int, steps: int) -> list[int]:
     """The steps below `steps` with a label in document `index` of a shard. UsageError if there is no such document."""
     if not 0 <= source < len(sources_of(loader)):
         raise UsageError(f"There is no source {source}: the run has {len(sources_of(loader))}, numbered from 0.")
-    inner = sources_of(loader)[source]
-    start, length = _label_span(inner, shard, index)
-    found = set[int]()
+    source_loader = sources_of(loader)[source]
+    start, length = _label_span(source_loader, shard, index)
+    steps_with_document = set[int]()
     for first in range(0, steps * loader.global_batch, SCANNED_SAMPLES):
         count = min(SCANNED_SAMPLES, steps * loader.global_batch - first)
         if isinstance(loader, MixtureLoader):
             origin, number = loader.mixture.assign(first, count)
-            mine = np.flatnonzero(origin == source)
-            hits = inner.hits(int(number[mine[0]]), len(mine), start, length) if len(mine) else np.zeros(0, bool)
-            samples = first + mine[hits]
+            of_source = np.flatnonzero(origin == source)
+            if not len(of_source):
+                continue
+            samples = first + of_source[source_loader.hits(int(number[of_source[0]]), len(of_source), start, length)]
         else:
-            samples = first + np.flatnonzero(inner.hits(first, count, start, length))
-        found.update((samples // loader.global_batch).tolist())
-    return sorted(found)
+            samples = first + np.flatnonzero(source_loader.hits(first, count, start, length))
+        steps_with_document.update((samples // loader.global_batch).tolist())
+    return sorted(steps_with_document)
 
 
 def _origin(loader: Loader, sample: int) -> tuple[int, int]:
@@ -74,7 +77,7 @@ def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> It
         at = end
 
 
-def _text(dataset: TokenDataset, split: str, start: int, length: int, document: dict[str, Any]) -> str:
+def _text(dataset: TokenDataset, split: str, document: dict[str, Any]) -> str:
     """The labels in a document, decoded, without the EOT."""
     _, first = _number(dataset, split, document["shard"], document["index"])
     tokens = dataset.read(split, first + document["first_token"], document["tokens"])
@@ -84,11 +87,11 @@ def _text(dataset: TokenDataset, split: str, start: int, length: int, document: 
 def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[int, int]:
     """Number of a document in its split, and its first token in the stream."""
     before = 0
-    for known in dataset.manifest.shards:
-        if known.name == shard and known.split == split and 0 <= index < known.documents:
+    for candidate in dataset.manifest.shards:
+        if candidate.name == shard and candidate.split == split and 0 <= index < candidate.documents:
             starts, _ = dataset.document_spans(split, before + index, 1)
             return before + index, int(starts[0])
-        before += known.documents if known.split == split else 0
+        before += candidate.documents if candidate.split == split else 0
     raise UsageError(f"{dataset.path} has no document {index} in a shard {shard} of its {split} split.")
 
 

@@ -88,19 +88,20 @@ def _content(folder: Path, shard: dict[str, Any]) -> bytes:
 
 
 def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:
+    """The bytes of column `wanted` in a sample. Columns without a fixed size have theirs at the sample's start."""
     dynamic = [i for i, size in enumerate(sizes) if not size]
     heads = dict(zip(dynamic, np.frombuffer(sample, "<u4", len(dynamic)).tolist(), strict=True))
-    found = [size or heads[i] for i, size in enumerate(sizes)]
-    begin = 4 * len(dynamic) + sum(found[:wanted])
-    return sample[begin : begin + found[wanted]]
+    column_bytes = [size or heads[i] for i, size in enumerate(sizes)]
+    begin = 4 * len(dynamic) + sum(column_bytes[:wanted])
+    return sample[begin : begin + column_bytes[wanted]]
 
 
 def _decode(value: bytes, encoding: str) -> npt.NDArray[np.uint32]:
-    kind, _, rest = encoding.partition(":")
+    type_name, _, rest = encoding.partition(":")
     dtype, _, shape = rest.partition(":")
-    if kind == "bytes":
+    if type_name == "bytes":
         dtype, shape = "int64", "all"
-    elif kind != "ndarray":
+    elif type_name != "ndarray":
         raise ValueError(f"column of {encoding}, and tokens are an ndarray or bytes")
     if not dtype:
         dtype, value = VALUE_DTYPES[value[0]], value[1:]
@@ -129,7 +130,7 @@ def write_mds(folder: Path, documents: Iterable[Tokens], dtype: str) -> None:
 
 def _encode(tokens: Tokens) -> bytes:
     """The sample of one document: the size of its only column, the array's header, the values."""
-    code = next(code for code, kind in enumerate(SHAPE_DTYPES) if len(tokens) <= np.iinfo(kind).max)
+    code = next(code for code, dtype in enumerate(SHAPE_DTYPES) if len(tokens) <= np.iinfo(dtype).max)
     shape = np.array([len(tokens)], SHAPE_DTYPES[code]).tobytes()
     value = bytes([4 + code]) + shape + tokens.tobytes()
     return np.array([len(value)], "<u4").tobytes() + value

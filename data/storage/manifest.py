@@ -158,8 +158,8 @@ def build_record(record: type[Record], raw: object, where: str) -> Record:
     """A dataclass from parsed JSON: exactly its fields and types; fields with a default may be missing."""
     hints, required = _fields(cast("Hashable", record))
     if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
-        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-        raise DataError(f"{where} must hold exactly {sorted(hints)}, found {found}. Copy the dataset again.")
+        actual = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+        raise DataError(f"{where} must hold exactly {sorted(hints)}, found {actual}. Copy the dataset again.")
     return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items() if name in raw})
 
 

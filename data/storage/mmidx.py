@@ -88,14 +88,14 @@ def read_headers(paths: Sequence[str]) -> list[bytes]:
             os.close(file)
 
 
-def check_header(path: str, found: bytes, documents: int, dtype: str) -> None:
-    """DataError unless the header `found` in `path` is that of `documents` documents of `dtype`."""
+def check_header(path: str, header: bytes, documents: int, dtype: str) -> None:
+    """DataError unless the `header` of `path` is that of `documents` documents of `dtype`."""
     expected = HEADER.pack(MAGIC, 1, CODES[dtype], documents, documents + 1)
-    if found == expected:
+    if header == expected:
         return
-    if len(found) < HEADER.size or not found.startswith(MAGIC):
-        raise DataError(f"{path} is not a Megatron index: it begins with {found[:9]!r}. Copy the shard again.")
-    _, version, code, sequences, ends = HEADER.unpack(found)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise DataError(f"{path} is not a Megatron index: it begins with {header[:9]!r}. Copy the shard again.")
+    _, version, code, sequences, ends = HEADER.unpack(header)
     raise DataError(
         f"{path} has version {version}, type code {code}, {sequences} documents and {ends} ends; expected 1, "
         f"{CODES[dtype]}, {documents} and {documents + 1}. The index belongs to another shard: copy the pair again."

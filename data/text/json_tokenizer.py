@@ -142,8 +142,8 @@ def _without_special_tokens(spec: dict[str, Any], eot: str) -> dict[str, Any]:
     return spec | {"added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
 
 
-def _is_byte_level(part: dict[str, Any] | None) -> bool:
-    return part is not None and part.get("type") == "ByteLevel"
+def _is_byte_level(component: dict[str, Any] | None) -> bool:
+    return component is not None and component.get("type") == "ByteLevel"
 
 
 def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:

@@ -82,8 +82,8 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             best = min(joint)
             if best == 2**62:
                 break
-            place = joint.index(best)
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+            left = joint.index(best)
+            parts[left : left + 2] = [parts[left] + parts[left + 1]]
         if len(parts) == 2:
             pairs.append((parts[0], parts[1]))
     return pairs

@@ -1,14 +1,10 @@
-"""Text to token ids and back: one interface for tiktoken vocabularies, `tokenizer.json` files and plain bytes.
+"""One interface for all tokenizers, and how to load one by name, by file or from a dataset.
 
-All of them are byte-level byte-pair encodings (Sennrich et al., https://arxiv.org/abs/1508.07909; bytes as in GPT-2): a
-regular expression cuts the text into pieces, then inside each piece the adjacent pair of lowest rank is merged until
-none is left. A `.tiktoken` file holds one token per line, base64 and rank. It lacks the regular expression, the size of
-the vocabulary and the end-of-text id, so a small `NAME.tiktoken.json` lies beside it.
+    ranks.py             tiktoken's vocabularies (`.tiktoken` files) and plain bytes
+    json_tokenizer.py    `tokenizer.json` files of Hugging Face's tokenizers
+    encode.py            batches of texts, by gigatoken if possible
 
-Special tokens come only from us: text that contains the characters `<|endoftext|>` is encoded as ordinary text.
-
-Cost: tiktoken encodes 2 to 4 million tokens a second on one core; GPT-2's ranks load in 0.2 s, from the package itself.
-They are OpenAI's r50k_base.tiktoken (MIT licence, https://github.com/openai/tiktoken), byte for byte.
+Text never encodes to a special token: the characters `<|endoftext|>` in a document are ordinary text.
 """
 
 from __future__ import annotations
@@ -54,7 +50,7 @@ class Tokenizer(Protocol):
         """The exact bytes of the ids; end-of-text gives its name."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
+        """The text of the ids; bytes that are not UTF-8 (half a character, for example) become U+FFFD."""
 
     def save(self, folder: Path) -> str:
         """Write the file or files that define the tokenizer into `folder`; returns the name of the main one."""
@@ -89,10 +85,10 @@ def load_from_dataset(folder: str | Path) -> Tokenizer:
         raise DataError(f"Dataset {folder} lacks its tokenizer {identity.file}. Copy that file there again.")
     tokenizer = load_tokenizer_file(path)
     for field in ("sha256", "pattern", "vocab_size", "eot_id"):
-        found, expected = getattr(tokenizer, field), getattr(identity, field)
-        if found != expected:
+        actual, expected = getattr(tokenizer, field), getattr(identity, field)
+        if actual != expected:
             raise DataError(
-                f"{path} is not the tokenizer of its dataset: {field} is {found!r}, the manifest says {expected!r}. "
+                f"{path} is not the tokenizer of its dataset: {field} is {actual!r}, in the manifest {expected!r}. "
                 f"Copy the original file there again."
             )
     tokenizer.name = identity.name

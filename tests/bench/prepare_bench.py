@@ -68,9 +68,10 @@ def ranks() -> object:
     """GPT-2's encoding from the packaged ranks: no recipe is charged for a download."""
     import tiktoken
 
+    from packspeed.data import text
     from packspeed.data.text.ranks import GPT2_PATTERN, parse_ranks
 
-    path = Path(sys.modules["packspeed.data.text.tokenizer"].__file__ or "").parents[1] / "gpt2.tiktoken"
+    path = Path(text.__file__ or "").parents[1] / "gpt2.tiktoken"
     return tiktoken.Encoding(
         "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=parse_ranks(path.read_bytes(), "gpt2"), special_tokens={}
     )
