@@ -76,6 +76,7 @@ class Mixture:
         self._block = lru_cache(maxsize=64)(self._new_block)
 
     def _add(self, block: int, weights: Sequence[float]) -> None:
+        """Add a stage that begins at `block`. UsageError for impossible weights or stages out of order."""
         if len(weights) != self.sources or min(weights) < 0 or not sum(weights) > 0 or self.sources > MOST_SOURCES:
             raise UsageError(
                 f"A mixture of {self.sources} sources (at most {MOST_SOURCES}) cannot have the weights "

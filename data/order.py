@@ -170,6 +170,7 @@ class _Epoch:
         return out
 
     def _in_group(self, group: int, slots: Indices) -> Indices:
+        """The windows of slots that are all in one group."""
         first, size = self._first_slot[group], int(self._first_slot[group + 1] - self._first_slot[group])
         permute = Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
         position = first + permute(slots - first)  # windows in the order of the permuted blocks

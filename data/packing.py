@@ -174,6 +174,7 @@ class PackedLoader(Loader):
         )  # fmt: skip
 
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
+        """Count the rows of every window of documents; returns the rows of an epoch."""
         documents = sum(s.documents for s in self.dataset.manifest.shards if s.split == self.split)
         windows = -(-documents // WINDOW_DOCUMENTS)
         firsts, _ = self.dataset.document_spans(self.split, 0, windows, WINDOW_DOCUMENTS)

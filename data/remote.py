@@ -64,6 +64,7 @@ class ShardCache:
         return path
 
     def _fetch(self, path: Path, size: int, xxh3_128: str, open_remote: Callable[[], IO[bytes]]) -> None:
+        """Download a file under a temporary name and rename it if its hash is right; OSError otherwise."""
         # A name per process: a file system without working locks must not mix two downloads.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         digest, written = xxhash.xxh3_128(), 0
@@ -164,6 +165,7 @@ class RemoteDataset(TokenDataset):
         return self.cache.get(f"{self.fingerprint}/{name}", *size_and_hash, lambda: self._remote(name))
 
     def _map(self, split: str, number: int) -> Tokens:
+        """As TokenDataset._map; fetches the shard first if needed."""
         shards = self._shards[split]
         name = shards[number].name
         tokens = self._maps.get(name)

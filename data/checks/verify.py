@@ -67,6 +67,7 @@ def _check_tokenizer(folder: Path, manifest: Manifest, report: VerifyReport) -> 
 
 
 def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: VerifyReport) -> None:
+    """Check one shard. A shard with problems does not count as checked; DataError if it cannot be read at all."""
     shard_path, index_path = folder / f"{shard.name}.bin", folder / f"{shard.name}.idx"
     if shard_path.stat().st_size != shard.bin_bytes:
         raise DataError(

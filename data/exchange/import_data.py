@@ -95,6 +95,7 @@ def import_data(
 def _manifest(
     names: list[str], dtype: str, tokenizer: Tokenizer, tokenizer_file: str, shards: list[Shard], fingerprint: str
 ) -> Manifest:
+    """The manifest of an imported dataset. DataError if there are no tokens."""
     if not shards:
         raise DataError(f"There are no tokens in {', '.join(names)}.")
     summary = SourceSummary(names, sum(shard.documents for shard in shards), 0, 0, 0, 0, fingerprint)
@@ -187,6 +188,7 @@ def _megatron_index(prefix: str) -> tuple[Tokens, npt.NDArray[np.int64], npt.NDA
 
 
 def _megatron_documents(prefix: str, eot_id: int, append_eot: bool) -> Iterator[Run]:
+    """The documents of a Megatron pair, one at a time, each ended by EOT; empty ones are left out."""
     tokens, bounds, _ = _megatron_index(prefix)
     for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         document = tokens[first:end]

@@ -56,6 +56,7 @@ def read_mds(folder: Path) -> Iterator[Samples]:
 
 
 def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
+    """The tokens and lengths of one shard's samples. ValueError if the shard does not fit the index."""
     raw, names = _content(folder, shard), shard["column_names"]
     column = next((names.index(name) for name in COLUMNS if name in names), -1)
     if column < 0:
@@ -97,6 +98,7 @@ def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:
 
 
 def _decode(value: bytes, encoding: str) -> npt.NDArray[np.uint32]:
+    """The token ids of one encoded value, uint32."""
     type_name, _, rest = encoding.partition(":")
     dtype, _, shape = rest.partition(":")
     if type_name == "bytes":
@@ -137,6 +139,7 @@ def _encode(tokens: Tokens) -> bytes:
 
 
 def _write_shard(folder: Path, number: int, samples: list[bytes], dtype: str) -> dict[str, Any]:
+    """Write one shard; returns its record for index.json."""
     columns = {
         "column_encodings": [f"ndarray:{dtype}"],
         "column_names": ["tokens"],

@@ -220,6 +220,7 @@ class _Preparation:
     def _run(
         self, units: list[Unit], workers: int, encoder: Choice, meter: ProgressMeter
     ) -> Iterator[tuple[int, Receipt]]:
+        """Do the units in this process or in worker processes; yields (number, receipt) as they finish."""
         workers = min(workers, len(units))
         # One worker runs in this process: it saves the 0.3 s that a worker process takes to start.
         if workers > 1:
@@ -262,6 +263,7 @@ class _Preparation:
         return manifest
 
     def _manifest(self, names: list[str], method: str, shards: list[Shard], merged: MergeCounts) -> Manifest:
+        """The manifest, with its fingerprint, from the receipts of the units and the result of the merge."""
         tokenizer = self.tokenizer
         receipts = [load_receipt(self.units_folder, unit.number) for unit in self.job.units]
         done = [receipt for receipt in receipts if receipt is not None]

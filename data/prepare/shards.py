@@ -111,6 +111,7 @@ class ShardWriter:
         return self._folder / (self._name + suffix)
 
     def _finish(self, stream: IO[bytes]) -> None:
+        """Sync the open shard, write its index, and rename both to their final names."""
         with stream:
             sync_stream(stream)
         lengths = np.array(self._lengths, dtype=np.int32)

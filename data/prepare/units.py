@@ -194,6 +194,7 @@ def _line_ends(name: str, size: int) -> Iterator[int]:
 
 
 def _row_groups(source: Source) -> Iterator[tuple[Source, int]]:
+    """Ranges of row groups of about UNIT_BYTES of compressed data, from the file's footer."""
     import pyarrow
     import pyarrow.parquet
 

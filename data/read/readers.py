@@ -82,6 +82,7 @@ def read_documents(sources: Iterable[Source], text_key: str, tally: Tally) -> It
 
 
 def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
+    """A file as one document. A file that was found, not named, is skipped if it is not text."""
     with open_source(source.name) as stream:
         if source.found and _looks_binary(stream.read(8192)):
             tally.binary += 1
@@ -138,6 +139,7 @@ def _looks_binary(head: bytes) -> bool:
 
 
 def _read_lines(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
+    """One document per line of JSON. Empty lines are ignored."""
     for offset, line in split_lines(read_chunks(source), source.start):
         if not isinstance(line, bytes):
             yield from _read_long_line(line, offset, source.name, text_key, tally)
@@ -215,6 +217,7 @@ def _document(
 
 
 def _read_parquet(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
+    """One document per row of the part's row groups."""
     import pyarrow
     import pyarrow.parquet
 
@@ -263,6 +266,7 @@ def _hub_error(name: str, error: Exception) -> DataError:
 
 
 def _read_hub(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
+    """One document per row of the part's Hub shards, streamed."""
     stream = open_hub(source.name)
     shards = range(stream.num_shards)[source.start : source.end if source.end >= 0 else None]
     for shard in shards:

@@ -64,6 +64,7 @@ def find_sources(
 
 
 def _expand(spec: str, include: Sequence[str], exclude: Sequence[str]) -> list[Source]:
+    """The sources of one argument. UsageError if it names nothing."""
     if spec.startswith("hf:"):
         return [Source(spec.removeprefix("hf:"), "hub")]
     if spec.startswith(URLS) or os.path.isfile(spec):

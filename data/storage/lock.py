@@ -72,6 +72,7 @@ def lock_file(
 
 
 def _acquire(file: int, path: Path, timeout_s: float, on_wait: Callable[[str], None] | None, required: bool) -> None:
+    """Lock an open file, as `lock_file` describes."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:

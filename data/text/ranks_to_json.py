@@ -108,6 +108,7 @@ PROBE = (
 
 
 def _checked(content: bytes, tokenizer: TiktokenTokenizer) -> bytes:
+    """Compare the ids of `content` with the tokenizer's on PROBE and on all tokens. DataError if they differ."""
     import tokenizers
 
     try:

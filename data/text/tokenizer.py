@@ -130,6 +130,7 @@ def _read_extra(path: Path) -> dict[str, Any]:
 
 
 def _from_tiktoken(name: str) -> Tokenizer:
+    """A vocabulary that tiktoken knows by name, downloaded once and cached by tiktoken."""
     import tiktoken
 
     names = tiktoken.list_encoding_names()
