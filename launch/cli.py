@@ -1,8 +1,8 @@
 """The `packspeed` command: one table of commands, loaded when they run.
 
-COMMANDS maps the words of a command to the function that implements it and its one line of help. `packspeed --help`
-prints this table and imports none of the modules; `packspeed inspect` imports one. That keeps the help at 0.2 s, where
-importing torch and DeepSpeed takes 2 to 4 s. tests/test_commands.py keeps the lines of help equal to the docstrings.
+COMMANDS maps the words of a command to its function and its line of help. `packspeed --help` prints this table and
+imports none of the modules; `packspeed inspect` imports one. That keeps the help at 0.2 s; importing torch and
+DeepSpeed would take 2 to 4 s. tests/test_commands.py keeps the lines of help equal to the docstrings.
 
 Exit codes: 0 = done, 1 = failed, 2 = wrong usage or config, 75 = saved and stopped by a signal (run it again).
 """

@@ -28,8 +28,8 @@ started: list[str] = []  # what this test, with the fixtures made for it, has st
 
 
 def note_start(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook: remember processes that Python starts, except git, which the first manifest of a process asks."""
-    if event in STARTING and not (event == "subprocess.Popen" and arguments[0] == "git"):
+    """Audit hook: remember processes that Python starts, except git, and file and uname (module platform)."""
+    if event in STARTING and not (event == "subprocess.Popen" and arguments[0] in ("git", "file", "uname")):
         started.append(f"{event}{arguments[:2]}"[:300])
 
 

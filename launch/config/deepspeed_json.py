@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from packspeed.launch.config.batch import BatchPlan
-from packspeed.launch.config.deepspeed_keys import KEYS
+from packspeed.launch.config.deepspeed_keys import KEYS, KeyTree
 from packspeed.launch.config.errors import ConfigError, nearest
 from packspeed.launch.config.loading import parse_with_lines
 from packspeed.launch.config.run_file import OptimizerSection, RunFile
@@ -49,8 +49,7 @@ def load_ds_config(name: str) -> dict[str, Any]:
     # Parse again as YAML for the line numbers. JSON may be indented with tabs, YAML may not.
     _, lines = parse_with_lines(text.replace("\t", " "), path)
     problems = [
-        f"{path}:{lines.get(where, 1)}: {message}"
-        for where, message in [*unknown_keys(data, KEYS, ()), *bad_values(data)]
+        f"{path}:{lines.get(key, 1)}: {message}" for key, message in [*unknown_keys(data, KEYS, ()), *bad_values(data)]
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -58,19 +57,19 @@ def load_ds_config(name: str) -> dict[str, Any]:
 
 
 def unknown_keys(
-    data: dict[str, Any], valid: dict[str, Any], where: tuple[str, ...]
+    data: dict[str, Any], valid: KeyTree, parent: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """(path of the key, message) for every key that DeepSpeed 0.19 would ignore, at any depth."""
     if "*" in valid:
         return
     for key, value in data.items():
-        here = (*where, key)
+        path = (*parent, key)
         if key not in valid:
-            yield here, f"unknown key {'.'.join(here)!r}{nearest(key, valid)} DeepSpeed would ignore it or fail later."
-        elif valid[key] is not None and isinstance(value, dict):
-            yield from unknown_keys(value, valid[key], here)
-        elif valid[key] is not None and value not in (None, "auto"):
-            yield here, f"{'.'.join(here)} must be a block {{...}}, not {value!r}."
+            yield path, f"unknown key {'.'.join(path)!r}{nearest(key, valid)} DeepSpeed would ignore it or fail later."
+        elif (children := valid[key]) is not None and isinstance(value, dict):
+            yield from unknown_keys(value, children, path)
+        elif children is not None and value not in (None, "auto"):
+            yield path, f"{'.'.join(path)} must be a block {{...}}, not {value!r}."
 
 
 def bad_values(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -160,8 +159,8 @@ def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precis
     }
     optimizer = raw.get("optimizer") if isinstance(raw.get("optimizer"), dict) else {}
     final |= owned | {"optimizer": _optimizer_block(run.train.optimizer, optimizer or {})}
-    if found := list(conflicts(run, raw, owned, precision)):
-        raise ConfigError("\n".join(found))
+    if contradictions := list(conflicts(run, raw, owned, precision)):
+        raise ConfigError("\n".join(contradictions))
     if run.train.optimizer.name == "muon" and zero_stage(raw) == 3:
         # Muon needs the full gradient of a matrix; DeepSpeed refuses it with reduce_scatter at stage 3.
         final["zero_optimization"]["reduce_scatter"] = False

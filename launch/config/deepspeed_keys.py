@@ -6,18 +6,20 @@ Sources: DeepSpeed's docs/config-json page and its pydantic models. tests/test_d
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
+
+KeyTree: TypeAlias = "dict[str, KeyTree | None]"
 
 
-def _leaves(names: str) -> dict[str, Any]:
+def _leaves(names: str) -> KeyTree:
     """Keys whose values are no blocks."""
     return dict.fromkeys(names.split())
 
 
-ANY: dict[str, Any] = {"*": None}  # free-form: any keys
+ANY: KeyTree = {"*": None}  # free-form: any keys
 
 
-KEYS: dict[str, Any] = {
+KEYS: KeyTree = {
     **_leaves(
         "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation "
         "gradient_clipping communication_data_type seq_parallel_communication_data_type prescale_gradients "

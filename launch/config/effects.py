@@ -21,9 +21,9 @@ SPEED_ONLY = (
 
 
 def fixed_on_resume(key: str) -> bool:
-    """Whether a resume is refused if this key has changed: it says what is learned, from which samples, in which order.
+    """Whether a resume is refused if this key has changed: the model, the batch, or the samples and their order.
 
-    `data.weights` stands for the weights of data.sources.
+    `data.weights` is the list of the weights of data.sources.
     """
     return key in FIXED or (key.startswith("model.") and key not in MODEL_SPEED_ONLY)
 

@@ -27,11 +27,11 @@ def parse_with_lines(text: str, path: Path) -> tuple[Any, dict[KeyPath, int]]:
     """Parse YAML 1.1 or JSON. Returns the data and the line, from 1, of every key. A duplicate key is a ConfigError."""
     lines: dict[KeyPath, int] = {}
 
-    def walk(node: yaml.Node, where: KeyPath) -> None:
-        lines.setdefault(where, node.start_mark.line + 1)
+    def walk(node: yaml.Node, key_path: KeyPath) -> None:
+        lines.setdefault(key_path, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                child = (*where, str(key.value))
+                child = (*key_path, str(key.value))
                 if child in lines:
                     raise ConfigError(
                         f"{path}:{key.start_mark.line + 1}: {_dotted(child)} is given twice "
@@ -41,7 +41,7 @@ def parse_with_lines(text: str, path: Path) -> tuple[Any, dict[KeyPath, int]]:
                 walk(value, child)
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
-                walk(value, (*where, index))
+                walk(value, (*key_path, index))
 
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)

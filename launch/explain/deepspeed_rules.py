@@ -16,7 +16,7 @@ from packspeed.launch.explain.lint import GIB, Case, block, device, rule
 def low_precision_accumulation(case: Case) -> Iterator[str]:
     """Gradients of micro batches are added up in 16 bits, so the late, small ones are rounded away.
 
-    Symptom: The loss is worse with more accumulation, and differs between micro batch sizes.
+    Symptom: the loss is worse with more accumulation, and differs between micro batch sizes.
     Fix: set data_types.grad_accum_dtype to "fp32", or remove the key.
     """
     dtype = block(case.ds, "data_types").get("grad_accum_dtype")
@@ -31,7 +31,7 @@ def low_precision_accumulation(case: Case) -> Iterator[str]:
 def low_precision_communication(case: Case) -> Iterator[str]:
     """Gradients are averaged between ranks in 16 bits.
 
-    Symptom: The loss depends on the number of ranks; fp16 overflows at 65,504.
+    Symptom: the loss depends on the number of ranks; fp16 overflows at 65,504.
     Fix: remove communication_data_type.
     """
     dtype = case.ds.get("communication_data_type")
@@ -48,7 +48,7 @@ def low_precision_communication(case: Case) -> Iterator[str]:
 def low_precision_master_weights(case: Case) -> Iterator[str]:
     """Without an fp32 copy of the weights, or with moments in 16 bits, updates below 1/256 of a weight vanish.
 
-    Symptom: The loss stops falling late in training, when the learning rate is small.
+    Symptom: the loss stops falling late in training, when the learning rate is small.
     Fix: remove bf16_master_weights_and_grads, fp16_master_weights_and_grads and bf16_optimizer_states.
     """
     for name, key in (
@@ -64,7 +64,7 @@ def low_precision_master_weights(case: Case) -> Iterator[str]:
 def hidden_optimizer_settings(case: Case) -> Iterator[str]:
     """Parameters of the optimizer in the JSON change the update, but the run file does not show them.
 
-    Symptom: Two runs with equal run files have different losses, or DeepSpeed fails with an unexpected keyword
+    Symptom: two runs with equal run files have different losses, or DeepSpeed fails with an unexpected keyword
     argument.
     Fix: remove the parameter; the run file sets the optimizer.
     """
@@ -91,7 +91,7 @@ def hidden_optimizer_settings(case: Case) -> Iterator[str]:
 def fixed_loss_scale(case: Case) -> Iterator[str]:
     """A static fp16 loss scale does not follow the gradients.
 
-    Symptom: After some time every step overflows and is skipped; the loss no longer changes.
+    Symptom: after some time every step overflows and is skipped; the loss no longer changes.
     Fix: set fp16.loss_scale to 0, which is dynamic scaling.
     """
     fp16 = block(case.ds, "fp16")
@@ -104,7 +104,7 @@ def fixed_loss_scale(case: Case) -> Iterator[str]:
 def prescaled_gradients(case: Case) -> Iterator[str]:
     """Dividing gradients before the sum lets small ones underflow in 16 bits. ZeRO-3 refuses a factor.
 
-    Symptom: The loss differs from the same run at another ZeRO stage, or DeepSpeed fails at the start.
+    Symptom: the loss differs from the same run at another ZeRO stage, or DeepSpeed fails at the start.
     Fix: remove prescale_gradients and gradient_predivide_factor.
     """
     if case.ds.get("prescale_gradients") is True or case.ds.get("gradient_predivide_factor", 1.0) not in (1, 1.0):
@@ -118,7 +118,7 @@ def prescaled_gradients(case: Case) -> Iterator[str]:
 def quantized_communication(case: Case) -> Iterator[str]:
     """ZeRO++ rounds weights to 8 bits and gradients to 4 bits before it sends them.
 
-    Symptom: The loss differs from that of zero3. On CPUs the run fails.
+    Symptom: the loss differs from that of zero3. On CPUs the run fails.
     Fix: accept the difference for the speed on slow links, or use zero3.
     """
     keys = [k for k in ("zero_quantized_weights", "zero_quantized_gradients") if case.zero.get(k) is True]
@@ -158,7 +158,7 @@ STAGE3_ONLY = (
 def stage3_keys_below_stage3(case: Case) -> Iterator[str]:
     """These keys partition or fetch weights, which only ZeRO-3 does.
 
-    Symptom: The setting makes no difference.
+    Symptom: the setting makes no difference.
     Fix: use zero3, or remove the keys.
     """
     keys = [key for key in case.zero if key.removeprefix("stage3_") in STAGE3_ONLY and case.zero[key] is not None]
@@ -173,10 +173,10 @@ def offload_without_partitions(case: Case) -> Iterator[str]:
     Symptom: GPU memory is as without offload.
     Fix: use stage 1 to 3 for cpu, stage 3 for nvme.
     """
-    where = device(case, "offload_optimizer")
-    if where != "none" and case.stage == 0:
-        yield f"offload_optimizer.device = {where!r} at stage 0 moves nothing. Use stage 1, 2 or 3."
-    if where == "nvme" and case.stage in (1, 2):
+    target = device(case, "offload_optimizer")
+    if target != "none" and case.stage == 0:
+        yield f"offload_optimizer.device = {target!r} at stage 0 moves nothing. Use stage 1, 2 or 3."
+    if target == "nvme" and case.stage in (1, 2):
         yield 'offload_optimizer.device = "nvme" needs stage 3; stages 1 and 2 offload to cpu.'
 
 
@@ -184,7 +184,7 @@ def offload_without_partitions(case: Case) -> Iterator[str]:
 def stage12_keys_elsewhere(case: Case) -> Iterator[str]:
     """round_robin_gradients belongs to stages 1 and 2; overlap_comm and the bucket sizes to stages above 0.
 
-    Symptom: The setting makes no difference.
+    Symptom: the setting makes no difference.
     Fix: remove the keys, or use the stage that reads them.
     """
     if case.zero.get("round_robin_gradients") is True and case.stage not in (1, 2):
@@ -199,7 +199,7 @@ def stage12_keys_elsewhere(case: Case) -> Iterator[str]:
 def activation_checkpointing_block(case: Case) -> Iterator[str]:
     """The block configures deepspeed.checkpointing, which a model has to call. This model does not.
 
-    Symptom: Memory is as without activation checkpointing.
+    Symptom: memory is as without activation checkpointing.
     Fix: set model.activation_checkpointing in the run file.
     """
     if block(case.ds, "activation_checkpointing"):
@@ -214,7 +214,7 @@ def activation_checkpointing_block(case: Case) -> Iterator[str]:
 def untested_optimizer_allowed(case: Case) -> Iterator[str]:
     """The key switches off DeepSpeed's check that an optimizer works with ZeRO. AdamW, Muon and Lion pass it.
 
-    Symptom: None now; a wrong optimizer would not be noticed.
+    Symptom: none now; a wrong optimizer would not be noticed.
     Fix: remove zero_allow_untested_optimizer.
     """
     if case.ds.get("zero_allow_untested_optimizer") is True:
@@ -228,7 +228,7 @@ def untested_optimizer_allowed(case: Case) -> Iterator[str]:
 def aio_without_nvme(case: Case) -> Iterator[str]:
     """The aio block is only read if something is offloaded to NVMe.
 
-    Symptom: The setting makes no difference.
+    Symptom: the setting makes no difference.
     Fix: remove the block.
     """
     if block(case.ds, "aio") and "nvme" not in (device(case, "offload_optimizer"), device(case, "offload_param")):
@@ -239,7 +239,7 @@ def aio_without_nvme(case: Case) -> Iterator[str]:
 def precision_blocks_unused(case: Case) -> Iterator[str]:
     """The block belongs to a precision that the run does not use.
 
-    Symptom: The setting makes no difference.
+    Symptom: the setting makes no difference.
     Fix: remove the block, or change train.precision.
     """
     for name in ("fp16", "bf16"):
@@ -256,7 +256,7 @@ def precision_blocks_unused(case: Case) -> Iterator[str]:
 def zero_with_one_rank(case: Case) -> Iterator[str]:
     """With one rank there is nothing to share, but stages 2 and 3 still need their buffers and hooks.
 
-    Symptom: The run is slower and needs more memory than with zero1.
+    Symptom: the run is slower and needs more memory than with zero1.
     Fix: use zero0 or zero1, or offload.
     """
     offloads = {device(case, "offload_optimizer"), device(case, "offload_param")} != {"none"}
@@ -272,7 +272,7 @@ def zero_with_one_rank(case: Case) -> Iterator[str]:
 def tiny_buckets(case: Case) -> Iterator[str]:
     """Every bucket is one collective, so the latency of many small ones dominates.
 
-    Symptom: Communication takes most of the step.
+    Symptom: communication takes most of the step.
     Fix: use 5e7 to 5e8 elements.
     """
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
@@ -286,7 +286,7 @@ def tiny_buckets(case: Case) -> Iterator[str]:
 def huge_buckets(case: Case) -> Iterator[str]:
     """A bucket is a buffer that is allocated completely, twice with overlap_comm.
 
-    Symptom: Out of memory with a model that should fit.
+    Symptom: out of memory with a model that should fit.
     Fix: use 2e8 to 5e8 elements.
     """
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
@@ -305,7 +305,7 @@ def scattered_gradients(case: Case) -> Iterator[str]:
     """contiguous_gradients: false fragments memory. reduce_scatter: false sends all gradients to all ranks.
     allgather_partitions: false broadcasts weights rank by rank.
 
-    Symptom: Out of memory after many steps, or slow communication.
+    Symptom: out of memory after many steps, or slow communication.
     Fix: remove the keys; the defaults are true.
     """
     if case.stage > 0 and case.zero.get("contiguous_gradients") is False:
@@ -322,7 +322,7 @@ def scattered_gradients(case: Case) -> Iterator[str]:
 def offload_without_pinned_memory(case: Case) -> Iterator[str]:
     """Copies from pageable memory cannot overlap with compute.
 
-    Symptom: The GPU is idle while the optimizer runs.
+    Symptom: the GPU is idle while the optimizer runs.
     Fix: remove pin_memory: false.
     """
     for key in ("offload_optimizer", "offload_param"):
@@ -348,7 +348,7 @@ def stage2_with_accumulation(case: Case) -> Iterator[str]:
 def synchronising_timers(case: Case) -> Iterator[str]:
     """The timers wait for the device before and after every phase or collective.
 
-    Symptom: The run is slower than without them.
+    Symptom: the run is slower than without them.
     Fix: remove the keys; packspeed goodput shows the phases without waiting.
     """
     for key in ("wall_clock_breakdown", "memory_breakdown"):
@@ -362,7 +362,7 @@ def synchronising_timers(case: Case) -> Iterator[str]:
 def flops_profiler(case: Case) -> Iterator[str]:
     """The profiler patches Python functions. It sees neither fused attention nor compiled code.
 
-    Symptom: The reported FLOPs are too low.
+    Symptom: the reported FLOPs are too low.
     Fix: remove the block; metrics.jsonl has the MFU by formula, at every step.
     """
     if block(case.ds, "flops_profiler").get("enabled") is True:
@@ -393,7 +393,7 @@ def universal_checkpoint_forced(case: Case) -> Iterator[str]:
 def nvme_cannot_resume(case: Case) -> Iterator[str]:
     """DeepSpeed's swap files are named by memory addresses of the process that wrote them.
 
-    Symptom: Training works, but its checkpoints cannot be resumed.
+    Symptom: training works, but its checkpoints cannot be resumed.
     Fix: offload to cpu, or keep runs short.
     """
     if device(case, "offload_optimizer") == "nvme":
@@ -407,7 +407,7 @@ def nvme_cannot_resume(case: Case) -> Iterator[str]:
 def monitor_elsewhere(case: Case) -> Iterator[str]:
     """A tensorboard block in the JSON takes precedence over the run file.
 
-    Symptom: TensorBoard shows no events of the run.
+    Symptom: tensorBoard shows no events of the run.
     Fix: remove output_path, job_name and enabled from the block.
     """
     board = block(case.ds, "tensorboard")
@@ -424,7 +424,7 @@ def monitor_elsewhere(case: Case) -> Iterator[str]:
 def csv_without_a_place(case: Case) -> Iterator[str]:
     """Without output_path, csv_monitor writes to ~/csv_monitor, for every run.
 
-    Symptom: Files of another run are overwritten.
+    Symptom: files of another run are overwritten.
     Fix: set csv_monitor.output_path.
     """
     csv = block(case.ds, "csv_monitor")

@@ -100,18 +100,18 @@ def run_file_page() -> str:
 
 def sections() -> list[tuple[str, type[Section], str]]:
     """(title, class, prefix of its keys) of every block of the run file, depth first."""
-    found: list[tuple[str, type[Section], str]] = [("Top level", RunFile, "")]
+    blocks: list[tuple[str, type[Section], str]] = [("Top level", RunFile, "")]
 
     def walk(section: type[Section], prefix: str) -> None:
         for name, field in section.model_fields.items():
             child, is_list = _section_in(field.annotation)
             if child is not None:
                 path = f"{prefix}{name}{'[]' if is_list else ''}"
-                found.append((path, child, f"{path}."))
+                blocks.append((path, child, f"{path}."))
                 walk(child, f"{path}.")
 
     walk(RunFile, "")
-    return found
+    return blocks
 
 
 def keys_of(section: type[Section], prefix: str) -> Iterator[Key]:
@@ -294,7 +294,7 @@ def troubleshooting_page() -> str:
     for kind, meaning in KINDS.items():
         lines += [f"## {kind}: {meaning}", ""]
         for name, _, source, why, symptom, fix in (entry for entry in entries if entry[1] == kind):
-            lines += [f"### {name}", "", f"- **Symptom**: {symptom}", f"- **Why**: {why}"]
+            lines += [f"### {name}", "", f"- **Symptom**: {symptom[0].upper()}{symptom[1:]}", f"- **Why**: {why}"]
             lines += [
                 f"- **What to do**: {fix[0].upper()}{fix[1:]}",
                 *([f"- **Source**: {source}"] if source else []),

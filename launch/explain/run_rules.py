@@ -15,7 +15,7 @@ from packspeed.launch.explain.lint import Case, rule
 def minimum_above_peak(case: Case) -> Iterator[str]:
     """min_lr is larger than the peak learning rate, so the decay rises.
 
-    Symptom: The learning rate grows until the end of the run.
+    Symptom: the learning rate grows until the end of the run.
     Fix: lower train.schedule.min_lr; a tenth of the peak is usual.
     """
     low, peak = case.run.train.schedule.min_lr, case.run.train.optimizer.lr
@@ -27,7 +27,7 @@ def minimum_above_peak(case: Case) -> Iterator[str]:
 def warmup_is_most_of_the_run(case: Case) -> Iterator[str]:
     """The run hardly trains at its peak learning rate.
 
-    Symptom: The loss is worse than that of a run with less warm-up.
+    Symptom: the loss is worse than that of a run with less warm-up.
     Fix: use 1% to 5% of the steps.
     """
     warmup, total = case.run.train.schedule.warmup_steps, case.run.train.total_steps
@@ -42,7 +42,7 @@ def warmup_is_most_of_the_run(case: Case) -> Iterator[str]:
 def schedule_settings_unused(case: Case) -> Iterator[str]:
     """The key belongs to another schedule or optimizer.
 
-    Symptom: The setting makes no difference.
+    Symptom: the setting makes no difference.
     Fix: remove the key, or choose the schedule or optimizer that reads it.
     """
     schedule, optimizer = case.run.train.schedule, case.run.train.optimizer
@@ -59,7 +59,7 @@ def schedule_settings_unused(case: Case) -> Iterator[str]:
 def decay_longer_than_the_run(case: Case) -> Iterator[str]:
     """With wsd the decay takes all steps after warm-up, so there is no stable phase.
 
-    Symptom: The learning rate falls from the end of warm-up.
+    Symptom: the learning rate falls from the end of warm-up.
     Fix: lower train.schedule.decay_steps; a fifth of the run is usual.
     """
     schedule, total = case.run.train.schedule, case.run.train.total_steps
@@ -71,7 +71,7 @@ def decay_longer_than_the_run(case: Case) -> Iterator[str]:
 def unusual_learning_rate(case: Case) -> Iterator[str]:
     """The value is outside the range that published runs of this size use.
 
-    Symptom: The loss diverges, or falls slowly.
+    Symptom: the loss diverges, or falls slowly.
     Fix: start from 6e-4 for AdamW at 125 M parameters; use a third to a tenth of that for Lion.
     """
     optimizer, n = case.run.train.optimizer, case.parameters or 0
@@ -107,7 +107,7 @@ def no_clipping(case: Case) -> Iterator[str]:
 def too_many_epochs(case: Case) -> Iterator[str]:
     """Beyond four epochs, repeated tokens improve the model less and less.
 
-    Symptom: Training loss falls while validation loss rises.
+    Symptom: training loss falls while validation loss rises.
     Fix: use more data, fewer steps or a smaller model.
     """
     if case.train_tokens:
@@ -123,7 +123,7 @@ def too_many_epochs(case: Case) -> Iterator[str]:
 def evaluation_beyond_the_data(case: Case) -> Iterator[str]:
     """eval.windows exceeds the validation split, or eval.every_steps exceeds the run.
 
-    Symptom: Fewer windows or fewer evaluations than expected.
+    Symptom: fewer windows or fewer evaluations than expected.
     Fix: lower eval.windows or eval.every_steps, or prepare with a larger --val-fraction.
     """
     section, steps = case.run.eval, case.run.train.total_steps
@@ -161,7 +161,7 @@ def uneven_vocabulary(case: Case) -> Iterator[str]:
 def untrained_positions(case: Case) -> Iterator[str]:
     """The learned position table is longer than any sample.
 
-    Symptom: Text generated beyond data.seq_len is noise.
+    Symptom: text generated beyond data.seq_len is noise.
     Fix: lower model.max_seq_len, raise data.seq_len, or use position: rope.
     """
     model, length = case.model, case.run.data.seq_len
@@ -191,7 +191,7 @@ def small_micro_batches(case: Case) -> Iterator[str]:
 def dropout_in_one_epoch(case: Case) -> Iterator[str]:
     """Dropout helps against repetition. In a run that reads no token twice it only slows learning.
 
-    Symptom: The loss is higher than without dropout.
+    Symptom: the loss is higher than without dropout.
     Fix: set model.dropout: 0.
     """
     if case.model is not None and case.model.dropout > 0 and case.train_tokens:
@@ -207,7 +207,7 @@ def dropout_in_one_epoch(case: Case) -> Iterator[str]:
 def precision_of_another_time(case: Case) -> Iterator[str]:
     """fp32 does not use tensor cores; fp16 overflows at 65,504. bf16 has neither problem.
 
-    Symptom: The run is several times slower, or skips steps.
+    Symptom: the run is several times slower, or skips steps.
     Fix: set train.precision: auto or bf16.
     """
     if case.on_gpu and case.run.train.precision == "fp32":
@@ -224,7 +224,7 @@ def precision_of_another_time(case: Case) -> Iterator[str]:
 def saved_too_late(case: Case) -> Iterator[str]:
     """A crash loses everything since the last checkpoint.
 
-    Symptom: After a crash the run starts from the beginning.
+    Symptom: after a crash the run starts from the beginning.
     Fix: lower checkpoint.every_steps.
     """
     every, steps = case.run.checkpoint.every_steps, case.run.train.total_steps
@@ -251,7 +251,7 @@ def one_checkpoint(case: Case) -> Iterator[str]:
 def nothing_to_rewind_to(case: Case) -> Iterator[str]:
     """A rewind goes back to a scheduled checkpoint, and this run makes none before its end.
 
-    Symptom: The run stops at the first anomaly.
+    Symptom: the run stops at the first anomaly.
     Fix: set checkpoint.every_steps to less than the number of steps, or choose skip.
     """
     section = case.run.anomalies
@@ -269,7 +269,7 @@ def nothing_to_rewind_to(case: Case) -> Iterator[str]:
 def log_too_rarely(case: Case) -> Iterator[str]:
     """log_every_steps exceeds the number of steps.
 
-    Symptom: The console shows the first and the last step only.
+    Symptom: the console shows the first and the last step only.
     Fix: lower monitor.log_every_steps.
     """
     if case.run.monitor.log_every_steps > case.run.train.total_steps > 1:
