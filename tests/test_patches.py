@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,6 +110,14 @@ def test_a_method_that_is_gone_after_the_import_is_an_error(
         monkeypatch.setattr(check, "REGISTRY", [internal])
         with pytest.raises(UserError, match=re.escape(internal.label)):
             check_loaded()
+
+
+def test_a_second_run_in_a_process_passes_the_check_too() -> None:
+    """By then torch's compiler is loaded, whose config module computes its attributes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._dynamo.config")
+    check_loaded()
 
 
 def test_replace_refuses_an_attribute_that_is_not_there() -> None:

@@ -43,10 +43,12 @@ def check_loaded() -> None:
         module = sys.modules.get(internal.file.removesuffix(".py").replace("/", "."))
         if module is None or internal.where in (TENSORS, TEXT):
             continue
+        name = identifier(internal)
         owner = module if internal.where == MODULE else getattr(module, internal.where, None)
-        # Its own names, not inherited ones: torch.nn.Module has a forward and a compile too.
-        present = vars(owner) if owner is not None else {}
-        if identifier(internal) in _names_of(internal.file, internal.where)[0] and identifier(internal) not in present:
+        # A class must have the name itself: torch.nn.Module, which engines inherit, has a forward and a compile too.
+        # A module need not: torch's config modules compute their attributes.
+        present = name in vars(owner) if isinstance(owner, type) else hasattr(owner, name)
+        if name in _names_of(internal.file, internal.where)[0] and not present:
             raise missing([internal.label], internal.package)
 
 
