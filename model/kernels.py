@@ -77,6 +77,7 @@ def choose(name: str, device: torch.device) -> Kernels:
     return cast(Kernels, reference_ops) if kernels is None else kernels
 
 
+# Both modules are imported at first use: triton needs a GPU or its interpreter, and native_kernels a compiler.
 @functools.cache
 def _triton_kernels() -> Kernels | None:
     try:

@@ -1,4 +1,4 @@
-"""The operations of reference_ops.py in C++ for CPUs, where torch's own read and write memory several times.
+"""The operations of reference_ops.py in C++ for CPUs: torch's versions read and write memory several times.
 
     attend      flash attention of rows or documents in one call, in tiles that fit a core's cache
     activate    elementwise, one exp per element; backward recomputes the gate from the linear layer's output
@@ -103,9 +103,11 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+        # q, k and v are views of one matrix: their rows may be far apart, but each row must be contiguous.
         inputs = [x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v)]
         rows = [c_int64(x.stride(0)) for x in inputs]
         ctx.shape = [c_int64(n) for n in (ends.numel() - 1, q.size(1), k.size(1), q.size(2))]
+        # log_sums, the logarithms of the softmax denominators, let backward recompute the probabilities.
         out, log_sums = q.new_empty(q.shape), q.new_empty(q.shape[:2])
         ctx.save_for_backward(*inputs, out, log_sums, ends)
         _call("attend", *inputs, *rows, out, log_sums, ends, *ctx.shape, torch.get_num_threads())

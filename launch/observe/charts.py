@@ -40,7 +40,7 @@ def thinned(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> lis
     if len(pairs) <= points:
         return pairs
     size, out = math.ceil(len(pairs) / (points // 2)), []
-    for start in range(0, len(pairs), size):
+    for start in range(0, len(pairs), size):  # two points per bucket
         bucket = pairs[start : start + size]
         out += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
     return out
@@ -131,6 +131,7 @@ def line_chart(chart: Chart) -> str:
     body = [_grid(plot)]
     body += [_curve(s, [plot.to_pixels(*point) for point in points]) for s, points in plot.curves]
     body.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
+    # What SCRIPT needs for the tooltip: the curves, and how pixels map to steps.
     data = [{"label": s.label, "color": s.color, "points": points} for s, points in plot.curves if not s.faint]
     frame = json.dumps({"x": [plot.x_low, plot.x_high], "left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH})
     caption = title + (f' <span class="unit">{html.escape(chart.unit)}</span>' if chart.unit else "")

@@ -126,6 +126,7 @@ def differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]
     """Return the settings that are not equal in all runs: (those that can change the loss, those that cannot)."""
     flats = []
     for run in runs:
+        # One flat dict per run: config.yaml, then ds_config.json and environment.json with a prefix.
         flat = flatten(run.config)
         flat |= {
             f"ds_config.{key}": value for key, value in flatten(run.ds_config).items() if not key.startswith(DS_REPEATS)
@@ -213,6 +214,7 @@ def _summary(run: Run) -> str:
     """Return the box with a run's main figures."""
     last = run.steps[-1] if run.steps else None
     best = min(run.validation_losses()[1], default=None)
+    # The last finite loss: after a spike or a NaN the very last one may be null.
     loss = next((line["loss"] for line in reversed(run.steps) if line["loss"] is not None), None)
     facts = [
         ("state", run.status.get("state", "unknown")),
@@ -245,7 +247,7 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
     for run in runs:
         x, y = run.values("loss")
         window = min(50, len(y) // 20)  # no smoothing below 40 steps
-        if window > 1:
+        if window > 1:  # the raw values stay visible behind the smoothed curve
             loss.append(Series(run.name, x, y, run.color, faint=True))
         loss.append(Series(run.name, x, smoothed(y, window), run.color))
     val = [Series(run.name, *run.validation_losses(), run.color, dots=True) for run in runs]
@@ -318,7 +320,7 @@ def _differences(runs: Sequence[Run]) -> str:
 
 def _samples(run: Run, named: bool) -> str:
     head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
-    newest, *older = reversed(run.samples)
+    newest, *older = reversed(run.samples)  # the newest is shown; at most 20 older ones are folded
     rest = "".join(_sample(entry) for entry in older[:20])
     more = f"<details><summary>earlier ({len(older)})</summary>{rest}</details>" if older else ""
     return f"{head}{_sample(newest)}{more}"

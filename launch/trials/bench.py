@@ -49,7 +49,7 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.model.config import Kernels
 
 if TYPE_CHECKING:  # these import torch, which only the workers load
-    from packspeed.launch.trials.bench_setup import Job
+    from packspeed.launch.trials.bench_setup import BenchJob
     from packspeed.launch.trials.bench_worker import Result, Round
 
 WORKER = Path(__file__).resolve().with_name("bench_worker.py")
@@ -232,7 +232,7 @@ class WorkerProcess:
         except ConfigError as error:
             self.error = str(error)
             return
-        job: Job = {
+        job: BenchJob = {
             "run_file": str(plan.run_file), "overrides": [*overrides, f"runs_dir={folder}"], "stage": setting["stage"],
             "loop": loop, "steps": plan.steps, "nanogpt": str(plan.nanogpt or ""), "owner": os.getpid(),
             "profile": _profile_prefix(plan, setting, loop),

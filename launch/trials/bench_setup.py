@@ -21,7 +21,7 @@ from packspeed.model.config import GPTConfig
 UNLIMITED = 2**40  # steps that the prefetcher may read ahead to; the benchmark stops long before
 
 
-class Job(TypedDict):
+class BenchJob(TypedDict):
     """job.json, which `packspeed bench` writes for one worker."""
 
     run_file: str
@@ -89,7 +89,7 @@ class PhaseMarks:
 class BenchSetup:
     """The run file, its data and the process group of one worker."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BenchJob) -> None:
         self.job = job
         self.run: RunFile = load_run_file(job["run_file"], job["overrides"])
         self.dataset = open_data(self.run)

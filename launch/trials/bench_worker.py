@@ -3,7 +3,7 @@
     python launch/trials/bench_worker.py FOLDER/job.json      or, with several ranks, by DeepSpeed's launcher
 
 Files in FOLDER:
-    job.json        bench_setup.Job: the run file, what to change in it, the training loop, the steps of a round
+    job.json        bench_setup.BenchJob: the run file, what to change in it, the training loop, the steps of a round
     ready           written by the worker when the model is built and warm
     start-N         written by `packspeed bench`: measure round N now; until then the worker sleeps
     round-N.json    written by the worker: the result (Result)
@@ -42,7 +42,7 @@ from packspeed.launch.training.metrics_line import metrics_line
 from packspeed.launch.training.setup import make_trainer
 from packspeed.launch.trials.baselines import BaselineLoop
 from packspeed.launch.trials.bench import POLL_S
-from packspeed.launch.trials.bench_setup import BenchSetup, Job, PhaseMarks, TrainingLoop
+from packspeed.launch.trials.bench_setup import BenchJob, BenchSetup, PhaseMarks, TrainingLoop
 from packspeed.launch.trials.profiling import profile_round
 from packspeed.model.config import flops_per_token
 
@@ -258,7 +258,7 @@ def main() -> None:
     """Work on the job that the command line names, until killed."""
     path = next(Path(word) for word in sys.argv[1:] if word.endswith(".json"))
     with _write_error(path.with_name("error")), DeepSpeedLogFilter(), quiet(path.with_suffix(".log")):
-        job: Job = json.loads(path.read_text())
+        job: BenchJob = json.loads(path.read_text())
         work(BenchSetup(job), path.parent)
 
 

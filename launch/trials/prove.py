@@ -59,7 +59,7 @@ class ResumeResult:
     first_difference: str | None
 
 
-class Report(TypedDict):
+class ProofReport(TypedDict):
     """The JSON object of `packspeed prove --json`."""
 
     ok: bool
@@ -314,7 +314,7 @@ def _last_error(plan: ProofPlan, name: str) -> str:
     return (errors or lines or ["it printed nothing"])[-1]
 
 
-def report(plan: ProofPlan, results: Sequence[ResumeResult], seed: int) -> Report:
+def report(plan: ProofPlan, results: Sequence[ResumeResult], seed: int) -> ProofReport:
     """Return the proof as a JSON object."""
     return {
         "ok": all(result.first_difference is None for result in results),
