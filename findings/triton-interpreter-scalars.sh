@@ -5,7 +5,7 @@
 # Instead:  The compiler makes a scalar argument a tensor, so `eps.to(tl.float32)` is valid and a cubin comes out. The
 #           interpreter passes a float as it is, and a float has no `to`. Liger 0.8.5's RMSNorm, LayerNorm and GeGLU fail so.
 # Output:   compiled for sm_80: cubin
-#           interpreted: 'float' object has no attribute 'to'
+#           interpreted: AttributeError("'float' object has no attribute 'to'")
 . "$(dirname "$0")/venv.sh"
 venv torch==2.13.0 numpy==2.4.6 triton==3.7.1
 cat >"$scratch/scale.py" <<'PYTHON'
