@@ -36,8 +36,9 @@ def reading_plan(run_file: Path) -> dict[str, Any]:
         "epochs": round(samples / loader.samples_per_epoch, 6),
     }
     sources = loader.report(samples) if hasattr(loader, "report") else [single]
-    for row, each in zip(sources, getattr(loader, "loaders", [loader]), strict=True):
-        row["discarded"] = round(each.discarded(), 6) if hasattr(each, "discarded") else 0.0
+    # A mixture has a loader per source. Only packed loaders discard tokens.
+    for row, source_loader in zip(sources, getattr(loader, "loaders", [loader]), strict=True):
+        row["discarded"] = round(source_loader.discarded(), 6) if hasattr(source_loader, "discarded") else 0.0
     return {
         "name": run.name,
         "steps": run.train.total_steps,
