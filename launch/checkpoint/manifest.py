@@ -64,6 +64,7 @@ class TrainingState(TypedDict, total=False):
     val_loss: float | None  # None: this step was not evaluated
     probe: Probe
     guard: dict[str, Any]  # AnomalyDetector.state()
+    metrics_bytes: int  # size of metrics.jsonl at the save, on rank 0
 
 
 class RngStates(TypedDict):

@@ -43,10 +43,11 @@ def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
     # Rewind. Weights, optimizer and the detector's window are those of the checkpoint, but the list of anomalies stays,
     # and so does the place in the data: the batches since the checkpoint, and this one, are dropped.
     records, dropped = detector.records, batch_number + 1 - back_to
-    detector.load(checkpointer.load_step(back_to)["guard"])
+    manifest = checkpointer.load_step(back_to)
+    detector.load(manifest["guard"])
     detector.records, detector.dropped_batches = records, dropped
     if trainer.metrics:
-        trainer.metrics.go_back(back_to)
+        trainer.metrics.rewind(back_to, manifest.get("metrics_bytes"))
     trainer.log(
         f"step {step}: {anomaly.reason}; rewinding to the checkpoint of step {back_to}, "
         f"continuing with batch {batch_number + 1}"

@@ -1,4 +1,9 @@
-"""Metrics."""
+"""What rank 0 writes while a run trains: metrics.jsonl, TensorBoard and the lines on the screen.
+
+metrics.jsonl gets one line per step and one per evaluation (keys: run_folder/formats.py). Scalars also go through
+DeepSpeed's monitor, so that the tensorboard, wandb, csv_monitor and comet blocks of a DeepSpeed JSON all work.
+A full disk does not end a run: lines that cannot be written wait in memory and are written with the next one.
+"""
 
 from __future__ import annotations
 
@@ -7,99 +12,146 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from packspeed.data.storage.atomic import write_file
+from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.patches.monitor import renew_summary_writer, summary_writer, survive_full_disk
 from packspeed.launch.engine.protocol import Monitor
 from packspeed.launch.run_folder.folder import say
 from packspeed.launch.run_folder.formats import AnomalyLine, MetricsLine, Sample
+from packspeed.launch.run_folder.metrics_file import discard_after
 from packspeed.launch.training.tensorboard_board import TAGS, Board
 from packspeed.launch.training.text_samples import append_to_file, as_markdown
 
 
 def finite(value: float, digits: int | None = None) -> float | None:
-    """JSON has no nan: None stands for it."""
+    """The value, rounded to `digits`; None if it is not finite, because JSON has no NaN."""
     if value != value or value in (float("inf"), float("-inf")):
         return None
     return round(value, digits) if digits is not None else value
 
 
-def discard_after(path: Path, step: int) -> int:
-    """Move the lines of metrics.jsonl whose step is later than `step` to metrics.discarded.jsonl; returns how many.
-
-    A last line torn by a crash is moved too. The new file replaces the old one atomically.
-    """
-    if not path.exists():
-        return 0
-    keep: list[str] = []
-    drop: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            late = json.loads(line)["step"] > step
-        except (ValueError, KeyError, TypeError):
-            late = True
-        (drop if late else keep).append(line + "\n")
-    if drop:
-        with path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as out:
-            out.writelines(drop)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(keep), encoding="utf-8")
-        os.replace(temporary, path)
-    return len(drop)
-
-
 class Metrics:
-    """Rank 0's writer. Other ranks have none.
+    """Writes the metrics of one process life. Lines after `start_step` that an earlier life left are moved aside."""
 
-    A full disk does not end a run: lines that cannot be written wait in memory and are tried again with the next one.
-    """
-
-    def __init__(self, folder: Path, monitor: Monitor, total_steps: int, log_every_steps: int, start_step: int) -> None:
-        self.folder, self.path = folder, folder / "metrics.jsonl"
-        self.monitor, self.total_steps, self.log_every_steps = monitor, total_steps, log_every_steps
-        self.waiting: list[str] = []
-        self.anomalies = -1  # lines in anomalies.jsonl, unknown yet
-        self.followers: list[Callable[[MetricsLine], None]] = []  # see every line, as the live screen does
-        self.shares: Callable[[], dict[str, float]] = dict  # of the wall time, by bucket
-        self.board: Board | None = None
-        self._begin(start_step)
+    def __init__(self, run: RunFile, monitor: Monitor, start_step: int, start_bytes: int | None) -> None:
+        self.folder, self.path = run.folder, run.folder / "metrics.jsonl"
+        self.monitor = monitor
+        self.total_steps, self.log_every_steps = run.train.total_steps, run.monitor.log_every_steps
+        self.followers: list[Callable[[MetricsLine], None]] = []  # called with every line: the live panel
+        self.shares: Callable[[], dict[str, float]] = dict  # share of the wall time per bucket (PhaseTimer.shares)
+        self._waiting: list[str] = []  # lines that a full disk has kept from the file
+        self._anomalies_written = -1  # lines in anomalies.jsonl; -1: unknown
+        self._board: Board | None = None
+        self._monitor_broken = False  # the monitor could not write its last events
+        self._open(start_step, start_bytes)
         writer = summary_writer(self.monitor)
         if writer is not None:
-            self.board = Board(writer)
-            self.board.begin(folder)
-        self.broken = False  # the monitor could not write its last events
+            self._board = Board(writer)
+            self._board.begin(self.folder)
         survive_full_disk(self.monitor, self._monitor_failed)
 
+    def _open(self, step: int, expected_bytes: int | None) -> None:
+        """Open the file for the lines after `step`."""
+        for note in discard_after(self.path, step, expected_bytes):
+            say(note)
+        # The file stays open, because opening it costs more than a line. Unbuffered: no line waits in the process.
+        self._file = self.path.open("ab", buffering=0)
+        self._start_step, self._started = step, time.monotonic()
+        self._purge_tensorboard(step + 1)
+
+    def rewind(self, step: int, expected_bytes: int | None) -> None:
+        """Move the lines after `step` to metrics.discarded.jsonl and continue from there."""
+        self.close()
+        self._open(step, expected_bytes)
+
+    @property
+    def bytes(self) -> int:
+        """Size of metrics.jsonl. A checkpoint records it, so that a resume can cut the file there."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def write(self, line: MetricsLine) -> None:
+        """Append a line to metrics.jsonl. At log steps and evaluations also send it to the monitor and the screen."""
+        self._waiting.append(json.dumps(line) + "\n")
+        if error := self._write_waiting():
+            say(f"WARNING: metrics.jsonl: {error}; {len(self._waiting)} line(s) wait in memory")
+        for follower in self.followers:
+            follower(line)
+        step = line["step"]
+        if "val_loss" in line or step % self.log_every_steps == 0 or step in (self._start_step + 1, self.total_steps):
+            events = [(TAGS[key], value, step) for key, value in line.items() if key in TAGS and value is not None]
+            events += [(f"goodput/{bucket}", share, step) for bucket, share in self.shares().items()]
+            if self._monitor_broken:
+                self._renew_events()
+            self.monitor.write_events(events)
+            say(self._screen_line(line))
+
+    def _write_waiting(self) -> str | None:
+        """Write the lines that wait, each completely or not at all. Returns the error that stopped it."""
+        try:
+            while self._waiting:
+                line, end = self._waiting[0].encode(), self._file.seek(0, os.SEEK_END)
+                if self._file.write(line) != len(line):
+                    self._file.truncate(end)
+                    return os.strerror(errno.ENOSPC)
+                del self._waiting[0]
+        except OSError as error:
+            return error.strerror
+        return None
+
+    def sync(self) -> str | None:
+        """Write all lines to disk, before a checkpoint that follows them. Returns the error if that fails."""
+        if error := self._write_waiting():
+            return f"metrics.jsonl: {error}"
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as os_error:
+            return f"metrics.jsonl: {os_error.strerror}"
+        return None
+
+    def write_anomalies(self, records: Sequence[AnomalyLine]) -> None:
+        """Make anomalies.jsonl equal to the detector's records, if their number has changed."""
+        if len(records) == self._anomalies_written or not (records or (self.folder / "anomalies.jsonl").exists()):
+            return
+        try:
+            write_file(self.folder / "anomalies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            self._anomalies_written = len(records)
+        except OSError as error:
+            say(f"WARNING: anomalies.jsonl: {error.strerror}")
+
+    def write_norms(self, step: int, norms: dict[str, dict[str, float]] | None) -> None:
+        """Write the histograms of norms, if the step has them and TensorBoard is on."""
+        if norms is not None and self._board is not None:
+            try:
+                self._board.norms(step, norms)
+            except OSError as error:
+                self._monitor_failed(error)
+
+    def write_texts(self, step: int, texts: Sequence[Sample]) -> None:
+        """Append the texts of an evaluation to samples.jsonl and show them in TensorBoard."""
+        try:
+            append_to_file(self.folder, step, texts)
+            if self._board is not None:
+                self._board.text("samples", as_markdown(texts), step)
+        except OSError as error:
+            say(f"WARNING: samples.jsonl: {error.strerror}")
+
     def _monitor_failed(self, error: OSError) -> None:
-        if not self.broken:
+        if not self._monitor_broken:
             say(f"WARNING: TensorBoard's events could not be written ({error.strerror}); metrics.jsonl has every step")
-        self.broken = True
+        self._monitor_broken = True
 
     def _renew_events(self) -> None:
         """Begin another event file: TensorBoard's writer keeps failing after a full disk."""
-        if self.board is not None and (writer := renew_summary_writer(self.monitor)) is not None:
-            self.board.writer = writer
-            self.broken = False
+        if self._board is not None and (writer := renew_summary_writer(self.monitor)) is not None:
+            self._board.writer = writer
+            self._monitor_broken = False
 
-    def _begin(self, step: int) -> None:
-        """Open the file for what follows `step`."""
-        discard_after(self.path, step)
-        # Kept open: an open per step would cost more than the line; flushed after each line.
-        self.file = self.path.open("ab", buffering=0)
-        self.start_step, self.started = step, time.monotonic()
-        self._purge(step + 1)
+    def _purge_tensorboard(self, step: int) -> None:
+        """Tell TensorBoard to forget what an earlier life wrote from `step` on (as SummaryWriter's purge_step does).
 
-    def go_back(self, step: int) -> None:
-        """Forget the lines after `step` (they are kept in metrics.discarded.jsonl)."""
-        self.close()
-        self._begin(step)
-
-    def _purge(self, step: int) -> None:
-        """Tell TensorBoard to forget what an earlier attempt wrote from `step` on (SummaryWriter's purge_step).
-
-        Its server takes the first such mark of a run for the start and only the following for restarts, so a fresh run
-        leaves one too.
+        Its server takes the first such mark of a run for the start and only later ones for restarts, so a fresh run
+        writes one too.
         """
         writer = summary_writer(self.monitor)
         if writer is None:
@@ -108,89 +160,24 @@ class Metrics:
 
         writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, record: MetricsLine) -> None:
-        """Append one object to metrics.jsonl; at log steps and evaluations to the monitor and the screen too."""
-        self.waiting.append(json.dumps(record) + "\n")
-        if error := self._flush():
-            say(f"WARNING: metrics.jsonl: {error}; {len(self.waiting)} line(s) wait in memory")
-        for follower in self.followers:
-            follower(record)
-        step = record["step"]
-        if "val_loss" in record or step % self.log_every_steps == 0 or step in (self.start_step + 1, self.total_steps):
-            events = [(TAGS[k], v, step) for k, v in record.items() if k in TAGS and v is not None]
-            events += [(f"goodput/{name}", share, step) for name, share in self.shares().items()]
-            if self.broken:
-                self._renew_events()
-            self.monitor.write_events(events)
-            say(self._line(record))
-
-    def _flush(self) -> str | None:
-        """Write the lines that wait, each whole or not at all; returns the error that stopped it."""
-        try:
-            while self.waiting:
-                line, end = self.waiting[0].encode(), self.file.seek(0, os.SEEK_END)
-                if self.file.write(line) != len(line):
-                    self.file.truncate(end)
-                    return os.strerror(errno.ENOSPC)
-                del self.waiting[0]
-        except OSError as problem:
-            return problem.strerror
-        return None
-
-    def sync(self) -> str | None:
-        """Have the lines on disk before a checkpoint that follows them; returns the error where they are not."""
-        if error := self._flush():
-            return f"metrics.jsonl: {error}"
-        try:
-            os.fsync(self.file.fileno())
-        except OSError as problem:
-            return f"metrics.jsonl: {problem.strerror}"
-        return None
-
-    def write_anomalies(self, records: Sequence[AnomalyLine]) -> None:
-        """Keep anomalies.jsonl as the guard remembers it: every step that was not taken, and what was done."""
-        if len(records) == self.anomalies or not (records or (self.folder / "anomalies.jsonl").exists()):
-            return
-        try:
-            write_file(self.folder / "anomalies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-            self.anomalies = len(records)
-        except OSError as error:
-            say(f"WARNING: anomalies.jsonl: {error.strerror}")
-
-    def write_norms(self, step: int, norms: dict[str, dict[str, float]] | None) -> None:
-        """Histograms of norms, where the step has them and TensorBoard is on."""
-        if norms is not None and self.board is not None:
-            try:
-                self.board.norms(step, norms)
-            except OSError as error:
-                self._monitor_failed(error)
-
-    def write_texts(self, step: int, texts: Sequence[Sample]) -> None:
-        """Append the texts of an evaluation to samples.jsonl and show them in TensorBoard."""
-        try:
-            append_to_file(self.folder, step, texts)
-            if self.board is not None:
-                self.board.text("samples", as_markdown(texts), step)
-        except OSError as error:
-            say(f"WARNING: samples.jsonl: {error.strerror}")
-
-    def _line(self, record: MetricsLine) -> str:
-        step, width = record["step"], len(str(self.total_steps))
+    def _screen_line(self, line: MetricsLine) -> str:
+        step, width = line["step"], len(str(self.total_steps))
         head = f"step {step:>{width}}/{self.total_steps}"
-        if "val_loss" in record:
-            return f"{head} | validation loss {record['val_loss']:.4f} over {record['val_tokens']:,} tokens"
-        if record["loss"] is None:
-            return f"{head} | {record.get('skipped', 'loss is not finite')}"
-        left = (time.monotonic() - self.started) / max(1, step - self.start_step) * (self.total_steps - step)
-        mfu = f" | mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
-        norm = "none" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
+        if "val_loss" in line:
+            return f"{head} | validation loss {line['val_loss']:.4f} over {line['val_tokens']:,} tokens"
+        if line["loss"] is None:
+            return f"{head} | {line.get('skipped', 'loss is not finite')}"
+        steps_done = max(1, step - self._start_step)
+        left_s = (time.monotonic() - self._started) / steps_done * (self.total_steps - step)
+        mfu = f" | mfu {line['mfu']:.1%}" if line["mfu"] is not None else ""
+        norm = "none" if line["grad_norm"] is None else f"{line['grad_norm']:.2f}"
         return (
-            f"{head} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | grad norm {norm}"
-            f" | {record['tokens_per_s']:,.0f} tokens/s{mfu} | {left // 60:.0f}:{left % 60 // 1:02.0f} left"
+            f"{head} | loss {line['loss']:.4f} | lr {line['lr']:.2e} | grad norm {norm}"
+            f" | {line['tokens_per_s']:,.0f} tokens/s{mfu} | {left_s // 60:.0f}:{left_s % 60 // 1:02.0f} left"
         )
 
     def close(self) -> None:
-        """Write what waits and close the file; the monitor's writers flush themselves."""
-        if error := self._flush():
-            say(f"WARNING: metrics.jsonl: {error}; {len(self.waiting)} line(s) are lost")
-        self.file.close()
+        """Write what waits and close the file. The monitor's writers flush themselves."""
+        if error := self._write_waiting():
+            say(f"WARNING: metrics.jsonl: {error}; {len(self._waiting)} line(s) are lost")
+        self._file.close()

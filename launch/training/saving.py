@@ -26,7 +26,10 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
         "guard": trainer.detector.state(),
     }
     # The metrics go to disk first: after a power cut no checkpoint is newer than its metrics line.
-    metrics_error = trainer.metrics.sync() if trainer.metrics else None
+    metrics_error = None
+    if trainer.metrics:
+        metrics_error = trainer.metrics.sync()
+        state["metrics_bytes"] = trainer.metrics.bytes
     checkpointer.save(step, state, now=final, error=metrics_error)
     trainer.enter("other")
     if final and checkpointer.newest != step:

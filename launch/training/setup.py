@@ -58,7 +58,7 @@ def make_trainer(
 
     metrics = None
     if topology.rank == 0:
-        metrics = Metrics(run.folder, engine.monitor, run.train.total_steps, run.monitor.log_every_steps, step)
+        metrics = Metrics(run, engine.monitor, step, manifest.get("metrics_bytes"))
         metrics.shares = timer.shares
         metrics.write_anomalies(detector.records)
     return Trainer(

@@ -1,0 +1,111 @@
+"""Reading and trimming metrics.jsonl, whatever a crash, a copy or a disk has done to it.
+
+A resume keeps the lines up to its checkpoint and moves the later ones to metrics.discarded.jsonl. A checkpoint records
+the size that metrics.jsonl had, so the usual resume reads one line and cuts the file there, whatever its length. If the
+size does not fit, all lines are read: unreadable and doubled ones are moved too, and missing ones are reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from packspeed.data.storage.atomic import write_file
+
+DISCARDED = "metrics.discarded.jsonl"
+MAX_LINE_BYTES = 1 << 20  # a mixture names all its sources in a line
+
+
+def parse_object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object on a line, or None if the line is torn, not UTF-8 or anything else."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_objects(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(the JSON objects of a file of lines, the number of lines that hold none). A missing file has no lines."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return [], 0
+    objects = [parse_object(line) for line in lines if line.strip()]
+    return [value for value in objects if value is not None], objects.count(None)
+
+
+def step_of(record: dict[str, Any] | None) -> int | None:
+    """The step of a metrics line, or None if it is not one."""
+    step = record.get("step") if record else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def discard_after(path: Path, step: int, expected_bytes: int | None = None) -> list[str]:
+    """Move the lines of metrics.jsonl after `step` to metrics.discarded.jsonl. Returns notes on what was wrong.
+
+    expected_bytes: the size that the checkpoint of `step` recorded. A kill at any moment leaves every line in one of
+    the two files, and the next call completes the work: no line is discarded twice.
+    """
+    if not path.exists():
+        return [f"note: {path} is missing: the curve before step {step + 1} is lost"] if step > 0 else []
+    if expected_bytes is not None and ends_with_step(path, expected_bytes, step):
+        with path.open("rb") as file:
+            file.seek(expected_bytes)
+            append_discarded(path.with_name(DISCARDED), file.read())
+        os.truncate(path, expected_bytes)
+        return []
+    keep, drop, notes = sort_lines(path.read_bytes(), step)
+    if drop:
+        append_discarded(path.with_name(DISCARDED), b"".join(drop))
+        write_file(path, b"".join(keep))
+    return [f"note: {path}: {note}" for note in notes]
+
+
+def ends_with_step(path: Path, size: int, step: int) -> bool:
+    """Whether the first `size` bytes of the file end with a complete line of `step`."""
+    with path.open("rb") as file:
+        start = max(0, size - MAX_LINE_BYTES)
+        file.seek(start)
+        end = file.read(size - start)
+    if start + len(end) < size or not end.endswith(b"\n"):
+        return False
+    last_line = end[end.rfind(b"\n", 0, -1) + 1 :]
+    return step_of(parse_object(last_line)) == step
+
+
+def sort_lines(content: bytes, step: int) -> tuple[list[bytes], list[bytes], list[str]]:
+    """(lines to keep, lines to discard, what was wrong). Of a doubled line the last one counts: it is the newest."""
+    lines = [line + b"\n" for line in content.split(b"\n") if line.strip()]
+    latest: dict[tuple[int, bool], int] = {}  # (step, is an evaluation) -> line number
+    unreadable = doubled = 0
+    for number, line in enumerate(lines):
+        record = parse_object(line)
+        line_step = step_of(record)
+        if record is None or line_step is None:
+            unreadable += 1
+        elif line_step <= step:
+            key = (line_step, "val_loss" in record)
+            doubled += key in latest
+            latest[key] = number
+    kept_numbers = {number for _, number in sorted(latest.items())}
+    keep = [lines[number] for _, number in sorted(latest.items())]
+    drop = [line for number, line in enumerate(lines) if number not in kept_numbers]
+    missing = step - sum(not is_evaluation for _, is_evaluation in latest)
+    counts = ((unreadable, "could not be read"), (doubled, "were doubled"))
+    notes = [f"{count} line(s) {what}; they are in {DISCARDED}" for count, what in counts if count]
+    if missing > 0:
+        notes.append(f"{missing} of the first {step} steps have no line")
+    return keep, drop, notes
+
+
+def append_discarded(path: Path, lines: bytes) -> None:
+    """Append lines to metrics.discarded.jsonl, all or none, unless an interrupted call has done so already."""
+    before = path.read_bytes() if path.exists() else b""
+    if not lines or before.endswith(lines):
+        return
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    write_file(path, before + lines)
