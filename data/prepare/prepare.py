@@ -24,7 +24,7 @@ from pathlib import Path
 
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.prepare.merge import FinishedUnits, Merge, MergeCounts
-from packspeed.data.prepare.output_folder import claim_folder, clean_after_failure, locked_folder
+from packspeed.data.prepare.output_folder import claimed_folder
 from packspeed.data.prepare.progress import PrepareProgress, ProgressMeter
 from packspeed.data.prepare.shards import ShardWriter
 from packspeed.data.prepare.tail_split import split_tail
@@ -112,12 +112,9 @@ def prepare(
     options.check()
     if workers < 1:
         raise UsageError(f"workers {workers} must be at least 1.")
-    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, overwrite, options)
-    with (
-        clean_after_failure(job.folder, job.created),
-        locked_folder(job.folder),
-        ThreadPoolExecutor(1, "packspeed-merge") as pool,
-    ):
+    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, options)
+    with claimed_folder(job.folder, overwrite=overwrite), ThreadPoolExecutor(1, "packspeed-merge") as pool:
+        job.plan()
         merging = pool.submit(job.merge, list(sources))
         try:
             # The merge waits for each unit in turn, so it copies finished units while later ones are encoded.
@@ -150,8 +147,10 @@ def prepare_part(
         raise UsageError(f"There is no task {task_index} among {task_count}: they are numbered from 0.")
     options = MergeOptions(skip_bad=skip_bad)
     options.check()
-    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, False, options)
-    return job.do(workers, encoder, progress, task=(task_index, task_count))
+    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, options)
+    with claimed_folder(job.folder, shared=True):
+        job.plan()
+        return job.do(workers, encoder, progress, task=(task_index, task_count))
 
 
 class _Preparation:
@@ -165,24 +164,23 @@ class _Preparation:
         text_key: str,
         include: Sequence[str],
         exclude: Sequence[str],
-        overwrite: bool,
         options: MergeOptions,
     ):
-        self.folder, self.options, self.units_folder = folder, options, folder / FOLDER
+        self.folder, self.options, self.units_folder, self.text_key = folder, options, folder / FOLDER, text_key
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        found_sources = find_sources(sources, include=include, exclude=exclude, outside=folder)
+        self.sources = find_sources(sources, include=include, exclude=exclude, outside=folder)
         # 2 bytes per token if the ids fit: half the disk and half the bandwidth.
         self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
-        self.created = not folder.exists()
         self.finished = FinishedUnits()
-        claim_folder(folder, overwrite)
-        with clean_after_failure(folder, self.created):
-            self.tokenizer_file = self.tokenizer.save(folder)
-            units, state = plan_units(found_sources)
-            self.job = Job(
-                units, state, text_key, self.tokenizer_file, self.tokenizer.sha256, self.dtype, self.tokenizer.eot_id
-            )
-            save_job(self.units_folder, self.job)
+
+    def plan(self) -> None:
+        """Save the tokenizer and the list of units in the folder, which must be claimed."""
+        self.tokenizer_file = self.tokenizer.save(self.folder)
+        units, state = plan_units(self.sources)
+        self.job = Job(
+            units, state, self.text_key, self.tokenizer_file, self.tokenizer.sha256, self.dtype, self.tokenizer.eot_id
+        )
+        save_job(self.units_folder, self.job)
 
     def do(
         self,

@@ -1,4 +1,4 @@
-"""One exclusive file lock between processes: flock(2) on a file of its own.
+"""A file lock between processes, exclusive or shared: flock(2) on a file of its own.
 
 The kernel releases the lock when the process ends, however it ends, so no stale lock survives a kill -9. The lock file
 itself stays. On NFS the lock holds between hosts; a few network file systems have no locks at all (`required`).
@@ -49,34 +49,44 @@ def lock_file(
     timeout_s: float = math.inf,
     on_wait: Callable[[str], None] | None = None,
     holder: str = "",
+    shared: bool = False,
     required: bool = True,
 ) -> FileLock:
     """Lock `path`, which is created if it does not exist.
 
     `timeout_s` is how long to wait for another process: 0 tries once, infinity waits in the kernel without polling.
     `on_wait` is called with the holder's text before each wait (every 2 s with a finite timeout). `holder` is written
-    into the file for the next process to read. With `required=False` a file system without locks counts as unlocked.
+    into the file for the next process to read. Any number of processes may hold a `shared` lock, but none beside an
+    exclusive one. With `required=False` a file system without locks counts as unlocked.
     Raises LockHeldError after the timeout, OSError if the file cannot be created or locked.
     """
-    # Not truncated: the text of the current holder must stay readable for those who wait.
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _acquire(file, path, timeout_s, on_wait, required)
-        if holder:
-            os.ftruncate(file, 0)
-            os.pwrite(file, holder.encode(), 0)
-    except BaseException:
-        os.close(file)
-        raise
+    operation, has_name = fcntl.LOCK_SH if shared else fcntl.LOCK_EX, False
+    while not has_name:
+        # Not truncated: the text of the current holder must stay readable for those who wait.
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _acquire(file, operation, path, timeout_s, on_wait, required)
+            # The last holder may have removed the file, and a lock on a file without a name excludes nobody.
+            has_name = os.fstat(file).st_nlink > 0
+            if has_name and holder:
+                os.ftruncate(file, 0)
+                os.pwrite(file, holder.encode(), 0)
+        except BaseException:
+            os.close(file)
+            raise
+        if not has_name:
+            os.close(file)
     return FileLock(file)
 
 
-def _acquire(file: int, path: Path, timeout_s: float, on_wait: Callable[[str], None] | None, required: bool) -> None:
+def _acquire(
+    file: int, operation: int, path: Path, timeout_s: float, on_wait: Callable[[str], None] | None, required: bool
+) -> None:
     """Lock an open file, as `lock_file` describes."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, operation | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             current_holder = os.pread(file, 4096, 0).decode(errors="replace").strip()
@@ -90,6 +100,6 @@ def _acquire(file: int, path: Path, timeout_s: float, on_wait: Callable[[str], N
             on_wait(current_holder)
         if math.isinf(timeout_s):
             # The kernel queues waiting processes and wakes the next one without delay.
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, operation)
             return
         time.sleep(POLL_S)
