@@ -194,7 +194,7 @@ def test_the_harness_finds_what_its_own_backend_finds(model: tuple[Path, Any], t
     code = f"""
 import json, lm_eval
 from lm_eval.tasks import TaskManager
-from packspeed.launch.harness import run_tasks
+from packspeed.launch.inference.lm_eval_adapter import run_tasks
 from pathlib import Path
 names, include = {list(TASKS)!r}, {str(tasks)!r}
 ours = run_tasks(Path({str(run)!r}), names, include_path=include, tokenizer="bytes")["results"]
