@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from packspeed.data.storage.hashing import hash_file
-from packspeed.launch.checkpoint.manifest import Manifest, RunIdentity, find_damage, list_checkpoints, newest_complete
-from packspeed.launch.checkpoint.resume import check_loaded_step, check_probe, check_same_run
+from packspeed.launch.checkpoint.manifest import (
+    Manifest,
+    RunIdentity,
+    dump_manifest,
+    find_damage,
+    list_checkpoints,
+    newest_complete,
+)
+from packspeed.launch.checkpoint.resume import check_loaded_step, check_same_run, compare_probes, find_checkpoint
 from packspeed.launch.checkpoint.retention import expired_checkpoints, rewind_target
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import CheckpointSection
+from packspeed.launch.engine.distributed import Topology
 
 
 def write_checkpoint(folder: Path, step: int, val_loss: float | None = None) -> Path:
@@ -52,7 +63,7 @@ def test_retention(tmp_path: Path, keys: dict[str, int], expired: list[int]) -> 
     """Step 9 is the newest, 8 the newest scheduled one, 3 and 6 have the lowest validation losses."""
     for step, val_loss in ((3, 1.0), (4, 3.0), (6, 2.0), (7, None), (8, 5.0), (9, None)):
         write_checkpoint(tmp_path, step, val_loss)
-    assert steps(expired_checkpoints(tmp_path, section(**keys))) == expired
+    assert steps(expired_checkpoints(tmp_path, 9, [], section(**keys))) == expired
 
 
 def test_a_rewind_returns_to_the_newest_complete_scheduled_checkpoint(tmp_path: Path) -> None:
@@ -85,10 +96,78 @@ def test_damage_is_named_and_an_older_checkpoint_taken(tmp_path: Path) -> None:
     (tmp_path / "step-00000005" / "more").write_text("")
     (tmp_path / "step-00000006" / "packspeed.json").write_text("{")
     lines: list[str] = []
-    assert newest_complete(tmp_path, lines.append) == tmp_path / "step-00000001"
-    for line, reason in zip(lines, ["did not finish", "not listed", "another hash", "2 bytes", "missing"], strict=True):
+    newest, damaged = newest_complete(tmp_path, lines.append)
+    assert newest == tmp_path / "step-00000001"
+    assert steps(damaged) == [6, 5, 4, 3, 2]
+    for line, reason in zip(lines, ["cannot be read", "not listed", "another hash", "2 bytes", "missing"], strict=True):
         assert line.startswith("skipping checkpoint step-")
         assert reason in line
+
+
+def test_retention_counts_complete_checkpoints_only(tmp_path: Path) -> None:
+    """Steps 20 and 24 were found damaged, the run resumed at 12 and has saved 14; then it passes 20."""
+    for step in (8, 12, 14, 20, 24):
+        write_checkpoint(tmp_path, step)
+    damaged = {tmp_path / "step-00000020", tmp_path / "step-00000024"}
+    assert steps(expired_checkpoints(tmp_path, 14, damaged, section(keep=2))) == [8], "what was saved last stays"
+    write_checkpoint(tmp_path, 22)
+    assert steps(expired_checkpoints(tmp_path, 22, damaged, section(keep=2, every_steps=0))) == [12, 8]
+    write_checkpoint(tmp_path, 23)
+    assert steps(expired_checkpoints(tmp_path, 23, damaged, section(keep=2, every_steps=0))) == [14, 12, 8, 20]
+
+
+def test_odd_folder_names_are_no_checkpoints(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 3)
+    for name in ("step-\u00b2", "step-3", "step-0000000\u0663", "step-000000012", "step--0000001", "step-00000012.bak"):
+        (tmp_path / name).mkdir()
+    assert steps(list_checkpoints(tmp_path)) == [3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(step=2),
+        lambda manifest: manifest.update(step="1"),
+        lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest.update(files={"weights.pt": 3}),
+        lambda manifest: manifest.update(files={"weights.pt": {"bytes": "1", "xxh3_128": 2}}),
+        lambda manifest: manifest.pop("files"),
+        lambda manifest: manifest.pop("step"),
+        lambda manifest: manifest.pop("format_version"),
+    ],
+)
+def test_a_damaged_value_in_the_manifest_is_damage(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Also in a manifest without a hash of its own, as version 0.1 wrote it."""
+    path = write_checkpoint(tmp_path, 1) / "packspeed.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    assert len(find_damage(path.parent)) == 1
+
+
+def test_every_changed_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 1) / "packspeed.json"
+    text = dump_manifest(json.loads(path.read_text()) | {"probe": {"loss": 3.25}, "config": {"train": {"lr": 1e-3}}})
+    path.write_text(text)
+    assert find_damage(path.parent) == []
+    for place, character in enumerate(text):
+        if not character.isspace():
+            path.write_text(text[:place] + ("7" if character != "7" else "8") + text[place + 1 :])
+            assert find_damage(path.parent), text[max(0, place - 20) : place + 20]
+
+
+def test_a_run_without_a_complete_checkpoint_does_not_begin_again(tmp_path: Path) -> None:
+    alone = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+    lines: list[str] = []
+    assert find_checkpoint(tmp_path / "none", alone, identity(), lines.append).checkpoint is None
+    checkpoint = write_checkpoint(tmp_path, 4)
+    (checkpoint / "weights.pt").write_bytes(b"xy")
+    with pytest.raises(UserError, match="--fresh"):
+        find_checkpoint(tmp_path, alone, identity(), lines.append)
+    shutil.rmtree(checkpoint)
+    (tmp_path / "latest").write_text("step-00000004")
+    with pytest.raises(UserError, match="--fresh"):
+        find_checkpoint(tmp_path, alone, identity(), lines.append)
 
 
 def test_the_resharded_folder_is_no_damage(tmp_path: Path) -> None:
@@ -129,8 +208,11 @@ def saved(**keys: Any) -> Manifest:
 
 def test_what_may_change_on_resume(tmp_path: Path) -> None:
     assert check_same_run(tmp_path, saved(), identity()) == []
-    notes = check_same_run(tmp_path, saved(), identity(train_steps=20, model_kernels="native"))
-    assert [note.split(" was ")[0] for note in notes] == ["note: model.kernels", "note: train.steps"]
+    changes = check_same_run(tmp_path, saved(), identity(train_steps=20, model_kernels="native"))
+    assert changes == [
+        {"step": 5, "key": "model.kernels", "old": "eager", "new": "native"},
+        {"step": 5, "key": "train.steps", "old": 10, "new": 20},
+    ]
     with pytest.raises(ConfigError, match=r"another run: model.d_model was 32, is 64; train.seed was 1, is 2"):
         check_same_run(tmp_path, saved(), identity(train_seed=2, model_d_model=64))
     for changed, message in (
@@ -166,10 +248,10 @@ def test_imported_weights_are_checked_for_the_model_only(tmp_path: Path) -> None
 def test_the_probe_agrees_to_the_precision(tmp_path: Path, now: RunIdentity, difference: float, agrees: bool) -> None:
     repeated: Any = {"first_sample": 0, "rows": 8, "samples_hash": "h", "loss": 4.0 + difference}
     if agrees:
-        assert "have the loss of the save, 4.0" in check_probe(tmp_path, saved(), now, repeated)
+        assert "have the loss of the save, 4.0" in compare_probes(tmp_path, saved(), now, repeated)
     else:
         with pytest.raises(UserError, match=r"self-check: step 5 of .* 4\.00000000 when saved"):
-            check_probe(tmp_path, saved(), now, repeated)
+            compare_probes(tmp_path, saved(), now, repeated)
 
 
 def test_a_probe_of_other_samples_names_the_causes(tmp_path: Path) -> None:
@@ -178,7 +260,7 @@ def test_a_probe_of_other_samples_names_the_causes(tmp_path: Path) -> None:
     now["versions"] = {"torch": "3"}
     causes = "the samples read are others .the dataset.; torch was 2, is 3; precision was fp32, is bf16"
     with pytest.raises(UserError, match=causes):
-        check_probe(tmp_path, saved(), now, repeated)
+        compare_probes(tmp_path, saved(), now, repeated)
 
 
 def test_the_state_inside_must_be_of_the_same_step(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_changed_dataset_is_refused_with_what_changed(run_file: Path) -> None:
     new = old | {"fingerprint": "2", "shards": [["train-00000", 90, "bb"]]}
     config = load_run_file(run_file).model_dump(mode="json")
     run = {"dataset_fingerprint": "1", "order_version": 1, "dp_size": 1, "zero_stage": 1}
-    saved = {"config": config, **run, "datasets": [old]}
+    saved = {"step": 3, "config": config, **run, "datasets": [old]}
     assert check_same_run(run_file, saved, saved) == []
     with pytest.raises(ConfigError, match=r"p: train-00000 has changed \(100 tokens before, 90 now\)"):
         check_same_run(run_file, saved, saved | {"dataset_fingerprint": "2", "datasets": [new]})

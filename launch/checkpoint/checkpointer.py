@@ -12,7 +12,6 @@ Cost: LOG.md compares synchronous and asynchronous saves with torch.distributed.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import re
@@ -33,6 +32,7 @@ from packspeed.launch.checkpoint.manifest import (
     Manifest,
     RunIdentity,
     TrainingState,
+    dump_manifest,
     read_manifest,
     step_folder,
 )
@@ -85,6 +85,7 @@ class Checkpointer:
         self.folder, self.engine, self.topology = folder, engine, topology
         self.section, self.identity, self.log = section, identity, log
         self.newest: int | None = None  # step of the newest complete checkpoint of this process
+        self.damaged: set[Path] = set()  # checkpoints that the resume skipped
         self.writer = SafeWriter()
         self._pending: tuple[int, Manifest, float] | None = None  # save under way: step, manifest so far, start time
         self._hosts = topology.gather(platform.node())
@@ -250,13 +251,14 @@ class Checkpointer:
                     files[name] = hash_file(path)
             manifest["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             manifest["files"] = dict(sorted(files.items()))
-            write_file(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            write_file(temporary / MANIFEST, dump_manifest(manifest))
             if final.exists():  # a damaged checkpoint of this step, from before the run resumed an older one
                 shutil.rmtree(final)
             os.replace(temporary, final)
             sync(self.folder)
             write_file(self.folder / "latest", final.name)
-            for expired in retention.expired_checkpoints(self.folder, self.section):
+            self.damaged.discard(final)
+            for expired in retention.expired_checkpoints(self.folder, step, self.damaged, self.section):
                 shutil.rmtree(expired, ignore_errors=True)
         except OSError as error:
             return f"{error.filename or final}: {error.strerror}"

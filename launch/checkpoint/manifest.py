@@ -10,9 +10,13 @@ docs/checkpoints.md describes the keys for users.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
+
+import xxhash
 
 from packspeed.data.dataset import DatasetDescription
 from packspeed.data.storage.hashing import FileHash, hash_file
@@ -21,6 +25,9 @@ from packspeed.launch.config.errors import UserError
 MANIFEST = "packspeed.json"
 UNIVERSAL = "universal"  # folder inside a checkpoint that reshard.py writes; it has a manifest of its own
 FORMAT_VERSION = 1
+OWN_HASH = "manifest_xxh3_128"  # key of the hash over all other keys
+RESHARDED_KEYS = {"optimizer_step", "loss_scaler"}  # in the manifest of universal/ only
+CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)  # what step_folder returns, nothing else
 
 
 class Layout(TypedDict):
@@ -111,27 +118,53 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in <run>/checkpoints, newest first, verified or not. Temporary and foreign folders do not count."""
-    names = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
-    return sorted((path for path in names if path.is_dir()), key=step_of, reverse=True)
+    """Checkpoints in <run>/checkpoints, newest first, verified or not. Temporary and foreign folders do not count.
+
+    Raises OSError if the folder cannot be read: an empty list would mean that the run has not saved yet.
+    """
+    if not folder.exists():
+        return []
+    named = [folder / entry.name for entry in os.scandir(folder) if CHECKPOINT_NAME.fullmatch(entry.name)]
+    return sorted((path for path in named if path.is_dir()), key=step_of, reverse=True)
+
+
+def dump_manifest(manifest: Mapping[str, object]) -> str:
+    """The text of packspeed.json: the manifest and, last, a hash of the rest."""
+    return json.dumps({**manifest, OWN_HASH: _hash_of(manifest)}, indent=1)
+
+
+def _hash_of(manifest: Mapping[str, object]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read packspeed.json. Raises UserError if it is missing, damaged or of another format version."""
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{folder / MANIFEST}: format version {manifest['format_version']}; "
-                f"this Packspeed reads {FORMAT_VERSION}."
-            )
-        return cast(Manifest, dict(manifest))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no readable {MANIFEST} ({error}); the save did not finish.") from None
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: format version {version}; this Packspeed reads {FORMAT_VERSION}.")
+        step = manifest["step"]
+        sizes = [(file["bytes"], file["xxh3_128"]) for file in manifest["files"].values()]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {MANIFEST}; the save did not finish.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
+    # Manifests of version 0.1 have no hash of their own. A key that they do not have is a damaged one.
+    own_hash = manifest.pop(OWN_HASH, None)
+    unknown_keys = manifest.keys() - Manifest.__annotations__.keys() - RESHARDED_KEYS
+    if own_hash != _hash_of(manifest) if own_hash is not None else unknown_keys:
+        raise UserError(f"{path} was changed after it was written: its own hash does not match.")
+    typed = all(isinstance(size, int) and isinstance(digest, str) for size, digest in sizes)
+    right_step = not CHECKPOINT_NAME.fullmatch(folder.name) or step == step_of(folder)
+    if not typed or not isinstance(step, int) or not right_step:
+        raise UserError(f"{path} is damaged: it names step {step!r}, or its list of files is not one.")
+    return cast(Manifest, manifest)
 
 
 def find_damage(folder: Path) -> list[str]:
-    """One line per missing, truncated, changed or unexpected file; empty if the checkpoint is complete."""
+    """One line per missing, truncated, changed, unreadable or unexpected file; empty if the checkpoint is complete."""
     try:
         listed = read_manifest(folder)["files"]
     except UserError as error:
@@ -139,12 +172,16 @@ def find_damage(folder: Path) -> list[str]:
     damage = []
     for name, expected in listed.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                damage.append(f"{path} has {size:,} bytes, {MANIFEST} says {expected['bytes']:,}")
+            elif hash_file(path) != expected:
+                damage.append(f"{path} has another hash than {MANIFEST} says: its bytes were changed")
+        except FileNotFoundError:
             damage.append(f"{path} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            damage.append(f"{path} has {path.stat().st_size:,} bytes, {MANIFEST} says {expected['bytes']:,}")
-        elif hash_file(path) != expected:
-            damage.append(f"{path} has another hash than {MANIFEST} says: its bytes were changed")
+        except OSError as error:
+            damage.append(f"{path} cannot be read: {error.strerror}")
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     # The resharded copy comes later than the manifest and is verified on its own.
     present = {name for name in present if not name.startswith((f"{UNIVERSAL}/", f".{UNIVERSAL}"))}
@@ -152,11 +189,19 @@ def find_damage(folder: Path) -> list[str]:
     return damage + [f"{folder / name} is not listed in {MANIFEST}" for name in unexpected]
 
 
-def newest_complete(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that is complete, or None; logs why newer ones were skipped."""
-    for path in list_checkpoints(folder):
-        damage = find_damage(path)
-        if not damage:
-            return path
-        log(f"skipping checkpoint {path.name}: {'; '.join(damage)}")
-    return None
+def newest_complete(folder: Path, log: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+    """(the newest checkpoint that is complete, or None; the damaged ones that are newer). Logs why those were skipped.
+
+    Raises UserError if the folder cannot be read.
+    """
+    damaged: list[Path] = []
+    try:
+        for path in list_checkpoints(folder):
+            damage = find_damage(path)
+            if not damage:
+                return path, damaged
+            log(f"skipping checkpoint {path.name}: {'; '.join(damage)}")
+            damaged.append(path)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}. Is the file system mounted?") from None
+    return None, damaged

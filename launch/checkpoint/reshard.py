@@ -13,13 +13,12 @@ Cost: one read and one write of 12 bytes per parameter (Adam), then one read at 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from safetensors import safe_open
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.data.storage.lock import lock_file
-from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, find_damage, read_manifest
+from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, dump_manifest, find_damage, read_manifest
 from packspeed.launch.checkpoint.zero_checkpoint import (
     Tensors,
     full_tensors,
@@ -65,7 +64,7 @@ class ReshardedManifest(OptimizerScalars):
 def load(checkpoint: Path, engine: Engine, topology: Topology, log: Callable[[str], None]) -> None:
     """Fill the engine from a complete checkpoint of any layout. A collective of all ranks."""
     folder = resharded_folder(checkpoint, topology, log)
-    manifest: ReshardedManifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = cast(ReshardedManifest, read_manifest(folder))
     fill_engine(engine, folder, {key: manifest[key] for key in ("optimizer_step", "loss_scaler")})
     engine.global_steps = manifest["step"]
     engine.global_samples = manifest["step"] * engine.train_batch_size()
@@ -172,7 +171,7 @@ def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, F
             **_optimizer_scalars(checkpoint),
             "files": dict(sorted(files.items())),
         }
-        write_file(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        write_file(temporary / MANIFEST, dump_manifest(manifest))
         if folder.exists():  # damaged
             shutil.rmtree(folder)
         os.replace(temporary, folder)

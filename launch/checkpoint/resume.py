@@ -1,7 +1,8 @@
 """May this checkpoint be resumed? All checks, in the order in which they run.
 
     1. complete      every file listed in packspeed.json has its size and hash; otherwise an older checkpoint is tried
-                     (newest_complete in manifest.py)
+                     (newest_complete in manifest.py). If all are damaged the run is refused: it must not start again at
+                     step 0 by itself
     2. same run      model, data order, seed, batch and optimizer are those of the run file (config/effects.py lists
                      the keys); other changed settings are only logged (check_same_run)
     3. same data     fingerprints of the datasets and version of the sample order are equal (check_same_run)
@@ -9,19 +10,20 @@
     5. same layout   ranks, ZeRO section, precision and optimizer classes are equal: DeepSpeed loads its own files.
                      Otherwise reshard.py converts them (has_same_layout)
     6. same step     the state inside the files is of the step that packspeed.json names (check_loaded_step)
-    7. same loss     the probe of the save, repeated with the loaded weights, gives the saved loss (check_probe;
+    7. same loss     the probe of the save, repeated with the loaded weights, gives the saved loss (compare_probes;
                      training/self_check.py computes it)
 
-A rewind during training repeats 1 and 4 to 6. Checks 2 and 3 raise ConfigError (exit code 2), 4 to 7 UserError (1).
+Checks 1 to 3 come before the engine is built and before a file of the run changes. A rewind during training repeats 1
+and 4 to 6. Checks 2 and 3 raise ConfigError (exit code 2), the others UserError (1).
 docs/checkpoints.md has the table of what may change on resume.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from packspeed.data.dataset import TokenDataset, changes
 from packspeed.data.order import ORDER_VERSION
@@ -39,6 +41,7 @@ from packspeed.launch.config.effects import MODEL_SPEED_ONLY, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.run_folder.folder import flatten
+from packspeed.launch.run_folder.formats import SettingChange
 
 if TYPE_CHECKING:
     from packspeed.data.mixture import MixtureData
@@ -57,13 +60,12 @@ OLDER_DEFAULTS = {
 
 
 def run_identity(
-    resolved: dict[str, Any],
-    dataset: TokenDataset | MixtureData,
-    topology: Topology,
-    ds_config: dict[str, Any],
-    engine: Engine,
+    resolved: dict[str, Any], dataset: TokenDataset | MixtureData, topology: Topology, ds_config: dict[str, Any]
 ) -> RunIdentity:
-    """Return what this run writes about itself into its checkpoints, and what it compares with on resume."""
+    """Return what this run writes about itself into its checkpoints, and what it compares with on resume.
+
+    The optimizer classes of the layout are missing: name_optimizers adds them once the engine is there.
+    """
     return {
         "config": resolved,
         "dataset_fingerprint": dataset.fingerprint,
@@ -75,7 +77,7 @@ def run_identity(
             "dp_size": topology.dp_size,
             "zero_optimization": ds_config.get("zero_optimization") or {},
             "precision": resolved["train"]["precision"],
-            "optimizers": [type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__],
+            "optimizers": [],
         },
         "packspeed": metadata.version("packspeed"),
         "versions": run_folder.versions(),
@@ -83,27 +85,69 @@ def run_identity(
     }
 
 
-def resume_newest(checkpointer: Checkpointer) -> Manifest:
-    """Load the newest complete checkpoint of the run; returns its manifest, or {"step": 0} if there is none.
+def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
+    """The identity with the classes of DeepSpeed's wrapper and of the optimizer inside it."""
+    optimizers = [type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__]
+    return {**identity, "layout": {**identity["layout"], "optimizers": optimizers}}
 
-    A collective of all ranks. The caller repeats the probe (check_probe) once the data is open.
+
+class Resumption(NamedTuple):
+    """What checks 1 to 3 found."""
+
+    checkpoint: Path | None  # None: the run starts at step 0
+    damaged: list[Path]  # newer checkpoints that are not complete
+    changes: list[SettingChange]  # settings that differ from the checkpoint's
+
+
+def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
+    """Find the checkpoint in `folder` to resume. A collective of all ranks.
+
+    Raises UserError if there are checkpoints but none is complete, and ConfigError if they belong to another run.
     """
-    folder, topology, log = checkpointer.folder, checkpointer.topology, checkpointer.log
-    # Rank 0 reads and hashes the files; the others take its word.
-    newest = topology.from_rank0(newest_complete(folder, log) if topology.rank == 0 else None)
+    error, found = None, Resumption(None, [], [])
+    if topology.rank == 0:  # it reads and hashes the files; the others take its word
+        try:
+            found = _find_checkpoint(folder, identity, log)
+        except UserError as problem:
+            error = problem
+    error, found = topology.from_rank0((error, found))
+    if error:
+        raise error
+    return found
+
+
+def _find_checkpoint(folder: Path, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
+    newest, damaged = newest_complete(folder, log)
     if newest is None:
         if (folder / step_folder(0)).is_dir():  # only an import makes step 0: without it the run would start at random
             raise UserError(f"{folder}: the imported weights are damaged. Import them again.")
+        if damaged or (folder / "latest").exists():
+            raise UserError(
+                f"{folder}: the run was saved, but none of its {len(damaged)} checkpoint(s) is complete (see above). "
+                "Nothing was changed. Restore them, or check the mount and its permissions. To start over at step 0, "
+                "use --fresh."
+            )
+        return Resumption(None, [], [])
+    return Resumption(newest, damaged, check_same_run(newest, read_manifest(newest), identity))
+
+
+def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
+    """Load the checkpoint that find_checkpoint chose; returns its manifest, or {"step": 0} if there is none.
+
+    A collective of all ranks. The caller repeats the probe (compare_probes) once the data is open.
+    """
+    if found.checkpoint is None:
         return {"step": 0}
-    for note in check_same_run(newest, read_manifest(newest), checkpointer.identity):
-        log(note)
-    manifest = checkpointer.load(newest)
-    log(f"resuming from {newest} (step {manifest['step']})")
+    checkpointer.damaged = set(found.damaged)
+    for change in found.changes:
+        checkpointer.log(f"note: {change['key']} was {change['old']!r} before this resume, is {change['new']!r}")
+    manifest = checkpointer.load(found.checkpoint)
+    checkpointer.log(f"resuming from {found.checkpoint} (step {manifest['step']})")
     return manifest
 
 
-def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> list[str]:
-    """Checks 2 and 3. Returns one line for each changed setting that may change.
+def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> list[SettingChange]:
+    """Checks 2 and 3. Returns the settings that have changed, and may.
 
     Raises ConfigError if the checkpoint is of another run or was trained with other data.
     """
@@ -125,7 +169,8 @@ def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> 
             "Restore the values, choose another name, or start over with --fresh."
         )
     _check_same_data(checkpoint, saved, identity)
-    return [f"note: {key} was {old.get(key)!r} before this resume, is {new.get(key)!r}" for key in changed]
+    step = saved["step"]
+    return [{"step": step, "key": key, "old": old.get(key), "new": new.get(key)} for key in changed]
 
 
 def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> None:
@@ -180,7 +225,7 @@ def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, clie
         )
 
 
-def check_probe(folder: Path, saved: Manifest, identity: RunIdentity, now: Probe) -> str:
+def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Probe) -> str:
     """Check 7: compare the probe of the save with the one repeated `now`. Returns the line to log.
 
     The losses must agree to 1e-5 in fp32, to 2e-3 in 16 bits with the same layout, and to 2e-2 in 16 bits with another

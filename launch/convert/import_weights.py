@@ -31,7 +31,14 @@ from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.data.text.tokenizer import load_tokenizer
 from packspeed.launch.checkpoint import reshard
-from packspeed.launch.checkpoint.manifest import FORMAT_VERSION, MANIFEST, UNIVERSAL, Manifest, step_folder
+from packspeed.launch.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    UNIVERSAL,
+    Manifest,
+    dump_manifest,
+    step_folder,
+)
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.run_folder.folder import git_commit, versions
 from packspeed.model.config import GPTConfig, num_parameters
@@ -231,7 +238,7 @@ def _write_checkpoint(
         "loss_scaler": {},
         "files": files,
     }
-    write_file(folder / MANIFEST, json.dumps(resharded, indent=1))
+    write_file(folder / MANIFEST, dump_manifest(resharded))
     listed = {f"{UNIVERSAL}/{name}": file_hash for name, file_hash in files.items()}
     listed[f"{UNIVERSAL}/{MANIFEST}"] = hash_file(folder / MANIFEST)
     manifest: Manifest = {
@@ -248,7 +255,7 @@ def _write_checkpoint(
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "files": listed,
     }
-    write_file(checkpoint / MANIFEST, json.dumps(manifest, indent=1))
+    write_file(checkpoint / MANIFEST, dump_manifest(manifest))
     sync(checkpoint.parent)
 
 

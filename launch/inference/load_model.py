@@ -49,7 +49,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
             steps = ", ".join(str(step_of(path)) for path in reversed(list_checkpoints(folder)))
             raise ConfigError(f"{run}: there is no checkpoint of step {step}. There are: {steps or 'none'}.")
         return _verified(folder / step_folder(step))
-    newest = newest_complete(folder, lambda line: print(line, file=sys.stderr))
+    newest, _ = newest_complete(folder, lambda line: print(line, file=sys.stderr))
     if newest is None:
         raise UserError(f"{folder}: there is no complete checkpoint yet.")
     return newest

@@ -25,7 +25,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +36,7 @@ import yaml
 from packspeed.data.storage.lock import FileLock, LockHeldError, lock_file
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import RunFile
-from packspeed.launch.run_folder.formats import Status
+from packspeed.launch.run_folder.formats import SettingChange, Status
 from packspeed.model.config import GPTConfig
 
 LOCK_WAIT_S = 60.0  # a killed launch needs some seconds to end; longer means that somebody trains there
@@ -174,6 +174,15 @@ def write_configs(folder: Path, config: Mapping[str, Any], ds_config: Mapping[st
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2))
+
+
+def record_changes(folder: Path, changes: Sequence[SettingChange]) -> None:
+    """Append settings that a resume changed to settings.jsonl. A start that is repeated adds no line twice."""
+    path = folder / "settings.jsonl"
+    lines = [json.dumps(change) + "\n" for change in changes]
+    known = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(line for line in lines if line not in known)
 
 
 def write_status(folder: Path, ranks: Ranks, state: str) -> None:

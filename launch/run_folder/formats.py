@@ -5,6 +5,7 @@
     samples.jsonl     SamplesLine, one per evaluation
     anomalies.jsonl   AnomalyLine, one per vetoed step
     status.json       Status, one object
+    settings.jsonl    SettingChange, one per setting that a resume changed
 
 An annotation holds (type, unit, meaning). docs/metrics.md shows the same tables; tests/test_metrics_page.py keeps the
 page and this file equal. Cost at run time: none, the values are plain dicts.
@@ -98,6 +99,15 @@ class AnomalyLine(_AnomalyLine, total=False):
     """A line of anomalies.jsonl. The key below exists only after a rewind."""
 
     back_to: Annotated[int, "steps", "step of the checkpoint that training continued from"]
+
+
+class SettingChange(TypedDict):
+    """A line of settings.jsonl: a setting that was changed when the run resumed. The file outlives checkpoints."""
+
+    step: Annotated[int, "steps", "step of the checkpoint that was resumed; the new value holds after it"]
+    key: Annotated[str, "", "key of the run file, such as train.optimizer.lr"]
+    old: Annotated[object, "", "value before; null if the key was not set"]
+    new: Annotated[object, "", "value since; null if the key is not set"]
 
 
 class Status(TypedDict):

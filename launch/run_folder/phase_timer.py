@@ -74,14 +74,15 @@ class PhaseTimer:
         self.listener: PhaseListener | None = None
         self._file, self._offset = -1, 0
         if path is not None:
-            with contextlib.suppress(OSError):
-                self._open(path)
-        self.record()
+            self.open(path)
 
-    def _open(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        # Start after the last complete line: an incomplete one, from a power cut, is overwritten.
-        self._offset = os.fstat(self._file).st_size // LINE_BYTES * LINE_BYTES
+    def open(self, path: Path) -> None:
+        """Record this life in goodput.jsonl from now on. If the file cannot be opened, the time is only counted."""
+        with contextlib.suppress(OSError):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            # Start after the last complete line: an incomplete one, from a power cut, is overwritten.
+            self._offset = os.fstat(self._file).st_size // LINE_BYTES * LINE_BYTES
+        self.record()
 
     def enter(self, phase: str, collective: str = "") -> str:
         """Add the time since the last call to the old phase and switch to `phase`. Returns the old phase.

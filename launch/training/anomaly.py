@@ -94,7 +94,7 @@ class AnomalyDetector:
             "norms": list(self.norms),
             "skipped_batches": self.dropped_batches,
             "in_a_row": self.vetoes_in_a_row,
-            "records": self.records,
+            "records": list(self.records),  # a copy: an asynchronous save writes it later
         }
 
     def load(self, state: dict[str, Any]) -> None:

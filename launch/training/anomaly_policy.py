@@ -33,7 +33,7 @@ def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
 
     if anomaly.policy == "stop" or too_many or (anomaly.policy == "rewind" and back_to is None):
         detector.load(state_before)
-        if step > 1 and checkpointer.newest != step - 1:
+        if step > 1:
             save_checkpoint(trainer, step - 1, None, final=True)
         raise UserError(explain_stop(record, too_many))
 

@@ -16,8 +16,8 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
     """
     checkpointer = trainer.checkpointer
     trainer.enter("checkpoint")
-    if final and checkpointer.newest == step and checkpointer.finish():
-        return  # the schedule has saved this step already
+    if final and checkpointer.finish() and checkpointer.newest == step:
+        return  # the schedule has saved this step already, perhaps in the background
     state: TrainingState = {
         "cursor": {"step": step, "next_batch": trainer.batches_before(step)},
         "evaluation_pending": trainer.evaluation_pending,
@@ -34,6 +34,7 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
     trainer.enter("other")
     if final and checkpointer.newest != step:
         raise UserError(
-            f"the state of step {step} could not be saved (see above). The newest complete checkpoint is step "
-            f"{checkpointer.newest or 'none'}: make room in {checkpointer.folder} and start the same command again."
+            f"the state of step {step} could not be saved (see above). "
+            + ("No step has been saved" if checkpointer.newest is None else f"Step {checkpointer.newest} is the newest")
+            + f" in {checkpointer.folder}. Remove the cause, for example a full disk, and start the same command again."
         )

@@ -34,8 +34,8 @@ def probe(trainer: Trainer, step: int) -> Probe:
     return {"first_sample": first, "rows": rows, "samples_hash": f"{batch.hash():08x}", "loss": loss}
 
 
-def check_probe(trainer: Trainer, manifest: Manifest) -> None:
+def repeat_probe(trainer: Trainer, manifest: Manifest) -> None:
     """Repeat the probe of the checkpoint just loaded. UserError if it does not agree (checkpoint/resume.py)."""
     if "probe" in manifest:
         repeated = probe(trainer, manifest["step"])
-        trainer.log(resume.check_probe(trainer.run.folder, manifest, trainer.checkpointer.identity, repeated))
+        trainer.log(resume.compare_probes(trainer.run.folder, manifest, trainer.checkpointer.identity, repeated))

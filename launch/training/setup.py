@@ -39,14 +39,17 @@ def make_trainer(
     manifest: Manifest,
     log: Callable[[str], None],
 ) -> Trainer:
-    """Make the Trainer for a run that continues after manifest["step"]; {"step": 0} is a new run."""
+    """Make the Trainer for a run that continues after manifest["step"]; {"step": 0} is a new run.
+
+    It changes no file of the run. open_run_files does, once the self-check of a resume has passed.
+    """
     step = manifest["step"]
     loader = make_run_loader(run, dataset)
     windows = min(run.eval.windows, loader.val_available())
     if windows < run.eval.windows:
         log(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
 
-    timer = PhaseTimer(run.folder / FILE if topology.rank == 0 else None, step)
+    timer = PhaseTimer(None, step)
     if LAUNCH_ID in os.environ:  # a supervisor started this rank and watches its heartbeat
         timer.listener = Heartbeat(run.folder / "logs", topology.rank, platform.node(), step)
     if topology.device.type == "cpu":
@@ -56,11 +59,6 @@ def make_trainer(
     if "guard" in manifest:
         detector.load(manifest["guard"])
 
-    metrics = None
-    if topology.rank == 0:
-        metrics = Metrics(run, engine.monitor, step, manifest.get("metrics_bytes"))
-        metrics.shares = timer.shares
-        metrics.write_anomalies(detector.records)
     return Trainer(
         run=run,
         topology=topology,
@@ -68,7 +66,7 @@ def make_trainer(
         plan=plan,
         loader=loader,
         eval_windows=windows,
-        metrics=metrics,
+        metrics=None,
         checkpointer=checkpointer,
         stop=StopSignal(),
         detector=detector,
@@ -80,3 +78,12 @@ def make_trainer(
         text_sampler=TextSampler(run, engine, topology.device) if run.monitor.sample_prompts else None,
         evaluation_pending=bool(manifest.get("evaluation_pending")),
     )
+
+
+def open_run_files(trainer: Trainer, manifest: Manifest) -> None:
+    """Open metrics.jsonl, TensorBoard's events and goodput.jsonl on rank 0. Later lines of metrics.jsonl move aside."""
+    if trainer.topology.rank == 0:
+        trainer.timer.open(trainer.run.folder / FILE)
+        trainer.metrics = Metrics(trainer.run, trainer.engine.monitor, manifest["step"], manifest.get("metrics_bytes"))
+        trainer.metrics.shares = trainer.timer.shares
+        trainer.metrics.write_anomalies(trainer.detector.records)

@@ -12,8 +12,7 @@ from typing import Any
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.mixture import MixtureData
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
-from packspeed.launch.checkpoint.manifest import Manifest
-from packspeed.launch.checkpoint.resume import resume_newest, run_identity
+from packspeed.launch.checkpoint.resume import find_checkpoint, name_optimizers, resume_newest, run_identity
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.deepspeed_json import resolve_ds_config, zero_stage
 from packspeed.launch.config.errors import EXIT_STOPPED
@@ -32,8 +31,8 @@ from packspeed.launch.observe.console import RunProgress, live
 from packspeed.launch.observe.goodput import read_lives
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.training.loop import fit
-from packspeed.launch.training.self_check import check_probe
-from packspeed.launch.training.setup import make_trainer
+from packspeed.launch.training.self_check import repeat_probe
+from packspeed.launch.training.setup import make_trainer, open_run_files
 from packspeed.launch.training.trainer import Trainer
 
 
@@ -61,12 +60,15 @@ def start_training(
     kernels = resolve_kernels(config.kernels, log)
 
     with run_folder.locked_run_folder(run.folder, topology, fresh):
+        # The checkpoint to continue from, if there is one. A refusal comes before any file of the run changes.
+        resolved = run_folder.resolved_config(run, config, precision)
+        identity = run_identity(resolved, dataset, topology, ds_config)
+        found = find_checkpoint(run.folder / "checkpoints", topology, identity, log)
+
         # The engine: the same weights at every ZeRO stage and number of ranks.
         log_filter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
-        resolved = run_folder.resolved_config(run, config, precision)
         with quiet(run.folder / "deepspeed.log" if rank == 0 else None):
             engine = build_engine(config, run, ds_config)
-        run_folder.write_configs(run.folder, resolved, ds_config, topology)
         log(
             f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
             f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
@@ -74,10 +76,10 @@ def start_training(
             f"{plan.dp_size} ranks"
         )
 
-        # The checkpoint to continue from, if there is one.
-        identity = run_identity(resolved, dataset, topology, ds_config, engine)
+        # Weights, optimizer and generators of the checkpoint.
+        identity = name_optimizers(identity, engine)
         checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, identity, log)
-        manifest = resume_newest(checkpointer)
+        manifest = resume_newest(checkpointer, found)
         total_steps = run.train.total_steps
         if manifest["step"] >= total_steps and not manifest.get("evaluation_pending"):
             log(
@@ -87,17 +89,23 @@ def start_training(
             return 0
 
         trainer = make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, log)
-        return train_to_end(trainer, manifest)
+        repeat_probe(trainer, manifest)  # does the checkpoint still give the loss that it was saved with?
+
+        # Nothing can refuse the start any more: from here on the files of the run change.
+        run_folder.write_configs(run.folder, resolved, ds_config, topology)
+        if rank == 0:
+            run_folder.record_changes(run.folder, found.changes)
+        open_run_files(trainer, manifest)
+        return train_to_end(trainer, manifest["step"])
 
 
-def train_to_end(trainer: Trainer, manifest: Manifest) -> int:
-    """Run the loop and leave the run's state in status.json, however it ends. Returns the exit code."""
+def train_to_end(trainer: Trainer, step: int) -> int:
+    """Run the loop from `step` on and leave the run's state in status.json, however it ends. Returns the exit code."""
     folder, topology, state = trainer.run.folder, trainer.topology, "failed"
     try:
-        check_probe(trainer, manifest)  # does the checkpoint still give the loss that it was saved with?
         run_folder.write_status(folder, topology, "running")
         with live_panel(trainer):
-            stopped_by = fit(trainer, manifest["step"])
+            stopped_by = fit(trainer, step)
         state = "stopped" if stopped_by else "finished"
     finally:
         if trainer.metrics:

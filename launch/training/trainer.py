@@ -31,7 +31,7 @@ class Trainer:
     plan: BatchPlan
     loader: Loader
     eval_windows: int  # validation windows per evaluation; 0: the dataset has no validation split
-    metrics: Metrics | None  # on rank 0 only
+    metrics: Metrics | None  # on rank 0, once open_run_files was called
     checkpointer: Checkpointer
     stop: StopSignal
     detector: AnomalyDetector  # judges loss and gradient norm

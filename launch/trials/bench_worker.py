@@ -39,7 +39,7 @@ from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.training.loop import train_step
 from packspeed.launch.training.metrics_line import metrics_line
-from packspeed.launch.training.setup import make_trainer
+from packspeed.launch.training.setup import make_trainer, open_run_files
 from packspeed.launch.trials.baselines import BaselineLoop
 from packspeed.launch.trials.bench import POLL_S
 from packspeed.launch.trials.bench_setup import BenchJob, BenchSetup, PhaseMarks, TrainingLoop
@@ -93,6 +93,7 @@ class PackspeedLoop:
             self.trainer = make_trainer(
                 run, setup.config, setup.dataset, engine, topology, setup.plan, checkpointer, {"step": 0}, print
             )
+            open_run_files(self.trainer, {"step": 0})
         self.marks = self.trainer.timer.listener = PhaseMarks(topology.device)
         self.batches = setup.batches()
         self.last_loss = float("nan")
