@@ -7,7 +7,9 @@
 
 A split is one stream of tokens: its shards one after another. Opening reads the manifest and 34 bytes per shard and
 compares sizes; a shard is mapped into memory when it is first read. So opening takes milliseconds at any size, and a
-truncated copy is refused before the first step. `packspeed verify` (checks/verify.py) compares the full hashes.
+truncated copy is refused before the first step. An index is compared with its hash when it is first used, since it
+decides what packed rows hold; token ids are compared with the vocabulary in every batch. `packspeed verify`
+(checks/verify.py) compares the hashes of all files.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import contextlib
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -24,8 +26,9 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from packspeed.data.errors import DataError
 from packspeed.data.storage.manifest import Manifest, Shard, Tokens, check_files, load_manifest
-from packspeed.data.storage.mmidx import Index, read_index
+from packspeed.data.storage.mmidx import Index, read_verified_index, unreadable
 
 Starts = npt.NDArray[np.int64]
 
@@ -103,7 +106,29 @@ class TokenDataset:
         rows = np.empty((len(starts), length), dtype=self.dtype)
         for row, start in zip(rows, starts, strict=True):
             self.read_into(row, split, start)
+        self.check_ids(rows, split, ((start, length) for start in starts))
         return rows
+
+    def check_ids(self, tokens: Tokens, split: str, spans: Iterable[tuple[int, int]]) -> None:
+        """DataError with file and place if a token is outside the vocabulary.
+
+        `tokens` were read from `spans`: first token and length of each.
+        """
+        if not tokens.size or int(tokens.max()) < self.vocab_size:
+            return
+        for start, length in spans:
+            outside = np.flatnonzero(self.read(split, start, length) >= self.vocab_size)
+            if len(outside):
+                raise self._damaged_token(split, start + int(outside[0]))
+
+    def _damaged_token(self, split: str, token: int) -> DataError:
+        number = bisect_right(self._starts[split], token) - 1
+        path, place = self.path / f"{self._shards[split][number].name}.bin", token - self._starts[split][number]
+        return DataError(
+            f"{path} contains token id {int(self.read(split, token, 1)[0])} at byte {place * self.dtype.itemsize}, "
+            f"outside the vocabulary of {self.vocab_size}: the file is damaged. Check the dataset with packspeed "
+            f"verify, and copy the file again."
+        )
 
     def will_need(self, split: str, ranges: Starts) -> None:
         """Ask the kernel to read ranges of a stream ahead of their use. `ranges` (n, 2): first token and length."""
@@ -121,27 +146,58 @@ class TokenDataset:
         shard, first = self._shards[split][number], self._starts[split][number]
         index = self._index(shard)
         document = index.find(position - first)
-        start = first + int(index.offsets_bytes[document]) // self.dtype.itemsize
-        return DocumentSpan(shard.name, document, start, int(index.lengths[document]))
+        start, tokens = first + int(index.offsets_bytes[document]) // self.dtype.itemsize, int(index.lengths[document])
+        if not start <= position < start + tokens:
+            raise self._wrong_index(shard)
+        return DocumentSpan(shard.name, document, start, tokens)
 
     def document_spans(self, split: str, first: int, count: int, stride: int = 1) -> tuple[Starts, Starts]:
-        """First tokens and lengths (EOT included) of documents first, first + stride, ..., at most `count`."""
+        """First tokens and lengths (EOT included) of documents first, first + stride, ..., at most `count`.
+
+        DataError if documents overlap or, with stride 1, are not adjacent.
+        """
         starts, lengths, passed = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
         last = first + count * stride
         for shard, offset in zip(self._shards[split], self._starts[split], strict=False):
             begin = max(first - passed, (first - passed) % stride)
             if begin < shard.documents and last > passed:
-                chosen, index = slice(begin, min(last - passed, shard.documents), stride), self._index(shard)
-                starts.append(offset + index.offsets_bytes[chosen] // self.dtype.itemsize)
-                lengths.append(index.lengths[chosen].astype(np.int64))
+                chosen = slice(begin, min(last - passed, shard.documents), stride)
+                shard_starts, shard_lengths = self._shard_spans(shard, chosen)
+                starts.append(offset + shard_starts)
+                lengths.append(shard_lengths)
             passed += shard.documents
         return np.concatenate(starts), np.concatenate(lengths)
+
+    def check_indices(self, split: str) -> None:
+        """DataError unless every index of a split has its hash. Later uses do not compare it again."""
+        for shard in self._shards[split]:
+            self._index(shard)
+
+    def _shard_spans(self, shard: Shard, chosen: slice) -> tuple[Starts, Starts]:
+        """First tokens in the shard and lengths of some of its documents, checked as `document_spans` says."""
+        index = self._index(shard)
+        starts = index.offsets_bytes[chosen] // self.dtype.itemsize
+        lengths = index.lengths[chosen].astype(np.int64)
+        gaps = np.diff(starts, append=shard.tokens) - lengths
+        overlap = starts[0] < 0 or int(lengths.min()) < 1 or int(gaps.min()) < 0
+        if overlap or (chosen.step == 1 and gaps[:-1].any()):
+            raise self._wrong_index(shard)
+        return starts, lengths
 
     def _index(self, shard: Shard) -> Index:
         if shard.name not in self._indices:
             path = self.path / f"{shard.name}.idx"
-            self._indices[shard.name] = read_index(path, shard.documents, self.manifest.dtype)
+            self._indices[shard.name] = read_verified_index(
+                path, shard.documents, self.manifest.dtype, shard.bin_bytes, shard.idx_xxh3_128
+            )
         return self._indices[shard.name]
+
+    def _wrong_index(self, shard: Shard) -> DataError:
+        """The error for an index that has the hash in the manifest: both were changed, or written wrong."""
+        return DataError(
+            f"{self.path / shard.name}.idx has documents that are not adjacent, although its hash is that in the "
+            f"manifest. Check the dataset with packspeed verify, and prepare or import it again."
+        )
 
     def read_into(self, row: Tokens, split: str, start: int) -> None:
         """Fill `row` with the tokens from `start` on. IndexError outside the split."""
@@ -157,7 +213,11 @@ class TokenDataset:
     def _map(self, split: str, number: int) -> Tokens:
         name = self._shards[split][number].name
         if name not in self._maps:
-            self._maps[name] = self._map_file(self.path / f"{name}.bin")
+            path = self.path / f"{name}.bin"
+            try:
+                self._maps[name] = self._map_file(path)
+            except OSError as error:
+                raise unreadable(path, error) from error
         return self._maps[name]
 
     def _map_file(self, path: Path) -> Tokens:

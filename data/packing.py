@@ -175,6 +175,7 @@ class PackedLoader(Loader):
 
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
         """Count the rows of every window of documents; returns the rows of an epoch."""
+        self.dataset.check_indices(self.split)  # now, so that a damaged one does not end the run days later
         documents = sum(s.documents for s in self.dataset.manifest.shards if s.split == self.split)
         windows = -(-documents // WINDOW_DOCUMENTS)
         firsts, _ = self.dataset.document_spans(self.split, 0, windows, WINDOW_DOCUMENTS)
@@ -262,6 +263,9 @@ class PackedLoader(Loader):
             lengths += sizes.tolist()
             lengths += [width - at] if at < width else []
             used[i] = at
+        for read in (tokens, targets):
+            spans = (span for row in self.spans(first, count) for span in row)
+            self.dataset.check_ids(read, self.split, ((max(0, start - 1), length + 1) for start, length in spans))
         documents = np.array(lengths, dtype=np.int64)
         positions = count_from_starts(np.cumsum(documents) - documents, documents).reshape(count, width)
         samples = np.arange(first, first + count, dtype=np.int64)

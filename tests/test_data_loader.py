@@ -199,7 +199,7 @@ def test_an_error_in_the_thread_reaches_the_caller(dataset: TokenDataset, tmp_pa
     for path in (tmp_path / "copy").glob("*.bin"):
         path.unlink()
     prefetcher = Prefetcher(loader, 0, 10)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match=r"train-0000[0-9]\.bin cannot be read: No such file"):
         next(prefetcher)
     assert prefetch_threads() == 0
     assert list(prefetcher) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Hashable
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import xxhash
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.storage.mmidx import LONGEST_TOKENS, check_header, index_bytes, read_headers
+from packspeed.data.storage.mmidx import LONGEST_TOKENS, check_header, index_bytes, read_headers, unreadable
 
 FORMAT = "packspeed-tokens"
 
@@ -137,17 +138,19 @@ def load_manifest(folder: str | Path) -> Manifest:
             f"{folder} is not a token dataset: there is no {MANIFEST} in it. Give the folder that `packspeed prepare` "
             f"wrote; a prepare that did not finish leaves no manifest and must be run again."
         ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     try:
         raw = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is not valid JSON ({error}): the file is truncated or was edited. Copy the dataset again."
         ) from error
     # The version before the fields: a newer format has other fields, and that is the error to report.
     if isinstance(raw, dict) and (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
         raise DataError(
-            f"{path} has format {raw.get('format')!r}, version {raw.get('version')!r}; this packspeed reads "
-            f"{FORMAT!r}, version {VERSION}. Use the packspeed that wrote it, or prepare the dataset again."
+            f"{path} has format {_short(raw.get('format'))}, version {_short(raw.get('version'))}; this packspeed "
+            f"reads {FORMAT!r}, version {VERSION}. Use the packspeed that wrote it, or prepare the dataset again."
         )
     manifest = build_record(Manifest, raw, str(path))
     _check(manifest, path)
@@ -158,7 +161,7 @@ def build_record(record: type[Record], raw: object, where: str) -> Record:
     """A dataclass from parsed JSON: exactly its fields and types; fields with a default may be missing."""
     hints, required = _fields(cast("Hashable", record))
     if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
-        actual = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+        actual = _short(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
         raise DataError(f"{where} must hold exactly {sorted(hints)}, found {actual}. Copy the dataset again.")
     return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items() if name in raw})
 
@@ -176,9 +179,24 @@ def _value(hint: Any, raw: object, where: str) -> Any:
     if get_origin(hint) is list and isinstance(raw, list):
         return [_value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(raw)]
     # `type() is`, not isinstance: JSON true must not pass as the integer 1.
-    if type(raw) is hint and not (hint is int and raw < 0):  # type: ignore[operator]
+    if type(raw) is hint and _is_possible(raw):
         return raw
-    raise DataError(f"{where} must be {getattr(hint, '__name__', hint)}, found {raw!r}. Copy the dataset again.")
+    raise DataError(f"{where} must be {getattr(hint, '__name__', hint)}, found {_short(raw)}. Copy the dataset again.")
+
+
+def _is_possible(value: object) -> bool:
+    """Whether a value fits numpy's int64 and can be printed: JSON allows any integer, NaN and half surrogate pairs."""
+    if isinstance(value, int):
+        return 0 <= value < 2**63
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, str) or value.isascii() or not re.search("[\ud800-\udfff]", value)
+
+
+def _short(value: object) -> str:
+    """At most 200 characters of a value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _check(manifest: Manifest, path: Path) -> None:
@@ -186,11 +204,11 @@ def _check(manifest: Manifest, path: Path) -> None:
     problem = ""
     tokenizer = manifest.tokenizer
     if manifest.dtype not in ("uint16", "uint32"):
-        problem = f"dtype {manifest.dtype!r}"
+        problem = f"dtype {_short(manifest.dtype)}"
     elif tokenizer.eot_id >= tokenizer.vocab_size or tokenizer.vocab_size > np.iinfo(manifest.dtype).max + 1:
         problem = f"eot_id {tokenizer.eot_id} or vocab_size {tokenizer.vocab_size}"
     elif not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", tokenizer.file):
-        problem = f"tokenizer file name {tokenizer.file!r}"
+        problem = f"tokenizer file name {_short(tokenizer.file)}"
     for shard in manifest.shards:
         problem = problem or _shard_problem(shard, manifest.dtype)
     if not problem and len({shard.name for shard in manifest.shards}) < len(manifest.shards):
@@ -203,7 +221,7 @@ def _check(manifest: Manifest, path: Path) -> None:
 
 def _shard_problem(shard: Shard, dtype: str) -> str:
     if not re.fullmatch(r"(train|val)-[0-9]{5,}", shard.name) or not shard.name.startswith(f"{shard.split}-"):
-        return f"shard name {shard.name!r} in split {shard.split!r}"
+        return f"shard name {_short(shard.name)} in split {_short(shard.split)}"
     if not 0 < shard.documents <= shard.tokens <= shard.documents * LONGEST_TOKENS:
         return f"shard {shard.name}: {shard.tokens} tokens in {shard.documents} documents"
     if shard.bin_bytes != shard.tokens * np.dtype(dtype).itemsize or shard.idx_bytes != index_bytes(shard.documents):
@@ -227,8 +245,10 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 def _check_size(path: str, expected: int) -> None:
     try:
         size = os.stat(path).st_size
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DataError(f"{path} is missing. Copy it again, or prepare the dataset again.") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     if size != expected:
         raise DataError(
             f"{path} is {size} bytes, expected {expected}: the file is truncated or was edited. Copy it again, or "
