@@ -3,9 +3,10 @@
     <cache_dir>/<fingerprint>/train-00000.bin   renamed to this name once its xxh3-128 equals the manifest's
     <cache_dir>/urls/<hash of URL>/             the last manifest seen at this URL, used if the store is unreachable
 
-All processes of a node share the cache: a file lock lets one process fetch a shard while the others wait. If the cache
-exceeds `cache_gb`, the least recently used shards are removed; a process that has one mapped can still read it. A store
-that fails is retried for ten minutes, so a run survives a restart of the store. A thread fetches shards ahead.
+All processes of a node share the cache: a file lock lets one process fetch a shard while the others wait. Each process
+compares a cached file with its hash when it first uses it (0.1 s per gigabyte), and fetches a damaged one again. If the
+cache exceeds `cache_gb`, the least recently used shards are removed; a process that has one mapped can still read it.
+A store that fails is retried for ten minutes, so a run survives a restart of the store. A thread fetches shards ahead.
 The order reads blocks from all over the dataset, so a cache smaller than the dataset fetches shards again and again:
 make it as large as the dataset if there is room.
 """
@@ -25,6 +26,7 @@ import xxhash
 from packspeed.data.dataset import DatasetDescription, TokenDataset
 from packspeed.data.errors import DataError
 from packspeed.data.storage.atomic import sync_stream, write_file
+from packspeed.data.storage.hashing import hash_file
 from packspeed.data.storage.lock import lock_file
 from packspeed.data.storage.manifest import MANIFEST, Shard, Tokens, load_manifest
 from packspeed.data.storage.mmidx import Index
@@ -51,17 +53,39 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
+        self._verified: dict[Path, int] = {}  # inode that this process has compared with the hash
 
     def get(self, name: str, size: int, xxh3_128: str, open_remote: Callable[[], IO[bytes]]) -> Path:
-        """The local path of a file, fetched if it is missing. DataError if no complete copy arrives in RETRY_S."""
+        """The local path of a file, fetched if it is missing or damaged.
+
+        DataError if no complete copy arrives in RETRY_S.
+        """
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with lock_file(path.with_name(f".{path.name}.lock")):
-            if not (path.exists() and path.stat().st_size == size):
+        lock_path = path.with_name(f".{path.name}.lock")
+        with lock_file(lock_path, shared=True):  # the ranks of a node hash at the same time
+            if self._is_sound(path, size, xxh3_128):
+                return path
+        with lock_file(lock_path):
+            if not self._is_sound(path, size, xxh3_128):
+                path.unlink(missing_ok=True)
                 self._make_room(size)
                 retrying(lambda: self._fetch(path, size, xxh3_128, open_remote), name)
-            os.utime(path)  # marks the time of use for _make_room
         return path
+
+    def _is_sound(self, path: Path, size: int, xxh3_128: str) -> bool:
+        """Whether a cached file has its size and, if this process has not used it before, its hash."""
+        try:
+            stat = path.stat()
+            if stat.st_size != size:
+                return False
+            if self._verified.get(path) != stat.st_ino and hash_file(path)["xxh3_128"] != xxh3_128:
+                return False
+            self._verified[path] = stat.st_ino
+            os.utime(path)  # marks the time of use for _make_room
+        except OSError:  # missing, or removed by another process meanwhile, or unreadable
+            return False
+        return True
 
     def _fetch(self, path: Path, size: int, xxh3_128: str, open_remote: Callable[[], IO[bytes]]) -> None:
         """Download a file under a temporary name and rename it if its hash is right; OSError otherwise."""
@@ -78,6 +102,7 @@ class ShardCache:
             if digest.hexdigest() != xxh3_128:
                 raise OSError(f"{written} bytes of {size} arrived, and their hash differs from the manifest's")
             os.replace(temporary, path)
+            self._verified[path] = path.stat().st_ino
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -253,3 +253,43 @@ def test_one_fetch_serves_all_threads(tmp_path: Path, local: TokenDataset) -> No
     for thread in threads:
         thread.join()
     assert len(opened) == 1
+
+
+def test_a_cached_file_is_compared_with_its_hash_once_per_process(tmp_path: Path, local: TokenDataset) -> None:
+    """A damaged copy of the right size is fetched again, also one that another process has put in its place."""
+    shard, opened = local.manifest.shards[0], list[int]()
+    whole = (local.path / f"{shard.name}.bin").read_bytes()
+
+    def open_remote() -> IO[bytes]:
+        opened.append(1)
+        return open(local.path / f"{shard.name}.bin", "rb")
+
+    arguments = ("x/a.bin", shard.bin_bytes, shard.bin_xxh3_128, open_remote)
+    path = ShardCache(tmp_path, 10**9).get(*arguments)
+    path.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    cache = ShardCache(tmp_path, 10**9)  # as in another process
+    assert cache.get(*arguments).read_bytes() == whole
+    assert len(opened) == 2
+    (tmp_path / "replacement").write_bytes(bytes(len(whole)))
+    (tmp_path / "replacement").rename(path)
+    assert cache.get(*arguments).read_bytes() == whole
+    assert len(opened) == 3
+    path.write_bytes(bytes(len(whole)))  # in place, after its first use: hashing at every use would cost too much
+    cache.get(*arguments)
+    assert len(opened) == 3
+
+
+def test_a_damaged_cached_file_is_not_used_without_the_store(
+    tmp_path: Path, local: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "RETRY_S", 0.1)
+    shard = local.manifest.shards[0]
+
+    def open_remote() -> IO[bytes]:
+        raise ConnectionError("unreachable")
+
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/a.bin").write_bytes(bytes(shard.bin_bytes))
+    with pytest.raises(DataError, match=r"x/a\.bin could not be fetched \(ConnectionError: unreachable\)"):
+        ShardCache(tmp_path, 10**9).get("x/a.bin", shard.bin_bytes, shard.bin_xxh3_128, open_remote)
+    assert not (tmp_path / "x/a.bin").exists()
