@@ -13,6 +13,14 @@ from typing import Any, ClassVar, Literal, get_args
 VOCAB_MULTIPLE = 128  # GEMMs are fastest on full tiles, and tensor-parallel ranks can split the rows evenly
 SWIGLU_MULTIPLE = 256  # Llama's `multiple_of`
 Kernels = Literal["auto", "eager", "compile", "triton", "native"]
+Layer = Literal["qkv", "proj", "mlp", "norm"]
+# Layers with a bias, for each value of `bias`. Qwen2 has "qkv", some Llamas have "attention".
+BIASED: dict[bool | str, tuple[Layer, ...]] = {
+    True: ("qkv", "proj", "mlp", "norm"),
+    False: (),
+    "qkv": ("qkv",),
+    "attention": ("qkv", "proj"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,7 @@ class GPTConfig:
     position: Literal["learned", "rope"] = "learned"
     rope_theta: float = 10_000.0
     mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"  # GPT-2 approximates GELU by tanh; nanoGPT is exact
-    bias: bool = True
+    bias: bool | Literal["qkv", "attention"] = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
     tie_embeddings: bool = True
     dropout: float = 0.0  # on the embedding and both residual branches; needs a key per sample (keyed_dropout.py)
@@ -69,11 +77,12 @@ class GPTConfig:
             "norm": ("layernorm", "rmsnorm"),
             "position": ("learned", "rope"),
             "mlp": ("gelu", "gelu_tanh", "swiglu"),
+            "bias": tuple(BIASED),
             "kernels": get_args(Kernels),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(valid)}.")
+                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(map(str, valid))}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout = {self.dropout}: give a probability of at least 0 and less than 1.")
         if not self.z_loss >= 0.0:
@@ -102,6 +111,10 @@ class GPTConfig:
             return self.d_ff
         return _round_up(8 * self.d_model // 3, SWIGLU_MULTIPLE) if self.mlp == "swiglu" else 4 * self.d_model
 
+    def has_bias(self, layer: Layer) -> bool:
+        """Return whether a layer has a bias: attention's inputs or output, the MLP's two layers, or LayerNorm."""
+        return layer in BIASED[self.bias]
+
     @property
     def padded_vocab_size(self) -> int:
         """Return the rows of embedding and head. The last ones belong to no token and never change the loss."""
@@ -125,12 +138,13 @@ def num_parameters(config: GPTConfig, *, padded: bool = False) -> int:
 
 def num_non_embedding_parameters(config: GPTConfig) -> int:
     """Count the parameters of the blocks and the final norm: all except token embedding, positions and head."""
-    d, ff, bias = config.d_model, config.ff_width, int(config.bias)
+    d, ff = config.d_model, config.ff_width
     queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
-    attention = (d + bias) * (queries + 2 * keys) + (queries + bias) * d + config.qk_norm * 2 * config.head_width
+    attention = (d + config.has_bias("qkv")) * (queries + 2 * keys) + (queries + config.has_bias("proj")) * d
+    attention += config.qk_norm * 2 * config.head_width
     up = ff * (2 if config.mlp == "swiglu" else 1)
-    mlp = (d + bias) * up + (ff + bias) * d
-    norm = d * (1 + bias if config.norm == "layernorm" else 1)
+    mlp = (d + config.has_bias("mlp")) * up + (ff + config.has_bias("mlp")) * d
+    norm = d * (1 + config.has_bias("norm") if config.norm == "layernorm" else 1)
     return config.n_layer * (attention + mlp + 2 * norm) + norm
 
 

@@ -49,7 +49,7 @@ class Norm(nn.Module):
         self.kernels, self.eps = config.kernels, config.norm_eps
         self.rms = config.norm == "rmsnorm" or width is not None
         self.weight = nn.Parameter(torch.ones(width or config.d_model))
-        self.bias = None if self.rms or not config.bias else nn.Parameter(torch.zeros(config.d_model))
+        self.bias = None if self.rms or not config.has_bias("norm") else nn.Parameter(torch.zeros(config.d_model))
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return norm(x) of x (..., C); with a branch of the same shape, (x + branch, norm(x + branch))."""
@@ -92,8 +92,8 @@ class Attention(nn.Module):
         self.attend_documents = _out_of_graphs(attend) if config.kernels == "compile" else None
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
-        self.qkv = Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.bias)
-        self.proj = Linear(config.n_head * config.head_width, config.d_model, bias=config.bias)
+        self.qkv = Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.has_bias("qkv"))
+        self.proj = Linear(config.n_head * config.head_width, config.d_model, bias=config.has_bias("proj"))
         self.q_norm = Norm(config, config.head_width) if config.qk_norm else None
         self.k_norm = Norm(config, config.head_width) if config.qk_norm else None
 
@@ -132,8 +132,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up = Linear(config.d_model, config.ff_width * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
-        self.proj = Linear(config.ff_width, config.d_model, bias=config.bias)
+        bias, width = config.has_bias("mlp"), config.ff_width
+        self.up = Linear(config.d_model, width * (2 if config.mlp == "swiglu" else 1), bias=bias)
+        self.proj = Linear(width, config.d_model, bias=bias)
         self.kernels, self.activation = config.kernels, config.mlp
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,17 +1,36 @@
-"""Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Qwen3.
+"""Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Mistral, Qwen2, Qwen3.
 
 Keys that a config.json leaves out have transformers' defaults. Features that our model lacks (scaled RoPE, sliding
-windows, other activations) raise a ValueError with their name; they are never ignored.
+windows, other activations) raise a ValueError with their name; they are never ignored. Mistral without a window
+computes what Llama does, and is exported as Llama.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from packspeed.model.config import GPTConfig
 from packspeed.model.hf import family
 
-ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Several names of one function each. silu is also called swish.
+GELU: dict[str, Literal["gelu", "gelu_tanh"]] = {
+    "gelu": "gelu", "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
+}  # fmt: skip
+SILU = ("silu", "swish")
+LARGEST = 2**31  # of any size in a config.json
+# Other names of GPT-2's keys; transformers reads both.
+GPT2_NAMES = {
+    "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}  # fmt: skip
 # transformers' defaults, for files that leave a value out.
 GPT2_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
@@ -23,10 +42,20 @@ LLAMA_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
     "tie_word_embeddings": False,
 }  # fmt: skip
-QWEN3_DEFAULTS = LLAMA_DEFAULTS | {
-    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128,
-    "max_position_embeddings": 32768,
+MISTRAL_DEFAULTS = LLAMA_DEFAULTS | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
 }  # fmt: skip
+QWEN2_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2_DEFAULTS,
+    "llama": LLAMA_DEFAULTS,
+    "mistral": MISTRAL_DEFAULTS,
+    "qwen2": QWEN2_DEFAULTS,
+    "qwen3": QWEN2_DEFAULTS | {"head_dim": 128},
+}
 
 
 def to_hf_config(config: GPTConfig, eot_id: int, dtype: str) -> dict[str, Any]:
@@ -62,31 +91,37 @@ def _gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
-    bias = {"attention_bias": config.bias} | ({"mlp_bias": config.bias} if kind == "llama" else {})
-    return bias | {
-        "hidden_size": config.d_model,
-        "intermediate_size": config.ff_width,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "rope_theta": config.rope_theta,  # read by transformers 4; version 5 reads the next key
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-    }
+    bias = {} if kind == "qwen2" else {"attention_bias": config.has_bias("qkv")}
+    return (
+        bias
+        | ({"mlp_bias": config.has_bias("mlp")} if kind == "llama" else {})
+        | {
+            "hidden_size": config.d_model,
+            "intermediate_size": config.ff_width,
+            "num_hidden_layers": config.n_layer,
+            "num_attention_heads": config.n_head,
+            "num_key_value_heads": config.kv_heads,
+            "head_dim": config.head_width,
+            "max_position_embeddings": config.max_seq_len,
+            "rms_norm_eps": config.norm_eps,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "rope_theta": config.rope_theta,  # read by transformers 4; version 5 reads the next key
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        }
+    )
 
 
 def from_hf_config(raw: Mapping[str, Any]) -> GPTConfig:
     """Read a config.json. Raises ValueError for features that our model lacks. Dropout is 0: the run file sets it."""
     kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        raise ValueError(f"model_type = {kind!r}: only {', '.join(DEFAULTS)} models can be imported.")
+    _refuse(raw, {"quantization_config": (None,), "is_causal": (None, True)})
     if kind == "gpt2":
-        return _from_gpt2(GPT2_DEFAULTS | dict(raw))
-    if kind in ("llama", "qwen3"):
-        return _from_llama((LLAMA_DEFAULTS if kind == "llama" else QWEN3_DEFAULTS) | dict(raw), kind)
-    raise ValueError(f"model_type = {kind!r}: only gpt2, llama and qwen3 models can be imported.")
+        raw = {GPT2_NAMES.get(name, name): value for name, value in raw.items()}
+        return _from_gpt2(GPT2_DEFAULTS | raw)
+    return _from_llama(DEFAULTS[kind] | dict(raw), kind)
 
 
 def _refuse(raw: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) -> None:
@@ -95,47 +130,114 @@ def _refuse(raw: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) -> No
             raise ValueError(f"{name} = {raw[name]!r}: our model computes only {' or '.join(map(repr, valid))} there.")
 
 
+def _integer(raw: Mapping[str, Any], name: str) -> int:
+    value = raw[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < LARGEST:
+        raise ValueError(f"{name} = {str(value)[:40]!r}: expected a whole number from 1 to {LARGEST - 1}.")
+    return value
+
+
+def _optional_integer(raw: Mapping[str, Any], name: str) -> int | None:
+    return None if raw[name] is None else _integer(raw, name)
+
+
+def _number(raw: Mapping[str, Any], name: str) -> float:
+    value = raw[name]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} = {str(value)[:40]!r}: expected a number above 0.")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(raw[name], bool):
+        raise ValueError(f"{name} = {str(raw[name])[:40]!r}: expected true or false.")
+    return bool(raw[name])
+
+
 def _from_gpt2(raw: dict[str, Any]) -> GPTConfig:
     _refuse(raw, {"activation_function": tuple(GELU), "scale_attn_weights": (True,), "add_cross_attention": (False,)})
     _refuse(raw, {"scale_attn_by_inverse_layer_idx": (False,)})
     return GPTConfig(
-        n_layer=raw["n_layer"],
-        n_head=raw["n_head"],
-        d_model=raw["n_embd"],
-        vocab_size=raw["vocab_size"],
-        max_seq_len=raw["n_positions"],
-        d_ff=raw["n_inner"],
-        norm_eps=raw["layer_norm_epsilon"],
-        mlp=GELU[raw["activation_function"]],  # type: ignore[arg-type]  # _refuse has checked it
-        tie_embeddings=raw["tie_word_embeddings"],
+        n_layer=_integer(raw, "n_layer"),
+        n_head=_integer(raw, "n_head"),
+        d_model=_integer(raw, "n_embd"),
+        vocab_size=_integer(raw, "vocab_size"),
+        max_seq_len=_integer(raw, "n_positions"),
+        d_ff=_optional_integer(raw, "n_inner"),
+        norm_eps=_number(raw, "layer_norm_epsilon"),
+        mlp=GELU[raw["activation_function"]],
+        tie_embeddings=_flag(raw, "tie_word_embeddings"),
     )
 
 
 def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
-    _refuse(raw, {"hidden_act": ("silu",), "rope_scaling": (None,), "use_sliding_window": (False,)})
-    _refuse(raw, {"partial_rotary_factor": (None, 1.0)})
-    rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rope_parameters = {rope}: our model has plain RoPE only, no scaling.")
-    if kind == "llama" and raw["attention_bias"] != raw["mlp_bias"]:
-        raise ValueError("attention_bias and mlp_bias differ: our model has biases everywhere or nowhere.")
-    if kind == "qwen3":
-        _refuse(raw, {"attention_bias": (False,)})
+    _refuse(raw, {"hidden_act": SILU})
+    _check_window(raw, kind)
     return GPTConfig(
-        n_layer=raw["num_hidden_layers"],
-        n_head=raw["num_attention_heads"],
-        d_model=raw["hidden_size"],
-        vocab_size=raw["vocab_size"],
-        max_seq_len=raw["max_position_embeddings"],
-        n_kv_head=raw["num_key_value_heads"],
-        head_dim=raw["head_dim"],
-        d_ff=raw["intermediate_size"],
+        n_layer=_integer(raw, "num_hidden_layers"),
+        n_head=_integer(raw, "num_attention_heads"),
+        d_model=_integer(raw, "hidden_size"),
+        vocab_size=_integer(raw, "vocab_size"),
+        max_seq_len=_integer(raw, "max_position_embeddings"),
+        n_kv_head=_optional_integer(raw, "num_key_value_heads"),
+        head_dim=_optional_integer(raw, "head_dim"),
+        d_ff=_integer(raw, "intermediate_size"),
         norm="rmsnorm",
-        norm_eps=raw["rms_norm_eps"],
+        norm_eps=_number(raw, "rms_norm_eps"),
         position="rope",
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+        rope_theta=_rope_theta(raw),
         mlp="swiglu",
-        bias=raw["attention_bias"],
+        bias=_bias(raw, kind),
         qk_norm=kind == "qwen3",
-        tie_embeddings=raw["tie_word_embeddings"],
+        tie_embeddings=_flag(raw, "tie_word_embeddings"),
     )
+
+
+def _rope_theta(raw: Mapping[str, Any]) -> float:
+    """The base of RoPE, from where transformers takes it. ValueError for other than plain RoPE over all channels."""
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(key) or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{key} = {str(rope)[:40]!r}: expected an object.")
+    # Older files say `type`. A nested object has the parameters of one kind of layer.
+    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    if not plain or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{key} = {rope}: our model has plain RoPE only, no scaling.")
+    for source in (rope, raw):
+        _refuse(source, {"partial_rotary_factor": (None, 1.0)})
+    return _number({"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10_000.0))}, "rope_theta")
+
+
+def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention"]:
+    """Which layers have biases. Mistral and Qwen2 have no setting for it."""
+    if kind in ("mistral", "qwen2"):
+        return "qkv" if kind == "qwen2" else False
+    attention = _flag(raw, "attention_bias")
+    mlp = kind == "llama" and _flag(raw, "mlp_bias")
+    if mlp and not attention:
+        raise ValueError("mlp_bias = True with attention_bias = False: our model has no biases in the MLP alone.")
+    return True if mlp else "attention" if attention else False
+
+
+def _check_window(raw: Mapping[str, Any], kind: str) -> None:
+    """ValueError if attention is limited to a window that is shorter than the longest sequence."""
+    if _has_window(raw, kind) and _integer(raw, "sliding_window") < _integer(raw, "max_position_embeddings"):
+        raise ValueError(
+            f"sliding_window = {raw['sliding_window']}: in our model a token attends to all earlier ones, up to "
+            f"max_position_embeddings = {raw['max_position_embeddings']}."
+        )
+
+
+def _has_window(raw: Mapping[str, Any], kind: str) -> bool:
+    """Whether some layer of the model has a window. Llama has none, whatever its config.json says."""
+    if kind == "llama" or raw["sliding_window"] is None:
+        return False
+    if kind == "mistral":
+        return True
+    if (types := raw["layer_types"]) is not None:
+        if not isinstance(types, list) or any(name != "full_attention" for name in types):
+            raise ValueError(f"layer_types = {str(types)[:100]}: our model has full_attention in every layer.")
+        return False
+    if not raw["use_sliding_window"]:
+        return False
+    return raw["max_window_layers"] in (None, 0) or _integer(raw, "max_window_layers") < raw["num_hidden_layers"]

@@ -53,6 +53,8 @@ def test_formula_counts_the_built_model(name: str) -> None:
     "fields",
     [
         {"bias": False},
+        {"bias": "qkv", "n_kv_head": 2},
+        {"norm": "rmsnorm", "bias": "attention", "mlp": "swiglu"},
         {"norm": "rmsnorm", "bias": True, "mlp": "swiglu", "qk_norm": True, "n_kv_head": 2},
         {"head_dim": 24, "tie_embeddings": False, "d_ff": 100},
     ],

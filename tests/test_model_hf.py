@@ -1,11 +1,17 @@
-"""Logits and gradients equal to transformers' GPT-2 and Llama, given the same random weights."""
+"""Logits and gradients equal to transformers', given the same random weights, for every model that can be imported.
 
+All other causal language models of transformers, and all settings that our model lacks, are refused by name.
+"""
+
+import copy
 import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT
@@ -20,7 +26,11 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-gqa": {"n_kv_head": 2, "tie_embeddings": False, "d_ff": 96, "rope_theta": 500_000.0},
     "llama-tied-mqa": {"n_kv_head": 1, "head_dim": 32, "norm_eps": 1e-6},
     "llama-bias": {"n_kv_head": 2, "bias": True, "tie_embeddings": False},
+    "llama-attention-bias": {"n_kv_head": 2, "bias": "attention", "tie_embeddings": False},
+    "qwen2": {"n_kv_head": 2, "bias": "qkv", "tie_embeddings": False},
+    "qwen2-tied": {"n_kv_head": 2, "bias": "qkv", "head_dim": 32},
     "qwen3": {"n_kv_head": 2, "qk_norm": True, "head_dim": 32, "tie_embeddings": False},
+    "qwen3-bias": {"n_kv_head": 2, "qk_norm": True, "bias": "attention"},
 }
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
 
@@ -73,7 +83,7 @@ def test_refusals() -> None:
         from_hf_state_dict({k: v for k, v in exported.items() if k != "model.norm.weight"}, config)
     with pytest.raises(ValueError, match="left over \\['surprise'\\]"):
         from_hf_state_dict({**exported, "surprise": torch.zeros(1)}, config)
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj.*rows"):
+    with pytest.raises(ValueError, match=r"k_proj\.weight is \[64, 64\], and the config asks for \[32, 64\]"):
         from_hf_state_dict(exported, GPTConfig(**{**SHAPE, **LLAMA, "n_kv_head": 2, "tie_embeddings": False}))
 
 
@@ -87,6 +97,7 @@ def test_refusals() -> None:
         ({"qk_norm": True}, "qk_norm = True"),
         ({**LLAMA, "mlp": "gelu"}, "mlp = 'gelu'"),
         ({**LLAMA, "qk_norm": True, "bias": True}, "bias = True"),
+        ({**LLAMA, "qk_norm": True, "bias": "qkv"}, "bias = 'qkv'"),
     ],
 )
 def test_models_that_transformers_lacks_are_refused_by_field(fields: dict[str, Any], named: str) -> None:
@@ -122,14 +133,165 @@ def test_configs_come_back(case: str) -> None:
 
 
 def test_what_a_config_leaves_out_is_transformers_default() -> None:
-    for kind, theirs in (("gpt2", GPT2Config()), ("llama", LlamaConfig())):
-        assert effective(from_hf_config({"model_type": kind})) == effective(from_hf_config(theirs.to_dict()))
+    for kind in ("gpt2", "llama", "qwen2", "qwen3"):
+        theirs = CONFIG_MAPPING[kind]().to_dict()
+        assert effective(from_hf_config({"model_type": kind})) == effective(from_hf_config(theirs)), kind
+    with pytest.raises(ValueError, match="sliding_window = 4096"):  # Mistral's default
+        from_hf_config({"model_type": "mistral"})
+    theirs = CONFIG_MAPPING["mistral"](sliding_window=None).to_dict()
+    left_out = {"model_type": "mistral", "sliding_window": None}
+    assert effective(from_hf_config(left_out)) == effective(from_hf_config(theirs))
 
 
-def test_a_gpt2_without_biases_goes_out_with_zeros() -> None:
-    config = GPTConfig(**{**SHAPE, "bias": False})
+@pytest.mark.parametrize("bias", [False, "qkv", "attention"])
+def test_a_gpt2_without_some_biases_goes_out_with_zeros(bias: Any) -> None:
+    config = GPTConfig(**{**SHAPE, "bias": bias})
     ours = GPT(config).eval()
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
     theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_hf_config(config, 0, "float32")))
     theirs.load_state_dict(to_hf_state_dict(ours.state_dict(), config))
     tokens = torch.randint(0, config.vocab_size, (2, 20))
     torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+IMPORTED = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_other_architectures_are_refused_by_name(kind: str) -> None:
+    if kind in IMPORTED:
+        from_hf_config({"model_type": kind, "sliding_window": None})
+    else:
+        with pytest.raises(ValueError, match=f"model_type = '{kind}'"):
+            from_hf_config({"model_type": kind})
+
+
+TINY_GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 90, "n_positions": 40, "n_embd": 32, "n_layer": 2}
+TINY_GPT2 |= {"n_head": 4}
+TINY_LLAMA: dict[str, Any] = {
+    "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 40, "sliding_window": None,
+}  # fmt: skip
+# What config.json files say beside the keys that transformers writes itself. None of these may be ignored if it counts.
+VARIANTS: list[dict[str, Any]] = [
+    {"rope_theta": 500.0},
+    {"rope_theta": 500.0, "rope_scaling": None},
+    {"rope_theta": 500.0, "rope_scaling": {"rope_type": "default"}},
+    {"rope_scaling": {"type": "default", "rope_theta": 300.0}, "rope_parameters": {"rope_theta": 200.0}},
+    {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},
+    {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    {"rope_parameters": {"type": "default", "rope_theta": 500.0}},
+    {"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 300.0},
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 300.0},
+    {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}},
+    {"partial_rotary_factor": 0.5},
+    {"sliding_window": 4},
+    {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0},
+    {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
+    {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2},
+    {"sliding_window": 40, "use_sliding_window": True, "max_window_layers": 0},
+    {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["full_attention"] * 2, "max_window_layers": 0},
+    {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+    {"attention_bias": True},
+    {"mlp_bias": True},
+    {"attention_bias": True, "mlp_bias": True},
+    {"head_dim": 16},
+    {"num_key_value_heads": 4},
+    {"num_key_value_heads": None},
+    {"tie_word_embeddings": True},
+    {"tie_word_embeddings": False},
+    {"rms_norm_eps": 0.3},
+    {"pretraining_tp": 2},
+    {"hidden_size": 64, "num_attention_heads": 8},
+    *({"hidden_act": name} for name in ("swish", "gelu", "relu", "quick_gelu")),
+    *(
+        {"activation_function": name}
+        for name in ("gelu", "gelu_fast", "gelu_python", "gelu_accurate", "gelu_10", "relu")
+    ),
+    *({"activation_function": name} for name in ("gelu_pytorch_tanh", "gelu_python_tanh", "quick_gelu", "silu")),
+]
+
+
+def with_other_values(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """One change for each key that transformers writes: bools are flipped, numbers doubled."""
+    changes: list[dict[str, Any]] = []
+    for name, value in raw.items():
+        if name == "return_dict":  # the type of what forward returns
+            continue
+        if isinstance(value, bool):
+            changes.append({name: not value})
+        elif isinstance(value, int | float):
+            changes.append({name: value * 2})
+    return changes
+
+
+def our_config(raw: dict[str, Any], change: dict[str, Any]) -> GPTConfig | None:
+    """Read a config.json; None if a key of the change is refused by its name."""
+    try:
+        return from_hf_config(copy.deepcopy(raw))
+    except ValueError as refusal:
+        if any(name in str(refusal) for name in change):
+            return None
+        raise
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", IMPORTED)
+def test_every_setting_is_computed_as_transformers_does_or_refused(kind: str) -> None:
+    """A setting may be without effect in a family; then both models ignore it."""
+    tiny = TINY_GPT2 if kind == "gpt2" else {"model_type": kind, **TINY_LLAMA}
+    written = CONFIG_MAPPING[kind].from_dict(dict(tiny)).to_dict()
+    equal, refused = 0, 0
+    for base, changes in ((tiny, VARIANTS), (written, with_other_values(written))):
+        for change in changes:
+            raw = {**base, **change}
+            config = our_config(raw, change)
+            if config is None:
+                refused += 1
+                continue
+            try:
+                theirs_config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(raw))
+                theirs: Any = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32).eval()
+            except (ValueError, TypeError, StrictDataclassError):  # transformers has no such model
+                continue
+            torch.manual_seed(0)
+            for p in theirs.parameters():
+                torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.2)
+            ours = GPT(config).eval()
+            ours.load_state_dict(from_hf_state_dict(theirs.state_dict(), config))
+            tokens = torch.randint(0, config.vocab_size, (2, 24))
+            with torch.no_grad():
+                difference = (ours(tokens) - theirs(tokens).logits).abs().max().item()
+            assert difference < 1e-4, f"{change}: the logits differ by {difference}"
+            equal += 1
+    assert equal > 10
+    assert refused > 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "32"}, "hidden_size = '32'"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 32.5}, "hidden_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"vocab_size": 10**400}, "vocab_size"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": []}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+        ({"rope_parameters": "default"}, "rope_parameters"),
+        ({"rope_theta": {}}, "rope_theta"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"is_causal": False}, "is_causal"),
+        ({"model_type": "qwen2", "layer_types": 5, "use_sliding_window": 1, "sliding_window": "x"}, "layer_types"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_hf_config({"model_type": "llama", **TINY_LLAMA, **fields})

@@ -44,7 +44,8 @@ MODEL_KEYS = {
     "position": "Position encoding: a learned table, or rotary embeddings (RoPE) of queries and keys.",
     "rope_theta": "Base of the wavelengths of RoPE. Unused with learned positions.",
     "mlp": "Activation of the MLP. gelu_tanh is GPT-2's approximation of gelu; swiglu has a third weight matrix.",
-    "bias": "Biases in the linear layers and in LayerNorm.",
+    "bias": "Biases: true in all linear layers and in LayerNorm, false nowhere, qkv in the layers of queries, keys and "
+    "values only (Qwen2), attention in these and in attention's output layer.",
     "qk_norm": "Apply RMSNorm to the query and the key of each head.",
     "tie_embeddings": "Use the token embedding as the weight of the output head.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "

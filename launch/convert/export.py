@@ -13,6 +13,7 @@ Format: https://github.com/huggingface/safetensors. Cost: the checkpoint is read
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,8 +29,7 @@ from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.convert.model_card import write_card
 from packspeed.launch.inference.load_model import find_checkpoint, find_tokenizer
 from packspeed.model.config import GPTConfig
-from packspeed.model.gpt import gpt_without_weights
-from packspeed.model.hf import weight_table, zero_biases
+from packspeed.model.hf import hf_shapes, weight_table, zero_biases
 from packspeed.model.hf_config import to_hf_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,14 +124,6 @@ def _write_weights(folder: Path, checkpoint: Path, config: GPTConfig, dtype: tor
     return shards
 
 
-def hf_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor that transformers loads. A tied lm_head is not among them."""
-    ours = gpt_without_weights(config).state_dict()
-    table = [w for w in weight_table(config) if not (config.tie_embeddings and w.ours == "lm_head.weight")]
-    shapes = {name: tensor.shape for weight in table for name, tensor in weight.split(ours[weight.ours])}
-    return shapes | {name: torch.Size([size]) for name, size in zero_biases(config).items()}
-
-
 def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield names and fp32 tensors as transformers loads them, one of our parameters in memory at a time."""
     table = {weight.ours: weight for weight in weight_table(config)}
@@ -150,11 +142,13 @@ class Shards:
     at its offset, so that none has to be kept in memory.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
+    ) -> None:
         self.dtype = dtype
         layouts = [Layout()]
         for name, shape in shapes.items():
-            size = shape.numel() * dtype.itemsize
+            size = math.prod(shape) * dtype.itemsize
             if layouts[-1] and layouts[-1].end + size > shard_bytes:
                 layouts.append(Layout())
             layouts[-1][name] = shape, layouts[-1].end, layouts[-1].end + size
@@ -162,7 +156,7 @@ class Shards:
         count = len(layouts)
         numbered = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         self.names = numbered if count > 1 else ["model.safetensors"]
-        self._unwritten: dict[str, tuple[Path, int, torch.Size]] = {}  # tensor -> file, offset, shape
+        self._unwritten: dict[str, tuple[Path, int, tuple[int, ...]]] = {}  # tensor -> file, offset, shape
         for file, layout in zip(self.names, layouts, strict=True):
             header = layout.header(DTYPE_NAMES[dtype])
             (folder / file).write_bytes(header)
@@ -188,7 +182,7 @@ class Shards:
         return list(self._unwritten)
 
 
-class Layout(dict[str, tuple[torch.Size, int, int]]):
+class Layout(dict[str, tuple[tuple[int, ...], int, int]]):
     """The tensors of one safetensors file: name -> (shape, begin, end), in bytes after the header and without gaps."""
 
     @property
