@@ -95,7 +95,7 @@ def test_the_last_save_on_a_full_disk_fails_loudly(short: Workspace, small_disk:
     done = train(*arguments, faults=f"full_disk:{small_disk}")
     assert done.returncode == 1
     assert "the state of step 7 could not be saved" in done.stderr
-    assert "newest complete checkpoint is step 2" in done.stderr
+    assert "Step 2 is the newest in" in done.stderr
     (small_disk / "ballast").unlink()
     done = train(*arguments)
     assert done.returncode == 0, done.stderr

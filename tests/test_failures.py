@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from packspeed.launch.checkpoint.manifest import MANIFEST, dump_manifest, read_manifest, step_folder
 from support import TRAIN, prefork
 from support.ranks import deepspeed, environment, train
 from support.workspace import Workspace
@@ -125,6 +126,14 @@ def test_other_dataset_is_refused(trained: Workspace) -> None:
     assert "tokens before" in done.stderr, "what changed is named"
 
 
+def copy_as(folder: Path, step: int, other: int) -> None:
+    """Copy the checkpoint of `step` as a complete one of another step."""
+    copy = folder / step_folder(other)
+    shutil.copytree(folder / step_folder(step), copy)
+    manifest = {**read_manifest(folder / step_folder(step)), "step": other}
+    (copy / MANIFEST).write_text(dump_manifest(manifest))
+
+
 def test_damaged_checkpoints_are_skipped_with_the_reason(trained: Workspace) -> None:
     """Truncated, bit-flipped, unlisted, unfinished: the run resumes from the complete one, with the same curve."""
     trained.rewind("done", "damaged", step=9)
@@ -133,12 +142,12 @@ def test_damaged_checkpoints_are_skipped_with_the_reason(trained: Workspace) -> 
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
-    shutil.copytree(folder / "step-00000006", folder / "step-00000008")
+    copy_as(folder, 6, 8)
     optimizer = next((folder / "step-00000008").glob("*optim_states.pt"))
     os.truncate(optimizer, 100)
-    shutil.copytree(folder / "step-00000006", folder / "step-00000007")
+    copy_as(folder, 6, 7)
     (folder / "step-00000007" / "packspeed.json").unlink()
-    shutil.copytree(folder / "step-00000006", folder / "step-00000010")
+    copy_as(folder, 6, 10)
     (folder / "step-00000010" / "evil.pt").write_bytes(b"")
     done = train(*trained.arguments("damaged"))
     assert done.returncode == 0, done.stderr
