@@ -1,8 +1,8 @@
 """Causal attention with torch's kernels: the reference implementation of `attend` in kernels.py.
 
-Attention covers a row of tokens or, if the run masks documents, each document on its own. There is no padding, and only
-generation has a mask. Sources: FlashAttention (https://arxiv.org/abs/2205.14135), grouped queries
-(https://arxiv.org/abs/2305.13245).
+Attention covers a row of tokens or, if the run masks documents, each document on its own. Only generation has a
+mask: padding in packed rows comes last, where causal attention never reads it.
+Sources: FlashAttention (https://arxiv.org/abs/2205.14135), grouped queries (https://arxiv.org/abs/2305.13245).
 """
 
 from __future__ import annotations

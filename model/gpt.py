@@ -5,8 +5,9 @@
 Shapes: B rows of the batch, T tokens per row, C = d_model channels, H heads of D channels, V vocabulary, S tokens in
 the key-value cache. `x` is the residual stream, (B, T, C).
 
-Pre-norm blocks and causal flash attention (attention.py; native_kernels.py on CPUs). There is no padding mask, because
-packed windows have no padding. Queries, keys and values share one weight matrix, and so do SwiGLU's gate and up.
+Pre-norm blocks and causal flash attention (attention.py; native_kernels.py on CPUs). There is no padding mask:
+if a packed row ends early, its padding comes last, where causal attention never reads it, and its labels are -1.
+Queries, keys and values share one weight matrix, and so do SwiGLU's gate and up.
 ZeRO-3: every weight is used inside the forward of the module that owns it, because it is gathered only there.
 Sources: GPT-2 (Radford et al. 2019), RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202),
 RMSNorm (https://arxiv.org/abs/1910.07467), grouped-query attention (https://arxiv.org/abs/2305.13245),
@@ -180,7 +181,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Projection to the vocabulary, and the loss. A tied head has the same Parameter as the embedding.
+    """Projection to the vocabulary, and the loss (fused_loss.py). A tied head has the same Parameter as the embedding.
 
     The padding rows of the vocabulary get no probability and no gradient.
     """

@@ -93,16 +93,16 @@ class Checkpointer:
         self._gloo = torch.distributed.new_group(backend="gloo") if topology.world > 1 else None
         write_checkpoints_with(engine, self.writer)
 
-    def save(self, step: int, state: TrainingState, now: bool = True, error: str | None = None) -> None:
+    def save(self, step: int, state: TrainingState, wait: bool = True, error: str | None = None) -> None:
         """Write the checkpoint of `step` with `state` in its manifest.
 
-        now: the checkpoint is on disk when this returns, even if async_write is set. error: why rank 0 cannot save; the
+        wait: have it on disk when this returns, even if async_write is set. error: why rank 0 cannot save; the
         save then fails on all ranks. Raises UserError only if a rank is missing at a barrier; other errors are logged.
         """
         self.finish()
         self._wait_for_all_ranks(f"saving step {step}")
         start, temporary = time.monotonic(), self._temporary(step)
-        self.writer.begin(copy=self.section.async_write and not now)
+        self.writer.begin(copy=self.section.async_write and not wait)
 
         # Rank 0 makes the folder before any rank writes into it. If that fails, no rank enters DeepSpeed's save, whose
         # barriers have no timeout.
@@ -195,7 +195,7 @@ class Checkpointer:
             reshard.load(path, self.engine, self.topology, self.log)
         if "rng" in manifest:
             rng, rank = manifest["rng"], self.topology.rank
-            # A rank that the writing run did not have takes rank 0's.
+            # The run may have more ranks than the one that saved: those take rank 0's state.
             index = rng["of_rank"][rank] if rank < len(rng["of_rank"]) else 0
             set_rng_state(rng["states"][index], self.topology.device)
         self.newest = manifest["step"]

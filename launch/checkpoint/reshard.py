@@ -4,9 +4,11 @@
     <checkpoint>/universal/packspeed.json              optimizer step, loss scale, size and hash of every file
 
 resharded_folder writes the folder once: all ranks share the parameters, each file is read back and compared with its
-source, and a rename publishes the folder. load fills the running engine from it; each rank reads what it needs.
-The folder has the name of DeepSpeed's format for the same purpose, but not its content: ds_to_universal knows Adam at
-stages 1 to 3, this also stage 0, Muon and Lion. The tests compare both where both work.
+source, and a rename publishes the folder. zero_checkpoint.py reads the source. load fills the running engine from it,
+each rank reading what it needs;
+engine/optimizer_state.py writes into its tensors.
+The folder has the name of DeepSpeed's format for the same purpose, but other content: ds_to_universal handles Adam at
+stages 1 to 3, this file also stage 0, Muon and Lion. The tests compare them if both can convert.
 Cost: one read and one write of 12 bytes per parameter (Adam), then one read at every resume in another layout.
 """
 

@@ -1,6 +1,6 @@
 """The states of torch's random generators in a checkpoint.
 
-Training draws from none of them (dropout is keyed by step and sample), so they matter to users' own models and hooks.
+Training draws from none of them (dropout is keyed by seed and sample), so they matter to users' own models and hooks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A checkpoint in another layout than the run's is first converted to one file of full tensors per parameter
 (checkpoint/reshard.py). DeepSpeed has no way to load these for Muon, Lion or stage 0, so this writes into its tensors.
-Where a rank holds what of a parameter (DeepSpeed 0.19):
+Which part of a parameter a rank holds, and where (DeepSpeed 0.19):
 
   stage 0      the parameter itself, complete; the optimizer's state has the parameter as its key.
   stages 1, 2  elements [a, b) of the parameter, in the flat fp32 tensor of its group: parameter._hp_mapping says where.

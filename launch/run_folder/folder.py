@@ -43,7 +43,7 @@ LOCK_WAIT_S = 60.0  # a killed launch needs some seconds to end; longer means th
 
 
 class Device(Protocol):
-    """A torch.device, in a room that does not import torch."""
+    """The part of torch.device that is used here: this package does not import torch."""
 
     @property
     def type(self) -> str:

@@ -92,7 +92,7 @@ class AnomalyDetector:
         return {
             "losses": list(self.losses),
             "norms": list(self.norms),
-            "skipped_batches": self.dropped_batches,
+            "skipped_batches": self.dropped_batches,  # the key that version 0.1 chose
             "in_a_row": self.vetoes_in_a_row,
             "records": list(self.records),  # a copy: an asynchronous save writes it later
         }

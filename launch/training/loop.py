@@ -1,12 +1,12 @@
 """The training loop. `run_steps` reads one step from top to bottom; `train_step` is its forward, backward and update.
 
-The order of the eight moments of a step is fixed, so that a resumed run repeats it:
+The order of the eight parts of a step is fixed, so that a resumed run repeats it:
 
     1 batch   2 forward and backward   3 agreement of the ranks   4 optimizer step or veto
     5 metrics   6 evaluation   7 checkpoint   8 stop
 
-Step n is the n-th optimizer step of the run, counted from 1: metrics line n and checkpoint step-n are the same n. It
-reads batch n - 1, plus the number of batches that rewinds have dropped (anomaly.py).
+Steps are counted from 1, also those that the optimizer refused: metrics line n and checkpoint step-n are the same n.
+Step n reads batch n - 1, plus the number of batches that rewinds have dropped (anomaly.py).
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
                 continue_from = handle_veto(trainer, step, result)
                 if continue_from < step:
                     return continue_from, False
-                result = dataclasses.replace(result, veto=detector.anomaly.reason)
-            elif result.veto is None:
+                result = dataclasses.replace(result, not_taken=detector.anomaly.reason)
+            elif result.not_taken is None:
                 detector.accept(result.norm)  # later steps are judged by this one
 
             # 5. Metrics: before evaluation and checkpoint, so that no checkpoint is newer than its metrics line.
@@ -123,7 +123,7 @@ def is_due(step: int, every_steps: int, last_step: int | None = None) -> bool:
 
 
 def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = False) -> StepResult:
-    """One optimizer step over this rank's rows, or its veto: moments 2 to 4 of a step.
+    """One optimizer step over this rank's rows, or its veto: parts 2 to 4 of a step.
 
     lr: learning rate of this step. with_norms: also measure the gradient and weight norm of each parameter.
     """
@@ -150,8 +150,8 @@ def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = Fal
                 layer_norms = parameter_norms(engine)
         # 4. Step or veto. engine.step() only counts until the last micro batch. Then it reduces the gradients and takes
         #    their norm. There norm_hook (engine/patches/gradient_norm.py) asks trainer.detector, which knows loss and
-        #    norm. If it finds an anomaly, the hook gives DeepSpeed an invalid norm, and DeepSpeed skips the update on
-        #    all ranks: weights and optimizer state stay as they are, and detector.anomaly holds the reason.
+        #    norm. If it finds an anomaly, the update is skipped on all ranks: weights and optimizer state stay as they
+        #    are, and detector.anomaly holds the reason.
         try:
             engine.step()
         except Exception as error:
@@ -165,7 +165,7 @@ def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = Fal
         samples_hash=f"{int(agreed.batch_hash) % 2**32:08x}",
         stopping=agreed.ranks_stopping > 0,
         checkpoint_written=agreed.ranks_written == trainer.topology.dp_size,
-        veto=f"fp16 overflow, loss scale now {loss_scale(engine):g}" if overflow else None,
+        not_taken=f"fp16 overflow, loss scale now {loss_scale(engine):g}" if overflow else None,
         layer_norms=layer_norms,
     )
 

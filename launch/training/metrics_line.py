@@ -28,8 +28,8 @@ def metrics_line(
         "data_wait_s": round(data_wait_s, 6),
         "memory_gib": memory_gib(trainer.topology.device.type),
     }
-    if result.veto:
-        line["skipped"] = result.veto
+    if result.not_taken:
+        line["skipped"] = result.not_taken
     report = getattr(trainer.loader, "report", None)  # only a mixture's loader has one
     if report is not None:
         line["epochs"] = {row["path"]: row["epochs"] for row in report(line["samples"])}

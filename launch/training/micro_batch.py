@@ -1,4 +1,4 @@
-"""A rank's rows of a batch as micro batches on the device, and the loss of one.
+"""A rank's rows of a batch (data/loader.py) as micro batches on the device, and the loss of one.
 
 B: rows of the micro batch, T: data.seq_len.
 """
@@ -48,7 +48,8 @@ def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> torch.Tensor:
     """Loss of a micro batch, scaled so that the mean over micro batches and ranks is the mean over all tokens."""
     keys = dropout_keys(micro.rows.samples, trainer.run.train.seed, micro.inputs.device)
     if micro.rows.used is None:
-        # Full windows: every micro batch of every rank has the same number of tokens, so its mean is enough.
+        # Full windows: every micro batch of every rank has the same number of tokens, so its mean is enough. The engine
+        # calls GPT.forward (model/gpt.py).
         mean: torch.Tensor = trainer.engine(micro.inputs, micro.labels, dropout_keys=keys, **micro.documents)
         return mean
     # Packed rows can end early. Their padding does not count, and micro batches weigh by the tokens that do.

@@ -1,4 +1,4 @@
-"""Saving the state of the loop with a checkpoint."""
+"""What the loop adds to a checkpoint; checkpoint/checkpointer.py saves it with the engine's state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
     if trainer.metrics:
         metrics_error = trainer.metrics.sync()
         state["metrics_bytes"] = trainer.metrics.bytes
-    checkpointer.save(step, state, now=final, error=metrics_error)
+    checkpointer.save(step, state, wait=final, error=metrics_error)
     trainer.enter("other")
     if final and checkpointer.newest != step:
         raise UserError(

@@ -66,5 +66,5 @@ class StepResult:
     samples_hash: str  # 8 hex digits over the rows of the global batch
     stopping: bool  # a signal asked at least one rank to stop
     checkpoint_written: bool  # every rank has written its part of the asynchronous checkpoint under way
-    veto: str | None = None  # why the optimizer did not step
+    not_taken: str | None = None  # why the optimizer did not step: an anomaly, or an overflow in fp16
     layer_norms: dict[str, dict[str, float]] | None = None  # {"gradient": {parameter: norm}, "weight": ...}

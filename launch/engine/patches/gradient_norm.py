@@ -18,9 +18,12 @@ How a veto works, with the functions in the order in which they are called:
       engine.step()                  DeepSpeed: at the accumulation boundary it runs the optimizer
         optimizer.step()             DeepSpeed: asks for the norm of the gradients, to clip by it
           <patched norm function>    here: takes the norm and calls
-            hook._vetoes(norm)       here: keeps the norm for the metrics and asks
-              judge(norm)            AnomalyDetector.judge: True if norm or loss is not finite or is a spike
-          <- -1 instead of the norm  DeepSpeed's own sign of an overflow: it drops the gradients and does not step
+            hook._record_and_judge() here: keeps the norm for the metrics and asks
+              judge(norm)            AnomalyDetector.vetoes (training/anomaly.py): True if norm or loss is not finite or
+                                     is a spike
+          <- an invalid norm         stages 1 to 3: -1, DeepSpeed's own sign of an overflow; BF16_Optimizer: NaN.
+                                     DeepSpeed then drops the gradients and does not step. Stage 0 has no norm
+                                     function: the hook replaces optimizer.step and does not call it
     train_step()                     loop: reads hook.norm and the detector's anomaly
 
 All ranks have the same norm and the same mean loss, so all of them veto together. The norm of an offloaded optimizer
@@ -82,7 +85,7 @@ class GradientNormHook:
         """Forget the last step's norm and veto."""
         self.norm, self.vetoed = float("nan"), False
 
-    def _vetoes(self, norm: torch.Tensor, scale: float = 1.0) -> bool:
+    def _record_and_judge(self, norm: torch.Tensor, scale: float = 1.0) -> bool:
         """Keep the norm, divided by the loss scale, and ask the judge. Negative is DeepSpeed's sign for not finite."""
         value = float(norm)
         self.norm = value / scale if value >= 0 else float("nan")
@@ -94,7 +97,7 @@ class GradientNormHook:
 
         def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
             norm: torch.Tensor = original_norm(norm_type)
-            return torch.full_like(norm, -1.0) if self._vetoes(norm, optimizer.loss_scale) else norm
+            return torch.full_like(norm, -1.0) if self._record_and_judge(norm, optimizer.loss_scale) else norm
 
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
             # The list also has tensors that only fill up the partition; DeepSpeed's own norm skips them too.
@@ -102,7 +105,7 @@ class GradientNormHook:
             return global_norm(held, optimizer.dp_process_group)
 
         def update_scale(has_overflow: bool = False) -> None:
-            # A vetoed step is no overflow: the fp16 loss scale must stay as it is.
+            # The detector's veto is no overflow: the fp16 loss scale must stay as it is.
             if not self.vetoed:
                 original_update(has_overflow)
 
@@ -116,7 +119,7 @@ class GradientNormHook:
 
         def get_norm_groups() -> list[torch.Tensor]:
             norms: list[torch.Tensor] = list(original_groups())
-            vetoed = self._vetoes(combine_grad_norm_groups(norms), optimizer.loss_scale)
+            vetoed = self._record_and_judge(combine_grad_norm_groups(norms), optimizer.loss_scale)
             return [torch.full_like(norms[0], -1.0)] if vetoed else norms
 
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
@@ -151,7 +154,7 @@ class GradientNormHook:
             gradients, _ = original(for_clipping)  # those of experts aside: a GPT has none
             # DeepSpeed squares it in fp32: a norm above 1.8e19 is infinite there, and the step is dropped.
             norm = square_sum(gradients).float().sqrt().view(1)
-            return [torch.full_like(norm, float("nan")) if self._vetoes(norm) else norm], {}
+            return [torch.full_like(norm, float("nan")) if self._record_and_judge(norm) else norm], {}
 
         original = replace(optimizer, "get_grads_for_norm", get_grads_for_norm)
 
@@ -162,7 +165,7 @@ class GradientNormHook:
         def take_model_step(lr_kwargs: object) -> None:
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             norm = square_sum(gradients).sqrt().float()
-            self._vetoes(norm)
+            self._record_and_judge(norm)
             # The original calls clip_fp32_gradients, then optimizer.step, both replaced.
             engine.clip_fp32_gradients = lambda: clip_gradients(gradients, norm, engine.gradient_clipping())
             original_take(lr_kwargs)
