@@ -4,18 +4,17 @@
     OUT/run.yaml                                                 a run file that continues from them
     OUT/tokenizer/tokenizer.json                                 if the source has one
 
-hf reads GPT-2, Llama and Qwen3 folders (config.json, safetensors in one file or several), one parameter in memory at a
-time. nanogpt reads a ckpt.pt with weights_only, so no code in it can run. A rename makes the folder appear, complete or
-not at all. Models with features that ours does not have are refused; the error names the feature.
+hf reads GPT-2, Llama, Mistral, Qwen2 and Qwen3 folders (hf_folder.py), one parameter in memory at a time. nanogpt
+reads a ckpt.pt with weights_only, so no code in it can run. A rename makes the folder appear, complete or not at all.
+Models with features that ours does not have are refused; the error names the feature.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, TypedDict
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from packspeed.data.errors import DataError
@@ -40,12 +39,10 @@ from packspeed.launch.checkpoint.manifest import (
     step_folder,
 )
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.convert.hf_folder import read_config, read_weights
 from packspeed.launch.run_folder.folder import git_commit, versions
 from packspeed.model.config import GPTConfig, num_parameters
 from packspeed.model.hf import canonical_names, weight_table
-from packspeed.model.hf_config import from_hf_config
-
-GetTensor = Callable[[str], torch.Tensor]  # of the source, by our name for it
 
 RUN_FILE = "run.yaml"
 
@@ -64,67 +61,11 @@ class ImportResult(TypedDict):
 
 def import_hf(source: Path, out: Path, data: str | None = None) -> ImportResult:
     """Import a folder written by transformers' save_pretrained. ConfigError if our model lacks one of its features."""
-    try:
-        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        config = from_hf_config(raw)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{source / 'config.json'}: {reason}") from None
+    config = read_config(source)
     tokenizer, notes = _tokenizer(source)
-    # All files stay open and mapped: a parameter of ours may need tensors from several of them.
     with ExitStack() as stack:
-        files = {name: (path, stack.enter_context(_open(path))) for path in _shards(source) for name in _names(path)}
-        try:
-            names = canonical_names(files, config)  # transformers' name -> the name in these files
-        except ValueError as error:
-            raise ConfigError(f"{source}: {error}") from None
-
-        def get(name: str) -> torch.Tensor:
-            path, file = files[names[name]]
-            tensor: torch.Tensor = file.get_tensor(names[name])
-            if not tensor.is_floating_point():
-                raise ConfigError(f"{path}: {names[name]} is {tensor.dtype}: quantized weights cannot be trained on.")
-            return tensor.float()
-
-        return _write_run(source, out, data, config, _our_parameters(config, get), tokenizer, notes)
-
-
-def _open(path: Path) -> Any:  # safetensors has no types
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a safetensors file ({error}). Copy it again.") from None
-
-
-def _names(path: Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
-
-
-def _shards(source: Path) -> list[Path]:
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise UserError(f"{index}: not the index of a sharded model. Copy it again.") from None
-        if any(Path(name).name != name for name in files):
-            raise UserError(f"{index} names files outside its folder.")
-        return [source / name for name in files]
-    single = source / "model.safetensors"
-    if not single.is_file():
-        raise ConfigError(
-            f"{source}: there is no model.safetensors and no index of shards. A pytorch_model.bin becomes one with "
-            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)."
-        )
-    return [single]
-
-
-def _our_parameters(config: GPTConfig, get: GetTensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield our parameters, each made of one or more tensors of the source. A tied lm_head is left out."""
-    for weight in weight_table(config):
-        if not (config.tie_embeddings and weight.ours == "lm_head.weight"):
-            yield weight.ours, weight.join(get, config)
+        config, parameters, weight_notes = read_weights(source, config, stack)
+        return _write_run(source, out, data, config, parameters, tokenizer, weight_notes + notes)
 
 
 def _tokenizer(source: Path) -> tuple[bytes | None, list[str]]:

@@ -1,0 +1,226 @@
+"""`packspeed import hf`: what transformers computes, or one paragraph and nothing under the final name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from packspeed.launch.convert.export import export_hf
+from packspeed.launch.convert.import_weights import import_hf
+from packspeed.launch.inference.load_model import find_checkpoint, load_model
+from support.commands import runs_cli
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False, "sliding_window": None,
+    "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-attention-bias": {"model_type": "llama", "attention_bias": True},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+
+
+def save_model(folder: Path, kind: str = "llama", **fields: Any) -> Any:
+    """Save a random model of transformers, biases included."""
+    settings = {"model_type": kind, **SHAPE, **KINDS.get(kind, {}), **fields}
+    config = transformers.CONFIG_MAPPING[settings.pop("model_type")](**settings)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def assert_same_logits(run: Path, theirs: Any) -> None:
+    ours, _ = load_model(find_checkpoint(run))
+    tokens = torch.randint(0, 300, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def refusal(folder: Path, code: int) -> str:
+    """The error of an import that fails and leaves nothing behind."""
+    out = folder.parent / "refused"
+    before = set(folder.parent.iterdir())
+    error = runs_cli(["import", "hf", str(folder), "--out", str(out)], code=code)
+    assert set(folder.parent.iterdir()) == before
+    assert len(error.strip().splitlines()) == 1, error
+    return error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_come_in_and_go_out_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    theirs = save_model(tmp_path / "hf", kind)
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    assert_same_logits(tmp_path / "run", theirs)
+    found = export_hf(tmp_path / "run", tmp_path / "out", tokenizer="bytes")
+    before, after = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_logits(tmp_path / "run", load(tmp_path / "out"))
+    family = "llama" if kind == "mistral" else kind.split("-")[0]
+    assert found["architecture"].lower() == f"{family}forcausallm"
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    """Set fields of config.json; None removes one."""
+    raw = {**json.loads((folder / "config.json").read_text()), **fields}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+
+
+def edit_weights(folder: Path, **changes: Any) -> None:
+    """Replace tensors of model.safetensors, names with _ for dots; None removes one."""
+    weights = load_file(folder / "model.safetensors")
+    for name, value in changes.items():
+        key = next((known for known in weights if known.replace(".", "_") == name), name)
+        weights.pop(key, None)
+        if value is not None:
+            weights[key] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_tied_config_with_another_head_is_imported_untied(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf")
+    edit(tmp_path / "hf", tie_word_embeddings=True)
+    output = runs_cli(["import", "hf", str(tmp_path / "hf"), "--out", str(tmp_path / "run")])
+    assert "another lm_head.weight" in output
+    assert_same_logits(tmp_path / "run", load(tmp_path / "hf"))
+    export_hf(tmp_path / "run", tmp_path / "out", tokenizer="bytes")
+    assert_same_logits(tmp_path / "run", load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("left_out", ["lm_head.weight", "model.embed_tokens.weight", ""])
+def test_a_tied_weight_is_stored_under_either_name_or_both(tmp_path: Path, left_out: str) -> None:
+    save_model(tmp_path / "hf", tie_word_embeddings=True)
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights.pop(left_out, None)
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    assert import_hf(tmp_path / "hf", tmp_path / "run")["tied"]
+    assert_same_logits(tmp_path / "run", load(tmp_path / "hf"))
+
+
+def test_one_file_wins_over_an_index_as_in_transformers(tmp_path: Path) -> None:
+    theirs = save_model(tmp_path / "hf")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    output = runs_cli(["import", "hf", str(tmp_path / "hf"), "--out", str(tmp_path / "run")])
+    assert "not the files of the index" in output
+    assert_same_logits(tmp_path / "run", theirs)
+
+
+NAN = torch.full((32,), torch.nan)
+INFINITE = torch.full((32,), torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"model_norm_weight": NAN}, 1, "model.norm.weight has values that are NaN or infinite"),
+        ({"model_norm_weight": INFINITE}, 1, "model.norm.weight has values that are NaN or infinite"),
+        ({"model_norm_weight": torch.ones(32).double()}, 2, "model.norm.weight is F64"),
+        ({"model_norm_weight": torch.ones(32).to(torch.float8_e4m3fn)}, 2, "model.norm.weight is F8_E4M3"),
+        ({"model_norm_weight": torch.ones(32).int()}, 2, "model.norm.weight is I32"),
+        ({"model_norm_weight": None}, 2, "missing ['model.norm.weight']"),
+        ({"score": torch.ones(2)}, 2, "left over ['score']"),
+        ({"lm_head_weight": torch.ones(299, 32)}, 2, "lm_head.weight is [299, 32], and config.json asks for [300, 32]"),
+        ({"lm_head_weight": torch.ones(300, 31)}, 2, "lm_head.weight is [300, 31]"),
+        ({"lm_head_weight": torch.ones(300)}, 2, "lm_head.weight is [300]"),
+        ({"model_norm_weight": torch.ones(32, 1)}, 2, "model.norm.weight is [32, 1]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], code: int, message: str
+) -> None:
+    save_model(tmp_path / "hf")
+    edit_weights(tmp_path / "hf", **changes)
+    assert message in refusal(tmp_path / "hf", code)
+
+
+@pytest.mark.parametrize("bytes_left", [0, 5, 100, 3000, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, bytes_left: int) -> None:
+    save_model(tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:bytes_left])
+    assert "cannot be read as a safetensors file" in refusal(tmp_path / "hf", 1)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "git lfs pull" in refusal(tmp_path / "hf", 1)
+
+
+def test_damaged_shards_are_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    shards = sorted((tmp_path / "hf").glob("*.safetensors"))
+    first = load_file(shards[0])
+    shutil.move(shards[1], tmp_path / "away")
+    assert f"1 of {len(shards)} weight files in model.safetensors.index.json are missing: {shards[1].name}" in refusal(
+        tmp_path / "hf", 1
+    )
+    shutil.copy(shards[0], shards[1])  # one shard under two names
+    assert f"{next(iter(first))} is in {shards[0].name} too" in refusal(tmp_path / "hf", 1)
+    shutil.move(tmp_path / "away", shards[1])
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    content = index.read_text()
+    for damage in ("", "[1]", "null", '{"weight_map": 3}', '{"weight_map": {"a": {}}}', "[" * 100_000, content[:-20]):
+        index.write_text(damage)
+        assert "model" in refusal(tmp_path / "hf", 1)
+    index.write_text(json.dumps({"weight_map": {"a": "../whole/model.safetensors"}}))
+    assert "outside its folder" in refusal(tmp_path / "hf", 1)
+    index.write_text(content)
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    assert_same_logits(tmp_path / "run", model)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '"gpt2"', "{}", "[" * 100_000, "\ufeff{}", '{"a": 1}'])
+def test_what_is_no_config_is_refused(tmp_path: Path, content: str) -> None:
+    save_model(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(content)
+    assert "config.json: " in refusal(tmp_path / "hf", 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": None}, "is [300, 32], and config.json asks for [300, 4096]"),
+        ({"num_hidden_layers": None}, "32 layers by config.json"),
+        ({"num_hidden_layers": 2**30}, "layers by config.json"),
+        ({"num_hidden_layers": 3}, "missing ['model.layers.2"),
+        ({"vocab_size": None}, "asks for [32000, 32]"),
+        ({"num_attention_heads": 3}, "n_head"),
+        ({"model_type": "gemma"}, "model_type = 'gemma': only gpt2, llama, mistral, qwen2, qwen3"),
+        ({"model_type": "qwen2"}, "missing ['model.layers.0.self_attn.k_proj.bias'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    ],
+)
+def test_configs_of_other_models_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    save_model(tmp_path / "hf")
+    edit(tmp_path / "hf", **fields)
+    assert message in refusal(tmp_path / "hf", 2)
+
+
+def test_an_adapter_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "adapter_config.json").write_text("{}")
+    assert "merge it into its base model" in refusal(tmp_path / "hf", 2)
