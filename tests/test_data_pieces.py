@@ -18,8 +18,9 @@ from packspeed.data.errors import DataError
 from packspeed.data.prepare.prepare import prepare
 from packspeed.data.read import readers, streams
 from packspeed.data.read import split_text as splitting
+from packspeed.data.read.documents import Tally
 from packspeed.data.read.long_json import long_text
-from packspeed.data.read.readers import Tally, read_documents
+from packspeed.data.read.readers import read_documents
 from packspeed.data.read.sources import Source, find_sources
 from packspeed.data.text.encode import CL100K_PATTERN, O200K_PATTERN
 from packspeed.data.text.ranks import GPT2_PATTERN, parse_ranks
@@ -58,7 +59,7 @@ def test_long_texts_and_lines_give_the_tokens_of_the_whole(tmp_path: Path, monke
     monkeypatch.setattr(readers, "LONG_TEXT_BYTES", 1000)
     for module in (readers, streams):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 1000)
-        monkeypatch.setattr(module, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 300)
     monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 400)
     rng = random.Random(0)
     texts = [" ".join(rng.choices(["word", "漢字", "é\n", "don't", "42", '"\\'], k=k)) for k in (3000, 5, 2000, 0, 700)]
@@ -72,7 +73,7 @@ def test_long_texts_and_lines_give_the_tokens_of_the_whole(tmp_path: Path, monke
         dataset = TokenDataset(tmp_path / f"out-{name}")
         assert dataset.read("train", 0, dataset.tokens("train")).tolist() == expected
         assert manifest.source.documents == len(whole)
-    pieces_read = list(read_documents(find_sources([str(tmp_path / "b.jsonl")]), "text", Tally()))
+    pieces_read = list(read_documents(find_sources([str(tmp_path / "b.jsonl")]).sources, "text", Tally()))
     assert len(pieces_read) > 10
     assert prepare([str(tmp_path / "a.txt")], tmp_path / "tail", val_fraction=0.3).split.method == "tail"
 
@@ -110,7 +111,7 @@ def test_the_scanner_refuses_what_is_wrong(content: bytes) -> None:
 def test_a_bad_long_line_is_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (readers, streams):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 1000)
-        monkeypatch.setattr(module, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 300)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "' + "x " * 2000 + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2, byte 14: .*ends inside a string"):
         list(read_documents([Source(str(tmp_path / "a.jsonl"), "lines")], "text", Tally(9)))

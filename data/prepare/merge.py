@@ -39,6 +39,11 @@ class MergeCounts:
     duplicates: int = 0
     hash_sum: int = 0
 
+    def __add__(self, other: MergeCounts) -> MergeCounts:
+        return MergeCounts(
+            self.documents + other.documents, self.duplicates + other.duplicates, self.hash_sum + other.hash_sum
+        )
+
 
 class FinishedUnits:
     """The set of finished units, which the merging thread waits for."""
@@ -67,12 +72,12 @@ class FinishedUnits:
 
 
 class Merge:
-    """Merges the units 0 to units - 1 of a folder, in the dataset's dtype. `ready(unit)` waits until a unit is done."""
+    """Merges some units of a folder, in the dataset's dtype. `ready(unit)` waits until a unit is done."""
 
     def __init__(
         self,
         folder: Path,
-        units: int,
+        units: range,
         dtype: str,
         dedup: bool,
         shuffle_seed: int | None,
@@ -86,7 +91,7 @@ class Merge:
     def few(self) -> bool:
         """Whether too few documents are kept for a split by hash (fewer than 100)."""
         documents = -self.counts.duplicates
-        for unit in range(self.units):
+        for unit in self.units:
             documents += self._documents(unit)
             if documents >= FEW_DOCUMENTS:
                 return False
@@ -102,6 +107,14 @@ class Merge:
             for writer, chosen in ((train, ~is_val), (val, is_val)):
                 for first, end in run.runs(chosen):
                     _copy_documents(run, first, end, writer)
+        return self.counts
+
+    def copy(self, writer: ShardWriter) -> MergeCounts:
+        """Write every document to one split; the writer stays open."""
+        for run in self.runs():
+            self._count(run.table)
+            if len(run.table):
+                _copy_documents(run, 0, len(run.table), writer)
         return self.counts
 
     def count(self) -> MergeCounts:
@@ -125,7 +138,7 @@ class Merge:
     def _tables(self) -> Iterator[tuple[int, npt.NDArray[np.int64], Table]]:
         """For every unit: its number, the numbers of its documents in the dataset, and its table."""
         first = 0
-        for unit in range(self.units):
+        for unit in self.units:
             self._ready(unit)
             table = np.fromfile(unit_path(self.folder, unit, ".docs"), dtype=DOCUMENT)
             yield unit, np.arange(first, first + len(table)), table
@@ -159,7 +172,7 @@ class Merge:
             self._write_hashes(names, record)
             # One byte per document; an unlinked file instead of memory, since there can be billions.
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                file.truncate(max(1, sum(self._documents(unit) for unit in range(self.units))))
+                file.truncate(max(1, sum(self._documents(unit) for unit in self.units)))
                 dropped = np.memmap(file, dtype=bool, mode="r+")
             for name in names:
                 rows = np.fromfile(name, dtype=record) if name.exists() else np.empty(0, dtype=record)

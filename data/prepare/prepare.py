@@ -16,6 +16,7 @@ Cost: docs/data.md; memory: a few megabytes of text and the encoder, for any cor
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,10 @@ from packspeed.data.prepare.units import (
     save_job,
 )
 from packspeed.data.prepare.worker_pool import WorkerPool
-from packspeed.data.read.sources import find_sources
+from packspeed.data.read.documents import TextKeys
+from packspeed.data.read.sources import SourceList, find_sources, printable
+from packspeed.data.read.stores import is_url
+from packspeed.data.read.streams import copy_streams, is_stream
 from packspeed.data.storage.atomic import write_file
 from packspeed.data.storage.manifest import (
     FORMAT,
@@ -58,11 +62,17 @@ from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 SHARD_TOKENS = 2**28
 
 
+VAL_FRACTION = 0.005
+
+
+LISTED_FILES = 1000  # that were passed over, in the manifest
+
+
 @dataclass(frozen=True)
 class MergeOptions:
     """Options of the merge; they do not change the tokens of the units."""
 
-    val_fraction: float = 0.005
+    val_fraction: float = VAL_FRACTION
     shard_tokens: int = SHARD_TOKENS
     skip_bad: int = 0
     dedup: bool = False
@@ -83,10 +93,12 @@ def prepare(
     out: str | Path,
     tokenizer: str | Tokenizer = "gpt2",
     *,
-    text_key: str = "text",
+    text_key: str | Sequence[str] = "text",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    val_fraction: float = 0.005,
+    unknown: str = "",
+    val: Sequence[str] = (),
+    val_fraction: float | None = None,
     shard_tokens: int = SHARD_TOKENS,
     skip_bad: int = 0,
     dedup: bool = False,
@@ -99,23 +111,29 @@ def prepare(
 ) -> Manifest:
     """Write the dataset of `sources` into the folder `out`; returns its manifest.
 
-    `sources`, `include` and `exclude` are described in sources.py; `text_key` names the text in records with many keys.
-    `tokenizer` is a Tokenizer or an argument of `load_tokenizer`, `encoder` a choice of encode.py. `val_fraction` of
-    the documents, or of the tokens if there are few documents, become validation. A shard ends with the document that
-    fills it to `shard_tokens`. Up to `skip_bad` bad documents are skipped. `dedup` drops exact copies of earlier
+    `sources`, `include`, `exclude` and `unknown` are described in sources.py; `text_key` names the text in records with
+    many keys, or several texts (documents.py).
+    `tokenizer` is a Tokenizer or an argument of `load_tokenizer`, `encoder` a choice of encode.py. All documents of
+    the sources `val` become validation, and their files are left out of `sources`; without `val`, `val_fraction`
+    (default 0.005) of the documents do, or of the tokens if there are few documents. A shard ends with the document
+    that fills it to `shard_tokens`. Up to `skip_bad` bad documents are skipped. `dedup` drops exact copies of earlier
     documents; `shuffle_seed` shuffles the documents. `only_merge` requires that all units are done (`prepare_part`).
     `progress` is called about once per megabyte of text.
     UsageError for bad arguments and a folder that is in use, DataError for bad documents and a full disk; after either
     there is no dataset in `out`.
     """
+    if val and val_fraction is not None:
+        raise UsageError("Give either sources for validation or a fraction of the documents, not both.")
+    if val_fraction is None:
+        val_fraction = 0.0 if val else VAL_FRACTION
     options = MergeOptions(val_fraction, shard_tokens, skip_bad, dedup, shuffle_seed)
     options.check()
     if workers < 1:
         raise UsageError(f"workers {workers} must be at least 1.")
-    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, options)
+    job = _Preparation(Path(out), Corpus(sources, text_key, include, exclude, unknown, val), tokenizer, options)
     with claimed_folder(job.folder, overwrite=overwrite), ThreadPoolExecutor(1, "packspeed-merge") as pool:
         job.plan()
-        merging = pool.submit(job.merge, list(sources))
+        merging = pool.submit(job.merge)
         try:
             # The merge waits for each unit in turn, so it copies finished units while later ones are encoded.
             job.do(workers, encoder, progress, only_merge=only_merge)
@@ -131,9 +149,11 @@ def prepare_part(
     *,
     task_index: int,
     task_count: int,
-    text_key: str = "text",
+    text_key: str | Sequence[str] = "text",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    unknown: str = "",
+    val: Sequence[str] = (),
     skip_bad: int = 0,
     workers: int = 1,
     encoder: Choice = "auto",
@@ -147,28 +167,56 @@ def prepare_part(
         raise UsageError(f"There is no task {task_index} among {task_count}: they are numbered from 0.")
     options = MergeOptions(skip_bad=skip_bad)
     options.check()
-    job = _Preparation(Path(out), sources, tokenizer, text_key, include, exclude, options)
+    corpus = Corpus(sources, text_key, include, exclude, unknown, val)
+    job = _Preparation(Path(out), corpus, tokenizer, options)
+    if any(is_stream(source) for source in job.sources.sources + job.val_sources.sources):
+        raise UsageError("Several tasks cannot share standard input or a pipe. Give them a file.")
     with claimed_folder(job.folder, shared=True):
         job.plan()
         return job.do(workers, encoder, progress, task=(task_index, task_count))
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """What to read, as `prepare` describes it."""
+
+    sources: Sequence[str]
+    text_key: str | Sequence[str] = "text"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    unknown: str = ""
+    val: Sequence[str] = ()
+
+    def text_keys(self) -> list[str]:
+        """The keys, checked."""
+        return list(TextKeys(self.text_key).keys)
+
+    def names(self) -> list[str]:
+        """The sources for the manifest: without the queries of URLs, which may be signatures."""
+        names = [*self.sources, *self.val]
+        return [printable(name.partition("?")[0] if is_url(name) else name) for name in names]
+
+    def find(self, outside: Path) -> tuple[SourceList, SourceList]:
+        """The sources of the training and of the validation documents; no file is in both."""
+        train, val = (
+            find_sources(specs, include=self.include, exclude=self.exclude, outside=outside, unknown=self.unknown)
+            for specs in (self.sources, self.val)
+        )
+        held_out = {os.path.realpath(source.name) for source in val.sources if source.kind != "hub"}
+        train.sources = [source for source in train.sources if os.path.realpath(source.name) not in held_out]
+        if not train.sources:
+            raise UsageError("All sources are validation sources too, so there is nothing to train on. Name others.")
+        return train, val
+
+
 class _Preparation:
     """One run of prepare on one folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        sources: Sequence[str],
-        tokenizer: str | Tokenizer,
-        text_key: str,
-        include: Sequence[str],
-        exclude: Sequence[str],
-        options: MergeOptions,
-    ):
-        self.folder, self.options, self.units_folder, self.text_key = folder, options, folder / FOLDER, text_key
+    def __init__(self, folder: Path, corpus: Corpus, tokenizer: str | Tokenizer, options: MergeOptions):
+        self.folder, self.corpus, self.options, self.units_folder = folder, corpus, options, folder / FOLDER
+        self.text_keys = corpus.text_keys()
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        self.sources = find_sources(sources, include=include, exclude=exclude, outside=folder)
+        self.sources, self.val_sources = corpus.find(outside=folder)
         # 2 bytes per token if the ids fit: half the disk and half the bandwidth.
         self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
         self.finished = FinishedUnits()
@@ -176,9 +224,18 @@ class _Preparation:
     def plan(self) -> None:
         """Save the tokenizer and the list of units in the folder, which must be claimed."""
         self.tokenizer_file = self.tokenizer.save(self.folder)
-        units, state = plan_units(self.sources)
+        train, val = (copy_streams(found.sources, self.units_folder) for found in (self.sources, self.val_sources))
+        train_units, train_state = plan_units(train)
+        val_units, val_state = plan_units(val, len(train_units))
         self.job = Job(
-            units, state, self.text_key, self.tokenizer_file, self.tokenizer.sha256, self.dtype, self.tokenizer.eot_id
+            train_units + val_units,
+            len(train_units),
+            train_state + val_state,
+            self.text_keys,
+            self.tokenizer_file,
+            self.tokenizer.sha256,
+            self.dtype,
+            self.tokenizer.eot_id,
         )
         save_job(self.units_folder, self.job)
 
@@ -201,19 +258,28 @@ class _Preparation:
                 f"Run the missing tasks, then merge again."
             )
         meter = ProgressMeter(units, [r for r in receipts.values() if r], progress)
-        bad = sum(receipt.bad for receipt in receipts.values() if receipt)
+        bad = self._check_bad(sum(receipt.bad for receipt in self._receipts()))
         for unit in units:
             if receipts[unit.number] is not None:
                 self.finished.add(unit.number)
         for number, receipt in self._run(todo, workers, encoder, meter):
+            bad = self._check_bad(bad + receipt.bad)
             self.finished.add(number)
-            bad += receipt.bad
-            if bad > self.options.skip_bad:
-                raise DataError(
-                    f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows fewer. Raise it, or "
-                    f"correct them; finished units are kept."
-                )
         return len(units)
+
+    def _receipts(self) -> list[Receipt]:
+        """The receipts of all finished units, of other tasks too."""
+        receipts = [load_receipt(self.units_folder, unit.number) for unit in self.job.units]
+        return [receipt for receipt in receipts if receipt is not None]
+
+    def _check_bad(self, bad: int) -> int:
+        """The number of bad documents in all units. DataError if there are too many."""
+        if bad > self.options.skip_bad:
+            raise DataError(
+                f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows fewer. Raise it, or "
+                f"correct them; finished units are kept."
+            )
+        return bad
 
     def _run(
         self, units: list[Unit], workers: int, encoder: Choice, meter: ProgressMeter
@@ -233,15 +299,17 @@ class _Preparation:
                 meter.finished(receipt)
                 yield unit.number, receipt
 
-    def merge(self, names: list[str]) -> Manifest:
+    def merge(self) -> Manifest:
         """Write the shards, waiting for each unit in turn, then the manifest; then remove the units."""
-        options, units = self.options, len(self.job.units)
-        merge = Merge(
-            self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, ready=self.finished.wait
-        )
+        options = self.options
         train, val = (ShardWriter(self.folder, split, self.dtype, options.shard_tokens) for split in ("train", "val"))
         try:
-            if options.val_fraction > 0 and merge.few():
+            merge = self._merge(range(self.job.train_units))
+            if self.corpus.val:
+                method = "sources"
+                merged = merge.copy(train)
+                merged += self._merge(range(self.job.train_units, len(self.job.units))).copy(val)
+            elif options.val_fraction > 0 and merge.few():
                 method = "tail"
                 merged = split_tail(merge, self.tokenizer, self.dtype, train, val, options.val_fraction)
             else:
@@ -251,20 +319,37 @@ class _Preparation:
         finally:
             train.abandon()
             val.abandon()
-        if not merged.documents:
+        names = self.corpus.names()
+        if not any(shard.split == "train" for shard in shards):
+            passed_over = self._passed_over()
+            reasons = f" Passed over: {'; '.join(passed_over[:3])}." if passed_over else ""
             shutil.rmtree(self.units_folder)
-            raise DataError(f"There is no text in {', '.join(names)}: every document is empty or was skipped.")
+            raise DataError(
+                f"There is no text in {', '.join(names)}: every document is empty, null or was skipped.{reasons}"
+            )
         manifest = self._manifest(names, method, shards, merged)
         # Last: only now the folder is a dataset. A crash before this line leaves units that can be merged again.
         write_file(self.folder / MANIFEST, manifest_json(manifest))
         shutil.rmtree(self.units_folder)
         return manifest
 
+    def _merge(self, units: range) -> Merge:
+        options = self.options
+        return Merge(self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, self.finished.wait)
+
+    def _passed_over(self) -> list[str]:
+        """Files that were found and not read, with the reasons: by their names first, then by their content."""
+        passed_over = self.sources.passed_over + self.val_sources.passed_over
+        passed_over += [name for receipt in self._receipts() for name in receipt.passed_over]
+        return [printable(name) for name in passed_over]
+
     def _manifest(self, names: list[str], method: str, shards: list[Shard], merged: MergeCounts) -> Manifest:
         """The manifest, with its fingerprint, from the receipts of the units and the result of the merge."""
         tokenizer = self.tokenizer
-        receipts = [load_receipt(self.units_folder, unit.number) for unit in self.job.units]
-        done = [receipt for receipt in receipts if receipt is not None]
+        done, passed_over = self._receipts(), self._passed_over()
+        listed = passed_over[:LISTED_FILES]
+        if len(passed_over) > LISTED_FILES:
+            listed.append(f"{len(passed_over) - LISTED_FILES:,} more")
         manifest = Manifest(
             format=FORMAT,
             version=VERSION,
@@ -284,9 +369,11 @@ class _Preparation:
                 text_bytes=sum(receipt.text_bytes for receipt in done),
                 empty_documents=sum(receipt.empty_documents for receipt in done),
                 bad_documents=sum(receipt.bad for receipt in done),
-                binary_files=sum(receipt.binary for receipt in done),
+                binary_files=len(passed_over),
                 fingerprint=f"{merged.hash_sum % 2**128:032x}",
                 duplicate_documents=merged.duplicates,
+                null_documents=sum(receipt.null for receipt in done),
+                passed_over=listed,
             ),
             shards=shards,
             fingerprint="",

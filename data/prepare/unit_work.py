@@ -22,7 +22,8 @@ import xxhash
 
 from packspeed.data.errors import DataError
 from packspeed.data.prepare.units import DOCUMENT, Job, Receipt, Unit, load_job, unit_path
-from packspeed.data.read.readers import Document, Tally, read_documents
+from packspeed.data.read.documents import Document, Tally
+from packspeed.data.read.readers import read_documents
 from packspeed.data.storage.atomic import WRITEBACK_BYTES, start_writeback, sync_stream, temporary, write_file
 from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.encode import Choice, Encoder
@@ -86,7 +87,8 @@ class UnitWorker:
             raise
         receipt = Receipt(
             bad=tally.bad,
-            binary=tally.binary,
+            null=tally.null,
+            passed_over=tally.passed_over,
             bin_bytes=total.tokens * np.dtype(self.job.dtype).itemsize,
             **dataclasses.asdict(total),
         )
@@ -97,7 +99,7 @@ class UnitWorker:
         """The tokens of about a megabyte of text at a time. `table` gets a row for every document that ends in it."""
         open_document = _OpenDocument()
         checked = False
-        for batch in _batches(read_documents(unit.sources, self.job.text_key, tally)):
+        for batch in _batches(read_documents(unit.sources, self.job.text_keys, tally)):
             counts = Counts()
             pieces = [d for d in batch if d.data or (d.last and open_document.continues(d))]
             counts.empty_documents = len(batch) - len(pieces)

@@ -1,8 +1,9 @@
 """Work units: the part of the sources that one process reads and encodes at a time, and its output files.
 
 A unit is about 32 MiB of consecutive source: many small files, or a range of a large one (plain lines are cut at line
-ends, parquet at row groups, Hub datasets at shards; a compressed file or a single text is not cut). Units depend only
-on the sources, not on the number of workers, and the dataset is their outputs in order.
+ends, parquet at row groups, arrow at batches, Hub datasets at shards; what cannot be entered in its middle is not cut:
+a compressed file, a text, csv, a JSON array). Units depend only on the sources, not on the number of workers, and the
+dataset is their outputs in order. The units of validation sources follow the others.
 
     <dataset>/.units/job.json        the units and everything that decides their tokens
     <dataset>/.units/00000012.bin    tokens of unit 12 in the dataset's dtype, every document ended by EOT
@@ -27,7 +28,12 @@ import numpy.typing as npt
 import xxhash
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.read.sources import URLS, Source
+from packspeed.data.read.readers import open_hub
+from packspeed.data.read.sniff import sniffed
+from packspeed.data.read.sources import Source
+from packspeed.data.read.stores import DOWNLOADED, is_url, open_store
+from packspeed.data.read.streams import open_source
+from packspeed.data.read.tables import arrow_batch_bytes
 from packspeed.data.storage.atomic import temporary, write_file
 
 UNIT_BYTES = 2**25
@@ -39,7 +45,7 @@ FOLDER = ".units"
 JOB = "job.json"
 
 
-JOB_VERSION = 1
+JOB_VERSION = 2
 
 
 DOCUMENT = np.dtype([("tokens", "<i8"), ("high", ">u8"), ("low", ">u8")])
@@ -73,24 +79,29 @@ class Unit:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The counts of a finished unit. `bad` and `binary` count skipped documents and files."""
+    """The counts of a finished unit. `bad` and `null` count skipped documents; `passed_over` lists files."""
 
     documents: int
     empty_documents: int
     text_bytes: int
     tokens: int
     bad: int
-    binary: int
+    null: int
+    passed_over: list[str]
     bin_bytes: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that determines the tokens of the units. `state` is a hash of the sources' names, sizes and times."""
+    """Everything that determines the tokens of the units. `state` is a hash of the sources' names, sizes and times.
+
+    The first `train_units` units are of the sources, the others of the validation sources.
+    """
 
     units: list[Unit]
+    train_units: int
     state: str
-    text_key: str
+    text_keys: list[str]
     tokenizer_file: str
     tokenizer_sha256: str
     dtype: str
@@ -109,6 +120,8 @@ class SourceRecord(TypedDict):
     found: bool
     start: int
     end: int
+    compression: str
+    copy: str
 
 
 class UnitRecord(TypedDict):
@@ -124,16 +137,17 @@ class JobFile(TypedDict):
 
     identity: str
     units: list[UnitRecord]
+    train_units: int
     state: str
-    text_key: str
+    text_keys: list[str]
     tokenizer_file: str
     tokenizer_sha256: str
     dtype: str
     eot_id: int
 
 
-def plan_units(sources: Sequence[Source]) -> tuple[list[Unit], str]:
-    """The units of the sources, and a hash of the names, sizes and times of their files."""
+def plan_units(sources: Sequence[Source], first: int = 0) -> tuple[list[Unit], str]:
+    """The units of the sources, numbered from `first`, and a hash of the names, sizes and times of their files."""
     units, held, size = list[Unit](), list[Source](), 0
     state = xxhash.xxh3_128()
     for source in sources:
@@ -142,16 +156,18 @@ def plan_units(sources: Sequence[Source]) -> tuple[list[Unit], str]:
             held.append(part)
             size += part_bytes
             if size >= UNIT_BYTES:
-                units.append(Unit(len(units), size, tuple(held)))
+                units.append(Unit(first + len(units), size, tuple(held)))
                 held, size = [], 0
     if held:
-        units.append(Unit(len(units), size, tuple(held)))
+        units.append(Unit(first + len(units), size, tuple(held)))
     return units, state.hexdigest()
 
 
 def _state(source: Source) -> str:
-    if source.kind == "hub" or source.name.startswith(URLS):
-        return json.dumps([source.name])
+    if source.kind == "hub" or source.name.startswith(DOWNLOADED) or source.copy:
+        return json.dumps([source.name, source.copy])
+    if is_url(source.name):
+        return json.dumps([source.name, open_store(source.name).stamp()])
     found = os.stat(source.name)
     return json.dumps([source.name, source.kind, found.st_size, found.st_mtime_ns])
 
@@ -159,28 +175,33 @@ def _state(source: Source) -> str:
 def _parts(source: Source) -> Iterator[tuple[Source, int]]:
     """A source with its size in bytes, or its parts of about UNIT_BYTES if it can be cut."""
     if source.kind == "hub":
-        from packspeed.data.read.readers import open_hub
-
         for shard in range(open_hub(source.name).num_shards):
             yield dataclasses.replace(source, start=shard, end=shard + 1), UNIT_BYTES
         return
-    size = 0 if source.name.startswith(URLS) else os.path.getsize(source.name)
-    # A text is one document, and a compressed stream can only be read from its start: neither can be cut.
-    if size <= UNIT_BYTES or source.kind == "text" or source.name.lower().endswith((".gz", ".zst")):
-        # The size of a URL is unknown; count it as a unit of its own.
-        yield source, max(size, UNIT_BYTES if source.name.startswith(URLS) else 0)
+    if source.location.startswith(DOWNLOADED):
+        yield source, UNIT_BYTES  # its size is unknown; count it as a unit of its own
+        return
+    size = open_store(source.location).size() if is_url(source.location) else os.path.getsize(source.location)
+    if size > UNIT_BYTES:
+        source = sniffed(source)
+    if size <= UNIT_BYTES or source.compression:
+        yield source, size
     elif source.kind == "parquet":
         yield from _row_groups(source)
-    else:
-        ends = list(_line_ends(source.name, size))
+    elif source.kind == "lines":
+        ends = list(_line_ends(source, size))
         for start, end in zip([0, *ends], ends, strict=False):
             yield dataclasses.replace(source, start=start, end=end), end - start
+    elif source.kind == "arrow" and not is_url(source.location):
+        yield from _grouped(source, arrow_batch_bytes(source))
+    else:
+        yield source, size
 
 
-def _line_ends(name: str, size: int) -> Iterator[int]:
+def _line_ends(source: Source, size: int) -> Iterator[int]:
     """Ends of lines about every UNIT_BYTES. A line longer than that is read once, not once per unit."""
     end = 0
-    with open(name, "rb") as stream:
+    with open_source(source) as stream:
         while end < size:
             # Jump near the next cut, then search for the end of the line there.
             end = min(size, end + UNIT_BYTES)
@@ -199,16 +220,23 @@ def _row_groups(source: Source) -> Iterator[tuple[Source, int]]:
     import pyarrow.parquet
 
     try:
-        metadata = pyarrow.parquet.read_metadata(source.name)
+        with open_source(source) as raw:
+            metadata = pyarrow.parquet.read_metadata(raw)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{source.name} is a damaged parquet file ({error}). Fetch it again.") from error
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    sizes = [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
+    yield from _grouped(source, sizes)
+
+
+def _grouped(source: Source, sizes: Sequence[int]) -> Iterator[tuple[Source, int]]:
+    """Ranges of the row groups or batches of a file, of about UNIT_BYTES."""
     start, size = 0, 0
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        size += sum(row_group.column(i).total_compressed_size for i in range(row_group.num_columns))
-        if size >= UNIT_BYTES or group == metadata.num_row_groups - 1:
-            yield dataclasses.replace(source, start=start, end=group + 1), size
-            start, size = group + 1, 0
+    for i, part_bytes in enumerate(sizes):
+        size += part_bytes
+        if size >= UNIT_BYTES or i == len(sizes) - 1:
+            yield dataclasses.replace(source, start=start, end=i + 1), size
+            start, size = i + 1, 0
 
 
 def save_job(folder: Path, job: Job) -> None:
@@ -232,8 +260,9 @@ def load_job(folder: Path) -> Job:
             Unit(unit["number"], unit["bytes"], tuple(Source(**source) for source in unit["sources"]))
             for unit in raw["units"]
         ],
+        train_units=raw["train_units"],
         state=raw["state"],
-        text_key=raw["text_key"],
+        text_keys=raw["text_keys"],
         tokenizer_file=raw["tokenizer_file"],
         tokenizer_sha256=raw["tokenizer_sha256"],
         dtype=raw["dtype"],

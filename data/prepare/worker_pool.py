@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.prepare.unit_work import Counts, ReportCounts
@@ -25,7 +25,7 @@ class Message(TypedDict, total=False):
     ready: bool
     counts: dict[str, int]  # the fields of Counts since the last message
     done: int  # number of the finished unit
-    receipt: dict[str, int]  # the fields of Receipt
+    receipt: dict[str, Any]  # the fields of Receipt
     error: str
     exit_code: int
 

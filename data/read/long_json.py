@@ -22,25 +22,34 @@ _STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 
 def long_text(parts: Iterable[bytes], text_key: str) -> Iterator[str]:
-    """The string under `text_key`, in slices. ValueError for malformed JSON, LookupError if the key is missing."""
+    """The string under `text_key`, in slices; `a.b` is the key `b` inside `a`, unless there is a key of that name.
+
+    ValueError for malformed JSON, LookupError if the key is missing.
+    """
     scanner = _Scanner(iter(parts))
-    if scanner.structure().strip() or scanner.take() != b"{":
+    if scanner.structure().removeprefix(b"\xef\xbb\xbf").strip() or scanner.take() != b"{":
         raise ValueError("is not a JSON object")
-    found = False
-    while not found:
+    levels, wanted = 1, text_key
+    while True:
         scanner.structure()
         if scanner.take() != b'"':
             raise LookupError(f"has no key {text_key!r} with a text (choose by --text-key)")
         key = "".join(scanner.string())
-        between = scanner.structure().strip()
-        found = key == text_key and between == b":" and scanner.peek() == b'"'
-        if not found:
+        has_value, opening = scanner.structure().strip() == b":", scanner.peek()
+        head, dot, rest = wanted.partition(".")
+        if has_value and key == wanted and opening == b'"':
+            break
+        if has_value and dot and key == head and opening == b"{":
+            scanner.take()
+            levels, wanted = levels + 1, rest
+        else:
             scanner.skip_value()
     scanner.take()
     yield from scanner.string()
-    scanner.skip_value()
-    while scanner.peek() == b'"':
+    for _ in range(levels):
         scanner.skip_value()
+        while scanner.peek() == b'"':
+            scanner.skip_value()
 
 
 class _Scanner:

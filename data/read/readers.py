@@ -1,12 +1,16 @@
 """Read documents from sources, one after another, each with its source and position.
 
-    text       .txt, .md, .py and any other name: one file is one document, byte for byte
-    lines      .jsonl, .ndjson, plain, .gz or .zst, and .json.gz, .json.zst: one line is one document, under a key
-    parquet    one row is one document, under a column of that name
-    hub        one row of a Hub dataset is one document, streamed
+    text             .txt, .md, .py, ...: one file is one document, without a byte order mark
+    lines            .jsonl, .ndjson, .jsonlines: one line is one document
+    json             .json: one element of an array is one document, or one object behind the other, or lines
+    csv, tsv         one row under a header is one document (tables.py)
+    parquet, arrow   one row is one document (tables.py); `save_to_disk` folders are arrow
+    warc             one conversion record (WET) is one document (warc.py)
+    hub              one row of a Hub dataset is one document, streamed
 
-Nothing is repaired silently: a malformed line, a missing key or invalid UTF-8 is refused with its file, line and byte,
-or counted if `skip_bad` allows it.
+All but parquet, arrow and hub may be compressed: .gz, .zst, .zstd, .xz, .bz2. Records have the text under a key or
+several (documents.py). Nothing is repaired silently: a malformed line, a missing key or invalid UTF-8 is refused with
+its file, line and byte, or counted if `skip_bad` allows it.
 A document above 16 MiB comes in pieces (`last` marks the final one), split without changing its tokens (split_text.py);
 so does the text of a line above 64 MiB. Memory: at most 64 MiB for any file.
 orjson parses a line three times as fast as json; a line that orjson refuses is parsed by json, which decides.
@@ -15,235 +19,196 @@ orjson parses a line three times as fast as json; a line that orjson refuses is 
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import orjson
 
 from packspeed.data.errors import DataError
+from packspeed.data.read.documents import LONG_TEXT_BYTES, Document, Tally, TextKeys, documents_of
+from packspeed.data.read.json_values import split_values
 from packspeed.data.read.long_json import long_text
+from packspeed.data.read.sniff import looks_binary, sniffed
 from packspeed.data.read.sources import Source
 from packspeed.data.read.split_text import split_text
-from packspeed.data.read.streams import CHUNK_BYTES, LONG_LINE_BYTES, open_source, read_chunks, split_lines
-
-LONG_TEXT_BYTES = 2**24
-
-
-PARQUET_ROWS = 1024
+from packspeed.data.read.streams import BYTE_ORDER_MARK, LONG_LINE_BYTES, local_copy, read_chunks, split_lines
+from packspeed.data.read.tables import read_arrow, read_csv, read_parquet
+from packspeed.data.read.warc import read_warc
 
 
-@dataclass(slots=True)
-class Document:
-    """A text as UTF-8, the name of its source, and its position there: a byte offset (text, lines) or a row.
-
-    Or a piece of a long text: all pieces but the final one have `last` False.
-    """
-
-    data: bytes
-    source: str
-    position: int
-    last: bool = True
-
-
-@dataclass
-class Tally:
-    """Counts what was skipped: `bad` documents, of which `skip_bad` are allowed, and `binary` files."""
-
-    skip_bad: int = 0
-    bad: int = 0
-    binary: int = 0
-
-    def refuse(self, where: str | Callable[[], str], why: str) -> None:
-        """Count a bad document; DataError if there are more than `skip_bad`. A callable `where` is called only then."""
-        self.bad += 1
-        if self.bad > self.skip_bad:
-            raise DataError(
-                f"{where if isinstance(where, str) else where()}: {why}. Correct it, or skip a few such documents "
-                f"with --skip-bad N." + (f" {self.bad} so far." if self.skip_bad else "")
-            )
-
-
-def read_documents(sources: Iterable[Source], text_key: str, tally: Tally) -> Iterator[Document]:
+def read_documents(sources: Iterable[Source], text_keys: str | Sequence[str], tally: Tally) -> Iterator[Document]:
     """The documents of the sources, one after another. DataError for a bad one and for a file that cannot be read."""
+    keys = TextKeys(text_keys)
     for source in sources:
         try:
-            if source.kind == "text":
-                yield from _read_text(source, tally)
-            elif source.kind == "lines":
-                yield from _read_lines(source, text_key, tally)
-            elif source.kind == "parquet":
-                yield from _read_parquet(source, text_key, tally)
-            else:
-                yield from _read_hub(source, text_key, tally)
+            if source.kind == "hub":
+                yield from _read_hub(source, keys, tally)
+                continue
+            with local_copy(source) as local:
+                yield from _read(sniffed(local), keys, tally)
         except OSError as error:
             raise DataError(f"{source.name} cannot be read: {error.strerror or error}. Check the file.") from error
 
 
+def _read(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
+    if source.kind == "text":
+        return _read_text(source, tally)
+    if source.kind == "lines":
+        return _read_records(source, split_lines(read_chunks(source), source.start), keys, tally)
+    if source.kind == "json":
+        return _read_json(source, keys, tally)
+    if source.kind == "warc":
+        return read_warc(source, tally)
+    tables = {"csv": read_csv, "tsv": read_csv, "parquet": read_parquet, "arrow": read_arrow}
+    return tables[source.kind](source, keys, tally)
+
+
 def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
-    """A file as one document. A file that was found, not named, is skipped if it is not text."""
-    with open_source(source.name) as stream:
-        if source.found and _looks_binary(stream.read(8192)):
-            tally.binary += 1
+    """A file as one document. A file that was found, not named, is passed over if it is not text."""
+    chunks = _without_mark(read_chunks(source))
+    held, size = list[bytes](), 0
+    for chunk in chunks:
+        held.append(chunk)
+        size += len(chunk)
+        if source.found and len(held) == 1 and looks_binary(chunk[:8192]):
+            tally.pass_over(source, "not UTF-8 text")
             return
-        stream.seek(0)
-        data = stream.read(LONG_TEXT_BYTES)
-        if len(data) == LONG_TEXT_BYTES:
-            del data  # free 16 MiB before the text is read again
-            yield from _read_long_text(source, stream, tally)
+        if size >= LONG_TEXT_BYTES:
+            held.clear()  # free 16 MiB before the text is read again
+            yield from _read_long_text(source, tally)
             return
+    data = b"".join(held)
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if source.found:
-            tally.binary += 1
-        else:
-            where = f"{source.name}, line {data.count(10, 0, error.start) + 1}, byte {error.start}"
-            tally.refuse(where, f"not UTF-8 ({error.reason})")
+        _refuse_text(source, error, f"line {data.count(10, 0, error.start) + 1}, byte {error.start}", data[:2], tally)
         return
     yield Document(data, source.name, 0)
 
 
-def _read_long_text(source: Source, stream: IO[bytes], tally: Tally) -> Iterator[Document]:
-    """A text in pieces, after a first pass has checked that all of it is UTF-8."""
-    stream.seek(0)
-    try:
-        for _ in _decoded(stream):
-            pass
-    except UnicodeDecodeError as error:
-        if source.found:
-            tally.binary += 1
-        else:
-            tally.refuse(f"{source.name}, about byte {stream.tell()}", f"not UTF-8 ({error.reason})")
+def _refuse_text(source: Source, error: UnicodeDecodeError, where: str, head: bytes, tally: Tally) -> None:
+    if source.found:
+        tally.pass_over(source, "not UTF-8 text")
         return
-    stream.seek(0)
-    for text, last in split_text(_decoded(stream)):
+    hint = "; it looks like UTF-16: convert it to UTF-8" if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
+    tally.refuse(f"{source.name}, {where}", f"not UTF-8 ({error.reason}{hint})")
+
+
+def _read_long_text(source: Source, tally: Tally) -> Iterator[Document]:
+    """A text in pieces, after a first pass has checked that all of it is UTF-8."""
+    passed = 0
+    try:
+        for text in _decoded(read_chunks(source)):
+            passed += len(text.encode("utf-8"))
+    except UnicodeDecodeError as error:
+        _refuse_text(source, error, f"about byte {passed}", b"", tally)
+        return
+    for text, last in split_text(_decoded(_without_mark(read_chunks(source)))):
         yield Document(text.encode("utf-8"), source.name, 0, last)
 
 
-def _decoded(stream: IO[bytes]) -> Iterator[str]:
+def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    first = next(chunks, b"")
+    return itertools.chain([first.removeprefix(BYTE_ORDER_MARK)], chunks)
+
+
+def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    while chunk := stream.read(CHUNK_BYTES):
+    for chunk in chunks:
         yield decoder.decode(chunk)
     yield decoder.decode(b"", final=True)
 
 
-def _looks_binary(head: bytes) -> bool:
-    """Whether the first bytes of a file cannot be UTF-8 text. A character cut off at the end is allowed."""
+def _read_json(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
+    """The elements of an array, or objects behind one another. A found file with one other object is passed over."""
+    values = split_values(read_chunks(source))
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
+        if source.found:
+            first = list(itertools.islice(values, 2))
+            if len(first) == 1 and _is_no_record(first[0][1], keys):
+                tally.pass_over(source, f"one JSON object without key {keys}")
+                return
+            values = itertools.chain(first, values)
+        yield from _read_records(source, values, keys, tally)
+    except ValueError as error:
+        raise DataError(f"{source.name} is malformed JSON: {error}. Correct the file, or fetch it again.") from error
+
+
+def _is_no_record(value: bytes | Iterator[bytes], keys: TextKeys) -> bool:
+    """Whether a value is an object without the keys."""
+    if not isinstance(value, bytes):
+        return False
+    try:
+        record = json.loads(value)
+        return isinstance(record, dict) and keys.text(record) is None
+    except LookupError:
         return True
-    return b"\0" in head
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
-def _read_lines(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
-    """One document per line of JSON. Empty lines are ignored."""
-    for offset, line in split_lines(read_chunks(source), source.start):
+def _read_records(
+    source: Source, values: Iterator[tuple[int, bytes | Iterator[bytes]]], keys: TextKeys, tally: Tally
+) -> Iterator[Document]:
+    """One document per value, a line or an element of an array. Empty lines are ignored."""
+    take = keys.take
+    for offset, line in values:
         if not isinstance(line, bytes):
-            yield from _read_long_line(line, offset, source.name, text_key, tally)
+            yield from _read_long_line(line, offset, source, keys)
             continue
         # The fast path for good lines; everything else takes the slow path, which finds the reason.
         try:
-            data = orjson.loads(line)[text_key].encode()
+            data = take(orjson.loads(line)).encode()
         except (ValueError, LookupError, TypeError, AttributeError):
             if line and not line.isspace():
-                yield from _read_odd_line(line, offset, source.name, text_key, tally)
+                yield from _read_odd_line(line, offset, source, keys, tally)
         else:
             yield Document(data, source.name, offset)
 
 
-def _read_odd_line(line: bytes, offset: int, source: str, text_key: str, tally: Tally) -> Iterator[Document]:
+def _read_odd_line(line: bytes, offset: int, source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
     """Refuse a line that orjson refused, or return its document if json accepts it (NaN, for example)."""
 
     def where(start: int = 0) -> str:
-        return f"{source}, line {_line_number(source, offset)}, byte {offset + start}"
+        return f"{source.name}, line {_line_number(source, offset)}, byte {offset + start}"
 
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8") or "null")
     except UnicodeDecodeError as error:
         start, reason = error.start, error.reason
         tally.refuse(lambda: where(start), f"not UTF-8 ({reason})")
     except (ValueError, RecursionError) as error:
         tally.refuse(where, f"malformed JSON ({error})")
     else:
-        yield from _document(value, text_key, source, offset, where, tally)
+        yield from documents_of(value, keys, source.name, offset, where, tally)
 
 
-def _read_long_line(
-    parts: Iterable[bytes], offset: int, source: str, text_key: str, tally: Tally
-) -> Iterator[Document]:
+def _read_long_line(parts: Iterable[bytes], offset: int, source: Source, keys: TextKeys) -> Iterator[Document]:
     """The document of a line that is too long for memory. Its errors are found too late to skip it."""
     try:
-        for text, last in split_text(long_text(parts, text_key)):
-            yield Document(text.encode("utf-8"), source, offset, last)
+        if len(keys.keys) > 1:
+            raise LookupError("can be read under one --text-key only")
+        for text, last in split_text(long_text(parts, keys.keys[0])):
+            yield Document(text.encode("utf-8"), source.name, offset, last)
     except (ValueError, LookupError) as error:
-        where = f"{source}, line {_line_number(source, offset)}, byte {offset}"
+        where = f"{source.name}, line {_line_number(source, offset)}, byte {offset}"
         raise DataError(
             f"{where}: this line is longer than {LONG_LINE_BYTES >> 20} MiB and {error}. Correct or remove it; a line "
             f"this long cannot be skipped by --skip-bad."
         ) from error
 
 
-def _line_number(source: str, offset: int) -> int:
+def _line_number(source: Source, offset: int) -> int:
     """Number (from 1) of the line that begins at a byte of the uncompressed stream. Reads the file again."""
     number, seen = 1, 0
-    for chunk in read_chunks(Source(source, "lines")):
+    for chunk in read_chunks(Source(source.name, "lines", compression=source.compression, copy=source.copy)):
         number += chunk.count(b"\n", 0, max(0, offset - seen))
         seen += len(chunk)
         if seen >= offset:
             break
     return number
-
-
-def _document(
-    value: Any, text_key: str, source: str, position: int, where: str | Callable[[], str], tally: Tally
-) -> Iterator[Document]:
-    """The document of a parsed record, or none if the record is bad and was counted."""
-    if not isinstance(value, dict):
-        tally.refuse(where, f"expected a JSON object, found {type(value).__name__}")
-    elif text_key not in value:
-        tally.refuse(where, f"no key {text_key!r} among {', '.join(map(repr, list(value)[:8]))} (choose by --text-key)")
-    elif not isinstance(value[text_key], str):
-        tally.refuse(where, f"{text_key!r} is {type(value[text_key]).__name__}, not a text")
-    else:
-        try:
-            data = value[text_key].encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-            tally.refuse(where, f"character {error.start} of {text_key!r} is half a surrogate pair, which UTF-8 lacks")
-        else:
-            yield Document(data, source, position)
-
-
-def _read_parquet(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
-    """One document per row of the part's row groups."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_source(source.name) as raw, pyarrow.parquet.ParquetFile(raw) as table:
-            if text_key not in table.schema_arrow.names:
-                columns = ", ".join(table.schema_arrow.names)
-                raise DataError(f"{source.name} has no column {text_key!r}; choose by --text-key among {columns}.")
-            groups = range(table.num_row_groups)[source.start : source.end if source.end >= 0 else None]
-            row = sum(table.metadata.row_group(group).num_rows for group in range(source.start))
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=[text_key]):
-                for value in batch.column(0):
-                    yield from _parquet_document(value, text_key, source.name, row, tally)
-                    row += 1
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{source.name} is a damaged parquet file ({error}). Fetch it again.") from error
-
-
-def _parquet_document(value: Any, text_key: str, source: str, row: int, tally: Tally) -> Iterator[Document]:
-    where = f"{source}, row {row}"
-    try:
-        text = value.as_py()
-    except UnicodeDecodeError as error:
-        tally.refuse(where, f"not UTF-8 ({error.reason})")
-    else:
-        yield from _document({text_key: text}, text_key, source, row, where, tally)
 
 
 def open_hub(name: str) -> Any:
@@ -265,7 +230,7 @@ def _hub_error(name: str, error: Exception) -> DataError:
     )
 
 
-def _read_hub(source: Source, text_key: str, tally: Tally) -> Iterator[Document]:
+def _read_hub(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
     """One document per row of the part's Hub shards, streamed."""
     stream = open_hub(source.name)
     shards = range(stream.num_shards)[source.start : source.end if source.end >= 0 else None]
@@ -274,7 +239,7 @@ def _read_hub(source: Source, text_key: str, tally: Tally) -> Iterator[Document]
         try:
             for row, record in enumerate(part):
                 where = f"{source.name}, shard {shard}, row {row}"
-                yield from _document(record, text_key, source.name, row, where, tally)
+                yield from documents_of(record, keys, source.name, row, where, tally)
         except DataError:
             raise
         except Exception as error:

@@ -1,20 +1,30 @@
-"""Bytes and lines of source files: local files and URLs, gzip and zstd, lines of any length.
+"""Bytes and lines of source files: local files, stores and downloads, decompressed, lines of any length.
 
-A compressed stream that is damaged or ends early is refused. Memory: 64 MiB; a longer line is returned in chunks.
+A compressed stream that is damaged or ends early is refused. Memory: 64 MiB, however well the file is compressed; a
+longer line is returned in chunks.
 """
 
 from __future__ import annotations
 
+import bz2
+import contextlib
+import dataclasses
 import gzip
 import itertools
-import shutil
+import lzma
+import os
+import stat
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, cast
+
+import xxhash
 
 from packspeed.data.errors import DataError
-from packspeed.data.read.sources import URLS, Source
+from packspeed.data.read.sources import STDIN, Source
+from packspeed.data.read.stores import DOWNLOADED, download, is_url, open_store, store_error
 
 CHUNK_BYTES = 2**20
 
@@ -22,27 +32,122 @@ CHUNK_BYTES = 2**20
 LONG_LINE_BYTES = 2**26
 
 
-URL_TIMEOUT_S = 60
+# A zstd block is at least 4 bytes long and gives at most 128 KiB, so this many bytes give at most 64 MiB.
+ZSTD_PIECE_BYTES = 2**11
 
 
-def open_source(name: str) -> IO[bytes]:
-    """Open a file, or a temporary copy of a URL's content. DataError if the download is incomplete."""
-    if not name.startswith(URLS):
-        return open(name, "rb")
-    import urllib.request  # takes 40 ms (ssl, email), needed only for URLs
+ZSTD_WINDOW_BYTES = 2**31  # `zstd --long=31`
 
-    copy = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+OPEN_COMPRESSED: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+    "gzip": lambda raw: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
+    "bz2": lambda raw: cast(IO[bytes], bz2.BZ2File(raw)),
+    "xz": lambda raw: cast(IO[bytes], lzma.LZMAFile(raw)),  # noqa: SIM115  (_decompressed closes it)
+}
+
+
+def open_source(source: Source) -> IO[bytes]:
+    """Open the source's bytes as they are stored. The stream can seek."""
+    if is_url(source.location):
+        return open_store(source.location).open()
+    return open(source.location, "rb")
+
+
+@contextlib.contextmanager
+def local_copy(source: Source) -> Iterator[Source]:
+    """The source; if it must be downloaded, with a temporary copy of its content."""
+    if source.copy or not source.name.startswith(DOWNLOADED):
+        yield source
+        return
+    with tempfile.NamedTemporaryFile(prefix="packspeed-") as copy:
+        download(source.name, copy)
+        copy.flush()
+        yield dataclasses.replace(source, copy=copy.name)
+
+
+def read_chunks(source: Source) -> Iterator[bytes]:
+    """The source's part, decompressed. DataError if it cannot be read, is damaged, or ends inside a compressed stream.
+
+    A file that does not exist or cannot be opened is an OSError.
+    """
     try:
-        with urllib.request.urlopen(name, timeout=URL_TIMEOUT_S) as answer:
-            shutil.copyfileobj(answer, copy, CHUNK_BYTES)
-            expected = answer.headers.get("Content-Length")
-        if expected is not None and copy.tell() != int(expected):
-            raise DataError(f"{name} broke off after {copy.tell()} of {expected} bytes. Try again.")
-        copy.seek(0)
-        return copy
-    except BaseException:
-        copy.close()
+        with open_source(source) as raw:
+            if source.compression:
+                yield from _decompressed(raw, source.compression)
+            else:
+                yield from _plain(raw, source)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, _DamagedError) as error:
+        raise DataError(f"{source.name} is a damaged {source.compression} file ({error}). Fetch it again.") from error
+    except OSError as error:
+        if source.compression == "bz2" and error.errno is None:
+            raise DataError(f"{source.name} is a damaged bz2 file ({error}). Fetch it again.") from error
         raise
+    except DataError:
+        raise
+    except Exception as error:
+        if not is_url(source.location):
+            raise
+        raise store_error(source.name, error) from error  # every store's library has errors of its own
+
+
+class _DamagedError(Exception):
+    pass
+
+
+def _plain(raw: IO[bytes], source: Source) -> Iterator[bytes]:
+    if source.start:
+        raw.seek(source.start)
+    left = source.end - source.start if source.end >= 0 else -1
+    while chunk := raw.read(CHUNK_BYTES if left < 0 else min(left, CHUNK_BYTES)):
+        left -= len(chunk) if left >= 0 else 0
+        yield chunk
+
+
+def _decompressed(raw: IO[bytes], compression: str) -> Iterator[bytes]:
+    if compression == "zstd":
+        yield from _joined(_zstd_pieces(raw))
+        return
+    with OPEN_COMPRESSED[compression](raw) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _zstd_pieces(raw: IO[bytes]) -> Iterator[bytes]:
+    """Decompress frame by frame: the library's own reader accepts a file that ends inside a frame."""
+    import zstandard
+
+    unpack = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
+    frame = None
+    try:
+        while packed := raw.read(CHUNK_BYTES):
+            for start in range(0, len(packed), ZSTD_PIECE_BYTES):
+                piece = packed[start : start + ZSTD_PIECE_BYTES]
+                while piece:
+                    frame = frame or unpack.decompressobj()
+                    yield frame.decompress(piece)
+                    piece, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except zstandard.ZstdError as error:
+        raise _DamagedError(error) from error
+    if frame is not None:
+        raise _DamagedError("it ends inside a frame")
+
+
+def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Pieces as chunks of about CHUNK_BYTES; a larger piece is cut."""
+    held, size = list[bytes](), 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= CHUNK_BYTES:
+            content = b"".join(held)
+            held, size = [], 0
+            for start in range(0, len(content), CHUNK_BYTES):
+                yield content[start : start + CHUNK_BYTES]
+    if size:
+        yield b"".join(held)
 
 
 def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
@@ -93,39 +198,33 @@ class _LongLine:
                 return
 
 
-def read_chunks(source: Source) -> Iterator[bytes]:
-    """The content of a source, decompressed. DataError if a compressed stream is damaged or ends early."""
-    name = source.name
-    if name.lower().endswith(".zst"):
-        yield from _zstd_chunks(name)
-        return
-    compressed = name.lower().endswith(".gz")
-    try:
-        with open_source(name) as raw, gzip.open(raw) if compressed else raw as stream:
-            if source.start:
-                stream.seek(source.start)
-            left = source.end - source.start if source.end >= 0 else -1
-            while chunk := stream.read(CHUNK_BYTES if left < 0 else min(left, CHUNK_BYTES)):
-                left -= len(chunk) if left >= 0 else 0
-                yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{name} is a damaged gzip file ({error}). Fetch it again.") from error
+def is_stream(source: Source) -> bool:
+    """Whether a source can be read only once and needs a copy: standard input, a pipe."""
+    if source.name == STDIN:
+        return not source.copy
+    if source.copy or source.kind == "hub" or is_url(source.name):
+        return False
+    return not stat.S_ISREG(os.stat(source.name).st_mode)
 
 
-def _zstd_chunks(name: str) -> Iterator[bytes]:
-    """Decompress frame by frame: the library's own reader accepts a file that ends inside a frame."""
-    import zstandard
+def copy_streams(sources: Sequence[Source], folder: Path) -> list[Source]:
+    """The sources; what can be read only once is copied to the folder under the hash of its content."""
+    copied = list[Source]()
+    for source in sources:
+        if is_stream(source):
+            folder.mkdir(parents=True, exist_ok=True)
+            source = dataclasses.replace(source, copy=str(_copy_stream(source, folder)))
+        copied.append(source)
+    return copied
 
-    unpack = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = None
-    try:
-        with open_source(name) as stream:
-            while packed := stream.read(CHUNK_BYTES // 8):
-                while packed:
-                    frame = frame or unpack.decompressobj()
-                    yield frame.decompress(packed)
-                    packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    except zstandard.ZstdError as error:
-        raise DataError(f"{name} is a damaged zstd file ({error}). Fetch it again.") from error
-    if frame is not None:
-        raise DataError(f"{name} is a damaged zstd file (it ends inside a frame). Fetch it again.")
+
+def _copy_stream(source: Source, folder: Path) -> Path:
+    path, digest = folder / "stream.tmp", xxhash.xxh3_128()
+    with (
+        open(0 if source.name == STDIN else source.name, "rb", closefd=source.name != STDIN) as stream,
+        open(path, "wb") as copy,
+    ):
+        while chunk := stream.read(CHUNK_BYTES):
+            copy.write(chunk)
+            digest.update(chunk)
+    return path.rename(folder / f"stream-{digest.hexdigest()}")

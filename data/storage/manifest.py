@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -56,7 +56,9 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class SplitMethod:
-    """How validation was chosen: by `hash` of each document, the `tail` of the stream (few documents), or `none`."""
+    """How validation was chosen: by `hash` of each document, the `tail` of the stream (few documents), from `sources`
+    of its own, or `none`.
+    """
 
     method: str
     val_fraction: float
@@ -64,7 +66,10 @@ class SplitMethod:
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What `prepare` read. `fingerprint` is the sum of the documents' hashes, so their order does not matter."""
+    """What `prepare` read. `fingerprint` is the sum of the documents' hashes, so their order does not matter.
+
+    `passed_over` names files that were found and are no corpus, with the reason; `binary_files` is their number.
+    """
 
     names: list[str]
     documents: int
@@ -74,6 +79,8 @@ class SourceSummary:
     binary_files: int
     fingerprint: str
     duplicate_documents: int = 0
+    null_documents: int = 0
+    passed_over: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,9 +129,9 @@ class Manifest:
 def manifest_json(manifest: Manifest) -> bytes:
     """The manifest as JSON. Fields of `source` at their default are left out: older versions refuse unknown fields."""
     raw = dataclasses.asdict(manifest)
-    for field in dataclasses.fields(SourceSummary):
-        if raw["source"][field.name] == field.default:
-            del raw["source"][field.name]
+    for name in _defaults(SourceSummary):
+        if not raw["source"][name]:
+            del raw["source"][name]
     return json.dumps(raw, indent=1).encode() + b"\n"
 
 
@@ -169,8 +176,14 @@ def build_record(record: type[Record], raw: object, where: str) -> Record:
 @lru_cache
 def _fields(record: Any) -> tuple[dict[str, Any], set[str]]:
     """Types of a record's fields and the names of the required ones. Cached: a manifest has many shards."""
-    required = {field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING}
-    return get_type_hints(record), required
+    return get_type_hints(record), {item.name for item in dataclasses.fields(record)} - _defaults(record)
+
+
+def _defaults(record: Any) -> set[str]:
+    """Names of the fields that have a default."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(record)
+    return {item.name for item in fields if item.default is not missing or item.default_factory is not missing}
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:

@@ -11,9 +11,9 @@ import typer
 from packspeed.data.checks import verify as verification
 from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.errors import UsageError
-from packspeed.launch.commands.options import DatasetFolder, Json, show
+from packspeed.launch.commands.options import DatasetFolder, Json, passed_over_lines, show
 
-SKIPPED = ("empty_documents", "bad_documents", "binary_files", "duplicate_documents")
+SKIPPED = ("empty_documents", "null_documents", "bad_documents", "duplicate_documents")
 
 
 def inspect(
@@ -69,13 +69,19 @@ def describe_dataset(facts: dict[str, Any]) -> list[str]:
     notes = "".join(f", {count:,} {name.replace('_', ' ')} skipped" for name, count in skipped.items())
     lines.append(f"  source     {source['documents']:,} documents, {source['text_bytes'] / 1e6:,.1f} MB{notes}")
     lines.append(f"  validation {_describe_split(split, facts['splits']['val']['tokens'])}")
-    return [*lines, f"  fingerprint {facts['fingerprint']}"]
+    lines.append(f"  fingerprint {facts['fingerprint']}")
+    # An older packspeed counted them without their names.
+    if source["binary_files"] and not source["passed_over"]:
+        lines.append(f"  passed over {source['binary_files']:,} files that are not text")
+    return lines + passed_over_lines(source["passed_over"])
 
 
 def _describe_split(split: dict[str, Any], val_tokens: int) -> str:
     percent = f"{100 * split['val_fraction']:g}%"
     if split["method"] == "none":
         return "none"
+    if split["method"] == "sources":
+        return "from sources of its own" if val_tokens else "EMPTY: its sources hold no text"
     if split["method"] == "tail":
         return f"the last {percent} of the tokens (fewer than 100 documents)"
     if val_tokens == 0:

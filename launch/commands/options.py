@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from packspeed.data.read.formats import CHOICES
+
 RunFileArgument = Annotated[Path, typer.Argument(help="The run file (YAML).")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart.")]
 RunOrCheckpoint = Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")]
@@ -25,13 +27,34 @@ LocalRanks = Annotated[
 SameRanks = Annotated[int | None, typer.Option(help="Ranks on this machine. Default: as packspeed train.")]
 Fresh = Annotated[bool, typer.Option(help="Move an existing run folder aside and start at step 0.")]
 
+LISTED_FILES = 20  # of those that were passed over
+
 # What to read: prepare, tokenizer train
 Sources = Annotated[
-    list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, URLs, or Hub names as hf:owner/name.")
+    list[str],
+    typer.Argument(
+        metavar="SOURCE...",
+        help="Files, folders, globs, URLs (http, s3, gs, hf://), Hub names as hf:owner/name, or - for standard input.",
+    ),
 ]
-TextKey = Annotated[str, typer.Option(help="Key or column that holds the text, in jsonl, parquet and Hub records.")]
-Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="In folders, read only these (repeatable).")]
-Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="In folders, skip these (repeatable).")]
+TextKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="Key or column of the text in records, default text; meta.text is a nested key. "
+        "Repeatable: the texts are joined by an empty line.",
+    ),
+]
+Include = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="In folders and globs, read only these (repeatable).")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="In folders and globs, skip these (repeatable).")
+]
+UnknownFormat = Annotated[
+    str,
+    typer.Option("--format", metavar="FORMAT", help=f"Format of files whose name says none: {', '.join(CHOICES)}."),
+]
 SkipBad = Annotated[int, typer.Option(min=0, metavar="N", help="Skip up to N bad documents.")]
 
 # Which checkpoint: generate, eval, export
@@ -52,6 +75,14 @@ SshConfig = Annotated[Path | None, typer.Option(help="ssh configuration file to 
 HangSeconds = Annotated[
     float, typer.Option("--hang-seconds", help="Seconds without progress before the run counts as hung.")
 ]
+
+
+def passed_over_lines(passed_over: Sequence[str]) -> list[str]:
+    """The files that were found and not read, for people: at most LISTED_FILES."""
+    more = len(passed_over) - LISTED_FILES
+    return [f"  passed over {name}" for name in passed_over[:LISTED_FILES]] + (
+        [f"  passed over {more:,} more (--json lists up to 1,000)"] if more > 0 else []
+    )
 
 
 def show(facts: Mapping[str, object], lines: Sequence[str], json_output: bool) -> None:

@@ -18,7 +18,7 @@ from packspeed.data.errors import UsageError
 from packspeed.data.prepare import prepare as preparation
 from packspeed.data.prepare.progress import PrepareProgress
 from packspeed.launch.commands.inspect import describe_dataset, verify_dataset
-from packspeed.launch.commands.options import Exclude, Include, Json, SkipBad, Sources, TextKey, show
+from packspeed.launch.commands.options import Exclude, Include, Json, SkipBad, Sources, TextKey, UnknownFormat, show
 
 
 def prepare(
@@ -27,10 +27,16 @@ def prepare(
     tokenizer: Annotated[
         str, typer.Option(help="A tiktoken name, a .tiktoken or tokenizer.json file, or bytes.")
     ] = "gpt2",
-    text_key: TextKey = "text",
+    text_key: TextKey = None,
     include: Include = None,
     exclude: Exclude = None,
-    val_fraction: Annotated[float, typer.Option(help="Fraction of the documents used for validation.")] = 0.005,
+    unknown: UnknownFormat = "",
+    val: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Use these files for validation (repeatable).")
+    ] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Without --val, fraction of the documents used for validation [default: 0.005]")
+    ] = None,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Start a new shard after this many tokens.")] = 2**28,
     skip_bad: SkipBad = 0,
     dedup: Annotated[
@@ -55,9 +61,11 @@ def prepare(
     if (task_index is None) != (task_count is None) or (merge and task_count is not None):
         raise UsageError("Give --task-index and --task-count together; give --merge without them, after all tasks.")
     common: dict[str, Any] = {
-        "text_key": text_key,
+        "text_key": text_key or ["text"],
         "include": include or (),
         "exclude": exclude or (),
+        "unknown": unknown,
+        "val": val or (),
         "skip_bad": skip_bad,
         "workers": workers,
         "encoder": encoder,

@@ -1,0 +1,259 @@
+"""Rows of tables as documents: csv, tsv, parquet and arrow.
+
+csv follows RFC 4180 strictly: quotes that do not close and rows with another number of fields than the header are bad.
+Memory: csv one row, at most 64 MiB a line and 16 million characters a field; parquet one batch of about 16 MiB;
+arrow is mapped, and its pages are given back after every 16 MiB of text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from packspeed.data.errors import DataError
+from packspeed.data.read.documents import LONG_TEXT_BYTES, Document, Tally, TextKeys, documents_of
+from packspeed.data.read.sources import Source
+from packspeed.data.read.split_text import split_text
+from packspeed.data.read.stores import is_url
+from packspeed.data.read.streams import (
+    BYTE_ORDER_MARK,
+    CHUNK_BYTES,
+    LONG_LINE_BYTES,
+    open_source,
+    read_chunks,
+    split_lines,
+)
+
+LONGEST_FIELD = 2**24  # characters; csv takes 4 bytes for each
+
+
+BATCH_ROWS = 1024
+
+
+ARROW_FILE = b"ARROW1"  # an IPC file; an IPC stream has no magic
+
+
+BATCH_BYTES = 2**24
+
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+
+
+def read_csv(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
+    """One document per row. The first row names the columns."""
+    csv.field_size_limit(LONGEST_FIELD)
+    rows = csv.reader(_csv_lines(source), delimiter=DELIMITERS[source.kind], strict=True)
+    header: list[str] = []
+    row = 0
+    while True:
+        try:
+            values = next(rows, None)
+        except csv.Error as error:
+            tally.refuse(f"{source.name}, line {rows.line_num}", f"malformed {source.kind} ({error})")
+            continue
+        if values is None:
+            return
+        if not header:
+            header = values
+            if header:
+                _columns(source, keys, header)
+            continue
+        if not values:
+            continue  # an empty line
+        where = f"{source.name}, line {rows.line_num}"
+        if len(values) != len(header):
+            tally.refuse(where, f"{len(values)} fields under a header of {len(header)}")
+        elif not all(map(_is_utf8, values)):
+            tally.refuse(where, "not UTF-8")
+        else:
+            record = dict(zip(header, values, strict=True))
+            yield from documents_of(record, keys, source.name, row, where, tally)
+        row += 1
+
+
+def _csv_lines(source: Source) -> Iterator[str]:
+    """Lines with their ends. Bytes that are not UTF-8 become half surrogates, which `_is_utf8` finds."""
+    for offset, line in split_lines(read_chunks(source)):
+        if not isinstance(line, bytes):
+            raise DataError(
+                f"{source.name}, byte {offset}: this line is longer than {LONG_LINE_BYTES >> 20} MiB. Write the table "
+                f"as jsonl or parquet."
+            )
+        yield (line if offset else line.removeprefix(BYTE_ORDER_MARK)).decode("utf-8", "surrogateescape") + "\n"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _columns(source: Source, keys: TextKeys, names: list[str]) -> list[str]:
+    """The columns of a table that hold the text. DataError if there is none."""
+    columns = keys.columns(names)
+    if not columns:
+        shown = ", ".join(names)[:300]
+        raise DataError(f"{source.name} has no column {keys}; choose by --text-key among {shown}.")
+    return columns
+
+
+def read_parquet(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
+    """One document per row of the part's row groups."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Buffered, or a column of a row group would be read at once.
+        with open_source(source) as raw, pyarrow.parquet.ParquetFile(raw, buffer_size=CHUNK_BYTES) as table:
+            columns = _columns(source, keys, table.schema_arrow.names)
+            row = sum(table.metadata.row_group(group).num_rows for group in range(source.start))
+            end = source.end if source.end >= 0 else table.num_row_groups
+            for group in range(source.start, end):
+                rows = _batch_rows(table.metadata.row_group(group))
+                for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+                    yield from _rows(batch, keys, source, row, tally)
+                    row += batch.num_rows
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{source.name} is a damaged parquet file ({error}). Fetch it again.") from error
+
+
+def _batch_rows(group: Any) -> int:
+    """Rows of a row group that are about BATCH_BYTES of its largest column."""
+    largest = max((group.column(i).total_uncompressed_size for i in range(group.num_columns)), default=0)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, largest)))
+
+
+def _rows(batch: Any, keys: TextKeys, source: Source, row: int, tally: Tally) -> Iterator[Document]:
+    """The documents of a batch whose first row has the number `row`."""
+    if batch.num_columns == 1 and keys.keys == (batch.schema.names[0],) and batch.nbytes < 2 * BATCH_BYTES:
+        # The fast path for a column of texts; everything else takes the slow path, which finds the reason.
+        with contextlib.suppress(UnicodeDecodeError):
+            values = batch.column(0).to_pylist()
+            if all(isinstance(value, str) for value in values):
+                yield from (Document(value.encode(), source.name, row + i) for i, value in enumerate(values))
+                return
+    columns = [(name, batch.column(i)) for i, name in enumerate(batch.schema.names)]
+    for i in range(batch.num_rows):
+        where = f"{source.name}, row {row + i}"
+        buffer = columns[0][1][i].as_buffer() if len(columns) == 1 and _is_text(columns[0][1].type) else None
+        try:
+            if buffer is not None and buffer.size > LONG_TEXT_BYTES:
+                yield from _long_value(buffer, source, row + i)
+                continue
+            record = {name: column[i].as_py() for name, column in columns}
+        except UnicodeDecodeError as error:
+            tally.refuse(where, f"not UTF-8 ({error.reason})")
+        else:
+            yield from documents_of(record, keys, source.name, row + i, where, tally)
+
+
+def _is_text(column_type: Any) -> bool:
+    import pyarrow
+
+    return bool(pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type))
+
+
+def _long_value(buffer: Any, source: Source, row: int) -> Iterator[Document]:
+    """A long text in pieces, decoded a megabyte at a time, after a pass that checks that it is UTF-8."""
+
+    def decoded() -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, buffer.size, CHUNK_BYTES):
+            yield decoder.decode(buffer[start : min(buffer.size, start + CHUNK_BYTES)].to_pybytes())
+        yield decoder.decode(b"", final=True)
+
+    for _ in decoded():
+        pass
+    for text, last in split_text(decoded()):
+        yield Document(text.encode("utf-8"), source.name, row, last)
+
+
+def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
+    """One document per row of the part's batches, in an IPC file or an IPC stream (as `datasets` writes)."""
+    import pyarrow
+
+    row = 0
+    try:
+        with _mapped(source) as pages:
+            schema, batches = _open_arrow(pages)
+            columns = _columns(source, keys, schema.names)
+            tops = [name for name in schema.names if any(name in (key, key.split(".")[0]) for key in columns)]
+            for number, batch in enumerate(batches):
+                if source.end >= 0 and number >= source.end:
+                    break
+                if number >= source.start:
+                    for part in _valid_parts(batch.select(tops)):
+                        yield from _rows(part, keys, source, row, tally)
+                        row += part.num_rows
+                        pages.madvise(mmap.MADV_DONTNEED)  # or all of the file would count as memory in use
+                else:
+                    row += batch.num_rows
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{source.name} is a damaged arrow file ({error}). Fetch it again.") from error
+
+
+def arrow_batch_bytes(source: Source) -> list[int]:
+    """The size of every batch of an arrow file."""
+    import pyarrow.ipc
+
+    try:
+        with _mapped(source) as pages:
+            if pages[:6] == ARROW_FILE:
+                count = pyarrow.ipc.open_file(pyarrow.py_buffer(pages)).num_record_batches
+                return [len(pages) // count] * count
+            messages = pyarrow.ipc.MessageReader.open_stream(pyarrow.BufferReader(pyarrow.py_buffer(pages)))
+            return [message.body.size for message in messages if message.type == "record batch"]
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{source.name} is a damaged arrow file ({error}). Fetch it again.") from error
+
+
+@contextlib.contextmanager
+def _mapped(source: Source) -> Iterator[mmap.mmap]:
+    """The source's content as memory. It is not unmapped before the last array that uses it is freed."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_source(source))
+        if is_url(source.location):
+            remote, file = file, stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(remote, file, CHUNK_BYTES)
+            file.flush()
+        if file.seek(0, os.SEEK_END) == 0:
+            raise DataError(f"{source.name} is a damaged arrow file (it is empty). Fetch it again.")
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    yield pages
+
+
+def _open_arrow(pages: mmap.mmap) -> tuple[Any, Iterator[Any]]:
+    """The schema and the batches of an IPC file or stream."""
+    import pyarrow.ipc
+
+    content = pyarrow.py_buffer(pages)
+    if pages[:6] == ARROW_FILE:
+        table = pyarrow.ipc.open_file(content)
+        return table.schema, (table.get_batch(i) for i in range(table.num_record_batches))
+    stream = pyarrow.ipc.open_stream(content)
+    return stream.schema, iter(stream)
+
+
+def _valid_parts(batch: Any) -> Iterator[Any]:
+    """A batch in parts of about BATCH_BYTES whose offsets are inside their buffers. ArrowInvalid if they are not."""
+    import pyarrow
+
+    rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
+    for start in range(0, batch.num_rows, rows):
+        part = batch.slice(start, rows)
+        for column in part.columns:
+            # As bytes: a text that is not UTF-8 is refused with its row later, not with its file here.
+            if _is_text(column.type):
+                is_large = pyarrow.types.is_large_string(column.type)
+                column = column.view(pyarrow.large_binary() if is_large else pyarrow.binary())
+            column.validate(full=True)
+        yield part
