@@ -33,6 +33,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "tiktoken>=0.7",
         "tokenizers>=0.20",
+        "regex>=2023.12",
         "datasets>=3.0",
         "pyarrow>=15",
         "zstandard>=0.22",
@@ -53,6 +54,7 @@ setup(
     extras_require={
         "fast": ["gigatoken>=0.10"],
         "s3": ["s3fs>=2024.2"],
+        "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],
         "gcs": ["gcsfs>=2024.2"],
         "eval": ["lm-eval>=0.4.9"],
         "test": [
@@ -69,6 +71,7 @@ setup(
             "gcsfs>=2024.2",
             "gcp-storage-emulator>=2024.8",
             "scipy>=1.11",
+            "sentencepiece>=0.2",
             "lm-eval>=0.4.9",
             "accelerate>=1.0",
             "triton>=3.3; sys_platform == 'linux'",  # torch's CUDA wheels bring it, CPU wheels do not

@@ -158,7 +158,9 @@ class RemoteDataset(TokenDataset):
             self.manifest = load_manifest(url_folder)
             folder = self._cache_dir / self.manifest.fingerprint
             folder.mkdir(parents=True, exist_ok=True)
-            for name in (self.manifest.tokenizer.file, f"{self.manifest.tokenizer.file}.json"):
+            tokenizer = self.manifest.tokenizer.file
+            settings = "tokenizer_config.json" if tokenizer.endswith(".json") else f"{tokenizer}.json"
+            for name in (tokenizer, settings):
                 with contextlib.suppress(Exception):  # only needed for decoding
                     if not (folder / name).exists():
                         write_file(folder / name, self._read(name))

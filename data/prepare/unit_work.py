@@ -107,19 +107,15 @@ class UnitWorker:
             if pieces and not checked:
                 self.encoder.check(texts, pieces[0].source)
                 checked = True
-            ids, lengths = self.encoder.encode(texts) if pieces else (np.empty(0, np.uint32), np.empty(0, np.int64))
             last = np.array([piece.last for piece in pieces], dtype=bool)
-            tokens = self._tokens(ids, lengths, last)
+            ids, lengths = np.empty(0, np.uint32), np.empty(0, np.int64)
+            if pieces:
+                ids, lengths = self.encoder.encode(texts, last.tolist())
+            tokens = ids.astype(np.dtype(self.job.dtype).newbyteorder("<"))
             table.append(open_document.rows(pieces, lengths, last).tobytes())
             counts.documents, counts.text_bytes = int(last.sum()), sum(map(len, texts))
             counts.tokens = len(tokens)
             yield tokens, counts
-
-    def _tokens(self, ids: Tokens, lengths: np.ndarray, last: np.ndarray) -> Tokens:
-        """The ids in the dataset's dtype, without the EOT after pieces that do not end a document."""
-        if not last.all():
-            ids = np.delete(ids, np.cumsum(lengths)[~last] - 1)
-        return ids.astype(np.dtype(self.job.dtype).newbyteorder("<"))
 
 
 class _OpenDocument:
@@ -143,7 +139,7 @@ class _OpenDocument:
                 tokens.append(length)
                 continue
             self.hash.update(piece.data)
-            self.tokens += length if piece.last else length - 1
+            self.tokens += length
             self.began = True
             if piece.last:
                 digests.append(self.hash.digest())

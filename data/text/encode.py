@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.text.ranks import GPT2_PATTERN
+from packspeed.data.text.long_text import LongText
+from packspeed.data.text.ranks import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN
 from packspeed.data.text.tokenizer import Tokenizer
 
 Choice = Literal["auto", "gigatoken", "tiktoken"]
@@ -33,26 +34,16 @@ Choice = Literal["auto", "gigatoken", "tiktoken"]
 CHECKED_BYTES = 2**16
 
 
+LONG_CHARACTERS = 2**19  # a longer text is encoded in windows, by a tokenizer that may not be given it in pieces
+
+
 GROWTH_BYTES = 96 * 2**20
 
 
 MARK = "\0<|packspeed: here a document ends|>\1"  # no prefix of it is a suffix of it, so marks cannot overlap
 
 
-# The patterns of GPT-2, cl100k_base and o200k_base in tiktoken, and their names in gigatoken.
-CL100K_PATTERN = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
-    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
-)
-
-
-O200K_PATTERN = (
-    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-    r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-)
-
-
+# gigatoken's names of the patterns that it has.
 PATTERNS = {GPT2_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k"}
 
 
@@ -69,18 +60,74 @@ class Encoder:
             )
         self.fast = _Gigatoken(*ranks_file, tokenizer.eot_id) if ranks_file is not None else None
         self.name = "gigatoken" if self.fast else "tokenizer"
+        self._eot = np.array([tokenizer.eot_id], dtype=np.uint32)
+        self._inside = False  # the last text did not end its document
+        self._open: LongText | None = None  # that document, unless it may be split between words
 
-    def encode(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The ids of all UTF-8 texts, EOT after each, (sum of lengths,), and the lengths, (texts,)."""
+    def encode(
+        self, texts: Sequence[bytes], last: Sequence[bool] | None = None
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """The ids of all UTF-8 texts, (sum of lengths,), and the lengths, (texts,).
+
+        Every document begins with BOS, if the tokenizer has `bos_id`, and ends with EOT. `last` (default: all) tells
+        which texts end a document; the next text continues one that does not end. Ids of a document in pieces may come
+        with a later piece.
+        """
+        if last is None or (all(last) and not self._inside):
+            tokens, lengths = self._complete(texts)
+            return self._with_bos(tokens, lengths, np.ones(len(texts), dtype=bool))
+        begins = np.array([not self._inside, *(bool(ends) for ends in last[:-1])], dtype=bool)
+        self._inside = not last[-1]
+        if self.tokenizer.splits_at_words:
+            tokens, lengths = self._complete(texts)
+            ends_here = np.array(last, dtype=bool)
+            tokens = np.delete(tokens, np.cumsum(lengths)[~ends_here] - 1)
+            return self._with_bos(tokens, lengths - ~ends_here, begins)
+        pieces = [self._piece(text.decode("utf-8"), bool(ends)) for text, ends in zip(texts, last, strict=True)]
+        return self._with_bos(np.concatenate(pieces), np.array([len(ids) for ids in pieces], dtype=np.int64), begins)
+
+    def _complete(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """The ids of texts with EOT after each, and the lengths."""
         encoded = self.fast.encode(texts) if self.fast is not None else None
         return encoded if encoded is not None else self._reference(texts)
 
     def _reference(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """As `encode`, by the tokenizer itself."""
-        eot = np.array([self.tokenizer.eot_id], dtype=np.uint32)
-        encoded = self.tokenizer.encode_batch([text.decode("utf-8") for text in texts])
-        ids = [array for document in encoded for array in (document, eot)]
-        return np.concatenate(ids), np.array([len(document) + 1 for document in encoded], dtype=np.int64)
+        """As `_complete`, by the tokenizer itself."""
+        decoded = [text.decode("utf-8") for text in texts]
+        if not self.tokenizer.splits_at_words and max(map(len, decoded), default=0) > LONG_CHARACTERS:
+            ids = [self._long(text) for text in decoded]
+        else:
+            ids = self.tokenizer.encode_batch(decoded)
+        arrays = [array for document in ids for array in (document, self._eot)]
+        return np.concatenate(arrays), np.array([len(document) + 1 for document in ids], dtype=np.int64)
+
+    def _long(self, text: str) -> npt.NDArray[np.uint32]:
+        """The ids of one text, in windows if it is long: that needs less memory and time (long_text.py)."""
+        if len(text) <= LONG_CHARACTERS:
+            return self.tokenizer.encode_batch([text])[0]
+        long_text = LongText(self.tokenizer)
+        return np.concatenate([long_text.add(text), long_text.end()])
+
+    def _piece(self, text: str, last: bool) -> npt.NDArray[np.uint32]:
+        """The ids that are final after one more piece of a document, and EOT if it is the last."""
+        if self._open is None:
+            if last:
+                return np.concatenate([self._long(text), self._eot])
+            self._open = LongText(self.tokenizer)
+        ids = self._open.add(text)
+        if last:
+            ids = np.concatenate([ids, self._open.end(), self._eot])
+            self._open = None
+        return ids
+
+    def _with_bos(
+        self, tokens: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], begins: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """The same with BOS in front of the texts that begin a document."""
+        if self.tokenizer.bos_id is None:
+            return tokens, lengths
+        starts = np.cumsum(lengths) - lengths
+        return np.insert(tokens, starts[begins], self.tokenizer.bos_id), lengths + begins
 
     def check(self, texts: Sequence[bytes], where: str) -> None:
         """DataError unless gigatoken and the tokenizer itself agree on the first 64 KiB of these texts."""
@@ -93,7 +140,7 @@ class Encoder:
             if size >= CHECKED_BYTES:
                 break
         # 64 KiB is enough to show another pattern or other merges, and costs a few milliseconds.
-        (tokens, lengths), expected = self.encode(sample), self._reference(sample)
+        (tokens, lengths), expected = self._complete(sample), self._reference(sample)
         if not (np.array_equal(tokens, expected[0]) and np.array_equal(lengths, expected[1])):
             raise DataError(
                 f"{where}: gigatoken and tiktoken give different tokens for the first documents. Prepare with "

@@ -1,5 +1,13 @@
 """The `tokenizer.json` files of Hugging Face's tokenizers library.
 
+The ids are the library's, with three differences that training needs:
+
+- Special tokens never come from text. The library has a switch for that (`encode_special_tokens`), but a special token
+  in the vocabulary of a Unigram or WordLevel model still matches text; those entries get names that no text contains.
+- An added token has the id that the file says. The library numbers added tokens one after another, whatever the file
+  says, so a file with a gap between its ids (Kimi reserves a block) would get ids that the model was not trained with.
+- BPE dropout, truncation, padding and the template of the post-processor are off: the same text has the same ids.
+
 tiktoken merges any adjacent tokens that join into a known one; tokenizers merges only the pairs in its list. For a file
 with GPT-2's structure the results are the same and tiktoken is four times as fast, so tiktoken encodes if
 `_as_tiktoken` finds that structure. tokenizers itself encodes every other file.
@@ -9,24 +17,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from packspeed.data.errors import DataError
+from packspeed.data.errors import DataError, UsageError
 from packspeed.data.storage.atomic import write_file
+from packspeed.data.text.long_text import Rules, Spans, rules_of
 from packspeed.data.text.ranks import EOT, GPT2_PATTERN, TiktokenTokenizer, format_ranks
+from packspeed.data.text.special_tokens import CONFIG, DocumentTokens
 
 if TYPE_CHECKING:
     import tokenizers
 
 
-# Names of the end-of-text token in published tokenizer.json files; the first one found is used.
-EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+# Names of the end-of-text token in published tokenizer.json files, if no file beside it names one; the first one found
+# is used. Likewise for the token that begins a text.
+EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>", "<|eos|>", "[EOS]")
+
+
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>", "<|bos|>", "<|startoftext|>", "[BOS]")
 
 
 class JsonTokenizer:
@@ -34,55 +49,69 @@ class JsonTokenizer:
 
     pattern = ""
 
-    def __init__(self, name: str, content: bytes):
+    def __init__(self, name: str, content: bytes, tokens: DocumentTokens | None = None):
+        tokens = tokens or DocumentTokens()
         self.name = name
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.content = content
         self._spec = _parse(name, content)
-        self._full = _build(name, self._spec)
-        ids = self._full.get_vocab(with_added_tokens=True)
-        eot = next((token for token in EOT_NAMES if token in ids), None)
-        if eot is None:
-            raise DataError(
-                f"Tokenizer {name} has no end-of-text token. Add one of {', '.join(EOT_NAMES)} to its added_tokens."
-            )
-        self.eot_name = eot
-        self.eot_id = ids[eot]
-        self.vocab_size = max(ids.values()) + 1
-        self._plain = _build(name, _without_special_tokens(self._spec, eot))
-        if self.eot_id in self._plain.encode(eot, add_special_tokens=False).ids:
-            raise DataError(
-                f"Tokenizer {name} encodes {eot} in ordinary text as end-of-text: a text could end its own document."
-            )
+        self._full = _build(name, _deterministic(self._spec))
+        self._ids = _ids_of_the_file(name, self._spec, self._full)
+        self.vocab_size = max(self._ids.values(), default=-1) + 1
+        self.eot_name = self._eot(tokens)
+        self.eot_id = self._ids[self.eot_name]
+        self.bos_name = self._bos(tokens) if tokens.add_bos else None
+        self.bos_id = self._ids[self.bos_name] if self.bos_name is not None else None
+        self._plain = self._without_special_tokens()
+        ordinary = {name: i for name, i in self._ids.items() if i not in self._special_ids}
+        self._file_ids = _file_ids(self._plain, ordinary)
         self._fast = _as_tiktoken(self._spec, self._plain, self.eot_id, self.vocab_size)
+        self.splits_at_words = self._fast is not None
+        self.rules: Rules | None = rules_of(self._spec)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Special tokens in it are encoded as ordinary characters."""
         if self._fast is not None:
             return self._fast.encode(text)
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = self._checked_ids(self._plain.encode(text, add_special_tokens=False)).tolist()
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         """Ids of several texts, one array each."""
         if self._fast is not None:
             return self._fast.encode_batch(texts)
         encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
+        return [self._checked_ids(encoding) for encoding in encoded]
+
+    def spans(self, text: str) -> Spans:
+        """The tokens of a text and where they are (long_text.py)."""
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
+        begins = np.diff(words, prepend=-1) != 0
+        return Spans(self._checked_ids(encoding), offsets[:, 0], offsets[:, 1], begins)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of byte-level tokens; for other files, the decoder's text as UTF-8."""
-        if not _is_byte_level(self._spec.get("decoder")):
-            return self.decode(ids).encode("utf-8")
-        try:
-            return b"".join([self._token_bytes[int(i)] for i in ids])
-        except KeyError as error:
-            raise DataError(f"Tokenizer {self.name} has no token {error.args[0]}: cannot decode it.") from error
+        """The exact bytes of byte-level tokens; for other files, the decoder's text as UTF-8.
+
+        A single id of another file gives the bytes that it has in the middle of a text, where decoders drop no space.
+        """
+        if _is_byte_level(self._spec.get("decoder")) or len(ids) == 1:
+            try:
+                return b"".join([self._token_bytes[int(i)] for i in ids])
+            except KeyError as error:
+                raise self._no_token(int(error.args[0])) from error
+        return self.decode(ids).encode("utf-8")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, invalid UTF-8 replaced."""
         if _is_byte_level(self._spec.get("decoder")):
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
-        return self._full.decode([int(i) for i in ids], skip_special_tokens=False)
+        try:
+            library_ids = [self._library_ids[int(i)] for i in ids]
+        except KeyError as error:
+            raise self._no_token(int(error.args[0])) from error
+        return self._full.decode(library_ids, skip_special_tokens=False)
 
     def as_ranks(self) -> tuple[bytes, str] | None:
         """The tokenizer as ranks in tiktoken's format and a pattern, or None if it has no such form."""
@@ -93,20 +122,116 @@ class JsonTokenizer:
         return _ranks(self._spec)
 
     def save(self, folder: Path) -> str:
-        """Write `tokenizer.json`, byte for byte the file that was loaded."""
+        """Write `tokenizer.json`, byte for byte the file that was loaded.
+
+        A tokenizer_config.json beside it names EOT and BOS, if the file alone would give other ones.
+        """
         write_file(folder / "tokenizer.json", self.content)
+        if self.bos_name is not None or self.eot_name != _first(EOT_NAMES, self._ids):
+            config: dict[str, object] = {"eos_token": self.eot_name, "add_bos_token": self.bos_name is not None}
+            if self.bos_name is not None:
+                config["bos_token"] = self.bos_name
+            write_file(folder / CONFIG, json.dumps(config, ensure_ascii=False, indent=1).encode() + b"\n")
         return "tokenizer.json"
+
+    def _eot(self, tokens: DocumentTokens) -> str:
+        """The name of the end-of-text token. DataError if there is none."""
+        name = _first(EOT_NAMES, self._ids) if tokens.eot is None else self._known(tokens.eot)
+        if name is not None:
+            return name
+        if tokens.eot is None:
+            problem = f"has no end-of-text token: none of {', '.join(EOT_NAMES)}, and no file beside it names one"
+        else:
+            problem = f"has no token {tokens.eot!r}, which {tokens.source or '--eot-token'} names as end-of-text"
+        error = UsageError if tokens.eot is not None and not tokens.source else DataError
+        raise error(f"Tokenizer {self.name} {problem}. {self._choice('--eot-token')}")
+
+    def _bos(self, tokens: DocumentTokens) -> str:
+        """The name of the token that begins documents. UsageError if there is none, or if it is EOT."""
+        name = _first(BOS_NAMES, self._ids) if tokens.bos is None else self._known(tokens.bos)
+        if name is None:
+            named = f"no token {tokens.bos!r}" if tokens.bos is not None else "no token that begins a text"
+            raise UsageError(f"Tokenizer {self.name} has {named} for --bos. {self._choice('--bos-token')}")
+        if name == self.eot_name:
+            raise UsageError(
+                f"Tokenizer {self.name}: {name} both begins and ends texts. The one that ends a document already comes "
+                f"before the next one: leave --bos out, or name another token by --bos-token."
+            )
+        return name
+
+    def _choice(self, option: str) -> str:
+        special = [token["content"] for token in self._spec.get("added_tokens") or [] if token.get("special")]
+        return f"Name one by {option}{': ' + ', '.join(special[:12]) if special else ''}."
+
+    def _known(self, token: str | int) -> str | None:
+        """The name of a token, given by its name or its id; None if the vocabulary has no such token."""
+        if isinstance(token, str):
+            return token if token in self._ids else None
+        return self._names.get(token)
+
+    def _without_special_tokens(self) -> tokenizers.Tokenizer:
+        """The tokenizer that encodes text, which never gives a special token, EOT or BOS."""
+        names = {token["content"] for token in self._spec.get("added_tokens") or [] if token.get("special")}
+        names |= {self.eot_name} | ({self.bos_name} if self.bos_name is not None else set())
+        self._special_ids = {self._ids[name] for name in names if name in self._ids}
+        # Text without a token in the vocabulary gives the unknown token. That is the library's id, unless it is EOT.
+        self._special_ids.discard(self._unknown_id())
+        self._special_ids.add(self.eot_id)
+        spec = _deterministic(_hide_in_model(self._spec, names))
+        spec["added_tokens"] = [
+            token | {"special": token.get("special") or token["content"] in names}
+            for token in self._spec.get("added_tokens") or []
+        ]
+        plain = _build(self.name, spec)
+        plain.encode_special_tokens = True
+        return plain
+
+    def _unknown_id(self) -> int:
+        model = self._spec["model"]
+        unknown = model.get("unk_id") if model.get("type") == "Unigram" else self._ids.get(model.get("unk_token"))
+        return unknown if isinstance(unknown, int) else -1
+
+    def _checked_ids(self, encoding: tokenizers.Encoding) -> npt.NDArray[np.uint32]:
+        """The file's ids of an encoding. DataError if text gave a special token."""
+        ids = np.array(encoding.ids, dtype=np.uint32)
+        if self._file_ids is not None:
+            ids = self._file_ids[ids]
+        special = np.isin(ids, self._special_array)
+        if special.any():
+            first = int(np.flatnonzero(special)[0])
+            name = self._names[int(ids[first])]
+            raise DataError(
+                f"Tokenizer {self.name} encodes ordinary text, {encoding.tokens[first]!r}, as its special token "
+                f"{name!r}, so a text could end its own document. Use a tokenizer that has another token for unknown "
+                f"characters, or name another end-of-text token by --eot-token."
+            )
+        return ids
+
+    def _no_token(self, token_id: int) -> DataError:
+        return DataError(f"Tokenizer {self.name} has no token {token_id}: cannot decode it.")
+
+    @cached_property
+    def _special_array(self) -> npt.NDArray[np.uint32]:
+        return np.array(sorted(self._special_ids), dtype=np.uint32)
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {token_id: name for name, token_id in self._ids.items()}
+
+    @cached_property
+    def _library_ids(self) -> dict[int, int]:
+        """The file's ids to the library's, for decoding."""
+        return {self._ids[name]: library for name, library in self._full.get_vocab(with_added_tokens=True).items()}
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:
-        added = {token["id"] for token in self._spec.get("added_tokens") or []}
-        table = byte_of_character()
-        return {
-            i: token.encode("utf-8") if i in added else bytes([table[c] for c in token])
-            for token, i in self._full.get_vocab(with_added_tokens=True).items()
-        }
+        added = {token["content"] for token in self._spec.get("added_tokens") or []}
+        if _is_byte_level(self._spec.get("decoder")):
+            return {i: _byte_level(token) if token not in added else token.encode() for token, i in self._ids.items()}
+        return {i: _bytes_inside(token) for token, i in self._ids.items()}
 
 
+@lru_cache
 def byte_of_character() -> dict[str, int]:
     """GPT-2's printable character for every byte, character to byte (https://github.com/openai/gpt-2, encoder.py).
 
@@ -117,12 +242,24 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def _byte_level(token: str) -> bytes:
+    """The bytes of a byte-level token; as the library, the token's own UTF-8 if it is not made of such characters."""
+    table = byte_of_character()
+    return bytes([table[c] for c in token]) if table.keys() >= set(token) else token.encode()
+
+
+def _bytes_inside(token: str) -> bytes:
+    """The bytes of a token that is not byte-level: of a byte token (`<0x0A>`), or with spaces for SentencePiece's ▁."""
+    byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode("utf-8")
+
+
 def _parse(name: str, content: bytes) -> dict[str, Any]:
     try:
         spec = json.loads(content)
         if isinstance(spec, dict) and isinstance(spec["model"], dict):
             return spec
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         pass
     raise DataError(f"Tokenizer {name} is not a tokenizer.json file (a JSON object with a `model`). Copy it again.")
 
@@ -136,10 +273,72 @@ def _build(name: str, spec: dict[str, Any]) -> tokenizers.Tokenizer:
         raise DataError(f"Tokenizer {name} cannot be read by the tokenizers library: {error}.") from error
 
 
-def _without_special_tokens(spec: dict[str, Any], eot: str) -> dict[str, Any]:
-    """The tokenizer without special tokens, post-processing, truncation and padding."""
-    ordinary = [t for t in spec.get("added_tokens") or [] if not t.get("special") and t.get("content") != eot]
-    return spec | {"added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
+def _deterministic(spec: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer without dropout, post-processing, truncation and padding."""
+    model = spec["model"] | ({"dropout": None} if spec["model"].get("dropout") is not None else {})
+    return spec | {"model": model, "post_processor": None, "truncation": None, "padding": None}
+
+
+def _ids_of_the_file(name: str, spec: dict[str, Any], full: tokenizers.Tokenizer) -> dict[str, int]:
+    """Every token and its id: the library's for the model's vocabulary, the file's for added tokens.
+
+    DataError if one token has two ids, or one id two tokens: no one can say which row of the model was trained with it.
+    """
+    ids = full.get_vocab(with_added_tokens=True)
+    vocabulary = full.get_vocab(with_added_tokens=False)
+    for token in spec.get("added_tokens") or []:
+        content, token_id = token["content"], token["id"]
+        if vocabulary.get(content, token_id) != token_id:
+            raise DataError(
+                f"Tokenizer {name} gives {content!r} two ids: {vocabulary[content]} in its vocabulary and {token_id} "
+                f"in added_tokens. Correct the one that the model was not trained with."
+            )
+        if content in ids:
+            ids[content] = token_id
+    if len(set(ids.values())) < len(ids):
+        seen = dict[int, str]()
+        for content, token_id in ids.items():
+            if seen.setdefault(token_id, content) != content:
+                raise DataError(
+                    f"Tokenizer {name} gives the id {token_id} to two tokens, {seen[token_id]!r} and {content!r}. "
+                    f"Correct the id of one of them in added_tokens."
+                )
+    return ids
+
+
+def _file_ids(plain: tokenizers.Tokenizer, ids: dict[str, int]) -> npt.NDArray[np.uint32] | None:
+    """The library's ids (the index) to the file's, or None if they are the same."""
+    vocabulary = plain.get_vocab(with_added_tokens=True)
+    different = {library: ids[token] for token, library in vocabulary.items() if ids.get(token, library) != library}
+    if not different:
+        return None
+    table = np.arange(max(vocabulary.values()) + 1, dtype=np.uint32)
+    table[list(different)] = list(different.values())
+    return table
+
+
+def _hide_in_model(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """The tokenizer with the special tokens of its model's vocabulary under names that no text contains."""
+    model, vocabulary = spec["model"], spec["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: an entry is found by its text, its id is its place
+        return spec | {"model": model | {"vocab": [[_hidden(t, names), score] for t, score in vocabulary]}}
+    if not names & vocabulary.keys():
+        return spec
+    hidden: dict[str, Any] = {"vocab": {_hidden(token, names): i for token, i in vocabulary.items()}}
+    if isinstance(model.get("unk_token"), str):
+        hidden["unk_token"] = _hidden(model["unk_token"], names)
+    if model.get("merges"):  # merges that use or make a special token
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        hidden["merges"] = [pair for pair in pairs if not names & {*pair, "".join(pair)}]
+    return spec | {"model": model | hidden}
+
+
+def _hidden(token: str, names: set[str]) -> str:
+    return f"\0packspeed: the special token {token}\0" if token in names else token
+
+
+def _first(names: Sequence[str], ids: dict[str, int]) -> str | None:
+    return next((name for name in names if name in ids), None)
 
 
 def _is_byte_level(component: dict[str, Any] | None) -> bool:
@@ -161,6 +360,8 @@ def _as_tiktoken(
     if not _has_gpt2_structure(spec):
         return None
     ranks = _ranks(spec)
+    if eot_id in ranks.values():
+        return None
     fast = TiktokenTokenizer("tokenizer.json", format_ranks(ranks), GPT2_PATTERN, eot_id, vocab_size)
     # All tokens in order of rank as one text: if the two ways of merging differ, they differ here.
     probe = b"".join(token for token, _ in sorted(ranks.items(), key=lambda item: item[1])).decode(
@@ -173,14 +374,14 @@ def _has_gpt2_structure(spec: dict[str, Any]) -> bool:
     """BPE on GPT-2's pieces, no normalizer, all 256 bytes in the vocabulary, ids in the order of the merges."""
     model, cut = spec["model"], spec.get("pre_tokenizer")
     added = spec.get("added_tokens") or []
-    if model.get("type") != "BPE" or spec.get("normalizer") is not None or any(not t["special"] for t in added):
+    if model.get("type") != "BPE" or spec.get("normalizer") is not None or any(not t.get("special") for t in added):
         return False
-    if not (cut and _is_byte_level(cut) and cut["use_regex"] and not cut["add_prefix_space"]):
+    if not (cut and _is_byte_level(cut) and cut.get("use_regex", True) and not cut["add_prefix_space"]):
         return False
-    if any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
+    if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
         return False
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    order = [model["vocab"]["".join(pair)] for pair in pairs]
+    order = [model["vocab"].get("".join(pair), -1) for pair in pairs]
     names = {token["content"] for token in added}
     ordinary = [token for token in model["vocab"] if token not in names]
     complete = len(ordinary) == 256 + len(order) and all(c in model["vocab"] for c in byte_of_character())

@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,12 @@ import numpy.typing as npt
 
 from packspeed.data.errors import DataError
 from packspeed.data.storage.atomic import write_file
+from packspeed.data.text.long_text import Rules, Spans, repetitions
 
 EOT = "<|endoftext|>"
+
+
+BOS = "<|startoftext|>"  # only if a .tiktoken.json has a bos_id
 
 
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -35,16 +40,33 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
+# The patterns of cl100k_base and o200k_base in tiktoken.
+CL100K_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
+    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+
+
+O200K_PATTERN = (
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+    r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+
+
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 class TiktokenTokenizer:
     """A vocabulary in tiktoken's format, encoded by tiktoken."""
 
-    def __init__(self, name: str, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int):
+    def __init__(
+        self, name: str, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int, bos_id: int | None = None
+    ):
         import tiktoken
 
         self.name, self.pattern, self.eot_id, self.vocab_size = name, pattern, eot_id, vocab_size
+        self.bos_id = bos_id
         self.sha256 = hashlib.sha256(ranks_file).hexdigest()
         self._ranks_file = ranks_file
         ranks = parse_ranks(ranks_file, name)
@@ -53,7 +75,14 @@ class TiktokenTokenizer:
                 f"Tokenizer {name}: end-of-text id {eot_id} and vocabulary size {vocab_size} do not fit its "
                 f"{len(ranks)} ranks. Correct eot_id and vocab_size in the .tiktoken.json file beside the ranks."
             )
-        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: eot_id})
+        if bos_id is not None and (bos_id in ranks.values() or bos_id >= vocab_size or bos_id == eot_id):
+            raise DataError(
+                f"Tokenizer {name}: bos_id {bos_id} must be an id below {vocab_size} that is no rank and not the "
+                f"end-of-text id. Correct it in the .tiktoken.json file beside the ranks."
+            )
+        special = {EOT: eot_id} | ({BOS: bos_id} if bos_id is not None else {})
+        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.splits_at_words = pattern in (GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Special tokens in it are encoded as ordinary characters."""
@@ -63,6 +92,24 @@ class TiktokenTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         """Ids of several texts, one array each."""
         return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
+    @cached_property
+    def rules(self) -> Rules | None:
+        """How the pattern reads a text (long_text.py); None if that is not known."""
+        counted = repetitions(self.pattern)
+        return Rules(counted, cuts_words=True) if counted is not None else None
+
+    def spans(self, text: str) -> Spans:
+        """The tokens of a text and where they are (long_text.py)."""
+        import regex
+
+        ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
+        starts = np.array(self._encoding.decode_with_offsets(ids.tolist())[1], dtype=np.int64)
+        # Several tokens of one character have its start; all but the first begin inside it.
+        ends = np.append(starts[1:], len(text))
+        words = np.array([match.start() for match in regex.finditer(self.pattern, text)], dtype=np.int64)
+        begins = np.isin(starts, words) & (np.diff(starts, prepend=-1) > 0)
+        return Spans(ids, starts, ends, begins)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The exact bytes of the ids. DataError for an id outside the vocabulary."""
@@ -82,7 +129,7 @@ class TiktokenTokenizer:
     def save(self, folder: Path) -> str:
         """Write `NAME.tiktoken` and its `NAME.tiktoken.json`."""
         path = folder / (re.sub(r"[^A-Za-z0-9_-]", "_", self.name) + ".tiktoken")
-        save_ranks(path, self._ranks_file, self.pattern, self.eot_id, self.vocab_size)
+        save_ranks(path, self._ranks_file, self.pattern, self.eot_id, self.vocab_size, self.bos_id)
         return path.name
 
 
@@ -92,6 +139,9 @@ class BytesTokenizer:
     name = "bytes"
     vocab_size = 257
     eot_id = 256
+    bos_id: int | None = None
+    splits_at_words = True
+    rules = Rules(1, cuts_words=True)
     pattern = r"[\s\S]"
     ranks_file = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
     sha256 = hashlib.sha256(ranks_file).hexdigest()
@@ -103,6 +153,12 @@ class BytesTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         """The UTF-8 bytes of several texts, one array each."""
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+    def spans(self, text: str) -> Spans:
+        """The bytes of a text and where they are (long_text.py)."""
+        counts = [len(character.encode("utf-8")) for character in text]
+        starts = np.repeat(np.arange(len(text)), counts)
+        return Spans(self.encode_batch([text])[0], starts, starts + 1, np.diff(starts, prepend=-1) > 0)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes themselves; end-of-text gives its name. DataError for an id above 256."""
@@ -160,8 +216,12 @@ def format_ranks(ranks: dict[bytes, int]) -> bytes:
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
 
 
-def save_ranks(path: Path, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int) -> None:
-    """Write a `.tiktoken` file, and beside it a `.tiktoken.json` with the pattern, EOT id and vocabulary size."""
+def save_ranks(
+    path: Path, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int, bos_id: int | None = None
+) -> None:
+    """Write a `.tiktoken` file, and beside it a `.tiktoken.json` with the pattern, the ids and the vocabulary size."""
     extra = {"pattern": pattern, "eot_id": eot_id, "vocab_size": vocab_size}
+    if bos_id is not None:
+        extra["bos_id"] = bos_id
     write_file(path, ranks_file)
     write_file(path.with_name(path.name + ".json"), json.dumps(extra, indent=1).encode() + b"\n")

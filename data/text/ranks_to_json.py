@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from packspeed.data.errors import DataError
+from packspeed.data.text.convert import PROBE
 from packspeed.data.text.json_tokenizer import JsonTokenizer, byte_of_character
 from packspeed.data.text.ranks import EOT, GPT2_PATTERN, BytesTokenizer, TiktokenTokenizer, parse_ranks
 from packspeed.data.text.tokenizer import Tokenizer
@@ -97,14 +98,6 @@ def ruby(pattern: str) -> str:
     atom = r"(\\p\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\()\[\]{}|])"
     pattern = re.sub(atom + r"(\{\d+(?:,\d*)?\})\+", r"(?>\1\2)", pattern)
     return re.sub(r"(?<!\\)\$", r"\\z", pattern)
-
-
-# Text on which regular expression engines and merge rules differ: spaces, lines, repeats, cases, scripts, digits.
-PROBE = (
-    "Hello  world!\n\n\tIt's   HE'LL we'Ve 1234567 ½²³ a\u00a0b \u3000 \r\n \r x\n y  \naaaaaaaaaaaaaaa ======== "
-    "\u00e9e\u0301 ſK Ǆ \u4f60\u597d\u4e16\u754c \u0645\u0631\u062d\u0628\u0627 \U0001f600\U0001f468\u200d\U0001f469 "
-    "camelCaseWORDSmixed snake_case_99 http://x.y/z?q=1&r=%20 \x00\x1f\x7f \ufeff end   "
-)
 
 
 def _checked(content: bytes, tokenizer: TiktokenTokenizer) -> bytes:

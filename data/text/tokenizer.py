@@ -1,7 +1,10 @@
-"""One interface for all tokenizers, and how to load one by name, by file or from a dataset.
+"""One interface for all tokenizers, and how to load one by name, by file, by folder or from a dataset.
 
     ranks.py             tiktoken's vocabularies (`.tiktoken` files) and plain bytes
     json_tokenizer.py    `tokenizer.json` files of Hugging Face's tokenizers
+    convert.py           SentencePiece models, vocab.json and merges.txt: to the content of a tokenizer.json
+    special_tokens.py    which tokens end and begin documents
+    long_text.py         texts of any length, with the tokens of the whole
     encode.py            batches of texts, by gigatoken if possible
 
 Text never encodes to a special token: the characters `<|endoftext|>` in a document are ordinary text.
@@ -9,6 +12,7 @@ Text never encodes to a special token: the characters `<|endoftext|>` in a docum
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -20,25 +24,42 @@ import numpy.typing as npt
 
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.storage.manifest import load_manifest
+from packspeed.data.text.convert import find_tokenizer_file, from_sentencepiece, from_vocabulary, hub_folder, read_file
 from packspeed.data.text.json_tokenizer import JsonTokenizer
-from packspeed.data.text.ranks import GPT2_SHA256, BytesTokenizer, TiktokenTokenizer, format_ranks, packaged_gpt2
+from packspeed.data.text.long_text import Rules, Spans
+from packspeed.data.text.ranks import EOT, GPT2_SHA256, BytesTokenizer, TiktokenTokenizer, format_ranks, packaged_gpt2
+from packspeed.data.text.special_tokens import DocumentTokens, read_document_tokens
 
 if TYPE_CHECKING:
     import tiktoken
 
 
+HUB = "hf:"
+
+
 class Tokenizer(Protocol):
     """The interface of every tokenizer.
 
-    `vocab_size` is the largest id plus one, special tokens included; `eot_id` ends every document; `sha256` is the hash
-    of the file that defines the ids, and `pattern` the regular expression if that file lacks it (else "").
+    `vocab_size` is the largest id plus one, special tokens included; `eot_id` ends every document, and `bos_id`, if
+    it is not None, begins it; `sha256` is the hash of the file that defines the ids, and `pattern` the regular
+    expression if that file lacks it (else ""). `splits_at_words` tells whether a text split by split_text.py keeps its
+    tokens; if not, LongText encodes long texts by `rules` and `spans`.
     """
 
     name: str
     vocab_size: int
     eot_id: int
+    bos_id: int | None
     sha256: str
     pattern: str
+    splits_at_words: bool
+
+    @property
+    def rules(self) -> Rules | None:
+        """How the tokenizer reads a text, or None if that is not known."""
+
+    def spans(self, text: str) -> Spans:
+        """The tokens of a text and where they are."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end-of-text token. Special tokens in it are encoded as ordinary characters."""
@@ -56,22 +77,77 @@ class Tokenizer(Protocol):
         """Write the file or files that define the tokenizer into `folder`; returns the name of the main one."""
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """Load a tokenizer: `bytes`, a tiktoken name, or the path of a `.tiktoken` or `.json` file.
+def load_tokenizer(
+    spec: str, eot_token: str | None = None, bos: bool = False, bos_token: str | None = None
+) -> Tokenizer:
+    """Load a tokenizer by its name or path.
 
+    `spec` is `bytes`, a tiktoken name, the path of a `.tiktoken`, tokenizer.json or SentencePiece `.model` file, a
+    folder with one of these or with vocab.json and merges.txt, or a Hub name as `hf:owner/name`. `eot_token` names the
+    token that ends documents, `bos` begins every document with BOS, and `bos_token` names it; the files beside a
+    tokenizer.json name both otherwise (special_tokens.py).
     `gpt2` needs no network; tiktoken downloads and caches its other vocabularies. UsageError if there is no such
-    name or path, DataError if the file is damaged or the download fails.
+    name, path or token, DataError if a file is damaged or a download fails.
     """
+    path = hub_folder(spec.removeprefix(HUB)) if spec.startswith(HUB) else Path(spec)
+    if path.is_dir() or path.suffix in (".json", ".model"):
+        file = find_tokenizer_file(path, spec)
+        named = read_document_tokens(file.parent)
+        return _load_json(file, _chosen(named, eot_token, bos, bos_token), _name(path, spec))
+    tokenizer = _load_ranks(spec, path)
+    if eot_token not in (None, EOT):
+        raise UsageError(
+            f"Tokenizer {spec} ends documents with {EOT}, not with --eot-token {eot_token}. For a .tiktoken file of "
+            f"your own, write the id as eot_id in the .tiktoken.json file beside it."
+        )
+    if (bos or bos_token is not None) and tokenizer.bos_id is None:
+        raise UsageError(
+            f"Tokenizer {spec} has no token that begins a document, and needs none: {EOT} comes before every document "
+            f"but the first. Leave --bos out; for a .tiktoken file of your own, write "
+            f'"bos_id": N in the .tiktoken.json file beside it.'
+        )
+    return tokenizer
+
+
+def _load_ranks(spec: str, path: Path) -> Tokenizer:
+    """A tokenizer that tiktoken or nothing at all encodes."""
     if spec == "bytes":
         return BytesTokenizer()
     if spec in ("gpt2", "r50k_base"):
         return packaged_gpt2()
-    path = Path(spec)
-    if path.suffix in (".tiktoken", ".json"):
+    if path.suffix == ".tiktoken":
         if not path.is_file():
             raise UsageError(f"Tokenizer file {spec} does not exist. Check the path, or name a tiktoken vocabulary.")
         return load_tokenizer_file(path)
     return _from_tiktoken(spec)
+
+
+def _load_json(file: Path, tokens: DocumentTokens, name: str) -> JsonTokenizer:
+    """The tokenizer of a tokenizer.json, or of a file that is converted to one."""
+    if file.name == "vocab.json":
+        return JsonTokenizer(name, from_vocabulary(file, tokens), tokens)
+    if file.suffix == ".model":
+        content, own = from_sentencepiece(file)
+        eot, bos = (
+            mine if mine is not None else theirs for mine, theirs in ((tokens.eot, own.eot), (tokens.bos, own.bos))
+        )
+        tokens = dataclasses.replace(tokens, eot=eot, bos=bos, source=tokens.source or own.source)
+        return JsonTokenizer(name, content, tokens)
+    return JsonTokenizer(name, read_file(file), tokens)
+
+
+def _chosen(named: DocumentTokens, eot_token: str | None, bos: bool, bos_token: str | None) -> DocumentTokens:
+    """The tokens that the options choose, and those that the files name for the rest."""
+    add_bos = bos or bos_token is not None
+    tokens = dataclasses.replace(named, add_bos=add_bos, bos=bos_token if bos_token is not None else named.bos)
+    return dataclasses.replace(tokens, eot=eot_token, source="") if eot_token is not None else tokens
+
+
+def _name(path: Path, spec: str) -> str:
+    """The name of a tokenizer: of its folder or file; for a Hub name that itself."""
+    if spec.startswith(HUB):
+        return spec.removeprefix(HUB)
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 def load_from_dataset(folder: str | Path) -> Tokenizer:
@@ -96,9 +172,9 @@ def load_from_dataset(folder: str | Path) -> Tokenizer:
 
 
 def load_tokenizer_file(path: Path) -> Tokenizer:
-    """Load a `.tiktoken` or `.json` file that exists."""
+    """Load a `.tiktoken` or `.json` file that exists, with the settings beside it, as `Tokenizer.save` wrote them."""
     if path.suffix == ".json":
-        return JsonTokenizer(path.stem, path.read_bytes())
+        return _load_json(path, read_document_tokens(path.parent), path.stem)
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     # Known vocabularies keep their names, whatever the file is called.
@@ -107,12 +183,14 @@ def load_tokenizer_file(path: Path) -> Tokenizer:
     if sha256 == GPT2_SHA256:
         return packaged_gpt2()
     extra = _read_extra(path.with_name(path.name + ".json"))
-    return TiktokenTokenizer(path.stem, content, extra["pattern"], extra["eot_id"], extra["vocab_size"])
+    return TiktokenTokenizer(
+        path.stem, content, extra["pattern"], extra["eot_id"], extra["vocab_size"], extra.get("bos_id")
+    )
 
 
 def _read_extra(path: Path) -> dict[str, Any]:
     """The pattern, end-of-text id and vocabulary size that a `.tiktoken` file lacks."""
-    wanted = '{"pattern": REGEX, "eot_id": N, "vocab_size": N}'
+    wanted = '{"pattern": REGEX, "eot_id": N, "vocab_size": N}, and "bos_id": N if documents begin with a token'
     if not path.is_file():
         raise UsageError(
             f"A .tiktoken file contains neither the pattern that cuts text into pieces nor the end-of-text id, and "
@@ -121,7 +199,7 @@ def _read_extra(path: Path) -> dict[str, Any]:
     try:
         extra = json.loads(path.read_bytes())
         right = isinstance(extra["pattern"], str) and isinstance(extra["eot_id"], int)
-        right = right and isinstance(extra["vocab_size"], int)
+        right = right and isinstance(extra["vocab_size"], int) and isinstance(extra.get("bos_id", 0), int)
     except (ValueError, KeyError, TypeError):
         right = False
     if not right:
@@ -136,8 +214,8 @@ def _from_tiktoken(name: str) -> Tokenizer:
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise UsageError(
-            f"There is no tokenizer {name!r}. Give one of {', '.join(names)}, `bytes`, or the path of a .tiktoken or "
-            f"tokenizer.json file."
+            f"There is no tokenizer {name!r}. Give one of {', '.join(names)}, `bytes`, the path of a .tiktoken, "
+            f"tokenizer.json or SentencePiece .model file, a folder with one of them, or a Hub name as hf:owner/name."
         )
     try:
         return _from_encoding(tiktoken.get_encoding(name))

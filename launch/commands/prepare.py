@@ -17,6 +17,7 @@ from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.errors import UsageError
 from packspeed.data.prepare import prepare as preparation
 from packspeed.data.prepare.progress import PrepareProgress
+from packspeed.data.text.tokenizer import load_tokenizer
 from packspeed.launch.commands.inspect import describe_dataset, verify_dataset
 from packspeed.launch.commands.options import Exclude, Include, Json, SkipBad, Sources, TextKey, UnknownFormat, show
 
@@ -25,8 +26,17 @@ def prepare(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="Folder of the dataset, new or empty.")],
     tokenizer: Annotated[
-        str, typer.Option(help="A tiktoken name, a .tiktoken or tokenizer.json file, or bytes.")
+        str,
+        typer.Option(
+            help="A tiktoken name, bytes, a tokenizer.json, .tiktoken or SentencePiece .model file, a model's folder, "
+            "or hf:owner/name."
+        ),
     ] = "gpt2",
+    eot_token: Annotated[
+        str | None, typer.Option(help="Token that ends documents. Default: as the files beside the tokenizer name it.")
+    ] = None,
+    bos: Annotated[bool, typer.Option("--bos", help="Begin every document with the tokenizer's BOS token.")] = False,
+    bos_token: Annotated[str | None, typer.Option(help="Begin every document with this token.")] = None,
     text_key: TextKey = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -60,6 +70,7 @@ def prepare(
         raise UsageError(f"--encoder {encoder}: choose auto, gigatoken or tiktoken.")
     if (task_index is None) != (task_count is None) or (merge and task_count is not None):
         raise UsageError("Give --task-index and --task-count together; give --merge without them, after all tasks.")
+    loaded = load_tokenizer(tokenizer, eot_token, bos, bos_token)
     common: dict[str, Any] = {
         "text_key": text_key or ["text"],
         "include": include or (),
@@ -73,7 +84,7 @@ def prepare(
     with _progress_line("preparing") as progress:
         if task_index is not None and task_count is not None:
             units = preparation.prepare_part(
-                sources, out, tokenizer, task_index=task_index, task_count=task_count, progress=progress, **common
+                sources, out, loaded, task_index=task_index, task_count=task_count, progress=progress, **common
             )
             facts = {"path": str(out), "task_index": task_index, "task_count": task_count, "units": units}
             line = (
@@ -85,7 +96,7 @@ def prepare(
         preparation.prepare(
             sources,
             out,
-            tokenizer,
+            loaded,
             val_fraction=val_fraction,
             shard_tokens=shard_tokens,
             dedup=dedup is not None,

@@ -1,0 +1,262 @@
+"""Find the file that defines a tokenizer, and convert other formats to the content of a tokenizer.json.
+
+    tokenizer.json             taken as it is
+    tokenizer.model, *.model   SentencePiece (Unigram and BPE), read by the sentencepiece library: pip install
+                               packspeed[sentencepiece]. The ids are compared with sentencepiece's on a sample.
+    vocab.json, merges.txt     GPT-2's byte-level BPE
+
+The result depends only on the files. It is what a dataset keeps, so a dataset decodes without them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from packspeed.data.errors import DataError, UsageError
+from packspeed.data.text.special_tokens import CONFIG, DocumentTokens, read_json_object
+
+HUB_FILES = ["tokenizer.json", "*.model", "vocab.json", "merges.txt", "added_tokens.json"]
+HUB_FILES += [CONFIG, "special_tokens_map.json", "generation_config.json", "config.json"]
+
+
+# Tokenizers of transformers that cut text by GPT-2's expression.
+GPT2_CLASSES = ("", "GPT2", "Roberta", "Bart", "Longformer", "LED", "PreTrained", "Tokenizers")
+
+
+# Text on which regular expression engines and merge rules differ: spaces, lines, repeats, cases, scripts, digits.
+PROBE = (
+    "Hello  world!\n\n\tIt's   HE'LL we'Ve 1234567 ½²³ a\u00a0b \u3000 \r\n \r x\n y  \naaaaaaaaaaaaaaa ======== "
+    "\u00e9e\u0301 ſK Ǆ \u4f60\u597d\u4e16\u754c \u0645\u0631\u062d\u0628\u0627 \U0001f600\U0001f468\u200d\U0001f469 "
+    "camelCaseWORDSmixed snake_case_99 http://x.y/z?q=1&r=%20 \x00\x1f\x7f \ufeff end   "
+)
+
+
+def find_tokenizer_file(path: Path, spec: str) -> Path:
+    """The file in a folder that defines its tokenizer, or `path` itself if it is one. UsageError if there is none."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UsageError(f"Tokenizer file {spec} does not exist. Check the path, or name a tiktoken vocabulary.")
+    if (path / "tokenizer.json").is_file():
+        return path / "tokenizer.json"
+    models = sorted(path.glob("*.model"))
+    if len(models) == 1:
+        return models[0]
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        return path / "vocab.json"
+    raise UsageError(
+        f"{spec} holds no tokenizer that packspeed reads: no tokenizer.json, no single SentencePiece .model file, and "
+        f"no vocab.json with merges.txt. {_by_transformers(str(path))}"
+    )
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+
+
+def hub_folder(name: str) -> Path:
+    """A local folder with the tokenizer's files of a Hub repository. DataError if they cannot be downloaded."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # its own errors, and those of its HTTP library
+        raise DataError(
+            f"The tokenizer of {name} could not be fetched from the Hub ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Check the name, the network and, for a gated model, `hf auth "
+            f"login`; or copy its tokenizer files to a folder and give that folder."
+        ) from error
+
+
+def from_vocabulary(file: Path, tokens: DocumentTokens) -> bytes:
+    """The content of a tokenizer.json from vocab.json and the merges.txt beside it."""
+    folder = file.parent
+    config = read_json_object(folder / CONFIG)
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
+    vocabulary = read_json_object(file)
+    ids = all(isinstance(i, int) and not isinstance(i, bool) for i in vocabulary.values())
+    other_class = f" (its tokenizer_class is {name}Tokenizer)" if name not in GPT2_CLASSES else ""
+    if other_class or not ids or not {"Ġ", "Ċ"} <= {c for token in vocabulary for c in token}:
+        raise UsageError(
+            f"{file} is not the vocabulary of GPT-2's byte-level BPE{other_class}. {_by_transformers(str(folder))}"
+        )
+    if not (folder / "merges.txt").is_file():
+        raise UsageError(f"{file} needs the merges.txt of its model beside it. Copy that file there.")
+    try:
+        lines = read_file(folder / "merges.txt").decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{folder / 'merges.txt'} is not UTF-8 (byte {error.start}). Copy it again.") from error
+    merges = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+    byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    return _content(
+        model={"type": "BPE", "vocab": vocabulary, "merges": merges},
+        added=_added_tokens(folder, config, vocabulary, tokens),
+        pre_tokenizer=byte_level | {"add_prefix_space": config.get("add_prefix_space") is True},
+        decoder=byte_level | {"add_prefix_space": True},
+    )
+
+
+def _added_tokens(
+    folder: Path, config: dict[str, Any], vocabulary: dict[str, int], tokens: DocumentTokens
+) -> list[dict[str, Any]]:
+    """The added tokens of a model whose vocabulary is a vocab.json, in order of id."""
+    added = {i: {"content": c, "special": True} for c, i in read_json_object(folder / "added_tokens.json").items()}
+    for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+        added[int(token_id)] = {"content": token["content"], "special": token.get("special") is True}
+    for name in ("<|endoftext|>", tokens.eot, tokens.bos):
+        if isinstance(name, str) and name in vocabulary:
+            added[vocabulary[name]] = {"content": name, "special": True}
+    return [token | {"id": token_id} for token_id, token in sorted(added.items())]
+
+
+def from_sentencepiece(file: Path) -> tuple[bytes, DocumentTokens]:
+    """The content of a tokenizer.json from a SentencePiece model, and the tokens that it names.
+
+    UsageError without the sentencepiece library and for models that tokenizers cannot express, DataError for a damaged
+    file or if the ids differ from sentencepiece's.
+    """
+    try:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise UsageError(
+            f"{file} is a SentencePiece model, and the library that reads it is not installed: pip install "
+            f"'packspeed[sentencepiece]'. Or give the tokenizer.json of the same model, if it has one."
+        ) from error
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(read_file(file))
+        reference = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    except Exception as error:  # protobuf's and sentencepiece's own errors
+        raise DataError(f"{file} is not a SentencePiece model, or a damaged one. Copy it again.") from error
+    spec = _sentencepiece_spec(model, file)
+    _compare(spec, reference, file)
+    names = {i: piece.piece for i, piece in enumerate(model.pieces)}
+    trained = model.trainer_spec
+    return spec, DocumentTokens(names.get(trained.eos_id), names.get(trained.bos_id), source=file.name)
+
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types of pieces
+
+
+def _sentencepiece_spec(model: Any, file: Path) -> bytes:
+    """The tokenizer.json of a SentencePiece model."""
+    trained, rules, pieces = model.trainer_spec, model.normalizer_spec, model.pieces
+    if trained.model_type not in (1, 2) or not rules.escape_whitespaces or trained.treat_whitespace_as_suffix:
+        raise UsageError(
+            f"{file} is a SentencePiece model of a kind that packspeed does not read (words, characters, or spaces at "
+            f"the end of words). Use a Unigram or BPE model."
+        )
+    special = (UNKNOWN, CONTROL, UNUSED)
+    added = [
+        {"id": i, "content": piece.piece, "special": piece.type in special}
+        for i, piece in enumerate(pieces)
+        if piece.type in special or piece.type == USER_DEFINED
+    ]
+    normalizers: list[dict[str, Any]] = []
+    if rules.precompiled_charsmap:
+        charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if rules.remove_extra_whitespaces:
+        normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    unigram = trained.model_type == 1
+    across_words = any("▁" in piece.piece[1:] for piece in pieces if piece.type == NORMAL)
+    space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    decoders = [space, *([{"type": "ByteFallback"}] if trained.byte_fallback else []), {"type": "Fuse"}]
+    if rules.add_dummy_prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return _content(
+        model=_unigram(model) if unigram else _pair_encoding(model),
+        added=added,
+        normalizer={"type": "Sequence", "normalizers": normalizers} if normalizers else None,
+        pre_tokenizer={
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first" if rules.add_dummy_prefix else "never",
+            "split": unigram and not across_words,
+        },
+        decoder={"type": "Sequence", "decoders": decoders},
+    )
+
+
+def _unigram(model: Any) -> dict[str, Any]:
+    return {
+        "type": "Unigram",
+        "unk_id": model.trainer_spec.unk_id,
+        "vocab": [[piece.piece, piece.score] for piece in model.pieces],
+        "byte_fallback": model.trainer_spec.byte_fallback,
+    }
+
+
+def _pair_encoding(model: Any) -> dict[str, Any]:
+    """SentencePiece joins the pair whose joint piece has the best score: the list of all such pairs, best first."""
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    pairs = [
+        (-score, ids[piece], cut, piece)
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return {
+        "type": "BPE",
+        "unk_token": model.trainer_spec.unk_piece,
+        "fuse_unk": True,
+        "byte_fallback": model.trainer_spec.byte_fallback,
+        "vocab": ids,
+        "merges": [[piece[:cut], piece[cut:]] for _, _, cut, piece in sorted(pairs)],
+    }
+
+
+def _compare(content: bytes, reference: Any, file: Path) -> None:
+    """DataError unless the converted tokenizer and sentencepiece give the same ids for PROBE."""
+    import tokenizers
+
+    try:
+        made = tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{file} cannot be read by the tokenizers library: {error}.") from error
+    made.encode_special_tokens = True
+    if made.encode(PROBE, add_special_tokens=False).ids != reference.encode(PROBE):
+        raise DataError(
+            f"{file}: sentencepiece and the tokenizers library give other ids for some texts. Give the tokenizer.json "
+            f"that the makers of the model publish."
+        )
+
+
+def _content(
+    model: dict[str, Any],
+    added: list[dict[str, Any]],
+    pre_tokenizer: dict[str, Any],
+    decoder: dict[str, Any],
+    normalizer: dict[str, Any] | None = None,
+) -> bytes:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [flags | token for token in added],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+    return json.dumps(spec, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def _by_transformers(folder: str) -> str:
+    """How to make a tokenizer.json of a tokenizer that only transformers reads."""
+    return (
+        'Make a tokenizer.json: python -c "import transformers as t; t.AutoTokenizer.from_pretrained('
+        f"{folder!r}).save_pretrained('tokenizer')\", then give --tokenizer tokenizer."
+    )
