@@ -218,7 +218,10 @@ _ATOM = re.compile(r"\\[pP]\{\^?\w+\}|\\.|\[\^?\]?(?:\\[pP]\{\^?\w+\}|\\.|\[:\^?
 _LETTERS = "aZéяγ漢ひカ한अعא"
 
 
-_UNBOUNDED = re.compile(r"[*+]|\{\d*,\}")
+_QUANTIFIER = re.compile(r"(?:[*+?]|\{\d*,?\d*\})[+?]?")  # with the mark of possessive and lazy ones
+
+
+_BOUNDED = re.compile(r"\?[+?]?|\{\d*(?:,\d+)?\}\??")  # a `{1,3}+` repeats without end in Oniguruma's syntax
 
 
 def repetitions(pattern: str) -> int | None:
@@ -234,10 +237,13 @@ def repetitions(pattern: str) -> int | None:
         if atom is None:
             return None
         position = atom.end()
-        quantifier = _UNBOUNDED.match(pattern, position)
         if atom[0] in ("[", "]") or (atom[0] == ")" and pattern[position : position + 1] == "{"):
             return None  # a class inside a class; a repeated group
+        quantifier = _QUANTIFIER.match(pattern, position)
         if quantifier is None or atom[0] in ("(", "|"):
+            continue
+        position = quantifier.end()
+        if _BOUNDED.fullmatch(quantifier[0]):
             continue
         try:
             letter, space = (any(regex.fullmatch(atom[0], c) for c in some) for some in (_LETTERS, " \n\t\u00a0"))
@@ -245,7 +251,5 @@ def repetitions(pattern: str) -> int | None:
             return None
         if letter and space:
             return None
-        count, position = count + 1, quantifier.end()
-        if pattern[position : position + 1] in ("+", "?"):  # possessive or lazy
-            position += 1
+        count += 1
     return count
