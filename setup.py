@@ -42,6 +42,7 @@ setup(
         "tensorboard>=2.16",
         "pillow>=10.4",
         "pyyaml>=6.0",
+        "hjson>=3.0",
         "pydantic>=2.7",
         "typer>=0.12",
         "rich>=13.0",

@@ -9,7 +9,10 @@ Exit codes: 0 = done, 1 = failed, 2 = wrong usage or config, 75 = saved and stop
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -105,8 +108,18 @@ def packspeed() -> None:
 
 def main() -> None:
     """Run the command line. The only place where expected errors become one paragraph on stderr and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets its escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk or a closed pipe is noticed here, not by the interpreter at its exit
     except PackspeedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout again
+        if error.errno != errno.EPIPE:  # `packspeed explain run.yaml | head` wants no more of it
+            print(f"error: {error.filename or 'standard output'}: {error.strerror or error}.", file=sys.stderr)
+        sys.exit(1)

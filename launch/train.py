@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from packspeed.data.errors import PackspeedError
 from packspeed.launch.config.deepspeed_json import load_ds_config
@@ -21,9 +20,6 @@ from packspeed.launch.config.run_data import open_data
 from packspeed.launch.engine.patches.check import check_sources
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, keep_logs
-
-if TYPE_CHECKING:
-    pass
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,7 +15,8 @@ def explain(
     run_file: RunFileArgument,
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None, typer.Option(help="Solve the batch for this many ranks. Default: one per GPU; without a GPU, one.")
+        int | None,
+        typer.Option(min=1, help="Solve the batch for this many ranks. Default: one per GPU; without a GPU, one."),
     ] = None,
     json_output: Json = False,
 ) -> None:

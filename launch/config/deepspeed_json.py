@@ -3,23 +3,25 @@
     raw = load_ds_config("zero2")                              # ds_configs/zero2.json; ConfigError for unknown keys
     final = resolve_ds_config(run, raw, plan, "bf16")          # the dict that deepspeed.initialize gets
 
+A file is JSON or HJSON, as for DeepSpeed: comments, trailing commas and keys such as "_comment" are fine.
 DeepSpeed ignores unknown top-level keys, so `zero_optimisation` would train with ZeRO off, and it keeps "auto" as a
 string (DeepSpeed#653, #774, #1809). Here an unknown key is an error with its line and the nearest valid key. The keys
-in OWNED belong to the run file: in the JSON they must be absent, "auto" or equal. The result contains no "auto".
+in OWNED belong to the run file: in the JSON they must be absent, "auto" or equal. deepspeed_keys.py says which keys are
+refused because they would harm a run. The result contains no "auto".
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from packspeed.launch.config.batch import BatchPlan
-from packspeed.launch.config.deepspeed_keys import KEYS, KeyTree
+from packspeed.launch.config.deepspeed_keys import KEYS, KeyTree, Refused, Unused, refusals, without_refused_keys
 from packspeed.launch.config.errors import ConfigError, nearest
-from packspeed.launch.config.loading import parse_with_lines
+from packspeed.launch.config.parsing import KeyPath, dotted, parse_json, printable, read_text, shortened
 from packspeed.launch.config.run_file import OptimizerSection, RunFile
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -33,27 +35,43 @@ def ds_config_path(name: str) -> Path:
 def load_ds_config(name: str) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON, given by name or path. Raises one ConfigError with a line per problem."""
     path = ds_config_path(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
-    except OSError as error:
-        ships = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
-        raise ConfigError(
-            f"deepspeed: {name}: {path}: {error.strerror}{nearest(name, ships)} "
-            f"Names in ds_configs/: {', '.join(ships)}; a value with a slash is a path."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: this is not valid JSON: {error.msg}.") from None
+    data, lines = read_ds_config(name)
+    problems = [*unknown_keys(data, KEYS, ()), *bad_values(data), *refusals(data), *missing_packages(data)]
+    if problems:
+        raise ConfigError("\n".join(f"{path}:{lines.get(key, 1)}: {message}" for key, message in problems))
+    return data
+
+
+def read_ds_config(name: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """A DeepSpeed JSON in today's spelling and without comments, not yet checked, and the line of every key."""
+    path = ds_config_path(name)
+    ships = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
+    hint = f"{nearest(name, ships)} Names in ds_configs/: {', '.join(ships)}; a value with a slash is a path."
+    data, lines = parse_json(read_text(path, f"deepspeed: {printable(name)}:", hint), path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}:1: a DeepSpeed configuration is a JSON object.")
-    # Parse again as YAML for the line numbers. JSON may be indented with tabs, YAML may not.
-    _, lines = parse_with_lines(text.replace("\t", " "), path)
-    problems = [
-        f"{path}:{lines.get(key, 1)}: {message}" for key, message in [*unknown_keys(data, KEYS, ()), *bad_values(data)]
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return data
+    modernise(data)
+    return data, lines
+
+
+def modernise(data: dict[str, Any]) -> None:
+    """Replace, in place, spellings that DeepSpeed still reads by today's, so that the checks and `explain` see them."""
+    if (old := data.pop("bfloat16", None)) is not None:
+        data.setdefault("bf16", old)
+    zero = data.get("zero_optimization")
+    if isinstance(zero, bool):  # true was stage 1
+        size = {"allgather_bucket_size": data.pop("allgather_size")} if "allgather_size" in data else {}
+        zero = data["zero_optimization"] = {"stage": int(zero), **(size if zero else {})}
+    if not isinstance(zero, dict):
+        return
+    if zero.get("stage") in ("0", "1", "2", "3", 0.0, 1.0, 2.0, 3.0) and zero["stage"] is not True:
+        zero["stage"] = int(zero["stage"])  # DeepSpeed reads "2" and 2.0 as 2
+    for old_key, key in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if zero.get(old_key) in (None, "auto", False):
+            zero.pop(old_key, None)
+        elif zero[old_key] is True and zero.get(key) is None:
+            del zero[old_key]
+            zero[key] = {"device": "cpu"}
 
 
 def unknown_keys(
@@ -65,31 +83,51 @@ def unknown_keys(
     for key, value in data.items():
         path = (*parent, key)
         if key not in valid:
-            yield path, f"unknown key {'.'.join(path)!r}{nearest(key, valid)} DeepSpeed would ignore it or fail later."
-        elif (children := valid[key]) is not None and isinstance(value, dict):
+            yield path, f"unknown key {dotted(path)!r}{nearest(key, valid)} DeepSpeed would ignore it or fail later."
+            continue
+        children = valid[key]
+        if children is None or isinstance(children, (Refused, Unused)):
+            continue
+        if isinstance(value, dict):
             yield from unknown_keys(value, children, path)
-        elif children is not None and value not in (None, "auto"):
-            yield path, f"{'.'.join(path)} must be a block {{...}}, not {value!r}."
+        elif value not in (None, "auto"):
+            yield path, f"{dotted(path)} must be a block {{...}}, not {shortened(value)}."
 
 
 def bad_values(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """(path of the key, message) for values that DeepSpeed accepts silently but reads as something else."""
-    zero = data.get("zero_optimization") or {}
+    zero = data.get("zero_optimization")
     if isinstance(zero, dict):
         stage = zero.get("stage", 0)
         if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
             yield (
                 ("zero_optimization", "stage"),
-                f'zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r} (DeepSpeed reads "auto" as 0).',
+                f'zero_optimization.stage must be 0, 1, 2 or 3, not {shortened(stage)} (DeepSpeed reads "auto" as 0).',
             )
-    for block in (data, *(v for v in data.values() if isinstance(v, dict))):
-        for key, value in block.items():
-            if value == "auto" and key not in OWNED and block is data:
+        for old_key in ("cpu_offload", "cpu_offload_param"):
+            if old_key in zero:
                 yield (
-                    (key,),
-                    f'{key}: "auto" is only valid for keys that the run file sets '
-                    f"({', '.join(OWNED)}). Write the value.",
+                    ("zero_optimization", old_key),
+                    f"zero_optimization.{old_key} must be true or false, without the block that replaces it.",
                 )
+    for key, value in data.items():
+        if value == "auto" and key not in OWNED and not isinstance(KEYS.get(key), (Refused, Unused)):
+            yield (
+                (key,),
+                f'{key}: "auto" is only valid for keys that the run file sets ({", ".join(OWNED)}). Write the value.',
+            )
+
+
+def missing_packages(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(path of the key, message) for monitors whose package is not installed: DeepSpeed fails when it starts them."""
+    for key, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        block = data.get(key)
+        if isinstance(block, dict) and block.get("enabled") is True and importlib.util.find_spec(package) is None:
+            yield (
+                (key, "enabled"),
+                f"{key}.enabled needs the package {package}, which is not installed here: "
+                f"pip install {package}, or remove the block.",
+            )
 
 
 # The run file sets these.
@@ -114,8 +152,7 @@ def _optimizer_block(optimizer: OptimizerSection, given: dict[str, Any]) -> dict
             "muon_lr": optimizer.muon_lr or optimizer.lr,
             "adam_lr": optimizer.lr,
         }
-    extra = {k: v for k, v in (given.get("params") or {}).items() if k not in params or v == "auto"}
-    extra = {k: v for k, v in extra.items() if v != "auto"}
+    extra = {k: v for k, v in (given.get("params") or {}).items() if k not in params}
     return {"type": {"adamw": "AdamW", "muon": "Muon", "lion": "Lion"}[optimizer.name], "params": {**params, **extra}}
 
 
@@ -141,7 +178,16 @@ def _precision_blocks(precision: str, stage: int, given: dict[str, Any]) -> dict
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration; 0 if it names none."""
-    return int((ds_config.get("zero_optimization") or {}).get("stage", 0))
+    return int((ds_config.get("zero_optimization") or {}).get("stage") or 0)
+
+
+def _without_auto(data: dict[str, Any]) -> dict[str, Any]:
+    """A copy without "auto" and null, at any depth: the run file's value or DeepSpeed's default takes their place."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in data.items()
+        if value is not None and value != "auto"
+    }
 
 
 def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precision: str) -> dict[str, Any]:
@@ -149,6 +195,7 @@ def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precis
 
     Raises ConfigError if the JSON contradicts the run file; the message names both.
     """
+    raw = _without_auto(without_refused_keys(raw))
     final = {key: copy.deepcopy(value) for key, value in raw.items() if key not in OWNED}
     owned: dict[str, Any] = {
         "train_batch_size": run.global_batch,
@@ -157,8 +204,7 @@ def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precis
         # DeepSpeed clips at 1.0 if the key is absent, so it is always written.
         "gradient_clipping": run.train.grad_clip,
     }
-    optimizer = raw.get("optimizer") if isinstance(raw.get("optimizer"), dict) else {}
-    final |= owned | {"optimizer": _optimizer_block(run.train.optimizer, optimizer or {})}
+    final |= owned | {"optimizer": _optimizer_block(run.train.optimizer, raw.get("optimizer") or {})}
     if contradictions := list(conflicts(run, raw, owned, precision)):
         raise ConfigError("\n".join(contradictions))
     if run.train.optimizer.name == "muon" and zero_stage(raw) == 3:
@@ -176,47 +222,69 @@ def conflicts(run: RunFile, raw: dict[str, Any], owned: dict[str, Any], precisio
     """A message for everything in the JSON that contradicts the run file; `owned` is its batch and clipping."""
     path = ds_config_path(run.deepspeed)
     for key, value in owned.items():
-        if raw.get(key, "auto") not in ("auto", value):
+        if raw.get(key, value) != value:
             yield (
-                f"{path}: {key} = {raw[key]!r}, but the run file makes it {value!r} (section train); "
+                f"{path}: {key} = {shortened(raw[key])}, but the run file makes it {value!r} (section train); "
                 'remove it from the JSON or write "auto".'
             )
-    if raw.get("scheduler", "auto") != "auto":
+    if raw.get("scheduler"):
         yield f"{path}: scheduler: the learning rate is the run file's (train.schedule); remove the block here."
-    given = raw.get("optimizer") if isinstance(raw.get("optimizer"), dict) else {}
-    yield from _other_optimizer(path, given or {}, _optimizer_block(run.train.optimizer, given or {}))
-    for name in ("bf16", "fp16"):
-        block = raw.get(name)
-        enabled = block.get("enabled", "auto") if isinstance(block, dict) else "auto"
-        if enabled not in ("auto", precision == name):
+    given = raw.get("optimizer") or {}
+    yield from _other_optimizer(path, given, _optimizer_block(run.train.optimizer, given))
+    autocast = raw.get("torch_autocast") or {}
+    wanted = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+    if autocast.get("enabled"):
+        # At stage 0, bf16 is autocast.
+        wanted["torch_autocast"] = precision == "bf16" and zero_stage(raw) == 0
+        if str(autocast.get("dtype", "bfloat16")).removeprefix("torch.") not in ("bfloat16", "bf16"):
+            yield f"{path}: torch_autocast.dtype = {autocast['dtype']!r}; the precision is the run file's. Remove it."
+    for name, expected in wanted.items():
+        enabled = (raw.get(name) or {}).get("enabled", expected)
+        if enabled != expected:
             yield f"{path}: {name}.enabled = {enabled!r}, but train.precision is {precision}; remove it from the JSON."
-    yield from _clipped_muon(run, path, raw, precision)
-
-
-def _clipped_muon(run: RunFile, path: Path, raw: dict[str, Any], precision: str) -> Iterator[str]:
-    """A message if DeepSpeed would clip before Muon orthogonalises: stage 0, or stage 1 in bf16 without offload."""
-    offload = (raw.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    before = zero_stage(raw) == 0 or (
-        zero_stage(raw) == 1 and precision == "bf16" and offload.get("device", "none") == "none"
-    )
-    if run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and before:
+    if run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and not clips_after_muon(run, raw, precision):
         yield (
             f"{path}: Muon with train.grad_clip = {run.train.grad_clip} at ZeRO-{zero_stage(raw)} in {precision}: "
             "DeepSpeed clips the gradient before Muon orthogonalises it there, and the update afterwards at the other "
-            "stages, so the stage would change the loss. Use deepspeed: zero2 (or zero3), or train.grad_clip: 0."
+            "stages, so the stage would change the loss. Write train.grad_clip: 0, which is right at every stage."
         )
+
+
+def clips_after_muon(run: RunFile, ds_config: dict[str, Any], precision: str) -> bool:
+    """Whether DeepSpeed would clip Muon's orthogonalised update instead of the gradient.
+
+    It does at all stages but 0, and 1 in bf16 without offload.
+    """
+    offload = (ds_config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    stage, offloads = zero_stage(ds_config), offload.get("device", "none") != "none"
+    before = stage == 0 or (stage == 1 and precision == "bf16" and not offloads)
+    return run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and not before
+
+
+def muon_clipping_note(run: RunFile, ds_config: dict[str, Any], precision: str) -> str | None:
+    """What is wrong with train.grad_clip in this run, for explain and the start of training; None if nothing is."""
+    if not clips_after_muon(run, ds_config, precision):
+        return None
+    return (
+        f"train.grad_clip = {run.train.grad_clip:g} with Muon at ZeRO-{zero_stage(ds_config)} cuts the orthogonalised "
+        "update, whose norm grows with the model, and not the gradient: the matrices move a small part of their way "
+        "(0.057 instead of 1.204 in a small run). Write train.grad_clip: 0; Muon does not see the gradient's scale."
+    )
 
 
 def _other_optimizer(path: Path, given: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
-    if str(given.get("type", "auto")).lower() not in ("auto", ours["type"].lower()):
+    # "Adam" is AdamW in DeepSpeed unless params.adam_w_mode is false.
+    params = given.get("params") or {}
+    same = (ours["type"].lower(), "adam" if ours["type"] == "AdamW" and params.get("adam_w_mode", True) else "")
+    if str(given.get("type", ours["type"])).lower() not in same:
         yield (
-            f"{path}: optimizer.type = {given['type']!r}, but the run file's train.optimizer.name "
+            f"{path}: optimizer.type = {shortened(given['type'])}, but the run file's train.optimizer.name "
             f"gives {ours['type']!r}."
         )
-    for key, value in (given.get("params") or {}).items():
-        if value != "auto" and key in ours["params"] and value != ours["params"][key]:
+    for key, value in params.items():
+        if key in ours["params"] and value != ours["params"][key]:
             yield (
-                f"{path}: optimizer.params.{key} = {value!r}, but the run file's train.optimizer "
+                f"{path}: optimizer.params.{key} = {shortened(value)}, but the run file's train.optimizer "
                 f"makes it {ours['params'][key]!r}; "
                 'remove it from the JSON or write "auto".'
             )

@@ -1,106 +1,242 @@
-"""Every key that DeepSpeed 0.19.8 accepts in its JSON, as a tree.
+"""Every key that DeepSpeed 0.19.8 accepts in its JSON, as a tree, and what Packspeed does with it.
 
-A key maps to None if its value is not a block, to a tree of keys if it is, and to ANY if the block is free-form.
-Sources: DeepSpeed's docs/config-json page and its pydantic models. tests/test_ds_config.py compares them.
+A key maps to
+    WORKS                     DeepSpeed reads it and does what it says
+    Refused(why, off)         it would harm the run: an error, unless its value is off
+    Unused(why, off)          nothing reads it in a Packspeed run: `packspeed explain` says so, unless its value is off
+    a tree of keys            it is a block
+    ANY                       it is a block with any keys, which works
+
+tests/test_ds_config.py compares the tree with every configuration class of the installed DeepSpeed, so that each key of
+a new release must be filed here. Keys whose effect depends on others (the ZeRO stage, the precision) work; the rules in
+explain/deepspeed_rules.py say when they do not.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
-KeyTree: TypeAlias = "dict[str, KeyTree | None]"
-
-
-def _leaves(names: str) -> KeyTree:
-    """Keys whose values are no blocks."""
-    return dict.fromkeys(names.split())
+KeyTree: TypeAlias = "dict[str, KeyTree | Refused | Unused | None]"
 
 
-ANY: KeyTree = {"*": None}  # free-form: any keys
+def unless(*harmless: object) -> Callable[[Any], bool]:
+    """A test for values that switch nothing on: null, "auto" and these."""
+    return lambda value: value in (None, "auto", *harmless)
 
+
+OFF = unless(False)
+
+
+def switched_off(switch: str, *harmless: object) -> Callable[[Any], bool]:
+    """A test for blocks whose key `switch` is missing, null, false, "auto" or one of these, and for no block at all."""
+    off = unless(False, *harmless)
+    return lambda block: off(block.get(switch)) if isinstance(block, dict) else off(block)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A key that a run cannot have; `why` ends the sentence "key = value: ..." and says what to do."""
+
+    why: str
+    off: Callable[[Any], bool] = OFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """A key without effect; `why` ends the sentence "key has no effect: ..."."""
+
+    why: str
+    off: Callable[[Any], bool] = OFF
+
+
+WORKS = None
+ANY: KeyTree = {"*": WORKS}  # free-form: any keys
+
+
+def _works(names: str) -> KeyTree:
+    """Keys that work and whose values are no blocks."""
+    return dict.fromkeys(names.split(), WORKS)
+
+
+NO_MODEL_PARALLELISM = "every rank holds a complete batch and model. Remove it; ZeRO-3 partitions the model."
+NO_EXPORT_BY_DEEPSPEED = "Packspeed saves no 16-bit weights; packspeed export writes them from any checkpoint."
+OWN_LOADER = "Packspeed's loader reads the data (section data of the run file), not DeepSpeed's."
 
 KEYS: KeyTree = {
-    **_leaves(
-        "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation "
-        "gradient_clipping communication_data_type seq_parallel_communication_data_type prescale_gradients "
-        "gradient_predivide_factor gradient_allreduce_op disable_allgather steps_per_print wall_clock_breakdown "
-        "memory_breakdown dump_state disable_python_gc zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
-        "dataloader_drop_last use_data_before_expert_parallelism log_level vocabulary_size sequence_parallel_size"
+    **_works(
+        "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
+        "communication_data_type prescale_gradients gradient_predivide_factor steps_per_print wall_clock_breakdown "
+        "memory_breakdown dump_state disable_python_gc zero_allow_untested_optimizer log_level"
     ),
-    "optimizer": {**_leaves("type legacy_fusion"), "params": ANY},
-    "scheduler": {**_leaves("type"), "params": ANY},
-    "fp16": _leaves(
+    "gradient_allreduce_op": Refused(
+        'adds up the gradients of the ranks, so that the loss depends on their number. Remove it, or write "mean".',
+        unless("mean", "MEAN", "Mean"),
+    ),
+    "managed_gradient_accumulation": Refused(
+        "makes DeepSpeed step after every micro batch. Remove it; the run file sets the batch.", unless(True)
+    ),
+    "sequence_parallel_size": Refused(NO_MODEL_PARALLELISM, unless(1)),
+    "disable_allgather": Unused("DeepSpeed 0.19 never reads it."),
+    "zero_force_ds_cpu_optimizer": Unused("DeepSpeed makes the optimizer here, always its own.", unless(True)),
+    "dataloader_drop_last": Unused(OWN_LOADER),
+    "vocabulary_size": Unused("DeepSpeed only warns about it; the vocabulary is the tokenizer's."),
+    "use_data_before_expert_parallelism": Unused("the model has no experts."),
+    "seq_parallel_communication_data_type": Unused("there is no sequence parallelism."),
+    "optimizer": {**_works("type legacy_fusion"), "params": ANY},
+    "scheduler": {**_works("type"), "params": ANY},
+    "fp16": _works(
         "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
         "min_loss_scale fp16_master_weights_and_grads"
     ),
-    "bf16": _leaves(
+    "bf16": _works(
         "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
     ),
-    "torch_autocast": _leaves("enabled dtype lower_precision_safe_modules"),
-    "data_types": _leaves("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+    "torch_autocast": {
+        **_works("enabled dtype"),
+        "lower_precision_safe_modules": Refused("changes the precision, which is the run file's. Remove it."),
+    },
+    "data_types": _works("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
     "zero_optimization": {
-        **_leaves(
+        **_works(
             "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce "
-            "allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights "
-            "elastic_checkpoint sub_group_size cpu_offload_param cpu_offload_use_pin_memory cpu_offload "
+            "allgather_partitions allgather_bucket_size overlap_comm load_from_fp32_weights sub_group_size "
+            "cpu_offload_param cpu_offload "
             "prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters "
-            "max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold "
-            "use_all_reduce_for_fetch_params allgather_sequential stage3_prefetch_bucket_size "
-            "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
-            "stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold "
+            "max_reuse_distance module_granularity_threshold use_all_reduce_for_fetch_params allgather_sequential "
+            "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold "
+            "stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold "
             "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
-            "stage3_gather_fp16_weights_on_model_save "
-            "ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment zero_hpz_partition_size "
+            "ignore_unused_parameters round_robin_gradients parameter_alignment zero_hpz_partition_size "
             "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
-            "memory_efficient_linear "
-            "pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks "
-            "save_muon_momentum_buffer_in_memory"
+            "memory_efficient_linear pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings "
+            "enable_sanity_checks save_muon_momentum_buffer_in_memory"
         ),
-        "offload_param": _leaves("device nvme_path buffer_count buffer_size max_in_cpu pin_memory"),
-        "offload_optimizer": _leaves(
+        "compute_grad_norm": Refused(
+            "switches off the gradient norm, which clipping, the metrics and the detection of anomalies need. "
+            "Remove it.",
+            unless(True),
+        ),
+        "elastic_checkpoint": Refused(
+            "makes checkpoints that nothing else reads. Remove it: Packspeed resumes with any number of ranks."
+        ),
+        "legacy_stage1": Refused("was removed from DeepSpeed in 0.5.9, which fails on it. Remove it."),
+        "cpu_offload_use_pin_memory": Unused("DeepSpeed ignores it. Write offload_optimizer.pin_memory."),
+        **dict.fromkeys(
+            (
+                "gather_16bit_weights_on_model_save",
+                "stage3_gather_16bit_weights_on_model_save",
+                "stage3_gather_fp16_weights_on_model_save",
+            ),
+            Unused(NO_EXPORT_BY_DEEPSPEED),
+        ),
+        "offload_param": _works("device nvme_path buffer_count buffer_size max_in_cpu pin_memory"),
+        "offload_optimizer": _works(
             "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio "
             "super_offload cpuadam_cores_perc"
         ),
-        "zenflow": _leaves(
+        "zenflow": _works(
             "topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
             "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch"
         ),
-        "leaf_module": _leaves("classes names name_suffixes"),
+        "leaf_module": _works("classes names name_suffixes"),
     },
-    "aio": _leaves("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
-    "activation_checkpointing": _leaves(
+    "aio": _works("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
+    "activation_checkpointing": _works(
         "partition_activations number_checkpoints contiguous_memory_optimization "
         "synchronize_checkpoint_boundary profile "
         "cpu_checkpointing"
     ),
-    "flops_profiler": _leaves(
-        "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"
-    ),
-    "comms_logger": _leaves("enabled prof_all prof_ops verbose debug"),
-    "timers": {"throughput": _leaves("enabled synchronized")},
-    "tensorboard": _leaves("enabled output_path job_name"),
-    "wandb": _leaves("enabled group team project"),
-    "csv_monitor": _leaves("enabled output_path job_name"),
-    "comet": _leaves(
+    "flops_profiler": _works("enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"),
+    "comms_logger": _works("enabled prof_all prof_ops verbose debug"),
+    "timers": {"throughput": _works("enabled synchronized")},
+    "tensorboard": _works("enabled output_path job_name"),
+    "wandb": _works("enabled group team project"),
+    "csv_monitor": _works("enabled output_path job_name"),
+    "comet": _works(
         "enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode"
     ),
     "checkpoint": {
-        **_leaves("tag_validation load_universal use_node_local_storage checkpoint_serialization"),
-        "parallel_write": _leaves("pipeline_stage"),
-        "writer": _leaves("type io_buffer_size io_buffer_double io_multiplier show_statistics data_parallel decoupled"),
+        **_works("tag_validation use_node_local_storage"),
+        "load_universal": Refused(
+            "makes an ordinary resume fail. Remove it: Packspeed converts a checkpoint if the layout changes."
+        ),
+        "writer": Refused(
+            "DeepSpeed's writers fail at the first save. Remove it; checkpoint.async_write in the run file writes in "
+            "the background."
+        ),
+        "checkpoint_serialization": Unused("Packspeed's own writer saves the files.", unless(True)),
+        "parallel_write": {"pipeline_stage": Unused("there is no pipeline parallelism.")},
     },
-    "datastates_ckpt": ANY,
-    "compile": _leaves(
+    "datastates_ckpt": Refused(
+        "replaces the writer of checkpoints. Remove it; checkpoint.async_write in the run file writes in the "
+        "background."
+    ),
+    "compile": _works(
         "deepcompile autoep_non_moe free_activation free_activation_threshold offload_activation "
         "offload_activation_pin_memory offload_opt_states double_buffer symmetric_memory debug_log offload_parameters "
         "sync_before_reduce sync_after_reduce sync_before_allgather sync_after_allgather keep_int_input_tensors "
         "keep_all_input_tensors passes"
     ),
-    "tensor_parallel": ANY,
-    "expert_parallel": ANY,
-    "pipeline": ANY,
-    "hybrid_engine": ANY,
-    "autotuning": ANY,
-    "data_efficiency": ANY,
-    "weight_quantization": ANY,
+    "tensor_parallel": Refused(NO_MODEL_PARALLELISM, switched_off("autotp_size", 1)),
+    "expert_parallel": Refused("the model has no experts. Remove it.", switched_off("enabled")),
+    "pipeline": Unused("there is no pipeline parallelism.", unless(False, {})),
+    "hybrid_engine": Refused(
+        "alternates training with generation for RLHF, which Packspeed does not do. Remove it.",
+        switched_off("enabled"),
+    ),
+    "autotuning": Refused(
+        "ends the run after a few steps to measure them. Remove it; packspeed bench measures.", switched_off("enabled")
+    ),
+    "data_efficiency": Refused(
+        "its sampling and token dropping need DeepSpeed's loader. Remove it; data.stages changes the mixture.",
+        switched_off("enabled"),
+    ),
+    "weight_quantization": Refused("quantizes the weights at the start. Remove it.", unless(False, {})),
 }
+
+# Legacy spellings that DeepSpeed still reads; load_ds_config replaces them. allgather_size only beside
+# "zero_optimization": true.
+LEGACY = ("bfloat16", "allgather_size")
+
+
+def filed(tree: KeyTree = KEYS, parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Refused | Unused]]:
+    """The path of every key that is refused or unused, and why."""
+    for key, entry in tree.items():
+        if isinstance(entry, (Refused, Unused)):
+            yield (*parent, key), entry
+        elif entry is not None:
+            yield from filed(entry, (*parent, key))
+
+
+def value_at(data: Any, path: tuple[str, ...]) -> Any:
+    """The value at a path of keys; None if it is missing."""
+    for key in path:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def refusals(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(path of the key, message) for every key of the JSON that is refused because it would harm the run."""
+    for path, entry in filed():
+        value = value_at(data, path)
+        if isinstance(entry, Refused) and not entry.off(value):
+            yield path, f"{'.'.join(path)}: {entry.why}"
+
+
+def unused(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(path of the key, message) for every key of the JSON that nothing reads."""
+    for path, entry in filed():
+        if isinstance(entry, Unused) and not entry.off(value_at(data, path)):
+            yield path, f"{'.'.join(path)} has no effect: {entry.why}"
+
+
+def without_refused_keys(data: dict[str, Any]) -> dict[str, Any]:
+    """A copy without the keys that are refused; those that are left over are off. DeepSpeed then uses its defaults."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for path, entry in filed():
+        holder = value_at(kept, path[:-1])
+        if isinstance(entry, Refused) and isinstance(holder, dict):
+            holder.pop(path[-1], None)
+    return kept

@@ -1,6 +1,6 @@
 """Read a run file: YAML text -> overrides -> validated RunFile, with the line of every error.
 
-parse_with_lines   YAML -> plain data, and the line of every key
+parsing.parse_yaml YAML -> plain data, and the line of every key
 apply_overrides    put the values of --set into the data
 parse_numbers      "3e-4" -> 0.0003, which YAML 1.1 reads as a string
 load_run_file      all of them, then pydantic; each error becomes one line: place, key, problem, suggestion
@@ -13,45 +13,12 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from packspeed.launch.config.errors import ConfigError, nearest
+from packspeed.launch.config.parsing import KeyPath, dotted, parse_yaml, printable, read_text, shortened
 from packspeed.launch.config.run_file import RunFile, Section
-
-KeyPath = tuple[str | int, ...]  # ('train', 'optimizer', 'lr'); list items by number
-
-
-def parse_with_lines(text: str, path: Path) -> tuple[Any, dict[KeyPath, int]]:
-    """Parse YAML 1.1 or JSON. Returns the data and the line, from 1, of every key. A duplicate key is a ConfigError."""
-    lines: dict[KeyPath, int] = {}
-
-    def walk(node: yaml.Node, key_path: KeyPath) -> None:
-        lines.setdefault(key_path, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                child = (*key_path, str(key.value))
-                if child in lines:
-                    raise ConfigError(
-                        f"{path}:{key.start_mark.line + 1}: {_dotted(child)} is given twice "
-                        f"(first on line {lines[child]})."
-                    )
-                lines[child] = key.start_mark.line + 1
-                walk(value, child)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                walk(value, (*key_path, index))
-
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None:
-            walk(root, ())
-        return yaml.safe_load(text), lines
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: this is not valid YAML: {getattr(error, 'problem', error)}.") from None
 
 
 def parse_numbers(data: Any) -> Any:
@@ -71,7 +38,7 @@ def parse_numbers(data: Any) -> Any:
 def apply_overrides(data: dict[str, Any], overrides: typing.Sequence[str]) -> dict[KeyPath, str]:
     """Put each `a.b.c=value` into `data`. Returns the text of the override per key, for error messages."""
     origins: dict[KeyPath, str] = {}
-    for override in overrides:
+    for override in map(printable, overrides):
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
@@ -82,10 +49,7 @@ def apply_overrides(data: dict[str, Any], overrides: typing.Sequence[str]) -> di
             if not isinstance(child, dict):
                 raise ConfigError(f"--set {override}: {part} is a value, not a section.")
             node = child
-        try:
-            node[path[-1]] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {override}: the value is not valid YAML.") from None
+        node[path[-1]], _ = parse_yaml(text, f"--set {override}")
         origins[path] = f"--set {override}"
     # A run has one length, so `--set train.tokens=1e9` replaces the file's train.steps.
     train = data.get("train")
@@ -94,10 +58,6 @@ def apply_overrides(data: dict[str, Any], overrides: typing.Sequence[str]) -> di
             if ("train", mine) in origins and ("train", other) not in origins:
                 train.pop(other, None)
     return origins
-
-
-def _dotted(path: typing.Iterable[str | int]) -> str:
-    return ".".join(map(str, path))
 
 
 def _section_at(path: KeyPath) -> type[Section] | None:
@@ -128,36 +88,37 @@ def describe_error(error: ErrorDetails, path: Path, lines: dict[KeyPath, int], o
     if error["type"] == "extra_forbidden":
         section = _section_at(loc[:-1])
         valid = list(section.model_fields) if section else []
-        return f"{place}: unknown key {_dotted(loc)!r}{nearest(str(loc[-1]), valid)} Valid here: {', '.join(valid)}."
+        return f"{place}: unknown key {dotted(loc)!r}{nearest(str(loc[-1]), valid)} Valid here: {', '.join(valid)}."
     message = error["msg"].removeprefix("Value error, ")
-    name = _dotted(written)
+    name = dotted(written)
     return f"{place}: {name + ': ' if name else ''}{message[0].lower() + message[1:]}{_got(error)}"
 
 
 def _got(error: ErrorDetails) -> str:
     value = error.get("input")
-    return (
-        f" (got {value!r})"
-        if isinstance(value, (str, int, float, types.NoneType)) and error["type"] != "missing"
-        else ""
-    )
+    shown = isinstance(value, (str, int, float, types.NoneType)) and error["type"] != "missing"
+    return f" (got {shortened(value)})" if shown else ""
+
+
+def read_run_file(path: Path, overrides: typing.Sequence[str]) -> tuple[Any, dict[KeyPath, int], dict[KeyPath, str]]:
+    """Read a run file and apply `--set` values, without validating it.
+
+    Returns the data, the lines of its keys, and the options of the keys that `--set` gave. Raises ConfigError if the
+    file cannot be read or is no mapping.
+    """
+    data, lines = parse_yaml(read_text(path, "run file", ". Packspeed's own are in launch/configs/*.yaml."), path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}:1: a run file is a mapping (name: ..., model: ..., data: ..., train: ...).")
+    origins = apply_overrides(data, overrides)
+    return parse_numbers(data), lines, origins
 
 
 def load_run_file(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunFile:
     """Read a run file, apply `--set` values and validate. Raises one ConfigError with a line per problem."""
     path = Path(path)
+    data, lines, origins = read_run_file(path, overrides)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"run file {path}: {error.strerror}. Packspeed's own are in launch/configs/*.yaml.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"run file {path}: byte {error.start} is not UTF-8.") from None
-    data, lines = parse_with_lines(text, path)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}:1: a run file is a mapping (name: ..., model: ..., data: ..., train: ...).")
-    origins = apply_overrides(data, overrides)
-    try:
-        return RunFile.model_validate(parse_numbers(data))
+        return RunFile.model_validate(data)
     except ValidationError as error:
         raise ConfigError(
             "\n".join(dict.fromkeys(describe_error(e, path, lines, origins) for e in error.errors()))

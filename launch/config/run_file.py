@@ -170,10 +170,13 @@ class TrainSection(Section):
     )
     steps: int | None = Field(None, ge=1, description="Optimizer steps of the complete run. Or give train.tokens.")
     tokens: float | None = Field(
-        None, gt=0, description="Tokens of the complete run, rounded up to full steps. Instead of train.steps."
+        None,
+        gt=0,
+        lt=2**63,
+        description="Tokens of the complete run, rounded up to full steps. Instead of train.steps.",
     )
     global_batch_tokens: int = Field(
-        ge=1, description="Tokens per optimizer step, over all ranks; a multiple of data.seq_len."
+        ge=1, lt=2**40, description="Tokens per optimizer step, over all ranks; a multiple of data.seq_len."
     )
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",

@@ -8,6 +8,7 @@ every number of ranks starts from the same bits. patches/ says what is changed i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
 
-from packspeed.launch.config.deepspeed_json import zero_stage
+from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology
@@ -28,6 +31,7 @@ from packspeed.launch.engine.patches.adam_bias import forget_bias_products
 from packspeed.launch.engine.patches.bf16_gradients import copy_first_gradients
 from packspeed.launch.engine.patches.dynamo import compile_every_shape
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
+from packspeed.launch.engine.quiet import quiet
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, param_groups
 from packspeed.model.kernels import resolve
@@ -76,6 +80,23 @@ def check_precision(precision: str) -> None:
             f"train.precision: fp16: this {device_type()} cannot compute in it, and DeepSpeed refuses it. "
             "Use bf16 or fp32, or auto for the machine's best."
         )
+
+
+def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
+    """Raise ConfigError for a value that DeepSpeed's own classes refuse: its types and limits. `name` is for the error.
+
+    A copy is checked, because DeepSpeed completes what it gets.
+    """
+    one_rank = {key: value for key, value in copy.deepcopy(ds_config).items() if key != "train_batch_size"}
+    try:
+        with quiet(None):
+            DeepSpeedConfig(one_rank)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{ds_config_path(name)}: {error.title}: {problems}.") from None
+    except Exception as error:  # assertions, KeyError, AttributeError: DeepSpeed checks in many ways
+        raise ConfigError(f"{ds_config_path(name)}: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
+    wants_deepcompile(ds_config, device_type())
 
 
 def wants_deepcompile(ds_config: dict[str, Any], device: str) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from packspeed.launch.config.deepspeed_json import muon_clipping_note
+from packspeed.launch.config.deepspeed_keys import unused
 from packspeed.launch.explain.lint import GIB, Case, block, device, rule
 
 
@@ -127,7 +129,42 @@ def quantized_communication(case: Case) -> Iterator[str]:
         yield f"{' and '.join(keys)}: weights are sent in 8 bits and gradients in 4, which changes the loss{needs}."
 
 
+@rule("loss", "Muon, kellerjordan.github.io/posts/muon; tried with DeepSpeed 0.19.8")
+def muon_update_clipped(case: Case) -> Iterator[str]:
+    """DeepSpeed clips what Muon has orthogonalised, at every ZeRO stage but 0, and 1 in bf16. Its norm is about the
+    square root of the number of rows of all matrices, far above the limit, whatever the gradient was.
+
+    Symptom: the loss falls much more slowly than with AdamW, and a higher muon_lr changes little.
+    Fix: set train.grad_clip: 0.
+    """
+    if note := muon_clipping_note(case.run, case.ds, case.precision):
+        yield note
+
+
 # ---- the DeepSpeed JSON: settings that do nothing ----
+@rule("useless", "DeepSpeed 0.19.8's sources")
+def key_without_effect(case: Case) -> Iterator[str]:
+    """DeepSpeed accepts the key, but nothing reads it in a run of Packspeed, at any stage.
+
+    Symptom: the setting makes no difference.
+    Fix: remove the key, or do what the message says.
+    """
+    for _, message in unused(case.ds):
+        yield message
+
+
+@rule("useless", "docs/config-json: compile")
+def compile_block_off(case: Case) -> Iterator[str]:
+    """The keys of the compile block configure DeepCompile, which compile.deepcompile switches on.
+
+    Symptom: the setting makes no difference.
+    Fix: remove the block; model.kernels: compile compiles block by block on every device.
+    """
+    settings = block(case.ds, "compile")
+    if settings and settings.get("deepcompile") is not True:
+        yield f"compile.{next(iter(settings))} has no effect: compile.deepcompile is not true."
+
+
 @rule("useless", "FAI-RL#72, accelerate#1324")
 def nested_auto(case: Case) -> Iterator[str]:
     """Inside a block, "auto" is a convention of transformers, which fills it in. DeepSpeed alone drops it and uses
@@ -246,6 +283,9 @@ def precision_blocks_unused(case: Case) -> Iterator[str]:
         extra = [k for k in block(case.ds, name) if k != "enabled"]
         if extra and case.precision != name:
             yield f"{name}.{extra[0]} has no effect: the run trains in {case.precision}."
+    autocast = block(case.ds, "torch_autocast")
+    if autocast.get("enabled") is False and case.precision == "bf16" and case.stage == 0:
+        yield "torch_autocast.enabled = false has no effect: bf16 at stage 0 is autocast over fp32 weights."
     if block(case.ds, "data_types") and (case.stage == 0 or case.precision == "fp32"):
         yield (
             f"data_types has no effect in {case.precision} at stage {case.stage}: gradients accumulate in fp32 anyway."
@@ -373,18 +413,12 @@ def flops_profiler(case: Case) -> Iterator[str]:
 
 
 @rule("unsafe", "DeepSpeed#2921, #5475")
-def universal_checkpoint_forced(case: Case) -> Iterator[str]:
-    """load_universal makes DeepSpeed look for a converted checkpoint at every resume. use_node_local_storage
-    spreads one checkpoint over the hosts.
+def checkpoint_spread_over_hosts(case: Case) -> Iterator[str]:
+    """use_node_local_storage spreads one checkpoint over the hosts.
 
     Symptom: A resume fails because files are missing.
-    Fix: remove the keys; Packspeed converts a checkpoint if the layout changes.
+    Fix: remove the key.
     """
-    if block(case.ds, "checkpoint").get("load_universal") is True:
-        yield (
-            "checkpoint.load_universal makes an ordinary resume fail. Remove it: Packspeed converts a checkpoint if "
-            "the layout changes."
-        )
     if block(case.ds, "checkpoint").get("use_node_local_storage") is True:
         yield "checkpoint.use_node_local_storage spreads a checkpoint over the hosts: other hosts cannot resume it."
 

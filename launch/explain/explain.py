@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from packspeed.data.errors import DataError
 from packspeed.data.remote import open_dataset
 from packspeed.launch.cluster.local_launcher import default_ranks, local_accelerators
 from packspeed.launch.config.batch import BatchPlan, solve_batch
@@ -25,7 +24,7 @@ from packspeed.launch.config.deepspeed_json import OWNED, resolve_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.explain import deepspeed_rules, run_rules  # noqa: F401  importing them fills RULES
-from packspeed.launch.explain.lenient import read_deepspeed_json, read_run_file, validate_leniently
+from packspeed.launch.explain.lenient import read_deepspeed_json, read_written, validate_leniently
 from packspeed.launch.explain.lint import KINDS, RULES, Case, Finding
 from packspeed.launch.explain.values import Value, deepspeed_values, run_file_values, solved_values
 from packspeed.model.config import GPTConfig
@@ -52,7 +51,7 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
 
     Raises ConfigError only if the run file cannot be read as YAML or lacks a required section.
     """
-    written = read_run_file(Path(run_file), overrides)
+    written = read_written(Path(run_file), overrides)
     findings: list[Finding] = []
     run = validate_leniently(written, copy.deepcopy(written.data), findings)
     raw, ds_lines = read_deepspeed_json(run.deepspeed, findings)
@@ -101,7 +100,8 @@ def _inspect_dataset(run: RunFile, findings: list[Finding]) -> tuple[dict[str, i
     try:
         dataset = open_dataset(run.data.path)
         return {split: dataset.tokens(split) for split in ("train", "val")}, dataset.vocab_size
-    except (DataError, OSError, KeyError) as error:
+    # A manifest can be damaged in any way, and explain must not end before its findings are printed.
+    except Exception as error:
         findings.append(Finding("no-dataset", "refused", f"data.path: {error}"))
         return {}, None
 

@@ -7,25 +7,25 @@ of kind "refused" and the wrong value is removed or replaced by a harmless one, 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from packspeed.launch.config.deepspeed_json import bad_values, ds_config_path, unknown_keys
-from packspeed.launch.config.deepspeed_keys import KEYS
-from packspeed.launch.config.errors import ConfigError
-from packspeed.launch.config.loading import (
-    KeyPath,
-    apply_overrides,
-    describe_error,
-    parse_numbers,
-    parse_with_lines,
+from packspeed.launch.config.deepspeed_json import (
+    bad_values,
+    ds_config_path,
+    missing_packages,
+    read_ds_config,
+    unknown_keys,
 )
+from packspeed.launch.config.deepspeed_keys import KEYS, refusals
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.loading import describe_error, read_run_file
+from packspeed.launch.config.parsing import KeyPath
 from packspeed.launch.config.run_file import RunFile
-from packspeed.launch.explain.lint import Finding, block
+from packspeed.launch.explain.lint import Finding
 from packspeed.launch.run_folder.folder import flatten
 
 MAX_REPAIRS = 40
@@ -60,17 +60,9 @@ class WrittenRunFile:
         return f"{self.path}:{self.lines[path]}" if path in self.lines and key in self.given else None
 
 
-def read_run_file(path: Path, overrides: Sequence[str]) -> WrittenRunFile:
+def read_written(path: Path, overrides: Sequence[str]) -> WrittenRunFile:
     """Read a run file without validating it. Raises ConfigError if it cannot be read or is not a mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"run file {path}: {error.strerror}.") from None
-    data, lines = parse_with_lines(text, path)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}:1: a run file is a mapping (name: ..., model: ..., data: ..., train: ...).")
-    origins = apply_overrides(data, overrides)
-    data = parse_numbers(data)
+    data, lines, origins = read_run_file(path, overrides)
     return WrittenRunFile(path, data, lines, origins, flatten(data))
 
 
@@ -126,14 +118,9 @@ def read_deepspeed_json(name: str, findings: list[Finding]) -> tuple[dict[str, A
     """A DeepSpeed JSON without the keys that DeepSpeed would ignore, and its lines. Errors become findings."""
     path = ds_config_path(name)
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
-        _, lines = parse_with_lines(text.replace("\t", " "), path)
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}:1: a DeepSpeed configuration is a JSON object.")
-    except (OSError, ValueError, ConfigError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        findings.append(Finding("unreadable-json", "refused", f"deepspeed: {path}: {reason}"))
+        data, lines = read_ds_config(name)
+    except ConfigError as error:
+        findings.append(Finding("unreadable-json", "refused", f"deepspeed: {error}"))
         return {}, {}
     for key, message in list(unknown_keys(data, KEYS, ())):
         rule, reason = "unknown-key", message
@@ -142,8 +129,11 @@ def read_deepspeed_json(name: str, findings: list[Finding]) -> tuple[dict[str, A
         place = f"{path}:{lines.get(key, 1)}"
         findings.append(Finding(rule, "refused", f"{place}: {reason}", "DeepSpeed#653, #774, #1809"))
         _remove(data, key)
-    for key, message in list(bad_values(data)):
-        findings.append(Finding("bad-value", "refused", f"{path}:{lines.get(key, 1)}: {message}", "FAI-RL#72"))
-    if not isinstance(block(data, "zero_optimization").get("stage", 0), int):
-        data["zero_optimization"].pop("stage")
+    for rule, source, problems in (
+        ("refused-key", "", [*refusals(data), *missing_packages(data)]),
+        ("bad-value", "FAI-RL#72", list(bad_values(data))),
+    ):
+        for key, message in problems:
+            findings.append(Finding(rule, "refused", f"{path}:{lines.get(key, 1)}: {message}", source))
+            _remove(data, key)
     return data, lines

@@ -60,6 +60,7 @@ MODEL_LIMITS = {
     "z_loss": ">= 0",
     "activation_checkpointing": "none, full, n >= 1",
 }
+POWERS_OF_TWO: dict[Any, str] = {2**40: "2^40", 2**63: "2^63"}  # limits that are easier to read so
 MODEL_DEFAULTS = {
     "n_layer": "preset",
     "n_head": "preset",
@@ -177,7 +178,7 @@ def _bounds(constraints: list[Any]) -> Iterator[str]:
         elif isinstance(constraint, Gt):
             yield f"> {constraint.gt}"
         elif isinstance(constraint, Lt):
-            yield f"< {'2^63' if constraint.lt == 2**63 else constraint.lt}"
+            yield f"< {POWERS_OF_TWO.get(constraint.lt, str(constraint.lt))}"
         elif isinstance(constraint, MinLen):
             yield f"at least {constraint.min_length}"
         elif pattern := getattr(constraint, "pattern", None):
@@ -247,9 +248,15 @@ REFUSALS = {
         "The run trains with another ZeRO stage or setting than written.",
         "write the value.",
     ),
+    "refused-key": (
+        "",
+        "DeepSpeed accepts the key, but it would end the run, change the batch or spoil the checkpoints.",
+        "Training does not start.",
+        "remove the key, or do what the message says.",
+    ),
     "unreadable-json": (
         "",
-        "The DeepSpeed JSON does not exist or is not valid JSON.",
+        "The DeepSpeed JSON does not exist, or is neither JSON nor HJSON in UTF-8.",
         "Training does not start.",
         "check the name or the path; a value with a slash is a path.",
     ),

@@ -11,7 +11,7 @@ from typing import Any
 
 from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
-from packspeed.launch.config.loading import KeyPath
+from packspeed.launch.config.parsing import KeyPath
 from packspeed.launch.config.run_file import RunFile, Section
 from packspeed.launch.explain.lenient import WrittenRunFile
 from packspeed.launch.run_folder.folder import flatten

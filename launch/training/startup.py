@@ -14,12 +14,13 @@ from packspeed.data.mixture import MixtureData
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.checkpoint.resume import find_checkpoint, name_optimizers, resume_newest, run_identity
 from packspeed.launch.config.batch import solve_batch
-from packspeed.launch.config.deepspeed_json import resolve_ds_config, zero_stage
+from packspeed.launch.config.deepspeed_json import muon_clipping_note, resolve_ds_config, zero_stage
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.build import (
     agree_on_kernels,
     build_engine,
+    check_ds_config,
     check_precision,
     resolve_kernels,
     resolve_precision,
@@ -55,6 +56,9 @@ def start_training(
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
     check_precision(precision)
+    check_ds_config(ds_config, run.deepspeed)
+    if note := muon_clipping_note(run, ds_config, precision):
+        log(f"note: {note}")
     topology = start_distributed(ds_config, log)  # joins the process group and compiles DeepSpeed's ops
     config = agree_on_kernels(run.gpt_config(dataset.vocab_size), topology, log)
     kernels = resolve_kernels(config.kernels, log)

@@ -1,0 +1,283 @@
+"""The text of a run file (YAML 1.1) or a DeepSpeed JSON (JSON or HJSON), with limits and line numbers.
+
+    data, lines = parse_yaml(read_text(path, "run file"), path)        # lines: ("train", "optimizer", "lr") -> 7
+
+Nothing that a file contains can keep a parser busy or fill memory: the limits below are checked before or while the
+text is parsed. Both parsers raise ConfigError with one paragraph: file, line, what is wrong. 256 KiB of YAML, the
+largest file, take about 3 s; a run file of 40 lines takes 20 ms.
+
+    limit        refuses                                               why
+    MAX_BYTES    a large file, or /dev/zero                            PyYAML reads 100 KB/s
+    MAX_DEPTH    brackets or blocks in each other                      both parsers recurse
+    MAX_VALUES   aliases (*name) of lists of aliases of lists ...      10 lines can make 10**9 values
+    MAX_DIGITS   numbers that fit no 64-bit integer or no double       Python needs quadratic time for their digits
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from packspeed.launch.config.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]  # ('train', 'optimizer', 'lr'); list items by number
+
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 40
+MAX_VALUES = 50_000
+MAX_DIGITS = 40
+
+BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def read_text(path: Path, what: str, hint: str = ".") -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. `what` and `hint` are for the error message."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{what} {path}: {reason}{hint}") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{what} {path}: larger than {MAX_BYTES // 1024} KiB. Is it the right file?")
+    if encoding := BYTE_ORDER_MARKS.get(content[:2]):
+        raise ConfigError(f"{what} {path}: its encoding is {encoding}. Save it as UTF-8.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{what} {path}:{line}: byte {error.start} (0x{content[error.start]:02x}) is not UTF-8. Save it as UTF-8."
+        ) from None
+
+
+def unusable_character(text: str) -> str | None:
+    """The name of a character that no path and no terminal can take; None if there is none in the text."""
+    match = re.search("[\0\ud800-\udfff]", text)
+    return f"U+{ord(match[0]):04X}" if match else None
+
+
+# ---- YAML ----
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that stops at MAX_DEPTH, and reports every value that it cannot convert as a YAMLError with a line."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # its stub has no types
+            raise yaml.composer.ComposerError(None, None, f"blocks nest deeper than {MAX_DEPTH} levels", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        tag = node.tag.rpartition(":")[2]
+        try:
+            if tag in ("int", "float") and len(node.value) > MAX_DIGITS:
+                raise ValueError
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError
+            if isinstance(value, str) and unusable_character(value):
+                raise ValueError
+        # SafeConstructor raises these for 2024-13-45, 0x_, !!bool x, !!timestamp x and the empty !!int.
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
+            kind = {"int": "64-bit integer", "float": "number", "timestamp": "date", "str": "text"}.get(tag, tag)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shortened(node.value)} is not a valid {kind}", node.start_mark
+            ) from None
+        return value
+
+
+def parse_yaml(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
+    """Parse YAML 1.1. Returns the data and the line, from 1, of every key.
+
+    Raises ConfigError for invalid YAML, duplicate keys, keys that are no words, and anything beyond the limits.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return None, {}
+            lines = _key_lines(root, place)
+            return loader.construct_document(root), lines
+        finally:
+            loader.dispose()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{place}:{line}: character U+{ord(text[error.position]):04X} is not valid YAML.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line_of_error = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{place}{line_of_error}: this is not valid YAML: {problem}.") from None
+
+
+def _key_lines(root: yaml.Node, place: Path | str) -> dict[KeyPath, int]:
+    """The line of every key, with aliases expanded. Raises ConfigError for what the loader would accept wrongly."""
+    lines: dict[KeyPath, int] = {}
+    count = 0
+
+    def walk(node: yaml.Node, key_path: KeyPath, above: tuple[yaml.Node, ...]) -> None:
+        nonlocal count
+        count += 1
+        line = node.start_mark.line + 1
+        if node in above:
+            raise ConfigError(f"{place}:{line}: {dotted(key_path) or 'the file'} contains itself, by an alias (*name).")
+        if count > MAX_VALUES or len(above) > MAX_DEPTH:
+            raise ConfigError(f"{place}:{line}: more than {MAX_VALUES:,} values or {MAX_DEPTH} levels, by aliases.")
+        lines.setdefault(key_path, line)
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                walk(value, _key_path(key, key_path, lines, place), (*above, node))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                walk(value, (*key_path, index), (*above, node))
+
+    walk(root, (), ())
+    return lines
+
+
+def _key_path(key: yaml.Node, parent: KeyPath, lines: dict[KeyPath, int], place: Path | str) -> KeyPath:
+    """Note the line of a key. Raises ConfigError if it is no word, or if its block has it already."""
+    line = key.start_mark.line + 1
+    if not isinstance(key, yaml.ScalarNode) or key.tag.rpartition(":")[2] not in ("str", "merge"):
+        name = f"{shortened(key.value)} " if isinstance(key, yaml.ScalarNode) else ""
+        raise ConfigError(f"{place}:{line}: the key {name}is not a word. Keys are listed in docs/run_file.md.")
+    path = (*parent, key.value)
+    if path in lines:
+        raise ConfigError(f"{place}:{line}: {dotted(path)} is given twice (first on line {lines[path]}).")
+    lines[path] = line
+    return path
+
+
+# ---- JSON and HJSON ----
+class _Pairs(list[tuple[str, Any]]):
+    """The keys and values of a JSON object, duplicates included."""
+
+
+def parse_json(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
+    """Parse JSON, or HJSON (comments, trailing commas), as DeepSpeed does. Returns the data and the line of every key.
+
+    Keys that start with an underscore, // or #, as in "_comment", are comments and are left out, at any depth. Raises
+    ConfigError for invalid text, duplicate keys and anything beyond the limits.
+    """
+    if (line := _too_deep(text)) is not None:
+        raise ConfigError(f"{place}:{line}: brackets nest deeper than {MAX_DEPTH} levels.")
+    try:
+        raw = json.loads(text, object_pairs_hook=_Pairs, parse_int=_integer, parse_float=_float)
+    except json.JSONDecodeError as error:
+        raw = _parse_hjson(text, place, error)
+    except OverflowError as error:
+        raise ConfigError(f"{place}: {error}.") from None
+    lines: dict[KeyPath, int] = {(): 1}
+    return _plain(raw, (), lines, _KeysOfText(text), place), lines
+
+
+def _parse_hjson(text: str, place: Path | str, json_error: json.JSONDecodeError) -> Any:
+    import hjson  # only here: most files are JSON
+
+    try:
+        return hjson.loads(text, object_pairs_hook=_Pairs, parse_int=_integer, parse_float=_float)
+    except hjson.HjsonDecodeError as error:
+        raise ConfigError(
+            f"{place}:{json_error.lineno}: this is not valid JSON: {json_error.msg}. It is not valid HJSON (JSON with "
+            f"comments) either: line {error.lineno}: {error.msg}."
+        ) from None
+    except OverflowError as error:
+        raise ConfigError(f"{place}: {error}.") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS or abs(int(digits)) >= 2**63:
+        raise OverflowError(f"{shortened(digits)} is not a 64-bit integer")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    if len(digits) > MAX_DIGITS:
+        raise OverflowError(f"{shortened(digits)} has more than {MAX_DIGITS} digits")
+    return float(digits)
+
+
+def _too_deep(text: str) -> int | None:
+    """The line of the first bracket beyond MAX_DEPTH; None if there is none. Brackets in quotes do not count."""
+    depth = 0
+    for match in re.finditer(r'"(?:[^"\\\n]|\\.)*"?|[\[{}\]]', text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth > MAX_DEPTH:
+            return text.count("\n", 0, match.start()) + 1
+    return None
+
+
+class _KeysOfText:
+    """The keys of a JSON text with their lines, in order. Comments are skipped; no parser tells where a key is."""
+
+    TOKEN = re.compile(
+        r"#[^\n]*|//[^\n]*|/\*.*?(?:\*/|\Z)"  # comments of HJSON
+        r'|"(?P<quoted>(?:[^"\\\n]|\\.)*)"?(?P<colon>\s*:)?|(?P<bare>[^\s,:\[\]{}"]+)(?P<bare_colon>\s*:)?',
+        re.DOTALL,
+    )
+    LOOKAHEAD = 50  # a key with escapes in it is not found; the search for it must not take long
+
+    def __init__(self, text: str) -> None:
+        self.keys: list[tuple[str, int]] = []
+        self.position = 0
+        line, last = 1, 0
+        for match in self.TOKEN.finditer(text):
+            if match["colon"] or match["bare_colon"]:
+                line, last = line + text.count("\n", last, match.start()), match.start()
+                self.keys.append((match["quoted"] if match["colon"] else match["bare"].strip("'"), line))
+
+    def next_line(self, key: str) -> int | None:
+        """The line of the next key of this name; None if it is not among the next LOOKAHEAD keys."""
+        for position in range(self.position, min(self.position + self.LOOKAHEAD, len(self.keys))):
+            name, line = self.keys[position]
+            if name == key:
+                self.position = position + 1
+                return line
+        return None
+
+
+def _plain(raw: Any, path: KeyPath, lines: dict[KeyPath, int], keys: _KeysOfText, place: Path | str) -> Any:
+    """Dicts for _Pairs, without comments. Adds the line of every key to `lines`."""
+    if isinstance(raw, list) and not isinstance(raw, _Pairs):
+        return [_plain(item, (*path, index), lines, keys, place) for index, item in enumerate(raw)]
+    if isinstance(raw, str) and (character := unusable_character(raw)):
+        raise ConfigError(f"{place}: {dotted(path) or 'the file'} contains the character {character}.")
+    if not isinstance(raw, _Pairs):
+        return raw
+    block = {}
+    for key, value in raw:
+        child = (*path, key)
+        line = keys.next_line(key) or lines.get(path, 1)
+        if child in lines:
+            raise ConfigError(f"{place}:{line}: {dotted(child)} is given twice (first on line {lines[child]}).")
+        lines[child] = line
+        plain = _plain(value, child, lines, keys, place)
+        if not key.startswith(("_", "//", "#")):
+            block[key] = plain
+    return block
+
+
+def dotted(path: KeyPath) -> str:
+    """A key path as people write it: train.optimizer.lr."""
+    return printable(".".join(map(str, path)))
+
+
+def printable(text: str) -> str:
+    """The text in one line: characters that are no printable ones, as Python escapes them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(value: object, limit: int = 40) -> str:
+    """A value as Python writes it, cut to a readable length."""
+    written = repr(value)
+    return written if len(written) <= limit else f"{written[: limit - 10]}... ({len(written):,} characters)"
