@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from packspeed.launch.config import parsing
 from packspeed.launch.config.batch import BatchPlan
-from packspeed.launch.config.deepspeed_json import DS_CONFIGS, load_ds_config, resolve_ds_config
-from packspeed.launch.config.deepspeed_keys import KEYS
+from packspeed.launch.config.deepspeed_json import (
+    DS_CONFIGS,
+    OWNED,
+    load_ds_config,
+    muon_clipping_note,
+    resolve_ds_config,
+)
+from packspeed.launch.config.deepspeed_keys import KEYS, LEGACY, Refused, Unused, filed, unused, value_at
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.explain.lenient import REMOVED
 
 PLAN = BatchPlan(micro_batch=2, accumulation=1, dp_size=2)
 
@@ -46,41 +58,122 @@ def test_shipped_files_parse_and_resolve(path: Path, run: RunFile) -> None:
     assert re.search(rf"\| {path.name} \|", (DS_CONFIGS / "README.md").read_text()), "a row in ds_configs/README.md"
 
 
-def test_keys_are_those_of_the_installed_deepspeed() -> None:
-    """Every pydantic model of DeepSpeed, field by field: a key it gains or loses shows here."""
-    from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.compile.config import CompileConfig
-    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zenflow.zenflow_config import ZenFlowConfig
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
-    from deepspeed.runtime.zero.offload_config import (
-        DeepSpeedZeroOffloadOptimizerConfig,
-        DeepSpeedZeroOffloadParamConfig,
-    )
-    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+# ---- the tree of keys against DeepSpeed's own ----
 
-    zero = KEYS["zero_optimization"]
-    pairs: list[tuple[dict[str, Any], Any]] = [
-        (zero, DeepSpeedZeroConfig),
-        (zero["offload_param"], DeepSpeedZeroOffloadParamConfig),
-        (zero["offload_optimizer"], DeepSpeedZeroOffloadOptimizerConfig),
-        (zero["zenflow"], ZenFlowConfig),
-        (zero["leaf_module"], DeepSpeedZeroLeafModuleConfig),
-        (KEYS["bf16"], DeepSpeedBF16Config),
-        (KEYS["fp16"], DeepSpeedFP16Config),
-        (KEYS["tensorboard"], TensorBoardConfig),
-        (KEYS["wandb"], WandbConfig),
-        (KEYS["csv_monitor"], CSVConfig),
-        (KEYS["comet"], CometConfig),
-        (KEYS["compile"], CompileConfig),
-        (KEYS["comms_logger"], CommsLoggerConfig),
-        (KEYS["timers"]["throughput"], DeepSpeedThroughputTimerConfig),
-    ]
-    for ours, model in pairs:
-        theirs = set(model.model_fields) | {f.alias for f in model.model_fields.values() if f.alias}
-        assert set(ours) == theirs, model.__name__
+# The block of the JSON that each pydantic class of DeepSpeed reads.
+MODELS = {
+    "DeepSpeedZeroConfig": "zero_optimization",
+    "DeepSpeedZeroOffloadParamConfig": "zero_optimization.offload_param",
+    "DeepSpeedZeroOffloadOptimizerConfig": "zero_optimization.offload_optimizer",
+    "ZenFlowConfig": "zero_optimization.zenflow",
+    "DeepSpeedZeroLeafModuleConfig": "zero_optimization.leaf_module",
+    "DeepSpeedBF16Config": "bf16",
+    "DeepSpeedFP16Config": "fp16",
+    "TensorBoardConfig": "tensorboard",
+    "WandbConfig": "wandb",
+    "CSVConfig": "csv_monitor",
+    "CometConfig": "comet",
+    "CompileConfig": "compile",
+    "CommsLoggerConfig": "comms_logger",
+    "DeepSpeedThroughputTimerConfig": "timers.throughput",
+    "HybridEngineConfig": "hybrid_engine",
+    "TPTrainingConfig": "tensor_parallel",
+    "TPConfig": "tensor_parallel.tp",
+    "DeepSpeedMonitorConfig": "",  # its fields are keys of the top level
+}
+
+# The modules that read keys one by one with constants, and the block (or several of one module) they belong to.
+READERS = {
+    "deepspeed.runtime.config": [
+        "", "optimizer", "scheduler", "torch_autocast", "data_types", "checkpoint", "checkpoint.parallel_write",
+    ],
+    "deepspeed.runtime.zero.config": ["", "zero_optimization"],
+    "deepspeed.runtime.precision_config": [""],
+    "deepspeed.runtime.model_checkpointing.config": ["", "checkpoint", "checkpoint.writer"],
+    "deepspeed.runtime.activation_checkpointing.config": ["", "activation_checkpointing"],
+    "deepspeed.runtime.swap_tensor.aio_config": ["", "aio"],
+    "deepspeed.profiling.config": ["", "flops_profiler"],
+    "deepspeed.autotuning.config": ["", "autotuning"],
+    "deepspeed.comm.config": [""],
+    "deepspeed.datastates.config": [""],
+    "deepspeed.runtime.tensor_parallel.config": ["", "tensor_parallel"],
+    "deepspeed.utils.config": ["", "timers"],
+    "deepspeed.runtime.data_pipeline.config": ["", "data_efficiency"],
+}  # fmt: skip
+
+# Words in those modules that are no keys of the JSON, or keys of the optimizer's parameters.
+NO_KEYS = {"dtype", "max_grad_norm", "_tp_plan"}
+
+
+def filed_as(path: str) -> str | None:
+    """works, refused or unused; None if the tree of keys does not have this path. Inside a refused block: refused."""
+    node: Any = KEYS
+    for key in path.split("."):
+        if isinstance(node, (Refused, Unused)):
+            break
+        if node is None or (key not in node and "*" not in node):
+            return None
+        node = node.get(key)
+    return {Refused: "refused", Unused: "unused"}.get(type(node), "works")
+
+
+def subclasses(base: type) -> Iterator[type]:
+    for child in base.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+def test_every_field_of_deepspeeds_classes_is_filed() -> None:
+    """And the tree has no other. A class that a new release brings is missing in MODELS."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    models = {m for m in subclasses(DeepSpeedConfigModel) if not m.__module__.startswith("deepspeed.inference")}
+    assert {m.__name__ for m in models} == set(MODELS)
+    for model in models:
+        block = MODELS[model.__name__]
+        fields = set(model.model_fields) | {f.alias for f in model.model_fields.values() if f.alias}
+        for field in fields:
+            assert filed_as(f"{block}.{field}".strip(".")), f"{block}.{field}"
+        node: Any = KEYS
+        for key in block.split(".") if block else ():
+            node = None if isinstance(node, Refused) else node[key]
+        if isinstance(node, dict) and block:
+            assert set(node) == fields, model.__name__
+
+
+def keys_read_by(module: ModuleType) -> set[str]:
+    """The constants that a module looks up in a dict: get_scalar_param(d, KEY, ...), d.get(KEY), d[KEY], KEY in d."""
+    keys = set()
+    for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
+        key: ast.expr | None = None
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            position = {"get_scalar_param": 1, "get_dict_param": 1, "get_list_param": 1, "get": 0}.get(name, 99)
+            key = node.args[position] if position < len(node.args) else None
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In):
+            key = node.left
+        elif isinstance(node, ast.Subscript):
+            key = node.slice
+        value = key.value if isinstance(key, ast.Constant) else getattr(module, getattr(key, "id", ""), None)
+        keys |= {value} if isinstance(value, str) else set()
+    return keys
+
+
+@pytest.mark.parametrize(("module", "blocks"), READERS.items())
+def test_every_constant_that_deepspeed_reads_is_filed(module: str, blocks: list[str]) -> None:
+    keys = keys_read_by(importlib.import_module(module)) - NO_KEYS - set(LEGACY)
+    assert keys
+    for key in keys:
+        assert any(filed_as(f"{block}.{key}".strip(".")) for block in blocks), key
+
+
+def test_removed_keys_stay_refused(tmp_path: Path) -> None:
+    """They are unknown, and DeepSpeed's list of them is the one that explain comments."""
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
+
+    for key in {*_REMOVED_TOP_LEVEL_CONFIG_KEYS, *REMOVED}:
+        with pytest.raises(ConfigError, match=f"unknown key '{key}'"):
+            load_ds_config(write(tmp_path, {key: {"enabled": False}}))
 
 
 def test_top_level_keys_are_in_deepspeeds_sources() -> None:
@@ -92,6 +185,214 @@ def test_top_level_keys_are_in_deepspeeds_sources() -> None:
                      "autotuning", "datastates") for path in (root / folder).rglob("*.py"))  # fmt: skip
     for key in KEYS:
         assert re.search(rf"[\"']{key}[\"']", source), key
+
+
+def nested(path: tuple[str, ...], value: object) -> dict[str, Any]:
+    for key in reversed(path):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+SWITCHES = {
+    "tensor_parallel": {"autotp_size": 2},
+    "gradient_allreduce_op": "sum",
+    "managed_gradient_accumulation": False,
+    "sequence_parallel_size": 2,
+    "compute_grad_norm": False,
+    "writer": {"type": "FAST"},
+    "lower_precision_safe_modules": ["torch.nn.Linear"],
+    "weight_quantization": {"quantized_initialization": {"num_bits": 8}},
+    "data_efficiency": {"enabled": True, "data_sampling": {"enabled": True}},
+}  # values that switch a key on, where true or {"enabled": true} does not
+
+
+@pytest.mark.parametrize(("path", "entry"), [pytest.param(p, e, id=".".join(p)) for p, e in filed()])
+def test_each_key_does_what_it_is_filed_as(
+    path: tuple[str, ...], entry: Refused | Unused, tmp_path: Path, run: RunFile
+) -> None:
+    on = SWITCHES.get(path[-1], {"enabled": True})
+    content = nested(path, on)
+    assert not entry.off(on)
+    if isinstance(entry, Refused):
+        with pytest.raises(ConfigError, match=rf"ds.json:\d: {'.'.join(path)}: "):
+            load_ds_config(write(tmp_path, content))
+    else:
+        assert [p for p, _ in unused(load_ds_config(write(tmp_path, content)))] == [path]
+    # "auto" and null switch nothing on, and the engine never sees them.
+    for off in ("auto", None):
+        raw = load_ds_config(write(tmp_path, nested(path, off)))
+        assert not list(unused(raw))
+        final = resolve_ds_config(run, raw, PLAN, "bf16")
+        assert value_at(final, path) in (None, off if isinstance(entry, Unused) else None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"gradient_allreduce_op": "mean"},
+        {"autotuning": {"enabled": False, "fast": True}},
+        {"autotuning": {}},
+        {"hybrid_engine": {"enabled": False, "max_out_tokens": 512}},
+        {"tensor_parallel": {"autotp_size": 1}},
+        {"sequence_parallel_size": 1},
+        {"managed_gradient_accumulation": True},
+        {"zero_optimization": {"stage": 1, "compute_grad_norm": True, "elastic_checkpoint": False}},
+        {"checkpoint": {"load_universal": False, "writer": None}},
+        {"datastates_ckpt": False},
+        {"wandb": {"enabled": False, "project": "x"}},
+        {"data_efficiency": {"enabled": False, "data_routing": {"enabled": False}}},
+    ],
+)
+def test_keys_that_are_off_are_accepted(content: dict[str, Any], tmp_path: Path, run: RunFile) -> None:
+    final = resolve_ds_config(run, load_ds_config(write(tmp_path, content)), PLAN, "bf16")
+    assert not [path for path, entry in filed() if isinstance(entry, Refused) and value_at(final, path) is not None]
+
+
+def test_a_monitor_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for key, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        with pytest.raises(ConfigError, match=rf"ds.json:\d: {key}.enabled needs the package {package}"):
+            load_ds_config(write(tmp_path, {key: {"enabled": True}}))
+
+
+# ---- how a file is read ----
+
+HJSON = """\
+{
+  # two ranks "stage": 9
+  "_comment": {"stage": 7},
+  "train_batch_size": "auto", // of the run file
+  zero_optimization: {
+    "_note": "a key of its own",
+    stage: 2
+    /* "stage": 3,
+    */
+    overlap_comm: true,
+  },
+}
+"""
+
+
+def test_hjson_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
+    import hjson
+
+    path = tmp_path / "ds.json"
+    path.write_text(HJSON)
+    assert load_ds_config(str(path)) == {
+        "train_batch_size": "auto", "zero_optimization": {"stage": 2, "overlap_comm": True},
+    }  # fmt: skip
+    theirs = hjson.loads(HJSON)
+    assert theirs["zero_optimization"]["stage"] == 2
+    path.write_text(HJSON.replace("overlap_comm", "overlap_com"))
+    with pytest.raises(ConfigError, match=r"ds.json:10: unknown key 'zero_optimization.overlap_com'; did you mean"):
+        load_ds_config(str(path))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_json_has_the_same_meaning_as_hjson(path: Path) -> None:
+    import hjson
+
+    assert load_ds_config(path.stem) == json.loads(hjson.dumpsJSON(hjson.loads(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"bfloat16": {"enabled": "auto"}}, {"bf16": {"enabled": "auto"}}),
+        ({"bfloat16": {"enabled": False}, "bf16": {"enabled": True}}, {"bf16": {"enabled": True}}),
+        ({"zero_optimization": True}, {"zero_optimization": {"stage": 1}}),
+        ({"zero_optimization": False}, {"zero_optimization": {"stage": 0}}),
+        (
+            {"zero_optimization": True, "allgather_size": 5000},
+            {"zero_optimization": {"stage": 1, "allgather_bucket_size": 5000}},
+        ),
+        ({"zero_optimization": {"stage": "3"}}, {"zero_optimization": {"stage": 3}}),
+        ({"zero_optimization": {"stage": 2.0}}, {"zero_optimization": {"stage": 2}}),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        ),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": False}}, {"zero_optimization": {"stage": 2}}),
+    ],
+)
+def test_old_spellings_mean_what_deepspeed_reads(
+    tmp_path: Path, content: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    from deepspeed.runtime.precision_config import get_bfloat16_config
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    assert load_ds_config(write(tmp_path, content)) == expected
+    if "zero_optimization" in content:
+        theirs, ours = get_zero_config(content), get_zero_config(expected)
+        assert theirs.model_dump(exclude={"cpu_offload", "allgather_bucket_size"}) == ours.model_dump(
+            exclude={"cpu_offload", "allgather_bucket_size"}
+        )
+    else:
+        assert get_bfloat16_config(content) == get_bfloat16_config(expected)
+
+
+def test_old_and_new_spelling_together_are_refused(tmp_path: Path) -> None:
+    both = {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "none"}}
+    with pytest.raises(ConfigError, match=r"cpu_offload must be true or false, without the block"):
+        load_ds_config(write(tmp_path, {"zero_optimization": both}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"x": "\xe9"}', r"ds.json:1: byte 7 \(0xe9\) is not UTF-8. Save it as UTF-8"),
+        ('{"x": 1}'.encode("utf-16"), r"its encoding is UTF-16"),
+        (b'{"zero_optimization": {"stage": 1}', r"ds.json:1: this is not valid JSON: .* not valid HJSON .* either"),
+        (b"[1]", r"ds.json:1: a DeepSpeed configuration is a JSON object"),
+        (b"\n", r"ds.json:1: the file is empty"),
+        (b'{"fp16": {"enabled": false},\n"fp16": {}}', r"ds.json:2: fp16 is given twice \(first on line 1\)"),
+        (b'{"steps_per_print": ' + b"9" * 5000 + b"}", r"'9+\.\.\. \(5,002 characters\) is not a 64-bit integer"),
+        (b'{"tensorboard": {"job_name": "\\ud800"}}', r"tensorboard.job_name contains the character U\+D800"),
+        (b'{"a": [[[[[[1]]]]]]}', r"ds.json:1: brackets nest deeper than 5 levels"),
+    ],
+)
+def test_odd_files_get_one_paragraph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr(parsing, "MAX_DEPTH", 5)
+    path = tmp_path / "ds.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_ds_config(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_and_tabs_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(b'\xef\xbb\xbf{\n\t"zero_optimization": {\n\t\t"stage": 2}}')
+    assert load_ds_config(str(path)) == {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize("block", [k for k, v in KEYS.items() if isinstance(v, dict)])
+def test_auto_for_a_block(tmp_path: Path, run: RunFile, block: str) -> None:
+    """It leaves a block of the run file to the run file; any other block must be written."""
+    name = write(tmp_path, {block: "auto"})
+    if block in OWNED:
+        final = resolve_ds_config(run, load_ds_config(name), PLAN, "bf16")
+        assert final == resolve_ds_config(run, {}, PLAN, "bf16")
+    else:
+        with pytest.raises(ConfigError, match=f'{block}: "auto" is only valid for keys that the run file sets'):
+            load_ds_config(name)
+
+
+def test_auto_inside_blocks_is_deepspeeds_default(tmp_path: Path, run: RunFile) -> None:
+    """As in the files of Hugging Face, which fills them in."""
+    content = {
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "auto"}},
+        "data_types": {"grad_accum_dtype": "auto"},
+        "optimizer": {"type": "auto", "params": {"lr": "auto", "weight_decay": "auto"}},
+        "fp16": {"enabled": "auto", "loss_scale": "auto"},
+        "gradient_clipping": "auto",
+    }
+    final = resolve_ds_config(run, load_ds_config(write(tmp_path, content)), PLAN, "bf16")
+    assert final["zero_optimization"] == {"stage": 3, "offload_param": {}}
+    assert final["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +419,7 @@ def test_missing_name_and_broken_json(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"deepspeed: zero_1: .* did you mean 'zero1'"):
         load_ds_config("zero_1")
     path = tmp_path / "ds.json"
-    path.write_text('{"zero_optimization": {"stage": 1,}}')
+    path.write_text('{"zero_optimization": {"stage": 1,,}}')
     with pytest.raises(ConfigError, match=r"ds.json:1: this is not valid JSON"):
         load_ds_config(str(path))
 
@@ -132,6 +433,12 @@ def test_missing_name_and_broken_json(tmp_path: Path) -> None:
         ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, r"optimizer.params.lr = 0.1, but the run file"),
         ({"scheduler": {"type": "WarmupLR"}}, r"scheduler: the learning rate is the run file's"),
         ({"fp16": {"enabled": True}}, r"fp16.enabled = True, but train.precision is bf16"),
+        (
+            {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": True}},
+            r"torch_autocast.enabled = True, but train.precision is bf16",
+        ),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, r"torch_autocast.dtype = 'float16'; the precision"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, r"optimizer.type = 'Adam', but"),
     ],
 )
 def test_contradictions_name_both_places(tmp_path: Path, run: RunFile, content: dict[str, Any], message: str) -> None:
@@ -148,7 +455,8 @@ def test_auto_and_equal_values_are_fine_and_extras_stay(tmp_path: Path, run: Run
             "train_batch_size": "auto",
             "gradient_accumulation_steps": 1,
             "bf16": {"enabled": "auto"},
-            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+            "optimizer": {"type": "Adam", "params": {"lr": "auto", "torch_adam": True}},
+            "torch_autocast": {"enabled": False},
             "zero_optimization": {"stage": 2},
             "wandb": {"enabled": False},
         },
@@ -172,3 +480,60 @@ def test_deepcompile_is_refused_where_deepspeed_would_go_on_without_it(device: s
     else:
         assert wants_deepcompile(ds_config, device)
     assert not wants_deepcompile({**ds_config, "compile": {"deepcompile": False}}, device)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload", "advised"),
+    [
+        (0, "fp32", "none", "refused"),
+        (1, "bf16", "none", "refused"),
+        (1, "bf16", "cpu", "note"),
+        (1, "fp32", "none", "note"),
+        (2, "bf16", "none", "note"),
+        (3, "fp32", "none", "note"),
+    ],
+)
+def test_muon_with_clipping_is_advised_not_to_clip(
+    tmp_path: Path, run: RunFile, stage: int, precision: str, offload: str, advised: str
+) -> None:
+    """At no stage does another stage help: DeepSpeed clips the orthogonalised update there."""
+    raw = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": offload}}}
+    optimizer = run.train.optimizer.model_copy(update={"name": "muon"})
+    muon = run.model_copy(update={"train": run.train.model_copy(update={"optimizer": optimizer})})
+    unclipped = muon.model_copy(update={"train": muon.train.model_copy(update={"grad_clip": 0.0})})
+    if advised == "refused":
+        with pytest.raises(ConfigError, match=r"Write train.grad_clip: 0"):
+            resolve_ds_config(muon, raw, PLAN, precision)
+    else:
+        note = muon_clipping_note(muon, resolve_ds_config(muon, raw, PLAN, precision), precision)
+        assert note is not None
+        assert "Write train.grad_clip: 0" in note
+    assert muon_clipping_note(unclipped, resolve_ds_config(unclipped, raw, PLAN, precision), precision) is None
+    assert muon_clipping_note(run, raw, precision) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}, r"DeepSpeedZeroConfig: reduce_bucket_size: "),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": "maybe"}}, r"DeepSpeedZeroConfig: overlap_comm: "),
+        ({"communication_data_type": "fp7"}, r"DeepSpeed refuses it: Invalid communication_data_type"),
+        ({"checkpoint": {"tag_validation": "x"}}, r"DeepSpeed refuses it: Checkpoint config contains invalid"),
+    ],
+)
+def test_values_that_deepspeed_refuses_are_config_errors(
+    tmp_path: Path, run: RunFile, content: dict[str, Any], message: str
+) -> None:
+    from packspeed.launch.engine.build import check_ds_config
+
+    final = resolve_ds_config(run, load_ds_config(write(tmp_path, content)), PLAN, "bf16")
+    with pytest.raises(ConfigError, match=message) as error:
+        check_ds_config(final, "./ds.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED if path.stem != "zero_infinity_nvme"])
+def test_shipped_files_pass_deepspeeds_own_check(run: RunFile, name: str) -> None:
+    from packspeed.launch.engine.build import check_ds_config
+
+    check_ds_config(resolve_ds_config(run, load_ds_config(name), PLAN, "bf16"), name)
