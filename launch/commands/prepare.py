@@ -1,5 +1,7 @@
 """`packspeed prepare`: text to a token dataset. Loads no torch.
 
+Numpy and the tokenizers are imported when it runs, so that the help does not wait for them.
+
 With --json stdout holds exactly one JSON object. Progress goes to stderr, and only if stderr is a terminal.
 """
 
@@ -9,17 +11,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.errors import UsageError
-from packspeed.data.prepare import prepare as preparation
-from packspeed.data.prepare.progress import PrepareProgress
-from packspeed.data.text.tokenizer import load_tokenizer
-from packspeed.launch.commands.inspect import describe_dataset, verify_dataset
 from packspeed.launch.commands.options import Exclude, Include, Json, SkipBad, Sources, TextKey, UnknownFormat, show
+
+if TYPE_CHECKING:
+    from packspeed.data.prepare.progress import PrepareProgress
 
 
 def prepare(
@@ -70,6 +70,11 @@ def prepare(
         raise UsageError(f"--encoder {encoder}: choose auto, gigatoken or tiktoken.")
     if (task_index is None) != (task_count is None) or (merge and task_count is not None):
         raise UsageError("Give --task-index and --task-count together; give --merge without them, after all tasks.")
+    from packspeed.data.checks.inspect import inspect_dataset
+    from packspeed.data.prepare import prepare as preparation
+    from packspeed.data.text.tokenizer import load_tokenizer
+    from packspeed.launch.commands.inspect import describe_dataset, verify_dataset
+
     loaded = load_tokenizer(tokenizer, eot_token, bos, bos_token)
     common: dict[str, Any] = {
         "text_key": text_key or ["text"],
