@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config import parsing
+from packspeed.launch.config.batch import divisors_of, solve_batch
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
@@ -84,6 +85,100 @@ def test_unknown_keys_are_named_with_line_and_nearest(tmp_path: Path, line: str,
 def test_bad_values_are_refused_where_they_stand(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_run_file(write(tmp_path, MINIMAL.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 10", "steps: 2024-13-45", r"run.yaml:5: .*'2024-13-45' is not a valid date"),
+        ("steps: 10", "steps: 0x_", r"run.yaml:5: .*'0x_' is not a valid 64-bit integer"),
+        ("steps: 10", "steps: " + "9" * 5000, r"run.yaml:5: .*\(5,002 characters\) is not a valid 64-bit integer"),
+        ("steps: 10", "steps: 9223372036854775808", r"run.yaml:5: .* is not a valid 64-bit integer"),
+        ("steps: 10", "steps: 1." + "0" * 5000, r"run.yaml:5: .* is not a valid number"),
+        ("steps: 10", "steps: !!bool x", r"run.yaml:5: .*'x' is not a valid bool"),
+        ("steps: 10", "steps: !!timestamp x", r"run.yaml:5: .*'x' is not a valid date"),
+        ("steps: 10", "steps: !!python/name:os.system x", r"run.yaml:5: .*could not determine a constructor"),
+        ("steps: 10", "steps: 2024-01-01", r"run.yaml:5: train.steps: .*valid integer"),
+        ("name: t", "name: &a [*a]", r"run.yaml:1: name.0 contains itself, by an alias"),
+        ("name: t", "name: &a {b: *a}", r"run.yaml:1: name.b contains itself, by an alias"),
+        ("name: t", "name: {b: [c, {d: [[[[[[1]]]]]]}]}", r"run.yaml:1: .*nest deeper than 8 levels"),
+        ("name: t", "name: " + "- " * 9 + "1", r"run.yaml:1: .*"),
+        ("name: t", "name: t\nx:\n" + "- " * 9 + "1", r"run.yaml:3: .*nest deeper than 8 levels"),
+        ("name: t", f"name: [{'1,' * 70}]", r"run.yaml:1: .*more than 60 values"),
+        (
+            "name: t",
+            "a: &a [1, 1, 1]\nb: &b [*a, *a, *a]\nc: &c [*b, *b, *b]\nd: [*c, *c, *c]\nname: t",
+            r"run.yaml:2: more than 60 values, .*by aliases",
+        ),
+        ("name: t", "name: t\na: &a {x: 1}\nb: {<<: *a, y: 2}", r"unknown key 'a'.*\n.*unknown key 'b'"),
+        ("name: t", "1: t", r"run.yaml:1: the key '1' is not a word"),
+        ("name: t", "on: t", r"run.yaml:1: the key 'on' is not a word"),
+        ("name: t", "? [a, b]\n: t", r"run.yaml:1: the key is not a word"),
+        ("name: t", 'name: "a\\0b"', r"run.yaml:1: .* is not a valid text"),
+        ("name: t", 'name: "\\ud800"', r"run.yaml:1: .* is not a valid text"),
+        ("name: t", "name: \x07", r"run.yaml:1: character U\+0007 is not valid YAML"),
+        ("name: t", f"name: {'x' * 500}!", r"run.yaml:1: name: .*pattern.*\.\.\. \(503 characters\)"),
+    ],
+)
+def test_odd_yaml_gets_one_paragraph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
+) -> None:
+    """With low limits, so that none of these is large."""
+    monkeypatch.setattr(parsing, "MAX_DEPTH", 8)
+    monkeypatch.setattr(parsing, "MAX_VALUES", 60)
+    with pytest.raises(ConfigError, match=message):
+        load_run_file(write(tmp_path, MINIMAL.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (MINIMAL.encode("utf-16"), r"its encoding is UTF-16. Save it as UTF-8"),
+        (b"name: t\nruns_dir: \xe9\n", r"run.yaml:2: byte 18 \(0xe9\) is not UTF-8"),
+        (b"#" * 2000, r"larger than 1 KiB"),
+        (b"", r"run.yaml:1: a run file is a mapping"),
+        (b"- 1", r"run.yaml:1: a run file is a mapping"),
+        (b"--- 1\n--- 2", r"run.yaml:2: this is not valid YAML: but found another document"),
+    ],
+)
+def test_odd_files_get_one_paragraph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr(parsing, "MAX_BYTES", 1024)
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_run_file(tmp_path / "run.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_and_aliases_are_fine(tmp_path: Path) -> None:
+    text = MINIMAL.replace("{n_layer: 2, n_head: 2,", "{n_layer: &two 2, n_head: *two,")
+    (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_run_file(tmp_path / "run.yaml").gpt_config(257).n_head == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=[", r"--set train.steps=\[:1: this is not valid YAML"),
+        ("train.steps=0x_", r"'0x_' is not a valid 64-bit integer"),
+        ("name=&a [*a]", r"contains itself"),
+        ("data.sources.0.path=x", r"--set data.sources.0.path=x: data: .*valid list"),
+        ("name.x=1", r"--set name.x=1: name is a value, not a section"),
+        ("name=\udcff", r"--set name=\\udcff:1: character U\+DCFF is not valid YAML"),
+    ],
+)
+def test_odd_overrides_get_one_paragraph(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_run_file(write(tmp_path, MINIMAL), [override])
+
+
+def test_huge_batches_are_solved_or_refused_without_delay(tmp_path: Path) -> None:
+    assert solve_batch(2**36, 16, 8, "auto").micro_batch == 1024
+    with pytest.raises(ConfigError, match=r"train.global_batch_tokens: .*less than"):
+        load_run_file(write(tmp_path, MINIMAL), [f"train.global_batch_tokens={2**62}"])
+    for number in (1, 2, 36, 97, 1024):
+        assert divisors_of(number) == [n for n in range(1, number + 1) if number % n == 0]
 
 
 def test_set_overrides_the_file_and_names_itself_in_errors(tmp_path: Path) -> None:

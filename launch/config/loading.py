@@ -38,19 +38,20 @@ def parse_numbers(data: Any) -> Any:
 def apply_overrides(data: dict[str, Any], overrides: typing.Sequence[str]) -> dict[KeyPath, str]:
     """Put each `a.b.c=value` into `data`. Returns the text of the override per key, for error messages."""
     origins: dict[KeyPath, str] = {}
-    for override in map(printable, overrides):
+    for override in overrides:
+        option = f"--set {printable(override)}"
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
-            raise ConfigError(f"--set {override}: write it as --set key.path=value, for example --set train.steps=100.")
+            raise ConfigError(f"{option}: write it as --set key.path=value, for example --set train.steps=100.")
         node = data
         for part in path[:-1]:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                raise ConfigError(f"--set {override}: {part} is a value, not a section.")
+                raise ConfigError(f"{option}: {printable(part)} is a value, not a section.")
             node = child
-        node[path[-1]], _ = parse_yaml(text, f"--set {override}")
-        origins[path] = f"--set {override}"
+        node[path[-1]], _ = parse_yaml(text, option)
+        origins[path] = option
     # A run has one length, so `--set train.tokens=1e9` replaces the file's train.steps.
     train = data.get("train")
     if isinstance(train, dict):
