@@ -119,10 +119,10 @@ def explain_in_both_forms(run_file: Path, overrides: list[str], ranks: int) -> N
     assert json.dumps(explanation.as_dict())
 
 
-def refusal_of(action: Callable[[], None]) -> str:
+def refusal_of(action: Callable[[Path, list[str], int], None], run_file: Path, overrides: list[str], ranks: int) -> str:
     """The message of the action's ConfigError, which the command line prints before it exits with 2."""
     try:
-        action()
+        action(run_file, overrides, ranks)
     except ConfigError as error:
         return str(error)
     return NO_REFUSAL
@@ -141,9 +141,9 @@ def test_files_with_mistakes_are_answered(tmp_path: Path) -> None:
         if rng.random() < 0.2:
             overrides.append(f"{rng.choice(RUN_KEYS)}={rng.choice(TOKENS)}")
         start = time.monotonic()
-        refusal = refusal_of(lambda: check_and_resolve(run_file, overrides, ranks))
+        refusal = refusal_of(check_and_resolve, run_file, overrides, ranks)
         assert all(line.strip() for line in refusal.split("\n")), "paragraphs, one for each problem"
-        explained = refusal_of(lambda: explain_in_both_forms(run_file, overrides, ranks)) == NO_REFUSAL
+        explained = refusal_of(explain_in_both_forms, run_file, overrides, ranks) == NO_REFUSAL
         answered += explained
         assert time.monotonic() - start < SLOW_S, (run, ds, overrides)
     assert answered > INPUTS / 5, "most mistakes must not stop explain, or this test would show little"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,45 @@ def test_nine_findings_in_one_run(workspace: Workspace) -> None:
         "scheduler: the learning rate is the run file's",
     ):
         assert words in text
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["{folder}/run.yaml", "--ranks", "0"], 2, "--ranks"),
+        (["{folder}/run.yaml", "--ranks", "9" * 30], 1, ""),
+        (["{folder}/nowhere.yaml"], 2, "No such file"),
+        (["{folder}"], 2, "Is a directory"),
+        (["/dev/zero"], 2, "larger than 256 KiB"),
+        (["x" * 300], 2, "File name too long"),
+        (["{folder}/run.yaml", "--set", "train.steps"], 2, "write it as --set key.path=value"),
+        (["{folder}/run.yaml", "--set", "deepspeed={folder}"], 1, ""),
+        (["{folder}/run.yaml", "--set", "data.path={folder}/damaged"], 1, ""),
+        (["{folder}/run.yaml", "--set", "runs_dir=é"], 0, ""),
+    ],
+)
+def test_odd_arguments_get_one_paragraph(workspace: Workspace, arguments: list[str], code: int, message: str) -> None:
+    damaged = workspace.folder / "damaged"
+    damaged.mkdir(exist_ok=True)
+    (damaged / "manifest.json").write_text('{"version": [], "splits": 7}')
+    command = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "explain"]
+    command += [argument.format(folder=workspace.folder) for argument in arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_full_disk_is_an_error_with_words(workspace: Workspace, option: list[str]) -> None:
+    command = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "explain"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, str(workspace.run_file), *option], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device.\n")
 
 
 def test_who_set_what(workspace: Workspace) -> None:
