@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from packspeed.data.checks.verify import verify
 from packspeed.data.dataset import TokenDataset
-from packspeed.data.errors import DataError
+from packspeed.data.errors import DataError, UsageError
 from packspeed.data.exchange.export_data import export_data
 from packspeed.data.exchange.formats import detect
 from packspeed.data.exchange.import_data import import_data
@@ -119,10 +120,10 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     (folder,) = export_data(tmp_path / "ours", tmp_path / "out", "mds")
     whole, index = (folder / "shard.00000.mds").read_bytes(), json.loads((folder / "index.json").read_text())
 
-    def refused(message: str, content: bytes = whole, **changes: Any) -> None:
+    def refused(message: str, content: bytes = whole, error: type[DataError] = DataError, **changes: Any) -> None:
         (folder / "shard.00000.mds").write_bytes(content)
         (folder / "index.json").write_text(json.dumps(index | {"shards": [index["shards"][0] | changes]}))
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(error, match=message):
             import_data([str(folder)], [], tmp_path / "none", "gpt2")
         assert not (tmp_path / "none").exists()
 
@@ -130,7 +131,14 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     refused("is outside the folder", raw_data={"basename": "../shard.00000.mds"})
     refused("no column tokens or input_ids among text", column_names=["text"])
     refused("column of str", column_encodings=["str"])
-    refused("only zstd is read", raw_data={"basename": "none"}, zip_data={"basename": "x"}, compression="br")
+    packed = {"raw_data": {"basename": "none", "bytes": len(whole)}, "zip_data": {"basename": "x"}}
+    way_out = r"compressed with 'br:11', and only zstd is read.*StreamingDataset.*compression=None"
+    refused(way_out, error=UsageError, compression="br:11", **packed)
+    refused("MDS .FileNotFoundError", compression="zstd", **packed)
+    (folder / "x").write_bytes(zstandard.compress(whole + whole))
+    refused(f"x does not decompress to {len(whole)} bytes", compression="zstd", **packed)
+    (folder / "x").write_bytes(zstandard.compress(whole)[:-9])
+    refused("cannot be read as MDS", compression="zstd", **packed)
     negative = np.frombuffer(whole[-2:], "<u2").astype("<i2")
     assert negative[0] < 0
     refused("token ids below 0", column_encodings=["ndarray:int16"])

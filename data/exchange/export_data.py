@@ -12,27 +12,27 @@ from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import UsageError
 from packspeed.data.exchange.formats import KINDS, LLMC, PIECE_TOKENS, Kind
 from packspeed.data.exchange.mds import write_mds
+from packspeed.data.exchange.new_folder import new_folder
 from packspeed.data.storage.mmidx import CODES, write_index
 
 
 def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int = 10**8) -> list[Path]:
     """Write a dataset's splits in another format into the folder `out`; returns the written files (or folders).
 
-    UsageError if the folder is not empty or the format cannot store the ids.
+    UsageError if the folder is not empty or the format cannot store the ids, DataError for a full disk; after either
+    nothing is left in `out`.
     """
-    dataset, folder = TokenDataset(path), Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty. Choose a new folder.")
+    dataset = TokenDataset(path)
     if kind not in KINDS:
         raise UsageError(f"There is no format {kind!r}: choose one of {', '.join(KINDS)}.")
     if kind == "nanogpt" and dataset.dtype.itemsize != 2:
         raise UsageError("nanoGPT's files are uint16 and this dataset needs uint32. Choose megatron, llmc or mds.")
-    folder.mkdir(parents=True, exist_ok=True)
     written = list[Path]()
-    for split in ("train", "val"):
-        if dataset.tokens(split):
-            written += _EXPORT[kind](dataset, split, folder, shard_tokens)
-    return written
+    with new_folder(Path(out)) as folder:
+        for split in ("train", "val"):
+            if dataset.tokens(split):
+                written += _EXPORT[kind](dataset, split, folder, shard_tokens)
+    return [Path(out) / path.name for path in written]
 
 
 def _export_nanogpt(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:

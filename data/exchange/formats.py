@@ -1,7 +1,8 @@
 """Token files of other projects that can be imported and exported, and how to tell them apart.
 
-    megatron    PREFIX.bin, PREFIX.idx    MMIDIDX v1; uint16 or int32; a document is one or more sequences
-    nanogpt     NAME.bin                  uint16, nothing else; documents end with EOT
+    megatron    PREFIX.bin, PREFIX.idx    MMIDIDX v1; any integers; a document is one or more sequences (megatron.py)
+    nanogpt     NAME.bin                  tokens, nothing else; documents end or begin with EOT (flat.py)
+    npy         NAME.npy                  numpy.save: a header with the type, then tokens as in nanogpt; import only
     llmc        NAME.bin                  256 int32 (magic, version, tokens, 0 ...), then tokens; EOT begins documents:
                                           magic 20240520, version 1, uint16 (GPT-2; modded-nanogpt too) or
                                           magic 20240801, version 7, uint32 (Llama 3)
@@ -13,6 +14,8 @@ https://github.com/karpathy/nanoGPT, dev/data/data_common.py in https://github.c
 
 from __future__ import annotations
 
+import json
+import re
 import struct
 from pathlib import Path
 from typing import Literal
@@ -20,6 +23,9 @@ from typing import Literal
 from packspeed.data.errors import UsageError
 
 Kind = Literal["megatron", "nanogpt", "llmc", "mds"]
+
+
+SourceKind = Literal["megatron", "nanogpt", "llmc", "mds", "npy"]
 
 
 KINDS = ("megatron", "nanogpt", "llmc", "mds")
@@ -34,14 +40,102 @@ LLMC_HEADER_BYTES = 1024
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 
 
-def detect(path: str) -> Kind:
+NPY_MAGIC = b"\x93NUMPY"
+
+
+HEAD_BYTES = 2**16
+
+
+# Files that are not tokens, by their first bytes, and what to do with them.
+OTHER_FILES = {
+    b"PK\x03\x04": "a zip archive (.npz, .pt). Save the token ids with numpy.save",
+    b"PAR1": "a parquet file. If it holds text, use `packspeed prepare`; else save the token ids with numpy.save",
+    b"ARROW1": "an Arrow file. If it holds text, use `packspeed prepare`; else save the token ids with numpy.save",
+    b"\x1f\x8b\x08": "compressed with gzip. Decompress it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd. Decompress it",
+    b"\xfd7zXZ\x00": "compressed with xz. Decompress it",
+    b"\x89HDF\r\n": "an HDF5 file. Save the token ids with numpy.save",
+    b"MMIDIDX\x00\x00": "a Megatron index without its .bin. Copy both files",
+}
+
+
+def megatron_prefix(path: str) -> str | None:
+    """The prefix of a Megatron pair that is named by its prefix, .bin or .idx; None if `path` names no pair."""
+    for prefix in (path, path.removesuffix(".bin"), path.removesuffix(".idx")):
+        if Path(prefix + ".idx").is_file() and Path(prefix + ".bin").is_file():
+            return prefix
+    return None
+
+
+def detect(path: str) -> SourceKind:
     """The format of a path. UsageError if it is none of them."""
-    if Path(path + ".idx").is_file() and Path(path + ".bin").is_file():
+    if megatron_prefix(path) is not None:
         return "megatron"
-    if Path(path).is_dir() and (Path(path) / "index.json").is_file():
-        return "mds"
+    if Path(path).is_dir():
+        return _detect_folder(Path(path))
     if not Path(path).is_file():
         raise UsageError(f"{path} is neither a file nor the prefix of a .bin and an .idx file. Check the path.")
-    with open(path, "rb") as stream:
-        head = stream.read(4)
-    return "llmc" if len(head) == 4 and struct.unpack("<i", head)[0] in LLMC else "nanogpt"
+    return _detect_file(Path(path))
+
+
+def _detect_file(path: Path) -> SourceKind:
+    with path.open("rb") as stream:
+        head = stream.read(HEAD_BYTES)
+    if head.startswith(NPY_MAGIC):
+        return "npy"
+    if len(head) >= 4 and struct.unpack("<i", head[:4])[0] in LLMC:
+        return "llmc"
+    other = next((what for magic, what in OTHER_FILES.items() if head.startswith(magic)), None)
+    if other is None and head[8:10] == b'{"':
+        other = "a safetensors file. Save the token ids with numpy.save"
+    if other is None and _is_text(head):
+        other = "text, not tokens. Use `packspeed prepare`"
+    if other is not None:
+        raise UsageError(f"{path} is {other}.")
+    if path.suffix == ".mds":
+        raise UsageError(f"{path} is one shard of an MDS dataset. Name its folder, which has an index.json.")
+    if _is_litdata(path.parent):
+        raise _litdata(path.parent)
+    return "nanogpt"
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether bytes are UTF-8 without control characters. Tokens have some: ids below 256 have a zero byte."""
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:  # else a character that the cut after HEAD_BYTES divides
+            return False
+        text = head[: error.start].decode()
+    return bool(text) and not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", text)
+
+
+def _detect_folder(path: Path) -> SourceKind:
+    if _is_litdata(path):
+        raise _litdata(path)
+    if (path / "index.json").is_file():
+        return "mds"
+    if (path / "manifest.json").is_file():
+        raise UsageError(f"{path} seems to be a Packspeed dataset already: train on it, or name its .bin files.")
+    inner = sorted(index.parent.name for index in path.glob("*/index.json"))
+    if inner:
+        raise UsageError(f"{path} is a folder of MDS datasets ({', '.join(inner[:5])}). Name them one by one.")
+    raise UsageError(
+        f"{path} is a folder without an index.json, so it is not MDS. Name its token files, for example {path}/*.bin; "
+        f"for text, use `packspeed prepare`."
+    )
+
+
+def _is_litdata(folder: Path) -> bool:
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False  # no index, or one that mds.py reports
+    return isinstance(index, dict) and "chunks" in index
+
+
+def _litdata(folder: Path) -> UsageError:
+    return UsageError(
+        f"{folder} is a LitData dataset, which is not imported. Read it with litdata.StreamingDataset, save the token "
+        f"ids with numpy.save, and import the .npy file."
+    )

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from packspeed.data.errors import DataError
+from packspeed.data.errors import DataError, UsageError
 from packspeed.data.storage.manifest import Tokens
 
 COLUMNS = ("tokens", "input_ids")
@@ -51,8 +51,11 @@ def read_mds(folder: Path) -> Iterator[Samples]:
             raise ValueError(f"version {index['version']}, expected 2")
         for shard in shards:
             yield _read_shard(folder, shard)
-    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-        raise DataError(f"{path} or one of its shards cannot be read as MDS ({error}). Copy it again.") from error
+    except DataError:
+        raise
+    except Exception as error:  # index.json is foreign: any value in it may have any type
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise DataError(f"{path} or one of its shards cannot be read as MDS ({reason}). Copy it again.") from error
 
 
 def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
@@ -82,10 +85,21 @@ def _content(folder: Path, shard: dict[str, Any]) -> bytes:
     if path.exists() or packed is None:
         return path.read_bytes()
     if not str(shard.get("compression")).startswith("zstd"):
-        raise ValueError(f"compression {shard.get('compression')}, and only zstd is read")
+        compression = ascii(shard.get("compression"))[:50]
+        raise UsageError(
+            f"{folder} is an MDS dataset compressed with {compression}, and only zstd is read. "
+            f"Read it once with streaming.StreamingDataset(remote=..., local=FOLDER), which decompresses every shard, "
+            f"and import FOLDER; or write it again with compression=None."
+        )
     import zstandard
 
-    return bytes(zstandard.ZstdDecompressor().decompressobj().decompress((folder / packed["basename"]).read_bytes()))
+    size = int(shard["raw_data"]["bytes"])
+    with (folder / packed["basename"]).open("rb") as stream:
+        # One byte more than the index promises: a shard that decompresses to more is noticed without memory for all.
+        content = bytes(zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True).read(size + 1))
+    if len(content) != size:
+        raise ValueError(f"{packed['basename']} does not decompress to {size} bytes")
+    return content
 
 
 def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:

@@ -17,7 +17,9 @@ from packspeed.launch.commands.options import DatasetFolder, Json, show
 def import_data(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="PATH...", help="PREFIX of a .bin/.idx pair, a .bin file, or a folder of MDS shards."),
+        typer.Argument(
+            metavar="PATH...", help="PREFIX of a .bin/.idx pair, a .bin or .npy file, or a folder of MDS shards."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the dataset, new or empty.")],
     tokenizer: Annotated[str, typer.Option(help="The tokenizer that made the tokens.")],
@@ -30,10 +32,16 @@ def import_data(
     append_eot: Annotated[
         bool, typer.Option("--append-eot", help="Append end-of-text to documents that do not end with it.")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Token type of headerless files: uint16, uint32, int32 or int64. Default: found from the ids."
+        ),
+    ] = None,
     json_output: Json = False,
 ) -> None:
-    """Make a dataset from Megatron, nanoGPT, llm.c, modded-nanogpt or MosaicML files."""
-    importer.import_data(sources, val or [], out, tokenizer, link=link, append_eot=append_eot)
+    """Make a dataset from Megatron, nanoGPT, llm.c, modded-nanogpt, numpy or MosaicML files."""
+    importer.import_data(sources, val or [], out, tokenizer, link=link, append_eot=append_eot, dtype=dtype)
     facts = inspect_dataset(out)
     show(facts, describe_dataset(facts), json_output)
 
