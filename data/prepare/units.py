@@ -28,12 +28,12 @@ import numpy.typing as npt
 import xxhash
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.read.readers import open_hub
+from packspeed.data.read.readers import open_hub, unreadable
 from packspeed.data.read.sniff import sniffed
 from packspeed.data.read.sources import Source
 from packspeed.data.read.stores import DOWNLOADED, is_url, open_store
 from packspeed.data.read.streams import open_source
-from packspeed.data.read.tables import arrow_batch_bytes
+from packspeed.data.read.tables import arrow_batch_bytes, row_group_bytes
 from packspeed.data.storage.atomic import temporary, write_file
 
 UNIT_BYTES = 2**25
@@ -151,8 +151,12 @@ def plan_units(sources: Sequence[Source], first: int = 0) -> tuple[list[Unit], s
     units, held, size = list[Unit](), list[Source](), 0
     state = xxhash.xxh3_128()
     for source in sources:
-        state.update(_state(source).encode())
-        for part, part_bytes in _parts(source):
+        try:
+            state.update(_state(source).encode())
+            parts = list(_parts(source))
+        except OSError as error:
+            raise unreadable(source, error) from error
+        for part, part_bytes in parts:
             held.append(part)
             size += part_bytes
             if size >= UNIT_BYTES:
@@ -187,7 +191,7 @@ def _parts(source: Source) -> Iterator[tuple[Source, int]]:
     if size <= UNIT_BYTES or source.compression:
         yield source, size
     elif source.kind == "parquet":
-        yield from _row_groups(source)
+        yield from _grouped(source, row_group_bytes(source))
     elif source.kind == "lines":
         ends = list(_line_ends(source, size))
         for start, end in zip([0, *ends], ends, strict=False):
@@ -212,21 +216,6 @@ def _line_ends(source: Source, size: int) -> Iterator[int]:
                 if newline >= 0:
                     break
             yield end
-
-
-def _row_groups(source: Source) -> Iterator[tuple[Source, int]]:
-    """Ranges of row groups of about UNIT_BYTES of compressed data, from the file's footer."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_source(source) as raw:
-            metadata = pyarrow.parquet.read_metadata(raw)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source.name} is a damaged parquet file ({error}). Fetch it again.") from error
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    sizes = [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
-    yield from _grouped(source, sizes)
 
 
 def _grouped(source: Source, sizes: Sequence[int]) -> Iterator[tuple[Source, int]]:

@@ -49,7 +49,12 @@ def read_documents(sources: Iterable[Source], text_keys: str | Sequence[str], ta
             with local_copy(source) as local:
                 yield from _read(sniffed(local), keys, tally)
         except OSError as error:
-            raise DataError(f"{source.name} cannot be read: {error.strerror or error}. Check the file.") from error
+            raise unreadable(source, error) from error
+
+
+def unreadable(source: Source, error: OSError) -> DataError:
+    """The error of a file that cannot be opened or read."""
+    return DataError(f"{source.name} cannot be read: {error.strerror or error}. Check the file.")
 
 
 def _read(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:

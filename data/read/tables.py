@@ -108,28 +108,27 @@ def _columns(source: Source, keys: TextKeys, names: list[str]) -> list[str]:
 
 def read_parquet(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
     """One document per row of the part's row groups."""
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with (
+        _damage_named(source),
+        open_source(source) as raw,
         # Buffered, or a column of a row group would be read at once.
-        with open_source(source) as raw, pyarrow.parquet.ParquetFile(raw, buffer_size=CHUNK_BYTES) as table:
-            columns = _columns(source, keys, table.schema_arrow.names)
-            row = sum(table.metadata.row_group(group).num_rows for group in range(source.start))
-            end = source.end if source.end >= 0 else table.num_row_groups
-            for group in range(source.start, end):
-                rows = _batch_rows(table.metadata.row_group(group))
-                for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
-                    yield from _rows(batch, keys, source, row, tally)
-                    row += batch.num_rows
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{source.name} is a damaged parquet file ({error}). Fetch it again.") from error
+        pyarrow.parquet.ParquetFile(raw, buffer_size=CHUNK_BYTES) as table,
+    ):
+        columns = _columns(source, keys, table.schema_arrow.names)
+        row = sum(table.metadata.row_group(group).num_rows for group in range(source.start))
+        end = source.end if source.end >= 0 else table.num_row_groups
+        for group in range(source.start, end):
+            rows = _batch_rows(table.metadata.row_group(group))
+            for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+                yield from _rows(batch, keys, source, row, tally)
+                row += batch.num_rows
 
 
 def _batch_rows(group: Any) -> int:
-    """Rows of a row group that are about BATCH_BYTES of its largest column."""
-    largest = max((group.column(i).total_uncompressed_size for i in range(group.num_columns)), default=0)
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, largest)))
+    """Rows of a row group that are about BATCH_BYTES."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(group.total_byte_size))))
 
 
 def _rows(batch: Any, keys: TextKeys, source: Source, row: int, tally: Tally) -> Iterator[Document]:
@@ -179,41 +178,60 @@ def _long_value(buffer: Any, source: Source, row: int) -> Iterator[Document]:
 
 def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
     """One document per row of the part's batches, in an IPC file or an IPC stream (as `datasets` writes)."""
-    import pyarrow
-
     row = 0
-    try:
-        with _mapped(source) as pages:
-            schema, batches = _open_arrow(pages)
-            columns = _columns(source, keys, schema.names)
-            tops = [name for name in schema.names if any(name in (key, key.split(".")[0]) for key in columns)]
-            for number, batch in enumerate(batches):
-                if source.end >= 0 and number >= source.end:
-                    break
-                if number >= source.start:
-                    for part in _valid_parts(batch.select(tops)):
-                        yield from _rows(part, keys, source, row, tally)
-                        row += part.num_rows
-                        pages.madvise(mmap.MADV_DONTNEED)  # or all of the file would count as memory in use
-                else:
-                    row += batch.num_rows
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{source.name} is a damaged arrow file ({error}). Fetch it again.") from error
+    with _damage_named(source), _mapped(source) as pages:
+        schema, batches = _open_arrow(pages)
+        columns = _columns(source, keys, schema.names)
+        tops = [name for name in schema.names if any(name in (key, key.split(".")[0]) for key in columns)]
+        for number, batch in enumerate(batches):
+            if source.end >= 0 and number >= source.end:
+                break
+            if number < source.start:
+                row += batch.num_rows
+                continue
+            for part in _valid_parts(batch.select(tops)):
+                yield from _rows(part, keys, source, row, tally)
+                row += part.num_rows
+                pages.madvise(mmap.MADV_DONTNEED)  # or all of the file would count as memory in use
 
 
 def arrow_batch_bytes(source: Source) -> list[int]:
     """The size of every batch of an arrow file."""
     import pyarrow.ipc
 
+    with _damage_named(source), _mapped(source) as pages:
+        if pages[:6] == ARROW_FILE:
+            count = pyarrow.ipc.open_file(pyarrow.py_buffer(pages)).num_record_batches
+            return [len(pages) // max(1, count)] * count
+        messages = pyarrow.ipc.MessageReader.open_stream(pyarrow.BufferReader(pyarrow.py_buffer(pages)))
+        return [message.body.size for message in messages if message.type == "record batch"]
+
+
+def row_group_bytes(source: Source) -> list[int]:
+    """The uncompressed size of every row group of a parquet file, from its footer.
+
+    The sizes of single columns are not asked for: in a damaged footer they make pyarrow 26 abort the process.
+    """
+    import pyarrow.parquet
+
+    with _damage_named(source), open_source(source) as raw:
+        metadata = pyarrow.parquet.read_metadata(raw)
+        return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+
+
+@contextlib.contextmanager
+def _damage_named(source: Source) -> Iterator[None]:
+    """Turn pyarrow's errors into DataError: it raises its own, and OSError without a number."""
+    import pyarrow
+
     try:
-        with _mapped(source) as pages:
-            if pages[:6] == ARROW_FILE:
-                count = pyarrow.ipc.open_file(pyarrow.py_buffer(pages)).num_record_batches
-                return [len(pages) // count] * count
-            messages = pyarrow.ipc.MessageReader.open_stream(pyarrow.BufferReader(pyarrow.py_buffer(pages)))
-            return [message.body.size for message in messages if message.type == "record batch"]
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{source.name} is a damaged arrow file ({error}). Fetch it again.") from error
+        yield
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise DataError(f"{source.name} is a damaged {source.kind} file ({error}). Fetch it again.") from error
 
 
 @contextlib.contextmanager
