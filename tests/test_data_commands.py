@@ -55,6 +55,27 @@ def test_prepare_says_what_it_made(source: Path, tmp_path: Path) -> None:
     assert "validation none" in text
 
 
+def test_prepare_lists_what_it_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    for name in ("a.jsonl", "val.jsonl"):
+        (tmp_path / "c" / name).write_text('{"a": "x", "b": {"c": "y"}}\n{"a": null, "b": null}\n')
+    for i in range(25):
+        (tmp_path / f"c/{i}.bin").write_bytes(b"")
+    choice = ["--text-key", "a", "--text-key", "b.c", "--val", tmp_path / "c/val.jsonl", "--tokenizer", "bytes"]
+    text = run("prepare", tmp_path / "c", *choice, "--out", tmp_path / "one").stdout
+    assert f"passed over {tmp_path}/c/0.bin: its name says no known format" in text
+    assert "passed over 5 more" in text
+    assert "2 null documents skipped" in text
+    assert "validation from sources of its own" in text
+    facts = run_json("prepare", tmp_path / "c", *choice, "--out", tmp_path / "two")
+    assert len(facts["source"]["passed_over"]) == 25
+    assert facts["splits"]["val"]["tokens"] == facts["splits"]["train"]["tokens"] == 5
+    done = run_json(
+        "tokenizer", "train", tmp_path / "c", *choice[:4], "--vocab-size", "257", "--out", tmp_path / "t.json"
+    )
+    assert len(done["passed_over"]) == 25
+
+
 def test_inspect_speaks_to_people_too(folder: Path) -> None:
     text = run("inspect", folder).stdout
     assert "gpt2, 50,257 tokens, EOT 50256" in text

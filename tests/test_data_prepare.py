@@ -347,6 +347,69 @@ def test_bad_documents_are_counted_over_all_units(tmp_path: Path, monkeypatch: p
     assert prepare([source], out, skip_bad=3, workers=2).source.bad_documents == 3  # goes on with what is finished
 
 
+def test_bad_documents_are_counted_over_all_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
+    lines = Path(jsonl(tmp_path / "a.jsonl", TEXTS)).read_bytes().split(b"\n")
+    lines[100] = lines[900] = b'{"text": 1}'
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    source, out = str(tmp_path / "a.jsonl"), tmp_path / "out"
+    for skip_bad in (1, 2):
+        for task in (0, 1):
+            try:
+                prepare_part([source], out, "bytes", task_index=task, task_count=2, skip_bad=skip_bad)
+            except DataError as error:
+                assert skip_bad == 1
+                assert "2 bad documents so far, and --skip-bad 1" in str(error)  # noqa: PT017
+    for skip_bad in (0, 1):
+        with pytest.raises(DataError, match=f"2 bad documents so far, and --skip-bad {skip_bad}"):
+            prepare([source], out, "bytes", only_merge=True, skip_bad=skip_bad)
+    assert prepare([source], out, "bytes", only_merge=True, skip_bad=2).source.bad_documents == 2
+
+
+def test_validation_from_sources_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
+    (tmp_path / "c").mkdir()
+    held_out = jsonl(tmp_path / "c/held_out.jsonl", TEXTS[800:])
+    jsonl(tmp_path / "c/a.jsonl", TEXTS[:800] + TEXTS[:10])
+    source = str(tmp_path / "c")
+    manifest = prepare([source], tmp_path / "out", "bytes", val=[held_out], shard_tokens=3000)
+    assert documents(tmp_path / "out", "train") == TEXTS[:800] + TEXTS[:10]
+    assert documents(tmp_path / "out", "val") == TEXTS[800:]
+    assert (manifest.split.method, manifest.source.documents) == ("sources", 1010)
+    assert verify(tmp_path / "out").problems == []
+    shuffled = prepare([source], tmp_path / "two", "bytes", val=[held_out], shuffle_seed=1, dedup=True)
+    assert sorted(documents(tmp_path / "two", "val")) == sorted(TEXTS[800:])
+    assert shuffled.source.duplicate_documents == 10
+    with pytest.raises(UsageError, match="either sources for validation or a fraction"):
+        prepare([source], tmp_path / "three", val=[held_out], val_fraction=0.1)
+    with pytest.raises(UsageError, match="nothing to train on"):
+        prepare([held_out], tmp_path / "three", val=[held_out])
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("content", ["lines", "gzip", "text"])
+def test_standard_input_is_a_source(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Path(jsonl(tmp_path / "a.jsonl", TEXTS)).read_bytes()
+    given = {"lines": lines, "gzip": gzip.compress(lines), "text": b"plain text " * 1000}[content]
+    code = "import packspeed.data.prepare.units as u\nu.UNIT_BYTES = 20_000\n"
+    code += "from packspeed.data.prepare.prepare import prepare\n"
+    code += f"prepare(['-'], {str(tmp_path / 'out')!r}, 'bytes', val_fraction=0, workers=2)"
+    subprocess.run([sys.executable, "-c", code], input=given, check=True)
+    expected = [given.decode()] if content == "text" else TEXTS
+    assert documents(tmp_path / "out", "train") == expected
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="cannot share standard input or a pipe"):
+        prepare_part([str(pipe)], tmp_path / "tasks", "bytes", task_index=0, task_count=2)
+
+
+def test_names_of_any_bytes_are_listed(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", TEXTS)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.bin")).write_bytes(b"")
+    prepare([str(tmp_path)], tmp_path / "out", "bytes")
+    assert "caf\\xe9.bin: its name says no known format" in load_manifest(tmp_path / "out").source.passed_over[0]
+
+
 @pytest.mark.launch
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """Ten times the text costs at most a few megabytes more."""

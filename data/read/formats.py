@@ -70,8 +70,11 @@ def format_of(name: str) -> Format:
     """The format that the name of a file or a URL says."""
     if not re.match(r"[a-z][a-z0-9+.-]*://", name):
         return _by_suffix(name)
-    url = urlsplit(name)
-    names = [unquote(url.path), *(value.rstrip('"; ') for _, value in parse_qsl(url.query))]
+    try:
+        url = urlsplit(name)
+        names = [unquote(url.path), *(value.rstrip('"; ') for _, value in parse_qsl(url.query))]
+    except ValueError:  # no URL: opening it will say so
+        names = [name]
     formats = [_by_suffix(candidate) for candidate in names]
     return next((found for found in formats if found.kind != "unknown"), formats[0])
 

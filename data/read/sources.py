@@ -99,7 +99,7 @@ def find_sources(
 
 def printable(name: str) -> str:
     """A name as UTF-8: names of files may be any bytes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class _Search:
