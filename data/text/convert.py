@@ -136,8 +136,13 @@ def from_sentencepiece(file: Path) -> tuple[bytes, DocumentTokens]:
         reference = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     except Exception as error:  # protobuf's and sentencepiece's own errors
         raise DataError(f"{file} is not a SentencePiece model, or a damaged one. Copy it again.") from error
-    spec = _sentencepiece_spec(model, file)
-    _compare(spec, reference, file)
+    specs = (_sentencepiece_spec(model, file, first) for first in (False, True))
+    spec = next((spec for spec in specs if _agrees(spec, reference, file)), None)
+    if spec is None:
+        raise DataError(
+            f"{file}: sentencepiece and the tokenizers library give other ids for some texts. Give the tokenizer.json "
+            f"that the makers of the model publish."
+        )
     names = {i: piece.piece for i, piece in enumerate(model.pieces)}
     trained = model.trainer_spec
     return spec, DocumentTokens(names.get(trained.eos_id), names.get(trained.bos_id), source=file.name)
@@ -146,8 +151,12 @@ def from_sentencepiece(file: Path) -> tuple[bytes, DocumentTokens]:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types of pieces
 
 
-def _sentencepiece_spec(model: Any, file: Path) -> bytes:
-    """The tokenizer.json of a SentencePiece model."""
+def _sentencepiece_spec(model: Any, file: Path, first: bool) -> bytes:
+    """The tokenizer.json of a SentencePiece model.
+
+    The space in front of a text is put there by Metaspace if `first`: that is right after user-defined symbols, and
+    wrong before a text that begins with spaces. Else by Prepend, which is wrong after such symbols.
+    """
     trained, rules, pieces = model.trainer_spec, model.normalizer_spec, model.pieces
     if trained.model_type not in (1, 2) or not rules.escape_whitespaces or trained.treat_whitespace_as_suffix:
         raise UsageError(
@@ -165,8 +174,10 @@ def _sentencepiece_spec(model: Any, file: Path) -> bytes:
         charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if rules.remove_extra_whitespaces:
-        normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+        for pattern, replacement in ((r"\A +| +\z", ""), (" {2,}", " ")):
+            normalizers.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": replacement})
+    if rules.add_dummy_prefix and not first:
+        normalizers += [{"type": "Prepend", "prepend": "▁"}]
     unigram = trained.model_type == 1
     across_words = any("▁" in piece.piece[1:] for piece in pieces if piece.type == NORMAL)
     space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -180,7 +191,7 @@ def _sentencepiece_spec(model: Any, file: Path) -> bytes:
         pre_tokenizer={
             "type": "Metaspace",
             "replacement": "▁",
-            "prepend_scheme": "first" if rules.add_dummy_prefix else "never",
+            "prepend_scheme": "first" if rules.add_dummy_prefix and first else "never",
             "split": unigram and not across_words,
         },
         decoder={"type": "Sequence", "decoders": decoders},
@@ -216,8 +227,8 @@ def _pair_encoding(model: Any) -> dict[str, Any]:
     }
 
 
-def _compare(content: bytes, reference: Any, file: Path) -> None:
-    """DataError unless the converted tokenizer and sentencepiece give the same ids for PROBE."""
+def _agrees(content: bytes, reference: Any, file: Path) -> bool:
+    """Whether the converted tokenizer and sentencepiece give the same ids for PROBE and the model's own symbols."""
     import tokenizers
 
     try:
@@ -225,11 +236,9 @@ def _compare(content: bytes, reference: Any, file: Path) -> None:
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file} cannot be read by the tokenizers library: {error}.") from error
     made.encode_special_tokens = True
-    if made.encode(PROBE, add_special_tokens=False).ids != reference.encode(PROBE):
-        raise DataError(
-            f"{file}: sentencepiece and the tokenizers library give other ids for some texts. Give the tokenizer.json "
-            f"that the makers of the model publish."
-        )
+    symbols = [token["content"] for token in json.loads(content)["added_tokens"] if not token["special"]]
+    probe = PROBE + "".join(f"x {symbol}" for symbol in symbols)
+    return bool(made.encode(probe, add_special_tokens=False).ids == reference.encode(probe))
 
 
 def _content(

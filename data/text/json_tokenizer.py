@@ -15,10 +15,11 @@ with GPT-2's structure the results are the same and tiktoken is four times as fa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,19 +74,21 @@ class JsonTokenizer:
         """Ids of a text. Special tokens in it are encoded as ordinary characters."""
         if self._fast is not None:
             return self._fast.encode(text)
-        ids: list[int] = self._checked_ids(self._plain.encode(text, add_special_tokens=False)).tolist()
+        ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         """Ids of several texts, one array each."""
         if self._fast is not None:
             return self._fast.encode_batch(texts)
-        encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        with _library_errors(self.name, "used"):
+            encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
         return [self._checked_ids(encoding) for encoding in encoded]
 
     def spans(self, text: str) -> Spans:
         """The tokens of a text and where they are (long_text.py)."""
-        encoding = self._plain.encode(text, add_special_tokens=False)
+        with _library_errors(self.name, "used"):
+            encoding = self._plain.encode(text, add_special_tokens=False)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
         begins = np.diff(words, prepend=-1) != 0
@@ -198,12 +201,11 @@ class JsonTokenizer:
             ids = self._file_ids[ids]
         special = np.isin(ids, self._special_array)
         if special.any():
-            first = int(np.flatnonzero(special)[0])
-            name = self._names[int(ids[first])]
+            name = self._names[int(ids[special][0])]
             raise DataError(
-                f"Tokenizer {self.name} encodes ordinary text, {encoding.tokens[first]!r}, as its special token "
-                f"{name!r}, so a text could end its own document. Use a tokenizer that has another token for unknown "
-                f"characters, or name another end-of-text token by --eot-token."
+                f"Tokenizer {self.name} encodes text that it does not know as its special token {name!r}, so a text "
+                f"could end its own document. Use a tokenizer that has another token for unknown characters, or name "
+                f"another end-of-text token by --eot-token."
             )
         return ids
 
@@ -267,10 +269,36 @@ def _parse(name: str, content: bytes) -> dict[str, Any]:
 def _build(name: str, spec: dict[str, Any]) -> tokenizers.Tokenizer:
     import tokenizers
 
-    try:
+    _check_prefix(name, spec["model"])
+    with _library_errors(name, "read"):
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"Tokenizer {name} cannot be read by the tokenizers library: {error}.") from error
+
+
+@contextlib.contextmanager
+def _library_errors(name: str, action: str) -> Iterator[None]:
+    """Turn the errors of tokenizers into DataError: it raises bare Exception, and panics that are no Exception."""
+    try:
+        yield
+    except (UnicodeEncodeError, TypeError):  # half a surrogate pair in the text
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise DataError(f"Tokenizer {name} cannot be {action} by the tokenizers library: {reason}.") from error
+
+
+def _check_prefix(name: str, model: dict[str, Any]) -> None:
+    """DataError if merges lack the model's prefix of inner tokens: the library ends the process there."""
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if model.get("type") == "WordPiece" or not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    if any(not isinstance(pair, list) or not str(pair[-1]).startswith(prefix) for pair in pairs if pair):
+        raise DataError(
+            f"Tokenizer {name} has merges whose second part does not begin with its continuing_subword_prefix "
+            f"{prefix!r}. It was edited or damaged: copy it again."
+        )
 
 
 def _deterministic(spec: dict[str, Any]) -> dict[str, Any]:
