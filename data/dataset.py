@@ -96,13 +96,14 @@ class TokenDataset:
         return self._starts[split][-1]
 
     def read(self, split: str, start: int, length: int) -> Tokens:
-        """Copy `length` tokens from `start` on, (length,), across shard boundaries. IndexError outside the split."""
-        row = np.empty(length, dtype=self.dtype)
-        self.read_into(row, split, start)
-        return row
+        """Copy `length` tokens from `start` on, (length,), across shard boundaries.
+
+        IndexError outside the split, DataError for ids outside the vocabulary.
+        """
+        return self.read_rows(split, [start], length).reshape(-1)
 
     def read_rows(self, split: str, starts: Sequence[int], length: int) -> Tokens:
-        """Copy `length` tokens from each start on, (len(starts), length), in the dataset's dtype."""
+        """Copy `length` tokens from each start on, (len(starts), length). Errors as in `read`."""
         rows = np.empty((len(starts), length), dtype=self.dtype)
         for row, start in zip(rows, starts, strict=True):
             self.read_into(row, split, start)
@@ -117,17 +118,18 @@ class TokenDataset:
         if not tokens.size or int(tokens.max()) < self.vocab_size:
             return
         for start, length in spans:
-            outside = np.flatnonzero(self.read(split, start, length) >= self.vocab_size)
+            row = np.empty(length, dtype=self.dtype)
+            self.read_into(row, split, start)
+            outside = np.flatnonzero(row >= self.vocab_size)
             if len(outside):
-                raise self._damaged_token(split, start + int(outside[0]))
+                raise self._damaged_token(split, start + int(outside[0]), int(row[outside[0]]))
 
-    def _damaged_token(self, split: str, token: int) -> DataError:
+    def _damaged_token(self, split: str, token: int, token_id: int) -> DataError:
         number = bisect_right(self._starts[split], token) - 1
         path, place = self.path / f"{self._shards[split][number].name}.bin", token - self._starts[split][number]
         return DataError(
-            f"{path} contains token id {int(self.read(split, token, 1)[0])} at byte {place * self.dtype.itemsize}, "
-            f"outside the vocabulary of {self.vocab_size}: the file is damaged. Check the dataset with packspeed "
-            f"verify, and copy the file again."
+            f"{path} contains token id {token_id} at byte {place * self.dtype.itemsize}, outside the vocabulary of "
+            f"{self.vocab_size}: the file is damaged. Check the dataset with packspeed verify, and copy the file again."
         )
 
     def will_need(self, split: str, ranges: Starts) -> None:

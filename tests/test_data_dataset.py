@@ -202,11 +202,31 @@ def test_a_forged_manifest_cannot_leave_its_folder_or_lie(message: str, edit: Ed
         TokenDataset(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff", b"null", b"[" * 100_000, b"9" * 5000])
 def test_a_torn_manifest_is_refused(content: bytes, folder: Path) -> None:
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json"):
         TokenDataset(folder)
+
+
+def test_files_that_cannot_be_read_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EACCES and EIO, which root does not get from permissions: the system's calls are replaced."""
+    opened = TokenDataset(folder)
+
+    def refuse(*unused: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DataError, match=r"train-00000\.bin cannot be read: Permission denied\. Check its permissions"):
+        opened.read("train", 0, 5)
+    with pytest.raises(DataError, match=r"train-00000\.idx cannot be read: Permission denied"):
+        TokenDataset(folder)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read: Permission denied"):
+        load_manifest(folder)
+    monkeypatch.setattr("packspeed.data.checks.verify.load_manifest", lambda path: opened.manifest)
+    assert "bytes.tiktoken cannot be read: Permission denied" in verify(folder).problems[0]
 
 
 def test_what_is_no_dataset_is_wrong_usage(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import xxhash
 
 from packspeed.data.errors import DataError
 from packspeed.data.storage.manifest import Manifest, Shard, load_manifest
-from packspeed.data.storage.mmidx import Index, read_index
+from packspeed.data.storage.mmidx import Index, read_index, unreadable
 
 PIECE_BYTES = 2**24
 
@@ -62,8 +62,12 @@ def _check_tokenizer(folder: Path, manifest: Manifest, report: VerifyReport) -> 
     path = folder / manifest.tokenizer.file
     if not path.is_file():
         report.problems.append(f"{path} is missing.")
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
-        report.problems.append(f"{path} has another sha256 than in the manifest.")
+        return
+    try:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
+            report.problems.append(f"{path} has another sha256 than in the manifest.")
+    except OSError as error:
+        report.problems.append(str(unreadable(path, error)))
 
 
 def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: VerifyReport) -> None:
