@@ -186,7 +186,11 @@ def _known_ranks(tokenizer: Tokenizer) -> tuple[bytes, str] | None:
     """The ranks of a tokenizer that gigatoken supports, and gigatoken's name for its pattern; else None."""
     as_ranks = getattr(tokenizer, "as_ranks", None)
     ranks_file, pattern = (as_ranks() if as_ranks is not None else None) or (b"", "")
-    return (ranks_file, PATTERNS[pattern]) if pattern in PATTERNS else None
+    if pattern not in PATTERNS:
+        return None
+    # gigatoken reads ranks 0, 1, 2 ... only. Files whose special tokens come first have no such ranks.
+    lines = ranks_file.splitlines()
+    return (ranks_file, PATTERNS[pattern]) if int(lines[-1].split()[1]) == len(lines) - 1 else None
 
 
 def _head(text: bytes) -> bytes:
