@@ -121,17 +121,20 @@ def stream(
     top_p: float | None = None,
     seeds: Sequence[int],
     eot_id: int | None = None,
+    end_ids: Sequence[int] = (),
 ) -> Iterator[Column]:
     """Continue prompts of any lengths. Yields one column of new tokens at a time, on the CPU.
 
     temperature: 0 takes the most likely token. top_k: sample from the k most likely. top_p: sample from the fewest
     tokens whose probabilities add up to p. seeds: one per prompt. eot_id: a row that has drawn it repeats it with
-    log-probability 0, and generation stops when every row has. Dropout is off; the model's mode is restored.
+    log-probability 0, and generation stops when every row has. end_ids: more ids that end a row, which repeats eot_id
+    then. Dropout is off; the model's mode is restored.
     Raises ValueError for an empty prompt and invalid settings.
     """
     _check(prompts, temperature, top_k, top_p)
     rows = [list(prompt) for prompt in prompts]
     done = torch.zeros(len(rows), dtype=torch.bool)
+    ends = torch.tensor([eot_id, *end_ids]) if eot_id is not None else None
     window = _Window(model, rows, max_new_tokens)
     keys = torch.tensor(seeds, dtype=torch.int64)  # (B,)
     was_training = model.training
@@ -141,9 +144,9 @@ def stream(
             logits = window.next_logits()  # (B, V)
             new = draw(logits, temperature, top_k, top_p, uniform(keys, step))
             gained = logits.gather(1, new.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
-            if eot_id is not None:
+            if ends is not None and eot_id is not None:
                 new, gained = new.masked_fill(done, eot_id), gained.masked_fill(done, 0.0)
-                done |= new == eot_id
+                done |= torch.isin(new, ends)
             for row, token in zip(rows, new.tolist(), strict=True):
                 row.append(token)
             yield Column(new, gained)

@@ -58,16 +58,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def to_hf_config(config: GPTConfig, eot_id: int, dtype: str) -> dict[str, Any]:
-    """Return the config.json of a model; dtype: torch's name, as "float32". Raises ValueError if no family fits."""
+def to_hf_config(config: GPTConfig, bos_id: int, eos_ids: list[int], dtype: str) -> dict[str, Any]:
+    """Return the config.json of a model. Raises ValueError if no family fits.
+
+    eos_ids: tokens that end a text; dtype: torch's name, as "float32".
+    """
     kind = family(config)
     common = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids,
         "torch_dtype": dtype,
         "initializer_range": 0.02,
         "use_cache": True,

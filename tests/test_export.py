@@ -20,12 +20,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packspeed.data.errors import DataError
+from packspeed.data.prepare.prepare import prepare
 from packspeed.data.text.bpe import train_tokenizer
 from packspeed.data.text.ranks import BytesTokenizer, TiktokenTokenizer
 from packspeed.data.text.ranks_to_json import tokenizer_json
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.config.run_data import make_run_loader, open_data
 from packspeed.launch.convert.export import export_hf
 from packspeed.launch.convert.import_weights import import_hf, import_nanogpt
 from packspeed.launch.inference.load_model import find_checkpoint, load_model
@@ -44,6 +47,7 @@ MODELS = {  # run -> (its DeepSpeed file, what it trains, the class that it expo
     "out-nobias": ("zero1", "model={n_layer: 2, n_head: 2, d_model: 32, bias: false, mlp: gelu}", "GPT2LMHeadModel"),
     "out-llama": ("zero2", LLAMA + ", tie_embeddings: false}", "LlamaForCausalLM"),
     "out-llama-bias": ("zero2_offload", LLAMA.replace("bias: false", "bias: true") + ", d_ff: 96}", "LlamaForCausalLM"),
+    "out-qwen2": ("zero1", LLAMA.replace("bias: false", "bias: qkv") + "}", "Qwen2ForCausalLM"),
     "out-qwen3": ("zero3", LLAMA + ", qk_norm: true, head_dim: 16, vocab_size: 300}", "Qwen3ForCausalLM"),
 }
 BIG = "model={n_layer: 8, n_head: 4, d_model: 256}"  # 26 MB of fp32 weights, at most 1 MB in a matrix
@@ -65,6 +69,14 @@ def llama(**fields: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**shape, **fields}))
 
 
+def qwen2() -> Any:
+    shape: dict[str, Any] = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
+
+
 def nanogpt_state(bias: bool) -> dict[str, Any]:
     """A ckpt.pt as nanoGPT's train.py saves it, compiled: its names, Linear layers and not Conv1D."""
     d, state, torch_generator = 32, dict[str, Any](), torch.Generator().manual_seed(1)
@@ -83,34 +95,52 @@ def nanogpt_state(bias: bool) -> dict[str, Any]:
     return {"model": state, "optimizer": {}, "model_args": arguments, "iter_num": 5, "best_val_loss": torch.tensor(3.0)}
 
 
+PACKED = {"out-masked": "document_mask: true", "out-best-fit": "packing: best_fit"}
+
+
+def prepare_documents(folder: Path) -> Path:
+    """A dataset of many short documents."""
+    text = text_of_python()[:40_000]
+    lines = (json.dumps({"text": text[i : i + 20 + i % 50]}) for i in range(0, len(text), 70))
+    (folder / "documents.jsonl").write_text("\n".join(lines))
+    prepare([str(folder / "documents.jsonl")], folder / "documents", "bytes", val_fraction=0.05)
+    return folder / "documents"
+
+
 @pytest.fixture(scope="module")
 def runs(workspace: Workspace) -> Workspace:
     """Everything trained in one launch on two ranks: fresh models of each family, and imported ones with lr 0."""
     folder, tokens = workspace.folder, str(workspace.folder / "tokens")
     torch.manual_seed(0)
     gpt2().save_pretrained(folder / "hf-gpt2")
-    model = llama()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    model.save_pretrained(folder / "hf-llama", max_shard_size="20KB")
-    assert len(list((folder / "hf-llama").glob("*.safetensors"))) > 2
+    for name, model in (("hf-llama", llama()), ("hf-qwen2", qwen2())):
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        model.save_pretrained(folder / name, max_shard_size="20KB")
+        assert len(list((folder / name).glob("*.safetensors"))) > 2
     torch.save(nanogpt_state(bias=False), folder / "ckpt.pt")
     import_hf(folder / "hf-gpt2", folder / "runs" / "in-gpt2", tokens)
     import_hf(folder / "hf-llama", folder / "runs" / "in-llama", tokens)
+    import_hf(folder / "hf-qwen2", folder / "runs" / "in-qwen2", tokens)
     import_nanogpt(folder / "ckpt.pt", folder / "runs" / "in-nanogpt", tokens)
     jobs = [
         workspace.arguments(name, *ONE_STEP, "train.steps=2", "eval.every_steps=1", model, f"deepspeed={stage}")
         for name, (stage, model, _) in MODELS.items()
     ]
+    documents = prepare_documents(folder)
+    jobs += [
+        workspace.arguments(name, *ONE_STEP, LLAMA + "}", f"data={{path: {documents}, seq_len: 32, {key}}}")
+        for name, key in PACKED.items()
+    ]
     jobs += [workspace.arguments(f"out-big-{stage}", *ONE_STEP, BIG, f"deepspeed={stage}") for stage in STAGES]
     still = (*ONE_STEP, "train.optimizer.lr=0", "train.schedule.name=constant", "train.schedule.warmup_steps=0")
     still += ("train.global_batch_tokens=128", "data.seq_len=32")
-    for name, stage in (("in-gpt2", "zero2"), ("in-llama", "zero3"), ("in-nanogpt", "zero0")):
+    for name, stage in (("in-gpt2", "zero2"), ("in-llama", "zero3"), ("in-nanogpt", "zero0"), ("in-qwen2", "zero1")):
         sets = [part for text in (*still, f"deepspeed={stage}") for part in ("--set", text)]
         jobs.append(["--config", str(folder / "runs" / name / "run.yaml"), *sets])
     codes, output = run_many(folder / "export", jobs)
     assert codes == [0] * len(jobs), output[-6000:]
-    assert output.count("resuming from") == 3
+    assert output.count("resuming from") == 4
     return workspace
 
 
@@ -144,9 +174,29 @@ def test_transformers_computes_the_same(runs: Workspace, name: str, tmp_path: Pa
 
 
 @pytest.mark.launch
-def test_an_imported_gpt2_and_llama_come_back_bit_for_bit(runs: Workspace, tmp_path: Path) -> None:
-    """Through one step with learning rate 0 on two ranks, ZeRO-2 and ZeRO-3."""
-    for name, source in (("in-gpt2", "hf-gpt2"), ("in-llama", "hf-llama")):
+@pytest.mark.parametrize("name", PACKED)
+def test_a_run_with_packed_documents_goes_out(runs: Workspace, name: str, tmp_path: Path) -> None:
+    """transformers computes the same on any row, and on each document alone what training computed inside a row."""
+    export_hf(runs.folder / "runs" / name, tmp_path / "hf")
+    assert "no token attended to another document" in (tmp_path / "hf" / "README.md").read_text()
+    ours, theirs = load_model(find_checkpoint(runs.folder / "runs" / name))[0], load(tmp_path / "hf")
+    run = load_run_file(runs.folder / "runs" / name / "config.yaml")
+    batch = make_run_loader(run, open_data(run)).batch(0, 0, 4)
+    assert batch.documents is not None
+    assert len(batch.documents) > 4
+    rows = torch.from_numpy(batch.inputs.astype(np.int64))
+    positions, lengths = torch.from_numpy(batch.positions).long(), batch.documents.tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(rows).logits, ours(rows), rtol=1e-5, atol=1e-5)
+        packed = ours(rows, positions=positions, documents=lengths).flatten(0, 1).split(lengths)
+        for document, logits in zip(rows.flatten().split(lengths), packed, strict=True):
+            torch.testing.assert_close(theirs(document[None]).logits[0], logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.launch
+def test_imported_models_come_back_bit_for_bit(runs: Workspace, tmp_path: Path) -> None:
+    """Through one step with learning rate 0 on two ranks, ZeRO-1, ZeRO-2 and ZeRO-3."""
+    for name, source in (("in-gpt2", "hf-gpt2"), ("in-llama", "hf-llama"), ("in-qwen2", "hf-qwen2")):
         run = runs.folder / "runs" / name
         assert read_manifest(find_checkpoint(run))["step"] == 1
         assert len(runs.losses(name)) == 1
@@ -163,9 +213,6 @@ def test_an_imported_gpt2_and_llama_come_back_bit_for_bit(runs: Workspace, tmp_p
 @pytest.mark.launch
 def test_an_imported_llama_has_its_loss_at_once(runs: Workspace) -> None:
     """The first step's loss is what transformers computes on the same tokens."""
-    from packspeed.launch.config.loading import load_run_file
-    from packspeed.launch.config.run_data import make_run_loader, open_data
-
     run = load_run_file(runs.folder / "runs" / "in-llama" / "config.yaml")
     window = torch.from_numpy(make_run_loader(run, open_data(run)).batch(0, 0, 1).tokens.astype(np.int64))
     model = load(runs.folder / "hf-llama")
@@ -309,19 +356,6 @@ def test_export_refusals(runs: Workspace, tmp_path: Path) -> None:
     weights.write_bytes(content)
     assert "has another hash" in runs_cli(["export", str(tmp_path / "step"), str(tmp_path / "no")], code=1)
     assert not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize("out", [".", "..", "/", "sub/.."])
-def test_the_current_folder_and_those_above_are_no_new_folders(
-    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They have no name to rename a finished folder to."""
-    (tmp_path / "here/sub").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here")
-    if out == ".":
-        (tmp_path / "here/sub").rmdir()
-    with pytest.raises(ConfigError, match="is in use: name a folder"):
-        export_hf(Path("no run"), Path(out))
 
 
 @pytest.mark.launch

@@ -7,14 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from packspeed.data.remote import open_dataset
+from packspeed.launch.checkpoint.manifest import dump_manifest, read_manifest
 from packspeed.launch.convert.export import export_hf
 from packspeed.launch.convert.import_weights import import_hf
+from packspeed.launch.inference.generate import SamplingSettings, TextGenerator
 from packspeed.launch.inference.load_model import find_checkpoint, load_model
 from support.commands import runs_cli
 
@@ -224,3 +229,189 @@ def test_an_adapter_is_named(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "adapter_config.json").write_text("{}")
     assert "merge it into its base model" in refusal(tmp_path / "hf", 2)
+
+
+# ---- tokenizers
+
+
+def save_tokenizer(
+    folder: Path, specials: tuple[str, ...] = ("<s>", "</s>"), before: str | None = "<s>", **settings: Any
+) -> tokenizers.Tokenizer:
+    """Save a byte-level BPE of 300 tokens or more, which puts `before` before a text. settings: of its config."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    made.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 50], trainer)
+    made.add_special_tokens(list(specials))
+    if before:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{before} $A", pair=f"{before} $A {before} $B", special_tokens=[(before, made.token_to_id(before))]
+        )
+    made.save(str(folder / "tokenizer.json"))
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return made
+
+
+def prepared(folder: Path, run: Path, *options: str) -> Path:
+    """Prepare a dataset as the run file says."""
+    (folder / "text.txt").write_text("the quick brown fox\n" * 50)
+    command = ["prepare", str(folder / "text.txt"), "--tokenizer", str(run / "tokenizer" / "tokenizer.json"), *options]
+    runs_cli([*command, "--out", str(folder / "tokens"), "--val-fraction", "0"])
+    return folder / "tokens"
+
+
+def use_data(run: Path, tokens: Path) -> None:
+    """Let the checkpoint name a dataset, as those of training do."""
+    checkpoint = find_checkpoint(run)
+    manifest = read_manifest(checkpoint)
+    manifest["config"]["data"] = {"path": str(tokens)}
+    (checkpoint / "packspeed.json").write_text(dump_manifest(manifest))
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_bos_is_where_training_has_it(tmp_path: Path, bos: bool) -> None:
+    """Llama's tokenizer puts <s> first. The run, its prompts and its export do, if its documents begin with it."""
+    save_model(tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf")
+    output = runs_cli(["import", "hf", str(tmp_path / "hf"), "--out", str(tmp_path / "run")])
+    assert "documents begin with <s> and end with </s>: prepare them with --bos" in output
+    assert "tokenizer.json --bos\n" in (tmp_path / "run" / "run.yaml").read_text()
+    tokens = prepared(tmp_path, tmp_path / "run", *(["--bos"] if bos else []))
+    assert (open_dataset(str(tokens)).read("train", 0, 1)[0] == 0) is np.bool_(bos)
+    use_data(tmp_path / "run", tokens)
+    export_hf(tmp_path / "run", tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    generator = TextGenerator(tmp_path / "run")
+    assert generator.prompt_ids("the dog") == [0] * bos + generator.tokenizer.encode("the dog")
+    assert theirs("the dog")["input_ids"] == generator.prompt_ids("the dog")
+    assert theirs("", add_special_tokens=False)["input_ids"] == []
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0 if bos else 1, 1)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (0 if bos else 1, 1)
+
+
+def test_an_import_without_data_keeps_bos(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf")
+    theirs = save_tokenizer(tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    assert TextGenerator(tmp_path / "run").prompt_ids("the dog") == theirs.encode("the dog").ids
+    export_hf(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+
+
+def test_bos_by_the_settings_alone(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf", before=None, bos_token="<s>", eos_token="</s>", add_bos_token=True)
+    assert "documents begin with <s> and end with </s>: prepare them with --bos" in " ".join(
+        import_hf(tmp_path / "hf", tmp_path / "run")["notes"]
+    )
+    export_hf(tmp_path / "run", tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("the dog")["input_ids"] == TextGenerator(tmp_path / "run").prompt_ids("the dog")
+
+
+def test_other_templates_are_named(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf", vocab_size=301)
+    made = save_tokenizer(tmp_path / "hf", ("[CLS]",), before=None)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] <s> $A </s>", special_tokens=[("[CLS]", 300), ("<s>", 0), ("</s>", 1)]
+    )
+    made.save(str(tmp_path / "hf" / "tokenizer.json"))
+    notes = import_hf(tmp_path / "hf", tmp_path / "run")["notes"]
+    assert "its tokenizer puts [CLS] around a text; a run and its export do not" in notes
+    export_hf(tmp_path / "run", tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("the dog")["input_ids"] == TextGenerator(tmp_path / "run").prompt_ids("the dog")
+
+
+def test_an_export_has_no_dropout_truncation_or_padding(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf")
+    made = save_tokenizer(tmp_path / "hf", before=None)
+    made.model.dropout = 0.9
+    made.enable_truncation(3)
+    made.enable_padding(length=50)
+    made.save(str(tmp_path / "hf" / "tokenizer.json"))
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "out")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), TextGenerator(tmp_path / "run").tokenizer
+    text = "the quick brown fox " * 5
+    assert theirs(text)["input_ids"] == ours.encode(text)
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_eos_is_what_the_makers_name(tmp_path: Path, where: str) -> None:
+    """The tokenizer also has <|endoftext|>, which would be the first guess."""
+    save_model(tmp_path / "hf", vocab_size=301, eos_token_id=1 if where == "config.json" else None)
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    save_tokenizer(tmp_path / "hf", ("<|endoftext|>",), None)
+    if where != "config.json":
+        name = "eos_token" if where == "tokenizer_config.json" else "eos_token_id"
+        (tmp_path / "hf" / where).write_text(json.dumps({name: "</s>" if name == "eos_token" else 1}))
+    assert "documents end with </s>" in import_hf(tmp_path / "hf", tmp_path / "run")["notes"]
+    tokens = prepared(tmp_path, tmp_path / "run")
+    assert open_dataset(str(tokens)).eot_id == 1
+    export_hf(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 1
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>"
+
+
+def test_several_eos_ids_end_a_text_and_go_out(tmp_path: Path) -> None:
+    """Greedy text is transformers', which stops at each of them."""
+    save_model(tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf", before=None)
+    import_hf(tmp_path / "hf", tmp_path / "plain")
+    generator = TextGenerator(tmp_path / "plain")
+    greedy = SamplingSettings(max_new_tokens=12, temperature=0)
+    (free,) = generator.generate(["the dog"], greedy)
+    drawn = load(tmp_path / "hf").generate(torch.tensor([generator.prompt_ids("the dog")]), max_new_tokens=12)[0]
+    stop = int(drawn[-4])
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, stop]}))
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    generator = TextGenerator(tmp_path / "run")
+    prompt = torch.tensor([generator.prompt_ids("the dog")])
+    theirs = load(tmp_path / "hf").generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.size(1) :].tolist()
+    assert theirs[-1] == stop
+    (ours,) = generator.generate(["the dog"], greedy)
+    assert ours.text == generator.tokenizer.decode(theirs[:-1])
+    assert free.tokens > ours.tokens
+    export_hf(tmp_path / "run", tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [1, stop]
+
+
+def test_rows_without_a_token_have_no_text(tmp_path: Path) -> None:
+    """More rows than tokens, as in Qwen's models: such an id may be drawn, and transformers decodes it to nothing."""
+    save_model(tmp_path / "hf", vocab_size=320)
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["lm_head.weight"][:300] = 0.0
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    save_tokenizer(tmp_path / "hf", before=None)
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    pieces: list[str] = []
+    settings = SamplingSettings(max_new_tokens=5, temperature=0)
+    (ours,) = TextGenerator(tmp_path / "run").generate(["the dog"], settings, on_text=pieces.append)
+    assert (ours.text, ours.tokens, "".join(pieces)) == ("", 5, "")
+    export_hf(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 320
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    ids = save_tokenizer(tmp_path / "hf", ("[PAD]",)).get_vocab_size()
+    save_model(tmp_path / "hf", vocab_size=ids - 1)
+    output = runs_cli(["import", "hf", str(tmp_path / "hf"), "--out", str(tmp_path / "run")])
+    assert f"its tokenizer was not imported: it has {ids} ids, and the weights have rows for {ids - 1} tokens" in output
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}', "version https://git-lfs.github.com/spec/v1\n"])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    save_model(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(content)
+    output = runs_cli(["import", "hf", str(tmp_path / "hf"), "--out", str(tmp_path / "run")])
+    assert "note: its tokenizer was not imported" in output

@@ -39,7 +39,7 @@ def pair(case: str) -> tuple[GPT, Any, GPTConfig]:
     """Build our model and theirs with theirs' random weights, spread wide so that every part matters."""
     torch.manual_seed(0)
     config = GPTConfig(**{**SHAPE, **({} if case.startswith("gpt2") else LLAMA), **CASES[case]})
-    raw = to_hf_config(config, eot_id=0, dtype="float32")
+    raw = to_hf_config(config, 0, [0], "float32")
     theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=torch.float32)
     assert type(theirs).__name__ == raw["architectures"][0]
     for p in theirs.parameters():
@@ -102,7 +102,7 @@ def test_refusals() -> None:
 )
 def test_models_that_transformers_lacks_are_refused_by_field(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=f"no class for a model with {named}"):
-        to_hf_config(GPTConfig(**{**SHAPE, **fields}), 0, "float32")
+        to_hf_config(GPTConfig(**{**SHAPE, **fields}), 0, [0], "float32")
 
 
 def effective(config: GPTConfig) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def test_a_gpt2_without_some_biases_goes_out_with_zeros(bias: Any) -> None:
     ours = GPT(config).eval()
     for p in ours.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
-    theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_hf_config(config, 0, "float32")))
+    theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_hf_config(config, 0, [0], "float32")))
     theirs.load_state_dict(to_hf_state_dict(ours.state_dict(), config))
     tokens = torch.randint(0, config.vocab_size, (2, 20))
     torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from typing import Any
 from packspeed.data.errors import DataError
 from packspeed.data.text.convert import PROBE
 from packspeed.data.text.json_tokenizer import JsonTokenizer, byte_of_character
-from packspeed.data.text.ranks import EOT, GPT2_PATTERN, BytesTokenizer, TiktokenTokenizer, parse_ranks
+from packspeed.data.text.ranks import BOS, EOT, GPT2_PATTERN, BytesTokenizer, TiktokenTokenizer, parse_ranks
 from packspeed.data.text.tokenizer import Tokenizer
 
 
@@ -27,14 +27,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[bytes, str]:
     if isinstance(tokenizer, JsonTokenizer):
         return tokenizer.content, tokenizer.eot_name
     if isinstance(tokenizer, BytesTokenizer):
-        return _build({bytes([i]): i for i in range(256)}, tokenizer.eot_id, None), EOT
+        return _build({bytes([i]): i for i in range(256)}, {EOT: tokenizer.eot_id}, None), EOT
     if isinstance(tokenizer, TiktokenTokenizer):
         content, pattern = tokenizer.as_ranks()
-        return _checked(_build(parse_ranks(content, tokenizer.name), tokenizer.eot_id, pattern), tokenizer), EOT
+        special = {EOT: tokenizer.eot_id} | ({BOS: tokenizer.bos_id} if tokenizer.bos_id is not None else {})
+        return _checked(_build(parse_ranks(content, tokenizer.name), special, pattern), tokenizer), EOT
     raise DataError(f"Tokenizer {tokenizer.name} has a type that cannot be written as tokenizer.json.")
 
 
-def _build(ranks: dict[bytes, int], eot_id: int, pattern: str | None) -> bytes:
+def _build(ranks: dict[bytes, int], special: dict[str, int], pattern: str | None) -> bytes:
     """The file's content. `pattern` None: text is not cut (correct for a vocabulary without merges)."""
     table = {byte: character for character, byte in byte_of_character().items()}
     names = {token: "".join(table[byte] for byte in token) for token in ranks}
@@ -46,7 +47,7 @@ def _build(ranks: dict[bytes, int], eot_id: int, pattern: str | None) -> bytes:
         split = {"type": "Split", "pattern": {"Regex": ruby(pattern)}, "behavior": "Isolated", "invert": False}
         cut = {"type": "Sequence", "pretokenizers": [split, cut]}
     by_rank = sorted(ranks, key=ranks.__getitem__)
-    special = {"id": eot_id, "content": EOT, "special": True, "normalized": False}
+    as_is = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -56,14 +57,16 @@ def _build(ranks: dict[bytes, int], eot_id: int, pattern: str | None) -> bytes:
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": len(pairs) < len(ranks) - 256,
-        "vocab": {names[token]: ranks[token] for token in by_rank} | {EOT: eot_id},
+        "vocab": {names[token]: ranks[token] for token in by_rank} | special,
         "merges": [[names[left], names[right]] for left, right in pairs],
     }
     out = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [special | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "added_tokens": [
+            {"id": i, "content": name, **as_is} for name, i in sorted(special.items(), key=lambda item: item[1])
+        ],
         "normalizer": None,
         "pre_tokenizer": cut,
         "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},

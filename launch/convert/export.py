@@ -21,13 +21,13 @@ from typing import Any, TypedDict
 
 import torch
 
-from packspeed.data.text.ranks_to_json import tokenizer_json
 from packspeed.data.text.tokenizer import Tokenizer
 from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.convert.hf_tokenizer import exported_tokenizer
 from packspeed.launch.convert.model_card import write_card
-from packspeed.launch.inference.load_model import find_checkpoint, find_tokenizer
+from packspeed.launch.inference.load_model import end_ids, find_checkpoint, find_tokenizer
 from packspeed.model.config import GPTConfig
 from packspeed.model.hf import hf_shapes, weight_table, zero_biases
 from packspeed.model.hf_config import to_hf_config
@@ -64,13 +64,14 @@ def export_hf(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
-    if out.exists() and (out.resolve() == Path.cwd() or not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is in use: name a folder that does not exist yet.")
     checkpoint = find_checkpoint(run, step)
     manifest = read_manifest(checkpoint)
     config = GPTConfig(**manifest["config"]["model"])
     trained_tokenizer = find_tokenizer(manifest["config"], checkpoint, tokenizer)
     hf_config = _hf_config(checkpoint, config, trained_tokenizer, dtype)
+    content, tokenizer_config = exported_tokenizer(trained_tokenizer)
 
     # All files are written to a temporary folder, which a rename publishes.
     temporary = out.with_name(f".{out.name}.tmp")
@@ -78,9 +79,8 @@ def export_hf(
     try:
         temporary.mkdir(parents=True)
         shards = _write_weights(temporary, checkpoint, config, DTYPES[dtype], shard_bytes)
-        content, eot = tokenizer_json(trained_tokenizer)
         (temporary / "tokenizer.json").write_bytes(content)
-        for name, settings in _json_files(hf_config, config, eot).items():
+        for name, settings in _json_files(hf_config, config, tokenizer_config).items():
             (temporary / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         write_card(temporary, out.name, checkpoint, manifest, config)
         if out.exists():  # an empty folder
@@ -103,7 +103,9 @@ def export_hf(
 def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """Content of config.json. ConfigError if transformers has no such model, or the tokenizer is not the model's."""
     try:
-        hf_config = to_hf_config(config, tokenizer.eot_id, str(DTYPES[dtype]).removeprefix("torch."))
+        bos_id = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
+        ends = end_ids(checkpoint, tokenizer)
+        hf_config = to_hf_config(config, bos_id, ends, str(DTYPES[dtype]).removeprefix("torch."))
     except ValueError as error:
         raise ConfigError(f"{checkpoint}: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:
@@ -201,17 +203,12 @@ class Layout(dict[str, tuple[tuple[int, ...], int, int]]):
         return len(text).to_bytes(8, "little") + text
 
 
-def _json_files(hf_config: dict[str, Any], config: GPTConfig, eot: str) -> dict[str, dict[str, Any]]:
+def _json_files(
+    hf_config: dict[str, Any], config: GPTConfig, tokenizer_config: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     ids = {"bos_token_id": hf_config["bos_token_id"], "eos_token_id": hf_config["eos_token_id"]}
     return {
         "config.json": hf_config,
         "generation_config.json": {"_from_model_config": True, **ids},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": eot,
-            "eos_token": eot,
-            "model_max_length": config.max_seq_len,
-            "clean_up_tokenization_spaces": False,
-            "add_prefix_space": False,
-        },
+        "tokenizer_config.json": tokenizer_config | {"model_max_length": config.max_seq_len},
     }

@@ -12,6 +12,7 @@ Models with features that ours does not have are refused; the error names the fe
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,10 +26,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from packspeed.data.errors import DataError
 from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import FileHash, hash_file
-from packspeed.data.text.tokenizer import load_tokenizer
+from packspeed.data.text.tokenizer import Tokenizer
 from packspeed.launch.checkpoint import reshard
 from packspeed.launch.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -40,6 +40,8 @@ from packspeed.launch.checkpoint.manifest import (
 )
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.convert.hf_folder import read_config, read_weights
+from packspeed.launch.convert.hf_tokenizer import read_tokenizer
+from packspeed.launch.inference.load_model import GENERATION, read_end_ids
 from packspeed.launch.run_folder.folder import git_commit, versions
 from packspeed.model.config import GPTConfig, num_parameters
 from packspeed.model.hf import canonical_names, weight_table
@@ -62,22 +64,10 @@ class ImportResult(TypedDict):
 def import_hf(source: Path, out: Path, data: str | None = None) -> ImportResult:
     """Import a folder written by transformers' save_pretrained. ConfigError if our model lacks one of its features."""
     config = read_config(source)
-    tokenizer, notes = _tokenizer(source)
     with ExitStack() as stack:
-        config, parameters, weight_notes = read_weights(source, config, stack)
-        return _write_run(source, out, data, config, parameters, tokenizer, weight_notes + notes)
-
-
-def _tokenizer(source: Path) -> tuple[bytes | None, list[str]]:
-    """Return (content of tokenizer.json, notes for the user); None if there is none that we can use."""
-    path = source / "tokenizer.json"
-    if not path.is_file():
-        return None, ["there is no tokenizer.json: prepare the data with the tokenizer that the model was trained with"]
-    try:
-        load_tokenizer(str(path))
-    except DataError as error:
-        return None, [f"its tokenizer.json was not imported: {error}"]
-    return path.read_bytes(), []
+        config, parameters, notes = read_weights(source, config, stack)
+        tokenizer, tokenizer_notes = read_tokenizer(source, config.vocab_size)
+        return _write_run(source, out, data, config, parameters, tokenizer, notes + tokenizer_notes)
 
 
 def import_nanogpt(source: Path, out: Path, data: str | None = None) -> ImportResult:
@@ -117,23 +107,22 @@ def _write_run(
     data: str | None,
     config: GPTConfig,
     tensors: Iterator[tuple[str, torch.Tensor]],
-    tokenizer: bytes | None,
+    tokenizer: Tokenizer | None,
     notes: list[str],
 ) -> ImportResult:
     """Write the run folder under a temporary name and rename it."""
-    if out.exists() and (out.resolve() == Path.cwd() or not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is in use: name a run folder that does not exist yet.")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    run_file = _run_file(out, config, data, tokenizer is not None)
+    run_file = _run_file(out, config, data, tokenizer)
     try:
         checkpoint = temporary / "checkpoints" / step_folder(0)
         (checkpoint / UNIVERSAL).mkdir(parents=True)
         _write_checkpoint(checkpoint, source, config, tensors)
         (temporary / RUN_FILE).write_text(run_file, encoding="utf-8")
         if tokenizer is not None:
-            (temporary / "tokenizer").mkdir()
-            (temporary / "tokenizer" / "tokenizer.json").write_bytes(tokenizer)
+            _write_tokenizer(temporary / "tokenizer", source, tokenizer)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
@@ -155,6 +144,14 @@ def _write_run(
         "tied": config.tie_embeddings,
         "notes": notes,
     }
+
+
+def _write_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer, and the ids that end a generated text if there are several."""
+    folder.mkdir()
+    tokenizer.save(folder)
+    if len(ends := read_end_ids(source)) > 1:
+        write_file(folder / GENERATION, json.dumps({"eos_token_id": ends}))
 
 
 def _write_checkpoint(
@@ -204,15 +201,17 @@ def _model_section(config: GPTConfig) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
 
 
-def _run_file(out: Path, config: GPTConfig, data: str | None, has_tokenizer: bool) -> str:
+def _run_file(out: Path, config: GPTConfig, data: str | None, tokenizer: Tokenizer | None) -> str:
     """Return a run file that continues from the import. It is ready to use if `data` names a dataset."""
     folder = out.resolve()
     seq_len = min(config.max_seq_len, 1024)
-    tokenizer = folder / "tokenizer" / "tokenizer.json" if has_tokenizer else "the model's own"
+    option = "the model's own"
+    if tokenizer is not None:
+        option = f"{folder / 'tokenizer' / 'tokenizer.json'}{' --bos' if tokenizer.bos_id is not None else ''}"
     head = (
         f"# Continues from the imported weights in {folder}. Set the length, the batch and the learning rate.\n"
         "# Do not use --fresh: it moves the imported weights aside too.\n"
-        f"# The data must have the model's tokenizer: packspeed prepare ... --tokenizer {tokenizer}\n"
+        f"# The data must have the model's tokenizer: packspeed prepare ... --tokenizer {option}\n"
     )
     run = {
         "name": folder.name,

@@ -25,7 +25,7 @@ Points = list[tuple[int, float]]  # (step, loss)
 def write_card(folder: Path, name: str, checkpoint: Path, manifest: Manifest, config: GPTConfig) -> None:
     """Write README.md and, if the run folder has metrics, the picture of the curve."""
     train, valid = curve(checkpoint.resolve().parents[1] / "metrics.jsonl", manifest["step"])
-    sections = [_head(name, manifest, config), _use(), _data(manifest), _tokenizer_note()]
+    sections = [_head(name, manifest, config), _use(), _data(manifest), _tokenizer_note(manifest)]
     if train:
         (folder / CURVE).write_text(curve_svg(train, valid), encoding="utf-8")
         sections.append(_curve_section(train, valid))
@@ -99,12 +99,19 @@ def _data(manifest: Manifest) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tokenizer_note() -> str:
-    return (
+def _tokenizer_note(manifest: Manifest) -> str:
+    note = (
         "Documents were separated by the end-of-text token. In training, text with the characters of a special\n"
         "token was ordinary text; this folder's tokenizer reads them as the token, as transformers does by default\n"
         "(`split_special_tokens=True` changes that).\n"
     )
+    data = manifest["config"].get("data") or {}
+    if data.get("document_mask") or data.get("packing", "stream") != "stream":
+        note += (
+            "\nIn training, no token attended to another document, and positions began at 0 in each. The classes of\n"
+            "transformers have no such mask: give each document a row of its own, which computes the same.\n"
+        )
+    return note
 
 
 def _curve_section(train: Points, valid: Points) -> str:

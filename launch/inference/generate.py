@@ -19,8 +19,8 @@ from typing import TypedDict
 
 import torch
 
-from packspeed.data.text.tokenizer import Tokenizer
-from packspeed.launch.inference.load_model import find_checkpoint, find_tokenizer, load_model
+from packspeed.data.errors import DataError
+from packspeed.launch.inference.load_model import end_ids, find_checkpoint, find_tokenizer, load_model
 from packspeed.model.generate import stream
 
 BATCH_ROWS = 32  # continuations that are generated together
@@ -72,6 +72,7 @@ class TextGenerator:
         self.checkpoint = find_checkpoint(run, step)
         self.model, config = load_model(self.checkpoint)
         self.tokenizer = find_tokenizer(config, self.checkpoint, tokenizer)
+        self.end_ids = end_ids(self.checkpoint, self.tokenizer)
         self.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def generate(
@@ -91,14 +92,29 @@ class TextGenerator:
             batch = jobs[start : start + BATCH_ROWS]
             yield from self._generate_batch([p for p, _ in batch], [s for _, s in batch], settings, on_text)
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of a prompt, as documents start in training: with BOS, or, if empty, after the end of the one before."""
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        return bos + self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Text of generated ids. Rows of the model without a token have none; imported models may draw them."""
+        return self.tokenizer.decode([token for token in ids if self.has_text(token)])
+
+    def has_text(self, token: int) -> bool:
+        """Whether the tokenizer has a token with this id."""
+        try:
+            self.tokenizer.decode_bytes([token])
+        except DataError:
+            return False
+        return True
+
     def _generate_batch(
         self, prompts: list[str], seeds: list[int], settings: SamplingSettings, on_text: Callable[[str], None] | None
     ) -> list[Continuation]:
         """One continuation per prompt; each prompt has a seed of its own."""
-        eot = self.tokenizer.eot_id
-        # An empty prompt starts where documents start in training: after the end of the one before.
-        ids = [self.tokenizer.encode(prompt) or [eot] for prompt in prompts]
-        text_stream = _TextStream(self.tokenizer, on_text) if on_text else None
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        text_stream = _TextStream(self, on_text) if on_text else None
         rows: list[list[int]] = [[] for _ in ids]
         log_probabilities = torch.zeros(len(ids), dtype=torch.float64)
         for tokens, token_log_probabilities in stream(
@@ -109,7 +125,8 @@ class TextGenerator:
             top_k=settings.top_k or None,
             top_p=settings.top_p,
             seeds=seeds,
-            eot_id=eot,
+            eot_id=self.tokenizer.eot_id,
+            end_ids=self.end_ids,
         ):
             log_probabilities += token_log_probabilities.double()
             for row, token in zip(rows, tokens.tolist(), strict=True):
@@ -122,10 +139,10 @@ class TextGenerator:
         return [self._continuation(*drawn) for drawn in zip(prompts, rows, totals, strict=True)]
 
     def _continuation(self, prompt: str, row: list[int], log_probability: float) -> Continuation:
-        eot = self.tokenizer.eot_id
-        new = row[: row.index(eot)] if eot in row else row
+        end = next((i for i, token in enumerate(row) if token in self.end_ids), len(row))
+        new = row[:end]
         drawn = min(len(row), len(new) + 1)  # end-of-text was drawn too; what follows it in the row was not
-        return Continuation(prompt, self.tokenizer.decode(new), len(new), log_probability / drawn if drawn else None)
+        return Continuation(prompt, self.text(new), len(new), log_probability / drawn if drawn else None)
 
 
 def generate_all(
@@ -181,14 +198,14 @@ def run_dialog(
 class _TextStream:
     """Passes tokens on as text. A UTF-8 character may be spread over several tokens: it is passed when complete."""
 
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]) -> None:
-        self.tokenizer, self.write = tokenizer, write
+    def __init__(self, generator: TextGenerator, write: Callable[[str], None]) -> None:
+        self.generator, self.write = generator, write
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> None:
         """Pass on what this token completes; end-of-text is not text."""
-        if token != self.tokenizer.eot_id:
-            self.write(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+        if token not in self.generator.end_ids and self.generator.has_text(token):
+            self.write(self.decoder.decode(self.generator.tokenizer.decode_bytes([token])))
 
     def close(self) -> None:
         """Pass on an unfinished last character as U+FFFD."""

@@ -72,14 +72,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     def __init__(self, generator: TextGenerator) -> None:
         super().__init__()
-        self.tokenizer, self.model = generator.tokenizer, generator.model
+        self.generator, self.tokenizer, self.model = generator, generator.tokenizer, generator.model
         self.max_length = self.model.config.max_seq_len
         self._device = self.model.embed.weight.device
 
     @property
     def eot_token_id(self) -> int:
-        """The token before the first one of a text."""
+        """The token that ends a text."""
         return self.tokenizer.eot_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before the first one of a text: BOS if documents begin with it."""
+        return self.tokenizer.eot_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -87,8 +92,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         return self.tokenizer.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        """Token ids of a text."""
-        return self.tokenizer.encode(string)
+        """Token ids of a text; like transformers' tokenizers, with BOS if documents begin with it."""
+        bos = [] if self.tokenizer.bos_id is None or add_special_tokens is False else [self.tokenizer.bos_id]
+        return bos + self.tokenizer.encode(string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object
@@ -100,7 +106,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         totals = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
             totals.append(sum(total for total, _ in self._score([make_disjoint_window(window) for window in windows])))
         return totals
 
@@ -140,7 +146,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         stops = [stops] if isinstance(stops, str) else stops
         # The window must have room for new tokens, so a long context loses its beginning.
         room = min(int(settings.get("max_gen_toks", 256)), self.max_length - 1)
-        ids = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - room) :]
+        ids = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - room) :]
         drawn: list[int] = []
         text = ""
         for column in stream(
@@ -152,12 +158,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
             top_p=settings.get("top_p"),
             seeds=[0],
             eot_id=self.eot_token_id,
+            end_ids=self.generator.end_ids,
         ):
-            if int(column.tokens[0]) == self.eot_token_id:
+            if int(column.tokens[0]) in self.generator.end_ids:
                 break
             drawn.append(int(column.tokens[0]))
             # A stop string may begin in the middle of a token, so the text is searched, not the tokens.
-            text = self.tokenizer.decode(drawn)
+            text = self.generator.text(drawn)
             if any(stop in text for stop in stops):
                 break
         return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]

@@ -15,7 +15,8 @@ from typing import Any
 
 from packspeed.data.errors import DataError
 from packspeed.data.remote import open_dataset
-from packspeed.data.text.tokenizer import Tokenizer, load_from_dataset, load_tokenizer
+from packspeed.data.text.special_tokens import read_json_object
+from packspeed.data.text.tokenizer import Tokenizer, load_from_dataset, load_tokenizer, load_tokenizer_file
 from packspeed.launch.checkpoint.manifest import (
     MANIFEST,
     find_damage,
@@ -29,6 +30,8 @@ from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, gpt_without_weights
+
+GENERATION = "generation_config.json"
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Path:
@@ -88,7 +91,28 @@ def find_tokenizer(config: dict[str, Any], checkpoint: Path, given: str | None =
             return load_from_dataset(open_dataset(path, **cache).path if "://" in path else path)
         except (DataError, OSError) as error:
             reason = str(error)
-    imported = checkpoint.resolve().parents[1] / "tokenizer" / "tokenizer.json"
+    imported = imported_tokenizer(checkpoint) / "tokenizer.json"
     if imported.is_file():
-        return load_tokenizer(str(imported))
+        return load_tokenizer_file(imported)
     raise UserError(f"{checkpoint}: its tokenizer was not found ({reason}). Name it: --tokenizer FILE.")
+
+
+def imported_tokenizer(checkpoint: Path) -> Path:
+    """Return the folder where an import keeps the tokenizer; it need not exist."""
+    return checkpoint.resolve().parents[1] / "tokenizer"
+
+
+def end_ids(checkpoint: Path, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that end a generated text: the tokenizer's end-of-text, and others that an imported model has."""
+    ends = read_end_ids(imported_tokenizer(checkpoint))
+    return ends if tokenizer.eot_id in ends else [tokenizer.eot_id]
+
+
+def read_end_ids(folder: Path) -> list[int]:
+    """Return eos_token_id of a model folder's generation_config.json, else of its config.json: one, several or none."""
+    for name in (GENERATION, "config.json"):
+        ids = read_json_object(folder / name).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        if ends := [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0]:
+            return ends
+    return []

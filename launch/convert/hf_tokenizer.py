@@ -1,0 +1,149 @@
+"""The tokenizer of a model folder of transformers, and the one that an export writes.
+
+tokenizer.json may have a template, which puts tokens around every text: Llama's puts BOS (<s>) before it. Training
+decides what is right. If documents begin with BOS (packspeed prepare --bos), prompts and the exported tokenizer do,
+too. If not, the exported file has no template.
+Format: https://huggingface.co/docs/tokenizers/api/post-processors
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packspeed.data.errors import DataError
+from packspeed.data.text.convert import PROBE
+from packspeed.data.text.json_tokenizer import JsonTokenizer
+from packspeed.data.text.ranks import BOS
+from packspeed.data.text.ranks_to_json import tokenizer_json
+from packspeed.data.text.special_tokens import read_document_tokens
+from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+def read_tokenizer(source: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
+    """Load the tokenizer of a model with `rows` tokens. Returns it, or None if we cannot use it, and notes."""
+    try:
+        tokenizer = load_tokenizer(str(source))
+        if tokenizer.vocab_size > rows:
+            return None, [
+                f"its tokenizer was not imported: it has {tokenizer.vocab_size:,} ids, and the weights have rows for "
+                f"{rows:,} tokens. Remove the tokens from {rows:,} on, or add rows to the model (transformers: "
+                "resize_token_embeddings), and import it again"
+            ]
+        if not isinstance(tokenizer, JsonTokenizer):
+            return tokenizer, []
+        return _with_bos(source, tokenizer)
+    except DataError as error:
+        return None, [
+            f"its tokenizer was not imported ({error}): prepare the data with the tokenizer that the model was trained "
+            "with"
+        ]
+
+
+def _with_bos(source: Path, tokenizer: JsonTokenizer) -> tuple[Tokenizer, list[str]]:
+    """Load the tokenizer again with BOS, if its template or its settings put BOS before a text."""
+    before, after = template(tokenizer.content)
+    named = read_document_tokens(source)
+    other = [name for name in (*before[:-1], *after) if name != tokenizer.eot_name]
+    notes = [f"its tokenizer puts {', '.join(other)} around a text; a run and its export do not"] if other else []
+    bos = before[-1] if before else None
+    if bos != tokenizer.eot_name and (bos or named.add_bos):
+        tokenizer = load_tokenizer(str(source), bos=True, bos_token=bos)  # type: ignore[assignment]
+        notes.append(
+            f"documents begin with {tokenizer.bos_name} and end with {tokenizer.eot_name}: prepare them with --bos"
+        )
+    else:
+        notes.append(f"documents end with {tokenizer.eot_name}")
+    return tokenizer, notes
+
+
+def template(content: bytes) -> tuple[list[str], list[str]]:
+    """Return the tokens that a tokenizer.json puts before and after a text."""
+    encoding = _library(content).encode("a")
+    added = encoding.special_tokens_mask
+    first = added.index(0) if 0 in added else len(added)
+    last = len(added) - added[::-1].index(0) if 0 in added else len(added)
+    return encoding.tokens[:first], encoding.tokens[last:]
+
+
+def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, dict[str, Any]]:
+    """Return tokenizer.json and tokenizer_config.json, with the ids that the model was trained on.
+
+    DataError if the tokenizers library reads other ids from the file.
+    """
+    content, eot = tokenizer_json(tokenizer)
+    bos = None
+    if tokenizer.bos_id is not None:
+        bos = tokenizer.bos_name if isinstance(tokenizer, JsonTokenizer) else BOS
+    content = _as_trained(content, bos, tokenizer.bos_id)
+    _check_ids(content, tokenizer, eot, bos)
+    return content, {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos or eot,
+        "eos_token": eot,
+        "add_bos_token": bos is not None,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+    }
+
+
+def _as_trained(content: bytes, bos: str | None, bos_id: int | None) -> bytes:
+    """Remove what makes the ids of a text other than in training: dropout, truncation, padding, another template."""
+    spec = json.loads(content)
+    changes: dict[str, Any] = {key: None for key in ("truncation", "padding") if spec.get(key) is not None}
+    if spec["model"].get("dropout") is not None:
+        changes["model"] = spec["model"] | {"dropout": None}
+    if template(content) != ([bos] if bos else [], []):
+        changes["post_processor"] = _post_processor(spec, bos, bos_id)
+    if not changes:
+        return content
+    return json.dumps(spec | changes, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def _post_processor(spec: dict[str, Any], bos: str | None, bos_id: int | None) -> dict[str, Any] | None:
+    """Keep what adds no tokens, ByteLevel, and put BOS before a text."""
+    old = spec.get("post_processor") or {}
+    parts = [part for part in old.get("processors", [old]) if part.get("type") == "ByteLevel"]
+    if bos is not None:
+        token = {"SpecialToken": {"id": bos, "type_id": 0}}
+        text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        parts.append(
+            {
+                "type": "TemplateProcessing",
+                "single": [token, text],
+                "pair": [token, text, token, second],
+                "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+            }
+        )
+    if len(parts) > 1:
+        return {"type": "Sequence", "processors": parts}
+    return parts[0] if parts else None
+
+
+def _check_ids(content: bytes, tokenizer: Tokenizer, eot: str, bos: str | None) -> None:
+    made = _library(content)
+    same = made.token_to_id(eot) == tokenizer.eot_id and (bos is None or made.token_to_id(bos) == tokenizer.bos_id)
+    try:
+        ids = tokenizer.encode(PROBE)
+    except DataError:  # it has no token for some of the characters
+        ids = made.encode(PROBE, add_special_tokens=False).ids
+    if not same or made.encode(PROBE).ids != [tokenizer.bos_id] * (bos is not None) + ids:
+        raise DataError(
+            f"Tokenizer {tokenizer.name}: the tokenizers library, and so transformers, gives other ids to a text or to "
+            f"{eot} than the model was trained on. Correct the ids in tokenizer.json, which may have gaps, and give "
+            "the file with --tokenizer."
+        )
+
+
+def _library(content: bytes) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"tokenizer.json cannot be read by the tokenizers library: {error}.") from error
