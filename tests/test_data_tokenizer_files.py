@@ -15,7 +15,7 @@ from packspeed.data.prepare.prepare import prepare
 from packspeed.data.text.json_tokenizer import JsonTokenizer, _check_prefix
 from packspeed.data.text.ranks import format_ranks, save_ranks
 from packspeed.data.text.special_tokens import DocumentTokens
-from packspeed.data.text.tokenizer import load_from_dataset, load_tokenizer
+from packspeed.data.text.tokenizer import load_from_dataset, load_tokenizer, prompt_ids
 from test_data_tokenizer_families import TEXTS, built, byte_level, fuzzed, with_tokens
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -61,6 +61,14 @@ def test_the_makers_of_a_model_name_its_tokens(folder: Path) -> None:
     assert chosen.encode("<think>") == tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(
         "<", add_special_tokens=False
     ).ids + load_tokenizer(str(folder)).encode("think>")
+
+
+def test_a_prompt_begins_as_documents_do(folder: Path) -> None:
+    plain, mine = load_tokenizer(str(folder)), load_tokenizer(str(folder), bos_token=BEGIN)
+    assert prompt_ids(plain, "It") == plain.encode("It")
+    assert prompt_ids(plain, "") == [plain.eot_id]
+    assert prompt_ids(mine, "It") == [mine.bos_id, *plain.encode("It")]
+    assert prompt_ids(mine, "") == [mine.bos_id]
 
 
 def test_tokens_that_are_not_there_are_refused(folder: Path) -> None:

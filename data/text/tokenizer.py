@@ -171,6 +171,12 @@ def load_from_dataset(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of the beginning of a document, as datasets have it: after BOS, or EOT alone if there is nothing else."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return begin + tokenizer.encode(prompt) or [tokenizer.eot_id]
+
+
 def load_tokenizer_file(path: Path) -> Tokenizer:
     """Load a `.tiktoken` or `.json` file that exists, with the settings beside it, as `Tokenizer.save` wrote them."""
     if path.suffix == ".json":

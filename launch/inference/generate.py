@@ -20,6 +20,7 @@ from typing import TypedDict
 import torch
 
 from packspeed.data.errors import DataError
+from packspeed.data.text.tokenizer import prompt_ids
 from packspeed.launch.inference.load_model import end_ids, find_checkpoint, find_tokenizer, load_model
 from packspeed.model.generate import stream
 
@@ -94,8 +95,7 @@ class TextGenerator:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a prompt, as documents start in training: with BOS, or, if empty, after the end of the one before."""
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return bos + self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
+        return prompt_ids(self.tokenizer, prompt)
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of generated ids. Rows of the model without a token have none; imported models may draw them."""

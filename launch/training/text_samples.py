@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from packspeed.data.text.tokenizer import load_from_dataset
+from packspeed.data.text.tokenizer import load_from_dataset, prompt_ids
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.protocol import Engine
 from packspeed.launch.run_folder.formats import Sample
@@ -40,7 +40,7 @@ class TextSampler:
         return texts
 
     def _continue(self, prompt: str) -> str:
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
+        ids = prompt_ids(self.tokenizer, prompt)
         tokens = torch.tensor([ids], device=self.device)  # (1, T)
         key = torch.tensor([self.run.train.seed])
         for position in range(self.run.monitor.sample_tokens):
