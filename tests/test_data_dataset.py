@@ -174,6 +174,7 @@ FORGERIES_WITH_FINGERPRINT: list[tuple[str, Edit]] = [
     ("shard name 'train-00000'", lambda m: m["shards"][0].update(split="val")),
     ("tokenizer file name '../x.json'", lambda m: m["tokenizer"].update(file="../x.json")),
     ("tokenizer file name '/etc/passwd'", lambda m: m["tokenizer"].update(file="/etc/passwd")),
+    ("tokenizer file name 'xxx.*x [.][.][.]", lambda m: m["tokenizer"].update(file="x" * 10_000)),
     ("tokenizer file name '..'", lambda m: m["tokenizer"].update(file="..")),
     ("dtype 'int64'", lambda m: m.update(dtype="int64")),
     ("vocab_size 70000", lambda m: m["tokenizer"].update(vocab_size=70_000)),

@@ -220,7 +220,7 @@ def _check(manifest: Manifest, path: Path) -> None:
         problem = f"dtype {_short(manifest.dtype)}"
     elif tokenizer.eot_id >= tokenizer.vocab_size or tokenizer.vocab_size > np.iinfo(manifest.dtype).max + 1:
         problem = f"eot_id {tokenizer.eot_id} or vocab_size {tokenizer.vocab_size}"
-    elif not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", tokenizer.file):
+    elif not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,199}", tokenizer.file):
         problem = f"tokenizer file name {_short(tokenizer.file)}"
     for shard in manifest.shards:
         problem = problem or _shard_problem(shard, manifest.dtype)
@@ -233,7 +233,7 @@ def _check(manifest: Manifest, path: Path) -> None:
 
 
 def _shard_problem(shard: Shard, dtype: str) -> str:
-    if not re.fullmatch(r"(train|val)-[0-9]{5,}", shard.name) or not shard.name.startswith(f"{shard.split}-"):
+    if not re.fullmatch(r"(train|val)-[0-9]{5,20}", shard.name) or not shard.name.startswith(f"{shard.split}-"):
         return f"shard name {_short(shard.name)} in split {_short(shard.split)}"
     if not 0 < shard.documents <= shard.tokens <= shard.documents * LONGEST_TOKENS:
         return f"shard {shard.name}: {shard.tokens} tokens in {shard.documents} documents"
