@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import itertools
 import json
 import math
 from collections.abc import Sequence
 
 POINTS = 400
 WIDTH, HEIGHT = 520, 250  # of a chart, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 34, 30  # margins around the plot area
+LEFT, RIGHT, TOP, BOTTOM = 58, 28, 34, 30  # margins around the plot area; half a label fits RIGHT
 COLORS = ("#2563eb", "#db2777", "#059669", "#d97706", "#7c3aed", "#0891b2", "#dc2626", "#4d7c0f")
 
 
@@ -51,22 +50,24 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
     Near the ends the window shrinks on both sides, so that the mean of a falling curve does not lag behind it.
     """
-    sums = [0.0, *itertools.accumulate(values)]
     last, out = len(values) - 1, []
     for i in range(len(values)):
         reach = min(window // 2, i, last - i)
-        out.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+        # Summed anew for each value: in running sums, one huge value would swallow all that follow.
+        out.append(sum(values[i - reach : i + reach + 1]) / (2 * reach + 1))
     return out
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return round numbers (1, 2 or 5 times a power of ten apart) that cover low to high."""
-    span = (high - low) or abs(high) or 1.0
-    smallest = span / count
+    span = high - low
+    if span <= 1e-12 * abs(high):  # one value, or differences that are rounding
+        span = abs(high) or 1.0
+    smallest = max(span / count, 1e-300)
     power = 10 ** math.floor(math.log10(smallest))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= smallest)
     first = math.floor(low / step) * step
-    return [first + i * step for i in range(math.ceil((high - first) / step) + 1)]
+    return [first + i * step for i in range(max(1, math.ceil((high - first) / step)) + 1)]
 
 
 def short_number(value: float) -> str:
@@ -74,6 +75,8 @@ def short_number(value: float) -> str:
     if value == 0:
         return "0"
     size = abs(value)
+    if size >= 1e15:
+        return f"{value:.2g}"
     for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             unit = 1e3 if letter == "k" else limit
@@ -103,7 +106,7 @@ class Plot:
 
     def to_pixels(self, x: float, y: float) -> tuple[float, float]:
         """Return the position of a value in SVG units, from the top left."""
-        low, high = self.marks[0], self.marks[-1] if self.marks[-1] > self.marks[0] else self.marks[0] + 1
+        low, high = self.marks[0], self.marks[-1]
         across = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
         return across, HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
@@ -131,15 +134,22 @@ def line_chart(chart: Chart) -> str:
     body = [_grid(plot)]
     body += [_curve(s, [plot.to_pixels(*point) for point in points]) for s, points in plot.curves]
     body.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
-    # What SCRIPT needs for the tooltip: the curves, and how pixels map to steps.
-    data = [{"label": s.label, "color": s.color, "points": points} for s, points in plot.curves if not s.faint]
-    frame = json.dumps({"x": [plot.x_low, plot.x_high], "left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH})
+    body += [f'<circle class="nearest" cx="-9" cy="-9" r="4" style="fill:{s.color}"/>' for s, _ in plot.curves]
+    # What SCRIPT needs for the tooltip: the curves, and the values and the positions of the corners of the plot area.
+    data = [
+        {"label": s.label + (", raw" if s.faint else ""), "color": s.color, "points": points}
+        for s, points in plot.curves
+    ]
+    corners = {"x": [plot.x_low, plot.x_high], "y": [plot.marks[0], plot.marks[-1]]}
+    frame = json.dumps(
+        corners | {"across": [LEFT, WIDTH - RIGHT], "down": [HEIGHT - BOTTOM, TOP], "size": [WIDTH, HEIGHT]}
+    )
     caption = title + (f' <span class="unit">{html.escape(chart.unit)}</span>' if chart.unit else "")
     return (
         f'<figure class="chart" data-frame="{html.escape(frame)}" data-series="{html.escape(json.dumps(data))}">'
-        f"<figcaption>{caption}<output></output></figcaption>"
+        f"<figcaption>{caption}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(body)}</svg>'
-        f"</figure>"
+        f"<output hidden></output></figure>"
     )
 
 
@@ -164,27 +174,47 @@ def _curve(series: Series, points: Sequence[tuple[float, float]]) -> str:
     return out
 
 
+# Shows a tooltip beside the pointer: the step, and the nearest value of each curve with its own step if that differs.
 SCRIPT = """
 for (const figure of document.querySelectorAll('figure[data-series]')) {
   const frame = JSON.parse(figure.dataset.frame), series = JSON.parse(figure.dataset.series);
-  const [svg, cursor, out] = ['svg', '.cursor', 'output'].map(name => figure.querySelector(name));
+  const [svg, cursor, tip] = ['svg', '.cursor', 'output'].map(name => figure.querySelector(name));
+  const dots = figure.querySelectorAll('.nearest');
+  const scale = ([low, high], [start, end]) => value => start + (value - low) / (high - low) * (end - start);
+  const across = scale(frame.x, frame.across), down = scale(frame.y, frame.down);
+  const element = (name, text, color) => {
+    const made = document.createElement(name);
+    made.textContent = text;
+    if (color) made.style.color = color;
+    return made;
+  };
+  const hide = () => {
+    tip.hidden = true;
+    for (const dot of dots) dot.setAttribute('cx', -9);
+    for (const x of ['x1', 'x2']) cursor.setAttribute(x, -9);
+  };
   svg.addEventListener('pointermove', event => {
-    const box = svg.getBoundingClientRect(), px = (event.clientX - box.left) / box.width * frame.width;
-    const x = frame.x[0] + (px - frame.left) / (frame.right - frame.left) * (frame.x[1] - frame.x[0]);
-    let nearest = null, text = '';
-    for (const s of series) {
-      const p = s.points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
-      if (nearest === null) nearest = p[0];
-      const b = document.createElement('b'); b.style.color = s.color; b.textContent = +p[1].toPrecision(5);
-      text += ' ' + b.outerHTML;
-    }
-    out.innerHTML = 'step ' + nearest + text;
-    const at = frame.left + (nearest - frame.x[0]) / (frame.x[1] - frame.x[0]) * (frame.right - frame.left);
-    cursor.setAttribute('x1', at); cursor.setAttribute('x2', at);
+    const box = svg.getBoundingClientRect();
+    const pointer = (event.clientX - box.left) / box.width * frame.size[0];
+    const nearer = (a, b) => Math.abs(across(b[0]) - pointer) < Math.abs(across(a[0]) - pointer) ? b : a;
+    const points = series.map(curve => curve.points.reduce(nearer)), step = points.reduce(nearer)[0];
+    tip.replaceChildren(element('div', 'step ' + step.toLocaleString('en')));
+    series.forEach((curve, i) => {
+      const [x, y] = points[i], row = element('div', '');
+      row.append(element('b', +y.toPrecision(6), curve.color), ' ' + curve.label);
+      if (x !== step) row.append(' (step ' + x.toLocaleString('en') + ')');
+      tip.append(row);
+      dots[i].setAttribute('cx', across(x));
+      dots[i].setAttribute('cy', down(y));
+    });
+    for (const x of ['x1', 'x2']) cursor.setAttribute(x, across(step));
+    tip.hidden = false;
+    // On the side of the pointer that has more space, so that the tooltip stays inside the figure.
+    const left = event.clientX - figure.getBoundingClientRect().left, right = figure.clientWidth - left;
+    tip.style.left = left < right ? left + 14 + 'px' : 'auto';
+    tip.style.right = left < right ? 'auto' : right + 14 + 'px';
   });
-  svg.addEventListener('pointerleave', () => {
-    out.textContent = ''; cursor.setAttribute('x1', -9); cursor.setAttribute('x2', -9);
-  });
+  svg.addEventListener('pointerleave', hide);
 }
 """
 
@@ -197,15 +227,19 @@ color:var(--ink);background:var(--page)}
 header{margin-bottom:8px}h1{margin:0;font-size:28px}header p{margin:0;color:var(--dim)}
 section{margin:28px 0}h2{font-size:19px;margin:0 0 12px;padding-bottom:6px;border-bottom:1px solid var(--line)}
 h3{font-size:15px;margin:14px 0 6px}h4{margin:8px 0 4px;color:var(--dim);font-weight:600}
-.runs{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
+.runs{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr))}
 article{background:var(--card);border:1px solid var(--line);border-left:5px solid;border-radius:8px;padding:12px 16px}
 article h3{margin:0 0 8px;font-size:16px}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(125px,1fr));gap:10px;margin:0}
 dt{font-size:12px;color:var(--dim)}dd{margin:0;font-size:17px;font-weight:600;font-variant-numeric:tabular-nums}
-.charts{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(460px,1fr))}
-.chart{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px 4px}
+.charts{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr))}
+.chart{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px 4px;
+position:relative}
 .chart svg{display:block;width:100%;height:auto}figcaption{font-weight:600;display:flex;gap:6px;align-items:baseline}
-.unit{color:var(--dim);font-weight:400;font-size:12px}output{margin-left:auto;font-size:12px;font-weight:400}
+.unit{color:var(--dim);font-weight:400;font-size:12px}
+output{position:absolute;top:44px;max-width:50%;padding:4px 8px;font-size:12px;pointer-events:none;
+background:var(--card);border:1px solid var(--line);border-radius:6px;
+box-shadow:0 2px 6px #0003;font-variant-numeric:tabular-nums}
 .empty p{color:var(--dim)}.grid{stroke:var(--line)}.tick{font-size:11px;fill:var(--dim)}
 .curve{fill:none;stroke-width:1.8;stroke-linejoin:round}.faint{fill:none;stroke-width:1;opacity:.25}
 .cursor{stroke:var(--dim);stroke-dasharray:3 3}
