@@ -108,6 +108,8 @@ def packspeed() -> None:
 
 def main() -> None:
     """Run the command line. The only place where expected errors become one paragraph on stderr and an exit code."""
+    if sys.stdout is None:  # started with a closed stdout
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets its escape
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -133,11 +133,13 @@ class FakeTime:
 
     def __init__(self) -> None:
         self.now = 1_000.0
+        self.wall_clock_ahead = 0.0
 
     def monotonic(self) -> float:
         return self.now
 
-    time = monotonic
+    def time(self) -> float:
+        return self.now + self.wall_clock_ahead
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -198,6 +200,23 @@ def test_a_step_that_a_crash_cut_off_is_lost(tmp_path: Path, clock: FakeTime) ->
     assert found is not None
     assert found.seconds["lost"] == pytest.approx(0.3, abs=1e-4)
     assert found.seconds["compute"] == pytest.approx(0.2, abs=1e-4)
+
+
+@pytest.mark.parametrize("step_s", [3600.0, -900.0])
+def test_a_clock_that_is_set_during_a_life_changes_no_bucket(tmp_path: Path, clock: FakeTime, step_s: float) -> None:
+    timer = PhaseTimer(tmp_path / FILE, age_s=1.0)
+    timer.enter("data")
+    clock.sleep(5)
+    clock.wall_clock_ahead = step_s
+    timer.close("stopped")
+    clock.sleep(10)
+    PhaseTimer(tmp_path / FILE, age_s=0.0).close("finished")
+    found = account(tmp_path, notes := [])
+    assert found is not None
+    assert found.lives[0]["ended_at"] - found.lives[0]["started_at"] == pytest.approx(6 + step_s)
+    assert found.seconds["idle"] == pytest.approx(10)
+    assert found.wall_s == sum(found.seconds.values()) == pytest.approx(16)
+    assert notes == []
 
 
 def test_a_torn_record_is_written_over(tmp_path: Path) -> None:

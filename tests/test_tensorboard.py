@@ -22,7 +22,7 @@ from rich.console import Console
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.observe.charts import COLORS, Chart, Series, lay_out, smoothed
 from packspeed.launch.observe.console import Follower, panel
-from packspeed.launch.observe.png import write_png
+from packspeed.launch.observe.png import draw_png
 from support.browser import browse
 from support.ranks import run_many
 from support.workspace import Workspace
@@ -239,22 +239,25 @@ def _colors(path: Path) -> set[Any]:
     return {color for _, color in found}
 
 
-def test_a_png_has_its_curves_where_their_values_are(tmp_path: Path) -> None:
+def test_a_png_has_its_curves_where_their_values_are() -> None:
     x = list(range(1, 101))
     falling, flat = Series("falling", x, [6 - 0.05 * step for step in x], COLORS[0]), [2.5] * 100
     chart = Chart("loss", [falling, Series("flat", x, flat, COLORS[3])], "nats")
-    assert write_png(chart, tmp_path / "loss.png")
+    picture = draw_png(chart)
+    assert picture is not None
     plot = lay_out(chart)
     assert plot is not None
-    with Image.open(tmp_path / "loss.png") as image:
+    with Image.open(io.BytesIO(picture)) as image:
         for series, _ in plot.curves:
             for step in (1, 17, 50, 66, 99):
                 across, down = plot.to_pixels(step, series.y[step - 1])
                 pixel = (round(2 * across), round(2 * down))
                 assert image.getpixel(pixel) == ImageColor.getrgb(series.color), (series.label, step)
                 assert image.getpixel((pixel[0], pixel[1] - 12)) != ImageColor.getrgb(series.color)
-    assert not write_png(Chart("nothing", [Series("none", [], [])]), tmp_path / "nothing.png")
-    assert not (tmp_path / "nothing.png").exists()
+        # The last label of the x axis, 100, is complete: nothing is drawn at the right edge.
+        edge = image.crop((image.width - 8, 0, image.width, image.height))
+        assert edge.getcolors() == [(edge.width * edge.height, (255, 255, 255))]
+    assert draw_png(Chart("nothing", [Series("none", [], [])])) is None
 
 
 def test_smoothing_does_not_hold_a_falling_curve_up() -> None:

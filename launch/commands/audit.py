@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,9 @@ import typer
 from packspeed.data.checks.audit import audit_step, steps_of
 from packspeed.data.errors import UsageError
 from packspeed.launch.commands.options import Json, show
-from packspeed.launch.config.run_data import batches_of_run, loader_of_run, vetoed_steps_of_run
+from packspeed.launch.config.run_data import loader_of_run
+from packspeed.launch.run_folder.formats import AnomalyLine
+from packspeed.launch.run_folder.reading import batches_of_run, read_lines
 
 
 def audit(
@@ -26,10 +29,14 @@ def audit(
 ) -> None:
     """List the documents in a training step, or the steps that saw a document."""
     loader = loader_of_run(run)
-    batches = batches_of_run(run, loader.global_batch)
+    notes: list[str] = []
+    batches = batches_of_run(run, loader.global_batch, notes)
+    vetoed = read_lines(run / "anomalies.jsonl", AnomalyLine, notes)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if step is not None and document is None:
         rows = list(audit_step(loader, batches.get(step, step - 1), text))
-        anomalies = [entry for entry in vetoed_steps_of_run(run) if entry["step"] == step]
+        anomalies = [entry for entry in vetoed if entry["step"] == step]
         lines = [_describe_anomaly(entry) for entry in anomalies] + [_describe_document(row) for row in rows]
         show({"step": step, "documents": rows, "anomalies": anomalies}, lines, json_output)
     elif document is not None and step is None:
@@ -45,7 +52,7 @@ def audit(
         raise UsageError("Give either --step N or --document SHARD:INDEX.")
 
 
-def _describe_anomaly(entry: dict[str, Any]) -> str:
+def _describe_anomaly(entry: AnomalyLine) -> str:
     last = entry["first_sample"] + entry["samples"] - 1
     action = f"{entry['policy']}, back to step {entry['back_to']}" if "back_to" in entry else entry["policy"]
     return f"not taken: {entry['reason']} on samples {entry['first_sample']} to {last} ({action})"

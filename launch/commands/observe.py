@@ -1,4 +1,7 @@
-"""`packspeed goodput`, `report` and `watch`: they read the files of a run. None of them loads torch."""
+"""`packspeed goodput`, `report` and `watch`: they read the files of a run. None of them loads torch.
+
+They show what they can read and print a note on stderr for each damaged file. Exit code 1: nothing could be shown.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,14 @@ from packspeed.launch.run_folder.phase_timer import FILE
 
 def goodput(run: RunFolder, json_output: Json = False) -> None:
     """Show where the wall-clock time of a run went, over all restarts."""
-    phases = account(run)
+    notes: list[str] = []
+    phases = account(run, notes)
     if phases is None:
-        raise UserError(f"{run / FILE}: nothing was recorded there. Give the run folder that training printed.")
+        reasons = "".join(f" {note}" for note in notes)
+        raise UserError(
+            f"{run / FILE}: nothing was recorded there.{reasons} Give the run folder that training printed."
+        )
+    console.show_notes(notes)
     print(json.dumps(phases.as_dict()) if json_output else table(phases))
 
 
@@ -36,7 +44,8 @@ def report(
 
     It shows curves, configuration, speed, goodput, restarts and samples.
     """
-    read = reporting.report(runs, out)
+    read, notes = reporting.report(runs, out)
+    console.show_notes(notes)
     pictures = [str(path) for path in reporting.write_pngs(read, png)] if png else []
     if json_output:
         loss, speed = reporting.differences(read)
@@ -59,6 +68,7 @@ def watch(
     follower = console.Follower(run)
     follower.update()
     progress = follower.progress
+    console.show_notes(progress.notes)
     print(json.dumps({
         "name": progress.name, "state": progress.state, "note": progress.note, "total_steps": progress.total_steps,
         "last": progress.last or {}, "validation": progress.evaluation or {}, "left_s": round(progress.left_s, 1),

@@ -2,12 +2,11 @@
 
 open_data, make_run_loader          training: run file -> dataset -> loader
 reading_plan                        packspeed inspect --config: tokens and epochs per source
-loader_of_run, batches_of_run, vetoed_steps_of_run      packspeed audit: what a run has read
+loader_of_run                       packspeed audit: the loader of an existing run folder
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,22 +55,6 @@ def loader_of_run(folder: Path) -> Loader:
         raise UserError(f"{folder} is not a run folder: there is no config.yaml in it. Give <runs_dir>/<name>.")
     run = load_run_file(path)
     return make_run_loader(run, open_data(run))
-
-
-def batches_of_run(folder: Path, global_batch: int) -> dict[int, int]:
-    """The number of the batch that each finished step read. It is step - 1, plus the batches skipped by rewinds."""
-    lines = _lines(folder / "metrics.jsonl")
-    return {line["step"]: line["samples"] // global_batch - 1 for line in lines if "samples" in line}
-
-
-def vetoed_steps_of_run(folder: Path) -> list[dict[str, Any]]:
-    """The lines of anomalies.jsonl: steps that the optimizer did not take, their samples, and the action."""
-    return _lines(folder / "anomalies.jsonl")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
 def open_data(run: RunFile) -> TokenDataset | MixtureData:

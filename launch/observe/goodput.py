@@ -7,21 +7,25 @@ The buckets are those of the phase timer and two that it cannot see:
     idle     between the end of one life and the start of the next
     lost     steps repeated after a crash or a rewind (metrics.discarded.jsonl), and the step that a crash interrupted
 
+The wall time is the sum of the buckets. Within a life they come from a steady clock, so only `idle` depends on the
+hosts' clocks: a clock that was set back between two lives gives no idle time there, and a note.
+
 Goodput is compute / wall time. Source of the term: ML Productivity Goodput (Google Cloud, 2024). Without torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import TypedDict
 
-from packspeed.launch.run_folder.formats import EndedLife, Life, MetricsLine
+from packspeed.launch.run_folder.formats import EndedLife, Life
+from packspeed.launch.run_folder.metrics_file import DISCARDED
 from packspeed.launch.run_folder.phase_timer import FILE, MEASURED
+from packspeed.launch.run_folder.reading import read_lines, read_metrics_lines
 
+CLOCK_TOLERANCE_S = 1.0  # clocks of hosts differ by less
 BUCKETS = ("compute", "communication", "data", "evaluation", "checkpoint", "startup", "other", "lost", "idle")
 
 
@@ -56,15 +60,16 @@ class AccountDict(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """The wall time of a run by bucket.
+    """The wall time of a run by bucket, from the start of rank 0's first process to its last record."""
 
-    The buckets add up to wall_s, except for differences between the clocks of the hosts that rank 0 ran on.
-    """
-
-    wall_s: float  # from the start of rank 0's first process to its last record, without the launcher's own seconds
     seconds: dict[str, float]  # every name of BUCKETS
     lives: list[EndedLife]
     steps_lost: int  # steps that were done and had to be repeated
+
+    @property
+    def wall_s(self) -> float:
+        """Wall time of the run: the sum of the buckets."""
+        return sum(self.seconds.values())
 
     @property
     def goodput(self) -> float:
@@ -85,44 +90,61 @@ class Account:
             for life in self.lives
         ]  # fmt: skip
         return {
-            "wall_s": round(self.wall_s, 3), "seconds": seconds, "sum_s": round(sum(self.seconds.values()), 3),
+            "wall_s": round(self.wall_s, 3), "seconds": seconds, "sum_s": round(self.wall_s, 3),
             "goodput": round(self.goodput, 4), "restarts": self.restarts, "steps_lost": self.steps_lost, "lives": lives,
         }  # fmt: skip
 
 
-def read_lives(folder: Path) -> list[EndedLife]:
-    """Return the process lives of a run in order, each with `ended_at`; incomplete lines are left out."""
-    try:
-        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    lives: list[EndedLife] = []
-    for line in lines:
-        try:
-            life: Life = json.loads(line)
-            lives.append({**life, "ended_at": life["started_at"] + sum(life["seconds"].values())})
-        except (ValueError, KeyError, TypeError):
-            continue
-    return lives
+def read_lives(folder: Path, notes: list[str] | None = None) -> list[EndedLife]:
+    """Return the process lives of a run in order, each with `ended_at`. Adds a note about damaged lines to `notes`."""
+    return [_ended(life) for life in read_lines(folder / FILE, Life, [] if notes is None else notes)]
 
 
-def account(folder: Path) -> Account | None:
-    """Add up the lives of a run. Returns None if goodput.jsonl is missing or empty."""
-    lives = read_lives(folder)
+def _ended(life: Life) -> EndedLife:
+    """Complete a life: `ended_at`, and keys that the line lacks. Buckets that have no name here count as `other`."""
+    seconds = dict.fromkeys(MEASURED, 0.0)
+    for name, value in life["seconds"].items():
+        seconds[name if name in seconds else "other"] += value
+    ended_at = life["started_at"] + sum(seconds.values()) + life.get("clock_step_s", 0.0)
+    return {
+        "started_at": life["started_at"], "ended_at": ended_at, "pid": life.get("pid", 0), "host": life.get("host", ""),
+        "from_step": life.get("from_step", 0), "step": life.get("step", 0), "ended": life.get("ended"),
+        "seconds": seconds, "open_s": life.get("open_s", 0.0),
+    }  # fmt: skip
+
+
+def account(folder: Path, notes: list[str] | None = None) -> Account | None:
+    """Add up the lives of a run. Returns None if goodput.jsonl has no line. Adds what is wrong with it to `notes`."""
+    notes = [] if notes is None else notes
+    lives = read_lives(folder, notes)
     if not lives:
         return None
-    seconds = {name: sum(life["seconds"].get(name, 0.0) for life in lives) for name in MEASURED}
-    gaps = (after["started_at"] - before["ended_at"] for before, after in itertools.pairwise(lives))
+    seconds = {name: sum(life["seconds"][name] for life in lives) for name in MEASURED}
+    gaps = [after["started_at"] - before["ended_at"] for before, after in itertools.pairwise(lives)]
     seconds |= {"idle": sum(max(0.0, gap) for gap in gaps), "lost": 0.0}
+    overlaps = [-gap for gap in gaps if gap < -CLOCK_TOLERANCE_S]
+    if overlaps:
+        notes.append(
+            f"{folder / FILE}: {len(overlaps)} process(es) started up to {duration(max(overlaps))} before the previous "
+            "one ended. If a clock was set back, the idle time before them is unknown and counts as 0."
+        )
     # Discarded lines of metrics.jsonl are work that was done and repeated later: move their seconds to `lost`.
-    discarded = _discarded(folder)
-    steps = [line for line in discarded if "step_time_s" in line]
-    _move_lost(seconds, "data", sum(line.get("data_wait_s", 0.0) for line in steps))
+    data_s = compute_s = evaluation_s = 0.0
+    steps_lost = 0
+    for line in read_metrics_lines(folder / DISCARDED, notes):
+        if "val_loss" in line:
+            evaluation_s += line.get("eval_time_s", 0.0)
+            continue
+        steps_lost += 1
+        step_s = line.get("step_time_s", 0.0)
+        wait_s = min(step_s, line.get("data_wait_s", 0.0))
+        data_s, compute_s = data_s + wait_s, compute_s + step_s - wait_s
     # A crash leaves `ended` null; the step it interrupted never reached metrics.jsonl, but its life recorded open_s.
-    cut_off = sum(life["open_s"] for life in lives[:-1] if life["ended"] is None)
-    _move_compute(seconds, sum(line["step_time_s"] - line.get("data_wait_s", 0.0) for line in steps) + cut_off)
-    _move_lost(seconds, "evaluation", sum(line["eval_time_s"] for line in discarded if "eval_time_s" in line))
-    return Account(lives[-1]["ended_at"] - lives[0]["started_at"], seconds, lives, len(steps))
+    compute_s += sum(life["open_s"] for life in lives[:-1] if life["ended"] is None)
+    _move_lost(seconds, "data", data_s)
+    _move_compute(seconds, compute_s)
+    _move_lost(seconds, "evaluation", evaluation_s)
+    return Account(seconds, lives, steps_lost)
 
 
 def _move_lost(seconds: dict[str, float], bucket: str, amount: float) -> None:
@@ -141,21 +163,6 @@ def _move_compute(seconds: dict[str, float], amount: float) -> None:
     share = seconds["communication"] / both if both else 0.0
     _move_lost(seconds, "communication", amount * share)
     _move_lost(seconds, "compute", amount * (1 - share))
-
-
-def _discarded(folder: Path) -> list[MetricsLine]:
-    """Return the lines of metrics.discarded.jsonl; incomplete ones are left out."""
-    try:
-        lines = (folder / "metrics.discarded.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    records: list[MetricsLine] = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            record: MetricsLine = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
 
 
 def duration(seconds: float) -> str:
@@ -179,5 +186,5 @@ def table(total: Account) -> str:
     for name, seconds in sorted(total.seconds.items(), key=lambda item: -item[1]):
         share = seconds / total.wall_s if total.wall_s else 0.0
         lines.append(f"  {LABELS[name]:<22}{duration(seconds):>14} {share:>7.1%}  {'#' * round(40 * share)}")
-    lines.append(f"  {'sum':<22}{duration(sum(total.seconds.values())):>14}")
+    lines.append(f"  {'sum':<22}{duration(total.wall_s):>14}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ A chart is drawn SUPER times larger and then reduced, because Pillow does not sm
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -18,11 +18,11 @@ ROW = 18  # height of a row of the legend
 INK, DIM, LINE, PAPER = "#0f172a", "#64748b", "#e2e8f0", "#ffffff"
 
 
-def write_png(chart: Chart, path: Path) -> bool:
-    """Write a chart as a PNG file. Returns False, and writes nothing, if no curve has a point."""
+def draw_png(chart: Chart) -> bytes | None:
+    """Return a chart as a PNG; None if no curve has a point."""
     plot = lay_out(chart)
     if plot is None:
-        return False
+        return None
     labels = {series.label: series.color for series, _ in plot.curves if not series.faint}
     rows = _legend_rows(list(labels)) if len(labels) > 1 else []
     image = Image.new("RGB", (WIDTH * PX, (HEIGHT + ROW * len(rows)) * PX), PAPER)
@@ -44,8 +44,9 @@ def write_png(chart: Chart, path: Path) -> bool:
             draw.rectangle(_scaled([(x, y - 4), (x + 9, y + 5)]), fill=labels[name])
             _text(draw, x + 14, y, name, INK, 11, "lm")
             x += _entry_width(name)
-    image.reduce(SUPER).save(path, optimize=True)
-    return True
+    out = io.BytesIO()
+    image.reduce(SUPER).save(out, "PNG", optimize=True)
+    return out.getvalue()
 
 
 def _legend_rows(names: list[str]) -> list[list[str]]:

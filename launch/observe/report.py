@@ -12,21 +12,31 @@ import contextlib
 import dataclasses
 import html
 import json
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from packspeed.data.storage.atomic import temporary, write_file
 from packspeed.launch.config import effects
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.observe.charts import COLORS, SCRIPT, STYLE, Chart, Series, line_chart, short_number, smoothed
 from packspeed.launch.observe.goodput import BUCKETS, LABELS, Account, account, duration
-from packspeed.launch.observe.png import write_png
+from packspeed.launch.observe.png import draw_png
 from packspeed.launch.run_folder.folder import flatten
-from packspeed.launch.run_folder.formats import AnomalyLine, EvaluationLine, MetricsLine, SamplesLine, StepLine
+from packspeed.launch.run_folder.formats import (
+    AnomalyLine,
+    Environment,
+    EvaluationLine,
+    SamplesLine,
+    Status,
+    StepLine,
+)
+from packspeed.launch.run_folder.reading import read_lines, read_metrics, read_object, read_tree, run_name
 
 # Keys of ds_config.json that can change the loss; the run file's are in config/effects.py.
 DS_CHANGES_LOSS = (
@@ -52,24 +62,21 @@ BUCKET_COLORS = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The contents of a run folder. A missing file gives an empty value."""
+    """The contents of a run folder. A missing or damaged file gives an empty value; `notes` names the damaged ones."""
 
     folder: Path
+    name: str
     config: dict[str, Any]
     ds_config: dict[str, Any]
-    environment: dict[str, Any]
-    status: dict[str, Any]
+    environment: Environment | None
+    status: Status | None
     steps: list[StepLine]
     evaluations: list[EvaluationLine]
     samples: list[SamplesLine]
     anomalies: list[AnomalyLine]
     account: Account | None
+    notes: list[str]
     color: str = COLORS[0]
-
-    @property
-    def name(self) -> str:
-        """Return the run's name."""
-        return str(self.config["name"])
 
     def values(self, key: str) -> tuple[list[float], list[float]]:
         """Return the steps whose line in metrics.jsonl has a number for `key`, and those numbers."""
@@ -83,40 +90,23 @@ class Run:
 
 
 def read_run(folder: Path, color: str = COLORS[0]) -> Run:
-    """Read a run folder. Raises UserError if it has no config.yaml."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{folder}: no run there ({error.strerror}: config.yaml). Name the folder that training printed."
-        ) from None
-    metrics: list[MetricsLine] = _json_lines(folder / "metrics.jsonl")
-    return Run(
-        folder, config,
-        _json(folder / "ds_config.json"), _json(folder / "environment.json"), _json(folder / "status.json"),
-        [line for line in metrics if "loss" in line], [line for line in metrics if "val_loss" in line],
-        _json_lines(folder / "samples.jsonl"), _json_lines(folder / "anomalies.jsonl"), account(folder), color,
+    """Read a run folder. Raises UserError if nothing in it can be read."""
+    notes: list[str] = []
+    config = read_tree(folder / "config.yaml", notes)
+    steps, evaluations = read_metrics(folder, notes)
+    run = Run(
+        folder, run_name(folder, config), config, read_tree(folder / "ds_config.json", notes),
+        read_object(folder / "environment.json", Environment, notes),
+        read_object(folder / "status.json", Status, notes), steps, evaluations,
+        read_lines(folder / "samples.jsonl", SamplesLine, notes),
+        read_lines(folder / "anomalies.jsonl", AnomalyLine, notes), account(folder, notes), notes, color,
     )  # fmt: skip
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
-def _json_lines(path: Path) -> list[Any]:
-    """Return the objects of a JSON Lines file; incomplete lines are left out, a missing file has none."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    objects = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            objects.append(json.loads(line))
-    return objects
+    if not (run.config or run.steps or run.evaluations or run.account):
+        reason = " ".join(notes) or "config.yaml is missing."
+        raise UserError(f"{folder}: no run there. {reason} Name the folder that training printed.")
+    if not os.path.lexists(folder / "config.yaml"):
+        notes.append(f"{folder / 'config.yaml'}: the file is missing.")
+    return run
 
 
 Difference = tuple[str, list[Any]]  # a setting and its value in each run
@@ -131,9 +121,9 @@ def differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]
         flat |= {
             f"ds_config.{key}": value for key, value in flatten(run.ds_config).items() if not key.startswith(DS_REPEATS)
         }
-        versions = run.environment.get("versions", {})
-        flat |= {f"environment.{key}": run.environment.get(key) for key in ("ranks", "device", "hosts", "git_commit")}
-        flat |= {f"environment.{key}": value for key, value in versions.items()}
+        environment: Mapping[str, Any] = run.environment or {}
+        flat |= {f"environment.{key}": environment.get(key) for key in ("ranks", "device", "hosts", "git_commit")}
+        flat |= {f"environment.{key}": value for key, value in environment.get("versions", {}).items()}
         flats.append(flat)
     loss: list[Difference] = []
     speed: list[Difference] = []
@@ -151,27 +141,65 @@ def can_change_the_loss(key: str) -> bool:
     return not key.startswith("environment.") and effects.can_change_the_loss(key)
 
 
-def report(folders: Sequence[Path], out: Path) -> list[Run]:
-    """Write the page about the runs in `folders` to `out`; returns the runs."""
-    runs = [read_run(folder, COLORS[i % len(COLORS)]) for i, folder in enumerate(folders)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(runs), encoding="utf-8")
-    return runs
+def report(folders: Sequence[Path], out: Path) -> tuple[list[Run], list[str]]:
+    """Write the page about the runs in `folders` to `out`. Returns the runs, and notes on what could not be read.
+
+    Raises UserError if none of the runs can be read, or if `out` cannot be written.
+    """
+    runs: list[Run] = []
+    notes: list[str] = []
+    for folder in dict.fromkeys(folders):
+        try:
+            run = read_run(folder, COLORS[len(runs) % len(COLORS)])
+        except UserError as error:
+            notes.append(str(error))
+            continue
+        runs.append(run)
+        notes += run.notes
+    if not runs:
+        raise UserError(" ".join(notes))
+    write_output(out, page(runs, notes).encode("utf-8", "backslashreplace"), "--out FILE")
+    return runs, notes
 
 
 def write_pngs(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write every chart that has a curve as TITLE.png into `folder`; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    charts = {
-        folder / f"{chart.title.replace(' ', '_')}.png": chart for chart in training_charts(runs) + speed_charts(runs)
-    }
-    return [path for path, chart in charts.items() if write_png(chart, path)]
+    paths = []
+    for chart in training_charts(runs) + speed_charts(runs):
+        picture = draw_png(chart)
+        if picture is not None:
+            paths.append(folder / f"{chart.title.replace(' ', '_')}.png")
+            write_output(paths[-1], picture, "--png DIR")
+    return paths
 
 
-def page(runs: Sequence[Run]) -> str:
-    """Return the page as HTML."""
+def write_output(path: Path, content: bytes, option: str) -> None:
+    """Write a file that `option` asks for. A file is replaced only by a complete one; devices and pipes are written to.
+
+    Raises UserError if it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_file() or not target.exists():
+            write_file(target, content)
+            return
+        # O_NONBLOCK: opening a pipe that nobody reads is an error; otherwise it would wait.
+        with open(os.open(target, os.O_WRONLY | os.O_NONBLOCK), "wb") as stream:
+            os.set_blocking(stream.fileno(), True)
+            stream.write(content)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        with contextlib.suppress(OSError, ValueError):
+            temporary(target).unlink()
+        raise UserError(f"{path} could not be written: {reason}. Choose another place with {option}.") from None
+
+
+def page(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
+    """Return the page as HTML. notes: what could not be read."""
     title = " · ".join(run.name for run in runs)
     sections = [
+        ("Damaged files", "".join(f"<p>{html.escape(note)}</p>" for note in notes)),
         ("Summary", _summaries(runs)),
         ("Training", _charts(training_charts(runs))),
         ("What differs", _differences(runs) if len(runs) > 1 else ""),
@@ -217,9 +245,9 @@ def _summary(run: Run) -> str:
     # The last finite loss: after a spike or a NaN the very last one may be null.
     loss = next((line["loss"] for line in reversed(run.steps) if line["loss"] is not None), None)
     facts = [
-        ("state", run.status.get("state", "unknown")),
+        ("state", run.status["state"] if run.status else "unknown"),
         ("steps", f"{last['step'] if last else 0:,}"),
-        ("tokens", short_number(last["tokens"] if last else 0)),
+        ("tokens", short_number(last.get("tokens", 0) if last else 0)),
         ("training loss", "-" if loss is None else f"{loss:.4f}"),
         ("best validation loss", "-" if best is None else f"{best:.4f}"),
         ("tokens/s (median)", short_number(_median(run, "tokens_per_s"))),
@@ -292,17 +320,16 @@ def _goodput(run: Run, named: bool) -> str:
         f"<b>{value / wall:.1%}</b> {duration(value)}</span>"
         for b, value in seconds.items()
     )
-    sum_of_buckets = duration(sum(total.seconds.values()))
     lives = [
         (i + 1, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(life["started_at"])),
-         duration(life["ended_at"] - life["started_at"]), f"{life['from_step']} to {life['step']}",
+         duration(sum(life["seconds"].values())), f"{life['from_step']} to {life['step']}",
          life["ended"] or ("crashed" if i + 1 < len(total.lives) else "no end recorded"))
         for i, life in enumerate(total.lives)
     ]  # fmt: skip
     head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
     return (
-        f"{head}<p>{total.goodput:.1%} of {duration(total.wall_s)} was spent computing steps that were kept. The "
-        f"buckets add up to {sum_of_buckets}. {total.restarts} restart(s), {total.steps_lost} step(s) done again.</p>"
+        f"{head}<p>{total.goodput:.1%} of {duration(total.wall_s)} was spent computing steps that were kept. "
+        f"{total.restarts} restart(s), {total.steps_lost} step(s) done again.</p>"
         f'<div class="bar">{bar}</div><div class="legend">{legend}</div>'
         + _table(("process", "started", "length", "steps", "end"), lives)
     )
@@ -350,7 +377,7 @@ def _configuration(run: Run) -> str:
 
 
 def _environment(runs: Sequence[Run]) -> str:
-    flats = [flatten(run.environment) for run in runs]
+    flats = [flatten(run.environment or {}) for run in runs]
     keys = dict.fromkeys(key for flat in flats for key in flat)
     shown = [
         (key, *(" ".join(map(str, v)) if isinstance(v := flat.get(key), list) else v for flat in flats)) for key in keys

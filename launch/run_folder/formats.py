@@ -6,6 +6,7 @@
     anomalies.jsonl   AnomalyLine, one per vetoed step
     status.json       Status, one object
     settings.jsonl    SettingChange, one per setting that a resume changed
+    environment.json  Environment, one object
 
 An annotation holds (type, unit, meaning). docs/metrics.md shows the same tables; tests/test_metrics_page.py keeps the
 page and this file equal. Cost at run time: none, the values are plain dicts.
@@ -52,9 +53,7 @@ class EvaluationLine(TypedDict):
 MetricsLine = StepLine | EvaluationLine
 
 
-class Life(TypedDict):
-    """A line of goodput.jsonl: one process life of rank 0, overwritten in place while the process runs."""
-
+class _Life(TypedDict):
     started_at: Annotated[float, "seconds since 1970", "start of the process"]
     pid: Annotated[int, "", "process id of rank 0"]
     host: Annotated[str, "", "host name of rank 0"]
@@ -65,10 +64,16 @@ class Life(TypedDict):
     open_s: Annotated[float, "seconds", "compute and communication of the unfinished step, lost if the process dies"]
 
 
+class Life(_Life, total=False):
+    """A line of goodput.jsonl: one process life of rank 0, overwritten in place while the process runs."""
+
+    clock_step_s: Annotated[float, "seconds of the clock", "how far the host's clock was set ahead (+) or back (-)"]
+
+
 class EndedLife(Life):
     """A Life as read back from the file."""
 
-    ended_at: Annotated[float, "seconds since 1970", "started_at plus all seconds"]
+    ended_at: Annotated[float, "seconds since 1970", "started_at plus all seconds and clock_step_s"]
 
 
 class Sample(TypedDict):
@@ -117,3 +122,17 @@ class Status(TypedDict):
     pid: Annotated[int, "", "process id of rank 0"]
     host: Annotated[str, "", "host name of rank 0"]
     at: Annotated[float, "seconds since 1970", "when this file was written"]
+
+
+class Environment(TypedDict):
+    """environment.json."""
+
+    command: Annotated[list[str], "", "command line of rank 0"]
+    python: Annotated[str, "", "version of Python"]
+    versions: Annotated[dict[str, str], "", "versions of the packages that can change a run's numbers"]
+    git_commit: Annotated[str | None, "", "commit of the checkout, with -dirty if files were changed"]
+    hosts: Annotated[list[str], "", "names of all hosts"]
+    ranks: Annotated[int, "ranks", "number of processes"]
+    device: Annotated[str, "", "type of the device: cpu, cuda"]
+    cpus_per_host: Annotated[int | None, "", "cores of the host of rank 0"]
+    started_at: Annotated[str, "", "local time of the start"]

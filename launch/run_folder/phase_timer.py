@@ -62,7 +62,7 @@ class PhaseTimer:
         age = process_age_s() if age_s is None else age_s
         self.seconds = dict.fromkeys(MEASURED, 0.0)
         self.phase = "startup"
-        self._since = time.monotonic() - age
+        self._since = self._started = time.monotonic() - age
         self._owner = threading.get_ident()
         # Seconds of compute when the last step was done. Before the first step nothing can be lost.
         self._completed_s = float("inf")
@@ -123,6 +123,9 @@ class PhaseTimer:
         self._life["ended"] = ended
         self._life["seconds"] = {name: round(value, 4) for name, value in self.seconds.items()}
         self._life["open_s"] = round(max(0.0, self._compute_s() - self._completed_s), 4)
+        # Wall clock against steady clock: without it, a clock that was set in this life would shift the next one's gap.
+        lived_s = time.monotonic() - self._started
+        self._life["clock_step_s"] = round(time.time() - self._life["started_at"] - lived_s, 3)
         with contextlib.suppress(OSError):
             os.pwrite(self._file, json.dumps(self._life).ljust(LINE_BYTES - 1).encode() + b"\n", self._offset)
 

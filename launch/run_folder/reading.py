@@ -1,0 +1,239 @@
+"""Reading a run folder whose files a crash, a copy, a disk or an editor may have damaged.
+
+    notes: list[str] = []
+    steps, evaluations = read_metrics(folder, notes)
+    status = read_object(folder / "status.json", Status, notes)
+
+The readers return only what is valid by formats.py, so their callers need no checks. They raise nothing: for each file
+that is damaged they add a note that names the file and the number of lines. A missing file is empty and needs no note.
+
+A value is valid if it has the type of its annotation and a size that its unit can have (LIMITS): no NaN, no infinity,
+no date in the year 10^9. A line may lack keys, because older versions wrote fewer, except those in NEEDED.
+Cost: 6 us per line of metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import stat
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints, is_typeddict
+
+from packspeed.launch.config import parsing
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.run_folder import metrics_file
+from packspeed.launch.run_folder.formats import (
+    AnomalyLine,
+    EvaluationLine,
+    Life,
+    MetricsLine,
+    Sample,
+    SamplesLine,
+    Status,
+    StepLine,
+)
+
+T = TypeVar("T")
+
+# A line without one of these keys says nothing.
+NEEDED: dict[Any, tuple[str, ...]] = {
+    StepLine: ("step", "loss"),
+    EvaluationLine: ("step", "val_loss"),
+    Life: ("started_at", "seconds"),
+    SamplesLine: ("step", "samples"),
+    Sample: ("prompt", "text"),
+    AnomalyLine: ("step", "reason", "policy", "first_sample", "samples"),
+    Status: ("state",),
+}
+
+# The smallest and the largest number that a unit can have; beyond the limits, arithmetic and dates overflow.
+LIMITS = {"steps": (0, 10**12), "tokens": (0, 10**18), "samples": (0, 10**18), "seconds": (0, 10**10)}
+LIMITS |= {"seconds since 1970": (0, 10**11), "seconds of the clock": (-(10**11), 10**11)}
+OTHER_LIMITS = (-1e50, 1e50)
+
+
+def read_metrics(folder: Path, notes: list[str]) -> tuple[list[StepLine], list[EvaluationLine]]:
+    """Return the lines of metrics.jsonl in the order of their steps. Of a doubled step the last line counts."""
+    path = folder / "metrics.jsonl"
+    steps: dict[int, StepLine] = {}
+    evaluations: dict[int, EvaluationLine] = {}
+    lines = read_metrics_lines(path, notes)
+    for line in lines:
+        if "val_loss" in line:
+            evaluations[line["step"]] = line
+        else:
+            steps[line["step"]] = line
+    doubled = len(lines) - len(steps) - len(evaluations)
+    if doubled:
+        notes.append(f"{path}: {doubled} line(s) repeat a step; the last line of each step counts.")
+    return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
+
+
+def read_metrics_lines(path: Path, notes: list[str]) -> list[MetricsLine]:
+    """Return the valid lines of metrics.jsonl or metrics.discarded.jsonl, in the order of the file."""
+    objects, damaged = _read_objects(path, notes)
+    lines = [line for value in objects if (line := metrics_line(value)) is not None]
+    _note_lines(path, damaged + len(objects) - len(lines), notes)
+    return lines
+
+
+def metrics_line(value: dict[str, Any] | None) -> MetricsLine | None:
+    """Return a JSON object as a line of metrics.jsonl; None if it is not a valid one."""
+    if value is None:
+        return None
+    return valid(value, EvaluationLine) if "val_loss" in value else valid(value, StepLine)
+
+
+def read_lines(path: Path, line_type: type[T], notes: list[str]) -> list[T]:
+    """Return the valid lines of a JSON Lines file, in the order of the file."""
+    objects, damaged = _read_objects(path, notes)
+    lines = [line for value in objects if (line := valid(value, line_type)) is not None]
+    _note_lines(path, damaged + len(objects) - len(lines), notes)
+    return lines
+
+
+def read_object(path: Path, value_type: type[T], notes: list[str]) -> T | None:
+    """Return the object of a JSON file; None if the file is missing or damaged."""
+    tree = read_tree(path, notes)
+    value = valid(tree, value_type)
+    if tree and value is None:
+        notes.append(f"{path}: a value has the wrong type or is missing; the file is ignored.")
+    return value
+
+
+def read_tree(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Return the mapping in a JSON or YAML file, as plain JSON values with strings as keys; {} if it is unreadable."""
+    content = read_file(path, notes, parsing.MAX_BYTES)
+    if content is None:
+        return {}
+    try:
+        text = content.decode("utf-8")
+        tree = _plain(parsing.parse_yaml(text, path.name)[0] if path.suffix == ".yaml" else json.loads(text))
+        if isinstance(tree, dict):
+            return tree
+        problem = "it does not contain a mapping"
+    except (ConfigError, ValueError, RecursionError) as error:
+        problem = str(error).rstrip(".")
+    notes.append(f"{path}: the file is ignored: {problem}.")
+    return {}
+
+
+def read_file(path: Path, notes: list[str], max_bytes: int | None = None) -> bytes | None:
+    """Return the content of a regular file; None if it is missing, or, with a note, if it cannot be read."""
+    try:
+        status = path.stat()
+        problem = None
+        if not stat.S_ISREG(status.st_mode):  # reading a FIFO or a device might wait forever
+            problem = "it is not a regular file"
+        elif max_bytes is not None and status.st_size > max_bytes:
+            problem = f"it has {status.st_size:,} bytes, more than {max_bytes:,}"
+        if problem is None:
+            return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        problem = getattr(error, "strerror", None) or str(error)
+    notes.append(f"{path}: the file is ignored: {problem}.")
+    return None
+
+
+def run_name(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the name in a config.yaml, or the folder's if it has none."""
+    name = config.get("name")
+    return name if isinstance(name, str) and name.strip() else _printable(Path(os.path.realpath(folder)).name) or "run"
+
+
+def batches_of_run(folder: Path, global_batch: int, notes: list[str]) -> dict[int, int]:
+    """Return the number of the batch that each finished step read.
+
+    It is step - 1, plus the batches that rewinds skipped.
+    """
+    steps, _ = read_metrics(folder, notes)
+    return {
+        line["step"]: line["samples"] // global_batch - 1 for line in steps if line.get("samples", 0) >= global_batch
+    }
+
+
+def valid(value: Mapping[str, Any], line_type: type[T]) -> T | None:
+    """Return `value` if it is valid by the TypedDict `line_type`, else None."""
+    checks, needed = _checks(cast(Any, line_type))
+    if any(key not in value for key in needed):
+        return None
+    if all(key not in value or check(value[key]) for key, check in checks):
+        return cast(T, value)
+    return None
+
+
+Check = Callable[[Any], bool]
+
+
+@functools.cache
+def _checks(line_type: type[Any]) -> tuple[list[tuple[str, Check]], tuple[str, ...]]:
+    """Return a check per key of a TypedDict, and the keys that it needs."""
+    checks = []
+    for key, annotation in get_type_hints(line_type, include_extras=True).items():
+        value_type, unit, *_ = get_args(annotation)  # (type, unit, meaning)
+        checks.append((key, _check(value_type, unit)))
+    return checks, NEEDED.get(line_type, ())
+
+
+def _check(value_type: Any, unit: str) -> Check:
+    """Return the function that tells whether a value has a type and is within the limits of its unit."""
+    low, high = LIMITS.get(unit, OTHER_LIMITS)
+    if isinstance(value_type, types.UnionType):
+        members = [_check(member, unit) for member in get_args(value_type)]
+        return lambda value: any(check(value) for check in members)
+    if value_type in (int, float):
+        kinds = (int,) if value_type is int else (int, float)
+        return lambda value: type(value) in kinds and low <= value <= high  # NaN is within no limits; bool is no number
+    if value_type is str:
+        return lambda value: isinstance(value, str) and (value.isascii() or _printable(value) == value)
+    if get_origin(value_type) is list:
+        item = _check(get_args(value_type)[0], unit)
+        return lambda value: isinstance(value, list) and all(map(item, value))
+    if get_origin(value_type) is dict:
+        entry = _check(get_args(value_type)[1], unit)
+        return lambda value: (
+            isinstance(value, dict) and all(_printable(key) == key and entry(value[key]) for key in value)
+        )
+    if is_typeddict(value_type):
+        return lambda value: isinstance(value, dict) and valid(value, value_type) is not None
+    return lambda value: isinstance(value, value_type)
+
+
+def _printable(text: str) -> str:
+    """Replace what UTF-8 cannot encode: JSON and YAML can name halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _plain(value: Any, level: int = 0) -> Any:
+    """Return nested data as JSON would have it, without what JSON and YAML can hold but UTF-8 or floats cannot."""
+    if level > parsing.MAX_DEPTH:
+        raise ValueError(f"it has more than {parsing.MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        return {_printable(str(key)): _plain(item, level + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, level + 1) for item in value]
+    if isinstance(value, (int, float)) and not OTHER_LIMITS[0] <= value <= OTHER_LIMITS[1]:
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float)) else _printable(str(value))  # a date
+
+
+def _read_objects(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """Return metrics_file.read_objects of a file; nothing, with a note, if it cannot be read."""
+    if not os.path.isfile(path) and read_file(path, notes) is None:
+        return [], 0
+    try:
+        return metrics_file.read_objects(path)
+    except OSError as error:
+        notes.append(f"{path}: the file is ignored: {error.strerror}.")
+        return [], 0
+
+
+def _note_lines(path: Path, damaged: int, notes: list[str]) -> None:
+    if damaged:
+        notes.append(f"{path}: {damaged} line(s) could not be read and are left out.")
