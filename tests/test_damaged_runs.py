@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from packspeed.launch.cli import app
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.observe import report as reporting
-from packspeed.launch.observe.console import Follower, panel
+from packspeed.launch.observe.console import panel
 from packspeed.launch.observe.goodput import account, table
+from packspeed.launch.observe.watch import Follower
 from packspeed.launch.run_folder.formats import Environment, Status
 from packspeed.launch.run_folder.reading import read_metrics, read_object, read_tree
 from support.run_folder import life, make_run, step_line, write_lines

@@ -21,8 +21,9 @@ from rich.console import Console
 
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.observe.charts import COLORS, Chart, Series, lay_out, smoothed
-from packspeed.launch.observe.console import Follower, panel
+from packspeed.launch.observe.console import panel
 from packspeed.launch.observe.png import draw_png
+from packspeed.launch.observe.watch import Follower
 from support.browser import browse
 from support.ranks import run_many
 from support.workspace import Workspace

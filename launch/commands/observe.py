@@ -13,8 +13,8 @@ import typer
 
 from packspeed.launch.commands.options import Json, RunFolder
 from packspeed.launch.config.errors import UserError
-from packspeed.launch.observe import console
 from packspeed.launch.observe import report as reporting
+from packspeed.launch.observe import watch as watching
 from packspeed.launch.observe.goodput import account, table
 from packspeed.launch.run_folder.phase_timer import FILE
 
@@ -28,7 +28,7 @@ def goodput(run: RunFolder, json_output: Json = False) -> None:
         raise UserError(
             f"{run / FILE}: nothing was recorded there.{reasons} Give the run folder that training printed."
         )
-    console.show_notes(notes)
+    watching.show_notes(notes)
     print(json.dumps(phases.as_dict()) if json_output else table(phases))
 
 
@@ -45,7 +45,7 @@ def report(
     It shows curves, configuration, speed, goodput, restarts and samples.
     """
     read, notes = reporting.report(runs, out)
-    console.show_notes(notes)
+    watching.show_notes(notes)
     pictures = [str(path) for path in reporting.write_pngs(read, png)] if png else []
     if json_output:
         loss, speed = reporting.differences(read)
@@ -63,12 +63,12 @@ def watch(
 ) -> None:
     """Follow a run from its files, in another terminal or on another host."""
     if not json_output:
-        console.watch(run, once)
+        watching.watch(run, once)
         return
-    follower = console.Follower(run)
+    follower = watching.Follower(run)
     follower.update()
     progress = follower.progress
-    console.show_notes(progress.notes)
+    watching.show_notes(progress.notes)
     print(json.dumps({
         "name": progress.name, "state": progress.state, "note": progress.note, "total_steps": progress.total_steps,
         "last": progress.last or {}, "validation": progress.evaluation or {}, "left_s": round(progress.left_s, 1),
