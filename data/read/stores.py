@@ -7,6 +7,7 @@ server promised.
 from __future__ import annotations
 
 import http.client
+import logging
 import re
 import shutil
 import time
@@ -16,6 +17,10 @@ from urllib.parse import quote
 from packspeed.data.errors import DataError, UsageError
 
 DOWNLOADED = ("http://", "https://")
+
+
+# They log the traceback of an error that is raised and described too.
+QUIET_LOGGERS = ("fsspec", "s3fs", "gcsfs", "huggingface_hub")
 
 
 COPY_BYTES = 2**20
@@ -96,6 +101,8 @@ def open_store(url: str) -> Store:
     """The store of a URL. UsageError if its protocol is unknown or its library is not installed."""
     import fsspec
 
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         files, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
@@ -113,7 +120,7 @@ def store_error(url: str, error: Exception) -> DataError:
     )
 
 
-def _words(error: BaseException) -> str:
+def _words(error: object) -> str:
     return " ".join(str(error).split())[:300].rstrip(".")
 
 
@@ -158,7 +165,8 @@ def _fetch(url: str, copy: IO[bytes]) -> None:
     except (http.client.InvalidURL, ValueError) as error:
         raise DataError(f"{url} cannot be read: {_words(error)}. Check the URL.") from error
     except (OSError, http.client.HTTPException) as error:
-        raise _Passing(f"cannot be read: {_words(error) or type(error).__name__}") from error
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise _Passing(f"cannot be read: {_words(cause) or type(error).__name__}") from error
     if expected is not None and copy.tell() != int(expected):
         raise _Passing(f"broke off after {copy.tell()} of {expected} bytes")
     if encoding not in ("", "identity"):

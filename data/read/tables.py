@@ -1,8 +1,9 @@
 """Rows of tables as documents: csv, tsv, parquet and arrow.
 
 csv follows RFC 4180 strictly: quotes that do not close and rows with another number of fields than the header are bad.
-Memory: csv one row, at most 64 MiB a line and 16 million characters a field; parquet one batch of about 16 MiB;
-arrow is mapped, and its pages are given back after every 16 MiB of text.
+Memory: csv one row, at most 64 MiB a line and 16 million characters a field; parquet one page of the file (a megabyte,
+if its writer did not put more into it) and a batch of about 16 MiB; arrow is mapped, and its pages are given back after
+every 16 MiB of text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from packspeed.data.errors import DataError
@@ -113,8 +115,8 @@ def read_parquet(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Docum
     with (
         _damage_named(source),
         open_source(source) as raw,
-        # Buffered, or a column of a row group would be read at once.
-        pyarrow.parquet.ParquetFile(raw, buffer_size=CHUNK_BYTES) as table,
+        # By the buffer and not ahead, or a column of a row group would be in memory.
+        pyarrow.parquet.ParquetFile(raw, buffer_size=CHUNK_BYTES, pre_buffer=False) as table,
     ):
         columns = _columns(source, keys, table.schema_arrow.names)
         row = sum(table.metadata.row_group(group).num_rows for group in range(source.start))
@@ -131,8 +133,10 @@ def _batch_rows(group: Any) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(group.total_byte_size))))
 
 
-def _rows(batch: Any, keys: TextKeys, source: Source, row: int, tally: Tally) -> Iterator[Document]:
-    """The documents of a batch whose first row has the number `row`."""
+def _rows(
+    batch: Any, keys: TextKeys, source: Source, row: int, tally: Tally, release: Callable[[], object] = lambda: None
+) -> Iterator[Document]:
+    """The documents of a batch whose first row has the number `row`. `release` gives back memory that was read."""
     if batch.num_columns == 1 and keys.keys == (batch.schema.names[0],) and batch.nbytes < 2 * BATCH_BYTES:
         # The fast path for a column of texts; everything else takes the slow path, which finds the reason.
         with contextlib.suppress(UnicodeDecodeError):
@@ -143,11 +147,13 @@ def _rows(batch: Any, keys: TextKeys, source: Source, row: int, tally: Tally) ->
     columns = [(name, batch.column(i)) for i, name in enumerate(batch.schema.names)]
     for i in range(batch.num_rows):
         where = f"{source.name}, row {row + i}"
-        buffer = columns[0][1][i].as_buffer() if len(columns) == 1 and _is_text(columns[0][1].type) else None
         try:
-            if buffer is not None and buffer.size > LONG_TEXT_BYTES:
-                yield from _long_value(buffer, source, row + i)
-                continue
+            if len(columns) == 1 and _is_text(columns[0][1].type):
+                content = _content(columns[0][1], i)
+                is_long = content is not None and content.size > LONG_TEXT_BYTES
+                if is_long and columns[0][1].slice(i, 1).null_count == 0:
+                    yield from _long_value(content, source, row + i, release)
+                    continue
             record = {name: column[i].as_py() for name, column in columns}
         except UnicodeDecodeError as error:
             tally.refuse(where, f"not UTF-8 ({error.reason})")
@@ -161,13 +167,22 @@ def _is_text(column_type: Any) -> bool:
     return bool(pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type))
 
 
-def _long_value(buffer: Any, source: Source, row: int) -> Iterator[Document]:
+def _content(column: Any, row: int) -> Any:
+    """The bytes of a text as a buffer, None if the column has none. A scalar of pyarrow would copy them."""
+    _, offsets, content = column.buffers()
+    ends = memoryview(offsets).cast("q" if str(column.type).startswith("large") else "i")
+    start, end = ends[column.offset + row], ends[column.offset + row + 1]
+    return content[start:end] if content is not None else None
+
+
+def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], object]) -> Iterator[Document]:
     """A long text in pieces, decoded a megabyte at a time, after a pass that checks that it is UTF-8."""
 
     def decoded() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         for start in range(0, buffer.size, CHUNK_BYTES):
             yield decoder.decode(buffer[start : min(buffer.size, start + CHUNK_BYTES)].to_pybytes())
+            release()
         yield decoder.decode(b"", final=True)
 
     for _ in decoded():
@@ -180,6 +195,7 @@ def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Documen
     """One document per row of the part's batches, in an IPC file or an IPC stream (as `datasets` writes)."""
     row = 0
     with _damage_named(source), _mapped(source) as pages:
+        release = partial(pages.madvise, mmap.MADV_DONTNEED)  # or all of the file would count as memory in use
         schema, batches = _open_arrow(pages)
         columns = _columns(source, keys, schema.names)
         tops = [name for name in schema.names if any(name in (key, key.split(".")[0]) for key in columns)]
@@ -190,9 +206,9 @@ def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Documen
                 row += batch.num_rows
                 continue
             for part in _valid_parts(batch.select(tops)):
-                yield from _rows(part, keys, source, row, tally)
+                yield from _rows(part, keys, source, row, tally, release)
                 row += part.num_rows
-                pages.madvise(mmap.MADV_DONTNEED)  # or all of the file would count as memory in use
+                release()
 
 
 def arrow_batch_bytes(source: Source) -> list[int]:
