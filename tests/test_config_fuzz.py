@@ -5,6 +5,7 @@ A larger run by hand: FUZZ_INPUTS=10000 FUZZ_SEED=7 python -m pytest tests/test_
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -86,7 +87,7 @@ def with_values(data: Any, keys: list[tuple[str, ...]], rng: random.Random) -> A
             if not isinstance(node, dict):
                 break
         else:
-            node[last] = rng.choice(VALUES)
+            node[last] = copy.deepcopy(rng.choice(VALUES))
     return data
 
 

@@ -510,6 +510,7 @@ def test_muon_with_clipping_is_advised_not_to_clip(
         assert "Write train.grad_clip: 0" in note
     assert muon_clipping_note(unclipped, resolve_ds_config(unclipped, raw, PLAN, precision), precision) is None
     assert muon_clipping_note(run, raw, precision) is None
+    assert muon_clipping_note(muon, {"zero_optimization": {"stage": 2, "offload_optimizer": "auto"}}, precision)
 
 
 @pytest.mark.parametrize(

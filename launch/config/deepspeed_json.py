@@ -255,8 +255,9 @@ def clips_after_muon(run: RunFile, ds_config: dict[str, Any], precision: str) ->
 
     It does at all stages but 0, and 1 in bf16 without offload.
     """
-    offload = (ds_config.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    stage, offloads = zero_stage(ds_config), offload.get("device", "none") != "none"
+    offload = (ds_config.get("zero_optimization") or {}).get("offload_optimizer")
+    offloads = isinstance(offload, dict) and offload.get("device") in ("cpu", "nvme")
+    stage = zero_stage(ds_config)
     before = stage == 0 or (stage == 1 and precision == "bf16" and not offloads)
     return run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and not before
 

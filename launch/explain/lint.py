@@ -87,7 +87,8 @@ def block(tree: dict[str, Any], key: str) -> dict[str, Any]:
 
 def device(case: Case, key: str) -> str:
     """The device of offload_optimizer or offload_param: none, cpu or nvme."""
-    return str(block(case.zero, key).get("device", "none"))
+    target = block(case.zero, key).get("device")
+    return "none" if target in (None, "auto") else str(target)
 
 
 @dataclasses.dataclass(frozen=True)
