@@ -25,7 +25,7 @@ from packspeed.data.text.bpe import train_tokenizer
 from packspeed.data.text.ranks import BytesTokenizer, TiktokenTokenizer
 from packspeed.data.text.ranks_to_json import tokenizer_json
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
-from packspeed.launch.checkpoint.manifest import read_manifest
+from packspeed.launch.checkpoint.manifest import dump_manifest, read_manifest
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import make_run_loader, open_data
@@ -101,7 +101,7 @@ PACKED = {"out-masked": "document_mask: true", "out-best-fit": "packing: best_fi
 def prepare_documents(folder: Path) -> Path:
     """A dataset of many short documents."""
     text = text_of_python()[:40_000]
-    lines = (json.dumps({"text": text[i : i + 20 + i % 50]}) for i in range(0, len(text), 70))
+    lines = (json.dumps({"text": text[i : i + 10 + i % 20]}) for i in range(0, len(text), 30))
     (folder / "documents.jsonl").write_text("\n".join(lines))
     prepare([str(folder / "documents.jsonl")], folder / "documents", "bytes", val_fraction=0.05)
     return folder / "documents"
@@ -181,7 +181,7 @@ def test_a_run_with_packed_documents_goes_out(runs: Workspace, name: str, tmp_pa
     assert "no token attended to another document" in (tmp_path / "hf" / "README.md").read_text()
     ours, theirs = load_model(find_checkpoint(runs.folder / "runs" / name))[0], load(tmp_path / "hf")
     run = load_run_file(runs.folder / "runs" / name / "config.yaml")
-    batch = make_run_loader(run, open_data(run)).batch(0, 0, 4)
+    batch = make_run_loader(run, open_data(run)).batch(0, 0, 1)
     assert batch.documents is not None
     assert len(batch.documents) > 4
     rows = torch.from_numpy(batch.inputs.astype(np.int64))
@@ -346,9 +346,9 @@ def test_export_refusals(runs: Workspace, tmp_path: Path) -> None:
     assert "is in use" in runs_cli(["export", str(run), str(tmp_path / "full")], code=2)
     shutil.copytree(find_checkpoint(run), tmp_path / "step")
     for name, expected in (("mlp", "mlp = 'swiglu'"), ("norm", "norm = 'rmsnorm'")):
-        manifest = json.loads((tmp_path / "step" / "packspeed.json").read_text())
+        manifest = read_manifest(tmp_path / "step")
         manifest["config"]["model"][name] = expected.split("'")[1]
-        (tmp_path / "step" / "packspeed.json").write_text(json.dumps(manifest))
+        (tmp_path / "step" / "packspeed.json").write_text(dump_manifest(manifest))
         assert expected in runs_cli(["export", str(tmp_path / "step"), str(tmp_path / "no")], code=2)
     weights = tmp_path / "step" / "mp_rank_00_model_states.pt"
     content = bytearray(weights.read_bytes())

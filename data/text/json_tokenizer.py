@@ -369,8 +369,8 @@ def _first(names: Sequence[str], ids: dict[str, int]) -> str | None:
     return next((name for name in names if name in ids), None)
 
 
-def _is_byte_level(component: dict[str, Any] | None) -> bool:
-    return component is not None and component.get("type") == "ByteLevel"
+def _is_byte_level(component: object) -> bool:
+    return isinstance(component, dict) and component.get("type") == "ByteLevel"
 
 
 def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:

@@ -201,11 +201,13 @@ def _repetitions_in(component: dict[str, Any]) -> int | None:
     return GPT2_REPETITIONS if kind in _LOCAL else None
 
 
-def _components(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _components(component: object) -> Iterator[dict[str, Any]]:
     """The components of a normalizer or pre-tokenizer, sequences flattened."""
     if component is None:
         return
-    if component.get("type") == "Sequence":
+    if not isinstance(component, dict):  # the library also reads its fields as a list
+        yield {}
+    elif component.get("type") == "Sequence":
         for inner in component.get("normalizers") or component.get("pretokenizers") or []:
             yield from _components(inner)
     else:
