@@ -3,7 +3,7 @@
 The page shows loss curves, throughput, memory, goodput, restarts, samples, configuration and environment. Everything
 comes from the files of the run folders. Several runs share each chart, and the differences between their settings are
 split into those that can change the loss and those that only change speed.
-Cost: 1 s and 1 MB per million steps. Imports neither torch nor deepspeed.
+Cost: 20 s per million steps; the page has 0.2 MB per run. Imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ that is damaged they add a note that names the file and the number of lines. A m
 
 A value is valid if it has the type of its annotation and a size that its unit can have (LIMITS): no NaN, no infinity,
 no date in the year 10^9. A line may lack keys, because older versions wrote fewer, except those in NEEDED.
-Cost: 6 us per line of metrics.jsonl.
+Cost: 11 us per line of metrics.jsonl, of which 6 parse the JSON.
 """
 
 from __future__ import annotations
