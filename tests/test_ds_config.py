@@ -261,7 +261,7 @@ def test_a_monitor_without_its_package_is_refused(tmp_path: Path, monkeypatch: p
 HJSON = """\
 {
   # two ranks "stage": 9
-  "_comment": {"stage": 7},
+  "_comment": {"stage": 7}, "$schema": "x", "comment": ["y"],
   "train_batch_size": "auto", // of the run file
   zero_optimization: {
     "_note": "a key of its own",

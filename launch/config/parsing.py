@@ -163,6 +163,9 @@ def _key_path(key: yaml.Node, parent: KeyPath, lines: dict[KeyPath, int], place:
 
 
 # ---- JSON and HJSON ----
+COMMENT_KEY = re.compile(r"_|//|#|(comments?|\$schema)$")
+
+
 class _Pairs(list[tuple[str, Any]]):
     """The keys and values of a JSON object, duplicates included."""
 
@@ -170,7 +173,7 @@ class _Pairs(list[tuple[str, Any]]):
 def parse_json(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
     """Parse JSON, or HJSON (comments, trailing commas), as DeepSpeed does. Returns the data and the line of every key.
 
-    Keys that start with an underscore, // or #, as in "_comment", are comments and are left out, at any depth. Raises
+    Keys that start with an underscore, // or #, and "comment" and "$schema", are left out at any depth. Raises
     ConfigError for invalid text, duplicate keys and anything beyond the limits.
     """
     if not text.strip():  # HJSON's empty object
@@ -269,7 +272,7 @@ def _plain(raw: Any, path: KeyPath, lines: dict[KeyPath, int], keys: _KeysOfText
             raise ConfigError(f"{place}:{line}: {dotted(child)} is given twice (first on line {lines[child]}).")
         lines[child] = line
         plain = _plain(value, child, lines, keys, place)
-        if not key.startswith(("_", "//", "#")):
+        if not COMMENT_KEY.match(key):
             block[key] = plain
     return block
 

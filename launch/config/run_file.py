@@ -189,7 +189,10 @@ class TrainSection(Section):
     optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer and its settings.")
     schedule: ScheduleSection = Field(ScheduleSection(), description="The learning rate over the run.")
     grad_clip: float = Field(
-        1.0, ge=0, description="Scale the gradient down if its global norm is larger than this; 0 = off."
+        1.0,
+        ge=0,
+        description="Scale the gradient down if its global norm is larger than this; 0 = off. Write 0 with "
+        "muon, whose update DeepSpeed would cut.",
     )
 
     @model_validator(mode="after")
