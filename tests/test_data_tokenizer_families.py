@@ -313,8 +313,8 @@ def test_a_dataset_keeps_all_settings(family: str, tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(built(family))
     names = [token["content"] for token in json.loads(built(family))["added_tokens"]]
-    eot = [name for name in names if name not in ("<unk>", "[UNK]")][-1]
-    bos = next((name for name in names if name not in (eot, "<unk>", "[UNK]")), None)
+    eot = [name for name in names if name not in ("<unk>", "[UNK]", "ab", "the")][-1]
+    bos = next((name for name in names if name not in (eot, "<unk>", "[UNK]", "ab", "the")), None)
     mine = load_tokenizer(str(path), eot, bos_token=bos)
     (tmp_path / "a.txt").write_text("It was the best of times, it was the worst of times.")
     prepare([str(tmp_path / "a.txt")], tmp_path / "out", mine, val_fraction=0)

@@ -137,10 +137,25 @@ def test_dropout_and_templates_are_off() -> None:
 def test_an_unknown_token_that_is_eot_is_refused_when_text_gives_it() -> None:
     mine = tokenizer_of(spec_of("wordlevel"), eot="<unk>")
     assert mine.encode("import")
-    with pytest.raises(DataError, match="does not know as its special token '<unk>'"):
+    with pytest.raises(DataError, match="its special token '<unk>' for a part of an ordinary text"):
         mine.encode("import xyzzy")
     with pytest.raises(DataError, match="special token"):
         mine.encode_batch(["import", "xyzzy"])
+
+
+def test_a_special_token_in_merges_is_refused_when_text_gives_it() -> None:
+    spec = spec_of()
+    left, right = spec["model"]["merges"][0]
+    name = left + right
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec["added_tokens"].append({"id": spec["model"]["vocab"][name], "content": name, "special": True} | flags)
+    spec["added_tokens"].sort(key=lambda token: token["id"])
+    text = TEXTS[0].replace("\n", "")
+    mine, plain = tokenizer_of(spec), tokenizer_of(spec_of())
+    words = [word for word in text.split(" ") if spec["model"]["vocab"][name] not in plain.encode(word)]
+    assert [mine.encode(word) for word in words] == [plain.encode(word) for word in words]
+    with pytest.raises(DataError, match="special token"):
+        mine.encode(f"q{name.replace('Ġ', ' ')}")
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "llama", "gemma"])

@@ -203,9 +203,9 @@ class JsonTokenizer:
         if special.any():
             name = self._names[int(ids[special][0])]
             raise DataError(
-                f"Tokenizer {self.name} encodes text that it does not know as its special token {name!r}, so a text "
-                f"could end its own document. Use a tokenizer that has another token for unknown characters, or name "
-                f"another end-of-text token by --eot-token."
+                f"Tokenizer {self.name} gives its special token {name!r} for a part of an ordinary text, so a text "
+                f"could end its own document. Use a tokenizer that has another token for unknown characters and no "
+                f"special tokens in its merges, or name another end-of-text token by --eot-token."
             )
         return ids
 
@@ -346,18 +346,22 @@ def _file_ids(plain: tokenizers.Tokenizer, ids: dict[str, int]) -> npt.NDArray[n
 
 
 def _hide_in_model(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """The tokenizer with the special tokens of its model's vocabulary under names that no text contains."""
+    """The tokenizer with the special tokens of its model's vocabulary under names that no text contains.
+
+    Tokens in merges keep their names: other tokens are made of them. If text gives one of these, that is an error.
+    """
     model, vocabulary = spec["model"], spec["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram: an entry is found by its text, its id is its place
         return spec | {"model": model | {"vocab": [[_hidden(t, names), score] for t, score in vocabulary]}}
-    if not names & vocabulary.keys():
+    names = names & vocabulary.keys()
+    if names:
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or [])
+        names = names - {piece for left, right in pairs for piece in (left, right, left + right)}
+    if not names:
         return spec
     hidden: dict[str, Any] = {"vocab": {_hidden(token, names): i for token, i in vocabulary.items()}}
     if isinstance(model.get("unk_token"), str):
         hidden["unk_token"] = _hidden(model["unk_token"], names)
-    if model.get("merges"):  # merges that use or make a special token
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        hidden["merges"] = [pair for pair in pairs if not names & {*pair, "".join(pair)}]
     return spec | {"model": model | hidden}
 
 
