@@ -358,6 +358,19 @@ def test_export_refusals(runs: Workspace, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("out", [".", "..", "/", "sub/.."])
+def test_the_current_folder_and_those_above_are_no_new_folders(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no name to rename a finished folder to."""
+    (tmp_path / "here/sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    if out == ".":
+        (tmp_path / "here/sub").rmdir()
+    with pytest.raises(ConfigError, match="is in use: name a folder"):
+        export_hf(Path("no run"), Path(out))
+
+
 @pytest.mark.launch
 def test_a_damaged_import_is_refused_everywhere(runs: Workspace, tmp_path: Path) -> None:
     import_hf(runs.folder / "hf-gpt2", tmp_path / "damaged", str(runs.folder / "tokens"))

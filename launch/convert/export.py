@@ -64,7 +64,7 @@ def export_hf(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (out.resolve() == Path.cwd() or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is in use: name a folder that does not exist yet.")
     checkpoint = find_checkpoint(run, step)
     manifest = read_manifest(checkpoint)

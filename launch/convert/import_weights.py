@@ -111,7 +111,7 @@ def _write_run(
     notes: list[str],
 ) -> ImportResult:
     """Write the run folder under a temporary name and rename it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (out.resolve() == Path.cwd() or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is in use: name a run folder that does not exist yet.")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
