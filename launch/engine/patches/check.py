@@ -55,7 +55,10 @@ def check_loaded() -> None:
 def problem(internal: Internal) -> str | None:
     """What is wrong with one name in the installed sources: it is absent, or takes other parameters. None: nothing."""
     if internal.where == TEXT:
-        return None if _collapsed(internal.name) in _collapsed_source(internal.file) else internal.label
+        source, text = _collapsed_source(internal.file), _collapsed(internal.name)
+        # A single name must stand alone: a longer one that contains it is another name.
+        present = re.search(rf"\b{text}\b", source) if text.isidentifier() else text in source
+        return None if present else internal.label
     if not any(identifier(internal) in names for names in _names_of(internal.file, internal.where)):
         return internal.label
     if "(" in internal.name:
