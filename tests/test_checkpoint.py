@@ -47,7 +47,7 @@ def test_killed_at_any_byte_of_a_save(alone: Workspace) -> None:
         assert all(not find_damage(path) for path in list_checkpoints(alone.checkpoints("killed"))), fault
     done = train(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "skipping checkpoint" not in done.stdout, "an unfinished save has a temporary name"
+    assert "passing over checkpoint" not in done.stdout, "an unfinished save has a temporary name"
     assert alone.curve("killed") == alone.curve("undisturbed")
     assert not list(alone.checkpoints("killed").glob(".*.tmp"))
 

@@ -100,7 +100,7 @@ def test_damage_is_named_and_an_older_checkpoint_taken(tmp_path: Path) -> None:
     assert newest == tmp_path / "step-00000001"
     assert steps(damaged) == [6, 5, 4, 3, 2]
     for line, reason in zip(lines, ["cannot be read", "not listed", "another hash", "2 bytes", "missing"], strict=True):
-        assert line.startswith("skipping checkpoint step-")
+        assert line.startswith("passing over checkpoint step-")
         assert reason in line
 
 

@@ -200,7 +200,7 @@ def newest_complete(folder: Path, log: Callable[[str], None]) -> tuple[Path | No
             damage = find_damage(path)
             if not damage:
                 return path, damaged
-            log(f"skipping checkpoint {path.name}: {'; '.join(damage)}")
+            log(f"passing over checkpoint {path.name}: {'; '.join(damage)}")
             damaged.append(path)
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}. Is the file system mounted?") from None
