@@ -37,7 +37,10 @@ def test_every_command_prints_its_help_and_describes_every_option(words: str) ->
 def _metadata(function: object, name: str) -> list[object]:
     import typing
 
-    return list(typing.get_type_hints(function, include_extras=True)[name].__metadata__)
+    annotation = typing.get_type_hints(function, include_extras=True)[name]
+    if typing.get_origin(annotation) is typing.Union:  # Python 3.10 adds None to the type if it is the default
+        annotation = typing.get_args(annotation)[0]
+    return list(annotation.__metadata__)
 
 
 @pytest.mark.launch

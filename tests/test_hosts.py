@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
 import shlex
 import subprocess
 import sys
@@ -14,8 +17,16 @@ from hypothesis import strategies as st
 
 from packspeed.launch.cluster import cgroup
 from packspeed.launch.cluster.diagnosis import blocking_ranks, death_report, describe_exit, hang_report
-from packspeed.launch.cluster.hosts import Host, forwarded_environment, read_hostfile
+from packspeed.launch.cluster.environment import forwarded_environment
+from packspeed.launch.cluster.hostfile import read_hostfile, select_hosts
+from packspeed.launch.cluster.hosts import Host, LaunchPlan, PlannedHost
+from packspeed.launch.cluster.local_launcher import TRAIN
 from packspeed.launch.cluster.messages import FactsRequest, HostFacts, RankDeath, RankState
+from packspeed.launch.cluster.remote_launcher import (
+    launcher_command,
+    launcher_files,
+    launcher_variables,
+)
 from packspeed.launch.cluster.ssh import agent_command, ask_hosts
 from packspeed.launch.cluster.supervisor import fit_slots
 from packspeed.launch.config.errors import ConfigError
@@ -38,16 +49,136 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     text = "# two\nnode-1 slots=2\n\n10.0.0.2 slots=4   # the other\n"
     hosts = hostfile(tmp_path, text)
     assert {host.name: host.slots for host in hosts} == dict(fetch_hostfile(str(tmp_path / "hosts")))
-    assert hostfile(tmp_path, "node-1 slots = 2") == [Host("node-1", 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("node-1 slots = 2", [Host("node-1", 2)]),
+        ("node-1\tslots\t=2\t", [Host("node-1", 2)]),
+        ("node-1 slots=2 max_slots=8", [Host("node-1", 2)]),
+        ("node-1 max-slots=8 slots=8", [Host("node-1", 8)]),
+        ("node-1 slots=02", [Host("node-1", 2)]),
+        ("\ufeffnode-1 slots=2\r\nnode_2.x slots=1 # last\r\n", [Host("node-1", 2), Host("node_2.x", 1)]),
+        ("a slots=1\rb slots=2", [Host("a", 1), Host("b", 2)]),
+        ("  # only this\n   a   slots=1#c", [Host("a", 1)]),
+        ("2001:db8::7 slots=2", [Host("2001:db8::7", 2)]),
+        ("[2001:DB8:0::7] slots=2\nfe80::1%eth0 slots=1", [Host("2001:db8::7", 2), Host("fe80::1%eth0", 1)]),
+        ("::1 slots=2", [Host("::1", 2)]),
+    ],
+)
+def test_forms_of_a_hostfile(tmp_path: Path, text: str, hosts: list[Host]) -> None:
+    path = tmp_path / "hosts"
+    path.write_bytes(text.encode())
+    assert read_hostfile(path) == hosts
+
+
+@given(
+    content=st.one_of(
+        st.binary(max_size=200), st.from_regex(r"([\w:.%\[\]-]* *(max_)?slots *= *\w*\s){1,4}").map(str.encode)
+    )
+)
+def test_any_hostfile_gives_hosts_or_one_error(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed-hosts"
+    path.write_bytes(content)
+    hosts: list[Host] = []
+    with contextlib.suppress(ConfigError):
+        hosts = read_hostfile(path)
+    if not hosts:
+        with pytest.raises(ConfigError, match="fuzzed-hosts") as caught:
+            read_hostfile(path)
+        assert len(str(caught.value)) < 1000
+    assert all(shlex.quote(host.name) == host.name or ":" in host.name for host in hosts)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "chosen"),
+    [
+        ("include", "b", "b=0,1"),
+        ("include", "c@a", "a=0,1,2,3 c=0"),
+        ("include", "a:2,0@b", "a=0,2 b=0,1"),
+        ("include", "a@a:1", "a=1"),
+        ("include", "a:1@a:3,1", "a=1,3"),
+        ("exclude", "a", "b=0,1 c=0"),
+        ("exclude", "a:0,1@b:1", "a=2,3 b=0 c=0"),
+        ("exclude", "c:0", "a=0,1,2,3 b=0,1"),
+    ],
+)
+def test_include_and_exclude_mean_what_they_mean_to_deepspeed(option: str, text: str, chosen: str) -> None:
+    from deepspeed.launcher.runner import parse_inclusion_exclusion
+
+    hosts = [Host("a", 4), Host("b", 2), Host("c", 1)]
+    selected = {host.name: list(host.device_ids) for host in select_hosts(hosts, **{option: text})}
+    assert " ".join(f"{name}={','.join(map(str, ids))}" for name, ids in selected.items()) == chosen
+    filters = {"inclusion": "", "exclusion": ""} | {f"{option.removesuffix('de')}sion": text}
+    assert selected == parse_inclusion_exclusion({host.name: host.slots for host in hosts}, **filters)
+
+
+def test_hosts_are_selected_by_ipv6_address() -> None:
+    hosts = [Host("2001:db8::7", 2), Host("b", 1)]
+    assert select_hosts(hosts, include="2001:db8:0::7") == hosts[:1]
+    assert select_hosts(hosts, include="[2001:db8::7]:1@b") == [Host("2001:db8::7", 1, (1,)), hosts[1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"include": "a", "exclude": "b"}, "give one of them"),
+        ({"include": "x"}, "there is no host 'x'; the hosts are a, b"),
+        ({"include": "a@"}, "there is no host ''"),
+        ({"exclude": "a:2"}, "a has no slot '2'; it has 0 to 1"),
+        ({"include": "a:"}, "a has no slot ''"),
+        ({"include": "a:0:1"}, "a has no slot '0:1'"),
+        ({"include": "a:-1"}, "a has no slot '-1'"),
+        ({"exclude": "a@b"}, "no host is left"),
+    ],
+)
+def test_a_selection_that_is_wrong_is_refused(options: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=r"--(in|ex)clude") as caught:
+        select_hosts([Host("a", 2), Host("b", 1)], **options)
+    assert words in str(caught.value)
+
+
+def test_chosen_devices_stay_those_when_ranks_are_taken_away() -> None:
+    assert fit_slots([Host("a", 2, (1, 3)), Host("b", 2, (4, 6))], 3) == [Host("a", 2, (1, 3)), Host("b", 1, (4,))]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("a slots=2\nb slots=2\na slots=4", "line 3: a is already in line 1"),
-        ("a slots=0", "line 1: slots=0"),
+        ("node-a slots=2\n\n# c\r\nNODE-A slots=2", "line 4: NODE-A is already in line 1"),
+        ("::1 slots=2\n[0:0::1] slots=1", "line 2: ::1 is already in line 1"),
+        ("a slots=0", "line 1: slots=0 is not a number of ranks (1 to 1024). Remove hosts without ranks."),
+        ("a slots=", "line 1: slots= is not a number"),
+        ("a slots=-1", "line 1: slots=-1"),
+        ("a slots=1.5", "line 1: slots=1.5"),
+        ("a slots=1025", "line 1: slots=1025"),
+        ("a slots=" + "9" * 5000, "9... is not a number of ranks"),
+        ("a slots=\uff12", "line 1: slots=\uff12"),
+        ("a slots=2 slots=2", "line 1: 'a slots=2 slots=2' sets slots twice"),
+        ("a slots=4 max_slots=2", "line 1: slots=4 is more than max_slots=2"),
+        ("a slots=2 max_slots=two", "line 1: max_slots=two"),
+        ("a max_slots=2", "it does not say slots=N"),
+        ("a slots=2 gpus=2", "'gpus=2' has no meaning here"),
+        ("a slots=2 and more", "'and' has no meaning here"),
+        ("a slots=2x", "slots=2x is not a number"),
+        ("a slots=2,b slots=2", "line 1: slots=2,b is not a number"),
+        ("a:2", "is not a host"),
+        ("a SLOTS=2", "'SLOTS=2' has no meaning here"),
+        ("slots=2", "is not a host"),
+        ("slots=2 a", "is not a host"),
+        ("a;slots=2", "is not a host"),
+        ("a\0 slots=2", "not a valid host name"),
+        ("\u0430 slots=2", "not a valid host name"),
+        ("2001:db8::7::1 slots=1", "not a valid host name"),
+        ("[2001:db8::7 slots=1", "not a valid host name"),
+        ("fe80::1%eth0;x slots=1", "not a valid host name"),
+        ("10.0.0.1:22 slots=1", "not a valid host name"),
+        ("b" * 300 + " slots=1", "b... is not a valid host name"),
+        ("#" * (2**20 + 1), "larger than 1 MiB"),
         ("a slots=two", "line 1: slots=two"),
-        ("a slot=2", "line 1: 'a slot=2' is not a host"),
+        ("a slot=2", "line 1: 'a slot=2' is not a host: 'slot=2' has no meaning here"),
         ("a", "is not a host"),
         ("a;touch${IFS}x slots=2", "not a valid host name"),
         ("$(touch x) slots=1", "is not a host"),
@@ -115,6 +246,136 @@ def test_only_listed_variables_leave_this_machine(monkeypatch: pytest.MonkeyPatc
         forwarded_environment(["NOT_THERE"])
     with pytest.raises(ConfigError, match="not a valid variable name"):
         forwarded_environment(["a b=c"])
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder; the current folder is tmp_path."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    return tmp_path / "home"
+
+
+def test_deepspeed_env_is_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    (home / ".deepspeed_env").write_text("A=home\nB=home\nNCCL_DEBUG=WARN\n")
+    Path(".deepspeed_env").write_bytes(b"\xef\xbb\xbf# ours\r\n\r\nB = here=1\r\nC='a $b'\r\nD=\r\n")
+    got = forwarded_environment(["A=option"])
+    assert {name: got[name] for name in ("A", "B", "C", "D", "NCCL_DEBUG")} == {
+        "A": "option", "B": "here=1", "C": "a $b", "D": "", "NCCL_DEBUG": "WARN",
+    }  # fmt: skip
+    Path("other").write_text("E=1")
+    monkeypatch.setenv("DS_ENV_FILE", "other")
+    got = forwarded_environment([])
+    assert got["E"] == "1"
+    assert "B" not in got
+    assert "E" not in forwarded_environment([], files=False)
+
+
+@pytest.mark.parametrize(
+    "line", [b"A", b"1A=2", b"A B=1", b"=1", b"A=$X/y", b"A=`x`", b"A=\xff", b"\xd0\xb0=1", b"A=\0"]
+)
+def test_a_bad_line_of_deepspeed_env_is_named(home: Path, line: bytes) -> None:
+    Path(".deepspeed_env").write_bytes(b"GOOD=1\n" + line + b"\n")
+    with pytest.raises(ConfigError, match=r"deepspeed_env(, line 2|: cannot be read)"):
+        forwarded_environment([])
+
+
+# --- DeepSpeed's own launchers ----------------------------------------------------------------------------------------
+
+# What a shell, pdsh or DeepSpeed might change. Everything that could run is harmless.
+UNUSUAL = [
+    "plain", "a b", "$HOME", "a $HOME b", "$(echo x)", "a $(echo x)", "`echo x`", 'a "b" c', "a 'b' c", "it's", 'q"q',
+    "a;echo x", "a && echo x", "a|cat", "a>b", "*", "~", "#x", "a #x", "\\", "a \\ b\\", '\\" a', "%h", "a %n %%", "!x",
+    "{a,b}", "[a-z]", "train.optimizer={name: adamw, lr: 1e-3}", "\u00e9 \u2028", "(a)", "a\tb",
+]  # fmt: skip
+
+
+def plan_of(env: dict[str, str]) -> LaunchPlan:
+    return LaunchPlan([PlannedHost(Host("node-1", 2), 0, "127.0.0.1", "lo")], 1, env)
+
+
+# As ssh does, it gives the remote shell all words after the host's name, joined by spaces.
+FAKE_SSH = """#!/bin/sh
+while [ "$1" != node-1 ]; do shift; done
+shift
+case "$*" in *deepspeed.launcher.launch*) exec sh -c "$*";; esac
+"""
+
+
+@pytest.mark.launch
+def test_pdsh_changes_no_argument_and_no_variable(tmp_path: Path) -> None:
+    """Through DeepSpeed's runner, the real pdsh and a shell in place of ssh and the remote host."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text(FAKE_SSH)
+    ssh.chmod(0o755)
+    # In place of deepspeed.launcher.launch on the remote host: print what arrived.
+    shown = tmp_path / "python"
+    shown.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if k[:2] == 'V_' or k == 'PYTHONX'}]))\n"
+    )
+    shown.chmod(0o755)
+    draw = random.Random(1)
+    texts = UNUSUAL + ["".join(draw.choices(" $`\"'\\%(){};x\u00e9", k=draw.randint(1, 12))) for _ in range(200)]
+    env = {f"V_{number}": text for number, text in enumerate(texts) if text == text.strip()}
+    plan = plan_of({**env, "V_KEY": "s$cret"})
+    script = f"""
+import sys
+from deepspeed.launcher import runner
+words = {launcher_command(plan, "pdsh", Path("HOSTFILE"), texts)!r}[3:]
+words[words.index("HOSTFILE")] = {str(tmp_path / "hosts")!r}
+runner.sys.executable = {str(shown)!r}
+runner.main(words)
+"""
+    (tmp_path / "hosts").write_text("node-1 slots=2\n")
+    variables = launcher_variables(plan, "pdsh", {"PYTHONX": "$(echo x) `y`"})
+    (tmp_path / "variables").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+    environment = {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DS_ENV_FILE": str(tmp_path / "variables"),
+        "PYTHONX": "$(echo x) `y`",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("node-1: [")]
+    assert len(lines) == 1, done.stdout + done.stderr
+    arguments, variables = json.loads(lines[0].removeprefix("node-1: "))
+    assert arguments[arguments.index(str(TRAIN)) + 1 :] == texts
+    assert variables == {**plan.env, "PYTHONX": "$(echo x) `y`"}
+
+
+@pytest.mark.parametrize("value", ["two\nlines", " a", "a\r"])
+def test_what_a_launcher_cannot_pass_on_is_refused(value: str) -> None:
+    for launcher in ("pdsh", "openmpi"):
+        with pytest.raises(ConfigError, match="value of V"):
+            launcher_variables(plan_of({"V": value}), launcher, {})
+    with pytest.raises(ConfigError, match="become part of it"):
+        launcher_variables(plan_of({"V": "a b"}), "openmpi", {})
+    chosen = LaunchPlan([PlannedHost(Host("a", 1, (3,)), 0, "127.0.0.1", "lo")], 1, {})
+    assert "a:3" in launcher_command(chosen, "pdsh", Path("h"), [])
+    with pytest.raises(ConfigError, match="cannot choose devices"):
+        launcher_command(chosen, "openmpi", Path("h"), [])
+    with pytest.raises(ConfigError, match="no IPv6"):
+        launcher_command(LaunchPlan([PlannedHost(Host("::2", 1), 0, "::2", "lo")], 1, {}), "pdsh", Path("h"), [])
+
+
+def test_a_folder_that_a_shell_would_change_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a $b").mkdir()
+    monkeypatch.chdir(tmp_path / "a $b")
+    with pytest.raises(ConfigError, match="without quotes"):
+        launcher_command(plan_of({}), "pdsh", Path("h"), [])
+
+
+def test_secrets_are_for_the_owner_alone_and_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with launcher_files(plan_of({"WANDB_API_KEY": "s3cret"}), "pdsh") as (hosts, variables):
+        assert "WANDB_API_KEY=s3cret" in variables.read_text()
+        assert hosts.read_text() == "node-1 slots=2\n"
+        assert variables.stat().st_mode & 0o777 == 0o600
+        assert variables.parent.stat().st_mode & 0o777 == 0o700
+    assert not variables.parent.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def beat(rank: int, phase: str, collective: str = "", step: int = 411) -> Beat:

@@ -41,8 +41,9 @@ from packspeed.launch.cluster.messages import (
     StacksRequest,
     send_record,
 )
+from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.run_folder.folder import git_commit
-from packspeed.launch.run_folder.heartbeat import LAUNCH_ID
+from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, LAUNCHER
 
 PACKAGES = ("packspeed", "torch", "deepspeed", "numpy")
 
@@ -58,7 +59,7 @@ CUT_OFF_S = 5.0  # the same after silence: ranks that cannot reach the others ca
 
 def main() -> int:
     """Answer requests until stdin closes; returns the exit code of the launcher, or 0 if there was no `run`."""
-    while line := _read_line():
+    while (line := _read_line()).endswith(b"\n"):  # a line without an end: the supervisor died while it wrote
         request: Request = json.loads(line)
         if request["do"] == "facts":
             send_record(host_facts(request))
@@ -109,11 +110,14 @@ class LocalRanks:
             request["world_info"], request["node_rank"], request["master"], request["port"], request["arguments"],
             script=request["script"],
         )  # fmt: skip
-        env = {**os.environ, **request["env"], LAUNCH_ID: self.launch_id}
+        env = {**os.environ, **request["env"], LAUNCH_ID: self.launch_id, LAUNCHER: str(os.getpid())}
         self.launcher = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def run(self) -> int:
-        """Watch until the launcher ends, then kill what is left; returns the launcher's exit code."""
+        """Watch until the launcher ends, then kill what is left; returns the launcher's exit code.
+
+        It is EXIT_STOPPED if the ranks were to stop before there were any.
+        """
         heard_at, kill_at, buffer = time.monotonic(), float("inf"), b""
         stdin_open = True
         while (code := self.launcher.poll()) is None:
@@ -123,13 +127,15 @@ class LocalRanks:
                 data = os.read(0, 4096)
                 stdin_open, heard_at = bool(data), time.monotonic()
                 *lines, buffer = (buffer + data).split(b"\n")
-                if TERM.encode() in lines:
-                    self.ask_to_save()
+                if TERM.encode() in lines and not self.ask_to_save():
+                    code = EXIT_STOPPED
+                    break
             # The supervisor is dead or unreachable: stop now, kill later.
             silent = time.monotonic() - heard_at > self.silence_s
             if (silent or not stdin_open) and kill_at == float("inf"):
                 kill_at = time.monotonic() + (GRACE_S if not stdin_open else CUT_OFF_S)
-                self.ask_to_save()
+                if not self.ask_to_save():
+                    break
             if time.monotonic() > kill_at:
                 break
             self.report_deaths()
@@ -137,14 +143,19 @@ class LocalRanks:
         kill_launch(self.launch_id)
         return code if code is not None else self.launcher.wait()
 
-    def ask_to_save(self) -> None:
-        """Send SIGTERM to the ranks only: they save and exit with 75, which comes back through the launcher."""
-        for process in launch_ranks(self.launch_id).values():
+    def ask_to_save(self) -> bool:
+        """Send SIGTERM to the ranks only: they save and exit with 75, which comes back through the launcher.
+
+        Returns False if the launcher has started no rank yet, so that there is nobody to ask.
+        """
+        ranks = launch_ranks(self.launch_id)
+        for process in ranks.values():
             try:
                 process.send_signal(signal.SIGCONT)  # a stopped process cannot react
                 process.terminate()
             except psutil.Error:
                 continue
+        return bool(ranks or self.processes)
 
     def report_deaths(self) -> None:
         """Send a RankDeath for every rank that has ended since the last call, and keep track of peak memory."""

@@ -5,27 +5,31 @@ launcher runs in its own session with SIGTERM, SIGUSR1 and SIGINT blocked (sched
 We pass a signal on to the ranks only, which unblock it: they save for as long as that takes, and their exit code (75)
 comes back through the launcher.
 
-The commands of DeepSpeed's three launchers are made here as well: one machine, one node of several (agent.py and
-k8s_entry.py run it), and all hosts over pdsh or OpenMPI.
+The commands of DeepSpeed's launchers for one machine and for one node of several (agent.py and k8s_entry.py run it) are
+made here as well; remote_launcher.py has those for all hosts.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from packspeed.launch.cluster.hosts import LaunchPlan
+from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.run_folder.heartbeat import LAUNCHER
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -75,56 +79,50 @@ def node_launcher_command(
     ]  # fmt: skip
 
 
-def hostfile_command(plan: LaunchPlan, launcher: str, folder: Path, train_args: Sequence[str]) -> list[str]:
-    """DeepSpeed's runner for all hosts of a plan, over pdsh or OpenMPI. Writes its hostfile and variables to `folder`.
-
-    Sets DS_ENV_FILE in this process's environment.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    hostfile, env = folder / ".hostfile", folder / ".deepspeed_env"
-    hostfile.write_text("".join(f"{planned.host.name} slots={planned.host.slots}\n" for planned in plan.hosts))
-    interfaces = {planned.interface for planned in plan.hosts if planned.interface}
-    # These launchers give every host the same variables, so an interface is set only if all hosts call it the same.
-    variables = {f"{library}_SOCKET_IFNAME": interfaces.pop() for library in ("GLOO",) if len(interfaces) == 1}
-    variables |= {"MASTER_ADDR": plan.master, "MASTER_PORT": str(plan.port)} if launcher == "openmpi" else {}
-    env.write_text("".join(f"{name}={value}\n" for name, value in {**variables, **plan.env}.items()))
-    os.environ["DS_ENV_FILE"] = str(env.resolve())
-    return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--launcher", launcher,
-        "--master_addr", plan.master, "--master_port", str(plan.port), "--force_multi", "--log_level", "warning",
-        str(TRAIN), *train_args,
-    ]  # fmt: skip
-
-
 def run_launcher(command: Sequence[str]) -> int:
-    """Run a launcher until it ends, passing SIGTERM, SIGUSR1 and Ctrl-C on to the ranks; returns its exit code.
+    """Run a launcher on this machine until it ends, passing SIGTERM, SIGUSR1 and Ctrl-C on to the ranks.
 
-    A second Ctrl-C kills the ranks. A launcher that a signal ended gives 128 + the signal, as in a shell.
+    Returns its exit code. If there are no ranks yet, a signal ends the launcher, and the code is EXIT_STOPPED. A second
+    Ctrl-C kills the ranks. A launcher that a signal ended gives 128 + the signal, as in a shell.
     """
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # inherited by the launcher and, until they unblock, the ranks
-    process = subprocess.Popen(command, start_new_session=True)
-    interrupts = 0
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the launcher and, until they unblock, the ranks
+    env = {**os.environ, LAUNCHER: str(os.getpid())}
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    interrupts, stopped_early = 0, False
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
+        nonlocal interrupts, stopped_early
         interrupts += number == signal.SIGINT
-        for rank in ranks_below(process.pid):
-            try:
+        ranks = ranks_below(process.pid)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
-            except psutil.NoSuchProcess:
-                continue
+        if not ranks and process.poll() is None:
+            # The launcher still imports, and nobody would tell the ranks that it starts later. The kernel signals a
+            # process group as one: no process that it forks at this moment escapes.
+            stopped_early = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
-    for number in signals:
-        signal.signal(number, forward)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    code = _wait_with_handler(process, forward)
+    if stopped_early and code < 0:
+        print(
+            f"stopped before any rank started; the same command starts it again (exit code {EXIT_STOPPED})", flush=True
+        )
+        return EXIT_STOPPED
+    return code if code >= 0 else 128 - code
+
+
+def _wait_with_handler(process: subprocess.Popen[bytes], handler: Callable[[int, FrameType | None], None]) -> int:
+    """Handle SIGNALS with `handler` until the process ends; returns its exit code."""
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     while True:
         try:
-            code = process.wait()
-            break
+            return process.wait()
         except InterruptedError:
             continue
-    return code if code >= 0 else 128 - code
 
 
 def is_rank(process: psutil.Process) -> bool:

@@ -72,6 +72,7 @@ class AgentPool:
     def __init__(self, command: Callable[[Host], list[str]] = agent_command) -> None:
         self.command = command
         self.connections: dict[str, AgentConnection] = {}
+        self.closed = False
 
     def ask(
         self,
@@ -85,13 +86,19 @@ class AgentPool:
         if not hosts:
             return replies
         with ThreadPoolExecutor(len(hosts)) as threads:
-            for host, reply in zip(
-                hosts, threads.map(lambda host: self._ask_one(host, request(host), timeout_s), hosts), strict=True
-            ):
-                if "error" in reply:
-                    replies.errors[host.name] = str(reply["error"])
-                else:
-                    replies.answers[host.name] = cast(Answer, reply)
+            try:
+                asked = [threads.submit(self._ask_one, host, request(host), timeout_s) for host in hosts]
+                for host, future in zip(hosts, asked, strict=True):
+                    reply = future.result()
+                    if "error" in reply:
+                        replies.errors[host.name] = str(reply["error"])
+                    else:
+                        replies.answers[host.name] = cast(Answer, reply)
+            except BaseException:  # a signal: the threads must not wait for their hosts
+                self.closed = True
+                for connection in list(self.connections.values()):
+                    connection.process.kill()
+                raise
         return replies
 
     def _ask_one(self, host: Host, request: ShortRequest, timeout_s: float) -> dict[str, object]:
@@ -101,7 +108,10 @@ class AgentPool:
                 self.connections[host.name] = AgentConnection(self.command(host))
         except OSError as error:
             return {"error": f"{self.command(host)[0]}: {error.strerror}"}
-        return self.connections[host.name].ask(request, timeout_s)
+        connection = self.connections[host.name]
+        if self.closed:
+            connection.process.kill()
+        return connection.ask(request, timeout_s)
 
     def clock_skews(self, hosts: Sequence[Host]) -> dict[str, float]:
         """A lower bound of each host's clock error, seconds: its time must lie between sending and receiving."""

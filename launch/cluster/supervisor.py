@@ -16,20 +16,21 @@ The messages are in messages.py, a rank's heartbeat in run_folder/heartbeat.py.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Literal
 
 from packspeed.launch.cluster.attempt import LOST, Attempt, LaunchOptions, Log, Outcome
 from packspeed.launch.cluster.hosts import Host, LaunchPlan, plan_launch
-from packspeed.launch.cluster.local_launcher import TRAIN
+from packspeed.launch.cluster.local_launcher import SIGNALS, TRAIN
 from packspeed.launch.cluster.messages import TERM, HostFacts
 from packspeed.launch.cluster.ssh import Replies, ask_hosts
-from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.heartbeat import read_beats
 
@@ -37,6 +38,10 @@ HISTORY = "launches.jsonl"  # in the run folder: one line per attempt
 
 
 MUST_MATCH: tuple[Literal["python", "versions", "commit"], ...] = ("python", "versions", "commit")
+
+
+class StoppedError(Exception):
+    """A signal came while the supervisor asked hosts or waited."""
 
 
 class Supervisor:
@@ -54,24 +59,41 @@ class Supervisor:
         self.hosts = list(options.hosts)
         self.dropped: list[Host] = []
         self.signals = 0
+        self.interruptible = False  # a signal ends the launch immediately: no rank runs
         self.attempt: Attempt | None = None
         self._all_back = threading.Event()  # set when every dropped host could take part again
 
-    def supervise(self) -> int:
-        """Run attempts until one finishes, is stopped, or restarts are used up; returns the exit code."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    def supervise(self, before_start: Callable[[], None] = lambda: None) -> int:
+        """Run attempts until one finishes, is stopped, or restarts are used up; returns the exit code.
+
+        before_start: called once all hosts have agreed to take part, before anything is started.
+        """
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        try:
+            return self._supervise(before_start)
+        except StoppedError:
+            self.log(f"stopped while no rank was running; the same command continues (exit code {EXIT_STOPPED})")
+            return EXIT_STOPPED
+
+    def _supervise(self, before_start: Callable[[], None]) -> int:
         fault: Outcome | None = None
-        restarts, last_step = 0, -1
+        restarts, last_step, started = 0, -1, False
         while True:
             # Plan: ask the hosts, drop those that cannot take part, number the ranks.
-            plan = self.plan(first=fault is None and restarts == 0)
-            for line in plan.lines():
-                self.log(line)
+            with self._may_be_interrupted():
+                plan = self.plan(first=not started)
+                for line in plan.lines():
+                    self.log(line)
+                if not started:
+                    before_start()
+                    started = True
 
             # Start an agent on every host. Two threads run beside the attempt: one reports how long the recovery took,
             # one asks the dropped hosts.
             attempt = self.attempt = Attempt(plan, self.options, self.run.folder / "logs", TRAIN, self.arguments)
+            if self.signals:
+                attempt.send(TERM)  # the signal came while the agents were started
             if fault is not None:
                 threading.Thread(target=self._log_recovery_time, args=(fault, attempt), daemon=True).start()
             if self.dropped and self.options.take_back_s:
@@ -80,6 +102,7 @@ class Supervisor:
             # Watch until it ends, kill what is left, write the verdict down.
             outcome = attempt.watch()
             attempt.end(self.log)
+            self.attempt = None
             step = max((beat.step for beat in read_beats(attempt.logs).values()), default=0)
             self._append_history(plan, attempt, outcome, step)
 
@@ -92,12 +115,14 @@ class Supervisor:
                 continue
 
             # Done, or not to be repeated.
+            for line in outcome.why:
+                self.log(line)
+            if outcome.kind == "stopped":
+                self.log(f"stopped; the same command continues the run (exit code {EXIT_STOPPED})")
             if outcome.kind in ("finished", "stopped", "refused") or self.signals:
                 return outcome.code
 
-            # A failure: say why, and give up if restarts are used up or a rank fails at the same step again.
-            for line in outcome.why:
-                self.log(line)
+            # A failure: give up if restarts are used up or a rank fails at the same step again.
             if restarts >= self.options.max_restarts:
                 self.log(f"giving up after {restarts} restart(s); the history is in {self.run.folder / HISTORY}")
                 return 1
@@ -109,15 +134,29 @@ class Supervisor:
             restarts, last_step, fault = restarts + 1, step, outcome
             pause_s = min(60.0, 2.0 ** (restarts - 1))
             self.log(f"restart {restarts} of {self.options.max_restarts} in {pause_s:.0f} s")
-            time.sleep(pause_s)
+            with self._may_be_interrupted():
+                time.sleep(pause_s)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ask all ranks to save and stop; the third Ctrl-C interrupts us."""
+        """Ask all ranks to save and stop, or stop immediately if there are none; the third Ctrl-C interrupts us."""
         self.signals += 1
+        if self.interruptible:
+            raise StoppedError
         if self.attempt is not None:
             self.attempt.send(TERM)
         if self.signals > 2 and number == signal.SIGINT:
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def _may_be_interrupted(self) -> Iterator[None]:
+        """Inside the `with` block a signal, also one that came shortly before, raises StoppedError."""
+        self.interruptible = True
+        try:
+            if self.signals:
+                raise StoppedError
+            yield
+        finally:
+            self.interruptible = False
 
     def plan(self, first: bool) -> LaunchPlan:
         """Ask the hosts and plan with those that can take part; the others move to `dropped`.
@@ -219,6 +258,7 @@ def fit_slots(hosts: list[Host], global_batch: int) -> list[Host]:
     fitted, left = [], ranks
     for host in hosts:
         if left:
-            fitted.append(Host(host.name, min(host.slots, left)))
+            slots = min(host.slots, left)
+            fitted.append(dataclasses.replace(host, slots=slots, devices=host.devices[:slots]))
             left -= fitted[-1].slots
     return fitted

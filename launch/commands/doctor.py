@@ -12,7 +12,9 @@ import typer
 
 from packspeed.launch.cluster import doctor as examination
 from packspeed.launch.cluster.attempt import LaunchOptions
-from packspeed.launch.cluster.hosts import Host, forwarded_environment, read_hostfile
+from packspeed.launch.cluster.environment import forwarded_environment
+from packspeed.launch.cluster.hostfile import read_hostfile
+from packspeed.launch.cluster.hosts import Host
 from packspeed.launch.commands.options import Hostfile, Json, Overrides, Python, SshConfig
 from packspeed.launch.config.loading import load_run_file
 

@@ -10,15 +10,14 @@ import typer
 
 from packspeed.launch.cluster import render as rendering
 from packspeed.launch.cluster.attempt import LaunchOptions
-from packspeed.launch.cluster.hosts import Host, forwarded_environment, read_hostfile
-from packspeed.launch.cluster.local_launcher import (
-    default_ranks,
-    hostfile_command,
-    local_accelerators,
-    run_launcher,
-)
+from packspeed.launch.cluster.environment import forwarded_environment, report_env_files
+from packspeed.launch.cluster.hostfile import read_hostfile, select_hosts
+from packspeed.launch.cluster.hosts import Host
+from packspeed.launch.cluster.local_launcher import default_ranks, local_accelerators
+from packspeed.launch.cluster.remote_launcher import run_remote_launcher
 from packspeed.launch.cluster.supervisor import Supervisor
 from packspeed.launch.commands.options import (
+    LONGEST_S,
     Fresh,
     HangSeconds,
     Hostfile,
@@ -26,19 +25,29 @@ from packspeed.launch.commands.options import (
     Python,
     RunFileArgument,
     SshConfig,
+    check_seconds,
 )
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
-from packspeed.launch.run_folder.folder import move_aside
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.run_folder.folder import prepare_for_launch
 
 
 def launch(
     run_file: RunFileArgument,
     overrides: Overrides = None,
     hostfile: Hostfile = None,
+    include: Annotated[
+        str,
+        typer.Option(
+            metavar="HOSTS", help="Use only these hosts or devices, as: node-1@node-2:0,2 (DeepSpeed's form)."
+        ),
+    ] = "",
+    exclude: Annotated[str, typer.Option(metavar="HOSTS", help="Use all but these hosts or devices.")] = "",
     ranks: Annotated[
-        int | None, typer.Option(help="Without a hostfile: ranks on this machine. With --nodes: ranks per node.")
+        int | None,
+        typer.Option(min=1, help="Without a hostfile: ranks on this machine. With --nodes: ranks per node."),
     ] = None,
     env: Annotated[
         list[str] | None,
@@ -51,12 +60,22 @@ def launch(
     launcher: Annotated[
         str, typer.Option(help="ssh (supervised), or pdsh or openmpi (DeepSpeed's, unsupervised).")
     ] = "ssh",
-    max_restarts: Annotated[int, typer.Option(help="Restarts after a failure, on the hosts that still answer.")] = 0,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Restarts after a failure, on the hosts that still answer.")
+    ] = 0,
     hang_s: HangSeconds = 600,
     take_back_s: Annotated[
-        float, typer.Option("--take-back", help="Retry dropped hosts every N seconds and add them again; 0 = never.")
+        float,
+        typer.Option(
+            "--take-back",
+            min=0,
+            max=LONGEST_S,
+            help="Retry dropped hosts every N seconds and add them again; 0 = never.",
+        ),
     ] = 0,
-    master_port: Annotated[int, typer.Option(help="Port of the rendezvous. Default: a free one.")] = 0,
+    master_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the rendezvous. Default: a free one.")
+    ] = 0,
     fresh: Fresh = False,
     python: Python = sys.executable,
     ssh_config: SshConfig = None,
@@ -64,7 +83,7 @@ def launch(
         str | None,
         typer.Option(help="Print a job, start nothing: slurm or k8s (with --nodes), or no_ssh (with a hostfile)."),
     ] = None,
-    nodes: Annotated[int, typer.Option(help="Nodes of a rendered job.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a rendered job.")] = 1,
     image: Annotated[str, typer.Option(help="Container image of a rendered Kubernetes job.")] = "packspeed:latest",
     dry: Annotated[bool, typer.Option("--plan", help="Print which host runs which ranks; start nothing.")] = False,
 ) -> None:
@@ -78,12 +97,14 @@ def launch(
     if render in ("slurm", "k8s"):
         print(_scheduler_job(render, run_file, sets, nodes, ranks or default_ranks(run), env or [], image))
         return
-    hosts = read_hostfile(hostfile) if hostfile else [Host("localhost", ranks or default_ranks(run))]
     if render not in (None, "no_ssh"):
         raise ConfigError(f"--render {render}: choose slurm, k8s or no_ssh.")
     if launcher not in ("ssh", "pdsh", "openmpi"):
         raise ConfigError(f"--launcher {launcher}: choose ssh, pdsh or openmpi.")
+    check_seconds(hang_s, take_back_s)
+    hosts = _hosts(run, hostfile, ranks, include, exclude)
     arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
+    report_env_files()
     options = LaunchOptions(
         hosts,
         forwarded_environment(env or []),
@@ -104,18 +125,26 @@ def launch(
         print(*plan.lines(), sep="\n", flush=True)
         if dry:
             return
-    if fresh and run.folder.exists():
-        move_aside(run.folder)
     if launcher != "ssh":
-        raise typer.Exit(run_launcher(hostfile_command(plan, launcher, run.folder.parent, arguments)))
-    (run.folder / "logs").mkdir(parents=True, exist_ok=True)
-    raise typer.Exit(supervisor.supervise())
+        prepare_for_launch(run.folder, fresh)
+        raise typer.Exit(run_remote_launcher(plan, launcher, arguments))
+    raise typer.Exit(supervisor.supervise(lambda: prepare_for_launch(run.folder, fresh)))
+
+
+def _hosts(run: RunFile, hostfile: Path | None, ranks: int | None, include: str, exclude: str) -> list[Host]:
+    """The hosts to use; this machine if there is no hostfile."""
+    if hostfile:
+        return select_hosts(read_hostfile(hostfile), include, exclude)
+    if ranks is None:
+        ranks = (local_accelerators() or 1) if include or exclude else default_ranks(run)
+    return select_hosts([Host("localhost", ranks)], include, exclude)
 
 
 def _scheduler_job(
     scheduler: str, run_file: Path, overrides: list[str], nodes: int, ranks: int, env: list[str], image: str
 ) -> str:
     """The sbatch script or the Kubernetes Job that runs this run file."""
+    report_env_files()
     name, variables = run_file.stem, forwarded_environment(env)
     if scheduler == "k8s":
         return rendering.k8s(str(run_file), overrides, nodes, ranks, image=image, name=name, env=variables)

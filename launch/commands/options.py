@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from packspeed.data.read.formats import CHOICES
+from packspeed.launch.config.errors import ConfigError
 
 RunFileArgument = Annotated[Path, typer.Argument(help="The run file (YAML).")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart.")]
@@ -72,8 +74,12 @@ Hostfile = Annotated[
 ]
 Python = Annotated[str, typer.Option(help="Path of the Python that has Packspeed installed, the same on every host.")]
 SshConfig = Annotated[Path | None, typer.Option(help="ssh configuration file to use instead of ~/.ssh/config.")]
+LONGEST_S = 1e6  # of options in seconds: the operating system's timers have limits
 HangSeconds = Annotated[
-    float, typer.Option("--hang-seconds", help="Seconds without progress before the run counts as hung.")
+    float,
+    typer.Option(
+        "--hang-seconds", min=1, max=LONGEST_S, help="Seconds without progress before the run counts as hung."
+    ),
 ]
 
 
@@ -83,6 +89,12 @@ def passed_over_lines(passed_over: Sequence[str]) -> list[str]:
     return [f"  passed over {name}" for name in passed_over[:LISTED_FILES]] + (
         [f"  passed over {more:,} more (--json lists up to 1,000)"] if more > 0 else []
     )
+
+
+def check_seconds(*values: float) -> None:
+    """Raise ConfigError for NaN, which no limit of an option excludes."""
+    if any(math.isnan(value) for value in values):
+        raise ConfigError("--hang-seconds and --take-back take a number of seconds, not NaN.")
 
 
 def show(facts: Mapping[str, object], lines: Sequence[str], json_output: bool) -> None:

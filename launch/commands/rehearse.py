@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from packspeed.launch.cluster.attempt import LaunchOptions
-from packspeed.launch.cluster.hosts import Host, forwarded_environment
-from packspeed.launch.commands.options import HangSeconds, Overrides, RunFileArgument
+from packspeed.launch.cluster.environment import forwarded_environment
+from packspeed.launch.cluster.hosts import Host
+from packspeed.launch.commands.options import HangSeconds, Overrides, RunFileArgument, check_seconds
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.trials import rehearse as rehearsal
@@ -18,8 +19,8 @@ from packspeed.launch.trials import rehearse as rehearsal
 def rehearse(
     run_file: RunFileArgument,
     overrides: Overrides = None,
-    hosts: Annotated[int, typer.Option(help="Number of simulated hosts.")] = 2,
-    slots: Annotated[int, typer.Option(help="Ranks per host.")] = 2,
+    hosts: Annotated[int, typer.Option(min=1, max=128, help="Number of simulated hosts.")] = 2,
+    slots: Annotated[int, typer.Option(min=1, max=128, help="Ranks per host.")] = 2,
     fault: Annotated[
         list[str] | None,
         typer.Option(
@@ -27,21 +28,22 @@ def rehearse(
             "(repeatable)."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the rehearsal.")] = 24,
-    max_restarts: Annotated[int, typer.Option(help="Restarts after a failure.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the rehearsal.")] = 24,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a failure.")] = 3,
     hang_s: HangSeconds = 20,
 ) -> None:
     """Rehearse a cluster job on this machine: tiny model, CPU ranks, optional faults.
 
     The layout of hosts and ranks and the checkpoints are those of the real job.
     """
+    check_seconds(hang_s)
     sets = rehearsal.shrink(run_file, overrides or [], steps)
     run = load_run_file(run_file, sets)
     simulated = [Host(f"host{number}", slots) for number in range(1, hosts + 1)]
     solve_batch(run.global_batch, run.data.seq_len, hosts * slots, run.train.micro_batch)
     faults = [rehearsal.parse_fault(text, simulated) for text in fault or []]
     rehearsal.enter_own_network(faults)
-    env = forwarded_environment(["DS_ACCELERATOR=cpu", "CUDA_VISIBLE_DEVICES=", "OMP_NUM_THREADS=1"])
+    env = forwarded_environment(files=False, extra=["DS_ACCELERATOR=cpu", "CUDA_VISIBLE_DEVICES=", "OMP_NUM_THREADS=1"])
     options = LaunchOptions(simulated, env, Path.cwd(), max_restarts=max_restarts, hang_s=hang_s, pretend=True)
     arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
     with rehearsal.small_disk(run.folder, any(fault.kind == "fill" for fault in faults)):

@@ -82,6 +82,23 @@ def move_aside(folder: Path) -> None:
     folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
+def prepare_for_launch(folder: Path, fresh: bool) -> None:
+    """Make the folder for the ranks' logs, once no process trains in the run folder.
+
+    fresh: rename an existing run folder first. Raises UserError, and changes nothing, if another process still trains
+    there after LOCK_WAIT_S.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Only for this moment: the first rank takes the lock itself.
+        with _lock(folder):
+            if fresh and folder.exists():
+                move_aside(folder)
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(_cannot_write(folder, problem)) from problem
+
+
 @contextmanager
 def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool) -> Iterator[None]:
     """Create the run folder and hold its lock inside the `with` block. Collective; only rank 0 touches the disk.
@@ -116,11 +133,15 @@ def _lock_and_create(folder: Path, fresh: bool) -> tuple[FileLock | None, str | 
     except UserError as problem:
         return lock, str(problem)
     except OSError as problem:
-        return lock, (
-            f"run folder {folder.resolve()}: {problem.strerror}. "
-            "Choose another place with --set runs_dir=DIR or --set name=NAME."
-        )
+        return lock, _cannot_write(folder, problem)
     return lock, None
+
+
+def _cannot_write(folder: Path, problem: OSError) -> str:
+    return (
+        f"run folder {folder.absolute()}: {problem.strerror}. "
+        "Choose another place with --set runs_dir=DIR or --set name=NAME."
+    )
 
 
 def _lock(folder: Path) -> FileLock:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 LAUNCH_ID = "PACKSPEED_LAUNCH_ID"  # set in the environment of every process of a supervised launch
+LAUNCHER = "PACKSPEED_LAUNCHER"  # in the environment of ranks: pid of the process without which they must not run on
 BEAT_BYTES = 256
 
 

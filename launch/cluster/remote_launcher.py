@@ -1,0 +1,140 @@
+"""`packspeed launch --launcher pdsh|openmpi`: DeepSpeed's runner for all hosts of a plan, unsupervised.
+
+DeepSpeed gives pdsh one line for the remote shell, with little quoting of its own: it puts double quotes around an
+argument with a space and around a variable's value with an unusual character, and escapes neither $ nor backquotes.
+So what goes in is prepared such that the remote shell ends up with the text itself (pdsh_argument, pdsh_value). What
+cannot be prepared (a folder with a space in its name) is refused. OpenMPI uses no shell, but there DeepSpeed's double
+quotes become part of a value, so such values are refused.
+
+The variables are passed in a file, which may hold secrets: only its owner can read it, and it is removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from packspeed.launch.cluster.hosts import LaunchPlan
+from packspeed.launch.cluster.local_launcher import SIGNALS, TRAIN
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.run_folder.heartbeat import LAUNCHER
+
+PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")  # no shell, no pdsh and no quoting of DeepSpeed changes these
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+# DeepSpeed passes on every variable that begins so. A value in the file replaces its own, which is not escaped.
+PASSED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+
+
+def run_remote_launcher(plan: LaunchPlan, launcher: str, train_args: Sequence[str]) -> int:
+    """Train on all hosts of a plan; returns the exit code. A signal is passed on to the launcher, which ends its ranks.
+
+    Raises ConfigError for what this launcher cannot pass on.
+    """
+    with launcher_files(plan, launcher) as (hostfile, variables):
+        command = launcher_command(plan, launcher, hostfile, train_args)
+        env = {**os.environ, "DS_ENV_FILE": str(variables), LAUNCHER: str(os.getpid())}
+        # If we are killed, DeepSpeed's runner gets SIGTERM. With pdsh it then ends the ranks of all hosts; with OpenMPI
+        # the ranks on this machine notice it by LAUNCHER, and mpirun ends the others.
+        process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_terminate_with_parent)
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
+        for number in SIGNALS:
+            signal.signal(number, forward)
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _terminate_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def launcher_command(plan: LaunchPlan, launcher: str, hostfile: Path, train_args: Sequence[str]) -> list[str]:
+    """The command line of DeepSpeed's runner. Raises ConfigError for what this launcher cannot pass on."""
+    arguments, selection = list(train_args), []
+    if any(":" in planned.host.name for planned in plan.hosts):
+        raise ConfigError(
+            f"--launcher {launcher}: it takes no IPv6 addresses. Give the hosts names in /etc/hosts or DNS."
+        )
+    if launcher == "pdsh":
+        for path in (os.getcwd(), sys.executable, str(TRAIN)):
+            if not PLAIN.fullmatch(path):
+                raise ConfigError(
+                    f"--launcher pdsh: DeepSpeed passes {path!r} to a remote shell without quotes. Use a path of "
+                    "letters, digits, dots, dashes and underscores, or --launcher ssh."
+                )
+        arguments = [pdsh_argument(argument) for argument in arguments]
+        hosts = (f"{planned.host.name}:{','.join(map(str, planned.host.device_ids))}" for planned in plan.hosts)
+        selection = ["--include", "@".join(hosts)]
+    elif any(planned.host.devices for planned in plan.hosts):
+        raise ConfigError(
+            "--launcher openmpi: it cannot choose devices of a host. Leave out whole hosts, or use --launcher ssh."
+        )
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *selection,
+        "--launcher", launcher, "--master_addr", plan.master, "--master_port", str(plan.port), "--force_multi",
+        "--log_level", "warning", str(TRAIN), *arguments,
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def launcher_files(plan: LaunchPlan, launcher: str) -> Iterator[tuple[Path, Path]]:
+    """Write the hostfile and the file of variables; both are removed at the end of the `with` block."""
+    hosts = [f"{planned.host.name} slots={max(planned.host.device_ids) + 1}\n" for planned in plan.hosts]
+    lines = [f"{name}={value}\n" for name, value in launcher_variables(plan, launcher, os.environ).items()]
+    with tempfile.TemporaryDirectory(prefix="packspeed-launch-") as folder:  # mode 0700
+        hostfile, variables = Path(folder, "hostfile"), Path(folder, "deepspeed_env")
+        for path, content in ((hostfile, hosts), (variables, lines)):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(content)
+        yield hostfile, variables
+
+
+def launcher_variables(plan: LaunchPlan, launcher: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """What every host gets, as DeepSpeed must read it. Raises ConfigError for a value that cannot be passed on."""
+    interfaces = {planned.interface for planned in plan.hosts if planned.interface}
+    # These launchers give every host the same variables, so an interface is set only if all hosts call it the same.
+    variables = {"GLOO_SOCKET_IFNAME": interfaces.pop()} if len(interfaces) == 1 else {}
+    if launcher == "openmpi":
+        variables |= {"MASTER_ADDR": plan.master, "MASTER_PORT": str(plan.port)}
+    variables |= {k: v for k, v in environ.items() if k.startswith(PASSED_BY_DEEPSPEED) and k != "PYTHONPATH"}
+    variables |= plan.env
+    for name, value in variables.items():
+        if "\n" in value or "\r" in value or value != value.strip():
+            raise ConfigError(
+                f"--launcher {launcher}: the value of {name} has a line break, or a space at an end, which DeepSpeed "
+                "cannot pass on. Change it, or use --launcher ssh."
+            )
+        if launcher == "openmpi" and value and not PLAIN.fullmatch(value.replace("%", "")):
+            raise ConfigError(
+                f"--launcher openmpi: DeepSpeed puts quotes around the value of {name}, which become part of it. "
+                "Use --launcher ssh, or unset the variable."
+            )
+    return {name: pdsh_value(value) for name, value in variables.items()} if launcher == "pdsh" else variables
+
+
+def pdsh_argument(text: str) -> str:
+    """`text` such that DeepSpeed, pdsh and the remote shell together turn it back into `text`."""
+    # DeepSpeed puts double quotes around an argument with a space and escapes those inside, but nothing else.
+    quoted = re.sub(r"[\\$`]", r"\\\g<0>", text) if " " in text else shlex.quote(text)
+    return quoted.replace("%", "%%")  # pdsh replaces %h, %u and %n
+
+
+def pdsh_value(text: str) -> str:
+    """The same for the value of a variable: DeepSpeed puts it in double quotes if it has an unusual character."""
+    return re.sub(r"[\\$`\"]", r"\\\g<0>", text).replace("%", "%%")
