@@ -67,9 +67,12 @@ def build() -> ctypes.CDLL:
 
 
 def _folder() -> Path:
-    """Return the folder in which torch caches compiled extensions."""
+    """Return the folder for our kernels, where torch caches compiled extensions."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions") / "packspeed"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions")
+    if root.name.startswith("packspeed-"):  # DeepSpeed's ops have a folder per environment (launch/engine/ops.py)
+        root = root.parent
+    return root / "packspeed"
 
 
 def _cpu() -> str:

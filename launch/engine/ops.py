@@ -3,21 +3,31 @@
 DeepSpeed compiles an op with ninja when it is first used: half a minute to five minutes without a message. build_ops
 does it before training, with a message. A build that was killed leaves a `lock` file in TORCH_EXTENSIONS_DIR, and every
 later run waits for it forever (github.com/pytorch/pytorch/issues/189245); build_ops removes it if no process holds it.
+
+The compile commands name the folders of torch and DeepSpeed, so two environments would compile each other's ops again
+at every start. Each has a folder of its own in TORCH_EXTENSIONS_DIR (or in torch's default for it), for example
+packspeed-py311-torch2.13.0+cpu-deepspeed0.19.8-c++12.2.0-1a2b3c4d; the last part is a hash of both folders.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
@@ -30,6 +40,9 @@ from packspeed.launch.engine.patches.cpu_name import remember_cpu_name
 # DeepSpeed's compiled ops, by the names of their builders.
 SHM_COMM, FUSED_ADAM, CPU_ADAM = "ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"
 CPU_LION, FUSED_LION, ASYNC_IO = "CPULionBuilder", "FusedLionBuilder", "AsyncIOBuilder"
+
+ENVIRONMENT = "packspeed-"  # the names of the environments' folders begin so; model/native_kernels.py knows it too
+REBUILD_S = 3.0  # loading a compiled op takes less than a second
 
 # What a run uses instead of an op that cannot be built. Results differ by rounding only.
 SUBSTITUTES = {
@@ -62,11 +75,45 @@ def adamw_class(ds_config: dict[str, Any]) -> Callable[..., torch.optim.Optimize
 def prepare_for_ops() -> None:
     """Set up this process for DeepSpeed's ops: call it before the first one is loaded."""
     remember_cpu_name()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_root() / environment_name())
     # Always use this environment's ninja, even if the environment is not activated (on a host reached by ssh). A ninja
     # of another version, such as the system's, discards the log of what is built: every start would compile again.
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
         os.environ["PATH"] = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def extensions_root() -> Path:
+    """TORCH_EXTENSIONS_DIR as the user set it, or torch's default."""
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not chosen:
+        return Path(cpp_extension.get_default_build_root())
+    folder = Path(chosen).absolute()
+    return folder.parent if folder.name.startswith(ENVIRONMENT) else folder  # we, or a parent process, have added ours
+
+
+@functools.cache
+def environment_name() -> str:
+    """Name of the folder for the ops of this environment: whatever decides whether ninja would compile them again."""
+    compiler = os.environ.get("CXX", "c++")  # as torch chooses it
+    folders = f"{Path(torch.__file__).parent}\n{Path(deepspeed.__file__).parent}"
+    name = (
+        f"{ENVIRONMENT}py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}-"
+        f"deepspeed{deepspeed.__version__}-{Path(compiler).name}{_compiler_version(compiler)}-"
+        f"{hashlib.blake2b(folders.encode(), digest_size=4).hexdigest()}"
+    )
+    return re.sub(r"[^A-Za-z0-9.+_-]+", "_", name)
+
+
+def _compiler_version(compiler: str) -> str:
+    """The version of a C++ compiler; an empty string if it does not start."""
+    try:
+        done = subprocess.run(
+            [*shlex.split(compiler), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:
@@ -129,12 +176,54 @@ def _build_op(builder: OpBuilder, say: Callable[[str], None]) -> None:
     _wait_for_lock(folder / "lock", say)
     built = folder / f"{builder.name}.so"
     if not built.exists():
-        say(f"building DeepSpeed's {builder.name} with the C++ compiler (once per machine, one to five minutes) ...")
+        say(
+            f"building DeepSpeed's {builder.name} with the C++ compiler (one to five minutes, once per environment): "
+            f"{_why_not_built(folder)} ..."
+        )
     start = time.monotonic()
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # DeepSpeed prints the compiler's arguments
-        builder.load(verbose=False)
+    with _explain_rebuild(folder, built.exists(), say), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        builder.load(verbose=False)  # DeepSpeed prints the compiler's arguments
     if time.monotonic() - start > 5:
         say(f"built {builder.name} in {time.monotonic() - start:.0f} s -> {built}")
+
+
+def _why_not_built(folder: Path) -> str:
+    """Why an op has to be compiled that is not in its folder yet."""
+    environment, root = folder.parent, folder.parent.parent
+    others = sorted(built.parent.parent.name for built in root.glob(f"{ENVIRONMENT}*/{folder.name}/*.so"))
+    if not others:
+        return f"there is no build of it in {root}"
+    names = [name.removeprefix(ENVIRONMENT) for name in (environment.name, others[-1])]
+    return f"{root} has one for {names[1]}, but this environment is {names[0]}"
+
+
+@contextlib.contextmanager
+def _explain_rebuild(folder: Path, was_built: bool, say: Callable[[str], None]) -> Iterator[None]:
+    """If loading a compiled op takes longer than REBUILD_S because ninja compiles it again, say why."""
+    commands = _read(folder / "build.ninja")
+
+    def explain() -> None:
+        if not (folder / "lock").exists():  # torch holds it while ninja runs: this is only a slow disk
+            return
+        changed = [line for line in _read(folder / "build.ninja").splitlines() if line not in commands.splitlines()]
+        why = f"a compile command is now: {changed[0][:300]}" if changed else "a source or a header is newer than it"
+        say(f"building DeepSpeed's {folder.name} again, although it was built before: {why} ...")
+
+    timer = threading.Timer(REBUILD_S, explain)
+    timer.daemon = True
+    if was_built:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _build_folder(name: str) -> Path:
