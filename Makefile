@@ -9,15 +9,23 @@ RANKS ?= 2
 RUN ?=
 STEPS ?= 200
 
+# PyPI's torch for Linux brings several GB of CUDA. Without an NVIDIA driver its CPU build is enough.
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu
+
 CHECK := not launch and not root and not browser and not slow
 
-.PHONY: quickstart shakespeare install check test invariance packages lint clean
+.PHONY: quickstart shakespeare install check check-pythons test invariance packages lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(BIN)/python -c "import torch" 2>/dev/null; then \
+	  echo "no NVIDIA driver here: installing torch's CPU build from $(TORCH_CPU)"; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --timeout 10 --retries 1 \
+	    --index-url $(TORCH_CPU) torch || echo "note: that failed, so PyPI's torch with CUDA follows (several GB)"; \
+	fi
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	$(BIN)/packspeed ops build
 	@touch $@
@@ -56,6 +64,10 @@ test: packages $(VENV)/.installed-dev lint
 # Within a minute: everything that starts no process.
 check: lint
 	$(BIN)/python -m pytest -q -n 2 -m "$(CHECK)"
+
+# The same on every Python from 3.10 on that this machine has, as far as neither torch nor DeepSpeed is needed.
+check-pythons:
+	$(PYTHON) tests/tools/check_pythons.py
 
 # The table of ds_configs/README.md again, or that of your own run file: make invariance RUN=my.yaml STEPS=50
 invariance: $(VENV)/.installed-dev

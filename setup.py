@@ -77,6 +77,7 @@ setup(
             "accelerate>=1.0",
             "triton>=3.3; sys_platform == 'linux'",  # torch's CUDA wheels bring it, CPU wheels do not
             "kubernetes-validate>=1.37",
+            "uv>=0.8",  # resolves the constraints for every Python without downloading packages
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"],
     },
