@@ -14,13 +14,14 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 import xxhash
 
 from packspeed.data.dataset import DatasetDescription
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.launch.config.errors import UserError
+from packspeed.launch.config.json_types import JsonObject
 
 MANIFEST = "packspeed.json"
 UNIVERSAL = "universal"  # folder inside a checkpoint that reshard.py writes; it has a manifest of its own
@@ -34,7 +35,7 @@ class Layout(TypedDict):
     """What has to be equal for DeepSpeed to load its own files; otherwise the checkpoint is resharded."""
 
     dp_size: int
-    zero_optimization: dict[str, Any]  # that section of the DeepSpeed configuration
+    zero_optimization: JsonObject  # that section of the DeepSpeed configuration
     precision: str  # fp32, bf16 or fp16
     optimizers: list[str]  # class names: DeepSpeed's wrapper and the optimizer inside it
 
@@ -42,7 +43,7 @@ class Layout(TypedDict):
 class RunIdentity(TypedDict, total=False):
     """Which run wrote the checkpoint, on which data, with which software (resume.run_identity)."""
 
-    config: dict[str, Any]  # the run file with all defaults
+    config: JsonObject  # the run file with all defaults
     dataset_fingerprint: str
     datasets: list[DatasetDescription]  # TokenDataset.describe() of each; older checkpoints lack it
     order_version: int  # of the sample order, data/order.py
@@ -70,7 +71,7 @@ class TrainingState(TypedDict, total=False):
     evaluation_pending: bool  # the run was stopped in the middle of an evaluation
     val_loss: float | None  # None: this step was not evaluated
     probe: Probe
-    guard: dict[str, Any]  # AnomalyDetector.state()
+    guard: JsonObject  # AnomalyDetector.state()
     metrics_bytes: int  # size of metrics.jsonl at the save, on rank 0
 
 

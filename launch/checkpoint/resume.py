@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from packspeed.data.dataset import TokenDataset, changes
 from packspeed.data.order import ORDER_VERSION
@@ -39,6 +39,7 @@ from packspeed.launch.checkpoint.manifest import (
 from packspeed.launch.config.deepspeed_json import zero_stage
 from packspeed.launch.config.effects import MODEL_SPEED_ONLY, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.json_types import DsConfig, JsonObject
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.run_folder.folder import flatten
 from packspeed.launch.run_folder.formats import SettingChange
@@ -60,7 +61,7 @@ OLDER_DEFAULTS = {
 
 
 def run_identity(
-    resolved: dict[str, Any], dataset: TokenDataset | MixtureData, topology: Topology, ds_config: dict[str, Any]
+    resolved: JsonObject, dataset: TokenDataset | MixtureData, topology: Topology, ds_config: DsConfig
 ) -> RunIdentity:
     """Return what this run writes about itself into its checkpoints, and what it compares with on resume.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from packspeed.data.checks.audit import audit_step, steps_of
 from packspeed.data.errors import UsageError
 from packspeed.launch.commands.options import Json, show
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_data import loader_of_run
 from packspeed.launch.run_folder.formats import AnomalyLine
 from packspeed.launch.run_folder.reading import batches_of_run, read_lines
@@ -58,6 +59,6 @@ def _describe_anomaly(entry: AnomalyLine) -> str:
     return f"not taken: {entry['reason']} on samples {entry['first_sample']} to {last} ({action})"
 
 
-def _describe_document(row: dict[str, Any]) -> str:
+def _describe_document(row: JsonObject) -> str:
     line = f"sample {row['sample']}: {row['source']} {row['shard']}:{row['index']}, {row['tokens']} tokens from"
     return f"{line} {row['first_token']}" + (f"\n{row['text']}" if "text" in row else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from packspeed.data.checks import verify as verification
 from packspeed.data.checks.inspect import inspect_dataset
 from packspeed.data.errors import UsageError
 from packspeed.launch.commands.options import DatasetFolder, Json, passed_over_lines, show
+from packspeed.launch.config.json_types import JsonObject
 
 SKIPPED = ("empty_documents", "null_documents", "bad_documents", "duplicate_documents")
 
@@ -47,7 +48,7 @@ def verify(path: DatasetFolder, json_output: Json = False) -> None:
     raise typer.Exit(0 if ok else 1)
 
 
-def verify_dataset(path: Path) -> tuple[dict[str, Any], list[str], bool]:
+def verify_dataset(path: Path) -> tuple[JsonObject, list[str], bool]:
     """Check a dataset. Returns the report as JSON, the report as lines, and whether the dataset is intact."""
     report = verification.verify(path)
     lines = [
@@ -58,7 +59,7 @@ def verify_dataset(path: Path) -> tuple[dict[str, Any], list[str], bool]:
     return {"ok": report.ok} | dataclasses.asdict(report), lines, report.ok
 
 
-def describe_dataset(facts: dict[str, Any]) -> list[str]:
+def describe_dataset(facts: JsonObject) -> list[str]:
     """The result of `inspect_dataset` as lines for people."""
     tokenizer, source, split = facts["tokenizer"], facts["source"], facts["split"]
     lines = [f"{facts['path']}: {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} shards of {facts['dtype']}"]
@@ -76,7 +77,7 @@ def describe_dataset(facts: dict[str, Any]) -> list[str]:
     return lines + passed_over_lines(source["passed_over"])
 
 
-def _describe_split(split: dict[str, Any], val_tokens: int) -> str:
+def _describe_split(split: JsonObject, val_tokens: int) -> str:
     percent = f"{100 * split['val_fraction']:g}%"
     if split["method"] == "none":
         return "none"
@@ -89,7 +90,7 @@ def _describe_split(split: dict[str, Any], val_tokens: int) -> str:
     return f"{percent} of the documents, selected by hash"
 
 
-def _describe_plan(facts: dict[str, Any]) -> list[str]:
+def _describe_plan(facts: JsonObject) -> list[str]:
     lines = [f"{facts['name']}: {facts['tokens']:,} tokens in {facts['steps']:,} steps, packing {facts['packing']}"]
     for row in facts["sources"]:
         lines.append(f"  {row['tokens']:>18,} tokens {row['epochs']:>10.3f} epochs  {row['path']}")

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from packspeed.data.errors import UsageError
 from packspeed.launch.commands.options import Exclude, Include, Json, SkipBad, Sources, TextKey, UnknownFormat, show
+from packspeed.launch.config.json_types import JsonObject
 
 if TYPE_CHECKING:
     from packspeed.data.prepare.progress import PrepareProgress
@@ -76,7 +77,7 @@ def prepare(
     from packspeed.launch.commands.inspect import describe_dataset, verify_dataset
 
     loaded = load_tokenizer(tokenizer, eot_token, bos, bos_token)
-    common: dict[str, Any] = {
+    common: JsonObject = {
         "text_key": text_key or ["text"],
         "include": include or (),
         "exclude": exclude or (),

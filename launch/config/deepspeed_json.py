@@ -16,11 +16,11 @@ import copy
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.config.deepspeed_keys import KEYS, KeyTree, Refused, Unused, refusals, without_refused_keys
 from packspeed.launch.config.errors import ConfigError, nearest
+from packspeed.launch.config.json_types import DsConfig, JsonObject
 from packspeed.launch.config.parsing import KeyPath, dotted, parse_json, printable, read_text, shortened
 from packspeed.launch.config.run_file import OptimizerSection, RunFile
 
@@ -32,7 +32,7 @@ def ds_config_path(name: str) -> Path:
     return Path(name) if "/" in name or name.endswith(".json") else DS_CONFIGS / f"{name}.json"
 
 
-def load_ds_config(name: str) -> dict[str, Any]:
+def load_ds_config(name: str) -> JsonObject:
     """Read and check a DeepSpeed JSON, given by name or path. Raises one ConfigError with a line per problem."""
     path = ds_config_path(name)
     data, lines = read_ds_config(name)
@@ -42,7 +42,7 @@ def load_ds_config(name: str) -> dict[str, Any]:
     return data
 
 
-def read_ds_config(name: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+def read_ds_config(name: str) -> tuple[JsonObject, dict[KeyPath, int]]:
     """A DeepSpeed JSON in today's spelling and without comments, not yet checked, and the line of every key."""
     path = ds_config_path(name)
     ships = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
@@ -54,7 +54,7 @@ def read_ds_config(name: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     return data, lines
 
 
-def modernise(data: dict[str, Any]) -> None:
+def modernise(data: JsonObject) -> None:
     """Replace, in place, spellings that DeepSpeed still reads by today's, so that the checks and `explain` see them."""
     if (old := data.pop("bfloat16", None)) is not None:
         data.setdefault("bf16", old)
@@ -74,9 +74,7 @@ def modernise(data: dict[str, Any]) -> None:
             zero[key] = {"device": "cpu"}
 
 
-def unknown_keys(
-    data: dict[str, Any], valid: KeyTree, parent: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], str]]:
+def unknown_keys(data: JsonObject, valid: KeyTree, parent: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
     """(path of the key, message) for every key that DeepSpeed 0.19 would ignore, at any depth."""
     if "*" in valid:
         return
@@ -94,7 +92,7 @@ def unknown_keys(
             yield path, f"{dotted(path)} must be a block {{...}}, not {shortened(value)}."
 
 
-def bad_values(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+def bad_values(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
     """(path of the key, message) for values that DeepSpeed accepts silently but reads as something else."""
     zero = data.get("zero_optimization")
     if isinstance(zero, dict):
@@ -118,7 +116,7 @@ def bad_values(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
             )
 
 
-def missing_packages(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+def missing_packages(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
     """(path of the key, message) for monitors whose package is not installed: DeepSpeed fails when it starts them."""
     for key, package in (("wandb", "wandb"), ("comet", "comet_ml")):
         block = data.get(key)
@@ -137,9 +135,9 @@ OWNED = (
 )  # fmt: skip
 
 
-def _optimizer_block(optimizer: OptimizerSection, given: dict[str, Any]) -> dict[str, Any]:
+def _optimizer_block(optimizer: OptimizerSection, given: JsonObject) -> JsonObject:
     """DeepSpeed's optimizer block for the run file's optimizer, plus the JSON's (`given`) additional parameters."""
-    params: dict[str, Any] = {
+    params: JsonObject = {
         "lr": optimizer.lr,
         "weight_decay": optimizer.weight_decay,
         "betas": list(optimizer.betas),
@@ -156,12 +154,12 @@ def _optimizer_block(optimizer: OptimizerSection, given: dict[str, Any]) -> dict
     return {"type": {"adamw": "AdamW", "muon": "Muon", "lion": "Lion"}[optimizer.name], "params": {**params, **extra}}
 
 
-def _precision_blocks(precision: str, stage: int, given: dict[str, Any]) -> dict[str, Any]:
+def _precision_blocks(precision: str, stage: int, given: JsonObject) -> JsonObject:
     """Blocks for the precision. Gradients are accumulated in fp32 (DeepSpeed#1800, #2352).
 
     bf16 at stage 0 is autocast over fp32 weights, because DeepSpeed's own bf16 mode accumulates in bf16 there.
     """
-    blocks: dict[str, Any] = {}
+    blocks: JsonObject = {}
     if precision == "fp16" and stage == 0:
         raise ConfigError(
             "train.precision: fp16 with ZeRO-0: DeepSpeed accumulates gradients in fp16 and does not resume exactly. "
@@ -176,12 +174,12 @@ def _precision_blocks(precision: str, stage: int, given: dict[str, Any]) -> dict
     return blocks
 
 
-def zero_stage(ds_config: dict[str, Any]) -> int:
+def zero_stage(ds_config: DsConfig) -> int:
     """The ZeRO stage of a DeepSpeed configuration; 0 if it names none."""
     return int((ds_config.get("zero_optimization") or {}).get("stage") or 0)
 
 
-def _without_auto(data: dict[str, Any]) -> dict[str, Any]:
+def _without_auto(data: JsonObject) -> JsonObject:
     """A copy without "auto" and null, at any depth: the run file's value or DeepSpeed's default takes their place."""
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
@@ -190,14 +188,14 @@ def _without_auto(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precision: str) -> dict[str, Any]:
+def resolve_ds_config(run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str) -> JsonObject:
     """The configuration for the engine: the JSON plus the keys that the run file sets, without any "auto".
 
     Raises ConfigError if the JSON contradicts the run file; the message names both.
     """
     raw = _without_auto(without_refused_keys(raw))
     final = {key: copy.deepcopy(value) for key, value in raw.items() if key not in OWNED}
-    owned: dict[str, Any] = {
+    owned: JsonObject = {
         "train_batch_size": run.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
@@ -218,7 +216,7 @@ def resolve_ds_config(run: RunFile, raw: dict[str, Any], plan: BatchPlan, precis
     return final
 
 
-def conflicts(run: RunFile, raw: dict[str, Any], owned: dict[str, Any], precision: str) -> Iterator[str]:
+def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) -> Iterator[str]:
     """A message for everything in the JSON that contradicts the run file; `owned` is its batch and clipping."""
     path = ds_config_path(run.deepspeed)
     for key, value in owned.items():
@@ -250,7 +248,7 @@ def conflicts(run: RunFile, raw: dict[str, Any], owned: dict[str, Any], precisio
         )
 
 
-def clips_after_muon(run: RunFile, ds_config: dict[str, Any], precision: str) -> bool:
+def clips_after_muon(run: RunFile, ds_config: DsConfig, precision: str) -> bool:
     """Whether DeepSpeed would clip Muon's orthogonalised update instead of the gradient.
 
     It does at all stages but 0, and 1 in bf16 without offload.
@@ -262,7 +260,7 @@ def clips_after_muon(run: RunFile, ds_config: dict[str, Any], precision: str) ->
     return run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and not before
 
 
-def muon_clipping_note(run: RunFile, ds_config: dict[str, Any], precision: str) -> str | None:
+def muon_clipping_note(run: RunFile, ds_config: DsConfig, precision: str) -> str | None:
     """What is wrong with train.grad_clip in this run, for explain and the start of training; None if nothing is."""
     if not clips_after_muon(run, ds_config, precision):
         return None
@@ -273,7 +271,7 @@ def muon_clipping_note(run: RunFile, ds_config: dict[str, Any], precision: str) 
     )
 
 
-def _other_optimizer(path: Path, given: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
+def _other_optimizer(path: Path, given: JsonObject, ours: JsonObject) -> Iterator[str]:
     # "Adam" is AdamW in DeepSpeed unless params.adam_w_mode is false.
     params = given.get("params") or {}
     same = (ours["type"].lower(), "adam" if ours["type"] == "AdamW" and params.get("adam_w_mode", True) else "")

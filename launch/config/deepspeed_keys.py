@@ -18,6 +18,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
+from packspeed.launch.config.json_types import JsonObject
+
 KeyTree: TypeAlias = "dict[str, KeyTree | Refused | Unused | None]"
 
 
@@ -217,7 +219,7 @@ def value_at(data: Any, path: tuple[str, ...]) -> Any:
     return data
 
 
-def refusals(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+def refusals(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
     """(path of the key, message) for every key of the JSON that is refused because it would harm the run."""
     for path, entry in filed():
         value = value_at(data, path)
@@ -225,14 +227,14 @@ def refusals(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
             yield path, f"{'.'.join(path)}: {entry.why}"
 
 
-def unused(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+def unused(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
     """(path of the key, message) for every key of the JSON that nothing reads."""
     for path, entry in filed():
         if isinstance(entry, Unused) and not entry.off(value_at(data, path)):
             yield path, f"{'.'.join(path)} has no effect: {entry.why}"
 
 
-def without_refused_keys(data: dict[str, Any]) -> dict[str, Any]:
+def without_refused_keys(data: JsonObject) -> JsonObject:
     """A copy without the keys that are refused; those that are left over are off. DeepSpeed then uses its defaults."""
     kept = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
     for path, entry in filed():

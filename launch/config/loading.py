@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from packspeed.launch.config.errors import ConfigError, nearest
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.parsing import KeyPath, dotted, parse_yaml, printable, read_text, shortened
 from packspeed.launch.config.run_file import RunFile, Section
 
@@ -35,7 +36,7 @@ def parse_numbers(data: Any) -> Any:
     return data
 
 
-def apply_overrides(data: dict[str, Any], overrides: typing.Sequence[str]) -> dict[KeyPath, str]:
+def apply_overrides(data: JsonObject, overrides: typing.Sequence[str]) -> dict[KeyPath, str]:
     """Put each `a.b.c=value` into `data`. Returns the text of the override per key, for error messages."""
     origins: dict[KeyPath, str] = {}
     for override in overrides:

@@ -8,11 +8,12 @@ loader_of_run                       packspeed audit: the loader of an existing r
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.remote import open_dataset
 from packspeed.launch.config.errors import UserError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from packspeed.data.mixture import MixtureData
 
 
-def reading_plan(run_file: Path) -> dict[str, Any]:
+def reading_plan(run_file: Path) -> JsonObject:
     """What a run will read from its first to its last step: tokens and epochs of each source, as JSON."""
     run = load_run_file(run_file)
     dataset = open_data(run)
@@ -59,7 +60,7 @@ def loader_of_run(folder: Path) -> Loader:
 
 def open_data(run: RunFile) -> TokenDataset | MixtureData:
     """Open the dataset of a run, or all datasets of its mixture; URLs through the cache."""
-    remote: dict[str, Any] = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
+    remote: JsonObject = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
     if run.data.path is not None:
         return open_dataset(run.data.path, **remote)
     from packspeed.data.mixture import MixtureData
@@ -71,7 +72,7 @@ def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader
     """The loader that a run file describes. Equal run files and datasets give equal batches."""
     from packspeed.data.packing import make_loader
 
-    arguments: dict[str, Any] = {
+    arguments: JsonObject = {
         "seq_len": run.data.seq_len,
         "global_batch": run.global_batch,
         "seed": run.train.seed,

@@ -13,11 +13,12 @@ import dataclasses
 import math
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from packspeed.launch.config.errors import ConfigError, nearest
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.model.config import PRESETS, GPTConfig
 
 
@@ -61,7 +62,7 @@ MODEL_KEYS = {
 def _model_section() -> type[Section]:
     """The block `model:`: a preset, any fields of GPTConfig, or both (a field overrides the preset)."""
     hints = typing.get_type_hints(GPTConfig)
-    fields: dict[str, Any] = {
+    fields: JsonObject = {
         f.name: (Union[hints[f.name], None], Field(None, description=MODEL_KEYS[f.name]))  # noqa: UP007
         for f in dataclasses.fields(GPTConfig)
     }
@@ -334,7 +335,7 @@ class RunFile(Section):
             raise ConfigError(
                 f"model.preset: unknown preset {name!r}{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}."
             )
-        fields: dict[str, Any] = {**(PRESETS[name] if name else {}), **given}
+        fields: JsonObject = {**(PRESETS[name] if name else {}), **given}
         if "vocab_size" not in given:
             fields["vocab_size"] = vocab_size
         fields.setdefault("max_seq_len", self.data.seq_len)

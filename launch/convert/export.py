@@ -17,7 +17,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 
@@ -25,6 +25,7 @@ from packspeed.data.text.tokenizer import Tokenizer
 from packspeed.launch.checkpoint.manifest import read_manifest
 from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.convert.hf_tokenizer import exported_tokenizer
 from packspeed.launch.convert.model_card import write_card
 from packspeed.launch.inference.load_model import end_ids, find_checkpoint, find_tokenizer
@@ -100,7 +101,7 @@ def export_hf(
     }
 
 
-def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> JsonObject:
     """Content of config.json. ConfigError if transformers has no such model, or the tokenizer is not the model's."""
     try:
         bos_id = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
@@ -203,9 +204,7 @@ class Layout(dict[str, tuple[tuple[int, ...], int, int]]):
         return len(text).to_bytes(8, "little") + text
 
 
-def _json_files(
-    hf_config: dict[str, Any], config: GPTConfig, tokenizer_config: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def _json_files(hf_config: JsonObject, config: GPTConfig, tokenizer_config: JsonObject) -> dict[str, JsonObject]:
     ids = {"bos_token_id": hf_config["bos_token_id"], "eos_token_id": hf_config["eos_token_id"]}
     return {
         "config.json": hf_config,

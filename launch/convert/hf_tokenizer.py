@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packspeed.data.errors import DataError
 from packspeed.data.text.convert import PROBE
@@ -19,6 +19,7 @@ from packspeed.data.text.ranks import BOS
 from packspeed.data.text.ranks_to_json import tokenizer_json
 from packspeed.data.text.special_tokens import read_document_tokens
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
+from packspeed.launch.config.json_types import JsonObject
 
 if TYPE_CHECKING:
     import tokenizers
@@ -70,7 +71,7 @@ def template(content: bytes) -> tuple[list[str], list[str]]:
     return encoding.tokens[:first], encoding.tokens[last:]
 
 
-def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, dict[str, Any]]:
+def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, JsonObject]:
     """Return tokenizer.json and tokenizer_config.json, with the ids that the model was trained on.
 
     DataError if the tokenizers library reads other ids from the file.
@@ -95,7 +96,7 @@ def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, dict[str, Any]]:
 def _as_trained(content: bytes, bos: str | None, bos_id: int | None) -> bytes:
     """Remove what makes the ids of a text other than in training: dropout, truncation, padding, another template."""
     spec = json.loads(content)
-    changes: dict[str, Any] = {key: None for key in ("truncation", "padding") if spec.get(key) is not None}
+    changes: JsonObject = {key: None for key in ("truncation", "padding") if spec.get(key) is not None}
     if spec["model"].get("dropout") is not None:
         changes["model"] = spec["model"] | {"dropout": None}
     if template(content) != ([bos] if bos else [], []):
@@ -105,7 +106,7 @@ def _as_trained(content: bytes, bos: str | None, bos_id: int | None) -> bytes:
     return json.dumps(spec | changes, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
-def _post_processor(spec: dict[str, Any], bos: str | None, bos_id: int | None) -> dict[str, Any] | None:
+def _post_processor(spec: JsonObject, bos: str | None, bos_id: int | None) -> JsonObject | None:
     """Keep what adds no tokens, ByteLevel, and put BOS before a text."""
     old = spec.get("post_processor") or {}
     parts = [part for part in old.get("processors", [old]) if part.get("type") == "ByteLevel"]

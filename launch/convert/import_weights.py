@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 import yaml
@@ -39,6 +39,7 @@ from packspeed.launch.checkpoint.manifest import (
     step_folder,
 )
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.convert.hf_folder import read_config, read_weights
 from packspeed.launch.convert.hf_tokenizer import read_tokenizer
 from packspeed.launch.inference.load_model import GENERATION, read_end_ids
@@ -197,7 +198,7 @@ def _write_checkpoint(
     sync(checkpoint.parent)
 
 
-def _model_section(config: GPTConfig) -> dict[str, Any]:
+def _model_section(config: GPTConfig) -> JsonObject:
     return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import cast
 
 import deepspeed
 import torch
@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.engine.hardware import keep_memory
@@ -82,7 +83,7 @@ def check_precision(precision: str) -> None:
         )
 
 
-def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
+def check_ds_config(ds_config: DsConfig, name: str) -> None:
     """Raise ConfigError for a value that DeepSpeed's own classes refuse: its types and limits. `name` is for the error.
 
     A copy is checked, because DeepSpeed completes what it gets.
@@ -99,7 +100,7 @@ def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
     wants_deepcompile(ds_config, device_type())
 
 
-def wants_deepcompile(ds_config: dict[str, Any], device: str) -> bool:
+def wants_deepcompile(ds_config: DsConfig, device: str) -> bool:
     """Whether the DeepSpeed JSON asks for DeepCompile; ConfigError if DeepSpeed would silently ignore it here."""
     if (ds_config.get("compile") or {}).get("deepcompile") is not True:
         return False
@@ -112,7 +113,7 @@ def wants_deepcompile(ds_config: dict[str, Any], device: str) -> bool:
     return True
 
 
-def build_engine(config: GPTConfig, run: RunFile, ds_config: dict[str, Any]) -> Engine:
+def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine:
     """Build the GPT, draw its weights, wrap it in a DeepSpeedEngine and apply the patches of its optimizer."""
     deepcompile = wants_deepcompile(ds_config, device_type())
     keep_memory()

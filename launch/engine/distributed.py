@@ -13,7 +13,7 @@ import datetime
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import deepspeed
 import torch
@@ -21,6 +21,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from packspeed.launch.config.errors import UserError
+from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.engine.ops import build_ops, device_type, do_without, needed_ops, prepare_for_ops
 from packspeed.launch.engine.patches.check import check_loaded, check_sources
 from packspeed.launch.engine.patches.replace import version_notes
@@ -96,7 +97,7 @@ def launcher_environment() -> tuple[int, int, int, int]:
 
 
 def start_distributed(
-    ds_config: dict[str, Any] | None = None, say: Callable[[str], None] = print, timeout_s: float = 1800.0
+    ds_config: DsConfig | None = None, say: Callable[[str], None] = print, timeout_s: float = 1800.0
 ) -> Topology:
     """Join the process group that the launcher's environment describes; without a launcher, be the only rank.
 
@@ -142,7 +143,7 @@ def _start_deepspeed(backend: str, timeout: datetime.timedelta) -> None:
             deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 
 
-def _build_ops(ds_config: dict[str, Any], topology: Topology, say: Callable[[str], None]) -> None:
+def _build_ops(ds_config: DsConfig, topology: Topology, say: Callable[[str], None]) -> None:
     """Build on the first rank of every host, and let all ranks do without what any host could not build."""
     missing: dict[str, str] = {}
     failed: UserError | None = None

@@ -34,6 +34,7 @@ from deepspeed.ops.adam import FusedAdam
 from torch.utils import cpp_extension
 
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.engine.patches.compatible_ops import mark_as_incompatible
 from packspeed.launch.engine.patches.cpu_name import remember_cpu_name
 
@@ -65,7 +66,7 @@ def device_type() -> str:
     return str(get_accelerator().device_name())
 
 
-def adamw_class(ds_config: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
+def adamw_class(ds_config: DsConfig) -> Callable[..., torch.optim.Optimizer]:
     """Return the AdamW that DeepSpeed uses with this final dict on one rank, for baselines that must equal it."""
     if ds_config["optimizer"]["params"].get("torch_adam"):
         return functools.partial(torch.optim.AdamW, fused=True)
@@ -116,7 +117,7 @@ def _compiler_version(compiler: str) -> str:
     return done.stdout.strip()
 
 
-def needed_ops(ds_config: dict[str, Any], device: str) -> list[str]:
+def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
     """Builder names that a run with this final DeepSpeed dict loads on the given device type ("cpu", "cuda")."""
     ops = [SHM_COMM] if device == "cpu" else []
     zero = ds_config.get("zero_optimization") or {}
@@ -156,7 +157,7 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
     return missing
 
 
-def do_without(missing: dict[str, str], ds_config: dict[str, Any], say: Callable[[str], None]) -> None:
+def do_without(missing: dict[str, str], ds_config: DsConfig, say: Callable[[str], None]) -> None:
     """Change the final DeepSpeed dict so that it needs none of the missing ops ({builder name: reason}).
 
     Raises UserError if this optimizer has no substitute.

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.engine.protocol import Engine
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -62,7 +63,7 @@ def _held_parts(engine: Engine) -> Iterator[Held]:
 
 
 @torch.no_grad()
-def fill_engine(engine: Engine, folder: Path, info: dict[str, Any]) -> None:
+def fill_engine(engine: Engine, folder: Path, info: JsonObject) -> None:
     """Read <folder>/<parameter>.safetensors into the engine, and make the module compute with the new weights.
 
     info: {"optimizer_step": steps the optimizer has taken, "loss_scaler": SCALER_FIELDS of fp16, else empty}.
@@ -99,7 +100,7 @@ def _keeps_momentum_by_matrix(optimizer: Any) -> bool:
     return hasattr(optimizer, "params_in_partition") and not optimizer.cpu_offload
 
 
-def _set_momentum_of_matrix(engine: Engine, name: str, state: dict[str, Any], value: torch.Tensor) -> None:
+def _set_momentum_of_matrix(engine: Engine, name: str, state: JsonObject, value: torch.Tensor) -> None:
     """Write one matrix's momentum into the buffer that has all matrices of its group on this rank, one by one."""
     wrapper: Any = engine.optimizer
     parameter: Any = engine.module.get_parameter(name)
@@ -111,7 +112,7 @@ def _set_momentum_of_matrix(engine: Engine, name: str, state: dict[str, Any], va
     state["momentum_buffer"][offset : offset + value.numel()].copy_(value)
 
 
-def _state_tensor(state: dict[str, Any], kind: str, like: torch.Tensor) -> torch.Tensor:
+def _state_tensor(state: JsonObject, kind: str, like: torch.Tensor) -> torch.Tensor:
     """The optimizer's state of one kind, made if the optimizer has not taken a step yet."""
     if kind not in state:
         state[kind] = torch.zeros_like(like)

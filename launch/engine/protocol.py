@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 import torch
 
+from packspeed.launch.config.json_types import JsonObject
+
 
 class Optimizer(Protocol):
     """What engine.optimizer is at every ZeRO stage: DeepSpeed's wrapper, or torch's optimizer itself at stage 0."""
 
-    param_groups: list[dict[str, Any]]  # {"params": [...], "lr": ...}, as in torch.optim
+    param_groups: list[JsonObject]  # {"params": [...], "lr": ...}, as in torch.optim
 
     def step(self) -> None:
         """Update the weights with the gradients of the last backward passes."""
@@ -75,7 +77,7 @@ class Engine(Protocol):
     ) -> bool | None:
         """Write this rank's part of <save_dir>/<tag> through `checkpoint_engine`: a collective of all ranks."""
 
-    def load_checkpoint(self, load_dir: str, tag: str) -> tuple[str | None, dict[str, Any]]:
+    def load_checkpoint(self, load_dir: str, tag: str) -> tuple[str | None, JsonObject]:
         """Read <load_dir>/<tag>; returns (path or None if nothing was found, the client_state of the save)."""
 
     def train_batch_size(self) -> int:

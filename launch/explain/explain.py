@@ -22,6 +22,7 @@ from packspeed.launch.cluster.local_launcher import default_ranks, local_acceler
 from packspeed.launch.config.batch import BatchPlan, solve_batch
 from packspeed.launch.config.deepspeed_json import OWNED, resolve_ds_config
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.explain import deepspeed_rules, run_rules  # noqa: F401  importing them fills RULES
 from packspeed.launch.explain.lenient import read_deepspeed_json, read_written, validate_leniently
@@ -39,7 +40,7 @@ class Explanation:
     deepspeed: list[Value]
     findings: list[Finding]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """The JSON of --json. Its key for the findings is "problems"."""
         facts = dataclasses.asdict(self)
         facts["problems"] = facts.pop("findings")
@@ -115,8 +116,8 @@ def _gpt_config(run: RunFile, vocab_size: int | None, findings: list[Finding]) -
 
 
 def _resolve_ds_config(
-    run: RunFile, raw: dict[str, Any], plan: BatchPlan, precision: str, findings: list[Finding]
-) -> dict[str, Any]:
+    run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str, findings: list[Finding]
+) -> JsonObject:
     """The configuration for the engine. If the files contradict each other, the run file's values are used."""
     for _ in range(2):
         try:

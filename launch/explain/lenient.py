@@ -22,6 +22,7 @@ from packspeed.launch.config.deepspeed_json import (
 )
 from packspeed.launch.config.deepspeed_keys import KEYS, refusals
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import describe_error, read_run_file
 from packspeed.launch.config.parsing import KeyPath
 from packspeed.launch.config.run_file import RunFile
@@ -46,10 +47,10 @@ class WrittenRunFile:
     """A run file as written: which keys it contains and where, before any repair."""
 
     path: Path
-    data: dict[str, Any]  # after --set
+    data: JsonObject  # after --set
     lines: dict[KeyPath, int]
     origins: dict[KeyPath, str]  # keys set on the command line, and the text of the option
-    given: dict[str, Any]  # dotted keys and values of the file and of --set
+    given: JsonObject  # dotted keys and values of the file and of --set
 
     def set_by(self, key: str) -> str | None:
         """Who wrote a dotted key: file:line or --set; None if nobody did."""
@@ -66,7 +67,7 @@ def read_written(path: Path, overrides: Sequence[str]) -> WrittenRunFile:
     return WrittenRunFile(path, data, lines, origins, flatten(data))
 
 
-def validate_leniently(written: WrittenRunFile, data: dict[str, Any], findings: list[Finding]) -> RunFile:
+def validate_leniently(written: WrittenRunFile, data: JsonObject, findings: list[Finding]) -> RunFile:
     """Validate `data`, repairing it in place. Raises ConfigError if a required key cannot be repaired."""
     for _ in range(MAX_REPAIRS):
         try:
@@ -82,7 +83,7 @@ def validate_leniently(written: WrittenRunFile, data: dict[str, Any], findings: 
     raise ConfigError("\n".join(dict.fromkeys(finding.message for finding in findings)))
 
 
-def _repair(data: dict[str, Any], path: KeyPath, message: str) -> bool:
+def _repair(data: JsonObject, path: KeyPath, message: str) -> bool:
     """Remove or replace a wrong value. Returns whether that was possible."""
     train, source = data.get("train", {}), data.get("data", {})
     if "warmup_steps" in message and isinstance(train, dict):
@@ -99,7 +100,7 @@ def _repair(data: dict[str, Any], path: KeyPath, message: str) -> bool:
     return _remove(data, path)
 
 
-def _remove(data: dict[str, Any], path: KeyPath) -> bool:
+def _remove(data: JsonObject, path: KeyPath) -> bool:
     """Remove the deepest existing key of `path`. Returns False if that would be a required section."""
     node: Any = data
     parent: dict[str | int, Any] | None = None
@@ -114,7 +115,7 @@ def _remove(data: dict[str, Any], path: KeyPath) -> bool:
     return True
 
 
-def read_deepspeed_json(name: str, findings: list[Finding]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+def read_deepspeed_json(name: str, findings: list[Finding]) -> tuple[JsonObject, dict[KeyPath, int]]:
     """A DeepSpeed JSON without the keys that DeepSpeed would ignore, and its lines. Errors become findings."""
     path = ds_config_path(name)
     try:

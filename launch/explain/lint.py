@@ -19,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from packspeed.launch.config.json_types import DsConfig, JsonObject
 from packspeed.launch.config.run_file import RunFile
 from packspeed.model.config import GPTConfig, num_parameters
 
@@ -51,8 +51,8 @@ class Case:
     """What the rules look at: a run, resolved for a number of ranks."""
 
     run: RunFile
-    given: dict[str, Any]  # the keys that the run file and --set contain, dotted
-    ds: dict[str, Any]  # the DeepSpeed JSON as written
+    given: JsonObject  # the keys that the run file and --set contain, dotted
+    ds: DsConfig  # the DeepSpeed JSON as written
     precision: str
     ranks: int
     accumulation: int
@@ -63,7 +63,7 @@ class Case:
     val_tokens: int | None = None
 
     @property
-    def zero(self) -> dict[str, Any]:
+    def zero(self) -> JsonObject:
         """The zero_optimization block."""
         return block(self.ds, "zero_optimization")
 
@@ -79,7 +79,7 @@ class Case:
         return None if self.model is None else num_parameters(self.model)
 
 
-def block(tree: dict[str, Any], key: str) -> dict[str, Any]:
+def block(tree: JsonObject, key: str) -> JsonObject:
     """The block at `key`; empty if it is missing or not a block."""
     value = tree.get(key)
     return value if isinstance(value, dict) else {}

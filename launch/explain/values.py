@@ -11,6 +11,7 @@ from typing import Any
 
 from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.parsing import KeyPath
 from packspeed.launch.config.run_file import RunFile, Section
 from packspeed.launch.explain.lenient import WrittenRunFile
@@ -18,7 +19,7 @@ from packspeed.launch.run_folder.folder import flatten
 from packspeed.model.config import PRESETS, GPTConfig
 
 # What DeepSpeed uses for the keys of zero_optimization that a JSON omits.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: JsonObject = {
     "stage": 0, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": 500_000_000,
     "allgather_partitions": True, "allgather_bucket_size": 500_000_000, "round_robin_gradients": False,
     "sub_group_size": 1_000_000_000, "stage3_prefetch_bucket_size": 50_000_000,
@@ -28,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 # The same for keys at the top level.
-OTHER_DEFAULTS: dict[str, Any] = {
+OTHER_DEFAULTS: JsonObject = {
     "gradient_clipping": 1.0, "prescale_gradients": False, "gradient_predivide_factor": 1.0, "steps_per_print": None,
     "wall_clock_breakdown": False, "memory_breakdown": False, "zero_allow_untested_optimizer": False,
 }  # fmt: skip
@@ -91,9 +92,7 @@ def solved_values(run: RunFile, plan: BatchPlan, precision: str, why: str, ranks
     ]
 
 
-def deepspeed_values(
-    run: RunFile, raw: dict[str, Any], final: dict[str, Any], lines: dict[KeyPath, int]
-) -> list[Value]:
+def deepspeed_values(run: RunFile, raw: JsonObject, final: JsonObject, lines: dict[KeyPath, int]) -> list[Value]:
     """The configuration that the engine gets, and the defaults that DeepSpeed adds to its zero_optimization block."""
     path, stage = ds_config_path(run.deepspeed), zero_stage(raw)
     flat, written = flatten(final), flatten(raw)

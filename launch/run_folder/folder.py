@@ -35,6 +35,7 @@ import yaml
 
 from packspeed.data.storage.lock import FileLock, LockHeldError, lock_file
 from packspeed.launch.config.errors import UserError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.formats import SettingChange, Status
 from packspeed.model.config import GPTConfig
@@ -168,7 +169,7 @@ def _lock(folder: Path) -> FileLock:
         ) from None
 
 
-def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> dict[str, Any]:
+def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> JsonObject:
     """Return the run file as a dict with every default and the preset written out. It is a valid run file itself."""
     out = run.model_dump(mode="json", exclude_none=True)
     out["model"] = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
@@ -229,9 +230,9 @@ def git_commit() -> str | None:
     return out.stdout.strip() or None
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> JsonObject:
     """Return nested dicts as one level: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
-    out: dict[str, Any] = {}
+    out: JsonObject = {}
     for key, value in tree.items():
         out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out

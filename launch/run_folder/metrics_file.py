@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from packspeed.data.storage.atomic import write_file
+from packspeed.launch.config.json_types import JsonObject
 
 DISCARDED = "metrics.discarded.jsonl"
 MAX_LINE_BYTES = 1 << 20  # a mixture names all its sources in a line
 
 
-def parse_object(line: bytes) -> dict[str, Any] | None:
+def parse_object(line: bytes) -> JsonObject | None:
     """The JSON object on a line, or None if the line is torn, not UTF-8 or anything else."""
     try:
         value = json.loads(line.decode("utf-8"))
@@ -27,7 +27,7 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_objects(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_objects(path: Path) -> tuple[list[JsonObject], int]:
     """(the JSON objects of a file of lines, the number of lines that hold none). A missing file has no lines."""
     try:
         lines = path.read_bytes().splitlines()
@@ -37,7 +37,7 @@ def read_objects(path: Path) -> tuple[list[dict[str, Any]], int]:
     return [value for value in objects if value is not None], objects.count(None)
 
 
-def step_of(record: dict[str, Any] | None) -> int | None:
+def step_of(record: JsonObject | None) -> int | None:
     """The step of a metrics line, or None if it is not one."""
     step = record.get("step") if record else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None

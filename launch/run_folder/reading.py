@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints, is_
 
 from packspeed.launch.config import parsing
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.run_folder import metrics_file
 from packspeed.launch.run_folder.formats import (
     AnomalyLine,
@@ -81,7 +82,7 @@ def read_metrics_lines(path: Path, notes: list[str]) -> list[MetricsLine]:
     return lines
 
 
-def metrics_line(value: dict[str, Any] | None) -> MetricsLine | None:
+def metrics_line(value: JsonObject | None) -> MetricsLine | None:
     """Return a JSON object as a line of metrics.jsonl; None if it is not a valid one."""
     if value is None:
         return None
@@ -105,7 +106,7 @@ def read_object(path: Path, value_type: type[T], notes: list[str]) -> T | None:
     return value
 
 
-def read_tree(path: Path, notes: list[str]) -> dict[str, Any]:
+def read_tree(path: Path, notes: list[str]) -> JsonObject:
     """Return the mapping in a JSON or YAML file, as plain JSON values with strings as keys; {} if it is unreadable."""
     content = read_file(path, notes, parsing.MAX_BYTES)
     if content is None:
@@ -223,7 +224,7 @@ def _plain(value: Any, level: int = 0) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else _printable(str(value))  # a date
 
 
-def _read_objects(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], int]:
+def _read_objects(path: Path, notes: list[str]) -> tuple[list[JsonObject], int]:
     """Return metrics_file.read_objects of a file; nothing, with a note, if it cannot be read."""
     if not os.path.isfile(path) and read_file(path, notes) is None:
         return [], 0

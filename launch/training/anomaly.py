@@ -17,8 +17,9 @@ import dataclasses
 import math
 import statistics
 from collections import deque
-from typing import Any, SupportsFloat
+from typing import SupportsFloat
 
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import AnomalySection
 from packspeed.launch.run_folder.formats import AnomalyLine
 
@@ -87,7 +88,7 @@ class AnomalyDetector:
         rewinds = sum(target is not None and other.get("back_to") == target for other in self.records)
         return bool(max(self.vetoes_in_a_row, rewinds) > self.section.limit)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """The part of the checkpoint's manifest that belongs to the detector (key "guard"), as JSON."""
         return {
             "losses": list(self.losses),
@@ -97,7 +98,7 @@ class AnomalyDetector:
             "records": list(self.records),  # a copy: an asynchronous save writes it later
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: JsonObject) -> None:
         """Continue from what `state` returned."""
         self.losses, self.norms = (deque(state[key], maxlen=self.section.window) for key in ("losses", "norms"))
         self.dropped_batches, self.vetoes_in_a_row = state["skipped_batches"], state["in_a_row"]

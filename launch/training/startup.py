@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.mixture import MixtureData
@@ -16,6 +15,7 @@ from packspeed.launch.checkpoint.resume import find_checkpoint, name_optimizers,
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.deepspeed_json import muon_clipping_note, resolve_ds_config, zero_stage
 from packspeed.launch.config.errors import EXIT_STOPPED
+from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.build import (
     agree_on_kernels,
@@ -39,7 +39,7 @@ from packspeed.launch.training.trainer import Trainer
 
 def start_training(
     run: RunFile,
-    raw_ds_config: dict[str, Any],
+    raw_ds_config: DsConfig,
     dataset: TokenDataset | MixtureData,
     fresh: bool,
     log_filter: DeepSpeedLogFilter,

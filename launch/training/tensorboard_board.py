@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.run_folder.folder import flatten
 
 TAGS = {
@@ -49,7 +50,7 @@ class Board:
             self.text(name, "```\n" + (folder / name).read_text(encoding="utf-8") + "\n```", 0)
         self._hparams(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
 
-    def _hparams(self, config: dict[str, Any]) -> None:
+    def _hparams(self, config: JsonObject) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         candidates = {

@@ -38,12 +38,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, TypedDict, TypeVar, get_args
 
 from packspeed.launch.cluster.local_launcher import default_ranks, launcher_command
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 from packspeed.model.config import Kernels
@@ -65,7 +66,7 @@ COLUMNS = (
 )  # fmt: skip
 
 Say = Callable[[str], None]
-Row = dict[str, Any]  # an entry of the JSON file; `_row` lists its keys
+Row = JsonObject  # an entry of the JSON file; `_row` lists its keys
 Value = TypeVar("Value")
 
 

@@ -23,13 +23,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, TypedDict
 
 import psutil
 
 from packspeed.launch.cluster import local_launcher as launcher
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 
@@ -42,7 +43,7 @@ POLL_S = 0.002  # how often to look for the step of the kill; a small model take
 KILL_TIMEOUT_S = 600.0  # for the launcher to notice that its ranks are dead
 
 Say = Callable[[str], None]
-Line = dict[str, Any]  # of metrics.jsonl without MEASURED_KEYS; compared key by key, whatever the keys are
+Line = JsonObject  # of metrics.jsonl without MEASURED_KEYS; compared key by key, whatever the keys are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ProofReport(TypedDict):
     steps: int
     ranks: int
     seed: int
-    legs: list[dict[str, Any]]  # of ResumeResult
+    legs: list[JsonObject]  # of ResumeResult
 
 
 @dataclasses.dataclass(frozen=True)

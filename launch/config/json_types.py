@@ -1,0 +1,8 @@
+"""Names for the shapes of parsed YAML and JSON, whose values have no static type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+JsonObject = dict[str, Any]  # an object of YAML or JSON
+DsConfig = dict[str, Any]  # a DeepSpeed configuration, as DeepSpeed's own JSON
