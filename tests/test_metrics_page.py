@@ -14,6 +14,7 @@ from packspeed.launch.run_folder.formats import (
     Life,
     Sample,
     SamplesLine,
+    SettingChange,
     Status,
     StepLine,
 )
@@ -21,7 +22,15 @@ from packspeed.launch.training.tensorboard_board import LAYOUT, TAGS
 from support import ROOT
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
-JSON_NAMES = {int: "integer", float: "number", str: "string", types.NoneType: "null", dict: "object", list: "array"}
+JSON_NAMES = {
+    int: "integer",
+    float: "number",
+    str: "string",
+    types.NoneType: "null",
+    dict: "object",
+    list: "array",
+    object: "any",
+}
 
 
 def json_type(annotation: Any) -> str:
@@ -40,7 +49,9 @@ def table(line_type: Any) -> str:
     return "\n".join(rows) + "\n"
 
 
-@pytest.mark.parametrize("line_type", [StepLine, EvaluationLine, Life, SamplesLine, Sample, AnomalyLine, Status])
+@pytest.mark.parametrize(
+    "line_type", [StepLine, EvaluationLine, Life, SamplesLine, Sample, AnomalyLine, SettingChange, Status]
+)
 def test_the_page_has_the_table_of_every_format(line_type: Any) -> None:
     assert table(line_type) in PAGE
 
