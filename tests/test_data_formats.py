@@ -278,7 +278,8 @@ def test_a_readme_alone_is_text(tmp_path: Path) -> None:
 
 
 def test_saved_datasets_are_read_in_their_order(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     saved = datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(30)]})
     datasets.DatasetDict({"train": saved, "test": saved.select([3])}).save_to_disk(
         str(tmp_path / "saved"), num_shards={"train": 3, "test": 1}

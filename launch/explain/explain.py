@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from packspeed.data.errors import DataError
 from packspeed.data.remote import open_dataset
 from packspeed.launch.cluster.local_launcher import default_ranks, local_accelerators
 from packspeed.launch.config.batch import BatchPlan, solve_batch
@@ -101,8 +102,7 @@ def _inspect_dataset(run: RunFile, findings: list[Finding]) -> tuple[dict[str, i
     try:
         dataset = open_dataset(run.data.path)
         return {split: dataset.tokens(split) for split in ("train", "val")}, dataset.vocab_size
-    # A manifest can be damaged in any way, and explain must not end before its findings are printed.
-    except Exception as error:
+    except (DataError, OSError) as error:
         findings.append(Finding("no-dataset", "refused", f"data.path: {error}"))
         return {}, None
 

@@ -21,9 +21,9 @@ FOLDER = ROOT / ".pythons"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 PACKAGES = (
-    "datasets", "fsspec", "gigatoken", "hypothesis", "moto[s3,server]", "ninja", "numpy", "orjson", "pillow", "psutil",
-    "pyarrow", "pydantic", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml", "rich", "s3fs", "safetensors",
-    "tensorboard", "tiktoken", "tokenizers", "transformers", "typer", "xxhash", "zstandard",
+    "datasets", "fsspec", "gigatoken", "hjson", "hypothesis", "moto[s3,server]", "ninja", "numpy", "orjson", "pillow",
+    "psutil", "pyarrow", "pydantic", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml", "regex", "rich", "s3fs",
+    "safetensors", "tensorboard", "tiktoken", "tokenizers", "transformers", "typer", "xxhash", "zstandard",
 )  # fmt: skip
 TESTS = (
     "commands", "config", "data_dataset", "data_order", "data_packing", "data_prepare", "data_sources", "data_storage",
