@@ -36,7 +36,7 @@ COMMANDS = {
     "verify": Target("inspect:verify", "Check every byte of a dataset: hashes, indices, token ids, document ends."),
     "audit": Target("audit:audit", "List the documents in a training step, or the steps that saw a document."),
     "import-data": Target(
-        "exchange:import_data", "Make a dataset from Megatron, nanoGPT, llm.c, modded-nanogpt or MosaicML files."
+        "exchange:import_data", "Make a dataset from Megatron, nanoGPT, llm.c, modded-nanogpt, numpy or MosaicML files."
     ),
     "export-data": Target("exchange:export_data", "Write a dataset in another project's format."),
     "generate": Target("generate:generate", "Continue prompts with a checkpoint of a run, on the CPU or one GPU."),

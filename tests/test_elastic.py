@@ -156,7 +156,7 @@ def test_reshard_works_offline_and_replaces_a_damaged_conversion(workspace: Work
 def test_a_conversion_that_does_not_match_the_module_is_refused(workspace: Workspace, elastic: dict[str, str]) -> None:
     """The optimizer's fp32 weights, rounded, must be the module's: planted in the pickle, under a new manifest."""
     from packspeed.data.storage.hashing import hash_file
-    from packspeed.launch.checkpoint.manifest import MANIFEST
+    from packspeed.launch.checkpoint.manifest import MANIFEST, dump_manifest, read_manifest
     from packspeed.launch.config.errors import UserError
 
     checkpoint = workspace.folder / "mismatch"
@@ -165,9 +165,9 @@ def test_a_conversion_that_does_not_match_the_module_is_refused(workspace: Works
     content = torch.load(path, weights_only=False)
     content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].data[7] += 1
     torch.save(content, path)
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest = read_manifest(checkpoint)
     manifest["files"][path.name] = hash_file(path)
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    (checkpoint / MANIFEST).write_text(dump_manifest(manifest))
     with pytest.raises(
         UserError, match=r"embed.weight: the optimizer's fp32 weight, rounded to .* is not the module's"
     ):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ def test_the_constraints_resolve(version: str, tmp_path: Path) -> None:
     (tmp_path / "src" / "packspeed").mkdir(parents=True)
     extras = [word for extra in EXTRAS for word in ("--extra", extra)]
     command = [
+        sys.executable,
+        "-m",
         "uv",
         "pip",
         "compile",
