@@ -50,7 +50,7 @@ from packspeed.data.storage.manifest import Tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one rank; `samples` (rows,) are their numbers k in the order. Use `inputs` and `labels`, (rows, T) each.
+    """Rows of one rank; `samples` (rows,) are their numbers k in the order. `inputs` and `labels` are (rows, T) each.
 
     Which of the other fields are set depends on the packing of the run (T = seq_len, - = None or 0):
 

@@ -6,7 +6,7 @@ but the first is predicted once), shifted by an offset that changes with the epo
 Two-level shuffle ("blocks"). Random windows from a cold file make the disk fetch far more than is used, so the windows
 are permuted twice: blocks of neighbouring windows over the complete stream, then single windows inside a group of
 permuted blocks. So reads are 2**17 tokens long (256 KiB of uint16), and batches mix 2**26 tokens from all over the
-stream. The bijection permutes only full blocks; the shorter last block gets a random slot between them. "full" is the
+stream. The bijection permutes only full blocks; the shorter last block is inserted at a random place. "full" is the
 flat permutation, for data that fits in the page cache.
 
 The permutation is a keyed bijection that needs no table: an alternating Feistel network of 8 rounds over the smallest
@@ -174,7 +174,7 @@ class _Epoch:
         first, size = self._first_slot[group], int(self._first_slot[group + 1] - self._first_slot[group])
         permute = Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
         position = first + permute(slots - first)  # windows in the order of the permuted blocks
-        # Windows after the short block come earlier by what it lacks; shift them back so that division gives the block.
+        # The short block has fewer windows than the others: add the difference, so that division gives the block.
         behind = position >= self._rest_slot * self._block + self._rest
         position = position + behind * (self._block - self._rest)
         slot_block, inside = np.divmod(position, self._block)

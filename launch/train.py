@@ -21,7 +21,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of train.py; --local_rank is what DeepSpeed's launcher appends."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train a GPT as described in a run file.")
     parser.add_argument("--config", required=True, help="the run file (YAML)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override a setting of the run file; repeatable",
+    )
     parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside, start at step 0")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON, instead of the run file's")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)

@@ -92,7 +92,7 @@ def generate(
 ) -> Tensor:
     """Continue tokens (B, T) int64 by up to `max_new_tokens` and return prompt and continuation, (B, T + new).
 
-    Like `stream`, with seed + i for row i. on_token is called with each new column (B,).
+    Like `stream`, with seed + i for row i. on_token is called with each new column of tokens, (B,).
     """
     columns = [tokens]
     for column in stream(

@@ -136,8 +136,8 @@ def test_odd_yaml_gets_one_paragraph(
         (MINIMAL.encode("utf-16"), r"its encoding is UTF-16. Save it as UTF-8"),
         (b"name: t\nruns_dir: \xe9\n", r"run.yaml:2: byte 18 \(0xe9\) is not UTF-8"),
         (b"#" * 2000, r"larger than 1 KiB"),
-        (b"", r"run.yaml:1: a run file is a mapping"),
-        (b"- 1", r"run.yaml:1: a run file is a mapping"),
+        (b"", r"run.yaml:1: the top level of a run file must be a mapping"),
+        (b"- 1", r"run.yaml:1: the top level of a run file must be a mapping"),
         (b"--- 1\n--- 2", r"run.yaml:2: this is not valid YAML: but found another document"),
     ],
 )

@@ -344,7 +344,7 @@ def test_old_and_new_spelling_together_are_refused(tmp_path: Path) -> None:
         (b'{"x": "\xe9"}', r"ds.json:1: byte 7 \(0xe9\) is not UTF-8. Save it as UTF-8"),
         ('{"x": 1}'.encode("utf-16"), r"its encoding is UTF-16"),
         (b'{"zero_optimization": {"stage": 1}', r"ds.json:1: this is not valid JSON: .* not valid HJSON .* either"),
-        (b"[1]", r"ds.json:1: a DeepSpeed configuration is a JSON object"),
+        (b"[1]", r"ds.json:1: the top level of a DeepSpeed configuration must be an object"),
         (b"\n", r"ds.json:1: the file is empty"),
         (b'{"fp16": {"enabled": false},\n"fp16": {}}', r"ds.json:2: fp16 is given twice \(first on line 1\)"),
         (b'{"steps_per_print": ' + b"9" * 5000 + b"}", r"'9+\.\.\. \(5,002 characters\) is not a 64-bit integer"),

@@ -219,7 +219,9 @@ def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
 def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: Mapping[str, object]) -> None:
     """Check 6, on what engine.load_checkpoint returned."""
     if loaded_from is None:
-        raise UserError(f"{checkpoint}: DeepSpeed found nothing to load there.")
+        raise UserError(
+            f"{checkpoint}: DeepSpeed found nothing to load there. Delete this checkpoint to resume the one before."
+        )
     if client_state["packspeed_step"] != step:
         raise UserError(
             f"{checkpoint}: {MANIFEST} says step {step}, the state inside says {client_state['packspeed_step']}."

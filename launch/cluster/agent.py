@@ -7,7 +7,7 @@ then it starts DeepSpeed's node launcher and stays until the ranks have ended (L
 a hostfile or a run file is in the JSON of a request, so it never reaches a shell.
 
 No failure leaves an orphan. If stdin closes (the supervisor died) or stays silent for `silence_s` (the network is cut),
-the agent asks its ranks to save and stop, and kills them after GRACE_S or CUT_OFF_S.
+the agent asks its ranks to save and stop. It kills them GRACE_S later if stdin closed, CUT_OFF_S later if not.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     verdict          _verdict, _hang      an Outcome: its kind, its cause in words, the time of the fault
     end              Attempt.end          no process of the attempt is left on any host that answers
 
-What tells how an attempt ended, in the order in which it is checked:
+What tells how an attempt ended:
 
     refused, stopped   a rank exited with 2 (wrong config) or 75 (saved and stopped), and none was killed
     lost               an agent's ssh exited with 255: the connection to that host broke

@@ -22,10 +22,10 @@ from packspeed.launch.config.errors import ConfigError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run this pod's ranks until they end; returns the exit code."""
     parser = argparse.ArgumentParser(prog="packspeed.launch.cluster.k8s_entry", description="Run the ranks of one pod.")
-    parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--ranks", type=int, required=True, help="on every node")
+    parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
+    parser.add_argument("--ranks", type=int, required=True, help="ranks per node")
     parser.add_argument("--master", required=True, help="name or address of node 0")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, required=True, help="port of torch's rendezvous on node 0")
     parser.add_argument("arguments", nargs="+", help="of train.py, after --")
     args = parser.parse_args(argv)
     try:

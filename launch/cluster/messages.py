@@ -1,6 +1,6 @@
 """The messages between the supervisor and the agent of each host: one JSON object per line.
 
-    supervisor -> agent   on the agent's stdin: requests, of the kind `do`. After `run` only the words BEAT and TERM
+    supervisor -> agent   on the agent's stdin: requests, of the kind `do`. After `run`, only BEAT and TERM follow
     agent -> supervisor   on the agent's stdout: RECORD, then JSON; every other line is the output of a rank
 
 ssh.py sends the short requests (facts, time, ring, stacks, kill) and waits for one answer to each. attempt.py sends

@@ -49,7 +49,7 @@ def read_ds_config(name: str) -> tuple[JsonObject, dict[KeyPath, int]]:
     hint = f"{nearest(name, ships)} Names in ds_configs/: {', '.join(ships)}; a value with a slash is a path."
     data, lines = parse_json(read_text(path, f"deepspeed: {printable(name)}:", hint), path)
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}:1: a DeepSpeed configuration is a JSON object.")
+        raise ConfigError(f"{path}:1: the top level of a DeepSpeed configuration must be an object, {{...}}.")
     modernise(data)
     return data, lines
 

@@ -110,7 +110,9 @@ def read_run_file(path: Path, overrides: typing.Sequence[str]) -> tuple[Any, dic
     """
     data, lines = parse_yaml(read_text(path, "run file", ". Packspeed's own are in launch/configs/*.yaml."), path)
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}:1: a run file is a mapping (name: ..., model: ..., data: ..., train: ...).")
+        raise ConfigError(
+            f"{path}:1: the top level of a run file must be a mapping (name: ..., model: ..., data: ..., train: ...)."
+        )
     origins = apply_overrides(data, overrides)
     return parse_numbers(data), lines, origins
 

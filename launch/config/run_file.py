@@ -253,7 +253,11 @@ class AnomalySection(Section):
         10.0, gt=0, description="A value is a spike if it is this many robust standard deviations above the median."
     )
     window: int = Field(128, ge=8, description="Number of accepted steps that give the median and the deviation.")
-    limit: int = Field(5, ge=1, description="Handle this many anomalies in a row; stop the run at the next one.")
+    limit: int = Field(
+        5,
+        ge=1,
+        description="Vetoed steps in a row, or rewinds to one checkpoint, that are allowed; the next stops the run.",
+    )
 
 
 class MonitorSection(Section):

@@ -45,7 +45,7 @@ class Topology:
     device: torch.device
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the data-parallel ranks, in place; every rank gets the same bits."""
+        """Sum over the data-parallel ranks, in place: a collective. Every rank gets the same bits."""
         if self.dp_size > 1:
             dist.all_reduce(values)
         return values
@@ -56,14 +56,14 @@ class Topology:
             dist.barrier()
 
     def from_rank0(self, value: T) -> T:
-        """Return rank 0's value on every rank."""
+        """Return rank 0's value on every rank: a collective."""
         box = [value]
         if self.world > 1:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank: a collective."""
         if self.world == 1:
             return [value]
         values = [value] * self.world
@@ -71,7 +71,7 @@ class Topology:
         return values
 
     def agree_on_error(self, error: Error | None) -> Error | None:
-        """Return the error of the lowest rank that has one, on every rank; None if no rank has one.
+        """Return the error of the lowest rank that has one, on every rank; None if no rank has one. A collective.
 
         A rank that raised by itself would leave the others waiting in their next collective.
         """

@@ -37,7 +37,7 @@ OTHER_DEFAULTS: JsonObject = {
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """One effective setting."""
+    """One effective setting. `set_by` says who set it: a file and its line, --set, or the default."""
 
     key: str
     value: Any

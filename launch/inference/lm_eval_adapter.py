@@ -53,7 +53,7 @@ def run_tasks(
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(
-            f"--tasks: the harness knows no {', '.join(unknown)}. Give local tasks with --include-path DIR."
+            f"--tasks: lm-eval has no task {', '.join(unknown)}. For your own task files, pass --include-path DIR."
         )
     evaluated = lm_eval.simple_evaluate(
         HarnessModel(generator),

@@ -54,7 +54,9 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
         return _verified(folder / step_folder(step))
     newest, _ = newest_complete(folder, lambda line: print(line, file=sys.stderr))
     if newest is None:
-        raise UserError(f"{folder}: there is no complete checkpoint yet.")
+        raise UserError(
+            f"{folder}: there is no complete checkpoint. Train until one is saved, or restore a damaged one."
+        )
     return newest
 
 

@@ -65,7 +65,7 @@ class EvaluationResult(TypedDict):
 
 @dataclass(frozen=True)
 class Span:
-    """A window: tokens first to last - 1 of the split are predicted, of which those from `scored` on count."""
+    """A window that predicts tokens first to last - 1 of the split. Only tokens scored to last - 1 count."""
 
     first: int
     scored: int

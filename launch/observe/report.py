@@ -103,7 +103,9 @@ def read_run(folder: Path, color: str = COLORS[0]) -> Run:
     )  # fmt: skip
     if not (run.config or run.steps or run.evaluations or run.account):
         reason = " ".join(notes) or "config.yaml is missing."
-        raise UserError(f"{folder}: no run there. {reason} Name the folder that training printed.")
+        raise UserError(
+            f"{folder} is no run folder. {reason} Pass the folder that training printed, such as runs/quickstart."
+        )
     if not os.path.lexists(folder / "config.yaml"):
         notes.append(f"{folder / 'config.yaml'}: the file is missing.")
     return run

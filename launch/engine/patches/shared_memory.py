@@ -1,9 +1,9 @@
-"""DeepSpeed's shared-memory buffers disappear with the run.
+"""Removes the names of DeepSpeed's shared-memory buffers as soon as all ranks have mapped them.
 
 Why        The all-reduce between CPU ranks of a host maps a file of 64 MB per rank in /dev/shm, which is memory, and
            never removes it. Its name contains the port, so every run leaves new ones until the host is rebooted.
 Version    DeepSpeed 0.19.8, csrc/cpu/comm/shm.cpp.
-Upstream   github.com/deepspeedai/DeepSpeed/pull/4115 (its discussion knows of the leak),
+Upstream   github.com/deepspeedai/DeepSpeed/pull/4115 (its discussion mentions the leak),
            github.com/sgl-project/sglang/pull/38638 (a /dev/shm that filled up this way).
 Without    Each run costs 64 MB of the host's memory per rank, also after it has ended.
 
