@@ -30,6 +30,8 @@ from packspeed.launch.run_folder.formats import Environment, Status
 from packspeed.launch.run_folder.reading import read_metrics, read_object, read_tree
 from support.run_folder import life, make_run, step_line, write_lines
 
+pytestmark = pytest.mark.slow  # more than `make check` has time for
+
 FUZZ_CASES = 150
 JSON_LINES = ("metrics.jsonl", "metrics.discarded.jsonl", "goodput.jsonl", "samples.jsonl", "anomalies.jsonl")
 OBJECTS = ("config.yaml", "status.json", "ds_config.json", "environment.json")

@@ -26,6 +26,8 @@ from packspeed.data.prepare.prepare import prepare
 from packspeed.data.storage.mmidx import HEADER, MAGIC
 from packspeed.data.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow  # more than `make check` has time for
+
 
 def megatron() -> Any:
     """Megatron-core's module; importing its package warns about what is not installed and of its own old names."""

@@ -27,6 +27,8 @@ from packspeed.data.text.ranks import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTER
 from packspeed.data.text.special_tokens import DocumentTokens
 from packspeed.data.text.tokenizer import load_from_dataset, load_tokenizer
 
+pytestmark = pytest.mark.slow  # more than `make check` has time for
+
 TEXTS = [path.read_text(encoding="utf-8") for path in sorted(Path(os.__file__).parent.glob("a*.py"))]
 TEXTS += ["It was the best of times, it was the worst of times, it was the age of wisdom; don't WE'LL 1234. " * 20]
 TEXTS += ["漢字ひらがなカタカナ 한국어 текст на русском, ελληνικά עברית العربية हिन्दी 🎉 ½ ²³ a\u0301 Ǆ " * 20]

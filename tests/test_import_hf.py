@@ -23,6 +23,8 @@ from packspeed.launch.inference.generate import SamplingSettings, TextGenerator
 from packspeed.launch.inference.load_model import find_checkpoint, load_model
 from support.commands import runs_cli
 
+pytestmark = pytest.mark.slow  # more than `make check` has time for
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False, "sliding_window": None,

@@ -18,6 +18,8 @@ from packspeed.model.gpt import GPT
 from packspeed.model.hf import from_hf_state_dict, to_hf_state_dict
 from packspeed.model.hf_config import from_hf_config, to_hf_config
 
+pytestmark = pytest.mark.slow  # more than `make check` has time for
+
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 500, "max_seq_len": 48}
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {},
