@@ -1,4 +1,4 @@
-"""Fixtures of all tests, the order of the files, and the rule that a test which starts a process says so."""
+"""Fixtures of all tests, the order of the files, and the rule that a test which starts a process has a marker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where DeepSpeed's ops are compiled, and what is said about it. A builder in place of DeepSpeed's compiles nothing."""
+"""Where DeepSpeed's ops are compiled, and what is logged. A builder in place of DeepSpeed's compiles nothing."""
 
 from __future__ import annotations
 

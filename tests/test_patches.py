@@ -1,4 +1,4 @@
-"""What Packspeed replaces and reads inside DeepSpeed and torch exists there, and a run says so if it does not."""
+"""What Packspeed replaces and reads inside DeepSpeed and torch exists there; if not, a run fails with a message."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ DATA = {
 }
 
 
-# What one rank loads of our code when it trains, evaluates and saves; a reader of a run can meet no more.
+# What one rank loads of our code when it trains, evaluates and saves; an upper bound on what a reader has to know.
 STATEMENTS_OF_A_RUN = 7_000
 
 
@@ -123,7 +123,7 @@ def test_one_file_initialises_deepspeed_and_one_steps() -> None:
 
 
 def test_nobody_imports_the_entry_of_a_run() -> None:
-    """launch/train.py is started, never imported: what others need of it stands in launch/training/."""
+    """launch/train.py is started, never imported: what others need is in launch/training/."""
     users = [path for path in SOURCES if "packspeed.launch.train" in imports(path)]
     assert users == []
 

@@ -146,7 +146,7 @@ class _Text:
         raise ValueError("the file ends inside a value")
 
     def _word(self) -> Iterator[bytes]:
-        """A number, true, false, null, or what stands in their place."""
+        """Yield the characters of a number, true, false or null. Other words pass too; the parser refuses them."""
         moved = False
         while self.peek():
             match = _WORD.match(self._held, self._at)

@@ -153,7 +153,7 @@ def imported_from(checkpoint: Path) -> ImportedFrom | None:
 
 
 class _Opaque:
-    """Takes the place of a DeepSpeed object in a pickle (loss scaler, slice addresses); keeps its fields as `state`."""
+    """Replaces a DeepSpeed object in a pickle (loss scaler, slice addresses) and keeps its fields as `state`."""
 
     def __init__(self, *args: object) -> None:
         self.state: object = args
