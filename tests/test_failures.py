@@ -64,7 +64,7 @@ def test_typo_in_the_deepspeed_json_exits_2_through_deepspeeds_launcher(workspac
         (["train.micro_batch=3"], 2, "train.micro_batch = 3 does not divide the 8 samples"),
         (["deepspeed=zero9"], 2, "Names in ds_configs/: "),
         (["train.precision=fp16", "deepspeed=zero0"], 2, "fp16 with ZeRO-0"),
-        (["train.optimizer.name=lion", "deepspeed=zero1"], 2, "DeepSpeed has no FusedLion for cpu"),
+        (["train.optimizer.name=lion", "deepspeed=zero1"], 2, "DeepSpeed has no op FusedLion for cpu"),
         (["model.max_seq_len=8"], 2, "data.seq_len = 32 is longer than the model's max_seq_len = 8"),
         (["model.n_head=3"], 2, "d_model = 32 is not a multiple of n_head = 3"),
     ],

@@ -1,9 +1,10 @@
-"""Build the DeepSpeed engine around the GPT: the only file that calls deepspeed.initialize.
+"""Build the DeepSpeed engine around the GPT. No other file calls deepspeed.initialize.
 
-    engine = build_engine(gpt_config, run, ds_config)       # the same weights at every ZeRO stage
+    engine = build_engine(gpt_config, run, ds_config)
 
-Weights are drawn per parameter name (model.gpt.init_weights), at stage 3 under GatheredParameters, so every stage and
-every number of ranks starts from the same bits. patches/ says what is changed inside DeepSpeed afterwards.
+The initial weights are the same bits at every ZeRO stage and with any number of ranks: init_weights (model/gpt.py)
+draws each parameter from a seed that depends on its name. At stage 3 it runs under deepspeed.zero.GatheredParameters.
+The folder patches/ describes what Packspeed changes inside DeepSpeed afterwards.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ from packspeed.model.linear import CPU_HAS_BF16
 
 
 def resolve_precision(wanted: str) -> str:
-    """Resolve `auto`: bf16 if the device has instructions for it, else fp16 on a GPU and fp32 on a CPU."""
+    """Return the precision to train in: `wanted` itself ("fp32", "fp16", "bf16"), or the best one here if it is "auto".
+
+    The best is bf16 if the device has instructions for it; otherwise fp16 on a GPU and fp32 on a CPU.
+    """
     if wanted != "auto":
         return wanted
     if device_type() == "cpu":
@@ -49,20 +53,27 @@ def resolve_precision(wanted: str) -> str:
 
 
 def agree_on_kernels(config: GPTConfig, topology: Topology, say: Callable[[str], None]) -> GPTConfig:
-    """Return the config with kernels "eager" unless every rank resolved model.kernels to the same ones: a collective.
+    """Make all ranks use the same kernels. A collective: every rank must call it.
 
-    Otherwise the loss of a sample would depend on the rank that computes it.
+    Returns the config unchanged if `model.kernels` resolves to the same implementation on every rank, otherwise a copy
+    with kernels="eager" (torch's own operations). With different kernels, the loss of a sample would depend on the rank
+    that computes it. Prints the reason with `say`.
     """
     of_rank = topology.gather(resolve_kernels(config.kernels, say))
     if len(set(of_rank)) == 1:
         return config
     differing = ", ".join(f"rank {rank} {kernels}" for rank, kernels in enumerate(of_rank) if kernels != of_rank[0])
-    say(f"note: rank 0 has {of_rank[0]} kernels, but {differing}: all use torch's own operations (eager).")
+    say(
+        f"note: rank 0 can use the {of_rank[0]} kernels, but {differing}. All ranks use torch's own operations (eager)."
+    )
     return dataclasses.replace(config, kernels="eager")
 
 
 def resolve_kernels(wanted: str, say: Callable[[str], None]) -> str:
-    """Resolve `model.kernels` for this device; raises ConfigError for kernels that cannot run on it."""
+    """Return the name of the kernels that `wanted`, the value of `model.kernels`, stands for on this device.
+
+    Raises ConfigError if they cannot run on it. Passes the warnings of the choice to `say` as notes.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -75,18 +86,20 @@ def resolve_kernels(wanted: str, say: Callable[[str], None]) -> str:
 
 
 def check_precision(precision: str) -> None:
-    """Raise ConfigError for a precision that DeepSpeed refuses on this device."""
+    """Raise ConfigError if DeepSpeed cannot train in this precision ("fp32", "fp16" or "bf16") on this device."""
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            f"train.precision: fp16: this {device_type()} cannot compute in it, and DeepSpeed refuses it. "
-            "Use bf16 or fp32, or auto for the machine's best."
+            f"train.precision: fp16: DeepSpeed does not train in fp16 on this {device_type()}. "
+            "Use bf16 or fp32, or auto for the best precision of this machine."
         )
 
 
 def check_ds_config(ds_config: DsConfig, name: str) -> None:
-    """Raise ConfigError for a value that DeepSpeed's own classes refuse: its types and limits. `name` is for the error.
+    """Raise ConfigError if DeepSpeed's own classes refuse a value of the DeepSpeed configuration, for its type or its
+    limits.
 
-    A copy is checked, because DeepSpeed completes what it gets.
+    `name` is the run file's `train.deepspeed`, which the error shows as a path. The configuration itself is not
+    changed: DeepSpeed fills in defaults, so a copy is checked.
     """
     one_rank = {key: value for key, value in copy.deepcopy(ds_config).items() if key != "train_batch_size"}
     try:
@@ -101,27 +114,33 @@ def check_ds_config(ds_config: DsConfig, name: str) -> None:
 
 
 def wants_deepcompile(ds_config: DsConfig, device: str) -> bool:
-    """Whether the DeepSpeed JSON asks for DeepCompile; ConfigError if DeepSpeed would silently ignore it here."""
+    """Return whether the DeepSpeed configuration turns on DeepCompile for this device type ("cpu", "cuda").
+
+    Raises ConfigError if it does but DeepSpeed would silently ignore it: on CPUs, and at ZeRO stage 0.
+    """
     if (ds_config.get("compile") or {}).get("deepcompile") is not True:
         return False
     if device != "cuda" or zero_stage(ds_config) == 0:
         raise ConfigError(
-            "compile.deepcompile in the DeepSpeed configuration: DeepSpeed has it on NVIDIA GPUs at ZeRO 1, 2 and 3, "
-            f"but this is ZeRO-{zero_stage(ds_config)} on {device}. Remove the compile block; model.kernels: compile "
-            "compiles block by block on every device."
+            "compile.deepcompile in the DeepSpeed configuration: DeepCompile works on NVIDIA GPUs at ZeRO stages 1, 2 "
+            f"and 3 only, but this run uses ZeRO-{zero_stage(ds_config)} on {device}. Remove the compile block. To "
+            "compile the model on any device, set model.kernels: compile in the run file."
         )
     return True
 
 
 def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine:
-    """Build the GPT, draw its weights, wrap it in a DeepSpeedEngine and apply the patches of its optimizer."""
+    """Build the GPT, initialise its weights, wrap it in a DeepSpeedEngine and patch the engine's optimizer.
+
+    `ds_config` is the final DeepSpeed configuration of this run. A collective: every rank must call it.
+    """
     deepcompile = wants_deepcompile(ds_config, device_type())
     keep_memory()
-    # Packspeed draws from no global generator. If a library does, it must draw the same numbers in every run.
+    # Packspeed itself uses no global random generator. A library may, and must then get the same numbers in every run.
     torch.manual_seed(run.train.seed)
-    # MKL's vector functions (exp, log, cos ...) choose their code in their first call. If two threads make it at the
-    # same time, one of them can round differently, in this call only: a resumed run then differs in the last bit of its
-    # first gradient. So one thread makes the first call here.
+    # MKL's vector functions (exp, log, cos ...) choose their code path in their first call. If two threads make that
+    # call at the same time, one of them can round differently in that one call, and a resumed run then differs in the
+    # last bit of its first gradient. So a single thread makes the first call here.
     torch.zeros(64).exp_()
     under_zero3 = zero_stage(ds_config) == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config) if under_zero3 else nullcontext():
@@ -149,11 +168,11 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
 
 
 def set_learning_rate(engine: Engine, lr: float, muon_scale: float) -> None:
-    """Set this step's learning rate in every parameter group; Muon's groups get muon_scale times as much."""
+    """Set `lr` in every parameter group of the optimizer. The groups that Muon updates get lr * muon_scale."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * (muon_scale if group.get("use_muon") else 1.0)
 
 
 def loss_scale(engine: Engine) -> float | None:
-    """The fp16 loss scale; None in other precisions."""
+    """Return the current fp16 loss scale, or None if the precision is not fp16."""
     return float(cast(ScaledOptimizer, engine.optimizer).loss_scale) if engine.fp16_enabled() else None

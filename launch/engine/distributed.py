@@ -1,9 +1,9 @@
-"""Start the process group, and what ranks exchange outside DeepSpeed's engine.
+"""Start the process group; exchange Python objects and small tensors between ranks outside DeepSpeed's engine.
 
-    topology = start_distributed(ds_config, say)            # once per process: ranks, sizes and the device
+    topology = start_distributed(ds_config, say)            # once per process; returns rank, sizes and device
 
-The order of a start: check DeepSpeed's internals, join the group, build ops (the first rank of each host), then let
-DeepSpeed take over the group.
+start_distributed does four things in this order: it checks that DeepSpeed has the internal names that Packspeed uses,
+joins the process group, compiles DeepSpeed's ops (on one rank of each host), and initialises DeepSpeed on that group.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from packspeed.launch.engine.patches.shared_memory import unlink_buffers
 from packspeed.launch.engine.quiet import quiet
 
 Error = TypeVar("Error", str, UserError)
-T = TypeVar("T")  # a small object that pickle can copy
+T = TypeVar("T")  # a small object that can be pickled
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Rank, sizes and device of this process. Use dp_rank and dp_size, not the world size, to share data."""
+    """Rank and device of this process, and the numbers of ranks.
+
+    To divide samples between ranks use dp_rank and dp_size (data parallel), not rank and world.
+    """
 
     rank: int
     world: int
@@ -45,25 +48,31 @@ class Topology:
     device: torch.device
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the data-parallel ranks, in place: a collective. Every rank gets the same bits."""
+        """Sum a tensor over the data-parallel ranks, in place, and return it. The result has the same bits on every
+        rank.
+
+        A collective: every data-parallel rank must call it with the same shape and dtype.
+        """
         if self.dp_size > 1:
             dist.all_reduce(values)
         return values
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait until every rank has called this. A collective."""
         if self.world > 1:
             dist.barrier()
 
     def from_rank0(self, value: T) -> T:
-        """Return rank 0's value on every rank: a collective."""
+        """Return rank 0's `value` on every rank. A collective: every rank must call it; the other ranks' values are
+        ignored.
+        """
         box = [value]
         if self.world > 1:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in rank order, on every rank: a collective."""
+        """Return a list with the `value` of each rank, in the order of ranks. A collective: every rank must call it."""
         if self.world == 1:
             return [value]
         values = [value] * self.world
@@ -71,13 +80,15 @@ class Topology:
         return values
 
     def agree_on_error(self, error: Error | None) -> Error | None:
-        """Return the error of the lowest rank that has one, on every rank; None if no rank has one. A collective.
+        """Return the same error on every rank: that of the lowest rank that has one, or None if no rank has one.
 
-        A rank that raised by itself would leave the others waiting in their next collective.
+        Every rank must call it, with None if nothing went wrong. The callers can then raise together. If one rank
+        raised alone, the others would wait for it in their next collective.
         """
         return next((failed for failed in self.gather(error) if failed is not None), None)
 
 
+# Names of the variables that mpirun sets, by torch's names for the same numbers.
 OPENMPI = {
     "RANK": "OMPI_COMM_WORLD_RANK",
     "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
@@ -87,9 +98,13 @@ OPENMPI = {
 
 
 def launcher_environment() -> tuple[int, int, int, int]:
-    """(rank, world, local rank, local size) as the launcher set them; a single rank without a launcher."""
+    """Return (rank, world size, local rank, local size) from the launcher's environment variables.
+
+    Knows the variables of torch and DeepSpeed and those of Open MPI. Without a launcher this process is the only rank:
+    (0, 1, 0, 1).
+    """
     env = os.environ
-    for name, mpi in OPENMPI.items():  # mpirun has names of its own
+    for name, mpi in OPENMPI.items():
         if mpi in env:
             env.setdefault(name, env[mpi])
     world = int(env.get("WORLD_SIZE", 1))
@@ -99,11 +114,15 @@ def launcher_environment() -> tuple[int, int, int, int]:
 def start_distributed(
     ds_config: DsConfig | None = None, say: Callable[[str], None] = print, timeout_s: float = 1800.0
 ) -> Topology:
-    """Join the process group that the launcher's environment describes; without a launcher, be the only rank.
+    """Join the process group that the launcher's environment variables describe. Without a launcher, be its only rank.
 
-    With a DeepSpeed configuration, its ops are compiled as well. If one host cannot compile an op, no rank uses it: the
-    configuration is changed to a substitute, or every rank raises a UserError that names the host and what it lacks.
-    Raises UserError also if DeepSpeed or torch lacks a name of patches/registry.py.
+    A collective: every rank must call it, once. `timeout_s` is how long a collective may wait before it fails.
+
+    If `ds_config` (the final DeepSpeed configuration) is given, the DeepSpeed ops that it needs are compiled too. If
+    one host cannot compile an op, no rank uses it: `ds_config` is changed in place to use a substitute. If there is no
+    substitute, every rank raises a UserError that names the host and what is missing there.
+
+    Also raises UserError if DeepSpeed or torch lacks an internal name that patches/registry.py lists.
     """
     check_sources()
     check_loaded()
@@ -123,8 +142,8 @@ def start_distributed(
     if backend != "gloo":
         _start_deepspeed(backend, timeout)
     elif not torch.distributed.is_initialized():
-        # Ops are built before DeepSpeed starts: if shared memory failed on one rank only, the others would wait for it
-        # in DeepSpeed's start forever.
+        # Join the group without DeepSpeed, because ops have to be built before deepspeed.init_distributed. It uses the
+        # shared-memory op at once: if one rank could not build that op, the others would wait there forever.
         torch.distributed.init_process_group(backend, timeout=timeout)
     topology = Topology(
         rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name())
@@ -137,14 +156,21 @@ def start_distributed(
 
 
 def _start_deepspeed(backend: str, timeout: datetime.timedelta) -> None:
-    """Let DeepSpeed use the process group, and make the group if there is none yet."""
+    """Initialise DeepSpeed on the process group, which is created if there is none. A collective; later calls do
+    nothing.
+
+    `timeout` applies to the collectives of a group that is created here.
+    """
     if not dist.is_initialized():
         with quiet(None):
             deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 
 
 def _build_ops(ds_config: DsConfig, topology: Topology, say: Callable[[str], None]) -> None:
-    """Build on the first rank of every host, and let all ranks do without what any host could not build."""
+    """Build the ops on the first rank of every host, then make every rank avoid those that some host could not build.
+
+    A collective. Changes `ds_config` in place if an op has a substitute, otherwise every rank raises UserError.
+    """
     missing: dict[str, str] = {}
     failed: UserError | None = None
     if topology.local_rank == 0:

@@ -1,8 +1,9 @@
-"""The L2 norm of gradients, exact to 1e-6 of its value however they are cut into tensors, and clipping by it.
+"""Compute the L2 norm of gradients, and clip gradients by it.
 
-torch's fp32 norm of one large tensor on a CPU is wrong by 1e-3 at 19 M elements (github.com/pytorch/pytorch/issues/
-151761), and an fp64 copy of the gradients costs twice their memory. Here fp32 sums rows of 4,096 elements and fp64 sums
-the rows: no copies, one pass over memory. patches/gradient_norm.py makes DeepSpeed use it.
+The norm has a relative error below 1e-6, no matter how the gradients are split into tensors. torch's own fp32 norm of
+one large tensor is off by 1e-3 on a CPU at 19 million elements (github.com/pytorch/pytorch/issues/151761), and a copy
+of the gradients in fp64 takes twice their memory. So rows of 4,096 elements are summed in fp32, and the sums of the
+rows are added in fp64: one pass over memory and no copy. patches/gradient_norm.py makes DeepSpeed use this norm.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from packspeed.launch.engine.ops import device_type
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 
-NORM_ROW = 4096  # elements that are summed in fp32, with an error of 1e-7; the sums of rows are added in fp64
+NORM_ROW = 4096  # number of elements that are summed in fp32, with a relative error of 1e-7
 
 
 def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum of the squares of all elements: a scalar in fp64 on the tensors' device, exact to 1e-6 of its value."""
+    """Return the sum of squares over all elements of all tensors, as an fp64 scalar on their device.
+
+    Its relative error is below 1e-6. The tensors may have any shapes and float dtypes; without any tensor the sum is 0.
+    """
     if tensors and tensors[0].is_cuda:
-        # GPUs sum in trees, so fp32 is exact enough, and one launch serves many tensors.
+        # GPU kernels add pairwise, so fp32 is exact enough. The foreach function handles many tensors in one launch.
         norms = torch.stack(torch._foreach_norm(list(tensors), 2.0, torch.float32))
         return norms.double().square().sum()
     rows = [matrix for tensor in tensors for matrix in _rows(tensor.detach().reshape(-1))]
@@ -34,16 +38,17 @@ def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _rows(flat: torch.Tensor) -> list[torch.Tensor]:
-    """Cut a flat tensor into a matrix (n, NORM_ROW) and a remainder (1, m), without copies; empty ones are left out."""
+    """Split a flat tensor into views of shape (n, NORM_ROW) and (1, remainder). Views without elements are left out."""
     end = flat.numel() // NORM_ROW * NORM_ROW
     matrices = flat[:end].view(-1, NORM_ROW), flat[end:].view(1, -1)
     return [matrix for matrix in matrices if matrix.numel()]
 
 
 def global_norm(gradients: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None) -> torch.Tensor:
-    """Norm of gradients of which each rank of the group has a share: an fp32 scalar, the same on all of them.
+    """Return the L2 norm of gradients that are distributed over the ranks of `group`, as an fp32 scalar.
 
-    Returns -1 (DeepSpeed's convention) if it is not finite.
+    `gradients` is this rank's share. All ranks of the group must call it and get the same norm, or -1 (DeepSpeed's
+    convention for an overflow) if the norm is not finite.
     """
     total = square_sum(gradients)
     dist.all_reduce(total, group=group)
@@ -52,16 +57,20 @@ def global_norm(gradients: Sequence[torch.Tensor], group: torch.distributed.Proc
 
 
 def clip_gradients(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
-    """Scale the gradients in place so that their norm is at most `limit`, as torch.nn.utils.clip_grad_norm_ does."""
+    """Scale the gradients in place by min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does.
+
+    `norm` is the L2 norm of all gradients together, as a scalar tensor.
+    """
     torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 @torch.no_grad()
 def parameter_norms(engine: Engine) -> dict[str, dict[str, float]]:
-    """L2 norm of every parameter's gradient and weight: {"gradient": {name: norm}, "weight": {name: norm}}.
+    """Return the L2 norms of each parameter's gradient and weight: {"gradient": {name: norm}, "weight": {name: norm}}.
 
-    A collective at every ZeRO stage, to be called between the last backward and the step. Gradients are the mean over
-    the global batch, before clipping. Cost: gathers one parameter at a time, so no rank holds more than one in full.
+    Call it on every rank (a collective at every ZeRO stage) after the last backward pass and before the optimizer step.
+    The gradients are averaged over the global batch and not clipped yet. Gathers one parameter at a time, so a rank
+    never holds more than one complete parameter.
     """
     scale = cast(ScaledOptimizer, engine.optimizer).loss_scale if engine.fp16_enabled() else 1.0
     norms: dict[str, dict[str, float]] = {"gradient": {}, "weight": {}}

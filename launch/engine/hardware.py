@@ -1,4 +1,7 @@
-"""What the machine can do: threads per rank, peak FLOP/s for MFU, memory in use, and glibc's allocator."""
+"""Facts and settings of the machine: threads per rank, peak FLOP/s, memory in use, and glibc's memory allocator.
+
+The peak FLOP/s is the divisor of MFU (model FLOP utilisation).
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,15 @@ DATASHEET_PEAK = {
 }  # fmt: skip
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # option numbers of mallopt, from glibc's malloc.h
 
 
 def limit_threads(local_size: int) -> int:
-    """Divide this host's cores evenly between its ranks, unless OMP_NUM_THREADS is set; returns threads per rank.
+    """Divide this host's cores evenly between its ranks, and return this rank's number of threads.
 
-    Ranks are not bound to cores: on one socket binding gains nothing (LOG.md). For several sockets DeepSpeed's launcher
-    has --bind_cores_to_rank.
+    `local_size` is the number of ranks on this host. Does nothing if OMP_NUM_THREADS is set. Ranks are not pinned to
+    cores, because on one socket that gains nothing (LOG.md). On several sockets use --bind_cores_to_rank of DeepSpeed's
+    launcher.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
@@ -40,11 +44,12 @@ def limit_threads(local_size: int) -> int:
 
 
 def keep_memory() -> None:
-    """Make glibc keep the memory of freed large tensors for the next step (CPU ranks only).
+    """Make glibc keep the memory of freed large tensors, so that the next step reuses it. Affects CPU ranks only.
 
-    By default glibc maps every tensor above 32 MiB anew, and the kernel clears it page by page, several times a step:
-    about a fifth of a small GPT's step. Keeping it costs up to a third more resident memory (LOG.md). The environment
-    variables MALLOC_MMAP_MAX_ and MALLOC_MMAP_THRESHOLD_ take precedence: with one of them this does nothing.
+    By default glibc requests new pages for every tensor above 32 MiB, and the kernel zeroes each page. This happens
+    several times per step and takes about a fifth of a small GPT's step. Keeping the memory needs up to a third more
+    resident memory (LOG.md). If MALLOC_MMAP_MAX_ or MALLOC_MMAP_THRESHOLD_ is set in the environment, this function
+    does nothing.
     """
     if {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ) or device_type() != "cpu":
         return
@@ -55,9 +60,10 @@ def keep_memory() -> None:
 
 
 def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | str = "cpu") -> float:
-    """FLOP/s of a square matrix product in this process: the peak that MFU refers to on CPUs.
+    """Return the FLOP/s that this process reaches in a square matrix product: the best of several within `seconds`.
 
-    All ranks call it at the same time, so that each has its share of the machine.
+    It is the peak for MFU on CPUs. All ranks of a host must measure at the same time, so that each gets its real share
+    of the machine.
     """
     n = 8192 if torch.device(device).type == "cuda" else 1024
     a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
@@ -71,7 +77,10 @@ def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.devic
 
 
 def peak_flops(topology: Topology, engine: Engine) -> float:
-    """Peak FLOP/s of all ranks together in the engine's dtype: measured on CPUs, from data sheets on GPUs."""
+    """Return the peak FLOP/s of all ranks together in the engine's precision. A collective: every rank must call it.
+
+    On CPUs the peak is measured, on GPUs it comes from NVIDIA's data sheets (nan for an unknown GPU).
+    """
     device = topology.device
     if device.type == "cpu":
         low = engine.bfloat16_enabled() or engine.torch_autocast_enabled()
@@ -83,13 +92,17 @@ def peak_flops(topology: Topology, engine: Engine) -> float:
 
 
 def datasheet_peak(device: torch.device) -> float:
-    """FLOP/s of one GPU by its data sheet; nan for GPUs that DATASHEET_PEAK does not list."""
+    """Return one GPU's peak FLOP/s from its data sheet, or nan if DATASHEET_PEAK does not list the model."""
     name = torch.cuda.get_device_name(device)
     return next((peak for model, peak in DATASHEET_PEAK.items() if model in name), float("nan"))
 
 
 def memory_gib(device_type: str) -> float:
-    """GiB of this process: on GPUs the most that torch has allocated so far, on CPUs its resident memory now."""
+    """Return the memory of this process in GiB: on GPUs the peak of torch's allocations, on CPUs the resident memory
+    now.
+
+    Returns 0 if the operating system does not report it.
+    """
     if device_type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     try:

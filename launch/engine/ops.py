@@ -1,12 +1,14 @@
-"""DeepSpeed's compiled ops: which a run needs, and building them.
+"""Decide which of DeepSpeed's compiled ops a run needs, and build them before training starts.
 
-DeepSpeed compiles an op with ninja when it is first used: half a minute to five minutes without a message. build_ops
-does it before training, with a message. A build that was killed leaves a `lock` file in TORCH_EXTENSIONS_DIR, and every
-later run waits for it forever (github.com/pytorch/pytorch/issues/189245); build_ops removes it if no process holds it.
+DeepSpeed compiles an op with ninja at its first use, which takes half a minute to five minutes without a message.
+build_ops compiles it before training and prints a message. A build that was killed leaves a file named `lock` in
+TORCH_EXTENSIONS_DIR, and every later run waits for that file forever (github.com/pytorch/pytorch/issues/189245). If no
+process holds the file, build_ops removes it.
 
-The compile commands name the folders of torch and DeepSpeed, so two environments would compile each other's ops again
-at every start. Each has a folder of its own in TORCH_EXTENSIONS_DIR (or in torch's default for it), for example
-packspeed-py311-torch2.13.0+cpu-deepspeed0.19.8-c++12.2.0-1a2b3c4d; the last part is a hash of both folders.
+ninja compiles again if a command line changes, and the command lines contain the paths of torch and DeepSpeed. If two
+environments shared a build folder, each would therefore compile again what the other has just built. So each
+environment has its own sub-folder of TORCH_EXTENSIONS_DIR (or of torch's default), for example
+packspeed-py311-torch2.13.0+cpu-deepspeed0.19.8-c++12.2.0-1a2b3c4d. The last part is a hash of both paths.
 """
 
 from __future__ import annotations
@@ -38,64 +40,74 @@ from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.engine.patches.compatible_ops import mark_as_incompatible
 from packspeed.launch.engine.patches.cpu_name import remember_cpu_name
 
-# DeepSpeed's compiled ops, by the names of their builders.
+# The class names of DeepSpeed's op builders.
 SHM_COMM, FUSED_ADAM, CPU_ADAM = "ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"
 CPU_LION, FUSED_LION, ASYNC_IO = "CPULionBuilder", "FusedLionBuilder", "AsyncIOBuilder"
 
-ENVIRONMENT = "packspeed-"  # the names of the environments' folders begin so; model/native_kernels.py knows it too
-REBUILD_S = 3.0  # loading a compiled op takes less than a second
+ENVIRONMENT = "packspeed-"  # prefix of each environment's build folder; model/native_kernels.py has the same prefix
+REBUILD_S = 3.0  # loading an op that is already compiled takes less than a second
 
 # What a run uses instead of an op that cannot be built. Results differ by rounding only.
 SUBSTITUTES = {
-    SHM_COMM: "gloo between the ranks of a host, which is slower than shared memory",
+    SHM_COMM: "gloo for the communication between the ranks of a host, which is slower than shared memory",
     FUSED_ADAM: "torch's fused AdamW, which is a little slower",
 }
 
 
 class OpBuilder(Protocol):
-    """What is used of DeepSpeed's op builders."""
+    """The part of DeepSpeed's op builders that Packspeed uses."""
 
     name: str  # of the build folder and the library in it
 
     def load(self, verbose: bool = False) -> Any:
-        """Compile the op if it is not built yet, and import it."""
+        """Compile the op unless it is built already, import it and return its module."""
 
 
 def device_type() -> str:
-    """The type of device that DeepSpeed uses on this host: "cpu", "cuda", ..."""
+    """Return the type of device that DeepSpeed uses on this host: "cpu", "cuda", ..."""
     return str(get_accelerator().device_name())
 
 
 def adamw_class(ds_config: DsConfig) -> Callable[..., torch.optim.Optimizer]:
-    """Return the AdamW that DeepSpeed uses with this final dict on one rank, for baselines that must equal it."""
+    """Return the AdamW class that DeepSpeed would choose for this final configuration on one rank.
+
+    Baselines that must give the same losses as a Packspeed run use it.
+    """
     if ds_config["optimizer"]["params"].get("torch_adam"):
         return functools.partial(torch.optim.AdamW, fused=True)
     return cast(Callable[..., torch.optim.Optimizer], FusedAdam)
 
 
 def prepare_for_ops() -> None:
-    """Set up this process for DeepSpeed's ops: call it before the first one is loaded."""
+    """Set this process's environment variables for DeepSpeed's ops. Call it before the first op is loaded."""
     remember_cpu_name()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_root() / environment_name())
-    # Always use this environment's ninja, even if the environment is not activated (on a host reached by ssh). A ninja
-    # of another version, such as the system's, discards the log of what is built: every start would compile again.
+    # Always use the ninja of this Python environment, even if the environment is not activated, as on a host reached
+    # by ssh. A ninja of another version, such as the system's, discards the build log, and every start compiles again.
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
         os.environ["PATH"] = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def extensions_root() -> Path:
-    """TORCH_EXTENSIONS_DIR as the user set it, or torch's default."""
+    """Return the folder that holds the build folders of all environments: the user's TORCH_EXTENSIONS_DIR, or torch's
+    default.
+    """
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not chosen:
         return Path(cpp_extension.get_default_build_root())
     folder = Path(chosen).absolute()
-    return folder.parent if folder.name.startswith(ENVIRONMENT) else folder  # we, or a parent process, have added ours
+    # prepare_for_ops, here or in a parent process, may have added this environment's sub-folder.
+    return folder.parent if folder.name.startswith(ENVIRONMENT) else folder
 
 
 @functools.cache
 def environment_name() -> str:
-    """Name of the folder for the ops of this environment: whatever decides whether ninja would compile them again."""
+    """Return the name of this environment's build folder.
+
+    It contains everything that makes ninja compile an op again: the versions of Python, torch, DeepSpeed and the C++
+    compiler, and a hash of the paths of torch and DeepSpeed.
+    """
     compiler = os.environ.get("CXX", "c++")  # as torch chooses it
     folders = f"{Path(torch.__file__).parent}\n{Path(deepspeed.__file__).parent}"
     name = (
@@ -107,7 +119,7 @@ def environment_name() -> str:
 
 
 def _compiler_version(compiler: str) -> str:
-    """The version of a C++ compiler; an empty string if it does not start."""
+    """Return the version of a C++ compiler, given its command line; an empty string if it cannot be started."""
     try:
         done = subprocess.run(
             [*shlex.split(compiler), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, timeout=20
@@ -118,7 +130,7 @@ def _compiler_version(compiler: str) -> str:
 
 
 def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
-    """Builder names that a run with this final DeepSpeed dict loads on the given device type ("cpu", "cuda")."""
+    """Return the builder names of the ops that a run loads, given its final DeepSpeed configuration and device type."""
     ops = [SHM_COMM] if device == "cpu" else []
     zero = ds_config.get("zero_optimization") or {}
     devices = {(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
@@ -134,9 +146,12 @@ def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
 
 
 def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
-    """Compile and load ops; returns {builder name: reason} for those that cannot be built but have a substitute.
+    """Compile and load ops, given their builder names. Returns {builder name: reason} for those that a substitute
+    replaces.
 
-    Raises UserError for an op without a substitute; it names the missing compiler or header, or quotes ninja's log.
+    These are the ops of SUBSTITUTES that cannot be built on this host. For any other op that cannot be built it raises
+    UserError, which names the missing compiler or header and quotes the end of the build's output. Raises ConfigError
+    if DeepSpeed has no such op for this device. Progress is printed with `say`.
     """
     prepare_for_ops()
     missing = {}
@@ -144,7 +159,7 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
         builder = get_accelerator().create_op_builder(name)
         if builder is None or "NotImplemented" in type(builder).__name__:
             raise ConfigError(
-                f"DeepSpeed has no {name.removesuffix('Builder')} for {get_accelerator().device_name()}; choose "
+                f"DeepSpeed has no op {name.removesuffix('Builder')} for {get_accelerator().device_name()}. Choose "
                 "another optimizer, or a DeepSpeed configuration that runs it on the CPU (zero2_offload)."
             )
         try:
@@ -158,13 +173,14 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
 
 
 def do_without(missing: dict[str, str], ds_config: DsConfig, say: Callable[[str], None]) -> None:
-    """Change the final DeepSpeed dict so that it needs none of the missing ops ({builder name: reason}).
+    """Change the final DeepSpeed configuration in place so that it needs none of the missing ops ({builder name:
+    reason}).
 
-    Raises UserError if this optimizer has no substitute.
+    Raises UserError if the run's optimizer has no substitute. Prints with `say` what is used instead.
     """
     for name, why in missing.items():
         if name == FUSED_ADAM and ds_config["optimizer"]["type"] != "AdamW":
-            raise UserError(f"{why}\nOnly train.optimizer.name: adamw works without it.")
+            raise UserError(f"{why}\nOnly train.optimizer.name: adamw works without this op.")
         say(f"note: {why}\nContinuing with {SUBSTITUTES[name]}.")
     if FUSED_ADAM in missing:
         ds_config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
@@ -173,6 +189,7 @@ def do_without(missing: dict[str, str], ds_config: DsConfig, say: Callable[[str]
 
 
 def _build_op(builder: OpBuilder, say: Callable[[str], None]) -> None:
+    """Compile one op, load it, and report the compilation with `say`. Raises whatever the builder raises."""
     folder = _build_folder(builder.name)
     _wait_for_lock(folder / "lock", say)
     built = folder / f"{builder.name}.so"
@@ -189,7 +206,9 @@ def _build_op(builder: OpBuilder, say: Callable[[str], None]) -> None:
 
 
 def _why_not_built(folder: Path) -> str:
-    """Why an op has to be compiled that is not in its folder yet."""
+    """Return the reason, for a message, why this environment's folder has no build of an op: `folder` is that of the
+    op.
+    """
     environment, root = folder.parent, folder.parent.parent
     others = sorted(built.parent.parent.name for built in root.glob(f"{ENVIRONMENT}*/{folder.name}/*.so"))
     if not others:
@@ -200,14 +219,18 @@ def _why_not_built(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _explain_rebuild(folder: Path, was_built: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """If loading a compiled op takes longer than REBUILD_S because ninja compiles it again, say why."""
+    """While an op that was built before is loading: if that takes longer than REBUILD_S, print why ninja compiles it
+    again.
+    """
     commands = _read(folder / "build.ninja")
 
     def explain() -> None:
         if not (folder / "lock").exists():  # torch holds it while ninja runs: this is only a slow disk
             return
         changed = [line for line in _read(folder / "build.ninja").splitlines() if line not in commands.splitlines()]
-        why = f"a compile command is now: {changed[0][:300]}" if changed else "a source or a header is newer than it"
+        why = (
+            f"a compile command is now: {changed[0][:300]}" if changed else "a source or a header is newer than the op"
+        )
         say(f"building DeepSpeed's {folder.name} again, although it was built before: {why} ...")
 
     timer = threading.Timer(REBUILD_S, explain)
@@ -228,20 +251,21 @@ def _read(path: Path) -> str:
 
 
 def _build_folder(name: str) -> Path:
-    """Folder where torch builds an op: in TORCH_EXTENSIONS_DIR, or in the home folder's cache."""
+    """Return the folder in which torch builds the op of this name."""
     return Path(cpp_extension._get_build_directory(name, verbose=False))
 
 
 def _wait_for_lock(lock: Path, say: Callable[[str], None], quiet_s: float = 20.0) -> None:
-    """Wait until another process has finished its build; remove the lock if that process is dead.
+    """Wait until another process has finished its build; remove its lock file if that process is dead.
 
-    It counts as dead if no process of this host has the lock open and nothing was written to the build folder for
-    quiet_s: the folder may be shared with hosts whose processes cannot be seen from here.
+    The process counts as dead if no process of this host has the lock file open and nothing was written to the build
+    folder for `quiet_s` seconds. The second condition is for shared folders: processes of other hosts cannot be seen
+    here.
     """
     waiting = False
     while lock.exists():
         if not _is_open_somewhere(lock) and _age_s(lock.parent) > quiet_s:
-            say(f"clearing {lock}: a build that was killed left it, and every later run would wait for it")
+            say(f"removing {lock}: a build that was killed left it, and every later run would wait for it")
             lock.unlink(missing_ok=True)
             return
         if not waiting:
@@ -251,13 +275,13 @@ def _wait_for_lock(lock: Path, say: Callable[[str], None], quiet_s: float = 20.0
 
 
 def _age_s(folder: Path) -> float:
-    """Seconds since a file of the folder was written."""
+    """Return the seconds since a file of the folder was last written."""
     times = [p.stat().st_mtime for p in folder.iterdir() if p.exists()]
     return time.time() - max(times, default=0.0)
 
 
 def _is_open_somewhere(path: Path) -> bool:
-    """Whether a process of this host that we may look at has the file open."""
+    """Return whether some process of this host has the file open. Processes of other users cannot be checked."""
     target = str(path.resolve())
     for fd in Path("/proc").glob("[0-9]*/fd/*"):
         try:
@@ -269,7 +293,7 @@ def _is_open_somewhere(path: Path) -> bool:
 
 
 def _diagnosis(builder: OpBuilder, error: BaseException) -> str:
-    """Why a build failed and what to install: one sentence, then the last lines of the compiler's output."""
+    """Return why a build failed: a sentence that says what to install, then the last lines of the compiler's output."""
     text = str(error)
     advice = "see the log above"
     if "ninja" in text.lower() and "required" in text.lower():

@@ -1,17 +1,18 @@
-"""Fill the running engine from full tensors: weights, optimizer states and loss scale, at any ZeRO stage.
+"""Write full tensors into a running engine at any ZeRO stage: weights, optimizer states and the loss scale.
 
-A checkpoint in another layout than the run's is first converted to one file of full tensors per parameter
-(checkpoint/reshard.py). DeepSpeed has no way to load these for Muon, Lion or stage 0, so this writes into its tensors.
-Which part of a parameter a rank holds, and where (DeepSpeed 0.19):
+If a checkpoint was written in another layout (ZeRO stage or number of ranks), checkpoint/reshard.py first converts it
+to one file of full tensors per parameter. DeepSpeed cannot load such files for Muon, Lion or stage 0, so this module
+writes into the optimizer's own tensors. Which part of a parameter a rank holds, and where (DeepSpeed 0.19):
 
-  stage 0      the parameter itself, complete; the optimizer's state has the parameter as its key.
-  stages 1, 2  elements [a, b) of the parameter, in the flat fp32 tensor of its group: parameter._hp_mapping says where.
-               BF16_Optimizer (bf16 with fp32 gradients) does the same under another name.
-  stage 3      elements [r p, (r + 1) p) with p = ceil(numel / ranks), in the flat fp32 tensor of its sub-group:
-               optimizer.grad_position says where.
+  stage 0      The complete parameter. The optimizer's state has the parameter as its key.
+  stages 1, 2  Elements [a, b) of the parameter, inside the flat fp32 tensor of its parameter group. The attribute
+               parameter._hp_mapping says which elements, and at which offset of the flat tensor. BF16_Optimizer (bf16
+               with fp32 gradients) has the same structure, but another name for the flat tensors.
+  stage 3      Elements [r p, (r + 1) p) on rank r, with p = ceil(numel / ranks), inside the flat fp32 tensor of its
+               sub-group. optimizer.grad_position says at which offset.
 
-The state of stages 1 to 3 has the flat tensor as its key. patches/registry.py lists all names used here.
-Cost: every rank maps every file and reads the part it holds.
+At stages 1 to 3 the optimizer's state has the flat tensor as its key. patches/registry.py lists all names used here.
+Cost: every rank memory-maps every file and reads only the part that it holds.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """The part of a parameter that this rank's optimizer holds: `count` elements from `begin` on, at flat[offset]."""
+    """The part of one parameter that this rank's optimizer holds.
+
+    It is elements [begin, begin + count) of the flattened parameter, stored in `flat` from index `offset` on.
+    """
 
     name: str
     flat: torch.Tensor
@@ -43,7 +47,10 @@ class Held:
 
 
 def _held_parts(engine: Engine) -> Iterator[Held]:
-    """What this rank holds of each parameter; stages 1 and 2 leave out parameters it holds nothing of."""
+    """Yield the part of each parameter that this rank's optimizer holds, in the order of the module's parameters.
+
+    At stages 1 and 2, parameters of which this rank holds nothing are left out. At stage 3 they have count 0.
+    """
     optimizer: Any = engine.optimizer  # DeepSpeed's wrappers have no types
     stage3 = engine.zero_optimization_stage() == 3
     for name, parameter in engine.module.named_parameters():
@@ -64,13 +71,16 @@ def _held_parts(engine: Engine) -> Iterator[Held]:
 
 @torch.no_grad()
 def fill_engine(engine: Engine, folder: Path, info: JsonObject) -> None:
-    """Read <folder>/<parameter>.safetensors into the engine, and make the module compute with the new weights.
+    """Load <folder>/<parameter>.safetensors into the optimizer, and update the weights that the module computes with.
 
-    info: {"optimizer_step": steps the optimizer has taken, "loss_scaler": SCALER_FIELDS of fp16, else empty}.
+    Each file holds full tensors of one parameter: "fp32" (the weight) and the optimizer's states, such as "exp_avg".
+    `info` is {"optimizer_step": number of steps the optimizer has taken, "loss_scaler": {field: value}}. The fields are
+    SCALER_FIELDS if the checkpoint was trained in fp16; otherwise there are none. A collective: every rank must call
+    it.
     """
     wrapper: Any = engine.optimizer
     inner = engine.basic_optimizer
-    kinds = set[str]()  # "fp32" and the states: "exp_avg", "exp_avg_sq", "momentum_buffer"
+    kinds = set[str]()  # "fp32" and the optimizer's states: "exp_avg", "exp_avg_sq", "momentum_buffer"
     for held in _held_parts(engine):
         with safe_open(folder / f"{held.name}.safetensors", "pt") as file:
             for kind in file.keys():  # noqa: SIM118  (safe_open is no dict)
@@ -93,15 +103,21 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject) -> None:
 
 
 def _keeps_momentum_by_matrix(optimizer: Any) -> bool:
-    """Whether this is stage 1 or 2 without offload: Muon's momentum is then not cut like the weights.
+    """Return whether Muon's momentum is stored one matrix after the other: at stages 1 and 2 without offload.
 
-    Each rank holds the complete momentum of all matrices that its slice touches (zero_checkpoint._muon_momentum).
+    Each rank then holds the complete momentum of every matrix of which it holds some elements, unlike the weights,
+    which are cut exactly (zero_checkpoint._muon_momentum).
     """
     return hasattr(optimizer, "params_in_partition") and not optimizer.cpu_offload
 
 
 def _set_momentum_of_matrix(engine: Engine, name: str, state: JsonObject, value: torch.Tensor) -> None:
-    """Write one matrix's momentum into the buffer that has all matrices of its group on this rank, one by one."""
+    """Write `value`, the full momentum of the parameter `name`, into this rank's momentum buffer of the parameter's
+    group.
+
+    The buffer contains the momentum of all matrices of the group that this rank holds, one after the other. It is
+    created if `state` has none.
+    """
     wrapper: Any = engine.optimizer
     parameter: Any = engine.module.get_parameter(name)
     matrices = wrapper.params_in_partition[parameter._hp_mapping.param_group_index]
@@ -113,7 +129,9 @@ def _set_momentum_of_matrix(engine: Engine, name: str, state: JsonObject, value:
 
 
 def _state_tensor(state: JsonObject, kind: str, like: torch.Tensor) -> torch.Tensor:
-    """The optimizer's state of one kind, made if the optimizer has not taken a step yet."""
+    """Return the tensor of `kind` ("exp_avg", ...) in an optimizer's state. If there is none, add zeros shaped like
+    `like`.
+    """
     if kind not in state:
         state[kind] = torch.zeros_like(like)
     tensor: torch.Tensor = state[kind].data
@@ -121,7 +139,10 @@ def _state_tensor(state: JsonObject, kind: str, like: torch.Tensor) -> torch.Ten
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set the number of steps that Adam's bias correction uses: torch keeps it in tensors, DeepSpeed's Adams as int."""
+    """Set the number of steps taken, which Adam's bias correction uses, in every parameter's state.
+
+    torch's AdamW keeps the number in a tensor, DeepSpeed's Adams keep it as an int.
+    """
     for state in optimizer.state.values():
         if "exp_avg_sq" in state:
             in_tensors = isinstance(optimizer, torch.optim.AdamW) or isinstance(state.get("step"), torch.Tensor)
@@ -129,13 +150,16 @@ def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def _update_module(engine: Engine) -> None:
-    """Copy the new fp32 weights into the weights that the module computes with, as after an optimizer step."""
+    """Copy the optimizer's fp32 weights into the weights that the module computes with, as an optimizer step would do.
+
+    A collective at stage 3.
+    """
     optimizer: Any = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        # Small parameters are kept complete on every rank: cut them, so that the gather below takes the new values.
+        # Every rank keeps small parameters complete. Partition them, so that the gather below takes the new values.
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
         optimizer.checkpoint_event_epilogue()

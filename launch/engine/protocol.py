@@ -1,9 +1,9 @@
-"""The part of DeepSpeed's engine that Packspeed uses, as types: DeepSpeed has none of its own.
+"""Types for the part of DeepSpeed's engine that Packspeed uses. DeepSpeed itself has no type annotations.
 
     def train_step(engine: Engine, ...) -> ...
 
-`Engine` documents what an upgrade of DeepSpeed must keep. Names that Packspeed replaces or reads inside DeepSpeed
-are not here, but in patches/registry.py, which checks all of them when a run starts.
+A new version of DeepSpeed must keep what the class Engine declares. Names that Packspeed replaces or reads inside
+DeepSpeed are in patches/registry.py instead; every run checks them when it starts.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from packspeed.launch.config.json_types import JsonObject
 
 
 class Optimizer(Protocol):
-    """What engine.optimizer is at every ZeRO stage: DeepSpeed's wrapper, or torch's optimizer itself at stage 0."""
+    """The type of engine.optimizer: DeepSpeed's ZeRO wrapper, or at stage 0 the torch optimizer itself."""
 
     param_groups: list[JsonObject]  # {"params": [...], "lr": ...}, as in torch.optim
 
     def step(self) -> None:
-        """Update the weights with the gradients of the last backward passes."""
+        """Update the weights with the gradients that the backward passes since the last step have accumulated."""
 
 
 class ScaledOptimizer(Optimizer, Protocol):
-    """A wrapper with a loss scale: DeepSpeed's ZeRO-1, 2 and 3 optimizers (1.0 unless the precision is fp16)."""
+    """One of DeepSpeed's ZeRO-1, 2 and 3 optimizers, which have a loss scale (1.0 unless the precision is fp16)."""
 
     loss_scale: float
-    overflow: bool  # whether the last step was dropped
+    overflow: bool  # whether the last step was dropped because its gradients overflowed or were vetoed
 
 
 class Monitor(Protocol):
-    """DeepSpeed's MonitorMaster: TensorBoard, wandb, CSV and comet behind one method."""
+    """DeepSpeed's MonitorMaster: one interface for TensorBoard, wandb, CSV files and comet."""
 
     tb_monitor: Any  # a TensorBoardMonitor; its summary_writer is None if TensorBoard is off
 
     def write_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
-        """Write (tag, value, step) to every backend that the DeepSpeed JSON turns on."""
+        """Write events (tag, value, step) to every backend that the DeepSpeed configuration turns on."""
 
 
 class Engine(Protocol):
-    """deepspeed.DeepSpeedEngine around the GPT."""
+    """The interface of deepspeed.DeepSpeedEngine around the GPT, as far as Packspeed uses it."""
 
     module: torch.nn.Module  # the GPT; at ZeRO-3 its parameters are partitioned
     optimizer: Optimizer
@@ -52,51 +52,63 @@ class Engine(Protocol):
     global_samples: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward pass of the module."""
+        """Run the module's forward pass with these arguments and return its loss."""
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Backward pass of one micro batch; divides the loss by the number of accumulated micro batches."""
+        """Run the backward pass of one micro batch. The loss is first divided by the number of accumulated micro
+        batches.
+        """
 
     def step(self) -> None:
-        """After each micro batch; at the accumulation boundary it clips and runs the optimizer (gradient_norm.py)."""
+        """Call it after each micro batch. After the last one of a step it clips the gradients and runs the optimizer.
+
+        patches/gradient_norm.py can veto that optimizer step.
+        """
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the current micro batch is the last one of its step."""
+        """Return whether the current micro batch is the last one of its optimizer step."""
 
     def train(self, mode: bool = True) -> Any:
-        """Put the module in training mode."""
+        """Put the module in training mode, or with False in evaluation mode."""
 
     def eval(self) -> Any:
         """Put the module in evaluation mode."""
 
     def compile(self) -> None:
-        """Start DeepCompile, if the DeepSpeed JSON asks for it."""
+        """Turn on DeepCompile. Call it only if the DeepSpeed configuration asks for it."""
 
     def save_checkpoint(
         self, save_dir: str, tag: str, client_state: Mapping[str, Any], save_latest: bool = True
     ) -> bool | None:
-        """Write this rank's part of <save_dir>/<tag> through `checkpoint_engine`: a collective of all ranks."""
+        """Write this rank's files of the checkpoint <save_dir>/<tag>. A collective: every rank must call it.
+
+        DeepSpeed writes them with the object `checkpoint_engine`, which patches/checkpoint_writer.py replaces.
+        `client_state` is stored with the checkpoint.
+        """
 
     def load_checkpoint(self, load_dir: str, tag: str) -> tuple[str | None, JsonObject]:
-        """Read <load_dir>/<tag>; returns (path or None if nothing was found, the client_state of the save)."""
+        """Load the checkpoint <load_dir>/<tag> into the engine. A collective: every rank must call it.
+
+        Returns (path, client_state of the save). The path is None if no checkpoint was found.
+        """
 
     def train_batch_size(self) -> int:
-        """Samples per optimizer step, over all ranks."""
+        """Return the number of samples per optimizer step, over all ranks."""
 
     def zero_optimization_stage(self) -> int:
-        """ZeRO stage, 0 to 3."""
+        """Return the ZeRO stage, 0 to 3."""
 
     def zero_nvme_offload_optimizer(self) -> bool:
-        """Whether the optimizer's state is on NVMe."""
+        """Return whether the optimizer's state is offloaded to NVMe."""
 
     def gradient_clipping(self) -> float:
-        """The limit of the gradient norm; 0: no clipping."""
+        """Return the limit of the gradient norm. 0 means that gradients are not clipped."""
 
     def fp16_enabled(self) -> bool:
-        """Whether the module computes in fp16 with a loss scale."""
+        """Return whether the module computes in fp16 with a loss scale."""
 
     def bfloat16_enabled(self) -> bool:
-        """Whether the module computes in bf16."""
+        """Return whether the module's weights are bf16."""
 
     def torch_autocast_enabled(self) -> bool:
-        """Whether torch.autocast runs the forward pass in 16 bits over fp32 weights."""
+        """Return whether the weights are fp32 and torch.autocast runs the forward pass in a 16-bit type."""

@@ -1,6 +1,6 @@
-"""Keep DeepSpeed's output off the screen: into <run folder>/deepspeed.log, or nowhere.
+"""Keep DeepSpeed's output off the screen: write it to <run folder>/deepspeed.log, or discard it.
 
-PACKSPEED_DEEPSPEED_LOG (a level such as INFO) sends its log lines to the screen instead.
+Set the environment variable PACKSPEED_DEEPSPEED_LOG to a level such as INFO to see DeepSpeed's log lines on the screen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from pathlib import Path
 
 @contextmanager
 def quiet(log: Path | None) -> Iterator[None]:
-    """Send stdout to a file, or nowhere: DeepSpeed prints memory reports and the like while it starts."""
+    """Redirect stdout to the end of the file `log`, or discard it if `log` is None, as long as the context is open.
+
+    DeepSpeed prints memory reports and other details while it starts.
+    """
     with open(log or os.devnull, "a", encoding="utf-8") as sink, redirect_stdout(sink), warnings.catch_warnings():
         # DeepSpeed 0.19 calls a collective that torch has deprecated, in every step. The warning names the module that
         # wraps the collective, torch.distributed.c10d_logger (patches/registry.py), not the caller.
@@ -24,9 +27,10 @@ def quiet(log: Path | None) -> Iterator[None]:
 
 
 class DeepSpeedLogFilter(logging.Filter):
-    """Sends log lines of DeepSpeed and Python's warnings to `path`, and only errors to the screen.
+    """A context manager that sends DeepSpeed's log lines and Python's warnings to the file `path`.
 
-    Lines wait in memory until the path is set. If the file cannot be written they are dropped.
+    Only errors appear on the screen. Until `path` is set, lines are kept in memory; if the file cannot be written, they
+    are dropped.
     """
 
     def __init__(self) -> None:
@@ -36,7 +40,7 @@ class DeepSpeedLogFilter(logging.Filter):
         self._format = logging.Formatter("[%(asctime)s] [%(levelname)s] %(message)s")
 
     def __enter__(self) -> DeepSpeedLogFilter:
-        """Install the filter. Do it before DeepSpeed is imported, which logs at import."""
+        """Install the filter. Enter the context before DeepSpeed is imported, because its import writes log lines."""
         logging.getLogger("DeepSpeed").setLevel(os.environ.get("PACKSPEED_DEEPSPEED_LOG", "WARNING"))
         for name in ("DeepSpeed", "py.warnings"):
             logging.getLogger(name).addFilter(self)
@@ -44,13 +48,13 @@ class DeepSpeedLogFilter(logging.Filter):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove the filter."""
+        """Remove the filter. Lines that are still in memory are lost."""
         for name in ("DeepSpeed", "py.warnings"):
             logging.getLogger(name).removeFilter(self)
         logging.captureWarnings(False)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record may go to the screen; if not, it is written to the file."""
+        """Return True if the record may appear on the screen; otherwise write it to the file and return False."""
         if record.levelno >= logging.ERROR or "PACKSPEED_DEEPSPEED_LOG" in os.environ:
             return True
         self.waiting.append(self._format.format(record) + "\n")

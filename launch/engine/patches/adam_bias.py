@@ -1,13 +1,15 @@
-"""DeepSpeed's Adam on CPUs: the bias correction becomes a function of the step number alone.
+"""DeepSpeed's Adam on CPUs: compute the bias correction from the step number alone.
 
-Why        The C++ kernel keeps beta^t as a running product in fp32 and calls pow(beta, t) only if the step number
-           jumps, as it does after a resume. The two differ in the last bit, and so do all losses from there on.
-Version    DeepSpeed 0.19.8, IncrementStep of csrc/includes/cpu_adam.h. Both optimizers on CPUs use it: DeepSpeedCPUAdam
-           (offload) and FusedAdam.
+Why        The C++ kernel keeps beta^t as a product that it multiplies by beta in each step, in fp32. Only if the step
+           number jumps, as it does after a resume, does it call pow(beta, t) instead. The two values differ in the last
+           bit, and from then on so do all losses.
+Version    DeepSpeed 0.19.8, IncrementStep of csrc/includes/cpu_adam.h. Both of DeepSpeed's optimizers for CPUs use it:
+           DeepSpeedCPUAdam (for offload) and FusedAdam.
 Upstream   No thread is known.
 Without    A resumed run differs from an uninterrupted one in the last bits.
 
-Before each step the kernel updates one dummy number at a step far away, so that the real step always is a jump.
+Before each step the patch lets the kernel update one dummy number with a distant step number. The next real step is
+then always a jump, and the kernel calls pow(beta, t).
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from packspeed.launch.engine.ops import device_type
 from packspeed.launch.engine.patches.replace import require
 
-FAR_STEP = 2**30  # no run has so many
+FAR_STEP = 2**30  # a step number that no run reaches
 
 
 def forget_bias_products(basic_optimizer: torch.optim.Optimizer, betas: tuple[float, float]) -> None:
-    """Make each step of one of DeepSpeed's CPU Adams independent of the last one's beta^t. Others stay as they are."""
-    # Muon hands the parameters that are no matrices to an Adam of its own.
+    """Patch one of DeepSpeed's CPU Adams, so that its steps do not depend on the beta^t kept from the previous step.
+
+    Other optimizers are left as they are. `betas` are Adam's two decay rates.
+    """
+    # DeepSpeed's Muon updates the parameters that are not matrices with an Adam in `aux_optimizer`.
     optimizer: Any = getattr(basic_optimizer, "aux_optimizer", None) or basic_optimizer
     param, grad, exp_avg, exp_avg_sq = (torch.zeros(1) for _ in range(4))
     lr, eps, weight_decay, bias_correction = 0.0, 1.0, 0.0, True

@@ -1,10 +1,10 @@
-"""bf16 with fp32 gradients: the first gradient of a step is copied, not added to zeros.
+"""bf16 with fp32 gradients: copy the first gradient of a step instead of adding it to zeros.
 
-Why        BF16_Optimizer writes zeros into its fp32 gradients twice a step and makes an fp32 copy of each gradient to
-           add it to them: together a third of its time on a CPU.
+Why        In each step DeepSpeed's BF16_Optimizer fills its fp32 gradients with zeros twice, and makes an fp32 copy of
+           each bf16 gradient to add it to them. Together this takes a third of the optimizer's time on a CPU.
 Version    DeepSpeed 0.19.8, runtime/bf16_optimizer.py.
 Upstream   github.com/deepspeedai/DeepSpeed/pull/5434 and 4975 made parts of it faster.
-Without    The same numbers, slower.
+Without    The numbers are the same, but steps are slower.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from packspeed.launch.engine.protocol import Optimizer
 
 
 def copy_first_gradients(wrapper: Optimizer) -> None:
-    """Let a BF16_Optimizer copy a step's first gradients over those of the last step. Others stay as they are.
+    """Patch a BF16_Optimizer: the first gradients of each step overwrite those of the previous step, later ones are
+    added.
 
-    A parameter without a gradient still gets zeros.
+    A parameter that gets no gradient in a step has a gradient of zeros, as without the patch. Other optimizers are left
+    as they are.
     """
     if not isinstance(wrapper, BF16_Optimizer):
         return
@@ -34,8 +36,8 @@ def copy_first_gradients(wrapper: Optimizer) -> None:
         gradient = optimizer.fp32_groups_gradients[group_idx][param_idx]
         filled = optimizer.fp32_groups_has_gradients[group_idx]
         accumulate = gradient.add_ if filled[param_idx] else gradient.copy_
-        accumulate(lp.grad.view(gradient.shape))  # casts on the way, without a copy
-        lp._hp_grad = gradient  # type: ignore[attr-defined]  # safe_get_full_grad finds it there
+        accumulate(lp.grad.view(gradient.shape))  # casts to fp32 without a temporary copy
+        lp._hp_grad = gradient  # type: ignore[attr-defined]  # where safe_get_full_grad looks for it
         filled[param_idx] = True
         if clear_lp_grads:
             lp.grad.zero_()
@@ -44,7 +46,7 @@ def copy_first_gradients(wrapper: Optimizer) -> None:
         optimizer.fp32_groups_has_gradients = [[False] * len(group) for group in optimizer.fp32_groups_gradients]
 
     def step(*args: object, **kwargs: object) -> None:
-        # Whatever got no gradient since clear_hp_grads still holds that of an earlier step.
+        # A parameter without a gradient since clear_hp_grads still holds the gradient of an earlier step.
         for gradients, filled in zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True):
             for gradient, full in zip(gradients, filled, strict=True):
                 if not full:

@@ -1,11 +1,11 @@
-"""Compare the registry with the installed packages before a run builds anything.
+"""Compare registry.py, the list of internal names, with the installed packages before a run builds anything.
 
-    check_sources()     before DeepSpeed is imported: looks for every name in the source files, without running them
-    check_loaded()      after the import: the methods are there in the classes as well
+    check_sources()     before DeepSpeed is imported: search the source files for every name, without executing them
+    check_loaded()      after the import: check that the classes and modules in memory have the methods as well
 
-Reading sources finds what only exists in a running engine (attributes that __init__ sets, arguments of C++ functions,
-keys of checkpoint files), and needs no import that a missing name could break. It searches with regular expressions:
-a syntax tree of the same 35 files takes ten times as long.
+Source files also show names that exist only in a running engine: attributes that __init__ sets, arguments of C++
+functions, keys of checkpoint files. Reading them needs no import, which a missing name could break. The search uses
+regular expressions, because parsing the same 35 files to syntax trees takes ten times as long.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from packspeed.launch.engine.patches.registry import MODULE, REGISTRY, TENSORS, TEXT, Internal
 from packspeed.launch.engine.patches.replace import missing
 
-_TOP_LEVEL = re.compile(r"^[A-Za-z@_]", re.M)  # a line that ends the class before it
+_TOP_LEVEL = re.compile(r"^[A-Za-z@_]", re.M)  # a line without indentation: the class above it has ended
 _MODULE_NAME = re.compile(r"^(?:async +)?(?:def|class) +(\w+)|^(\w+) *(?::|=(?!=))", re.M)
 _CLASS_NAME = re.compile(r"^    (?:async +)?(?:def +(\w+)|(\w+) *=(?!=))", re.M)
-_FIELD = re.compile(r"^    (\w+) *:", re.M)  # of a dataclass: without a default it is no attribute of the class
+_FIELD = re.compile(r"^    (\w+) *:", re.M)  # a dataclass field; without a default it is not in the class's vars()
 # self.name = ..., self.name: type = ... and self.__dict__["name"] = ...
 _ON_SELF = re.compile(r"self\.(?:(\w+)(?: *: *[\w.\[\], |]+)?|__dict__\[['\"](\w+)['\"]\]) *=(?!=)")
 _ON_OBJECTS = re.compile(r"\.(\w+) *=(?!=)")
@@ -30,7 +30,7 @@ _ON_OBJECTS = re.compile(r"\.(\w+) *=(?!=)")
 
 @functools.cache
 def check_sources() -> None:
-    """Raise UserError if an installed source file lacks a name of the registry; names all that are missing."""
+    """Raise UserError if installed source files lack names of the registry. The error lists all of one package."""
     absent = [(internal, found) for internal in REGISTRY if (found := problem(internal)) is not None]
     if absent:
         package = absent[0][0].package
@@ -38,7 +38,7 @@ def check_sources() -> None:
 
 
 def check_loaded() -> None:
-    """Raise UserError if a class or module that is imported by now lacks a method or function of the registry."""
+    """Raise UserError if an already imported class or module lacks a method or function that the registry lists."""
     for internal in REGISTRY:
         module = sys.modules.get(internal.file.removesuffix(".py").replace("/", "."))
         if module is None or internal.where in (TENSORS, TEXT):
@@ -53,7 +53,10 @@ def check_loaded() -> None:
 
 
 def problem(internal: Internal) -> str | None:
-    """What is wrong with one name in the installed sources: it is absent, or takes other parameters. None: nothing."""
+    """Return what is wrong with one entry of the registry in the installed sources, or None if nothing is.
+
+    The name can be absent, or its function can take other parameters than the registry says.
+    """
     if internal.where == TEXT:
         source, text = _collapsed_source(internal.file), _collapsed(internal.name)
         # A single name must stand alone: a longer one that contains it is another name.
@@ -69,15 +72,15 @@ def problem(internal: Internal) -> str | None:
 
 
 def identifier(internal: Internal) -> str:
-    """The name without parameters."""
+    """Return the entry's name without the parameters that may follow it."""
     return internal.name.partition("(")[0]
 
 
 @functools.cache
 def read_source(file: str) -> str:
-    """Text of a file below site-packages without lines that are comments; empty if there is no such file.
+    """Return the text of a file below site-packages without comment lines, or "" if the file does not exist.
 
-    The package is not imported.
+    `file` starts with the package, as in "deepspeed/runtime/engine.py". The package is not imported.
     """
     package, _, rest = file.partition("/")
     spec = importlib.util.find_spec(package)
@@ -91,7 +94,10 @@ def read_source(file: str) -> str:
 
 @functools.cache
 def _names_of(file: str, where: str) -> tuple[frozenset[str], frozenset[str]]:
-    """(names that the module or class defines, names that are set on instances) in a source file."""
+    """Return (names that the module or class defines, names that are set on instances), as found in a source file.
+
+    `where` is the name of a class, MODULE or TENSORS (registry.py).
+    """
     scope = _scope(file, where)
     if where == MODULE:
         return _matches(_MODULE_NAME, scope), frozenset()
@@ -106,7 +112,9 @@ def _matches(pattern: re.Pattern[str], source: str) -> frozenset[str]:
 
 @functools.cache
 def _scope(file: str, where: str) -> str:
-    """The part of a source file that a row of the registry is about: the lines of its class, or all of it."""
+    """Return the part of a source file that an entry of the registry refers to: the lines of a class, or the complete
+    file.
+    """
     source = read_source(file)
     if where in (MODULE, TENSORS, TEXT):
         return source
@@ -118,7 +126,10 @@ def _scope(file: str, where: str) -> str:
 
 
 def _signature(scope: str, name: str) -> str | None:
-    """`name(a, b)` as a function defines it, without self, annotations and defaults; None if it is no function."""
+    """Return `name(a, b)` as the source defines the function, without self, annotations and defaults.
+
+    Returns None if `scope`, a piece of source text, defines no such function.
+    """
     found = re.search(rf"def {name}\((.*?)\)(?: *->[^\n]*)?:\n", scope, re.S)
     if found is None:
         return None
@@ -132,5 +143,5 @@ def _collapsed_source(file: str) -> str:
 
 
 def _collapsed(text: str) -> str:
-    """Without white space, and with one kind of quotes: formatters change both."""
+    """Return the text without white space and with double quotes only, because formatters change both."""
     return "".join(text.split()).replace("'", '"')

@@ -1,12 +1,12 @@
-"""DeepSpeed writes checkpoints through Packspeed's writer, and puts no script into them.
+"""Make DeepSpeed write checkpoint files through Packspeed's writer, and put no script into a checkpoint.
 
-Why        DeepSpeed's own writer neither hashes nor fsyncs, and raises on one rank while the others wait in a barrier
-           without a timeout. Each checkpoint also gets an executable zero_to_fp32.py; a checkpoint is data
-           (`packspeed export` reads it).
+Why        DeepSpeed's own writer does not hash or fsync files. If a write fails, it raises on one rank while the other
+           ranks wait in a barrier without a timeout. It also puts an executable, zero_to_fp32.py, into each checkpoint.
+           Checkpoints should contain only data; `packspeed export` extracts the weights.
 Version    DeepSpeed 0.19.8, runtime/engine.py (checkpoint_engine, _copy_recovery_script) and
            runtime/checkpoint_engine/checkpoint_engine.py.
 Upstream   github.com/deepspeedai/DeepSpeed/pull/892 added the script; no setting turns it off.
-Without    A full disk hangs the run, and files that the manifest does not know are in the checkpoint.
+Without    A full disk hangs the run, and checkpoints contain files that their manifest does not list.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ from packspeed.launch.engine.protocol import Engine
 
 
 class CheckpointEngine(Protocol):
-    """The methods of its checkpoint engine that DeepSpeed calls (the names and parameters are DeepSpeed's)."""
+    """The methods that DeepSpeed calls on its checkpoint engine. Their names and parameters are DeepSpeed's."""
 
     def create(self, info: object) -> None:
         """Begin a save."""
 
     def save(self, state_dict: object, path: str) -> None:
-        """Write one file."""
+        """Write the object to the file."""
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file."""
+        """Read the file and return the object in it."""
 
     def commit(self, info: object) -> bool:
-        """End a save; whether it succeeded."""
+        """End a save; return whether it succeeded."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder."""
+        """Make the folder, as os.makedirs does."""
 
     def is_decoupled(self) -> bool:
-        """Whether writes continue after save() returned, under DeepSpeed's control."""
+        """Return whether another process writes the files, so that DeepSpeed must commit a save at the end of a later
+        step.
+        """
 
     def preserves_storage_sharing(self) -> bool:
-        """Whether tensors that share storage still do after a load."""
+        """Return whether tensors that shared storage before a save still share it after a load."""
 
     def cleanup(self) -> None:
-        """Free what the writer holds."""
+        """Free what the writer holds, such as threads and buffers."""
 
 
 def write_checkpoints_with(engine: Engine, writer: CheckpointEngine) -> None:
-    """Make engine.save_checkpoint and load_checkpoint use `writer`, and write no recovery script."""
+    """Make engine.save_checkpoint and engine.load_checkpoint use `writer`, and write no recovery script."""
     replace(engine, "checkpoint_engine", writer)
     replace(engine, "_copy_recovery_script", lambda save_path: None)

@@ -1,12 +1,13 @@
-"""Time the collectives that block a CPU rank, for the goodput figures.
+"""Measure how long a CPU rank waits in collectives, for the goodput figures.
 
-Why        DeepSpeed calls collectives inside forward, backward and step; with gloo a rank waits in the call. Nothing
-           in DeepSpeed reports this time without a synchronisation after each call.
+Why        DeepSpeed calls collectives inside forward, backward and step. With gloo, the rank is blocked until the call
+           returns. DeepSpeed measures this time only if it synchronises the device after each call.
 Version    DeepSpeed 0.19.8, comm/comm.py (cdb, the backend object) and TorchBackend of comm/torch.py.
 Upstream   No thread is known.
-Without    The share of communication in `packspeed goodput` is 0.
+Without    `packspeed goodput` shows no time for communication.
 
-GPUs run collectives on a stream of their own, so time in the call would mean nothing: the caller leaves them alone.
+GPUs run collectives asynchronously on their own stream, so the duration of a call means nothing there. Do not apply
+the patch on GPUs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from packspeed.launch.run_folder.phase_timer import PhaseTimer
 
 
 def time_collectives(timer: PhaseTimer) -> None:
-    """Add the time of DeepSpeed's blocking collectives to this timer's communication."""
+    """Make the timer count the time inside DeepSpeed's blocking collectives as communication. For CPU ranks only."""
     from deepspeed.comm import comm
 
     for name in BLOCKING_COLLECTIVES:

@@ -1,7 +1,7 @@
-"""Tell DeepSpeed that an op does not compile on this host.
+"""Make DeepSpeed skip its shared-memory collectives on a host that cannot compile them.
 
-Why        DeepSpeed tries to build its shared-memory collectives whenever gloo starts, and fails if they do not build.
-           Only its table of compatible ops makes it leave them out.
+Why        Whenever DeepSpeed starts with gloo, it tries to build the op for its shared-memory collectives, and fails if
+           the build fails. It skips the op only if its table of compatible ops says that the op does not work here.
 Version    DeepSpeed 0.19.8, __compatible_ops__ of ops/__init__.py and build_shm_op of comm/torch.py.
 Upstream   No thread is known; no setting turns the op off.
 Without    A CPU host without a C++ compiler cannot train.
@@ -16,7 +16,10 @@ from packspeed.launch.engine.patches.replace import missing, require
 
 
 def mark_as_incompatible(builder_name: str) -> None:
-    """Make this process do without the op; call it before deepspeed.init_distributed."""
+    """Mark an op, given its builder's name, as incompatible in this process. Call it before deepspeed.init_distributed.
+
+    Raises UserError if DeepSpeed's table does not contain the op.
+    """
     name = require(get_accelerator().create_op_builder(builder_name), "NAME")
     table = require(deepspeed.ops, "__compatible_ops__")
     if name not in table:

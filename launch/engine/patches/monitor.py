@@ -1,10 +1,10 @@
-"""A full disk does not end a run in DeepSpeed's monitor.
+"""Keep a run alive if DeepSpeed's monitor (TensorBoard and others) cannot write because the disk is full.
 
-Why        DeepSpeed writes events inside engine.step(). If the disk is full, TensorBoard's writer raises OSError there,
-           and its thread fails again at every later call, also after there is room.
+Why        DeepSpeed writes events inside engine.step(). If the disk is full, TensorBoard's writer raises OSError there.
+           Its thread then fails at every later call too, even after space has become free.
 Version    DeepSpeed 0.19.8, monitor/monitor.py and monitor/tensorboard.py.
 Upstream   github.com/tensorflow/tensorboard/issues/6167: since 2.12 the writer raises instead of hanging.
-Without    The run fails although its checkpoints and metrics could wait for room.
+Without    The run fails, although checkpoints and metrics could be written once there is space.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from packspeed.launch.engine.protocol import Monitor
 
 
 def survive_full_disk(monitor: Monitor, report: Callable[[OSError], None]) -> None:
-    """Pass an OSError of monitor.write_events to `report` instead of raising it."""
+    """Patch monitor.write_events: if it raises OSError, call `report` with the error instead."""
 
     def write_events(*args: object, **kwargs: object) -> None:
         try:
@@ -30,13 +30,19 @@ def survive_full_disk(monitor: Monitor, report: Callable[[OSError], None]) -> No
 
 
 def summary_writer(monitor: Monitor) -> Any:
-    """torch.utils.tensorboard.SummaryWriter, whose types are incomplete; None if TensorBoard is off."""
+    """Return TensorBoard's SummaryWriter inside the monitor, or None if TensorBoard is off.
+
+    The result is Any because the type annotations of SummaryWriter are incomplete.
+    """
     tensorboard = require(monitor, "tb_monitor")
     return None if tensorboard is None else require(tensorboard, "summary_writer")
 
 
 def renew_summary_writer(monitor: Monitor) -> Any:
-    """Begin another event file in the same folder with a new writer; None if TensorBoard is off or the disk full."""
+    """Replace the monitor's SummaryWriter by a new one with a new event file in the same folder, and return it.
+
+    Returns None if TensorBoard is off or if the file cannot be created.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     broken = summary_writer(monitor)

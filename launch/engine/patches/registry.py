@@ -1,16 +1,18 @@
 """Every internal name of DeepSpeed, torch and py-cpuinfo that Packspeed replaces, calls or reads, and why.
 
-This is the list to go through when one of them is upgraded. check.py compares it with the installed sources when a
-run starts, so that a renamed method stops the run with its name instead of turning a patch into code without effect.
+Go through this list when one of these packages is upgraded. check.py compares it with the installed sources when a run
+starts: if a method was renamed, the run stops with an error that names it, and no patch silently becomes ineffective.
 
-A row is one class or file. Its names are, by `where`:
-  a class      methods, class attributes and attributes that the class sets on self. `step(closure)` also fixes the
-               parameters: what is replaced or called with positional arguments must keep them.
+Each row lists names of one class or file. What kind of names they are depends on the row's second field, `where`:
+  a class      methods, class attributes and attributes that the class sets on self. If a name includes parameters, as
+               in `step(closure)`, these are checked too, because Packspeed replaces it or passes them by position.
   MODULE       functions, classes and variables of the module itself.
-  TENSORS      attributes that the file sets on parameters, gradients and the like.
-  TEXT         pieces of source text (C++ signatures, keys of checkpoint files); white space and quotes do not matter.
-The first word of each reason says what Packspeed does with the name: replaced, called, read, set or format.
-Public interfaces that DeepSpeed documents (initialize, zero.Init, the accelerator) are not listed.
+  TENSORS      attributes that the file sets on other objects, such as parameters and gradients.
+  TEXT         pieces of source text, such as C++ signatures and keys of checkpoint files. White space and the kind of
+               quotes do not matter.
+The first word of each reason says what Packspeed does with the name: replaced, called, read, set or format (the name is
+part of a file format). Public interfaces that DeepSpeed documents (initialize, zero.Init, the accelerator) are not
+listed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ MODULE, TENSORS, TEXT = "the module", "objects", "text"
 
 @dataclasses.dataclass(frozen=True)
 class Internal:
-    """One name that must exist in a source file of an installed package."""
+    """One internal name that must exist in a source file of an installed package."""
 
     file: str  # below site-packages
     where: str  # a class of the file, or MODULE, TENSORS or TEXT
@@ -33,12 +35,12 @@ class Internal:
 
     @property
     def package(self) -> str:
-        """The package the file belongs to."""
+        """The import name of the package that contains the file."""
         return self.file.split("/")[0]
 
     @property
     def label(self) -> str:
-        """The name as an error shows it: Class.name (file)."""
+        """The entry as an error message shows it: Class.name (file)."""
         owner = "" if self.where in (MODULE, TENSORS, TEXT) else f"{self.where}."
         return f"{owner}{self.name} ({self.file})"
 
@@ -64,32 +66,32 @@ ENGINE: tuple[Row, ...] = (
     (ENGINE_FILE, "DeepSpeedEngine", PROTOCOL, {
         "module": "read: the GPT, for its parameters and their names",
         "optimizer": "read: DeepSpeed's wrapper, or torch's optimizer at stage 0",
-        "basic_optimizer": "read: the optimizer inside the wrapper holds exp_avg and the like",
+        "basic_optimizer": "read: the optimizer inside the wrapper, which holds the states (exp_avg, exp_avg_sq)",
         "monitor": "read: TensorBoard's writer",
-        "global_steps": "set: after a checkpoint of another layout was loaded",
-        "global_samples": "set: after a checkpoint of another layout was loaded",
+        "global_steps": "set: to the checkpoint's value, if the checkpoint was converted from another layout",
+        "global_samples": "set: to the checkpoint's value, if the checkpoint was converted from another layout",
         "forward": "called: every micro batch",
         "backward": "called: every micro batch",
         "step": "called: every micro batch",
-        "is_gradient_accumulation_boundary": "called: whether this micro batch ends the step",
-        "compile": "called: DeepCompile does not start by itself",
+        "is_gradient_accumulation_boundary": "called: tells whether this micro batch is the last of its step",
+        "compile": "called: starts DeepCompile, which DeepSpeed does not start by itself",
         "save_checkpoint": "called: writes every rank's part of a checkpoint",
         "load_checkpoint": "called: reads a checkpoint of the same layout",
         "train_batch_size": "called: to count samples",
-        "zero_optimization_stage": "called: chooses where optimizer states are",
-        "zero_nvme_offload_optimizer": "called: such runs cannot be resumed",
+        "zero_optimization_stage": "called: decides where the optimizer states are looked for",
+        "zero_nvme_offload_optimizer": "called: a run with NVMe offload cannot be resumed",
         "gradient_clipping": "called: the limit for clipping at stage 0",
-        "fp16_enabled": "called: whether there is a loss scale",
-        "bfloat16_enabled": "called: for the peak FLOP/s",
-        "torch_autocast_enabled": "called: for the peak FLOP/s",
+        "fp16_enabled": "called: decides whether there is a loss scale",
+        "bfloat16_enabled": "called: decides the precision in which the peak FLOP/s are measured",
+        "torch_autocast_enabled": "called: decides the precision in which the peak FLOP/s are measured",
     }),
     (ENGINE_FILE, "DeepSpeedEngine", NORM, {
-        "_take_model_step(lr_kwargs)": "replaced: takes the norm before stage 0 clips and steps",
-        "clip_fp32_gradients()": "replaced: clips by the norm that was taken",
+        "_take_model_step(lr_kwargs)": "replaced: computes the norm before stage 0 clips and steps",
+        "clip_fp32_gradients()": "replaced: clips by the norm that the hook has computed",
     }),
     (ENGINE_FILE, "DeepSpeedEngine", WRITER, {
         "checkpoint_engine": "replaced: files are hashed and fsynced while they are written",
-        "_copy_recovery_script(save_path)": "replaced: no executable in a checkpoint",
+        "_copy_recovery_script(save_path)": "replaced: does nothing, so that a checkpoint contains no script",
     }),
     ("deepspeed/runtime/checkpoint_engine/checkpoint_engine.py", "CheckpointEngine", WRITER, {
         "create(info)": "replaced: called by DeepSpeed at the start of a save",
@@ -103,14 +105,16 @@ ENGINE: tuple[Row, ...] = (
     }),
     ("deepspeed/monitor/monitor.py", "MonitorMaster", "engine/patches/monitor.py", {
         "tb_monitor": "read: whether TensorBoard is on",
-        "write_events(event_list)": "replaced: a full disk does not end the run",
+        "write_events(event_list)": "replaced: reports a full disk instead of ending the run",
     }),
     ("deepspeed/monitor/tensorboard.py", "TensorBoardMonitor", "engine/patches/monitor.py", {
-        "summary_writer": "replaced: after a full disk; read: for texts, histograms and hparams",
+        "summary_writer": "replaced: by a new writer after a full disk; read: to write texts, histograms and hparams",
     }),
-    ("deepspeed/comm/comm.py", MODULE, "engine/patches/collectives.py", {"cdb": "read: the backend to time"}),
+    ("deepspeed/comm/comm.py", MODULE, "engine/patches/collectives.py", {
+        "cdb": "read: the object whose collectives are timed",
+    }),
     ("deepspeed/comm/torch.py", "TorchBackend", "engine/patches/collectives.py",
-        dict.fromkeys(BLOCKING_COLLECTIVES, "replaced: counts the time that a rank waits in it")),
+        dict.fromkeys(BLOCKING_COLLECTIVES, "replaced: measures the time that a rank waits in the collective")),
     ("deepspeed/utils/tensor_fragment.py", MODULE, "engine/gradient_norm.py", {
         "safe_get_full_grad": "called: gathers one gradient",
         "safe_get_full_fp32_param": "called: gathers one weight",
@@ -118,43 +122,49 @@ ENGINE: tuple[Row, ...] = (
 )  # fmt: skip
 
 OPTIMIZERS: tuple[Row, ...] = (
-    (STAGE12, MODULE, NORM, {"DeepSpeedZeroOptimizer": "read: chooses the hook for stages 1 and 2"}),
+    (STAGE12, MODULE, NORM, {"DeepSpeedZeroOptimizer": "read: tells an optimizer of stage 1 or 2, to choose its hook"}),
     (STAGE12, "DeepSpeedZeroOptimizer", NORM, {
-        "scaled_global_norm(norm_type)": "replaced: shows the norm, and returns -1 for a vetoed step",
-        "get_grad_norm_direct(gradients, params, norm_type)": "replaced: the same norm at every stage",
-        "_update_scale(has_overflow)": "replaced: a veto is no fp16 overflow",
-        "loss_scale": "read: gradients are multiplied by it",
+        "scaled_global_norm(norm_type)": "replaced: records the norm, and returns -1 for a vetoed step",
+        "get_grad_norm_direct(gradients, params, norm_type)":
+            "replaced: computes the norm in the same way at every stage",
+        "_update_scale(has_overflow)": "replaced: a veto must not lower the fp16 loss scale as an overflow does",
+        "loss_scale": "read: gradients are multiplied by the fp16 loss scale",
         "overflow": "read: whether the step was dropped",
         "dp_process_group": "read: the ranks that share the gradients",
     }),
-    (STAGE12, TENSORS, NORM, {"_zero_padding": "read: marks gradients that only fill up a partition"}),
+    (STAGE12, TENSORS, NORM, {"_zero_padding": "read: marks gradients that are only padding of a partition"}),
     (STAGE12, "DeepSpeedZeroOptimizer", STATE, {
         "single_partition_of_fp32_groups": "set: this rank's slice of the weights",
-        "params_in_partition": "read: the parameters that the slice touches",
-        "cpu_offload": "read: without offload, Muon's momentum is stored by matrix, not by slice",
-        "loss_scaler": "set: its fields, see SCALER_FIELDS",
-        "update_lp_params()": "called: the module takes over new fp32 weights",
+        "params_in_partition": "read: the parameters of which the slice has elements",
+        "cpu_offload": "read: without offload, Muon's momentum is stored as complete matrices, not as slices",
+        "loss_scaler": "set: its fields, which SCALER_FIELDS in engine/optimizer_state.py lists",
+        "update_lp_params()": "called: copies new fp32 weights into the module",
     }),
-    (STAGE3, MODULE, NORM, {"DeepSpeedZeroOptimizer_Stage3": "read: chooses the hook for stage 3"}),
+    (STAGE3, MODULE, NORM, {
+        "DeepSpeedZeroOptimizer_Stage3": "read: tells an optimizer of stage 3, to choose its hook",
+    }),
     (STAGE3, "DeepSpeedZeroOptimizer_Stage3", NORM, {
-        "_get_norm_groups()": "replaced: shows the norm, and returns -1 for a vetoed step",
-        "get_grad_norm_direct(gradients, params, norm_type)": "replaced: the same norm at every stage",
-        "_overflow_check_and_loss_scale_update(update_scale)": "replaced: the veto must precede Muon's momentum",
-        "_update_scale(has_overflow)": "replaced: a veto is no fp16 overflow",
-        "overflow": "set: drops the step",
-        "loss_scale": "read: gradients are multiplied by it",
-        "_get_param_partition_group(param)": "called: the ranks that share a gradient",
+        "_get_norm_groups()": "replaced: records the norm, and returns -1 for a vetoed step",
+        "get_grad_norm_direct(gradients, params, norm_type)":
+            "replaced: computes the norm in the same way at every stage",
+        "_overflow_check_and_loss_scale_update(update_scale)":
+            "replaced: a bad loss must veto the step before Muon updates its momentum",
+        "_update_scale(has_overflow)": "replaced: a veto must not lower the fp16 loss scale as an overflow does",
+        "overflow": "set: to True, which makes DeepSpeed drop the step",
+        "loss_scale": "read: gradients are multiplied by the fp16 loss scale",
+        "_get_param_partition_group(param)": "called: returns the ranks over which a gradient is partitioned",
     }),
     (STAGE3, "DeepSpeedZeroOptimizer_Stage3", STATE, {
-        "grad_position": "read: where a parameter is in the flat tensors",
-        "get_param_id(param)": "called: the key of grad_position",
-        "_get_param_partition_rank(param)": "called: which slice of a parameter this rank holds",
+        "grad_position": "read: the position of a parameter in the flat tensors",
+        "get_param_id(param)": "called: returns the key of grad_position",
+        "_get_param_partition_rank(param)":
+            "called: returns the number of the slice of a parameter that this rank holds",
         "fp32_partitioned_groups_flat": "set: this rank's slices of the weights",
         "fp16_groups": "read: the number of groups",
         "persistent_parameters": "read: small parameters that are never partitioned",
-        "loss_scaler": "set: its fields, see SCALER_FIELDS",
-        "_partition_all_parameters()": "called: the module takes over new fp32 weights",
-        "_reassign_or_swap_out_partitioned_parameters(sub_group_id)": "called: the module takes over new fp32 weights",
+        "loss_scaler": "set: its fields, which SCALER_FIELDS in engine/optimizer_state.py lists",
+        "_partition_all_parameters()": "called: copies new fp32 weights into the module",
+        "_reassign_or_swap_out_partitioned_parameters(sub_group_id)": "called: copies new fp32 weights into the module",
         "checkpoint_event_epilogue()": "called: gathers the persistent parameters",
     }),
     ("deepspeed/runtime/zero/partition_parameters.py", TENSORS, STATE, {
@@ -162,15 +172,18 @@ OPTIMIZERS: tuple[Row, ...] = (
         "partition": "called: partitions the persistent parameters",
     }),
     ("deepspeed/runtime/utils.py", MODULE, NORM, {
-        "combine_grad_norm_groups(norm_groups, norm_type)": "called: stage 3's norm from those of its groups",
+        "combine_grad_norm_groups(norm_groups, norm_type)": "called: combines the norms of stage 3's groups into one",
     }),
-    (BF16_FILE, MODULE, NORM, {"BF16_Optimizer": "read: chooses the hook for bf16 with fp32 gradients"}),
+    (BF16_FILE, MODULE, NORM, {
+        "BF16_Optimizer": "read: tells the optimizer for bf16 with fp32 gradients, to choose its hook",
+    }),
     (BF16_FILE, "BF16_Optimizer", NORM, {
-        "get_grads_for_norm(for_clipping)": "replaced: shows the norm, and returns nan for a vetoed step",
+        "get_grads_for_norm(for_clipping)": "replaced: records the norm, and returns nan for a vetoed step",
     }),
     (BF16_FILE, "BF16_Optimizer", BF16, {
-        "_update_hp_grad(lp, group_idx, param_idx, clear_lp_grads)": "replaced: copies the first gradient of a step",
-        "clear_hp_grads()": "replaced: forgets gradients instead of writing zeros",
+        "_update_hp_grad(lp, group_idx, param_idx, clear_lp_grads)":
+            "replaced: copies the first gradient of a step instead of adding it to zeros",
+        "clear_hp_grads()": "replaced: marks the gradients as unused instead of writing zeros",
         "step(closure)": "replaced: writes zeros for parameters without a gradient",
         "fp32_groups_gradients": "set: the fp32 gradients, by group and parameter",
         "fp32_groups_has_gradients": "set: which of them hold a gradient of this step",
@@ -178,13 +191,13 @@ OPTIMIZERS: tuple[Row, ...] = (
     (BF16_FILE, TENSORS, BF16, {"_hp_grad": "set: where safe_get_full_grad looks for the gradient"}),
     (BF16_FILE, "BF16_Optimizer", STATE, {
         "fp32_groups_flat_partition": "set: this rank's slice of the weights",
-        "update_lp_params()": "called: the module takes over new fp32 weights",
+        "update_lp_params()": "called: copies new fp32 weights into the module",
     }),
-    (STAGE12, TENSORS, STATE, {"_hp_mapping": "read: where a parameter is in the flat tensors"}),
+    (STAGE12, TENSORS, STATE, {"_hp_mapping": "read: the position of a parameter in the flat tensors"}),
     ("deepspeed/utils/tensor_fragment.py", "tensor_fragment", STATE, {
-        "hp_fragment_address": "read: the place in the flat tensor",
-        "lp_fragment_address": "read: the place in the parameter",
-        "param_group_index": "read: which flat tensor",
+        "hp_fragment_address": "read: the position in the flat tensor",
+        "lp_fragment_address": "read: the position in the parameter",
+        "param_group_index": "read: the index of the flat tensor",
     }),
     ("deepspeed/utils/tensor_fragment.py", "fragment_address", STATE, {
         "start": "read: first element",
@@ -193,12 +206,12 @@ OPTIMIZERS: tuple[Row, ...] = (
     ("deepspeed/runtime/fp16/loss_scaler.py", "DynamicLossScaler", STATE, {
         "cur_scale": "set: the loss scale",
         "cur_iter": "set: steps so far",
-        "last_overflow_iter": "set: the last dropped step",
-        "cur_hysteresis": "set: overflows left before the scale falls",
+        "last_overflow_iter": "set: the step of the last overflow",
+        "cur_hysteresis": "set: the number of overflows until the scale is lowered",
     }),
     ("deepspeed/ops/adam/cpu_adam.py", "DeepSpeedCPUAdam", ADAM, {
         "ds_opt_adam": "read: the compiled op",
-        "opt_id": "read: the op's number for this optimizer",
+        "opt_id": "read: the number by which the op knows this optimizer",
     }),
     ("deepspeed/ops/adam/fused_adam.py", "FusedAdam", ADAM, {
         "multi_tensor_adam": "called: the compiled op",
@@ -206,7 +219,7 @@ OPTIMIZERS: tuple[Row, ...] = (
         "adam_w_mode": "read: an argument of the op",
     }),
     ("deepspeed/runtime/zero/muon/muon_optimizer.py", "MuonWithAuxAdam", ADAM, {
-        "aux_optimizer": "read: the Adam for the parameters that are no matrices",
+        "aux_optimizer": "read: the Adam that updates the parameters that are not matrices",
     }),
     ("deepspeed/ops/csrc/adam/cpu_adam.cpp", TEXT, ADAM, {
         '"adam_update", &ds_adam_step': "called: the op's update",
@@ -236,32 +249,34 @@ BUILDERS: tuple[Row, ...] = (
         "name": "read: names the build folder",
         "load(verbose)": "called: compiles and loads the op",
     }),
-    ("deepspeed/ops/op_builder/cpu/comm.py", "ShareMemCommBuilder", OPS, {"NAME": "read: its key in the op table"}),
-    ("deepspeed/ops/op_builder/cpu/cpu_adam.py", "CPUAdamBuilder", OPS, {"NAME": "read: built before training"}),
-    ("deepspeed/ops/op_builder/cpu/fused_adam.py", "FusedAdamBuilder", OPS, {"NAME": "read: built before training"}),
-    ("deepspeed/ops/op_builder/cpu/cpu_lion.py", "CPULionBuilder", OPS, {"NAME": "read: built before training"}),
-    ("deepspeed/ops/op_builder/cpu/async_io.py", "AsyncIOBuilder", OPS, {"NAME": "read: built before training"}),
-    ("deepspeed/ops/op_builder/fused_adam.py", "FusedAdamBuilder", OPS, {"NAME": "read: built before training"}),
-    ("deepspeed/ops/op_builder/async_io.py", "AsyncIOBuilder", OPS, {"NAME": "read: built before training"}),
-    ("deepspeed/ops/op_builder/fused_lion.py", "FusedLionBuilder", OPS, {"NAME": "read: built before training"}),
+    ("deepspeed/ops/op_builder/cpu/comm.py", "ShareMemCommBuilder", OPS, {"NAME": "read: the name of the op"}),
+    ("deepspeed/ops/op_builder/cpu/cpu_adam.py", "CPUAdamBuilder", OPS, {"NAME": "read: the name of the op"}),
+    ("deepspeed/ops/op_builder/cpu/fused_adam.py", "FusedAdamBuilder", OPS, {"NAME": "read: the name of the op"}),
+    ("deepspeed/ops/op_builder/cpu/cpu_lion.py", "CPULionBuilder", OPS, {"NAME": "read: the name of the op"}),
+    ("deepspeed/ops/op_builder/cpu/async_io.py", "AsyncIOBuilder", OPS, {"NAME": "read: the name of the op"}),
+    ("deepspeed/ops/op_builder/fused_adam.py", "FusedAdamBuilder", OPS, {"NAME": "read: the name of the op"}),
+    ("deepspeed/ops/op_builder/async_io.py", "AsyncIOBuilder", OPS, {"NAME": "read: the name of the op"}),
+    ("deepspeed/ops/op_builder/fused_lion.py", "FusedLionBuilder", OPS, {"NAME": "read: the name of the op"}),
     ("deepspeed/ops/csrc/cpu/comm/shm.cpp", TEXT, "engine/patches/shared_memory.py", {
         '#define SHM_BUFFER_NAME "deepspeed_allreduce_buffer"': "read: the buffer's name in /dev/shm",
         '"%s_%d_%s_%s", SHM_BUFFER_NAME, getuid(), addr_string, port_string': "read: the buffer's name in /dev/shm",
         '"%s_%d", shm_name_prefix, rank': "read: the buffer's name in /dev/shm",
     }),
     ("cpuinfo/cpuinfo.py", MODULE, "engine/patches/cpu_name.py", {
-        "get_cpu_info()": "replaced: asked once per process instead of once per op",
+        "get_cpu_info()": "replaced: its result is cached, so that it runs once per process",
     }),
 )  # fmt: skip
 
 CHECKPOINT_FILES: tuple[Row, ...] = (
     (CONSTANTS, TEXT, ZERO, {
         'OPTIMIZER_STATE_DICT = "optimizer_state_dict"': "format: the optimizer's state in *_optim_states.pt",
-        'FP32_FLAT_GROUPS = "fp32_flat_groups"': "format: stage 3's fp32 weights",
-        'SINGLE_PARTITION_OF_FP32_GROUPS = "single_partition_of_fp32_groups"': "format: stage 1 and 2's fp32 weights",
-        'BASE_OPTIMIZER_STATE = "base_optimizer_state"': "format: stage 1 and 2's exp_avg and the like",
+        'FP32_FLAT_GROUPS = "fp32_flat_groups"': "format: the fp32 weights of stage 3",
+        'SINGLE_PARTITION_OF_FP32_GROUPS = "single_partition_of_fp32_groups"':
+            "format: the fp32 weights of stages 1 and 2",
+        'BASE_OPTIMIZER_STATE = "base_optimizer_state"':
+            "format: the optimizer states (exp_avg, ...) of stages 1 and 2",
         'PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"': "format: gaps between parameters",
-        'PARTITION_COUNT = "partition_count"': "format: the number of ranks that wrote",
+        'PARTITION_COUNT = "partition_count"': "format: the number of ranks that wrote the checkpoint",
         'PARAM_SHAPES = "param_shapes"': "format: names and shapes in the order of the flat tensors",
         'LOSS_SCALER = "loss_scaler"': "format: fp16's loss scale",
     }),
@@ -270,8 +285,8 @@ CHECKPOINT_FILES: tuple[Row, ...] = (
         "optimizer=self.optimizer.state_dict()": "format: stage 0's optimizer in mp_rank_00_model_states.pt",
         "param_shapes=self._get_zero_param_shapes()": "format: names and shapes in the order of the flat tensors",
         "shared_params=self._get_shared_params()": "format: names of tied parameters",
-        "zero_pp_rank_{dp_rank}": "format: file name of a rank",
-        "_optim_states.pt": "format: file name of an optimizer's state",
+        "zero_pp_rank_{dp_rank}": "format: part of the file names of a rank",
+        "_optim_states.pt": "format: end of the file names of optimizer states",
         '"mp_rank_" + mp_rank_str + "_model_states.pt"': "format: file name of the module's weights",
     }),
     ("deepspeed/runtime/fp16/loss_scaler.py", MODULE, ZERO, {
@@ -286,15 +301,15 @@ CHECKPOINT_FILES: tuple[Row, ...] = (
 
 TORCH: tuple[Row, ...] = (
     ("torch/_dynamo/config.py", MODULE, "engine/patches/dynamo.py", {
-        "automatic_dynamic_shapes": "replaced: one compiled kernel for each shape",
-        "recompile_limit": "replaced: as many kernels as there are shapes",
+        "automatic_dynamic_shapes": "replaced: by False, so that each shape gets its own kernel",
+        "recompile_limit": "replaced: by a limit that allows one kernel for each shape",
     }),
     ("torch/_C/_VariableFunctions.pyi", MODULE, "engine/gradient_norm.py", {
-        "_foreach_norm": "called: norms of many gradients in few launches",
+        "_foreach_norm": "called: computes the norms of many gradients in few launches",
         "_foreach_mul_": "called: clips many gradients in few launches",
     }),
     ("torch/utils/cpp_extension.py", MODULE, OPS, {
-        "_get_build_directory(name, verbose)": "called: where a build leaves its lock file",
+        "_get_build_directory(name, verbose)": "called: returns the folder in which a build has its lock file",
     }),
     ("torch/utils/_pytree.py", MODULE, "checkpoint/writer.py", {"tree_map": "called: copies nested states"}),
     ("torch/distributed/c10d_logger.py", MODULE, "engine/quiet.py", {

@@ -1,9 +1,9 @@
-"""Replace one attribute of somebody else's object, loudly.
+"""Replace an attribute of an object of another library, or raise if the attribute does not exist.
 
     original = replace(optimizer, "scaled_global_norm", scaled_global_norm)
 
-Python creates an attribute that does not exist. A patch of a method that DeepSpeed has renamed would then do nothing,
-without an error: `replace` raises instead.
+A plain assignment would create the attribute. If DeepSpeed had renamed the method, a patch by assignment would
+silently do nothing; `replace` raises an error instead.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from typing import Any
 
 from packspeed.launch.config.errors import UserError
 
-# The versions that the whole test suite has passed with. Others may work; a run with one prints a note.
+# Versions with which the complete test suite has passed. A run with another version prints a note.
 TESTED = {"deepspeed": ("0.19.8",), "torch": ("2.13.0",)}
 
-# How messages name a package, which PyPI's names do not tell apart by case.
+# Import name -> the name that messages use.
 TITLES = {"deepspeed": "DeepSpeed", "torch": "torch", "cpuinfo": "py-cpuinfo"}
 
 
 def replace(owner: object, name: str, replacement: Any) -> Any:
-    """Set owner.name to `replacement`; returns the original. UserError if the owner has no such attribute."""
+    """Set owner.name to `replacement` and return the original value. Raises UserError if the owner has no such
+    attribute.
+    """
     original = require(owner, name)
     setattr(owner, name, replacement)
     return original
 
 
 def require(owner: object, name: str) -> Any:
-    """Return owner.name; UserError if there is none."""
+    """Return owner.name. Raises UserError if the owner has no such attribute."""
     if not hasattr(owner, name):
         described = owner if isinstance(owner, type) else type(owner)
         module = getattr(owner, "__name__", "") if described.__name__ == "module" else ""
@@ -37,7 +39,10 @@ def require(owner: object, name: str) -> Any:
 
 
 def missing(names: list[str], package: str) -> UserError:
-    """The error for internal names that the installed version of a package lacks."""
+    """Return (not raise) the error for internal names that the installed version of a package lacks.
+
+    `names` are shown as they are; `package` is the import name.
+    """
     title, advice = TITLES.get(package, package), "install the version that constraints.txt names"
     if package in TESTED:
         newest = TESTED[package][-1]
@@ -45,12 +50,12 @@ def missing(names: list[str], package: str) -> UserError:
     return UserError(
         f"{title} {installed_version(package)} lacks internals that Packspeed replaces, calls or reads: "
         f"{'; '.join(names)}. {advice[0].upper()}{advice[1:]}, or adapt packspeed/launch/engine/patches to the new "
-        "version (registry.py says who needs what, and why)."
+        "version (registry.py there says which file uses each name, and why)."
     )
 
 
 def installed_version(package: str) -> str:
-    """The installed version of a package without its local part: 2.13.0 for 2.13.0+cpu."""
+    """Return the installed version of a package without its local part, for example 2.13.0 for 2.13.0+cpu."""
     try:
         return metadata.version(TITLES.get(package, package)).partition("+")[0]
     except metadata.PackageNotFoundError:
@@ -58,13 +63,13 @@ def installed_version(package: str) -> str:
 
 
 def version_notes() -> list[str]:
-    """One note for each package that is installed in a version Packspeed was not tested with."""
+    """Return one note for each package whose installed version Packspeed was not tested with."""
     notes = []
     for package, versions in TESTED.items():
         version = installed_version(package)
         if version not in versions:
             notes.append(
                 f"note: {TITLES[package]} {version} is installed; Packspeed was tested with {', '.join(versions)}. "
-                "All the internal names it relies on are there."
+                f"All internal names of {TITLES[package]} that Packspeed uses exist in this version."
             )
     return notes
