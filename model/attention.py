@@ -1,8 +1,9 @@
-"""Causal attention with torch's kernels: the reference implementation of `attend` in kernels.py.
+"""Causal attention with torch's kernels. The C++ and Triton versions (see kernels.py) are tested against this file.
 
-Attention covers a row of tokens or, if the run masks documents, each document on its own. Only generation has a
-mask: padding in packed rows comes last, where causal attention never reads it.
-Sources: FlashAttention (https://arxiv.org/abs/2205.14135), grouped queries (https://arxiv.org/abs/2305.13245).
+A token attends to all earlier tokens of its row. If documents are given, it attends only to the earlier tokens of its
+own document. Training needs no padding mask: in a packed row the padding comes after all tokens, so causal attention
+never reads it. Generation pads prompts on the left and passes a mask to `attend_last`.
+Sources: FlashAttention (https://arxiv.org/abs/2205.14135), grouped-query attention (https://arxiv.org/abs/2305.13245).
 """
 
 from __future__ import annotations
@@ -20,38 +21,46 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Documents:
-    """The lengths of the documents in a batch of B * T tokens, row after row; computed once for all layers.
+    """The lengths of the documents in a batch of B * T tokens, in the order of the tokens. All layers share one object.
 
-    A class, because torch.compile would make a new graph for every length of a list that it can see.
+    The list is hidden in a class because torch.compile would otherwise make a new graph for every new length.
     """
 
     lengths: list[int]
-    ends: Tensor  # (n + 1,) int32 on the model's device: 0, then the end of each document
+    ends: Tensor  # (n + 1,) int32 on the model's device: 0, then the index after the last token of each document
 
     @classmethod
     def of(cls, lengths: list[int], tokens: Tensor) -> Documents:
-        """Return the documents of tokens (B, T), without waiting for the device.
+        """Return the Documents for a batch of tokens (B, T). The copy to the GPU is asynchronous.
 
-        Raises ValueError if the lengths do not add up to B * T: kernels do not check them, and would read and write
-        beyond the batch.
+        Raises ValueError if a length is negative or if the lengths do not add up to B * T. The kernels do not check
+        this, and would read and write outside the batch.
         """
         if sum(lengths) != tokens.numel() or min(lengths) < 0:
-            raise ValueError(f"documents of {sum(lengths)} tokens in total, but the batch has {tokens.numel()}.")
+            raise ValueError(
+                f"the lengths of the documents add up to {sum(lengths)} tokens, but the batch has {tokens.numel()}: "
+                "give lengths of at least 0 that cover the batch exactly."
+            )
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         return cls(lengths, ends.pin_memory().to(tokens.device, non_blocking=True) if tokens.is_cuda else ends)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """Causal attention within each row or document: q (B, T, H, D), k and v (B, T, H or fewer, D) -> (B, T, H, D)."""
+    """Return causal attention within each row, or within each document if given, (B, T, H, D).
+
+    q is (B, T, H, D). k and v are (B, T, h, D), where h divides H: each key-value head serves H / h query heads.
+    """
     if documents is not None:
         return _attend_documents(q, k, v, documents)
     return attend_last(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def attend_last(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention of the last T of S positions: q (B, H, T, D), k and v (B, H or fewer, S, D) -> (B, H, T, D).
+    """Return causal attention, (B, H, T, D), of the last T of S tokens: those before them come from the KV cache.
 
-    mask: (B, 1, T, S), true if a position may attend to another; for generation from padded prompts.
+    q is (B, H, T, D); k and v are (B, h, S, D), where h divides H.
+    mask: (B, 1, T, S) bool, true if query token t may attend to key token s. It replaces the causal rule, and is
+    needed only to generate from padded prompts.
     """
     new, all_, dtype = q.size(2), k.size(2), q.dtype
     if q.is_cpu and q.element_size() == 2:
@@ -64,9 +73,10 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> 
 
 
 def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Attend within each document: with the flash kernel for variable lengths in 16 bits on a GPU, else one by one.
+    """Attend within each document; shapes as in attend.
 
-    Both compute less than the causal triangle of the complete row.
+    On a GPU in fp16 or bf16, one call of FlashAttention's kernel for variable lengths handles all documents. Otherwise
+    a loop calls `attend` for each document. Both cost less than causal attention over the complete row.
     """
     shape = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
@@ -78,7 +88,7 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> 
 
 @functools.cache
 def _varlen_attn() -> Callable[..., Any] | None:
-    """Return FlashAttention-2's kernel for variable lengths, which torch has since 2.10; None before."""
+    """Return torch's FlashAttention-2 kernel for variable lengths, or None before torch 2.10, which introduced it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -87,7 +97,11 @@ def _varlen_attn() -> Callable[..., Any] | None:
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-    """Flash attention within documents, without a mask: q (N, H, D), k and v (N, H or fewer, D) -> (N, H, D)."""
+    """Return flash attention within documents, (N, H, D), for N = B * T tokens in a row.
+
+    q is (N, H, D); k and v are (N, h, D), where h divides H. ends: see Documents. longest: the longest document's
+    tokens.
+    """
     varlen_attn = _varlen_attn()
     assert varlen_attn is not None
     causal = (-1, 0)  # a window of unlimited length backwards and none forwards

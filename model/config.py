@@ -1,7 +1,7 @@
-"""The shape of a GPT: its configuration, the published presets, parameters and FLOPs by closed formula.
+"""The configuration of a GPT, presets of published models, and formulas for the number of parameters and FLOPs.
 
-One dataclass spans the GPT-2 family (LayerNorm, learned positions, GELU, biases, tied head) and the Llama family
-(RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases). Sources of the preset shapes: GPT-2 (Radford et al. 2019,
+One dataclass covers the GPT-2 family (LayerNorm, learned positions, GELU, biases, tied head) and the Llama family
+(RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases). Sources of the presets: GPT-2 (Radford et al. 2019,
 https://github.com/openai/gpt-2), GPT-3 (Brown et al. 2020, table 2.1, https://arxiv.org/abs/2005.14165), TinyLlama
 (https://arxiv.org/abs/2401.02385), Llama 2 (https://arxiv.org/abs/2307.09288).
 """
@@ -14,7 +14,7 @@ VOCAB_MULTIPLE = 128  # GEMMs are fastest on full tiles, and tensor-parallel ran
 SWIGLU_MULTIPLE = 256  # Llama's `multiple_of`
 Kernels = Literal["auto", "eager", "compile", "triton", "native"]
 Layer = Literal["qkv", "proj", "mlp", "norm"]
-# Layers with a bias, for each value of `bias`. Qwen2 has "qkv", some Llamas have "attention".
+# The layers that have a bias, for each value of the key `bias`. Qwen2 needs "qkv", and some Llamas need "attention".
 BIASED: dict[bool | str, tuple[Layer, ...]] = {
     True: ("qkv", "proj", "mlp", "norm"),
     False: (),
@@ -25,22 +25,23 @@ BIASED: dict[bool | str, tuple[Layer, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Everything that determines a GPT's parameters and forward pass. Raises ValueError if the fields do not fit.
+    """Everything that determines a GPT's parameters and forward pass.
 
-    n_kv_head, head_dim and d_ff are optional; the properties kv_heads, head_width and ff_width have the values in use.
+    n_kv_head, head_dim and d_ff may be None. The properties kv_heads, head_width and ff_width then return the defaults
+    in use. Raises ValueError if a value is invalid or if two fields contradict each other.
     """
 
-    # The run file embeds this class in its pydantic models; this makes a misspelt key an error there.
+    # A run file's `model` section is validated against this class by pydantic; "forbid" rejects misspelt keys.
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     n_layer: int
     n_head: int
     d_model: int
-    vocab_size: int  # the tokenizer's; the weights have padded_vocab_size rows
-    max_seq_len: int  # tokens; the length of the learned positions and of the window when generating
+    vocab_size: int  # number of token ids; embedding and head have padded_vocab_size rows
+    max_seq_len: int  # tokens: the number of learned positions, and the most context that generation uses
     n_kv_head: int | None = None  # fewer than n_head: grouped-query attention; None: n_head
     head_dim: int | None = None  # None: d_model / n_head
-    d_ff: int | None = None  # None: 4 * d_model, and for swiglu 8/3 * d_model rounded up to a multiple of 256
+    d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, rounded up to a multiple of 256
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     position: Literal["learned", "rope"] = "learned"
@@ -49,9 +50,9 @@ class GPTConfig:
     bias: bool | Literal["qkv", "attention"] = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
     tie_embeddings: bool = True
-    dropout: float = 0.0  # on the embedding and both residual branches; needs a key per sample (keyed_dropout.py)
-    z_loss: float = 0.0  # z_loss * log(sum exp logits)^2 is added to the training loss of each token; PaLM's is 1e-4
-    activation_checkpointing: Literal["none", "full"] | int = "none"  # n: recompute blocks 0, n, 2n ...
+    dropout: float = 0.0  # on the embedding and on both branches of a block; needs one key per sample, keyed_dropout.py
+    z_loss: float = 0.0  # adds z_loss * log(sum exp logits)^2 to the training loss of each token; PaLM uses 1e-4
+    activation_checkpointing: Literal["none", "full"] | int = "none"  # "full": recompute all blocks; n: 0, n, 2n ...
     kernels: Kernels = "auto"  # changes speed and rounding; see kernels.py
 
     def __post_init__(self) -> None:
@@ -96,28 +97,35 @@ class GPTConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Return the number of key-value heads."""
+        """Return the number of key-value heads: n_kv_head, or its default n_head."""
         return self.n_kv_head or self.n_head
 
     @property
     def head_width(self) -> int:
-        """Return the channels of one attention head."""
+        """Return the number of channels of one attention head: head_dim, or its default."""
         return self.head_dim or self.d_model // self.n_head
 
     @property
     def ff_width(self) -> int:
-        """Return the hidden channels of the MLP."""
+        """Return the number of hidden channels of the MLP: d_ff, or its default."""
         if self.d_ff is not None:
             return self.d_ff
         return _round_up(8 * self.d_model // 3, SWIGLU_MULTIPLE) if self.mlp == "swiglu" else 4 * self.d_model
 
     def has_bias(self, layer: Layer) -> bool:
-        """Return whether a layer has a bias: attention's inputs or output, the MLP's two layers, or LayerNorm."""
+        """Return whether a kind of layer has a bias.
+
+        "qkv": the projection to queries, keys and values; "proj": attention's output projection; "mlp": both linear
+        layers of the MLP; "norm": LayerNorm.
+        """
         return layer in BIASED[self.bias]
 
     @property
     def padded_vocab_size(self) -> int:
-        """Return the rows of embedding and head. The last ones belong to no token and never change the loss."""
+        """Return the number of rows of embedding and head: vocab_size rounded up to a multiple of 128.
+
+        The added rows belong to no token. They get no probability, so they never change the loss.
+        """
         return _round_up(self.vocab_size, VOCAB_MULTIPLE)
 
 
@@ -126,9 +134,9 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def num_parameters(config: GPTConfig, *, padded: bool = False) -> int:
-    """Count all parameters, tied weights once.
+    """Return the number of parameters, tied weights counted once.
 
-    padded: include the padding rows of the vocabulary, as the built model has them. Published counts do not.
+    padded: count the padding rows of embedding and head too, as in the built model. Published counts leave them out.
     """
     vocab_size = config.padded_vocab_size if padded else config.vocab_size
     tables = vocab_size * (1 if config.tie_embeddings else 2)
@@ -137,7 +145,7 @@ def num_parameters(config: GPTConfig, *, padded: bool = False) -> int:
 
 
 def num_non_embedding_parameters(config: GPTConfig) -> int:
-    """Count the parameters of the blocks and the final norm: all except token embedding, positions and head."""
+    """Return the number of parameters of the blocks and the final norm: all but token embedding, positions and head."""
     d, ff = config.d_model, config.ff_width
     queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
     attention = (d + config.has_bias("qkv")) * (queries + 2 * keys) + (queries + config.has_bias("proj")) * d
@@ -149,12 +157,15 @@ def num_non_embedding_parameters(config: GPTConfig) -> int:
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
-    """Return the model FLOPs of forward and backward per token at a sequence length: the numerator of MFU.
+    """Return the FLOPs of forward and backward per token at a sequence length. MFU (model FLOPs utilisation) uses them.
 
-    6 N_nonembedding + 6 V d (head) + 6 L d_attention T (causal attention), after PaLM's appendix B
-    (https://arxiv.org/abs/2204.02311): a multiply-add is 2 FLOPs and backward costs twice forward, so 6 per weight;
-    attention's two products cost 12 L d T over the full square, of which a causal model needs half. V is the
-    tokenizer's vocabulary. Padding, recomputed activations, look-ups and the optimizer are not counted.
+    The formula follows PaLM's appendix B (https://arxiv.org/abs/2204.02311):
+
+        6 N + 6 V d + 6 L a T    N non-embedding parameters, V vocab_size, d d_model, L layers, a n_head * head width
+
+    A multiply-add is 2 FLOPs and backward costs twice as much as forward, so each weight costs 6. V d is the head.
+    Attention's two products cost 12 L a T without a causal mask; a causal model needs half of that. Padding, recomputed
+    activations, embedding look-ups and the optimizer are not counted.
     """
     head = config.vocab_size * config.d_model
     attention = config.n_layer * config.n_head * config.head_width * seq_len
@@ -197,14 +208,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-355m": _gpt2(24, 16, 1024),
     "gpt2-774m": _gpt2(36, 20, 1280),
     "gpt2-1.5b": _gpt2(48, 25, 1600),
-    # GPT-3 with dense attention in every layer (the paper alternates with banded sparse attention).
+    # GPT-3, but with dense attention in every layer. In the paper every second layer has banded sparse attention.
     "gpt3-125m": _gpt3(12, 12, 768),
     "gpt3-350m": _gpt3(24, 16, 1024),
     "gpt3-760m": _gpt3(24, 16, 1536),
-    "gpt3-1.3b": _gpt3(24, 16, 2048),  # the paper's 24 heads of 128 do not make 2048; 16 do, as in GPT-Neo 1.3B
+    "gpt3-1.3b": _gpt3(24, 16, 2048),  # 16 heads as in GPT-Neo 1.3B: the paper's 24 heads of 128 do not give 2048
     "gpt3-2.7b": _gpt3(32, 32, 2560),
     "gpt3-6.7b": _gpt3(32, 32, 4096),
-    "gpt3-13b": _gpt3(40, 40, 5120),  # the paper prints d_model 5140, which its 40 heads of 128 do not make
+    "gpt3-13b": _gpt3(40, 40, 5120),  # the paper prints d_model 5140, but its 40 heads of 128 give 5120
     "gpt3-175b": _gpt3(96, 96, 12_288),
     "llama-1b": _llama(22, 32, 4, 2048, 5632, 2048),  # TinyLlama 1.1B
     "llama-7b": _llama(32, 32, 32, 4096, 11_008, 4096),  # Llama 2 7B
@@ -213,11 +224,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **override: Any) -> GPTConfig:
-    """Build a published shape by name, with any field overridden.
+    """Return the configuration of a published model by its name in PRESETS, with the fields in `override` changed.
 
-    Raises ValueError for an unknown name, with the nearest known one, and if the fields do not fit each other.
+    Raises ValueError if the name is unknown (the message suggests the nearest one) or if the fields are invalid.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"no preset is called {name!r}: did you mean {near!r}? There are {', '.join(PRESETS)}.")
+        raise ValueError(f"no preset is called {name!r}: did you mean {near!r}? The presets are {', '.join(PRESETS)}.")
     return GPTConfig(**{**PRESETS[name], **override})

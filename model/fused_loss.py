@@ -1,12 +1,13 @@
-"""Head and cross entropy in one function, so that the logits of all tokens never exist at the same time.
+"""Output head and cross entropy in one function, so that the logits of all tokens never exist at the same time.
 
-For each chunk of rows: compute the logits, turn them into losses and, in place, into their gradient
-(softmax - one_hot), and multiply that by the weight and by the input. So the forward pass does the work of the backward
-pass, which only scales by the incoming gradient. Losses, and the sum of the weight's gradient over chunks, are fp32.
+The tokens are processed in chunks. For each chunk, the forward pass computes the logits and the losses, overwrites the
+logits with their gradient (softmax - one_hot), and multiplies that gradient by the weight and by the input. All
+gradients are therefore ready after the forward pass, and the backward pass only multiplies them by the incoming scalar.
+Losses, and the sum of the weight's gradient over the chunks, are fp32.
 Source: Liger (https://arxiv.org/abs/2410.10989).
 
-z-loss adds z log(sum exp logits)^2 per token (PaLM, https://arxiv.org/abs/2204.02311, section 5).
-Memory: logits never take more than the bytes below.
+The optional z-loss adds z_loss * log(sum exp logits)^2 per token (PaLM, https://arxiv.org/abs/2204.02311, section 5).
+Memory: the logits of a chunk take at most CPU_CHUNK_BYTES or GPU_CHUNK_BYTES.
 """
 
 from typing import Any
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from packspeed.model.kernels import Kernels
 
-CPU_CHUNK_BYTES = 1 << 27  # of logits that exist at a time: 128 MiB, 667 tokens of GPT-2's vocabulary in fp32
-GPU_CHUNK_BYTES = 1 << 29  # 5,336 tokens of it in bf16: GEMMs large enough to fill the device
+CPU_CHUNK_BYTES = 1 << 27  # 128 MiB: logits of 667 tokens with GPT-2's vocabulary in fp32
+GPU_CHUNK_BYTES = 1 << 29  # 512 MiB: logits of 5,336 such tokens in bf16; the GEMMs are large enough to fill a GPU
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The sum of the losses. Its forward pass computes the gradients already; backward only scales them."""
+    """Sum the losses of all tokens. The forward pass also computes the gradients, which backward only scales."""
 
     @staticmethod
     def forward(
@@ -41,21 +42,21 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale in place, because the gradients are as large as the activations and the head."""
+        """Multiply the saved gradients by the incoming scalar, in place: copies would be as large as the head."""
         d_x, d_weight = ctx.saved_tensors
         return d_x.mul_(grad), d_weight.mul_(grad).to(ctx.dtype), None, None, None, None
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Split rows (N, ...) so that the logits of a chunk stay below the byte limits above."""
+    """Split rows (N, ...) into chunks whose logits, (rows of the chunk, padded V), fit into the byte limits above."""
     size = rows.size(0) * weight.size(0) * weight.element_size()
     count = -(-size // (CPU_CHUNK_BYTES if rows.is_cpu else GPU_CHUNK_BYTES))
-    # Chunks of equal size, because a small last chunk is a slow GEMM.
+    # All chunks have about the same size: a small last chunk would be a slow GEMM.
     return torch.split(rows, max(1, -(-rows.size(0) // max(1, count))))
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a @ b. Products in 16 bits are summed in fp32, as soon as there are two."""
+    """Return total + a @ b, or a @ b if total is None. Sums of 16-bit products are fp32. May overwrite total."""
     if total is None:
         return a @ b
     if total.dtype == a.dtype and a.element_size() >= 4:
@@ -66,9 +67,11 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 def head_loss(
     x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, kernels: Kernels, z_loss: float = 0.0
 ) -> Tensor:
-    """Return the sum of the losses of labels (N,) given x (N, C) through a head of weight (padded V, C): fp32, nats.
+    """Return the sum over N tokens of the cross entropy in nats, a scalar in fp32.
 
-    Labels below 0 are ignored. If a gradient is needed, the forward pass computes it.
+    x (N, C): the input of the head. weight (padded V, C): of the head; rows from vocab_size on are padding. labels
+    (N,): labels below 0 are ignored. kernels: computes the losses of a chunk, see kernels.py. z_loss: see above.
+    If x or weight require a gradient, it is computed here and not in the backward pass.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         loss: Tensor = _HeadLoss.apply(x, weight, labels, vocab_size, z_loss, kernels)  # type: ignore[no-untyped-call]
@@ -80,6 +83,6 @@ def head_loss(
 def head_losses(
     x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, kernels: Kernels, z_loss: float = 0.0
 ) -> Tensor:
-    """Return the losses of head_loss one by one, (N,) fp32, without gradients: for evaluation."""
+    """Return the loss of each token in nats, (N,) fp32, without gradients. Arguments as in head_loss."""
     chunks = zip(_chunks(x, weight), _chunks(labels, weight), strict=True)
     return torch.cat([kernels.row_losses(r @ weight.t(), label, vocab_size, z_loss, False) for r, label in chunks])

@@ -1,14 +1,14 @@
-"""Sampling from a model with a key-value cache. The result is a function of (weights, prompt, settings, seed).
+"""Sampling from a model with a key-value (KV) cache. The result depends on (weights, prompt, settings, seed) only.
 
-The prompt is processed once; then each token costs the forward pass of one token. When the window of max_seq_len tokens
-is full, the cache is cleared and the last half of the window is processed again. So every token sees between half a
-window and a full one, with learned positions and with RoPE, and this costs about as much as generating itself.
+The prompt is processed once. After that, each new token costs the forward pass of one token. The model sees a window of
+at most max_seq_len tokens. When the window is full, the cache is cleared and the last half of the window is processed
+again. Every token therefore sees at least half a window. Processing halves again costs about as much as generating.
 
-Prompts of different lengths are batched by padding on the left, which happens nowhere else: positions begin at a row's
-first token, and the mask of the cache hides the padding. A row's draws depend on its own seed and step only (a hash, as
-in keyed_dropout.py), and its window moves when its own tokens fill it. So a row in a batch gets the same tokens and
-probabilities as alone.
-Nucleus sampling: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
+Prompts of different lengths are padded on the left to form a batch. Positions count from the first token of each
+prompt, and a mask hides the padding. A row's random numbers are a hash of its own seed and the step
+(as in keyed_dropout.py), and its window moves when its own tokens fill it. So a prompt gets the same tokens and
+probabilities in a batch as alone.
+Nucleus sampling (top_p): Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +22,11 @@ from packspeed.model.keyed_dropout import random_bits, site_keys
 
 
 class KVCache:
-    """Keys and values of the tokens processed so far: per layer two tensors (B, kv heads, capacity, head width).
+    """The keys and values of the tokens processed so far: two tensors (B, kv heads, capacity, head width) per layer.
 
-    Allocated at the first write, in the dtype of the keys. `length` is the number of tokens in the cache; the model
-    increases it after all layers have appended. The first `padding` (B,) columns of each row are padding.
+    capacity: the largest number of tokens per row. The tensors are allocated at the first append, in the dtype of the
+    keys. length: the tokens per row in the cache; the model increases it once all layers have appended. padding (B,):
+    how many tokens at the start of each row are padding; None: none.
     """
 
     def __init__(self, n_layer: int, capacity: int, padding: Tensor | None = None) -> None:
@@ -36,19 +37,24 @@ class KVCache:
         self._mask: tuple[tuple[int, int], Tensor] | None = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, H, T, D) and return all keys and values, (B, H, length + T, D). Raises ValueError if full."""
+        """Append k, v (B, H, T, D) of a layer and return all its keys and values, (B, H, length + T, D) each.
+
+        Raises ValueError if length + T exceeds the capacity.
+        """
         end = self.length + k.size(2)
         if end > self.capacity:
-            raise ValueError(f"the KV cache has room for {self.capacity} tokens and was given {end}: make it larger.")
+            raise ValueError(
+                f"the KV cache has room for {self.capacity} tokens, but {end} are needed: give it a larger capacity."
+            )
         keys, values = self._layers[layer] or self._allocate(layer, k)
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def mask(self, new: int) -> Tensor | None:
-        """Return which tokens each of `new` tokens may attend to, (B, 1, T, S) bool; None without padding.
+        """Return a mask (B, 1, new, length + new), true if a new token may attend to a token; None without padding.
 
-        A padding column attends to itself, because a softmax over nothing would be NaN.
+        A padding token attends to itself only: without any token, its softmax would be NaN.
         """
         if self.padding is None:
             return None
@@ -60,7 +66,7 @@ class KVCache:
         return self._mask[1]
 
     def clear(self, padding: Tensor | None = None) -> None:
-        """Remove all tokens and keep the memory. `padding` is that of the tokens that follow."""
+        """Remove all tokens but keep the memory allocated. padding: of the rows that will be appended next."""
         self.length, self.padding, self._mask = 0, padding, None
 
     def _allocate(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +78,7 @@ class KVCache:
 
 
 class Column(NamedTuple):
-    """The next token of every row, (B,) int64, and its log-probability, (B,) fp32."""
+    """One new token for every row, (B,) int64, and its log-probability in nats, (B,) fp32; both on the CPU."""
 
     tokens: Tensor
     log_probabilities: Tensor
@@ -90,9 +96,10 @@ def generate(
     eot_id: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Continue tokens (B, T) int64 by up to `max_new_tokens` and return prompt and continuation, (B, T + new).
+    """Continue B prompts of equal length, tokens (B, T) int64, and return prompts with continuations, (B, T + new).
 
-    Like `stream`, with seed + i for row i. on_token is called with each new column of tokens, (B,).
+    Row i uses seed + i. on_token: called after each step with the new token of every row, (B,). The other arguments,
+    and the exceptions, are those of `stream`.
     """
     columns = [tokens]
     for column in stream(
@@ -123,13 +130,19 @@ def stream(
     eot_id: int | None = None,
     end_ids: Sequence[int] = (),
 ) -> Iterator[Column]:
-    """Continue prompts of any lengths. Yields one column of new tokens at a time, on the CPU.
+    """Continue prompts (lists of token ids, of any lengths) and yield one new token for every row at a time.
 
-    temperature: 0 takes the most likely token. top_k: sample from the k most likely. top_p: sample from the fewest
-    tokens whose probabilities add up to p. seeds: one per prompt. eot_id: a row that has drawn it repeats it with
-    log-probability 0, and generation stops when every row has. end_ids: more ids that end a row, which repeats eot_id
-    then. Dropout is off; the model's mode is restored.
-    Raises ValueError for an empty prompt and invalid settings.
+    max_new_tokens: the most tokens to add to each row.
+    temperature: divides the logits; at 0 the most likely token is taken.
+    top_k: sample from the k most likely tokens; None: from all.
+    top_p: sample from the fewest tokens whose probabilities add up to at least top_p; None: from all.
+    seeds: one per prompt.
+    eot_id: the end-of-text token. A row that has drawn it is complete; it gets eot_id with log-probability 0 from then
+        on. Generation stops early when all rows are complete. None: never.
+    end_ids: further tokens that complete a row; used only with an eot_id.
+
+    The model is in eval mode during generation, and its previous mode is restored at the end.
+    Raises ValueError if a prompt is empty or a setting is invalid.
     """
     _check(prompts, temperature, top_k, top_p)
     rows = [list(prompt) for prompt in prompts]
@@ -157,7 +170,11 @@ def stream(
 
 
 class _Window:
-    """The part of each row that the model sees, its tokens from `first` on, and their cache."""
+    """The tokens of each row that the model sees, and the KV cache for them.
+
+    rows: the token ids of each row; the caller appends to them. room: how many tokens will be appended at most.
+    first[i]: the index of the first token of row i that the model sees.
+    """
 
     def __init__(self, model: GPT, rows: list[list[int]], room: int) -> None:
         self.model, self.rows, self.limit = model, rows, model.config.max_seq_len
@@ -168,7 +185,7 @@ class _Window:
 
     @torch.inference_mode()
     def next_logits(self) -> Tensor:
-        """Process the tokens that are not in the cache yet. Returns the last logits, (B, V) fp32 on the CPU."""
+        """Process the tokens that are not in the cache yet. Return the logits of the next token, (B, V) fp32, CPU."""
         if self.cache.length == self.cache.capacity:
             for i, row in enumerate(self.rows):
                 if len(row) - 1 - self.first[i] == self.limit:  # this row's own tokens fill the window, without padding
@@ -180,7 +197,7 @@ class _Window:
         return logits[:, 0].float().cpu()
 
     def _all_tokens(self) -> tuple[Tensor, Tensor]:
-        """Return the window of every row, padded on the left, and reset the cache: tokens and positions, (B, T)."""
+        """Clear the cache. Return the tokens that the model sees, padded on the left, and positions: (B, T) each."""
         windows = [row[first:] for row, first in zip(self.rows, self.first, strict=True)]
         width = max(map(len, windows))
         padding = torch.tensor([width - len(row) for row in windows])
@@ -189,13 +206,16 @@ class _Window:
         return tokens, (torch.arange(width) - padding[:, None]).clamp(min=0)
 
     def _last_tokens(self) -> tuple[Tensor, Tensor]:
-        """Return the newest token of each row and its position, (B, 1) each."""
+        """Return the last token of each row and its position in the row's window, (B, 1) each."""
         positions = [[len(row) - 1 - first] for row, first in zip(self.rows, self.first, strict=True)]
         return torch.tensor([row[-1:] for row in self.rows]), torch.tensor(positions)
 
 
 def uniform(keys: Tensor, step: int) -> Tensor:
-    """Return a number in [0, 1) for each key (B,) at a step, fp64; a function of key and step."""
+    """Return a uniform random number in [0, 1) for each key, (B,) fp64. It depends on key and step only.
+
+    keys (B,) int64: the seeds of the rows. step: the number of tokens drawn before.
+    """
     words = (
         random_bits(site_keys(keys, torch.tensor([step], device=keys.device))[0], 1, 4).view(torch.int64).flatten()
     )  # (B,)
@@ -203,7 +223,10 @@ def uniform(keys: Tensor, step: int) -> Tensor:
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor) -> Tensor:
-    """Draw one token per row of logits (B, V): invert the cumulative distribution at `uniform` (B,)."""
+    """Draw one token per row of logits (B, V) and return the ids, (B,) int64.
+
+    The cumulative distribution is inverted at `uniform` (B,), numbers in [0, 1). Other arguments as in `stream`.
+    """
     if temperature == 0.0:
         return logits.argmax(-1)
     logits, ids = logits / temperature, None
@@ -213,7 +236,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
         logits, ids = logits.sort(stable=True, dim=-1, descending=True)
     probabilities = logits.double().softmax(-1)
     if top_p is not None and top_p < 1.0:
-        before = probabilities.cumsum(-1) - probabilities  # sum of the more likely ones
+        before = probabilities.cumsum(-1) - probabilities  # the sum over all more likely tokens
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     cumulative = probabilities.cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)  # (B, 1)
@@ -222,9 +245,11 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
 
 def _check(prompts: Sequence[Sequence[int]], temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not prompts or not all(prompts):
-        raise ValueError("the prompt is empty: give at least one token, the end-of-text token for a fresh document.")
+        raise ValueError(
+            "the prompt is empty: give at least one token. To start a new document, give the end-of-text token."
+        )
     if temperature < 0.0:
-        raise ValueError(f"temperature = {temperature}: give 0 (greedy) or more.")
+        raise ValueError(f"temperature = {temperature}: give 0 (always the most likely token) or a positive number.")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k = {top_k}: give at least 1, or leave it out.")
     if top_p is not None and not 0.0 < top_p <= 1.0:

@@ -1,14 +1,14 @@
-"""The GPT: a decoder-only transformer of the GPT-2 or the Llama family, in plain PyTorch.
+"""The model: a decoder-only transformer of the GPT-2 or the Llama family, in plain PyTorch.
 
     tokens -> embedding (+ learned positions) -> n_layer x [ x + attention(norm(x)), x + mlp(norm(x)) ] -> norm -> head
 
-Shapes: B rows of the batch, T tokens per row, C = d_model channels, H heads of D channels, V vocabulary, S tokens in
-the key-value cache. `x` is the residual stream, (B, T, C).
+Letters in shapes: B rows of the batch, T tokens per row, C = d_model channels, H heads of D channels, V token ids in
+the vocabulary, S tokens in the key-value cache. `x` is the residual stream, (B, T, C).
 
-Pre-norm blocks and causal flash attention (attention.py; native_kernels.py on CPUs). There is no padding mask:
-if a packed row ends early, its padding comes last, where causal attention never reads it, and its labels are -1.
-Queries, keys and values share one weight matrix, and so do SwiGLU's gate and up.
-ZeRO-3: every weight is used inside the forward of the module that owns it, because it is gathered only there.
+Blocks are pre-norm, attention is causal (attention.py; on CPUs native_kernels.py). There is no padding mask: if a
+packed row has padding, it comes after all tokens, where causal attention never reads it, and its labels are -1.
+Queries, keys and values share one weight matrix, and so do SwiGLU's gate and up projections.
+For ZeRO-3, a weight is used only in the forward of the module that owns it: DeepSpeed gathers it there.
 Sources: GPT-2 (Radford et al. 2019), RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202),
 RMSNorm (https://arxiv.org/abs/1910.07467), grouped-query attention (https://arxiv.org/abs/2305.13245),
 QK-norm (https://arxiv.org/abs/2302.05442). Cost: flops_per_token in config.py.
@@ -42,10 +42,10 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, fused with the residual addition before it."""
+    """LayerNorm or RMSNorm over the last dimension. It can add a branch to the residual stream in the same pass."""
 
     def __init__(self, config: GPTConfig, width: int | None = None) -> None:
-        """width: of a head, for QK-norm, which is always an RMSNorm; None: d_model."""
+        """Build a norm over d_model channels, or, for QK-norm, an RMSNorm over `width` channels of one head."""
         super().__init__()
         self.kernels, self.eps = config.kernels, config.norm_eps
         self.rms = config.norm == "rmsnorm" or width is not None
@@ -53,7 +53,7 @@ class Norm(nn.Module):
         self.bias = None if self.rms or not config.has_bias("norm") else nn.Parameter(torch.zeros(config.d_model))
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return norm(x) of x (..., C); with a branch of the same shape, (x + branch, norm(x + branch))."""
+        """Return norm(x) for x (..., C). If a branch of that shape is given, return (x + branch, norm(x + branch))."""
         add_norm = choose(self.kernels, x.device).add_norm
         total, normed = add_norm(x, branch, self.weight, self.bias, self.eps, self.rms)
         return normed if branch is None else (total, normed)
@@ -62,8 +62,8 @@ class Norm(nn.Module):
 def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
     """Return RoPE's cosines and sines, (2, B or 1, T, 1, width / 2) fp32, for positions (B or 1, T).
 
-    Computed once per forward pass, for all layers. A buffer would be rounded when the model is cast to bf16, and far
-    positions would become equal.
+    width: channels per head. theta: the base of the angles. The table is computed in each forward pass and shared by
+    all layers. It is no buffer, because casting the model to bf16 would round it and make far positions equal.
     """
     channel = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, :, None, None] * (1.0 / theta ** (channel / width))
@@ -76,7 +76,7 @@ def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes with linear.linear."""
+    """nn.Linear, but computed by linear() in linear.py, which is faster for bf16 on CPUs without bf16 instructions."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -84,12 +84,12 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries."""
+    """Causal self-attention. Several query heads may share one key-value head (grouped-query attention)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.kernels = layer, config.kernels
-        # Not compiled: a graph would be specialised to the lengths of the documents, which change with every step.
+        # Not compiled: torch.compile would make a new graph for the document lengths of every step.
         self.attend_documents = _out_of_graphs(attend) if config.kernels == "compile" else None
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
@@ -105,7 +105,11 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Mix x (B, T, C) along T, within each document if given. rope: see rope_table. cache: the tokens before x."""
+        """Return the attention branch, (B, T, C), for the normalised residual stream x (B, T, C).
+
+        rope: from rope_table; None with learned positions. cache: holds keys and values of the tokens before x, and
+        gets those of x. documents: tokens attend only within their own document.
+        """
         q, k, v = self.qkv(x).view(*x.shape[:2], -1, self.head_width).split(self.heads, dim=2)  # (B, T, H, D) each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -122,14 +126,14 @@ class Attention(nn.Module):
         return out
 
     def _generate(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
-        """Append the new keys and values to the cache and attend to all of it."""
+        """Append the new keys and values to the cache and attend to all tokens in it. q, k, v: (B, T, heads, D)."""
         mask = cache.mask(q.size(1))
         k, v = cache.append(self.layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, H, S, D)
         return attend_last(q.transpose(1, 2), k, v, mask).transpose(1, 2)
 
 
 class MLP(nn.Module):
-    """Two linear layers and the nonlinearity between them."""
+    """The feed-forward part of a block: a linear layer, GELU or SwiGLU, and a second linear layer."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -139,13 +143,13 @@ class MLP(nn.Module):
         self.kernels, self.activation = config.kernels, config.mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map every token on its own, (B, T, C) to (B, T, C)."""
+        """Return the MLP's output, (B, T, C), for x (B, T, C)."""
         out: Tensor = self.proj(choose(self.kernels, x.device).activate(self.up(x), self.activation))
         return out
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP. Each reads the normalised residual stream and adds its result to it."""
+    """One layer of the model: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -163,17 +167,19 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Map (B, T, C) to (B, T, C). dropout_keys (2, B), for the two branches of this layer; None: no dropout.
+        """Return the residual stream after this layer, (B, T, C), for x (B, T, C).
 
-        Attention probabilities have no dropout: flash kernels would draw it from a random stream.
+        dropout_keys (2, B) int64: one key per branch and sample (site_keys); None: no dropout. Other arguments as in
+        Attention.forward. Attention probabilities have no dropout, because flash attention would draw it from torch's
+        random stream.
         """
-        # Attention branch. The residual x stays as it is until the fused addition below.
+        # Attention branch. Its result is added to x below, together with the norm.
         branch: Tensor = self.attn(self.attn_norm(x), rope, cache, documents)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[0], self.dropout)
         # Fused: x = x + branch; normed = norm(x). One pass over memory instead of two.
         x, normed = self.mlp_norm(x, branch)
-        # MLP branch. Its addition is plain: the next norm belongs to another module, whose weight ZeRO-3 gathers later.
+        # MLP branch. This addition is not fused: the next norm is in another module, whose weight ZeRO-3 gathers later.
         branch = self.mlp(normed)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[1], self.dropout)
@@ -181,9 +187,10 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Projection to the vocabulary, and the loss (fused_loss.py). A tied head has the same Parameter as the embedding.
+    """The projection to the vocabulary, and the loss (fused_loss.py).
 
-    The padding rows of the vocabulary get no probability and no gradient.
+    tied: the embedding's Parameter, if head and embedding share it. The rows of the weight from vocab_size on are
+    padding: they get no probability and no gradient.
     """
 
     def __init__(self, config: GPTConfig, tied: Tensor | None = None) -> None:
@@ -193,13 +200,16 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.d_model)) if tied is None else tied
 
     def forward(self, x: Tensor, labels: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
-        """Return the logits (B, T, V) of x (B, T, C); with labels (B, T), the loss in nats, fp32: scalar or (B, T)."""
+        """Return the logits, (B, T, V), or if labels (B, T) are given the loss in nats, fp32, for x (B, T, C).
+
+        Labels below 0 are ignored. reduction: "mean" or "sum" over the other labels gives a scalar, "none" (B, T).
+        """
         if labels is None:
             return linear(x, self.weight, None)[..., : self.vocab_size]
         weight, device = self.weight, x.device.type
-        if torch.is_autocast_enabled(device):  # the fused loss casts nothing itself
+        if torch.is_autocast_enabled(device):  # the fused loss does not cast its inputs itself
             x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-        if is_slow(x.dtype, x.device):  # then the logits stay fp32, too
+        if is_slow(x.dtype, x.device):  # fp32 is faster here; the logits are then fp32 too
             x, weight = x.float(), weight.float()
         inputs = x.flatten(0, 1), weight, labels.flatten(), self.vocab_size, choose(self.kernels, x.device)
         with torch.autocast(device, enabled=False):
@@ -210,10 +220,11 @@ class Head(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal language model. Call init_weights or load_state_dict first; until then the weights are torch's defaults.
+    """A causal language model.
 
-    `checkpoint_fn(block, *inputs)` runs the blocks that `activation_checkpointing` selects. Replace it to recompute
-    them in another way.
+    The constructor leaves torch's default weights; call init_weights or load_state_dict before use.
+    checkpoint_fn(block, *inputs) runs the blocks that config.activation_checkpointing selects, and recomputes them in
+    the backward pass. Assign another function to recompute in another way.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -225,11 +236,11 @@ class GPT(nn.Module):
         self.norm = Norm(config)
         self.lm_head = Head(config, tied=self.embed.weight if config.tie_embeddings else None)
         if config.kernels == "compile":
-            # All blocks share one graph per shape. dynamic=False: a dynamic graph would make the bits of a result
-            # depend on the shapes that came before it.
+            # All blocks share one graph per shape. With dynamic=True, the bits of a result would depend on the shapes
+            # that the graph has seen before.
             for block in self.blocks:
                 block.compile(dynamic=False)
-        # Keyed dropout reads no random state, so none has to be kept for the second forward pass.
+        # The dropout here needs no random state, so none has to be saved for the recomputation.
         self.checkpoint_fn: Callable[..., Tensor] = functools.partial(
             checkpoint, use_reentrant=False, preserve_rng_state=False
         )
@@ -245,17 +256,19 @@ class GPT(nn.Module):
         reduction: Reduction = "mean",
         documents: list[int] | None = None,
     ) -> Tensor:
-        """Return the logits (B, T, V) of tokens (B, T) int64; with labels (B, T), the loss in nats, fp32.
+        """Return the logits, (B, T, V), or if labels are given the loss in nats, fp32, for tokens (B, T) int64.
 
-        labels: the next tokens, already shifted. Labels below 0 are ignored.
-        reduction: mean or sum over the labels that count, or "none": (B, T), without gradient.
-        positions: (B, T) int64; default: 0, 1, 2 ... after the tokens in the cache.
-        dropout_keys: (B,) int64, one per sample; they determine the dropout masks.
-        documents: lengths that add up to B * T, row after row. No token attends to another document. Give `positions`
-        that restart with each document.
+        labels: (B, T) int64, the next token of each token, already shifted. Labels below 0 are ignored.
+        reduction: "mean" or "sum" over the labels that are not ignored gives a scalar; "none" gives (B, T), without
+            gradient.
+        positions: (B, T) int64; None: count on from the tokens in the cache, or from 0.
+        dropout_keys: (B,) int64, one per sample; they determine the dropout masks (keyed_dropout.py).
+        cache: the keys and values of earlier tokens, for generation; the new ones are appended.
+        documents: the lengths of the documents, row after row, B * T tokens in total. Tokens attend only within their
+            document. Give `positions` that restart at 0 with each document.
 
-        Raises ValueError if T exceeds the learned positions, if the documents do not add up to B * T tokens, or if the
-        model trains with dropout and gets no keys.
+        Raises ValueError if T exceeds the number of learned positions, if the lengths of the documents do not add up to
+        B * T, or if the model is in training mode with dropout and dropout_keys is None.
         """
         x = self.hidden(tokens, positions, dropout_keys, cache, documents)
         out: Tensor = self.lm_head(x, labels, reduction)
@@ -269,18 +282,18 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         documents: list[int] | None = None,
     ) -> Tensor:
-        """Return the input of the head, (B, T, C). Arguments as in forward."""
+        """Return the output of the final norm, (B, T, C), which the head reads. Arguments as in forward."""
         if positions is None:
             start = 0 if cache is None else cache.length
             self._check_length(start + tokens.size(1))
             positions = torch.arange(start, start + tokens.size(1), device=tokens.device).unsqueeze(0)  # (1, T)
         keys = self._active_keys(dropout_keys)
         x, rope = self._embed(tokens, positions)
-        if keys is not None:  # dropout sites: 0 after the embedding, 2 layer + 1 and 2 layer + 2 in each block
+        if keys is not None:  # numbers of the dropout sites: 0 after the embedding, 2 layer + 1 and + 2 in each block
             keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
             x = keyed_dropout(x, keys[0], self.config.dropout)
         packed = None if documents is None else Documents.of(documents, tokens)
-        # While generating, every length is new; compiling a graph for each would take longer than running it.
+        # In generation every step has a new length, and compiling a graph for it would take longer than running it.
         eager = cache is not None and self.config.kernels == "compile"
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             for layer, block in enumerate(self.blocks):
@@ -294,14 +307,14 @@ class GPT(nn.Module):
         return out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the residual stream (B, T, C) and RoPE's table, or None with learned positions."""
+        """Return the embedded tokens, (B, T, C), and RoPE's table (see rope_table), or None with learned positions."""
         x: Tensor = self.embed(tokens)
         if self.pos_embed is not None:
             return x + self.pos_embed(positions), None
         return x, rope_table(positions, self.config.head_width, self.config.rope_theta)
 
     def _recomputes(self, layer: int) -> bool:
-        """Return whether activation checkpointing applies to a layer now."""
+        """Return whether the backward pass will recompute this layer: only in training, if the config selects it."""
         every = self.config.activation_checkpointing
         if every == "none" or not (self.training and torch.is_grad_enabled()):
             return False
@@ -312,27 +325,30 @@ class GPT(nn.Module):
             return None
         if dropout_keys is None:
             raise ValueError(
-                f"the model trains with dropout = {self.config.dropout} and got no dropout_keys: pass one int64 per "
-                "sample, call model.eval(), or set dropout to 0."
+                f"the model is in training mode with dropout = {self.config.dropout}, but got no dropout_keys: pass "
+                "one int64 per sample, call model.eval(), or set dropout to 0."
             )
         return dropout_keys
 
     def _check_length(self, length: int) -> None:
         if self.pos_embed is not None and length > self.config.max_seq_len:
             raise ValueError(
-                f"{length} tokens, but the model has learned positions for max_seq_len = {self.config.max_seq_len}: "
-                "cut the sequence, or build the model with a larger max_seq_len."
+                f"the sequence has {length} tokens, but the model has learned only max_seq_len = "
+                f"{self.config.max_seq_len} positions: shorten the sequence, or use a model with a larger max_seq_len."
             )
 
 
 def gpt_without_weights(config: GPTConfig) -> GPT:
-    """Return a GPT on torch's meta device, without memory for weights, for load_state_dict(assign=True); 25 ms."""
+    """Return a GPT on torch's meta device, which allocates no weights. Takes about 25 ms.
+
+    Then call load_state_dict(weights, assign=True), which puts the loaded tensors into the model.
+    """
     with torch.device("meta"), _NoInit():
         return GPT(config)
 
 
 class _NoInit(TorchFunctionMode):
-    """Skips torch.nn.init for new modules: on the meta device it imports sympy, which takes 2 s and 150 MB."""
+    """A context in which torch.nn.init does nothing: on the meta device it would import sympy (2 s, 150 MB)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -346,11 +362,12 @@ STD = 0.02  # standard deviation of the weights at initialisation
 def init_weights(
     model: GPT, seed: int, materialise: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext
 ) -> None:
-    """Initialise all parameters in place as GPT-2 does. The result is a function of (seed, parameter name) only.
+    """Initialise all parameters in place as GPT-2 does.
 
-    Every parameter is drawn in fp32 from a CPU generator of its own. So the weights do not depend on the order of the
-    draws, the ranks, the device, the ZeRO stage, the precision (except for rounding) or the padding of the vocabulary.
-    materialise(p): a context in which p can be written, for partitioned parameters. Cost: about 8 ns per weight.
+    Every parameter is drawn in fp32 from its own CPU generator, which is seeded with (seed, parameter name). So the
+    weights do not depend on the number of ranks, the device, the ZeRO stage, the padding of the vocabulary or, except
+    for rounding, the precision. Costs about 8 ns per weight.
+    materialise(p): returns a context in which parameter p is complete and can be written. Needed if p is partitioned.
     """
     for name, parameter in model.named_parameters():
         with torch.no_grad(), materialise(parameter):
@@ -358,10 +375,11 @@ def init_weights(
 
 
 def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) -> Tensor:
-    """Return the initial value of a parameter, in fp32 on the CPU (Radford et al. 2019, section 2.3).
+    """Return the initial value of a parameter, in fp32 on the CPU, as in GPT-2 (Radford et al. 2019, section 2.3).
 
-    Matrices are normal with std 0.02, or 0.02 / sqrt(2 n_layer) if their output is added to the residual stream. Norms
-    are 1; biases and the padding rows of the vocabulary are 0.
+    Matrices are drawn from a normal distribution with standard deviation 0.02, or 0.02 / sqrt(2 n_layer) if their
+    output is added to the residual stream. The weights of norms are 1. Biases, and the padding rows of embedding and
+    head, are 0.
     """
     if not is_matrix(name):
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
@@ -375,20 +393,26 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
 
 
 def is_matrix(name: str) -> bool:
-    """Return whether a parameter is a matrix (linear layer or embedding), not a bias or the gain of a norm.
+    """Return whether the parameter of this name is a matrix: the weight of a linear layer or an embedding.
 
-    Decided by name, because under ZeRO-3 a parameter is a flat partition without its shape.
+    The name decides, because under ZeRO-3 a parameter is a flat partition that has lost its shape.
     """
     return name.endswith("weight") and "norm" not in name
 
 
 def is_muon_parameter(name: str) -> bool:
-    """Return whether Muon (https://kellerjordan.github.io/posts/muon) updates a parameter: the matrices of blocks."""
+    """Return whether the Muon optimizer updates the parameter of this name. It updates the matrices of the blocks only.
+
+    See https://kellerjordan.github.io/posts/muon.
+    """
     return name.startswith("blocks.") and is_matrix(name)
 
 
 def param_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two optimizer groups: "decay" with the matrices, "no_decay" with the rest. Tied weights appear once."""
+    """Return two parameter groups for a torch optimizer: "decay" with all matrices, and "no_decay" with the rest.
+
+    "decay" gets `weight_decay`, "no_decay" gets 0. Tied weights appear once.
+    """
     named = list(model.named_parameters())
     return [
         {"name": "decay", "params": [p for name, p in named if is_matrix(name)], "weight_decay": weight_decay},

@@ -1,10 +1,13 @@
 """Conversion of weights between our GPT and transformers' GPT-2, Llama, Qwen2 and Qwen3, in both directions.
 
-One table per family lists each of our weights, the transformers weights that it consists of (their rows stacked), and
-whether they are stored transposed (GPT-2's Conv1D has (in, out)). Import adds the padding rows of the vocabulary as
-zeros; export removes them, and adds zero biases to a GPT-2 without biases. RoPE needs no permutation: all families
-rotate the channel pairs (i, i + D/2), as we do. Qwen2 is Llama with biases on queries, keys and values; Qwen3 is Llama
-with a norm on each head's queries and keys. hf_config.py converts the configurations.
+For each family a table lists our weights. A row of the table names one of our weights, the transformers weights whose
+rows it stacks, and whether transformers stores them transposed (GPT-2's Conv1D weights are (in, out)).
+
+Embedding and head of our model have padding rows up to a multiple of 128. An import fills them with zeros, and an
+export removes them. An export of a GPT-2 without biases adds zero biases, because transformers' GPT-2 always has them.
+RoPE needs no permutation: all families rotate the channel pairs (i, i + D/2), as we do. Qwen2 is Llama with biases on
+queries, keys and values. Qwen3 is Llama with a norm on the queries and keys of each head. hf_config.py converts the
+configurations.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,38 +18,44 @@ from torch import Tensor
 
 from packspeed.model.config import GPTConfig, Layer
 
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants in older files, not weights
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that older files store with weights
 HEAD, EMBEDDING = "lm_head.weight", "embed.weight"  # our names
 Family = Literal["gpt2", "llama", "qwen2", "qwen3"]
 
 
 class Weight(NamedTuple):
-    """One of our weights, and the transformers weights that it consists of."""
+    """One of our weights, and the transformers weights that are stacked row after row to form it."""
 
-    ours: str
-    theirs: tuple[str, ...]
-    rows: tuple[int, ...]  # of each of them, in our layout
-    columns: int | None = None  # None: a vector
-    transposed: bool = False
+    ours: str  # our name
+    theirs: tuple[str, ...]  # transformers' names
+    rows: tuple[int, ...]  # how many of our rows each transformers weight provides
+    columns: int | None = None  # None: the weight is a vector
+    transposed: bool = False  # whether transformers stores (columns, rows)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each transformers weight."""
+        """Return {transformers' name: shape as transformers stores it}."""
         sizes = [(rows,) if self.columns is None else (rows, self.columns) for rows in self.rows]
         return {name: size[::-1] if self.transposed else size for name, size in zip(self.theirs, sizes, strict=True)}
 
     def split(self, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, value) of the transformers weights."""
+        """Split our weight and yield (transformers' name, value). Padding rows are left out."""
         for name, part in zip(self.theirs, torch.split(ours[: sum(self.rows)], list(self.rows)), strict=True):
             yield name, (part.t() if self.transposed else part).contiguous()
 
     def join(self, get: Callable[[str], Tensor], config: GPTConfig) -> Tensor:
-        """Return our weight. get(name): a transformers weight. Raises ValueError if a size does not fit."""
+        """Return our weight, with padding rows of zeros if it is the embedding or the head.
+
+        get(name): returns a transformers weight. Raises ValueError if its shape is not the one that the config implies.
+        """
         parts = []
         for name, shape in self.shapes.items():
             part = get(name)
             if part.shape != shape:
-                raise ValueError(f"{name} is {list(part.shape)}, and the config asks for {list(shape)}.")
+                raise ValueError(
+                    f"the weight {name} has the shape {list(part.shape)}, but by the config it has {list(shape)}: the "
+                    "files belong to different models, or one is damaged."
+                )
             parts.append(part.t() if self.transposed else part)
         if self.ours in (EMBEDDING, HEAD):
             parts.append(parts[0].new_zeros(config.padded_vocab_size - config.vocab_size, config.d_model))
@@ -54,7 +63,10 @@ class Weight(NamedTuple):
 
 
 def family(config: GPTConfig) -> Family:
-    """Return the transformers family of a model. Raises ValueError with the offending fields if there is none."""
+    """Return the transformers family that computes the same as our model with this config.
+
+    Raises ValueError if there is none. The message lists the fields that no family supports.
+    """
     gpt2 = config.position == "learned"
     wanted: dict[str, tuple[object, ...]] = {"norm": ("layernorm",), "mlp": ("gelu", "gelu_tanh"), "qk_norm": (False,)}
     if not gpt2:
@@ -69,10 +81,11 @@ def family(config: GPTConfig) -> Family:
         wrong.append(f"head_dim = {config.head_dim}")
     if wrong:
         parts = (
-            "GPT-2, with learned positions, has layernorm, gelu, as many key-value heads as heads and no qk_norm"
+            "a model with learned positions is exported as GPT-2, which needs layernorm, gelu or gelu_tanh, n_kv_head "
+            "= n_head, n_head * head_dim = d_model and no qk_norm"
             if gpt2
-            else "Llama, with rope, has rmsnorm and swiglu; with qk_norm it is Qwen3, which has no biases or those of "
-            "attention"
+            else "a model with rope is exported as Llama or Qwen, which need rmsnorm and swiglu; with qk_norm it is "
+            "exported as Qwen3, which also needs bias: false or attention"
         )
         raise ValueError(f"transformers has no class for a model with {', '.join(wrong)}: {parts}.")
     if gpt2:
@@ -81,26 +94,30 @@ def family(config: GPTConfig) -> Family:
 
 
 def to_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Convert GPT's state dict for the transformers class of its family. Raises ValueError if there is none."""
+    """Convert a state dict of GPT(config) into one for transformers' class of the same family.
+
+    Raises ValueError if no family of transformers computes the same as this config.
+    """
     out = {name: part for weight in weight_table(config) for name, part in weight.split(state_dict[weight.ours])}
     like = next(iter(out.values()))
     return out | {name: like.new_zeros(size) for name, size in zero_biases(config).items()}
 
 
 def from_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Convert a transformers state dict for GPT(config).load_state_dict.
+    """Convert a transformers state dict into one for GPT(config).load_state_dict.
 
-    Raises ValueError if the config has no transformers class, or if weights are missing, left over or of another shape.
+    Raises ValueError if no family of transformers computes the same as this config, or if a weight is missing, left
+    over or has another shape than the config implies.
     """
     names = canonical_names(state_dict, config)
     return {weight.ours: weight.join(lambda name: state_dict[names[name]], config) for weight in weight_table(config)}
 
 
 def canonical_names(stored: Iterable[str], config: GPTConfig) -> dict[str, str]:
-    """Map the full name of every weight that the config needs to its name in a file that has the names `stored`.
+    """Return {transformers' full name: name in the file} for every weight that the config needs.
 
-    Files of the bare model lack the prefix, and safetensors files store a tied weight once. Raises ValueError if
-    weights are missing or left over.
+    stored: the names in the file. They may lack the prefix of the full names ("transformer." or "model."), and a file
+    may store a tied weight only once. Raises ValueError if a weight is missing or left over.
     """
     names = full_names(stored, config)
     embedding = theirs_of_embedding(config)
@@ -111,13 +128,16 @@ def canonical_names(stored: Iterable[str], config: GPTConfig) -> dict[str, str]:
     if wanted != names.keys():
         raise ValueError(
             f"the weights do not fit the config: missing {sorted(wanted - names.keys())[:5]}, "
-            f"left over {sorted(names.keys() - wanted)[:5]} (up to five of each)."
+            f"left over {sorted(names.keys() - wanted)[:5]} (at most five of each are listed)."
         )
     return names
 
 
 def full_names(stored: Iterable[str], config: GPTConfig) -> dict[str, str]:
-    """Map full names to the names in a file. Constants are left out."""
+    """Return {transformers' full name: name in the file} for all weights in a file; see canonical_names.
+
+    Constants that older files store with the weights are left out.
+    """
     prefix, bare = (
         ("transformer.", ("wte.", "wpe.", "h.", "ln_f."))
         if family(config) == "gpt2"
@@ -127,31 +147,37 @@ def full_names(stored: Iterable[str], config: GPTConfig) -> dict[str, str]:
 
 
 def theirs_of_embedding(config: GPTConfig) -> str:
-    """Return transformers' name of the token embedding."""
+    """Return transformers' name of the token embedding in the family of this config."""
     return "transformer.wte.weight" if family(config) == "gpt2" else "model.embed_tokens.weight"
 
 
 def weight_table(config: GPTConfig) -> list[Weight]:
-    """List every entry of GPT's state dict with its transformers counterparts."""
+    """Return one Weight for every entry of GPT(config)'s state dict."""
     return _gpt2_table(config) if family(config) == "gpt2" else _llama_table(config)
 
 
 def hf_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a file that transformers loads. A tied lm_head is not among them."""
+    """Return {transformers' name: shape} of every tensor that an exported file has. It has no tied lm_head."""
     table = [weight for weight in weight_table(config) if not (config.tie_embeddings and weight.ours == HEAD)]
     shapes = {name: shape for weight in table for name, shape in weight.shapes.items()}
     return shapes | {name: (size,) for name, size in zero_biases(config).items()}
 
 
 def zero_biases(config: GPTConfig) -> dict[str, int]:
-    """Return names and sizes of the biases that transformers' GPT-2 has and our model lacks; they are exported as 0."""
+    """Return {transformers' name: size} of the biases that transformers' GPT-2 needs but our model lacks.
+
+    They are exported as zeros. Empty for the other families.
+    """
     if family(config) != "gpt2":
         return {}
     return {bias: rows for _, bias, rows, _, layer in _gpt2_modules(config) if not config.has_bias(layer)}
 
 
 def _gpt2_modules(config: GPTConfig) -> list[tuple[str, str, int, int | None, Layer]]:
-    """Return the modules with a weight and a bias: (our name, transformers' name of the bias, rows, columns, layer)."""
+    """Return (our name, transformers' name of the bias, rows, columns, kind of layer) of each layer with a bias.
+
+    columns is None if the weight is a vector.
+    """
     d, ff = config.d_model, config.ff_width
     modules: list[tuple[str, str, int, int | None, Layer]] = [("norm", "transformer.ln_f.bias", d, None, "norm")]
     for layer in range(config.n_layer):

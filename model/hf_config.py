@@ -1,8 +1,8 @@
 """Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Mistral, Qwen2, Qwen3.
 
-Keys that a config.json leaves out have transformers' defaults. Features that our model lacks (scaled RoPE, sliding
-windows, other activations) raise a ValueError with their name; they are never ignored. Mistral without a window
-computes what Llama does, and is exported as Llama.
+If a config.json leaves a key out, transformers' default is used. A feature that our model lacks (such as scaled RoPE, a
+sliding window or another activation) raises a ValueError that names it; it is never ignored. Mistral without a sliding
+window computes the same as Llama, and is exported as Llama.
 """
 
 import math
@@ -18,20 +18,20 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Several names of one function each. silu is also called swish.
+# transformers' names of the activations that our model has. Several names mean the same function.
 GELU: dict[str, Literal["gelu", "gelu_tanh"]] = {
     "gelu": "gelu", "gelu_python": "gelu",
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
 }  # fmt: skip
 SILU = ("silu", "swish")
-LARGEST = 2**31  # of any size in a config.json
-# Other names of GPT-2's keys; transformers reads both.
+LARGEST = 2**31  # integers in a config.json must be smaller
+# Generic names that transformers reads too -> the names that GPT-2's config.json normally has.
 GPT2_NAMES = {
     "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }  # fmt: skip
-# transformers' defaults, for files that leave a value out.
+# transformers' defaults for the keys that a config.json leaves out.
 GPT2_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
@@ -59,9 +59,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def to_hf_config(config: GPTConfig, bos_id: int, eos_ids: list[int], dtype: str) -> dict[str, Any]:
-    """Return the config.json of a model. Raises ValueError if no family fits.
+    """Return the contents of a config.json with which transformers computes the same as GPT(config).
 
-    eos_ids: tokens that end a text; dtype: torch's name, as "float32".
+    bos_id: the token that begins a text. eos_ids: the tokens that end one. dtype: of the weights, as "float32".
+    Raises ValueError if no family of transformers computes the same.
     """
     kind = family(config)
     common = {
@@ -116,10 +117,13 @@ def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
 
 
 def from_hf_config(raw: Mapping[str, Any]) -> GPTConfig:
-    """Read a config.json. Raises ValueError for features that our model lacks. Dropout is 0: the run file sets it."""
+    """Return the GPTConfig for the parsed contents of a config.json. Its dropout is 0 whatever the file says.
+
+    Raises ValueError if a value is invalid or if the file uses a feature that our model lacks.
+    """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise ValueError(f"model_type = {kind!r}: only {', '.join(DEFAULTS)} models can be imported.")
+        raise ValueError(f"model_type = {kind!r}: only models of the types {', '.join(DEFAULTS)} can be imported.")
     _refuse(raw, {"quantization_config": (None,), "is_causal": (None, True)})
     if kind == "gpt2":
         raw = {GPT2_NAMES.get(name, name): value for name, value in raw.items()}
@@ -128,9 +132,10 @@ def from_hf_config(raw: Mapping[str, Any]) -> GPTConfig:
 
 
 def _refuse(raw: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise ValueError if a key of raw has a value other than those listed for it in `wanted`."""
     for name, valid in wanted.items():
         if name in raw and raw[name] not in valid:
-            raise ValueError(f"{name} = {raw[name]!r}: our model computes only {' or '.join(map(repr, valid))} there.")
+            raise ValueError(f"{name} = {raw[name]!r}: our model supports only {' or '.join(map(repr, valid))}.")
 
 
 def _integer(raw: Mapping[str, Any], name: str) -> int:
@@ -197,49 +202,58 @@ def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
 
 
 def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """The base of RoPE, from where transformers takes it. ValueError for other than plain RoPE over all channels."""
+    """Return the base of RoPE's angles, read from the key that transformers reads it from.
+
+    Raises ValueError unless the file describes plain RoPE: not scaled, the same in all layers, on all channels.
+    """
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key) or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{key} = {str(rope)[:40]!r}: expected an object.")
-    # Older files say `type`. A nested object has the parameters of one kind of layer.
+    # Older files have `type` instead of `rope_type`. A nested object holds the parameters of one kind of layer.
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"
     if not plain or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{key} = {rope}: our model has plain RoPE only, no scaling.")
+        raise ValueError(f"{key} = {rope}: our model supports only plain RoPE, without scaling.")
     for source in (rope, raw):
         _refuse(source, {"partial_rotary_factor": (None, 1.0)})
     return _number({"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10_000.0))}, "rope_theta")
 
 
 def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention"]:
-    """Which layers have biases. Mistral and Qwen2 have no setting for it."""
+    """Return the value of GPTConfig.bias. In Mistral and Qwen2 it is fixed; Llama and Qwen3 have keys for it.
+
+    Raises ValueError if only the MLP has biases.
+    """
     if kind in ("mistral", "qwen2"):
         return "qkv" if kind == "qwen2" else False
     attention = _flag(raw, "attention_bias")
     mlp = kind == "llama" and _flag(raw, "mlp_bias")
     if mlp and not attention:
-        raise ValueError("mlp_bias = True with attention_bias = False: our model has no biases in the MLP alone.")
+        raise ValueError(
+            "mlp_bias = True with attention_bias = False: our model cannot have biases in the MLP without biases in "
+            "attention."
+        )
     return True if mlp else "attention" if attention else False
 
 
 def _check_window(raw: Mapping[str, Any], kind: str) -> None:
-    """ValueError if attention is limited to a window that is shorter than the longest sequence."""
+    """Raise ValueError if attention is limited to a sliding window that is shorter than the longest sequence."""
     if _has_window(raw, kind) and _integer(raw, "sliding_window") < _integer(raw, "max_position_embeddings"):
         raise ValueError(
-            f"sliding_window = {raw['sliding_window']}: in our model a token attends to all earlier ones, up to "
-            f"max_position_embeddings = {raw['max_position_embeddings']}."
+            f"sliding_window = {raw['sliding_window']} is shorter than max_position_embeddings = "
+            f"{raw['max_position_embeddings']}: in our model a token attends to all earlier tokens."
         )
 
 
 def _has_window(raw: Mapping[str, Any], kind: str) -> bool:
-    """Whether some layer of the model has a window. Llama has none, whatever its config.json says."""
+    """Return whether any layer has a sliding window. Llama never has one: transformers ignores the keys for it."""
     if kind == "llama" or raw["sliding_window"] is None:
         return False
     if kind == "mistral":
         return True
     if (types := raw["layer_types"]) is not None:
         if not isinstance(types, list) or any(name != "full_attention" for name in types):
-            raise ValueError(f"layer_types = {str(types)[:100]}: our model has full_attention in every layer.")
+            raise ValueError(f"layer_types = {str(types)[:100]}: our model supports only full_attention.")
         return False
     if not raw["use_sliding_window"]:
         return False

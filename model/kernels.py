@@ -1,17 +1,17 @@
-"""The choice of kernels: which implementation of the fused operations a device uses.
+"""Choose the implementation of the model's five fused operations for a device.
 
-    kernels = choose("auto", x.device)      # a module with the functions of reference_ops.py
+    kernels = choose("auto", x.device)      # a module with the same functions as reference_ops.py
     kernels.add_norm(...), .rotate, .attend, .activate, .row_losses
 
-| model.kernels | implementation |
+| model.kernels in the run file | implementation |
 |---|---|
-| eager | reference_ops.py |
-| compile | reference_ops.py, each block through torch.compile; the head, which is in no block, as with auto |
-| triton | triton_kernels.py, on GPUs |
-| native | native_kernels.py, C++ on CPUs |
-| auto | triton on CUDA if it imports, native on CPUs with a C++ compiler, else eager |
+| eager | reference_ops.py, in plain PyTorch |
+| compile | reference_ops.py, with torch.compile for each block of the model; the output head runs as with auto |
+| triton | triton_kernels.py, for GPUs |
+| native | native_kernels.py, C++ for CPUs |
+| auto | triton on a GPU if Triton can be imported; native on a CPU if there is a C++ compiler; otherwise eager |
 
-The choice changes speed and rounding only. All choices share the linear layers of linear.py.
+The choice changes speed and rounding only. All choices use the linear layers of linear.py.
 """
 
 import functools
@@ -28,30 +28,30 @@ from packspeed.model.attention import Documents
 
 
 class Kernels(Protocol):
-    """Interface of a kernel module; the contracts are in reference_ops.py."""
+    """The functions of a kernel module. reference_ops.py describes their arguments and results."""
 
     def add_norm(
         self, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
     ) -> tuple[Tensor, Tensor]:
-        """Add to the residual stream and normalise."""
+        """Return x + branch and its norm."""
 
     def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Apply RoPE."""
+        """Return x (B, T, H, D) with RoPE applied."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-        """Causal attention (attention.py)."""
+        """Return causal attention, as attention.attend does."""
 
     def activate(self, x: Tensor, kind: str) -> Tensor:
-        """Apply the nonlinearity of the MLP."""
+        """Return the nonlinearity of the MLP: kind is gelu, gelu_tanh or swiglu."""
 
     def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-        """Cross entropy of each row, and its gradient in place of the logits."""
+        """Return the cross entropy of each row. If with_gradient, overwrite the logits with their gradient."""
 
 
 def resolve(name: str, device: str) -> str:
-    """Return what `model.kernels: name` means on a type of device: `auto` becomes triton, native or eager.
+    """Return the kernels in use if the run file has `model.kernels: name`; auto becomes triton, native or eager.
 
-    Raises ValueError if triton or native is asked for and cannot run there.
+    device: a device type of torch, as "cuda" or "cpu". Raises ValueError if triton or native cannot run on it.
     """
     if name == "auto":
         if device == "cuda":
@@ -59,25 +59,34 @@ def resolve(name: str, device: str) -> str:
         return "native" if device == "cpu" and _native_kernels() is not None else "eager"
     if name == "native":
         if device != "cpu":
-            raise ValueError(f"kernels = 'native' is for CPUs, and this is a {device}: choose auto.")
+            raise ValueError(f"kernels = 'native' runs on CPUs only, and this device is {device}: choose auto.")
         if _native_kernels() is None:
-            raise ValueError("kernels = 'native', and they do not compile (see the warning above): choose auto.")
+            raise ValueError(
+                "kernels = 'native', but the C++ kernels could not be built (see the warning above): choose auto, or "
+                "install what the warning names."
+            )
     if name == "triton":
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"kernels = 'triton' needs a GPU, and this is a {device}: choose auto or eager.")
+            raise ValueError(f"kernels = 'triton' needs a GPU, and this device is {device}: choose auto or eager.")
         if _triton_kernels() is None:
-            raise ValueError("kernels = 'triton', and triton does not import: pip install triton, or choose auto.")
+            raise ValueError(
+                "kernels = 'triton', but the package triton cannot be imported: run `pip install triton`, or choose "
+                "auto."
+            )
     return name
 
 
 def choose(name: str, device: torch.device) -> Kernels:
-    """Return the module with the kernels of `model.kernels: name` on a device. Raises ValueError like resolve."""
+    """Return the kernel module to use on a device if the run file has `model.kernels: name`.
+
+    Raises ValueError if triton or native is requested but cannot run on the device.
+    """
     modules = {"triton": _triton_kernels, "native": _native_kernels}
     kernels = modules.get(resolve(name, device.type), lambda: None)()
     return cast(Kernels, reference_ops) if kernels is None else kernels
 
 
-# Both modules are imported at first use: triton needs a GPU or its interpreter, and native_kernels a compiler.
+# Both modules are imported at first use, because triton may be missing and native_kernels needs a C++ compiler.
 @functools.cache
 def _triton_kernels() -> Kernels | None:
     try:
@@ -88,7 +97,7 @@ def _triton_kernels() -> Kernels | None:
 
 @functools.cache
 def _native_kernels() -> Kernels | None:
-    """Return the C++ kernels, compiled at first use; None, with a warning that says why, if that fails."""
+    """Return the module with the C++ kernels, which are compiled at first use. Warn and return None if that fails."""
     native: Any = importlib.import_module("packspeed.model.native_kernels")
     try:
         native.build()

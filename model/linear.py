@@ -1,7 +1,8 @@
-"""The linear layer of all kernels: F.linear, except in bf16 on CPUs without bf16 instructions.
+"""The linear layer that all choices of `model.kernels` use: F.linear, except for bf16 on CPUs without bf16 support.
 
-There, torch emulates bf16 and takes several times as long as in fp32. So the factors are copied to fp32, multiplied,
-and the product is rounded to bf16: four times as fast, with the rounding of a bf16 GEMM that accumulates in fp32.
+On such a CPU torch emulates bf16, which takes several times as long as fp32. Here the input and the weight are copied
+to fp32 and multiplied, and the product is rounded to bf16. That is four times as fast, and rounds like a bf16 GEMM that
+accumulates in fp32.
 """
 
 from typing import Any
@@ -12,19 +13,19 @@ from torch.nn import functional as F
 
 
 def _cpu_has_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions. Assumed if torch is too old to tell."""
+    """Return whether this CPU has bf16 instructions. Return True if torch is too old to report it."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return True
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-CPU_HAS_BF16 = _cpu_has_bf16()  # a constant, which torch.compile can read
-WIDE_ROWS = 16  # fewer rows: copying the factors to fp32 costs more than it saves (LOG.md)
+CPU_HAS_BF16 = _cpu_has_bf16()  # a module constant, because torch.compile cannot trace the function
+WIDE_ROWS = 16  # with fewer rows, copying the weight to fp32 costs more than it saves (LOG.md)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute F.linear(x, weight, bias), through fp32 if bf16 is slow here and x has at least WIDE_ROWS rows."""
+    """Return F.linear(x, weight, bias). Computed in fp32 if bf16 is slow on this CPU and x has at least 16 rows."""
     slow = is_slow(torch.bfloat16, x.device) and x.numel() >= WIDE_ROWS * x.size(-1)
     if slow and _in_bf16(x, weight):
         out: Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -33,19 +34,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _in_bf16(x: Tensor, weight: Tensor) -> bool:
-    """Return whether F.linear on a CPU would multiply in bf16."""
+    """Return whether F.linear(x, weight) on a CPU would multiply in bf16, with autocast taken into account."""
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") == torch.bfloat16
     return x.dtype == weight.dtype == torch.bfloat16
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether a GEMM in this dtype is several times slower than in fp32: bf16 on a CPU without bf16 support."""
+    """Return whether a GEMM in this dtype on this device is several times slower than in fp32.
+
+    That is the case for bf16 on a CPU without bf16 instructions.
+    """
     return dtype == torch.bfloat16 and device.type == "cpu" and not CPU_HAS_BF16
 
 
 class _WideLinear(torch.autograd.Function):
-    """Saves for backward what F.linear saves, in bf16. The fp32 copies exist during one product only."""
+    """A linear layer that multiplies bf16 tensors in fp32.
+
+    Backward keeps the bf16 tensors that F.linear keeps. The fp32 copies exist only during one product.
+    """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]

@@ -1,12 +1,15 @@
-// Causal attention of kernels.py for CPUs, forward and backward; see native_kernels.py.
+// Causal attention for CPUs, forward and backward, called from native_kernels.py.
 //
-// Flash attention (https://arxiv.org/abs/2205.14135): blocks of 64 queries against blocks of 64 keys, whose scores stay
-// in the cache; the backward pass makes them again from the kept log of their sums. Scores stand as (key, query), so
-// that what belongs to a query is a vector's lane and no loop reduces across one. All products go through add_product,
-// which keeps a tile of the result in registers. A thread copies a head together first: a token's width apart its rows
-// would push each other out of the cache. Forward, a thread takes a stretch and a head; backward, a stretch and a key
-// head with all its queries' heads, whose gradients add up in order, and 9 T D floats of memory. So batches of few
-// stretches with few key heads do not keep many threads busy.
+// Flash attention (https://arxiv.org/abs/2205.14135) computes the scores of 64 queries and 64 keys at a time, in the
+// cache. The backward pass recomputes them from the saved logarithms of the softmax denominators. Scores are stored as
+// (key, query): each query has its own lane of a vector, so no loop has to add up the lanes of a vector. All products
+// go through add_product, which keeps a tile of the result in registers.
+//
+// A span is a sequence of tokens that attend only to each other: a row of the batch, or a document. A thread first
+// copies the tokens of a head into contiguous memory, because rows that are far apart would evict each other from the
+// cache. In the forward pass one task is a span and a head. In the backward pass one task is a span and a key-value
+// head with all its query heads, so that their gradients are added in a fixed order; it needs 9 T D floats of memory.
+// So a batch of few spans with few key-value heads cannot keep many threads busy.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -35,7 +38,7 @@ inline Vector vector_at(const float* place) {
 
 inline Index up_to(Index size, Index multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-// The left factor of a product: element (m, k) stands at data[m * row + k * column].
+// The left factor of a product: element (m, k) is data[m * row + k * column].
 struct Left {
     const float* data;
     Index row, column;
@@ -70,10 +73,10 @@ inline void add_tile(Left a, const float* b, float* c, Index width, Index first,
     }
 }
 
-// Where a product on the diagonal has its zeros, or what nobody reads: nothing there is computed.
+// Which triangle of a product is zero or unused, if the block is on the diagonal: add_product skips it.
 enum Triangle { NONE, LEFT_IS_LOWER, LEFT_IS_UPPER, RESULT_IS_UPPER };
 
-// c (M, N) += a (M, K) b (K, N). M is a multiple of ROWS; rows of b and c are `width` floats long, a multiple of LANES.
+// c (M, N) += a (M, K) b (K, N). M is a multiple of ROWS. Rows of b and c have `width` floats, a multiple of LANES.
 inline void add_product(Left a, const float* b, float* c, Index M, Index N, Index K, Index width, Triangle triangle) {
     for (Index m = 0; m < M; m += ROWS) {
         const Left rows{a.data + m * a.row, a.row, a.column};
@@ -93,7 +96,7 @@ inline void add_product(Left a, const float* b, float* c, Index M, Index N, Inde
     }
 }
 
-// One head of a tensor (N, heads, width): `data` is its first token, `row` floats lie between two tokens.
+// One head of a tensor (N, heads, width): `data` points to its first token, and the next token is `row` floats later.
 struct Head {
     float* data;
     Index row;
@@ -101,7 +104,7 @@ struct Head {
     Head from(Index token) const { return {data + token * row, row}; }
 };
 
-// Copy a head's tokens into rows of `padded` floats; further rows and columns are zeros.
+// Copy `count` tokens of a head, times `factor`, into `size` rows of `padded` floats, and fill the rest with zeros.
 inline void pack(Head head, Index count, Index size, Index width, Index padded, float factor, float* to) {
     for (Index r = 0; r < count; r++) {
         for (Index c = 0; c < width; c++) {
@@ -120,7 +123,7 @@ inline void unpack(const float* from, Index count, Index width, Index padded, fl
     }
 }
 
-// A block of rows (64, padded) into (width, 64).
+// Transpose a block of rows, (64, padded), into (width, 64).
 inline void transpose(const float* from, Index width, Index padded, float* to) {
     for (Index c = 0; c < width; c++) {
         for (Index r = 0; r < BLOCK; r++) {
@@ -129,19 +132,19 @@ inline void transpose(const float* from, Index width, Index padded, float* to) {
     }
 }
 
-// Stretches of tokens that attend to themselves, causally; `ends` has one more than there are, the first 0.
+// The shapes of a call. `ends` has spans + 1 elements: 0, then the index after the last token of each span.
 struct Attention {
     const std::int32_t* ends;
-    Index stretches, heads, kv_heads, width;
+    Index spans, heads, kv_heads, width;
     int threads;
 
     Index padded() const { return up_to(width, LANES); }
     Index group() const { return heads / kv_heads; }
     float scale() const { return 1.0f / std::sqrt(static_cast<float>(width)); }
     int busy(Index tasks) const { return tasks < 1 ? 1 : tasks < threads ? static_cast<int>(tasks) : threads; }
-    Index longest() const {  // in whole blocks
+    Index longest() const {  // rounded up to a multiple of BLOCK
         Index length = 0;
-        for (Index s = 0; s < stretches; s++) {
+        for (Index s = 0; s < spans; s++) {
             length = ends[s + 1] - ends[s] > length ? ends[s + 1] - ends[s] : length;
         }
         return up_to(length, BLOCK);
@@ -151,8 +154,9 @@ struct Attention {
     }
 };
 
-// Scores (keys, 64) become powers of e. Online softmax (https://arxiv.org/abs/1805.02867): `top` and `sum` of each
-// query take them in, and `shrink` is what the earlier powers are to be multiplied with.
+// One step of the online softmax (https://arxiv.org/abs/1805.02867): replace scores (keys, 64) by e^(score - top).
+// `top` and `sum` are the running maximum and the running sum of each query. `shrink` returns the factor by which the
+// results of earlier blocks must be multiplied.
 inline void soften(float* scores, Index keys, bool diagonal, float* top, float* sum, float* shrink) {
     float before[BLOCK];
     std::memcpy(before, top, sizeof before);
@@ -180,7 +184,7 @@ inline void soften(float* scores, Index keys, bool diagonal, float* top, float* 
     }
 }
 
-// The forward pass of one head against packed keys and values.
+// The forward pass of one head and span. keys and values were copied by pack; `room` is working memory.
 void attend_head(const Attention& at, Head q, const float* keys, const float* values, Index length, Head out,
                  float* log_sums, float* room) {
     const Index width = at.width, padded = at.padded();
@@ -219,7 +223,7 @@ void attend_head(const Attention& at, Head q, const float* keys, const float* va
 void attend(const Attention& at, float* q, Index q_row, float* k, Index k_row, float* v, Index v_row, float* out,
             float* log_sums) {
     const Index width = at.width, padded = at.padded(), size = at.longest() * padded;
-    const Index tasks = at.stretches * at.heads;
+    const Index tasks = at.spans * at.heads;
 #pragma omp parallel num_threads(at.busy(tasks))
     {
         std::vector<float> keys(size), values(size), room(3 * BLOCK * padded);
@@ -235,7 +239,7 @@ void attend(const Attention& at, float* q, Index q_row, float* k, Index k_row, f
     }
 }
 
-// A thread's memory in the backward pass: a key head and one of its queries' heads.
+// The working memory of a thread in the backward pass: a key-value head and one of its query heads.
 struct Packed {
     std::vector<float> keys, values, d_keys, d_values;
     std::vector<float> query, query_turned, d_query, d_mixed, d_mixed_turned, log_sum, product;
@@ -254,7 +258,7 @@ struct Packed {
           product(rows) {}
 };
 
-// Add what one head's queries give to its keys and values; d_query takes theirs.
+// Compute the gradient of the queries of one head, and add its part to the gradients of keys and values.
 void attend_backward_head(const Attention& at, Index length, Packed& p) {
     const Index width = at.width, padded = at.padded();
     float powers[BLOCK * BLOCK], d_scores[BLOCK * BLOCK];
@@ -293,7 +297,7 @@ void attend_backward_head(const Attention& at, Index length, Packed& p) {
 void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index k_row, float* v, Index v_row,
                      float* out, float* log_sums, float* d_out, float* d_q, float* d_k, float* d_v) {
     const Index width = at.width, padded = at.padded(), all_row = at.heads * width, kv_row = at.kv_heads * width;
-    const Index tasks = at.stretches * at.kv_heads;
+    const Index tasks = at.spans * at.kv_heads;
 #pragma omp parallel num_threads(at.busy(tasks))
     {
         Packed p(at.longest(), padded);
@@ -319,7 +323,7 @@ void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index
                     p.product[r] = sum;
                     p.log_sum[r] = log_sums[(start + r) * at.heads + head];
                 }
-                for (Index r = length; r < all; r++) {  // rows that are not there have no powers
+                for (Index r = length; r < all; r++) {  // rows after the last token: e^(score - INFINITY) is 0
                     p.product[r] = 0.0f, p.log_sum[r] = INFINITY;
                 }
                 for (Index i = 0; i < length; i += BLOCK) {
@@ -338,15 +342,15 @@ void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index
 }  // namespace
 
 extern "C" void attend_fp32(float* q, float* k, float* v, Index q_row, Index k_row, Index v_row, float* out,
-                            float* log_sums, const std::int32_t* ends, Index stretches, Index heads, Index kv_heads,
+                            float* log_sums, const std::int32_t* ends, Index spans, Index heads, Index kv_heads,
                             Index width, int threads) {
-    attend({ends, stretches, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out, log_sums);
+    attend({ends, spans, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out, log_sums);
 }
 
 extern "C" void attend_backward_fp32(float* q, float* k, float* v, Index q_row, Index k_row, Index v_row, float* out,
                                      float* log_sums, float* d_out, float* d_q, float* d_k, float* d_v,
-                                     const std::int32_t* ends, Index stretches, Index heads, Index kv_heads,
+                                     const std::int32_t* ends, Index spans, Index heads, Index kv_heads,
                                      Index width, int threads) {
-    attend_backward({ends, stretches, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out, log_sums,
+    attend_backward({ends, spans, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out, log_sums,
                     d_out, d_q, d_k, d_v);
 }

@@ -1,9 +1,8 @@
-// The operations of reference_ops.py for CPUs: plain loops that the compiler turns into vector instructions.
+// activate and row_losses of reference_ops.py for CPUs: plain loops that the compiler turns into vector instructions.
 //
-// No torch header and no C++ symbol crosses the border, so this compiles in four seconds and loads through ctypes; see
-// native_kernels.py for what each function means. Rows, or elements, are shared between OpenMP threads; what one thread
-// computes never depends on how many there are, so neither do the bits. Arithmetic is fp32; bf16 is rounded where it is
-// stored.
+// The functions have C signatures and need no torch header, so this file compiles in four seconds and is loaded with
+// ctypes by native_kernels.py. OpenMP threads share the rows. The result of a row does not depend on the number of
+// threads, so its bits do not either. Arithmetic is fp32; bf16 results are rounded when they are stored.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,11 +12,11 @@
 
 namespace {
 
-constexpr Index TILE = 1024;  // floats that fp32 sums before the sum goes on in fp64
+constexpr Index TILE = 1024;  // floats that are summed in fp32; the sums of tiles are added in fp64
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
-// The share of x that GELU lets through, and GELU's derivative. Abramowitz and Stegun 7.1.26 for erf: 1.5e-7 at most.
+// share = GELU(x) / x; slope = the derivative of GELU. erf is Abramowitz and Stegun's 7.1.26, with an error <= 1.5e-7.
 struct Gelu {
     float share, slope;
 };
@@ -76,7 +75,8 @@ void activate_backward(const T* x, const T* d_out, T* d_x, Index rows, Index wid
     }
 }
 
-// Loss of a row of logits, and its gradient over them. `powers` keeps e^(logit - highest), in the cache.
+// Return the loss of a row; if with_gradient, overwrite its logits with their gradient. `powers` is working memory for
+// e^(logit - highest).
 template <typename T>
 float row_loss(T* logits, Index label, Index vocab, Index padded, float z_loss, bool with_gradient, float* powers) {
     float highest = -INFINITY;
@@ -97,7 +97,7 @@ float row_loss(T* logits, Index label, Index vocab, Index padded, float z_loss, 
         sum += part;
     }
     const float log_sum = highest + static_cast<float>(std::log(sum));
-    const bool known = label < vocab;  // a label that is no token makes the loss NaN, which no run goes on with
+    const bool known = label < vocab;  // a label outside the vocabulary makes the loss NaN, so the error is noticed
     const float target = label < 0 ? 0.0f : known ? load(logits[label]) : NAN;
     const float loss = label < 0 ? 0.0f : log_sum - target + z_loss * log_sum * log_sum;
     if (with_gradient) {

@@ -1,12 +1,13 @@
-"""The operations of reference_ops.py in C++ for CPUs: torch's versions read and write memory several times.
+"""Three operations of reference_ops.py in C++ for CPUs. torch's versions read and write memory several times.
 
-    attend      flash attention of rows or documents in one call, in tiles that fit a core's cache
-    activate    elementwise, one exp per element; backward recomputes the gate from the linear layer's output
-    row_losses  loss and gradient of a row while it is in the cache: one exp per logit (torch: two, and four copies)
+    attend      flash attention of all rows or documents in one call, in tiles that fit into a core's cache
+    activate    one pass with one exp per element; backward recomputes the gate from the output of the linear layer
+    row_losses  loss and gradient of a row while it is in the cache; one exp per logit (torch: two, and four copies)
 
-The rest is reference_ops.py's. At first use the C++ is compiled for this CPU (`c++ -march=native`, four
-seconds) into TORCH_EXTENSIONS_DIR or torch's default for it; several processes may do that in parallel. Without a
-compiler, `auto` falls back to reference_ops.py with a warning. The number of threads is torch's.
+add_norm and rotate are those of reference_ops.py. At first use the C++ is compiled for this CPU with
+`c++ -march=native`, which takes four seconds, into TORCH_EXTENSIONS_DIR or torch's default folder for extensions.
+Several processes may do that at the same time. Without a compiler, `model.kernels: auto` uses reference_ops.py and
+warns. The C++ code uses as many threads as torch.
 """
 
 from __future__ import annotations
@@ -44,14 +45,17 @@ SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class BuildError(RuntimeError):
-    """There is no compiler, or it failed. The message says what to install."""
+    """The C++ kernels could not be compiled. The message says what to install."""
 
 
 @functools.cache
 def build() -> ctypes.CDLL:
-    """Load the library, compiled first if necessary. Raises BuildError, or OSError if the cache is not writable."""
+    """Return the library with the C++ kernels; compile it first if it is not in the cache folder.
+
+    Raises BuildError if there is no compiler or if it fails, and OSError if the cache folder is not writable.
+    """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    # By default GCC uses half of the width of AVX-512, because older CPUs lowered their clock at full width.
+    # By default GCC uses 256-bit vectors even with AVX-512, because older CPUs lowered their clock for wider ones.
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
     texts = [path.read_text() for path in (HEADER, *SOURCES)]
     identity = "\n".join([*texts, *compiler, *flags, _cpu()])
@@ -67,16 +71,19 @@ def build() -> ctypes.CDLL:
 
 
 def _folder() -> Path:
-    """Return the folder for our kernels, where torch caches compiled extensions."""
+    """Return the folder for the compiled library, inside the folder where torch caches compiled extensions."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions")
-    if root.name.startswith("packspeed-"):  # DeepSpeed's ops have a folder per environment (launch/engine/ops.py)
+    if root.name.startswith("packspeed-"):  # set by launch/engine/ops.py: a folder for DeepSpeed's ops only
         root = root.parent
     return root / "packspeed"
 
 
 def _cpu() -> str:
-    """Return what -march=native depends on. Hosts that share a home directory may have different CPUs."""
+    """Return a text that identifies the CPU's instruction set, on which the result of -march=native depends.
+
+    It is part of the library's name, because hosts that share a home directory may have different CPUs.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -89,24 +96,27 @@ def _compile(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise BuildError(f"{command[0]} does not start ({error}): {advice}") from error
+        raise BuildError(f"the compiler {command[0]} cannot be started ({error}): {advice}") from error
     if done.returncode:
         output = "\n".join(done.stderr.strip().splitlines()[:5])
-        raise BuildError(f"{command[0]} cannot compile our kernels: {advice}. Its output: {output or 'none'}")
+        raise BuildError(f"{command[0]} cannot compile the C++ kernels: {advice}. Its output: {output or 'none'}")
 
 
 def _call(name: str, x: Tensor, *arguments: Any) -> None:
-    """Call a function of the library for the dtype of x. Tensors become pointers; other arguments are passed on."""
+    """Call the C++ function `name` in its version for the dtype of x. Tensors are passed as pointers to their data."""
     function = getattr(build(), f"{name}_{SUFFIX[x.dtype]}")
     function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in (x, *arguments)))
 
 
 class _Attend(torch.autograd.Function):
-    """q, k, v (N, heads, width); ends (documents + 1,) int32, from 0 to N."""
+    """Causal attention within documents, in fp32, for q (N, H, D) and k, v (N, h, D), where h divides H.
+
+    ends (documents + 1,) int32: 0, then the index after the last token of each document.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
-        # q, k and v are views of one matrix: their rows may be far apart, but each row must be contiguous.
+        # q, k and v are views of one matrix, so their rows have a stride. Each row must be contiguous.
         inputs = [x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v)]
         rows = [c_int64(x.stride(0)) for x in inputs]
         ctx.shape = [c_int64(n) for n in (ends.numel() - 1, q.size(1), k.size(1), q.size(2))]
@@ -128,7 +138,7 @@ class _Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """Causal attention within each row or document, computed in fp32; see attention.attend."""
+    """Return causal attention within each row or document, computed in fp32; arguments as in attention.attend."""
     if q.dtype not in SUFFIX:
         return plain_attend(q, k, v, documents)
     rows, length = q.shape[:2]
@@ -158,7 +168,7 @@ class _Activate(torch.autograd.Function):
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Apply the MLP's nonlinearity: gelu, gelu_tanh or swiglu; see reference_ops.activate."""
+    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh or swiglu. Shapes as in reference_ops.activate."""
     if x.dtype not in SUFFIX or x.numel() == 0:
         return plain_activate(x, kind)
     out: Tensor = _Activate.apply(x, kind)  # type: ignore[no-untyped-call]
@@ -166,7 +176,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return the loss of each row, (N,) fp32; overwrite the logits with their gradient. See reference_ops."""
+    """Return the loss of each row in nats, (N,) fp32; arguments as in reference_ops.row_losses."""
     if logits.dtype not in SUFFIX:
         return plain_row_losses(logits, labels, vocab_size, z_loss, with_gradient)
     rows, padded = logits.shape

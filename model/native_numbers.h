@@ -1,4 +1,4 @@
-// Numbers of the kernels: fp32 and bf16 in memory, fp32 in arithmetic, and e^x as vector instructions.
+// Loads and stores of fp32 and bf16 (arithmetic is fp32), and e^x written so that compilers can vectorise it.
 #pragma once
 
 #include <cmath>
@@ -25,16 +25,17 @@ inline float load(float value) { return value; }
 inline float load(bf16 value) { return bits_of<float>(static_cast<std::uint32_t>(value.bits) << 16); }
 
 inline void store(float& place, float value) { place = value; }
-inline void store(bf16& place, float value) {  // to the nearest, ties to even; a NaN stays one
+inline void store(bf16& place, float value) {  // rounds to nearest, ties to even; NaN stays NaN
     const auto bits = bits_of<std::uint32_t>(value);
     const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     place.bits = static_cast<std::uint16_t>(value == value ? rounded : 0x7FC0u);
 }
 
-// e^x to 1.5 units in the last place, 0 below -87; NaN stays NaN. x = n ln 2 + r, and a Taylor polynomial of e^r.
+// Return e^x with an error of at most 1.5 units in the last place; 0 for x < -87; NaN for NaN. With x = n ln 2 + r, the
+// result is 2^n times a Taylor polynomial of e^r.
 inline float exp_of(float x) {
     const float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest n
+    const float shifted = bounded * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer, n
     const float n = shifted - 12582912.0f;
     const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.0f / 5040.0f;

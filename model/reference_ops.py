@@ -1,9 +1,9 @@
-"""Reference implementations of the fused operations, in plain PyTorch.
+"""Reference implementations, in plain PyTorch, of the model's five operations that have fused kernels.
 
     add_norm, rotate, attend, activate, row_losses
 
 The Triton and C++ versions (triton_kernels.py, native_kernels.py) have the same signatures and are tested against
-these. `model.kernels: eager` runs this file as it is; `compile` passes each block of the model through torch.compile.
+these. With `model.kernels: eager` a run uses this file as it is, with `compile` through torch.compile.
 """
 
 import torch
@@ -12,16 +12,16 @@ from torch.nn import functional as F
 
 from packspeed.model.attention import attend as attend
 
-CPU_BLOCK_ELEMENTS = 1 << 18  # of logits per block: 1 MiB of fp32, which stays in a core's L2 cache
-GPU_BLOCK_ELEMENTS = 1 << 26  # 256 MiB of fp32: few launches, bounded memory
+CPU_BLOCK_ELEMENTS = 1 << 18  # logits per block of rows: 1 MiB in fp32, which stays in a core's L2 cache
+GPU_BLOCK_ELEMENTS = 1 << 26  # 256 MiB in fp32: few kernel launches, and bounded memory
 
 
 def add_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return x + branch (x if branch is None) and its RMSNorm or LayerNorm over the last dimension; shapes (..., C).
+    """Return total = x + branch (x if branch is None) and the norm of total over the last dimension, (..., C) each.
 
-    weight and bias (C,); rms chooses RMSNorm.
+    x and branch are (..., C), weight and bias (C,). rms: RMSNorm, which has no bias, instead of LayerNorm.
     """
     total = x if branch is None else x + branch
     if rms:
@@ -30,9 +30,9 @@ def add_norm(
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply RoPE: rotate channel pairs (i, i + D/2) of x (B, T, H, D) by their angles, in fp32; returns x's dtype.
+    """Return x (B, T, H, D) with RoPE applied: each channel pair (i, i + D/2) is rotated by the angle of its position.
 
-    `rope` (2, B or 1, T, 1, D/2) holds cosines and sines, as from gpt.rope_table.
+    rope (2, B or 1, T, 1, D/2): cosines and sines from gpt.rope_table. Computed in fp32 and rounded to x's dtype.
     """
     cos, sin = rope.unbind(0)
     a, b = x.chunk(2, dim=-1)
@@ -40,9 +40,10 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Apply the nonlinearity of the MLP. gelu and gelu_tanh keep the shape; swiglu maps (..., 2 F) to (..., F).
+    """Return the nonlinearity of the MLP. kind: gelu (exact), gelu_tanh (approximated by tanh) or swiglu.
 
-    SwiGLU gates the second half of the channels by SiLU of the first.
+    The GELUs keep the shape of x. SwiGLU maps (..., 2 F) to (..., F): it multiplies the second half of the channels by
+    SiLU of the first half.
     """
     if kind == "swiglu":
         gate, up = x.chunk(2, dim=-1)
@@ -51,12 +52,14 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return the cross entropy of each row in nats, (N,) fp32; logits (N, at least vocab_size), labels (N,) int64.
+    """Return the cross entropy of each row in nats, (N,) fp32.
 
-    A row whose label is below 0 is ignored: its loss and gradient are 0. Columns from `vocab_size` on are padding and
-    get no probability. z_loss: see fused_loss.py. with_gradient: overwrite the logits with d loss / d logits.
+    logits: (N, padded V); columns from vocab_size on are padding and get no probability.
+    labels: (N,) int64; a row whose label is below 0 is ignored, that is, its loss and gradient are 0.
+    z_loss: adds z_loss * log(sum exp logits)^2 to each loss.
+    with_gradient: overwrite the logits with d loss / d logits.
     """
-    # Block by block: a block of rows stays in the cache through all the passes below.
+    # The rows are processed in blocks that stay in the cache through all passes below.
     block = max(1, (CPU_BLOCK_ELEMENTS if logits.is_cpu else GPU_BLOCK_ELEMENTS) // logits.size(1))
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = []

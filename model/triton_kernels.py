@@ -1,14 +1,14 @@
-"""The operations of reference_ops.py in Triton, forward and backward. Each reads and writes the GPU's memory once.
+"""Four operations of reference_ops.py as Triton kernels, forward and backward. attend is that of attention.py.
 
-    add_norm    one program per row: residual sum, statistics in fp32 and norm in one pass (torch: two to seven).
-                Backward: each of n programs processes every n-th row and keeps its part of the weight's gradient in
-                registers; the parts are summed in a fixed order, so equal inputs give equal bits
-    rotate      one program per token rotates all heads; backward rotates by the negative angle
-    activate    elementwise; backward recomputes the gate from the linear layer's output, which is saved anyway
-    row_losses  one program per row reads the logits twice and overwrites them with the gradient: an online softmax with
-                one running maximum per lane, without a reduction before the end of the row
+    add_norm    One program per row computes the sum, the statistics and the norm in one pass over memory (torch: two to
+                seven). Backward: each of n programs processes every n-th row and sums its part of the weight's gradient
+                in registers. The parts are then added in a fixed order, so equal inputs give equal bits.
+    rotate      One program per token rotates all heads. Backward rotates by the negative angle.
+    activate    One pass. Backward recomputes the gate from the output of the linear layer, which is saved anyway.
+    row_losses  One program per row reads the logits twice and overwrites them with the gradient. The online softmax
+                keeps one running maximum per lane; the lanes are combined only at the end of the row.
 
-All arithmetic is fp32; values are rounded when they are stored. Tests need no GPU: Triton's interpreter
+All arithmetic is fp32; values are rounded when they are stored. The tests need no GPU: Triton's interpreter
 (TRITON_INTERPRET=1) computes the numbers, and triton.compile builds every kernel for any GPU.
 Sources: Triton's tutorials (https://triton-lang.org), online softmax (https://arxiv.org/abs/1805.02867), Liger
 (https://arxiv.org/abs/2410.10989).
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from packspeed.model.attention import attend as attend
 
-NORM_ELEMENTS = 1 << 19  # processed in parallel by a norm's backward pass: 512 programs of 1,024 fill an H100
-TILE = 1024  # elements of an activation per program
-VOCAB_TILE = 4096  # logits per step of a row
-NOTHING = tl.constexpr(-1.0e30)  # below every logit; unlike -inf, minus itself it is 0 and not NaN
+NORM_ELEMENTS = 1 << 19  # elements that a norm's backward processes in parallel: 512 rows of 1,024 fill an H100
+TILE = 1024  # elements that one program of `activate` processes
+VOCAB_TILE = 4096  # logits that a program of `row_losses` loads at a time
+NOTHING = tl.constexpr(-1.0e30)  # smaller than any logit; not -inf, because -inf - (-inf) is NaN
 
 
 @triton.jit
@@ -36,7 +36,10 @@ def norm_forward(
     x, branch, weight, bias, total, out, means, scales, width, eps,
     RMS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row r: total = x + branch; out = (total - mean) * scale * weight + bias; RMS: mean = 0."""
+    """Compute one row: total = x + branch and out = (total - mean) * scale * weight + bias. With RMS the mean is 0.
+
+    The mean and the scale of the row are stored in means and scales (rows,) for the backward pass.
+    """
     row = tl.program_id(0)
     start = row.to(tl.int64) * width
     c = tl.arange(0, BLOCK)
@@ -63,7 +66,11 @@ def norm_backward(
     d_out, d_total, total, weight, means, scales, d_x, d_weights, d_biases, rows, width,
     RMS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of rows program, program + programs, ...; d_x is the gradient of x and of branch, which are equal."""
+    """Compute d_x for the rows program, program + programs, ..., and their part of the weight's and bias' gradients.
+
+    d_x is the gradient of x and of the branch, which are equal. d_weights and d_biases (programs, width) get one row
+    per program.
+    """
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     c = tl.arange(0, BLOCK)
     inside = c < width
@@ -100,7 +107,7 @@ def rotate_heads(
     x, rope, out, length, heads, half, stride_b, stride_t, stride_h, table_rows, sign,
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Token (b, t): rotate the channel pairs (i, i + half) of every head by `sign` times their angle."""
+    """Rotate the channel pairs (i, i + half) of all heads of one token by `sign` times their angle."""
     token = tl.program_id(0).to(tl.int64)
     b, t = token // length, token % length
     h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
@@ -131,7 +138,7 @@ def gelu_parts(x, TANH: tl.constexpr):
 
 @triton.jit
 def activation_forward(x, out, count, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute BLOCK elements of out. For swiglu, a row of x is (gate, up), each `width` wide."""
+    """Compute BLOCK elements of out. For swiglu, a row of x is the gate and then the value, `width` elements each."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     if KIND == "swiglu":
@@ -147,7 +154,7 @@ def activation_forward(x, out, count, width, KIND: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def activation_backward(x, d_out, d_x, count, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradient of the same elements."""
+    """Compute the gradient of x from d_out for the same BLOCK elements as activation_forward."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     d = tl.load(d_out + i, inside, 0.0).to(tl.float32)
@@ -168,7 +175,10 @@ def activation_backward(x, d_out, d_x, count, width, KIND: tl.constexpr, BLOCK: 
 def cross_entropy_row(
     logits, labels, losses, vocab_size, padded, z_loss, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Loss of one row; the gradient overwrites its logits. Columns from vocab_size to padded are padding."""
+    """Compute the loss of one row; if WITH_GRADIENT, overwrite its logits with their gradient.
+
+    A row has `padded` columns. Those from vocab_size on belong to no token.
+    """
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * padded
     label = tl.load(labels + row)
@@ -198,7 +208,7 @@ def cross_entropy_row(
 
 
 def _warps(block: int) -> int:
-    """Return the warps of a program on `block` elements: eight elements per thread."""
+    """Return the number of warps for a program on `block` elements: one for 256, at most 16."""
     return min(16, max(1, block // 256))
 
 
@@ -223,7 +233,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """grads: of the sum, if there is a branch, and of the norm."""
+        """Return the gradients of x, branch, weight and bias. grads: of the sum (only with a branch), of the norm."""
         total, weight, means, scales = ctx.saved_tensors
         d_out, d_total = grads[-1].contiguous(), grads[0].contiguous()
         width, rows = total.size(-1), total.numel() // total.size(-1)
@@ -241,13 +251,13 @@ class _AddNorm(torch.autograd.Function):
 def add_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return x + branch (x if branch is None) and its norm; see reference_ops.add_norm."""
+    """Return x + branch (x if branch is None) and its norm, (..., C) each; arguments as in reference_ops.add_norm."""
     out: Any = _AddNorm.apply(x, branch, weight, bias, eps, rms)
     return (x, out) if branch is None else out
 
 
 def _rotated(x: Tensor, rope: Tensor, sign: float) -> Tensor:
-    """Rotate x (B, T, H, D), whose strides may be any except the last."""
+    """Return x (B, T, H, D) rotated by `sign` times the angles of rope. x may have any strides."""
     batch, length, heads, width = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -272,7 +282,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate channel pairs of x (B, T, H, D) by their angles; see reference_ops.rotate."""
+    """Return x (B, T, H, D) with RoPE applied; arguments as in reference_ops.rotate."""
     out: Tensor = _Rotate.apply(x, rope.contiguous())
     return out
 
@@ -298,13 +308,13 @@ class _Activate(torch.autograd.Function):
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Apply the MLP's nonlinearity: gelu, gelu_tanh or swiglu; see reference_ops.activate."""
+    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh or swiglu. Shapes as in reference_ops.activate."""
     out: Tensor = _Activate.apply(x, kind)
     return out
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return the loss of each row, (N,) fp32; overwrite the logits with their gradient. See reference_ops."""
+    """Return the loss of each row in nats, (N,) fp32; arguments as in reference_ops.row_losses."""
     rows, padded = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(VOCAB_TILE, triton.next_power_of_2(padded))

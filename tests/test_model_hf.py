@@ -85,7 +85,7 @@ def test_refusals() -> None:
         from_hf_state_dict({k: v for k, v in exported.items() if k != "model.norm.weight"}, config)
     with pytest.raises(ValueError, match="left over \\['surprise'\\]"):
         from_hf_state_dict({**exported, "surprise": torch.zeros(1)}, config)
-    with pytest.raises(ValueError, match=r"k_proj\.weight is \[64, 64\], and the config asks for \[32, 64\]"):
+    with pytest.raises(ValueError, match=r"k_proj\.weight has the shape \[64, 64\], .* \[32, 64\]"):
         from_hf_state_dict(exported, GPTConfig(**{**SHAPE, **LLAMA, "n_kv_head": 2, "tie_embeddings": False}))
 
 

@@ -173,9 +173,9 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.choose("auto", torch.device("cuda")) is triton_kernels
     assert kernels.choose("auto", CPU) is native_kernels
     assert kernels.choose("compile", CPU) is reference_ops
-    with pytest.raises(ValueError, match="is for CPUs, and this is a cuda"):
+    with pytest.raises(ValueError, match="runs on CPUs only, and this device is cuda"):
         kernels.choose("native", torch.device("cuda"))
-    with pytest.raises(ValueError, match="needs a GPU, and this is a cpu"):
+    with pytest.raises(ValueError, match="needs a GPU, and this device is cpu"):
         kernels.choose("triton", CPU)
     with pytest.raises(ValueError, match="kernels = 'fast': choose one of auto, eager"):
         build(kernels="fast")
@@ -226,7 +226,7 @@ def test_native_kernels_are_built_once_and_by_several_at_once(tmp_path: Path, mo
 def test_without_a_compiler_auto_is_eager_and_says_so(tmp_path: Path) -> None:
     for compiler, cache, reason in (
         ("/nowhere/c++", tmp_path, "does not start"),
-        ("false", tmp_path, "cannot compile our kernels"),
+        ("false", tmp_path, "cannot compile the C++ kernels"),
         ("c++", Path("/proc/nowhere"), "No such file or directory: '/proc/nowhere'"),
     ):
         said = auto_in_a_new_process(TORCH_EXTENSIONS_DIR=str(cache), CXX=compiler)
