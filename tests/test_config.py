@@ -213,10 +213,10 @@ def test_model_section_presets_and_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'gpt2-124m'"):
         run.gpt_config(50257)
     run = load_run_file(write(tmp_path, MINIMAL.replace(model, "{n_layer: 2}")))
-    with pytest.raises(ConfigError, match="n_head, d_model missing"):
+    with pytest.raises(ConfigError, match="missing keys: n_head, d_model"):
         run.gpt_config(257)
     run = load_run_file(write(tmp_path, MINIMAL.replace(model, "{preset: gpt2-124m, vocab_size: 300}")))
-    with pytest.raises(ConfigError, match=r"model.vocab_size = 300 is smaller than the dataset's 50257"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 300 is smaller than the dataset's vocabulary of 50257"):
         run.gpt_config(50257)
 
 

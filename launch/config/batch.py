@@ -1,8 +1,9 @@
-"""Divide the global batch into micro batches: solve_batch(480, 1024, 8, "auto") -> BatchPlan(15, 4, 8).
+"""Divide the global batch into micro batches, for example solve_batch(480, 1024, 8, "auto") -> BatchPlan(15, 4, 8).
 
-One optimizer step reads `global_batch` samples, whatever the hardware. Each of dp_size ranks takes an equal share, in
-`accumulation` forward and backward passes of `micro_batch` samples. All numbers divide exactly; if they cannot, the
-error lists the nearest ones that do, so that no choice of ranks changes the batch and with it the loss.
+One optimizer step always uses `global_batch` samples, whatever the hardware. Each of `dp_size` data-parallel ranks gets
+an equal share and processes it in `accumulation` forward and backward passes of `micro_batch` samples. The division
+must have no remainder, because a rounded batch would change the loss. If there is one, the error lists the nearest
+numbers of ranks, batch sizes or micro batches that divide exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from packspeed.launch.config.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """The division of one optimizer step: global batch = micro_batch x accumulation x dp_size, in samples."""
+    """How the samples of one optimizer step are divided: global batch = micro_batch x accumulation x dp_size."""
 
     micro_batch: int  # samples per forward pass of a rank
     accumulation: int  # forward passes per optimizer step
@@ -27,10 +28,11 @@ class BatchPlan:
 def solve_batch(
     global_batch: int, seq_len: int, dp_size: int, micro_batch: int | Literal["auto"], max_micro_tokens: int = 16384
 ) -> BatchPlan:
-    """Divide `global_batch` samples over `dp_size` ranks.
+    """Divide `global_batch` samples of `seq_len` tokens over `dp_size` ranks and into micro batches.
 
-    micro_batch "auto" is the largest divisor with at most `max_micro_tokens` tokens per pass, 1 if there is none.
-    Raises ConfigError with the nearest valid choices if the batch cannot be divided.
+    If micro_batch is "auto", it becomes the largest divisor of a rank's share with at most `max_micro_tokens` tokens
+    per forward pass, or 1 if there is none. Raises ConfigError if the batch or the share cannot be divided; the message
+    lists the nearest valid values.
     """
     if global_batch % dp_size:
         near = sorted(sorted(divisors_of(global_batch), key=lambda n: abs(n - dp_size))[:4])
@@ -56,6 +58,8 @@ def solve_batch(
 
 
 def divisors_of(number: int) -> list[int]:
-    """All divisors, ascending. Takes 20 ms for numbers near 2^40, the largest batch."""
+    """Return all divisors of a positive number in ascending order. Takes 20 ms for numbers near 2^40, the largest
+    batch.
+    """
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return low + [number // n for n in reversed(low) if n * n != number]

@@ -1,13 +1,15 @@
-"""The DeepSpeed JSON: checked at every level before DeepSpeed reads it, then merged with the run file.
+"""Check a DeepSpeed JSON at every level before DeepSpeed reads it, then merge it with the run file.
 
     raw = load_ds_config("zero2")                              # ds_configs/zero2.json; ConfigError for unknown keys
-    final = resolve_ds_config(run, raw, plan, "bf16")          # the dict that deepspeed.initialize gets
+    final = resolve_ds_config(run, raw, plan, "bf16")          # the dict that is passed to deepspeed.initialize
 
-A file is JSON or HJSON, as for DeepSpeed: comments, trailing commas and keys such as "_comment" are fine.
-DeepSpeed ignores unknown top-level keys, so `zero_optimisation` would train with ZeRO off, and it keeps "auto" as a
-string (DeepSpeed#653, #774, #1809). Here an unknown key is an error with its line and the nearest valid key. The keys
-in OWNED belong to the run file: in the JSON they must be absent, "auto" or equal. deepspeed_keys.py says which keys are
-refused because they would harm a run. The result contains no "auto".
+The file may be JSON or HJSON, as for DeepSpeed: comments, trailing commas and keys such as "_comment" are allowed.
+
+DeepSpeed ignores unknown top-level keys, so a file with `zero_optimisation` would train without ZeRO. It also keeps
+"auto" as a string (DeepSpeed#653, #774, #1809). Here an unknown key is an error with its line and the nearest valid
+key, and the merged result contains no "auto". The keys in OWNED are set by the run file. In the JSON they must be
+absent, "auto", or equal to the run file's value. deepspeed_keys.py lists the keys that are refused because they would
+harm a run.
 """
 
 from __future__ import annotations
@@ -28,12 +30,18 @@ DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def ds_config_path(name: str) -> Path:
-    """`zero1` -> ds_configs/zero1.json; anything with a slash or ending in .json is a path already."""
+    """Return the path of a DeepSpeed JSON: ds_configs/zero1.json for "zero1".
+
+    A name that contains a slash or ends in .json is returned as a path without a change.
+    """
     return Path(name) if "/" in name or name.endswith(".json") else DS_CONFIGS / f"{name}.json"
 
 
 def load_ds_config(name: str) -> JsonObject:
-    """Read and check a DeepSpeed JSON, given by name or path. Raises one ConfigError with a line per problem."""
+    """Read and check a DeepSpeed JSON, given by name or path (see ds_config_path), and return its content.
+
+    Raises one ConfigError with a line of text per problem.
+    """
     path = ds_config_path(name)
     data, lines = read_ds_config(name)
     problems = [*unknown_keys(data, KEYS, ()), *bad_values(data), *refusals(data), *missing_packages(data)]
@@ -43,7 +51,11 @@ def load_ds_config(name: str) -> JsonObject:
 
 
 def read_ds_config(name: str) -> tuple[JsonObject, dict[KeyPath, int]]:
-    """A DeepSpeed JSON in today's spelling and without comments, not yet checked, and the line of every key."""
+    """Read a DeepSpeed JSON without checking its keys. Returns its content and the line number of every key.
+
+    Comments are removed, and old spellings that DeepSpeed still accepts are replaced by the current ones (modernise).
+    Raises ConfigError if the file cannot be read or parsed.
+    """
     path = ds_config_path(name)
     ships = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
     hint = f"{nearest(name, ships)} Names in ds_configs/: {', '.join(ships)}; a value with a slash is a path."
@@ -55,7 +67,9 @@ def read_ds_config(name: str) -> tuple[JsonObject, dict[KeyPath, int]]:
 
 
 def modernise(data: JsonObject) -> None:
-    """Replace, in place, spellings that DeepSpeed still reads by today's, so that the checks and `explain` see them."""
+    """Replace old spellings that DeepSpeed still accepts by the current ones, in place, so that all checks see the same
+    keys.
+    """
     if (old := data.pop("bfloat16", None)) is not None:
         data.setdefault("bf16", old)
     zero = data.get("zero_optimization")
@@ -75,7 +89,10 @@ def modernise(data: JsonObject) -> None:
 
 
 def unknown_keys(data: JsonObject, valid: KeyTree, parent: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path of the key, message) for every key that DeepSpeed 0.19 would ignore, at any depth."""
+    """Yield (path of the key, message) for every key, at any depth, that DeepSpeed 0.19 does not know.
+
+    `valid` is the tree of valid keys below the key path `parent` (deepspeed_keys.KEYS at the top).
+    """
     if "*" in valid:
         return
     for key, value in data.items():
@@ -93,7 +110,9 @@ def unknown_keys(data: JsonObject, valid: KeyTree, parent: tuple[str, ...]) -> I
 
 
 def bad_values(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path of the key, message) for values that DeepSpeed accepts silently but reads as something else."""
+    """Yield (path of the key, message) for each value that DeepSpeed accepts but interprets differently from what it
+    says.
+    """
     zero = data.get("zero_optimization")
     if isinstance(zero, dict):
         stage = zero.get("stage", 0)
@@ -106,7 +125,8 @@ def bad_values(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
             if old_key in zero:
                 yield (
                     ("zero_optimization", old_key),
-                    f"zero_optimization.{old_key} must be true or false, without the block that replaces it.",
+                    f"zero_optimization.{old_key} is an old key: its value must be true or false, and the block that "
+                    "has replaced it must be absent.",
                 )
     for key, value in data.items():
         if value == "auto" and key not in OWNED and not isinstance(KEYS.get(key), (Refused, Unused)):
@@ -117,7 +137,7 @@ def bad_values(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def missing_packages(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path of the key, message) for monitors whose package is not installed: DeepSpeed fails when it starts them."""
+    """Yield (path of the key, message) for each monitor that the JSON turns on but whose package is not installed."""
     for key, package in (("wandb", "wandb"), ("comet", "comet_ml")):
         block = data.get(key)
         if isinstance(block, dict) and block.get("enabled") is True and importlib.util.find_spec(package) is None:
@@ -128,7 +148,7 @@ def missing_packages(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
             )
 
 
-# The run file sets these.
+# The run file sets the values of these keys.
 OWNED = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "fp16", "bf16", "torch_autocast", "optimizer", "scheduler",
@@ -136,7 +156,10 @@ OWNED = (
 
 
 def _optimizer_block(optimizer: OptimizerSection, given: JsonObject) -> JsonObject:
-    """DeepSpeed's optimizer block for the run file's optimizer, plus the JSON's (`given`) additional parameters."""
+    """Return DeepSpeed's `optimizer` block for the run file's optimizer.
+
+    `given` is the optimizer block of the JSON. Parameters that only the JSON has are kept.
+    """
     params: JsonObject = {
         "lr": optimizer.lr,
         "weight_decay": optimizer.weight_decay,
@@ -155,15 +178,18 @@ def _optimizer_block(optimizer: OptimizerSection, given: JsonObject) -> JsonObje
 
 
 def _precision_blocks(precision: str, stage: int, given: JsonObject) -> JsonObject:
-    """Blocks for the precision. Gradients are accumulated in fp32 (DeepSpeed#1800, #2352).
+    """Return the blocks of the DeepSpeed configuration that set the precision ("fp32", "bf16" or "fp16") at a ZeRO
+    stage.
 
-    bf16 at stage 0 is autocast over fp32 weights, because DeepSpeed's own bf16 mode accumulates in bf16 there.
+    Gradients are always accumulated in fp32 (DeepSpeed#1800, #2352). So at stage 0, bf16 means torch.autocast over fp32
+    weights, because DeepSpeed's own bf16 mode accumulates in bf16 there. `given` is the JSON; other settings in the
+    same blocks are kept. Raises ConfigError for fp16 at stage 0.
     """
     blocks: JsonObject = {}
     if precision == "fp16" and stage == 0:
         raise ConfigError(
             "train.precision: fp16 with ZeRO-0: DeepSpeed accumulates gradients in fp16 and does not resume exactly. "
-            "Use deepspeed: zero1 (same speed, less memory), or bf16."
+            "Write deepspeed: zero1 (same speed, less memory), or train.precision: bf16."
         )
     if precision == "bf16" and stage == 0:
         blocks["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -175,12 +201,15 @@ def _precision_blocks(precision: str, stage: int, given: JsonObject) -> JsonObje
 
 
 def zero_stage(ds_config: DsConfig) -> int:
-    """The ZeRO stage of a DeepSpeed configuration; 0 if it names none."""
+    """Return the ZeRO stage of a DeepSpeed configuration, or 0 if the configuration sets none."""
     return int((ds_config.get("zero_optimization") or {}).get("stage") or 0)
 
 
 def _without_auto(data: JsonObject) -> JsonObject:
-    """A copy without "auto" and null, at any depth: the run file's value or DeepSpeed's default takes their place."""
+    """Return a copy without the keys whose value is "auto" or null, at any depth.
+
+    The run file's value or DeepSpeed's default then applies.
+    """
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in data.items()
@@ -189,9 +218,10 @@ def _without_auto(data: JsonObject) -> JsonObject:
 
 
 def resolve_ds_config(run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str) -> JsonObject:
-    """The configuration for the engine: the JSON plus the keys that the run file sets, without any "auto".
+    """Return the final DeepSpeed configuration: the JSON plus the keys that the run file sets, without any "auto".
 
-    Raises ConfigError if the JSON contradicts the run file; the message names both.
+    `raw` is the checked JSON (load_ds_config) and `precision` is "fp32", "bf16" or "fp16". Raises ConfigError if the
+    JSON contradicts the run file. The message names both values.
     """
     raw = _without_auto(without_refused_keys(raw))
     final = {key: copy.deepcopy(value) for key, value in raw.items() if key not in OWNED}
@@ -206,7 +236,7 @@ def resolve_ds_config(run: RunFile, raw: JsonObject, plan: BatchPlan, precision:
     if contradictions := list(conflicts(run, raw, owned, precision)):
         raise ConfigError("\n".join(contradictions))
     if run.train.optimizer.name == "muon" and zero_stage(raw) == 3:
-        # Muon needs the full gradient of a matrix; DeepSpeed refuses it with reduce_scatter at stage 3.
+        # Muon needs the full gradient of a matrix. DeepSpeed refuses Muon with reduce_scatter at stage 3.
         final["zero_optimization"]["reduce_scatter"] = False
     final |= _precision_blocks(precision, zero_stage(raw), raw)
     # The training loop prints its own lines; DeepSpeed's reports would repeat them.
@@ -217,16 +247,19 @@ def resolve_ds_config(run: RunFile, raw: JsonObject, plan: BatchPlan, precision:
 
 
 def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) -> Iterator[str]:
-    """A message for everything in the JSON that contradicts the run file; `owned` is its batch and clipping."""
+    """Yield a message for everything in the JSON that contradicts the run file.
+
+    `raw` is the JSON without "auto". `owned` has the batch sizes and the clipping limit that follow from the run file.
+    """
     path = ds_config_path(run.deepspeed)
     for key, value in owned.items():
         if raw.get(key, value) != value:
             yield (
-                f"{path}: {key} = {shortened(raw[key])}, but the run file makes it {value!r} (section train); "
-                'remove it from the JSON or write "auto".'
+                f"{path}: {key} = {shortened(raw[key])}, but the run file's section train makes it {value!r}. "
+                'Remove the key from the JSON or write "auto".'
             )
     if raw.get("scheduler"):
-        yield f"{path}: scheduler: the learning rate is the run file's (train.schedule); remove the block here."
+        yield f"{path}: scheduler: the run file sets the learning rate (train.schedule). Remove the block here."
     given = raw.get("optimizer") or {}
     yield from _other_optimizer(path, given, _optimizer_block(run.train.optimizer, given))
     autocast = raw.get("torch_autocast") or {}
@@ -235,23 +268,28 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
         # At stage 0, bf16 is autocast.
         wanted["torch_autocast"] = precision == "bf16" and zero_stage(raw) == 0
         if str(autocast.get("dtype", "bfloat16")).removeprefix("torch.") not in ("bfloat16", "bf16"):
-            yield f"{path}: torch_autocast.dtype = {autocast['dtype']!r}; the precision is the run file's. Remove it."
+            yield (
+                f"{path}: torch_autocast.dtype = {autocast['dtype']!r}, but the run file sets the precision "
+                "(train.precision). Remove the key."
+            )
     for name, expected in wanted.items():
         enabled = (raw.get(name) or {}).get("enabled", expected)
         if enabled != expected:
-            yield f"{path}: {name}.enabled = {enabled!r}, but train.precision is {precision}; remove it from the JSON."
+            yield f"{path}: {name}.enabled = {enabled!r}, but train.precision is {precision}. Remove {name} here."
     if run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and not clips_after_muon(run, raw, precision):
         yield (
             f"{path}: Muon with train.grad_clip = {run.train.grad_clip} at ZeRO-{zero_stage(raw)} in {precision}: "
-            "DeepSpeed clips the gradient before Muon orthogonalises it there, and the update afterwards at the other "
-            "stages, so the stage would change the loss. Write train.grad_clip: 0, which is right at every stage."
+            "here DeepSpeed clips the gradient before Muon orthogonalises it, but at most other ZeRO stages it clips "
+            "Muon's update, so the stage would change the loss. Write train.grad_clip: 0, which is right at every "
+            "stage."
         )
 
 
 def clips_after_muon(run: RunFile, ds_config: DsConfig, precision: str) -> bool:
-    """Whether DeepSpeed would clip Muon's orthogonalised update instead of the gradient.
+    """Return whether DeepSpeed would clip Muon's orthogonalised update instead of the gradient.
 
-    It does at all stages but 0, and 1 in bf16 without offload.
+    It does so if the optimizer is Muon and train.grad_clip is not 0, except at stage 0, and at stage 1 in bf16 without
+    offload.
     """
     offload = (ds_config.get("zero_optimization") or {}).get("offload_optimizer")
     offloads = isinstance(offload, dict) and offload.get("device") in ("cpu", "nvme")
@@ -261,29 +299,36 @@ def clips_after_muon(run: RunFile, ds_config: DsConfig, precision: str) -> bool:
 
 
 def muon_clipping_note(run: RunFile, ds_config: DsConfig, precision: str) -> str | None:
-    """What is wrong with train.grad_clip in this run, for explain and the start of training; None if nothing is."""
+    """Return a warning about train.grad_clip if this run would clip Muon's update, otherwise None.
+
+    `packspeed explain` and the start of training print it.
+    """
     if not clips_after_muon(run, ds_config, precision):
         return None
     return (
-        f"train.grad_clip = {run.train.grad_clip:g} with Muon at ZeRO-{zero_stage(ds_config)} cuts the orthogonalised "
-        "update, whose norm grows with the model, and not the gradient: the matrices move a small part of their way "
-        "(0.057 instead of 1.204 in a small run). Write train.grad_clip: 0; Muon does not see the gradient's scale."
+        f"train.grad_clip = {run.train.grad_clip:g} with Muon at ZeRO-{zero_stage(ds_config)} clips Muon's update and "
+        "not the gradient. The norm of the update grows with the model, so the matrices learn much more slowly "
+        "(update norm 0.057 instead of 1.204 in a small run). Write train.grad_clip: 0. Muon needs no clipping, "
+        "because its update does not depend on the gradient's scale."
     )
 
 
 def _other_optimizer(path: Path, given: JsonObject, ours: JsonObject) -> Iterator[str]:
     # "Adam" is AdamW in DeepSpeed unless params.adam_w_mode is false.
+    """Yield a message if the JSON's optimizer block (`given`) has another type or another value than the run file's
+    (`ours`).
+    """
     params = given.get("params") or {}
     same = (ours["type"].lower(), "adam" if ours["type"] == "AdamW" and params.get("adam_w_mode", True) else "")
     if str(given.get("type", ours["type"])).lower() not in same:
         yield (
             f"{path}: optimizer.type = {shortened(given['type'])}, but the run file's train.optimizer.name "
-            f"gives {ours['type']!r}."
+            f"gives {ours['type']!r}. Remove the key from the JSON, or change the run file."
         )
     for key, value in params.items():
         if key in ours["params"] and value != ours["params"][key]:
             yield (
                 f"{path}: optimizer.params.{key} = {shortened(value)}, but the run file's train.optimizer "
-                f"makes it {ours['params'][key]!r}; "
-                'remove it from the JSON or write "auto".'
+                f"makes it {ours['params'][key]!r}. "
+                'Remove the key from the JSON or write "auto".'
             )

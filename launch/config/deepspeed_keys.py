@@ -1,15 +1,16 @@
 """Every key that DeepSpeed 0.19.8 accepts in its JSON, as a tree, and what Packspeed does with it.
 
-A key maps to
-    WORKS                     DeepSpeed reads it and does what it says
-    Refused(why, off)         it would harm the run: an error, unless its value is off
-    Unused(why, off)          nothing reads it in a Packspeed run: `packspeed explain` says so, unless its value is off
-    a tree of keys            it is a block
-    ANY                       it is a block with any keys, which works
+Each key of the tree has one of these entries:
+    WORKS                     DeepSpeed reads the key, and its effect is the documented one
+    Refused(why, off)         the key would harm the run: it is an error, unless off(value) is true
+    Unused(why, off)          nothing reads the key in a Packspeed run: `packspeed explain` says so, unless off(value)
+    a tree of keys            the value is a block with these keys
+    ANY                       the value is a block with any keys, and all of them work
 
-tests/test_ds_config.py compares the tree with every configuration class of the installed DeepSpeed, so that each key of
-a new release must be filed here. Keys whose effect depends on others (the ZeRO stage, the precision) work; the rules in
-explain/deepspeed_rules.py say when they do not.
+tests/test_ds_config.py compares the tree with every configuration class of the installed DeepSpeed and fails if a key
+is missing, so a key of a new release cannot be overlooked. Some keys have an effect only together with others, such as
+the ZeRO stage or the precision. They have the entry WORKS here, and the rules in explain/deepspeed_rules.py report the
+combinations in which they do nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ KeyTree: TypeAlias = "dict[str, KeyTree | Refused | Unused | None]"
 
 
 def unless(*harmless: object) -> Callable[[Any], bool]:
-    """A test for values that switch nothing on: null, "auto" and these."""
+    """Return a function that tells whether a value switches nothing on: null, "auto" or one of `harmless`."""
     return lambda value: value in (None, "auto", *harmless)
 
 
@@ -32,14 +33,20 @@ OFF = unless(False)
 
 
 def switched_off(switch: str, *harmless: object) -> Callable[[Any], bool]:
-    """A test for blocks whose key `switch` is missing, null, false, "auto" or one of these, and for no block at all."""
+    """Return a function that tells whether a block switches nothing on.
+
+    It is off if the block is absent, or if its key `switch` is missing, null, false, "auto" or one of `harmless`.
+    """
     off = unless(False, *harmless)
     return lambda block: off(block.get(switch)) if isinstance(block, dict) else off(block)
 
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A key that a run cannot have; `why` ends the sentence "key = value: ..." and says what to do."""
+    """A key that a run must not have. `why` completes the error "key: ..." and says what to do.
+
+    off(value) tells whether a value does no harm, such as false.
+    """
 
     why: str
     off: Callable[[Any], bool] = OFF
@@ -47,7 +54,10 @@ class Refused:
 
 @dataclasses.dataclass(frozen=True)
 class Unused:
-    """A key without effect; `why` ends the sentence "key has no effect: ..."."""
+    """A key without effect in a Packspeed run. `why` completes the sentence "key has no effect: ...".
+
+    off(value) tells whether a value needs no remark, such as false.
+    """
 
     why: str
     off: Callable[[Any], bool] = OFF
@@ -58,13 +68,16 @@ ANY: KeyTree = {"*": WORKS}  # free-form: any keys
 
 
 def _works(names: str) -> KeyTree:
-    """Keys that work and whose values are no blocks."""
+    """Return a tree in which each of these names, separated by spaces, has the entry WORKS."""
     return dict.fromkeys(names.split(), WORKS)
 
 
-NO_MODEL_PARALLELISM = "every rank holds a complete batch and model. Remove it; ZeRO-3 partitions the model."
-NO_EXPORT_BY_DEEPSPEED = "Packspeed saves no 16-bit weights; packspeed export writes them from any checkpoint."
-OWN_LOADER = "Packspeed's loader reads the data (section data of the run file), not DeepSpeed's."
+NO_MODEL_PARALLELISM = (
+    "Packspeed has data parallelism only: every rank trains the complete model. Remove the key; to partition the "
+    "model's memory, use ZeRO-3."
+)
+NO_EXPORT_BY_DEEPSPEED = "checkpoints contain no 16-bit weights. `packspeed export` writes them from any checkpoint."
+OWN_LOADER = "Packspeed's own loader reads the data (section data of the run file), not DeepSpeed's."
 
 KEYS: KeyTree = {
     **_works(
@@ -73,17 +86,19 @@ KEYS: KeyTree = {
         "memory_breakdown dump_state disable_python_gc zero_allow_untested_optimizer log_level"
     ),
     "gradient_allreduce_op": Refused(
-        'adds up the gradients of the ranks, so that the loss depends on their number. Remove it, or write "mean".',
+        "adds the gradients of the ranks instead of averaging them, so the loss would depend on the number of ranks. "
+        'Remove the key, or write "mean".',
         unless("mean", "MEAN", "Mean"),
     ),
     "managed_gradient_accumulation": Refused(
-        "makes DeepSpeed step after every micro batch. Remove it; the run file sets the batch.", unless(True)
+        "with false, DeepSpeed steps after every micro batch. Remove the key; the run file sets the batch.",
+        unless(True),
     ),
     "sequence_parallel_size": Refused(NO_MODEL_PARALLELISM, unless(1)),
     "disable_allgather": Unused("DeepSpeed 0.19 never reads it."),
-    "zero_force_ds_cpu_optimizer": Unused("DeepSpeed makes the optimizer here, always its own.", unless(True)),
+    "zero_force_ds_cpu_optimizer": Unused("a Packspeed run always uses DeepSpeed's own optimizer.", unless(True)),
     "dataloader_drop_last": Unused(OWN_LOADER),
-    "vocabulary_size": Unused("DeepSpeed only warns about it; the vocabulary is the tokenizer's."),
+    "vocabulary_size": Unused("DeepSpeed uses it for a warning only. The tokenizer determines the vocabulary."),
     "use_data_before_expert_parallelism": Unused("the model has no experts."),
     "seq_parallel_communication_data_type": Unused("there is no sequence parallelism."),
     "optimizer": {**_works("type legacy_fusion"), "params": ANY},
@@ -97,7 +112,9 @@ KEYS: KeyTree = {
     ),
     "torch_autocast": {
         **_works("enabled dtype"),
-        "lower_precision_safe_modules": Refused("changes the precision, which is the run file's. Remove it."),
+        "lower_precision_safe_modules": Refused(
+            "changes the precision, which the run file sets (train.precision). Remove the key."
+        ),
     },
     "data_types": _works("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
     "zero_optimization": {
@@ -116,15 +133,16 @@ KEYS: KeyTree = {
             "enable_sanity_checks save_muon_momentum_buffer_in_memory"
         ),
         "compute_grad_norm": Refused(
-            "switches off the gradient norm, which clipping, the metrics and the detection of anomalies need. "
-            "Remove it.",
+            "with false, no gradient norm is computed, but clipping, the metrics and the anomaly detection need it. "
+            "Remove the key.",
             unless(True),
         ),
         "elastic_checkpoint": Refused(
-            "makes checkpoints that nothing else reads. Remove it: Packspeed resumes with any number of ranks."
+            "writes checkpoints in a format that Packspeed cannot read. Remove the key. A run can be resumed with any "
+            "number of ranks without it."
         ),
-        "legacy_stage1": Refused("was removed from DeepSpeed in 0.5.9, which fails on it. Remove it."),
-        "cpu_offload_use_pin_memory": Unused("DeepSpeed ignores it. Write offload_optimizer.pin_memory."),
+        "legacy_stage1": Refused("DeepSpeed removed this setting in version 0.5.9 and fails on it. Remove the key."),
+        "cpu_offload_use_pin_memory": Unused("DeepSpeed ignores it. Write offload_optimizer.pin_memory instead."),
         **dict.fromkeys(
             (
                 "gather_16bit_weights_on_model_save",
@@ -162,18 +180,19 @@ KEYS: KeyTree = {
     "checkpoint": {
         **_works("tag_validation use_node_local_storage"),
         "load_universal": Refused(
-            "makes an ordinary resume fail. Remove it: Packspeed converts a checkpoint if the layout changes."
+            "makes a resume fail. Remove the key. If the ZeRO stage or the number of ranks changes, Packspeed converts "
+            "the checkpoint itself."
         ),
         "writer": Refused(
-            "DeepSpeed's writers fail at the first save. Remove it; checkpoint.async_write in the run file writes in "
-            "the background."
+            "DeepSpeed's writers fail at the first save. Remove the block. To write checkpoints in the background, set "
+            "checkpoint.async_write in the run file."
         ),
         "checkpoint_serialization": Unused("Packspeed's own writer saves the files.", unless(True)),
         "parallel_write": {"pipeline_stage": Unused("there is no pipeline parallelism.")},
     },
     "datastates_ckpt": Refused(
-        "replaces the writer of checkpoints. Remove it; checkpoint.async_write in the run file writes in the "
-        "background."
+        "replaces the writer of checkpoints, which must be Packspeed's. Remove the block. To write checkpoints in the "
+        "background, set checkpoint.async_write in the run file."
     ),
     "compile": _works(
         "deepcompile autoep_non_moe free_activation free_activation_threshold offload_activation "
@@ -182,29 +201,31 @@ KEYS: KeyTree = {
         "keep_all_input_tensors passes"
     ),
     "tensor_parallel": Refused(NO_MODEL_PARALLELISM, switched_off("autotp_size", 1)),
-    "expert_parallel": Refused("the model has no experts. Remove it.", switched_off("enabled")),
+    "expert_parallel": Refused("the model has no experts. Remove the block.", switched_off("enabled")),
     "pipeline": Unused("there is no pipeline parallelism.", unless(False, {})),
     "hybrid_engine": Refused(
-        "alternates training with generation for RLHF, which Packspeed does not do. Remove it.",
+        "alternates training with generation for RLHF, which Packspeed does not do. Remove the block.",
         switched_off("enabled"),
     ),
     "autotuning": Refused(
-        "ends the run after a few steps to measure them. Remove it; packspeed bench measures.", switched_off("enabled")
-    ),
-    "data_efficiency": Refused(
-        "its sampling and token dropping need DeepSpeed's loader. Remove it; data.stages changes the mixture.",
+        "measures a few steps and then ends the run. Remove the block; to measure, use `packspeed bench`.",
         switched_off("enabled"),
     ),
-    "weight_quantization": Refused("quantizes the weights at the start. Remove it.", unless(False, {})),
+    "data_efficiency": Refused(
+        "its sampling and token dropping work only with DeepSpeed's loader, which Packspeed does not use. Remove the "
+        "block. To change the mixture of datasets during a run, use data.stages in the run file.",
+        switched_off("enabled"),
+    ),
+    "weight_quantization": Refused("quantizes the weights when training starts. Remove the block.", unless(False, {})),
 }
 
-# Legacy spellings that DeepSpeed still reads; load_ds_config replaces them. allgather_size only beside
-# "zero_optimization": true.
+# Old top-level spellings that DeepSpeed still reads and load_ds_config replaces. DeepSpeed reads allgather_size only if
+# "zero_optimization" is true or false instead of a block.
 LEGACY = ("bfloat16", "allgather_size")
 
 
 def filed(tree: KeyTree = KEYS, parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Refused | Unused]]:
-    """The path of every key that is refused or unused, and why."""
+    """Yield (path of the key, entry) for every key of the tree whose entry is Refused or Unused."""
     for key, entry in tree.items():
         if isinstance(entry, (Refused, Unused)):
             yield (*parent, key), entry
@@ -213,14 +234,14 @@ def filed(tree: KeyTree = KEYS, parent: tuple[str, ...] = ()) -> Iterator[tuple[
 
 
 def value_at(data: Any, path: tuple[str, ...]) -> Any:
-    """The value at a path of keys; None if it is missing."""
+    """Return the value at a path of keys in nested dicts, or None if it is missing."""
     for key in path:
         data = data.get(key) if isinstance(data, dict) else None
     return data
 
 
 def refusals(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path of the key, message) for every key of the JSON that is refused because it would harm the run."""
+    """Yield (path of the key, message) for every key of a DeepSpeed JSON that is refused."""
     for path, entry in filed():
         value = value_at(data, path)
         if isinstance(entry, Refused) and not entry.off(value):
@@ -228,14 +249,17 @@ def refusals(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def unused(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path of the key, message) for every key of the JSON that nothing reads."""
+    """Yield (path of the key, message) for every key of a DeepSpeed JSON that has no effect in a Packspeed run."""
     for path, entry in filed():
         if isinstance(entry, Unused) and not entry.off(value_at(data, path)):
             yield path, f"{'.'.join(path)} has no effect: {entry.why}"
 
 
 def without_refused_keys(data: JsonObject) -> JsonObject:
-    """A copy without the keys that are refused; those that are left over are off. DeepSpeed then uses its defaults."""
+    """Return a copy of a checked DeepSpeed JSON without the keys that can be refused.
+
+    In a checked JSON their values switch nothing on, so the copy means the same.
+    """
     kept = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
     for path, entry in filed():
         holder = value_at(kept, path[:-1])

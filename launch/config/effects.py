@@ -1,12 +1,12 @@
-"""What changing a key of the run file does: may a resume change it, and can it change the loss?
+"""Answer two questions about a key of the run file: may it change on a resume, and can it change the loss?
 
-checkpoint/resume.py refuses a resume by the first answer, `packspeed report` groups differences by the second, and
-docs/run_file.md prints both. Keys are dotted: "train.optimizer.lr".
+checkpoint/resume.py refuses a resume according to the first answer. `packspeed report` groups the differences between
+runs by the second. docs/run_file.md prints both. Keys are written with dots: "train.optimizer.lr".
 """
 
 from __future__ import annotations
 
-# Of the model, these change speed and memory but not the function that is computed.
+# Keys of the section model that change speed and memory, but not the function that the model computes.
 MODEL_SPEED_ONLY = ("model.activation_checkpointing", "model.kernels")
 
 FIXED = (
@@ -21,13 +21,14 @@ SPEED_ONLY = (
 
 
 def fixed_on_resume(key: str) -> bool:
-    """Whether a resume is refused if this key has changed: the model, the batch, or the samples and their order.
+    """Return whether a resume is refused if this key has changed.
 
-    `data.weights` is the list of the weights of data.sources.
+    These keys define the model, the global batch, and the samples and their order. `data.weights` stands for the
+    weights of data.sources.
     """
     return key in FIXED or (key.startswith("model.") and key not in MODEL_SPEED_ONLY)
 
 
 def can_change_the_loss(key: str) -> bool:
-    """Whether this key can change the loss by more than the rounding of another order of additions."""
+    """Return whether this key can change the loss by more than rounding, which depends on the order of additions."""
     return not key.startswith(SPEED_ONLY)

@@ -1,4 +1,4 @@
-"""Names for the shapes of parsed YAML and JSON, whose values have no static type."""
+"""Type names for parsed YAML and JSON, whose values have no static type."""
 
 from __future__ import annotations
 

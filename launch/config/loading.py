@@ -1,9 +1,8 @@
-"""Read a run file: YAML text -> overrides -> validated RunFile, with the line of every error.
+"""Read a run file: parse the YAML, apply `--set` values, and validate it as a RunFile. Every error names its line.
 
-parsing.parse_yaml YAML -> plain data, and the line of every key
-apply_overrides    put the values of --set into the data
-parse_numbers      "3e-4" -> 0.0003, which YAML 1.1 reads as a string
-load_run_file      all of them, then pydantic; each error becomes one line: place, key, problem, suggestion
+parsing.parse_yaml   YAML text to plain data, and the line of every key apply_overrides      put the values of `--set`
+into the data parse_numbers        "3e-4" to 0.0003, because YAML 1.1 reads it as a string load_run_file        all of
+these, then validation by pydantic. Each error becomes one line: file and line, key, problem, and the nearest valid key
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ from packspeed.launch.config.run_file import RunFile, Section
 
 
 def parse_numbers(data: Any) -> Any:
-    """Convert strings such as 3e-4 to numbers, at any depth: YAML 1.1 needs a dot in 3.0e-4, users do not write it."""
+    """Convert strings such as "3e-4" to floats, at any depth, and return the result.
+
+    YAML 1.1 recognises an exponent only after a decimal point, as in 3.0e-4.
+    """
     if isinstance(data, dict):
         return {key: parse_numbers(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -37,7 +39,11 @@ def parse_numbers(data: Any) -> Any:
 
 
 def apply_overrides(data: JsonObject, overrides: typing.Sequence[str]) -> dict[KeyPath, str]:
-    """Put each `a.b.c=value` into `data`. Returns the text of the override per key, for error messages."""
+    """Put each override `a.b.c=value` into `data`, in place. The value is parsed as YAML.
+
+    Returns the option of each key that was set, for error messages: {("train", "steps"): "--set train.steps=100"}.
+    Raises ConfigError if an override has another form, or if its path goes through a key that is not a section.
+    """
     origins: dict[KeyPath, str] = {}
     for override in overrides:
         option = f"--set {printable(override)}"
@@ -63,7 +69,7 @@ def apply_overrides(data: JsonObject, overrides: typing.Sequence[str]) -> dict[K
 
 
 def _section_at(path: KeyPath) -> type[Section] | None:
-    """The pydantic class of the block at `path`; None if there is none."""
+    """Return the pydantic class of the section at a key path, or None if there is no section."""
     section: Any = RunFile
     for part in path:
         field = section.model_fields.get(part)
@@ -75,7 +81,12 @@ def _section_at(path: KeyPath) -> type[Section] | None:
 
 
 def describe_error(error: ErrorDetails, path: Path, lines: dict[KeyPath, int], origins: dict[KeyPath, str]) -> str:
-    """A pydantic error as one line: file:line or --set, the key, what is wrong, the nearest valid key."""
+    """Return pydantic's error as one line: where, the key, what is wrong and, for an unknown key, the nearest valid
+    one.
+
+    "Where" is file:line, or the `--set` option that gave the value. `lines` has the line of every key in the file, and
+    `origins` the option of every key that `--set` gave.
+    """
     # pydantic appends the branch of a union to loc (train, micro_batch, int). Drop what the user did not write.
     loc = tuple(error["loc"])
     written = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines or loc[:n] in origins), loc)
@@ -97,16 +108,17 @@ def describe_error(error: ErrorDetails, path: Path, lines: dict[KeyPath, int], o
 
 
 def _got(error: ErrorDetails) -> str:
+    """Return " (got VALUE)" for an error about a single value, otherwise an empty string."""
     value = error.get("input")
     shown = isinstance(value, (str, int, float, types.NoneType)) and error["type"] != "missing"
     return f" (got {shortened(value)})" if shown else ""
 
 
 def read_run_file(path: Path, overrides: typing.Sequence[str]) -> tuple[Any, dict[KeyPath, int], dict[KeyPath, str]]:
-    """Read a run file and apply `--set` values, without validating it.
+    """Read a run file and apply `--set` values, without validating the result.
 
-    Returns the data, the lines of its keys, and the options of the keys that `--set` gave. Raises ConfigError if the
-    file cannot be read or is no mapping.
+    Returns (data, {key path: line in the file}, {key path: option} for keys that `--set` gave). Raises ConfigError if
+    the file cannot be read or is not a mapping.
     """
     data, lines = parse_yaml(read_text(path, "run file", ". Packspeed's own are in launch/configs/*.yaml."), path)
     if not isinstance(data, dict):
@@ -118,7 +130,10 @@ def read_run_file(path: Path, overrides: typing.Sequence[str]) -> tuple[Any, dic
 
 
 def load_run_file(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunFile:
-    """Read a run file, apply `--set` values and validate. Raises one ConfigError with a line per problem."""
+    """Read a run file, apply `--set` values and return the validated RunFile.
+
+    Raises one ConfigError with a line of text per problem.
+    """
     path = Path(path)
     data, lines, origins = read_run_file(path, overrides)
     try:

@@ -1,16 +1,16 @@
-"""The text of a run file (YAML 1.1) or a DeepSpeed JSON (JSON or HJSON), with limits and line numbers.
+"""Parse a run file (YAML 1.1) or a DeepSpeed JSON (JSON or HJSON) with size limits, and find the line of every key.
 
     data, lines = parse_yaml(read_text(path, "run file"), path)        # lines: ("train", "optimizer", "lr") -> 7
 
-Nothing that a file contains can keep a parser busy or fill memory: the limits below are checked before or while the
-text is parsed. Both parsers raise ConfigError with one paragraph: file, line, what is wrong. The slowest file within
-the limits takes 1 to 2 s; a run file of 40 lines takes 20 ms.
+No file can keep a parser busy for long or fill the memory, because the limits below are checked before or during the
+parsing. Both parsers raise ConfigError with one paragraph: file, line and what is wrong. The slowest file within the
+limits takes 1 to 2 s. A run file of 40 lines takes 20 ms.
 
     limit        refuses                                               why
-    MAX_BYTES    a large file, or /dev/zero                            PyYAML reads 100 KB/s
-    MAX_DEPTH    brackets or blocks in each other                      both parsers recurse
-    MAX_VALUES   long lists; aliases (*name) of lists of aliases       10 lines can make 10**9 values
-    MAX_DIGITS   numbers that fit no 64-bit integer or no double       Python needs quadratic time for their digits
+    MAX_BYTES    a large file, or /dev/zero                            PyYAML reads only 100 KB/s
+    MAX_DEPTH    deeply nested brackets or blocks                      both parsers are recursive
+    MAX_VALUES   long lists; aliases (*name) of lists of aliases       10 lines can expand to 10**9 values
+    MAX_DIGITS   numbers beyond 64-bit integers and doubles            Python's conversion takes quadratic time
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import yaml
 
 from packspeed.launch.config.errors import ConfigError
 
-KeyPath = tuple[str | int, ...]  # ('train', 'optimizer', 'lr'); list items by number
+KeyPath = tuple[str | int, ...]  # ('train', 'optimizer', 'lr'); items of lists by their index
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 40
@@ -35,7 +35,11 @@ BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
 def read_text(path: Path, what: str, hint: str = ".") -> str:
-    """The text of a file in UTF-8, with or without a byte order mark. `what` and `hint` are for the error message."""
+    """Return the text of a UTF-8 file, with or without a byte order mark.
+
+    Raises ConfigError if it cannot be read, is larger than MAX_BYTES or is not UTF-8. The message starts with `what`,
+    such as "run file", and may end with `hint`.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -56,7 +60,10 @@ def read_text(path: Path, what: str, hint: str = ".") -> str:
 
 
 def unusable_character(text: str) -> str | None:
-    """The name of a character that no path and no terminal can take; None if there is none in the text."""
+    """Return the name (U+0000) of the first null or surrogate character of the text, or None if it has none.
+
+    Paths and terminals cannot contain these characters.
+    """
     match = re.search("[\0\ud800-\udfff]", text)
     return f"U+{ord(match[0]):04X}" if match else None
 
@@ -66,7 +73,10 @@ TOO_MUCH = "more than {:,} values, or blocks that nest deeper than {} levels"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that stops at MAX_DEPTH, and reports every value that it cannot convert as a YAMLError with a line."""
+    """A yaml.SafeLoader with limits: MAX_DEPTH, MAX_VALUES and MAX_DIGITS.
+
+    Every value that it cannot convert raises a YAMLError with a line.
+    """
 
     depth = count = 0
 
@@ -100,9 +110,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
-    """Parse YAML 1.1. Returns the data and the line, from 1, of every key.
+    """Parse YAML 1.1. Returns the data and, for every key path, the line number in the file, from 1.
 
-    Raises ConfigError for invalid YAML, duplicate keys, keys that are no words, and anything beyond the limits.
+    `place` is the file for messages. Raises ConfigError for invalid YAML, duplicate keys, keys that are not words, and
+    anything beyond the limits.
     """
     try:
         loader = _Loader(text)
@@ -125,7 +136,10 @@ def parse_yaml(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def _key_lines(root: yaml.Node, place: Path | str) -> dict[KeyPath, int]:
-    """The line of every key, with aliases expanded. Raises ConfigError for what the loader would accept wrongly."""
+    """Return the line of every key path, with aliases expanded.
+
+    Raises ConfigError for duplicate keys, aliases that contain themselves, and too many values.
+    """
     lines: dict[KeyPath, int] = {}
     count = 0
 
@@ -150,11 +164,14 @@ def _key_lines(root: yaml.Node, place: Path | str) -> dict[KeyPath, int]:
 
 
 def _key_path(key: yaml.Node, parent: KeyPath, lines: dict[KeyPath, int], place: Path | str) -> KeyPath:
-    """Note the line of a key. Raises ConfigError if it is no word, or if its block has it already."""
+    """Return the path of a key below `parent`, and add its line to `lines`.
+
+    Raises ConfigError if the key is not a word, or if its block has the same key already.
+    """
     line = key.start_mark.line + 1
     if not isinstance(key, yaml.ScalarNode) or key.tag.rpartition(":")[2] not in ("str", "merge"):
         name = f"{shortened(key.value)} " if isinstance(key, yaml.ScalarNode) else ""
-        raise ConfigError(f"{place}:{line}: the key {name}is not a word. Keys are listed in docs/run_file.md.")
+        raise ConfigError(f"{place}:{line}: the key {name}is not a word. docs/run_file.md lists the keys.")
     path = (*parent, key.value)
     if path in lines:
         raise ConfigError(f"{place}:{line}: {dotted(path)} is given twice (first on line {lines[path]}).")
@@ -167,13 +184,14 @@ COMMENT_KEY = re.compile(r"_|//|#|(comments?|\$schema)$")
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """The keys and values of a JSON object, duplicates included."""
+    """The (key, value) pairs of a JSON object, including duplicate keys."""
 
 
 def parse_json(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
-    """Parse JSON, or HJSON (comments, trailing commas), as DeepSpeed does. Returns the data and the line of every key.
+    """Parse JSON, or HJSON (with comments and trailing commas) as DeepSpeed does.
 
-    Keys that start with an underscore, // or #, and "comment" and "$schema", are left out at any depth. Raises
+    Returns the data and the line of every key path. At any depth, keys that serve as comments are left out: those that
+    start with an underscore, // or #, and "comment", "comments" and "$schema". `place` is the file for messages. Raises
     ConfigError for invalid text, duplicate keys and anything beyond the limits.
     """
     if not text.strip():  # HJSON's empty object
@@ -191,6 +209,9 @@ def parse_json(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def _parse_hjson(text: str, place: Path | str, json_error: json.JSONDecodeError) -> Any:
+    """Parse text as HJSON, after the JSON parser has failed with `json_error`. Raises ConfigError that quotes both
+    errors.
+    """
     import hjson  # only here: most files are JSON
 
     try:
@@ -206,19 +227,21 @@ def _parse_hjson(text: str, place: Path | str, json_error: json.JSONDecodeError)
 
 
 def _integer(digits: str) -> int:
+    """Return the integer that these digits write. Raises OverflowError if it does not fit into 64 bits."""
     if len(digits) > MAX_DIGITS or abs(int(digits)) >= 2**63:
         raise OverflowError(f"{shortened(digits)} is not a 64-bit integer")
     return int(digits)
 
 
 def _float(digits: str) -> float:
+    """Return the float that these digits write. Raises OverflowError if there are more than MAX_DIGITS characters."""
     if len(digits) > MAX_DIGITS:
         raise OverflowError(f"{shortened(digits)} has more than {MAX_DIGITS} digits")
     return float(digits)
 
 
 def _too_deep(text: str) -> int | None:
-    """The line of the first bracket beyond MAX_DEPTH; None if there is none. Brackets in quotes do not count."""
+    """Return the line of the first bracket nested deeper than MAX_DEPTH, or None. Brackets in quotes do not count."""
     depth = 0
     for match in re.finditer(r'"(?:[^"\\\n]|\\.)*"?|[\[{}\]]', text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
@@ -228,14 +251,17 @@ def _too_deep(text: str) -> int | None:
 
 
 class _KeysOfText:
-    """The keys of a JSON text with their lines, in order. Comments are skipped; no parser tells where a key is."""
+    """Finds the line of each key of a JSON or HJSON text, because the parsers do not report lines.
+
+    Ask for the keys in the order of the text.
+    """
 
     TOKEN = re.compile(
         r"#[^\n]*|//[^\n]*|/\*.*?(?:\*/|\Z)"  # comments of HJSON
         r'|"(?P<quoted>(?:[^"\\\n]|\\.)*)"?(?P<colon>\s*:)?|(?P<bare>[^\s,:\[\]{}"]+)(?P<bare_colon>\s*:)?',
         re.DOTALL,
     )
-    LOOKAHEAD = 50  # a key with escapes in it is not found; the search for it must not take long
+    LOOKAHEAD = 50  # limits the search for a key that the pattern did not recognise, such as one with escapes
 
     def __init__(self, text: str) -> None:
         self.keys: list[tuple[str, int]] = []
@@ -247,7 +273,7 @@ class _KeysOfText:
                 self.keys.append((match["quoted"] if match["colon"] else match["bare"].strip("'"), line))
 
     def next_line(self, key: str) -> int | None:
-        """The line of the next key of this name; None if it is not among the next LOOKAHEAD keys."""
+        """Return the line of the next key of this name, or None if it is not among the next LOOKAHEAD keys."""
         for position in range(self.position, min(self.position + self.LOOKAHEAD, len(self.keys))):
             name, line = self.keys[position]
             if name == key:
@@ -257,7 +283,10 @@ class _KeysOfText:
 
 
 def _plain(raw: Any, path: KeyPath, lines: dict[KeyPath, int], keys: _KeysOfText, place: Path | str) -> Any:
-    """Dicts for _Pairs, without comments. Adds the line of every key to `lines`."""
+    """Return parsed JSON with dicts instead of _Pairs and without comment keys. Adds the line of every key to `lines`.
+
+    `path` is the key path of `raw`. Raises ConfigError for duplicate keys and unusable characters.
+    """
     if isinstance(raw, list) and not isinstance(raw, _Pairs):
         return [_plain(item, (*path, index), lines, keys, place) for index, item in enumerate(raw)]
     if isinstance(raw, str) and (character := unusable_character(raw)):
@@ -278,16 +307,16 @@ def _plain(raw: Any, path: KeyPath, lines: dict[KeyPath, int], keys: _KeysOfText
 
 
 def dotted(path: KeyPath) -> str:
-    """A key path as people write it: train.optimizer.lr."""
+    """Return a key path as users write it: "train.optimizer.lr"."""
     return printable(".".join(map(str, path)))
 
 
 def printable(text: str) -> str:
-    """The text in one line: characters that are no printable ones, as Python escapes them."""
+    """Return the text on one line, with Python's escapes for characters that cannot be printed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(value: object, limit: int = 40) -> str:
-    """A value as Python writes it, cut to a readable length."""
+    """Return a value as Python code, cut to about `limit` characters for a message."""
     written = repr(value)
     return written if len(written) <= limit else f"{written[: limit - 10]}... ({len(written):,} characters)"

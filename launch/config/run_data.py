@@ -1,8 +1,8 @@
-"""The data of a run: opens its datasets, makes its loader, and answers questions about what it reads.
+"""Open the datasets of a run, make its loader, and answer questions about what the run reads.
 
-open_data, make_run_loader          training: run file -> dataset -> loader
-reading_plan                        packspeed inspect --config: tokens and epochs per source
-loader_of_run                       packspeed audit: the loader of an existing run folder
+open_data, make_run_loader          training: from run file to dataset to loader
+reading_plan                        `packspeed inspect --config`: tokens and epochs of each source
+loader_of_run                       `packspeed audit`: the loader of an existing run folder
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def reading_plan(run_file: Path) -> JsonObject:
-    """What a run will read from its first to its last step: tokens and epochs of each source, as JSON."""
+    """Return what a run reads from its first to its last step, as JSON: tokens and epochs of each source.
+
+    Raises UserError if the run file or a dataset is invalid.
+    """
     run = load_run_file(run_file)
     dataset = open_data(run)
     loader = make_run_loader(run, dataset)
@@ -36,7 +39,7 @@ def reading_plan(run_file: Path) -> JsonObject:
         "epochs": round(samples / loader.samples_per_epoch, 6),
     }
     sources = loader.report(samples) if hasattr(loader, "report") else [single]
-    # A mixture has a loader per source. Only packed loaders discard tokens.
+    # A mixture has one loader per source. Only the loaders for packed documents discard tokens.
     for row, source_loader in zip(sources, getattr(loader, "loaders", [loader]), strict=True):
         row["discarded"] = round(source_loader.discarded(), 6) if hasattr(source_loader, "discarded") else 0.0
     return {
@@ -50,7 +53,10 @@ def reading_plan(run_file: Path) -> JsonObject:
 
 
 def loader_of_run(folder: Path) -> Loader:
-    """The loader of an existing run folder, from its resolved config.yaml. Raises UserError if there is none."""
+    """Return the loader of an existing run folder, as its config.yaml describes it.
+
+    Raises UserError if the folder has no config.yaml.
+    """
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: there is no config.yaml in it. Give <runs_dir>/<name>.")
@@ -59,7 +65,7 @@ def loader_of_run(folder: Path) -> Loader:
 
 
 def open_data(run: RunFile) -> TokenDataset | MixtureData:
-    """Open the dataset of a run, or all datasets of its mixture; URLs through the cache."""
+    """Open the dataset of a run, or all datasets of its mixture. Datasets at URLs are read through the local cache."""
     remote: JsonObject = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
     if run.data.path is not None:
         return open_dataset(run.data.path, **remote)
@@ -69,7 +75,7 @@ def open_data(run: RunFile) -> TokenDataset | MixtureData:
 
 
 def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader:
-    """The loader that a run file describes. Equal run files and datasets give equal batches."""
+    """Return the loader that a run file describes. Equal run files and datasets give equal batches."""
     from packspeed.data.packing import make_loader
 
     arguments: JsonObject = {

@@ -1,10 +1,11 @@
-"""The run file: the pydantic classes that define every key of the YAML that describes a run.
+"""The run file: pydantic classes that define every key of the YAML file that describes a run.
 
     run = load_run_file("launch/configs/quickstart.yaml", ["train.optimizer.lr=3e-4"])      # loading.py -> RunFile
 
-The run file holds everything that can change the loss. How memory and network are used is in the DeepSpeed JSON
-(deepspeed_json.py). Every key has a description here; `packspeed schema --markdown` prints them as docs/run_file.md.
-Precedence: defaults < YAML < `--set key.path=value`. Objects are frozen. Loading takes 0.1 s and imports no torch.
+The run file contains everything that can change the loss. The DeepSpeed JSON (deepspeed_json.py) sets how memory and
+network are used. Every key has a description here, and `packspeed schema --markdown` writes them to docs/run_file.md.
+`--set key.path=value` overrides the YAML file, which overrides the defaults. The objects are frozen. Loading a file
+takes 0.1 s and does not import torch.
 """
 
 from __future__ import annotations
@@ -23,44 +24,48 @@ from packspeed.model.config import PRESETS, GPTConfig
 
 
 class Section(BaseModel):
-    """Base of all blocks of the run file: frozen; unknown keys, NaN and infinity are errors."""
+    """Base class of all sections of the run file. Its objects are frozen; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-# One description per field of GPTConfig, which is plain Python and has no place for them. A test compares the names.
+# One description per field of GPTConfig, a dataclass without descriptions. A test checks that no field is missing.
 MODEL_KEYS = {
     "n_layer": "Number of transformer blocks.",
     "n_head": "Number of attention (query) heads.",
     "d_model": "Width of the residual stream, in channels.",
     "vocab_size": "Tokens in the vocabulary. Default: the dataset's tokenizer. The weights are padded to a multiple of "
     "128 rows; the padding never changes the loss.",
-    "max_seq_len": "Longest sequence in tokens: rows of the learned position table, and the window of generation. "
-    "Default: data.seq_len.",
-    "n_kv_head": "Number of key-value heads; fewer than n_head is grouped-query attention. Default: n_head.",
+    "max_seq_len": "Longest sequence in tokens: the number of rows of a learned position table, and the longest "
+    "context when generating text. Default: data.seq_len.",
+    "n_kv_head": "Number of key-value heads. If it is smaller than n_head, attention is grouped-query attention. "
+    "Default: n_head.",
     "head_dim": "Channels per attention head. Default: d_model / n_head.",
     "d_ff": "Hidden channels of the MLP. Default: 4 d_model; for swiglu 8/3 d_model, rounded up to a multiple of 256.",
-    "norm": "Normalisation before attention, before the MLP and before the head.",
-    "norm_eps": "Number added to the variance in every norm, against division by zero.",
+    "norm": "Normalisation before attention, before the MLP and before the output head.",
+    "norm_eps": "Number added to the variance in every norm, to avoid a division by zero.",
     "position": "Position encoding: a learned table, or rotary embeddings (RoPE) of queries and keys.",
-    "rope_theta": "Base of the wavelengths of RoPE. Unused with learned positions.",
-    "mlp": "Activation of the MLP. gelu_tanh is GPT-2's approximation of gelu; swiglu has a third weight matrix.",
-    "bias": "Biases: true in all linear layers and in LayerNorm, false nowhere, qkv in the layers of queries, keys and "
-    "values only (Qwen2), attention in these and in attention's output layer.",
+    "rope_theta": "Base of RoPE's frequencies (theta). Unused with learned positions.",
+    "mlp": "Activation of the MLP. gelu_tanh is GPT-2's approximation of gelu. swiglu has a third weight matrix.",
+    "bias": "Which layers have a bias. true: all linear layers and LayerNorm. false: none. qkv: only the projections "
+    "to queries, keys and values (as in Qwen2). attention: these and attention's output projection.",
     "qk_norm": "Apply RMSNorm to the query and the key of each head.",
     "tie_embeddings": "Use the token embedding as the weight of the output head.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
-    "depend on the seed, the step and the sample, so that a resumed run repeats them.",
-    "z_loss": "Weight of log(sum exp logits)^2 in the training loss of each token; PaLM used 1e-4.",
-    "activation_checkpointing": "Recompute activations in the backward pass to save memory: none, full (every block), "
-    "or n (every n-th block). Full costs about a third more compute.",
-    "kernels": "Implementation of attention, norms and loss. auto: Triton on GPUs and C++ on CPUs if they build, else "
-    "PyTorch. All agree to 1e-5.",
+    "depend only on the seed and on the sample's number in the run, so a resumed run uses the same masks.",
+    "z_loss": "Weight of the term log(sum exp logits)^2 that is added to the training loss of each token. PaLM used "
+    "1e-4.",
+    "activation_checkpointing": "Recompute activations in the backward pass to save memory: none, full (in every "
+    "block), or n (in every n-th block). full needs about a third more compute.",
+    "kernels": "Implementation of attention, norms and loss. auto: Triton on GPUs and C++ on CPUs if they can be "
+    "built, otherwise PyTorch. Their results agree to 1e-5.",
 }
 
 
 def _model_section() -> type[Section]:
-    """The block `model:`: a preset, any fields of GPTConfig, or both (a field overrides the preset)."""
+    """Create the class of the section `model`: a preset, any fields of GPTConfig, or both (a field overrides the
+    preset).
+    """
     hints = typing.get_type_hints(GPTConfig)
     fields: JsonObject = {
         f.name: (Union[hints[f.name], None], Field(None, description=MODEL_KEYS[f.name]))  # noqa: UP007
@@ -83,39 +88,46 @@ class SourceSection(Section):
 
 
 class StageSection(Section):
-    """New weights of the sources from some point of the run on."""
+    """New weights of the sources, used from some point of the run on."""
 
     from_tokens: float = Field(
-        gt=0, description="Tokens of the run after which the stage starts, rounded up to a multiple of 4,096 samples."
+        gt=0,
+        description="Number of trained tokens after which the weights apply, rounded up to a multiple of 4,096 "
+        "samples.",
     )
     weights: list[float] = Field(description="One weight for each source, in the order of data.sources.")
 
 
 class DataSection(Section):
-    """Which tokens are read, and how they are cut into samples."""
+    """Which tokens the run reads, and how they are cut into samples."""
 
     path: str | None = Field(None, description="Folder or URL of a dataset written by packspeed prepare.")
     sources: list[SourceSection] | None = Field(
-        None, min_length=1, description="Instead of data.path: a weighted mixture of datasets."
+        None, min_length=1, description="Datasets of a weighted mixture. Give either this or data.path."
     )
-    stages: list[StageSection] = Field([], description="Later weights of the sources, in ascending order of tokens.")
+    stages: list[StageSection] = Field(
+        [], description="Changes of the sources' weights during the run, in ascending order of from_tokens."
+    )
     seq_len: int = Field(
-        ge=1, description="Tokens per sample. A sample reads seq_len + 1 tokens: inputs and shifted targets."
+        ge=1,
+        description="Tokens per sample. A sample reads seq_len + 1 tokens, because the targets are the inputs shifted "
+        "by one.",
     )
     shuffle: Literal["blocks", "full"] = Field(
         "blocks",
-        description="Order of the samples in an epoch. full: a random permutation of all of them. blocks: random "
-        "blocks of neighbouring samples, shuffled inside, which reads the disk almost sequentially.",
+        description="Order of the samples in an epoch. full: a random permutation of all samples. blocks: blocks of "
+        "neighbouring samples in random order, and shuffled within each block. blocks reads the disk almost "
+        "sequentially.",
     )
     packing: Literal["stream", "best_fit", "bos_aligned"] = Field(
         "stream",
-        description="How documents fill samples. stream: cut the stream of all tokens into windows. best_fit: pack "
-        "complete documents into rows, with a little padding. bos_aligned: only "
-        "beginnings of documents; what does not fit a row is discarded.",
+        description="How documents fill samples. stream: join all documents and cut the tokens into windows. best_fit: "
+        "pack complete documents into samples, with a little padding. bos_aligned: every sample starts with the "
+        "beginning of a document, and tokens that do not fit are discarded.",
     )
     document_mask: bool = Field(
         False,
-        description="Limit attention to the document of each token. best_fit and bos_aligned always do.",
+        description="Restrict the attention of each token to its own document. best_fit and bos_aligned always do so.",
     )
     cache_dir: str = Field("~/.cache/packspeed", description="Folder that caches shards read from URLs.")
     cache_gb: float = Field(100.0, gt=0, description="Largest size of the cache, in GB (1e9 bytes).")
@@ -141,7 +153,7 @@ class OptimizerSection(Section):
     )
     eps: float = Field(1e-8, gt=0, description="Number added to the denominator of AdamW's update. Lion has none.")
     weight_decay: float = Field(
-        0.1, ge=0, description="Decoupled weight decay of matrices, per step and relative to the learning rate."
+        0.1, ge=0, description="Decoupled weight decay: each step shrinks matrices by the factor 1 - lr * weight_decay."
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of Muon. Unused by adamw and lion.")
     muon_lr: float | None = Field(
@@ -154,7 +166,8 @@ class ScheduleSection(Section):
 
     name: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine",
-        description="Shape after warm-up. wsd (warm-up, stable, decay): constant, then a linear decay at the end.",
+        description="Shape of the learning rate after warm-up. wsd (warm-up, stable, decay): constant, then a linear "
+        "decay at the end.",
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from near 0 to the peak.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay. Unused by constant.")
@@ -169,31 +182,36 @@ class TrainSection(Section):
     seed: int = Field(
         1337, ge=0, lt=2**63, description="Seed of the initial weights, of the order of the data and of dropout."
     )
-    steps: int | None = Field(None, ge=1, description="Optimizer steps of the complete run. Or give train.tokens.")
+    steps: int | None = Field(
+        None, ge=1, description="Optimizer steps of the complete run. Give either this or train.tokens."
+    )
     tokens: float | None = Field(
         None,
         gt=0,
         lt=2**63,
-        description="Tokens of the complete run, rounded up to full steps. Instead of train.steps.",
+        description="Tokens of the complete run, rounded up to full steps. Give either this or train.steps.",
     )
     global_batch_tokens: int = Field(
         ge=1, lt=2**40, description="Tokens per optimizer step, over all ranks; a multiple of data.seq_len."
     )
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="Samples per forward pass of a rank; gradients are accumulated up to the global batch. auto: the "
-        "largest that divides the batch and has at most 16,384 tokens. Changes speed and memory, not the loss.",
+        description="Samples per forward pass of a rank. Gradients are accumulated until the global batch is complete. "
+        "auto: the largest number that divides a rank's share and has at most 16,384 tokens. Changes speed and memory, "
+        "not the loss.",
     )
     precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
-        "auto", description="Arithmetic of forward and backward. auto: bf16 if the device has it, else fp32."
+        "auto",
+        description="Number format of forward and backward passes. auto: bf16 if the device supports it, otherwise "
+        "fp16 on a GPU and fp32 on a CPU.",
     )
     optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer and its settings.")
     schedule: ScheduleSection = Field(ScheduleSection(), description="The learning rate over the run.")
     grad_clip: float = Field(
         1.0,
         ge=0,
-        description="Scale the gradient down if its global norm is larger than this; 0 = off. Write 0 with "
-        "muon, whose update DeepSpeed would cut.",
+        description="Scale the gradient down if its global norm is larger than this; 0 = off. With muon write 0, "
+        "because DeepSpeed would clip Muon's update instead of the gradient.",
     )
 
     @model_validator(mode="after")
@@ -204,15 +222,17 @@ class TrainSection(Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the complete run."""
+        """Number of optimizer steps of the complete run, computed from train.tokens if that is given."""
         return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / self.global_batch_tokens)
 
 
 class EvalSection(Section):
-    """Validation on a fixed set of windows, the same at every evaluation."""
+    """Validation during training. Every evaluation uses the same windows of the validation split."""
 
-    every_steps: int = Field(1000, ge=0, description="Steps between evaluations; 0 = never. The last step evaluates.")
-    windows: int = Field(200, ge=1, description="Validation windows of data.seq_len tokens per evaluation.")
+    every_steps: int = Field(
+        1000, ge=0, description="Steps between evaluations; 0 = never. The last step is also followed by one."
+    )
+    windows: int = Field(200, ge=1, description="Number of windows of data.seq_len tokens per evaluation.")
 
 
 class CheckpointSection(Section):
@@ -225,16 +245,20 @@ class CheckpointSection(Section):
     keep_best: int = Field(
         1,
         ge=0,
-        description="Also keep the N checkpoints with the lowest validation loss, among those saved at an evaluation.",
+        description="Also keep the N checkpoints with the lowest validation loss, among those saved at a step with an "
+        "evaluation.",
     )
     keep_every_steps: int = Field(0, ge=0, description="Also keep every checkpoint at a multiple of N steps; 0 = off.")
     async_write: bool = Field(
         False,
-        description="Copy the state to host memory and write it in the background while training continues. Needs "
-        "host memory for one copy.",
+        description="Write checkpoints in the background while training continues. Needs host memory for one copy of "
+        "the state.",
     )
     timeout_s: float = Field(
-        1800.0, gt=0, description="Seconds to wait for all ranks at a save before the run fails and names the missing."
+        1800.0,
+        gt=0,
+        description="Seconds to wait at a save until all ranks have arrived. After that the run fails and names the "
+        "missing ranks.",
     )
 
 
@@ -243,20 +267,25 @@ class AnomalySection(Section):
 
     nonfinite: Literal["stop", "skip", "rewind"] = Field(
         "stop",
-        description="If the loss or the gradient norm is NaN or infinite: stop the run, skip the step, or rewind to "
-        "the newest scheduled checkpoint and continue after the bad batch.",
+        description="What to do if the loss or the gradient norm is NaN or infinite: stop the run, skip the step, or "
+        "rewind to the newest checkpoint that was saved on schedule and continue after the bad batch.",
     )
     spike: Literal["off", "stop", "skip", "rewind"] = Field(
-        "off", description="If the loss or the gradient norm is a spike (anomalies.zscore): nothing, or as nonfinite."
+        "off",
+        description="What to do if the loss or the gradient norm is a spike (see anomalies.zscore): off ignores it, "
+        "the other values act as for anomalies.nonfinite.",
     )
     zscore: float = Field(
         10.0, gt=0, description="A value is a spike if it is this many robust standard deviations above the median."
     )
-    window: int = Field(128, ge=8, description="Number of accepted steps that give the median and the deviation.")
+    window: int = Field(
+        128, ge=8, description="Number of past accepted steps from which the median and the deviation are computed."
+    )
     limit: int = Field(
         5,
         ge=1,
-        description="Vetoed steps in a row, or rewinds to one checkpoint, that are allowed; the next stops the run.",
+        description="Largest number of bad steps in a row, and of rewinds to the same checkpoint. One more stops the "
+        "run.",
     )
 
 
@@ -264,14 +293,21 @@ class MonitorSection(Section):
     """What is logged during the run."""
 
     log_every_steps: int = Field(
-        10, ge=1, description="Steps between lines on the console and in TensorBoard; metrics.jsonl has every step."
+        10,
+        ge=1,
+        description="Steps between lines on the console and points in TensorBoard. metrics.jsonl has a line for every "
+        "step.",
     )
     tensorboard: bool = Field(True, description="Write TensorBoard events to <run folder>/tensorboard.")
     histograms_every_steps: int = Field(
-        0, ge=0, description="Steps between norms of gradients and weights per layer, in TensorBoard; 0 = never."
+        0,
+        ge=0,
+        description="Steps between TensorBoard histograms of the norms of gradients and weights, per layer; 0 = never.",
     )
     sample_prompts: list[str] = Field(
-        [], description="Prompts to continue at each evaluation, for samples.jsonl and TensorBoard."
+        [],
+        description="Prompts that the model continues at each evaluation. The texts are written to samples.jsonl and "
+        "TensorBoard.",
     )
     sample_tokens: int = Field(64, ge=1, description="Tokens generated for each prompt.")
 
@@ -284,7 +320,7 @@ class RunFile(Section):
     )
     runs_dir: str = Field("runs", description="Folder that holds the run folders.")
     # create_model builds ModelSection from GPTConfig, so that each field of the model is defined once.
-    model: ModelSection = Field(description="Shape of the model: a preset, fields, or both.")  # type: ignore[valid-type]
+    model: ModelSection = Field(description="Shape of the model.")  # type: ignore[valid-type]
     data: DataSection = Field(description="The dataset and how it is cut into samples.")
     train: TrainSection = Field(description="Length, batch, precision and optimizer.")
     eval: EvalSection = Field(EvalSection(), description="Validation during training.")
@@ -320,18 +356,20 @@ class RunFile(Section):
 
     @property
     def global_batch(self) -> int:
-        """Samples (windows of data.seq_len tokens) of one optimizer step over all ranks."""
+        """Number of samples (windows of data.seq_len tokens) per optimizer step, over all ranks."""
         return self.train.global_batch_tokens // self.data.seq_len
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """Path of the run folder: <runs_dir>/<name>."""
         return Path(self.runs_dir) / self.name
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """The configuration of the model. A key that the run file omits comes from the preset, else from the dataset.
+        """Return the configuration of the model. A key that the run file omits comes from the preset, else from the
+        dataset.
 
-        `vocab_size` is the dataset's. Raises ConfigError if the values contradict each other.
+        `vocab_size` is the vocabulary size of the dataset. Raises ConfigError if keys are missing or contradict each
+        other.
         """
         given = {k: v for k, v in self.model.model_dump().items() if v is not None}  # type: ignore[attr-defined]
         name = given.pop("preset", None)
@@ -345,7 +383,8 @@ class RunFile(Section):
         fields.setdefault("max_seq_len", self.data.seq_len)
         if fields["vocab_size"] < vocab_size:
             raise ConfigError(
-                f"model.vocab_size = {fields['vocab_size']} is smaller than the dataset's {vocab_size}; leave it out."
+                f"model.vocab_size = {fields['vocab_size']} is smaller than the dataset's vocabulary of {vocab_size} "
+                "tokens. Remove the key."
             )
         if fields["max_seq_len"] < self.data.seq_len:
             raise ConfigError(
@@ -356,7 +395,9 @@ class RunFile(Section):
             f.name for f in dataclasses.fields(GPTConfig) if f.default is dataclasses.MISSING and f.name not in fields
         ]
         if missing:
-            raise ConfigError(f"model: {', '.join(missing)} missing; give them, or a preset ({', '.join(PRESETS)}).")
+            raise ConfigError(
+                f"model: missing keys: {', '.join(missing)}. Give them, or a preset ({', '.join(PRESETS)})."
+            )
         try:
             return GPTConfig(**fields)
         except (TypeError, ValueError) as error:

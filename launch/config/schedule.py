@@ -1,8 +1,8 @@
 """The learning rate of each step: learning_rate(step, run.train), a function without state.
 
-A resumed run computes the same rates as an uninterrupted one, because nothing but the step number goes in. The shapes
-are cosine (SGDR, arXiv:1608.03983), linear, constant, and wsd (MiniCPM, arXiv:2404.06395): constant, then a linear
-decay at the end. Warm-up is nanoGPT's.
+A resumed run uses the same rates as an uninterrupted one, because the rate depends only on the step number and the run
+file. The shapes are cosine (SGDR, arXiv:1608.03983), linear, constant, and wsd (MiniCPM, arXiv:2404.06395), which is
+constant and then decays linearly at the end. The warm-up is the same as nanoGPT's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from packspeed.launch.config.run_file import TrainSection
 
 
 def learning_rate(step: int, train: TrainSection) -> float:
-    """The learning rate of an optimizer step, counted from 0: linear warm-up, then the schedule's shape.
+    """Return the learning rate of an optimizer step, counted from 0: linear warm-up, then the schedule's shape.
 
-    The rate of warm-up is lr (step + 1) / (warmup_steps + 1), so the first step already learns.
+    During warm-up the rate is lr (step + 1) / (warmup_steps + 1), so that it is not 0 in the first step.
     """
     peak, schedule, total = train.optimizer.lr, train.schedule, train.total_steps
     if step < schedule.warmup_steps:
