@@ -9,6 +9,7 @@ Sources: FlashAttention (https://arxiv.org/abs/2205.14135), grouped-query attent
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,31 +81,63 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> 
     """
     shape = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
-    if q.is_cuda and q.element_size() == 2 and _varlen_attn() is not None:
-        return _attend_varlen(q, k, v, documents.ends, max(documents.lengths)).view(shape)
+    varlen = varlen_attention() if q.is_cuda and q.element_size() == 2 else None
+    if varlen is not None and _flash_runs(q.device, q.size(2)):
+        return varlen(q, k, v, documents.ends, max(documents.lengths)).view(shape)
     parts = zip(*(torch.split(x, documents.lengths) for x in (q, k, v)), strict=True)
     return torch.cat([attend(*(x.unsqueeze(0) for x in part))[0] for part in parts]).view(shape)
 
 
 @functools.cache
-def _varlen_attn() -> Callable[..., Any] | None:
-    """Return torch's FlashAttention-2 kernel for variable lengths, or None before torch 2.10, which introduced it."""
+def _flash_runs(device: torch.device, width: int) -> bool:
+    """Return whether FlashAttention-2 runs on a GPU (sm_80 or newer) for heads of `width` channels."""
+    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+@functools.cache
+def varlen_attention() -> VarlenAttention | None:
+    """Return flash attention within documents without a mask, if this torch has it (since 2.10), else None.
+
+    The function maps q (N, H, D), k and v (N, h, D), where h divides H, the documents' ends and the longest document's
+    tokens to (N, H, D). N = B * T tokens.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn
+    return adapt_varlen(varlen_attn)
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-    """Return flash attention within documents, (N, H, D), for N = B * T tokens in a row.
+def adapt_varlen(varlen_attn: Callable[..., Any]) -> VarlenAttention | None:
+    """Adapt torch's varlen_attn, whose arguments differ between releases; None if it cannot be causal.
 
-    q is (N, H, D); k and v are (N, h, D), where h divides H. ends: see Documents. longest: the longest document's
-    tokens.
+    | torch | causal | grouped queries |
+    |---|---|---|
+    | 2.10 | is_causal | no |
+    | 2.11 | window_size | no |
+    | 2.12 to 2.14 | window_size | enable_gqa |
     """
-    varlen_attn = _varlen_attn()
-    assert varlen_attn is not None
-    causal = (-1, 0)  # a window of unlimited length backwards and none forwards
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=causal, enable_gqa=q.size(1) != k.size(1))
-    assert isinstance(out, Tensor)  # it is a tuple only if more results are requested
-    return out
+    offered = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any]
+    if "window_size" in offered:
+        options = {"window_size": (-1, 0)}  # a window of unlimited length backwards and none forwards
+    elif "is_causal" in offered:
+        options = {"is_causal": True}
+    else:
+        return None
+
+    def attend_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+        grouped = {}
+        if q.size(1) != k.size(1):
+            if "enable_gqa" in offered:
+                grouped = {"enable_gqa": True}
+            else:
+                k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, **options, **grouped)
+        assert isinstance(out, Tensor)  # it is a tuple only if more results are requested
+        return out
+
+    return attend_varlen

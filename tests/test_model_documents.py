@@ -1,7 +1,9 @@
 """Document attention: exactly plain attention under a block mask, no leak between documents, no slower than causal."""
 
 import contextlib
+import inspect
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,7 +14,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from packspeed.model.attention import Documents, _attend_varlen, attend
+from packspeed.model import attention
+from packspeed.model.attention import Documents, adapt_varlen, attend, varlen_attention
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights
 
@@ -73,8 +76,85 @@ def test_the_flash_kernel_gets_what_it_wants(kv_heads: int) -> None:
     library = torch.library.Library("aten", "IMPL")
     with contextlib.closing(SimpleNamespace(close=library._destroy)):
         library.impl("_flash_attention_forward", flash_attention, "CPU")
-        found = _attend_varlen(*(x.flatten(0, 1) for x in (q, k, v)), documents.ends, max(LENGTHS))
+        attend_varlen = varlen_attention()
+        assert attend_varlen is not None
+        found = attend_varlen(*(x.flatten(0, 1) for x in (q, k, v)), documents.ends, max(LENGTHS))
     torch.testing.assert_close(found.view(q.shape), attend(q, k, v, documents))
+
+
+# The arguments of torch.nn.attention.varlen.varlen_attn in the wheels on PyPI; before 2.10 there was none.
+FIRST = "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, "
+RELEASES = {
+    "2.10": FIRST + "is_causal=False, return_aux=None",
+    "2.11": FIRST + "*, return_aux=None, scale=None, window_size=(-1, -1)",
+    "2.12 to 2.14": FIRST + "*, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None, "
+    "block_table=None, num_splits=None",
+}
+
+
+def varlen_of_release(arguments: str) -> Callable[..., torch.Tensor]:
+    """A function with these arguments that computes, on CPUs, what torch documents for them."""
+
+    def compute(given: dict[str, Any]) -> torch.Tensor:
+        causal = given.get("is_causal", False) or given.get("window_size") == (-1, 0)
+        q, k, v = given["query"], given["key"], given["value"]
+        if not given.get("enable_gqa"):
+            assert q.size(1) == k.size(1) == v.size(1)
+        assert given["max_q"] == given["max_k"] == max(given["cu_seq_q"].diff())
+        parts = []
+        for start, end in itertools.pairwise(given["cu_seq_q"].tolist()):
+            one = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            parts.append(F.scaled_dot_product_attention(*one, is_causal=causal, enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    namespace: dict[str, Any] = {"compute": compute}
+    exec(f"def varlen_attn({arguments}): return compute(locals())", namespace)
+    function: Callable[..., torch.Tensor] = namespace["varlen_attn"]
+    return function
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("release", RELEASES)
+def test_varlen_attention_of_every_release(release: str, kv_heads: int) -> None:
+    """Values and gradients, with grouped queries too."""
+    adapted = adapt_varlen(varlen_of_release(RELEASES[release]))
+    assert adapted is not None
+    parts = [torch.randn(3, 16, heads, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
+    documents = Documents.of(LENGTHS, parts[0][..., 0, 0])
+    found = adapted(*(x.flatten(0, 1) for x in parts), documents.ends, max(LENGTHS)).view(parts[0].shape)
+    expected = attend(*parts, documents)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(found.shape)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), parts) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_installed_release_is_a_recorded_one() -> None:
+    """A new release with other arguments must be looked at."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    installed = list(inspect.signature(varlen_attn).parameters)
+    assert installed in [list(inspect.signature(varlen_of_release(a)).parameters) for a in RELEASES.values()]
+
+
+@pytest.mark.parametrize("arguments", [None, FIRST + "mask=None"], ids=["before 2.10", "of no known release"])
+def test_without_varlen_documents_are_attended_one_by_one(
+    arguments: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = None if arguments is None else SimpleNamespace(varlen_attn=varlen_of_release(arguments))
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    assert varlen_attention.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "runs"),
+    [((7, 5), 64, False), ((8, 0), 64, True), ((9, 0), 60, False), ((9, 0), 512, False)],
+)
+def test_where_the_flash_kernel_runs(
+    capability: tuple[int, int], width: int, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention._flash_runs.__wrapped__(torch.device("cuda", 0), width) == runs
 
 
 def build(position: str = "learned", **changes: object) -> GPT:
