@@ -10,6 +10,7 @@ The optional z-loss adds z_loss * log(sum exp logits)^2 per token (PaLM, https:/
 Memory: the logits of a chunk take at most CPU_CHUNK_BYTES or GPU_CHUNK_BYTES.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply the saved gradients by the incoming scalar, in place: copies would be as large as the head."""
         d_x, d_weight = ctx.saved_tensors
-        return d_x.mul_(grad), d_weight.mul_(grad).to(ctx.dtype), None, None, None, None
+        return d_x.mul_(grad), _scale(d_weight, grad, ctx.dtype), None, None, None, None
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -56,12 +57,29 @@ def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a @ b, or a @ b if total is None. Sums of 16-bit products are fp32. May overwrite total."""
+    """Return total + a @ b. Products in 16 bits are summed in fp32: by the GEMM, or as soon as there are two."""
+    if a.element_size() == 2 and _gemm_returns_fp32(a.device):
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     if total is None:
         return a @ b
     if total.dtype == a.dtype and a.element_size() >= 4:
         return total.addmm_(a, b)
     return total.float().add_(a @ b)  # .float() copies once, at the second chunk
+
+
+@functools.cache
+def _gemm_returns_fp32(device: torch.device) -> bool:
+    """Return whether a GEMM of 16-bit factors can add to an fp32 matrix: with cuBLAS, and torch 2.8 or newer."""
+    return device.type == "cuda" and torch.version.hip is None and hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return factor times the gradient, rounded once, to dtype; in place, or in one pass on GPUs."""
+    if gradient.dtype == dtype or gradient.is_cpu:  # on CPUs, out= of another dtype makes a copy in fp32
+        return gradient.mul_(factor).to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def head_loss(

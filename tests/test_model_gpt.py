@@ -5,7 +5,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from packspeed.model.attention import attend_last
 from packspeed.model.config import GPTConfig
-from packspeed.model.fused_loss import CPU_CHUNK_BYTES, head_loss, head_losses
+from packspeed.model.fused_loss import CPU_CHUNK_BYTES, _scale, head_loss, head_losses
 from packspeed.model.gpt import (
     GPT,
     init_weights,
@@ -94,6 +95,43 @@ def test_head_and_loss_in_float64(z_loss: float, ignored: list[int], monkeypatch
     expected = torch.autograd.grad(3.0 * losses.sum(), (x, weight))
     torch.testing.assert_close(torch.autograd.grad(3.0 * found, (x, weight)), expected, rtol=1e-13, atol=1e-13)
     assert torch.count_nonzero(expected[1][11:]) == 0
+
+
+def test_gemms_that_return_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs run: products of bf16 factors are never rounded to bf16, whatever the cut. CPUs have no such GEMM."""
+    monkeypatch.setattr("packspeed.model.fused_loss._gemm_returns_fp32", lambda device: True)
+    x, weight = (torch.randn(n, 8).bfloat16().requires_grad_() for n in (50, 16))
+    labels = torch.randint(0, 16, (50,))
+    library = torch.library.Library("aten", "IMPL")
+    with closing(SimpleNamespace(close=library._destroy)):
+        library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+        library.impl(
+            "addmm.dtype_out", lambda c, a, b, dtype, *, out: torch.addmm(c, a.to(dtype), b.to(dtype), out=out), "CPU"
+        )
+        gradients = []
+        for chunk in (2 * 16 * 50, 2 * 16 * 9):
+            monkeypatch.setattr("packspeed.model.fused_loss.CPU_CHUNK_BYTES", chunk)
+            loss = head_loss(x, weight, labels, 16, PLAIN)
+            saved = loss.grad_fn.saved_tensors[1]  # type: ignore[union-attr]
+            assert saved.dtype == torch.float32
+            gradients.append(saved.clone())
+            assert torch.autograd.grad(loss / 3.0, weight)[0].dtype == torch.bfloat16
+    logits = (x @ weight.t()).float().detach()
+    d_logits = logits.softmax(-1) - F.one_hot(labels, 16)
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, d_logits.bfloat16().float().t() @ x.float().detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_is_scaled_as_on_gpus(dtype: torch.dtype) -> None:
+    """On the meta device, which is no CPU: the dtype; on the CPU: rounded once."""
+    gradient, factor = torch.randn(5, 7), torch.tensor(1 / 3)
+    scaled = _scale(gradient.to("meta"), factor.to("meta"), dtype)
+    assert (scaled.dtype, scaled.shape) == (dtype, (5, 7))
+    expected = (gradient.double() * factor.double()).to(dtype)
+    torch.testing.assert_close(
+        _scale(gradient, factor, dtype), expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=0
+    )
 
 
 @pytest.mark.slow
