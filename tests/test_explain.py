@@ -227,8 +227,8 @@ def test_nine_findings_in_one_run(workspace: Workspace) -> None:
     for words in (
         "seven.yaml:9: unknown key 'train.optimizer.wieght_decay'; did you mean 'weight_decay'?",
         "seven.json:2: unknown key 'gradient_clipp1ng'; did you mean 'gradient_clipping'?",
-        "train_batch_size = 32, but the run file makes it 8",
-        "scheduler: the learning rate is the run file's",
+        "train_batch_size = 32, but the run file's section train makes it 8",
+        "scheduler: the run file sets the learning rate",
     ):
         assert words in text
 

@@ -1,14 +1,15 @@
-"""The anomaly detector: it judges the loss and gradient norm of every step before the optimizer takes it.
+"""The anomaly detector: judge the loss and the gradient norm of every step before the optimizer applies the step.
 
-    detector.begin_step(loss)      # the mean loss of the global batch is known
-    detector.vetoes(norm)          # called inside engine.step(): True keeps the optimizer from stepping
-    detector.accept(norm)          # the step was taken: later ones are judged by it
+    detector.begin_step(loss)      # once the mean loss of the global batch is known
+    detector.vetoes(norm)          # called inside engine.step(); if it returns True, the optimizer does not step
+    detector.accept(norm)          # after the optimizer has stepped: adds the step to the window of past steps
 
-Every rank gives the same verdict, because loss and norm are global and the window of past steps is saved in the
-checkpoint. A resumed run therefore judges as the uninterrupted one did.
+All ranks reach the same verdict, because the loss and the norm are global. A resumed run reaches the same verdicts as
+an uninterrupted one, because checkpoints contain the window.
 
-An anomaly is a loss or norm that is not finite, or a spike: a robust z-score (x - median) / (1.4826 MAD) above
-anomalies.zscore, of the loss or of the logarithm of the norm, over the last anomalies.window accepted steps.
+An anomaly is a loss or norm that is not finite, or a spike. A spike is a robust z-score (x - median) / (1.4826 MAD)
+above anomalies.zscore, where MAD is the median absolute deviation. The median and the MAD are those of the last
+anomalies.window accepted steps; x is the loss or the logarithm of the norm.
 """
 
 from __future__ import annotations
@@ -23,41 +24,47 @@ from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import AnomalySection
 from packspeed.launch.run_folder.formats import AnomalyLine
 
-SPREAD_FLOOR = 1e-3  # a window of nearly equal losses must not turn rounding into a spike
+SPREAD_FLOOR = 1e-3  # smallest divisor of a z-score: if all losses are nearly equal, rounding must not be a spike
 
 
 @dataclasses.dataclass(frozen=True)
 class Anomaly:
-    """Why a step was vetoed, and the policy of the run file for it: stop, skip or rewind."""
+    """Why a step was vetoed, and what the run file says to do about it: "stop", "skip" or "rewind"."""
 
     reason: str
     policy: str
 
 
 class AnomalyDetector:
-    """Judges the steps of one run and remembers what it vetoed."""
+    """Judges each step of a run. Holds the window of past steps and the list of vetoed ones."""
 
     def __init__(self, section: AnomalySection) -> None:
         self.section = section
         self.losses: deque[float] = deque(maxlen=section.window)
         self.norms: deque[float] = deque(maxlen=section.window)  # natural logarithms
-        self.dropped_batches = 0  # by rewinds: step n reads batch n - 1 + dropped_batches
+        self.dropped_batches = 0  # number of batches that rewinds have dropped; step n reads batch n - 1 + this number
         self.vetoes_in_a_row = 0
         self.records: list[AnomalyLine] = []  # the lines of anomalies.jsonl
-        self.anomaly: Anomaly | None = None  # of the step under way
+        self.anomaly: Anomaly | None = None  # the anomaly of the current step
         self._loss: SupportsFloat = 0.0
 
     def begin_step(self, loss: SupportsFloat) -> None:
-        """Begin a step with its mean loss over the global batch. A tensor is not read yet: a GPU may compute it."""
+        """Begin a step, given its mean loss over the global batch. A tensor is read later, because a GPU may still
+        compute it.
+        """
         self._loss, self.anomaly = loss, None
 
     def vetoes(self, norm: float | None) -> bool:
-        """Whether the step must not be taken. norm: global gradient norm; None while only the loss is known."""
+        """Return whether the optimizer must not apply this step. Stores the reason in `anomaly`.
+
+        `norm` is the global L2 norm of the gradients, -1 if it is not finite, or None if only the loss is known yet.
+        """
         if self.anomaly is None:
             self.anomaly = self._find_anomaly(norm)
         return self.anomaly is not None
 
     def _find_anomaly(self, norm: float | None) -> Anomaly | None:
+        """Return the anomaly of the current step, or None. See `vetoes` for `norm`."""
         section, loss = self.section, float(self._loss)
         for name, value in (("loss", loss), ("gradient norm", norm)):
             # DeepSpeed reports a norm that is not finite as -1.
@@ -68,20 +75,23 @@ class AnomalyDetector:
         log_norm = math.log(max(norm, 1e-30))
         for name, value, window in (("loss", loss, self.losses), ("gradient norm", log_norm, self.norms)):
             score = robust_z(value, window)
-            # A quarter of the window is enough to judge by: earlier, the first steps of a run would all be spikes.
+            # Judge only once a quarter of the window is filled: the first steps of a run vary too much.
             if len(window) >= section.window // 4 and score > section.zscore:
                 return Anomaly(f"{name} spike, z-score {score:.1f}", section.spike)
         return None
 
     def accept(self, norm: float) -> None:
-        """The optimizer took the step: it joins the window that later ones are judged by."""
+        """Add the current step, which the optimizer has applied, to the window. `norm` is its global gradient norm."""
         self.vetoes_in_a_row = 0
         self.losses.append(float(self._loss))
         if norm > 0 and math.isfinite(norm):
             self.norms.append(math.log(norm))
 
     def record(self, entry: AnomalyLine) -> bool:
-        """Remember a vetoed step. True if there were too many: in a row, or rewinds to the same checkpoint."""
+        """Add a vetoed step to the records. Returns True if there are now too many (anomalies.limit).
+
+        Counted are the vetoed steps in a row, and the rewinds to the same checkpoint.
+        """
         self.records.append(entry)
         self.vetoes_in_a_row += 1
         target = entry.get("back_to")
@@ -89,24 +99,27 @@ class AnomalyDetector:
         return bool(max(self.vetoes_in_a_row, rewinds) > self.section.limit)
 
     def state(self) -> JsonObject:
-        """The part of the checkpoint's manifest that belongs to the detector (key "guard"), as JSON."""
+        """Return the detector's state as JSON. A checkpoint's manifest contains it under the key "guard"."""
         return {
             "losses": list(self.losses),
             "norms": list(self.norms),
-            "skipped_batches": self.dropped_batches,  # the key that version 0.1 chose
+            "skipped_batches": self.dropped_batches,  # the name of the key in version 0.1 of the format
             "in_a_row": self.vetoes_in_a_row,
             "records": list(self.records),  # a copy: an asynchronous save writes it later
         }
 
     def load(self, state: JsonObject) -> None:
-        """Continue from what `state` returned."""
+        """Restore the state that `state` returned."""
         self.losses, self.norms = (deque(state[key], maxlen=self.section.window) for key in ("losses", "norms"))
         self.dropped_batches, self.vetoes_in_a_row = state["skipped_batches"], state["in_a_row"]
         self.records = list(state["records"])
 
 
 def robust_z(value: float, window: deque[float]) -> float:
-    """(value - median) / (1.4826 median absolute deviation), spread at least SPREAD_FLOOR; 0 for an empty window."""
+    """Return (value - median) / (1.4826 * median absolute deviation) of a value against a window of values.
+
+    The divisor is at least SPREAD_FLOOR. Returns 0 for an empty window.
+    """
     if not window:
         return 0.0
     median = statistics.median(window)

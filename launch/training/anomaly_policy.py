@@ -1,6 +1,7 @@
-"""What happens after a vetoed step: stop the run, drop the batch, or rewind to a checkpoint (section `anomalies`).
+"""What happens after a vetoed step: stop the run, drop the batch, or rewind to a checkpoint.
 
-Dropping the batches since a checkpoint after a rewind follows PaLM (arXiv:2204.02311, section 5.1).
+The section `anomalies` of the run file chooses. A rewind drops all batches since the checkpoint, as PaLM's training did
+(arXiv:2204.02311, section 5.1).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from packspeed.launch.training.trainer import StepResult, Trainer
 
 
 def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
-    """Handle a step that the optimizer did not take. Returns the step to continue from: `step`, or an earlier one.
+    """Handle a step that was vetoed. Returns the step to continue from: `step`, or an earlier one after a rewind.
 
-    Raises UserError on every rank if the run must stop. The state before the step is saved first.
+    A collective: every rank must call it. If the run must stop, it saves the state before the step and raises UserError
+    on every rank.
     """
     detector, checkpointer = trainer.detector, trainer.checkpointer
     anomaly = detector.anomaly
@@ -38,10 +40,10 @@ def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
         raise UserError(explain_stop(record, too_many))
 
     if back_to is None:
-        return step  # policy "skip": this batch is lost, the next step reads the next one
+        return step  # policy "skip": the batch is dropped, and the next step reads the next batch
 
-    # Rewind. Weights, optimizer and the detector's window are those of the checkpoint, but the list of anomalies stays,
-    # and so does the place in the data: the batches since the checkpoint, and this one, are dropped.
+    # Rewind. Weights, optimizer and the detector's window are restored from the checkpoint. The list of anomalies and
+    # the position in the data are kept: the batches since the checkpoint, including this one, are dropped.
     records, dropped = detector.records, batch_number + 1 - back_to
     manifest = checkpointer.load_step(back_to)
     detector.load(manifest["guard"])
@@ -56,12 +58,16 @@ def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
 
 
 def explain_stop(record: AnomalyLine, too_many: bool) -> str:
-    """The error of a run that stops: which step and samples, and what to do."""
+    """Return the text of the error that stops the run: which step and samples, why, and what to do.
+
+    `too_many` says that the limit of anomalies was reached.
+    """
     last = record["first_sample"] + record["samples"] - 1
-    limit = "; it was one of too many (anomalies.limit)" if too_many else ""
+    limit = ", and there were more anomalies than anomalies.limit allows" if too_many else ""
     return (
         f"step {record['step']}: {record['reason']} (loss {record['loss']}, gradient norm {record['grad_norm']}), "
-        f"samples {record['first_sample']} to {last}. The optimizer did not take the step{limit}. See what was read "
-        f"with `packspeed audit --run RUN --step {record['step']}`. Continue past it with --set "
-        "anomalies.nonfinite=skip (or rewind; anomalies.spike for spikes), or with a lower learning rate."
+        f"samples {record['first_sample']} to {last}. The optimizer did not apply this step{limit}. `packspeed audit "
+        f"--run RUN --step {record['step']}` shows what the step has read. To continue after this batch, start again "
+        "with --set anomalies.nonfinite=skip or rewind (anomalies.spike if it is a spike), or with a lower learning "
+        "rate."
     )

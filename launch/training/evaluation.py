@@ -1,4 +1,4 @@
-"""Evaluation on the validation split while the run trains."""
+"""Evaluate on the validation split during training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from packspeed.launch.training.trainer import Trainer
 
 
 def evaluate_and_record(trainer: Trainer, step: int) -> float | None:
-    """Evaluate, write the metrics line and sample text. Returns the loss; None if a signal interrupted it.
+    """Evaluate, write the metrics line and generate text samples. A collective: every rank must call it.
 
-    An interrupted evaluation is marked in the checkpoint, and the resumed run repeats it first.
+    Returns the validation loss, or None if a signal interrupted the evaluation. The next checkpoint records the
+    interruption, and a run resumed from it repeats the evaluation before it trains.
     """
     start = time.monotonic()
     trainer.enter("evaluation")
@@ -41,10 +42,11 @@ def evaluate_and_record(trainer: Trainer, step: int) -> float | None:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer) -> float | None:
-    """Mean loss over the fixed validation windows in nats per token, shared by the ranks; None if asked to stop.
+    """Return the mean loss over the fixed validation windows in nats per token, or None if a signal asked to stop.
 
-    Every rank runs the same number of forward passes, because ZeRO-3 gathers weights in each. The ranks that have no
-    window left in the last round repeat the last window, and the result is not counted.
+    A collective: every rank must call it. The windows are divided between the ranks. Each rank runs the same number of
+    forward passes, because ZeRO-3 gathers weights in each pass. A rank that has no window left in the last round
+    computes the last window again, and its result is not counted.
     """
     topology, rows, windows = trainer.topology, trainer.plan.micro_batch, trainer.eval_windows
     # One slot per window, so that the sum does not depend on which rank computed which window.
@@ -54,7 +56,7 @@ def evaluate(trainer: Trainer) -> float | None:
         if trainer.any_rank_stopping():
             trainer.engine.train()
             return None
-        trainer.enter("evaluation")  # again, so that the supervisor sees progress in a long evaluation
+        trainer.enter("evaluation")  # again in each round, so that a supervisor sees progress in a long evaluation
         mine = [start + topology.dp_rank * rows + row for row in range(rows)]
         batch = trainer.loader.eval_batch([min(window, windows - 1) for window in mine], windows)
         for window, loss in zip(mine, row_mean_losses(trainer, batch, rows), strict=True):
@@ -65,7 +67,10 @@ def evaluate(trainer: Trainer) -> float | None:
 
 
 def row_mean_losses(trainer: Trainer, batch: Batch, rows: int) -> torch.Tensor:
-    """Mean loss of each row of the batch, (rows,) fp64 on the host."""
+    """Return the mean loss of each row of this rank's batch, as a tensor (len(batch),) in fp64 on the CPU.
+
+    `rows` is the number of rows per forward pass. Every rank must call it, with the same number of passes.
+    """
     means = []
     for micro in micro_batches(batch, rows, trainer.topology.device):
         per_token = trainer.engine(micro.inputs, micro.labels, reduction="none", **micro.documents)  # (B, T)

@@ -1,12 +1,12 @@
-"""The training loop. `run_steps` reads one step from top to bottom; `train_step` is its forward, backward and update.
+"""The training loop. `run_steps` contains one step from top to bottom; `train_step` computes and applies the update.
 
 The order of the eight parts of a step is fixed, so that a resumed run repeats it:
 
     1 batch   2 forward and backward   3 agreement of the ranks   4 optimizer step or veto
     5 metrics   6 evaluation   7 checkpoint   8 stop
 
-Steps are counted from 1, also those that the optimizer refused: metrics line n and checkpoint step-n are the same n.
-Step n reads batch n - 1, plus the number of batches that rewinds have dropped (anomaly.py).
+Steps are counted from 1, and a vetoed step counts too. Metrics line n and checkpoint step-n belong to step n. Step n
+reads batch n - 1, or a later one if rewinds have dropped batches (AnomalyDetector.dropped_batches).
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ from packspeed.launch.training.trainer import StepResult, Trainer
 
 
 def fit(trainer: Trainer, start_step: int) -> str | None:
-    """Train from `start_step` to the end of the run. Returns None, or the name of the signal that stopped it."""
-    # A garbage collection in the middle of a step stalls every rank, so it runs after evaluations and checkpoints only.
+    """Train from `start_step` to the end of the run. A collective: every rank must call it.
+
+    Returns None, or the name of the signal that stopped the run. Raises UserError on every rank if the run has failed.
+    """
+    # If one rank collects garbage in the middle of a step, all ranks wait for it. So Python's collector is off, and
+    # runs only after evaluations and checkpoints.
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -54,7 +58,7 @@ def fit(trainer: Trainer, start_step: int) -> str | None:
 
 
 def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
-    """Train from `start_step` until the run ends, a signal stops it or an anomaly rewinds it.
+    """Train from `start_step` until the run ends, a signal stops it, or an anomaly rewinds it to an earlier step.
 
     Returns (the step to continue from, whether to stop).
     """
@@ -72,19 +76,20 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
             # 2 to 4. Forward and backward, agreement of the ranks, optimizer step or veto: see train_step.
             result = train_step(trainer, batch, lr, with_norms=is_due(step, run.monitor.histograms_every_steps))
             if result.checkpoint_written:
-                # Every rank has written its part of an asynchronous save, so publishing it makes nobody wait.
+                # Every rank has written its files of an asynchronous save, so nobody waits in finish(), which publishes
+                # the checkpoint.
                 trainer.enter("checkpoint")
                 trainer.checkpointer.finish()
             trainer.enter("other")
             trainer.timer.step_done(step)
             if detector.anomaly is not None:
-                # The optimizer has not stepped. handle_veto raises, drops this batch or goes back to a checkpoint.
+                # The optimizer has not stepped. handle_veto raises, drops this batch or rewinds to a checkpoint.
                 continue_from = handle_veto(trainer, step, result)
                 if continue_from < step:
                     return continue_from, False
                 result = dataclasses.replace(result, not_taken=detector.anomaly.reason)
             elif result.not_taken is None:
-                detector.accept(result.norm)  # later steps are judged by this one
+                detector.accept(result.norm)  # later steps are compared with this one
 
             # 5. Metrics: before evaluation and checkpoint, so that no checkpoint is newer than its metrics line.
             if metrics:
@@ -118,14 +123,18 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
 
 
 def is_due(step: int, every_steps: int, last_step: int | None = None) -> bool:
-    """Whether something scheduled every `every_steps` (0: never) happens at `step`, or because it is the last step."""
+    """Return whether something that is scheduled every `every_steps` steps (0 = never) happens at `step`.
+
+    It also happens at `last_step`, if given, unless every_steps is 0.
+    """
     return every_steps > 0 and (step % every_steps == 0 or step == last_step)
 
 
 def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = False) -> StepResult:
-    """One optimizer step over this rank's rows, or its veto: parts 2 to 4 of a step.
+    """Compute one optimizer step over this rank's rows, and apply or veto it: parts 2 to 4 of a step. A collective.
 
-    lr: learning rate of this step. with_norms: also measure the gradient and weight norm of each parameter.
+    `batch` has this rank's rows of the global batch, and `lr` is the learning rate of this step. If `with_norms` is
+    True, the gradient and weight norms of each parameter are measured too.
     """
     engine, plan, norm_hook = trainer.engine, trainer.plan, trainer.norm_hook
     optimizer = trainer.run.train.optimizer
@@ -143,15 +152,16 @@ def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = Fal
         loss_sum += loss.detach()
         trainer.enter("step")
         if engine.is_gradient_accumulation_boundary():
-            # 3. Agreement: before the optimizer steps, every rank learns the global loss and what the others want.
+            # 3. Agreement: before the optimizer steps, every rank learns the global loss, whether a rank must stop, and
+            #    how far an asynchronous checkpoint is.
             agreement = all_reduce_agreement(trainer, loss_sum / plan.accumulation, batch)
             trainer.detector.begin_step(agreement.loss)
             if with_norms:
                 layer_norms = parameter_norms(engine)
-        # 4. Step or veto. engine.step() only counts until the last micro batch. Then it reduces the gradients and takes
-        #    their norm. There norm_hook (engine/patches/gradient_norm.py) asks trainer.detector, which knows loss and
-        #    norm. If it finds an anomaly, the update is skipped on all ranks: weights and optimizer state stay as they
-        #    are, and detector.anomaly holds the reason.
+        # 4. Step or veto. Before the last micro batch, engine.step() only counts. At the last one it reduces the
+        #    gradients and computes their norm. There norm_hook (engine/patches/gradient_norm.py) calls
+        #    trainer.detector.vetoes. If the detector finds an anomaly, the update is skipped on all ranks: weights and
+        #    optimizer state do not change, and detector.anomaly contains the reason.
         try:
             engine.step()
         except Exception as error:
@@ -171,20 +181,25 @@ def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = Fal
 
 
 class Agreement(NamedTuple):
-    """What every rank knows of a step after one all-reduce: four fp64 scalars on the device, each a sum over ranks."""
+    """What every rank knows of a step after one all-reduce: four fp64 scalars on the device, each summed over the
+    ranks.
+    """
 
     loss: torch.Tensor  # mean over the global batch, nats per token
-    ranks_stopping: torch.Tensor  # ranks that a signal asked to stop
-    ranks_written: torch.Tensor  # ranks that have written their part of the checkpoint under way
+    ranks_stopping: torch.Tensor  # number of ranks that a signal asked to stop
+    ranks_written: torch.Tensor  # number of ranks that have written their files of the pending checkpoint
     batch_hash: torch.Tensor  # sum of 32-bit hashes of the rows, exact in fp64
 
     def read(self) -> AgreedValues:
-        """Copy to the host. The norm has been read by then, so a GPU is waited for once per step, not twice."""
+        """Copy the four values to the host.
+
+        On a GPU this waits for the device. The norm has been read before, so it is the only wait of the step.
+        """
         return AgreedValues(*torch.stack(self).tolist())
 
 
 class AgreedValues(NamedTuple):
-    """An Agreement as numbers."""
+    """The values of an Agreement as Python numbers."""
 
     loss: float
     ranks_stopping: float
@@ -193,7 +208,11 @@ class AgreedValues(NamedTuple):
 
 
 def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, batch: Batch) -> Agreement:
-    """Sum every rank's share: its part of the mean loss, its signal, its part of the checkpoint, its rows' hash."""
+    """Sum over the ranks: mean loss, number of ranks that must stop, number that have written a checkpoint, hash of the
+    rows.
+
+    A collective. `loss` is this rank's mean loss of the step, a scalar tensor, and `batch` has this rank's rows.
+    """
     stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
     own = loss.new_tensor([stopping, written, batch.hash()], dtype=torch.float64)
     share = torch.cat([loss.double()[None] / trainer.topology.dp_size, own])
@@ -201,12 +220,16 @@ def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, batch: Batch) -> 
 
 
 def explain_step_error(engine: Engine, error: Exception) -> Exception:
-    """DeepSpeed raises a bare Exception at the smallest loss scale: turn it into an error that says what to do."""
+    """Return the error to raise if engine.step() has raised `error`.
+
+    DeepSpeed raises a bare Exception if gradients overflow at the smallest fp16 loss scale; this becomes a UserError
+    that says what to do. Any other error is returned as it is.
+    """
     if "loss scale already at minimum" not in str(error):
         return error
     return UserError(
         f"fp16 is exhausted: the gradients overflow even at the smallest loss scale ({loss_scale(engine):g}). "
-        "The activations have outgrown fp16's 65,504, or the run has diverged: look at loss and grad_norm in "
-        "metrics.jsonl before this step. Use train.precision: bf16 (the same checkpoint resumes with it), or a lower "
-        "learning rate. The newest checkpoint is complete."
+        "Either activations are larger than 65,504, fp16's maximum, or the run has diverged. Compare loss and "
+        "grad_norm in metrics.jsonl before this step. Continue from the newest checkpoint, which is complete, with "
+        "train.precision: bf16 or with a lower learning rate."
     )

@@ -1,8 +1,8 @@
-"""What rank 0 writes while a run trains: metrics.jsonl, TensorBoard and the lines on the screen.
+"""Write what a run measures, on rank 0: metrics.jsonl, TensorBoard, and lines on the screen.
 
-metrics.jsonl gets one line per step and one per evaluation (keys: run_folder/formats.py). Scalars also go through
-DeepSpeed's monitor, so that the tensorboard, wandb, csv_monitor and comet blocks of a DeepSpeed JSON all work.
-A full disk does not end a run: lines that cannot be written wait in memory and are written with the next one.
+metrics.jsonl gets one line per step and one per evaluation (run_folder/formats.py lists the keys). Scalars are also
+sent through DeepSpeed's monitor, so that the blocks tensorboard, wandb, csv_monitor and comet of a DeepSpeed JSON work.
+If the disk is full, the run continues: lines that cannot be written are kept in memory and written with the next line.
 """
 
 from __future__ import annotations
@@ -25,23 +25,28 @@ from packspeed.launch.training.text_samples import append_to_file, as_markdown
 
 
 def finite(value: float, digits: int | None = None) -> float | None:
-    """The value, rounded to `digits`; None if it is not finite, because JSON has no NaN."""
+    """Return the value, rounded to `digits` if given; None if it is not finite, because JSON has no NaN."""
     if value != value or value in (float("inf"), float("-inf")):
         return None
     return round(value, digits) if digits is not None else value
 
 
 class Metrics:
-    """Writes the metrics of one process life. Lines after `start_step` that an earlier life left are moved aside."""
+    """Writes the metrics of a run during one life, which is the time from a start of the process to its end.
+
+    `start_step` is the step after which this life continues. If an earlier life has written lines after that step, they
+    are moved to metrics.discarded.jsonl. `start_bytes` is the size of metrics.jsonl at that step, if the checkpoint
+    recorded it.
+    """
 
     def __init__(self, run: RunFile, monitor: Monitor, start_step: int, start_bytes: int | None) -> None:
         self.folder, self.path = run.folder, run.folder / "metrics.jsonl"
         self.monitor = monitor
         self.total_steps, self.log_every_steps = run.train.total_steps, run.monitor.log_every_steps
-        self.followers: list[Callable[[MetricsLine], None]] = []  # called with every line: the live panel
-        self.shares: Callable[[], dict[str, float]] = dict  # share of the wall time per bucket (PhaseTimer.shares)
-        self._waiting: list[str] = []  # lines that a full disk has kept from the file
-        self._anomalies_written = -1  # lines in anomalies.jsonl; -1: unknown
+        self.followers: list[Callable[[MetricsLine], None]] = []  # functions that get every line: the live panel
+        self.shares: Callable[[], dict[str, float]] = dict  # returns {kind of work: share of wall time} (PhaseTimer)
+        self._waiting: list[str] = []  # lines that could not be written yet, because the disk was full
+        self._anomalies_written = -1  # number of lines in anomalies.jsonl; -1: unknown
         self._board: Board | None = None
         self._monitor_broken = False  # the monitor could not write its last events
         self._open(start_step, start_bytes)
@@ -52,29 +57,33 @@ class Metrics:
         survive_full_disk(self.monitor, self._monitor_failed)
 
     def _open(self, step: int, expected_bytes: int | None) -> None:
-        """Open the file for the lines after `step`."""
+        """Open metrics.jsonl for the lines after `step`, and move later lines of an earlier life aside."""
         for note in discard_after(self.path, step, expected_bytes):
             say(note)
-        # The file stays open, because opening it costs more than a line. Unbuffered: no line waits in the process.
+        # The file stays open, because opening it takes longer than writing a line. It is unbuffered, so that every line
+        # reaches the file at once.
         self._file = self.path.open("ab", buffering=0)
         self._start_step, self._started = step, time.monotonic()
         self._purge_tensorboard(step + 1)
 
     def rewind(self, step: int, expected_bytes: int | None) -> None:
-        """Move the lines after `step` to metrics.discarded.jsonl and continue from there."""
+        """Move the lines after `step` to metrics.discarded.jsonl and continue from there.
+
+        `expected_bytes` is the size of metrics.jsonl at that step, or None if it is not known.
+        """
         self.close()
         self._open(step, expected_bytes)
 
     @property
     def bytes(self) -> int:
-        """Size of metrics.jsonl. A checkpoint records it, so that a resume can cut the file there."""
+        """Size of metrics.jsonl in bytes. Checkpoints record the size, so that a resume can cut the file there."""
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, line: MetricsLine) -> None:
-        """Append a line to metrics.jsonl. At log steps and evaluations also send it to the monitor and the screen."""
+        """Append a line to metrics.jsonl. At log steps and evaluations, also send it to the monitor and print it."""
         self._waiting.append(json.dumps(line) + "\n")
         if error := self._write_waiting():
-            say(f"WARNING: metrics.jsonl: {error}; {len(self._waiting)} line(s) wait in memory")
+            say(f"WARNING: metrics.jsonl: {error}. {len(self._waiting)} line(s) are kept in memory until it works.")
         for follower in self.followers:
             follower(line)
         step = line["step"]
@@ -87,7 +96,9 @@ class Metrics:
             say(self._screen_line(line))
 
     def _write_waiting(self) -> str | None:
-        """Write the lines that wait, each completely or not at all. Returns the error that stopped it."""
+        """Write the lines that are kept in memory, each completely or not at all. Returns the error text if one fails,
+        else None.
+        """
         try:
             while self._waiting:
                 line, end = self._waiting[0].encode(), self._file.seek(0, os.SEEK_END)
@@ -100,7 +111,10 @@ class Metrics:
         return None
 
     def sync(self) -> str | None:
-        """Write all lines to disk, before a checkpoint that follows them. Returns the error if that fails."""
+        """Write all lines and fsync the file. Returns the error text if that fails, else None.
+
+        Call it before a checkpoint, so that no checkpoint on disk is newer than its metrics line.
+        """
         if error := self._write_waiting():
             return f"metrics.jsonl: {error}"
         try:
@@ -110,7 +124,7 @@ class Metrics:
         return None
 
     def write_anomalies(self, records: Sequence[AnomalyLine]) -> None:
-        """Make anomalies.jsonl equal to the detector's records, if their number has changed."""
+        """Make anomalies.jsonl contain the detector's records. Does nothing if their number has not changed."""
         if len(records) == self._anomalies_written or not (records or (self.folder / "anomalies.jsonl").exists()):
             return
         try:
@@ -120,7 +134,9 @@ class Metrics:
             say(f"WARNING: anomalies.jsonl: {error.strerror}")
 
     def write_norms(self, step: int, norms: dict[str, dict[str, float]] | None) -> None:
-        """Write the histograms of norms, if the step has them and TensorBoard is on."""
+        """Send histograms of the norms to TensorBoard, if it is on. `norms` is the result of parameter_norms, or
+        None.
+        """
         if norms is not None and self._board is not None:
             try:
                 self._board.norms(step, norms)
@@ -128,7 +144,7 @@ class Metrics:
                 self._monitor_failed(error)
 
     def write_texts(self, step: int, texts: Sequence[Sample]) -> None:
-        """Append the texts of an evaluation to samples.jsonl and show them in TensorBoard."""
+        """Append the texts generated at an evaluation to samples.jsonl, and show them in TensorBoard."""
         try:
             append_to_file(self.folder, step, texts)
             if self._board is not None:
@@ -137,21 +153,23 @@ class Metrics:
             say(f"WARNING: samples.jsonl: {error.strerror}")
 
     def _monitor_failed(self, error: OSError) -> None:
+        """Warn that events could not be written, once until they can be written again."""
         if not self._monitor_broken:
-            say(f"WARNING: TensorBoard's events could not be written ({error.strerror}); metrics.jsonl has every step")
+            say(f"WARNING: TensorBoard's events cannot be written ({error.strerror}). metrics.jsonl has every step.")
         self._monitor_broken = True
 
     def _renew_events(self) -> None:
-        """Begin another event file: TensorBoard's writer keeps failing after a full disk."""
+        """Start another event file, because TensorBoard's writer keeps failing after a full disk."""
         if self._board is not None and (writer := renew_summary_writer(self.monitor)) is not None:
             self._board.writer = writer
             self._monitor_broken = False
 
     def _purge_tensorboard(self, step: int) -> None:
-        """Tell TensorBoard to forget what an earlier life wrote from `step` on (as SummaryWriter's purge_step does).
+        """Make TensorBoard ignore the points that an earlier life wrote from `step` on, as SummaryWriter's purge_step
+        does.
 
-        Its server takes the first such mark of a run for the start and only later ones for restarts, so a fresh run
-        writes one too.
+        TensorBoard's server takes the first such event for the start of the run, and only later ones for restarts. So a
+        fresh run writes the event too.
         """
         writer = summary_writer(self.monitor)
         if writer is None:
@@ -161,6 +179,7 @@ class Metrics:
         writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def _screen_line(self, line: MetricsLine) -> str:
+        """Return a metrics line in the form that is printed on the screen."""
         step, width = line["step"], len(str(self.total_steps))
         head = f"step {step:>{width}}/{self.total_steps}"
         if "val_loss" in line:
@@ -177,7 +196,7 @@ class Metrics:
         )
 
     def close(self) -> None:
-        """Write what waits and close the file. The monitor's writers flush themselves."""
+        """Write the lines that are kept in memory and close the file. The monitor's writers flush themselves."""
         if error := self._write_waiting():
             say(f"WARNING: metrics.jsonl: {error}; {len(self._waiting)} line(s) are lost")
         self._file.close()

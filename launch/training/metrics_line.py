@@ -1,4 +1,4 @@
-"""The line of metrics.jsonl for one step."""
+"""Build the line of metrics.jsonl for one training step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from packspeed.launch.training.trainer import StepResult, Trainer
 def metrics_line(
     trainer: Trainer, step: int, result: StepResult, lr: float, step_time_s: float, data_wait_s: float
 ) -> StepLine:
-    """The metrics of `step`. step_time_s: wall time of the step; data_wait_s: the part spent waiting for data."""
+    """Return the line for `step` (run_folder/formats.py describes the keys).
+
+    `step_time_s` is the wall time of the step, and `data_wait_s` the part of it that was spent waiting for data.
+    """
     tokens_per_step = trainer.run.train.global_batch_tokens
     tokens_per_s = tokens_per_step / step_time_s
     line: StepLine = {

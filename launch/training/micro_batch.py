@@ -1,6 +1,6 @@
-"""A rank's rows of a batch (data/loader.py) as micro batches on the device, and the loss of one.
+"""Convert a rank's rows of a batch (data/loader.py) to micro batches on the device, and compute the loss of one.
 
-B: rows of the micro batch, T: data.seq_len.
+In the comments on shapes, B is the number of rows of the micro batch, and T is data.seq_len.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass reads."""
+    """The input of one forward pass."""
 
     inputs: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64: the token after each input
-    rows: Batch  # the same rows as the loader delivered them, on the host
-    documents: dict[str, torch.Tensor | list[int]]  # positions and lengths if attention stays inside documents, else {}
+    rows: Batch  # the same rows as the loader returned them, on the host
+    # Arguments of GPT.forward that restrict attention to documents: positions (B, T) and documents (lengths); or empty.
+    documents: dict[str, torch.Tensor | list[int]]
 
 
 def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Cut this rank's batch into micro batches of `rows` rows, in order."""
+    """Yield this rank's batch as micro batches of `rows` rows, in order, on the device."""
     for part in batch.cut(rows):
         tokens = to_device(part.tokens, device).long()
         if part.targets is None:
@@ -45,14 +46,18 @@ def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Mic
 
 
 def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> torch.Tensor:
-    """Loss of a micro batch, scaled so that the mean over micro batches and ranks is the mean over all tokens."""
+    """Return the loss of a micro batch: a scalar tensor on the device, with its graph for the backward pass.
+
+    It is scaled so that its mean over all micro batches and ranks is the mean loss over all tokens of the global batch.
+    """
     keys = dropout_keys(micro.rows.samples, trainer.run.train.seed, micro.inputs.device)
     if micro.rows.used is None:
-        # Full windows: every micro batch of every rank has the same number of tokens, so its mean is enough. The engine
-        # calls GPT.forward (model/gpt.py).
+        # Every micro batch of every rank has the same number of tokens, so the mean over its tokens needs no weight.
+        # The engine calls GPT.forward (model/gpt.py).
         mean: torch.Tensor = trainer.engine(micro.inputs, micro.labels, dropout_keys=keys, **micro.documents)
         return mean
-    # Packed rows can end early. Their padding does not count, and micro batches weigh by the tokens that do.
+    # Rows of packed documents can end with padding, which has no loss. So each micro batch is weighted by its number of
+    # other tokens.
     counts = np.arange(micro.labels.size(1)) < micro.rows.used[:, None]  # (B, T)
     labels = micro.labels.masked_fill(~to_device(counts, micro.labels.device), -1)
     total: torch.Tensor = trainer.engine(micro.inputs, labels, reduction="sum", dropout_keys=keys, **micro.documents)
@@ -60,13 +65,16 @@ def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> torch.Tensor:
 
 
 def dropout_keys(samples: np.ndarray, seed: int, device: torch.device) -> torch.Tensor:
-    """One int64 key per row, (B,): a function of the seed and the global sample number, so ranks do not matter."""
+    """Return one int64 key per row, shape (B,), for the dropout masks.
+
+    A key depends on the seed and on the sample's number in the run (`samples`), and not on the rank that gets the row.
+    """
     golden, other = np.uint64(0x9E3779B97F4A7C15), 0xD1B54A32D192ED03 * (seed + 1) % 2**64
     keys = samples.astype(np.uint64) * golden ^ np.uint64(other)
     return to_device(keys.view(np.int64), device)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy an array to the device. A GPU copies from pinned memory while the host continues."""
+    """Copy an array to the device. For a GPU, from pinned memory and without waiting for the copy to finish."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,7 @@
-"""What the loop adds to a checkpoint; checkpoint/checkpointer.py saves it with the engine's state."""
+"""Save a checkpoint from the training loop.
+
+This module collects the loop's own state; checkpoint/checkpointer.py saves it together with the engine's state.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ from packspeed.launch.training.trainer import Trainer
 
 
 def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: bool) -> None:
-    """Save the checkpoint of `step`: a collective.
+    """Save the checkpoint of `step`. A collective: every rank must call it.
 
-    final: this process ends after it, so the checkpoint must be on disk on return. Raises UserError if it is not.
-    If another save fails, the error is logged and training continues.
+    `val_loss` is the validation loss at this step, or None. If `final` is True, the process ends after this call: on
+    return the checkpoint is on disk, or UserError is raised. If a save that is not final fails, the error is logged and
+    training continues.
     """
     checkpointer = trainer.checkpointer
     trainer.enter("checkpoint")
     if final and checkpointer.finish() and checkpointer.newest == step:
-        return  # the schedule has saved this step already, perhaps in the background
+        return  # this step was saved already, on schedule and perhaps in the background
     state: TrainingState = {
         "cursor": {"step": step, "next_batch": trainer.batches_before(step)},
         "evaluation_pending": trainer.evaluation_pending,
@@ -25,7 +29,7 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
         "probe": probe(trainer, step),  # a resume repeats it (self_check.py)
         "guard": trainer.detector.state(),
     }
-    # The metrics go to disk first: after a power cut no checkpoint is newer than its metrics line.
+    # The metrics are written to disk first, so that after a power cut no checkpoint is newer than its metrics line.
     metrics_error = None
     if trainer.metrics:
         metrics_error = trainer.metrics.sync()

@@ -1,4 +1,4 @@
-"""The self-check of a resume: the loss of a few known samples, computed at each save and again after each load."""
+"""The self-check of a resume: compute the loss of a few samples at each save, and compare it again after a load."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ PROBE_ROWS = 8
 
 @torch.no_grad()
 def probe(trainer: Trainer, step: int) -> Probe:
-    """Loss of the first rows of the batch of `step` under the weights as they are, without dropout or an update.
+    """Return the loss of the first PROBE_ROWS samples of the batch of `step`, with the current weights and without
+    dropout.
 
-    A checkpoint keeps it, and a resume repeats it: other data, code or weights cannot go unnoticed.
+    A collective: every rank must call it. Checkpoints contain the result. A resumed run repeats it, so changed data,
+    code or weights are detected. Nothing is trained.
     """
     topology, rows = trainer.topology, min(PROBE_ROWS, trainer.run.global_batch)
     first = trainer.batches_before(step - 1) * trainer.run.global_batch
@@ -35,7 +37,11 @@ def probe(trainer: Trainer, step: int) -> Probe:
 
 
 def repeat_probe(trainer: Trainer, manifest: Manifest) -> None:
-    """Repeat the probe of the checkpoint just loaded. UserError if it does not agree (checkpoint/resume.py)."""
+    """Repeat the probe of the checkpoint that was just loaded, and log the result. A collective.
+
+    Raises UserError if the two probes differ (checkpoint/resume.py says by how much they may). Does nothing if the
+    manifest has no probe.
+    """
     if "probe" in manifest:
         repeated = probe(trainer, manifest["step"])
         trainer.log(resume.compare_probes(trainer.run.folder, manifest, trainer.checkpointer.identity, repeated))

@@ -1,4 +1,4 @@
-"""Builds the Trainer of a run from the run file, the engine and the checkpoint that it continues."""
+"""Build the Trainer of a run from the run file, the engine, and the checkpoint from which the run continues."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def make_trainer(
     manifest: Manifest,
     log: Callable[[str], None],
 ) -> Trainer:
-    """Make the Trainer for a run that continues after manifest["step"]; {"step": 0} is a new run.
+    """Return the Trainer of a run that continues after manifest["step"], where {"step": 0} means a new run.
 
-    It changes no file of the run. open_run_files does, once the self-check of a resume has passed.
+    A collective: every rank must call it. It does not change any file of the run. Once the self-check of a resume has
+    passed, open_run_files does.
     """
     step = manifest["step"]
     loader = make_run_loader(run, dataset)
@@ -81,7 +82,10 @@ def make_trainer(
 
 
 def open_run_files(trainer: Trainer, manifest: Manifest) -> None:
-    """Open metrics.jsonl, TensorBoard's events and goodput.jsonl on rank 0. Later lines of metrics.jsonl move aside."""
+    """Open metrics.jsonl, TensorBoard's event file and goodput.jsonl on rank 0; do nothing on the other ranks.
+
+    If metrics.jsonl has lines after manifest["step"], they are moved to metrics.discarded.jsonl.
+    """
     if trainer.topology.rank == 0:
         trainer.timer.open(trainer.run.folder / FILE)
         trainer.metrics = Metrics(trainer.run, trainer.engine.monitor, manifest["step"], manifest.get("metrics_bytes"))

@@ -1,15 +1,18 @@
-"""Signals that ask a training process to stop, from its first line of code to its last step.
+"""Handle signals that ask a training process to stop, from its first line of code to its last step.
 
-    stop_while_starting()   the first call of train.py: until training starts there is nothing to save, so a signal, or
-                            the end of the launcher, ends the process with EXIT_STOPPED (75)
-    StopSignal              made when training starts: the loop reads `asked` after every step, saves and stops
+    stop_while_starting()   train.py calls it first. Until training starts there is nothing to save, so a signal, or the
+                            end of the launcher, ends the process with exit code EXIT_STOPPED (75)
+    StopSignal()            created when training starts. The loop reads `asked` after every step, saves and stops
 
-`packspeed train` and the agents start DeepSpeed's launcher with these signals blocked, and the ranks inherit that. A
-signal that arrives before the first call waits for it. The launcher may be killed at any moment. Its ranks belong to
-init then, and nobody tells them: a thread looks once a second (0.1 ms) whether every ancestor up to the one that
-LAUNCHER names is still there.
+`packspeed train` and the agents on each host start DeepSpeed's launcher with these signals blocked, and the ranks
+inherit the block. A signal that arrives before stop_while_starting is therefore delivered when that function unblocks
+it.
 
-This module imports nothing slow, because train.py imports it before everything else.
+DeepSpeed's launcher may be killed at any moment, and its ranks then keep running without a parent. So a thread checks
+once a second (in 0.1 ms) whether all ancestors of this process are alive, up to the process that the environment
+variable PACKSPEED_LAUNCHER names.
+
+train.py imports this module before everything else, so it imports nothing slow.
 """
 
 from __future__ import annotations
@@ -28,28 +31,31 @@ from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.run_folder.heartbeat import LAUNCHER
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: SLURM's warning before its time limit
-LAUNCHER_ENDED = "the end of its launcher"
+LAUNCHER_ENDED = "the end of its launcher"  # completes "stopped by"
 POLL_S = 1.0
 
 _training = threading.Event()  # set when a StopSignal is made
 
 
 def stop_while_starting() -> None:
-    """Until a StopSignal is made, end this process with EXIT_STOPPED at a signal or when its launcher has ended."""
+    """End this process with EXIT_STOPPED at a signal, or when its launcher has ended, until a StopSignal is created."""
     _training.clear()
     for number in SIGNALS:
         signal.signal(number, _on_signal_while_starting)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    launcher_processes()  # looks now: of a launcher that dies while we import, no ancestor would be left to be seen
+    # Look up the ancestors now. If the launcher died during the imports that follow, they could not be found any more.
+    launcher_processes()
     threading.Thread(target=_watch_launcher_while_starting, name="launcher watch", daemon=True).start()
 
 
 def _on_signal_while_starting(number: int, frame: FrameType | None) -> None:
+    """Signal handler: end the process."""
     _end(signal.Signals(number).name)
 
 
 def _watch_launcher_while_starting() -> None:
-    # In a thread, because the main thread may wait inside torch for other ranks, which do not come any more.
+    # The main thread cannot do this: it may wait inside torch for other ranks, which have ended with the launcher.
+    """End the process when its launcher has ended, until training starts. Runs in a thread."""
     while not _training.is_set():
         if launcher_ended():
             _end(LAUNCHER_ENDED)
@@ -57,21 +63,22 @@ def _watch_launcher_while_starting() -> None:
 
 
 def _end(why: str) -> None:
-    # Not sys.exit: the main thread may be anywhere, and destructors of a half-made engine wait for other ranks.
+    # sys.exit would run destructors, and those of an incomplete engine wait for other ranks.
+    """Print on rank 0 that the process was stopped by `why`, and exit with EXIT_STOPPED without any clean-up."""
     if os.environ.get("RANK", "0") == "0":
         line = (
-            f"stopped by {why} before training started; the same command starts it again (exit code {EXIT_STOPPED})\n"
+            f"stopped by {why} before training started. To start again, repeat the command (exit code {EXIT_STOPPED})\n"
         )
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # the reader of stdout may have ended
             os.write(1, line.encode())
     os._exit(EXIT_STOPPED)
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the loop to save and stop; a second Ctrl-C ends it immediately.
+    """SIGTERM, SIGUSR1 or Ctrl-C asks the loop to save and stop. A second Ctrl-C ends the process immediately.
 
-    A repeated SIGTERM changes nothing: a scheduler signals every process, and DeepSpeed's launcher then signals its
-    ranks again. A launcher that was killed leaves its ranks behind. They notice, save and stop too.
+    A repeated SIGTERM has no further effect, because ranks usually get two: a scheduler signals every process, and
+    DeepSpeed's launcher then signals its ranks again. The end of the launcher also asks the loop to save and stop.
     """
 
     def __init__(self) -> None:
@@ -82,6 +89,7 @@ class StopSignal:
         _training.set()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: note the signal's name. At a second Ctrl-C, end the process."""
         if number == signal.SIGINT and self.signal == "SIGINT":
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
@@ -89,19 +97,20 @@ class StopSignal:
 
     @property
     def asked(self) -> str | None:
-        """Why this rank should stop: the signal's name, or that the launcher has ended. None: continue."""
+        """Why this rank should stop: the name of a signal, or LAUNCHER_ENDED. None if it should continue."""
         if self.signal is None and launcher_ended():
             self.signal = LAUNCHER_ENDED
         return self.signal
 
 
 def launcher_ended() -> bool:
-    """Whether one of the processes that launched this one has ended."""
+    """Return whether one of the processes that launched this process has ended."""
     launchers = launcher_processes()
     return launchers is None or not all(_is_alive(process) for process in launchers)
 
 
 def _is_alive(process: psutil.Process) -> bool:
+    """Return whether the process is running and is not a zombie."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
@@ -110,10 +119,11 @@ def _is_alive(process: psutil.Process) -> bool:
 
 @functools.cache
 def launcher_processes() -> list[psutil.Process] | None:
-    """The ancestors of this process that belong to the launch, as the first call finds them; None if it has ended.
+    """Return the ancestors of this process that belong to the launch, or None if some of them have ended already.
 
-    They are those up to the process that LAUNCHER names. Without that variable (`deepspeed` typed by hand) they are the
-    ancestors whose command names DeepSpeed or Packspeed.
+    The first call looks them up, later calls return the same list. The ancestors are those up to the process whose id
+    is in the environment variable PACKSPEED_LAUNCHER. Without the variable, as when a user types `deepspeed`, they are
+    those whose command line contains "deepspeed" or "packspeed".
     """
     launchers: list[psutil.Process] = []
     top = os.environ.get(LAUNCHER)

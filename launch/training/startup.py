@@ -1,4 +1,4 @@
-"""The start-up sequence of a training process, from the checked files to the loop and its exit code."""
+"""Start a training process: everything between reading the files and the training loop, and the exit code."""
 
 from __future__ import annotations
 
@@ -44,11 +44,14 @@ def start_training(
     fresh: bool,
     log_filter: DeepSpeedLogFilter,
 ) -> int:
-    """Train the run from its newest complete checkpoint to its end, a stop or an error. Returns the exit code.
+    """Train the run from its newest complete checkpoint until it ends or is stopped. Returns the exit code of the
+    process.
 
-    fresh: move an existing run folder aside and start at step 0. Raises UserError with an exit code of its own.
+    A collective: every rank must call it. If `fresh` is True, an existing run folder is moved aside and training starts
+    at step 0. `log_filter` is given the path of deepspeed.log. Raises UserError if the run cannot start or has failed.
     """
-    # Ranks, device, precision and batch plan. What differs between hosts is agreed on before any weight exists.
+    # Ranks, device, precision and batch plan. Whatever may differ between hosts, such as the kernels, is decided by all
+    # ranks together before weights are drawn.
     rank, world, _, local_size = launcher_environment()
     log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
     threads = limit_threads(local_size)
@@ -64,12 +67,13 @@ def start_training(
     kernels = resolve_kernels(config.kernels, log)
 
     with run_folder.locked_run_folder(run.folder, topology, fresh):
-        # The checkpoint to continue from, if there is one. A refusal comes before any file of the run changes.
+        # Find the checkpoint to continue from. If the run cannot continue from it, the error comes before any file of
+        # the run has changed.
         resolved = run_folder.resolved_config(run, config, precision)
         identity = run_identity(resolved, dataset, topology, ds_config)
         found = find_checkpoint(run.folder / "checkpoints", topology, identity, log)
 
-        # The engine: the same weights at every ZeRO stage and number of ranks.
+        # Build the engine. Its initial weights do not depend on the ZeRO stage or the number of ranks.
         log_filter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
         with quiet(run.folder / "deepspeed.log" if rank == 0 else None):
             engine = build_engine(config, run, ds_config)
@@ -80,7 +84,7 @@ def start_training(
             f"{plan.dp_size} ranks"
         )
 
-        # Weights, optimizer and generators of the checkpoint.
+        # Load weights, optimizer and random generators from the checkpoint.
         identity = name_optimizers(identity, engine)
         checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, identity, log)
         manifest = resume_newest(checkpointer, found)
@@ -93,9 +97,9 @@ def start_training(
             return 0
 
         trainer = make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, log)
-        repeat_probe(trainer, manifest)  # does the checkpoint still give the loss that it was saved with?
+        repeat_probe(trainer, manifest)  # check that the checkpoint still gives the loss with which it was saved
 
-        # Nothing can refuse the start any more: from here on the files of the run change.
+        # All checks have passed. From here on the files of the run change.
         run_folder.write_configs(run.folder, resolved, ds_config, topology)
         if rank == 0:
             run_folder.record_changes(run.folder, found.changes)
@@ -104,7 +108,10 @@ def start_training(
 
 
 def train_to_end(trainer: Trainer, step: int) -> int:
-    """Run the loop from `step` on and leave the run's state in status.json, however it ends. Returns the exit code."""
+    """Run the training loop from `step` on, and write the final state to status.json even if it raises.
+
+    A collective. Returns the exit code: 0 if the run has finished, EXIT_STOPPED if a signal has stopped it.
+    """
     folder, topology, state = trainer.run.folder, trainer.topology, "failed"
     try:
         run_folder.write_status(folder, topology, "running")
@@ -118,7 +125,7 @@ def train_to_end(trainer: Trainer, step: int) -> int:
         run_folder.write_status(folder, topology, state)
     if stopped_by:
         trainer.log(
-            f"stopped by {stopped_by}; the state is saved, the same command continues it (exit code {EXIT_STOPPED})"
+            f"stopped by {stopped_by}. The state is saved; to continue, repeat the command (exit code {EXIT_STOPPED})"
         )
         return EXIT_STOPPED
     trainer.log(f"finished {trainer.run.train.total_steps} steps: {folder}")
@@ -126,7 +133,7 @@ def train_to_end(trainer: Trainer, step: int) -> int:
 
 
 def live_panel(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
-    """The live panel if rank 0 has a terminal; otherwise plain lines are enough."""
+    """Return a context that shows the live panel if rank 0 has a terminal, else one that does nothing."""
     if trainer.metrics is None or not sys.stdout.isatty():
         return contextlib.nullcontext()
     run, restarts = trainer.run, len(read_lives(trainer.run.folder)) - 1

@@ -1,4 +1,6 @@
-"""What TensorBoard shows besides scalars, and the tags of the scalars (docs/metrics.md lists them)."""
+"""Write texts, hyperparameters and histograms to TensorBoard; define the tags of its scalars (docs/metrics.md lists
+them).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ TAGS = {
     "tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu", "step_time_s": "speed/step_time_s",
     "data_wait_s": "speed/data_wait_s", "memory_gib": "memory/rank0_gib",
 }  # fmt: skip
-# group -> chart -> tags; goodput's shares are those of this process life, `packspeed goodput` knows the lost work too.
+# Group -> chart -> tags, for TensorBoard's custom scalars. The goodput shares are those since the last start of the
+# process. `packspeed goodput` shows all starts together, including work that was lost.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "training": {
         "loss": ["Multiline", ["train/loss", "eval/loss"]],
@@ -34,41 +37,48 @@ COMPARED = ("train/loss", "eval/loss", "speed/tokens_per_s", "speed/mfu")
 
 
 class Board:
-    """Writes texts, hparams and histograms through the SummaryWriter of DeepSpeed's monitor.
+    """Writes texts, hyperparameters and histograms with the SummaryWriter of DeepSpeed's monitor.
 
-    Scalars go through engine.monitor.write_events instead, so that wandb, csv_monitor and comet get them too. The
-    hparams page compares runs by every number, string and boolean of config.yaml about model and training.
+    Scalars are written with engine.monitor.write_events instead, so that wandb, csv_monitor and comet get them too. The
+    hparams page compares runs by the numbers, strings and booleans in the sections model and train of config.yaml.
     """
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
 
     def begin(self, folder: Path) -> None:
-        """Write what a run has once: the layout of the custom scalars, its two configuration files, its hparams."""
+        """Write what does not change during a run: the layout of the charts, both configuration files and the
+        hyperparameters.
+        """
         self.writer.add_custom_scalars(LAYOUT)
         for name in ("config.yaml", "ds_config.json"):
             self.text(name, "```\n" + (folder / name).read_text(encoding="utf-8") + "\n```", 0)
         self._hparams(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
 
     def _hparams(self, config: JsonObject) -> None:
+        """Write the hyperparameters of a run, given the content of its config.yaml, for TensorBoard's hparams page."""
         from torch.utils.tensorboard.summary import hparams
 
         candidates = {
             key: value for key, value in flatten(config).items() if key.startswith(("deepspeed", "model.", "train."))
         }
         settings = {key: value for key, value in candidates.items() if isinstance(value, (bool, int, float, str))}
-        # Session start and the metrics to compare. Their values are the scalars in the same folder.
+        # Two of the three summaries that hparams returns: the session's start and the names of the metrics to compare.
+        # TensorBoard reads their values from the scalars in the same folder.
         for summary in hparams(  # type: ignore[no-untyped-call]
             settings, dict.fromkeys(COMPARED, 0.0)
         )[:2]:
             self.writer.file_writer.add_summary(summary)
 
     def text(self, name: str, content: str, step: int) -> None:
-        """Show a text (markdown) on the text page."""
+        """Show a markdown text under this name on TensorBoard's text page."""
         self.writer.add_text(name, content, step)
 
     def norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
-        """Histograms of L2 norms, over all parameters and per layer. norms: {"gradient" or "weight": {name: norm}}."""
+        """Write histograms of L2 norms, over all parameters and for each layer.
+
+        `norms` is {"gradient": {parameter: norm}, "weight": {parameter: norm}}.
+        """
         import numpy as np
 
         for what, by_name in norms.items():
@@ -80,6 +90,9 @@ class Board:
 
 
 def layer_of(name: str) -> str:
-    """`blocks.3.attn.qkv.weight` -> `blocks.03`; a parameter outside the blocks keeps its first word."""
+    """Return the layer of a parameter: "blocks.03" for blocks.3.attn.qkv.weight.
+
+    For a parameter outside the blocks, it is the first part of the name.
+    """
     parts = name.split(".")
     return f"{parts[0]}.{int(parts[1]):02d}" if len(parts) > 1 and parts[1].isdigit() else parts[0]

@@ -1,7 +1,7 @@
-"""Text that the model writes at each evaluation, from the prompts in monitor.sample_prompts.
+"""Generate text at each evaluation, from the prompts in monitor.sample_prompts.
 
-Sampling is a collective at every ZeRO stage. It draws from no generator of torch, so a run with it has the losses of
-one without. Cost: one forward pass of the engine per token and prompt.
+Generation is a collective at every ZeRO stage. It does not use torch's random generators, so the losses of a run are
+the same with and without it. Cost: one forward pass of the engine per generated token and prompt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TEMPERATURE, TOP_K = 0.8, 50
 
 
 class TextSampler:
-    """Continues the prompts of monitor.sample_prompts; the same weights give the same text on every rank."""
+    """Continues the prompts of monitor.sample_prompts. The same weights give the same text on every rank."""
 
     def __init__(self, run: RunFile, engine: Engine, device: torch.device) -> None:
         path = run.data.path or (run.data.sources or [])[0].path
@@ -31,7 +31,11 @@ class TextSampler:
 
     @torch.no_grad()
     def sample(self) -> list[Sample]:
-        """[{prompt, text}]. Every prompt takes sample_tokens forward passes, so that ranks stay together at ZeRO-3."""
+        """Return [{"prompt": ..., "text": ...}] for all prompts. A collective: every rank must call it.
+
+        Every prompt takes monitor.sample_tokens forward passes, even if its text ends earlier. So all ranks run the
+        same number of passes, as ZeRO-3 requires.
+        """
         self.engine.eval()
         texts: list[Sample] = [
             {"prompt": prompt, "text": self._continue(prompt)} for prompt in self.run.monitor.sample_prompts
@@ -40,6 +44,7 @@ class TextSampler:
         return texts
 
     def _continue(self, prompt: str) -> str:
+        """Return the text that continues a prompt, up to an end-of-text token or monitor.sample_tokens tokens."""
         ids = prompt_ids(self.tokenizer, prompt)
         tokens = torch.tensor([ids], device=self.device)  # (1, T)
         key = torch.tensor([self.run.train.seed])
@@ -53,11 +58,11 @@ class TextSampler:
 
 
 def append_to_file(folder: Path, step: int, texts: Sequence[Sample]) -> None:
-    """Append one line to samples.jsonl."""
+    """Append one line with the step and its texts to samples.jsonl in the run folder."""
     with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "samples": texts}) + "\n")
 
 
 def as_markdown(texts: Sequence[Sample]) -> str:
-    """The texts for TensorBoard's text page."""
+    """Return the texts as markdown for TensorBoard's text page."""
     return "\n\n".join(f"**{text['prompt']}**\n\n```\n{text['prompt']}{text['text']}\n```" for text in texts)

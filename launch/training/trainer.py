@@ -1,4 +1,4 @@
-"""What a training process holds: made once by setup.py, passed to every function of the loop."""
+"""The objects that a training process works with. setup.py creates them once; every function of the loop gets them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from packspeed.launch.training.text_samples import TextSampler
 
 @dataclasses.dataclass
 class Trainer:
-    """The run's settings, the engine and everything that watches a step."""
+    """The settings of the run, the engine, and the objects that measure, judge and save its steps."""
 
     run: RunFile
     topology: Topology
@@ -31,40 +31,45 @@ class Trainer:
     plan: BatchPlan
     loader: Loader
     eval_windows: int  # validation windows per evaluation; 0: the dataset has no validation split
-    metrics: Metrics | None  # on rank 0, once open_run_files was called
+    metrics: Metrics | None  # None until open_run_files is called, and always on ranks other than 0
     checkpointer: Checkpointer
     stop: StopSignal
-    detector: AnomalyDetector  # judges loss and gradient norm
-    norm_hook: GradientNormHook  # takes the norm inside engine.step() and vetoes the update if the detector objects
+    detector: AnomalyDetector  # decides from loss and gradient norm whether a step is bad
+    norm_hook: GradientNormHook  # computes the norm inside engine.step(), and vetoes the update if the detector says so
     timer: PhaseTimer
     flops_per_token: float  # model FLOPs of one training step, per token
     peak_flops: float  # FLOP/s of all ranks together
     log: Callable[[str], None]  # prints a line on rank 0, nothing on the others
-    text_sampler: TextSampler | None = None  # set if monitor.sample_prompts has prompts
+    text_sampler: TextSampler | None = None  # None if monitor.sample_prompts is empty
     evaluation_pending: bool = False  # a signal interrupted the evaluation of the newest step
 
     def enter(self, phase: str) -> None:
-        """Count the time from now on to `phase` (run_folder/phase_timer.py lists the phases)."""
+        """Attribute the wall time from now on to `phase`. run_folder/phase_timer.py lists the phases."""
         self.timer.enter(phase)
 
     def any_rank_stopping(self) -> bool:
-        """Whether a signal asked any rank to stop. A collective: all ranks call it and get the same answer."""
+        """Return whether a signal asked any rank to stop. A collective: every rank must call it and gets the same
+        answer.
+        """
         asked = torch.tensor(float(self.stop.asked is not None), device=self.topology.device)
         return bool(self.topology.sum(asked) > 0)
 
     def batches_before(self, step: int) -> int:
-        """Batches that the run has read or dropped once `step` steps are done: the number of the next batch."""
+        """Return how many batches the run has read or dropped once `step` steps are done.
+
+        This is also the number of the next batch, counted from 0.
+        """
         return step + self.detector.dropped_batches
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What all ranks know of a step that they took, or that was vetoed."""
+    """What all ranks know of a step, whether it was applied or vetoed."""
 
     loss: float  # mean over the global batch, nats per token
     norm: float  # global L2 norm of the gradient before clipping
-    samples_hash: str  # 8 hex digits over the rows of the global batch
+    samples_hash: str  # hash of all rows of the global batch, 8 hex digits
     stopping: bool  # a signal asked at least one rank to stop
-    checkpoint_written: bool  # every rank has written its part of the asynchronous checkpoint under way
+    checkpoint_written: bool  # every rank has written its files of the pending asynchronous checkpoint
     not_taken: str | None = None  # why the optimizer did not step: an anomaly, or an overflow in fp16
-    layer_norms: dict[str, dict[str, float]] | None = None  # {"gradient": {parameter: norm}, "weight": ...}
+    layer_norms: dict[str, dict[str, float]] | None = None  # result of parameter_norms, if it was asked for
