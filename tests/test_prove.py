@@ -93,7 +93,7 @@ def test_the_first_difference_is_described() -> None:
     assert first_difference(alone, [alone[0], {**alone[1], "data_hash": "c"}], 1e-5) == (
         "step 2: data_hash b uninterrupted and c resumed"
     )
-    assert "1 lines, and 2 if uninterrupted" in str(first_difference(alone, alone[:1], 0))
+    assert "has 1 lines, that of the uninterrupted run 2" in str(first_difference(alone, alone[:1], 0))
     assert "loss" in str(first_difference(alone, [alone[0], {**alone[1], "loss": None}], 1e-5))
 
 

@@ -1,7 +1,8 @@
-"""The models that `packspeed bench --compare` measures beside Packspeed, in a plain PyTorch loop.
+"""The models with which `packspeed bench --compare` compares Packspeed, in a plain PyTorch loop.
 
-bare        Packspeed's GPT with the same weights, batches, allocator and optimizer kernel; its losses are equal
-gpt2        transformers' GPT2LMHeadModel of the same shape, torch's fused AdamW
+bare        Packspeed's GPT with the same weights, batches, memory allocator and optimizer kernel, but without DeepSpeed
+            and the training loop. Its losses are equal to Packspeed's
+gpt2        transformers' GPT2LMHeadModel of the same shape, with torch's fused AdamW
 nanogpt     model.py of a nanoGPT checkout, with the optimizer that it configures
 """
 
@@ -26,9 +27,9 @@ from packspeed.model.gpt import GPT, init_weights, param_groups
 
 @dataclasses.dataclass
 class Baseline:
-    """A model, how to compute its loss, and its optimizer.
+    """A model, the function that computes its loss, and a function that makes its optimizer.
 
-    The optimizer is made by a function, because it must see the parameters after they moved to the device.
+    The optimizer is made later, because it must get the parameters after they have been moved to the device.
     """
 
     model: torch.nn.Module
@@ -37,10 +38,14 @@ class Baseline:
 
 
 class BaselineLoop:
-    """Trains a baseline in a plain loop: forward, backward, clip, step. Several ranks: DistributedDataParallel."""
+    """Trains a baseline in a plain loop: forward, backward, clip, step. Uses DistributedDataParallel if there are
+    several ranks.
+    """
 
     def __init__(self, setup: BenchSetup, name: str, precision: str) -> None:
-        """precision: fp32, autocast (fp32 weights, bf16 arithmetic) or bf16 (weights too)."""
+        """Build the baseline `name` of BASELINES. `precision`: fp32, autocast (fp32 weights, bf16 arithmetic) or
+        bf16 (all).
+        """
         self.setup, self.marks = setup, PhaseMarks(setup.topology.device)
         device, train = setup.topology.device, setup.run.train
         torch.manual_seed(train.seed)
@@ -55,7 +60,7 @@ class BaselineLoop:
         self.last_loss = torch.zeros((), device=device)
 
     def step(self) -> None:
-        """Take one optimizer step."""
+        """Take one optimizer step on this rank's rows of the next batch."""
         self.marks("data")
         number, batch = next(self.batches)
         train, plan = self.setup.run.train, self.setup.plan
@@ -78,11 +83,12 @@ class BaselineLoop:
         self.marks("other")
 
     def loss(self) -> float:
-        """Return the mean over this rank's rows, in nats per token."""
+        """Return the mean loss over this rank's rows of the last step, in nats per token."""
         return float(self.last_loss)
 
 
 def _bare(setup: BenchSetup) -> Baseline:
+    """Return Packspeed's own GPT as a baseline."""
     keep_memory()  # the same allocator settings as in training
     gpt, train = GPT(setup.config), setup.run.train
     init_weights(gpt, train.seed)
@@ -99,6 +105,7 @@ def _bare(setup: BenchSetup) -> Baseline:
 
 
 def _gpt2(setup: BenchSetup) -> Baseline:
+    """Return transformers' GPT-2 as a baseline."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config, options = setup.config, setup.run.train.optimizer
@@ -129,6 +136,7 @@ def _gpt2(setup: BenchSetup) -> Baseline:
 
 
 def _nanogpt(setup: BenchSetup) -> Baseline:
+    """Return nanoGPT's model as a baseline, imported from the checkout that the job names."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(setup.job["nanogpt"]) / "model.py")
     assert spec is not None
     assert spec.loader is not None

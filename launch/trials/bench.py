@@ -1,26 +1,26 @@
-"""`packspeed bench`: what a step of a run costs here, also beside other ways to train the same model.
+"""`packspeed bench`: measure what a training step of a run costs on this machine.
 
     packspeed bench my.yaml --micro-batch 1,2,4 --kernels eager,compile --stage 0,1,2
     packspeed bench my.yaml --compare --nanogpt path/to/nanoGPT
 
-It prints a Markdown table with a row per setting or, with --compare, per training loop. Each is measured in processes
-of its own (bench_worker.py), so that its peak memory and its allocator settings are its own. A failed one is a row with
-the reason.
+The first form measures each combination of settings. The second one compares Packspeed with other training loops on the
+same model. Both print a Markdown table with one row per setting or training loop. Each row is measured by its own
+processes (bench_worker.py), so that peak memory and allocator settings belong to it alone. If a measurement fails, its
+row shows the reason.
 
-With --compare, all workers are built first and then take turns: one measures a round of steps while the others sleep,
-and another one begins each round. Other work on the machine so slows all of them alike. `x bare` is the median over the
-rounds of (time of the bare loop / time of this loop), with its minimum and maximum.
+With --compare, all workers are started first and then take turns. While one measures a round of steps, the others
+sleep, and each round starts with another worker. Other programs on the machine then slow all workers alike. The column
+`x bare` is the ratio (time of the baseline `bare` / time of this loop): the median over the rounds, then its minimum
+and maximum.
 
-Columns
-    step            median over the rounds (minimum to maximum)
-    MFU             model FLOPs (flops_per_token in model/config.py) / peak of the device. The peak is the data sheet's
-                    on GPUs, and the best square GEMM measured in the same run on CPUs
-    of ... GEMM     the share of what square GEMMs reach in the same run
-    memory          CPUs: peak of a rank's process; `before` is its part from before the model was built.
-                    GPUs: peak allocation by torch
-    forward, ...    the phases of the round with the median step time. Communication is the time that the host waits
-                    (gloo). On GPUs it is queued and counts in the other phases, as DistributedDataParallel's does
-The JSON file also has the CPU time per step, which other work on the machine changes least.
+Columns step            time per step: median over the rounds (minimum to maximum) MFU             model FLOP/s
+    (flops_per_token in model/config.py) / peak FLOP/s of the device. On GPUs the peak comes from the data sheet. On
+    CPUs it is the fastest square matrix product (GEMM) in the same benchmark of ... GEMM     model FLOP/s / FLOP/s of
+    square matrix products, measured in the same benchmark memory          on CPUs: peak resident memory of a rank's
+    process, and `before`: that peak before the model was built. On GPUs: peak allocation by torch forward, ...    time
+    per phase, from the round with the median step time. Communication is the time for which the CPU waits (gloo). On
+    GPUs, communication runs in the background, and its cost is in the other phases The JSON file also contains the CPU
+    time per step, which depends least on other programs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # these import torch, which only the workers load
 
 WORKER = Path(__file__).resolve().with_name("bench_worker.py")
 KERNELS = get_args(Kernels)
-PARTS = ("forward", "backward", "step", "communication", "data", "other")  # the phases that have a column
+PARTS = ("forward", "backward", "step", "communication", "data", "other")  # the phases with a column in the table
 POLL_S = 0.02
 BASELINE_PRECISIONS = ("fp32", "autocast", "bf16")
 
@@ -71,7 +71,7 @@ Value = TypeVar("Value")
 
 
 class Setting(TypedDict):
-    """One combination of the values of a sweep. None: the run file's value."""
+    """One combination of swept values. None means the run file's value."""
 
     micro_batch: int | None
     kernels: str | None
@@ -80,7 +80,7 @@ class Setting(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class BenchPlan:
-    """What to measure: the run file, the ranks, the rounds of steps, and the settings of the sweep."""
+    """What to measure: the run file, the number of ranks, the rounds of steps, and the settings."""
 
     run_file: Path
     overrides: list[str]
@@ -107,7 +107,11 @@ def plan_bench(
     precision: str | None,
     profile: Path | None = None,
 ) -> BenchPlan:
-    """Check the options of the command. Raises ConfigError if one of them is wrong."""
+    """Check the options of `packspeed bench` and return the plan. Raises ConfigError if an option is wrong.
+
+    `micro_batch`, `kernels`, `stage` and `precision` are lists as the user writes them: "1,2,4". `steps` is the number
+    of steps per round.
+    """
     run = load_run_file(run_file, overrides)
     load_ds_config(run.deepspeed)
     count = ranks if ranks is not None else default_ranks(run)
@@ -126,7 +130,9 @@ def plan_bench(
         raise ConfigError(f"--nanogpt {nanogpt}: there is no model.py. Name a checkout of github.com/karpathy/nanoGPT.")
     baselines = _baselines(run, nanogpt, precision) if compare or nanogpt else []
     if baselines and len(settings) > 1:
-        raise ConfigError("--compare takes one setting, not a sweep: give one value of each option.")
+        raise ConfigError(
+            "--compare measures one setting: give one value each for --micro-batch, --kernels and --stage."
+        )
     traces = None if profile is None else profile.resolve()
     return BenchPlan(run_file.resolve(), list(overrides), count, rounds, steps, settings, baselines, nanogpt, traces)
 
@@ -134,41 +140,45 @@ def plan_bench(
 def _listed(
     flag: str, text: str | None, valid: Callable[[str], bool], convert: Callable[[str], Value]
 ) -> list[Value | None]:
-    """Return the values of an option like 1,2,4; [None] if it is absent. Raises ConfigError for an invalid value."""
+    """Return the values of an option such as "1,2,4", or [None] if it is absent. Raises ConfigError for an invalid
+    value.
+    """
     if text is None:
         return [None]
     words = [word.strip() for word in text.split(",")]
     if bad := [word for word in words if not valid(word)]:
         example = {"--micro-batch": "1,2,4", "--kernels": ",".join(KERNELS), "--stage": "0,1,2,3"}[flag]
-        raise ConfigError(f"{flag} {text}: {bad[0]!r} is not possible. Give a list like {example}.")
+        raise ConfigError(f"{flag} {text}: {bad[0]!r} is not a valid value. Give a list such as {example}.")
     return [convert(word) for word in words]
 
 
 def _baselines(run: RunFile, nanogpt: Path | None, precision: str | None) -> list[str]:
-    """Return the names of the baselines. The first one is the reference of `x bare`.
+    """Return the names of the baselines, such as "bare:bf16". The first one is the reference of the column `x bare`.
 
-    Raises ConfigError if they cannot train this run: they know AdamW and full windows only.
+    Raises ConfigError if the baselines cannot train this run: they support only AdamW and windows of a token stream.
     """
     default = "fp32" if run.train.precision in ("fp32", "auto") else "bf16,autocast,fp32"
     words = (precision or default).split(",")
     if bad := [word for word in words if word not in BASELINE_PRECISIONS]:
         raise ConfigError(
-            f"--precision {precision}: {bad[0]!r} is not possible. Give a list like {','.join(BASELINE_PRECISIONS)}."
+            f"--precision {precision}: {bad[0]!r} is not a valid value. Give a list such as "
+            f"{','.join(BASELINE_PRECISIONS)}."
         )
     config = run.gpt_config(50_257)
     if run.train.optimizer.name != "adamw" or run.data.packing != "stream" or run.data.document_mask:
         raise ConfigError(
-            "--compare: the baselines support AdamW and full windows only: set packing stream, no document mask."
+            "--compare: the baselines support only AdamW and full windows. Use --set train.optimizer.name=adamw, "
+            "--set data.packing=stream and --set data.document_mask=false."
         )
     shape = (config.position, config.norm, config.kv_heads, config.head_dim)
     names = ["bare"]
-    if shape == ("learned", "layernorm", config.n_head, None):  # a GPT-2, which is all that the others can be
+    if shape == ("learned", "layernorm", config.n_head, None):  # the other baselines can only have GPT-2's architecture
         names += ["gpt2"] + (["nanogpt"] if nanogpt else [])
     return [f"{name}:{word}" for name in names for word in words]
 
 
 def bench(plan: BenchPlan, say: Say) -> list[Row]:
-    """Measure everything and print each row of the table as soon as it is known; returns the rows."""
+    """Measure everything, print each row of the table with `say` as soon as it is measured, and return the rows."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the workers are killed first
     say(_line(COLUMNS))
     say(_line(["---"] * len(COLUMNS)))
@@ -186,7 +196,7 @@ def bench(plan: BenchPlan, say: Say) -> list[Row]:
 
 
 def _profile_prefix(plan: BenchPlan, setting: Setting, loop: str) -> str:
-    """Where a worker writes its profile, without the ending; empty without --profile."""
+    """Return the path prefix of a worker's profile files, or an empty string without --profile."""
     if plan.profile is None:
         return ""
     stage = None if setting["stage"] is None else f"zero{setting['stage']}"
@@ -196,7 +206,7 @@ def _profile_prefix(plan: BenchPlan, setting: Setting, loop: str) -> str:
 
 
 def _measure(plan: BenchPlan, setting: Setting, loops: Sequence[str]) -> Iterator[Row]:
-    """Measure the training loops in turns (A B C, B C A, C A B, ...) and yield their rows."""
+    """Measure the training loops in turns (A B C, B C A, C A B, ...) and yield one row per loop."""
     with tempfile.TemporaryDirectory(prefix="packspeed-bench-") as folder, contextlib.ExitStack() as running:
         workers = []
         for number, loop in enumerate(loops):
@@ -204,7 +214,7 @@ def _measure(plan: BenchPlan, setting: Setting, loops: Sequence[str]) -> Iterato
             worker.wait_for("ready")
             workers.append(worker)
         for number in range(plan.rounds):
-            first = number % len(workers)  # the order inside a round changes times by some percent
+            first = number % len(workers)  # rotate, because the position within a round changes times by a few percent
             for worker in workers[first:] + workers[:first]:
                 worker.measure_round()
     peaks = [worker.result["gemm_flops"] for worker in workers if worker.result]
@@ -214,7 +224,10 @@ def _measure(plan: BenchPlan, setting: Setting, loops: Sequence[str]) -> Iterato
 
 
 class WorkerProcess:
-    """The processes of one training loop (bench_worker.py). `error` is the reason if they failed, else empty."""
+    """The processes that measure one training loop (bench_worker.py). A context manager, which kills them at its end.
+
+    If they fail, `error` contains the reason; otherwise it is empty.
+    """
 
     def __init__(self, plan: BenchPlan, setting: Setting, loop: str, folder: Path) -> None:
         self.loop, self.folder, self.error = loop, folder, ""
@@ -227,7 +240,7 @@ class WorkerProcess:
             overrides.append(f"train.micro_batch={setting['micro_batch']}")
         if setting["kernels"] is not None:
             overrides.append(f"model.kernels={setting['kernels']}")
-        try:  # a setting that is impossible for this run is a failed row and ends nothing
+        try:  # a setting that is impossible for this run gives a row with an error; other settings are still measured
             run = load_run_file(plan.run_file, overrides)
             solve_batch(run.global_batch, run.data.seq_len, plan.ranks, run.train.micro_batch)
         except ConfigError as error:
@@ -251,7 +264,7 @@ class WorkerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill the processes. SIGKILL, because ranks answer SIGTERM by saving a checkpoint."""
+        """Kill the processes, with SIGKILL because ranks would answer SIGTERM by saving a checkpoint."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -259,7 +272,7 @@ class WorkerProcess:
             self._stderr.close()
 
     def measure_round(self) -> None:
-        """Let the worker measure a round of steps, wait for the result and add it to `rounds`."""
+        """Let the worker measure one round of steps, and append the result to `rounds`. Does nothing after an error."""
         if self.error:
             return
         number = len(self.rounds)
@@ -270,7 +283,10 @@ class WorkerProcess:
             self.rounds.append(result["round"])
 
     def wait_for(self, name: str) -> Path | None:
-        """Wait until the worker has written a file. Returns None, and sets `error`, if it ends before."""
+        """Wait until the worker has written the file `name`, and return its path.
+
+        Returns None and sets `error` if the worker ends before.
+        """
         path = self.folder / name
         while not self.error and not path.exists():
             if self._process is None or self._process.poll() is not None:
@@ -279,20 +295,22 @@ class WorkerProcess:
         return None if self.error else path
 
     def _error_text(self) -> str:
+        """Return why the worker ended: its own error file, or its exit code and the last line it printed."""
         error_file = self.folder / "error"
         if error_file.is_file():
             return error_file.read_text()
         code = self._process.returncode if self._process else 0
         if code in (-9, 137):
-            return "killed, perhaps by the kernel because memory ran out"
+            return "killed, perhaps by the kernel because it ran out of memory"
         last_line = ((self.folder / "stderr").read_text().strip().splitlines() or ["no output"])[-1]
         return f"exit code {code}: {last_line}"
 
 
 def _row(worker: WorkerProcess, setting: Setting, gemm: dict[str, float], reference: WorkerProcess | None) -> Row:
-    """Return the row of a worker: the keys of the JSON file.
+    """Return the row of a worker, as the JSON file contains it.
 
-    gemm: best FLOP/s by precision of all workers of this comparison. It is the peak for MFU on CPUs.
+    `gemm` is the best FLOP/s of square matrix products by precision, over all workers of this comparison. It is the
+    peak for MFU on CPUs. `reference` is the worker of the first baseline, for the ratios.
     """
     who, _, precision = worker.loop.partition(":")
     row: Row = {"who": who, "precision": precision, **setting, "error": worker.error or None}
@@ -316,7 +334,7 @@ def _row(worker: WorkerProcess, setting: Setting, gemm: dict[str, float], refere
     }  # fmt: skip
     row["cpu_s"] = statistics.median(measured["cpu_s"] for measured in rounds)
     if reference is not None and not reference.error:
-        # Ratios within a round: whatever else the machine did then slowed both.
+        # Compare times of the same round, because other programs slowed both loops alike in it.
         pairs = list(zip(reference.rounds, rounds, strict=True))
         row["ratios"] = [theirs["step_s"] / own["step_s"] for theirs, own in pairs]
         row["ratio"] = statistics.median(row["ratios"])
@@ -326,7 +344,7 @@ def _row(worker: WorkerProcess, setting: Setting, gemm: dict[str, float], refere
 
 
 def _cells(row: Row) -> list[str]:
-    """Format a row for the table. A failed one has its setting and the reason."""
+    """Return the cells of a row for the table. The row of a failed measurement has the setting and the reason."""
     if row["error"]:
         setting = ["run file's" if row[key] is None else str(row[key]) for key in ("kernels", "stage", "micro_batch")]
         cells = [
@@ -353,4 +371,5 @@ def _cells(row: Row) -> list[str]:
 
 
 def _line(cells: Sequence[str]) -> str:
+    """Return one line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"

@@ -1,4 +1,4 @@
-"""What every training loop of a benchmark shares: run file, data, process group, and the timing of phases."""
+"""What all training loops of a benchmark have in common: run file, data, process group, and the timing of phases."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from packspeed.launch.engine.distributed import launcher_environment, start_dist
 from packspeed.launch.engine.hardware import limit_threads
 from packspeed.model.config import GPTConfig
 
-UNLIMITED = 2**40  # steps that the prefetcher may read ahead to; the benchmark stops long before
+UNLIMITED = 2**40  # last step of the prefetcher; the benchmark ends long before
 
 
 class BenchJob(TypedDict):
-    """job.json, which `packspeed bench` writes for one worker."""
+    """The content of job.json, which `packspeed bench` writes for each worker."""
 
     run_file: str
     overrides: list[str]
     stage: int | None  # ZeRO stage; None: the run file's
     loop: str  # "packspeed:", "bare:fp32", "gpt2:bf16", ...
-    steps: int  # of one round
+    steps: int  # number of steps per round
     nanogpt: str  # path of a checkout; empty: none
     owner: int  # process id of `packspeed bench`
     profile: str  # path of the profile to write, without its ending; empty: none
 
 
 class TrainingLoop(Protocol):
-    """A way to train the model that can be timed."""
+    """The interface of a training loop that can be measured."""
 
     marks: PhaseMarks
 
     def step(self) -> None:
-        """Take one optimizer step."""
+        """Take one optimizer step on this rank's rows of the next batch."""
 
     def loss(self) -> float:
         """Return the loss of the last step, in nats per token."""
 
 
 class PhaseMarks:
-    """Times the phases of a training loop; a PhaseListener of the phase timer.
+    """Measures the phases of a training loop. It can be the listener of a PhaseTimer.
 
-    On GPUs it records events in the stream, so that timing adds no synchronisation; `seconds` reads them afterwards.
+    On GPUs it records events in the stream, so measuring does not synchronise. `seconds` reads the events later.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,7 +58,7 @@ class PhaseMarks:
         self._events: list[tuple[str, torch.cuda.Event]] = []
 
     def __call__(self, phase: str, collective: str = "") -> None:
-        """Mark the start of a phase."""
+        """Mark that a phase starts now, which ends the previous one. `collective` is ignored."""
         if self.device.type != "cuda":
             self._times.append((phase, time.perf_counter()))
             return
@@ -72,9 +72,9 @@ class PhaseMarks:
         self._events.clear()
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds per phase from the first mark to the last, and clear the marks.
+        """Return the seconds per phase from the first mark to the last, and delete all marks.
 
-        On a GPU the last event must have happened: synchronise before.
+        On a GPU, synchronise first: the last event must have happened.
         """
         spans = [(phase, end - start) for (phase, start), (_, end) in zip(self._times, self._times[1:], strict=False)]
         for (phase, first), (_, second) in zip(self._events, self._events[1:], strict=False):
@@ -87,7 +87,7 @@ class PhaseMarks:
 
 
 class BenchSetup:
-    """The run file, its data and the process group of one worker."""
+    """The run file, the data, the ranks and the final DeepSpeed configuration of one worker."""
 
     def __init__(self, job: BenchJob) -> None:
         self.job = job
@@ -110,5 +110,5 @@ class BenchSetup:
         self.loader: Loader = make_run_loader(self.run, self.dataset)
 
     def batches(self) -> Prefetcher:
-        """Return a reader of this rank's rows of step 0, 1, 2 ..."""
+        """Return an iterator over this rank's rows of steps 0, 1, 2 ..., which reads ahead in a thread."""
         return Prefetcher(self.loader, 0, UNLIMITED, rank=self.topology.dp_rank, world=self.topology.dp_size)

@@ -1,17 +1,18 @@
 """One process of `packspeed bench`: it trains with one training loop and measures rounds of steps.
 
-    python launch/trials/bench_worker.py FOLDER/job.json      or, with several ranks, by DeepSpeed's launcher
+    python launch/trials/bench_worker.py FOLDER/job.json      with several ranks, DeepSpeed's launcher starts it
 
-Files in FOLDER:
-    job.json        bench_setup.BenchJob: the run file, what to change in it, the training loop, the steps of a round
-    ready           written by the worker when the model is built and warm
-    start-N         written by `packspeed bench`: measure round N now; until then the worker sleeps
-    round-N.json    written by the worker: the result (Result)
-    error           written by the worker before it ends, if it fails: why
+The worker and `packspeed bench` communicate with files in FOLDER:
+    job.json        written by bench: the run file, the overrides, the training loop, the steps per round (BenchJob)
+    ready           written by the worker once the model is built and warmed up
+    start-N         written by bench: measure round N now; until then the worker sleeps
+    round-N.json    written by the worker: the result of the round (Result)
+    error           written by the worker before it ends, if it fails: the reason
 
-The loops are "packspeed:" (DeepSpeed's engine and training/loop.py, with metrics, prefetching and the checks of every
-step, in the run file's precision) and the baselines of baselines.py. A worker runs until it is killed or its owner has
-ended. Nothing synchronises with a GPU inside a round, except what a loop does itself.
+The training loops are "packspeed:" and the baselines of baselines.py. "packspeed:" runs DeepSpeed's engine and the code
+of training/loop.py, including metrics, prefetching and the checks of every step, in the run file's precision. A worker
+runs until it is killed or the process that started it has ended. Inside a round, this code never synchronises with the
+GPU; a training loop may.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ from packspeed.launch.trials.profiling import profile_round
 from packspeed.model.config import flops_per_token
 
 WARM_UP_STEPS = 2
-GEMM_SECONDS = 0.1  # spent on measuring the peak per precision and round
+GEMM_SECONDS = 0.1  # how long to measure matrix products, per precision and round
 
 
 class Round(TypedDict):
-    """Seconds per step of one round on rank 0."""
+    """Seconds per step in one round, measured on rank 0."""
 
     step_s: float  # wall time
     cpu_s: float  # CPU time of the process
@@ -59,7 +60,7 @@ class Round(TypedDict):
 
 
 class Result(TypedDict):
-    """round-N.json."""
+    """The content of round-N.json."""
 
     device: str
     precision: str
@@ -73,14 +74,14 @@ class Result(TypedDict):
     flops_per_token: float
     datasheet_flops: float | None  # FLOP/s of all GPUs together; None on CPUs
     round: Round
-    gemm_flops: dict[str, float]  # best FLOP/s of square GEMMs so far by precision, all ranks together
-    base_gib: float  # memory before the model was built, the largest of all ranks
-    memory_gib: float  # peak, the largest of all ranks
+    gemm_flops: dict[str, float]  # precision -> best FLOP/s of square matrix products so far, all ranks together
+    base_gib: float  # peak memory of a rank before the model was built, the largest over the ranks
+    memory_gib: float  # peak memory of a rank so far, the largest over the ranks
     loss: float
 
 
 class PackspeedLoop:
-    """DeepSpeed's engine and the steps of Packspeed's training loop, without evaluation and checkpoints."""
+    """DeepSpeed's engine and the steps of Packspeed's training loop, without evaluations and checkpoints."""
 
     def __init__(self, setup: BenchSetup) -> None:
         run, topology = setup.run, setup.topology
@@ -99,7 +100,7 @@ class PackspeedLoop:
         self.last_loss = float("nan")
 
     def step(self) -> None:
-        """Take one step as training/loop.py does."""
+        """Take one step with everything that training/loop.py does in a step: learning rate, update, metrics."""
         trainer, began, waited = self.trainer, time.perf_counter(), self.batches.wait_s
         trainer.enter("data")
         number, batch = next(self.batches)
@@ -114,24 +115,24 @@ class PackspeedLoop:
             trainer.metrics.write(metrics_line(trainer, number + 1, done, lr, elapsed, wait))
 
     def loss(self) -> float:
-        """Return the mean over all ranks, in nats per token."""
+        """Return the loss of the last step: the mean over the global batch, in nats per token."""
         return self.last_loss
 
 
 def make_loop(setup: BenchSetup) -> TrainingLoop:
-    """Build the training loop that the job names: "packspeed:", "bare:bf16", ..."""
+    """Build the training loop that the job names, such as "packspeed:" or "bare:bf16"."""
     name, precision = setup.job["loop"].split(":")
     return PackspeedLoop(setup) if name == "packspeed" else BaselineLoop(setup, name, precision)
 
 
 def _synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was queued."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def measure_round(setup: BenchSetup, loop: TrainingLoop, steps: int) -> Round:
-    """Take `steps` steps and return the seconds of one step."""
+    """Take `steps` steps and return the seconds per step. A collective: every rank must call it."""
     device = setup.topology.device
     gc.collect()
     _synchronize(device)
@@ -150,9 +151,10 @@ def measure_round(setup: BenchSetup, loop: TrainingLoop, steps: int) -> Round:
 
 
 def best_gemms(setup: BenchSetup, best: dict[str, float]) -> dict[str, float]:
-    """Measure the FLOP/s of square GEMMs, all ranks together. Returns the maximum of that and `best`, by precision.
+    """Measure the FLOP/s of square matrix products, summed over the ranks. A collective: every rank must call it.
 
-    Measured again in every round, because other work on the machine lowers single measurements.
+    Returns {"fp32": ..., "bf16": ...}, each the maximum of this measurement and `best`. It is measured again in every
+    round, because other programs on the machine can lower a single measurement.
     """
     flops = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -162,14 +164,17 @@ def best_gemms(setup: BenchSetup, best: dict[str, float]) -> dict[str, float]:
 
 
 def work(setup: BenchSetup, folder: Path) -> None:
-    """Build the loop, warm it up, and measure a round whenever start-N appears. Ends by an exception only."""
+    """Build the training loop, warm it up, and measure a round whenever start-N appears. It never returns.
+
+    It ends with an exception, when the process that started it has ended or when something fails.
+    """
     base_gib = setup.topology.gather(_peak_memory_gib(setup))
     loop = make_loop(setup)
     for _ in range(WARM_UP_STEPS):
         loop.step()
     if prefix := setup.job["profile"]:
         profile_round(loop, setup.job["steps"], Path(prefix), setup.topology.rank, setup.topology.device)
-    # As in training: no garbage collection inside a step.
+    # As in training, do not collect garbage inside a step.
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -189,9 +194,9 @@ def work(setup: BenchSetup, folder: Path) -> None:
 
 
 def _wait_for_start(owner: int, start: Path) -> None:
-    """Sleep until the file appears. Every rank polls by itself, since a collective would keep GPUs busy.
+    """Sleep until the file appears. Raises ProcessLookupError if the process `owner` has ended.
 
-    Raises ProcessLookupError if the owner has ended.
+    Every rank checks for itself, because waiting in a collective would keep GPUs busy.
     """
     while not start.exists():
         os.kill(owner, 0)
@@ -206,6 +211,7 @@ def _result(
     peak_memory_gib: float,
     loss: float,
 ) -> Result:
+    """Return the content of round-N.json."""
     topology = setup.topology
     datasheet = topology.world * datasheet_peak(topology.device) if topology.device.type == "cuda" else None
     return {
@@ -229,7 +235,7 @@ def _result(
 
 
 def _peak_memory_gib(setup: BenchSetup) -> float:
-    """Return the peak memory so far: allocated by torch on a GPU, resident in the process on a CPU."""
+    """Return this rank's peak memory so far in GiB: torch's allocations on a GPU, resident memory on a CPU."""
     if setup.topology.device.type == "cuda":
         return memory_gib("cuda")
     kibibytes = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
@@ -237,7 +243,7 @@ def _peak_memory_gib(setup: BenchSetup) -> float:
 
 
 def error_text(error: BaseException) -> str:
-    """Return why a job failed, in one line."""
+    """Return one line that says why a job failed."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"
@@ -246,17 +252,18 @@ def error_text(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _write_error(error_file: Path) -> Iterator[None]:
+    """If the `with` block raises, write the reason to the file, and raise the exception again."""
     try:
         yield
     except Exception as error:
-        # Mode x: only the first rank that fails writes. The others fail because of it.
+        # Mode x creates the file, so only the first rank that fails writes it. Later ranks fail because of the first.
         with contextlib.suppress(FileExistsError), error_file.open("x") as file:
             file.write(error_text(error))
         raise
 
 
 def main() -> None:
-    """Work on the job that the command line names, until killed."""
+    """Run the job whose file is on the command line, until the process is killed."""
     path = next(Path(word) for word in sys.argv[1:] if word.endswith(".json"))
     with _write_error(path.with_name("error")), DeepSpeedLogFilter(), quiet(path.with_suffix(".log")):
         job: BenchJob = json.loads(path.read_text())

@@ -1,7 +1,7 @@
 """torch's profiler for `packspeed bench --profile DIR`: a Chrome trace per rank and a table of the slowest operations.
 
-The worker profiles one round of steps after warm-up and before any measured round, so the measured times contain no
-profiler. Open a trace in chrome://tracing or https://ui.perfetto.dev.
+The worker profiles one round of steps after the warm-up and before the measured rounds, so the profiler does not slow
+the measured steps. Open a trace in chrome://tracing or https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ NAME_WIDTH = 52
 
 
 def profile_round(loop: TrainingLoop, steps: int, prefix: Path, rank: int, device: torch.device) -> None:
-    """Take `steps` steps under the profiler. Writes PREFIX-rankN.json and, on rank 0, the table PREFIX.txt."""
+    """Take `steps` steps under the profiler, and write PREFIX-rankN.json and, on rank 0, the table PREFIX.txt.
+
+    Every rank must call it.
+    """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
@@ -33,7 +36,10 @@ def profile_round(loop: TrainingLoop, steps: int, prefix: Path, rank: int, devic
 
 
 def operations_table(profiler: profile, steps: int, on_gpu: bool) -> str:
-    """The operations with the most time of their own (without the operations they call), on the GPU if there is one."""
+    """Return a table of the operations that take the most time, without the time of the operations that they call.
+
+    It is time on the GPU if `on_gpu` is True, else CPU time, per step.
+    """
     events = [
         (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)
         for event in profiler.key_averages()

@@ -1,13 +1,11 @@
 """`packspeed prove`: a kill-and-resume test of a run file.
 
-It runs the run file three times, shortened to a few steps, in a folder of its own next to the user's run folder and
-with DeepSpeed's launcher:
-    alone   not interrupted
-    same    killed (-9) at a random step: one rank, all ranks or the launcher. Resumed with the same number of ranks:
-            every line of metrics.jsonl, except times, and every bit of the final weights must equal `alone`
-    other   a copy of the killed folder, resumed with another number of ranks: the samples of every step must be equal,
-            the losses within 1e-5 (fp32) or 2e-2 (16 bits)
-Cost: four launches and 2.5 times the steps.
+It trains the run file, shortened to a few steps, with DeepSpeed's launcher in the folder .prove-<name> next to the run
+folder. There are three runs: alone   a run without interruption. same    a run that is killed with SIGKILL at a random
+step (one rank, all ranks or the launcher) and resumed with the same number of ranks. Every line of metrics.jsonl, apart
+from times, and every bit of the final weights must equal those of `alone`. other   a copy of the killed run, resumed
+with another number of ranks. The samples of every step must be equal, and the losses must agree within 1e-5 (fp32) or
+2e-2 (16-bit precisions). Cost: four launches and 2.5 times the steps.
 """
 
 from __future__ import annotations
@@ -34,58 +32,58 @@ from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 
-# Keys of metrics.jsonl that two equal runs may differ in.
+# Keys of metrics.jsonl that are measured, and may differ between two equal runs.
 MEASURED_KEYS = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s", "eval_time_s", "memory_gib"}
-# By how much a loss may differ at another number of ranks, where sums are rounded in another order.
+# How much a loss may differ if the number of ranks differs, because sums are then rounded in another order.
 TOLERANCE, TOLERANCE_16_BIT = 1e-5, 2e-2
 VICTIMS = ("one rank", "all ranks", "the launcher")
-POLL_S = 0.002  # how often to look for the step of the kill; a small model takes some milliseconds per step
-KILL_TIMEOUT_S = 600.0  # for the launcher to notice that its ranks are dead
+POLL_S = 0.002  # how often to check whether the step of the kill is done; a small model needs milliseconds per step
+KILL_TIMEOUT_S = 600.0  # how long to wait until the launcher notices that its ranks are dead
 
 Say = Callable[[str], None]
-Line = JsonObject  # of metrics.jsonl without MEASURED_KEYS; compared key by key, whatever the keys are
+Line = JsonObject  # a line of metrics.jsonl without MEASURED_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
 class ResumeResult:
-    """The comparison of one resumed run with the uninterrupted one: an entry of "legs" in the JSON object."""
+    """The comparison of a resumed run with the uninterrupted one: an entry of "legs" in the JSON output."""
 
     name: str
     ranks: int
     killed: str
     resumed_from: int | None
     losses_differ_by: float
-    weights_differ_by: float | None  # None: it did not finish
+    weights_differ_by: float | None  # None: the resumed run did not finish
     samples_equal: bool
     first_difference: str | None
 
 
 class ProofReport(TypedDict):
-    """The JSON object of `packspeed prove --json`."""
+    """The JSON output of `packspeed prove --json`."""
 
     ok: bool
     run_file: str
     steps: int
     ranks: int
     seed: int
-    legs: list[JsonObject]  # of ResumeResult
+    legs: list[JsonObject]  # the fields of each ResumeResult
 
 
 @dataclasses.dataclass(frozen=True)
 class ProofPlan:
-    """The shortened run, and the kill."""
+    """The shortened run, and when and what to kill."""
 
     run_file: Path
     overrides: list[str]
-    folder: Path  # of all runs of the proof
+    folder: Path  # contains all runs of the test
     steps: int
     ranks: int
-    other_ranks: int | None  # of the second resume; None: leave it out
+    other_ranks: int | None  # number of ranks of the second resume; None: there is no second resume
     kill_at: int  # kill once this step is in metrics.jsonl
     victim: str  # one of VICTIMS
 
     def arguments(self, name: str) -> list[str]:
-        """Return the arguments of train.py for the run called `name`."""
+        """Return the arguments of train.py for the run called `name` ("alone", "same" or "other")."""
         sets = [*self.overrides, f"name={name}", f"runs_dir={self.folder}"]
         return ["--config", str(self.run_file), *(f"--set={text}" for text in sets)]
 
@@ -93,13 +91,14 @@ class ProofPlan:
 def plan_proof(
     run_file: Path, overrides: Sequence[str], steps: int, ranks: int | None, other_ranks: int | None, seed: int
 ) -> ProofPlan:
-    """Shorten the run and draw the step and the victim of the kill from `seed`.
+    """Shorten the run to `steps` steps, and choose the step and the victim of the kill at random from `seed`.
 
-    Raises ConfigError if there are too few steps or if the batch cannot be divided among the ranks.
+    `ranks` and `other_ranks` have defaults if they are None. Raises ConfigError if there are too few steps, or if the
+    global batch cannot be divided among the ranks.
     """
     run = load_run_file(run_file, overrides)
     if steps < 6:
-        raise ConfigError(f"--steps {steps}: give at least 6, so that there is something before and after the kill.")
+        raise ConfigError(f"--steps {steps}: give at least 6, so that there are steps before and after the kill.")
     count = ranks if ranks is not None else launcher.default_ranks(run)
     other = other_ranks if other_ranks is not None else _other_ranks(run, count)
     for number in (count, other):
@@ -115,7 +114,10 @@ def plan_proof(
 
 
 def _other_ranks(run: RunFile, ranks: int) -> int | None:
-    """Return half as many ranks, or 2 instead of 1; None if this machine has only one GPU or no number fits."""
+    """Return the default number of ranks for the second resume: half as many as `ranks`, or 2 if `ranks` is 1.
+
+    Returns None if this machine has only one GPU, or if no other number divides the global batch.
+    """
     if ranks == 1 and launcher.local_accelerators() == 1:
         return None
     wanted = max(1, ranks // 2) if ranks > 1 else 2
@@ -123,9 +125,9 @@ def _other_ranks(run: RunFile, ranks: int) -> int | None:
 
 
 def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:
-    """Run the proof in plan.folder, which is deleted first. Returns one result per resume.
+    """Run the test in plan.folder, which is deleted first. Returns one result per resumed run.
 
-    Raises UserError if the uninterrupted run fails or if the kill came too late.
+    Raises UserError if the uninterrupted run fails, or if the run to be killed ends before the kill.
     """
     shutil.rmtree(plan.folder, ignore_errors=True)
     plan.folder.mkdir(parents=True)
@@ -144,12 +146,15 @@ def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:
 
 
 def _log_file(plan: ProofPlan, name: str) -> Path:
+    """Return the file for the output of the run `name`."""
     return plan.folder / f"{name}.log"
 
 
 @contextmanager
 def _launched(plan: ProofPlan, name: str, ranks: int) -> Iterator[psutil.Popen]:
-    """Launch the run `name`; kill what is left of it at the end of the `with` block."""
+    """Launch the run `name`. At the end of the `with` block, kill the processes of the launch that are still
+    running.
+    """
     with _log_file(plan, name).open("a") as log:
         process = _start(plan, name, ranks, log)
         try:
@@ -161,12 +166,13 @@ def _launched(plan: ProofPlan, name: str, ranks: int) -> Iterator[psutil.Popen]:
 
 
 def _start(plan: ProofPlan, name: str, ranks: int, log: IO[str]) -> psutil.Popen:
+    """Start DeepSpeed's launcher for the run `name`, with its output in `log`."""
     command = launcher.launcher_command(ranks, plan.arguments(name))
     return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def _process_tree(process: psutil.Popen) -> list[psutil.Process]:
-    """Return a process and all its descendants; empty if it has ended."""
+    """Return a process and all its descendants, or an empty list if the process has ended."""
     try:
         return [*process.children(recursive=True), process]
     except psutil.NoSuchProcess:
@@ -174,23 +180,27 @@ def _process_tree(process: psutil.Popen) -> list[psutil.Process]:
 
 
 def _finish(plan: ProofPlan, name: str, ranks: int) -> int:
-    """Train the run to its end; returns the exit code."""
+    """Train the run `name` to its end, and return the exit code of the launcher."""
     with _launched(plan, name, ranks) as process:
         return int(process.wait())
 
 
 def _train_and_kill(plan: ProofPlan, name: str, say: Say) -> str:
-    """Train until plan.kill_at, kill plan.victim, wait for all processes to end. Returns a description of the kill."""
+    """Train until plan.kill_at, kill plan.victim, and wait until all processes have ended. Returns a description of the
+    kill.
+
+    Raises UserError if the run ends before it can be killed.
+    """
     with _launched(plan, name, plan.ranks) as process:
         metrics = plan.folder / name / "metrics.jsonl"
         ranks: list[psutil.Process] = []
         while _last_step(metrics) < plan.kill_at:
-            # Find the ranks while they start. Later there is no time: searching takes longer than a few small steps.
+            # Find the ranks while they start. Later would be too late: the search takes longer than a few steps.
             if len(ranks) < plan.ranks:
                 tree, ranks = _process_tree(process), launcher.ranks_below(process.pid)
             if process.poll() is not None:
                 raise UserError(
-                    f"the run to be killed after step {plan.kill_at} ended before: {_last_error(plan, name)}. "
+                    f"the run ended before it could be killed after step {plan.kill_at}: {_last_error(plan, name)}. "
                     f"Its log: {_log_file(plan, name)}"
                 )
             time.sleep(POLL_S)
@@ -200,14 +210,16 @@ def _train_and_kill(plan: ProofPlan, name: str, say: Say) -> str:
                 victim.kill()
         psutil.wait_procs(tree, timeout=KILL_TIMEOUT_S)
         if _last_step(metrics) >= plan.steps:
-            raise UserError(f"the run finished before {plan.victim} could be killed: repeat it with more --steps.")
+            raise UserError(
+                f"the run finished before {plan.victim} could be killed. Repeat the command with more --steps."
+            )
     what = f"{plan.victim} killed (-9) after step {plan.kill_at}"
     say(f"killed: {what}")
     return what
 
 
 def _last_step(metrics: Path) -> int:
-    """Return the last step in metrics.jsonl, 0 if there is none; an incomplete line does not count."""
+    """Return the step of the last complete line in metrics.jsonl, or 0 if there is none."""
     try:
         content = metrics.read_bytes()
     except FileNotFoundError:
@@ -217,7 +229,7 @@ def _last_step(metrics: Path) -> int:
 
 
 def _resume(plan: ProofPlan, name: str, ranks: int, killed: str, say: Say) -> ResumeResult:
-    """Finish a killed run with `ranks` ranks and compare it with `alone`."""
+    """Finish the killed run `name` with `ranks` ranks, compare it with `alone`, and return the result."""
     code = _finish(plan, name, ranks)
     exact = ranks == plan.ranks
     alone = _read_lines(plan.folder / "alone" / "metrics.jsonl")
@@ -244,12 +256,13 @@ def _resume(plan: ProofPlan, name: str, ranks: int, killed: str, say: Say) -> Re
 
 
 def _read_lines(metrics: Path) -> list[Line]:
+    """Return the lines of metrics.jsonl without the keys that are measured."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in MEASURED_KEYS} for line in lines]
 
 
 def _loss_distance(a: Line, b: Line) -> float:
-    """Return the absolute difference of the losses of two lines; inf if only one of them is finite."""
+    """Return the absolute difference of the losses of two lines; infinity if only one of them is finite."""
     x, y = (line.get("loss", line.get("val_loss")) for line in (a, b))
     if x is None or y is None:
         return 0.0 if x == y else math.inf
@@ -257,13 +270,17 @@ def _loss_distance(a: Line, b: Line) -> float:
 
 
 def first_difference(alone: list[Line], resumed: list[Line], tolerance: float) -> str | None:
-    """Describe the first line that differs by more than allowed; None if there is none.
+    """Return a description of the first line of metrics.jsonl that differs by more than is allowed, or None.
 
-    tolerance: of losses. 0 requires that every key is equal; otherwise only losses, samples and learning rates count.
+    If `tolerance` is 0, all keys must be equal. Otherwise losses may differ by `tolerance`, samples and learning rates
+    must be equal, and other keys are ignored.
     """
     for a, b in zip(alone, resumed, strict=False):
         if a["step"] != b["step"] or ("loss" in a) != ("loss" in b):
-            return f"metrics.jsonl has step {b['step']}, and step {a['step']} in the same line if uninterrupted"
+            return (
+                f"metrics.jsonl of the resumed run has step {b['step']} in the line in which the uninterrupted run has "
+                f"step {a['step']}"
+            )
         compared = a.keys() | b.keys() if tolerance == 0 else {"data_hash", "samples", "tokens", "lr"} & a.keys()
         unequal = sorted(key for key in compared if a.get(key) != b.get(key))
         if not unequal and _loss_distance(a, b) > tolerance:
@@ -272,20 +289,21 @@ def first_difference(alone: list[Line], resumed: list[Line], tolerance: float) -
             values = ", ".join(f"{key} {a.get(key)} uninterrupted and {b.get(key)} resumed" for key in unequal)
             return f"step {a['step']}: {values}"
     if len(alone) != len(resumed):
-        return f"metrics.jsonl has {len(resumed)} lines, and {len(alone)} if uninterrupted"
+        return f"metrics.jsonl of the resumed run has {len(resumed)} lines, that of the uninterrupted run {len(alone)}"
     return None
 
 
 def _final_checkpoint(plan: ProofPlan, name: str) -> Path:
+    """Return the folder of the checkpoint of the last step of the run `name`."""
     from packspeed.launch.checkpoint.manifest import step_folder
 
     return plan.folder / name / "checkpoints" / step_folder(plan.steps)
 
 
 def weights_differ_by(one: Path, other: Path) -> float:
-    """Return the largest difference of an fp32 weight between two checkpoints, for any ZeRO stages and ranks.
+    """Return the largest absolute difference of an fp32 weight between two checkpoint folders.
 
-    inf if a weight is NaN or is missing in `other`.
+    Their ZeRO stages and numbers of ranks may differ. Returns infinity if a weight is NaN or is missing in `other`.
     """
     from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
 
@@ -297,26 +315,26 @@ def weights_differ_by(one: Path, other: Path) -> float:
 
 
 def _precision(plan: ProofPlan) -> str:
-    """Return bf16, fp16 or fp32, from the DeepSpeed configuration that the run used."""
+    """Return the precision that the runs used: "bf16", "fp16" or "fp32"."""
     config = json.loads((plan.folder / "alone" / "ds_config.json").read_text())
     return next((name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")), "fp32")
 
 
 def _resumed_from(plan: ProofPlan, name: str) -> int | None:
-    """Return the step that a run resumed from, as its log has it; None if it started anew."""
+    """Return the step from which a run was resumed, according to its log; None if it started at step 0."""
     lines = [line for line in _log_file(plan, name).read_text().splitlines() if line.startswith("resuming from ")]
     return int(lines[-1].rpartition("(step ")[2].rstrip(")")) if lines else None
 
 
 def _last_error(plan: ProofPlan, name: str) -> str:
-    """Return the last error that a run printed, else its last line."""
+    """Return the last error that a run printed, or the last line of its log if there is no error."""
     lines = _log_file(plan, name).read_text(errors="replace").strip().splitlines()
     errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
     return (errors or lines or ["it printed nothing"])[-1]
 
 
 def report(plan: ProofPlan, results: Sequence[ResumeResult], seed: int) -> ProofReport:
-    """Return the proof as a JSON object."""
+    """Return the result of the test as a JSON object. `ok` is true if no resumed run differs."""
     return {
         "ok": all(result.first_difference is None for result in results),
         "run_file": str(plan.run_file),
@@ -328,5 +346,5 @@ def report(plan: ProofPlan, results: Sequence[ResumeResult], seed: int) -> Proof
 
 
 def random_seed() -> int:
-    """Return a new seed; a failed proof can be repeated with it."""
+    """Return a random seed. A failed test can be repeated with the same seed."""
     return int.from_bytes(os.urandom(3), "big")

@@ -1,17 +1,18 @@
-"""`packspeed rehearse`: test a cluster job on this machine before paying for the cluster.
+"""`packspeed rehearse`: test a cluster job on this machine before you use the cluster.
 
-Equal to the real job: DeepSpeed's configuration, hosts and ranks, samples per step, accumulation, checkpoints, and the
-supervisor of `packspeed launch`. Different: CPU ranks, a model of two narrow layers, short samples. Every simulated
-host has an agent of its own, so its processes are started, watched and killed as on a real host.
+Equal to the real job are DeepSpeed's configuration, the hosts and ranks, the samples per step, gradient accumulation,
+checkpoints, and the supervisor of `packspeed launch`. Different are the ranks, which run on CPUs, the model, which has
+two narrow layers, and the samples, which are short. Every simulated host has its own agent, so its processes are
+started, watched and killed as on a real host.
 
-Faults happen once a step is done:
-    kill:3@12      rank 3 is killed
-    freeze:3@12    rank 3 is stopped (SIGSTOP), which looks like a hang
-    cut:host2@12   everything on host2 is killed, also its agent
-    fill:5@12      the disk of the run folder is full for 5 s (needs root: it mounts a tmpfs of 512 MiB there)
-    delay:20@12    from then on every packet between the ranks takes 20 ms longer (tc netem)
-    slow:100@12    from then on the network between the ranks carries 100 Mbit/s (tc tbf)
-The last two run the whole command in a network namespace of its own, so other programs are not slowed.
+A fault is injected once all ranks have done a step:
+    kill:3@12      after step 12, rank 3 is killed
+    freeze:3@12    rank 3 is stopped with SIGSTOP, which looks like a hang
+    cut:host2@12   all processes on host2 are killed, including its agent
+    fill:5@12      the disk of the run folder is full for 5 s (needs root, because it mounts a tmpfs of 512 MiB there)
+    delay:20@12    from then on, every packet between the ranks takes 20 ms longer (tc netem)
+    slow:100@12    from then on, the network between the ranks carries 100 Mbit/s (tc tbf)
+With the last two, the complete command runs in its own network namespace, so that other programs are not slowed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.heartbeat import read_beats
 
-SEQ_LEN = 64  # of the shrunk run, at most
+SEQ_LEN = 64  # longest samples of the rehearsal, in tokens
 SHRUNK = ("n_layer=2", "n_head=2", "n_kv_head=2", "d_model=64", "d_ff=128", f"max_seq_len={SEQ_LEN}", "kernels=eager")
 
 FAULT = re.compile(r"(?P<kind>kill|freeze|cut|fill|delay|slow):(?P<target>[\w-]+)@(?P<step>\d+)")
@@ -51,15 +52,15 @@ QDISCS = {"delay": "netem delay {}ms", "slow": "tbf rate {}mbit burst 256kb late
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One fault, as parsed from KIND:TARGET@STEP."""
+    """One fault, parsed from KIND:TARGET@STEP."""
 
     kind: str  # kill, freeze, cut, fill, delay or slow
-    target: str  # a rank, a host, or an amount
-    step: int  # it happens once this step is done
+    target: str  # a rank, a host name, or a number of seconds, milliseconds or Mbit/s
+    step: int  # the fault is injected once all ranks have done this step
 
 
 def parse_fault(text: str, hosts: list[Host]) -> Fault:
-    """Parse KIND:TARGET@STEP. Raises ConfigError if the form is wrong or there is no such rank or host."""
+    """Parse KIND:TARGET@STEP. Raises ConfigError if the form is wrong, or if there is no such rank or host."""
     match = FAULT.fullmatch(text)
     if match is None:
         raise ConfigError(f"--fault {text}: write {FORMS}.")
@@ -75,9 +76,9 @@ def parse_fault(text: str, hosts: list[Host]) -> Fault:
 
 
 def shrink(run_file: Path, overrides: list[str], steps: int) -> list[str]:
-    """Return overrides that make the model and the samples small and keep the layout of the run.
+    """Return the overrides plus those that make the model and the samples small and the run `steps` steps long.
 
-    Kept: samples per step, ZeRO stage, accumulation, checkpoints.
+    Samples per step, ZeRO stage, gradient accumulation and checkpoints remain those of the run file.
     """
     run = load_run_file(run_file, overrides)
     small = [f"model.{field}" for field in SHRUNK]
@@ -93,10 +94,10 @@ def shrink(run_file: Path, overrides: list[str], steps: int) -> list[str]:
 
 
 def enter_own_network(faults: list[Fault]) -> None:
-    """If a fault slows the network, restart this command in a network namespace of its own; otherwise do nothing.
+    """If a fault slows the network, restart this command in its own network namespace; otherwise do nothing.
 
-    The ranks communicate through the namespace's loopback device, so nothing else on the machine is slowed. Raises
-    ConfigError if a tool or a kernel module is missing.
+    The ranks then communicate through the loopback device of the namespace, so nothing else on the machine is slowed.
+    Raises ConfigError if a tool or a kernel module is missing.
     """
     wanted = {fault.kind for fault in faults} & QDISCS.keys()
     if not wanted:
@@ -114,21 +115,25 @@ def enter_own_network(faults: list[Fault]) -> None:
 
 
 def slow_down(kind: str, amount: str) -> None:
-    """Delay or throttle the loopback device. Raises ConfigError with the name of the missing kernel module."""
+    """Delay or throttle the loopback device. `kind` is a key of QDISCS, and `amount` is in ms or Mbit/s.
+
+    Raises ConfigError that names the kernel module if the kernel lacks it.
+    """
     qdisc = QDISCS[kind].format(amount).split()
     done = subprocess.run(["tc", "qdisc", "replace", "dev", "lo", "root", *qdisc], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(
-            f"--fault {kind}: this kernel has no sch_{qdisc[0]} ({done.stderr.strip().splitlines()[0]}): `modprobe "
-            f"sch_{qdisc[0]}` as root, or use a kernel that has it, or choose another fault."
+            f"--fault {kind}: this kernel has no module sch_{qdisc[0]} ({done.stderr.strip().splitlines()[0]}). Load "
+            f"it with `modprobe sch_{qdisc[0]}` as root, use a kernel that has the module, or choose another fault."
         )
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, wanted: bool) -> Iterator[None]:
-    """Empty the run folder; if wanted, mount a small file system there inside the `with` block.
+    """Empty the run folder. If `wanted` is True, mount a small file system there during the `with` block.
 
-    At the end its files move to an ordinary folder of the same name. Raises ConfigError without root.
+    At the end of the block, its files are moved to an ordinary folder of the same name. Raises ConfigError if the mount
+    fails, as it does without root.
     """
     if os.path.ismount(folder):
         subprocess.run(["umount", "-l", str(folder)], check=True)  # left by a rehearsal that was killed
@@ -154,7 +159,7 @@ def small_disk(folder: Path, wanted: bool) -> Iterator[None]:
 
 
 def fill_disk(folder: Path) -> None:
-    """Use up all free space of the folder's file system."""
+    """Use all free space of the folder's file system, with a file named FILL_FILE."""
     with (folder / FILL_FILE).open("wb", buffering=0) as file:
         with contextlib.suppress(OSError):
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free)  # in one call: the ranks keep writing
@@ -165,7 +170,7 @@ def fill_disk(folder: Path) -> None:
 
 
 class Rehearsal(Supervisor):
-    """The supervisor of `packspeed launch` on simulated hosts; a thread injects the faults."""
+    """The supervisor of `packspeed launch` on simulated hosts. A thread injects the faults."""
 
     def __init__(
         self, run: RunFile, options: LaunchOptions, arguments: list[str], faults: list[Fault], log: Log
@@ -175,7 +180,7 @@ class Rehearsal(Supervisor):
         threading.Thread(target=self._inject, daemon=True).start()
 
     def _inject(self) -> None:
-        """Inject every fault once, in the order of their steps."""
+        """Inject every fault once, in the order of their steps. Runs in a thread."""
         for fault in sorted(self.faults, key=lambda fault: fault.step):
             while (attempt := self._attempt_after(fault.step)) is None:
                 time.sleep(0.01)
@@ -183,17 +188,19 @@ class Rehearsal(Supervisor):
             self._apply(fault, attempt)
 
     def _free_disk(self) -> None:
+        """Delete the file that fills the disk."""
         with contextlib.suppress(FileNotFoundError):  # the rehearsal has ended
             (self.run.folder / FILL_FILE).unlink()
             self.log("fault: the disk has free space again")
 
     def _attempt_after(self, step: int) -> Attempt | None:
-        """Return the running attempt if all its ranks have done that step, else None."""
+        """Return the running attempt (one start of all ranks) if all its ranks have done `step`, else None."""
         attempt = self.attempt
         beats = read_beats(attempt.logs) if attempt else {}
         return attempt if beats and min(beat.step for beat in beats.values()) >= step else None
 
     def _apply(self, fault: Fault, attempt: Attempt) -> None:
+        """Inject one fault into the running attempt."""
         if fault.kind == "fill":
             fill_disk(self.run.folder)
             threading.Timer(float(fault.target), self._free_disk).start()
