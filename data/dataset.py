@@ -7,19 +7,19 @@
 
 A split is one stream of tokens: its shards one after another. Opening reads the manifest and 34 bytes per shard and
 compares sizes; a shard is mapped into memory when it is first read. So opening takes milliseconds at any size, and a
-truncated copy is refused before the first step. An index is compared with its hash when it is first used, since it
-decides what packed rows hold; token ids are compared with the vocabulary in every batch. `packspeed verify`
+truncated copy is refused before the first step. The documents of an index are checked in the parts that are used, since
+they decide what packed rows hold; token ids are compared with the vocabulary in every batch. `packspeed verify`
 (checks/verify.py) compares the hashes of all files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TypedDict
 
@@ -28,7 +28,8 @@ import numpy.typing as npt
 
 from packspeed.data.errors import DataError
 from packspeed.data.storage.manifest import Manifest, Shard, Tokens, check_files, load_manifest
-from packspeed.data.storage.mmidx import Index, read_verified_index, unreadable
+from packspeed.data.storage.map_file import map_file
+from packspeed.data.storage.mmidx import Index, read_index, unreadable
 
 Starts = npt.NDArray[np.int64]
 
@@ -53,10 +54,15 @@ class DocumentSpan:
 
 
 class TokenDataset:
-    """A prepared dataset in a folder, read-only. Any number of threads may read."""
+    """A prepared dataset in a folder, read-only. Any number of threads may read.
 
-    def __init__(self, path: str | Path):
+    `quick_check` compares the sizes of all shards and reads the header of each index, six system calls per shard. In a
+    run of many ranks one per host is enough.
+    """
+
+    def __init__(self, path: str | Path, quick_check: bool = True):
         self.manifest: Manifest
+        self._quick_check = quick_check
         self.path = self._open(path)
         self.fingerprint = self.manifest.fingerprint
         self.vocab_size = self.manifest.tokenizer.vocab_size
@@ -66,7 +72,8 @@ class TokenDataset:
         for shard in self.manifest.shards:
             self._shards[shard.split].append(shard)
         # starts[i] is the first token of shard i in its split's stream; the last entry is the split's length.
-        self._starts = {split: _running_sum(shards) for split, shards in self._shards.items()}
+        self._starts = {split: _running_sum(s.tokens for s in shards) for split, shards in self._shards.items()}
+        self._documents = {split: _running_sum(s.documents for s in shards) for split, shards in self._shards.items()}
         # Set by loaders that read scattered windows: the kernel then reads only those pages and what `will_need` names.
         # Its readahead of 128 KiB to 8 MiB around each window made the first batch of a cold dataset wait 70 ms.
         self.scattered = False
@@ -76,7 +83,8 @@ class TokenDataset:
     def _open(self, path: str | Path) -> Path:
         """Load the manifest and check the files; returns the folder."""
         self.manifest = load_manifest(path)
-        check_files(Path(path), self.manifest)
+        if self._quick_check:
+            check_files(Path(path), self.manifest)
         return Path(path)
 
     def describe(self) -> list[DatasetDescription]:
@@ -133,12 +141,17 @@ class TokenDataset:
         )
 
     def will_need(self, split: str, ranges: Starts) -> None:
-        """Ask the kernel to read ranges of a stream ahead of their use. `ranges` (n, 2): first token and length."""
-        for start, length in ranges.tolist():
-            shard = bisect_right(self._starts[split], start) - 1
-            offset = (start - self._starts[split][shard]) * self.dtype.itemsize
-            with contextlib.suppress(OSError), open(self.path / f"{self._shards[split][shard].name}.bin", "rb") as file:
-                os.posix_fadvise(file.fileno(), offset, length * self.dtype.itemsize, os.POSIX_FADV_WILLNEED)
+        """Ask the kernel to read ranges of a stream ahead of their use. `ranges` (n, 2): first token and length.
+
+        A range is cut at the end of its shard.
+        """
+        shards = np.searchsorted(self._starts[split], ranges[:, 0], side="right") - 1
+        for shard in sorted(set(shards.tolist())):
+            path = self.path / f"{self._shards[split][shard].name}.bin"
+            offsets = (ranges[shards == shard] - [self._starts[split][shard], 0]) * self.dtype.itemsize
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                for offset, size in offsets.tolist():
+                    os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def document_at(self, split: str, position: int) -> DocumentSpan:
         """The document of token `position` of a split; an EOT belongs to the document it ends."""
@@ -150,55 +163,99 @@ class TokenDataset:
         document = index.find(position - first)
         start, tokens = first + int(index.offsets_bytes[document]) // self.dtype.itemsize, int(index.lengths[document])
         if not start <= position < start + tokens:
-            raise self._wrong_index(shard)
+            raise self._wrong_index(shard, document)
         return DocumentSpan(shard.name, document, start, tokens)
 
-    def document_spans(self, split: str, first: int, count: int, stride: int = 1) -> tuple[Starts, Starts]:
-        """First tokens and lengths (EOT included) of documents first, first + stride, ..., at most `count`.
+    def document_spans(self, split: str, first: int, count: int) -> tuple[Starts, Starts]:
+        """First tokens and lengths (EOT included) of documents first to first + count - 1, at most those that exist.
 
-        DataError if documents overlap or, with stride 1, are not adjacent.
+        DataError if these documents or their neighbours are not adjacent.
         """
-        starts, lengths, passed = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
-        last = first + count * stride
-        for shard, offset in zip(self._shards[split], self._starts[split], strict=False):
-            begin = max(first - passed, (first - passed) % stride)
-            if begin < shard.documents and last > passed:
-                chosen = slice(begin, min(last - passed, shard.documents), stride)
-                shard_starts, shard_lengths = self._shard_spans(shard, chosen)
-                starts.append(offset + shard_starts)
-                lengths.append(shard_lengths)
-            passed += shard.documents
+        starts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for shard, begin, end in self._documents_by_shard(split, first, first + count):
+            shard_starts, shard_lengths = self._shard_spans(self._shards[split][shard], begin, end)
+            starts.append(self._starts[split][shard] + shard_starts)
+            lengths.append(shard_lengths)
         return np.concatenate(starts), np.concatenate(lengths)
 
-    def check_indices(self, split: str) -> None:
-        """DataError unless every index of a split has its hash. Later uses do not compare it again."""
-        for shard in self._shards[split]:
-            self._index(shard)
+    def document_starts(self, split: str, stride: int) -> Starts:
+        """First tokens of documents 0, stride, 2 * stride, ... of a split. Reads two pages of the index for each.
 
-    def _shard_spans(self, shard: Shard, chosen: slice) -> tuple[Starts, Starts]:
-        """First tokens in the shard and lengths of some of its documents, checked as `document_spans` says."""
-        index = self._index(shard)
-        starts = index.offsets_bytes[chosen] // self.dtype.itemsize
-        lengths = index.lengths[chosen].astype(np.int64)
-        gaps = np.diff(starts, append=shard.tokens) - lengths
-        overlap = starts[0] < 0 or int(lengths.min()) < 1 or int(gaps.min()) < 0
-        if overlap or (chosen.step == 1 and gaps[:-1].any()):
-            raise self._wrong_index(shard)
-        return starts, lengths
+        DataError unless each begins where the document before it ends.
+        """
+        firsts = [np.empty(0, np.int64)]
+        for number, (shard, passed) in enumerate(zip(self._shards[split], self._documents[split], strict=False)):
+            # A map of its own, because the kernel would otherwise read 128 KiB around each page.
+            index = self._map_index(shard, scattered=True)
+            documents = np.arange(-passed % stride, shard.documents, stride)
+            starts = index.offsets_bytes[documents] // self.dtype.itemsize
+            previous = documents[documents > 0] - 1
+            ends = index.offsets_bytes[previous] // self.dtype.itemsize + index.lengths[previous]
+            if (wrong := starts[documents > 0] != ends).any():
+                raise self._wrong_index(shard, int(previous[wrong.argmax()]))
+            firsts.append(self._starts[split][number] + starts)
+        return np.concatenate(firsts)
+
+    def cut_tokens(self, split: str, stride: int, longest: int) -> Starts:
+        """Tokens in each window of `stride` documents, (windows,), if every document is cut to `longest` tokens.
+
+        Reads the length of every document, 0.5 ns each. DataError if the lengths of a shard are not its tokens.
+        """
+
+        # 32-bit sums are four times as fast, and right modulo 2**32; the memory of `cut` serves all shards.
+        dtype = np.dtype(np.int32 if stride * longest < 2**31 else np.int64)
+        cut = np.empty(max((shard.documents for shard in self._shards[split]), default=0), dtype)
+        sums = np.zeros(-(-self.documents(split) // stride), dtype=np.int64)
+        for shard, passed in zip(self._shards[split], self._documents[split], strict=False):
+            lengths = self._map_index(shard).lengths
+            if (int(lengths.sum(dtype=np.int32)) - shard.tokens) % 2**32:
+                raise self._wrong_index(shard)
+            borders = np.arange(passed // stride * stride - passed, shard.documents, stride).clip(0)
+            np.minimum(lengths, longest, out=cut[: len(lengths)])
+            parts = np.add.reduceat(cut[: len(lengths)], borders, dtype=dtype)
+            sums[passed // stride : passed // stride + len(parts)] += parts
+        return sums
+
+    def documents(self, split: str) -> int:
+        """Number of documents of a split."""
+        return self._documents[split][-1]
+
+    def _documents_by_shard(self, split: str, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Documents first to last - 1 of a split as (shard number, its first document, the one after its last)."""
+        passed = self._documents[split]
+        first, last = max(0, first), min(last, passed[-1])
+        for shard in range(bisect_right(passed, first) - 1, bisect_left(passed, last)):
+            yield shard, max(0, first - passed[shard]), min(last, passed[shard + 1]) - passed[shard]
+
+    def _shard_spans(self, shard: Shard, begin: int, end: int) -> tuple[Starts, Starts]:
+        """First tokens in the shard and lengths of its documents begin to end - 1, checked as `document_spans` says."""
+        index, size = self._index(shard), self.dtype.itemsize
+        before, after = max(0, begin - 1), min(end + 1, shard.documents)
+        offsets, lengths = index.offsets_bytes[before:after], index.lengths[before:after].astype(np.int64)
+        # Where the last of them ends is only known if it is the last of the shard.
+        ends = np.append(offsets[1:], shard.bin_bytes if after == shard.documents else offsets[-1] + lengths[-1] * size)
+        wrong = (lengths < 1) | (offsets + lengths * size != ends)
+        wrong[0] |= before == 0 and offsets[0] != 0
+        if wrong.any():
+            raise self._wrong_index(shard, before + int(wrong.argmax()))
+        return offsets[begin - before : end - before] // size, lengths[begin - before : end - before]
 
     def _index(self, shard: Shard) -> Index:
+        """The index of a shard. It is not compared with its hash, since that would read all of it."""
         if shard.name not in self._indices:
-            path = self.path / f"{shard.name}.idx"
-            self._indices[shard.name] = read_verified_index(
-                path, shard.documents, self.manifest.dtype, shard.bin_bytes, shard.idx_xxh3_128
-            )
+            self._indices[shard.name] = self._map_index(shard)
         return self._indices[shard.name]
 
-    def _wrong_index(self, shard: Shard) -> DataError:
-        """The error for an index that has the hash in the manifest: both were changed, or written wrong."""
+    def _map_index(self, shard: Shard, scattered: bool = False) -> Index:
+        return read_index(self.path / f"{shard.name}.idx", shard.documents, self.manifest.dtype, scattered)
+
+    def _wrong_index(self, shard: Shard, document: int | None = None) -> DataError:
+        what = "its documents do not fill the shard"
+        if document is not None:
+            what = f"document {document} does not border on the next one"
         return DataError(
-            f"{self.path / shard.name}.idx has documents that are not adjacent, although its hash is that in the "
-            f"manifest. Check the dataset with packspeed verify, and prepare or import it again."
+            f"{self.path / shard.name}.idx has changed: {what}. Check the dataset with packspeed verify, and copy the "
+            f"file again or prepare the dataset again."
         )
 
     def read_into(self, row: Tokens, split: str, start: int) -> None:
@@ -217,18 +274,14 @@ class TokenDataset:
         if name not in self._maps:
             path = self.path / f"{name}.bin"
             try:
-                self._maps[name] = self._map_file(path)
+                self._maps[name] = self._map_tokens(path)
             except OSError as error:
                 raise unreadable(path, error) from error
         return self._maps[name]
 
-    def _map_file(self, path: Path) -> Tokens:
-        """Map a file of tokens. np.memmap would take 1 ms, and its slices cost ten times those of a plain array."""
-        with open(path, "rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        if self.scattered and hasattr(mmap, "MADV_RANDOM"):
-            mapped.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(mapped, dtype=self.dtype)
+    def _map_tokens(self, path: Path) -> Tokens:
+        """Map a file of tokens. Raises OSError."""
+        return map_file(path, self.scattered).view(self.dtype)
 
 
 def changes(old: Sequence[DatasetDescription], new: Sequence[DatasetDescription]) -> list[str]:
@@ -249,9 +302,6 @@ def changes(old: Sequence[DatasetDescription], new: Sequence[DatasetDescription]
     return differences[:5] + ([f"and {len(differences) - 5} more"] if len(differences) > 5 else [])
 
 
-def _running_sum(shards: list[Shard]) -> list[int]:
-    """First token of each shard, and the length of all as the last entry."""
-    starts = [0]
-    for shard in shards:
-        starts.append(starts[-1] + shard.tokens)
-    return starts
+def _running_sum(sizes: Iterable[int]) -> list[int]:
+    """The sum of the sizes before each one, and the sum of all as the last entry."""
+    return [0, *accumulate(sizes)]

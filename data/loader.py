@@ -47,6 +47,12 @@ from packspeed.data.errors import DataError, UsageError
 from packspeed.data.order import ORDER_VERSION, Order, Shuffle
 from packspeed.data.storage.manifest import Tokens
 
+# Read-ahead: this many tokens of the global batches, but at least this many steps. Ranges with a gap of at most
+# AHEAD_GAP windows between them become one.
+AHEAD_TOKENS = 2**26
+AHEAD_STEPS = 8
+AHEAD_GAP = 2
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -141,6 +147,9 @@ class Loader:
     Raises DataError if the split is too small for one window, UsageError for impossible numbers.
     """
 
+    # Rank and world of the last read-ahead, and the first step after it.
+    _ahead = (0, 1, 0)
+
     def __init__(
         self,
         dataset: TokenDataset,
@@ -159,7 +168,6 @@ class Loader:
             raise UsageError(f"There is no shuffle {shuffle!r}: choose blocks or full.")
         self.dataset, self.split, self.seq_len, self.global_batch = dataset, split, seq_len, global_batch
         self.document_mask = document_mask
-        self._group = self._requested_group = -1  # groups of blocks: the current one, the last one read ahead
         self.samples_per_epoch = self._make_order(seed, shuffle, source)
 
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
@@ -175,32 +183,45 @@ class Loader:
         """Samples first to first + count - 1."""
         starts = self.order.starts(first, count).tolist()
         tokens = self.dataset.read_rows(self.split, starts, self.seq_len + 1)
-        # After the read: the first batch would otherwise wait for 128 MiB that only later batches need.
-        self._read_ahead(first)
         return self._add_documents(Batch(tokens, np.arange(first, first + count, dtype=np.int64)))
 
-    def _read_ahead(self, sample: int) -> None:
-        """When a sample enters a new group of blocks, read this group and the next into memory, in a thread."""
-        group = self.order.group(sample)
-        if group != self._group:
-            self._group = group
-            threading.Thread(target=self._request_groups, args=(group,), name="packspeed-ahead", daemon=True).start()
+    def _read_ahead(self, step: int, rank: int, world: int) -> None:
+        """Request this rank's rows of the next steps from disk, in a thread, if half of the last request is used."""
+        steps = max(AHEAD_STEPS, min(AHEAD_TOKENS // self.seq_len, self.samples_per_epoch) // self.global_batch)
+        *ranks, end = self._ahead
+        if ranks != [rank, world] or not step < end <= step + 2 * steps:
+            end = step + 1
+        if end <= step + steps // 2:
+            self._ahead = (rank, world, end + steps)
+            rows = self.global_batch // world
+            firsts = np.arange(end, end + steps, dtype=np.int64) * self.global_batch + rank * rows
+            samples = (firsts[:, None] + np.arange(rows)).reshape(-1)
+            threading.Thread(target=self.will_need, args=(samples,), name="packspeed-ahead", daemon=True).start()
 
-    def _request_groups(self, group: int) -> None:
-        for wanted in (group, group + 1) if group >= 0 else ():
-            if wanted != self._requested_group:
-                self.dataset.will_need(self.split, self.order.group_blocks(wanted))
-                self._requested_group = wanted
+    def will_need(self, samples: npt.NDArray[np.int64]) -> None:
+        """Ask the kernel to read the windows of these samples, which are in ascending order. Does not wait for it."""
+        # Windows that are close together are asked for in one range: a disk reads a block faster than its parts.
+        starts, length = np.sort(self.order.starts_of(samples)), self.seq_len + 1
+        begins = np.flatnonzero(np.diff(starts, prepend=starts[0] - AHEAD_GAP * length - 1) > AHEAD_GAP * length)
+        lasts = np.append(begins[1:], len(starts)) - 1
+        self.dataset.will_need(self.split, np.stack([starts[begins], starts[lasts] - starts[begins] + length], axis=1))
 
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
         """The parts of the split's stream that each sample has as labels: (first token, tokens), row after row."""
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
-    def hits(self, first: int, count: int, start: int, length: int) -> npt.NDArray[np.bool_]:
-        """Which of `count` samples have labels among the `length` tokens from `start` of the stream on, (count,)."""
-        starts = self.order.starts(first, count)
-        overlaps: npt.NDArray[np.bool_] = (starts + 1 < start + length) & (starts + self.seq_len >= start)
-        return overlaps
+    def samples_with(self, start: int, length: int, samples: int) -> npt.NDArray[np.int64]:
+        """Which of the first `samples` samples have a label among `length` tokens from `start` of the stream on, (n,).
+
+        The order is inverted, so the cost grows with the epochs and not with the samples.
+        """
+        epochs = range(-(-samples // self.samples_per_epoch))
+        found = np.concatenate([np.empty(0, np.int64), *(self._samples_in(epoch, start, length) for epoch in epochs)])
+        return np.sort(found[found < samples])
+
+    def _samples_in(self, epoch: int, start: int, length: int) -> npt.NDArray[np.int64]:
+        """As samples_with, in one epoch."""
+        return self.order.samples_at(epoch, start, start + length)
 
     def _add_documents(self, batch: Batch) -> Batch:
         """Add positions and document lengths if document_mask is set."""
@@ -220,11 +241,17 @@ class Loader:
             raise UsageError(f"There is no rank {rank} among {world}, or no step {step}.")
         rows = self.global_batch // world
         batch = self.read(step * self.global_batch + rank * rows, rows)
+        # After the read, or the first batch would wait for rows that only later batches need.
+        self._read_ahead(step, rank, world)
         return batch if batch.used is None else replace(batch, global_used=self.used(step))
 
     def used(self, step: int) -> int:
         """Number of labels in a step's global batch that count in the loss."""
-        return self.global_batch * self.seq_len
+        return self.used_labels(step * self.global_batch, self.global_batch)
+
+    def used_labels(self, first: int, count: int) -> int:
+        """Number of labels that count in the loss of samples first to first + count - 1."""
+        return count * self.seq_len
 
     def batch_hash(self, step: int) -> str:
         """xxh3-128 of the tokens of a step's global batch, as 32 hex digits: equal for any number of ranks."""

@@ -122,16 +122,30 @@ class Mixture:
             number[source == i] = begin[i] + np.arange(sizes[i])
         return source, number
 
+    def sample_of(self, source: int, number: int) -> int | None:
+        """The sample of the run that is sample `number` of a source; None if the source never has so many.
+
+        Counts grow with the blocks, so the block is found by bisection.
+        """
+        low, high = 0, 1
+        while self.counts(high)[source] <= number:
+            if high > 2**53:
+                return None
+            low, high = high, 2 * high
+        block = bisect_right(range(low, high), number, key=lambda block: self.counts(block)[source]) + low - 1
+        sources, numbers = self._block(block)
+        return block * BLOCK + int(np.flatnonzero((sources == source) & (numbers == number))[0])
+
     def stage_of(self, sample: int) -> int:
         """Index of the stage of a sample."""
         return bisect_right(self._first_blocks, sample // BLOCK) - 1
 
 
 class MixtureData:
-    """The datasets of a mixture. UsageError if they do not share a tokenizer."""
+    """The datasets of a mixture; `options` as in open_dataset. UsageError if they do not share a tokenizer."""
 
-    def __init__(self, paths: Sequence[str], **remote: Any):
-        self.datasets = [open_dataset(path, **remote) for path in paths]
+    def __init__(self, paths: Sequence[str], **options: Any):
+        self.datasets = [open_dataset(path, **options) for path in paths]
         first = self.datasets[0]
         for path, other in zip(paths, self.datasets, strict=True):
             for field in ("sha256", "pattern", "eot_id"):
@@ -191,15 +205,21 @@ class MixtureLoader(Loader):
         ]
         return replace(_join(batches, count), samples=np.arange(first, first + count, dtype=np.int64))
 
-    def used(self, step: int) -> int:
-        """Number of labels in a step's global batch that count in the loss."""
-        total = 0
-        source, number = self.mixture.assign(step * self.global_batch, self.global_batch)
+    def will_need(self, samples: Indices) -> None:
+        """As Loader.will_need; each source reads its own."""
+        steps = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
+        assigned = [self.mixture.assign(int(step[0]), len(step)) for step in steps]
+        sources, numbers = (np.concatenate(arrays) for arrays in zip(*assigned, strict=True))
         for i, loader in enumerate(self.loaders):
-            numbers = number[source == i]
-            if len(numbers):
-                total += sum(n for row in loader.spans(int(numbers[0]), len(numbers)) for _, n in row)
-        return total
+            if len(wanted := numbers[sources == i]):
+                loader.will_need(wanted)
+
+    def used_labels(self, first: int, count: int) -> int:
+        """As Loader.used_labels."""
+        source, number = self.mixture.assign(first, count)
+        counts = np.bincount(source, minlength=len(self.loaders)).tolist()
+        firsts = [int(number[source == i][0]) if size else 0 for i, size in enumerate(counts)]
+        return sum(map(lambda loader, at, size: loader.used_labels(at, size), self.loaders, firsts, counts))
 
     def val_available(self) -> int:
         """Number of validation windows of all sources."""

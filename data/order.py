@@ -74,12 +74,31 @@ class Permutation:
             outside = outside[value[outside] >= self.n]
         return value.astype(np.int64)
 
+    def inverse(self, image: Indices) -> Indices:
+        """The index that each image comes from, same shape. Every image must be in 0 .. n-1."""
+        value = self._decrypt(image.astype(np.uint64))
+        outside = np.flatnonzero(value >= self.n)
+        while outside.size:
+            value[outside] = self._decrypt(value[outside])
+            outside = outside[value[outside] >= self.n]
+        return value.astype(np.int64)
+
     def _encrypt(self, value: Words) -> Words:
         low_bits, high_bits = self._low_bits, self._high_bits
         high, low = value >> np.uint64(low_bits), value & _ones(low_bits)
         for key in self._keys:
             high, low = low, high ^ (mix64(low ^ key) & _ones(high_bits))
             low_bits, high_bits = high_bits, low_bits
+        joined: Words = (high << np.uint64(low_bits)) | low
+        return joined
+
+    def _decrypt(self, value: Words) -> Words:
+        """Undo `_encrypt`: its rounds in reverse. ROUNDS is even, so the halves have their first widths at the end."""
+        low_bits, high_bits = self._low_bits, self._high_bits
+        high, low = value >> np.uint64(low_bits), value & _ones(low_bits)
+        for key in reversed(self._keys):
+            low_bits, high_bits = high_bits, low_bits
+            high, low = low ^ (mix64(high ^ key) & _ones(high_bits)), high
         joined: Words = (high << np.uint64(low_bits)) | low
         return joined
 
@@ -113,19 +132,29 @@ class Order:
             first, count = first + len(parts[-1]), count - len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def starts_of(self, samples: Indices) -> Indices:
+        """First tokens of the windows of these samples, same shape (n,). Samples in order are the quickest."""
+        epochs, slots = np.divmod(samples, self.windows)
+        out = np.empty_like(samples)
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1) if len(samples) else ():
+            of_epoch = self._epoch(epoch)
+            out[epochs == epoch] = of_epoch.offset + self.seq_len * of_epoch(slots[epochs == epoch])
+        return out
+
+    def samples_at(self, epoch: int, first: int, last: int) -> Indices:
+        """The samples of an epoch with a label among the tokens first to last - 1 of the stream, at most (n,).
+
+        Inverts the permutations, so the cost does not depend on the length of the stream.
+        """
+        of_epoch = self._epoch(epoch)
+        # Window w has the labels offset + w * seq_len + 1 to offset + (w + 1) * seq_len.
+        begin = max(0, (first - 1 - of_epoch.offset) // self.seq_len)
+        end = min(self.windows, (last - 2 - of_epoch.offset) // self.seq_len + 1)
+        return epoch * self.windows + of_epoch.slots_of(np.arange(begin, max(begin, end), dtype=np.int64))
+
     def epoch(self, sample: int) -> int:
         """The epoch (pass over the data) of a sample, from 0."""
         return sample // self.windows
-
-    def group(self, sample: int) -> int:
-        """The group of blocks of a sample, counted over all epochs; -1 for the full shuffle, which has none."""
-        epoch, slot = divmod(sample, self.windows)
-        return -1 if self.shuffle == "full" else epoch * self._epoch(epoch).groups + self._epoch(epoch).group_of(slot)
-
-    def group_blocks(self, group: int) -> Indices:
-        """First token and number of tokens of every block of a group, (blocks, 2): all that its samples read."""
-        groups = self._epoch(0).groups
-        return self._epoch(group // groups).blocks_of(group % groups) if group >= 0 else np.empty((0, 2), np.int64)
 
     def _starts_of_chunk(self, epoch: int, chunk: int) -> Indices:
         slots = np.arange(chunk * CHUNK, min(self.windows, (chunk + 1) * CHUNK), dtype=np.int64)
@@ -152,7 +181,6 @@ class _Epoch:
         self._rest_slot = self._draw(b"rest", blocks) if self._rest else blocks
         # Group g holds the permuted blocks first_block[g] .. first_block[g + 1] - 1 and begins at slot first_slot[g].
         self.groups = groups = max(1, round(windows * order.seq_len / GROUP_TOKENS))
-        self._seq_len = order.seq_len
         self._first_block = np.arange(groups + 1, dtype=np.int64) * blocks // groups
         missing = (self._first_block > self._rest_slot) * (self._block - self._rest)
         self._first_slot = self._first_block * self._block - missing
@@ -171,9 +199,8 @@ class _Epoch:
 
     def _in_group(self, group: int, slots: Indices) -> Indices:
         """The windows of slots that are all in one group."""
-        first, size = self._first_slot[group], int(self._first_slot[group + 1] - self._first_slot[group])
-        permute = Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
-        position = first + permute(slots - first)  # windows in the order of the permuted blocks
+        first = self._first_slot[group]
+        position = first + self._permute_group(group)(slots - first)  # windows in the order of the permuted blocks
         # The short block has fewer windows than the others: add the difference, so that division gives the block.
         behind = position >= self._rest_slot * self._block + self._rest
         position = position + behind * (self._block - self._rest)
@@ -184,19 +211,25 @@ class _Epoch:
         window: Indices = block * self._block + inside
         return window
 
-    def group_of(self, slot: int) -> int:
-        """The group of a slot."""
-        return int(np.searchsorted(self._first_slot, slot, side="right")) - 1
+    def slots_of(self, windows: Indices) -> Indices:
+        """The slot of each window, (n,) -> (n,): the inverse of calling the epoch."""
+        if self._flat is not None:
+            return self._flat.inverse(windows)
+        block, inside = np.divmod(windows, self._block)
+        last = block == self._full_blocks  # the short block
+        full_block = self._permute_blocks.inverse(np.where(last, 0, block))
+        slot_block = np.where(last, self._rest_slot, full_block + (full_block >= self._rest_slot))
+        position = slot_block * self._block + inside - (slot_block > self._rest_slot) * (self._block - self._rest)
+        slots = np.empty_like(windows)
+        groups = np.searchsorted(self._first_slot, position, side="right") - 1
+        for group in set(groups.tolist()):
+            of_group, first = groups == group, self._first_slot[group]
+            slots[of_group] = first + self._permute_group(group).inverse(position[of_group] - first)
+        return slots
 
-    def blocks_of(self, group: int) -> Indices:
-        """First token and tokens of the blocks of a group, (blocks, 2)."""
-        slot_blocks = np.arange(self._first_block[group], self._first_block[group + 1])
-        slot_blocks = slot_blocks[slot_blocks != self._rest_slot]
-        blocks = self._permute_blocks(slot_blocks - (slot_blocks > self._rest_slot))
-        if self._first_block[group] <= self._rest_slot < self._first_block[group + 1]:
-            blocks = np.append(blocks, self._full_blocks)
-        windows = np.where(blocks == self._full_blocks, self._rest, self._block)
-        return np.stack([self.offset + blocks * self._block * self._seq_len, windows * self._seq_len + 1], axis=1)
+    def _permute_group(self, group: int) -> Permutation:
+        size = int(self._first_slot[group + 1] - self._first_slot[group])
+        return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 
     def _draw(self, purpose: bytes, n: int) -> int:
         """A pseudo-random number 0 .. n-1 for this epoch and purpose."""

@@ -18,7 +18,11 @@ packing it, and row k is found without packing the rows before it. Documents of 
 
 from __future__ import annotations
 
+import itertools
 import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -30,6 +34,7 @@ from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.loader import Batch, Loader, count_from_starts
 from packspeed.data.order import Permutation, Shuffle
+from packspeed.data.storage.derived import derived_array
 from packspeed.data.storage.manifest import Tokens
 
 PACKING_VERSION = 1
@@ -55,12 +60,18 @@ class PackingPlan:
     """The rows of one window.
 
     Piece i is `lengths[i]` labels from token `starts[i]` of the stream on. Row r holds the pieces first_piece[r] to
-    first_piece[r + 1] - 1; `first_piece` is (rows + 1,).
+    first_piece[r + 1] - 1; `first_piece` is (rows + 1,). `padding` (rows,) is the positions of each row without label.
     """
 
     starts: Indices
     lengths: Indices
     first_piece: Indices
+    padding: Indices
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays in bytes."""
+        return sum(array.nbytes for array in (self.starts, self.lengths, self.first_piece, self.padding))
 
 
 def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: PackedMode) -> PackingPlan:
@@ -86,7 +97,8 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
     # Inside a row by position in the stream, so that the result does not depend on the order of placement.
     order = np.lexsort((all_starts, all_rows))
     first_piece = np.searchsorted(all_rows[order], np.arange(rows + 1))
-    return PackingPlan(all_starts[order], all_lengths[order], first_piece)
+    ends = np.concatenate([[0], np.cumsum(all_lengths[order])])[first_piece]
+    return PackingPlan(all_starts[order], all_lengths[order], first_piece, seq_len - np.diff(ends))
 
 
 class _OpenRows:
@@ -152,6 +164,33 @@ class _OpenRows:
                     break
 
 
+class PlanCache:
+    """The plans used last, of all loaders of a process, in at most `limit_bytes` of memory. Threads may share it."""
+
+    def __init__(self, limit_bytes: int):
+        self._limit_bytes, self._bytes, self._lock = limit_bytes, 0, threading.Lock()
+        self._plans: OrderedDict[tuple[int, int], PackingPlan] = OrderedDict()
+
+    def get(self, key: tuple[int, int], make: Callable[[], PackingPlan]) -> PackingPlan:
+        """The plan with this key (loader, window), from `make` if it is not kept."""
+        with self._lock:
+            if key in self._plans:
+                self._plans.move_to_end(key)
+                return self._plans[key]
+        plan = make()
+        with self._lock:
+            if key not in self._plans:
+                self._plans[key] = plan
+                self._bytes += plan.nbytes
+            while self._bytes > self._limit_bytes and len(self._plans) > 1:
+                self._bytes -= self._plans.popitem(last=False)[1].nbytes
+        return plan
+
+
+PLANS = PlanCache(2**25)
+_loader_numbers = itertools.count()
+
+
 class PackedLoader(Loader):
     """Batches of packed rows; positions and documents are always set. Arguments and errors as in Loader."""
 
@@ -167,7 +206,7 @@ class PackedLoader(Loader):
         shuffle: Shuffle = "blocks",
         source: int = 0,
     ):
-        self.packing, self._plan = packing, lru_cache(maxsize=512)(self._new_plan)
+        self.packing, self._number = packing, next(_loader_numbers)
         super().__init__(
             dataset, split, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle,
             document_mask=True, source=source,
@@ -175,11 +214,12 @@ class PackedLoader(Loader):
 
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
         """Count the rows of every window of documents; returns the rows of an epoch."""
-        self.dataset.check_indices(self.split)  # now, so that a damaged one does not end the run days later
-        documents = sum(s.documents for s in self.dataset.manifest.shards if s.split == self.split)
-        windows = -(-documents // WINDOW_DOCUMENTS)
-        firsts, _ = self.dataset.document_spans(self.split, 0, windows, WINDOW_DOCUMENTS)
-        self._tokens = np.diff(firsts, append=self.dataset.tokens(self.split))
+        dataset, documents = self.dataset, self.dataset.documents(self.split)
+        hashes = " ".join(shard.idx_xxh3_128 for shard in dataset.manifest.shards)
+        self._key = f"{dataset.fingerprint} {hashes} {self.split}: windows of {WINDOW_DOCUMENTS} documents"
+        self._first_token = derived_array(
+            dataset.path, self._key, lambda: dataset.document_starts(self.split, WINDOW_DOCUMENTS)
+        )
         self._rows = self._window_rows()
         self._first_row = np.concatenate([[0], np.cumsum(self._rows)])
         if not documents or not self._first_row[-1]:
@@ -192,21 +232,34 @@ class PackedLoader(Loader):
         return int(self._first_row[-1])
 
     def _window_rows(self) -> Indices:
+        """Rows of each window, (windows,)."""
         if self.packing == "best_fit":
-            return -(-self._tokens // self.seq_len)
-        # Reads the index of every document once; best_fit needs only the totals.
-        rows = np.empty(len(self._tokens), dtype=np.int64)
-        for window in range(len(rows)):
-            lengths = self._documents(window)[1]
-            rows[window] = int(np.minimum(lengths, self.seq_len).sum() * SPARE) // self.seq_len
-        return rows
+            return -(-np.diff(self._first_token, append=self.dataset.tokens(self.split)) // self.seq_len)
+        kept = derived_array(
+            self.dataset.path,
+            f"{self._key} tokens in documents cut to {self.seq_len}",
+            lambda: self.dataset.cut_tokens(self.split, WINDOW_DOCUMENTS, self.seq_len),
+        )
+        return (kept * SPARE).astype(np.int64) // self.seq_len
 
-    def _documents(self, window: int) -> tuple[Indices, Indices]:
-        return self.dataset.document_spans(self.split, window * WINDOW_DOCUMENTS, WINDOW_DOCUMENTS)
+    def _plan(self, window: int) -> PackingPlan:
+        return PLANS.get((self._number, window), lambda: self._new_plan(window))
 
     def _new_plan(self, window: int) -> PackingPlan:
-        starts, lengths = self._documents(window)
-        return pack(starts, lengths, self.seq_len, int(self._rows[window]), self.packing)
+        """Pack a window. DataError if its documents are not those that its number of rows was computed from."""
+        starts, lengths = self.dataset.document_spans(self.split, window * WINDOW_DOCUMENTS, WINDOW_DOCUMENTS)
+        rows = int(self._rows[window])
+        if self.packing == "best_fit":
+            expected = -(-int(lengths.sum()) // self.seq_len)
+        else:
+            expected = int(np.minimum(lengths, self.seq_len).sum() * SPARE) // self.seq_len
+        if starts[0] != self._first_token[window] or rows != expected:
+            raise DataError(
+                f"The files of documents {window * WINDOW_DOCUMENTS:,} and on of split {self.split} of "
+                f"{self.dataset.path} have changed since its index was first read. Check the "
+                f"dataset with packspeed verify, and delete {self.dataset.path}/.derived-*."
+            )
+        return pack(starts, lengths, self.seq_len, rows, self.packing)
 
     def _new_epoch(self, epoch: int) -> _PackedEpoch:
         return _PackedEpoch(self._rows, self.seq_len, self._prefix + struct.pack("<Q", epoch))
@@ -234,19 +287,26 @@ class PackedLoader(Loader):
         rows = [self._pieces(row) for row in self.rows_of(first, count).tolist()]
         return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]
 
-    def hits(self, first: int, count: int, start: int, length: int) -> npt.NDArray[np.bool_]:
-        """As Loader.hits. Only the rows of the document's window are searched."""
-        firsts, _ = self.dataset.document_spans(self.split, 0, len(self._rows), WINDOW_DOCUMENTS)
-        window = int(np.searchsorted(firsts, start, side="right")) - 1
+    def _samples_in(self, epoch: int, start: int, length: int) -> Indices:
+        """As Loader.samples_with, in one epoch. Only the rows of the document's window are searched."""
+        window = int(np.searchsorted(self._first_token, start, side="right")) - 1
         plan = self._plan(window)
         pieces = np.flatnonzero((plan.starts < start + length) & (plan.starts + plan.lengths > start))
-        rows = self._first_row[window] + np.searchsorted(plan.first_piece, pieces, side="right") - 1
-        return np.isin(self.rows_of(first, count), rows)
+        rows = np.unique(np.searchsorted(plan.first_piece, pieces, side="right") - 1)
+        return epoch * self.samples_per_epoch + self._epoch(epoch).slots_of(window, rows)
 
-    def used(self, step: int) -> int:
-        """Number of labels in a step's global batch without padding."""
-        rows = self.rows_of(step * self.global_batch, self.global_batch).tolist()
-        return sum(int(self._pieces(row)[1].sum()) for row in rows)
+    def will_need(self, samples: Indices) -> None:
+        """Does nothing: rows are read window by window, so the kernel's own read-ahead serves them."""
+
+    def used_labels(self, first: int, count: int) -> int:
+        """As Loader.used_labels. Rows without padding, nearly all of them, are not looked at."""
+        padding, last = 0, first + count
+        while first < last:
+            epoch, slot = divmod(first, self.samples_per_epoch)
+            end = min(self.samples_per_epoch, slot + last - first)
+            padding += self._epoch(epoch).padding(slot, end, self._plan)
+            first += end - slot
+        return count * self.seq_len - padding
 
     def read(self, first: int, count: int) -> Batch:
         """Samples first to first + count - 1, packed."""
@@ -293,6 +353,7 @@ class _PackedEpoch:
         groups = min(len(rows), max(1, round(int(rows.sum()) * seq_len / GROUP_TOKENS)))
         self._first_slot = self._first[np.arange(groups + 1) * len(rows) // groups]
         self._permute = lru_cache(maxsize=8)(self._new_permutation)
+        self._padded = lru_cache(maxsize=8)(self._padded_rows)
 
     def _new_permutation(self, group: int) -> Permutation:
         size = int(self._first_slot[group + 1] - self._first_slot[group])
@@ -306,6 +367,39 @@ class _PackedEpoch:
             positions[inside] = first + self._permute(group)(slots[inside] - first)
         order = np.searchsorted(self._first, positions, side="right") - 1
         return self._windows[order], positions - self._first[order]
+
+    def slots_of(self, window: int, rows: Indices) -> Indices:
+        """The slots of rows of a window, (n,): the inverse of calling the epoch."""
+        first_row = int(self._first[int(np.flatnonzero(self._windows == window)[0])])
+        if not len(rows):
+            return rows
+        # A group holds complete windows.
+        group = int(np.searchsorted(self._first_slot, first_row, side="right")) - 1
+        first_slot = int(self._first_slot[group])
+        return first_slot + self._permute(group).inverse(first_row + rows - first_slot)
+
+    def padding(self, first: int, last: int, plan: Callable[[int], PackingPlan]) -> int:
+        """Positions without label in the rows of slots first to last - 1."""
+        groups = np.searchsorted(self._first_slot, [first, last - 1], side="right") - 1
+        total = 0
+        for group in range(int(groups[0]), int(groups[1]) + 1):
+            slots, paddings = self._padded(group, plan)
+            inside = slice(*np.searchsorted(slots, [first, last]).tolist())
+            total += int(paddings[inside].sum())
+        return total
+
+    def _padded_rows(self, group: int, plan: Callable[[int], PackingPlan]) -> tuple[Indices, Indices]:
+        """The slots of a group whose rows have padding, in ascending order, and how much, (n,) each."""
+        orders = np.flatnonzero(
+            (self._first_slot[group] <= self._first[:-1]) & (self._first[:-1] < self._first_slot[group + 1])
+        )
+        slots, paddings = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for window in self._windows[orders].tolist():
+            rows = np.flatnonzero(plan(window).padding)
+            slots.append(self.slots_of(window, rows))
+            paddings.append(plan(window).padding[rows])
+        order = np.argsort(np.concatenate(slots))
+        return np.concatenate(slots)[order], np.concatenate(paddings)[order]
 
 
 def make_loader(

@@ -43,9 +43,9 @@ WAIT_S = 0.5
 Result = TypeVar("Result")
 
 
-def open_dataset(path: str | Path, **remote: Any) -> TokenDataset:
-    """Open a dataset in a folder or behind a URL. `remote` are the options of RemoteDataset, ignored for a folder."""
-    return RemoteDataset(str(path), **remote) if "://" in str(path) else TokenDataset(path)
+def open_dataset(path: str | Path, quick_check: bool = True, **remote: Any) -> TokenDataset:
+    """Open a dataset in a folder (`quick_check`: TokenDataset) or behind a URL (`remote`: options of RemoteDataset)."""
+    return RemoteDataset(str(path), **remote) if "://" in str(path) else TokenDataset(path, quick_check)
 
 
 class ShardCache:
@@ -200,7 +200,7 @@ class RemoteDataset(TokenDataset):
             self._start_ahead(shards)
             while True:
                 try:
-                    tokens = self._map_file(self._fetch(shards[number], ".bin"))
+                    tokens = self._map_tokens(self._fetch(shards[number], ".bin"))
                     break
                 except FileNotFoundError:  # removed by another process between fetching and mapping
                     continue
@@ -216,10 +216,9 @@ class RemoteDataset(TokenDataset):
             maps.pop(next(iter(maps)))
         self._maps = maps
 
-    def _index(self, shard: Shard) -> Index:
-        if shard.name not in self._indices:
-            self._fetch(shard, ".idx")
-        return super()._index(shard)
+    def _map_index(self, shard: Shard, scattered: bool = False) -> Index:
+        self._fetch(shard, ".idx")
+        return super()._map_index(shard, scattered)
 
     def _start_ahead(self, shards: list[Shard]) -> None:
         if self._ahead is None:

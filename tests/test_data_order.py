@@ -213,3 +213,29 @@ def test_golden_vectors() -> None:
     assert found == [2292266974, 3843887070, 2522441694, 2121693150, 936345595, 1960013756]
     found = starts_of(Order(1_115_394, 64, 1337, "full", source=3), 0, 1, 2, 17_425, 17_426, 10**6)
     assert found == [144652, 398924, 659148, 966220, 609740, 320987]
+
+
+@pytest.mark.parametrize("shuffle", ["blocks", "full"])
+@pytest.mark.parametrize(("tokens", "seq_len"), [(1_000, 8), (300_000, 7), (140_000_000, 1024), (17, 8)])
+def test_samples_at_inverts_the_order(tokens: int, seq_len: int, shuffle: Shuffle) -> None:
+    order, rng = Order(tokens, seq_len, seed=3, shuffle=shuffle), np.random.default_rng(0)
+    for epoch in (0, 5):
+        first = epoch * order.windows
+        starts = order.starts(first, min(order.windows, 4000))
+        for start in rng.choice(starts, 5):
+            samples = order.samples_at(epoch, int(start) + 1, int(start) + 2)
+            assert samples.tolist() == [first + int(np.flatnonzero(starts == start)[0])]
+        begin = int(rng.integers(0, tokens))
+        inside = set(order.samples_at(epoch, begin, begin + 3 * seq_len).tolist())
+        labels = [range(int(start) + 1, int(start) + seq_len + 1) for start in starts]
+        expected = {
+            first + i for i, window in enumerate(labels) if window.start < begin + 3 * seq_len and window.stop > begin
+        }
+        assert expected == {sample for sample in inside if sample < first + len(starts)}
+
+
+def test_a_permutation_and_its_inverse() -> None:
+    for n in (1, 2, 5, 17, 1000, 4096, 100_003):
+        permutation = Permutation(n, b"key")
+        index = np.arange(n)
+        assert np.array_equal(permutation.inverse(permutation(index)), index)

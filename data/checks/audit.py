@@ -1,6 +1,6 @@
 """Which documents a step trained on, and which steps trained on a document. Both follow from the pure order.
 
-Cost: one batch per audited step; 0.5 us per sample of the run to find the steps of a document.
+Cost: one batch per audited step; to find the steps of a document, 0.1 ms per epoch, since the order is inverted.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import numpy as np
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import UsageError
 from packspeed.data.loader import Loader
-from packspeed.data.mixture import MixtureLoader
+from packspeed.data.mixture import BLOCK, MixtureLoader
 from packspeed.data.text.tokenizer import load_from_dataset
-
-SCANNED_SAMPLES = 2**16
 
 
 def sources_of(loader: Loader) -> list[Loader]:
@@ -44,19 +42,15 @@ def steps_of(loader: Loader, source: int, shard: str, index: int, steps: int) ->
         raise UsageError(f"There is no source {source}: the run has {len(sources_of(loader))}, numbered from 0.")
     source_loader = sources_of(loader)[source]
     start, length = _label_span(source_loader, shard, index)
-    steps_with_document = set[int]()
-    for first in range(0, steps * loader.global_batch, SCANNED_SAMPLES):
-        count = min(SCANNED_SAMPLES, steps * loader.global_batch - first)
-        if isinstance(loader, MixtureLoader):
-            origin, number = loader.mixture.assign(first, count)
-            of_source = np.flatnonzero(origin == source)
-            if not len(of_source):
-                continue
-            samples = first + of_source[source_loader.hits(int(number[of_source[0]]), len(of_source), start, length)]
-        else:
-            samples = first + np.flatnonzero(source_loader.hits(first, count, start, length))
-        steps_with_document.update((samples // loader.global_batch).tolist())
-    return sorted(steps_with_document)
+    samples = steps * loader.global_batch
+    if not isinstance(loader, MixtureLoader):
+        found = source_loader.samples_with(start, length, samples)
+    else:
+        block, rest = divmod(samples, BLOCK)
+        given = loader.mixture.counts(block + (rest > 0))[source]  # at least as many as the run reads of the source
+        numbers = source_loader.samples_with(start, length, given).tolist()
+        found = np.array([loader.mixture.sample_of(source, number) for number in numbers], dtype=np.int64)
+    return sorted(set((found[found < samples] // loader.global_batch).tolist()))
 
 
 def _origin(loader: Loader, sample: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ LOCK = "lock"  # in the folder of units
 
 
 OWN_FILES = re.compile(
-    r"(manifest\.json|(train|val)-[0-9]{5,}\.(bin|idx)|tokenizer(_config)?\.json|[\w.-]+\.tiktoken(\.json)?)(\.tmp)?|\.units"
+    r"(manifest\.json|(train|val)-[0-9]{5,}\.(bin|idx)|tokenizer(_config)?\.json|[\w.-]+\.tiktoken(\.json)?|\.derived-\w+\.i64)(\.tmp)?|\.units"
 )
 
 

@@ -10,7 +10,7 @@
     int64[n + 1]  the sequence that each document begins with: 0, 1, ... n, as every document is one sequence
 
 All little-endian. Megatron has no code for uint32; ids stay below 2**31, where uint32 and int32 are the same bytes.
-Cost: 20 bytes per document, and 2 ns to compare them with their hash when the index is first used.
+Cost: 20 bytes per document.
 Source: megatron/core/datasets/indexed_dataset.py in https://github.com/NVIDIA/Megatron-LM.
 """
 
@@ -25,9 +25,9 @@ from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from packspeed.data.errors import DataError
+from packspeed.data.storage.map_file import map_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 
@@ -124,14 +124,16 @@ def check_header(path: str, header: bytes, documents: int, dtype: str) -> None:
     )
 
 
-def read_index(path: Path, documents: int, dtype: str) -> Index:
-    """Map an index into memory. DataError if its header or size does not fit `documents` documents of `dtype`."""
-    (header,) = read_headers([str(path)])
-    check_header(str(path), header, documents, dtype)
+def read_index(path: Path, documents: int, dtype: str, scattered: bool = False) -> Index:
+    """Map an index into memory; `scattered` as in map_file.
+
+    DataError if its header or size does not fit `documents` documents of `dtype`.
+    """
     try:
-        raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        raw = map_file(path, scattered)
     except OSError as error:
         raise unreadable(path, error) from error
+    check_header(str(path), raw[: HEADER.size].tobytes(), documents, dtype)
     if len(raw) != index_bytes(documents):
         raise DataError(
             f"{path} is {len(raw)} bytes, expected {index_bytes(documents)} for {documents} documents: the file is "
@@ -145,16 +147,3 @@ def read_index(path: Path, documents: int, dtype: str) -> Index:
         raw[ends[2] : ends[3]].view("<i8"),
         raw,
     )
-
-
-def read_verified_index(path: Path, documents: int, dtype: str, bin_bytes: int, xxh3_128: str) -> Index:
-    """As `read_index`, and DataError unless the content has this hash. The message names the first wrong document."""
-    index = read_index(path, documents, dtype)
-    if xxhash.xxh3_128_hexdigest(index.raw.data) != xxh3_128:
-        document = index.first_wrong(bin_bytes)
-        where = "" if document is None else f", and document {document} does not border on the next one"
-        raise DataError(
-            f"{path} has changed: its xxh3-128 differs from the manifest's{where}. Copy it again, or prepare the "
-            f"dataset again."
-        )
-    return index

@@ -7,6 +7,7 @@ loader_of_run                       `packspeed audit`: the loader of an existing
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,13 +66,17 @@ def loader_of_run(folder: Path) -> Loader:
 
 
 def open_data(run: RunFile) -> TokenDataset | MixtureData:
-    """Open the dataset of a run, or all datasets of its mixture. Datasets at URLs are read through the local cache."""
-    remote: JsonObject = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
+    """Open the dataset of a run, or all datasets of its mixture. Datasets at URLs are read through the local cache.
+
+    The first rank of each host compares the sizes of all files, the others need not.
+    """
+    options: JsonObject = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
+    options["quick_check"] = os.environ.get("LOCAL_RANK", "0") == "0"
     if run.data.path is not None:
-        return open_dataset(run.data.path, **remote)
+        return open_dataset(run.data.path, **options)
     from packspeed.data.mixture import MixtureData
 
-    return MixtureData([source.path for source in run.data.sources or []], **remote)
+    return MixtureData([source.path for source in run.data.sources or []], **options)
 
 
 def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader:

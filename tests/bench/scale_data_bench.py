@@ -1,0 +1,224 @@
+"""How the cost of a start grows with the dataset and the number of ranks: 1 G to 1 T tokens, 1,024 ranks.
+
+    python tests/bench/scale_data_bench.py FOLDER       needs 5 GB for indices, root for dropping the page cache
+
+The shards are sparse files of 2**28 tokens, and all have the same index of 180,000 documents, which is linked under
+every name. Each measurement runs in a process of its own and prints CPU seconds, except for bytes and numbers of calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from packspeed.data.dataset import TokenDataset
+from packspeed.data.loader import Loader
+from packspeed.data.packing import make_loader
+from packspeed.data.storage.manifest import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    SourceSummary,
+    SplitMethod,
+    TokenizerIdentity,
+    manifest_json,
+)
+from packspeed.data.storage.mmidx import write_index
+
+SHARD_TOKENS = 2**28
+DOCUMENTS = 180_000
+SIZES = {"1 G": 4, "10 G": 37, "100 G": 373, "1 T": 3725}
+STEPS = 600_000
+
+
+def make_dataset(folder: Path, shards: int) -> None:
+    """Sparse shards, and one index under many names (hard links, up to what the file system allows)."""
+    folder.mkdir(parents=True)
+    lengths = np.random.default_rng(0).lognormal(np.log(1200), 1, DOCUMENTS).astype(np.int64).clip(1)
+    lengths = np.maximum(1, lengths * SHARD_TOKENS // lengths.sum())
+    lengths[-1] += SHARD_TOKENS - lengths.sum()
+    first, records = folder / "train-00000.idx", list[Shard]()
+    with open(first, "wb") as stream:
+        write_index(stream, lengths.astype(np.int32), "uint16")
+    idx_bytes, idx_hash = first.stat().st_size, xxhash.xxh3_128_hexdigest(first.read_bytes())
+    for number in range(shards):
+        name = f"train-{number:05d}"
+        if number:
+            os.link(first, folder / f"{name}.idx")
+        with open(folder / f"{name}.bin", "wb") as stream:
+            stream.truncate(2 * SHARD_TOKENS)
+        records.append(
+            Shard(name, "train", SHARD_TOKENS, DOCUMENTS, 2 * SHARD_TOKENS, idx_bytes, f"{number:032x}", idx_hash)
+        )
+    identity = TokenizerIdentity("gpt2", 50257, 50256, "", "", "gpt2.tiktoken")
+    summary = SourceSummary([], 0, 0, 0, 0, 0, "")
+    manifest = Manifest("packspeed-tokens", 1, "uint16", identity, SplitMethod("none", 0.0), summary, records, "")
+    manifest = dataclasses.replace(manifest, fingerprint=manifest.compute_fingerprint())
+    (folder / MANIFEST).write_bytes(manifest_json(manifest))
+
+
+def cpu_s(work: Callable[[], object]) -> str:
+    """CPU seconds of a call."""
+    began = time.process_time()
+    work()
+    return f"{time.process_time() - began:.4f}"
+
+
+def loader_of(folder: Path, packing: str, **numbers: int) -> Loader:
+    """A loader for a run of 1,024 rows of 1,024 tokens a step."""
+    return make_loader(
+        TokenDataset(folder), packing=packing, seed=1, **{"seq_len": 1024, "global_batch": 1024, **numbers}
+    )
+
+
+def drop_caches() -> None:
+    """Forget all clean pages."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def bytes_read() -> int:
+    """Bytes that this process made the disk read."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+def open_dataset(folder: Path) -> str:
+    """CPU time of the open."""
+    return cpu_s(lambda: TokenDataset(folder))
+
+
+def open_on_other_ranks(folder: Path) -> str:
+    """System calls of the open on a rank that is not the first of its host."""
+    script = f"from packspeed.data.dataset import TokenDataset; TokenDataset({str(folder)!r}, quick_check=False)"
+    return f"{system_calls(script) - system_calls(script.split(';')[0])} calls"
+
+
+def system_calls(script: str) -> int:
+    """System calls of `python -c script` (strace)."""
+    result = subprocess.run(
+        ["strace", "-f", "-c", "-U", "calls,name", sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return next(int(line.split()[0]) for line in reversed(result.stderr.splitlines()) if line.split()[-1:] == ["total"])
+
+
+def start(packing: str) -> Callable[[Path], str]:
+    """CPU time of making the loader: the first time, and again with what the first time left beside the dataset."""
+
+    def measure(folder: Path) -> str:
+        for path in folder.glob(".derived-*"):
+            path.unlink()
+        return " then ".join(cpu_s(lambda: loader_of(folder, packing)) for _ in range(2))
+
+    return measure
+
+
+def cold_start(folder: Path) -> str:
+    """Bytes that a start with best_fit reads from the disk: the first one, and the next ones."""
+    for path in folder.glob(".derived-*"):
+        path.unlink()
+    reads = []
+    for _ in range(2):
+        drop_caches()
+        before = bytes_read()
+        loader_of(folder, "best_fit")
+        reads.append(f"{(bytes_read() - before) / 1e6:.1f} MB")
+    return " then ".join(reads)
+
+
+def read_ahead(folder: Path) -> str:
+    """Bytes that one rank of 1,024 asks the kernel for, per byte that it uses, in 64 steps of 16 rows a rank."""
+    asked, fadvise = 0, os.posix_fadvise
+
+    def count(file: int, offset: int, size: int, advice: int) -> None:
+        nonlocal asked
+        asked += size
+        fadvise(file, offset, size, advice)
+
+    os.posix_fadvise = count
+    loader, used = loader_of(folder, "stream", global_batch=16 * 1024), 0
+    for step in range(64):
+        used += loader.batch(step, 5, 1024).tokens.nbytes
+    time.sleep(0.5)
+    return f"{asked / 1e6:.2f} MB asked, {used / 1e6:.2f} used"
+
+
+def planning(folder: Path) -> str:
+    """A rank's batch of 16 rows with a global batch of 16,384, after the first ten."""
+    loader = loader_of(folder, "best_fit", global_batch=16 * 1024)
+    for step in range(10):
+        loader.batch(step, 5, 1024)
+    return cpu_s(lambda: [loader.batch(step, 5, 1024) for step in range(10, 20)]) + " per 10 batches"
+
+
+def audit(packing: str) -> Callable[[Path], str]:
+    """The steps of 600,000 that read one document."""
+
+    def measure(folder: Path) -> str:
+        from packspeed.data.checks.audit import steps_of
+
+        loader = loader_of(folder, packing)
+        return cpu_s(lambda: steps_of(loader, 0, "train-00001", 7, STEPS))
+
+    return measure
+
+
+def few_descriptors(folder: Path) -> str:
+    """Descriptors that a process holds after reading from every shard, with a limit of 1,024."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    dataset = TokenDataset(folder)
+    for token in range(0, dataset.tokens("train"), SHARD_TOKENS):
+        dataset.read("train", token, 4)
+    return f"{len(os.listdir('/proc/self/fd'))} open files"
+
+
+MEASUREMENTS: dict[str, Callable[[Path], str]] = {
+    "open": open_dataset,
+    "open, not the first of its host": open_on_other_ranks,
+    "read every shard": few_descriptors,
+    "start, bos_aligned": start("bos_aligned"),
+    "start, best_fit": start("best_fit"),
+    "start, best_fit, cold": cold_start,
+    "batch, best_fit, 1,024 ranks": planning,
+    "read-ahead, 1,024 ranks": read_ahead,
+    "audit --document, stream": audit("stream"),
+    "audit --document, best_fit": audit("best_fit"),
+}
+
+
+def main(folder: Path) -> None:
+    """Make the datasets and run every measurement on each."""
+    for size, shards in SIZES.items():
+        if not (folder / size).exists():
+            make_dataset(folder / size, shards)
+    for name in MEASUREMENTS:
+        results = []
+        for size in SIZES:
+            command = [sys.executable, __file__, str(folder / size), name]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            results.append(result.stdout.strip() or result.stderr.strip().splitlines()[-1])
+        print(
+            f"{name:34}",
+            *(f"{size}: {result}" for size, result in zip(SIZES, results, strict=True)),
+            sep="   ",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        print(MEASUREMENTS[sys.argv[2]](Path(sys.argv[1])))
+    else:
+        main(Path(sys.argv[1]))
