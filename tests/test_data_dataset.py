@@ -109,6 +109,16 @@ def sparse_dataset(folder: Path, example: Path, tokens: int) -> None:
     write_manifest(folder, manifest)
 
 
+def test_any_number_of_shards_is_read_without_open_files(folder: Path, tmp_path: Path) -> None:
+    sparse_dataset(tmp_path, folder, 300 * 2**28)
+    dataset, before = TokenDataset(tmp_path), len(os.listdir("/proc/self/fd"))
+    for token in range(2**28 - 2, dataset.tokens("train") - 4, 2**28):
+        assert dataset.read("train", token, 4).tolist() == [0, 0, 0, 0]
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ValueError, match="read-only"):
+        dataset._map("train", 0)[0] = 1
+
+
 def write_manifest(folder: Path, raw: dict[str, Any]) -> None:
     """Write a manifest with the right fingerprint, as a forger would."""
     built = manifest_module.build_record(Manifest, raw, "test")

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import xxhash
 
@@ -203,3 +204,28 @@ def test_an_error_in_the_thread_reaches_the_caller(dataset: TokenDataset, tmp_pa
         next(prefetcher)
     assert prefetch_threads() == 0
     assert list(prefetcher) == []
+
+
+@pytest.mark.parametrize("world", [1, 4, 64])
+def test_read_ahead_asks_for_the_rows_of_the_rank_before_they_are_read(
+    world: int, dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that a rank reads was requested, and little else."""
+    asked = np.zeros(dataset.tokens("train"), dtype=bool)
+
+    def will_need(split: str, ranges: npt.NDArray[np.int64]) -> None:
+        for start, length in ranges.tolist():
+            asked[start : start + length] = True
+
+    monkeypatch.setattr(dataset, "will_need", will_need)
+    monkeypatch.setattr(threading.Thread, "start", threading.Thread.run)  # at once, so that the test sees the requests
+    loader = Loader(dataset, seq_len=8, global_batch=64, seed=1)
+    read = np.zeros_like(asked)
+    loader.batch(0, world - 1, world)
+    steps = loader.samples_per_epoch // 64
+    for step in range(1, steps):
+        for start in loader.order.starts(step * 64 + 64 - 64 // world, 64 // world).tolist():
+            assert asked[start : start + 9].all(), step
+            read[start : start + 9] = True
+        loader.batch(step, world - 1, world)
+    assert asked.sum() <= 4 * read.sum()

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,3 +182,43 @@ def test_a_masked_stream_has_the_tokens_of_the_stream(dataset: TokenDataset) -> 
         assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(batch, name))
     assert all(int(part.documents.sum()) == 2 * SEQ_LEN for part in parts if part.documents is not None)
     assert masked.eval_batch([0, 1], 2).positions is not None
+
+
+@pytest.mark.parametrize("mode", ["best_fit", "bos_aligned"])
+def test_files_beside_the_dataset_change_nothing(mode: PackedMode, dataset: TokenDataset, tmp_path: Path) -> None:
+    """The first start computes the windows, the second reads them, and a damaged file is ignored."""
+
+    def hashes() -> list[str]:
+        loader = packed(TokenDataset(tmp_path / "copy"), mode)
+        return [loader.batch_hash(step) for step in range(20)]
+
+    shutil.copytree(dataset.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".derived*"))
+    expected = hashes()
+    files = sorted((tmp_path / "copy").glob(".derived-*.i64"))
+    assert len(files) == (1 if mode == "best_fit" else 2)
+    assert hashes() == expected
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-3] + b"abc")
+    assert hashes() == expected
+    prepare([str(dataset.path.parent / "a.jsonl")], tmp_path / "copy", "bytes", val_fraction=0.05, overwrite=True)
+    assert not [path for path in files if path.exists()]
+
+
+@pytest.mark.parametrize("mode", ["best_fit", "bos_aligned"])
+def test_labels_that_count_are_counted_without_reading_the_rows(dataset: TokenDataset, mode: PackedMode) -> None:
+    loader = packed(dataset, mode)
+    for first, count in ((0, 1), (3, 100), (loader.samples_per_epoch - 5, 17), (0, 2 * loader.samples_per_epoch)):
+        spans = loader.spans(first, count)
+        assert loader.used_labels(first, count) == sum(length for row in spans for _, length in row)
+
+
+def test_plans_stay_within_their_memory() -> None:
+    plan, cache, made = packing.PackingPlan(*[np.zeros(100, np.int64)] * 4), packing.PlanCache(4 * 3200), list[int]()
+
+    def make(window: int) -> packing.PackingPlan:
+        made.append(window)
+        return plan
+
+    for window in (0, 1, 2, 3, 0, 4, 0, 1):
+        assert cache.get((0, window), lambda window=window: make(window)) is plan  # type: ignore[misc]
+    assert made == [0, 1, 2, 3, 4, 1]
