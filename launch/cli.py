@@ -1,10 +1,10 @@
-"""The `packspeed` command: one table of commands, loaded when they run.
+"""The `packspeed` command: a table of commands, whose modules are imported when the command runs.
 
-COMMANDS maps the words of a command to its function and its line of help. `packspeed --help` prints this table and
-imports none of the modules; `packspeed inspect` imports one. That keeps the help at 0.2 s; importing torch and
-DeepSpeed would take 2 to 4 s. tests/test_commands.py keeps the lines of help equal to the docstrings.
+COMMANDS maps the words of a command to its function and to one line of help. `packspeed --help` prints these lines and
+imports none of the modules, so it takes 0.2 s; importing torch and DeepSpeed would take 2 to 4 s.
+tests/test_commands.py checks that the lines of help equal the docstrings of the functions.
 
-Exit codes: 0 = done, 1 = failed, 2 = wrong usage or config, 75 = saved and stopped by a signal (run it again).
+Exit codes: 0 = done, 1 = failed, 2 = wrong usage or config, 75 = saved and stopped by a signal (repeat the command).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from packspeed.data.errors import PackspeedError
 
 
 class Target(NamedTuple):
-    """The function of a command, as "module:function" below packspeed.launch.commands, and its line of help."""
+    """A command's function, as "module:function" below packspeed.launch.commands, and its line of help."""
 
     function: str
     help: str
@@ -69,14 +69,16 @@ GROUPS = {"tokenizer": "Train tokenizers.", "ops": "DeepSpeed's compiled ops."}
 
 
 class LazyCommand(TyperCommand):
-    """A command known by name and line of help; its module is imported when the command line names it."""
+    """A command of which only the name and the line of help are known until it is used. Its module is imported then."""
 
     def __init__(self, name: str, target: Target) -> None:
         super().__init__(name, help=target.help)
         self.target = target
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
-        """Parse `args` with the real command; Click invokes the command of the context that this returns."""
+        """Import the real command and parse `args` with it. Returns the context of the real command, which Click
+        then invokes.
+        """
         module, _, function = self.target.function.partition(":")
         real = typer.Typer(add_completion=False)
         real.command(self.name)(getattr(importlib.import_module(f"packspeed.launch.commands.{module}"), function))
@@ -84,7 +86,7 @@ class LazyCommand(TyperCommand):
 
 
 class CommandTable(TyperGroup):
-    """A group of commands made from COMMANDS, with a group in it for each name of GROUPS."""
+    """The top-level group of commands, made from COMMANDS, with a sub-group for each name in GROUPS."""
 
     def __init__(self, **attributes: Any) -> None:
         attributes["commands"] = {words: LazyCommand(words, t) for words, t in COMMANDS.items() if " " not in words}
@@ -107,21 +109,24 @@ def packspeed() -> None:
 
 
 def main() -> None:
-    """Run the command line. The only place where expected errors become one paragraph on stderr and an exit code."""
+    """Run the command line.
+
+    Here, and nowhere else, a PackspeedError becomes one paragraph on stderr and an exit code.
+    """
     if sys.stdout is None:  # started with a closed stdout
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets its escape
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escape characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()  # a full disk or a closed pipe is noticed here, not by the interpreter at its exit
+            sys.stdout.flush()  # a full disk or a closed pipe must raise here, not when the interpreter exits
     except PackspeedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout again
-        if error.errno != errno.EPIPE:  # `packspeed explain run.yaml | head` wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout again when it exits
+        if error.errno != errno.EPIPE:  # a closed pipe, as in `packspeed explain run.yaml | head`, is not an error
             print(f"error: {error.filename or 'standard output'}: {error.strerror or error}.", file=sys.stderr)
         sys.exit(1)

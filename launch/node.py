@@ -1,4 +1,6 @@
-"""Alias of launch/cluster/agent.py, so that `python -m packspeed.launch.node` of version 0.1 still works."""
+"""Alias of launch/cluster/agent.py, so that the command of version 0.1, `python -m packspeed.launch.node`, still
+works.
+"""
 
 import sys
 

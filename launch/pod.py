@@ -1,4 +1,4 @@
-"""Alias of launch/cluster/k8s_entry.py: Jobs rendered by version 0.1 run `python -m packspeed.launch.pod`."""
+"""Alias of launch/cluster/k8s_entry.py. Kubernetes Jobs written by version 0.1 run `python -m packspeed.launch.pod`."""
 
 import sys
 

@@ -1,8 +1,9 @@
-"""The train entry: `deepspeed launch/train.py --config launch/configs/quickstart.yaml [--set key.path=value ...]`.
+"""Train a run file: `deepspeed launch/train.py --config launch/configs/quickstart.yaml [--set key.path=value ...]`.
 
-The same command again continues the run from its newest complete checkpoint; `--fresh` moves the old folder aside.
-Exit codes: 0 finished, 1 failed, 2 wrong usage or config, 75 stopped on a signal (start it again).
-Both files are checked before torch is imported, so that a typo is answered in a fraction of a second.
+If the run has a checkpoint, the same command continues it from the newest complete one. With --fresh, the old run
+folder is moved aside and the run starts at step 0. Exit codes: 0 finished, 1 failed, 2 wrong usage or config, 75
+stopped by a signal (repeat the command to continue). The run file and the DeepSpeed JSON are checked before torch is
+imported, so that a typing error is reported in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from packspeed.launch.training.signals import stop_while_starting
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line of train.py; --local_rank is what DeepSpeed's launcher appends."""
+    """Parse the command line of train.py. DeepSpeed's launcher appends the option --local_rank."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train a GPT as described in a run file.")
     parser.add_argument("--config", required=True, help="the run file (YAML)")
     parser.add_argument(
@@ -27,17 +28,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY.PATH=VALUE",
-        help="override a setting of the run file; repeatable",
+        help="override a value of the run file; can be repeated",
     )
-    parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside, start at step 0")
-    parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON, instead of the run file's")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside and start at step 0")
+    parser.add_argument(
+        "--deepspeed_config", metavar="FILE", help="use this DeepSpeed JSON instead of the one in the run file"
+    )
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check both files, then train. An expected error becomes one paragraph on rank 0 and an exit code."""
-    stop_while_starting()  # before the other imports: a second here, later ten for torch and DeepSpeed
+    """Check both files, then train, and return the exit code. Rank 0 prints a PackspeedError as one paragraph."""
+    stop_while_starting()  # before the other imports, which take up to ten seconds
     args = parse_args(argv)
     try:
         return _train(args)
@@ -45,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(2)  # the launcher kills all ranks at the first exit: let rank 0 print first
+            time.sleep(2)  # when a rank exits, the launcher kills the others: let rank 0 print its error first
         return error.exit_code
 
 
 def _train(args: argparse.Namespace) -> int:
+    """Check both files and train. Returns the exit code; raises PackspeedError."""
     from packspeed.launch.config.deepspeed_json import load_ds_config
     from packspeed.launch.config.loading import load_run_file
     from packspeed.launch.config.run_data import open_data
@@ -66,7 +70,7 @@ def _train(args: argparse.Namespace) -> int:
     with DeepSpeedLogFilter() as log_filter:
         dataset, ds_config = open_data(run), load_ds_config(run.deepspeed)
         check_sources()
-        # Only now torch and DeepSpeed, which take seconds to import: a typo is answered before.
+        # This import loads torch and DeepSpeed, which takes seconds. Errors in the files have been reported before.
         from packspeed.launch.training.startup import start_training
 
         return start_training(run, ds_config, dataset, args.fresh, log_filter)

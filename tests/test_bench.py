@@ -106,7 +106,7 @@ def test_a_profile_is_a_trace_and_a_table_of_operations(workspace: Workspace, tm
         (["--nanogpt", "nowhere"], "model.py"),
         (["--compare", "--precision", "fp8"], "'fp8'"),
         (["--compare", "--kernels", "eager,compile"], "one setting"),
-        (["--set", "data.document_mask=true", "--compare"], "document mask"),
+        (["--set", "data.document_mask=true", "--compare"], "document_mask"),
     ],
 )
 def test_a_bad_flag_is_refused(

@@ -184,10 +184,10 @@ def test_a_frozen_rank_is_named(cluster: Cluster, workspace: Workspace, referenc
     os.kill(launch.rank(1), signal.SIGSTOP)
     output = launch.end()
     launch.check_curve()
-    assert "nothing moved for" in output
+    assert "no rank made progress for" in output
     assert "rank 1 on node2 is still in" in output
     assert "the process is stopped" in output
-    assert "2 other(s) wait in" in output
+    assert "2 other rank(s) wait in" in output
     assert launch.history()[0]["kind"] == "hung"
 
 
@@ -245,7 +245,7 @@ def test_a_killed_launcher_leaves_a_saved_run_and_no_orphan(faulted: tuple[Launc
 
 def test_a_killed_rank_is_named_and_the_run_continues(faulted: tuple[Launch, Launch]) -> None:
     output = faulted[1].text()
-    assert "rank 1 on node2 was killed by SIGKILL, not by the OOM killer" in output
+    assert "rank 1 on node2 was killed by SIGKILL, but not by the kernel's OOM killer" in output
     assert "recovered: " in output
     assert [(e["kind"], e["ranks"]) for e in faulted[1].history()][:2] == [("died", 2), ("died", 2)]
 
@@ -287,7 +287,7 @@ def test_the_doctor_names_a_slow_link(cluster: Cluster, workspace: Workspace) ->
         code, report = doctor(cluster, workspace)
     assert code == 1
     assert [finding["host"] for finding in report["findings"]] == ["node2"], report
-    assert "0.02 Gbit/s, the median is" in report["findings"][0]["what"]
+    assert "0.02 Gbit/s, but the median" in report["findings"][0]["what"]
 
 
 def test_the_doctor_names_a_host_whose_ports_are_closed(cluster: Cluster, workspace: Workspace) -> None:
@@ -302,10 +302,10 @@ BREAKS = {  # what is wrong on node2 -> a shell line in its own mount namespace,
     "python": ("mount --bind /usr/bin/python3 {python}", "python:"),
     "package": ("mount --bind {folder}/METADATA {numpy}", "versions:"),
     "clock": ("sed -i 's|^SetEnv|& LD_PRELOAD={faketime} FAKETIME=+30s|' /etc/ssh/sshd_config", "its clock is +"),
-    "dataset": ("mount --bind {folder}/broken-other {folder}/tokens", "another fingerprint"),
+    "dataset": ("mount --bind {folder}/broken-other {folder}/tokens", "differs from that of the other hosts"),
     "no dataset": ("mount -t tmpfs none {folder}/tokens", "dataset"),
-    "run folder": ("mount -t tmpfs none {folder}/runs", "is not ours"),
-    "key": (": > /etc/ssh/authorized", "refuses our key"),
+    "run folder": ("mount -t tmpfs none {folder}/runs", "is not the same folder"),
+    "key": (": > /etc/ssh/authorized", "refuses your key"),
 }
 
 

@@ -1,13 +1,15 @@
-"""The agent: the process that a launch starts on every host, over ssh (ssh.py) or directly if the host is this machine.
+"""The agent: the process that a launch starts on every host.
 
     python -m packspeed.launch.cluster.agent        requests on stdin, answers on stdout (messages.py)
 
-It answers short requests (describe the host, kill a launch, report stacks) until `run` arrives, which is the last one:
-then it starts DeepSpeed's node launcher and stays until the ranks have ended (LocalRanks). Everything that comes from
-a hostfile or a run file is in the JSON of a request, so it never reaches a shell.
+ssh.py starts it, over ssh, or directly if the host is this machine. The agent answers short requests: describe the
+host, kill a launch, report the stacks of its ranks. The last request is `run`. The agent then starts DeepSpeed's node
+launcher and stays until the ranks have ended (LocalRanks). All strings from a hostfile or a run file arrive inside the
+JSON of a request, so none of them ever reaches a shell.
 
-No failure leaves an orphan. If stdin closes (the supervisor died) or stays silent for `silence_s` (the network is cut),
-the agent asks its ranks to save and stop. It kills them GRACE_S later if stdin closed, CUT_OFF_S later if not.
+The ranks never outlive the launch. If stdin closes (the supervisor has died) or nothing arrives on it for `silence_s`
+(the network is cut), the agent asks its ranks to save and stop. After GRACE_S (stdin closed) or CUT_OFF_S (silence) it
+kills them.
 """
 
 from __future__ import annotations
@@ -48,18 +50,18 @@ from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, LAUNCHER
 PACKAGES = ("packspeed", "torch", "deepspeed", "numpy")
 
 
-POLL_S = 0.2  # DeepSpeed's launcher polls once a second and then kills the other ranks: we must see a death before it
+POLL_S = 0.2  # DeepSpeed's launcher checks once a second and then kills all ranks; a death must be seen before that
 
 
-GRACE_S = 60.0  # for ranks to save after the supervisor has died
+GRACE_S = 60.0  # how long ranks may take to save after the supervisor has died
 
 
-CUT_OFF_S = 5.0  # the same after silence: ranks that cannot reach the others cannot save
+CUT_OFF_S = 5.0  # the same if the network is cut; it is short, because ranks without a network cannot save
 
 
 def main() -> int:
-    """Answer requests until stdin closes; returns the exit code of the launcher, or 0 if there was no `run`."""
-    while (line := _read_line()).endswith(b"\n"):  # a line without an end: the supervisor died while it wrote
+    """Answer requests until stdin closes. Returns the exit code of the launcher, or 0 if there was no `run` request."""
+    while (line := _read_line()).endswith(b"\n"):  # without a line end, the supervisor has died while writing
         request: Request = json.loads(line)
         if request["do"] == "facts":
             send_record(host_facts(request))
@@ -77,7 +79,10 @@ def main() -> int:
 
 
 def _read_line() -> bytes:
-    """One line of stdin, read without a buffer: LocalRanks reads the same descriptor later."""
+    """Read a line from stdin, without a buffer because LocalRanks reads the same file descriptor later.
+
+    At the end of the file the result has no newline.
+    """
     line = b""
     while not line.endswith(b"\n") and (byte := os.read(0, 1)):
         line += byte
@@ -88,9 +93,10 @@ def _read_line() -> bytes:
 
 
 class LocalRanks:
-    """This host's ranks in one attempt, under DeepSpeed's node launcher: start, watch, report deaths, end.
+    """The ranks of this host in one attempt: starts DeepSpeed's node launcher, reports ranks that have ended, kills the
+    rest.
 
-    The counterpart is attempt.Attempt, which sends BEAT every 2 s and gets a RankDeath for every rank that ends.
+    The other end is attempt.Attempt. It sends BEAT every 2 s and receives a RankDeath for every rank that ends.
     """
 
     def __init__(self, request: RunRequest) -> None:
@@ -99,11 +105,11 @@ class LocalRanks:
         self.rank_count = len(list(request["world_info"].values())[request["node_rank"]])
         self.cgroups = cgroup.groups()
         self.oom_kills_before = cgroup.oom_kills(self.cgroups)
-        self.peak_bytes: dict[int, int] = {}  # resident memory, by rank
+        self.peak_bytes: dict[int, int] = {}  # rank -> peak resident memory
         self.processes: dict[int, psutil.Process] = {}  # the ranks that have been seen so far
         self.ended: set[int] = set()
         self.searched_at = 0.0
-        # Schedulers signal every process of a job; only the supervisor decides when the ranks stop.
+        # Schedulers signal every process of a job, but only the supervisor decides when the ranks stop.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
         os.chdir(request["cwd"])
         command = node_launcher_command(
@@ -114,9 +120,9 @@ class LocalRanks:
         self.launcher = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def run(self) -> int:
-        """Watch until the launcher ends, then kill what is left; returns the launcher's exit code.
+        """Watch until the launcher ends, then kill the processes that are left. Returns the launcher's exit code.
 
-        It is EXIT_STOPPED if the ranks were to stop before there were any.
+        If the ranks were asked to stop before any of them had started, the code is EXIT_STOPPED.
         """
         heard_at, kill_at, buffer = time.monotonic(), float("inf"), b""
         stdin_open = True
@@ -144,22 +150,24 @@ class LocalRanks:
         return code if code is not None else self.launcher.wait()
 
     def ask_to_save(self) -> bool:
-        """Send SIGTERM to the ranks only: they save and exit with 75, which comes back through the launcher.
+        """Send SIGTERM to the ranks, but not to the launcher. They save and exit with 75, and so does the launcher.
 
-        Returns False if the launcher has started no rank yet, so that there is nobody to ask.
+        Returns False if the launcher has not started any rank yet, so that no process can be asked.
         """
         ranks = launch_ranks(self.launch_id)
         for process in ranks.values():
             try:
-                process.send_signal(signal.SIGCONT)  # a stopped process cannot react
+                process.send_signal(signal.SIGCONT)  # a process stopped by SIGSTOP cannot react to SIGTERM
                 process.terminate()
             except psutil.Error:
                 continue
         return bool(ranks or self.processes)
 
     def report_deaths(self) -> None:
-        """Send a RankDeath for every rank that has ended since the last call, and keep track of peak memory."""
-        # Searching all processes is slow on a busy host, so only until every rank has been seen.
+        """Send a RankDeath for every rank that has ended since the last call, and update the peak memory of the
+        others.
+        """
+        # Search until every rank has been seen, and not longer, because a search is slow on a busy host.
         if len(self.processes) < self.rank_count and time.monotonic() - self.searched_at > 1:
             self.processes |= launch_ranks(self.launch_id)
             self.searched_at = time.monotonic()
@@ -172,7 +180,7 @@ class LocalRanks:
                     continue
                 status = _zombie_status(process.pid)
             except psutil.Error:
-                status = None  # the launcher has collected it already
+                status = None  # the process is gone: the launcher has collected its exit status already
             self.ended.add(rank)
             record: RankDeath = {
                 "died": rank, "status": status, "at": time.time(),
@@ -184,7 +192,7 @@ class LocalRanks:
 
 
 def _zombie_status(pid: int) -> int | None:
-    """Exit code of a zombie, negative for a signal, which /proc shows until the parent collects it."""
+    """Return the exit code of a zombie process, negative for a signal; None if its parent has collected the status."""
     try:
         status = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[-1])
     except (OSError, ValueError, IndexError):
@@ -193,7 +201,9 @@ def _zombie_status(pid: int) -> int | None:
 
 
 def launch_processes(launch_id: str) -> list[psutil.Process]:
-    """All processes of a launch on this host except this one. They carry the id in their environment."""
+    """Return all processes of a launch on this host except this one, recognised by the launch id in their
+    environment.
+    """
     processes = []
     for process in psutil.process_iter():
         try:
@@ -205,12 +215,12 @@ def launch_processes(launch_id: str) -> list[psutil.Process]:
 
 
 def launch_ranks(launch_id: str) -> dict[int, psutil.Process]:
-    """The processes of a launch on this host that train, by rank."""
+    """Return the rank processes of a launch on this host: {rank: process}."""
     ranks = {}
     for process in launch_processes(launch_id):
         try:
             parent = process.parent()
-            if is_rank(process) and not (parent and is_rank(parent)):  # a rank's own children look like ranks too
+            if is_rank(process) and not (parent and is_rank(parent)):  # children of a rank have the same command line
                 ranks[int(process.environ()["RANK"])] = process
         except psutil.Error:
             continue
@@ -221,7 +231,7 @@ def launch_ranks(launch_id: str) -> dict[int, psutil.Process]:
 
 
 def kill_launch(launch_id: str) -> list[int]:
-    """Kill every process of a launch on this host; returns their pids."""
+    """Kill every process of a launch on this host, and return their process ids."""
     victims = launch_processes(launch_id)
     for process in victims:
         try:
@@ -234,7 +244,10 @@ def kill_launch(launch_id: str) -> list[int]:
 
 
 def rank_states(request: StacksRequest) -> dict[str, RankState]:
-    """State and stack of every rank on this host. Takes 1 s: SIGUSR2 makes faulthandler write the stack to a file."""
+    """Return {rank: state and stack} for every rank of a launch on this host. Takes 1 s.
+
+    SIGUSR2 makes faulthandler in each rank write its stack to <logs>/rank-N.stack.
+    """
     states: dict[str, RankState] = {}
     for rank, process in launch_ranks(request["id"]).items():
         state = process.status()
@@ -249,7 +262,10 @@ def rank_states(request: StacksRequest) -> dict[str, RankState]:
 
 
 def join_ring(request: RingRequest) -> dict[str, object]:
-    """Take part in the doctor's all-reduce; returns a RingAnswer, or `error`, which names whom we cannot reach."""
+    """Take part in the all-reduce of `packspeed doctor`. Returns a RingAnswer, or {"error": text}.
+
+    If another host cannot be reached, the text names it.
+    """
     from packspeed.launch.cluster.socket_allreduce import RingError, run_ring
 
     try:
@@ -259,7 +275,7 @@ def join_ring(request: RingRequest) -> dict[str, object]:
 
 
 def host_facts(request: FactsRequest) -> HostFacts:
-    """What the plan and the doctor need to know about this host. Imports nothing slow: 0.4 s of one core."""
+    """Return the facts that the launch plan and the doctor need about this host. Takes 0.4 s of one core."""
     from packspeed.launch.cluster.hosts import address_of, local_route
 
     cwd, peer = Path(request["cwd"]), request.get("peer")
@@ -283,6 +299,7 @@ def host_facts(request: FactsRequest) -> HostFacts:
 
 
 def _version(package: str) -> str:
+    """Return the installed version of a package, or "missing"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -290,7 +307,7 @@ def _version(package: str) -> str:
 
 
 def accelerators() -> list[str]:
-    """Name and memory of every NVIDIA device; an empty list without NVIDIA's driver."""
+    """Return name and memory of every NVIDIA device, or an empty list if nvidia-smi is missing or fails."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
@@ -299,12 +316,13 @@ def accelerators() -> list[str]:
 
 
 def _compiled_ops() -> list[str]:
+    """Return the names of DeepSpeed's ops that are compiled on this host."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     return sorted({file.stem for file in root.glob("**/*.so")})
 
 
 def _fingerprint(path: str) -> str:
-    """The fingerprint of a dataset, or `error: ` and what is wrong with it."""
+    """Return the fingerprint of a dataset, or "error: " followed by what is wrong with it."""
     from packspeed.data.errors import DataError
     from packspeed.data.remote import open_dataset
 
@@ -315,9 +333,10 @@ def _fingerprint(path: str) -> str:
 
 
 def _check_run_folder(folder: Path, token: str) -> tuple[bool | str, float]:
-    """(True or why the folder cannot be written, free GiB). Leaves a file that the doctor sees if the folder is shared.
+    """Return (True, or why the folder cannot be written; free space in GiB).
 
-    The doctor removes it.
+    Also creates a file named after `token` in <folder>/.hosts. The doctor looks for these files to find out whether all
+    hosts share the folder, and deletes them.
     """
     try:
         marks = folder / ".hosts"
@@ -330,7 +349,9 @@ def _check_run_folder(folder: Path, token: str) -> tuple[bool | str, float]:
 
 
 def _check_port(requested: int) -> int | str:
-    """The requested port, or any free one for 0; a sentence if it is in use."""
+    """Return the requested TCP port, or a free one if it is 0. If the port is in use, return a sentence that says
+    so.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

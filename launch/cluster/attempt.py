@@ -1,16 +1,16 @@
-"""One attempt of a launch: start an agent on every planned host, watch, find out how it ended, kill what is left.
+"""One attempt of a launch: start an agent on every planned host, watch them, and find out how the attempt ended.
 
     start            Attempt(...)         one agent per host; each starts DeepSpeed's node launcher (agent.LocalRanks)
-    watch            Attempt.watch        records of dead ranks, exit codes of agents, heartbeats of ranks
+    watch            Attempt.watch        reads reports of dead ranks, exit codes of agents, heartbeats of ranks
     verdict          _verdict, _hang      an Outcome: its kind, its cause in words, the time of the fault
-    end              Attempt.end          no process of the attempt is left on any host that answers
+    end              Attempt.end          kills all processes of the attempt on every host that answers
 
-What tells how an attempt ended:
+The kinds of outcome, and how each is recognised:
 
-    refused, stopped   a rank exited with 2 (wrong config) or 75 (saved and stopped), and none was killed
+    refused, stopped   a rank exited with 2 (wrong config) or 75 (saved and stopped), and no rank was killed
     lost               an agent's ssh exited with 255: the connection to that host broke
     died               an agent reported a rank that was killed or failed
-    failed             a launcher failed without a dead rank, or did not end after its ranks
+    failed             a launcher failed although no rank was reported dead, or it did not end after its ranks
     hung               no heartbeat changed for `hang_s` while ranks were alive
     finished           all agents exited with 0
 """
@@ -47,16 +47,16 @@ from packspeed.launch.cluster.ssh import agent_command, ask_hosts
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
 from packspeed.launch.run_folder.heartbeat import read_beats
 
-START_S = 900.0  # from the start to the first heartbeat: imports, op builds, the engine, reading a checkpoint
+START_S = 900.0  # longest time from the start to the first heartbeat: imports, op builds, loading a checkpoint
 
 
-SETTLE_S = 2.0  # after the first sign of a failure, for the reports of other hosts about it
+SETTLE_S = 2.0  # how long to wait for the reports of other hosts after the first sign of a failure
 
 
-ENDING_S = 60.0  # for DeepSpeed's launchers to notice, on a busy host, that all ranks have ended
+ENDING_S = 60.0  # how long DeepSpeed's launchers may take, on a busy host, to notice that all ranks have ended
 
 
-SILENCE_S = 20.0  # an agent that has not heard from us for so long takes itself for cut off
+SILENCE_S = 20.0  # an agent to which nothing was sent for so long assumes that the network is cut
 
 
 LOST = 255  # ssh's own exit code
@@ -67,7 +67,7 @@ Log = Callable[[str], None]
 
 @dataclasses.dataclass
 class LaunchOptions:
-    """How to launch: everything that does not belong to the run itself."""
+    """How to launch a run: hosts, environment, restarts. What to train is in the run file."""
 
     hosts: list[Host]
     env: dict[str, str]
@@ -78,17 +78,17 @@ class LaunchOptions:
     max_restarts: int = 0
     hang_s: float = 600.0
     take_back_s: float = 0.0
-    pretend: bool = False  # all hosts are this machine (rehearse.py)
+    pretend: bool = False  # all hosts are simulated on this machine (rehearse.py)
 
     def agent_command(self, host: Host) -> list[str]:
-        """The command that starts the agent of a host."""
+        """Return the command that starts the agent of a host."""
         return agent_command(Host("localhost", host.slots) if self.pretend else host, self.python, self.ssh_config)
 
     def facts_request(self, host: Host, hosts: list[Host]) -> FactsRequest:
-        """The `facts` request for one of `hosts`.
+        """Return the `facts` request for `host`, one of `hosts`.
 
-        A host looks up its route to the first one, and the first its route to the second. The first also checks the
-        rendezvous port.
+        Every host looks up its network route to the first host, and the first host its route to the second. The first
+        host also checks the rendezvous port.
         """
         is_first = host.name == hosts[0].name
         peer = hosts[1 if is_first and len(hosts) > 1 else 0].name
@@ -102,21 +102,24 @@ class LaunchOptions:
 
 @dataclasses.dataclass
 class Outcome:
-    """How an attempt ended. `at`: when the fault happened as far as we know, seconds since the epoch."""
+    """How an attempt ended. `at` is the time of the fault, as far as it is known, in seconds since the epoch."""
 
     kind: str  # finished, stopped, refused, died, lost, hung, failed
     code: int  # exit code of the launch, if this attempt is the last
-    why: list[str]  # lines for the user
+    why: list[str]  # lines of text for the user
     at: float
 
 
 class Attempt:
-    """The agents of one plan. Starting one is __init__; then call `watch` and `end`, once each."""
+    """The agents of one launch plan. Creating the object starts them; then call `watch` and `end`, once each."""
 
     def __init__(
         self, plan: LaunchPlan, options: LaunchOptions, logs: Path, script: Path, arguments: Sequence[str]
     ) -> None:
-        """Starts the agents. script: what every rank runs; logs: the folder of the ranks' logs and heartbeats."""
+        """Start the agents. `script` is the program that every rank runs, with `arguments`.
+
+        `logs` is the folder for the logs and heartbeats of the ranks.
+        """
         self.plan, self.options = plan, options
         self.logs = logs
         self.host_of = plan.host_of_ranks()
@@ -125,11 +128,11 @@ class Attempt:
         self.lost: list[str] = []  # hosts whose connection broke
         self.started = time.time()
         self.console = sys.stdout if script == TRAIN else sys.stderr  # the doctor's stdout may be JSON
-        # Heartbeats of an earlier attempt would look like progress.
+        # Delete the heartbeats of an earlier attempt, which would look like progress.
         for beat in self.logs.glob("rank-*.beat"):
             beat.unlink()
-        # Each host has its own launch id: hosts may share their processes (network namespaces, pods of one machine),
-        # and killing one host's must leave the others alone.
+        # Each host has its own launch id. Hosts can be on the same machine (network namespaces, pods) and see each
+        # other's processes, and killing the processes of one host must not kill those of another.
         self.launch_ids = {planned.host.name: f"{uuid.uuid4().hex}-{i}" for i, planned in enumerate(plan.hosts)}
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         for node_rank, planned in enumerate(plan.hosts):
@@ -141,6 +144,7 @@ class Attempt:
             })  # fmt: skip
 
     def _start_agent(self, host: Host, request: RunRequest) -> None:
+        """Start the agent of a host, send it the `run` request, and read its output in a thread."""
         agent = subprocess.Popen(
             self.options.agent_command(host), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
@@ -150,13 +154,16 @@ class Attempt:
 
     @staticmethod
     def _write(agent: subprocess.Popen[bytes], line: str) -> None:
+        """Write a line to an agent's stdin."""
         assert agent.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # an agent that is gone shows in its exit code
+        with contextlib.suppress(OSError, ValueError):  # if the agent has ended, `watch` sees its exit code
             agent.stdin.write(line.encode() + b"\n")
             agent.stdin.flush()
 
     def _read(self, agent: subprocess.Popen[bytes]) -> None:
-        """Collect an agent's records and print the output of its ranks, until it exits. Runs in a thread per host."""
+        """Collect an agent's records, and print the output of its ranks, until it exits. Runs in one thread per
+        host.
+        """
         assert agent.stdout is not None
         for raw in agent.stdout:
             line = raw.decode(errors="replace")
@@ -170,23 +177,23 @@ class Attempt:
                 self.deaths.append(record)
 
     def send(self, word: str) -> None:
-        """Send BEAT or TERM to every agent."""
+        """Send BEAT or TERM to every agent (messages.py says what they mean)."""
         for agent in self.agents.values():
             self._write(agent, word)
 
     def running(self) -> bool:
-        """Whether an agent is still there."""
+        """Return whether an agent is still running."""
         return any(agent.poll() is None for agent in self.agents.values())
 
     # --- watch --------------------------------------------------------------------------------------------------------
 
     def watch(self) -> Outcome:
-        """Block until the attempt ends, and return how (see the top of this file)."""
+        """Block until the attempt ends, and return how it ended. The docstring of this module lists the outcomes."""
         beat_counts: dict[int, int] = {}
         progress_at, patience_s, sent_at = self.started, START_S, 0.0
         while True:
             time.sleep(0.2)
-            # Keep the agents alive: they stop their ranks if they hear nothing.
+            # Show the agents that the supervisor is alive. Without these messages they stop their ranks.
             if time.monotonic() - sent_at > 2:
                 self.send(BEAT)
                 sent_at = time.monotonic()
@@ -213,7 +220,9 @@ class Attempt:
     # --- verdict ------------------------------------------------------------------------------------------------------
 
     def _verdict(self) -> Outcome:
-        """Wait up to SETTLE_S for further reports, then choose the first failure as the cause."""
+        """Wait up to SETTLE_S for reports of other hosts, then return the outcome with the first failure as its
+        cause.
+        """
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline and self.running():
             time.sleep(0.05)
@@ -221,20 +230,24 @@ class Attempt:
         codes = {host: agent.poll() for host, agent in self.agents.items()}
         statuses = [death["status"] for death in deaths] + [code for code in codes.values() if code]
 
-        # The ranks ended on purpose. The others still save: wait for them.
+        # Some ranks exited on purpose. The others may still be saving, so wait for them.
         for code, kind in ((ConfigError.exit_code, "refused"), (EXIT_STOPPED, "stopped")):
             if code in statuses and not any(s is not None and s < 0 for s in statuses):
                 self._wait_for_agents()
                 return Outcome(kind, code, [], time.time())
 
-        # A host is gone. Deaths on other hosts are then a consequence: their ranks lost a neighbour.
+        # The connection to a host broke. Ranks on other hosts then die as a consequence.
         beats = read_beats(self.logs)
         self.lost = [host for host, code in codes.items() if code == LOST]
         if self.lost:
-            why = [f"host {host} is gone: its connection broke (ranks {self._ranks_on(host)})" for host in self.lost]
+            why = [
+                f"host {host} is gone: the ssh connection to it broke (it ran ranks {self._ranks_on(host)})"
+                for host in self.lost
+            ]
             return Outcome("lost", 1, why, max((beat.time for beat in beats.values()), default=self.started))
 
-        # A rank died. Prefer one that was killed: ranks that lose a neighbour fail later with exceptions of their own.
+        # A rank died. A rank that was killed is the likely cause: the others then fail with exceptions, because a
+        # collective breaks.
         if deaths:
             first = min(deaths, key=lambda death: not diagnosis.was_killed(death))
             status = first["status"] or 0
@@ -251,23 +264,27 @@ class Attempt:
         return Outcome("failed", 1, why, time.time())
 
     def _wait_for_agents(self, seconds: float = 90.0) -> None:
-        """Wait until all agents have exited: ranks that save end one after the other."""
+        """Wait up to `seconds` until all agents have exited. Ranks that save do not end at the same time."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.running():
             self.send(BEAT)
             time.sleep(0.2)
 
     def _ranks_on(self, host: str) -> str:
+        """Return the ranks of a host as text: "0, 1, 2"."""
         return ", ".join(str(rank) for rank, name in self.host_of.items() if name == host)
 
     def _log_tail(self, rank: int, lines: int = 12) -> list[str]:
-        """The last lines that a rank printed."""
+        """Return the last lines that a rank printed."""
         with contextlib.suppress(OSError):
             return (self.logs / f"rank-{rank}.log").read_text(errors="replace").splitlines()[-lines:]
         return []
 
     def _hang(self, since: float) -> Outcome:
-        """Ask every host for the state of its ranks and name those that hold up the others (diagnosis.py)."""
+        """Return the outcome if nothing has changed since the time `since`: normally "hung".
+
+        Asks every host for the state of its ranks, and names the ranks for which the others wait (diagnosis.py).
+        """
         hosts = [planned.host for planned in self.plan.hosts]
         logs = str(self.logs.resolve())
 
@@ -278,15 +295,17 @@ class Attempt:
         states = {int(rank): state for answer in replies.answers.values() for rank, state in answer.items()}
         now = time.time()
         if not states and not replies.errors:
-            why = [f"all ranks have ended but their launchers have not, {now - since:.0f} s after the last step"]
+            why = [f"all ranks have ended, but their launchers still run {now - since:.0f} s after the last step"]
             return Outcome("failed", 1, why, since)
         report = diagnosis.hang_report(read_beats(self.logs), states, replies.errors, self.host_of, now)
-        return Outcome("hung", 1, [f"nothing moved for {now - since:.0f} s", *report], since)
+        return Outcome("hung", 1, [f"no rank made progress for {now - since:.0f} s", *report], since)
 
     # --- end ----------------------------------------------------------------------------------------------------------
 
     def end(self, log: Log) -> None:
-        """Kill every process of the attempt on every host that answers. Ranks of the others end by themselves."""
+        """Kill every process of the attempt on every host that answers. On the other hosts the agent kills the
+        ranks.
+        """
         for agent in self.agents.values():
             agent.kill()
 
@@ -294,11 +313,11 @@ class Attempt:
             return {"do": "kill", "id": self.launch_ids[host.name]}
 
         silent: list[str] = []
-        # A lost host may be alive (only its sshd died). If so, it answers within seconds.
+        # A lost host may still be alive, if only its sshd has died. It then answers within seconds.
         for lost, timeout_s in ((False, 15.0), (True, 4.0)):
             hosts = [planned.host for planned in self.plan.hosts if (planned.host.name in self.lost) is lost]
             silent += ask_hosts(hosts, request, KillAnswer, self.options.agent_command, timeout_s).errors
         for name in silent:
-            log(f"{name} does not answer; its agent ends its ranks by itself after {SILENCE_S:.0f} s of silence")
+            log(f"{name} does not answer. Its agent stops the ranks there after {SILENCE_S:.0f} s without messages")
         for agent in self.agents.values():
             agent.wait()

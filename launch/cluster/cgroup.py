@@ -1,6 +1,6 @@
-"""The memory limit of this process's cgroup, and how many of its processes the kernel's OOM killer has ended.
+"""The memory limit of this process's cgroup, and how many processes the kernel's OOM killer has ended in it.
 
-Containers, SLURM and systemd set such limits. Both versions of cgroups are read:
+Containers, SLURM and systemd set such limits. Both versions of cgroups are supported:
 
     v2   one tree at /sys/fs/cgroup: memory.max, memory.peak, memory.events
     v1   /sys/fs/cgroup/memory: memory.limit_in_bytes, memory.max_usage_in_bytes, memory.oom_control
@@ -15,14 +15,17 @@ from pathlib import Path
 ROOT = Path("/sys/fs/cgroup")
 
 
-LIMITS = {"memory.max": "memory.peak", "memory.limit_in_bytes": "memory.max_usage_in_bytes"}  # v2, v1: limit -> peak
+LIMITS = {"memory.max": "memory.peak", "memory.limit_in_bytes": "memory.max_usage_in_bytes"}  # limit -> peak (v2, v1)
 
 
-UNLIMITED = 2**60  # v1 writes nearly 2**63 for no limit, v2 `max`
+UNLIMITED = 2**60  # a limit above this is none: without a limit, v1 reports nearly 2**63 (and v2 the word `max`)
 
 
 def groups(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> list[Path]:
-    """The folders of our memory cgroup and its parents, innermost first, as far as they are visible from here."""
+    """Return the folders of this process's memory cgroup and its parents, innermost first, as far as they are visible.
+
+    Returns an empty list if there is no memory cgroup.
+    """
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
@@ -32,14 +35,17 @@ def groups(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> list[Pat
         if path is None or (controllers == "" and not (root / "cgroup.controllers").exists()):
             continue
         inner = top / path.lstrip("/")
-        # A container often sees its own cgroup as the root, under a path that only the host knows.
+        # In a container, the process's own cgroup is often visible as the root, and the path is that on the host.
         folders = [inner, *inner.parents] if inner.is_dir() else [top]
         return [folder for folder in folders if folder == top or top in folder.parents]
     return []
 
 
 def oom_kills(folders: list[Path], vmstat: Path = Path("/proc/vmstat")) -> int:
-    """Number of processes that the OOM killer has ended: in our cgroup if it counts them, else here since boot."""
+    """Return the number of processes that the OOM killer has ended in our cgroup.
+
+    If the cgroup does not count them, return the number on this machine since it was booted.
+    """
     for path in [folder / name for folder in folders[:1] for name in ("memory.events", "memory.oom_control")] + [
         vmstat
     ]:
@@ -50,7 +56,9 @@ def oom_kills(folders: list[Path], vmstat: Path = Path("/proc/vmstat")) -> int:
 
 
 def limit(folders: list[Path]) -> tuple[int, int, str] | None:
-    """(limit in bytes, peak use in bytes, cgroup) of the tightest limit that applies to us; None without a limit."""
+    """Return (limit in bytes, peak use in bytes, folder of the cgroup) of the lowest limit; None if there is no
+    limit.
+    """
     limits = []
     for folder in folders:
         for limit_name, peak_name in LIMITS.items():
@@ -61,7 +69,7 @@ def limit(folders: list[Path]) -> tuple[int, int, str] | None:
 
 
 def _number(path: Path, key: str = "") -> int | None:
-    """The first number in a file, or the one after `key`; None if there is none."""
+    """Return the first number in a file, or the number after the word `key`; None if there is none."""
     try:
         words = path.read_text().split()
         return int(words[words.index(key) + 1] if key else words[0])

@@ -1,8 +1,9 @@
-"""Why an attempt failed, in words: which ranks hold up a hung run, and how a rank died.
+"""Explain in words why an attempt failed: which ranks block a hung run, and how a rank died.
 
-A collective ends when every rank has reached it. So in a hang, the ranks inside one are waiting, and the cause is among
-the others: still in the data or a checkpoint, stopped, dead, or in another collective. The evidence is what the ranks
-left in the run folder (heartbeats), and their process states and stacks, for which attempt.py asks the agents.
+A collective ends when every rank has reached it. So in a hang, the ranks inside a collective are only waiting, and the
+cause is one of the other ranks: it still reads data or writes a checkpoint, it is stopped or dead, or it is in another
+collective. The input is the heartbeats that the ranks write to the run folder, and their process states and stacks,
+which attempt.py gets from the agents.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from collections.abc import Mapping
 from packspeed.launch.cluster.messages import RankDeath, RankState
 from packspeed.launch.run_folder.heartbeat import Beat
 
-WAITING = "communication"  # the phase of a rank inside a collective
+WAITING = "communication"  # the name of the phase in which a rank is inside a collective
 
 
 def position(beat: Beat) -> str:
-    """Where a rank is: its phase or collective, and the step."""
+    """Return where a rank is: its phase or the name of its collective, and the step."""
     doing = beat.collective if beat.phase == WAITING and beat.collective else beat.phase
     return f"{doing} of step {beat.step + 1}"
 
@@ -29,11 +30,12 @@ def blocking_ranks(
     unreachable: Mapping[str, str],
     host_of: Mapping[int, str],
 ) -> list[int]:
-    """The ranks that the others wait for; empty if that cannot be told.
+    """Return the ranks for which the others wait, or an empty list if they cannot be determined.
 
-    states: of the ranks on hosts that answered; unreachable: host -> error, of those that did not.
+    `states` has the ranks of hosts that answered, `unreachable` the error of each host that did not, and `host_of` the
+    host of each rank.
     """
-    # Ranks that cannot move: their host does not answer, they are stopped, or their process is gone.
+    # Ranks that cannot continue: their host does not answer, they are stopped, or their process is gone.
     silent = [rank for rank, host in host_of.items() if host in unreachable]
     stopped = [rank for rank, entry in states.items() if entry["state"] in ("stopped", "tracing-stop", "zombie")]
     asked = bool(states or unreachable)
@@ -46,7 +48,7 @@ def blocking_ranks(
     if waiting and waiting != set(beats):
         return sorted(set(beats) - waiting)
 
-    # A minority is in another place than most.
+    # All ranks wait in a collective, or none does. If more than half are at the same position, the others block them.
     positions = Counter(position(beat) for beat in beats.values())
     usual, count = positions.most_common(1)[0] if positions else ("", 0)
     return sorted(rank for rank, beat in beats.items() if position(beat) != usual) if count > len(beats) / 2 else []
@@ -59,7 +61,10 @@ def hang_report(
     host_of: Mapping[int, str],
     now: float,
 ) -> list[str]:
-    """The blocking ranks with their stacks, and where the others wait."""
+    """Return lines of text: the blocking ranks with their stacks, and where the others wait.
+
+    `now` is the time in seconds since the epoch. The other arguments are those of blocking_ranks.
+    """
     blocking = blocking_ranks(beats, states, unreachable, host_of)
     lines = []
     for rank in blocking:
@@ -74,16 +79,19 @@ def hang_report(
         lines.append(f"rank {rank} on {host} is still {since}{state}")
         lines += [f"    {line}" for line in training_stack(entry["stack"] if entry else "")]
     others = Counter(position(beat) for rank, beat in beats.items() if rank not in blocking)
-    # On many ranks only the most common places are worth a line.
-    lines += [f"{count} other(s) wait in {place}" for place, count in others.most_common(4)]
+    # With many ranks, list only the most common positions.
+    lines += [f"{count} other rank(s) wait in {place}" for place, count in others.most_common(4)]
     if not blocking:
-        lines.append("all ranks wait in the same place, so none can be named (a broken network looks like this)")
+        lines.append(
+            "all ranks wait in the same place, so no rank can be named as the cause; check the network between the "
+            "hosts"
+        )
     return lines
 
 
 def training_stack(text: str, depth: int = 8) -> list[str]:
-    """The innermost frames of the thread that trains, out of faulthandler's text for all threads."""
-    # A rank has other threads too, which load data and write checkpoints. The main one has train.py among its frames.
+    """Return the innermost frames of the thread that trains, from the text that faulthandler writes for all threads."""
+    # Other threads of a rank load data and write checkpoints. Only the main thread has train.py among its frames.
     for thread in text.split("\n\n"):
         if "launch/train.py" in thread:
             return [line.strip() for line in thread.splitlines() if line.startswith("  File")][:depth]
@@ -91,17 +99,22 @@ def training_stack(text: str, depth: int = 8) -> list[str]:
 
 
 def was_killed(death: RankDeath) -> bool:
-    """Whether a rank was ended from outside: by a signal, or by the OOM killer (its status may be unknown)."""
+    """Return whether a rank was ended from outside: by a signal or by the OOM killer."""
     return was_oom_killed(death) or (death["status"] is not None and death["status"] < 0)
 
 
 def was_oom_killed(death: RankDeath) -> bool:
-    """Whether the kernel's OOM killer ended a rank."""
+    """Return whether the kernel's OOM killer probably ended a rank: there was such a kill, and the rank's status
+    fits.
+    """
     return bool(death["oom_kills"]) and death["status"] in (None, -signal.SIGKILL)
 
 
 def death_report(death: RankDeath, host_of: Mapping[int, str], beats: Mapping[int, Beat]) -> str:
-    """How a rank ended: its signal or exit code, where it was, and for SIGKILL the memory of its host's ranks."""
+    """Return a sentence about how a rank ended: its signal or exit code, and where it was.
+
+    For SIGKILL it also has the peak memory of the ranks on that host.
+    """
     rank, status = death["died"], death["status"]
     beat = beats.get(rank)
     where = f", in {position(beat)}" if beat else ", before its first step"
@@ -120,21 +133,23 @@ def death_report(death: RankDeath, host_of: Mapping[int, str], beats: Mapping[in
     else:
         how = f"was killed by {signal.Signals(-status).name}"
     if status == -signal.SIGKILL:
-        how += f", not by the OOM killer: the kernel counted no such kill (peak memory there: {memory})"
+        how += f", but not by the kernel's OOM killer, which has killed no process there (peak memory: {memory})"
     return f"rank {rank} on {host_of[rank]} {how}{where}"
 
 
 def describe_exit(code: int) -> str:
-    """The exit code of an agent in words. A signal that ended its launcher arrives as 256 minus the signal."""
+    """Return the exit code of an agent in words. If a signal ended its launcher, the code is 256 minus the signal's
+    number.
+    """
     number = 256 - code
     names = {int(member): member.name for member in signal.Signals}
     return f"was killed by {names[number]}" if number in names and code > 128 else f"ended with exit code {code}"
 
 
 def _memory_limit(limit: tuple[int, int, str] | None) -> str:
-    """The memory limit that a rank exceeded."""
+    """Return the memory limit that a rank exceeded, as the end of a sentence. See cgroup.limit for the argument."""
     if limit is None:
-        return "because the machine had no memory left (no cgroup limit there)"
+        return "because the machine had no memory left (there is no cgroup limit)"
     limit_bytes, peak_bytes, path = limit
     peak = f", of which {_gib(peak_bytes)} were used at most" if peak_bytes else ""
     return f"at the limit of {_gib(limit_bytes)} of the cgroup {path}{peak}"

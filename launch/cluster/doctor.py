@@ -1,7 +1,7 @@
 """`packspeed doctor`: ask all hosts in parallel, compare their answers, and measure the network between them.
 
-Nothing trains. A finding names the host, what is wrong and what to do. Cost: one connection and 0.4 s of one core per
-host, about 2 s for the all-reduce on plain sockets (socket_allreduce.py), and ten seconds more for one by torch.
+Nothing is trained. A finding names a host, what is wrong there and what to do. Cost: one connection and 0.4 s of one
+core per host, about 2 s for an all-reduce on plain sockets (socket_allreduce.py), and ten seconds for one by torch.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ MUST_MATCH: dict[Compared, str] = {  # what must be the same on all hosts, and w
 MAX_SKEW_S = 2.0
 
 
-MIN_FREE_GIB = 10.0  # disk of the run folder
+MIN_FREE_GIB = 10.0  # least free space on the disk of the run folder
 
 
 MIN_MEMORY_GIB = 2.0
 
 
-SLOW = 0.5  # of the median bandwidth
+SLOW = 0.5  # a host is slow if its bandwidth is below this fraction of the median
 
 
 RING_TIMEOUT_S = 90.0
@@ -60,7 +60,7 @@ TORCH_ALLREDUCE = Path(__file__).resolve().with_name("torch_allreduce.py")
 
 
 class Finding(TypedDict):
-    """Something to fix before a run."""
+    """A problem to fix before a run: the host, what is wrong, what to do."""
 
     host: str
     what: str
@@ -69,14 +69,14 @@ class Finding(TypedDict):
 
 @final
 class FailedHost(TypedDict):
-    """In a report, a host that did not answer."""
+    """The entry of a report for a host that did not answer."""
 
     error: str
     clock_s: float
 
 
 class Report(TypedDict):
-    """What `packspeed doctor --json` prints."""
+    """The JSON output of `packspeed doctor --json`."""
 
     ok: bool
     hosts: dict[str, HostFacts | FailedHost]
@@ -85,13 +85,14 @@ class Report(TypedDict):
     seconds: float
 
 
-Bandwidth = tuple[dict[str, float], list[Finding]]  # Gbit/s as in Report, and what went wrong
+Bandwidth = tuple[dict[str, float], list[Finding]]  # {host, "all-reduce" or "torch all-reduce": Gbit/s}, problems
 
 
 def examine(options: LaunchOptions, run: RunFile | None, bandwidth: bool, with_torch: bool | None = None) -> Report:
-    """Check all hosts. run: also check its dataset and run folder on every host.
+    """Check all hosts and return the report. If `run` is given, also check its datasets and run folder on every host.
 
-    with_torch: also run torch's all-reduce (NCCL or gloo); None: if all hosts have accelerators.
+    If `bandwidth` is True, measure the network. `with_torch` says whether to measure torch's all-reduce (NCCL or gloo)
+    too; with None it is measured if all hosts have accelerators.
     """
     start, hosts, token = time.monotonic(), options.hosts, uuid.uuid4().hex
     speeds: dict[str, float] = {}
@@ -103,7 +104,7 @@ def examine(options: LaunchOptions, run: RunFile | None, bandwidth: bool, with_t
             fact["clock_s"] = skews.get(name, 0.0)
         findings = compare(hosts, replies, run, token)
 
-        # The first host is the rendezvous: without it, or without a port there, nothing can be measured.
+        # The first host is the rendezvous. If it did not answer or has no free port, nothing can be measured.
         able = [host for host in hosts if host.name in facts and facts[host.name]["cwd"]]
         measurable = bandwidth and able[:1] == hosts[:1] and isinstance(facts[hosts[0].name].get("port"), int)
         if measurable and len(able) > 1:
@@ -130,6 +131,7 @@ def examine(options: LaunchOptions, run: RunFile | None, bandwidth: bool, with_t
 
 
 def _request(host: Host, options: LaunchOptions, run: RunFile | None, token: str) -> FactsRequest:
+    """Return the `facts` request for a host."""
     request = options.facts_request(host, options.hosts)
     if run is not None:
         paths = [run.data.path] if run.data.path else [source.path for source in run.data.sources or []]
@@ -142,10 +144,13 @@ def _request(host: Host, options: LaunchOptions, run: RunFile | None, token: str
 
 
 def compare(hosts: list[Host], replies: Replies[HostFacts], run: RunFile | None, token: str) -> list[Finding]:
-    """What is wrong, host by host. If hosts differ, the value that most of them have is taken for the right one."""
+    """Return all findings, host by host. If hosts differ, the most common value is assumed to be the right one.
+
+    `token` is part of the names of the files that the hosts have left in their run folders.
+    """
     facts = replies.answers
     findings = [
-        _finding(name, f"cannot be asked: {error}", f"make `ssh {name}` work without a prompt")
+        _finding(name, f"it did not answer: {error}", f"make `ssh {name}` work without a prompt")
         for name, error in replies.errors.items()
     ]
     usual = {what: _most_common([_value(fact, what) for fact in facts.values()]) for what in MUST_MATCH}
@@ -153,7 +158,7 @@ def compare(hosts: list[Host], replies: Replies[HostFacts], run: RunFile | None,
     for name, fact in facts.items():
         for what, do in MUST_MATCH.items():
             if (value := _value(fact, what)) != usual[what]:
-                findings.append(_finding(name, f"{what}: {value}, elsewhere {usual[what]}", do))
+                findings.append(_finding(name, f"{what}: {value}, on other hosts {usual[what]}", do))
         findings += _check_host(name, fact, slots[name])
         if run is not None and fact["cwd"]:
             findings += _check_run(name, fact)
@@ -175,16 +180,20 @@ def _most_common(values: list[str]) -> str:
 
 
 def _check_host(name: str, fact: HostFacts, slots: int) -> list[Finding]:
+    """Return the findings about one host that do not depend on a run: folder, clock, memory, port, devices."""
     findings = []
     if not fact["cwd"]:
         findings.append(
-            _finding(name, "this folder does not exist there", "install the project at the same path, or share a disk")
+            _finding(
+                name, "the current folder does not exist there", "install Packspeed at the same path, or share a disk"
+            )
         )
     if abs(fact["clock_s"]) > MAX_SKEW_S:
-        what = f"its clock is {fact['clock_s']:+.1f} s from ours"
+        what = f"its clock differs from the clock here by {fact['clock_s']:+.1f} s"
         findings.append(_finding(name, what, "run chronyd or systemd-timesyncd there"))
     if fact["memory_gib"] < MIN_MEMORY_GIB:
-        findings.append(_finding(name, f"only {fact['memory_gib']} GiB of memory are free", "see what else runs there"))
+        what = f"only {fact['memory_gib']} GiB of memory are free"
+        findings.append(_finding(name, what, "stop other programs there"))
     if isinstance(port := fact.get("port"), str):
         findings.append(_finding(name, port, "choose another port"))
     if fact["accelerators"] and slots > len(fact["accelerators"]):
@@ -194,10 +203,14 @@ def _check_host(name: str, fact: HostFacts, slots: int) -> list[Finding]:
 
 
 def _check_run(name: str, fact: HostFacts) -> list[Finding]:
-    """Whether a host can read the datasets and write the run folder."""
+    """Return findings if a host cannot read the datasets, cannot write the run folder, or has too little space
+    there.
+    """
     findings = [
         _finding(
-            name, f"dataset {path}: {fingerprint[7:]}", "copy or mount it there, and check it with packspeed verify"
+            name,
+            f"dataset {path}: {fingerprint[7:]}",
+            "copy or mount the dataset there, and check it with packspeed verify",
         )
         for path, fingerprint in fact["datasets"].items()
         if fingerprint.startswith("error:")
@@ -212,22 +225,26 @@ def _check_run(name: str, fact: HostFacts) -> list[Finding]:
 
 
 def _check_shared(run: RunFile, facts: Mapping[str, HostFacts], token: str) -> list[Finding]:
-    """Whether all hosts share one run folder and have the same datasets.
+    """Return findings if hosts do not share one run folder, or have different datasets.
 
-    Every host left a file in its run folder (agent._check_run_folder). If the folder is shared, all are visible here.
+    Every host has created a file in its run folder (agent._check_run_folder). If the folder is shared, all files are
+    visible here.
     """
     findings = []
     visible = {mark.name for mark in (run.folder / ".hosts").glob(f"{token}-*")}
     for name, fact in facts.items():
         prefix = f"{token}-{fact['hostname']}-"
         if fact.get("writable") is True and not any(mark.startswith(prefix) for mark in visible):
-            what, do = f"its {run.folder} is not ours", "put runs_dir on a disk that all hosts share (for checkpoints)"
+            what = f"its folder {run.folder} is not the same folder as here"
+            do = "put runs_dir on a disk that all hosts share, because every rank writes its part of a checkpoint there"
             findings.append(_finding(name, what, do))
     fingerprints = {name: _json(fact["datasets"]) for name, fact in facts.items() if "datasets" in fact}
     usual = _most_common(list(fingerprints.values()))
     return findings + [
         _finding(
-            name, "its dataset has another fingerprint", "copy the dataset again, and check it with packspeed verify"
+            name,
+            "its dataset differs from that of the other hosts",
+            "copy the dataset again, and check it with packspeed verify",
         )
         for name, fingerprint in fingerprints.items()
         if "error:" not in fingerprint and fingerprint != usual
@@ -242,7 +259,11 @@ def _finding(host: str, what: str, do: str) -> Finding:
 
 
 def measure_links(pool: AgentPool, hosts: list[Host], facts: Mapping[str, HostFacts]) -> Bandwidth:
-    """The links of a ring over all hosts, and an all-reduce. A host's rate is that of the better of its two links."""
+    """Measure the links of a ring over all hosts, and an all-reduce around it.
+
+    Returns Gbit/s by host, the rate of the better of its two links, and by "all-reduce". `facts` has addresses and the
+    port.
+    """
     first = facts[hosts[0].name]
     ranks = {host.name: rank for rank, host in enumerate(hosts)}
 
@@ -266,7 +287,10 @@ def measure_links(pool: AgentPool, hosts: list[Host], facts: Mapping[str, HostFa
 
 
 def ring_failures(errors: Mapping[str, str], hosts: list[Host]) -> list[tuple[str, str]]:
-    """(host, what is wrong) if the ring failed: hosts that did not reach the first one, else those that name a peer."""
+    """Return [(host, what is wrong)] if the all-reduce failed.
+
+    These are the hosts that did not reach the first one. If all did, they are the hosts whose error names another host.
+    """
     error = errors[hosts[0].name]
     if error.startswith('{"late"'):
         names = [hosts[rank].name for rank in json.loads(error)["late"]]
@@ -276,13 +300,13 @@ def ring_failures(errors: Mapping[str, str], hosts: list[Host]) -> list[tuple[st
 
 
 def slow_hosts(speeds: Mapping[str, float]) -> list[Finding]:
-    """Hosts far below the median bandwidth."""
+    """Return a finding for each host whose bandwidth (Gbit/s) is far below the median."""
     median = statistics.median(speeds.values()) if speeds else 0.0
     return [
         _finding(
             name,
-            f"{speed:.2f} Gbit/s, the median is {median:.2f}",
-            "check its cable, switch port, driver and jobs",
+            f"its network reaches {speed:.2f} Gbit/s, but the median of the hosts is {median:.2f}",
+            "check its cable, switch port and driver, and which other jobs use its network",
         )
         for name, speed in speeds.items()
         if speed < SLOW * median
@@ -290,7 +314,7 @@ def slow_hosts(speeds: Mapping[str, float]) -> list[Finding]:
 
 
 def measure_torch(options: LaunchOptions, hosts: list[Host], facts: Mapping[str, HostFacts]) -> Bandwidth:
-    """NCCL's or gloo's all-reduce on all ranks (torch_allreduce.py), started as an attempt of a launch is."""
+    """Measure torch's all-reduce (NCCL or gloo) over all ranks. The ranks are started as for a training run."""
     plan = plan_launch(hosts, facts, options.env)
     with tempfile.TemporaryDirectory() as logs:
         attempt = Attempt(plan, options, Path(logs), TORCH_ALLREDUCE, [])
@@ -305,7 +329,7 @@ def measure_torch(options: LaunchOptions, hosts: list[Host], facts: Mapping[str,
 
 
 def show(report: Report, width: int) -> None:
-    """Print the report as a table, then findings, then rates and the verdict."""
+    """Print the report: a table of the hosts, then findings, then rates and the verdict. `width` is the terminal's."""
     console = Console(width=max(100, width))
     table = Table("host", "address", "interface", "python", "torch", "deepspeed", "commit", "devices", "free GiB",
                   "clock", "Gbit/s")  # fmt: skip

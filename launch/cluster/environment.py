@@ -1,10 +1,11 @@
-"""The variables that the ranks get from the shell that launches them: an allow-list, `.deepspeed_env`, and --env.
+"""The environment variables that the ranks get from the shell that launches them.
 
-    FORWARDED                    variables set here whose names match
-    ~/.deepspeed_env, ./...      NAME=VALUE lines, in DeepSpeed's format; DS_ENV_FILE names another file, as there
-    --env NAME[=VALUE]           one variable
+    FORWARDED                    variables of this shell whose names match this pattern
+    ~/.deepspeed_env, ./...      NAME=VALUE lines in DeepSpeed's format; DS_ENV_FILE gives another file name
+    --env NAME[=VALUE]           one variable; without a value, the value in this shell
 
-A later one replaces an earlier one. Values are passed as they are: no shell expands them.
+If a variable is given several times, the last source of this list counts. Values are passed unchanged: no shell expands
+them.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ FORWARDED = re.compile(
     re.ASCII,
 )
 
-# They match, but belong to this host or process.
+# These names match FORWARDED, but their values are valid on this host or in this process only.
 NOT_FORWARDED = ("CUDA_VISIBLE_DEVICES", "PACKSPEED_LAUNCH_ID", "PACKSPEED_LAUNCHER", "PACKSPEED_OWN_NETWORK")
 
 VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
-MAX_BYTES = 2**17  # of a variable (Linux's limit for one string) and of a .deepspeed_env
+MAX_BYTES = 2**17  # longest variable (Linux's limit for one string), and largest .deepspeed_env
 
 
 def forwarded_environment(extra: list[str], files: bool = True) -> dict[str, str]:
-    """The variables that every host gets. extra: --env options. Raises ConfigError for a name or value that is wrong.
+    """Return the variables that every host gets: {name: value}.
 
-    files: also read .deepspeed_env.
+    `extra` has the values of the --env options; if `files` is False, .deepspeed_env files are ignored. Raises
+    ConfigError for an invalid name or a value that is too long.
     """
     chosen = {k: v for k, v in os.environ.items() if FORWARDED.fullmatch(k) and k not in NOT_FORWARDED}
     for path in deepspeed_env_files() if files else []:
@@ -47,26 +49,31 @@ def forwarded_environment(extra: list[str], files: bool = True) -> dict[str, str
     for name, value in chosen.items():
         if len(value.encode(errors="surrogateescape")) >= MAX_BYTES:
             raise ConfigError(
-                f"environment variable {name}: its value is longer than 128 KiB, which no process can get."
+                f"environment variable {name}: its value is longer than 128 KiB, the limit of Linux. Shorten or unset "
+                f"it."
             )
     return chosen
 
 
 def deepspeed_env_files() -> list[Path]:
-    """The files that DeepSpeed would read, in its order: in the home folder, then in this folder."""
+    """Return the .deepspeed_env files that exist, in DeepSpeed's order: in the home folder, then in the current
+    folder.
+    """
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     paths = [Path(os.path.expanduser("~"), name), Path(name)]
     return [path for path in dict.fromkeys(path.absolute() for path in paths) if path.is_file()]
 
 
 def report_env_files() -> None:
-    """Say on stderr which .deepspeed_env files are used."""
+    """Print to stderr which .deepspeed_env files are used."""
     for path in deepspeed_env_files():
         print(f"variables for all hosts are read from {path}", file=sys.stderr, flush=True)
 
 
 def read_deepspeed_env(path: Path) -> dict[str, str]:
-    """The variables of a .deepspeed_env. Raises ConfigError with the line number for a line that is not NAME=VALUE."""
+    """Return the variables in a .deepspeed_env file. Raises ConfigError with the line number if a line is not
+    NAME=VALUE.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES).decode("utf-8-sig")
@@ -78,13 +85,14 @@ def read_deepspeed_env(path: Path) -> dict[str, str]:
             continue
         name, equals, value = (part.strip() for part in line.partition("="))
         if not equals or not VARIABLE.fullmatch(name) or "\0" in value:
-            raise ConfigError(f"{path}, line {number}: this is not NAME=VALUE, with a valid name of a variable.")
+            raise ConfigError(f"{path}, line {number}: write NAME=VALUE, with a valid variable name.")
         if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
             value = value[1:-1]
         elif re.search(r"\$[A-Za-z_{(]|`", value):
             raise ConfigError(
-                f"{path}, line {number}: {name} holds a $ or a backquote, which no shell would expand. "
-                "Write the value out; if it is meant literally, put it in quotes."
+                f"{path}, line {number}: the value of {name} contains $ or a backquote, but no shell expands this "
+                f"file. "
+                "Write the expanded value. If the characters are meant literally, put the value in quotes."
             )
         variables[name] = value
     return variables

@@ -1,15 +1,16 @@
-"""Hostfiles in DeepSpeed's format, and the choice of hosts and devices from one (`--include`, `--exclude`).
+"""Read hostfiles in DeepSpeed's format, and choose hosts and devices from them (`--include`, `--exclude`).
 
     node-1 slots=8                    one host per line; spaces around `=` are allowed, # starts a comment
-    node-2 slots=8 max_slots=8        OpenMPI's word; it may not be less than slots
-    2001:db8::7 slots=8               IPv6 as it is or in brackets
+    node-2 slots=8 max_slots=8        max_slots is OpenMPI's; it must not be less than slots
+    2001:db8::7 slots=8               an IPv6 address, with or without brackets
 
     --include node-1@node-2:0,2       NAME[:SLOT,SLOT...] joined by @: all of node-1, two devices of node-2
     --exclude node-2:1                everything but one device
 
-A name may hold letters, digits, dots, dashes and underscores only, or is an IPv6 address. It is checked before anything
-starts, so no line of a hostfile can have a meaning for a shell. User names and ports belong in ~/.ssh/config.
-DeepSpeed ignores what follows `slots=N` in a line; here it is an error, because it may have been meant.
+A name is an IPv6 address, or consists of letters, digits, dots, dashes and underscores. Names are checked before
+anything starts, so that no text from a hostfile can be interpreted by a shell. User names and ports belong in
+~/.ssh/config. DeepSpeed ignores text after `slots=N` in a line. Here such text is an error, because the user may rely
+on it.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 ZONE = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)  # the interface in fe80::1%eth0
 
 SLOTS_KEYS = ("slots", "max_slots", "max-slots")
-MAX_SLOTS = 1024  # ranks on one host; more is a typing error that would take minutes to fail
-MAX_BYTES = 2**20  # of a hostfile
+MAX_SLOTS = 1024  # most ranks on one host; a larger number is probably a typing error
+MAX_BYTES = 2**20  # largest hostfile
 
 EXAMPLE = "A line looks like this: node-1 slots=8"
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a hostfile. Raises ConfigError with the line number for anything that is not a host."""
+    """Return the hosts of a hostfile, in its order.
+
+    Raises ConfigError, with the line number, if the file cannot be read or a line is not a host.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -59,26 +63,28 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def _parse_line(text: str, where: str) -> Host:
+    """Parse one line of a hostfile. `where` is the file and line for errors (ConfigError)."""
     name, *settings = re.sub(r"\s*=\s*", "=", text).split()
     numbers: dict[str, int] = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in SLOTS_KEYS:
             raise ConfigError(
-                f"{where}: {_short(text)} is not a host: {_short(setting)} has no meaning here. {EXAMPLE}"
+                f"{where}: {_short(text)} is not a host: {_short(setting)} is not a known setting. {EXAMPLE}"
             )
         key = key.replace("-", "_")
         if key in numbers:
             raise ConfigError(f"{where}: {_short(text)} sets {key} twice. {EXAMPLE}")
         numbers[key] = _parse_slots(key, value, where)
     if "slots" not in numbers:
-        raise ConfigError(f"{where}: {_short(text)} is not a host: it does not say slots=N. {EXAMPLE}")
+        raise ConfigError(f"{where}: {_short(text)} is not a host: slots=N is missing. {EXAMPLE}")
     if numbers["slots"] > numbers.get("max_slots", MAX_SLOTS):
         raise ConfigError(f"{where}: slots={numbers['slots']} is more than max_slots={numbers['max_slots']}.")
     return Host(_parse_name(name, where), numbers["slots"])
 
 
 def _parse_slots(key: str, value: str, where: str) -> int:
+    """Parse the number of a setting such as slots=8. Raises ConfigError if it is not between 1 and MAX_SLOTS."""
     if not re.fullmatch(r"0*[1-9]\d{0,3}", value, re.ASCII) or int(value) > MAX_SLOTS:
         advice = " Remove hosts without ranks." if value.strip("0") == "" else ""
         raise ConfigError(
@@ -88,7 +94,9 @@ def _parse_slots(key: str, value: str, where: str) -> int:
 
 
 def _parse_name(name: str, where: str) -> str:
-    """A host's name, or its IPv6 address in its shortest form without brackets."""
+    """Return a host name unchanged, or an IPv6 address in its shortest form without brackets. Raises ConfigError
+    otherwise.
+    """
     if NAME.fullmatch(name) and len(name) <= 253:
         return name
     address, _, zone = name.removeprefix("[").removesuffix("]").partition("%")
@@ -105,7 +113,7 @@ def _parse_name(name: str, where: str) -> str:
 
 
 def _short(text: str, quote: bool = True) -> str:
-    """Text for an error message: a line may be a megabyte long."""
+    """Return text for an error message, cut to 100 characters because a line may be very long."""
     shown = repr(text) if quote else text
     return shown if len(shown) <= 100 else f"{shown[:100]}..."
 
@@ -114,9 +122,11 @@ def _short(text: str, quote: bool = True) -> str:
 
 
 def select_hosts(hosts: list[Host], include: str = "", exclude: str = "") -> list[Host]:
-    """The hosts that --include names, or all but what --exclude names, in the hostfile's order: as DeepSpeed does it.
+    """Return the hosts that `--include` names, or all except those that `--exclude` names, in the order of the
+    hostfile.
 
-    Raises ConfigError if both are given, for a host or a slot that is not there, and if nothing is left.
+    The rules are DeepSpeed's. Raises ConfigError if both are given, if a host or a slot does not exist, or if no host
+    is left.
     """
     if include and exclude:
         raise ConfigError("--include and --exclude: give one of them.")
@@ -138,7 +148,9 @@ def select_hosts(hosts: list[Host], include: str = "", exclude: str = "") -> lis
 
 
 def _parse_filter(hosts: Sequence[Host], option: str, text: str) -> dict[str, list[int]]:
-    """Host name -> the slots that NAME[:SLOT,SLOT...]@... names, in order; all of them for a name alone."""
+    """Parse NAME[:SLOT,SLOT...]@..., and return {host name: slots in ascending order}. A name alone means all its
+    slots.
+    """
     by_name = {host.name: host for host in hosts}
     slots: dict[str, set[int]] = {}
     for item in text.split("@"):
@@ -162,7 +174,10 @@ def _parse_filter(hosts: Sequence[Host], option: str, text: str) -> dict[str, li
 
 
 def _split_filter_item(item: str, known: dict[str, Host]) -> tuple[str, list[str]]:
-    """(host name, its slots) of one NAME[:SLOT,SLOT...]; an IPv6 address with slots is in brackets."""
+    """Split one NAME[:SLOT,SLOT...] into the host name and its slots. An IPv6 address with slots must be in brackets.
+
+    `known` has the hosts of the hostfile by name.
+    """
     if (name := _canonical(item)) in known:
         return name, []
     name, colon, slots = item.rpartition("]:") if item.startswith("[") else item.partition(":")
@@ -170,6 +185,7 @@ def _split_filter_item(item: str, known: dict[str, Host]) -> tuple[str, list[str
 
 
 def _canonical(name: str) -> str:
+    """Return an IPv6 address in its shortest form, or any other text unchanged."""
     try:
         return _parse_name(name, "")
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Hosts, and the plan of a launch: which ranks run on which host, at which address and network interface."""
+"""Hosts and the plan of a launch: which ranks run on which host, at which address and network interface."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from packspeed.launch.config.errors import ConfigError
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
-SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)  # values of such names are never printed or written
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)  # such variables are never printed or written
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """One host of a launch. A name that is an IPv6 address has no brackets."""
+    """One host of a launch. `name` is a host name or an IPv6 address without brackets."""
 
     name: str
-    slots: int  # number of ranks
-    devices: tuple[int, ...] = ()  # their devices; empty: 0 to slots - 1
+    slots: int  # number of ranks on this host
+    devices: tuple[int, ...] = ()  # device numbers of the ranks; empty: 0 to slots - 1
 
     @property
     def device_ids(self) -> tuple[int, ...]:
-        """The devices of the host's ranks, in the order of the ranks."""
+        """The device numbers of the host's ranks, in the order of ranks."""
         return self.devices or tuple(range(self.slots))
 
     @property
     def local(self) -> bool:
-        """Whether the host is this machine, so that no ssh is needed."""
+        """Whether the host is this machine, which needs no ssh."""
         return self.name in LOCAL_NAMES
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedHost:
-    """A host in a plan. It runs the ranks `first_rank` to `first_rank + slots - 1`."""
+    """A host of a launch plan, with its ranks `first_rank` to `last_rank`, its address and its network interface."""
 
     host: Host
     first_rank: int
@@ -54,13 +54,15 @@ class PlannedHost:
 
     @property
     def network_env(self) -> dict[str, str]:
-        """Variables that bind gloo and NCCL to this host's interface; empty if it is not known."""
+        """Environment variables that bind gloo and NCCL to this host's network interface; empty if the interface is
+        not known.
+        """
         return {f"{library}_SOCKET_IFNAME": self.interface for library in ("GLOO", "NCCL")} if self.interface else {}
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
-    """Everything about a launch that is decided before it starts: hosts in rank order, rendezvous port, variables."""
+    """What is decided before a launch starts: hosts in the order of ranks, rendezvous port, environment variables."""
 
     hosts: list[PlannedHost]
     port: int
@@ -73,16 +75,16 @@ class LaunchPlan:
 
     @property
     def master(self) -> str:
-        """Address of the rendezvous: that of the first host."""
+        """Address of torch's rendezvous, which is on the first host."""
         return self.hosts[0].address
 
     @property
     def world_info(self) -> dict[str, list[int]]:
-        """Host name -> its slots, the format of DeepSpeed's node launcher."""
+        """Host name -> device numbers, in the format of DeepSpeed's node launcher."""
         return {planned.host.name: list(planned.host.device_ids) for planned in self.hosts}
 
     def host_of_ranks(self) -> dict[int, str]:
-        """Rank -> name of the host that runs it."""
+        """Return {rank: name of its host}."""
         return {
             rank: planned.host.name
             for planned in self.hosts
@@ -90,7 +92,9 @@ class LaunchPlan:
         }
 
     def lines(self) -> list[str]:
-        """The plan as text, printed before the start. Values of secrets are masked."""
+        """Return the plan as lines of text, which are printed before the start. Values that may be secrets are
+        hidden.
+        """
         lines = [f"plan: {self.world} ranks on {len(self.hosts)} host(s), rendezvous at {self.master} port {self.port}"]
         for planned in self.hosts:
             ranks = f"ranks {planned.first_rank}-{planned.last_rank}"
@@ -101,11 +105,15 @@ class LaunchPlan:
 
 
 def _masked(name: str, value: str) -> str:
+    """Return the value, or only its length if the variable's name looks like that of a secret."""
     return f"({len(value)} characters)" if SECRET.search(name) else value
 
 
 def local_route(peer: str) -> tuple[str, str]:
-    """(address, interface) from which this host reaches `peer`; loopback if that is this host. Sends nothing."""
+    """Return (address, interface) from which this host reaches the address `peer`. No packet is sent.
+
+    The interface is an empty string if it cannot be determined.
+    """
     family = socket.AF_INET6 if ":" in peer else socket.AF_INET
     # Connecting a UDP socket only makes the kernel choose a route.
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -118,7 +126,7 @@ def local_route(peer: str) -> tuple[str, str]:
 
 
 def address_of(name: str) -> str:
-    """The first address of a host, IPv4 before IPv6. Raises ConfigError if the name cannot be resolved."""
+    """Return the first address of a host name, IPv4 before IPv6. Raises ConfigError if the name cannot be resolved."""
     try:
         entries = socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)
     except OSError as error:
@@ -128,7 +136,10 @@ def address_of(name: str) -> str:
 
 
 def plan_launch(hosts: list[Host], facts: Mapping[str, HostFacts], env: dict[str, str]) -> LaunchPlan:
-    """Number the ranks in the order of the hosts. The facts of the first host must hold a free port."""
+    """Return the plan of a launch, with ranks numbered in the order of `hosts`.
+
+    `facts` has each host's facts by its name. Those of the first host must contain a free port.
+    """
     planned, rank = [], 0
     for host in hosts:
         fact = facts[host.name]

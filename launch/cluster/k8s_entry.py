@@ -1,11 +1,11 @@
-"""What each pod of a rendered Kubernetes Job runs: the ranks of one node, under DeepSpeed's node launcher.
+"""The command of each pod of a Kubernetes Job that `packspeed launch` has written: run the ranks of one node.
 
     python -m packspeed.launch.cluster.k8s_entry --nodes 2 --ranks 8 --master NAME-0.NAME --port 29500
         -- --config RUNFILE ...
 
-The node's number is JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job. When a pod is evicted,
-its SIGTERM is passed on to the ranks only (local_launcher.run_launcher): they save, and their exit code 75 becomes the
-pod's.
+The number of the node is in JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job. If a pod is
+evicted, Kubernetes sends SIGTERM to it. The signal is passed on to the ranks only (local_launcher.run_launcher), which
+save and exit with 75, and the pod exits with the same code.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from packspeed.launch.config.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run this pod's ranks until they end; returns the exit code."""
+    """Run this pod's ranks until they end, and return the exit code."""
     parser = argparse.ArgumentParser(prog="packspeed.launch.cluster.k8s_entry", description="Run the ranks of one pod.")
-    parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
-    parser.add_argument("--ranks", type=int, required=True, help="ranks per node")
+    parser.add_argument("--nodes", type=int, required=True, help="number of nodes of the job")
+    parser.add_argument("--ranks", type=int, required=True, help="number of ranks per node")
     parser.add_argument("--master", required=True, help="name or address of node 0")
     parser.add_argument("--port", type=int, required=True, help="port of torch's rendezvous on node 0")
-    parser.add_argument("arguments", nargs="+", help="of train.py, after --")
+    parser.add_argument("arguments", nargs="+", help="arguments of train.py, after --")
     args = parser.parse_args(argv)
     try:
         index = node_index(os.environ.get("JOB_COMPLETION_INDEX", ""), args.nodes)
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def node_index(text: str, nodes: int) -> int:
-    """The node's number, 0 to nodes - 1, from JOB_COMPLETION_INDEX. Raises ConfigError if it is not one."""
+    """Return the node's number, 0 to nodes - 1, from the text of JOB_COMPLETION_INDEX. Raises ConfigError if it is
+    invalid.
+    """
     if not text.isdecimal() or int(text) >= nodes:
         raise ConfigError(
             f"JOB_COMPLETION_INDEX={text!r} must be a number below --nodes={nodes}. Kubernetes sets it in the pods of "

@@ -1,12 +1,12 @@
-"""`packspeed train`: run DeepSpeed's own launcher on this machine and pass signals on to the ranks.
+"""`packspeed train`: run DeepSpeed's own launcher on this machine, and pass signals on to the ranks.
 
-DeepSpeed's runner leaves its children behind on SIGTERM, and its node launcher kills the ranks after 30 s each. So the
-launcher runs in its own session with SIGTERM, SIGUSR1 and SIGINT blocked (schedulers signal every process they find).
-We pass a signal on to the ranks only, which unblock it: they save for as long as that takes, and their exit code (75)
-comes back through the launcher.
+On SIGTERM, DeepSpeed's runner leaves its children behind, and its node launcher kills each rank after 30 s. But a rank
+may need longer to save. So the launcher runs in its own session with SIGTERM, SIGUSR1 and SIGINT blocked, because
+schedulers signal every process that they find. This process passes a signal on to the ranks only. They unblock the
+signals, save for as long as it takes, and exit with 75, which the launcher passes back.
 
-The commands of DeepSpeed's launchers for one machine and for one node of several (agent.py and k8s_entry.py run it) are
-made here as well; remote_launcher.py has those for all hosts.
+This module also builds the command lines of DeepSpeed's launchers for one machine and for one node of several, which
+agent.py and k8s_entry.py run. remote_launcher.py has the command lines for all hosts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def local_accelerators() -> int:
-    """Number of NVIDIA devices visible on this machine, without importing torch."""
+    """Return the number of NVIDIA devices that are visible on this machine, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
@@ -43,19 +43,24 @@ def local_accelerators() -> int:
 
 
 def default_ranks(run: RunFile) -> int:
-    """The largest number of GPUs that divides the global batch; on CPUs one rank with all cores (measured: LOG.md)."""
+    """Return the default number of ranks: the largest number of GPUs that divides the global batch, or 1 on CPUs.
+
+    A single rank with all cores is fastest on CPUs (LOG.md).
+    """
     return max(n for n in range(1, (local_accelerators() or 1) + 1) if run.global_batch % n == 0)
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now, for the rendezvous."""
+    """Return a TCP port for the rendezvous that no process uses now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def launcher_command(ranks: int, train_args: Sequence[str], script: Path | None = None) -> list[str]:
-    """The command that a user could type: deepspeed --num_gpus N launch/train.py ..."""
+    """Return the command of DeepSpeed's launcher for this machine, equal to: deepspeed --num_gpus N launch/train.py
+    ...
+    """
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
         "--log_level", "warning", str(script or TRAIN), *train_args,
@@ -71,7 +76,11 @@ def node_launcher_command(
     python: str = sys.executable,
     script: str = str(TRAIN),
 ) -> list[str]:
-    """DeepSpeed's launcher for the ranks of one node. world_info: node -> its slots, in the order of the ranks."""
+    """Return the command of DeepSpeed's launcher for the ranks of one node.
+
+    `world_info` has each node's device numbers, in the order of ranks. `master` and `port` are torch's rendezvous, and
+    `arguments` are those of `script`.
+    """
     info = base64.urlsafe_b64encode(json.dumps(world_info).encode()).decode()
     return [
         python, "-m", "deepspeed.launcher.launch", f"--world_info={info}", f"--node_rank={node_rank}",
@@ -80,12 +89,12 @@ def node_launcher_command(
 
 
 def run_launcher(command: Sequence[str]) -> int:
-    """Run a launcher on this machine until it ends, passing SIGTERM, SIGUSR1 and Ctrl-C on to the ranks.
+    """Run a launcher on this machine until it ends, and pass SIGTERM, SIGUSR1 and Ctrl-C on to its ranks.
 
-    Returns its exit code. If there are no ranks yet, a signal ends the launcher, and the code is EXIT_STOPPED. A second
-    Ctrl-C kills the ranks. A launcher that a signal ended gives 128 + the signal, as in a shell.
+    Returns its exit code, or 128 + the signal's number if a signal ended it, as shells do. A signal that arrives before
+    any rank has started ends the launcher, and the code is EXIT_STOPPED. A second Ctrl-C kills the ranks.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the launcher and, until they unblock, the ranks
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the launcher and the ranks inherit this; the ranks unblock them
     env = {**os.environ, LAUNCHER: str(os.getpid())}
     process = subprocess.Popen(command, env=env, start_new_session=True)
     interrupts, stopped_early = 0, False
@@ -98,8 +107,8 @@ def run_launcher(command: Sequence[str]) -> int:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
         if not ranks and process.poll() is None:
-            # The launcher still imports, and nobody would tell the ranks that it starts later. The kernel signals a
-            # process group as one: no process that it forks at this moment escapes.
+            # No rank has started yet, and the ranks that the launcher starts later would not get this signal. So kill
+            # its process group. The kernel signals all processes of a group, including one that is just being forked.
             stopped_early = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -107,14 +116,15 @@ def run_launcher(command: Sequence[str]) -> int:
     code = _wait_with_handler(process, forward)
     if stopped_early and code < 0:
         print(
-            f"stopped before any rank started; the same command starts it again (exit code {EXIT_STOPPED})", flush=True
+            f"stopped before any rank started. To start again, repeat the command (exit code {EXIT_STOPPED})",
+            flush=True,
         )
         return EXIT_STOPPED
     return code if code >= 0 else 128 - code
 
 
 def _wait_with_handler(process: subprocess.Popen[bytes], handler: Callable[[int, FrameType | None], None]) -> int:
-    """Handle SIGNALS with `handler` until the process ends; returns its exit code."""
+    """Wait until the process ends, and return its exit code. `handler` handles the signals in SIGNALS meanwhile."""
     for number in SIGNALS:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -126,13 +136,16 @@ def _wait_with_handler(process: subprocess.Popen[bytes], handler: Callable[[int,
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """Whether a process runs train.py as a rank; a launcher only has it as an argument. May raise psutil.Error."""
+    """Return whether a process runs train.py as a rank. May raise psutil.Error.
+
+    A launcher process is not a rank, although train.py is one of its arguments.
+    """
     words = process.cmdline()
     return str(TRAIN) in words and "deepspeed.launcher.launch" not in words and "RANK" in process.environ()
 
 
 def ranks_below(launcher_pid: int) -> list[psutil.Process]:
-    """The rank processes among the descendants of a launcher."""
+    """Return the rank processes among the descendants of a launcher."""
     ranks = []
     try:
         descendants = psutil.Process(launcher_pid).children(recursive=True)

@@ -1,10 +1,11 @@
-"""The messages between the supervisor and the agent of each host: one JSON object per line.
+"""The messages between the supervisor and the agent on each host: one JSON object per line.
 
-    supervisor -> agent   on the agent's stdin: requests, of the kind `do`. After `run`, only BEAT and TERM follow
-    agent -> supervisor   on the agent's stdout: RECORD, then JSON; every other line is the output of a rank
+    supervisor -> agent   on the agent's stdin: requests, whose key `do` names their kind. After the request `run`, only
+                          the words BEAT and TERM follow
+    agent -> supervisor   on the agent's stdout: RECORD followed by JSON. Every other line is output of a rank
 
 ssh.py sends the short requests (facts, time, ring, stacks, kill) and waits for one answer to each. attempt.py sends
-`run` and reads records until the agent exits. agent.py is the other end of both.
+`run` and reads records until the agent exits. agent.py receives all of them.
 """
 
 from __future__ import annotations
@@ -17,35 +18,35 @@ from typing import Literal, TypedDict, final
 RECORD = "@packspeed "
 
 
-BEAT, TERM = "beat", "term"  # "the supervisor is alive"; "ask the ranks to save and stop"
+BEAT, TERM = "beat", "term"  # BEAT: the supervisor is alive. TERM: ask the ranks to save and stop
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
 class _FactsOptions(TypedDict, total=False):
-    peer: str  # the host to which the route is looked up; empty or absent: loopback
+    peer: str  # look up the route to this host; empty or absent: use loopback
     port: int  # check this port, or find a free one if it is 0
-    datasets: list[str]  # the doctor: report the fingerprints of these
-    run_folder: str  # the doctor: report whether it can be written, and leave a file named after `token`
+    datasets: list[str]  # from the doctor: report the fingerprints of these datasets
+    run_folder: str  # from the doctor: report whether it can be written, and create a file named after `token` there
     token: str
 
 
 class FactsRequest(_FactsOptions):
-    """Describe the host."""
+    """Request: describe the host. The answer is HostFacts."""
 
     do: Literal["facts"]
     cwd: str
 
 
 class TimeRequest(TypedDict):
-    """Read the host's clock."""
+    """Request: read the host's clock. The answer is TimeAnswer."""
 
     do: Literal["time"]
 
 
 class RingRequest(TypedDict):
-    """Take part in the doctor's all-reduce (socket_allreduce.py)."""
+    """Request: take part in the doctor's all-reduce (socket_allreduce.run_ring). The answer is RingAnswer."""
 
     do: Literal["ring"]
     rank: int
@@ -56,7 +57,9 @@ class RingRequest(TypedDict):
 
 
 class StacksRequest(TypedDict):
-    """Report the state and the Python stack of every rank of a launch."""
+    """Request: report the state and the Python stack of every rank of a launch. The answer is {rank as text:
+    RankState}.
+    """
 
     do: Literal["stacks"]
     id: str
@@ -64,14 +67,14 @@ class StacksRequest(TypedDict):
 
 
 class KillRequest(TypedDict):
-    """Kill every process of a launch on the host."""
+    """Request: kill every process of a launch on the host. The answer is KillAnswer."""
 
     do: Literal["kill"]
     id: str
 
 
 class RunRequest(TypedDict):
-    """Start this host's ranks and watch them until they end."""
+    """Request: start this host's ranks and watch them until they end. There is no answer; RankDeath records follow."""
 
     do: Literal["run"]
     id: str  # PACKSPEED_LAUNCH_ID of every process of this attempt on this host
@@ -83,7 +86,7 @@ class RunRequest(TypedDict):
     port: int
     script: str
     arguments: list[str]
-    silence_s: float  # after so long without a line on stdin the agent takes itself for cut off
+    silence_s: float  # if nothing arrives on stdin for so long, the agent assumes that the network is cut
 
 
 ShortRequest = FactsRequest | TimeRequest | RingRequest | StacksRequest | KillRequest
@@ -98,17 +101,17 @@ Request = ShortRequest | RunRequest
 class _FactsOnRequest(TypedDict, total=False):
     port: int | str  # a free port, or a sentence that says why the requested one cannot be used
     datasets: dict[str, str]  # path -> fingerprint, or "error: ..."
-    writable: bool | str  # of the run folder: True, or the error
-    free_gib: float  # on the disk of the run folder
-    clock_s: float  # how far the clock is off; added by the doctor
+    writable: bool | str  # whether the run folder can be written: True, or the error
+    free_gib: float  # free space on the disk of the run folder
+    clock_s: float  # how far the clock is off, in seconds; added by the doctor
 
 
 @final
 class HostFacts(_FactsOnRequest):
-    """The answer to `facts`."""
+    """The answer to `facts`. Keys of the base class are there only if the request asked for them."""
 
     hostname: str
-    address: str  # of the interface that leads to the peer
+    address: str  # address of the interface that leads to the peer
     interface: str
     cwd: bool  # whether the working directory exists there
     python: str
@@ -117,7 +120,7 @@ class HostFacts(_FactsOnRequest):
     cores: int
     memory_gib: float
     accelerators: list[str]
-    ops: list[str]  # DeepSpeed's ops that are compiled there
+    ops: list[str]  # names of DeepSpeed's ops that are compiled there
 
 
 class TimeAnswer(TypedDict):
@@ -127,24 +130,24 @@ class TimeAnswer(TypedDict):
 
 
 class RingAnswer(TypedDict):
-    """The answer to `ring`."""
+    """The answer to `ring`, the same from every host."""
 
     links: list[list[float]]  # [i]: Gbit/s from rank i to rank i + 1, and back
-    sum: bool  # whether the reduced vector is right
+    sum: bool  # whether the all-reduce gave the right sum
     all: float  # Gbit/s of the all-reduce
 
 
 class KillAnswer(TypedDict):
-    """The answer to `kill`: the pids."""
+    """The answer to `kill`: the ids of the killed processes."""
 
     killed: list[int]
 
 
 class RankState(TypedDict):
-    """One rank in the answer to `stacks`, which is a dict with the rank as text for a key."""
+    """One rank in the answer to `stacks`."""
 
-    state: str  # psutil's name of the process state
-    stack: str  # faulthandler's text
+    state: str  # state of the process, as psutil names it
+    stack: str  # the stacks of all threads, as faulthandler writes them
 
 
 @final
@@ -155,18 +158,18 @@ class RankDeath(TypedDict):
     status: int | None  # exit code, negative for a signal; None if it could not be read in time
     at: float  # seconds since the epoch
     peak_bytes: dict[str, int]  # rank -> peak resident memory, for all ranks of the host
-    oom_kills: int  # processes that the OOM killer has ended since the start
-    limit: tuple[int, int, str] | None  # of the tightest cgroup: limit, peak (bytes) and its path
+    oom_kills: int  # number of processes that the OOM killer has ended since the start
+    limit: tuple[int, int, str] | None  # the lowest memory limit of a cgroup: limit and peak in bytes, and its path
 
 
 @final
 class BandwidthRecord(TypedDict):
-    """The record of rank 0 of torch_allreduce.py: Gbit/s."""
+    """The record that rank 0 of torch_allreduce.py sends: the rate in Gbit/s and the time."""
 
     bandwidth: float
     at: float
 
 
 def send_record(record: Mapping[str, object]) -> None:
-    """Send one answer or record to the supervisor: a single write, so that output of the ranks cannot split it."""
+    """Send one answer or record to the supervisor, in a single write, so that output of the ranks cannot split it."""
     os.write(1, f"{RECORD}{json.dumps(record)}\n".encode())

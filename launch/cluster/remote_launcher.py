@@ -1,12 +1,12 @@
-"""`packspeed launch --launcher pdsh|openmpi`: DeepSpeed's runner for all hosts of a plan, unsupervised.
+"""`packspeed launch --launcher pdsh|openmpi`: run DeepSpeed's own launcher for all hosts, without supervision.
 
-DeepSpeed gives pdsh one line for the remote shell, with little quoting of its own: it puts double quotes around an
-argument with a space and around a variable's value with an unusual character, and escapes neither $ nor backquotes.
-So what goes in is prepared such that the remote shell ends up with the text itself (pdsh_argument, pdsh_value). What
-cannot be prepared (a folder with a space in its name) is refused. OpenMPI uses no shell, but there DeepSpeed's double
-quotes become part of a value, so such values are refused.
+With pdsh, DeepSpeed builds one command line for the remote shell and quotes little in it. It puts double quotes around
+an argument that contains a space and around the value of a variable with an unusual character, but it escapes neither $
+nor backquotes. So this module escapes arguments and values such that the remote shell produces the original text
+(pdsh_argument, pdsh_value). What cannot be escaped, such as a folder with a space in its name, is refused. OpenMPI uses
+no shell, but there DeepSpeed's double quotes become part of the value, so values that would be quoted are refused.
 
-The variables are passed in a file, which may hold secrets: only its owner can read it, and it is removed at the end.
+The variables are passed in a file, which may contain secrets. Only its owner can read it, and it is removed at the end.
 """
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ from packspeed.launch.cluster.local_launcher import SIGNALS, TRAIN
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.run_folder.heartbeat import LAUNCHER
 
-PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")  # no shell, no pdsh and no quoting of DeepSpeed changes these
+PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")  # characters that the shell, pdsh and DeepSpeed's quoting leave unchanged
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
-# DeepSpeed passes on every variable that begins so. A value in the file replaces its own, which is not escaped.
+# DeepSpeed itself passes on all variables with these prefixes, without escapes. Values in the file replace them.
 PASSED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
 def run_remote_launcher(plan: LaunchPlan, launcher: str, train_args: Sequence[str]) -> int:
-    """Train on all hosts of a plan; returns the exit code. A signal is passed on to the launcher, which ends its ranks.
+    """Train on all hosts of a plan with `launcher` ("pdsh" or "openmpi"), and return the exit code.
 
-    Raises ConfigError for what this launcher cannot pass on.
+    A signal is passed on to the launcher, which ends its ranks. Raises ConfigError if the launcher cannot pass on an
+    argument, a variable or a host name.
     """
     with launcher_files(plan, launcher) as (hostfile, variables):
         command = launcher_command(plan, launcher, hostfile, train_args)
         env = {**os.environ, "DS_ENV_FILE": str(variables), LAUNCHER: str(os.getpid())}
-        # If we are killed, DeepSpeed's runner gets SIGTERM. With pdsh it then ends the ranks of all hosts; with OpenMPI
-        # the ranks on this machine notice it by LAUNCHER, and mpirun ends the others.
+        # If this process is killed, DeepSpeed's runner gets SIGTERM. With pdsh, the runner then ends the ranks on all
+        # hosts. With OpenMPI, the ranks on this machine notice that the process in LAUNCHER has ended, and mpirun ends
+        # the other ranks.
         process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_terminate_with_parent)
 
         def forward(number: int, frame: FrameType | None) -> None:
@@ -60,15 +62,18 @@ def run_remote_launcher(plan: LaunchPlan, launcher: str, train_args: Sequence[st
 
 
 def _terminate_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when its parent ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def launcher_command(plan: LaunchPlan, launcher: str, hostfile: Path, train_args: Sequence[str]) -> list[str]:
-    """The command line of DeepSpeed's runner. Raises ConfigError for what this launcher cannot pass on."""
+    """Return the command line of DeepSpeed's launcher. Raises ConfigError if it cannot pass on an argument or a
+    host.
+    """
     arguments, selection = list(train_args), []
     if any(":" in planned.host.name for planned in plan.hosts):
         raise ConfigError(
-            f"--launcher {launcher}: it takes no IPv6 addresses. Give the hosts names in /etc/hosts or DNS."
+            f"--launcher {launcher}: DeepSpeed does not accept IPv6 addresses. Use host names from /etc/hosts or DNS."
         )
     if launcher == "pdsh":
         for path in (os.getcwd(), sys.executable, str(TRAIN)):
@@ -82,7 +87,8 @@ def launcher_command(plan: LaunchPlan, launcher: str, hostfile: Path, train_args
         selection = ["--include", "@".join(hosts)]
     elif any(planned.host.devices for planned in plan.hosts):
         raise ConfigError(
-            "--launcher openmpi: it cannot choose devices of a host. Leave out whole hosts, or use --launcher ssh."
+            "--launcher openmpi: it cannot use only some devices of a host. Exclude complete hosts, or use --launcher "
+            "ssh."
         )
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *selection,
@@ -93,7 +99,9 @@ def launcher_command(plan: LaunchPlan, launcher: str, hostfile: Path, train_args
 
 @contextlib.contextmanager
 def launcher_files(plan: LaunchPlan, launcher: str) -> Iterator[tuple[Path, Path]]:
-    """Write the hostfile and the file of variables; both are removed at the end of the `with` block."""
+    """Write the hostfile and the file of variables, and yield their paths. Both are removed at the end of the `with`
+    block.
+    """
     hosts = [f"{planned.host.name} slots={max(planned.host.device_ids) + 1}\n" for planned in plan.hosts]
     lines = [f"{name}={value}\n" for name, value in launcher_variables(plan, launcher, os.environ).items()]
     with tempfile.TemporaryDirectory(prefix="packspeed-launch-") as folder:  # mode 0700
@@ -106,9 +114,13 @@ def launcher_files(plan: LaunchPlan, launcher: str) -> Iterator[tuple[Path, Path
 
 
 def launcher_variables(plan: LaunchPlan, launcher: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """What every host gets, as DeepSpeed must read it. Raises ConfigError for a value that cannot be passed on."""
+    """Return the variables that every host gets, with values in the form that DeepSpeed needs.
+
+    `environ` is this process's environment. Raises ConfigError for a value that cannot be passed on.
+    """
     interfaces = {planned.interface for planned in plan.hosts if planned.interface}
-    # These launchers give every host the same variables, so an interface is set only if all hosts call it the same.
+    # These launchers give every host the same variables, so the network interface is set only if it has the same name
+    # on all hosts.
     variables = {"GLOO_SOCKET_IFNAME": interfaces.pop()} if len(interfaces) == 1 else {}
     if launcher == "openmpi":
         variables |= {"MASTER_ADDR": plan.master, "MASTER_PORT": str(plan.port)}
@@ -117,24 +129,26 @@ def launcher_variables(plan: LaunchPlan, launcher: str, environ: Mapping[str, st
     for name, value in variables.items():
         if "\n" in value or "\r" in value or value != value.strip():
             raise ConfigError(
-                f"--launcher {launcher}: the value of {name} has a line break, or a space at an end, which DeepSpeed "
-                "cannot pass on. Change it, or use --launcher ssh."
+                f"--launcher {launcher}: the value of {name} contains a line break, or starts or ends with a space. "
+                "DeepSpeed cannot pass on such a value. Change the variable, or use --launcher ssh."
             )
         if launcher == "openmpi" and value and not PLAIN.fullmatch(value.replace("%", "")):
             raise ConfigError(
-                f"--launcher openmpi: DeepSpeed puts quotes around the value of {name}, which become part of it. "
+                f"--launcher openmpi: DeepSpeed would put quotes around the value of {name}, which become part of it. "
                 "Use --launcher ssh, or unset the variable."
             )
     return {name: pdsh_value(value) for name, value in variables.items()} if launcher == "pdsh" else variables
 
 
 def pdsh_argument(text: str) -> str:
-    """`text` such that DeepSpeed, pdsh and the remote shell together turn it back into `text`."""
-    # DeepSpeed puts double quotes around an argument with a space and escapes those inside, but nothing else.
+    """Escape an argument so that after DeepSpeed, pdsh and the remote shell have processed it, it is `text` again."""
+    # DeepSpeed puts double quotes around an argument with a space and escapes double quotes in it, but nothing else.
     quoted = re.sub(r"[\\$`]", r"\\\g<0>", text) if " " in text else shlex.quote(text)
     return quoted.replace("%", "%%")  # pdsh replaces %h, %u and %n
 
 
 def pdsh_value(text: str) -> str:
-    """The same for the value of a variable: DeepSpeed puts it in double quotes if it has an unusual character."""
+    """Escape the value of a variable in the same way. DeepSpeed puts it in double quotes if it has an unusual
+    character.
+    """
     return re.sub(r"[\\$`\"]", r"\\\g<0>", text).replace("%", "%%")

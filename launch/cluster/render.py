@@ -1,12 +1,14 @@
-"""A launch as text, for schedulers that start processes themselves: an sbatch script, a Kubernetes Job, plain commands.
+"""Write a launch as text for schedulers that start processes themselves.
 
-    slurm     one srun task per rank; train.py reads its place from RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_*
-    k8s       an Indexed Job, one pod per node (k8s_entry.py), and the headless Service that gives pod 0 its name
-    no_ssh    DeepSpeed's node launcher, one command per node, to start by hand or with another tool
+    slurm     an sbatch script. srun starts one task per rank, and train.py gets its rank from the variables RANK,
+              WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE and MASTER_*
+    k8s       a Kubernetes Indexed Job with one pod per node (k8s_entry.py), and a headless Service that gives pod 0 its
+              name
+    no_ssh    one command of DeepSpeed's node launcher per node, to start by hand or with another tool
 
-The functions are pure. Every string of the user is quoted for its reader: the shell (shlex), YAML, or Kubernetes' own
-$(NAME) expansion. The value of a variable that looks like a secret is never written, only where to take it from.
-Exit code 75 (saved and stopped, start me again) puts the job back into the queue in both schedulers.
+The functions only build text. Every string of the user is quoted for what reads it: the shell (shlex), YAML, or the
+$(NAME) expansion of Kubernetes. The value of a variable that may be a secret is never written, only the place from
+which to take it. In both schedulers, a job that exits with 75 (saved and stopped) is put back into the queue.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
 STOPPED, USAGE = EXIT_STOPPED, ConfigError.exit_code
 
 
-WARNING_S = 120  # SLURM sends its signal this long before the time limit; Kubernetes gives a pod so long to save
+WARNING_S = 120  # SLURM sends its signal this long before the time limit; Kubernetes lets a pod save for this long
 
 
-PORT = 29500  # fixed, because every pod has its own network
+PORT = 29500  # can be fixed, because every pod has its own network
 
 
 VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -37,31 +39,31 @@ VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 
 
-# What an `#SBATCH` line may hold. Nothing in it can be quoted reliably.
+# The options that an `#SBATCH` line may contain. Others would need quotes, and quoting is not reliable in such lines.
 SBATCH_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[A-Za-z0-9_.,:;@/+%\[\]-]+)?")
 
 
-# USR1 is ignored until train.py installs its handler, else it would kill a rank that is still importing.
+# Ignore USR1 until train.py installs its handler. Otherwise the signal would kill a rank that is still importing.
 TASK = 'trap "" USR1; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
 
 
 SLURM = """\
 #!/usr/bin/env bash
 {directives}
-# {warning_s} s before the time limit all ranks get USR1, save and exit with {stopped}: the job goes back into the queue
-# and continues from there. Anything else that goes wrong ends the job; submit it again to continue.
+# {warning_s} s before the time limit, all ranks get USR1, save and exit with {stopped}. The job is then put back into
+# the queue and continues from there. After any other failure the job ends. To continue, submit it again.
 set -uo pipefail
 {setup}MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export WORLD_SIZE=$((SLURM_JOB_NUM_NODES * {ranks})) LOCAL_SIZE={ranks}
 code=0
-# One task per rank. A rank that saved must not take down the others (kill-on-bad-exit), a dead one may not hang them
-# for long (wait). srun does not inherit --cpus-per-task.
+# One task per rank. --kill-on-bad-exit=0: a rank that has saved must not kill the others. --wait: if a rank dies, the
+# others are killed after this many seconds. srun does not inherit --cpus-per-task.
 srun --ntasks-per-node={ranks} --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait=300 \\
     bash -c {task} rank \\
     {command} || code=$?
 if [ "$code" -eq {stopped} ]; then
-    # The requeue ends this script. Exiting before that would race with it, and the job could end as failed.
+    # The requeue ends this script. If the script exited before that, the job could be marked as failed.
     scontrol requeue "$SLURM_JOB_ID" && sleep 300
 fi
 exit "$code"
@@ -72,14 +74,15 @@ K8S = f"""\
 # kubectl apply -f FILE
 # kubectl logs -f -l app=NAME,batch.kubernetes.io/job-completion-index=0     the lines of rank 0
 # The dataset and the run folder are on the volume claim, which all pods mount (ReadWriteMany). A pod that is evicted or
-# exits with {STOPPED} (saved and stopped) is replaced and not counted as failed; {USAGE} (wrong config) fails the Job.
+# exits with {STOPPED} (saved and stopped) is replaced and does not count as failed. Exit code {USAGE} (wrong config)
+# fails the Job.
 """
 
 
 def train_arguments(run_file: str, overrides: Sequence[str], fresh: bool = False) -> list[str]:
-    """The arguments of train.py. A run file whose name begins with a dash must not look like an option."""
+    """Return the arguments of train.py for a run file and `--set` values."""
     path = f"./{run_file}" if run_file.startswith("-") else run_file
-    # "./" keeps argparse from reading the path as an option.
+    # Without "./", argparse would take a path that starts with a dash for an option.
     sets = [word for text in overrides for word in ("--set", text)]
     return ["--config", path, *sets, *(["--fresh"] if fresh else [])]
 
@@ -100,10 +103,10 @@ def slurm(
     python: str = sys.executable,
     script: str = str(TRAIN),
 ) -> str:
-    """The text of an sbatch script.
+    """Return the text of an sbatch script.
 
-    cwd: where it runs; by default where it is submitted. options: further sbatch options, such as `--partition=gpu`.
-    Raises ConfigError for a value that a `#SBATCH` line cannot hold.
+    The job runs in the folder `cwd`, by default the one from which it is submitted. `options` are further sbatch
+    options, such as "--partition=gpu". Raises ConfigError for a value that an `#SBATCH` line cannot contain.
     """
     _at_least_one(nodes=nodes, ranks_per_node=ranks_per_node, cpus_per_rank=cpus_per_rank)
     if not TIME.fullmatch(time_limit):
@@ -119,7 +122,7 @@ def slurm(
     ]  # fmt: skip
     plain, secret = _split(env or {})
     setup = [f"export {shlex.quote(f'{key}={value}')}" for key, value in plain.items()]
-    setup += [f"# {key} is a secret: it comes from the shell that submits the job" for key in secret]
+    setup += [f"# {key} is a secret: set it in the shell that submits the job" for key in secret]
     setup += [f"cd -- {shlex.quote(cwd)} || exit {USAGE}"] if cwd else []
     return SLURM.format(
         directives="\n".join(f"#SBATCH {directive}" for directive in directives),
@@ -144,10 +147,10 @@ def k8s(
     max_restarts: int = 3,
     python: str = "python3",
 ) -> str:
-    """The YAML of a headless Service and an Indexed Job.
+    """Return the YAML of a headless Service and an Indexed Job.
 
-    claim: the volume claim that holds the run file and the dataset, mounted at `mount`. max_restarts: how often the
-    complete run may crash; a crash of one pod ends the pods of all nodes.
+    `claim` is the volume claim with the run file and the dataset, which is mounted at `mount`. `max_restarts` limits
+    how often the complete run may crash; a crash of one pod ends the pods of all nodes.
     """
     _at_least_one(nodes=nodes, ranks_per_node=ranks_per_node)
     label = _dns_label(name)
@@ -167,16 +170,16 @@ def k8s(
 
 
 def _service(label: str) -> dict[str, object]:
-    """The Service that gives pod 0 the name at which all ranks meet."""
+    """Return the Service that gives pod 0 the host name at which all ranks connect."""
     return {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": label, "labels": {"app": label}},
-        # Ranks look for pod 0 before any pod is ready.
+        # The name must resolve before pod 0 is ready, because the ranks connect to it while they start.
         "spec": {"clusterIP": "None", "selector": {"app": label}, "publishNotReadyAddresses": True},
     }  # fmt: skip
 
 
 def _pod(label: str, container: dict[str, object], claim: str) -> dict[str, object]:
-    """The pod of one node."""
+    """Return the pod of one node."""
     return {
         "subdomain": label, "restartPolicy": "Never", "terminationGracePeriodSeconds": WARNING_S,
         "containers": [container],
@@ -188,7 +191,7 @@ def _pod(label: str, container: dict[str, object], claim: str) -> dict[str, obje
 
 
 def _job(label: str, nodes: int, max_restarts: int, pod: dict[str, object]) -> dict[str, object]:
-    """An Indexed Job of one pod per node. A saved or evicted pod is replaced, a wrong config fails the Job."""
+    """Return an Indexed Job with one pod per node. Saved or evicted pods are replaced; a wrong config fails the Job."""
     rules = [
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
         {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [USAGE]}},
@@ -208,7 +211,9 @@ def _job(label: str, nodes: int, max_restarts: int, pod: dict[str, object]) -> d
 def no_ssh(
     plan: LaunchPlan, arguments: Sequence[str], *, cwd: str = "", python: str = sys.executable, script: str = str(TRAIN)
 ) -> str:
-    """One command per host of a plan, each under a comment that names the host. Start all of them, in any order."""
+    """Return one command per host of a plan, each under a comment that names the host. Start all of them, in any
+    order.
+    """
     plain, secret = _split(plan.env)
     lines = [f"# {key} is a secret: set it on every host yourself" for key in secret]
     for index, planned in enumerate(plan.hosts):
@@ -221,18 +226,19 @@ def no_ssh(
 
 
 class _Plain(yaml.SafeDumper):
-    """YAML without anchors, although both documents share objects."""
+    """A YAML dumper that writes no anchors, although the two documents share objects."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 def _literal(text: str) -> str:
-    """Escape a string so that Kubernetes' $(NAME) expansion leaves it unchanged."""
+    """Escape a string so that Kubernetes' $(NAME) expansion does not change it."""
     return text.replace("$", "$$")
 
 
 def _k8s_env(env: Mapping[str, str], label: str) -> list[dict[str, object]]:
+    """Return the `env` entries of a container. Secrets refer to the Kubernetes Secret named <label>-secrets."""
     plain, secret = _split(env)
     entries: list[dict[str, object]] = [{"name": key, "value": _literal(value)} for key, value in plain.items()]
     for key in secret:
@@ -241,7 +247,7 @@ def _k8s_env(env: Mapping[str, str], label: str) -> list[dict[str, object]]:
 
 
 def _split(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """(variables to write, names of those that hold secrets). Raises ConfigError for an invalid name."""
+    """Return (variables to write, names of variables that are secrets). Raises ConfigError for an invalid name."""
     for name in env:
         if not VARIABLE.fullmatch(name):
             raise ConfigError(f"environment variable {name!r}: this is not a valid variable name.")
@@ -250,7 +256,9 @@ def _split(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _dns_label(name: str) -> str:
-    """A run's name as a Kubernetes name: it begins with a letter and leaves room for a pod's index (63 in all)."""
+    """Return a run's name as a valid Kubernetes name of at most 50 characters, which leaves room for the index of a
+    pod.
+    """
     label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not label[:1].isalpha():
         label = f"run-{label}"
@@ -258,6 +266,7 @@ def _dns_label(name: str) -> str:
 
 
 def _at_least_one(**numbers: int) -> None:
+    """Raise ConfigError if one of the numbers is below 1. The names of the arguments are for the message."""
     for name, value in numbers.items():
         if value < 1:
             raise ConfigError(f"{name.replace('_', ' ')}: {value}. It must be at least 1.")

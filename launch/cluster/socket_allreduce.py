@@ -1,13 +1,13 @@
-"""The doctor's all-reduce on plain sockets: the agents of all hosts take part, and nothing slow like torch is imported.
+"""The doctor's all-reduce on plain sockets. The agents of all hosts take part, without importing torch, which is slow.
 
-    1. meet        the first host listens at the rendezvous port; the others connect (Coordinator)
-    2. ring        everybody learns everybody's address; each host connects to the next one
-    3. links       every link is measured both ways in bursts; links that share no host at the same time, so the time
-                   does not grow with the number of hosts
-    4. all-reduce  a vector is reduced around the ring (reduce-scatter, then all-gather) and its sum checked; its size
-                   is fitted to the slowest link
+    1. meet        The first host listens at the rendezvous port, and the others connect (Coordinator).
+    2. ring        The hosts exchange their addresses, and each host connects to the next one.
+    3. links       Every link is measured in both directions, in bursts. Links that have no host in common are measured
+                   at the same time, so the time does not grow with the number of hosts.
+    4. all-reduce  A vector is reduced around the ring (reduce-scatter, then all-gather), and its sum is checked. The
+                   slower the slowest link, the shorter the vector.
 
-It takes about 2 s. The all-reduce's Gbit/s are the algorithm's: bytes reduced per second, on each host.
+It takes about 2 s. The rate of the all-reduce is bytes of the vector per second, as on each host, in Gbit/s.
 Ring all-reduce: Patarasu and Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002
 """
 
@@ -26,32 +26,35 @@ from packspeed.launch.cluster.messages import RingAnswer
 CHUNK_BYTES = 2**18
 
 
-BURST_BYTES, BURST_S = 2**23, 0.05  # a burst ends at the first of these
+BURST_BYTES, BURST_S = 2**23, 0.05  # a burst ends after so many bytes or seconds, whichever is first
 
 
 ROUNDS = 4  # bursts per link and direction; the best one counts
 
 
-REDUCED_BYTES, REDUCED_S = 2**24, 0.5  # the vector is smaller if the slowest link would need longer
+REDUCED_BYTES, REDUCED_S = 2**24, 0.5  # size of the vector; smaller if the slowest link would need longer than this
 
 
-BUFFER_BYTES = 2**20  # limits what a slow link has yet to send when a burst ends
+BUFFER_BYTES = 2**20  # send buffer; it limits how much a slow link still has to send when a burst ends
 
 
-MEET_S, ANSWER_S = 10.0, 30.0
+MEET_S, ANSWER_S = 10.0, 30.0  # longest wait for a connection, and for data on a connection
 
 
 Value = TypeVar("Value")
 
 
 class RingError(Exception):
-    """Which host cannot be reached, in words, or `{"late": ranks}` for those that did not connect to the first host."""
+    """A host cannot be reached. The text names it, or is `{"late": ranks}` for hosts that did not connect to the
+    first one.
+    """
 
 
 def run_ring(rank: int, world: int, address: str, master: str, port: int) -> RingAnswer:
-    """Take part from beginning to end. Every host gets the same rates; raises RingError if the ring cannot be closed.
+    """Take part in the measurement as `rank`, from beginning to end. Every host gets the same result.
 
-    address: where the previous host can reach this one; master, port: where the first host listens.
+    `address` is where the previous host in the ring can reach this one; the first host listens at `master` and `port`.
+    Raises RingError if a host cannot be reached.
     """
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server((address, 0), family=_family(address), backlog=8))
@@ -74,18 +77,21 @@ def run_ring(rank: int, world: int, address: str, master: str, port: int) -> Rin
 
 
 class Coordinator:
-    """Connections between the first host and all others. `exchange` is an all-gather, and so a barrier too."""
+    """Connections between the first host and all others. A context manager, which closes them."""
 
     def __init__(self, rank: int, world: int, master: str, port: int) -> None:
         self.rank, self.world = rank, world
-        self.streams: list[TextIO] = []  # of rank 0: to ranks 1, 2, ...; of the others: to rank 0
+        self.streams: list[TextIO] = []  # on rank 0: streams to ranks 1, 2, ...; on the others: the stream to rank 0
         self.sockets = list(self._accept_all(master, port) if rank == 0 else [_connect(master, port, MEET_S)])
         if rank:
             self.streams = [self.sockets[0].makefile("rw")]
             self._write(self.streams[0], rank)
 
     def _accept_all(self, master: str, port: int) -> Iterator[socket.socket]:
-        """Accept every other host; raises RingError naming the ranks that do not connect within MEET_S."""
+        """Accept the connections of all other hosts and yield their sockets.
+
+        Raises RingError with the ranks that do not connect within MEET_S.
+        """
         streams: dict[int, TextIO] = {}
         with socket.create_server((master, port), family=_family(master), backlog=self.world) as server:
             deadline = time.monotonic() + MEET_S
@@ -102,7 +108,10 @@ class Coordinator:
         self.streams = [streams[rank] for rank in sorted(streams)]
 
     def exchange(self, value: Value) -> list[Value]:
-        """The values of all ranks, in rank order. Values go through JSON: a tuple arrives as a list."""
+        """Return the values of all ranks, in the order of ranks. Every rank must call it, so it is also a barrier.
+
+        Values are sent as JSON: a tuple arrives as a list.
+        """
         if self.rank == 0:
             values = [value, *(json.loads(stream.readline()) for stream in self.streams)]
             for stream in self.streams:
@@ -111,11 +120,12 @@ class Coordinator:
         self._write(self.streams[0], value)
         line = self.streams[0].readline()
         if not line:
-            raise RingError("the first host has given up")
+            raise RingError("the first host has closed the connection")
         return cast(list[Value], json.loads(line))
 
     @staticmethod
     def _write(stream: TextIO, value: object) -> None:
+        """Write a value as one line of JSON."""
         stream.write(json.dumps(value) + "\n")
         stream.flush()
 
@@ -131,17 +141,21 @@ class Coordinator:
 
 
 def _family(address: str) -> socket.AddressFamily:
+    """Return the address family of an IPv4 or IPv6 address."""
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _configure(connection: socket.socket) -> socket.socket:
+    """Set the timeout and the send buffer of a connection, and return it."""
     connection.settimeout(ANSWER_S)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     return connection
 
 
 def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
-    """Connect, and retry until the other end listens."""
+    """Connect to an address and port, and retry for `timeout_s` until the other host listens. Raises RingError after
+    that.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -153,16 +167,18 @@ def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
 
 
 def _read(connection: socket.socket, count: int) -> bytes:
+    """Read exactly `count` bytes."""
     data = bytearray(count)
     _read_into(connection, memoryview(data))
     return bytes(data)
 
 
 def _read_into(connection: socket.socket, view: memoryview) -> None:
+    """Fill the buffer with data from the connection. Raises RingError if the other host closes it."""
     while view:
         count = connection.recv_into(view)
         if count == 0:
-            raise RingError("a neighbour in the ring has gone")
+            raise RingError("a neighbour in the ring has closed the connection")
         view = view[count:]
 
 
@@ -172,9 +188,9 @@ def _read_into(connection: socket.socket, view: memoryview) -> None:
 def _measure_links(
     rank: int, world: int, coordinator: Coordinator, previous: socket.socket, following: socket.socket
 ) -> list[float]:
-    """Gbit/s from this host to the next one, and back."""
+    """Measure this host's links to both neighbours. Returns [Gbit/s to the next host, Gbit/s back from it]."""
     best = [0.0, 0.0]
-    odd_link = world % 2 * (world - 1)  # in a ring of odd length the last link has a turn of its own; 0: there is none
+    odd_link = world % 2 * (world - 1)  # in a ring of odd length, the last link is measured in its own turn; 0: none
     for _ in range(ROUNDS):
         for turn in range(3 if odd_link else 2):
             coordinator.exchange(None)
@@ -188,12 +204,15 @@ def _measure_links(
 
 
 def _turn(link: int, world: int, odd_link: int) -> int:
-    """When the link from a rank to the next one is measured. Two hosts have two links, one after the other."""
+    """Return in which turn the link from rank `link` to the next rank is measured: 0, 1, or 2 for the odd link.
+
+    Links of the same turn have no host in common. Two hosts have two links, measured one after the other.
+    """
     return 2 if odd_link and link == odd_link else link % 2
 
 
 def _send_burst(connection: socket.socket) -> float:
-    """Send for BURST_S; returns the rate that the other end measured, Gbit/s."""
+    """Send data for BURST_S. Returns the rate in Gbit/s that the other host measured."""
     data, sent, start = bytes(CHUNK_BYTES), 0, time.perf_counter()
     while sent < BURST_BYTES and time.perf_counter() - start < BURST_S:
         connection.sendall(b"\1" + data)
@@ -203,7 +222,7 @@ def _send_burst(connection: socket.socket) -> float:
 
 
 def _receive_burst(connection: socket.socket) -> float:
-    """Receive a burst, and send back how fast it arrived."""
+    """Receive a burst, send the measured rate back, and return it in Gbit/s."""
     chunk, received, start = bytearray(CHUNK_BYTES), 0, 0.0
     while _read(connection, 1) == b"\1":
         start = start or time.perf_counter()
@@ -220,7 +239,9 @@ def _receive_burst(connection: socket.socket) -> float:
 def _all_reduce(
     rank: int, world: int, coordinator: Coordinator, previous: socket.socket, following: socket.socket, count: int
 ) -> tuple[float, bool]:
-    """Sum a vector of `count` fp32 over the ring, three times; (best seconds, whether the sum is right)."""
+    """Sum a vector of `count` fp32 numbers over the ring, three times. Returns (best seconds, whether the sum is
+    right).
+    """
     import numpy as np
 
     best, correct = float("inf"), True
@@ -230,8 +251,9 @@ def _all_reduce(
             incoming = np.empty_like(parts[0])
             coordinator.exchange(None)
             start = time.perf_counter()
-            # world - 1 steps that add up one part of the vector per host, then world - 1 that pass the sums on. Sending
-            # and receiving happen together, else all hosts would wait for each other.
+            # In the first world - 1 steps, each host adds its numbers to the part that it receives. In the next
+            # world - 1 steps, the sums are passed on. Hosts send and receive at the same time; otherwise all would wait
+            # for each other.
             for step in range(2 * (world - 1)):
                 outgoing, received = (rank - step) % world, (rank - step - 1) % world
                 sending = sender.submit(following.sendall, parts[outgoing].tobytes())

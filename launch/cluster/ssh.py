@@ -1,8 +1,9 @@
-"""Start the agent (agent.py) of every host, over ssh or directly for localhost, and ask all hosts in parallel.
+"""Start the agent (agent.py) of every host, over ssh or directly for localhost, and send requests to all hosts in
+parallel.
 
-ssh uses its own configuration: users, ports, keys and jump hosts come from ~/.ssh/config, and host keys are checked
-unless that file says otherwise. It never prompts (BatchMode) and exits with 255 within ten seconds after the other end
-disappears (ServerAlive), which is how a launch notices a lost host.
+ssh uses the user's configuration: users, ports, keys and jump hosts come from ~/.ssh/config, and host keys are checked
+unless that file says otherwise. ssh never prompts (BatchMode). It exits with 255 within ten seconds after the other end
+has disappeared (ServerAlive); this is how a launch notices a lost host.
 """
 
 from __future__ import annotations
@@ -39,14 +40,16 @@ Answer = TypeVar("Answer")
 
 @dataclasses.dataclass
 class Replies(Generic[Answer]):
-    """The result of one request: every host is in exactly one of the two."""
+    """The replies to one request. Every host is in exactly one of `answers` and `errors`."""
 
     answers: dict[str, Answer]
-    errors: dict[str, str]  # why there is no answer
+    errors: dict[str, str]  # host -> why there is no answer
 
 
 def agent_command(host: Host, python: str = sys.executable, ssh_config: Path | None = None) -> list[str]:
-    """The command that starts the agent of a host. The remote shell sees only the interpreter's name, quoted."""
+    """Return the command that starts the agent of a host. The only text that the remote shell gets is the quoted
+    interpreter.
+    """
     agent = [python, "-m", "packspeed.launch.cluster.agent"]
     if host.local:
         return agent
@@ -61,13 +64,17 @@ def ask_hosts(
     command: Callable[[Host], list[str]] = agent_command,
     timeout_s: float = ASK_TIMEOUT_S,
 ) -> Replies[Answer]:
-    """Start the hosts' agents for a single request. answer: the type of what comes back (messages.py)."""
+    """Start the hosts' agents for a single request, and wait for the answers.
+
+    `request` makes the request of a host, and `answer` is the type of the answers (messages.py). `timeout_s` is per
+    host.
+    """
     with AgentPool(command) as pool:
         return pool.ask(hosts, request, answer, timeout_s)
 
 
 class AgentPool:
-    """One connection to each host, for any number of requests. Use as a context."""
+    """One connection to each host, for any number of requests. A context manager, which closes them."""
 
     def __init__(self, command: Callable[[Host], list[str]] = agent_command) -> None:
         self.command = command
@@ -81,7 +88,9 @@ class AgentPool:
         answer: type[Answer],
         timeout_s: float = ASK_TIMEOUT_S,
     ) -> Replies[Answer]:
-        """Send every host its request, all at the same time, and wait for the answers."""
+        """Send every host its request, all at the same time, and wait for the answers. See ask_hosts for the
+        arguments.
+        """
         replies: Replies[Answer] = Replies({}, {})
         if not hosts:
             return replies
@@ -94,7 +103,7 @@ class AgentPool:
                         replies.errors[host.name] = str(reply["error"])
                     else:
                         replies.answers[host.name] = cast(Answer, reply)
-            except BaseException:  # a signal: the threads must not wait for their hosts
+            except BaseException:  # a signal was received: do not let the threads wait for their hosts
                 self.closed = True
                 for connection in list(self.connections.values()):
                     connection.process.kill()
@@ -102,6 +111,9 @@ class AgentPool:
         return replies
 
     def _ask_one(self, host: Host, request: ShortRequest, timeout_s: float) -> dict[str, object]:
+        """Send one host its request, and return its answer or {"error": why there is none}. Connects to the host if
+        necessary.
+        """
         try:
             # Each host's first request starts its agent; this runs in one thread per host.
             if host.name not in self.connections:
@@ -114,7 +126,11 @@ class AgentPool:
         return connection.ask(request, timeout_s)
 
     def clock_skews(self, hosts: Sequence[Host]) -> dict[str, float]:
-        """A lower bound of each host's clock error, seconds: its time must lie between sending and receiving."""
+        """Return a lower bound of each host's clock error in seconds, positive if its clock is ahead.
+
+        The clock is certainly wrong if the time in the answer is before the request was sent, or after the answer
+        arrived.
+        """
         sent_at: dict[str, float] = {}
 
         def request(host: Host) -> TimeRequest:
@@ -137,25 +153,29 @@ class AgentPool:
 
 
 class AgentConnection:
-    """A running agent, which answers requests until it is closed."""
+    """A running agent, which answers requests until the connection is closed."""
 
     def __init__(self, command: list[str]) -> None:
-        self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (as long as the agent lives)
+        self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (open until `close`)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, errors="replace"
         )
         self.timed_out = False
 
     def ask(self, request: ShortRequest, timeout_s: float) -> dict[str, object]:
-        """The answer, or `{"error": why}` if the agent ends or does not answer in time (then it is killed)."""
+        """Send a request and return the answer, or {"error": why} if the agent ends or gives no answer within
+        `timeout_s`.
+
+        After a timeout the agent is killed.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        # Reading a pipe has no timeout of its own: killing the process ends the loop below.
+        # Reading from a pipe has no timeout. The timer kills the process, which ends the loop below.
         timer = threading.Timer(timeout_s, self._time_out)
         timer.start()
-        other_output = ""  # of a login shell, for example
+        other_output = ""  # lines that are not an answer, such as those of a login shell
         try:
-            with contextlib.suppress(OSError, ValueError):  # a broken pipe: stderr says more than the exception
+            with contextlib.suppress(OSError, ValueError):  # if the pipe is broken, stderr explains it better
                 self.process.stdin.write(json.dumps(request) + "\n")
                 self.process.stdin.flush()
             for line in self.process.stdout:
@@ -164,7 +184,7 @@ class AgentConnection:
                 other_output += line
         finally:
             timer.cancel()
-        # End of output without an answer: ssh or the agent has failed, and stderr says why.
+        # The output has ended without an answer: ssh or the agent has failed, and stderr contains the reason.
         if self.timed_out:
             return {"error": f"no answer within {timeout_s:.0f} s"}
         code = self.process.wait()
@@ -173,11 +193,12 @@ class AgentConnection:
         return {"error": _with_advice(" ".join(text[-3:]))}
 
     def _time_out(self) -> None:
+        """Kill the agent, because it did not answer in time."""
         self.timed_out = True
         self.process.kill()
 
     def close(self) -> None:
-        """Close the agent's stdin, which ends it; kill it after a second."""
+        """Close the agent's stdin, which makes it exit. If it is still running after a second, kill it."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with contextlib.suppress(OSError):
@@ -191,16 +212,16 @@ class AgentConnection:
 
 
 def _with_advice(error: str) -> str:
-    """An error of ssh or the remote shell, with what to do about it if we know."""
+    """Return an error of ssh or the remote shell together with what to do, if that is known."""
     for sign, advice in (
-        ("Permission denied", "its sshd refuses our key: run ssh-copy-id, or set IdentityFile in ~/.ssh/config"),
+        ("Permission denied", "its sshd refuses your key: run ssh-copy-id, or set IdentityFile in ~/.ssh/config"),
         ("Host key verification failed", "its host key is not in known_hosts: connect once by hand and compare it"),
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key has changed: find out why before you accept it"),
         ("Could not resolve", "its name cannot be resolved here: check /etc/hosts or DNS"),
         ("No module named", "Packspeed is not installed for this Python: run pip install -e . on every host"),
         ("No such file", "this Python does not exist there: install it at the same path, or pass --python"),
         ("not found", "this Python does not exist there: install it at the same path, or pass --python"),
-        ("refused", "no sshd answers"),
+        ("refused", "no sshd answers there: start it, or set its port in ~/.ssh/config"),
         ("timed out", "it does not answer: check that it is up and that the network reaches it"),
         ("No route", "it does not answer: check that it is up and that the network reaches it"),
     ):

@@ -1,16 +1,17 @@
-"""`packspeed launch`: run a training job on all usable hosts and restart it after a failure until it is finished.
+"""`packspeed launch`: train on all usable hosts, and restart the run after a failure until it is finished.
 
-This file decides; attempt.py does one attempt. What happens when a host dies, in order, and where to read it:
+This module decides what happens; attempt.py runs one attempt, from its start to its end. When a host dies, the
+following happens, in this order and these modules:
 
-    1. supervisor.py   Supervisor.supervise has planned an attempt, started it and is waiting in Attempt.watch
-    2. attempt.py      ssh to the host exits with 255 -> _verdict: `lost`; end kills the ranks on the other hosts
-    3. agent.py        on the lost host, if it is still alive: nothing heard for 20 s -> LocalRanks ends its ranks
-    4. supervisor.py   the outcome goes to launches.jsonl; supervise plans again: plan asks all hosts (ssh.py)
-    5. hosts.py        plan_launch numbers the ranks of the hosts that answered
-    6. supervisor.py   the next attempt starts; train.py resumes from the newest complete checkpoint (resharding it if
-                       there are fewer ranks now); the dropped host is asked again every `take_back_s`
+    1. supervisor.py   Supervisor.supervise has planned and started an attempt, and waits in Attempt.watch. 2.
+    attempt.py      ssh to the host exits with 255. _verdict returns `lost`, and end kills the ranks on other hosts. 3.
+    agent.py        If the lost host is still alive, its agent receives nothing for 20 s and ends its ranks. 4.
+    supervisor.py   The outcome is written to launches.jsonl. Supervisor.plan asks all hosts again (ssh.py). 5. hosts.py
+    plan_launch numbers the ranks of the hosts that have answered. 6. supervisor.py   The next attempt starts. train.py
+    resumes from the newest complete checkpoint, which it converts if the number of ranks has changed. The dropped host
+    is asked again every `take_back_s` seconds.
 
-The messages are in messages.py, a rank's heartbeat in run_folder/heartbeat.py.
+messages.py defines the messages between supervisor and agents, and run_folder/heartbeat.py the heartbeat of a rank.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ MUST_MATCH: tuple[Literal["python", "versions", "commit"], ...] = ("python", "ve
 
 
 class StoppedError(Exception):
-    """A signal came while the supervisor asked hosts or waited."""
+    """A signal arrived while the supervisor was asking hosts or waiting, so that no rank was running."""
 
 
 class Supervisor:
-    """Runs attempts and decides on restarts.
+    """Runs attempts and decides whether to restart.
 
         plan -> start -> watch -> verdict -> end -> record -> done | give up | restart with the hosts that are left
           ^                                                                          |
           +---------------------------- pause of 1, 2, 4 ... 60 s -------------------+
 
-    `hosts` are those that the next attempt uses, `dropped` those that failed a check and may come back.
+    `hosts` are used by the next attempt. `dropped` are hosts that failed a check and may be used again later.
     """
 
     def __init__(self, run: RunFile, options: LaunchOptions, arguments: Sequence[str], log: Log) -> None:
@@ -59,28 +60,29 @@ class Supervisor:
         self.hosts = list(options.hosts)
         self.dropped: list[Host] = []
         self.signals = 0
-        self.interruptible = False  # a signal ends the launch immediately: no rank runs
+        self.interruptible = False  # whether a signal ends the launch immediately, because no rank is running
         self.attempt: Attempt | None = None
-        self._all_back = threading.Event()  # set when every dropped host could take part again
+        self._all_back = threading.Event()  # set if all dropped hosts are usable again
 
     def supervise(self, before_start: Callable[[], None] = lambda: None) -> int:
-        """Run attempts until one finishes, is stopped, or restarts are used up; returns the exit code.
+        """Run attempts until the run finishes, is stopped, or has used up its restarts. Returns the exit code.
 
-        before_start: called once all hosts have agreed to take part, before anything is started.
+        `before_start` is called once, when all hosts have passed their checks and before anything is started.
         """
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         try:
             return self._supervise(before_start)
         except StoppedError:
-            self.log(f"stopped while no rank was running; the same command continues (exit code {EXIT_STOPPED})")
+            self.log(f"stopped while no rank was running. To continue, repeat the command (exit code {EXIT_STOPPED})")
             return EXIT_STOPPED
 
     def _supervise(self, before_start: Callable[[], None]) -> int:
+        """The loop over attempts of `supervise`. Raises StoppedError if a signal arrives while no rank is running."""
         fault: Outcome | None = None
         restarts, last_step, started = 0, -1, False
         while True:
-            # Plan: ask the hosts, drop those that cannot take part, number the ranks.
+            # Plan: ask the hosts, drop unusable ones, number the ranks.
             with self._may_be_interrupted():
                 plan = self.plan(first=not started)
                 for line in plan.lines():
@@ -89,24 +91,24 @@ class Supervisor:
                     before_start()
                     started = True
 
-            # Start an agent on every host. Two threads run beside the attempt: one reports how long the recovery took,
-            # one asks the dropped hosts.
+            # Start an agent on every host. Two threads run during the attempt: one reports how long the recovery took,
+            # the other asks the dropped hosts.
             attempt = self.attempt = Attempt(plan, self.options, self.run.folder / "logs", TRAIN, self.arguments)
             if self.signals:
-                attempt.send(TERM)  # the signal came while the agents were started
+                attempt.send(TERM)  # a signal arrived while the agents were being started
             if fault is not None:
                 threading.Thread(target=self._log_recovery_time, args=(fault, attempt), daemon=True).start()
             if self.dropped and self.options.take_back_s:
                 threading.Thread(target=self._ask_dropped_hosts, args=(attempt,), daemon=True).start()
 
-            # Watch until it ends, kill what is left, write the verdict down.
+            # Watch the attempt until it ends, kill what is left, and record the outcome.
             outcome = attempt.watch()
             attempt.end(self.log)
             self.attempt = None
             step = max((beat.step for beat in read_beats(attempt.logs).values()), default=0)
             self._append_history(plan, attempt, outcome, step)
 
-            # We stopped the ranks ourselves because all dropped hosts are back: continue with all hosts.
+            # _ask_dropped_hosts has stopped the ranks, because all dropped hosts are usable again. Continue with all.
             if outcome.kind == "stopped" and self._all_back.is_set() and not self.signals:
                 self.hosts, self.dropped = list(self.options.hosts), []
                 self._all_back.clear()
@@ -114,15 +116,15 @@ class Supervisor:
                 fault = None
                 continue
 
-            # Done, or not to be repeated.
+            # The run is finished, was stopped, or failed in a way that a restart cannot change.
             for line in outcome.why:
                 self.log(line)
             if outcome.kind == "stopped":
-                self.log(f"stopped; the same command continues the run (exit code {EXIT_STOPPED})")
+                self.log(f"stopped. To continue the run, repeat the command (exit code {EXIT_STOPPED})")
             if outcome.kind in ("finished", "stopped", "refused") or self.signals:
                 return outcome.code
 
-            # A failure: give up if restarts are used up or a rank fails at the same step again.
+            # A failure. Give up if the restarts are used up, or if a rank fails at the same step as before.
             if restarts >= self.options.max_restarts:
                 self.log(f"giving up after {restarts} restart(s); the history is in {self.run.folder / HISTORY}")
                 return 1
@@ -130,7 +132,7 @@ class Supervisor:
                 self.log(f"giving up: the run has failed at step {step} twice")
                 return 1
 
-            # Restart after a pause, which gives a host the time to come back.
+            # Restart after a pause, in which a host may become usable again.
             restarts, last_step, fault = restarts + 1, step, outcome
             pause_s = min(60.0, 2.0 ** (restarts - 1))
             self.log(f"restart {restarts} of {self.options.max_restarts} in {pause_s:.0f} s")
@@ -138,7 +140,10 @@ class Supervisor:
                 time.sleep(pause_s)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ask all ranks to save and stop, or stop immediately if there are none; the third Ctrl-C interrupts us."""
+        """Signal handler: ask all ranks to save and stop, or stop immediately if none is running.
+
+        The third Ctrl-C interrupts this process.
+        """
         self.signals += 1
         if self.interruptible:
             raise StoppedError
@@ -149,7 +154,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _may_be_interrupted(self) -> Iterator[None]:
-        """Inside the `with` block a signal, also one that came shortly before, raises StoppedError."""
+        """During the `with` block, a signal raises StoppedError; so does one that arrived shortly before."""
         self.interruptible = True
         try:
             if self.signals:
@@ -159,10 +164,10 @@ class Supervisor:
             self.interruptible = False
 
     def plan(self, first: bool) -> LaunchPlan:
-        """Ask the hosts and plan with those that can take part; the others move to `dropped`.
+        """Ask all hosts and return a plan with the usable ones. The others are moved to `dropped`.
 
-        first: raise ConfigError instead of dropping a host, because the hostfile is probably wrong. Raises ConfigError
-        if no host is left.
+        If `first` is True, an unusable host raises ConfigError instead, because the hostfile is probably wrong. Also
+        raises ConfigError if no host is usable.
         """
         replies = self.ask_facts(self.hosts)
         unfit = {
@@ -172,38 +177,38 @@ class Supervisor:
         }
         if unfit and first:
             reasons = (f"{name}: {reason}" for name, reason in unfit.items())
-            raise ConfigError("\n  ".join(["these hosts cannot take part:", *reasons]))
+            raise ConfigError("\n  ".join(["these hosts cannot be used:", *reasons]))
         for name, reason in unfit.items():
             self.log(f"continuing without {name}: {reason}")
         self.dropped += [host for host in self.hosts if host.name in unfit]
         self.hosts = [host for host in self.hosts if host.name not in unfit]
         if not self.hosts:
-            raise ConfigError("no host is left that can take part")
+            raise ConfigError("none of the hosts can be used. Run packspeed doctor to see why.")
 
-        # If the first host was dropped, the rendezvous moves: routes and port must be looked up again.
+        # If the first host was dropped, the rendezvous moves to another host. So look up routes and port again.
         if unfit:
             replies = self.ask_facts(self.hosts)
         hosts = fit_slots(self.hosts, self.run.global_batch)
         ranks = sum(host.slots for host in hosts)
         if ranks != sum(host.slots for host in self.hosts):
-            self.log(f"using {ranks} ranks, which divide the {self.run.global_batch} samples of a step equally")
+            self.log(f"using {ranks} ranks: their number must divide the {self.run.global_batch} samples of a step")
         return plan_launch(hosts, replies.answers, self.options.env)
 
     def ask_facts(self, hosts: list[Host]) -> Replies[HostFacts]:
-        """Ask every host to describe itself, and the first one for a port."""
+        """Ask every host for its facts, and the first host for a port."""
         return ask_hosts(
             hosts, lambda host: self.options.facts_request(host, hosts), HostFacts, self.options.agent_command
         )
 
     def _ask_dropped_hosts(self, attempt: Attempt) -> None:
-        """Ask the dropped hosts every `take_back_s` while an attempt runs. When all can take part, stop the ranks.
+        """Ask the dropped hosts every `take_back_s` seconds while an attempt runs. Runs in a thread.
 
-        They save first; supervise then restarts with all hosts.
+        When all of them are usable, ask the ranks to save and stop; `supervise` then restarts with all hosts.
         """
         while attempt is self.attempt and attempt.running():
             time.sleep(self.options.take_back_s)
             if not read_beats(attempt.logs):
-                continue  # ranks that have not started training cannot save
+                continue  # the ranks have not started training, and could not save
             replies = self.ask_facts([*self.hosts[:1], *self.dropped])
             if not any(reason_to_drop(replies, host.name, self.hosts[0].name) for host in self.dropped):
                 self._all_back.set()
@@ -211,7 +216,9 @@ class Supervisor:
                 return
 
     def _append_history(self, plan: LaunchPlan, attempt: Attempt, outcome: Outcome, step: int) -> None:
-        """Append the attempt to launches.jsonl. A full disk must not end the launch."""
+        """Append the attempt to launches.jsonl. An error, such as a full disk, is ignored: it must not end the
+        launch.
+        """
         entry = {
             "started_at": attempt.started, "ended_at": time.time(), "hosts": [p.host.name for p in plan.hosts],
             "ranks": plan.world, "kind": outcome.kind, "why": outcome.why, "fault_at": outcome.at, "step": step,
@@ -220,7 +227,7 @@ class Supervisor:
             file.write(json.dumps(entry) + "\n")
 
     def _log_recovery_time(self, fault: Outcome, attempt: Attempt) -> None:
-        """Report how long it took from the fault to the first new step."""
+        """Log how long it took from the fault to the first new step. Runs in a thread."""
         first_steps: dict[int, int] = {}
         while attempt is self.attempt and attempt.running():
             for rank, beat in read_beats(attempt.logs).items():
@@ -228,31 +235,38 @@ class Supervisor:
                     now = time.time()
                     self.log(
                         f"recovered: {now - fault.at:.1f} s from the fault to step {beat.step} "
-                        f"({attempt.started - fault.at:.1f} s until the restart, {now - attempt.started:.1f} s since)"
+                        f"({attempt.started - fault.at:.1f} s until the restart, {now - attempt.started:.1f} s after "
+                        f"it)"
                     )
                     return
             time.sleep(0.1)
 
 
 def reason_to_drop(replies: Replies[HostFacts], name: str, reference: str) -> str:
-    """Why a host cannot take part, or an empty string if it can. The other hosts must match the reference host."""
+    """Return why a host cannot be used, or an empty string if it can.
+
+    The versions on the host must be those of the host `reference`.
+    """
     if name in replies.errors:
         return replies.errors[name]
     facts = replies.answers[name]
     if not facts["cwd"]:
-        return "this folder does not exist there; project and data must be at the same path on every host"
+        return "the current folder does not exist there. Packspeed and data must be at the same path on every host"
     if isinstance(port := facts.get("port"), str):
-        return f"{port}; choose another one with --master-port"
+        return f"{port}. Choose another port with --master-port"
     if reference in replies.answers:
         expected = replies.answers[reference]
         for key in MUST_MATCH:
             if facts[key] != expected[key]:
-                return f"{key} is {facts[key]} there, but {expected[key]} on {reference}"
+                return f"{key} is {facts[key]} there, but {expected[key]} on {reference}. They must be equal"
     return ""
 
 
 def fit_slots(hosts: list[Host], global_batch: int) -> list[Host]:
-    """The hosts with the most ranks that divide the global batch equally. Ranks are taken away from the last hosts."""
+    """Return hosts with as many ranks as possible, such that their number divides the global batch.
+
+    Ranks are removed from the last hosts first.
+    """
     world = sum(host.slots for host in hosts)
     ranks = max(n for n in range(1, world + 1) if global_batch % n == 0)
     fitted, left = [], ranks

@@ -1,6 +1,6 @@
-"""torch's all-reduce over all ranks (NCCL on GPUs, gloo on CPUs), which the doctor runs as an attempt of a launch.
+"""Measure torch's all-reduce over all ranks (NCCL on GPUs, gloo on CPUs). `packspeed doctor` runs it on all hosts.
 
-Rank 0 sends one BandwidthRecord. Its Gbit/s are the algorithm's: bytes reduced per second, on each rank.
+Rank 0 sends one BandwidthRecord. Its rate is bytes of the reduced tensor per second, as on each rank, in Gbit/s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MEBIBYTES, REPEATS = 16, 3
 
 
 def main() -> int:
-    """Measure, and send the best rate to the supervisor."""
+    """Measure three times, and send the best rate to the supervisor. Returns the exit code 0."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
