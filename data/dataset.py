@@ -35,7 +35,7 @@ Starts = npt.NDArray[np.int64]
 
 
 class DatasetDescription(TypedDict):
-    """What a checkpoint's manifest stores about a dataset."""
+    """What a checkpoint records about a dataset, so that a resumed run notices if the dataset has changed."""
 
     path: str
     fingerprint: str
@@ -45,12 +45,12 @@ class DatasetDescription(TypedDict):
 
 @dataclass(frozen=True)
 class DocumentSpan:
-    """A document: its shard, its number there, its first token in the stream of its split, and its length with EOT."""
+    """The place of a document in a dataset."""
 
-    shard: str
-    index: int
-    start: int
-    tokens: int
+    shard: str  # name, as "train-00000"
+    index: int  # number of the document in its shard, from 0
+    start: int  # number of its first token in the stream of its split
+    tokens: int  # length in tokens, EOT included
 
 
 class TokenDataset:
@@ -71,24 +71,24 @@ class TokenDataset:
         self._shards: dict[str, list[Shard]] = {"train": [], "val": []}
         for shard in self.manifest.shards:
             self._shards[shard.split].append(shard)
-        # starts[i] is the first token of shard i in its split's stream; the last entry is the split's length.
+        # starts[i] is the place of shard i's first token in the stream of its split; the last entry is the length.
         self._starts = {split: _running_sum(s.tokens for s in shards) for split, shards in self._shards.items()}
         self._documents = {split: _running_sum(s.documents for s in shards) for split, shards in self._shards.items()}
-        # Set by loaders that read scattered windows: the kernel then reads only those pages and what `will_need` names.
-        # Its readahead of 128 KiB to 8 MiB around each window made the first batch of a cold dataset wait 70 ms.
+        # Loaders that read at scattered places set this before the first read. The kernel then reads only the requested
+        # pages, without its readahead of 128 KiB to 8 MiB, which delayed the first batch from a cold disk by 70 ms.
         self.scattered = False
         self._maps: dict[str, Tokens] = {}
         self._indices: dict[str, Index] = {}
 
     def _open(self, path: str | Path) -> Path:
-        """Load the manifest and check the files; returns the folder."""
+        """Load the manifest, check the sizes of all files and return the folder. Raises DataError."""
         self.manifest = load_manifest(path)
         if self._quick_check:
             check_files(Path(path), self.manifest)
         return Path(path)
 
     def describe(self) -> list[DatasetDescription]:
-        """What a checkpoint stores about the dataset. `changes` compares two of these."""
+        """Return what a checkpoint records about this dataset. `changes` compares two such descriptions."""
         manifest = self.manifest
         return [
             {
@@ -100,18 +100,18 @@ class TokenDataset:
         ]
 
     def tokens(self, split: str) -> int:
-        """Length of a split's stream in tokens; 0 if the split is empty."""
+        """Return the number of tokens of a split, "train" or "val"; 0 if it is empty."""
         return self._starts[split][-1]
 
     def read(self, split: str, start: int, length: int) -> Tokens:
-        """Copy `length` tokens from `start` on, (length,), across shard boundaries.
+        """Return a copy of tokens start .. start + length - 1 of a split's stream, (length,).
 
-        IndexError outside the split, DataError for ids outside the vocabulary.
+        Raises IndexError if they are not all in the split, and DataError if an id is outside the vocabulary.
         """
         return self.read_rows(split, [start], length).reshape(-1)
 
     def read_rows(self, split: str, starts: Sequence[int], length: int) -> Tokens:
-        """Copy `length` tokens from each start on, (len(starts), length). Errors as in `read`."""
+        """Return a copy of `length` tokens from each of the starts on, (len(starts), length). Raises like `read`."""
         rows = np.empty((len(starts), length), dtype=self.dtype)
         for row, start in zip(rows, starts, strict=True):
             self.read_into(row, split, start)
@@ -119,9 +119,10 @@ class TokenDataset:
         return rows
 
     def check_ids(self, tokens: Tokens, split: str, spans: Iterable[tuple[int, int]]) -> None:
-        """DataError with file and place if a token is outside the vocabulary.
+        """Raise DataError, with the file and the place, if one of `tokens` is outside the vocabulary.
 
-        `tokens` were read from `spans`: first token and length of each.
+        spans: where in the split's stream the tokens were read, as (first token, length). The spans are read again to
+        find the place, but only if an id is wrong.
         """
         if not tokens.size or int(tokens.max()) < self.vocab_size:
             return
@@ -154,9 +155,12 @@ class TokenDataset:
                     os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def document_at(self, split: str, position: int) -> DocumentSpan:
-        """The document of token `position` of a split; an EOT belongs to the document it ends."""
+        """Return the document that contains token `position` of a split's stream. An EOT belongs to the one it ends.
+
+        Raises IndexError outside the split, and DataError if the index file is damaged.
+        """
         if not 0 <= position < self.tokens(split):
-            raise IndexError(f"token {position} of {split}, which has {self.tokens(split)}")
+            raise IndexError(f"there is no token {position} in split {split}, which has {self.tokens(split)} tokens")
         number = bisect_right(self._starts[split], position) - 1
         shard, first = self._shards[split][number], self._starts[split][number]
         index = self._index(shard)
@@ -259,10 +263,13 @@ class TokenDataset:
         )
 
     def read_into(self, row: Tokens, split: str, start: int) -> None:
-        """Fill `row` with the tokens from `start` on. IndexError outside the split."""
+        """Fill `row` (n,) with tokens start .. start + n - 1 of a split's stream, without a check of the ids.
+
+        Raises IndexError if they are not all in the split.
+        """
         starts, end = self._starts[split], start + len(row)
         if start < 0 or end > starts[-1]:
-            raise IndexError(f"tokens {start} to {end} of {split}, which has {starts[-1]}")
+            raise IndexError(f"tokens {start} to {end - 1} are not all in split {split}, which has {starts[-1]} tokens")
         shard, filled = bisect_right(starts, start) - 1, 0
         while filled < len(row):
             stop = min(end, starts[shard + 1])
@@ -285,13 +292,18 @@ class TokenDataset:
 
 
 def changes(old: Sequence[DatasetDescription], new: Sequence[DatasetDescription]) -> list[str]:
-    """Differences between the datasets in a checkpoint (`TokenDataset.describe`) and the current ones, as text."""
+    """Return the differences between the datasets of a checkpoint and the current ones, one text each, at most six.
+
+    old, new: the results of TokenDataset.describe for all datasets of a run. Empty if the tokens are the same.
+    """
     differences = [f"there were {len(old)} datasets, now {len(new)}"] if len(old) != len(new) else []
     for before, now in zip(old, new, strict=False):
         if before["fingerprint"] == now["fingerprint"]:
             continue
         if before["tokenizer"] != now["tokenizer"]:
-            differences.append(f"{now['path']}: its tokenizer was {before['tokenizer'][0]}, is {now['tokenizer'][0]}")
+            differences.append(
+                f"{now['path']}: the tokenizer was {before['tokenizer'][0]}, it is {now['tokenizer'][0]} now"
+            )
         old_shards, new_shards = ({name: facts for name, *facts in dataset["shards"]} for dataset in (before, now))
         for name in sorted(old_shards.keys() | new_shards.keys()):
             if name not in old_shards or name not in new_shards:

@@ -1,4 +1,4 @@
-"""The errors that Packspeed expects. The entry points print the message and exit with `exit_code`.
+"""The errors that users can fix. Commands print the message without a traceback and exit with `exit_code`.
 
 A message is one paragraph: what is wrong, where, and what to do.
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 
 class PackspeedError(Exception):
-    """Base class of all expected errors; the entry points catch this one."""
+    """Base class of the errors that users can fix. Commands catch this class."""
 
     exit_code = 1
 
 
 class DataError(PackspeedError):
-    """Something is wrong with the data or the disk: a bad document, a truncated shard, a full disk."""
+    """The data or the disk has a fault: for example a broken document, a truncated shard or a full disk."""
 
 
 class UsageError(DataError):
-    """Wrong arguments: a missing path, an unknown tokenizer name."""
+    """An argument is wrong: for example a path that does not exist or an unknown tokenizer name."""
 
     exit_code = 2

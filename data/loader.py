@@ -1,22 +1,23 @@
 """Batches as a pure function: `Loader.batch(step, rank, world)` returns the same rows on every call.
 
-Row i of step s is sample k = s * global_batch + i of the order (order.py). Rank r of w reads the global_batch / w rows
-from r * global_batch / w on. So any number of ranks that divides the global batch sees the same global batch, and the
-complete state of data loading is one integer, the step.
+Samples are numbered through the run: row i of step s is sample k = s * global_batch + i, and order.py computes from k
+which part of the dataset that sample is. Rank r of w ranks reads global_batch / w rows, from row r * global_batch / w
+on. So the global batch of a step does not depend on the number of ranks, and the state of data loading is one integer,
+the step.
 
-Example: three documents `abcde`, `fgh`, `ijklmn`, one token per letter, end-of-text (EOT) printed as `|`. The stream of
-the split is `abcde|fgh|ijklmn|`. With seq_len 4, global batch 2, seed 1 and two ranks:
+Example: three documents `abcde`, `fgh`, `ijklmn` with one token per letter, and the end-of-text token (EOT) printed as
+`|`. The stream of the split is `abcde|fgh|ijklmn|`. With seq_len 4, global batch 2, seed 1 and two ranks:
 
     step  rank  sample  inputs  labels
        0     0       0    e|fg    |fgh
        0     1       1    h|ij    |ijk
-       1     0       2    abcd    bcde     3 windows: end of the first epoch, its cut began at token 0
-       1     1       3    fgh|    gh|i     second epoch, cut from token 2 on: other borders
+       1     0       2    abcd    bcde     the last of 3 windows of the first epoch, which start at token 0
+       1     1       3    fgh|    gh|i     second epoch: the windows start at token 2, so they are cut elsewhere
        2     0       4    cde|    de|f
        2     1       5    ijkl    jklm
 
-With one rank, step 0 has samples 0 and 1 as its two rows. With packing `best_fit` (packing.py) rows hold documents, the
-EOT before a document is its first input, and `.` marks padding, which the loss ignores:
+With one rank, the two rows of step 0 are samples 0 and 1. With `data.packing: best_fit` (packing.py) a row contains
+complete documents. The first input of a document is the EOT before it. `.` is padding, which the loss ignores:
 
     step  rank  sample  inputs  labels  positions  documents
        0     0       0    lmn.    mn|.       0120        3 1
@@ -24,9 +25,9 @@ EOT before a document is its first input, and `.` marks padding, which the loss 
        1     0       2    de..    e|..       0101        2 2
        1     1       3    |abc    abcd       0123          4
 
-A prefetch thread reads while the device computes: numpy copies release the interpreter's lock, so a thread does
-what worker processes do elsewhere, without copying every batch between processes.
-Cost: about 1.5 us and one copy per row from warm files; see docs/data.md for measured tokens per second.
+A thread reads batches ahead while the device computes (Prefetcher). Worker processes are not needed, because numpy
+releases Python's global lock while it copies.
+Cost: about 1.5 us and one copy per row if the files are in the page cache. docs/data.md has measured tokens per second.
 """
 
 from __future__ import annotations
@@ -56,17 +57,18 @@ AHEAD_GAP = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one rank; `samples` (rows,) are their numbers k in the order. `inputs` and `labels` are (rows, T) each.
+    """The rows of one rank for one step. The properties `inputs` and `labels` are (rows, T) each, with T = seq_len.
 
-    Which of the other fields are set depends on the packing of the run (T = seq_len, - = None or 0):
+    samples (rows,) are the numbers of the samples, counted through the run. The other fields depend on `data.packing`
+    in the run file (- means None or 0):
 
         field        shape         stream                 stream + document_mask   best_fit, bos_aligned
         tokens       (rows, T+1)   inputs and last label  inputs and last label    (rows, T): the inputs
         targets      (rows, T)     -                      -                        the labels
         used         (rows,)       -                      -                        labels per row before the padding
         global_used  scalar        -                      -                        sum of `used` over all ranks
-        positions    (rows, T)     -                      token number in its document's part of the row, int32
-        documents    (n,)          -                      lengths of these parts, row after row, padding included
+        positions    (rows, T)     -                      each token's number in its document's part of the row, int32
+        documents    (n,)          -                      lengths of these parts, row after row; padding is a part
     """
 
     tokens: Tokens
@@ -79,18 +81,18 @@ class Batch:
 
     @property
     def inputs(self) -> Tokens:
-        """Token ids that the model reads, (rows, T)."""
+        """Return the token ids that the model reads, (rows, T)."""
         return self.tokens if self.targets is not None else self.tokens[:, :-1]
 
     @property
     def labels(self) -> Tokens:
-        """Token ids that the model predicts, (rows, T): label t follows input t."""
+        """Return the token ids that the model must predict, (rows, T): label t is the token after input t."""
         return self.targets if self.targets is not None else self.tokens[:, 1:]
 
     def hash(self) -> int:
-        """Sum of a 32-bit hash of each row (sample number and tokens), modulo 2**32.
+        """Return the sum, modulo 2**32, of one 32-bit hash per row. A row's hash covers its sample number and tokens.
 
-        The sum over ranks does not depend on how rows are distributed.
+        The sum of all ranks' results modulo 2**32 is therefore the same for any number of ranks.
         """
         total = 0
         for row, sample in enumerate(self.samples.tolist()):
@@ -101,12 +103,12 @@ class Batch:
         return total % 2**32
 
     def cut(self, rows: int) -> Iterator[Batch]:
-        """The micro batches: the same rows, `rows` at a time."""
+        """Yield this batch as micro batches of `rows` rows each."""
         ends = None if self.documents is None else np.cumsum(self.documents)
         for first in range(0, len(self.tokens), rows):
             micro, documents = slice(first, first + rows), None
             if self.documents is not None and ends is not None:
-                # No document part crosses the end of a row, so their ends tell which rows they belong to.
+                # No part of a document crosses the end of a row, so the end of a part shows which row it is in.
                 width = self.inputs.shape[1]
                 documents = self.documents[(ends > first * width) & (ends <= (first + rows) * width)]
             yield Batch(
@@ -121,9 +123,9 @@ class Batch:
 
 
 def document_positions(inputs: Tokens, eot_id: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Positions (rows, T) inside documents, and the lengths (n,) of the documents' parts, row after row.
+    """Split rows of inputs (rows, T) at their EOT tokens. Return Batch.positions (rows, T) and Batch.documents (n,).
 
-    An EOT among the inputs is the first token of the document after it; the start of a row begins a part too.
+    A part begins at the start of each row and at each EOT: among the inputs, an EOT belongs to the document after it.
     """
     rows, width = inputs.shape
     begins = inputs == eot_id
@@ -134,17 +136,20 @@ def document_positions(inputs: Tokens, eot_id: int) -> tuple[npt.NDArray[np.int3
 
 
 def count_from_starts(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """0, 1, 2 ... from each start on; the parts are adjacent. Returns (sum of lengths,)."""
+    """Return 0, 1, 2 ... for each of n adjacent parts, as one array (sum of lengths,). starts and lengths are (n,)."""
     positions = np.arange(int(starts[-1] + lengths[-1]), dtype=np.int32)
     positions -= np.repeat(starts.astype(np.int32), lengths)
     return positions
 
 
 class Loader:
-    """Batches of one split, as windows of its stream. `global_batch` is the number of rows per step over all ranks.
+    """Batches of one split whose rows are windows of its stream of tokens (`data.packing: stream`).
 
-    `document_mask` adds positions and documents to every batch. `source` is the number of the dataset in a mixture.
-    Raises DataError if the split is too small for one window, UsageError for impossible numbers.
+    seq_len: tokens per row. global_batch: rows per step of all ranks together. seed, shuffle: determine the order of
+    the windows (order.py). document_mask: set `positions` and `documents` in every batch. source: the number of this
+    dataset in a mixture, which gives each dataset its own order.
+
+    Raises DataError if the split is too small for one row, and UsageError if an argument is invalid.
     """
 
     # Rank and world of the last read-ahead, and the first step after it.
@@ -165,13 +170,13 @@ class Loader:
         if seq_len < 1 or global_batch < 1:
             raise UsageError(f"seq_len {seq_len} and global_batch {global_batch} must be at least 1.")
         if shuffle not in ("blocks", "full"):
-            raise UsageError(f"There is no shuffle {shuffle!r}: choose blocks or full.")
+            raise UsageError(f"shuffle = {shuffle!r} does not exist: choose blocks or full.")
         self.dataset, self.split, self.seq_len, self.global_batch = dataset, split, seq_len, global_batch
         self.document_mask = document_mask
         self.samples_per_epoch = self._make_order(seed, shuffle, source)
 
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
-        """Create the order; returns the number of samples in an epoch."""
+        """Set up the order of the samples, and return the number of samples in an epoch."""
         self.dataset.scattered = True
         try:
             self.order = Order(self.dataset.tokens(self.split), self.seq_len, seed, shuffle, source)
@@ -207,7 +212,10 @@ class Loader:
         self.dataset.will_need(self.split, np.stack([starts[begins], starts[lasts] - starts[begins] + length], axis=1))
 
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
-        """The parts of the split's stream that each sample has as labels: (first token, tokens), row after row."""
+        """Return, for each of `count` samples, the parts of the split's stream that are its labels.
+
+        A part is (first token, number of tokens).
+        """
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
     def samples_with(self, start: int, length: int, samples: int) -> npt.NDArray[np.int64]:
@@ -224,21 +232,24 @@ class Loader:
         return self.order.samples_at(epoch, start, start + length)
 
     def _add_documents(self, batch: Batch) -> Batch:
-        """Add positions and document lengths if document_mask is set."""
+        """Return the batch with `positions` and `documents` set, or unchanged if document_mask is off."""
         if not self.document_mask:
             return batch
         positions, documents = document_positions(batch.inputs, self.dataset.eot_id)
         return replace(batch, positions=positions, documents=documents)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The rows of `rank` of `world` in a step: global_batch / world of them. UsageError if that is no integer."""
+        """Return the rows that rank `rank` of `world` ranks trains on in a step: global_batch / world rows.
+
+        Raises UsageError if the rows cannot be shared evenly, or if there is no such rank or step.
+        """
         if self.global_batch % world:
             raise UsageError(
                 f"{world} ranks cannot share {self.global_batch} rows evenly. Choose a global batch that is a multiple "
                 f"of the number of data-parallel ranks."
             )
         if not 0 <= rank < world or step < 0:
-            raise UsageError(f"There is no rank {rank} among {world}, or no step {step}.")
+            raise UsageError(f"rank {rank} of {world}, step {step}: give a rank from 0 to {world - 1} and a step >= 0.")
         rows = self.global_batch // world
         batch = self.read(step * self.global_batch + rank * rows, rows)
         # After the read, or the first batch would wait for rows that only later batches need.
@@ -254,7 +265,7 @@ class Loader:
         return count * self.seq_len
 
     def batch_hash(self, step: int) -> str:
-        """xxh3-128 of the tokens of a step's global batch, as 32 hex digits: equal for any number of ranks."""
+        """Return xxh3-128 of the tokens of a step's global batch, as 32 hex digits."""
         batch = self.batch(step)
         digest = xxhash.xxh3_128(batch.tokens.data)
         if batch.targets is not None and batch.documents is not None:
@@ -263,53 +274,61 @@ class Loader:
         return digest.hexdigest()
 
     def epochs(self, step: int) -> float:
-        """How many times the split has been read when `step` begins."""
+        """Return how many epochs (passes over the split) are complete when `step` begins, as a fraction."""
         return step * self.global_batch / self.samples_per_epoch
 
     def val_windows(self, windows: int) -> npt.NDArray[np.int64]:
-        """First tokens of `windows` validation windows, (windows,): fixed, in order, evenly spread over the split.
+        """Return the places of the first tokens of `windows` validation windows, (windows,).
 
-        All are multiples of seq_len, so no token is predicted twice. DataError if the split has fewer windows.
+        They are in order, spread evenly over the split val, and the same on every call. All are multiples of seq_len,
+        so no token is predicted twice. Raises DataError if the split has fewer windows.
         """
         available = self.val_available()
         if not 1 <= windows <= available:
             raise DataError(
-                f"The validation split of {self.dataset.path} has {self.dataset.tokens('val')} tokens, {available} "
-                f"windows of seq_len {self.seq_len}; {windows} were asked for. Ask for fewer windows or prepare the "
-                f"dataset with a larger --val-fraction."
+                f"The validation split of {self.dataset.path} has {self.dataset.tokens('val')} tokens, which are "
+                f"{available} windows of seq_len {self.seq_len}, but {windows} are needed. Request fewer windows, or "
+                f"prepare the dataset with a larger --val-fraction."
             )
         return np.arange(windows, dtype=np.int64) * available // windows * self.seq_len
 
     def val_available(self) -> int:
-        """Number of validation windows in the dataset."""
+        """Return how many validation windows the dataset has."""
         return max(0, self.dataset.tokens("val") - 1) // self.seq_len
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:
-        """Windows number `indices` of the fixed set of `windows` validation windows; `samples` holds those numbers."""
+        """Return some of the windows of `val_windows(windows)` as a Batch.
+
+        indices: the numbers of the windows in that set, from 0; they become `samples` of the batch.
+        """
         chosen = np.asarray(indices, dtype=np.int64)
         starts = self.val_windows(windows)[chosen].tolist()
         return self._add_documents(Batch(self.dataset.read_rows("val", starts, self.seq_len + 1), chosen))
 
     def state(self, step: int) -> dict[str, int]:
-        """What a checkpoint stores in order to continue at `step`."""
+        """Return what a checkpoint stores about data loading, so that a run can resume at `step`."""
         return {"order_version": ORDER_VERSION, "step": step}
 
     def step_of(self, state: dict[str, int]) -> int:
-        """The step to continue at. DataError if the checkpoint used another version of the order."""
+        """Return the step at which to resume, from the result of `state`.
+
+        Raises DataError if the checkpoint was written with another version of the order of samples.
+        """
         if state["order_version"] != ORDER_VERSION:
             raise DataError(
-                f"The checkpoint read its data in order version {state['order_version']}, this packspeed has version "
-                f"{ORDER_VERSION}: the run would repeat some samples and miss others. Continue it with the packspeed "
-                f"that began it."
+                f"The checkpoint was written with order version {state['order_version']} (the rule for the order of "
+                f"samples), but this Packspeed has order version {ORDER_VERSION}: the run would repeat some samples "
+                f"and miss others. Resume it with the version of Packspeed that started it."
             )
         return state["step"]
 
 
 class Prefetcher:
-    """Batches of one rank, read ahead by one thread: iterate over (step, batch), then `close`, or use `with`.
+    """An iterator over (step, batch) for steps first_step .. last_step - 1 of one rank. A thread reads batches ahead.
 
-    At most `depth` batches wait in the queue. Every batch is a new array that the caller may keep. An error in the
-    thread is raised in the caller at the step where it happened. `wait_s` is the total time the caller waited for data.
+    depth: the most batches that are read ahead. rank, world: as in Loader.batch. Call `close` at the end, or use
+    `with`. The arrays of a batch are never reused, so the caller may keep them. If the thread fails, the iterator
+    raises its error at the step that failed. wait_s: the seconds that the caller has waited for data so far.
     """
 
     def __init__(
@@ -348,11 +367,11 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread and wait for it; batches not yet taken are dropped. Safe to call twice."""
-        # The thread sees `_closed` after its current batch, or after the `put` that this loop makes room for.
+        """Stop the thread, wait for its end and drop the batches in the queue. May be called more than once."""
+        # The thread notices `_closed` after its current batch. If it waits for a place in the queue, make one.
         self._closed.set()
         while self._thread.is_alive():
-            while not self._ready.empty():  # the thread may be waiting to put one
+            while not self._ready.empty():
                 self._ready.get_nowait()
             self._thread.join(timeout=0.01)
 
@@ -364,5 +383,5 @@ class Prefetcher:
                     return
                 self._ready.put((step, batch))
             self._ready.put(None)
-        except BaseException as error:  # the caller raises it
+        except BaseException as error:  # raised by __next__ in the caller's thread
             self._ready.put(error)

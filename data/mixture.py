@@ -1,12 +1,14 @@
-"""Several datasets in one run, by weight: the source of sample k is a pure function of k.
+"""Several datasets ("sources") in one run, mixed by weight: which source sample k comes from is a pure function of k.
 
-Samples are assigned in blocks of 4,096. After b blocks a source of weight w has floor(4,096 b w) samples; the heaviest
-source has the rest. So every source is within one sample of its share after every block (the heaviest within one per
-source), even a weight of a millionth gets its share, and the counts are known without computing earlier blocks.
-Inside a block the sources follow in a keyed order. A source never runs out: its next epoch begins.
+Samples are assigned to sources in blocks of 4,096. After b blocks, a source of weight w has received floor(4,096 b w)
+samples, and the source with the largest weight has received the rest. So after every block each source is within one
+sample of its share (the largest within one sample per source), and even a weight of a millionth gets its share. The
+counts need no earlier blocks. Inside a block, a keyed permutation orders the samples. If a source is exhausted, its
+next epoch begins.
 
-Weights change at stages, from the first block on that starts at or after the stage's token; the counts continue.
-Cost: 0.1 ms per block of 4,096 samples, plus the cost of the sources' own loaders.
+The weights can change during the run. A stage begins at a token, and its weights apply from the first block that starts
+at or after that token. Each source continues where it was.
+Cost: 0.1 ms per block, plus the cost of the sources' own loaders.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class MixtureStage:
-    """The weights from block `first_block` on; source i has had given[i] samples before it."""
+    """The weights from block number `first_block` on. Source i has received given[i] samples before that block."""
 
     first_block: int
     weights: tuple[Fraction, ...]
@@ -62,9 +64,10 @@ class SourceReport(TypedDict):
 
 
 class Mixture:
-    """Maps sample k to a source and a sample there. `stages` are (first sample, weights); the first is at 0.
+    """Maps sample k of the run to a source and to the number of a sample in that source.
 
-    Raises UsageError for impossible weights and for stages that are out of order.
+    stages: (first sample, one weight per source) each; the first stage begins at sample 0. Raises UsageError if weights
+    are negative or all 0, or if the stages are not sorted.
     """
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[float]]], seed: int):
@@ -76,32 +79,38 @@ class Mixture:
         self._block = lru_cache(maxsize=64)(self._new_block)
 
     def _add(self, block: int, weights: Sequence[float]) -> None:
-        """Add a stage that begins at `block`. UsageError for impossible weights or stages out of order."""
+        """Add a stage that begins at block number `block`. Raises UsageError as the class does."""
         if len(weights) != self.sources or min(weights) < 0 or not sum(weights) > 0 or self.sources > MOST_SOURCES:
             raise UsageError(
                 f"A mixture of {self.sources} sources (at most {MOST_SOURCES}) cannot have the weights "
-                f"{list(weights)}: give one weight per source, none negative and not all 0."
+                f"{list(weights)}: give one weight for each source, none below 0 and at least one above 0."
             )
         if (not self.stages and block) or (self.stages and block < self.stages[-1].first_block):
-            raise UsageError("The stages of a mixture must begin at token 0 and be sorted by their tokens.")
+            raise UsageError(
+                "The stages of a mixture are not in order: the first must begin at token 0, and each must begin after "
+                "the one before it."
+            )
         total = sum(Fraction(weight) for weight in weights)
         given = tuple(self.counts(block)) if self.stages else (0,) * self.sources
         stage = MixtureStage(block, tuple(Fraction(weight) / total for weight in weights), given)
-        # Two stages can round up to the same block: the later one replaces the earlier.
+        # If two stages round up to the same block, the later one replaces the earlier one.
         self.stages = [s for s in self.stages if s.first_block < block] + [stage]
 
     def counts(self, block: int) -> list[int]:
-        """How many samples each source has had before block number `block`."""
+        """Return how many samples each source has received before block number `block`."""
         stage = next(s for s in reversed(self.stages) if s.first_block <= block)
         assigned = (block - stage.first_block) * BLOCK
-        # Fractions are exact, so the counts do not depend on rounding after billions of samples.
+        # Fractions are exact; floats would round the counts after billions of samples.
         counts = [int(assigned * weight) for weight in stage.weights]
         heaviest = max(range(self.sources), key=lambda i: stage.weights[i])
         counts[heaviest] += assigned - sum(counts)
         return [before + count for before, count in zip(stage.given, counts, strict=True)]
 
     def assign(self, first: int, count: int) -> tuple[Indices, Indices]:
-        """Source of each sample and its number there, (count,) each. The numbers of one source are consecutive."""
+        """Return the sources of samples first .. first + count - 1, and their numbers in these sources, (count,) each.
+
+        The numbers of the samples of one source are consecutive.
+        """
         sources, numbers = list[Indices](), list[Indices]()
         while count > 0:
             block, offset = divmod(first, BLOCK)
@@ -112,7 +121,7 @@ class Mixture:
         return np.concatenate(sources), np.concatenate(numbers)
 
     def _new_block(self, block: int) -> tuple[Indices, Indices]:
-        # Which source gets how many of the block's samples; a keyed permutation then mixes their order.
+        # Each source gets its number of samples in this block; then a keyed permutation shuffles them.
         begin, end = self.counts(block), self.counts(block + 1)
         sizes = np.array(end, dtype=np.int64) - np.array(begin, dtype=np.int64)
         key = struct.pack("<QqQ", MIXTURE_VERSION, self.seed, block) + b"mixture"
@@ -137,7 +146,7 @@ class Mixture:
         return block * BLOCK + int(np.flatnonzero((sources == source) & (numbers == number))[0])
 
     def stage_of(self, sample: int) -> int:
-        """Index of the stage of a sample."""
+        """Return the index of the stage that is in force at a sample of the run."""
         return bisect_right(self._first_blocks, sample // BLOCK) - 1
 
 
@@ -160,16 +169,19 @@ class MixtureData:
         self.fingerprint = xxhash.xxh3_128_hexdigest(" ".join(d.fingerprint for d in self.datasets).encode())
 
     def tokens(self, split: str) -> int:
-        """Number of tokens of a split in all datasets."""
+        """Return the number of tokens of a split in all datasets together."""
         return sum(dataset.tokens(split) for dataset in self.datasets)
 
     def describe(self) -> list[DatasetDescription]:
-        """What a checkpoint stores about every dataset (TokenDataset.describe)."""
+        """Return what a checkpoint records about each dataset, see TokenDataset.describe."""
         return [description for dataset in self.datasets for description in dataset.describe()]
 
 
 class MixtureLoader(Loader):
-    """Batches from several datasets. `stages` are (first token, weights); other arguments as in make_loader."""
+    """Batches from several datasets. stages: (first token of the run, one weight per dataset) each.
+
+    The other arguments, and the exceptions, are those of packing.make_loader.
+    """
 
     def __init__(
         self,
@@ -195,7 +207,7 @@ class MixtureLoader(Loader):
         self.samples_per_epoch = sum(loader.samples_per_epoch for loader in self.loaders)
 
     def read(self, first: int, count: int) -> Batch:
-        """Samples first to first + count - 1. Each source reads its samples in one call."""
+        """Return samples first .. first + count - 1 of the run as a Batch. Each source reads its rows in one call."""
         source, number = self.mixture.assign(first, count)
         rows_of_source = [np.flatnonzero(source == i) for i in range(len(self.loaders))]
         batches = [
@@ -222,12 +234,15 @@ class MixtureLoader(Loader):
         return sum(map(lambda loader, at, size: loader.used_labels(at, size), self.loaders, firsts, counts))
 
     def val_available(self) -> int:
-        """Number of validation windows of all sources."""
+        """Return how many validation windows all sources have together."""
         return sum(loader.val_available() for loader in self.loaders)
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:
-        """As Loader.eval_batch; the windows are shared between the sources in proportion to how many each has."""
-        # Windows are numbered source after source; each source has its share of the fixed set.
+        """Return validation windows number `indices` of a fixed set of `windows` windows, as a Batch.
+
+        The set takes windows from each source in proportion to how many validation windows the source has.
+        """
+        # The windows of the set are numbered source after source.
         ends = np.cumsum([loader.val_available() for loader in self.loaders])
         shares = np.diff(ends * windows // int(ends[-1]), prepend=0)
         firsts = np.cumsum(shares) - shares
@@ -241,7 +256,10 @@ class MixtureLoader(Loader):
         return replace(_join(batches, len(chosen)), samples=chosen)
 
     def report(self, samples: int) -> list[SourceReport]:
-        """Per source: its weight in the first stage, and samples, tokens and epochs after `samples` of the run."""
+        """Return, for each source, how much of it the first `samples` samples of the run read.
+
+        The weight in the result is that of the first stage.
+        """
         block, rest = divmod(samples, BLOCK)
         given = np.array(self.mixture.counts(block))
         given += np.bincount(self.mixture.assign(block * BLOCK, rest)[0], minlength=len(given)) if rest else 0
@@ -258,9 +276,9 @@ class MixtureLoader(Loader):
 
 
 def _join(batches: list[tuple[Indices, Batch]], count: int) -> Batch:
-    """One batch of `count` rows from several batches, each with the row numbers that its rows get."""
+    """Join batches into one of `count` rows. Each comes with the numbers that its rows get in the result."""
     first = batches[0][1]
-    # Sources may be uint16 and uint32; the batch gets the wider type.
+    # Some sources may be uint16 and others uint32: the batch gets the wider type.
     dtype = np.result_type(*(batch.tokens.dtype for _, batch in batches))
 
     def joined(name: str, dtype: np.dtype[Any]) -> Any:

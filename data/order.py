@@ -1,21 +1,23 @@
-"""The order of training samples, version 1: sample k -> first token of its window, a pure function without state.
+"""The order of training samples: a pure function, without state, from a sample's number k to its window of tokens.
 
-Windows of seq_len + 1 tokens tile a split's stream at stride seq_len (inputs and labels share a window, so every token
-but the first is predicted once), shifted by an offset that changes with the epoch. An epoch reads every window once.
+A window is seq_len + 1 consecutive tokens of a split's stream: the inputs and, shifted by one, the labels. Windows
+start every seq_len tokens, so every token except the first is predicted once per epoch. In each epoch all windows are
+shifted by another offset. An epoch reads every window once.
 
-Two-level shuffle ("blocks"). Random windows from a cold file make the disk fetch far more than is used, so the windows
-are permuted twice: blocks of neighbouring windows over the complete stream, then single windows inside a group of
-permuted blocks. So reads are 2**17 tokens long (256 KiB of uint16), and batches mix 2**26 tokens from all over the
-stream. The bijection permutes only full blocks; the shorter last block is inserted at a random place. "full" is the
-flat permutation, for data that fits in the page cache.
+shuffle "blocks" (the default) permutes windows on two levels. Reading single windows at random from a disk would fetch
+far more bytes than are used. So blocks of 2**17 consecutive tokens (256 KiB in uint16) are permuted over the complete
+stream first. Then windows are permuted inside groups of permuted blocks. A group has 2**26 tokens from all over the
+stream, so batches are well mixed, but the disk reads blocks. Only full blocks are permuted; the shorter last block is
+inserted at a random place. shuffle "full" permutes all windows on one level, for data that fits into memory.
 
-The permutation is a keyed bijection that needs no table: an alternating Feistel network of 8 rounds over the smallest
-power of two that holds n, its halves unequal if the exponent is odd, with MurmurHash3's 64-bit finaliser as round
-function, and cycle walking back into n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Keys
-are BLAKE2b of (version, seed, source, epoch, purpose): never a sum, so neighbouring seeds and epochs share nothing.
+The permutation is a keyed bijection and needs no table. It is an alternating Feistel network of 8 rounds over the
+smallest power of two >= n, with MurmurHash3's 64-bit finaliser as the round function. The two halves are unequal if the
+number of bits is odd. A result outside 0 .. n-1 is encrypted again until it is inside ("cycle walking"; Black and
+Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). The key is BLAKE2b of (version, seed, source, epoch,
+purpose), so the orders of two seeds or two epochs have nothing in common.
 
-Cost: 1,024 samples are evaluated at a time, about 0.5 ms, 0.5 us per sample; memory is one integer per group of 2**26
-tokens. Changing anything here changes every run: raise ORDER_VERSION, which checkpoints carry, and keep this one.
+Cost: about 0.5 us per sample, computed for 1,024 samples at a time; memory: one integer per group. If anything here
+changes, every run reads other samples. Then raise ORDER_VERSION, which checkpoints record, and keep the old version.
 """
 
 from __future__ import annotations
@@ -55,21 +57,21 @@ Words = npt.NDArray[np.uint64]
 
 
 class Permutation:
-    """A keyed bijection of 0 .. n-1 onto itself, evaluated for one array of indices at a time."""
+    """A pseudo-random permutation of 0 .. n-1 that is determined by a key and computed for arrays of indices."""
 
     def __init__(self, n: int, key: bytes):
         self.n = n
-        # At least two bits per half: with fewer there are too few different round functions.
+        # At least two bits per half, because with one bit there are too few different round functions.
         bits = max(4, (n - 1).bit_length())
         self._low_bits, self._high_bits = (bits + 1) // 2, bits // 2
         digest = hashlib.blake2b(key, digest_size=8 * ROUNDS).digest()
         self._keys = [np.uint64(word) for word in struct.unpack(f"<{ROUNDS}Q", digest)]
 
     def __call__(self, index: Indices) -> Indices:
-        """The image of each index, same shape. Every index must be in 0 .. n-1."""
+        """Return the permuted value of each index, in the same shape. Every index must be in 0 .. n-1."""
         value = self._encrypt(index.astype(np.uint64))
         outside = np.flatnonzero(value >= self.n)
-        while outside.size:  # cycle walking: at most half of the domain is outside, so the rest halves
+        while outside.size:  # cycle walking; on average each pass leaves at most half of the values outside
             value[outside] = self._encrypt(value[outside])
             outside = outside[value[outside] >= self.n]
         return value.astype(np.int64)
@@ -106,24 +108,28 @@ class Permutation:
 class Order:
     """Maps sample k to a window of a stream of `tokens` tokens.
 
-    `source` is the number of the stream in a mixture. DataError if not even one window fits.
+    windows: the number of windows in an epoch. source: the number of the dataset in a mixture, which gives each dataset
+    its own order. Raises DataError if the stream is shorter than one window.
     """
 
     def __init__(self, tokens: int, seq_len: int, seed: int, shuffle: Shuffle = "blocks", source: int = 0):
         if tokens < seq_len + 1:
             raise DataError(
-                f"{tokens} tokens are fewer than one window of seq_len + 1 = {seq_len + 1}. Prepare more text or "
+                f"its stream has {tokens} tokens, but one row needs seq_len + 1 = {seq_len + 1}. Prepare more text or "
                 f"choose a shorter seq_len."
             )
         self.tokens, self.seq_len, self.seed, self.shuffle, self.source = tokens, seq_len, seed, shuffle, source
-        # One window fewer than fit leaves room for the offset, so that every epoch has the same number of windows.
+        # One window fewer than would fit. That leaves room for the offset, so all epochs have equally many windows.
         self.windows = max(1, tokens // seq_len - 1)
         self.offsets = min(seq_len, tokens - self.windows * seq_len)
         self._epoch = lru_cache(maxsize=4)(self._new_epoch)
         self._chunk = lru_cache(maxsize=4)(self._starts_of_chunk)
 
     def starts(self, first: int, count: int) -> Indices:
-        """First tokens of the windows of samples first .. first + count - 1, (count,), read-only; count at least 1."""
+        """Return the places of the first tokens of samples first .. first + count - 1, (count,), read-only.
+
+        Sample k is in epoch k // windows. count must be at least 1.
+        """
         parts = []
         while count > 0:
             epoch, slot = divmod(first, self.windows)
@@ -153,7 +159,7 @@ class Order:
         return epoch * self.windows + of_epoch.slots_of(np.arange(begin, max(begin, end), dtype=np.int64))
 
     def epoch(self, sample: int) -> int:
-        """The epoch (pass over the data) of a sample, from 0."""
+        """Return the epoch (pass over the data) that a sample belongs to, from 0."""
         return sample // self.windows
 
     def _starts_of_chunk(self, epoch: int, chunk: int) -> Indices:
@@ -167,7 +173,7 @@ class Order:
 
 
 class _Epoch:
-    """The order of one epoch: slot 0 .. windows-1 -> window 0 .. windows-1."""
+    """The order of one epoch: maps slots to windows. Slot s of an epoch is its s-th sample; both are 0 .. windows-1."""
 
     def __init__(self, order: Order, epoch: int):
         self._prefix = struct.pack("<QqQQ", ORDER_VERSION, order.seed, order.source, epoch)
@@ -179,14 +185,14 @@ class _Epoch:
         blocks = self._full_blocks + (self._rest > 0)
         self._permute_blocks = Permutation(max(1, self._full_blocks), self._prefix + b"blocks")
         self._rest_slot = self._draw(b"rest", blocks) if self._rest else blocks
-        # Group g holds the permuted blocks first_block[g] .. first_block[g + 1] - 1 and begins at slot first_slot[g].
+        # Group g has the permuted blocks first_block[g] .. first_block[g + 1] - 1; its slots begin at first_slot[g].
         self.groups = groups = max(1, round(windows * order.seq_len / GROUP_TOKENS))
         self._first_block = np.arange(groups + 1, dtype=np.int64) * blocks // groups
         missing = (self._first_block > self._rest_slot) * (self._block - self._rest)
         self._first_slot = self._first_block * self._block - missing
 
     def __call__(self, slots: Indices) -> Indices:
-        """The window of each slot, (n,) -> (n,)."""
+        """Return the number of the window in each slot, (n,) for slots (n,)."""
         if self._flat is not None:
             return self._flat(slots)
         out = np.empty_like(slots)
@@ -198,14 +204,15 @@ class _Epoch:
         return out
 
     def _in_group(self, group: int, slots: Indices) -> Indices:
-        """The windows of slots that are all in one group."""
+        """Return the numbers of the windows in slots (n,) that all belong to one group, (n,)."""
         first = self._first_slot[group]
         position = first + self._permute_group(group)(slots - first)  # windows in the order of the permuted blocks
-        # The short block has fewer windows than the others: add the difference, so that division gives the block.
+        # The last block has fewer windows than the others. Add the difference to all positions after it, so that the
+        # division below finds the right block.
         behind = position >= self._rest_slot * self._block + self._rest
         position = position + behind * (self._block - self._rest)
         slot_block, inside = np.divmod(position, self._block)
-        full_block = slot_block - (slot_block > self._rest_slot)  # its number among the full blocks
+        full_block = slot_block - (slot_block > self._rest_slot)  # number of the block if only full blocks are counted
         last = slot_block == self._rest_slot
         block = np.where(last, self._full_blocks, self._permute_blocks(np.where(last, 0, full_block)))
         window: Indices = block * self._block + inside
@@ -232,7 +239,7 @@ class _Epoch:
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 
     def _draw(self, purpose: bytes, n: int) -> int:
-        """A pseudo-random number 0 .. n-1 for this epoch and purpose."""
+        """Return a pseudo-random number in 0 .. n-1 that depends on the order, the epoch and `purpose` only."""
         digest = hashlib.blake2b(self._prefix + purpose, digest_size=16).digest()
         return int.from_bytes(digest, "little") % n
 
@@ -243,7 +250,7 @@ def _ones(bits: int) -> np.uint64:
 
 
 def mix64(word: Words) -> Words:
-    """MurmurHash3's fmix64: every input bit reaches every output bit."""
+    """Return MurmurHash3's fmix64 of each word: a bijection that spreads every input bit over all output bits."""
     word = (word ^ (word >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     word = (word ^ (word >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     mixed: Words = word ^ (word >> np.uint64(33))

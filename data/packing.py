@@ -1,19 +1,20 @@
-"""Packed rows: a row holds complete documents if they fit, instead of a window of the stream.
+"""Packed rows: a row contains complete documents if they fit, instead of a window of the stream of tokens.
 
-    best_fit      discards nothing; padding is less than one row per 16,384 documents
-    bos_aligned   rows contain only beginnings of documents; the rest of a document that does not fit is discarded
+    best_fit      no token is discarded; padding is less than one row per 16,384 documents
+    bos_aligned   every piece in a row is the beginning of a document; what does not fit into the row is discarded
 
-A document of n tokens, EOT last, takes n positions: its inputs are the EOT before it and its first n - 1 tokens, its
-labels are all its n tokens. So every token is predicted once, and every document starts with EOT at position 0.
-Documents longer than a row are cut into rows; attention never leaves a document.
+A document of n tokens, the last of which is its end-of-text token (EOT), takes n positions of a row. Its labels are all
+n tokens. Its inputs are the EOT before the document and its first n - 1 tokens. So every token is predicted once, and
+every document starts with EOT at position 0. A document longer than a row is cut into several rows (best_fit).
+Attention never crosses from one document to another.
 
-Documents are packed inside windows of 16,384 consecutive ones by best-fit-decreasing (Ding et al., "Fewer Truncations
-Improve Language Modeling", https://arxiv.org/abs/2404.10830): the longest first, each into the fullest row that has
-room. The number of rows is fixed beforehand at ceil(tokens / seq_len). The few documents that then have no room are
-split over the remaining gaps (best_fit) or cut to them (bos_aligned). So the row count of every window is known without
-packing it, and row k is found without packing the rows before it. Documents of equal length are placed together: 10 to
-30 ms per window of 5 million tokens. Rows are read in a keyed two-level order: windows, then rows inside groups of
-2**25 tokens.
+Documents are packed in windows of 16,384 consecutive documents. The algorithm is best-fit decreasing (Ding et al.,
+"Fewer Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830): the longest document first, each into
+the fullest row that has room. The number of rows of a window is fixed beforehand: ceil(tokens / seq_len). The few
+documents that do not fit into these rows are split over the remaining gaps (best_fit) or truncated to fit into one
+(bos_aligned). So the number of rows of a window is known without packing it, and any row can be computed by packing
+only its own window, which takes 10 to 30 ms for 5 million tokens. Rows are shuffled on two levels: windows are
+permuted, then rows inside groups of 2**25 tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ WINDOW_DOCUMENTS = 16_384
 GROUP_TOKENS = 2**25
 
 
-SPARE = 0.98  # bos_aligned: rows for this share of the tokens, so that there are enough documents to fill every gap
+SPARE = 0.98  # bos_aligned makes rows for 98% of the usable tokens, so that enough documents are left to fill all gaps
 
 
 PackedMode = Literal["best_fit", "bos_aligned"]
@@ -75,15 +76,18 @@ class PackingPlan:
 
 
 def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: PackedMode) -> PackingPlan:
-    """Pack documents (first tokens and lengths, (n,) each) into `rows` rows of seq_len positions."""
-    # Full rows out of documents that are at least as long as a row.
+    """Pack documents into `rows` rows of seq_len positions.
+
+    starts, lengths (n,): place of the first token, and length with EOT, of each document.
+    """
+    # Documents that are at least as long as a row provide full rows.
     whole = np.minimum(lengths // seq_len, 1 if mode == "bos_aligned" else 2**62)
     document = np.repeat(np.arange(len(lengths)), whole)
     number = np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)
     full_starts = starts[document] + number * seq_len
-    # What is left of them, and all shorter documents, by best fit.
+    # Their remainders and all shorter documents are packed by best fit.
     rest = lengths - whole * seq_len
-    # bos_aligned discards the rest of a long document, since it is no beginning.
+    # bos_aligned discards the remainder of a long document, because it is not the beginning of one.
     chosen = np.flatnonzero((rest > 0) & ((whole == 0) | (mode == "best_fit")))
     open_rows = _OpenRows(seq_len, rows - min(rows, len(full_starts)))
     left = open_rows.best_fit(rest[chosen])
@@ -94,7 +98,7 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
     all_starts = np.concatenate([full_starts, begin[open_rows.placed], begin[piece] + offset])
     all_lengths = np.concatenate([np.full(len(full_starts), seq_len), rest[chosen][open_rows.placed], length])
     all_rows = np.concatenate([np.arange(len(full_starts)), open_rows.rows + len(full_starts), row + len(full_starts)])
-    # Inside a row by position in the stream, so that the result does not depend on the order of placement.
+    # Sort the pieces of a row by their place in the stream, so that the result does not depend on the packing order.
     order = np.lexsort((all_starts, all_rows))
     first_piece = np.searchsorted(all_rows[order], np.arange(rows + 1))
     ends = np.concatenate([[0], np.cumsum(all_lengths[order])])[first_piece]
@@ -102,9 +106,10 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
 
 
 class _OpenRows:
-    """Rows that still have room, listed by how much.
+    """`rows` empty rows of seq_len positions to pack documents into, listed by the room that is left in them.
 
-    Bit n of a mask is set if some row has room for n tokens, so the tightest fit is one bit operation.
+    Bit n of `_mask` is set if some row has room for exactly n tokens, so the fullest row that fits is found by one bit
+    operation.
     """
 
     def __init__(self, seq_len: int, rows: int):
@@ -115,7 +120,10 @@ class _OpenRows:
         self.pieces: list[tuple[int, int, int, int]] = []  # document, offset in it, tokens, row
 
     def best_fit(self, lengths: Indices) -> list[int]:
-        """Best-fit-decreasing. Returns the documents that have no room. Equal lengths are placed together."""
+        """Place documents of these lengths (n,), the longest first. Return the numbers of those that do not fit.
+
+        Documents of equal length are placed together, which is faster than one by one.
+        """
         order = np.argsort(-lengths, kind="stable")
         sizes, counts = np.unique(lengths, return_counts=True)
         placed, rows, left, done = list[int](), list[int](), list[int](), 0
@@ -124,7 +132,7 @@ class _OpenRows:
             todo = documents[done : done + count]
             done += count
             while todo:
-                fitting = self._mask >> size  # its lowest set bit is the tightest row that has room
+                fitting = self._mask >> size  # the lowest set bit is the fullest row that has room
                 if not fitting:
                     left += todo
                     break
@@ -136,7 +144,10 @@ class _OpenRows:
         return left
 
     def _take(self, room: int, size: int, count: int) -> list[int]:
-        """Take rows with this `room` for up to `count` documents; a row is listed once per document it can hold."""
+        """Put up to `count` documents of `size` tokens into rows that have exactly `room` tokens of room.
+
+        Return the row of each document placed.
+        """
         per_row = min(room // size, count)
         rows = self._by_room[room][-(count // per_row) :]
         del self._by_room[room][-len(rows) :]
@@ -148,7 +159,10 @@ class _OpenRows:
         return [row for row in rows for _ in range(per_row)]
 
     def fill(self, lengths: Indices, left: list[int], split: bool) -> None:
-        """Fill the gaps, widest first, with the documents that had no room: split over gaps, or their beginnings."""
+        """Fill the gaps of the rows, the largest first, with the documents `left` that did not fit into any row.
+
+        split: continue a document in the next gap; otherwise only its beginning is used.
+        """
         holes = [(room, row) for room in range(len(self._by_room) - 1, 0, -1) for row in self._by_room[room]]
         at, used = 0, 0
         for document in left:
@@ -192,7 +206,11 @@ _loader_numbers = itertools.count()
 
 
 class PackedLoader(Loader):
-    """Batches of packed rows; positions and documents are always set. Arguments and errors as in Loader."""
+    """Batches of packed rows: a sample is a row. `targets`, `used`, `positions` and `documents` of a Batch are set.
+
+    packing: best_fit or bos_aligned, see the top of this file. The other arguments, and the exceptions, are those of
+    Loader; a damaged index raises DataError here.
+    """
 
     def __init__(
         self,
@@ -224,8 +242,8 @@ class PackedLoader(Loader):
         self._first_row = np.concatenate([[0], np.cumsum(self._rows)])
         if not documents or not self._first_row[-1]:
             raise DataError(
-                f"Split {self.split} of {self.dataset.path} does not fill one row of seq_len {self.seq_len}. Prepare "
-                f"more text or choose a shorter seq_len."
+                f"Split {self.split} of {self.dataset.path} has too few tokens for one row of seq_len {self.seq_len}. "
+                f"Prepare more text or choose a shorter seq_len."
             )
         self._prefix = struct.pack("<QqQ", PACKING_VERSION, seed, source) + b"packed " + shuffle.encode()
         self._epoch = lru_cache(maxsize=4)(self._new_epoch)
@@ -265,7 +283,7 @@ class PackedLoader(Loader):
         return _PackedEpoch(self._rows, self.seq_len, self._prefix + struct.pack("<Q", epoch))
 
     def rows_of(self, first: int, count: int) -> Indices:
-        """Row numbers, counted over all windows, of samples first to first + count - 1, (count,)."""
+        """Return the rows that samples first .. first + count - 1 are, (count,), numbered through all windows."""
         parts = []
         while count > 0:
             epoch, slot = divmod(first, self.samples_per_epoch)
@@ -276,14 +294,17 @@ class PackedLoader(Loader):
         return np.concatenate(parts)
 
     def _pieces(self, row: int) -> tuple[Indices, Indices]:
-        """First label (as token of the stream) and length of every piece of a row."""
+        """Return the pieces of a row: place of the first label in the stream, and length, (pieces,) each."""
         window = int(np.searchsorted(self._first_row, row, side="right")) - 1
         plan, inside = self._plan(window), row - int(self._first_row[window])
         pieces = slice(int(plan.first_piece[inside]), int(plan.first_piece[inside + 1]))
         return plan.starts[pieces], plan.lengths[pieces]
 
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
-        """As Loader.spans: the pieces of every row."""
+        """Return, for each of `count` samples, the parts of the split's stream that are its labels.
+
+        A part is (first token, number of tokens).
+        """
         rows = [self._pieces(row) for row in self.rows_of(first, count).tolist()]
         return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]
 
@@ -309,7 +330,7 @@ class PackedLoader(Loader):
         return count * self.seq_len - padding
 
     def read(self, first: int, count: int) -> Batch:
-        """Samples first to first + count - 1, packed."""
+        """Return samples first .. first + count - 1 of the run as a Batch of packed rows, without `global_used`."""
         eot_id, width = self.dataset.eot_id, self.seq_len
         tokens = np.full((count, width), eot_id, dtype=self.dataset.dtype)
         targets = np.full((count, width), eot_id, dtype=self.dataset.dtype)
@@ -332,19 +353,25 @@ class PackedLoader(Loader):
         return Batch(tokens, samples, targets, used, 0, positions, documents)
 
     def _read_piece(self, inputs: Tokens, labels: Tokens, start: int) -> None:
-        """Labels start at token `start` of the stream, inputs one before. The stream counts as preceded by an EOT."""
+        """Fill the labels with the stream's tokens from `start` on, and the inputs with those from start - 1 on.
+
+        inputs[0] must be EOT already: it is kept if start is 0.
+        """
         self.dataset.read_into(labels, self.split, start)
         inputs[1:] = labels[:-1]
         if start:
             self.dataset.read_into(inputs[:1], self.split, start - 1)
 
     def discarded(self) -> float:
-        """Share of the split's tokens that are a label in no row."""
+        """Return the share of the split's tokens that are a label in no row, and so are never trained on."""
         return max(0.0, 1 - self.samples_per_epoch * self.seq_len / self.dataset.tokens(self.split))
 
 
 class _PackedEpoch:
-    """The order of one epoch: slot -> (window, row in the window)."""
+    """The order of one epoch: maps slot s, the s-th sample of the epoch, to a window and the number of a row in it.
+
+    rows (windows,): the number of rows of each window. prefix: the key of this epoch's permutations.
+    """
 
     def __init__(self, rows: Indices, seq_len: int, prefix: bytes):
         self._prefix = prefix
@@ -413,14 +440,17 @@ def make_loader(
     document_mask: bool = False,
     source: int = 0,
 ) -> Loader:
-    """The loader of the split `train` for a packing: stream, best_fit or bos_aligned. Raises the errors of Loader."""
+    """Return the loader of the split train for `data.packing`: "stream", "best_fit" or "bos_aligned".
+
+    The other arguments, and the exceptions, are those of Loader. Raises UsageError for another packing.
+    """
     if packing == "stream":
         return Loader(
             dataset, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle,
             document_mask=document_mask, source=source,
         )  # fmt: skip
     if packing not in ("best_fit", "bos_aligned"):
-        raise UsageError(f"There is no packing {packing!r}: choose stream, best_fit or bos_aligned.")
+        raise UsageError(f"packing = {packing!r} does not exist: choose stream, best_fit or bos_aligned.")
     mode: PackedMode = "best_fit" if packing == "best_fit" else "bos_aligned"
     return PackedLoader(
         dataset, seq_len=seq_len, global_batch=global_batch, seed=seed, shuffle=shuffle, packing=mode, source=source

@@ -1,14 +1,14 @@
-"""Datasets behind URLs (s3://, gs://, hf://, http(s)://, all that fsspec opens), through a local cache of shards.
+"""Datasets behind URLs (s3://, gs://, hf://, https:// and all others that fsspec opens), with a local cache of shards.
 
-    <cache_dir>/<fingerprint>/train-00000.bin   renamed to this name once its xxh3-128 equals the manifest's
+    <cache_dir>/<fingerprint>/train-00000.bin   gets this name once its xxh3-128 equals the hash in the manifest
     <cache_dir>/urls/<hash of URL>/             the last manifest seen at this URL, used if the store is unreachable
 
-All processes of a node share the cache: a file lock lets one process fetch a shard while the others wait. Each process
-compares a cached file with its hash when it first uses it (0.1 s per gigabyte), and fetches a damaged one again. If the
-cache exceeds `cache_gb`, the least recently used shards are removed; a process that has one mapped can still read it.
-A store that fails is retried for ten minutes, so a run survives a restart of the store. A thread fetches shards ahead.
-The order reads blocks from all over the dataset, so a cache smaller than the dataset fetches shards again and again:
-make it as large as the dataset if there is room.
+All processes of a host share the cache. A file lock makes sure that one process fetches a shard while the others wait.
+When a process first uses a cached file, it compares the file with its hash (0.1 s per gigabyte), and fetches it again
+if it is damaged. If the cache exceeds `cache_gb`, the least recently used shards are removed; a process that has mapped
+one can still read it. A store that fails is retried for ten minutes, so a run survives a restart of the store. A thread
+fetches shards ahead of their use. Training reads from all over the dataset, so a cache smaller than the dataset fetches
+shards repeatedly: make it as large as the dataset if there is room on the disk.
 """
 
 from __future__ import annotations
@@ -49,21 +49,25 @@ def open_dataset(path: str | Path, quick_check: bool = True, **remote: Any) -> T
 
 
 class ShardCache:
-    """Verified copies of remote files in a folder of bounded size. Any number of processes and threads may use it."""
+    """A folder with verified copies of remote files. Any number of processes and threads may use it at the same time.
+
+    limit_bytes: if a new file would exceed this total, the least recently used files are removed first.
+    """
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
-        self._verified: dict[Path, int] = {}  # inode that this process has compared with the hash
+        self._verified: dict[Path, int] = {}  # the inodes whose hash this process has compared
 
     def get(self, name: str, size: int, xxh3_128: str, open_remote: Callable[[], IO[bytes]]) -> Path:
-        """The local path of a file, fetched if it is missing or damaged.
+        """Return the local path of a file. Fetch the file first if it is missing or damaged.
 
-        DataError if no complete copy arrives in RETRY_S.
+        name: path in the cache folder. size: in bytes. xxh3_128: the hash that the contents must have, in hex.
+        open_remote: opens the remote file. Raises DataError if no correct copy arrives within RETRY_S seconds.
         """
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         lock_path = path.with_name(f".{path.name}.lock")
-        with lock_file(lock_path, shared=True):  # the ranks of a node hash at the same time
+        with lock_file(lock_path, shared=True):  # shared, so that all ranks of a host can verify at the same time
             if self._is_sound(path, size, xxh3_128):
                 return path
         with lock_file(lock_path):
@@ -74,7 +78,7 @@ class ShardCache:
         return path
 
     def _is_sound(self, path: Path, size: int, xxh3_128: str) -> bool:
-        """Whether a cached file has its size and, if this process has not used it before, its hash."""
+        """Return whether a cached file is complete: size and hash are right. Compares the hash once per process."""
         try:
             stat = path.stat()
             if stat.st_size != size:
@@ -82,14 +86,14 @@ class ShardCache:
             if self._verified.get(path) != stat.st_ino and hash_file(path)["xxh3_128"] != xxh3_128:
                 return False
             self._verified[path] = stat.st_ino
-            os.utime(path)  # marks the time of use for _make_room
-        except OSError:  # missing, or removed by another process meanwhile, or unreadable
+            os.utime(path)  # records the time of use for _make_room
+        except OSError:  # missing, unreadable, or just removed by another process
             return False
         return True
 
     def _fetch(self, path: Path, size: int, xxh3_128: str, open_remote: Callable[[], IO[bytes]]) -> None:
-        """Download a file under a temporary name and rename it if its hash is right; OSError otherwise."""
-        # A name per process: a file system without working locks must not mix two downloads.
+        """Download a file under a temporary name, and rename it to `path`. Raises OSError if its hash is wrong."""
+        # Each process has its own temporary name, in case the locks of the file system do not work.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         digest, written = xxhash.xxh3_128(), 0
         try:
@@ -118,26 +122,34 @@ class ShardCache:
 
 
 def retrying(work: Callable[[], Result], what: str) -> Result:
-    """Repeat `work` until it succeeds, with growing pauses. DataError with the last reason after RETRY_S."""
+    """Return the result of work(). If it raises, try again, with growing pauses, for RETRY_S seconds.
+
+    what: names the file in the message. Raises DataError, with the last reason, if all attempts fail.
+    """
     deadline, wait_s = time.monotonic() + RETRY_S, WAIT_S
     while True:
         try:
             return work()
-        except Exception as error:  # every store's library has errors of its own
+        except Exception as error:  # each store's library raises its own classes of errors
             reason, cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", error
             if isinstance(error, FileNotFoundError):
-                reason = f"it does not exist ({error})"
+                reason = f"it was not found: {error}"
         if time.monotonic() > deadline:
             raise DataError(
-                f"{what} could not be fetched ({reason}), tried for {RETRY_S:.0f} s. Check the URL, the credentials "
-                f"and the store; the run continues from its checkpoint."
+                f"{what} could not be fetched in {RETRY_S:.0f} s of attempts. The last one failed with: {reason}. "
+                f"Check the URL, the credentials and the store, and start the command again: a run then resumes from "
+                f"its checkpoint."
             ) from cause
         time.sleep(wait_s)
         wait_s = min(10.0, 2 * wait_s)
 
 
 class RemoteDataset(TokenDataset):
-    """A prepared dataset behind a URL. As TokenDataset; a shard is fetched when it is first read, or ahead of that."""
+    """A TokenDataset behind a URL. A thread fetches shards ahead; a shard that is missing is fetched when it is read.
+
+    cache_dir: the folder of the local cache. cache_gb: its limit, in units of 10^9 bytes. Raises DataError if the
+    manifest cannot be fetched and is not in the cache.
+    """
 
     def __init__(self, url: str, cache_dir: str | Path = "~/.cache/packspeed", cache_gb: float = 100.0):
         self.url, self._cache_dir = url.rstrip("/"), Path(cache_dir).expanduser()
@@ -146,14 +158,14 @@ class RemoteDataset(TokenDataset):
         super().__init__(self.url)
 
     def _open(self, path: str | Path) -> Path:
-        """Fetch the manifest and the tokenizer; returns the local folder. Shards are verified when they are fetched."""
+        """Fetch the manifest and the tokenizer, and return the local folder. Shards are fetched later."""
         url_folder = self._cache_dir / "urls" / f"{xxhash.xxh3_64_hexdigest(self.url.encode())}"
         url_folder.mkdir(parents=True, exist_ok=True)
         with lock_file(url_folder / ".lock"):
             if not (url_folder / MANIFEST).exists():
                 write_file(url_folder / MANIFEST, retrying(lambda: self._read(MANIFEST), f"{self.url}/{MANIFEST}"))
             else:
-                with contextlib.suppress(Exception):  # store unreachable: use the last manifest
+                with contextlib.suppress(Exception):  # if the store is unreachable, use the manifest in the cache
                     write_file(url_folder / MANIFEST, self._read(MANIFEST))
             self.manifest = load_manifest(url_folder)
             folder = self._cache_dir / self.manifest.fingerprint
@@ -161,14 +173,14 @@ class RemoteDataset(TokenDataset):
             tokenizer = self.manifest.tokenizer.file
             settings = "tokenizer_config.json" if tokenizer.endswith(".json") else f"{tokenizer}.json"
             for name in (tokenizer, settings):
-                with contextlib.suppress(Exception):  # only needed for decoding
+                with contextlib.suppress(Exception):  # optional: training does not need the tokenizer
                     if not (folder / name).exists():
                         write_file(folder / name, self._read(name))
             write_file(folder / MANIFEST, (url_folder / MANIFEST).read_bytes())
         return folder
 
     def describe(self) -> list[DatasetDescription]:
-        """As TokenDataset.describe, with the URL as the path."""
+        """Return what a checkpoint records about this dataset, with the URL as its path."""
         (description,) = super().describe()
         description["path"] = self.url
         return [description]
@@ -192,7 +204,7 @@ class RemoteDataset(TokenDataset):
         return self.cache.get(f"{self.fingerprint}/{name}", *size_and_hash, lambda: self._remote(name))
 
     def _map(self, split: str, number: int) -> Tokens:
-        """As TokenDataset._map; fetches the shard first if needed."""
+        """Return the tokens of shard `number` of a split, mapped into memory. Fetch the shard first if needed."""
         shards = self._shards[split]
         name = shards[number].name
         tokens = self._maps.get(name)
@@ -202,14 +214,17 @@ class RemoteDataset(TokenDataset):
                 try:
                     tokens = self._map_tokens(self._fetch(shards[number], ".bin"))
                     break
-                except FileNotFoundError:  # removed by another process between fetching and mapping
+                except FileNotFoundError:  # another process removed the file between the fetch and the mapping
                     continue
             self._remember(name, tokens)
         return tokens
 
     def _remember(self, name: str, tokens: Tokens) -> None:
-        """Keep a shard mapped; unmap the oldest beyond the limit, which frees the disk space of removed files."""
-        # A new dict, swapped in at the end: other threads read self._maps without a lock.
+        """Keep a shard mapped. If the mapped shards exceed the limit of the cache, unmap the oldest ones.
+
+        Unmapping frees the disk space of files that were removed from the cache.
+        """
+        # Change a copy and assign it at the end, because other threads read self._maps without a lock.
         maps = dict(self._maps)
         maps[name] = tokens
         while len(maps) > 1 and sum(mapped.nbytes for mapped in maps.values()) > self.cache.limit_bytes:
@@ -228,11 +243,11 @@ class RemoteDataset(TokenDataset):
             self._ahead.start()
 
     def _fetch_ahead(self, shards: list[Shard]) -> None:
-        """Fetch shards in order, up to half of the cache. Errors are left to the reader of the shard."""
+        """Fetch shards in order, until they fill half of the cache. A failed shard is skipped: its reader retries."""
         fetched = 0
         for shard in shards:
             fetched += shard.bin_bytes
-            # More would remove shards that the reader is using.
+            # Further shards could remove some that are in use.
             if fetched > self.cache.limit_bytes // 2:
                 return
             with contextlib.suppress(DataError):

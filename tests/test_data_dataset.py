@@ -147,7 +147,7 @@ def test_torn_and_missing_shards_are_refused(folder: Path) -> None:
         path = folder / name
         size = path.stat().st_size
         os.truncate(path, size - 2)
-        with pytest.raises(DataError, match=rf"{name} is {size - 2} bytes, expected {size}.*Copy it again"):
+        with pytest.raises(DataError, match=rf"{name} is {size - 2} bytes instead of {size}.*Copy it again"):
             TokenDataset(folder)
         with pytest.raises(DataError, match=name):
             inspect_dataset(folder)
@@ -170,13 +170,13 @@ Edit = Callable[[dict[str, Any]], object]
 FORGERIES: list[tuple[str, Edit]] = [
     ("fingerprint", lambda m: m.update(fingerprint="0" * 32)),
     ("fingerprint", lambda m: m["tokenizer"].update(sha256="0" * 64)),
-    ("must hold exactly", lambda m: m.update(extra=1)),
-    ("must hold exactly", lambda m: m["shards"][0].pop("tokens")),
-    ("tokens must be int, found '5'", lambda m: m["shards"][0].update(tokens="5")),
-    ("documents must be int, found True", lambda m: m["shards"][0].update(documents=True)),
-    ("tokens must be int, found -1", lambda m: m["shards"][0].update(tokens=-1)),
-    ("version 2; this packspeed reads", lambda m: m.update(version=2)),
-    ("version 1; this packspeed reads", lambda m: m.update(format="other")),
+    ("must be an object with exactly", lambda m: m.update(extra=1)),
+    ("must be an object with exactly", lambda m: m["shards"][0].pop("tokens")),
+    ("tokens must be of type int, but is '5'", lambda m: m["shards"][0].update(tokens="5")),
+    ("documents must be of type int, but is True", lambda m: m["shards"][0].update(documents=True)),
+    ("tokens must be of type int, but is -1", lambda m: m["shards"][0].update(tokens=-1)),
+    ("version 2, but this version of Packspeed reads", lambda m: m.update(version=2)),
+    ("version 1, but this version of Packspeed reads", lambda m: m.update(format="other")),
 ]
 FORGERIES_WITH_FINGERPRINT: list[tuple[str, Edit]] = [
     ("shard name '../train-00000'", lambda m: m["shards"][0].update(name="../train-00000")),
@@ -276,7 +276,7 @@ def test_verify_lists_every_problem(folder: Path) -> None:
         "train-00001.bin has changed",
         "train-00001.bin has documents that do not end with EOT",
         "val-00000.idx has changed",
-        "val-00000.idx does not describe adjacent documents",
+        "val-00000.idx must list adjacent documents",
         "bytes.tiktoken is missing",
         "train-00002.bin is 10 bytes",
     ):

@@ -161,7 +161,7 @@ def test_wrong_input_is_refused(ours: Path, tmp_path: Path) -> None:
     (path,) = export_data(ours, tmp_path / "nano", "nanogpt")
     with pytest.raises(DataError, match="outside the vocabulary of 257 of tokenizer bytes"):
         import_data([str(path)], [], tmp_path / "out", "bytes")
-    with pytest.raises(UsageError, match="no format 'tfrecord'"):
+    with pytest.raises(UsageError, match="The format 'tfrecord' does not exist"):
         export_data(ours, tmp_path / "new", "tfrecord")  # type: ignore[arg-type]
     (tmp_path / "bad.idx").write_bytes(b"x" * 100)
     (tmp_path / "bad.bin").write_bytes(b"x" * 100)
@@ -189,7 +189,7 @@ def test_a_pair_may_be_named_by_either_file(suffix: str, tmp_path: Path) -> None
     for link in (False, True):
         import_data([prefix + suffix], [], tmp_path / f"out{link}", "gpt2", link=link)
         assert stream_of(tmp_path / f"out{link}") == STREAM
-    with pytest.raises(UsageError, match=r"states the type of its tokens itself \(megatron\)"):
+    with pytest.raises(UsageError, match=r"records the type of its tokens \(megatron\)"):
         import_data([prefix + suffix], [], tmp_path / "typed", "gpt2", dtype="int32")
 
 
@@ -277,15 +277,15 @@ def test_headerless_files_that_prove_nothing_are_refused(tmp_path: Path) -> None
         assert not out.exists()
 
     tokens = np.array(STREAM, "<u2")
-    refused(tokens.tobytes()[:-1], "which is no number of tokens of type uint16: it is truncated")
-    refused(tokens.astype("<u4").tobytes()[:-2], "which is no number of tokens of type uint32: it is truncated")
+    refused(tokens.tobytes()[:-1], "which is not a multiple of the size of uint16: it is truncated")
+    refused(tokens.astype("<u4").tobytes()[:-2], "which is not a multiple of the size of uint32: it is truncated")
     refused(tokens.tobytes(), "outside the vocabulary", dtype="uint32")
-    refused(tokens[:-1][tokens[:-1] != 50256].tobytes(), "does not contain EOT .50256. .*--dtype")
-    refused(tokens.tobytes(), "holds neither uint32 nor int64 ids inside", tokenizer=large_vocabulary(tmp_path))
-    refused(b"\xff" * 400, "contains token id 65535 if it is uint16")
+    refused(tokens[:-1][tokens[:-1] != 50256].tobytes(), "does not contain the end-of-text id 50256 .*--dtype")
+    refused(tokens.tobytes(), "does not contain uint32 or int64 ids inside", tokenizer=large_vocabulary(tmp_path))
+    refused(b"\xff" * 400, "contains, read as uint16, the id 65535")
     refused(b"", "There are no tokens")
-    refused(b"\x01", "which is no number of tokens")
-    with pytest.raises(UsageError, match="no token type 'float32': choose one of uint16"):
+    refused(b"\x01", "which is not a multiple of the size")
+    with pytest.raises(UsageError, match="The token type 'float32' does not exist: choose one of uint16"):
         import_data([str(path)], [], out, "gpt2", dtype="float32")
 
 
@@ -311,16 +311,16 @@ def test_npy_files_are_imported(dtype: str, columns: int, tmp_path: Path) -> Non
     np.save(tmp_path / "t.npy", np.array(stream, dtype).reshape((-1, columns) if columns else (-1,)))
     import_data([str(tmp_path / "t.npy")], [], tmp_path / "out", "gpt2")
     assert stream_of(tmp_path / "out")[: len(stream)] == stream
-    with pytest.raises(UsageError, match=r"states the type of its tokens itself .npy."):
+    with pytest.raises(UsageError, match=r"records the type of its tokens .npy."):
         import_data([str(tmp_path / "t.npy")], [], tmp_path / "typed", "gpt2", dtype="uint16")
 
 
 def test_npy_files_of_something_else_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.npy"
     for array, message in (
-        (np.zeros(5), "holds float64 .5,. in"),
+        (np.zeros(5), "contains an array of type float64 and shape .5,. in"),
         (np.zeros((3, 2), "u2", order="F"), "in C order"),
-        (np.array(["a"]), "expected integers"),
+        (np.array(["a"]), "must be integers"),
     ):
         np.save(path, array)
         with pytest.raises(DataError, match=message):
@@ -329,7 +329,9 @@ def test_npy_files_of_something_else_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:50], whole + b"x", whole.replace(b"(", b"[")):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"t\.npy (cannot be read as an \.npy file|holds uint16)"):
+        with pytest.raises(
+            DataError, match=r"t\.npy (cannot be read as an \.npy file|contains an array of type uint16)"
+        ):
             import_data([str(path)], [], tmp_path / "out", "gpt2")
     assert not (tmp_path / "out").exists()
 
@@ -348,12 +350,12 @@ def other_inputs(folder: Path) -> Iterator[tuple[str, str]]:
     (folder / "mds/train").mkdir(parents=True)
     (folder / "mds/train/index.json").write_text('{"version": 2, "shards": []}')
     (folder / "mds/train/shard.00000.mds").write_bytes(bytes(9))
-    yield "mds", r"is a folder of MDS datasets .train.. Name them one by one"
-    yield "mds/train/shard.00000.mds", "is one shard of an MDS dataset. Name its folder"
+    yield "mds", r"contains several MDS datasets .train.. Give them one by one"
+    yield "mds/train/shard.00000.mds", "is one shard of an MDS dataset. Give its folder"
     (folder / "lit").mkdir()
     (folder / "lit/index.json").write_text('{"chunks": [{"filename": "chunk-0-0.bin"}], "config": {}}')
     (folder / "lit/chunk-0-0.bin").write_bytes(struct.pack("<IIII", 1, 12, 16, 5))
-    yield "lit", "is a LitData dataset, which is not imported. Read it with litdata.*numpy.save"
+    yield "lit", "is a LitData dataset, which cannot be imported. Read it with litdata.*numpy.save"
     yield "lit/chunk-0-0.bin", "lit is a LitData dataset"
     (folder / "empty").mkdir()
     yield "empty", "is a folder without an index.json"
@@ -389,9 +391,9 @@ def test_a_full_disk_leaves_nothing(kind: Any, small_files: None, tmp_path: Path
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     (tmp_path / "was empty").mkdir()
     for out in ("new", "was empty"):
-        with pytest.raises(DataError, match=r"cannot be written: File too large. Nothing is left"):
+        with pytest.raises(DataError, match=r"cannot be written: File too large. All files written to .* were removed"):
             export_data(tmp_path / "ours", tmp_path / out, kind)
-        with pytest.raises(DataError, match=r"File too large. Nothing is left"):
+        with pytest.raises(DataError, match=r"File too large. All files written to .* were removed"):
             import_data([str(tmp_path / "t.bin")], [], tmp_path / out, "gpt2")
     assert not (tmp_path / "new").exists()
     assert list((tmp_path / "was empty").iterdir()) == []

@@ -129,10 +129,10 @@ def test_damage_is_refused(tmp_path: Path) -> None:
 
     refused("is truncated", content=whole[:-1])
     refused("is outside the folder", raw_data={"basename": "../shard.00000.mds"})
-    refused("no column tokens or input_ids among text", column_names=["text"])
-    refused("column of str", column_encodings=["str"])
+    refused("no column tokens or input_ids among the columns text", column_names=["text"])
+    refused("column of tokens is encoded as str", column_encodings=["str"])
     packed = {"raw_data": {"basename": "none", "bytes": len(whole)}, "zip_data": {"basename": "x"}}
-    way_out = r"compressed with 'br:11', and only zstd is read.*StreamingDataset.*compression=None"
+    way_out = r"compressed with 'br:11', but only zstd can be read.*StreamingDataset.*compression=None"
     refused(way_out, error=UsageError, compression="br:11", **packed)
     refused("MDS .FileNotFoundError", compression="zstd", **packed)
     (folder / "x").write_bytes(zstandard.compress(whole + whole))
@@ -141,4 +141,4 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     refused("cannot be read as MDS", compression="zstd", **packed)
     negative = np.frombuffer(whole[-2:], "<u2").astype("<i2")
     assert negative[0] < 0
-    refused("token ids below 0", column_encodings=["ndarray:int16"])
+    refused("token ids are below 0", column_encodings=["ndarray:int16"])

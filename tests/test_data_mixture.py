@@ -67,7 +67,7 @@ def test_wrong_weights_are_refused() -> None:
     for stages in ([(0, [0.0, 0.0])], [(0, [1.0, -1.0])], [(0, [1.0]), (5, [1.0, 2.0])], [(0, [1.0] * 65)]):
         with pytest.raises(UsageError, match="cannot have the weights"):
             Mixture(stages, 1)
-    with pytest.raises(UsageError, match="sorted by their tokens"):
+    with pytest.raises(UsageError, match="stages of a mixture are not in order"):
         Mixture([(0, [1.0]), (50_000, [1.0]), (10_000, [1.0])], 1)
 
 
@@ -172,5 +172,5 @@ def test_changes_are_named(folders: list[str], tmp_path: Path) -> None:
     assert changes(old, json.loads(json.dumps(old))) == []
     prepare([folders[0] + ".jsonl"], tmp_path / "again", "bytes", shard_tokens=20_000)
     found = changes(old, TokenDataset(tmp_path / "again").describe())
-    assert any("its tokenizer was gpt2, is bytes" in line for line in found)
+    assert any("the tokenizer was gpt2, it is bytes now" in line for line in found)
     assert any("train-00000 has changed" in line for line in found)

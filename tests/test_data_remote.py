@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_never_used(
     store = boto3.client("s3", endpoint_url=server.url)
     store.put_object(Bucket="bucket", Key="tokens/train-00000.bin", Body=b"\0" * 30_000)
     far = RemoteDataset(URL, tmp_path)
-    with pytest.raises(DataError, match=r"train-00000\.bin could not be fetched .*hash differs from the manifest's"):
+    with pytest.raises(DataError, match=r"train-00000\.bin could not be fetched in .*hash differs from the manifest's"):
         far.read("train", 0, 10)
     assert not (tmp_path / far.fingerprint / "train-00000.bin").exists()
     server.upload()
@@ -233,7 +233,7 @@ def test_a_store_without_the_dataset_is_an_error(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "RETRY_S", 0.2)
-    with pytest.raises(DataError, match=r"nothing/manifest\.json could not be fetched \(it does not exist"):
+    with pytest.raises(DataError, match=r"nothing/manifest\.json could not be fetched in .* it was not found"):
         RemoteDataset("s3://bucket/nothing", tmp_path)
 
 
@@ -290,6 +290,6 @@ def test_a_damaged_cached_file_is_not_used_without_the_store(
 
     (tmp_path / "x").mkdir()
     (tmp_path / "x/a.bin").write_bytes(bytes(shard.bin_bytes))
-    with pytest.raises(DataError, match=r"x/a\.bin could not be fetched \(ConnectionError: unreachable\)"):
+    with pytest.raises(DataError, match=r"x/a\.bin could not be fetched in .* ConnectionError: unreachable\."):
         ShardCache(tmp_path, 10**9).get("x/a.bin", shard.bin_bytes, shard.bin_xxh3_128, open_remote)
     assert not (tmp_path / "x/a.bin").exists()

@@ -18,12 +18,16 @@ from packspeed.data.text.tokenizer import load_from_dataset
 
 
 def sources_of(loader: Loader) -> list[Loader]:
-    """The loaders of a mixture's sources, or a list of the only loader."""
+    """Return the loaders of the datasets: one per source of a mixture, or just this loader."""
     return loader.loaders if isinstance(loader, MixtureLoader) else [loader]
 
 
 def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[str, Any]]:
-    """Every document with labels in step `step` (from 0), one record each; `text` adds the decoded labels."""
+    """Yield one record for each document, or part of one, that is trained on in step `step` (from 0).
+
+    A record has sample (counted through the run), source (path), shard, index (the document's number in the shard),
+    first_token (of the part, counted from the document's start), tokens and, if text is set, text, the decoded part.
+    """
     first = step * loader.global_batch
     for sample in range(first, first + loader.global_batch):
         source, number = _origin(loader, sample)
@@ -37,7 +41,11 @@ def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[s
 
 
 def steps_of(loader: Loader, source: int, shard: str, index: int, steps: int) -> list[int]:
-    """The steps below `steps` with a label in document `index` of a shard. UsageError if there is no such document."""
+    """Return the steps 0 .. steps - 1 that train on a document, sorted.
+
+    source: the number of the dataset in the mixture, or 0. shard: a name, as "train-00000". index: the document's
+    number in the shard, from 0. Raises UsageError if there is no such document.
+    """
     if not 0 <= source < len(sources_of(loader)):
         raise UsageError(f"There is no source {source}: the run has {len(sources_of(loader))}, numbered from 0.")
     source_loader = sources_of(loader)[source]
@@ -54,7 +62,7 @@ def steps_of(loader: Loader, source: int, shard: str, index: int, steps: int) ->
 
 
 def _origin(loader: Loader, sample: int) -> tuple[int, int]:
-    """Source of a sample of the run, and its number there."""
+    """Return the number of the source of a sample of the run, and the sample's number in that source."""
     if not isinstance(loader, MixtureLoader):
         return 0, sample
     source, number = loader.mixture.assign(sample, 1)
@@ -62,7 +70,7 @@ def _origin(loader: Loader, sample: int) -> tuple[int, int]:
 
 
 def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> Iterator[dict[str, Any]]:
-    """The documents in a part of the stream, and which of their tokens are in it."""
+    """Yield a record for each document in tokens start .. start + length - 1 of a split's stream; see audit_step."""
     at = start
     while at < start + length:
         span = dataset.document_at(split, at)
@@ -72,21 +80,27 @@ def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> It
 
 
 def _text(dataset: TokenDataset, split: str, document: dict[str, Any]) -> str:
-    """The labels in a document, decoded, without the EOT."""
+    """Return the decoded text of the part of a document that a record of audit_step describes, without EOT."""
     _, first = _number(dataset, split, document["shard"], document["index"])
     tokens = dataset.read(split, first + document["first_token"], document["tokens"])
     return load_from_dataset(dataset.path).decode(tokens[tokens != dataset.eot_id].tolist())
 
 
 def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[int, int]:
-    """Number of a document in its split, and its first token in the stream."""
+    """Return the number of a document in its split, and the place of its first token in the split's stream.
+
+    Raises UsageError if the shard or the document does not exist.
+    """
     before = 0
     for candidate in dataset.manifest.shards:
         if candidate.name == shard and candidate.split == split and 0 <= index < candidate.documents:
             starts, _ = dataset.document_spans(split, before + index, 1)
             return before + index, int(starts[0])
         before += candidate.documents if candidate.split == split else 0
-    raise UsageError(f"{dataset.path} has no document {index} in a shard {shard} of its {split} split.")
+    raise UsageError(
+        f"{dataset.path} has no document {index} in a shard {shard} of its split {split}: manifest.json lists the "
+        f"shards and how many documents each has."
+    )
 
 
 def _label_span(loader: Loader, shard: str, index: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`packspeed inspect`: what a dataset holds, from its manifest and the quick check of its files."""
+"""`packspeed inspect` for datasets: a summary from the manifest. Of the files only the sizes are checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from packspeed.data.storage.manifest import check_files, load_manifest
 
 
 def inspect_dataset(path: str | Path) -> dict[str, Any]:
-    """What a dataset holds, from its manifest and the quick check alone: milliseconds at any size."""
+    """Return a summary of a dataset: tokens and documents per split, tokenizer, source and so on.
+
+    Takes milliseconds at any size. Raises DataError if the manifest is damaged or a file is missing or truncated.
+    """
     folder, manifest = Path(path), load_manifest(path)
     check_files(folder, manifest)
     splits = {

@@ -1,4 +1,4 @@
-"""Export a dataset to the token files of another project (formats.py). Cost: one read and one write, 0.5 GB/s."""
+"""`packspeed export-data`: write a dataset as token files of another project (formats.py). Speed: about 0.5 GB/s."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from packspeed.data.storage.mmidx import CODES, write_index
 
 
 def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int = 10**8) -> list[Path]:
-    """Write a dataset's splits in another format into the folder `out`; returns the written files (or folders).
+    """Write both splits of the dataset `path` in another format into the new folder `out`. Return the files written.
 
-    UsageError if the folder is not empty or the format cannot store the ids, DataError for a full disk; after either
-    nothing is left in `out`.
+    shard_tokens: tokens per file, for llmc only. For mds, the results are folders. Raises UsageError if `out` is not
+    empty or if the format cannot store the ids, and DataError if the dataset is damaged or the disk is full. Nothing is
+    left in `out` after an error.
     """
     dataset = TokenDataset(path)
     if kind not in KINDS:
-        raise UsageError(f"There is no format {kind!r}: choose one of {', '.join(KINDS)}.")
+        raise UsageError(f"The format {kind!r} does not exist: choose one of {', '.join(KINDS)}.")
     if kind == "nanogpt" and dataset.dtype.itemsize != 2:
-        raise UsageError("nanoGPT's files are uint16 and this dataset needs uint32. Choose megatron, llmc or mds.")
+        raise UsageError("nanoGPT's files are uint16, but this dataset is uint32. Choose megatron, llmc or mds.")
     written = list[Path]()
     with new_folder(Path(out)) as folder:
         for split in ("train", "val"):
@@ -45,7 +46,7 @@ def _export_nanogpt(dataset: TokenDataset, split: str, folder: Path, shard_token
 
 
 def _export_megatron(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """One .bin and .idx pair for the complete split, as Megatron's --data-path expects."""
+    """Write one .bin and .idx pair for the complete split, as Megatron's --data-path expects. Return both paths."""
     (binary,) = _export_nanogpt(dataset, split, folder, shard_tokens)
     name = f"{split}_text_document"
     os.replace(binary, folder / f"{name}.bin")
@@ -58,7 +59,10 @@ def _export_megatron(dataset: TokenDataset, split: str, folder: Path, shard_toke
 
 
 def _export_llmc(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """Write EOT before every document instead of after it: the stream shifts by one token."""
+    """Write the files of a split in llm.c's format, and return their paths.
+
+    In llm.c EOT is before each document and not after it, so the stream of tokens is shifted by one.
+    """
     magic = 20240520 if dataset.dtype.itemsize == 2 else 20240801
     total, written = dataset.tokens(split), list[Path]()
     for number, first in enumerate(range(0, total, shard_tokens)):

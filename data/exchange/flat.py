@@ -1,10 +1,10 @@
-"""Files that are one array of tokens: nanoGPT's, llm.c's, and numpy's .npy. Documents are cut at EOT.
+"""Import files that are one array of tokens: those of nanoGPT and llm.c, and numpy's .npy. EOT separates documents.
 
-A headerless file does not say its type. Ids of one type that are read as another are far above the vocabulary, or zero
-at every second place, so the widest type in which all ids of a sample are in the vocabulary is the right one: `uint16`
-[464, 0, 2068, 0] is `uint32` [464, 2068]. The complete file must then contain EOT. A type that is stated (`--dtype`) is
-only checked against the vocabulary.
-Cost: one read; memory: the longest document, or 4 million tokens.
+nanoGPT's files have no header, so the type of the tokens is detected. If ids are read as a wrong type, they are far
+above the vocabulary, or every second one is 0: the uint32 ids [464, 2068], read as uint16, are [464, 0, 2068, 0]. So
+the widest type in which all ids of a sample are in the vocabulary is the right one. As a second check, the file must
+contain EOT in this type. If the user gives the type (`--dtype`), only the ids are compared with the vocabulary.
+Cost: one read of the file. Memory: the longest document, or 4 million tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from packspeed.data.text.tokenizer import Tokenizer
 DTYPES = ("uint16", "uint32", "int32", "int64")
 
 
-GUESSED_DTYPES = ("int64", "uint32", "uint16")  # int32 and uint32 are the same for ids below 2**31
+GUESSED_DTYPES = ("int64", "uint32", "uint16")  # without int32, because ids below 2**31 are the same in uint32
 
 
 SAMPLES = 64
@@ -33,28 +33,32 @@ SAMPLES = 64
 SAMPLE_BYTES = 2**16
 
 
-Run = tuple[Tokens, npt.NDArray[np.int64]]  # tokens of documents that end with EOT, and their lengths
+Run = tuple[Tokens, npt.NDArray[np.int64]]  # the tokens of several documents that end with EOT, and their lengths
 
 
 Ints = npt.NDArray[np.integer[Any]]
 
 
 def read_llmc(path: str, tokenizer: Tokenizer) -> Iterator[Run]:
-    """The documents of an llm.c file. DataError if its header does not fit it."""
+    """Yield the documents of an llm.c file. Raises DataError if the header contradicts the size of the file."""
     size = os.path.getsize(path)
     magic, version, tokens = np.fromfile(path, dtype="<i4", count=3).tolist() if size >= 12 else (20240520, 0, 0)
     known_version, dtype = LLMC[magic]
     expected_bytes = LLMC_HEADER_BYTES + tokens * np.dtype(dtype).itemsize
     if version != known_version or expected_bytes != size:
         raise DataError(
-            f"{path} is {size} bytes and has version {version} and {tokens} tokens in its header; expected version "
-            f"{known_version} and {expected_bytes} bytes. It is truncated or another format: copy or write it again."
+            f"{path} is {size} bytes, and its header has version {version} and {tokens} tokens. Such a file must have "
+            f"version {known_version} and {expected_bytes} bytes. It is truncated or another format: copy or write it "
+            f"again."
         )
     return cut_at_eot(_pieces(path, map_tokens(path, dtype, LLMC_HEADER_BYTES), tokenizer), tokenizer.eot_id)
 
 
 def read_npy(path: str, tokenizer: Tokenizer) -> Iterator[Run]:
-    """The documents of an .npy file; rows of a matrix follow one another. DataError if it does not hold integers."""
+    """Yield the documents of an .npy file. The rows of a matrix are joined to one stream of tokens.
+
+    Raises DataError if the file is damaged or does not contain integers.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         end = array.offset + array.nbytes
@@ -63,55 +67,61 @@ def read_npy(path: str, tokenizer: Tokenizer) -> Iterator[Run]:
         raise DataError(f"{path} cannot be read as an .npy file ({reason}). Copy it again.") from error
     if array.dtype.kind not in "iu" or not array.flags.c_contiguous or end != os.path.getsize(path):
         raise DataError(
-            f"{path} holds {array.dtype} {array.shape} in {end} of {os.path.getsize(path)} bytes; expected integers in "
-            f"C order that fill the file. Save the token ids again with numpy.save."
+            f"{path} contains an array of type {array.dtype} and shape {array.shape} in {end} of its "
+            f"{os.path.getsize(path)} bytes, but token ids must be integers in C order that fill the file. Save them "
+            f"again with numpy.save."
         )
     return cut_at_eot(_pieces(path, array.view(np.ndarray).reshape(-1), tokenizer), tokenizer.eot_id)
 
 
 def read_headerless(path: str, tokenizer: Tokenizer, dtype: str | None) -> Iterator[Run]:
-    """The documents of a file of tokens and nothing else. DataError if neither `dtype` nor the ids tell its type."""
+    """Yield the documents of a file without a header, such as nanoGPT's.
+
+    dtype: the type of the tokens; None: detect it. Raises DataError if the type cannot be detected, or if an id is
+    outside the vocabulary.
+    """
     chosen, eots = dtype or _guess_dtype(path, tokenizer), 0
     for tokens, lengths in cut_at_eot(_pieces(path, map_tokens(path, chosen), tokenizer), tokenizer.eot_id):
         eots += len(lengths)
         yield tokens, lengths
     if dtype is None and eots == 1 and not (map_tokens(path, chosen)[[0, -1]] == tokenizer.eot_id).any():
-        # The only EOT is the one that cut_at_eot appends.
+        # The file has no EOT: the one that was counted was appended by cut_at_eot.
         raise DataError(
-            f"{path} does not contain EOT ({tokenizer.eot_id}) of tokenizer {tokenizer.name} when it is read as "
-            f"{chosen}. Name the tokenizer that made it; if it is one document, name its type with --dtype."
+            f"{path}, read as {chosen}, does not contain the end-of-text id {tokenizer.eot_id} of tokenizer "
+            f"{tokenizer.name}. Give the tokenizer that made the file. If the file is a single document, give the type "
+            f"of its tokens with --dtype."
         )
 
 
 def _guess_dtype(path: str, tokenizer: Tokenizer) -> str:
-    """The type of a headerless file. DataError if the ids of none are in the vocabulary."""
+    """Return the type of the tokens in a file without a header. Raises DataError if no type fits the vocabulary."""
     sample, vocab_size = _sample(path), tokenizer.vocab_size
     for dtype in GUESSED_DTYPES:
         ids = _as_ids(sample, dtype)
-        # Every uint16 is in a vocabulary that needs uint32: that would prove nothing.
+        # If the vocabulary has more than 2**16 ids, any bytes are valid as uint16, so that type proves nothing.
         proves = len(ids) > 0 and (ids.itemsize > 2 or vocab_size <= 2**16)
         if proves and int(ids.min()) >= 0 and int(ids.max()) < vocab_size:
             return dtype
     if len(sample) < 2:
-        return "uint16"  # no token, or half of one
+        return "uint16"  # the file is empty or has one byte
     highest = int(_as_ids(sample, "uint16").max())
-    problem = "holds neither uint32 nor int64 ids inside"
+    problem = "does not contain uint32 or int64 ids inside"
     if highest >= vocab_size:
-        problem = f"contains token id {highest} if it is uint16, and higher ones if it is not, outside"
+        problem = f"contains, read as uint16, the id {highest}, and as a wider type higher ids, outside"
     raise DataError(
-        f"{path} {problem} the vocabulary of {vocab_size} of tokenizer {tokenizer.name}. Name the tokenizer that made "
-        f"it, or the type of its tokens with --dtype."
+        f"{path} {problem} the vocabulary of {vocab_size} of tokenizer {tokenizer.name}. Give the tokenizer that made "
+        f"the file, or the type of its tokens with --dtype."
     )
 
 
 def _as_ids(raw: Ints, dtype: str) -> Ints:
-    """Bytes as numbers, without a rest that is shorter than one."""
+    """Return bytes (n,) as numbers of a type. A rest that is shorter than one number is left out."""
     little_endian = np.dtype(dtype).newbyteorder("<")
     return raw[: len(raw) // little_endian.itemsize * little_endian.itemsize].view(little_endian)
 
 
 def _sample(path: str) -> Ints:
-    """Up to 4 MiB of a file, from 64 places; each begins at a multiple of 8 bytes."""
+    """Return up to 4 MiB of a file as bytes: pieces from 64 places, each at a multiple of 8 bytes."""
     raw = map_tokens(path, "u1")
     if len(raw) <= SAMPLES * SAMPLE_BYTES:
         return raw
@@ -120,12 +130,15 @@ def _sample(path: str) -> Ints:
 
 
 def map_tokens(path: str, dtype: str, offset: int = 0) -> Ints:
-    """A file as an array, mapped from `offset` on. DataError if its size is no multiple of the type's."""
+    """Map a file into memory from byte `offset` on, and return it as an array of `dtype`.
+
+    Raises DataError if its size is not a multiple of the size of the type.
+    """
     little_endian, size = np.dtype(dtype).newbyteorder("<"), os.path.getsize(path) - offset
     if size % little_endian.itemsize:
         raise DataError(
-            f"{path} is {size + offset} bytes, which is no number of tokens of type {little_endian.name}: it is "
-            f"truncated or has another type. Copy it again, or correct the type."
+            f"{path} is {size + offset} bytes, which is not a multiple of the size of {little_endian.name}: it is "
+            f"truncated or has another type. Copy it again, or give the right type with --dtype."
         )
     if not size:
         return np.empty(0, little_endian)  # an empty file cannot be mapped
@@ -138,20 +151,26 @@ def _pieces(path: str, tokens: Ints, tokenizer: Tokenizer) -> Iterator[Tokens]:
 
 
 def checked(tokens: Ints, path: str, tokenizer: Tokenizer, first: int) -> Tokens:
-    """`tokens`, from token `first` of a file on, as uint32. DataError if one is outside the vocabulary."""
+    """Return the tokens (n,) as uint32. Raises DataError if an id is outside the vocabulary.
+
+    path, first: the file and the number of the first token in it, for the message.
+    """
     outside = (tokens < 0) | (tokens >= tokenizer.vocab_size)
     if outside.any():
         place = int(outside.argmax())
         raise DataError(
             f"{path} contains token id {int(tokens[place])} at token {first + place}, outside the vocabulary of "
-            f"{tokenizer.vocab_size} of tokenizer {tokenizer.name}. Name the tokenizer that made it, or copy the file "
-            f"again if it is damaged."
+            f"{tokenizer.vocab_size} of tokenizer {tokenizer.name}. Give the tokenizer that made the file, or copy the "
+            f"file again if it is damaged."
         )
     return tokens.astype(np.uint32)
 
 
 def cut_at_eot(pieces: Iterator[Tokens], eot_id: int) -> Iterator[Run]:
-    """Documents ended by EOT, for files with EOT before or after documents; without empty documents."""
+    """Join pieces of a stream of tokens and yield its documents, with EOT at their end and without empty ones.
+
+    EOT may be before or after the documents of the stream, because it only separates them.
+    """
     held = list[Tokens]()
     for piece in pieces:
         ends = np.flatnonzero(piece == eot_id)
@@ -164,7 +183,10 @@ def cut_at_eot(pieces: Iterator[Tokens], eot_id: int) -> Iterator[Run]:
 
 
 def without_empty(tokens: Tokens, eot_id: int) -> Run:
-    """Remove every EOT that ends an empty document; returns the tokens and the lengths of the documents."""
+    """Remove empty documents (an EOT at the start or after another EOT). tokens (n,) must end with EOT.
+
+    Return the remaining tokens and the lengths of their documents.
+    """
     is_eot = tokens == eot_id
     tokens = tokens[~(is_eot & np.concatenate([[True], is_eot[:-1]]))]
     ends = np.flatnonzero(tokens == eot_id) + 1
@@ -172,6 +194,6 @@ def without_empty(tokens: Tokens, eot_id: int) -> Run:
 
 
 def check_dtype(dtype: str | None) -> None:
-    """UsageError for a type that is none of DTYPES."""
+    """Raise UsageError if a type is given and is none of DTYPES."""
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"There is no token type {dtype!r}: choose one of {', '.join(DTYPES)}.")
+        raise UsageError(f"The token type {dtype!r} does not exist: choose one of {', '.join(DTYPES)}.")

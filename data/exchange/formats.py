@@ -1,12 +1,12 @@
-"""Token files of other projects that can be imported and exported, and how to tell them apart.
+"""The formats of other projects' token files that can be imported and exported, and how a file's format is detected.
 
-    megatron    PREFIX.bin, PREFIX.idx    MMIDIDX v1; any integers; a document is one or more sequences (megatron.py)
-    nanogpt     NAME.bin                  tokens, nothing else; documents end or begin with EOT (flat.py)
+    megatron    PREFIX.bin, PREFIX.idx    MMIDIDX 1; any integers; a document is one or more sequences (megatron.py)
+    nanogpt     NAME.bin                  only tokens; EOT is at the end or at the beginning of documents (flat.py)
     npy         NAME.npy                  numpy.save: a header with the type, then tokens as in nanogpt; import only
-    llmc        NAME.bin                  256 int32 (magic, version, tokens, 0 ...), then tokens; EOT begins documents:
-                                          magic 20240520, version 1, uint16 (GPT-2; modded-nanogpt too) or
+    llmc        NAME.bin                  256 int32 (magic, version, tokens, 0 ...), then tokens; documents begin with
+                                          EOT: magic 20240520, version 1, uint16 (GPT-2; modded-nanogpt too) or
                                           magic 20240801, version 7, uint32 (Llama 3)
-    mds         a folder                  see mds.py
+    mds         a folder                  MosaicML's streaming format (mds.py)
 
 Sources: megatron/core/datasets in https://github.com/NVIDIA/Megatron-LM, data/openwebtext/prepare.py in
 https://github.com/karpathy/nanoGPT, dev/data/data_common.py in https://github.com/karpathy/llm.c.
@@ -46,7 +46,7 @@ NPY_MAGIC = b"\x93NUMPY"
 HEAD_BYTES = 2**16
 
 
-# Files that are not tokens, by their first bytes, and what to do with them.
+# First bytes of files that are not token files -> what the file is and what the user can do.
 OTHER_FILES = {
     b"PK\x03\x04": "a zip archive (.npz, .pt). Save the token ids with numpy.save",
     b"PAR1": "a parquet file. If it holds text, use `packspeed prepare`; else save the token ids with numpy.save",
@@ -60,7 +60,10 @@ OTHER_FILES = {
 
 
 def megatron_prefix(path: str) -> str | None:
-    """The prefix of a Megatron pair that is named by its prefix, .bin or .idx; None if `path` names no pair."""
+    """Return the prefix PREFIX if PREFIX.bin and PREFIX.idx exist and `path` is the prefix or one of the files.
+
+    Otherwise return None.
+    """
     for prefix in (path, path.removesuffix(".bin"), path.removesuffix(".idx")):
         if Path(prefix + ".idx").is_file() and Path(prefix + ".bin").is_file():
             return prefix
@@ -68,7 +71,10 @@ def megatron_prefix(path: str) -> str | None:
 
 
 def detect(path: str) -> SourceKind:
-    """The format of a path. UsageError if it is none of them."""
+    """Return the format of a file, a folder or a Megatron prefix, detected from names and first bytes.
+
+    Raises UsageError if it is in none of the formats. The message says what it is and how to convert it.
+    """
     if megatron_prefix(path) is not None:
         return "megatron"
     if Path(path).is_dir():
@@ -93,18 +99,21 @@ def _detect_file(path: Path) -> SourceKind:
     if other is not None:
         raise UsageError(f"{path} is {other}.")
     if path.suffix == ".mds":
-        raise UsageError(f"{path} is one shard of an MDS dataset. Name its folder, which has an index.json.")
+        raise UsageError(f"{path} is one shard of an MDS dataset. Give its folder, which contains an index.json.")
     if _is_litdata(path.parent):
         raise _litdata(path.parent)
     return "nanogpt"
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether bytes are UTF-8 without control characters. Tokens have some: ids below 256 have a zero byte."""
+    """Return whether the first bytes of a file are UTF-8 without control characters.
+
+    Files of tokens contain control characters: an id below 256 has a zero byte.
+    """
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:  # else a character that the cut after HEAD_BYTES divides
+        if error.start < len(head) - 4:  # an error in the last bytes is a character that the cut has divided
             return False
         text = head[: error.start].decode()
     return bool(text) and not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", text)
@@ -116,13 +125,13 @@ def _detect_folder(path: Path) -> SourceKind:
     if (path / "index.json").is_file():
         return "mds"
     if (path / "manifest.json").is_file():
-        raise UsageError(f"{path} seems to be a Packspeed dataset already: train on it, or name its .bin files.")
+        raise UsageError(f"{path} is a Packspeed dataset already: train on it, or give its .bin files.")
     inner = sorted(index.parent.name for index in path.glob("*/index.json"))
     if inner:
-        raise UsageError(f"{path} is a folder of MDS datasets ({', '.join(inner[:5])}). Name them one by one.")
+        raise UsageError(f"{path} contains several MDS datasets ({', '.join(inner[:5])}). Give them one by one.")
     raise UsageError(
-        f"{path} is a folder without an index.json, so it is not MDS. Name its token files, for example {path}/*.bin; "
-        f"for text, use `packspeed prepare`."
+        f"{path} is a folder without an index.json, so it is not an MDS dataset. Give the token files in it, for "
+        f"example {path}/*.bin. If it contains text, use `packspeed prepare`."
     )
 
 
@@ -130,12 +139,12 @@ def _is_litdata(folder: Path) -> bool:
     try:
         index = json.loads((folder / "index.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False  # no index, or one that mds.py reports
+        return False  # if the index is damaged, mds.py reports it
     return isinstance(index, dict) and "chunks" in index
 
 
 def _litdata(folder: Path) -> UsageError:
     return UsageError(
-        f"{folder} is a LitData dataset, which is not imported. Read it with litdata.StreamingDataset, save the token "
-        f"ids with numpy.save, and import the .npy file."
+        f"{folder} is a LitData dataset, which cannot be imported. Read it with litdata.StreamingDataset, save the "
+        f"token ids with numpy.save, and import the .npy file."
     )

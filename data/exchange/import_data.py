@@ -1,8 +1,8 @@
-"""Import token files of other projects (formats.py) as a dataset.
+"""`packspeed import-data`: make a dataset from token files of other projects (formats.py).
 
-A Megatron pair whose documents are one sequence each and end with EOT can be linked instead of copied: the shards are
-symbolic links to it. The tokenizer must be named, since none of these formats records it.
-Cost: one read and one write, 0.5 GB/s; linking reads twice, for the check and the hashes.
+If each document of a Megatron pair (PREFIX.bin, PREFIX.idx) is one sequence that ends with EOT, the pair can be linked
+instead of copied: the shards are then symbolic links. The user must give the tokenizer, because none of these formats
+records it. Speed: about 0.5 GB/s. Linking reads the files twice, for the check and for the hashes.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ImportOptions:
-    """`append_eot` adds an EOT to documents that have none; `dtype` is the token type of headerless files."""
+    """Options for files that are copied."""
 
-    append_eot: bool = False
-    dtype: str | None = None
-    shard_tokens: int = 2**28
+    append_eot: bool = False  # add EOT to documents that do not end with it
+    dtype: str | None = None  # of the tokens in files without a header; None: detect it
+    shard_tokens: int = 2**28  # begin a new shard after this many tokens
 
 
 def import_data(
@@ -58,11 +58,13 @@ def import_data(
     dtype: str | None = None,
     shard_tokens: int = 2**28,
 ) -> Manifest:
-    """Make a dataset from token files; returns its manifest.
+    """Make a dataset in the new folder `out` from token files, and return its manifest.
 
-    `link` links Megatron pairs instead of copying. Other options: ImportOptions. UsageError for missing paths, files
-    that are no tokens and a folder that is not empty, DataError for damaged files, ids outside the vocabulary and a
-    full disk; after either nothing is left in `out`.
+    train, val: the files of each split. tokenizer: the one that made the ids. link: link Megatron pairs instead of
+    copying them. Other options: see ImportOptions.
+
+    Raises UsageError if a path does not exist or is not a token file, or if `out` is not empty. Raises DataError if a
+    file is damaged, an id is outside the vocabulary or the disk is full. Nothing is left in `out` after an error.
     """
     flat.check_dtype(dtype)
     loaded, options = load_tokenizer(tokenizer), ImportOptions(append_eot, dtype, shard_tokens)
@@ -77,7 +79,7 @@ def import_data(
 def _copied(
     train: Sequence[str], val: Sequence[str], folder: Path, tokenizer: Tokenizer, options: ImportOptions
 ) -> tuple[str, list[Shard]]:
-    """Copy the documents of all sources; returns the token type and the shards."""
+    """Copy the documents of all files into shards. Return the type of the tokens and the shards."""
     dtype, shards = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", list[Shard]()
     for split, paths in (("train", train), ("val", val)):
         writer = ShardWriter(folder, split, dtype, options.shard_tokens)
@@ -92,12 +94,15 @@ def _copied(
 
 
 def _documents(path: str, tokenizer: Tokenizer, options: ImportOptions) -> Iterator[flat.Run]:
-    """The documents of one source, ended by EOT, with ids that are in the vocabulary."""
+    """Yield the documents of one file or folder. Each ends with EOT, and its ids are in the vocabulary."""
     kind = detect(path)
     if kind == "nanogpt":
         return flat.read_headerless(path, tokenizer, options.dtype)
     if options.dtype is not None:
-        raise UsageError(f"{path} states the type of its tokens itself ({kind}). Omit --dtype, or import it apart.")
+        raise UsageError(
+            f"--dtype is for files without a header, but {path} records the type of its tokens ({kind}). Omit --dtype, "
+            f"or import this file separately."
+        )
     if kind == "npy":
         return flat.read_npy(path, tokenizer)
     if kind == "llmc":
@@ -108,9 +113,9 @@ def _documents(path: str, tokenizer: Tokenizer, options: ImportOptions) -> Itera
 
 
 def _manifest(names: list[str], tokenizer: Tokenizer, tokenizer_file: str, dtype: str, shards: list[Shard]) -> Manifest:
-    """The manifest of an imported dataset. DataError if there are no tokens."""
+    """Return the manifest of an imported dataset. Raises DataError if there are no tokens."""
     if not shards:
-        raise DataError(f"There are no tokens in {', '.join(names)}.")
+        raise DataError(f"There are no tokens in {', '.join(names)}. Check the paths.")
     fingerprint = xxhash.xxh3_128_hexdigest("".join(shard.bin_xxh3_128 for shard in shards).encode())
     summary = SourceSummary(names, sum(shard.documents for shard in shards), 0, 0, 0, 0, fingerprint)
     identity = TokenizerIdentity(
@@ -121,29 +126,40 @@ def _manifest(names: list[str], tokenizer: Tokenizer, tokenizer_file: str, dtype
 
 
 def _linked(train: Sequence[str], val: Sequence[str], folder: Path, tokenizer: Tokenizer) -> tuple[str, list[Shard]]:
-    """Link all Megatron pairs; returns their token type and the shards. UsageError if they have several types."""
+    """Link all Megatron pairs. Return the type of the tokens and the shards.
+
+    Raises UsageError if a pair cannot be linked or if the pairs have different types.
+    """
     linked = [
         _link(path, folder, f"{split}-{number:05d}", split, tokenizer)
         for split, paths in (("train", train), ("val", val))
         for number, path in enumerate(paths)
     ]
     if len({dtype for dtype, _ in linked}) > 1:
-        raise UsageError("Linked files must have one token type: some are uint16, some int32. Import them.")
+        raise UsageError(
+            "Linked files must have the same token type, but some are uint16 and some int32. Omit --link to import "
+            "copies."
+        )
     return linked[0][0], [shard for _, shard in linked]
 
 
 def _link(path: str, folder: Path, name: str, split: str, tokenizer: Tokenizer) -> tuple[str, Shard]:
-    """Make a shard of symbolic links to a Megatron pair; returns its dtype and the shard."""
+    """Make a shard of symbolic links to a Megatron pair. Return the type of its tokens and the shard.
+
+    name: of the shard, as "train-00000". Raises UsageError if the pair cannot be linked.
+    """
     prefix = megatron_prefix(path)
     if prefix is None:
-        detect(path)  # raises the error of a path that is nothing
-        raise UsageError(f"{path} is not a Megatron .bin/.idx pair, and only those can be linked. Import it.")
+        detect(path)  # raises the right error if the path is no token file at all
+        raise UsageError(
+            f"{path} is not a Megatron .bin/.idx pair, and only such pairs can be linked. Omit --link to import a copy."
+        )
     pair = megatron.read_pair(prefix)
     dtype = {"<u2": "uint16", "<i4": "uint32"}.get(pair.tokens.dtype.str)
     if dtype is None or not len(pair.tokens) or not megatron.ends_with_eot(pair, tokenizer):
         raise UsageError(
-            f"{prefix} cannot be linked: that needs uint16 or int32, one sequence per document, and EOT "
-            f"({tokenizer.eot_id}) at the end of each and nowhere else. Omit --link to import a copy."
+            f"{prefix} cannot be linked. A linked pair must have uint16 or int32 tokens, one sequence per document, "
+            f"and EOT ({tokenizer.eot_id}) at the end of each document and nowhere else. Omit --link to import a copy."
         )
     for suffix in (".bin", ".idx"):
         (folder / (name + suffix)).symlink_to(Path(prefix + suffix).resolve())
@@ -155,7 +171,11 @@ def _link(path: str, folder: Path, name: str, split: str, tokenizer: Tokenizer) 
 
 
 def _mds_documents(path: str, tokenizer: Tokenizer, append_eot: bool) -> Iterator[flat.Run]:
-    """The samples as one stream, as llm-foundry writes them; with append_eot each sample is a document."""
+    """Yield the documents of an MDS dataset.
+
+    llm-foundry fills samples with several documents, so the samples are joined to one stream, which EOT separates into
+    documents. With append_eot each sample is a document, and EOT is added to it.
+    """
     shards = ((flat.checked(tokens, path, tokenizer, 0), lengths) for tokens, lengths in read_mds(Path(path)))
     if not append_eot:
         return flat.cut_at_eot((tokens for tokens, _ in shards), tokenizer.eot_id)

@@ -1,14 +1,17 @@
-"""MosaicML's MDS, which llm-foundry trains from, read and written without their library (its pins exclude ours).
+"""Read and write MDS, the format that MosaicML's llm-foundry trains from, without its library `streaming`.
+
+The library is not used, because it requires other versions of our dependencies.
 
     index.json          {"version": 2, "shards": [{column_names, column_encodings, column_sizes, raw_data, ...}]}
     shard.00000.mds     uint32 n, uint32[n + 1] offsets of the samples in the file, the columns as JSON, the samples
-    a sample            uint32 size of each column without a fixed one, then the columns' bytes
-    ndarray:DTYPE       one byte, ndim * 4 + code of the shape's type (uint8, 16, 32, 64), the shape, the values
+    a sample            for each column without a fixed size its size in uint32, then the bytes of the columns
+    ndarray:DTYPE       one byte (ndim * 4 + code of the shape's type: uint8, 16, 32, 64), the shape, the values
 
-llm-foundry writes a column `tokens`, `ndarray:int32` or formerly `bytes` of int64, and fills every sample to one length
-with documents that end with EOT: the samples one after another are one stream. Shards may be compressed with zstd.
-Cost: 10 us a sample; memory: one shard, 64 MiB. Source: streaming/base/format/mds in
-https://github.com/mosaicml/streaming; tests/test_data_mds.py reads and writes beside that library.
+llm-foundry writes one column `tokens`, as `ndarray:int32` or (older versions) as `bytes` of int64. All its samples have
+the same length and contain several documents that end with EOT, so the samples together form one stream of tokens.
+Shards may be compressed with zstd.
+Cost: 10 us per sample. Memory: one shard, 64 MiB. Source: streaming/base/format/mds in
+https://github.com/mosaicml/streaming. tests/test_data_mds.py compares with that library.
 """
 
 from __future__ import annotations
@@ -42,7 +45,10 @@ Samples = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 
 
 def read_mds(folder: Path) -> Iterator[Samples]:
-    """Per shard: the tokens of all samples one after another, and their lengths. DataError if a file is damaged."""
+    """Yield, for each shard, the tokens of all its samples in one array, and the lengths of the samples.
+
+    Raises DataError if a file is damaged.
+    """
     path = folder / "index.json"
     try:
         index = json.loads(path.read_bytes())
@@ -53,21 +59,24 @@ def read_mds(folder: Path) -> Iterator[Samples]:
             yield _read_shard(folder, shard)
     except DataError:
         raise
-    except Exception as error:  # index.json is foreign: any value in it may have any type
+    except Exception as error:  # index.json is from another program: any value in it may have any type
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise DataError(f"{path} or one of its shards cannot be read as MDS ({reason}). Copy it again.") from error
 
 
 def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
-    """The tokens and lengths of one shard's samples. ValueError if the shard does not fit the index."""
+    """Return the tokens of all samples of one shard, and their lengths. Raises ValueError if the shard is damaged.
+
+    shard: its entry in index.json.
+    """
     raw, names = _content(folder, shard), shard["column_names"]
     column = next((names.index(name) for name in COLUMNS if name in names), -1)
     if column < 0:
-        raise ValueError(f"no column {' or '.join(COLUMNS)} among {', '.join(names)}")
+        raise ValueError(f"there is no column {' or '.join(COLUMNS)} among the columns {', '.join(names)}")
     count = int(np.frombuffer(raw, "<u4", 1)[0])
     offsets = np.frombuffer(raw, "<u4", count + 1, 4).tolist()
     if count != shard["samples"] or offsets[-1] != len(raw):
-        raise ValueError(f"{shard['raw_data']['basename']} is truncated: {len(raw)} bytes, {count} samples")
+        raise ValueError(f"{shard['raw_data']['basename']} is truncated: it has {len(raw)} bytes and {count} samples")
     sizes, encoding = shard["column_sizes"], shard["column_encodings"][column]
     samples = [_decode(_column(raw[begin:end], sizes, column), encoding) for begin, end in itertools.pairwise(offsets)]
     lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
@@ -75,10 +84,10 @@ def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
 
 
 def _content(folder: Path, shard: dict[str, Any]) -> bytes:
-    """A shard's bytes, decompressed if there is only a compressed file."""
+    """Return the bytes of a shard. If there is only a compressed file, decompress it."""
     packed = shard.get("zip_data")
     for info in (shard["raw_data"], packed):
-        # index.json is foreign input: a basename with a path could read any file.
+        # index.json is from another program: a basename with a path in it could name any file of this machine.
         if info is not None and Path(info["basename"]).name != info["basename"]:
             raise ValueError(f"{info['basename']} is outside the folder")
     path: Path = folder / shard["raw_data"]["basename"]
@@ -87,7 +96,7 @@ def _content(folder: Path, shard: dict[str, Any]) -> bytes:
     if not str(shard.get("compression")).startswith("zstd"):
         compression = ascii(shard.get("compression"))[:50]
         raise UsageError(
-            f"{folder} is an MDS dataset compressed with {compression}, and only zstd is read. "
+            f"{folder} is an MDS dataset compressed with {compression}, but only zstd can be read. "
             f"Read it once with streaming.StreamingDataset(remote=..., local=FOLDER), which decompresses every shard, "
             f"and import FOLDER; or write it again with compression=None."
         )
@@ -95,7 +104,7 @@ def _content(folder: Path, shard: dict[str, Any]) -> bytes:
 
     size = int(shard["raw_data"]["bytes"])
     with (folder / packed["basename"]).open("rb") as stream:
-        # One byte more than the index promises: a shard that decompresses to more is noticed without memory for all.
+        # Read at most one byte more than the index says, so that a shard that is too large cannot fill the memory.
         content = bytes(zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True).read(size + 1))
     if len(content) != size:
         raise ValueError(f"{packed['basename']} does not decompress to {size} bytes")
@@ -103,7 +112,10 @@ def _content(folder: Path, shard: dict[str, Any]) -> bytes:
 
 
 def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:
-    """The bytes of column `wanted` in a sample. Columns without a fixed size have theirs at the sample's start."""
+    """Return the bytes of column number `wanted` of a sample.
+
+    sizes: the fixed size of each column, or None. The sizes of the others are at the start of the sample.
+    """
     dynamic = [i for i, size in enumerate(sizes) if not size]
     heads = dict(zip(dynamic, np.frombuffer(sample, "<u4", len(dynamic)).tolist(), strict=True))
     column_bytes = [size or heads[i] for i, size in enumerate(sizes)]
@@ -112,25 +124,31 @@ def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:
 
 
 def _decode(value: bytes, encoding: str) -> npt.NDArray[np.uint32]:
-    """The token ids of one encoded value, uint32."""
+    """Return the token ids (n,) of one value. encoding: of its column, as "ndarray:int32" or "bytes".
+
+    Raises ValueError if the encoding is another one or if the values are no token ids.
+    """
     type_name, _, rest = encoding.partition(":")
     dtype, _, shape = rest.partition(":")
     if type_name == "bytes":
         dtype, shape = "int64", "all"
     elif type_name != "ndarray":
-        raise ValueError(f"column of {encoding}, and tokens are an ndarray or bytes")
+        raise ValueError(f"the column of tokens is encoded as {encoding}, but only ndarray and bytes can be read")
     if not dtype:
         dtype, value = VALUE_DTYPES[value[0]], value[1:]
     if not shape:
         value = value[1 + (value[0] >> 2) * np.dtype(SHAPE_DTYPES[value[0] & 3]).itemsize :]
     tokens = np.frombuffer(value, np.dtype(dtype).newbyteorder("<"))
     if tokens.dtype.kind not in "iu" or (len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= 2**31)):
-        raise ValueError("token ids below 0, above 2**31, or not integers")
+        raise ValueError("some token ids are below 0 or at least 2**31, or are not integers")
     return tokens.astype(np.uint32)
 
 
 def write_mds(folder: Path, documents: Iterable[Tokens], dtype: str) -> None:
-    """Write one sample per document in a column `tokens` of `ndarray:DTYPE`, in shards of 64 MiB or one document."""
+    """Write documents as an MDS dataset into a new folder: one sample per document, in a column `tokens`.
+
+    dtype: of the tokens. A shard has at most 64 MiB, or one document if that is longer.
+    """
     folder.mkdir(parents=True)
     shards, held, size = list[dict[str, Any]](), list[bytes](), 0
     for tokens in documents:
@@ -145,7 +163,7 @@ def write_mds(folder: Path, documents: Iterable[Tokens], dtype: str) -> None:
 
 
 def _encode(tokens: Tokens) -> bytes:
-    """The sample of one document: the size of its only column, the array's header, the values."""
+    """Return the bytes of the sample for one document: the size of its only column, the header, the values."""
     code = next(code for code, dtype in enumerate(SHAPE_DTYPES) if len(tokens) <= np.iinfo(dtype).max)
     shape = np.array([len(tokens)], SHAPE_DTYPES[code]).tobytes()
     value = bytes([4 + code]) + shape + tokens.tobytes()
@@ -153,7 +171,7 @@ def _encode(tokens: Tokens) -> bytes:
 
 
 def _write_shard(folder: Path, number: int, samples: list[bytes], dtype: str) -> dict[str, Any]:
-    """Write one shard; returns its record for index.json."""
+    """Write one shard, and return its entry for index.json."""
     columns = {
         "column_encodings": [f"ndarray:{dtype}"],
         "column_names": ["tokens"],

@@ -1,9 +1,10 @@
-"""Megatron's pairs of .bin and .idx, as documents that end with EOT.
+"""Read Megatron's pairs of a .bin and an .idx file as documents that end with EOT.
 
-A document is one or more sequences, or none. Megatron trains on whatever its .idx says; here the .idx must fit:
-adjacent sequences that fill the .bin, and documents in order that cover every sequence. A document with EOT inside is
-several (texts that were packed before). Format: storage/mmidx.py.
-Cost: 8 bytes of memory per sequence and document, and one piece of 4 million tokens or one document.
+In Megatron's format a document consists of any number of sequences. Megatron does not check the .idx file. Here it is
+checked: the sequences must be adjacent and fill the .bin file, and the documents must be in order and cover all
+sequences. A document that contains EOT is split there, because several texts were joined to make it. The format is
+described in storage/mmidx.py.
+Memory: 8 bytes per sequence and per document, and one piece of 4 million tokens or one document.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 @dataclass(frozen=True)
 class MegatronPair:
-    """The tokens (mapped), and the first token of each document (n + 1,) and sequence (m + 1,), the end included."""
+    """A .bin and .idx pair with n documents and m sequences.
+
+    tokens: all tokens, mapped into memory. documents (n + 1,), sequences (m + 1,): the place of the first token of
+    each, and the number of all tokens as the last entry.
+    """
 
     prefix: str
     tokens: Ints
@@ -33,7 +38,7 @@ class MegatronPair:
     sequences: npt.NDArray[np.int64]
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """Ranges of documents of about 4 million tokens: first, end."""
+        """Yield ranges of documents, (first, end), that have about 4 million tokens each, or one longer document."""
         first, last = 0, len(self.documents) - 1
         while first < last:
             fits = int(np.searchsorted(self.documents, self.documents[first] + PIECE_TOKENS, side="right")) - 1
@@ -43,7 +48,7 @@ class MegatronPair:
 
 
 def read_pair(prefix: str) -> MegatronPair:
-    """Map a pair and check its index. DataError if the two files do not fit together."""
+    """Map PREFIX.bin and PREFIX.idx into memory. Raises DataError if they do not fit together or are damaged."""
     raw = map_tokens(prefix + ".idx", "u1")
     magic, version, code, sequences, ends = HEADER.unpack(raw[: HEADER.size].tobytes().ljust(HEADER.size, b"\0"))
     if magic.startswith(b"TNTIDX"):
@@ -54,7 +59,10 @@ def read_pair(prefix: str) -> MegatronPair:
     if magic != MAGIC or version != 1 or code not in DTYPES:
         raise DataError(f"{prefix}.idx is not a Megatron index of integers (MMIDIDX, version 1). Copy it again.")
     if len(raw) < HEADER.size + 12 * sequences + 8 * ends:
-        raise DataError(f"{prefix}.idx is {len(raw)} bytes, too few for its {sequences} sequences. Copy it again.")
+        raise DataError(
+            f"{prefix}.idx is {len(raw)} bytes, which is too short for its {sequences} sequences: it is truncated. "
+            f"Copy it again."
+        )
     at = HEADER.size + 4 * sequences
     lengths = raw[HEADER.size : at].view("<i4").astype(np.int64)
     pointers = raw[at : at + 8 * sequences].view("<i8")
@@ -63,18 +71,20 @@ def read_pair(prefix: str) -> MegatronPair:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     if (lengths < 0).any() or not np.array_equal(pointers, starts[:-1] * tokens.itemsize) or starts[-1] != len(tokens):
         raise DataError(
-            f"{prefix}.bin and .idx do not belong together: the sequences are not adjacent. Copy both again."
+            f"{prefix}.bin and .idx do not belong together: the sequences of the .idx file are not adjacent or do not "
+            f"fill the .bin file. Copy both again."
         )
     problem = _boundary_problem(boundaries, sequences)
     if problem:
         raise DataError(
-            f"{prefix}.idx has document boundaries that {problem}. It was merged or built wrong: build the pair again."
+            f"{prefix}.idx has document boundaries that {problem}. The pair was built or merged incorrectly: build it "
+            f"again."
         )
     return MegatronPair(prefix, tokens, starts[boundaries], starts)
 
 
 def _boundary_problem(boundaries: npt.NDArray[np.int64], sequences: int) -> str:
-    """What is wrong with the first sequences of the documents, "" if nothing is."""
+    """Return what is wrong with the numbers of the documents' first sequences (n + 1,), or "" if nothing is."""
     if not len(boundaries):
         return "" if not sequences else f"are missing, for {sequences} sequences"
     outside = np.flatnonzero((boundaries < 0) | (boundaries > sequences))
@@ -89,10 +99,10 @@ def _boundary_problem(boundaries: npt.NDArray[np.int64], sequences: int) -> str:
 
 
 def read_documents(prefix: str, tokenizer: Tokenizer, append_eot: bool) -> Iterator[Run]:
-    """The documents of a pair, a few million tokens at a time; empty ones are left out.
+    """Yield the documents of a pair, a few million tokens at a time. Empty documents are left out.
 
-    DataError for ids outside the vocabulary, and for documents without EOT at the end unless `append_eot` is set:
-    Megatron's --append-eod is optional, so both kinds are found in practice.
+    append_eot: add EOT to documents that do not end with it (Megatron's --append-eod is optional). Raises DataError if
+    an id is outside the vocabulary, or if a document does not end with EOT and append_eot is not set.
     """
     pair, eot_id = read_pair(prefix), tokenizer.eot_id
     for first, end in pair.pieces():
@@ -105,13 +115,13 @@ def read_documents(prefix: str, tokenizer: Tokenizer, append_eot: bool) -> Itera
             place = int(bounds[0] + starts[without_eot.argmax()])
             raise DataError(
                 f"{prefix} has documents that do not end with EOT ({eot_id}), the first at token {place}. Add "
-                f"--append-eot, or name the tokenizer that made it."
+                f"--append-eot, or give the tokenizer that made the pair."
             )
         yield without_empty(np.insert(tokens, ends[without_eot], eot_id), eot_id)
 
 
 def ends_with_eot(pair: MegatronPair, tokenizer: Tokenizer) -> bool:
-    """Whether every document is one sequence that ends with EOT and has no other: then it can be used in place."""
+    """Return whether each document is one sequence with EOT at its end and nowhere else, so the pair can be linked."""
     if not np.array_equal(pair.documents, pair.sequences):
         return False
     for first, end in pair.pieces():

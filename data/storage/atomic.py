@@ -1,10 +1,11 @@
 """Atomic, durable writes: write `NAME.tmp`, fsync it, rename it to `NAME`, fsync the folder.
 
 A rename inside one folder is atomic on every POSIX file system, so a reader sees the old file or the new file, never a
-part of one. The fsync of the folder makes the new name survive a power cut.
+part of one. After the fsync of the folder the new name survives a power failure.
 
-Small files: `write_file`. Large files: write to `temporary(path)`, call `start_writeback` every few megabytes so that
-the kernel writes to disk meanwhile (the final fsync is then short), then `sync_stream` and `rename_temporary`.
+Use `write_file` for small files. For a large file, write to `temporary(path)` and call `start_writeback` every few
+megabytes, so that the kernel writes to the disk in the meantime and the fsync at the end is short. Then call
+`sync_stream`, `rename_temporary` and `sync` of the folder.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import IO
 TEMPORARY_SUFFIX = ".tmp"
 
 
-WRITEBACK_BYTES = 2**23  # how much to write between two calls of `start_writeback`
+WRITEBACK_BYTES = 2**23  # callers of `start_writeback` should call it once per this many bytes
 
 
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a small file atomically and durably. Text is encoded as UTF-8."""
+    """Write a small file atomically and durably. Text is encoded as UTF-8. Raises OSError if the disk is full."""
     with open(temporary(path), "wb") as stream:
         stream.write(content.encode("utf-8") if isinstance(content, str) else content)
         sync_stream(stream)
@@ -34,17 +35,17 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Name under which `path` is written before `rename_temporary`."""
+    """Return the path to write to before `rename_temporary(path)` renames it to `path`."""
     return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 
 def rename_temporary(path: Path) -> None:
-    """Rename the finished temporary of `path` to `path`. The name is durable after `sync` of the folder."""
+    """Rename `temporary(path)` to `path`. The new name survives a power failure only after `sync` of the folder."""
     os.replace(temporary(path), path)
 
 
 def sync(path: Path) -> None:
-    """fsync a file's content, or the names in a folder."""
+    """fsync a file or a folder. For a folder, that makes the names in it durable, not the files."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -59,7 +60,10 @@ def sync_stream(stream: IO[bytes]) -> None:
 
 
 def start_writeback(file: int) -> None:
-    """Start writing the dirty pages of a file descriptor to disk, without waiting. Does nothing outside Linux."""
+    """Make the kernel start to write a file's data to the disk, and return at once. Does nothing outside Linux.
+
+    file: a file descriptor.
+    """
     sync_file_range = _sync_file_range()
     if sync_file_range is not None:
         sync_file_range(file, 0, 0, _SYNC_FILE_RANGE_WRITE)

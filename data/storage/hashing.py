@@ -18,7 +18,7 @@ class FileHash(TypedDict):
 
 
 def hash_file(path: Path) -> FileHash:
-    """Read a file in chunks of 4 MiB; returns its size and xxh3-128 as 32 hex digits."""
+    """Return a file's size in bytes and its xxh3-128 as 32 hex digits. Reads 4 MiB at a time."""
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

@@ -1,7 +1,7 @@
-"""A file lock between processes, exclusive or shared: flock(2) on a file of its own.
+"""A lock between processes, exclusive or shared: flock(2) on a file that serves only as the lock.
 
-The kernel releases the lock when the process ends, however it ends, so no stale lock survives a kill -9. The lock file
-itself stays. On NFS the lock holds between hosts; a few network file systems have no locks at all (`required`).
+The kernel releases the lock when the process ends, even after kill -9, so there are no stale locks. The lock file is
+not removed. On NFS the lock works between hosts. A few network file systems do not support locks; see `required`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ POLL_S = 2.0
 
 
 class LockHeldError(Exception):
-    """Another process holds the lock. `holder` is the text that it wrote into the file, "" if none."""
+    """Another process holds the lock. `holder` is the text that it wrote into the lock file, or ""."""
 
     def __init__(self, path: Path, holder: str):
         super().__init__(f"{path} is locked by {holder or 'another process'}")
@@ -25,13 +25,13 @@ class LockHeldError(Exception):
 
 
 class FileLock:
-    """A lock that is held until `release`, the end of a `with` block or the end of the process."""
+    """A lock that this process holds until `release`, the end of a `with` block or the end of the process."""
 
     def __init__(self, file: int):
         self._file: int | None = file
 
     def release(self) -> None:
-        """Release the lock; a second call does nothing."""
+        """Release the lock. May be called more than once."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -52,21 +52,24 @@ def lock_file(
     shared: bool = False,
     required: bool = True,
 ) -> FileLock:
-    """Lock `path`, which is created if it does not exist.
+    """Lock the file `path` and return the lock. The file is created if it does not exist.
 
-    `timeout_s` is how long to wait for another process: 0 tries once, infinity waits in the kernel without polling.
-    `on_wait` is called with the holder's text before each wait (every 2 s with a finite timeout). `holder` is written
-    into the file for the next process to read. Any number of processes may hold a `shared` lock, but none beside an
-    exclusive one. With `required=False` a file system without locks counts as unlocked.
-    Raises LockHeldError after the timeout, OSError if the file cannot be created or locked.
+    timeout_s: how long to wait while another process holds the lock. 0 tries once; infinity waits without polling.
+    on_wait: called before each wait (every 2 s with a finite timeout) with the text that the holder wrote.
+    holder: a text that describes this process; it is written into the file for processes that wait.
+    shared: any number of processes may hold a shared lock at the same time, but none while another holds an exclusive
+        one.
+    required: if False and the file system does not support locks, continue as if the file were locked.
+
+    Raises LockHeldError after the timeout, and OSError if the file cannot be created or locked.
     """
     operation, has_name = fcntl.LOCK_SH if shared else fcntl.LOCK_EX, False
     while not has_name:
-        # Not truncated: the text of the current holder must stay readable for those who wait.
+        # The file is not truncated, because waiting processes read the text of the current holder.
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _acquire(file, operation, path, timeout_s, on_wait, required)
-            # The last holder may have removed the file, and a lock on a file without a name excludes nobody.
+            # If the last holder removed the file, other processes lock a new file of that name: try again.
             has_name = os.fstat(file).st_nlink > 0
             if has_name and holder:
                 os.ftruncate(file, 0)
@@ -82,7 +85,7 @@ def lock_file(
 def _acquire(
     file: int, operation: int, path: Path, timeout_s: float, on_wait: Callable[[str], None] | None, required: bool
 ) -> None:
-    """Lock an open file, as `lock_file` describes."""
+    """Lock an open file (a descriptor). Arguments and exceptions as in `lock_file`."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:

@@ -1,7 +1,8 @@
-"""The manifest of a token dataset: `manifest.json`, with the tokenizer, the shards and their hashes.
+"""The manifest of a token dataset: the file `manifest.json` with the tokenizer, the shards and their hashes.
 
-Written last, so a folder without one is not a dataset. `load_manifest` checks every field and type; `check_files`
-compares the sizes of all shards and reads 34 bytes of each index. Both cost milliseconds for thousands of shards.
+`prepare` writes it last, so a folder without a manifest is not a complete dataset. `load_manifest` checks all fields
+and their types. `check_files` compares the sizes of all shards and reads 34 bytes of each index. Both take
+milliseconds for thousands of shards.
 """
 
 from __future__ import annotations
@@ -44,20 +45,22 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """Identifies the tokenizer that made the ids. `file` is its file in the dataset's folder."""
+    """The tokenizer that made the token ids of a dataset."""
 
     name: str
     vocab_size: int
-    eot_id: int
-    sha256: str
-    pattern: str
-    file: str
+    eot_id: int  # the end-of-text token (EOT), which ends every document
+    sha256: str  # of the tokenizer's file
+    pattern: str  # the regular expression that splits a text before BPE
+    file: str  # name of the tokenizer's file in the dataset's folder
 
 
 @dataclass(frozen=True)
 class SplitMethod:
-    """How validation was chosen: by `hash` of each document, the `tail` of the stream (few documents), from `sources`
-    of its own, or `none`.
+    """How `prepare` chose the validation split.
+
+    method: "hash" (each document by a hash of it), "tail" (the end of the stream, if there are few documents),
+    "sources" (from files of its own) or "none".
     """
 
     method: str
@@ -66,9 +69,10 @@ class SplitMethod:
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What `prepare` read. `fingerprint` is the sum of the documents' hashes, so their order does not matter.
+    """What `prepare` read.
 
-    `passed_over` names files that were found and are no corpus, with the reason; `binary_files` is their number.
+    fingerprint: the sum of the documents' hashes, which does not depend on their order. passed_over: the files that
+    `prepare` found but did not use, with the reason. binary_files: the number of these files.
     """
 
     names: list[str]
@@ -85,7 +89,7 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.bin` file and its `.idx`, with sizes and hashes."""
+    """One `.bin` file with tokens and its `.idx` file. `name` is their name without the suffix, as "train-00000"."""
 
     name: str
     split: str
@@ -99,7 +103,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json."""
+    """The contents of manifest.json."""
 
     format: str
     version: int
@@ -111,15 +115,15 @@ class Manifest:
     fingerprint: str
 
     def split_tokens(self, split: str) -> int:
-        """Number of tokens in a split, EOT included."""
+        """Return the number of tokens in a split ("train" or "val"), EOTs included."""
         return sum(shard.tokens for shard in self.shards if shard.split == split)
 
     def split_documents(self, split: str) -> int:
-        """Number of documents in a split."""
+        """Return the number of documents in a split ("train" or "val")."""
         return sum(shard.documents for shard in self.shards if shard.split == split)
 
     def compute_fingerprint(self) -> str:
-        """xxh3-128 of everything that defines the tokens: equal fingerprints, equal training."""
+        """Return an xxh3-128, in hex, of everything that determines the tokens: equal datasets have equal ones."""
         tokenizer = self.tokenizer
         identity = [tokenizer.sha256, tokenizer.pattern, tokenizer.vocab_size, tokenizer.eot_id]
         shards = [[shard.split, shard.tokens, shard.bin_xxh3_128] for shard in self.shards]
@@ -127,7 +131,10 @@ class Manifest:
 
 
 def manifest_json(manifest: Manifest) -> bytes:
-    """The manifest as JSON. Fields of `source` at their default are left out: older versions refuse unknown fields."""
+    """Return the manifest as JSON.
+
+    Fields of `source` that have their default are left out, because older versions of Packspeed refuse unknown fields.
+    """
     raw = dataclasses.asdict(manifest)
     for name in _defaults(SourceSummary):
         if not raw["source"][name]:
@@ -136,14 +143,17 @@ def manifest_json(manifest: Manifest) -> bytes:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read and check `manifest.json`. UsageError if there is none, DataError if it is damaged or contradicts itself."""
+    """Read and check the manifest of the dataset in a folder.
+
+    Raises UsageError if there is none, and DataError if it is damaged, contradicts itself or has an unknown version.
+    """
     path = Path(folder) / MANIFEST
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(
             f"{folder} is not a token dataset: there is no {MANIFEST} in it. Give the folder that `packspeed prepare` "
-            f"wrote; a prepare that did not finish leaves no manifest and must be run again."
+            f"wrote. If prepare did not finish, run it again: it writes the manifest last."
         ) from error
     except OSError as error:
         raise unreadable(path, error) from error
@@ -153,11 +163,12 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise DataError(
             f"{path} is not valid JSON ({error}): the file is truncated or was edited. Copy the dataset again."
         ) from error
-    # The version before the fields: a newer format has other fields, and that is the error to report.
+    # Check the version first: a newer format has other fields, and then the version is the error to report.
     if isinstance(raw, dict) and (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
         raise DataError(
-            f"{path} has format {_short(raw.get('format'))}, version {_short(raw.get('version'))}; this packspeed "
-            f"reads {FORMAT!r}, version {VERSION}. Use the packspeed that wrote it, or prepare the dataset again."
+            f"{path} has format {_short(raw.get('format'))}, version {_short(raw.get('version'))}, but this version of "
+            f"Packspeed reads {FORMAT!r}, version {VERSION}. Use the version of Packspeed that wrote it, or prepare "
+            f"the dataset again."
         )
     manifest = build_record(Manifest, raw, str(path))
     _check(manifest, path)
@@ -165,22 +176,31 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def build_record(record: type[Record], raw: object, where: str) -> Record:
-    """A dataclass from parsed JSON: exactly its fields and types; fields with a default may be missing."""
+    """Build a dataclass from parsed JSON. Fields with a default may be missing; no others may, and none may be added.
+
+    where: names the place in the message. Raises DataError if a field is missing or unknown or has the wrong type.
+    """
     hints, required = _fields(cast("Hashable", record))
     if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
         actual = _short(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
-        raise DataError(f"{where} must hold exactly {sorted(hints)}, found {actual}. Copy the dataset again.")
+        raise DataError(
+            f"{where} must be an object with exactly the keys {sorted(hints)}, but has {actual}. The file was edited "
+            f"or damaged: copy the dataset again."
+        )
     return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items() if name in raw})
 
 
 @lru_cache
 def _fields(record: Any) -> tuple[dict[str, Any], set[str]]:
-    """Types of a record's fields and the names of the required ones. Cached: a manifest has many shards."""
+    """Return the types of a dataclass's fields, and the names of the fields without a default.
+
+    Cached, because a manifest has many records of the same class.
+    """
     return get_type_hints(record), {item.name for item in dataclasses.fields(record)} - _defaults(record)
 
 
 def _defaults(record: Any) -> set[str]:
-    """Names of the fields that have a default."""
+    """Return the names of the fields of a dataclass that have a default."""
     missing = dataclasses.MISSING
     fields = dataclasses.fields(record)
     return {item.name for item in fields if item.default is not missing or item.default_factory is not missing}
@@ -191,14 +211,20 @@ def _value(hint: Any, raw: object, where: str) -> Any:
         return build_record(hint, raw, where)
     if get_origin(hint) is list and isinstance(raw, list):
         return [_value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(raw)]
-    # `type() is`, not isinstance: JSON true must not pass as the integer 1.
+    # `type() is` and not isinstance, because true in JSON must not be accepted as the integer 1.
     if type(raw) is hint and _is_possible(raw):
         return raw
-    raise DataError(f"{where} must be {getattr(hint, '__name__', hint)}, found {_short(raw)}. Copy the dataset again.")
+    raise DataError(
+        f"{where} must be of type {getattr(hint, '__name__', hint)}, but is {_short(raw)}. The file was edited or "
+        f"damaged: copy the dataset again."
+    )
 
 
 def _is_possible(value: object) -> bool:
-    """Whether a value fits numpy's int64 and can be printed: JSON allows any integer, NaN and half surrogate pairs."""
+    """Return whether a parsed value is an int64 >= 0, a finite float, a text that UTF-8 can encode, or another type.
+
+    JSON allows larger integers, NaN, and halves of surrogate pairs in texts.
+    """
     if isinstance(value, int):
         return 0 <= value < 2**63
     if isinstance(value, float):
@@ -207,13 +233,13 @@ def _is_possible(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    """At most 200 characters of a value for an error message."""
+    """Return a value as text for an error message, at most 200 characters of it."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _check(manifest: Manifest, path: Path) -> None:
-    """DataError for file names outside the folder and for numbers that contradict each other."""
+    """Raise DataError if a file name leads outside the folder or if numbers contradict each other."""
     problem = ""
     tokenizer = manifest.tokenizer
     if manifest.dtype not in ("uint16", "uint32"):
@@ -229,7 +255,7 @@ def _check(manifest: Manifest, path: Path) -> None:
     if not problem and manifest.fingerprint != manifest.compute_fingerprint():
         problem = "fingerprint: it differs from that of its shards and tokenizer"
     if problem:
-        raise DataError(f"{path} has an impossible {problem}. It was edited or damaged: copy the dataset again.")
+        raise DataError(f"{path} has an impossible {problem}. The file was edited or damaged: copy the dataset again.")
 
 
 def _shard_problem(shard: Shard, dtype: str) -> str:
@@ -243,8 +269,11 @@ def _shard_problem(shard: Shard, dtype: str) -> str:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """The quick check: every shard exists with its size, and its index fits it. Reads 34 bytes per shard."""
-    # In groups, so that thousands of shards do not exceed the limit of open files.
+    """Check that all files of a dataset exist and have the right sizes, and that each index fits its shard.
+
+    Reads 34 bytes per shard. Raises DataError.
+    """
+    # In groups, because all files of thousands of shards would exceed the limit of open files.
     for first in range(0, len(manifest.shards), OPEN_FILES):
         some = manifest.shards[first : first + OPEN_FILES]
         for shard in some:
@@ -264,6 +293,6 @@ def _check_size(path: str, expected: int) -> None:
         raise unreadable(path, error) from error
     if size != expected:
         raise DataError(
-            f"{path} is {size} bytes, expected {expected}: the file is truncated or was edited. Copy it again, or "
+            f"{path} is {size} bytes instead of {expected}: the file is truncated or was edited. Copy it again, or "
             f"prepare the dataset again."
         )

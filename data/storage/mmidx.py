@@ -1,4 +1,4 @@
-"""The `.idx` file of Megatron-core's IndexedDataset, MMIDIDX version 1: where every document of a `.bin` begins.
+"""The `.idx` file of a shard: where each document of the `.bin` file begins. The format is Megatron-core's MMIDIDX 1.
 
     9 bytes   MMIDIDX\\0\\0
     uint64    version, 1
@@ -43,10 +43,10 @@ LONGEST_TOKENS = 2**31 - 1  # lengths are int32
 
 @dataclass(frozen=True)
 class Index:
-    """The documents of one shard.
+    """The contents of an .idx file, mapped into memory, for the n documents of a shard.
 
-    `lengths` (n,) in tokens; `offsets_bytes` (n,): where each begins in the .bin; `boundaries` (n + 1,): 0, 1, ... n.
-    `raw` is the complete file.
+    lengths (n,): in tokens. offsets_bytes (n,): where each document begins in the .bin file. boundaries (n + 1,): 0, 1,
+    ... n. raw: the complete file.
     """
 
     dtype: str
@@ -56,12 +56,15 @@ class Index:
     raw: npt.NDArray[np.uint8]
 
     def find(self, token: int) -> int:
-        """The document that contains token number `token` of the shard."""
+        """Return the number of the document that contains token number `token` of the shard."""
         byte = token * np.dtype(self.dtype).itemsize
         return int(np.searchsorted(self.offsets_bytes, byte, side="right")) - 1
 
     def first_wrong(self, bin_bytes: int) -> int | None:
-        """The first document that is not adjacent to the next one, or None if all are and they fill `bin_bytes`."""
+        """Return the number of the first document that is not adjacent to the next one.
+
+        Return None if all documents are adjacent and fill the .bin file of `bin_bytes` bytes.
+        """
         sizes = self.lengths.astype(np.int64) * np.dtype(self.dtype).itemsize
         wrong = (sizes <= 0) | (np.diff(self.offsets_bytes, append=bin_bytes) != sizes)
         wrong |= self.boundaries[:-1] != np.arange(len(sizes))
@@ -71,12 +74,15 @@ class Index:
 
 
 def index_bytes(documents: int) -> int:
-    """Size of the index file of `documents` documents."""
+    """Return the size in bytes of an .idx file for `documents` documents."""
     return HEADER.size + documents * (4 + 8) + (documents + 1) * 8
 
 
 def write_index(stream: IO[bytes], lengths: npt.NDArray[np.int32], dtype: str) -> None:
-    """Write the index of adjacent documents, `lengths` tokens each, EOT included."""
+    """Write the .idx file for adjacent documents of these lengths (n,), in tokens with EOT, to an open file.
+
+    dtype: of the tokens, "uint16" or "uint32".
+    """
     documents = len(lengths)
     sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
     offsets = np.cumsum(sizes) - sizes
@@ -87,9 +93,9 @@ def write_index(stream: IO[bytes], lengths: npt.NDArray[np.int32], dtype: str) -
 
 
 def read_headers(paths: Sequence[str]) -> list[bytes]:
-    """The first 34 bytes of each index. All reads are requested from the disk before the first is awaited.
+    """Return the first 34 bytes of each .idx file. The reads are requested together, so that slow disks overlap them.
 
-    DataError if one cannot be read.
+    Raises DataError if a file cannot be read.
     """
     files, path = list[int](), ""
     try:
@@ -106,21 +112,25 @@ def read_headers(paths: Sequence[str]) -> list[bytes]:
 
 
 def unreadable(path: str | Path, error: OSError) -> DataError:
-    """The error for a file that the system does not let us read."""
+    """Return the error to raise if the operating system cannot read a file."""
     return DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions and the disk.")
 
 
 def check_header(path: str, header: bytes, documents: int, dtype: str) -> None:
-    """DataError unless the `header` of `path` is that of `documents` documents of `dtype`."""
+    """Raise DataError unless the first bytes of an .idx file, `header`, fit `documents` documents of `dtype`.
+
+    path: the file, for the message.
+    """
     expected = HEADER.pack(MAGIC, 1, CODES[dtype], documents, documents + 1)
     if header == expected:
         return
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise DataError(f"{path} is not a Megatron index: it begins with {header[:9]!r}. Copy the shard again.")
+        raise DataError(f"{path} is not an MMIDIDX file: it begins with {header[:9]!r}. Copy the shard again.")
     _, version, code, sequences, ends = HEADER.unpack(header)
     raise DataError(
-        f"{path} has version {version}, type code {code}, {sequences} documents and {ends} ends; expected 1, "
-        f"{CODES[dtype]}, {documents} and {documents + 1}. The index belongs to another shard: copy the pair again."
+        f"{path} has version {version}, type code {code}, {sequences} documents and {ends} ends, but the manifest "
+        f"requires 1, {CODES[dtype]}, {documents} and {documents + 1}. The file belongs to another shard: copy the "
+        f".bin and the .idx file again."
     )
 
 
@@ -136,7 +146,7 @@ def read_index(path: Path, documents: int, dtype: str, scattered: bool = False) 
     check_header(str(path), raw[: HEADER.size].tobytes(), documents, dtype)
     if len(raw) != index_bytes(documents):
         raise DataError(
-            f"{path} is {len(raw)} bytes, expected {index_bytes(documents)} for {documents} documents: the file is "
+            f"{path} is {len(raw)} bytes, but {documents} documents need {index_bytes(documents)}: the file is "
             f"truncated. Copy it again, or prepare the dataset again."
         )
     ends = np.cumsum([HEADER.size, 4 * documents, 8 * documents, 8 * (documents + 1)])
