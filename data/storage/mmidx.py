@@ -125,7 +125,7 @@ def check_header(path: str, header: bytes, documents: int, dtype: str) -> None:
     if header == expected:
         return
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise DataError(f"{path} is not an MMIDIDX file: it begins with {header[:9]!r}. Copy the shard again.")
+        raise DataError(f"{path} is not a complete Megatron index: it begins with {header[:9]!r}. Copy the shard again.")
     _, version, code, sequences, ends = HEADER.unpack(header)
     raise DataError(
         f"{path} has version {version}, type code {code}, {sequences} documents and {ends} ends, but the manifest "
