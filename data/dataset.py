@@ -1,15 +1,16 @@
 """A token dataset: a folder of shards and a manifest, open for reading.
 
     manifest.json      tokenizer, shards and their hashes (storage/manifest.py); written last
-    train-00000.bin    little-endian uint16 or uint32 token ids, every document ended by EOT, no header, no padding
-    train-00000.idx    where its documents begin (storage/mmidx.py)
+    train-00000.bin    a shard: little-endian uint16 or uint32 token ids without header or padding; every document ends
+                       with the end-of-text token (EOT)
+    train-00000.idx    the index of the shard: where its documents begin (storage/mmidx.py)
     val-00000.bin ...
 
-A split is one stream of tokens: its shards one after another. Opening reads the manifest and 34 bytes per shard and
-compares sizes; a shard is mapped into memory when it is first read. So opening takes milliseconds at any size, and a
-truncated copy is refused before the first step. The documents of an index are checked in the parts that are used, since
-they decide what packed rows hold; token ids are compared with the vocabulary in every batch. `packspeed verify`
-(checks/verify.py) compares the hashes of all files.
+The shards of a split (train or val), one after another, form one stream of tokens. To open a dataset, the manifest and
+34 bytes per shard are read and file sizes are compared. That takes milliseconds at any size, and finds truncated files
+before the first step. A shard is mapped into memory when it is first read. The parts of an index that are used are
+checked, because they decide what the rows of packed batches contain. The token ids of every batch are compared with the
+vocabulary. `packspeed verify` (checks/verify.py) compares the hashes of all files.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ class DocumentSpan:
 
 
 class TokenDataset:
-    """A prepared dataset in a folder, read-only. Any number of threads may read.
+    """A dataset in a folder, opened for reading. Any number of threads may read at the same time.
 
-    `quick_check` compares the sizes of all shards and reads the header of each index, six system calls per shard. In a
-    run of many ranks one per host is enough.
+    quick_check: compare the sizes of all shards and read the header of each index, which takes six system calls per
+    shard. In a run with many ranks, one rank per host should do it. Raises DataError if the manifest is missing or
+    damaged, or if the quick check finds a file that is missing or has the wrong size.
     """
 
     def __init__(self, path: str | Path, quick_check: bool = True):
@@ -142,9 +144,9 @@ class TokenDataset:
         )
 
     def will_need(self, split: str, ranges: Starts) -> None:
-        """Ask the kernel to read ranges of a stream ahead of their use. `ranges` (n, 2): first token and length.
+        """Ask the kernel to read parts of a split's stream into the page cache. Does not wait for it.
 
-        A range is cut at the end of its shard.
+        ranges (n, 2): first token and length of each part. A part is cut at the end of its shard. Errors are ignored.
         """
         shards = np.searchsorted(self._starts[split], ranges[:, 0], side="right") - 1
         for shard in sorted(set(shards.tolist())):
@@ -171,9 +173,10 @@ class TokenDataset:
         return DocumentSpan(shard.name, document, start, tokens)
 
     def document_spans(self, split: str, first: int, count: int) -> tuple[Starts, Starts]:
-        """First tokens and lengths (EOT included) of documents first to first + count - 1, at most those that exist.
+        """Return places of first tokens, and lengths with EOT, of documents first .. first + count - 1, (n,) each.
 
-        DataError if these documents or their neighbours are not adjacent.
+        Places are in the stream of the split, and documents are numbered through it. Those that do not exist are left
+        out. Raises DataError if these documents or their neighbours are not adjacent.
         """
         starts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for shard, begin, end in self._documents_by_shard(split, first, first + count):
@@ -183,13 +186,13 @@ class TokenDataset:
         return np.concatenate(starts), np.concatenate(lengths)
 
     def document_starts(self, split: str, stride: int) -> Starts:
-        """First tokens of documents 0, stride, 2 * stride, ... of a split. Reads two pages of the index for each.
+        """Return the places of the first tokens of documents 0, stride, 2 * stride ... of a split, (n,).
 
-        DataError unless each begins where the document before it ends.
+        Reads two pages of the index for each. Raises DataError if one does not begin where the document before it ends.
         """
         firsts = [np.empty(0, np.int64)]
         for number, (shard, passed) in enumerate(zip(self._shards[split], self._documents[split], strict=False)):
-            # A map of its own, because the kernel would otherwise read 128 KiB around each page.
+            # The index is mapped separately for this: otherwise the kernel would read 128 KiB around each page.
             index = self._map_index(shard, scattered=True)
             documents = np.arange(-passed % stride, shard.documents, stride)
             starts = index.offsets_bytes[documents] // self.dtype.itemsize
@@ -201,12 +204,13 @@ class TokenDataset:
         return np.concatenate(firsts)
 
     def cut_tokens(self, split: str, stride: int, longest: int) -> Starts:
-        """Tokens in each window of `stride` documents, (windows,), if every document is cut to `longest` tokens.
+        """Return the number of tokens in each window of `stride` documents, (windows,).
 
-        Reads the length of every document, 0.5 ns each. DataError if the lengths of a shard are not its tokens.
+        Of each document at most `longest` tokens are counted. Reads the length of every document, 0.5 ns each. Raises
+        DataError if the lengths of a shard's documents do not add up to its tokens.
         """
 
-        # 32-bit sums are four times as fast, and right modulo 2**32; the memory of `cut` serves all shards.
+        # 32-bit sums are four times as fast and correct modulo 2**32. All shards reuse the memory of `cut`.
         dtype = np.dtype(np.int32 if stride * longest < 2**31 else np.int64)
         cut = np.empty(max((shard.documents for shard in self._shards[split]), default=0), dtype)
         sums = np.zeros(-(-self.documents(split) // stride), dtype=np.int64)
@@ -221,22 +225,25 @@ class TokenDataset:
         return sums
 
     def documents(self, split: str) -> int:
-        """Number of documents of a split."""
+        """Return the number of documents of a split, "train" or "val"."""
         return self._documents[split][-1]
 
     def _documents_by_shard(self, split: str, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Documents first to last - 1 of a split as (shard number, its first document, the one after its last)."""
+        """Yield (shard number, begin, end) for documents first .. last - 1 of a split.
+
+        begin .. end - 1 are the numbers, in the shard, of those that the shard contains.
+        """
         passed = self._documents[split]
         first, last = max(0, first), min(last, passed[-1])
         for shard in range(bisect_right(passed, first) - 1, bisect_left(passed, last)):
             yield shard, max(0, first - passed[shard]), min(last, passed[shard + 1]) - passed[shard]
 
     def _shard_spans(self, shard: Shard, begin: int, end: int) -> tuple[Starts, Starts]:
-        """First tokens in the shard and lengths of its documents begin to end - 1, checked as `document_spans` says."""
+        """Return document_spans for documents begin .. end - 1 of one shard, with places counted from its start."""
         index, size = self._index(shard), self.dtype.itemsize
         before, after = max(0, begin - 1), min(end + 1, shard.documents)
         offsets, lengths = index.offsets_bytes[before:after], index.lengths[before:after].astype(np.int64)
-        # Where the last of them ends is only known if it is the last of the shard.
+        # The end of the last document is taken from its own length, unless it is the last of the shard.
         ends = np.append(offsets[1:], shard.bin_bytes if after == shard.documents else offsets[-1] + lengths[-1] * size)
         wrong = (lengths < 1) | (offsets + lengths * size != ends)
         wrong[0] |= before == 0 and offsets[0] != 0
@@ -245,7 +252,7 @@ class TokenDataset:
         return offsets[begin - before : end - before] // size, lengths[begin - before : end - before]
 
     def _index(self, shard: Shard) -> Index:
-        """The index of a shard. It is not compared with its hash, since that would read all of it."""
+        """Return the index of a shard. Its hash is not compared, because that would read the complete file."""
         if shard.name not in self._indices:
             self._indices[shard.name] = self._map_index(shard)
         return self._indices[shard.name]
@@ -256,7 +263,7 @@ class TokenDataset:
     def _wrong_index(self, shard: Shard, document: int | None = None) -> DataError:
         what = "its documents do not fill the shard"
         if document is not None:
-            what = f"document {document} does not border on the next one"
+            what = f"document {document} is not adjacent to the next one"
         return DataError(
             f"{self.path / shard.name}.idx has changed: {what}. Check the dataset with packspeed verify, and copy the "
             f"file again or prepare the dataset again."
@@ -287,7 +294,7 @@ class TokenDataset:
         return self._maps[name]
 
     def _map_tokens(self, path: Path) -> Tokens:
-        """Map a file of tokens. Raises OSError."""
+        """Map a .bin file into memory and return its tokens. Raises OSError."""
         return map_file(path, self.scattered).view(self.dtype)
 
 
@@ -315,5 +322,5 @@ def changes(old: Sequence[DatasetDescription], new: Sequence[DatasetDescription]
 
 
 def _running_sum(sizes: Iterable[int]) -> list[int]:
-    """The sum of the sizes before each one, and the sum of all as the last entry."""
+    """Return, for each size, the sum of the sizes before it, and the sum of all as the last entry."""
     return [0, *accumulate(sizes)]

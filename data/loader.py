@@ -152,7 +152,7 @@ class Loader:
     Raises DataError if the split is too small for one row, and UsageError if an argument is invalid.
     """
 
-    # Rank and world of the last read-ahead, and the first step after it.
+    # The rank and the number of ranks of the last read-ahead, and the first step after those that it requested.
     _ahead = (0, 1, 0)
 
     def __init__(
@@ -185,13 +185,16 @@ class Loader:
         return self.order.windows
 
     def read(self, first: int, count: int) -> Batch:
-        """Samples first to first + count - 1."""
+        """Return samples first .. first + count - 1 of the run as a Batch, without `global_used`."""
         starts = self.order.starts(first, count).tolist()
         tokens = self.dataset.read_rows(self.split, starts, self.seq_len + 1)
         return self._add_documents(Batch(tokens, np.arange(first, first + count, dtype=np.int64)))
 
     def _read_ahead(self, step: int, rank: int, world: int) -> None:
-        """Request this rank's rows of the next steps from disk, in a thread, if half of the last request is used."""
+        """Request the rows of this rank's next steps from the disk, in a thread. Does not wait for them.
+
+        Does nothing while more than half of the steps of the last request are still to come.
+        """
         steps = max(AHEAD_STEPS, min(AHEAD_TOKENS // self.seq_len, self.samples_per_epoch) // self.global_batch)
         *ranks, end = self._ahead
         if ranks != [rank, world] or not step < end <= step + 2 * steps:
@@ -204,8 +207,8 @@ class Loader:
             threading.Thread(target=self.will_need, args=(samples,), name="packspeed-ahead", daemon=True).start()
 
     def will_need(self, samples: npt.NDArray[np.int64]) -> None:
-        """Ask the kernel to read the windows of these samples, which are in ascending order. Does not wait for it."""
-        # Windows that are close together are asked for in one range: a disk reads a block faster than its parts.
+        """Ask the kernel to read these samples (n,), in ascending order, into the page cache. Does not wait for it."""
+        # Windows that are close together are requested as one range: a disk reads a block faster than its parts.
         starts, length = np.sort(self.order.starts_of(samples)), self.seq_len + 1
         begins = np.flatnonzero(np.diff(starts, prepend=starts[0] - AHEAD_GAP * length - 1) > AHEAD_GAP * length)
         lasts = np.append(begins[1:], len(starts)) - 1
@@ -219,16 +222,17 @@ class Loader:
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
     def samples_with(self, start: int, length: int, samples: int) -> npt.NDArray[np.int64]:
-        """Which of the first `samples` samples have a label among `length` tokens from `start` of the stream on, (n,).
+        """Return those of samples 0 .. samples - 1 that have a label in a part of the stream, (n,), ascending.
 
-        The order is inverted, so the cost grows with the epochs and not with the samples.
+        The part is tokens start .. start + length - 1. The order is inverted, so the cost grows with the number of
+        epochs and not with the number of samples.
         """
         epochs = range(-(-samples // self.samples_per_epoch))
         found = np.concatenate([np.empty(0, np.int64), *(self._samples_in(epoch, start, length) for epoch in epochs)])
         return np.sort(found[found < samples])
 
     def _samples_in(self, epoch: int, start: int, length: int) -> npt.NDArray[np.int64]:
-        """As samples_with, in one epoch."""
+        """Return the samples of an epoch that have a label among tokens start .. start + length - 1, (n,), unsorted."""
         return self.order.samples_at(epoch, start, start + length)
 
     def _add_documents(self, batch: Batch) -> Batch:
@@ -252,16 +256,16 @@ class Loader:
             raise UsageError(f"rank {rank} of {world}, step {step}: give a rank from 0 to {world - 1} and a step >= 0.")
         rows = self.global_batch // world
         batch = self.read(step * self.global_batch + rank * rows, rows)
-        # After the read, or the first batch would wait for rows that only later batches need.
+        # Read ahead only now: otherwise the first batch would wait for rows that only later batches need.
         self._read_ahead(step, rank, world)
         return batch if batch.used is None else replace(batch, global_used=self.used(step))
 
     def used(self, step: int) -> int:
-        """Number of labels in a step's global batch that count in the loss."""
+        """Return the number of labels in a step's global batch that are not padding."""
         return self.used_labels(step * self.global_batch, self.global_batch)
 
     def used_labels(self, first: int, count: int) -> int:
-        """Number of labels that count in the loss of samples first to first + count - 1."""
+        """Return the number of labels in samples first .. first + count - 1 that are not padding."""
         return count * self.seq_len
 
     def batch_hash(self, step: int) -> str:

@@ -132,9 +132,9 @@ class Mixture:
         return source, number
 
     def sample_of(self, source: int, number: int) -> int | None:
-        """The sample of the run that is sample `number` of a source; None if the source never has so many.
+        """Return the sample of the run that is sample `number` of a source, or None if the source never gets so far.
 
-        Counts grow with the blocks, so the block is found by bisection.
+        A source's count never decreases from block to block, so the block is found by bisection.
         """
         low, high = 0, 1
         while self.counts(high)[source] <= number:
@@ -151,7 +151,10 @@ class Mixture:
 
 
 class MixtureData:
-    """The datasets of a mixture; `options` as in open_dataset. UsageError if they do not share a tokenizer."""
+    """The datasets of a mixture, opened. `options` are those of open_dataset.
+
+    Raises DataError if a dataset is damaged, and UsageError if two of them were made with different tokenizers.
+    """
 
     def __init__(self, paths: Sequence[str], **options: Any):
         self.datasets = [open_dataset(path, **options) for path in paths]
@@ -218,7 +221,10 @@ class MixtureLoader(Loader):
         return replace(_join(batches, count), samples=np.arange(first, first + count, dtype=np.int64))
 
     def will_need(self, samples: Indices) -> None:
-        """As Loader.will_need; each source reads its own."""
+        """Ask the kernel to read these samples of the run (n,), in ascending order, into the page cache.
+
+        Does not wait for it. Each source requests its own samples.
+        """
         steps = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
         assigned = [self.mixture.assign(int(step[0]), len(step)) for step in steps]
         sources, numbers = (np.concatenate(arrays) for arrays in zip(*assigned, strict=True))
@@ -227,7 +233,7 @@ class MixtureLoader(Loader):
                 loader.will_need(wanted)
 
     def used_labels(self, first: int, count: int) -> int:
-        """As Loader.used_labels."""
+        """Return the number of labels in samples first .. first + count - 1 of the run that are not padding."""
         source, number = self.mixture.assign(first, count)
         counts = np.bincount(source, minlength=len(self.loaders)).tolist()
         firsts = [int(number[source == i][0]) if size else 0 for i, size in enumerate(counts)]

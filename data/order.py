@@ -77,7 +77,10 @@ class Permutation:
         return value.astype(np.int64)
 
     def inverse(self, image: Indices) -> Indices:
-        """The index that each image comes from, same shape. Every image must be in 0 .. n-1."""
+        """Return the index whose permuted value is `image`, for each image, in the same shape.
+
+        Every image must be in 0 .. n-1.
+        """
         value = self._decrypt(image.astype(np.uint64))
         outside = np.flatnonzero(value >= self.n)
         while outside.size:
@@ -95,7 +98,10 @@ class Permutation:
         return joined
 
     def _decrypt(self, value: Words) -> Words:
-        """Undo `_encrypt`: its rounds in reverse. ROUNDS is even, so the halves have their first widths at the end."""
+        """Return the value that `_encrypt` maps to each value: its rounds in reverse order.
+
+        The widths of the halves alternate. ROUNDS is even, so after all rounds they are what they were at the start.
+        """
         low_bits, high_bits = self._low_bits, self._high_bits
         high, low = value >> np.uint64(low_bits), value & _ones(low_bits)
         for key in reversed(self._keys):
@@ -139,7 +145,7 @@ class Order:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def starts_of(self, samples: Indices) -> Indices:
-        """First tokens of the windows of these samples, same shape (n,). Samples in order are the quickest."""
+        """Return the places of the first tokens of these samples (n,), (n,). Fastest if the samples are in order."""
         epochs, slots = np.divmod(samples, self.windows)
         out = np.empty_like(samples)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1) if len(samples) else ():
@@ -148,12 +154,12 @@ class Order:
         return out
 
     def samples_at(self, epoch: int, first: int, last: int) -> Indices:
-        """The samples of an epoch with a label among the tokens first to last - 1 of the stream, at most (n,).
+        """Return the samples of an epoch that have a label among tokens first .. last - 1 of the stream, (n,).
 
-        Inverts the permutations, so the cost does not depend on the length of the stream.
+        The permutations are inverted, so the cost does not depend on the length of the stream.
         """
         of_epoch = self._epoch(epoch)
-        # Window w has the labels offset + w * seq_len + 1 to offset + (w + 1) * seq_len.
+        # The labels of window w are tokens offset + w * seq_len + 1 .. offset + (w + 1) * seq_len.
         begin = max(0, (first - 1 - of_epoch.offset) // self.seq_len)
         end = min(self.windows, (last - 2 - of_epoch.offset) // self.seq_len + 1)
         return epoch * self.windows + of_epoch.slots_of(np.arange(begin, max(begin, end), dtype=np.int64))
@@ -219,7 +225,7 @@ class _Epoch:
         return window
 
     def slots_of(self, windows: Indices) -> Indices:
-        """The slot of each window, (n,) -> (n,): the inverse of calling the epoch."""
+        """Return the slot of each window, (n,) for windows (n,): the inverse of calling the epoch."""
         if self._flat is not None:
             return self._flat.inverse(windows)
         block, inside = np.divmod(windows, self._block)

@@ -58,10 +58,11 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """The rows of one window.
+    """Which tokens are in which row of one window of documents.
 
-    Piece i is `lengths[i]` labels from token `starts[i]` of the stream on. Row r holds the pieces first_piece[r] to
-    first_piece[r + 1] - 1; `first_piece` is (rows + 1,). `padding` (rows,) is the positions of each row without label.
+    A piece is a document or a part of one. The labels of piece i are lengths[i] tokens of the split's stream, from
+    token starts[i] on. Row r has the pieces first_piece[r] .. first_piece[r + 1] - 1; first_piece is (rows + 1,).
+    padding (rows,): the number of positions of each row without a label.
     """
 
     starts: Indices
@@ -71,7 +72,7 @@ class PackingPlan:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the arrays in bytes."""
+        """Return the number of bytes that the arrays take."""
         return sum(array.nbytes for array in (self.starts, self.lengths, self.first_piece, self.padding))
 
 
@@ -179,14 +180,20 @@ class _OpenRows:
 
 
 class PlanCache:
-    """The plans used last, of all loaders of a process, in at most `limit_bytes` of memory. Threads may share it."""
+    """A cache for the plans of all loaders of a process. Any number of threads may use it at the same time.
+
+    If the plans exceed limit_bytes, those that were not used for the longest time are dropped.
+    """
 
     def __init__(self, limit_bytes: int):
         self._limit_bytes, self._bytes, self._lock = limit_bytes, 0, threading.Lock()
         self._plans: OrderedDict[tuple[int, int], PackingPlan] = OrderedDict()
 
     def get(self, key: tuple[int, int], make: Callable[[], PackingPlan]) -> PackingPlan:
-        """The plan with this key (loader, window), from `make` if it is not kept."""
+        """Return the plan of a window. key: the number of the loader and of the window.
+
+        If the plan is not in the cache, call make() and keep its result.
+        """
         with self._lock:
             if key in self._plans:
                 self._plans.move_to_end(key)
@@ -231,7 +238,7 @@ class PackedLoader(Loader):
         )  # fmt: skip
 
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
-        """Count the rows of every window of documents; returns the rows of an epoch."""
+        """Count the rows of every window of documents, and return the number of rows in an epoch."""
         dataset, documents = self.dataset, self.dataset.documents(self.split)
         hashes = " ".join(shard.idx_xxh3_128 for shard in dataset.manifest.shards)
         self._key = f"{dataset.fingerprint} {hashes} {self.split}: windows of {WINDOW_DOCUMENTS} documents"
@@ -250,7 +257,7 @@ class PackedLoader(Loader):
         return int(self._first_row[-1])
 
     def _window_rows(self) -> Indices:
-        """Rows of each window, (windows,)."""
+        """Return the number of rows of each window, (windows,)."""
         if self.packing == "best_fit":
             return -(-np.diff(self._first_token, append=self.dataset.tokens(self.split)) // self.seq_len)
         kept = derived_array(
@@ -264,7 +271,10 @@ class PackedLoader(Loader):
         return PLANS.get((self._number, window), lambda: self._new_plan(window))
 
     def _new_plan(self, window: int) -> PackingPlan:
-        """Pack a window. DataError if its documents are not those that its number of rows was computed from."""
+        """Pack a window of documents and return its plan.
+
+        Raises DataError if the documents have changed since the number of rows of the window was computed.
+        """
         starts, lengths = self.dataset.document_spans(self.split, window * WINDOW_DOCUMENTS, WINDOW_DOCUMENTS)
         rows = int(self._rows[window])
         if self.packing == "best_fit":
@@ -273,9 +283,9 @@ class PackedLoader(Loader):
             expected = int(np.minimum(lengths, self.seq_len).sum() * SPARE) // self.seq_len
         if starts[0] != self._first_token[window] or rows != expected:
             raise DataError(
-                f"The files of documents {window * WINDOW_DOCUMENTS:,} and on of split {self.split} of "
-                f"{self.dataset.path} have changed since its index was first read. Check the "
-                f"dataset with packspeed verify, and delete {self.dataset.path}/.derived-*."
+                f"{self.dataset.path}: split {self.split}, from document {window * WINDOW_DOCUMENTS:,} on, has changed "
+                f"since its index was first read. Check the dataset with packspeed verify, and delete "
+                f"{self.dataset.path}/.derived-*."
             )
         return pack(starts, lengths, self.seq_len, rows, self.packing)
 
@@ -309,7 +319,11 @@ class PackedLoader(Loader):
         return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]
 
     def _samples_in(self, epoch: int, start: int, length: int) -> Indices:
-        """As Loader.samples_with, in one epoch. Only the rows of the document's window are searched."""
+        """Return the samples of one epoch that have a label in a document, (n,), unsorted.
+
+        start, length: the document's first token in the split's stream, and its length. Only the window of documents
+        that contains it is packed.
+        """
         window = int(np.searchsorted(self._first_token, start, side="right")) - 1
         plan = self._plan(window)
         pieces = np.flatnonzero((plan.starts < start + length) & (plan.starts + plan.lengths > start))
@@ -317,10 +331,13 @@ class PackedLoader(Loader):
         return epoch * self.samples_per_epoch + self._epoch(epoch).slots_of(window, rows)
 
     def will_need(self, samples: Indices) -> None:
-        """Does nothing: rows are read window by window, so the kernel's own read-ahead serves them."""
+        """Do nothing: packed rows are read window by window, so the kernel's own read-ahead is enough."""
 
     def used_labels(self, first: int, count: int) -> int:
-        """As Loader.used_labels. Rows without padding, nearly all of them, are not looked at."""
+        """Return the number of labels in samples first .. first + count - 1 that are not padding.
+
+        Only rows with padding are looked up, and few rows have any.
+        """
         padding, last = 0, first + count
         while first < last:
             epoch, slot = divmod(first, self.samples_per_epoch)
@@ -396,7 +413,7 @@ class _PackedEpoch:
         return self._windows[order], positions - self._first[order]
 
     def slots_of(self, window: int, rows: Indices) -> Indices:
-        """The slots of rows of a window, (n,): the inverse of calling the epoch."""
+        """Return the slots that have rows number `rows` (n,) of a window, (n,): the inverse of calling the epoch."""
         first_row = int(self._first[int(np.flatnonzero(self._windows == window)[0])])
         if not len(rows):
             return rows
@@ -406,7 +423,10 @@ class _PackedEpoch:
         return first_slot + self._permute(group).inverse(first_row + rows - first_slot)
 
     def padding(self, first: int, last: int, plan: Callable[[int], PackingPlan]) -> int:
-        """Positions without label in the rows of slots first to last - 1."""
+        """Return the number of positions without a label in the rows of slots first .. last - 1.
+
+        plan: returns the plan of a window.
+        """
         groups = np.searchsorted(self._first_slot, [first, last - 1], side="right") - 1
         total = 0
         for group in range(int(groups[0]), int(groups[1]) + 1):
@@ -416,7 +436,7 @@ class _PackedEpoch:
         return total
 
     def _padded_rows(self, group: int, plan: Callable[[int], PackingPlan]) -> tuple[Indices, Indices]:
-        """The slots of a group whose rows have padding, in ascending order, and how much, (n,) each."""
+        """Return the slots of a group whose rows have padding, ascending, and the padding of each row, (n,) each."""
         orders = np.flatnonzero(
             (self._first_slot[group] <= self._first[:-1]) & (self._first[:-1] < self._first_slot[group + 1])
         )

@@ -44,7 +44,11 @@ Result = TypeVar("Result")
 
 
 def open_dataset(path: str | Path, quick_check: bool = True, **remote: Any) -> TokenDataset:
-    """Open a dataset in a folder (`quick_check`: TokenDataset) or behind a URL (`remote`: options of RemoteDataset)."""
+    """Open the dataset in a folder or behind a URL.
+
+    quick_check: see TokenDataset, for a folder. remote: options of RemoteDataset, for a URL. Raises DataError if the
+    dataset is missing, damaged or unreachable.
+    """
     return RemoteDataset(str(path), **remote) if "://" in str(path) else TokenDataset(path, quick_check)
 
 

@@ -1,9 +1,9 @@
-"""Arrays that follow from a dataset and take long to compute, in files beside it.
+"""A cache for arrays that are computed from a dataset and take long to compute: files in the dataset's folder.
 
-    .derived-<key>.i64      32 hex digits (xxh3-128 of the rest), then little-endian int64
+    .derived-<hash of the key>.i64      32 hex digits (xxh3-128 of the rest), then little-endian int64
 
-`key` is the hash of everything that the array follows from. A file that is missing, damaged or cannot be written costs
-time only: the array is computed again. `packspeed verify` and the manifest ignore these files, and they may be deleted.
+The key is a text that names everything on which the array depends. If a file is missing or damaged, or cannot be
+written, the array is computed again. `packspeed verify` and the manifest ignore these files, and they may be deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ HASH_BYTES = 32
 
 
 def derived_array(folder: Path, key: str, compute: Callable[[], npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """Return `compute()`, (n,), from its file in `folder` if there is one with this key; else write that file."""
+    """Return the array (n,) with this key from its file in `folder`. If there is none, call compute() and write it.
+
+    A folder that cannot be written is no error.
+    """
     path = folder / f".derived-{xxhash.xxh3_128_hexdigest(key.encode())}.i64"
     with contextlib.suppress(OSError):
         content = path.read_bytes()

@@ -1,8 +1,8 @@
-"""Maps a file into memory, read-only, without a descriptor that stays open.
+"""Map a file into memory, read-only, without keeping the file open.
 
-Python's `mmap.mmap` duplicates the descriptor and keeps it as long as the map (before 3.13, whose `trackfd=False` is
-this). A dataset of 1 T tokens has 3,725 shards, which would exceed the usual limit of 1,024 open files. So this module
-calls the C library's mmap itself and closes the file at once. The kernel allows 65,530 maps per process by default.
+Python's `mmap.mmap` keeps a file descriptor open as long as the map exists (from 3.13 on, `trackfd=False` avoids that).
+A dataset of 1 T tokens has 3,725 shards, which would exceed the usual limit of 1,024 open files. So this module calls
+the C library's mmap and then closes the file. The kernel allows 65,530 maps per process by default.
 Cost: 20 us per file.
 """
 
@@ -26,9 +26,10 @@ MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def map_file(path: str | Path, scattered: bool = False) -> npt.NDArray[np.uint8]:
-    """Return the bytes of a file as a read-only array, unmapped when its last view is gone. Raises OSError.
+    """Return the bytes of a file, mapped into memory, as a read-only array (n,).
 
-    `scattered` tells the kernel that reads are random, so that it reads no neighbouring pages.
+    The file is unmapped when the array and all its views are gone. scattered: tell the kernel that the file is read at
+    scattered places, so that it does not read neighbouring pages. Raises OSError.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

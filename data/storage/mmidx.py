@@ -7,10 +7,10 @@
     uint64    n + 1
     int32[n]      tokens of each sequence
     int64[n]      byte offset of each sequence in the .bin
-    int64[n + 1]  the sequence that each document begins with: 0, 1, ... n, as every document is one sequence
+    int64[n + 1]  the first sequence of each document: 0, 1, ... n, because here each document is one sequence
 
-All little-endian. Megatron has no code for uint32; ids stay below 2**31, where uint32 and int32 are the same bytes.
-Cost: 20 bytes per document.
+All numbers are little-endian. Megatron has no code for uint32, but all ids are below 2**31, where uint32 and int32 have
+the same bytes. Cost: 20 bytes per document.
 Source: megatron/core/datasets/indexed_dataset.py in https://github.com/NVIDIA/Megatron-LM.
 """
 
@@ -125,7 +125,9 @@ def check_header(path: str, header: bytes, documents: int, dtype: str) -> None:
     if header == expected:
         return
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise DataError(f"{path} is not a complete Megatron index: it begins with {header[:9]!r}. Copy the shard again.")
+        raise DataError(
+            f"{path} is not a complete Megatron index: it begins with {header[:9]!r}. Copy the shard again."
+        )
     _, version, code, sequences, ends = HEADER.unpack(header)
     raise DataError(
         f"{path} has version {version}, type code {code}, {sequences} documents and {ends} ends, but the manifest "
@@ -135,9 +137,10 @@ def check_header(path: str, header: bytes, documents: int, dtype: str) -> None:
 
 
 def read_index(path: Path, documents: int, dtype: str, scattered: bool = False) -> Index:
-    """Map an index into memory; `scattered` as in map_file.
+    """Map an .idx file into memory and return its contents.
 
-    DataError if its header or size does not fit `documents` documents of `dtype`.
+    scattered: the index is read at scattered places, see map_file. Raises DataError if the header or the size of the
+    file does not fit `documents` documents of `dtype`.
     """
     try:
         raw = map_file(path, scattered)
