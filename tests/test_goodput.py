@@ -125,7 +125,7 @@ def test_goodput_as_a_command(crashed_twice: tuple[Account, float, Path]) -> Non
     assert "lost work" in done.stdout
     done = subprocess.run([sys.executable, "-c", code, "goodput", str(folder.parent)], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "nothing was recorded" in done.stderr
+    assert "the file has no records" in done.stderr
 
 
 class FakeTime:

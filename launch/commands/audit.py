@@ -1,4 +1,4 @@
-"""`packspeed audit`: which documents a training step read, and which steps read a document. Loads no torch."""
+"""`packspeed audit`: which documents a training step has read, and which steps have read a document. Loads no torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from packspeed.launch.run_folder.reading import batches_of_run, read_lines
 def audit(
     run: Annotated[Path, typer.Option(help="A run folder.")],
     step: Annotated[int | None, typer.Option(min=1, help="List the documents in the batch of this step.")] = None,
-    text: Annotated[bool, typer.Option("--text", help="Print the text that was predicted, too.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="With --step: also print the text of the documents.")] = False,
     document: Annotated[
         str | None,
-        typer.Option(metavar="SHARD:INDEX", help="List the steps that saw this document, for example train-00000:17."),
+        typer.Option(
+            metavar="SHARD:INDEX",
+            help="List the steps that have read this document: its shard and its number in it, as in train-00000:17.",
+        ),
     ] = None,
-    source: Annotated[int, typer.Option(min=0, help="Number of the document's source in a mixture, from 0.")] = 0,
+    source: Annotated[
+        int, typer.Option(min=0, help="With --document: number of the dataset in a mixture, from 0.")
+    ] = 0,
     json_output: Json = False,
 ) -> None:
     """List the documents in a training step, or the steps that saw a document."""
@@ -43,7 +48,7 @@ def audit(
     elif document is not None and step is None:
         shard, _, index = document.partition(":")
         if not index.isdigit():
-            raise UsageError(f"--document {document}: write it as SHARD:INDEX, for example train-00000:17.")
+            raise UsageError(f"--document {document}: write SHARD:INDEX, for example train-00000:17.")
         end = max(batches.values(), default=-1) + 1
         seen = set(steps_of(loader, source, shard, int(index), end))
         steps = [number for number, batch in batches.items() if batch in seen]
@@ -54,11 +59,14 @@ def audit(
 
 
 def _describe_anomaly(entry: AnomalyLine) -> str:
+    """Return a line about a step that was vetoed."""
     last = entry["first_sample"] + entry["samples"] - 1
     action = f"{entry['policy']}, back to step {entry['back_to']}" if "back_to" in entry else entry["policy"]
-    return f"not taken: {entry['reason']} on samples {entry['first_sample']} to {last} ({action})"
+    samples = f"samples {entry['first_sample']} to {last}"
+    return f"the optimizer did not apply this step: {entry['reason']}, {samples} ({action})"
 
 
 def _describe_document(row: JsonObject) -> str:
+    """Return the lines about one document of a step, with its text if that was asked for."""
     line = f"sample {row['sample']}: {row['source']} {row['shard']}:{row['index']}, {row['tokens']} tokens from"
     return f"{line} {row['first_token']}" + (f"\n{row['text']}" if "text" in row else "")

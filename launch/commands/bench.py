@@ -1,4 +1,4 @@
-"""`packspeed bench`: what a step costs on this machine, optionally next to other implementations."""
+"""`packspeed bench`: measure a training step on this machine, also in comparison with other implementations."""
 
 from __future__ import annotations
 
@@ -15,30 +15,42 @@ from packspeed.launch.trials import bench as benchmark
 def bench(
     run_file: RunFileArgument,
     overrides: Overrides = None,
-    micro_batch: Annotated[str | None, typer.Option(help="Micro batches to try, for example 1,2,4.")] = None,
-    kernels: Annotated[
-        str | None, typer.Option(help="Kernels to try, for example eager,native,compile,triton.")
+    micro_batch: Annotated[
+        str | None, typer.Option(help="Micro batch sizes to measure, for example 1,2,4. Default: the run file's.")
     ] = None,
-    stage: Annotated[str | None, typer.Option(help="ZeRO stages to try, for example 0,1,2,3.")] = None,
+    kernels: Annotated[
+        str | None,
+        typer.Option(help="Kernels to measure, for example eager,native,compile,triton. Default: the run file's."),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="ZeRO stages to measure, for example 0,1,2,3. Default: the DeepSpeed JSON's.")
+    ] = None,
     ranks: SameRanks = None,
-    rounds: Annotated[int, typer.Option(help="How often each setting is measured.")] = 5,
-    steps: Annotated[int, typer.Option(help="Optimizer steps per measurement.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Number of measurements of each setting.")] = 5,
+    steps: Annotated[int, typer.Option(help="Number of optimizer steps per measurement.")] = 5,
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare with a bare PyTorch loop and with transformers' GPT-2.")
     ] = False,
-    nanogpt: Annotated[Path | None, typer.Option(help="A checkout of nanoGPT, to compare with as well.")] = None,
+    nanogpt: Annotated[
+        Path | None, typer.Option(help="Also compare with nanoGPT, from this checkout of its repository.")
+    ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Precisions of the implementations compared: fp32,autocast,bf16.")
+        str | None,
+        typer.Option(help="Precisions of the implementations to compare with, a list from fp32,autocast,bf16."),
     ] = None,
     profile: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write torch profiler traces here and print the slowest operations."),
+        typer.Option(
+            metavar="DIR", help="Write torch profiler traces to this folder and print the slowest operations."
+        ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file, too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results to this file, as JSON.")
+    ] = None,
 ) -> None:
     """Measure step time, tokens/s, MFU and memory of a run on this machine.
 
-    Prints Markdown rows. Exit code 1: nothing ran.
+    Prints a Markdown table. Exit code 1: every measurement failed.
     """
     plan = benchmark.plan_bench(
         run_file,

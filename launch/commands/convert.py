@@ -1,6 +1,7 @@
-"""`packspeed export` and `packspeed import`: models to and from other projects.
+"""`packspeed export` and `packspeed import`: convert models to and from the formats of other projects.
 
-The imports inside the functions load torch, 2 to 4 s: --help and usage errors must not wait for it.
+Some imports are inside the functions, because they load torch, which takes 2 to 4 s. --help and usage errors come
+without that delay.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ def export(
     to: Annotated[str, typer.Option(help="Format: hf, which Hugging Face transformers loads.")] = "hf",
     dtype: Annotated[str, typer.Option(help="Data type of the weights: fp32, bf16 or fp16.")] = "fp32",
     checkpoint: CheckpointStep = None,
-    shard_size: Annotated[float, typer.Option(min=1e-6, help="Largest size of a weight file, GB (1e9 bytes).")] = 2.0,
+    shard_size: Annotated[
+        float, typer.Option(min=1e-6, help="Largest size of a weight file, in GB (1e9 bytes).")
+    ] = 2.0,
     tokenizer: TokenizerFile = None,
     json_output: Json = False,
 ) -> None:
     """Export a model: safetensors, config, tokenizer and model card."""
     if to != "hf":
-        raise ConfigError(f"--to {to}: the only format is hf.")
+        raise ConfigError(f"--to {to}: unknown format. The only one is hf.")
     from packspeed.launch.convert.export import export_hf
 
     facts = export_hf(run, out, dtype=dtype, step=checkpoint, shard_bytes=int(shard_size * 1e9), tokenizer=tokenizer)
@@ -40,18 +43,21 @@ def export(
 def import_(
     kind: Annotated[str, typer.Argument(metavar="hf|nanogpt", help="The format of the source.")],
     source: Annotated[
-        Path, typer.Argument(help="hf: a folder with config.json and safetensors files; nanogpt: a ckpt.pt file.")
+        Path,
+        typer.Argument(help="For hf, a folder with config.json and safetensors files; for nanogpt, a ckpt.pt file."),
     ],
     out: Annotated[Path, typer.Option(help="The run folder to create, <runs_dir>/<name>.")],
-    data: Annotated[str | None, typer.Option(help="The dataset to write into the new run file.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The dataset to train on, which is written into the new run file.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Make a run folder from the weights of another project, to train from there.
 
-    packspeed train then starts from these weights at step 0.
+    Afterwards, packspeed train starts from these weights at step 0.
     """
     if kind not in ("hf", "nanogpt"):
-        raise ConfigError(f"import {kind}: choose hf or nanogpt.")
+        raise ConfigError(f"import {kind}: unknown format. Choose hf or nanogpt.")
     from packspeed.launch.convert.import_weights import import_hf, import_nanogpt
 
     facts = (import_hf if kind == "hf" else import_nanogpt)(source, out, data)

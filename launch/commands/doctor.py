@@ -1,4 +1,4 @@
-"""`packspeed doctor`: is every host ready to train?"""
+"""`packspeed doctor`: check whether every host is ready to train."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from packspeed.launch.config.loading import load_run_file
 
 def doctor(
     run_file: Annotated[
-        Path | None, typer.Argument(help="Check the dataset and the run folder of this run file on every host, too.")
+        Path | None, typer.Argument(help="Also check the dataset and the run folder of this run file on every host.")
     ] = None,
     overrides: Overrides = None,
     hostfile: Hostfile = None,
     bandwidth: Annotated[
-        bool, typer.Option(help="Run an all-reduce over all hosts and measure the rate of every link.")
+        bool, typer.Option(help="Measure the network: every link between hosts, and an all-reduce over all of them.")
     ] = True,
     torch: Annotated[
         bool | None,
-        typer.Option(help="Run an all-reduce with torch (NCCL, gloo), too. Default: on hosts with accelerators."),
+        typer.Option(help="Also measure an all-reduce with torch (NCCL, gloo). Default: if all hosts have GPUs."),
     ] = None,
     python: Python = sys.executable,
     ssh_config: SshConfig = None,
@@ -38,7 +38,7 @@ def doctor(
 ) -> None:
     """Check that every host is ready to train. Exit code 1: a check failed.
 
-    Prints what to do for every failed check. Trains nothing.
+    Prints what to do for every failed check. Nothing is trained.
     """
     run = load_run_file(run_file, overrides or []) if run_file else None
     hosts = read_hostfile(hostfile) if hostfile else [Host("localhost", 1)]

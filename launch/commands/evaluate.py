@@ -1,6 +1,7 @@
-"""`packspeed eval`: perplexity and bits per byte on a dataset, or tasks of lm-evaluation-harness.
+"""`packspeed eval`: measure perplexity and bits per byte on a dataset, or run tasks of lm-evaluation-harness.
 
-The imports inside the functions load torch, 2 to 4 s: --help and usage errors must not wait for it.
+Some imports are inside the function, because they load torch, which takes 2 to 4 s. --help and usage errors come
+without that delay.
 """
 
 from __future__ import annotations
@@ -20,20 +21,28 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(metavar="DIR", help="A prepared dataset. Default: the dataset of the run.")
     ] = None,
-    split: Annotated[str, typer.Option(help="val or train.")] = "val",
+    split: Annotated[str, typer.Option(help="Split of the dataset: val or train.")] = "val",
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per window. Default: the run's seq_len.")] = None,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between window starts; below seq_len, windows overlap.")
+        int | None,
+        typer.Option(
+            min=1, help="Tokens between the starts of two windows. If below seq_len, windows overlap. Default: seq_len."
+        ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Use only the first N tokens. Default: all.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Run these lm-evaluation-harness tasks instead (separated by commas).")
+        str | None,
+        typer.Option(help="Instead of measuring perplexity, run these lm-evaluation-harness tasks (comma-separated)."),
     ] = None,
     include_path: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder with additional task files for --tasks.")
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question, for --tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N questions of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Number of solved examples before each question, for --tasks.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first N questions of each task, for --tasks.")
+    ] = None,
     checkpoint: CheckpointStep = None,
     tokenizer: TokenizerFile = None,
     json_output: Json = False,

@@ -1,4 +1,6 @@
-"""`packspeed import-data` and `packspeed export-data`: token files of other projects in and out. Loads no torch."""
+"""`packspeed import-data` and `packspeed export-data`: convert token files from and to other projects. Loads no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +20,26 @@ def import_data(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATH...", help="PREFIX of a .bin/.idx pair, a .bin or .npy file, or a folder of MDS shards."
+            metavar="PATH...",
+            help="A Megatron pair .bin/.idx without the ending, a .bin or .npy file, or a folder of MosaicML (MDS) "
+            "shards.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the dataset, new or empty.")],
-    tokenizer: Annotated[str, typer.Option(help="The tokenizer that made the tokens.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the dataset to, new or empty.")],
+    tokenizer: Annotated[str, typer.Option(help="The tokenizer with which the tokens were made.")],
     val: Annotated[
-        list[str] | None, typer.Option(metavar="PATH", help="Validation files, in the same forms (repeatable).")
+        list[str] | None, typer.Option(metavar="PATH", help="Files for the validation split (repeatable).")
     ] = None,
     link: Annotated[
-        bool, typer.Option("--link", help="Use Megatron pairs in place, by links, instead of copying them.")
+        bool, typer.Option("--link", help="Link to the files of Megatron pairs instead of copying them.")
     ] = False,
     append_eot: Annotated[
-        bool, typer.Option("--append-eot", help="Append end-of-text to documents that do not end with it.")
+        bool, typer.Option("--append-eot", help="Append the end-of-text token to documents that do not end with it.")
     ] = False,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Token type of headerless files: uint16, uint32, int32 or int64. Default: found from the ids."
+            help="Token type of files without a header: uint16, uint32, int32 or int64. Default: guessed from the ids."
         ),
     ] = None,
     json_output: Json = False,
@@ -48,7 +52,10 @@ def import_data(
 
 def export_data(
     path: DatasetFolder,
-    to: Annotated[str, typer.Option(help="megatron, nanogpt, llmc (also read by modded-nanogpt) or mds.")],
+    to: Annotated[
+        str,
+        typer.Option(help="Format: megatron, nanogpt, llmc (llm.c and modded-nanogpt) or mds (MosaicML streaming)."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write to, new or empty.")],
     json_output: Json = False,
 ) -> None:

@@ -1,6 +1,7 @@
-"""`packspeed explain`: every effective setting of a run, and every finding of the lint rules.
+"""`packspeed explain`: print every effective setting of a run, and every finding of the lint rules.
 
-The help does not wait for pydantic, which takes 0.1 s to import.
+The module explain.explain is imported inside the function, because pydantic takes 0.1 s to import. --help comes without
+that delay.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ def explain(
     overrides: Overrides = None,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Solve the batch for this many ranks. Default: one per GPU; without a GPU, one."),
+        typer.Option(min=1, help="Assume this number of ranks. Default: one per GPU, or one if there is no GPU."),
     ] = None,
     json_output: Json = False,
 ) -> None:
     """Print every effective setting, who set it, and what is wrong with it.
 
-    Exit code 1: training would refuse the files. docs/troubleshooting.md describes every finding.
+    Exit code 1: training would refuse the run file or the DeepSpeed JSON. docs/troubleshooting.md describes every
+    finding.
     """
     from packspeed.launch.explain import explain as explanation
 

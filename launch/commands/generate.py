@@ -1,6 +1,7 @@
-"""`packspeed generate`: text from a checkpoint.
+"""`packspeed generate`: generate text with a checkpoint.
 
-The imports inside the function load torch, 2 to 4 s: --help and usage errors must not wait for it.
+Some imports are inside the function, because they load torch, which takes 2 to 4 s. --help and usage errors come
+without that delay.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from packspeed.launch.config.errors import ConfigError
 def generate(
     run: RunOrCheckpoint,
     prompt: Annotated[list[str] | None, typer.Option(help="The text to continue (repeatable).")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 200,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Divides the logits; 0 always takes the most likely token.")
+        float, typer.Option(min=0.0, help="Divide the logits by this number; 0 = always take the most likely token.")
     ] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the K most likely tokens; 0 = from all.")] = 200,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens that sum to this probability.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Sample from the most likely tokens whose probabilities sum to at least this number."
+        ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")] = 1337,
-    num_samples: Annotated[int, typer.Option(min=1, help="Continuations per prompt; each uses the next seed.")] = 1,
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="Number of texts per prompt. The seed is raised by 1 for each further text.")
+    ] = 1,
     interactive: Annotated[
-        bool, typer.Option("--interactive", help="Continue each line typed at the terminal.")
+        bool, typer.Option("--interactive", help="Read prompts from the terminal, one per line, and continue each.")
     ] = False,
     checkpoint: CheckpointStep = None,
     tokenizer: TokenizerFile = None,
@@ -37,7 +43,7 @@ def generate(
 ) -> None:
     """Continue prompts with a checkpoint of a run, on the CPU or one GPU.
 
-    Reads checkpoints of every ZeRO stage.
+    The checkpoint may have been written at any ZeRO stage.
     """
     prompts = prompt or [""]
     if interactive and (json_output or prompt or num_samples > 1):
@@ -77,4 +83,5 @@ def generate(
 
 
 def _print_piece(text: str) -> None:
+    """Print text without a newline."""
     print(text, end="", flush=True)

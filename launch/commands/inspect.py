@@ -1,4 +1,6 @@
-"""`packspeed inspect` and `packspeed verify`: what a dataset contains, and whether it is intact. Loads no torch."""
+"""`packspeed inspect` and `packspeed verify`: print what a dataset contains, and check that it is intact. Loads no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,17 @@ def inspect(
     path: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A folder written by packspeed prepare.")] = None,
     json_output: Json = False,
     config: Annotated[
-        Path | None, typer.Option(help="A run file: print what the run will read from each of its sources.")
+        Path | None, typer.Option(help="A run file: print what its run will read from each of its datasets.")
     ] = None,
 ) -> None:
     """Print what a dataset contains, or what a run will read from each source.
 
-    Reads the index of the dataset only, not its tokens.
+    Only the index of the dataset is read, not its tokens.
     """
     if (path is None) == (config is None):
         raise UsageError("Give either the folder of a dataset or --config RUNFILE.")
     if config is not None:
-        # The run file needs pydantic, 0.2 s; inspecting a dataset does not.
+        # A run file needs pydantic, which takes 0.2 s to import. A dataset does not.
         from packspeed.launch.config.run_data import reading_plan
 
         facts = reading_plan(config)
@@ -49,7 +51,7 @@ def verify(path: DatasetFolder, json_output: Json = False) -> None:
 
 
 def verify_dataset(path: Path) -> tuple[JsonObject, list[str], bool]:
-    """Check a dataset. Returns the report as JSON, the report as lines, and whether the dataset is intact."""
+    """Check a dataset. Returns (the report as JSON, the report as lines of text, whether the dataset is intact)."""
     report = verification.verify(path)
     lines = [
         f"{report.path}: {report.tokens:,} tokens in {report.documents:,} documents, {report.shards} shards, "
@@ -60,7 +62,7 @@ def verify_dataset(path: Path) -> tuple[JsonObject, list[str], bool]:
 
 
 def describe_dataset(facts: JsonObject) -> list[str]:
-    """The result of `inspect_dataset` as lines for people."""
+    """Return the result of `inspect_dataset` as lines of text."""
     tokenizer, source, split = facts["tokenizer"], facts["source"], facts["split"]
     lines = [f"{facts['path']}: {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} shards of {facts['dtype']}"]
     for name, size in facts["splits"].items():
@@ -71,13 +73,14 @@ def describe_dataset(facts: JsonObject) -> list[str]:
     lines.append(f"  source     {source['documents']:,} documents, {source['text_bytes'] / 1e6:,.1f} MB{notes}")
     lines.append(f"  validation {_describe_split(split, facts['splits']['val']['tokens'])}")
     lines.append(f"  fingerprint {facts['fingerprint']}")
-    # An older packspeed counted them without their names.
+    # Datasets of an older version have only the number of these files, without their names.
     if source["binary_files"] and not source["passed_over"]:
         lines.append(f"  passed over {source['binary_files']:,} files that are not text")
     return lines + passed_over_lines(source["passed_over"])
 
 
 def _describe_split(split: JsonObject, val_tokens: int) -> str:
+    """Return how the validation split was selected. `split` is from the dataset's manifest."""
     percent = f"{100 * split['val_fraction']:g}%"
     if split["method"] == "none":
         return "none"
@@ -91,6 +94,7 @@ def _describe_split(split: JsonObject, val_tokens: int) -> str:
 
 
 def _describe_plan(facts: JsonObject) -> list[str]:
+    """Return the result of reading_plan as lines of text."""
     lines = [f"{facts['name']}: {facts['tokens']:,} tokens in {facts['steps']:,} steps, packing {facts['packing']}"]
     for row in facts["sources"]:
         lines.append(f"  {row['tokens']:>18,} tokens {row['epochs']:>10.3f} epochs  {row['path']}")

@@ -1,4 +1,4 @@
-"""`packspeed launch`: train on several hosts, supervised, or print the job for a scheduler."""
+"""`packspeed launch`: train on several hosts and restart after failures, or print a job for a scheduler."""
 
 from __future__ import annotations
 
@@ -41,27 +41,37 @@ def launch(
     include: Annotated[
         str,
         typer.Option(
-            metavar="HOSTS", help="Use only these hosts or devices, as: node-1@node-2:0,2 (DeepSpeed's form)."
+            metavar="HOSTS",
+            help="Use only these hosts or devices, in DeepSpeed's form. node-1@node-2:0,2 means all devices of node-1, "
+            "and devices 0 and 2 of node-2.",
         ),
     ] = "",
-    exclude: Annotated[str, typer.Option(metavar="HOSTS", help="Use all but these hosts or devices.")] = "",
+    exclude: Annotated[
+        str, typer.Option(metavar="HOSTS", help="Use all but these hosts or devices. Same form as --include.")
+    ] = "",
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Without a hostfile: ranks on this machine. With --nodes: ranks per node."),
+        typer.Option(
+            min=1, help="Number of ranks on this machine, if there is no hostfile; with --nodes, ranks per node."
+        ),
     ] = None,
     env: Annotated[
         list[str] | None,
         typer.Option(
             "--env",
             metavar="NAME[=VALUE]",
-            help="Set this variable on every host, in addition to NCCL_*, CUDA_*, OMP_*, HF_* ... (repeatable).",
+            help="Set this variable on every host, with this value or the value here. Variables such as NCCL_*, "
+            "CUDA_*, OMP_* and HF_* are set anyway (repeatable).",
         ),
     ] = None,
     launcher: Annotated[
-        str, typer.Option(help="ssh (supervised), or pdsh or openmpi (DeepSpeed's, unsupervised).")
+        str,
+        typer.Option(
+            help="How to start the ranks: ssh (supervised and restarted), or DeepSpeed's pdsh or openmpi (neither)."
+        ),
     ] = "ssh",
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Restarts after a failure, on the hosts that still answer.")
+        int, typer.Option(min=0, help="Restart at most this often after a failure, on the hosts that still answer.")
     ] = 0,
     hang_s: HangSeconds = 600,
     take_back_s: Annotated[
@@ -70,26 +80,32 @@ def launch(
             "--take-back",
             min=0,
             max=LONGEST_S,
-            help="Retry dropped hosts every N seconds and add them again; 0 = never.",
+            help="Ask hosts that were dropped after a failure every N seconds, and use them again if they answer; "
+            "0 = never.",
         ),
     ] = 0,
     master_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the rendezvous. Default: a free one.")
+        int, typer.Option(min=0, max=65535, help="Port on the first host at which ranks connect. Default: a free one.")
     ] = 0,
     fresh: Fresh = False,
     python: Python = sys.executable,
     ssh_config: SshConfig = None,
     render: Annotated[
         str | None,
-        typer.Option(help="Print a job, start nothing: slurm or k8s (with --nodes), or no_ssh (with a hostfile)."),
+        typer.Option(
+            help="Start nothing. Print a job for a scheduler: slurm or k8s (with --nodes); or print the commands to "
+            "start by hand: no_ssh (with a hostfile)."
+        ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a rendered job.")] = 1,
-    image: Annotated[str, typer.Option(help="Container image of a rendered Kubernetes job.")] = "packspeed:latest",
-    dry: Annotated[bool, typer.Option("--plan", help="Print which host runs which ranks; start nothing.")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes, for --render slurm or k8s.")] = 1,
+    image: Annotated[str, typer.Option(help="Container image, for --render k8s.")] = "packspeed:latest",
+    dry: Annotated[
+        bool, typer.Option("--plan", help="Start nothing. Print which ranks would run on which host.")
+    ] = False,
 ) -> None:
     """Train on the hosts of a hostfile; restart after failures.
 
-    Exit codes are those of packspeed train; 1 if the last restart failed.
+    The exit codes are those of packspeed train. 1 also means that the run failed after its last restart.
     """
     sets = overrides or []
     run = load_run_file(run_file, sets)
@@ -98,9 +114,9 @@ def launch(
         print(_scheduler_job(render, run_file, sets, nodes, ranks or default_ranks(run), env or [], image))
         return
     if render not in (None, "no_ssh"):
-        raise ConfigError(f"--render {render}: choose slurm, k8s or no_ssh.")
+        raise ConfigError(f"--render {render}: unknown format. Choose slurm, k8s or no_ssh.")
     if launcher not in ("ssh", "pdsh", "openmpi"):
-        raise ConfigError(f"--launcher {launcher}: choose ssh, pdsh or openmpi.")
+        raise ConfigError(f"--launcher {launcher}: unknown launcher. Choose ssh, pdsh or openmpi.")
     check_seconds(hang_s, take_back_s)
     hosts = _hosts(run, hostfile, ranks, include, exclude)
     arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
@@ -132,7 +148,7 @@ def launch(
 
 
 def _hosts(run: RunFile, hostfile: Path | None, ranks: int | None, include: str, exclude: str) -> list[Host]:
-    """The hosts to use; this machine if there is no hostfile."""
+    """Return the hosts to use: those of the hostfile, or this machine if there is no hostfile."""
     if hostfile:
         return select_hosts(read_hostfile(hostfile), include, exclude)
     if ranks is None:
@@ -143,7 +159,7 @@ def _hosts(run: RunFile, hostfile: Path | None, ranks: int | None, include: str,
 def _scheduler_job(
     scheduler: str, run_file: Path, overrides: list[str], nodes: int, ranks: int, env: list[str], image: str
 ) -> str:
-    """The sbatch script or the Kubernetes Job that runs this run file."""
+    """Return the sbatch script ("slurm") or the Kubernetes Job ("k8s") that runs this run file."""
     report_env_files()
     name, variables = run_file.stem, forwarded_environment(env)
     if scheduler == "k8s":

@@ -1,6 +1,6 @@
-"""`packspeed goodput`, `report` and `watch`: they read the files of a run. None of them loads torch.
+"""`packspeed goodput`, `report` and `watch`: show the files of a run. None of them loads torch.
 
-They show what they can read and print a note on stderr for each damaged file. Exit code 1: nothing could be shown.
+They show what they can read, and print a note to stderr for each damaged file. Exit code 1: nothing could be shown.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ def goodput(run: RunFolder, json_output: Json = False) -> None:
     phases = account(run, notes)
     if phases is None:
         reasons = "".join(f" {note}" for note in notes)
-        raise UserError(
-            f"{run / FILE}: nothing was recorded there.{reasons} Give the run folder that training printed."
-        )
+        raise UserError(f"{run / FILE}: the file has no records.{reasons} Give the run folder that training printed.")
     watching.show_notes(notes)
     print(json.dumps(phases.as_dict()) if json_output else table(phases))
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; the curves of several are drawn over each other.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders. Each chart of the report shows the curves of all runs.")
+    ],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     png: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write each chart as a PNG into this folder, too.")
+        Path | None, typer.Option(metavar="DIR", help="Also write each chart to this folder, as a PNG file.")
     ] = None,
     json_output: Json = False,
 ) -> None:
     """Write an HTML report that compares runs; it needs no network.
 
-    It shows curves, configuration, speed, goodput, restarts and samples.
+    It shows curves, configuration, speed, goodput, restarts and generated text.
     """
     read, notes = reporting.report(runs, out)
     watching.show_notes(notes)

@@ -1,6 +1,7 @@
 """`packspeed ops build`: compile DeepSpeed's ops before the first run needs them.
 
-The imports inside the function load torch and DeepSpeed, 4 s: --help must not wait for them.
+Some imports are inside the function, because they load torch and DeepSpeed, which takes 4 s. --help comes without that
+delay.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from packspeed.launch.config.loading import load_run_file
 
 def build(
     run_file: Annotated[
-        Path | None, typer.Argument(help="Build the ops that this run file needs. Default: those that most runs need.")
+        Path | None,
+        typer.Argument(help="Build the ops that this run file needs. Default: the ops that AdamW runs need."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Compile DeepSpeed's ops and Packspeed's kernels now, with progress.
 
-    Otherwise the first training step compiles them, without a message.
+    Without this command, the start of the first run compiles them.
     """
     from packspeed.launch.engine import ops
     from packspeed.launch.engine.build import resolve_kernels
@@ -37,6 +39,6 @@ def build(
         names = ops.needed_ops(resolve_ds_config(run, load_ds_config(run.deepspeed), plan, "fp32"), device)
     missing = ops.build_ops(names, lambda line: print(line, flush=True))
     for name, why in missing.items():
-        print(f"note: {why}\nRuns continue with {ops.SUBSTITUTES[name]}.")
+        print(f"note: {why}\nRuns use {ops.SUBSTITUTES[name]} instead.")
     built = [name.removesuffix("Builder") for name in names if name not in missing]
     print(f"ops built: {', '.join(built) or 'none'}; kernels: {resolve_kernels('auto', print)}")

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how commands print their result."""
+"""Arguments and options that several commands have in common, and how commands print their result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from packspeed.launch.config.errors import ConfigError
 
 RunFileArgument = Annotated[Path, typer.Argument(help="The run file (YAML).")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart.")]
-RunOrCheckpoint = Annotated[Path, typer.Argument(help="A run folder, or one checkpoint in it.")]
+RunOrCheckpoint = Annotated[Path, typer.Argument(help="A run folder, or the folder of one of its checkpoints.")]
 DatasetFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by packspeed prepare.")]
 
 Overrides = Annotated[
@@ -24,42 +24,52 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 LocalRanks = Annotated[
-    int | None, typer.Option(help="Ranks on this machine. Default: one per GPU; without a GPU, one.")
+    int | None, typer.Option(help="Number of ranks on this machine. Default: one per GPU, or one if there is no GPU.")
 ]
-SameRanks = Annotated[int | None, typer.Option(help="Ranks on this machine. Default: as packspeed train.")]
+SameRanks = Annotated[
+    int | None, typer.Option(help="Number of ranks on this machine. Default: that of packspeed train.")
+]
 Fresh = Annotated[bool, typer.Option(help="Move an existing run folder aside and start at step 0.")]
 
-LISTED_FILES = 20  # of those that were passed over
+LISTED_FILES = 20  # largest number of skipped files that are listed by name
 
-# What to read: prepare, tokenizer train
+# Options that say what to read, for `prepare` and `tokenizer train`
 Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="SOURCE...",
-        help="Files, folders, globs, URLs (http, s3, gs, hf://), Hub names as hf:owner/name, or - for standard input.",
+        help="Files, folders, globs, URLs (http, s3, gs, hf://), Hugging Face datasets (hf:owner/name), or - for "
+        "standard input.",
     ),
 ]
 TextKey = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY",
-        help="Key or column of the text in records, default text; meta.text is a nested key. "
-        "Repeatable: the texts are joined by an empty line.",
+        help="Key or column that contains the text of a record. Default: text. A nested key is written as meta.text. "
+        "If the option is repeated, the texts are joined with an empty line between them.",
     ),
 ]
 Include = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="In folders and globs, read only these (repeatable).")
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="In folders and globs, read only files that match (repeatable)."),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="In folders and globs, skip these (repeatable).")
+    list[str] | None, typer.Option(metavar="GLOB", help="In folders and globs, skip files that match (repeatable).")
 ]
 UnknownFormat = Annotated[
     str,
-    typer.Option("--format", metavar="FORMAT", help=f"Format of files whose name says none: {', '.join(CHOICES)}."),
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help=f"Format of files whose names have no known ending: {', '.join(CHOICES)}.",
+    ),
 ]
-SkipBad = Annotated[int, typer.Option(min=0, metavar="N", help="Skip up to N bad documents.")]
+SkipBad = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Skip up to N documents that cannot be read, instead of failing.")
+]
 
-# Which checkpoint: generate, eval, export
+# Options that choose a checkpoint, for `generate`, `eval` and `export`
 CheckpointStep = Annotated[
     int | None,
     typer.Option("--checkpoint", min=0, metavar="STEP", help="Use the checkpoint of this step. Default: the newest."),
@@ -68,35 +78,40 @@ TokenizerFile = Annotated[
     str | None, typer.Option(help="Use this tokenizer (a name or a file) instead of the run's own.")
 ]
 
-# Hosts: launch, doctor, rehearse
+# Options about hosts, for `launch`, `doctor` and `rehearse`
 Hostfile = Annotated[
-    Path | None, typer.Option("--hostfile", "-H", help="File with one host per line, as: node-1 slots=8")
+    Path | None, typer.Option("--hostfile", "-H", help="File with one host per line, such as: node-1 slots=8")
 ]
-Python = Annotated[str, typer.Option(help="Path of the Python that has Packspeed installed, the same on every host.")]
+Python = Annotated[
+    str, typer.Option(help="Path of the Python interpreter with Packspeed, which must be the same on every host.")
+]
 SshConfig = Annotated[Path | None, typer.Option(help="ssh configuration file to use instead of ~/.ssh/config.")]
-LONGEST_S = 1e6  # of options in seconds: the operating system's timers have limits
+LONGEST_S = 1e6  # largest value of options in seconds, because the operating system's timers have limits
 HangSeconds = Annotated[
     float,
     typer.Option(
-        "--hang-seconds", min=1, max=LONGEST_S, help="Seconds without progress before the run counts as hung."
+        "--hang-seconds",
+        min=1,
+        max=LONGEST_S,
+        help="If no rank makes progress for this many seconds, the run counts as hung and has failed.",
     ),
 ]
 
 
 def passed_over_lines(passed_over: Sequence[str]) -> list[str]:
-    """The files that were found and not read, for people: at most LISTED_FILES."""
+    """Return lines of text about files that were found but not read. At most LISTED_FILES are listed by name."""
     more = len(passed_over) - LISTED_FILES
     return [f"  passed over {name}" for name in passed_over[:LISTED_FILES]] + (
-        [f"  passed over {more:,} more (--json lists up to 1,000)"] if more > 0 else []
+        [f"  passed over {more:,} more files (--json lists up to 1,000)"] if more > 0 else []
     )
 
 
 def check_seconds(*values: float) -> None:
-    """Raise ConfigError for NaN, which no limit of an option excludes."""
+    """Raise ConfigError if a value is NaN, which the limits of an option do not exclude."""
     if any(math.isnan(value) for value in values):
         raise ConfigError("--hang-seconds and --take-back take a number of seconds, not NaN.")
 
 
 def show(facts: Mapping[str, object], lines: Sequence[str], json_output: bool) -> None:
-    """Print the result of a command: `facts` as one JSON object with --json, else `lines` for people."""
+    """Print the result of a command: `facts` as one JSON object if `json_output` is True, otherwise `lines`."""
     print(json.dumps(facts) if json_output else "\n".join(lines))

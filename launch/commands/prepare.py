@@ -1,8 +1,7 @@
-"""`packspeed prepare`: text to a token dataset. Loads no torch.
+"""`packspeed prepare`: turn text into a token dataset. Loads no torch.
 
-Numpy and the tokenizers are imported when it runs, so that the help does not wait for them.
-
-With --json stdout holds exactly one JSON object. Progress goes to stderr, and only if stderr is a terminal.
+NumPy and the tokenizers are imported inside the function, so that --help comes without delay. With --json, stdout
+contains exactly one JSON object. Progress is shown on stderr, and only if stderr is a terminal.
 """
 
 from __future__ import annotations
@@ -25,16 +24,17 @@ if TYPE_CHECKING:
 
 def prepare(
     sources: Sources,
-    out: Annotated[Path, typer.Option(help="Folder of the dataset, new or empty.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the dataset to, new or empty.")],
     tokenizer: Annotated[
         str,
         typer.Option(
-            help="A tiktoken name, bytes, a tokenizer.json, .tiktoken or SentencePiece .model file, a model's folder, "
-            "or hf:owner/name."
+            help="The name of a tiktoken encoding, the word bytes, a file (tokenizer.json, .tiktoken, SentencePiece "
+            ".model), the folder of a Hugging Face model, or hf:owner/name."
         ),
     ] = "gpt2",
     eot_token: Annotated[
-        str | None, typer.Option(help="Token that ends documents. Default: as the files beside the tokenizer name it.")
+        str | None,
+        typer.Option(help="End-of-text token, appended to each document. Default: the one in the tokenizer's files."),
     ] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Begin every document with the tokenizer's BOS token.")] = False,
     bos_token: Annotated[str | None, typer.Option(help="Begin every document with this token.")] = None,
@@ -46,31 +46,46 @@ def prepare(
         list[str] | None, typer.Option(metavar="SOURCE", help="Use these files for validation (repeatable).")
     ] = None,
     val_fraction: Annotated[
-        float | None, typer.Option(help="Without --val, fraction of the documents used for validation [default: 0.005]")
+        float | None,
+        typer.Option(help="Without --val: fraction of the documents to use for validation [default: 0.005]"),
     ] = None,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Start a new shard after this many tokens.")] = 2**28,
     skip_bad: SkipBad = 0,
     dedup: Annotated[
         str | None, typer.Option(metavar="exact", help="Drop documents that are identical to an earlier one.")
     ] = None,
-    shuffle_documents: Annotated[bool, typer.Option(help="Shuffle the documents.")] = False,
+    shuffle_documents: Annotated[bool, typer.Option(help="Write the documents in random order.")] = False,
     shuffle_seed: Annotated[int, typer.Option(min=0, help="Seed of --shuffle-documents.")] = 1337,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes. The dataset is the same for any number.")] = 1,
-    encoder: Annotated[str, typer.Option(help="auto, gigatoken or tiktoken; all give the same tokens.")] = "auto",
-    task_index: Annotated[int | None, typer.Option(help="Number of this task, from 0, of --task-count.")] = None,
-    task_count: Annotated[int | None, typer.Option(help="Number of tasks that share the work and the folder.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Write the dataset after all tasks have finished.")] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of worker processes. It does not change the dataset.")
+    ] = 1,
+    encoder: Annotated[
+        str, typer.Option(help="Tokenizer library: auto, gigatoken or tiktoken. The tokens are the same with each.")
+    ] = "auto",
+    task_index: Annotated[
+        int | None, typer.Option(help="Do only one part of the work: the number of this task, from 0.")
+    ] = None,
+    task_count: Annotated[
+        int | None, typer.Option(help="With --task-index: the number of tasks that share the work and the folder.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the dataset from the parts, after all tasks have finished.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the dataset in the folder.")] = False,
-    check: Annotated[bool, typer.Option("--verify", help="Check every byte afterwards, as verify does.")] = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Afterwards, check every byte of the dataset, as packspeed verify does.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Turn text into a token dataset. Run it again to continue after a crash."""
     if dedup not in (None, "exact"):
-        raise UsageError(f"--dedup {dedup}: the only choice is exact.")
+        raise UsageError(f"--dedup {dedup}: unknown method. The only one is exact.")
     if encoder not in ("auto", "gigatoken", "tiktoken"):
-        raise UsageError(f"--encoder {encoder}: choose auto, gigatoken or tiktoken.")
+        raise UsageError(f"--encoder {encoder}: unknown encoder. Choose auto, gigatoken or tiktoken.")
     if (task_index is None) != (task_count is None) or (merge and task_count is not None):
-        raise UsageError("Give --task-index and --task-count together; give --merge without them, after all tasks.")
+        raise UsageError(
+            "Give --task-index and --task-count together. After all tasks have finished, give --merge without them."
+        )
     from packspeed.data.checks.inspect import inspect_dataset
     from packspeed.data.prepare import prepare as preparation
     from packspeed.data.text.tokenizer import load_tokenizer
@@ -124,7 +139,7 @@ def prepare(
 
 @contextmanager
 def _progress_line(title: str) -> Iterator[Callable[[PrepareProgress], None] | None]:
-    """A live line on stderr; yields None if stderr is not a terminal."""
+    """Show a live line on stderr, and yield the function that updates it; yield None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -16,16 +16,21 @@ from packspeed.launch.trials import prove as proof
 def prove(
     run_file: RunFileArgument,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="Steps of the shortened run.")] = 18,
+    steps: Annotated[int, typer.Option(help="Number of steps to which the run is shortened.")] = 18,
     ranks: SameRanks = None,
-    other_ranks: Annotated[int | None, typer.Option(help="Ranks of the second resume. Default: half as many.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Chooses the step and the rank to kill. Default: random.")] = None,
-    keep: Annotated[bool, typer.Option(help="Keep the run folders if the proof succeeds.")] = False,
+    other_ranks: Annotated[
+        int | None,
+        typer.Option(help="The run is also resumed with this number of ranks. Default: half of --ranks, or 2 for 1."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed that chooses when to kill which processes. Default: random.")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Keep the run folders of the test even if it succeeds.")] = False,
     json_output: Json = False,
 ) -> None:
     """Prove that a run resumes exactly: kill it at a random step, resume, compare.
 
-    Exit code 1: it does not.
+    Exit code 1: the resumed run differs from an uninterrupted one.
     """
     chosen = proof.random_seed() if seed is None else seed
     plan = proof.plan_proof(run_file, overrides or [], steps, ranks, other_ranks, chosen)
@@ -36,5 +41,6 @@ def prove(
     if json_output:
         print(json.dumps(report))
     else:
-        print("proved." if report["ok"] else f"NOT proved (repeat it with --seed {chosen}); runs kept in {plan.folder}")
+        failed = f"NOT proved (--seed {chosen} repeats the same test). The runs are in {plan.folder}"
+        print("proved." if report["ok"] else failed)
     raise typer.Exit(0 if report["ok"] else 1)

@@ -1,4 +1,4 @@
-"""`packspeed rehearse`: a cluster job on this machine, with a tiny model, CPU ranks and faults on request."""
+"""`packspeed rehearse`: run a cluster job on this machine, with a tiny model, CPU ranks and injected faults."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def rehearse(
     run_file: RunFileArgument,
     overrides: Overrides = None,
     hosts: Annotated[int, typer.Option(min=1, max=128, help="Number of simulated hosts.")] = 2,
-    slots: Annotated[int, typer.Option(min=1, max=128, help="Ranks per host.")] = 2,
+    slots: Annotated[int, typer.Option(min=1, max=128, help="Number of ranks per host.")] = 2,
     fault: Annotated[
         list[str] | None,
         typer.Option(
-            help="kill:RANK@STEP, freeze:RANK@STEP, cut:HOST@STEP, fill:SECONDS@STEP, delay:MS@STEP or slow:MBIT@STEP "
-            "(repeatable)."
+            help="A fault to inject after a step: kill:RANK@STEP, freeze:RANK@STEP, cut:HOST@STEP (all processes die), "
+            "fill:SECONDS@STEP (full disk), delay:MS@STEP or slow:MBIT@STEP (network). Repeatable."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the rehearsal.")] = 24,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a failure.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 24,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restart at most this often after a failure.")] = 3,
     hang_s: HangSeconds = 20,
 ) -> None:
     """Rehearse a cluster job on this machine: tiny model, CPU ranks, optional faults.
 
-    The layout of hosts and ranks and the checkpoints are those of the real job.
+    Hosts, ranks and checkpoints are those of the real job.
     """
     check_seconds(hang_s)
     sets = rehearsal.shrink(run_file, overrides or [], steps)
@@ -49,5 +49,5 @@ def rehearse(
     with rehearsal.small_disk(run.folder, any(fault.kind == "fill" for fault in faults)):
         (run.folder / "logs").mkdir()
         code = rehearsal.Rehearsal(run, options, arguments, faults, lambda line: print(line, flush=True)).supervise()
-    print(f"{'rehearsed' if code == 0 else 'the rehearsal failed'}: {run.folder}", flush=True)
+    print(f"{'the rehearsal succeeded' if code == 0 else 'the rehearsal failed'}: {run.folder}", flush=True)
     raise typer.Exit(code)

@@ -1,6 +1,6 @@
-"""`packspeed reshard`: convert a checkpoint ahead of a resume in another layout.
+"""`packspeed reshard`: convert a checkpoint before it is resumed in another layout.
 
-The import inside the function loads torch, 2 to 4 s: --help must not wait for it.
+One import is inside the function, because it loads torch, which takes 2 to 4 s. --help comes without that delay.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from packspeed.launch.commands.options import Json, RunOrCheckpoint
 def reshard(run: RunOrCheckpoint, json_output: Json = False) -> None:
     """Convert a checkpoint now, so that it resumes without delay in another layout.
 
-    A layout is the number of ranks, the ZeRO stage and the precision. Without this command the resume converts it.
+    The layout is the number of ranks, the ZeRO stage and the precision. If a checkpoint was not converted before, a
+    resume in another layout converts it.
     """
     from packspeed.launch.checkpoint.reshard import resharded_folder
     from packspeed.launch.inference.load_model import find_checkpoint

@@ -1,4 +1,4 @@
-"""`packspeed tokenizer train`: a byte-level BPE tokenizer from text. Loads no torch."""
+"""`packspeed tokenizer train`: train a byte-level BPE tokenizer on text. Loads no torch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ from packspeed.launch.commands.options import (
 
 def train(
     sources: Sources,
-    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary, including end-of-text.")],
-    out: Annotated[Path, typer.Option(help="The tokenizer.json to write; a .tiktoken file is written next to it.")],
+    vocab_size: Annotated[int, typer.Option(help="Size of the vocabulary, including the end-of-text token.")],
+    out: Annotated[
+        Path, typer.Option(help="The tokenizer.json file to write. A .tiktoken file is written next to it.")
+    ],
     text_key: TextKey = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -44,7 +46,7 @@ def train(
 
     def texts() -> Iterator[str]:
         nonlocal documents, text_bytes
-        # The text is read once, so standard input needs a copy only because its format must be found out.
+        # The text is read only once. Standard input is copied nevertheless, because its format must be detected first.
         with tempfile.TemporaryDirectory(prefix="packspeed-") as folder:
             files = copy_streams(found.sources, Path(folder))
             for document in read_documents(files, text_key or ["text"], tally):
@@ -62,5 +64,5 @@ def train(
         "documents": documents,
         "text_bytes": text_bytes,
     } | ({"passed_over": passed_over} if passed_over else {})
-    line = f"{out}: {vocab_size:,} tokens learned from {documents:,} documents, {text_bytes / 1e6:,.1f} MB"
+    line = f"{out}: {vocab_size:,} tokens, learned from {documents:,} documents with {text_bytes / 1e6:,.1f} MB of text"
     show(facts, [line, *passed_over_lines(passed_over)], json_output)

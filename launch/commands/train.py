@@ -17,14 +17,14 @@ def train(
 ) -> None:
     """Train on this machine: check both files, then run deepspeed launch/train.py.
 
-    The same command resumes a stopped or crashed run.
+    If the run was stopped or has crashed, the same command resumes it.
     """
     run = load_run_file(run_file, overrides or [])
     load_ds_config(run.deepspeed)
     count = ranks if ranks is not None else default_ranks(run)
     if count < 1:
         raise ConfigError(f"--ranks {count}: give at least 1.")
-    # Only for its errors: each rank solves the batch again, but a wrong number of ranks must fail before they start.
+    # Check that the batch can be divided, before any rank starts. Each rank divides it again later.
     solve_batch(run.global_batch, run.data.seq_len, count, run.train.micro_batch)
     arguments = ["--config", str(run_file), *(f"--set={o}" for o in overrides or []), *(["--fresh"] if fresh else [])]
     raise typer.Exit(run_launcher(launcher_command(count, arguments)))
