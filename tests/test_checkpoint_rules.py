@@ -99,8 +99,8 @@ def test_damage_is_named_and_an_older_checkpoint_taken(tmp_path: Path) -> None:
     newest, damaged = newest_complete(tmp_path, lines.append)
     assert newest == tmp_path / "step-00000001"
     assert steps(damaged) == [6, 5, 4, 3, 2]
-    for line, reason in zip(lines, ["cannot be read", "not listed", "another hash", "2 bytes", "missing"], strict=True):
-        assert line.startswith("passing over checkpoint step-")
+    for line, reason in zip(lines, ["cannot be read", "not listed", "was changed", "2 bytes", "missing"], strict=True):
+        assert line.startswith("skipping checkpoint step-")
         assert reason in line
 
 
@@ -181,7 +181,7 @@ def test_the_resharded_folder_is_no_damage(tmp_path: Path) -> None:
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 1)
     (checkpoint / "packspeed.json").write_text(json.dumps({"format_version": 2}))
-    assert "format version 2; this Packspeed reads 1" in find_damage(checkpoint)[0]
+    assert "format version 2, but this Packspeed reads version 1" in find_damage(checkpoint)[0]
 
 
 def identity(precision: str = "fp32", dp_size: int = 2, **config: Any) -> RunIdentity:
@@ -248,9 +248,9 @@ def test_imported_weights_are_checked_for_the_model_only(tmp_path: Path) -> None
 def test_the_probe_agrees_to_the_precision(tmp_path: Path, now: RunIdentity, difference: float, agrees: bool) -> None:
     repeated: Any = {"first_sample": 0, "rows": 8, "samples_hash": "h", "loss": 4.0 + difference}
     if agrees:
-        assert "have the loss of the save, 4.0" in compare_probes(tmp_path, saved(), now, repeated)
+        assert "have the same loss as at the save, 4.0" in compare_probes(tmp_path, saved(), now, repeated)
     else:
-        with pytest.raises(UserError, match=r"self-check: step 5 of .* 4\.00000000 when saved"):
+        with pytest.raises(UserError, match=r"self-check failed: step 5 of .* was 4\.00000000 at the save"):
             compare_probes(tmp_path, saved(), now, repeated)
 
 
@@ -258,14 +258,14 @@ def test_a_probe_of_other_samples_names_the_causes(tmp_path: Path) -> None:
     repeated: Any = {"first_sample": 0, "rows": 8, "samples_hash": "other", "loss": 4.0}
     now = identity("bf16")
     now["versions"] = {"torch": "3"}
-    causes = "the samples read are others .the dataset.; torch was 2, is 3; precision was fp32, is bf16"
+    causes = "the dataset returns other samples; torch was 2, is 3; precision was fp32, is bf16"
     with pytest.raises(UserError, match=causes):
         compare_probes(tmp_path, saved(), now, repeated)
 
 
 def test_the_state_inside_must_be_of_the_same_step(tmp_path: Path) -> None:
     check_loaded_step(tmp_path, 5, "here", {"packspeed_step": 5})
-    with pytest.raises(UserError, match=r"packspeed\.json says step 5, the state inside says 6"):
+    with pytest.raises(UserError, match=r"packspeed\.json this is step 5, but DeepSpeed.s files are of step 6"):
         check_loaded_step(tmp_path, 5, "here", {"packspeed_step": 6})
     with pytest.raises(UserError, match="found nothing to load"):
         check_loaded_step(tmp_path, 5, None, {})

@@ -354,7 +354,7 @@ def test_export_refusals(runs: Workspace, tmp_path: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    assert "has another hash" in runs_cli(["export", str(tmp_path / "step"), str(tmp_path / "no")], code=1)
+    assert "was changed: its hash" in runs_cli(["export", str(tmp_path / "step"), str(tmp_path / "no")], code=1)
     assert not (tmp_path / "no").exists()
 
 

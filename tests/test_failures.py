@@ -153,7 +153,7 @@ def test_damaged_checkpoints_are_skipped_with_the_reason(trained: Workspace) -> 
     assert done.returncode == 0, done.stderr
     reasons = {"10": "not listed", "09": "another hash", "08": "has 100 bytes", "07": "did not finish"}
     for name, reason in reasons.items():
-        line = next(text for text in done.stdout.splitlines() if f"passing over checkpoint step-000000{name}" in text)
+        line = next(text for text in done.stdout.splitlines() if f"skipping checkpoint step-000000{name}" in text)
         assert reason in line
     assert "(step 6)" in done.stdout
     assert trained.curve("damaged") == trained.curve("done")

@@ -1,12 +1,13 @@
-"""Checkpoints that appear complete or not at all.
+"""Save and load checkpoints, which are on disk either completely or not at all.
 
     checkpoints/step-00000200/     DeepSpeed's own files (mp_rank_*, zero_pp_rank_*) and packspeed.json
-    checkpoints/latest             the name of the newest one, as DeepSpeed's tools expect it
+    checkpoints/latest             the name of the newest checkpoint, in the form that DeepSpeed's tools expect
 
-A save writes under a temporary name. packspeed.json (training state, fingerprints, size and xxh3-128 of every file) is
-written last, everything is fsynced, one rename makes the checkpoint appear, then `latest` is replaced. A crash at any
-byte leaves the older checkpoints as they were. Files are hashed while they are written, so a save reads nothing back.
-Cost: LOG.md compares synchronous and asynchronous saves with torch.distributed.checkpoint.
+A save writes into a folder with a temporary name. The last file is packspeed.json, with the training state, facts about
+the run, and size and xxh3-128 hash of every other file. Then everything is fsynced, the folder is renamed, and `latest`
+is replaced. A crash at any moment leaves the older checkpoints unchanged. Files are hashed while they are written, so a
+save does not read them back. LOG.md compares the cost of synchronous and asynchronous saves with
+torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ if TYPE_CHECKING:
 
 
 class Checkpointer:
-    """Saves and loads the engine's state for one run folder. Public methods are collectives, except `written`.
+    """Saves and loads the engine's state in one run folder.
 
-    Time runs to the right. B: barrier with a timeout, which names missing ranks. A: all ranks agree on an error. Both
-    are collectives; so is DeepSpeed's collection of the state. expire: remove what retention no longer keeps.
+    Every public method except `written` is a collective: every rank must call it. In the time lines below, time runs to
+    the right. B is a barrier with a timeout, which names missing ranks. A means that all ranks agree on an error.
+    `expire` deletes the checkpoints that retention.py does not keep.
 
     Synchronous save (checkpoint.async_write: false, and the last save of a process):
 
@@ -68,9 +70,10 @@ class Checkpointer:
         other ranks     B         A  copy state  step N+1, N+2 ...  wait  B  A                               A  step M
         writer threads                           write, hash, fsync
 
-    The loop calls `finish` after the first step at whose end all ranks report `written`, so that its wait is short. A
-    save, a rewind and the end of the run call it as well. The checkpoint is visible to others only after `finish`.
-    Errors of a save are logged and training continues with the previous checkpoint; a missing rank ends the run.
+    The loop calls `finish` after the first step at the end of which all ranks have reported `written`, so `finish`
+    waits only briefly. It is also called by the next save, by a rewind, and at the end of the run. Only after `finish`
+    is the checkpoint visible to other processes. If a save fails, the error is logged and training continues with the
+    previous checkpoint. If a rank is missing at a barrier, the run ends with UserError.
     """
 
     def __init__(
@@ -85,27 +88,28 @@ class Checkpointer:
         self.folder, self.engine, self.topology = folder, engine, topology
         self.section, self.identity, self.log = section, identity, log
         self.newest: int | None = None  # step of the newest complete checkpoint of this process
-        self.damaged: set[Path] = set()  # checkpoints that the resume skipped
+        self.damaged: set[Path] = set()  # checkpoints that this process skipped when it resumed
         self.writer = SafeWriter()
-        self._pending: tuple[int, Manifest, float] | None = None  # save under way: step, manifest so far, start time
+        self._pending: tuple[int, Manifest, float] | None = None  # the unfinished save: step, manifest, start time
         self._hosts = topology.gather(platform.node())
-        # Only gloo has monitored_barrier, which names absent ranks.
+        # Only gloo has monitored_barrier, which names missing ranks.
         self._gloo = torch.distributed.new_group(backend="gloo") if topology.world > 1 else None
         write_checkpoints_with(engine, self.writer)
 
     def save(self, step: int, state: TrainingState, wait: bool = True, error: str | None = None) -> None:
-        """Write the checkpoint of `step` with `state` in its manifest.
+        """Save the checkpoint of `step`, with `state` in its manifest. A collective: every rank must call it.
 
-        wait: have it on disk when this returns, even if async_write is set. error: why rank 0 cannot save; the
-        save then fails on all ranks. Raises UserError only if a rank is missing at a barrier; other errors are logged.
+        If `wait` is True, the checkpoint is on disk when this returns, even with async_write. `error` is a reason why
+        rank 0 cannot save; the save then fails on all ranks. Raises UserError if a rank is missing at a barrier; other
+        errors are logged.
         """
         self.finish()
         self._wait_for_all_ranks(f"saving step {step}")
         start, temporary = time.monotonic(), self._temporary(step)
         self.writer.begin(copy=self.section.async_write and not wait)
 
-        # Rank 0 makes the folder before any rank writes into it. If that fails, no rank enters DeepSpeed's save, whose
-        # barriers have no timeout.
+        # Rank 0 makes the folder before any rank writes into it. If that fails, no rank calls DeepSpeed's save, because
+        # its barriers have no timeout.
         if self.topology.rank == 0:
             self.writer.error = error or self._make_folder(temporary)
         if self.topology.agree_on_error(self.writer.error) is None:
@@ -116,7 +120,8 @@ class Checkpointer:
             except OSError as problem:
                 self.writer.error = f"{temporary}: {problem.strerror}"
 
-        # The manifest, except for the files' hashes, describes the state as it is now, before training continues.
+        # Build the manifest now, apart from the hashes of the files: it must describe the state before training
+        # continues.
         manifest = cast(Manifest, {"format_version": FORMAT_VERSION, "step": step, **self.identity, **state})
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):  # ZeRO stage 0
             manifest["optimizer_order"] = self._optimizer_order()
@@ -125,28 +130,33 @@ class Checkpointer:
 
         if self.writer.copy:
             self.writer.start()
-            self.log(f"copied step {step} in {time.monotonic() - start:.2f} s; writing it while training continues")
+            self.log(
+                f"copied the state of step {step} in {time.monotonic() - start:.2f} s; writing it while training "
+                f"continues"
+            )
         else:
             self.finish()
 
     def written(self) -> bool:
-        """Whether a save is under way of which this rank has written all its files. Not a collective."""
+        """Return whether a save is unfinished of which this rank has written all its files. Not a collective."""
         return self._pending is not None and self.writer.written()
 
     def finish(self) -> bool:
-        """Complete the save under way, if any. Returns False if it failed; the reason is logged."""
+        """Complete the unfinished save, if there is one. Returns False if it failed; the reason is logged. A
+        collective.
+        """
         if self._pending is None:
             return True
         step, manifest, start = self._pending
         self._pending = None
 
-        # Only when the files of all ranks are on disk may the manifest say so.
+        # The manifest may be written only when the files of all ranks are on disk.
         self.writer.wait()
         self._wait_for_all_ranks(f"writing step {step}")
         own_error = f"rank {self.topology.rank}: {self.writer.error}" if self.writer.error else None
         error = self.topology.agree_on_error(own_error)
 
-        # Rank 0 publishes. The others wait, so that no rank continues with a checkpoint that does not exist.
+        # Rank 0 publishes the checkpoint. The others wait, so that no rank continues before it exists.
         if error is None:
             hashes = self.topology.gather(self.writer.files)
             error = self._publish(step, manifest, hashes) if self.topology.rank == 0 else None
@@ -156,8 +166,8 @@ class Checkpointer:
             if self.topology.rank == 0:
                 shutil.rmtree(self._temporary(step), ignore_errors=True)
             self.log(
-                f"WARNING: the checkpoint of step {step} was not written ({error}); "
-                "training continues with the previous one"
+                f"WARNING: the checkpoint of step {step} was not saved ({error}). "
+                "Training continues; the previous checkpoint remains the newest."
             )
             return False
         self.newest = step
@@ -165,7 +175,10 @@ class Checkpointer:
         return True
 
     def rewind_target(self, before: int) -> int | None:
-        """Step of the checkpoint to which a rewind from step `before` returns (retention.py); None if there is none."""
+        """Return the step of the checkpoint to which a rewind from step `before` returns, or None if there is none.
+
+        A collective: every rank must call it. retention.py says which checkpoint that is.
+        """
         self.finish()
         is_rank0 = self.topology.rank == 0
         step: int | None = self.topology.from_rank0(
@@ -174,14 +187,15 @@ class Checkpointer:
         return step
 
     def load_step(self, step: int) -> Manifest:
-        """Load the checkpoint of `step`, which must be complete; returns its manifest."""
+        """Load the checkpoint of `step`, which must be complete, and return its manifest. A collective."""
         return self.load(self.folder / step_folder(step))
 
     def load(self, path: Path) -> Manifest:
-        """Load a complete checkpoint into the engine and torch's generators; returns its manifest.
+        """Load a complete checkpoint into the engine and torch's random generators, and return its manifest. A
+        collective.
 
-        A checkpoint of another layout is resharded first. Raises UserError if it cannot be loaded (resume.py, checks 4
-        to 6).
+        If the checkpoint has another layout than this run, it is converted first (reshard.py). Raises UserError if it
+        cannot be loaded (checks 4 to 6 in resume.py).
         """
         manifest = read_manifest(path)
         check_loadable(path, self.engine)
@@ -189,24 +203,24 @@ class Checkpointer:
             loaded_from, client_state = self.engine.load_checkpoint(str(path.parent), tag=path.name)
             check_loaded_step(path, manifest["step"], loaded_from, client_state)
         else:
-            # Here because most runs never need it, and safetensors takes a moment to import.
+            # Imported here, because it loads safetensors and most runs do not need it.
             from packspeed.launch.checkpoint import reshard
 
             reshard.load(path, self.engine, self.topology, self.log)
         if "rng" in manifest:
             rng, rank = manifest["rng"], self.topology.rank
-            # The run may have more ranks than the one that saved: those take rank 0's state.
+            # There may be more ranks now than when the checkpoint was saved. The additional ranks use rank 0's state.
             index = rng["of_rank"][rank] if rank < len(rng["of_rank"]) else 0
             set_rng_state(rng["states"][index], self.topology.device)
         self.newest = manifest["step"]
         return manifest
 
     def _temporary(self, step: int) -> Path:
-        """Folder of an unfinished save."""
+        """Return the folder into which a save of `step` writes until it is published."""
         return self.folder / f".{step_folder(step)}.tmp"
 
     def _make_folder(self, temporary: Path) -> str | None:
-        """Make the temporary folder and remove those of interrupted saves; returns what went wrong."""
+        """Make the temporary folder, and remove those of interrupted saves. Returns the error as text, or None."""
         try:
             for stale in self.folder.glob(".*.tmp"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -216,12 +230,15 @@ class Checkpointer:
         return None
 
     def _optimizer_order(self) -> list[str]:
-        """Names of the parameters in the order in which torch's optimizers number their state."""
+        """Return the names of the parameters in the order in which torch's optimizers number their states."""
         names = {parameter: name for name, parameter in self.engine.module.named_parameters()}
         return [names[parameter] for group in self.engine.optimizer.param_groups for parameter in group["params"]]
 
     def _wait_for_all_ranks(self, what: str) -> None:
-        """Barrier. UserError that names the ranks that did not arrive within checkpoint.timeout_s."""
+        """Wait for all ranks in a barrier. `what` says for the error what the ranks were doing.
+
+        Raises UserError that names the ranks that have not arrived within checkpoint.timeout_s.
+        """
         if self._gloo is None:
             return
         try:
@@ -232,27 +249,27 @@ class Checkpointer:
             ranks = [int(rank) for rank in re.findall(r"\d+", absent[1])] if absent else []
             names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks) or str(error).splitlines()[0]
             raise UserError(
-                f"{what}: not all ranks came within {self.section.timeout_s:g} s (checkpoint.timeout_s). "
-                f"Absent: {names}. See what that process does (py-spy dump), then start the run again: "
-                "the older checkpoints are complete."
+                f"{what}: not all ranks have arrived within {self.section.timeout_s:g} s (checkpoint.timeout_s). "
+                f"Absent: {names}. Find out what these processes do, for example with py-spy dump, then start the run "
+                "again. It continues from the newest complete checkpoint."
             ) from None
 
     def _publish(self, step: int, manifest: Manifest, hashes: list[dict[str, FileHash]]) -> str | None:
-        """Write packspeed.json, rename the folder, replace `latest`, remove expired checkpoints (rank 0).
+        """On rank 0: write packspeed.json, rename the folder, replace `latest`, delete expired checkpoints.
 
-        hashes: those of the files each rank wrote. Returns what went wrong.
+        `hashes` has, for each rank, the hashes of the files that it wrote. Returns the error as text, or None.
         """
         final, temporary = self.folder / step_folder(step), self._temporary(step)
         files = {name: file_hash for of_rank in hashes for name, file_hash in of_rank.items()}
         try:
-            for path in temporary.rglob("*"):  # files that DeepSpeed copied without the writer: swapped-out NVMe state
+            for path in temporary.rglob("*"):  # hash files that DeepSpeed copied without the writer: state on NVMe
                 name = str(path.relative_to(temporary))
                 if path.is_file() and name not in files:
                     files[name] = hash_file(path)
             manifest["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             manifest["files"] = dict(sorted(files.items()))
             write_file(temporary / MANIFEST, dump_manifest(manifest))
-            if final.exists():  # a damaged checkpoint of this step, from before the run resumed an older one
+            if final.exists():  # a damaged checkpoint of this step, which the run skipped when it resumed
                 shutil.rmtree(final)
             os.replace(temporary, final)
             sync(self.folder)

@@ -1,10 +1,11 @@
-"""packspeed.json, the manifest of a checkpoint: its fields, its reader, and the check that a checkpoint is complete.
+"""packspeed.json, the manifest of a checkpoint: its keys, reading and writing it, and checking that a checkpoint is
+complete.
 
     checkpoints/step-00000200/packspeed.json     written last, so a folder without it is an unfinished save
 
-The manifest lists size and xxh3-128 of every other file in the folder. A checkpoint is complete if all of them are
-there with these bytes, and no others. Verifying reads every file once, at about 10 GB/s from the page cache.
-docs/checkpoints.md describes the keys for users.
+The manifest lists size and xxh3-128 hash of every other file in the folder. A checkpoint is complete if it has exactly
+these files with these hashes. Checking reads every file once, at about 10 GB/s from the page cache. docs/checkpoints.md
+describes the keys for users.
 """
 
 from __future__ import annotations
@@ -24,29 +25,31 @@ from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
 
 MANIFEST = "packspeed.json"
-UNIVERSAL = "universal"  # folder inside a checkpoint that reshard.py writes; it has a manifest of its own
+UNIVERSAL = "universal"  # folder inside a checkpoint that reshard.py writes; it has its own manifest
 FORMAT_VERSION = 1
-OWN_HASH = "manifest_xxh3_128"  # key of the hash over all other keys
-RESHARDED_KEYS = {"optimizer_step", "loss_scaler"}  # in the manifest of universal/ only
-CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)  # what step_folder returns, nothing else
+OWN_HASH = "manifest_xxh3_128"  # the key whose value is the hash of all other keys
+RESHARDED_KEYS = {"optimizer_step", "loss_scaler"}  # keys that only the manifest of universal/ has
+CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)  # exactly the names that step_folder returns
 
 
 class Layout(TypedDict):
-    """What has to be equal for DeepSpeed to load its own files; otherwise the checkpoint is resharded."""
+    """What must be equal for DeepSpeed to load its own files. If it differs, the checkpoint is converted
+    (reshard.py).
+    """
 
     dp_size: int
-    zero_optimization: JsonObject  # that section of the DeepSpeed configuration
+    zero_optimization: JsonObject  # the block zero_optimization of the DeepSpeed configuration
     precision: str  # fp32, bf16 or fp16
     optimizers: list[str]  # class names: DeepSpeed's wrapper and the optimizer inside it
 
 
 class RunIdentity(TypedDict, total=False):
-    """Which run wrote the checkpoint, on which data, with which software (resume.run_identity)."""
+    """Facts about the run that wrote a checkpoint: its run file, data and software (resume.run_identity)."""
 
     config: JsonObject  # the run file with all defaults
     dataset_fingerprint: str
-    datasets: list[DatasetDescription]  # TokenDataset.describe() of each; older checkpoints lack it
-    order_version: int  # of the sample order, data/order.py
+    datasets: list[DatasetDescription]  # TokenDataset.describe() of each dataset; missing in older checkpoints
+    order_version: int  # version of the rule that orders samples (data/order.py)
     zero_stage: int
     dp_size: int
     layout: Layout
@@ -56,7 +59,10 @@ class RunIdentity(TypedDict, total=False):
 
 
 class Probe(TypedDict):
-    """Loss of a few samples of the last step under the saved weights: repeated on resume (training/self_check.py)."""
+    """The loss of a few samples of the last step, computed with the saved weights.
+
+    A resume computes it again with the loaded weights, to check that they are the same (training/self_check.py).
+    """
 
     first_sample: int
     rows: int
@@ -65,28 +71,28 @@ class Probe(TypedDict):
 
 
 class TrainingState(TypedDict, total=False):
-    """What the training loop adds to a save."""
+    """The part of a manifest that the training loop adds."""
 
-    cursor: dict[str, int]  # {"step": 200, "next_batch": 200}; batches run ahead of steps after a rewind
-    evaluation_pending: bool  # the run was stopped in the middle of an evaluation
-    val_loss: float | None  # None: this step was not evaluated
+    cursor: dict[str, int]  # {"step": 200, "next_batch": 200}; next_batch is larger after a rewind has dropped batches
+    evaluation_pending: bool  # whether the run was stopped during the evaluation of this step
+    val_loss: float | None  # validation loss; None if there was no evaluation at this step
     probe: Probe
     guard: JsonObject  # AnomalyDetector.state()
-    metrics_bytes: int  # size of metrics.jsonl at the save, on rank 0
+    metrics_bytes: int  # size of metrics.jsonl when the checkpoint was saved
 
 
 class RngStates(TypedDict):
-    """States of torch's generators. Equal ones are stored once."""
+    """States of torch's random generators on all ranks. Equal states are stored once."""
 
-    states: list[dict[str, str]]  # device type -> base64
-    of_rank: list[int]  # rank -> index into states
+    states: list[dict[str, str]]  # the different states: device type -> base64
+    of_rank: list[int]  # rank -> its index in `states`
 
 
 class ImportedFrom(TypedDict):
-    """Origin of weights that `packspeed import` converted."""
+    """The origin of weights that `packspeed import` has converted."""
 
     source: str
-    tied: dict[str, str]  # name of a shared parameter -> the name it is stored under
+    tied: dict[str, str]  # name of a shared parameter -> name of the parameter that is stored
 
 
 class _AlwaysThere(TypedDict):
@@ -94,34 +100,35 @@ class _AlwaysThere(TypedDict):
 
 
 class Manifest(_AlwaysThere, RunIdentity, TrainingState, total=False):
-    """All of packspeed.json.
+    """The content of packspeed.json.
 
-    Only `step` is in every manifest: a run without a checkpoint starts from {"step": 0}, and an imported checkpoint
-    has no dataset, layout or training state.
+    Only `step` is in every manifest. {"step": 0} stands for a run without a checkpoint. The manifest of imported
+    weights has no dataset, layout or training state.
     """
 
     format_version: int
     files: dict[str, FileHash]  # path inside the checkpoint -> size and hash
-    saved_at: str  # ISO 8601 with the offset from UTC
+    saved_at: str  # time in ISO 8601 format with the offset from UTC
     rng: RngStates
-    optimizer_order: list[str]  # ZeRO stage 0: parameter names in the order of the optimizer's numbered state
+    optimizer_order: list[str]  # at ZeRO stage 0: parameter names in the order of the optimizer's numbered states
     imported: ImportedFrom
 
 
 def step_folder(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimizer steps."""
+    """Return the folder name of the checkpoint after `step` optimizer steps, for example "step-00000200"."""
     return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """Step of a checkpoint folder: the inverse of step_folder."""
+    """Return the step of a checkpoint folder: the inverse of step_folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in <run>/checkpoints, newest first, verified or not. Temporary and foreign folders do not count.
+    """Return the checkpoint folders in <run>/checkpoints, newest first, without checking them. Other folders are left
+    out.
 
-    Raises OSError if the folder cannot be read: an empty list would mean that the run has not saved yet.
+    Raises OSError if the folder exists but cannot be read. An empty list would mean that the run has not saved yet.
     """
     if not folder.exists():
         return []
@@ -130,42 +137,50 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def dump_manifest(manifest: Mapping[str, object]) -> str:
-    """The text of packspeed.json: the manifest and, last, a hash of the rest."""
+    """Return the text of packspeed.json: the manifest and, as its last key, a hash of the other keys."""
     return json.dumps({**manifest, OWN_HASH: _hash_of(manifest)}, indent=1)
 
 
 def _hash_of(manifest: Mapping[str, object]) -> str:
+    """Return the xxh3-128 hash of a manifest without the key OWN_HASH."""
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read packspeed.json. Raises UserError if it is missing, damaged or of another format version."""
+    """Read packspeed.json in a checkpoint folder. Raises UserError if it is missing, damaged or has another format
+    version.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
         if version != FORMAT_VERSION:
-            raise UserError(f"{path}: format version {version}; this Packspeed reads {FORMAT_VERSION}.")
+            raise UserError(
+                f"{path} has format version {version}, but this Packspeed reads version {FORMAT_VERSION} only. "
+                "Install a version that reads it."
+            )
         step = manifest["step"]
         sizes = [(file["bytes"], file["xxh3_128"]) for file in manifest["files"].values()]
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {MANIFEST}; the save did not finish.") from None
+        raise UserError(f"{folder}: there is no {MANIFEST}, so the save did not finish.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
-    # Manifests of version 0.1 have no hash of their own. A key that they do not have is a damaged one.
+    # Manifests of version 0.1 have no hash. There, an unknown key means that the file is damaged.
     own_hash = manifest.pop(OWN_HASH, None)
     unknown_keys = manifest.keys() - Manifest.__annotations__.keys() - RESHARDED_KEYS
     if own_hash != _hash_of(manifest) if own_hash is not None else unknown_keys:
-        raise UserError(f"{path} was changed after it was written: its own hash does not match.")
+        raise UserError(f"{path} was changed after it was written: its content does not match its hash.")
     typed = all(isinstance(size, int) and isinstance(digest, str) for size, digest in sizes)
     right_step = not CHECKPOINT_NAME.fullmatch(folder.name) or step == step_of(folder)
     if not typed or not isinstance(step, int) or not right_step:
-        raise UserError(f"{path} is damaged: it names step {step!r}, or its list of files is not one.")
+        raise UserError(f"{path} is damaged: its step ({step!r}) or its list of files is invalid.")
     return cast(Manifest, manifest)
 
 
 def find_damage(folder: Path) -> list[str]:
-    """One line per missing, truncated, changed, unreadable or unexpected file; empty if the checkpoint is complete."""
+    """Check a checkpoint. Returns a line per missing, truncated, changed, unreadable or unexpected file; [] if it is
+    complete.
+    """
     try:
         listed = read_manifest(folder)["files"]
     except UserError as error:
@@ -176,22 +191,23 @@ def find_damage(folder: Path) -> list[str]:
         try:
             size = path.stat().st_size
             if size != expected["bytes"]:
-                damage.append(f"{path} has {size:,} bytes, {MANIFEST} says {expected['bytes']:,}")
+                damage.append(f"{path} has {size:,} bytes, but according to {MANIFEST} it had {expected['bytes']:,}")
             elif hash_file(path) != expected:
-                damage.append(f"{path} has another hash than {MANIFEST} says: its bytes were changed")
+                damage.append(f"{path} was changed: its hash is not the one in {MANIFEST}")
         except FileNotFoundError:
             damage.append(f"{path} is missing")
         except OSError as error:
             damage.append(f"{path} cannot be read: {error.strerror}")
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    # The resharded copy comes later than the manifest and is verified on its own.
+    # The converted copy is written later than the manifest, and has its own manifest.
     present = {name for name in present if not name.startswith((f"{UNIVERSAL}/", f".{UNIVERSAL}"))}
     unexpected = sorted(present - set(listed) - {MANIFEST})
     return damage + [f"{folder / name} is not listed in {MANIFEST}" for name in unexpected]
 
 
 def newest_complete(folder: Path, log: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-    """(the newest checkpoint that is complete, or None; the damaged ones that are newer). Logs why those were skipped.
+    """Return (the newest complete checkpoint or None, the newer checkpoints that are damaged). Logs why they are
+    damaged.
 
     Raises UserError if the folder cannot be read.
     """
@@ -201,7 +217,7 @@ def newest_complete(folder: Path, log: Callable[[str], None]) -> tuple[Path | No
             damage = find_damage(path)
             if not damage:
                 return path, damaged
-            log(f"passing over checkpoint {path.name}: {'; '.join(damage)}")
+            log(f"skipping checkpoint {path.name}, which is damaged: {'; '.join(damage)}")
             damaged.append(path)
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}. Is the file system mounted?") from None

@@ -1,15 +1,18 @@
-"""Resharding: a checkpoint resumes with other ranks, ZeRO stage, offload, optimizer kernels or precision.
+"""Convert a checkpoint, so that a run with another layout can resume it ("resharding").
 
-    <checkpoint>/universal/<parameter>.safetensors     fp32 weight and each of its optimizer states, in full
+A layout is the number of ranks, the ZeRO stage, offload, the optimizer's implementation and the precision.
+
+    <checkpoint>/universal/<parameter>.safetensors     fp32 weight and its optimizer states, as full tensors
     <checkpoint>/universal/packspeed.json              optimizer step, loss scale, size and hash of every file
 
-resharded_folder writes the folder once: all ranks share the parameters, each file is read back and compared with its
-source, and a rename publishes the folder. zero_checkpoint.py reads the source. load fills the running engine from it,
-each rank reading what it needs;
-engine/optimizer_state.py writes into its tensors.
-The folder has the name of DeepSpeed's format for the same purpose, but other content: ds_to_universal handles Adam at
-stages 1 to 3, this file also stage 0, Muon and Lion. The tests compare them if both can convert.
-Cost: one read and one write of 12 bytes per parameter (Adam), then one read at every resume in another layout.
+resharded_folder writes this folder once. The ranks share the work, every written file is read back and compared with
+its source (zero_checkpoint.py), and a rename publishes the folder. `load` fills the running engine from it; each rank
+reads what it needs (engine/optimizer_state.py).
+
+DeepSpeed's format for the same purpose also uses a folder named universal, with other content. DeepSpeed's
+ds_to_universal converts Adam at stages 1 to 3; this module also converts stage 0, Muon and Lion. Tests compare both
+results where possible. Cost: one read and one write of 12 bytes per parameter (for Adam), then one read at every resume
+in another layout.
 """
 
 from __future__ import annotations
@@ -49,14 +52,14 @@ FORMAT_VERSION = 1
 
 
 class OptimizerScalars(TypedDict):
-    """What the optimizer's state holds besides tensors of the weights' size."""
+    """The optimizer's state apart from tensors that have the size of the weights."""
 
-    optimizer_step: int  # smaller than `step` if fp16 overflows or anomalies kept steps from being taken
-    loss_scaler: dict[str, float]  # SCALER_FIELDS of fp16's loss scaler; empty in other precisions
+    optimizer_step: int  # number of steps applied; smaller than `step` if fp16 overflows or vetoes dropped some
+    loss_scaler: dict[str, float]  # fields of the fp16 loss scaler (SCALER_FIELDS); empty in other precisions
 
 
 class ReshardedManifest(OptimizerScalars):
-    """packspeed.json of the universal/ folder."""
+    """The content of universal/packspeed.json."""
 
     format_version: int
     step: int
@@ -64,7 +67,10 @@ class ReshardedManifest(OptimizerScalars):
 
 
 def load(checkpoint: Path, engine: Engine, topology: Topology, log: Callable[[str], None]) -> None:
-    """Fill the engine from a complete checkpoint of any layout. A collective of all ranks."""
+    """Load a complete checkpoint of any layout into the engine. A collective: every rank must call it.
+
+    Raises UserError on every rank if the conversion fails.
+    """
     folder = resharded_folder(checkpoint, topology, log)
     manifest = cast(ReshardedManifest, read_manifest(folder))
     fill_engine(engine, folder, {key: manifest[key] for key in ("optimizer_step", "loss_scaler")})
@@ -73,24 +79,24 @@ def load(checkpoint: Path, engine: Engine, topology: Topology, log: Callable[[st
 
 
 def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[[str], None]) -> Path:
-    """Return the verified universal/ folder of a checkpoint; write it if it is missing or damaged.
+    """Return the verified universal/ folder of a checkpoint. Write it first if it is missing or damaged.
 
-    A collective of all ranks; without a topology this process does all the work. Only rank 0 logs. Raises UserError on
-    every rank if resharding fails.
+    A collective: every rank must call it. Without a topology, this process does all the work. Only rank 0 logs. Raises
+    UserError on every rank if the conversion fails.
     """
     rank, ranks = (topology.rank, topology.world) if topology else (0, 1)
     folder, temporary = checkpoint / UNIVERSAL, checkpoint / f".{UNIVERSAL}.tmp"
     start = time.monotonic()
 
-    # Rank 0 holds the lock for all: a second run or `packspeed reshard` on the same checkpoint waits.
+    # Rank 0 takes the lock for all ranks. Another run or `packspeed reshard` with the same checkpoint waits for it.
     with _lock(checkpoint, log) if rank == 0 else contextlib.nullcontext():
         damage = find_damage(folder) if rank == 0 else []
         if not (topology.from_rank0(damage) if topology else damage):
             return folder
         if rank == 0:
-            log(f"resharding {checkpoint.name} (once; full weights and optimizer state in fp32)")
+            log(f"resharding {checkpoint.name}, because its layout differs (once; writes weights and states in fp32)")
 
-        # The steps in order; all ranks leave at the first that failed on any rank.
+        # If a step fails on any rank, all ranks skip the following steps.
         own_error = _make_folder(temporary) if rank == 0 else None
         error = topology.agree_on_error(own_error) if topology else own_error
         of_ranks: list[dict[str, FileHash]] = []
@@ -103,7 +109,7 @@ def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[
             own_error = _publish(checkpoint, temporary, folder, files) if rank == 0 else None
             error = topology.agree_on_error(own_error) if topology else own_error
         if error is not None:
-            raise UserError(f"{checkpoint}: resharding failed: {error}")
+            raise UserError(f"{checkpoint}: it could not be converted to this run's layout: {error}")
 
         if rank == 0:
             size = sum(file_hash["bytes"] for of_rank in of_ranks for file_hash in of_rank.values())
@@ -112,6 +118,7 @@ def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[
 
 
 def _lock(checkpoint: Path, log: Callable[[str], None]) -> contextlib.AbstractContextManager[object]:
+    """Return the lock of a checkpoint's conversion. If another process has it, log that and wait."""
     return lock_file(
         checkpoint / f".{UNIVERSAL}.lock",
         on_wait=lambda holder: log(f"waiting for another process that reshards {checkpoint} ..."),
@@ -119,7 +126,7 @@ def _lock(checkpoint: Path, log: Callable[[str], None]) -> contextlib.AbstractCo
 
 
 def _make_folder(temporary: Path) -> str | None:
-    """Make an empty temporary folder; returns what went wrong."""
+    """Make an empty temporary folder. Returns the error as text, or None."""
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -129,7 +136,10 @@ def _make_folder(temporary: Path) -> str | None:
 
 
 def _write_tensors(checkpoint: Path, out: Path, rank: int, ranks: int) -> tuple[dict[str, FileHash], str | None]:
-    """Write and verify one file for every ranks-th parameter. Returns (hashes by file name, what went wrong)."""
+    """Write and verify the files of every ranks-th parameter, from number `rank` on.
+
+    Returns ({file name: hash}, the error as text or None).
+    """
     files: dict[str, FileHash] = {}
     try:
         computed_with = module_weights(checkpoint)
@@ -150,14 +160,15 @@ def _write_tensors(checkpoint: Path, out: Path, rank: int, ranks: int) -> tuple[
 
 
 def _find_difference(name: str, path: Path, tensors: Tensors, computed_with: torch.Tensor | None) -> str | None:
-    """Compare a written file with its source, and its weight, rounded, with the weight that the module computed with.
+    """Check a written file. Returns a description of the first difference, or None.
 
-    The second comparison finds a wrong reading of DeepSpeed's layout: both come from different files of the checkpoint.
+    Every tensor must equal its source. Also, the fp32 weight, rounded, must equal `computed_with`, the weight with
+    which the module computed. DeepSpeed stores the two in different files, so this finds errors in reading its format.
     """
     with safe_open(path, "pt") as file:
         for key, tensor in tensors.items():
             if not torch.equal(file.get_tensor(key), tensor):
-                return f"{path}: {key} does not read back as it was written"
+                return f"{path}: {key}, read back from the file, differs from what was written"
         weight = file.get_tensor("fp32")
     if computed_with is not None and not torch.equal(weight.to(computed_with.dtype), computed_with.view_as(weight)):
         return f"{name}: the optimizer's fp32 weight, rounded to {computed_with.dtype}, is not the module's weight"
@@ -165,7 +176,7 @@ def _find_difference(name: str, path: Path, tensors: Tensors, computed_with: tor
 
 
 def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, FileHash]) -> str | None:
-    """Write the manifest and rename the folder; returns what went wrong."""
+    """Write the manifest and rename the folder. Returns the error as text, or None."""
     try:
         manifest: ReshardedManifest = {
             "format_version": FORMAT_VERSION,
@@ -184,16 +195,16 @@ def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, F
 
 
 def _optimizer_scalars(checkpoint: Path) -> OptimizerScalars:
-    """Read them from rank 0's files: they are equal on all ranks."""
+    """Read the optimizer's scalars from rank 0's files. They are equal on all ranks."""
     states = zero_states(checkpoint)
     inner = inner_optimizer_state(states[0]) if states else stage0_optimizer_state(checkpoint)
 
-    # Steps taken: DeepSpeed's and torch's Adams count them per tensor, older ones per group. Lion and Muon do not.
+    # The number of applied steps: Adam implementations count it per tensor or per group. Lion and Muon do not count.
     counts = [int(state["step"]) for state in inner["state"].values() if "step" in state]
     counts += [int(group["step"]) for group in inner["param_groups"] if "step" in group]
     step = read_manifest(checkpoint)["step"]
 
-    # read_safely keeps the fields of DeepSpeed's loss scaler as `state`.
+    # read_safely stores the fields of DeepSpeed's loss scaler in the attribute `state`.
     fields = getattr(states[0].get("loss_scaler"), "state", None) if states else None
     scale = {key: fields[key] for key in SCALER_FIELDS if key in fields} if isinstance(fields, dict) else {}
     return {"optimizer_step": max(counts, default=step), "loss_scaler": scale}

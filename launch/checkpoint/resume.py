@@ -1,21 +1,20 @@
-"""May this checkpoint be resumed? All checks, in the order in which they run.
+"""Decide whether a checkpoint may be resumed. All checks, in the order in which they run:
 
-    1. complete      every file listed in packspeed.json has its size and hash; otherwise an older checkpoint is tried
-                     (newest_complete in manifest.py). If all are damaged the run is refused: it must not start again at
-                     step 0 by itself
-    2. same run      model, data order, seed, batch and optimizer are those of the run file (config/effects.py lists
-                     the keys); other changed settings are only logged (check_same_run)
-    3. same data     fingerprints of the datasets and version of the sample order are equal (check_same_run)
-    4. loadable      the optimizer's state is not on NVMe (check_loadable)
-    5. same layout   ranks, ZeRO section, precision and optimizer classes are equal: DeepSpeed loads its own files.
-                     Otherwise reshard.py converts them (has_same_layout)
-    6. same step     the state inside the files is of the step that packspeed.json names (check_loaded_step)
-    7. same loss     the probe of the save, repeated with the loaded weights, gives the saved loss (compare_probes;
-                     training/self_check.py computes it)
+    1. complete      Every file listed in packspeed.json has its size and hash. Otherwise an older checkpoint is tried
+                     (newest_complete in manifest.py). If all are damaged the run is refused, because it must not
+                     silently start again at step 0. 2. same run      Model, data order, seed, batch and optimizer are
+                     those of the run file (config/effects.py lists the keys). Other settings may have changed, which is
+                     logged (check_same_run). 3. same data     The fingerprints of the datasets and the version of the
+                     sample order are equal (check_same_run). 4. loadable      The optimizer's state is not on NVMe
+                     (check_loadable). 5. same layout   Ranks, ZeRO block, precision and optimizer classes are equal, so
+                     DeepSpeed can load its own files. Otherwise reshard.py converts them (has_same_layout). 6. same
+                     step     The state in the files belongs to the step that packspeed.json names (check_loaded_step).
+                     7. same loss     The probe, the loss of a few samples, has the saved value when it is computed with
+                     the loaded weights (compare_probes; training/self_check.py computes it).
 
-Checks 1 to 3 come before the engine is built and before a file of the run changes. A rewind during training repeats 1
-and 4 to 6. Checks 2 and 3 raise ConfigError (exit code 2), the others UserError (1).
-docs/checkpoints.md has the table of what may change on resume.
+Checks 1 to 3 run before the engine is built and before any file of the run changes. A rewind during training repeats
+checks 1 and 4 to 6. Checks 2 and 3 raise ConfigError (exit code 2), the others UserError (exit code 1).
+docs/checkpoints.md lists what may change on a resume.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
     from packspeed.launch.engine.protocol import Engine
 
-# Settings that a checkpoint of an older Packspeed does not have: what they were at the time.
+# Settings that checkpoints of older versions do not contain, with the values that were in effect then.
 OLDER_DEFAULTS = {
     "data.packing": "stream",
     "data.document_mask": False,
@@ -63,9 +62,10 @@ OLDER_DEFAULTS = {
 def run_identity(
     resolved: JsonObject, dataset: TokenDataset | MixtureData, topology: Topology, ds_config: DsConfig
 ) -> RunIdentity:
-    """Return what this run writes about itself into its checkpoints, and what it compares with on resume.
+    """Return the facts about this run that its checkpoints contain, and that are compared on a resume.
 
-    The optimizer classes of the layout are missing: name_optimizers adds them once the engine is there.
+    `resolved` is the run file with all defaults. The list of optimizer classes is empty; name_optimizers fills it once
+    the engine exists.
     """
     return {
         "config": resolved,
@@ -87,26 +87,28 @@ def run_identity(
 
 
 def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
-    """The identity with the classes of DeepSpeed's wrapper and of the optimizer inside it."""
+    """Return the identity with the class names of DeepSpeed's optimizer wrapper and of the optimizer inside it."""
     optimizers = [type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__]
     return {**identity, "layout": {**identity["layout"], "optimizers": optimizers}}
 
 
 class Resumption(NamedTuple):
-    """What checks 1 to 3 found."""
+    """The result of checks 1 to 3."""
 
     checkpoint: Path | None  # None: the run starts at step 0
-    damaged: list[Path]  # newer checkpoints that are not complete
-    changes: list[SettingChange]  # settings that differ from the checkpoint's
+    damaged: list[Path]  # newer checkpoints, which are damaged
+    changes: list[SettingChange]  # settings that differ from those of the checkpoint
 
 
 def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
-    """Find the checkpoint in `folder` to resume. A collective of all ranks.
+    """Find the checkpoint in `folder` from which the run resumes (checks 1 to 3). A collective: every rank must call
+    it.
 
-    Raises UserError if there are checkpoints but none is complete, and ConfigError if they belong to another run.
+    On every rank, raises UserError if there are checkpoints but none is complete, and ConfigError if they belong to
+    another run.
     """
     error, found = None, Resumption(None, [], [])
-    if topology.rank == 0:  # it reads and hashes the files; the others take its word
+    if topology.rank == 0:  # only rank 0 reads and hashes the files
         try:
             found = _find_checkpoint(folder, identity, log)
         except UserError as problem:
@@ -118,39 +120,40 @@ def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log
 
 
 def _find_checkpoint(folder: Path, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
+    """The part of find_checkpoint that runs on rank 0."""
     newest, damaged = newest_complete(folder, log)
     if newest is None:
-        if (folder / step_folder(0)).is_dir():  # only an import makes step 0: without it the run would start at random
+        if (folder / step_folder(0)).is_dir():  # step 0 is always an import; without it, weights would be random
             raise UserError(f"{folder}: the imported weights are damaged. Import them again.")
         if damaged or (folder / "latest").exists():
             raise UserError(
                 f"{folder}: the run was saved, but none of its {len(damaged)} checkpoint(s) is complete (see above). "
-                "Nothing was changed. Restore them, or check the mount and its permissions. To start over at step 0, "
-                "use --fresh."
+                "Nothing was changed. Restore the files, or check the mount and its permissions. To start over at step "
+                "0, use --fresh."
             )
         return Resumption(None, [], [])
     return Resumption(newest, damaged, check_same_run(newest, read_manifest(newest), identity))
 
 
 def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
-    """Load the checkpoint that find_checkpoint chose; returns its manifest, or {"step": 0} if there is none.
+    """Load the checkpoint that find_checkpoint has found, and return its manifest, or {"step": 0} if there is none.
 
-    A collective of all ranks. The caller repeats the probe (compare_probes) once the data is open.
+    A collective: every rank must call it. The caller must repeat the probe afterwards (compare_probes).
     """
     if found.checkpoint is None:
         return {"step": 0}
     checkpointer.damaged = set(found.damaged)
     for change in found.changes:
-        checkpointer.log(f"note: {change['key']} was {change['old']!r} before this resume, is {change['new']!r}")
+        checkpointer.log(f"note: {change['key']} was {change['old']!r} before this resume, now it is {change['new']!r}")
     manifest = checkpointer.load(found.checkpoint)
     checkpointer.log(f"resuming from {found.checkpoint} (step {manifest['step']})")
     return manifest
 
 
 def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> list[SettingChange]:
-    """Checks 2 and 3. Returns the settings that have changed, and may.
+    """Do checks 2 and 3. Returns the settings that have changed although the run may be resumed.
 
-    Raises ConfigError if the checkpoint is of another run or was trained with other data.
+    Raises ConfigError if the checkpoint belongs to another run or was trained on other data.
     """
     old, new = flatten(saved["config"]), flatten(identity["config"])
     if "imported" in saved:
@@ -159,7 +162,7 @@ def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> 
     for settings in (old, new):
         for key, default in OLDER_DEFAULTS.items():
             settings.setdefault(key, default)
-        # The sources' weights define the run; their paths may change, fingerprints decide about the data.
+        # The weights of the sources must stay the same. Their paths may change, because fingerprints identify the data.
         settings["data.weights"] = [source["weight"] for source in settings.get("data.sources") or []]
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     fixed = [key for key in changed if fixed_on_resume(key)]
@@ -167,7 +170,7 @@ def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> 
         lines = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in fixed)
         raise ConfigError(
             f"{checkpoint} belongs to another run: {lines}. "
-            "Restore the values, choose another name, or start over with --fresh."
+            "Restore the values, give the run another name, or start over with --fresh."
         )
     _check_same_data(checkpoint, saved, identity)
     step = saved["step"]
@@ -175,6 +178,7 @@ def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> 
 
 
 def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> None:
+    """Check 3. Raises ConfigError if the dataset or the version of the sample order differs."""
     if saved["dataset_fingerprint"] != identity["dataset_fingerprint"] and "datasets" in saved:
         raise ConfigError(
             f"{checkpoint} was trained with another dataset: "
@@ -185,73 +189,87 @@ def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -
     for key in ("dataset_fingerprint", "order_version"):
         if then[key] != now[key]:
             raise ConfigError(
-                f"{checkpoint} was trained with {key} {then[key]}, now it is {now[key]}: the next samples would not "
-                "follow those already used. Point data.path at the same dataset, or start over with --fresh."
+                f"{checkpoint} was trained with {key} {then[key]}, but now it is {now[key]}, so some samples would be "
+                "skipped or repeated. Point data.path at the same dataset, or start over with --fresh."
             )
 
 
 def check_same_model(checkpoint: Path, old: Mapping[str, object], new: Mapping[str, object]) -> None:
-    """Check 2 for imported weights: ConfigError if a setting that shapes or interprets the weights differs."""
+    """Check 2 for imported weights. Raises ConfigError if a setting differs that determines their shape or their
+    meaning.
+
+    `old` and `new` are the flattened settings of the import and of the run file.
+    """
     free = ("model.dropout", "model.z_loss", *MODEL_SPEED_ONLY)
     keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and key not in free}
     if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
         lines = "; ".join(f"{key} is {old.get(key)!r} there, {new.get(key)!r} in the run file" for key in changed)
-        raise ConfigError(f"{checkpoint} holds the imported weights of another model: {lines}.")
+        raise ConfigError(
+            f"{checkpoint} contains the imported weights of another model: {lines}. Correct the run file, or import "
+            "again into another run folder."
+        )
 
 
 def check_loadable(checkpoint: Path, engine: Engine) -> None:
-    """Check 4: UserError if the optimizer's state is on NVMe.
+    """Check 4. Raises UserError if the optimizer's state is on NVMe.
 
-    DeepSpeed 0.19 names swapped files by memory addresses of the process that wrote them, so that a resume would not
-    find them and would continue with fresh state.
+    DeepSpeed 0.19 names swapped files after memory addresses of the process that wrote them. A resumed process would
+    not find them, and would continue with a fresh optimizer state.
     """
     if engine.zero_nvme_offload_optimizer():
         raise UserError(
-            f"{checkpoint}: a run with its optimizer on NVMe cannot be resumed yet. Offload the optimizer to the CPU."
+            f"{checkpoint}: a run whose optimizer is offloaded to NVMe cannot be resumed. Offload it to the CPU "
+            f"instead."
         )
 
 
 def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
-    """Check 5: whether DeepSpeed can load the checkpoint as it is. Imported weights have no layout."""
+    """Check 5. Returns whether DeepSpeed can load the checkpoint's files directly. Imported weights have no layout."""
     return saved.get("layout") == identity["layout"]
 
 
 def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: Mapping[str, object]) -> None:
-    """Check 6, on what engine.load_checkpoint returned."""
+    """Check 6. Raises UserError if engine.load_checkpoint has loaded nothing, or the state of another step.
+
+    `loaded_from` and `client_state` are what it returned.
+    """
     if loaded_from is None:
         raise UserError(
-            f"{checkpoint}: DeepSpeed found nothing to load there. Delete this checkpoint to resume the one before."
+            f"{checkpoint}: DeepSpeed found nothing to load. To resume from the previous checkpoint, delete this one."
         )
     if client_state["packspeed_step"] != step:
         raise UserError(
-            f"{checkpoint}: {MANIFEST} says step {step}, the state inside says {client_state['packspeed_step']}."
+            f"{checkpoint}: according to {MANIFEST} this is step {step}, but DeepSpeed's files are of step "
+            f"{client_state['packspeed_step']}. To resume from the previous checkpoint, delete this one."
         )
 
 
 def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Probe) -> str:
-    """Check 7: compare the probe of the save with the one repeated `now`. Returns the line to log.
+    """Check 7: compare the probe of the save with the probe that was repeated `now`. Returns a line to log.
 
-    The losses must agree to 1e-5 in fp32, to 2e-3 in 16 bits with the same layout, and to 2e-2 in 16 bits with another
-    layout or precision. UserError otherwise, or if the samples differ; it lists what differs between then and now.
+    The losses must agree within 1e-5 in fp32, within 2e-3 in 16-bit precisions with the same layout, and within 2e-2 in
+    16-bit precisions with another layout or precision. Otherwise, or if the samples differ, it raises UserError with a
+    list of what else differs between then and now.
     """
     before, old, new = saved["probe"], saved["layout"], identity["layout"]
     tolerance = 1e-5 if {old["precision"], new["precision"]} == {"fp32"} else 2e-3 if old == new else 2e-2
     same_samples = now["samples_hash"] == before["samples_hash"]
     if same_samples and abs(now["loss"] - before["loss"]) <= tolerance:
-        return f"self-check: the last step's samples have the loss of the save, {now['loss']:.6f}"
-    causes = [] if same_samples else ["the samples read are others (the dataset)"]
+        return f"self-check passed: samples of the last step have the same loss as at the save, {now['loss']:.6f}"
+    causes = [] if same_samples else ["the dataset returns other samples"]
     causes += _changes(
         {**saved["versions"], "commit": saved.get("commit"), **old},
         {**identity["versions"], "commit": identity.get("commit"), **new},
     )
     raise UserError(
-        f"self-check: step {saved['step']} of {folder} does not resume as it was saved. Loss of {before['rows']} "
-        f"samples from number {before['first_sample']} on: {before['loss']:.8f} when saved, {now['loss']:.8f} now "
-        f"(allowed difference {tolerance:g}). What differs: "
+        f"self-check failed: step {saved['step']} of {folder} does not resume as it was saved. The loss of "
+        f"{before['rows']} samples, from number {before['first_sample']} on, was {before['loss']:.8f} at the save and "
+        f"is {now['loss']:.8f} now (allowed difference {tolerance:g}). Possible causes: "
         f"{'; '.join(causes) or 'only the weights or the model code'}. "
-        "Restore what differs, or start over with --fresh."
+        "Restore what has changed, or start over with --fresh."
     )
 
 
 def _changes(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Return a line for each entry of `now` whose value was another one in `then`."""
     return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]

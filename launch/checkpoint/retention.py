@@ -1,17 +1,17 @@
-"""Which checkpoints stay on disk, and to which of them a rewind returns.
+"""Decide which checkpoints stay on disk, and to which of them a rewind returns.
 
-Kept are
-  the newest `checkpoint.keep`,
-  every `checkpoint.keep_every_steps`-th step, for the whole run,
-  the `checkpoint.keep_best` with the lowest validation loss, among those evaluated when they were saved,
-  the newest scheduled one.
+These are kept:
+  - the newest `checkpoint.keep` checkpoints,
+  - every checkpoint whose step is a multiple of `checkpoint.keep_every_steps`,
+  - the `checkpoint.keep_best` checkpoints with the lowest validation loss, among those saved at an evaluation,
+  - the newest scheduled checkpoint.
 
-Only complete checkpoints count. Those that a resume found damaged stay until the run writes their step again, or until
-they are older than everything that is kept.
+Only complete checkpoints count. A checkpoint that a resume found damaged stays until the run saves the same step again,
+or until it is older than everything that is kept.
 
-A checkpoint is scheduled if its step is a multiple of checkpoint.every_steps; others come from a stop or the end of a
-run. A rewind (anomalies: rewind) returns to the newest scheduled one, which is therefore always kept: where a rewind
-leads does not depend on when the run was stopped.
+A checkpoint is scheduled if its step is a multiple of checkpoint.every_steps. Others are saved when a run is stopped or
+ends. A rewind (anomalies: rewind) returns to the newest scheduled checkpoint. So the result of a rewind does not depend
+on when the run was stopped.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from packspeed.launch.config.run_file import CheckpointSection
 
 
 def expired_checkpoints(folder: Path, newest: int, damaged: Collection[Path], section: CheckpointSection) -> list[Path]:
-    """Checkpoints under `folder` that no rule keeps.
+    """Return the checkpoints in `folder` that no rule keeps.
 
-    newest: step that was saved last. damaged: checkpoints that the resume of this process skipped.
+    `newest` is the step that was saved last, and `damaged` has the checkpoints that this process skipped when it
+    resumed.
     """
     present = [path for path in list_checkpoints(folder) if step_of(path) <= newest]
     complete = [path for path in present if path not in damaged]
@@ -39,9 +40,9 @@ def expired_checkpoints(folder: Path, newest: int, damaged: Collection[Path], se
 
 
 def rewind_target(folder: Path, before: int, section: CheckpointSection) -> int | None:
-    """Step of the newest complete scheduled checkpoint before step `before`; of any complete one if none is scheduled.
+    """Return the step of the newest complete scheduled checkpoint before step `before`.
 
-    None if there is no complete checkpoint before that step.
+    If no scheduled one is complete, return the newest complete checkpoint before that step; None if there is none.
     """
     earlier = [path for path in list_checkpoints(folder) if step_of(path) < before]
     scheduled = [path for path in earlier if _is_multiple(path, section.every_steps)]
@@ -50,16 +51,17 @@ def rewind_target(folder: Path, before: int, section: CheckpointSection) -> int 
 
 
 def _is_multiple(checkpoint: Path, steps: int) -> bool:
-    """Whether the checkpoint's step is a multiple of `steps`; with 0 none is."""
+    """Return whether the checkpoint's step is a multiple of `steps`; False if `steps` is 0."""
     return steps > 0 and step_of(checkpoint) % steps == 0
 
 
 def _best(checkpoints: list[Path], count: int) -> list[Path]:
+    """Return the `count` checkpoints with the lowest validation loss."""
     losses = []
     for path in checkpoints:
         try:
             loss = read_manifest(path).get("val_loss")
-        except UserError:  # damaged, and no reason to keep it
+        except UserError:  # damaged
             continue
         if loss is not None:
             losses.append((loss, path))

@@ -1,6 +1,7 @@
-"""The states of torch's random generators in a checkpoint.
+"""Save and restore the states of torch's random generators.
 
-Training draws from none of them (dropout is keyed by seed and sample), so they matter to users' own models and hooks.
+Training itself uses none of them, because dropout masks are computed from the seed and the sample number. But a user's
+own model or hook may.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def gather_rng_states(topology: Topology) -> RngStates:
-    """Every rank's states, equal ones once: a collective."""
+    """Return the generator states of all ranks; equal states are stored once. A collective: every rank must call it."""
     of_rank = [json.dumps(states) for states in topology.gather(rng_state(topology.device))]
     different = list(dict.fromkeys(of_rank))
     return {
@@ -28,7 +29,7 @@ def gather_rng_states(topology: Topology) -> RngStates:
 
 
 def rng_state(device: torch.device) -> dict[str, str]:
-    """State of this rank's generators, base64 by device type."""
+    """Return the states of this rank's generators: {device type: base64}."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -36,7 +37,7 @@ def rng_state(device: torch.device) -> dict[str, str]:
 
 
 def set_rng_state(saved: dict[str, str], device: torch.device) -> None:
-    """Restore what rng_state returned."""
+    """Set this rank's generators to states that rng_state has returned."""
     for name, text in saved.items():
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         if name == "cpu":

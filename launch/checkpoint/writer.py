@@ -1,6 +1,6 @@
-"""Writes DeepSpeed's checkpoint files: hashed and fsynced, in threads, from the state itself or from a copy of it.
+"""Write DeepSpeed's checkpoint files in threads, hash and fsync them; write the state itself or a copy of it.
 
-engine.save_checkpoint calls `save` once for each file of this rank; a thread of its own writes each file.
+engine.save_checkpoint calls SafeWriter.save once for each file of this rank. Each file is written by its own thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from packspeed.data.storage.hashing import FileHash
 
 
 class _HashedFile:
-    """The write side of a file that hashes what goes through it."""
+    """A file opened for writing that hashes the data written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest, self.bytes = file, xxhash.xxh3_128(), 0
@@ -35,41 +35,49 @@ class _HashedFile:
 
 
 class SafeWriter:
-    """DeepSpeed's checkpoint-engine interface (runtime/checkpoint_engine) with hash and fsync.
+    """Writes the files of a checkpoint with hash and fsync; DeepSpeed calls it as its checkpoint engine.
 
-        begin(copy=False)   save(state, path), save(...)   wait()                 each save starts its thread
-        begin(copy=True)    save(state, path), save(...)   start() ... wait()     save copies; the threads start later
+        begin(copy=False)   save(state, path), save(...)   wait()                 each save starts a thread that writes
+        begin(copy=True)    save(state, path), save(...)   start() ... wait()     save copies; `start` starts the
+        threads
 
-    Errors are kept in `error` and not raised, and writing is left to threads, so that a rank with a full disk still
-    enters DeepSpeed's barriers: they have no timeout, and the other ranks would wait in them. Copies are made in host
-    memory that is kept from save to save, because memory that is already mapped is filled up to three times as fast.
+    Errors are stored in `error` and not raised, and all writing is done in threads. So a rank with a full disk still
+    reaches DeepSpeed's barriers; these have no timeout, and the other ranks would wait in them forever. The memory of
+    copies is kept and used again by the next save, because writing to memory that is already mapped is up to three
+    times as fast.
     """
 
     def __init__(self) -> None:
-        self._copies: dict[str, list[torch.Tensor]] = {}  # by file name
+        self._copies: dict[str, list[torch.Tensor]] = {}  # file name -> tensors of the last copy, for reuse
         self.begin(copy=False)
 
     def begin(self, copy: bool) -> None:
-        """Begin the files of one checkpoint. copy: write copies, so that training may change the state meanwhile."""
+        """Start a new checkpoint. If `copy` is True, copies are written, so that training may change the state
+        meanwhile.
+        """
         self.copy = copy
-        self.files: dict[str, FileHash] = {}  # those written completely
+        self.files: dict[str, FileHash] = {}  # file name -> hash, for files that are written completely
         self.error: str | None = None
         self._threads: list[threading.Thread] = []
 
     def save(self, state_dict: object, path: str) -> None:
-        """Have a thread write the state with torch.save (zip format: loadable with weights_only and mmap)."""
+        """Let a thread write the object with torch.save, in the zip format that can be loaded with weights_only and
+        mmap.
+        """
         state = snapshot(state_dict, self._copies.setdefault(Path(path).name, [])) if self.copy else state_dict
         self._threads.append(threading.Thread(target=self._write, args=(state, path), name="packspeed-save"))
         if not self.copy:
             self._threads[-1].start()
 
     def start(self) -> None:
-        """Start to write the copies, once all of them are made: writing would slow down the copying."""
+        """Start the threads that write the copies. Call it when all copies are made, because writing slows down
+        copying.
+        """
         for thread in self._threads if self.copy else ():
             thread.start()
 
     def written(self) -> bool:
-        """Whether all threads have finished."""
+        """Return whether all threads have finished."""
         return not any(thread.is_alive() for thread in self._threads)
 
     def wait(self) -> None:
@@ -78,6 +86,7 @@ class SafeWriter:
             thread.join()
 
     def _write(self, state_dict: object, path: str) -> None:
+        """Write one file in a thread, and store its hash in `files` or the reason of a failure in `error`."""
         try:
             with open(path, "wb") as file:
                 hashed = _HashedFile(file)
@@ -89,45 +98,48 @@ class SafeWriter:
             self.error = f"{path}: {_root_cause(error)}"
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder; an error is kept."""
+        """Make a folder. An error is stored in `error`."""
         try:
             os.makedirs(path, exist_ok=exist_ok)
         except OSError as error:
             self.error = f"{path}: {error.strerror}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Unpickle a file. Checkpointer loads only checkpoints whose hashes were verified."""
+        """Unpickle a file. Call it only for files whose hashes were verified, because unpickling can run code."""
         return torch.load(path, map_location=map_location, weights_only=False)
 
     def create(self, info: object) -> None:
-        """Called by DeepSpeed before a checkpoint. Does nothing: Checkpointer makes the folder."""
+        """Do nothing: DeepSpeed calls it before a save, but Checkpointer makes the folder."""
 
     def commit(self, info: object) -> bool:
-        """Called by DeepSpeed after a checkpoint. Does nothing: Checkpointer publishes the folder."""
+        """Do nothing and return True: DeepSpeed calls it after a save, but Checkpointer publishes the folder."""
         return True
 
     def is_decoupled(self) -> bool:
-        """Whether DeepSpeed must call commit at the next step: no, Checkpointer waits for the threads itself."""
+        """Return False: DeepSpeed need not call `commit` in a later step, because Checkpointer waits for the
+        threads.
+        """
         return False
 
     def preserves_storage_sharing(self) -> bool:
-        """Whether tensors that share storage still share it in the file: yes, as torch.save does it."""
+        """Return True: tensors that share storage still share it in the file."""
         return True
 
     def cleanup(self) -> None:
-        """Called by DeepSpeed at the end. Does nothing: no resources are held."""
+        """Do nothing: DeepSpeed calls it when the engine is destroyed."""
 
 
 def _root_cause(error: BaseException) -> str:
+    """Return the first line of the OSError that caused `error`, or of `error` itself if there is none."""
     while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]  # one of them is set
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def snapshot(tree: Any, kept: list[torch.Tensor]) -> Any:
-    """Copy nested dicts and lists to host memory; tensors that share storage share the copy's.
+    """Return a copy, in host memory, of nested dicts and lists. Tensors that share storage also share it in the copy.
 
-    kept: the tensors of an earlier copy, whose memory is used again. It holds those of this copy afterwards.
+    `kept` has the tensors of an earlier copy, whose memory is reused. Afterwards it has the tensors of this copy.
     """
     copies: dict[tuple[int, int], torch.Tensor] = {}  # (address, bytes of the storage) -> copy
     reusable = iter(kept[:])
@@ -135,7 +147,7 @@ def snapshot(tree: Any, kept: list[torch.Tensor]) -> Any:
 
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
-            return deepcopy(leaf)  # a loss scaler changes while it is written
+            return deepcopy(leaf)  # other objects, such as a loss scaler, may change during the write
         key = (leaf.data_ptr(), leaf.untyped_storage().nbytes())
         target = copies.get(key)
         if target is None or target.shape != leaf.shape or target.stride() != leaf.stride():
@@ -147,5 +159,5 @@ def snapshot(tree: Any, kept: list[torch.Tensor]) -> Any:
             kept.append(target)
         return target
 
-    # torch.Size must remain one; pytree would turn it into a tuple.
+    # Treat torch.Size as a leaf, because pytree would convert it to a tuple.
     return pytree.tree_map(copy, tree, is_leaf=lambda leaf: isinstance(leaf, torch.Size))

@@ -1,32 +1,33 @@
-"""Reads the fp32 weights and the optimizer state of a checkpoint of any ZeRO stage, without DeepSpeed or a GPU.
+"""Read fp32 weights and optimizer states from a checkpoint of any ZeRO stage, without DeepSpeed and without a GPU.
 
     for name, tensors in full_tensors(checkpoint):
-        tensors      # {"fp32": weight, "exp_avg": ..., "exp_avg_sq": ...}, all of the parameter's shape
+        tensors      # {"fp32": weight, "exp_avg": ..., "exp_avg_sq": ...}, all with the parameter's shape
 
-One parameter is in memory at a time: files are memory-mapped, and pages that were read are released.
+Only one parameter is in memory at a time: files are memory-mapped, and pages that have been read are released.
 
-DeepSpeed 0.19 writes these layouts. R is the number of data-parallel ranks; optimizer states of the weights' size are
-stored like the weights. utils/zero_to_fp32.py of DeepSpeed reads the same files, the fp32 weights only.
+DeepSpeed 0.19 writes the layouts below. R is the number of data-parallel ranks. Optimizer states that have the size of
+the weights are stored in the same way as the weights. DeepSpeed's utils/zero_to_fp32.py reads the same files, but only
+the fp32 weights.
 
   stage 0      mp_rank_00_model_states.pt         ["module"]: name -> full weight
-                                                  ["optimizer"]["state"]: number -> full states; the optimizer_order of
-                                                  packspeed.json names the parameter of each number
-  stages 1, 2  zero_pp_rank_<r>_..._optim_states.pt, r < R. Per parameter group, all parameters are laid end to end in
-               one flat vector, which is padded and cut into R equal slices; file r has slice r. With two ranks:
+                                                  ["optimizer"]["state"]: number -> full states. optimizer_order in
+                                                  packspeed.json says which parameter has which number
+  stages 1, 2  zero_pp_rank_<r>_..._optim_states.pt, r < R. In each parameter group, all parameters are concatenated to
+               one flat vector, which is padded and cut into R equal slices. File r has slice r. With two ranks:
 
                    | w1 w1 w1 w1 w2 w2 | w2 w2 w3 w3 w3 -- |       w2 is in both files, -- is padding
                          rank 0               rank 1
 
                mp_rank_00_model_states.pt["param_shapes"] has names and shapes in that order.
   stage 3      zero_pp_rank_<r>_..._optim_states.pt. Each parameter is cut into R equal slices of p = ceil(numel / R)
-               elements; file r has, per group, slice r of every parameter end to end. With two ranks:
+               elements. File r has, for each group, slice r of every parameter, concatenated. With two ranks:
 
                    rank 0  | w1 w1 | w2 w2 | w3 w3 |
                    rank 1  | w1 w1 | w2 w2 | w3 -- |
 
-  imported     no file of DeepSpeed's; universal/<parameter>.safetensors (convert/import_weights.py)
+  imported     No files of DeepSpeed, but universal/<parameter>.safetensors (convert/import_weights.py)
 
-DeepSpeed's files are pickles. They are read with weights_only=True, so no code in them can run.
+DeepSpeed's files are pickles. They are read with weights_only=True, so that no code in them can run.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ from safetensors import safe_open
 from packspeed.launch.checkpoint.manifest import UNIVERSAL, ImportedFrom, read_manifest
 from packspeed.launch.config.errors import UserError
 
-Tensors = dict[str, torch.Tensor]  # "fp32" or a name of the optimizer's ("exp_avg", "momentum_buffer") -> tensor
-StateDict = dict[str, Any]  # content of a pickle: tensors, numbers, nested dicts and lists
-ZeroState = StateDict  # what one rank's *_optim_states.pt has under "optimizer_state_dict"
+Tensors = dict[str, torch.Tensor]  # "fp32" or the name of an optimizer state ("exp_avg", "momentum_buffer") -> tensor
+StateDict = dict[str, Any]  # the content of a pickle: tensors, numbers, nested dicts and lists
+ZeroState = StateDict  # the value of "optimizer_state_dict" in one rank's *_optim_states.pt
 Shapes = dict[str, torch.Size]  # parameter name -> shape, in the order of a group's flat vector
 
 _LIBC = ctypes.CDLL(None)
@@ -56,7 +57,9 @@ _MADV_PAGEOUT = 21  # linux/mman.h, since Linux 5.4
 
 @dataclass(frozen=True)
 class _Selection:
-    """Which tensors are read: keys of Tensors (None: all), of every `workers`-th parameter from number `worker` on."""
+    """Which tensors to read: those with these keys (None: all) of every `workers`-th parameter, from number `worker`
+    on.
+    """
 
     keys: Sequence[str] | None
     worker: int
@@ -75,10 +78,10 @@ class _Selection:
 def full_tensors(
     checkpoint: Path, keys: Sequence[str] | None = None, worker: int = 0, workers: int = 1
 ) -> Iterator[tuple[str, Tensors]]:
-    """Yield (name, fp32 tensors of the parameter's shape) for every parameter; shared ones once.
+    """Yield (name, fp32 tensors of the parameter's shape) for every parameter. Shared parameters are yielded once.
 
-    keys: which of "fp32", "exp_avg", ... to read; None: all. With several workers, each reads every workers-th
-    parameter, from number `worker` on. Raises UserError for damaged or incomplete checkpoints.
+    `keys` says which of "fp32", "exp_avg", ... to read; None means all. With several workers, each worker reads every
+    `workers`-th parameter, from number `worker` on. Raises UserError for a damaged or incomplete checkpoint.
     """
     selection = _Selection(keys, worker, workers)
     if imported_from(checkpoint):
@@ -96,7 +99,7 @@ def full_tensors(
 
 
 def fp32_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Parameter name -> full fp32 weight; shared parameters under each of their names."""
+    """Return {parameter name: full fp32 weight}. A shared parameter appears under each of its names."""
     weights = {name: tensors["fp32"] for name, tensors in full_tensors(checkpoint, ("fp32",))}
     for name, stored_as in shared_parameters(checkpoint).items():
         weights[name] = weights[stored_as]
@@ -104,48 +107,62 @@ def fp32_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def zero_states(checkpoint: Path) -> list[ZeroState]:
-    """The ZeRO optimizer's state of every rank, in rank order; empty at stage 0. UserError if ranks are missing."""
+    """Return the ZeRO optimizer state of every rank, in the order of ranks; an empty list at stage 0.
+
+    Raises UserError if files of ranks are missing.
+    """
     files = sorted(checkpoint.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
     states = [read_safely(path)["optimizer_state_dict"] for path in files]
     if states:
         count = states[0]["partition_count"]  # stages 1 and 2 have a list, one number per group
         ranks = max(count) if isinstance(count, list) else count
         if ranks != len(states):
-            raise UserError(f"{checkpoint}: written by {ranks} ranks, but the files of {len(states)} are there.")
+            raise UserError(
+                f"{checkpoint}: {ranks} ranks wrote it, but it contains the files of {len(states)} only. Restore the "
+                "others."
+            )
     return states
 
 
 def inner_optimizer_state(state: ZeroState) -> StateDict:
-    """The state_dict of the optimizer inside ZeRO's: {"state": {group: {key: flat tensor}}, "param_groups": [...]}."""
+    """Return the state_dict of the optimizer inside ZeRO's: {"state": {group: {key: flat tensor}}, "param_groups":
+    [...]}.
+    """
     return dict(state["optimizer_state_dict"] if "fp32_flat_groups" in state else state["base_optimizer_state"])
 
 
 def stage0_optimizer_state(checkpoint: Path) -> StateDict:
-    """The same at stage 0, where there is no ZeRO optimizer: {"state": {number: {key: tensor}}, ...}."""
+    """Return the optimizer's state_dict at stage 0, where there is no ZeRO optimizer: {"state": {number: {key:
+    tensor}}, ...}.
+    """
     return dict(read_safely(checkpoint / "mp_rank_00_model_states.pt")["optimizer"])
 
 
 def module_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The module's weights in the precision it computes in; empty at stage 3, where they are partitioned."""
+    """Return the module's weights in the precision in which it computes; an empty dict at stage 3, where they are
+    partitioned.
+    """
     path = checkpoint / "mp_rank_00_model_states.pt"
     return dict(read_safely(path)["module"]) if path.exists() else {}
 
 
 def shared_parameters(checkpoint: Path) -> dict[str, str]:
-    """Name of a shared (tied) parameter -> the name it is stored under."""
+    """Return {name of a shared (tied) parameter: name under which it is stored}."""
     if origin := imported_from(checkpoint):
         return dict(origin["tied"])
     content = _model_states(checkpoint)
     if (shared := content.get("shared_params")) is not None:
         return dict(shared)
-    # Stage 0 does not list them, but torch.load gives shared parameters the same storage.
+    # At stage 0 the file does not list them, but torch.load gives shared parameters the same storage.
     first_name: dict[int, str] = {}
     stored_as = {name: first_name.setdefault(tensor.data_ptr(), name) for name, tensor in content["module"].items()}
     return {name: first for name, first in stored_as.items() if name != first}
 
 
 def imported_from(checkpoint: Path) -> ImportedFrom | None:
-    """Origin of an imported checkpoint, which has a universal/ folder only; None for those of training."""
+    """Return the origin of an imported checkpoint, which has only a universal/ folder; None for a checkpoint of
+    training.
+    """
     return read_manifest(checkpoint).get("imported")
 
 
@@ -153,7 +170,7 @@ def imported_from(checkpoint: Path) -> ImportedFrom | None:
 
 
 class _Opaque:
-    """Replaces a DeepSpeed object in a pickle (loss scaler, slice addresses) and keeps its fields as `state`."""
+    """Replaces a DeepSpeed object in a pickle, such as the loss scaler, and stores its fields in `state`."""
 
     def __init__(self, *args: object) -> None:
         self.state: object = args
@@ -171,7 +188,10 @@ _DEEPSPEED_CLASSES = (
 
 
 def read_safely(path: Path) -> StateDict:
-    """torch.load with weights_only and mmap. DeepSpeed's classes become _Opaque; UserError for any other class."""
+    """Load a file with torch.load, weights_only and mmap. Objects of DeepSpeed's classes become _Opaque.
+
+    Raises UserError if the file is damaged or contains an object of any other class.
+    """
     substitutes: list[Any] = [(type(name.rpartition(".")[2], (_Opaque,), {}), name) for name in _DEEPSPEED_CLASSES]
     try:
         with torch.serialization.safe_globals(substitutes):
@@ -181,14 +201,15 @@ def read_safely(path: Path) -> StateDict:
 
 
 def _model_states(checkpoint: Path) -> StateDict:
-    """Rank 0's *_model_states.pt: weights (stages 0 to 2), shapes and shared parameters."""
+    """Return the content of rank 0's *_model_states.pt: weights (stages 0 to 2), shapes and shared parameters."""
     files = sorted(checkpoint.glob("*_model_states.pt"), key=_rank_of)
     if not files:
-        raise UserError(f"{checkpoint}: there is no *_model_states.pt in it; this is not a checkpoint.")
+        raise UserError(f"{checkpoint}: it contains no *_model_states.pt, so it is not a checkpoint.")
     return read_safely(files[0])
 
 
 def _rank_of(path: Path) -> int:
+    """Return the rank in a file name, or 0 if the name has none."""
     match = re.search(r"zero_pp_rank_(\d+)", path.name)
     return int(match[1]) if match else 0
 
@@ -197,7 +218,7 @@ def _rank_of(path: Path) -> int:
 
 
 def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
-    """One safetensors file per parameter."""
+    """Read imported weights: one safetensors file per parameter."""
     files = sorted((checkpoint / UNIVERSAL).glob("*.safetensors"))
     for path in files[selection.worker :: selection.workers]:
         with safe_open(path, "pt") as file:
@@ -206,13 +227,18 @@ def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple
 
 
 def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
-    """Full tensors in rank 0's file; shared parameters are stored once and appear under each name."""
+    """Read a checkpoint of stage 0: full tensors in rank 0's file. Shared parameters are stored once under several
+    names.
+    """
     content = _model_states(checkpoint)
     optimizer_tensors: dict[str, Tensors] = {}  # by parameter name
     if selection.keys is None or set(selection.keys) != {"fp32"}:
         order = read_manifest(checkpoint).get("optimizer_order")
         if order is None:
-            raise UserError(f"{checkpoint}: written by an older Packspeed, which did not name the optimizer's state.")
+            raise UserError(
+                f"{checkpoint}: an older Packspeed wrote it without optimizer_order, so its optimizer state cannot be "
+                "assigned to parameters."
+            )
         numbered = content["optimizer"]["state"]
         optimizer_tensors = {name: numbered.get(number, {}) for number, name in enumerate(order)}
     shared = dict(content.get("shared_params") or {})
@@ -231,9 +257,11 @@ def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[s
 def _stage12_tensors(
     states: list[ZeroState], shapes: list[Shapes], selection: _Selection
 ) -> Iterator[tuple[str, Tensors]]:
-    """Each parameter is a span of its group's flat vector, which the ranks' slices make up end to end."""
-    paddings = states[0].get("param_alignment_paddings")  # per group and parameter: unused elements behind it
-    number = 0  # of the parameter, over all groups
+    """Read a checkpoint of stage 1 or 2: each parameter is a span of its group's flat vector, which the ranks'
+    slices form.
+    """
+    paddings = states[0].get("param_alignment_paddings")  # [group][parameter]: number of unused elements after it
+    number = 0  # number of the parameter, counted over all groups
     for group, shape_of in enumerate(shapes):
         slices = _slices_of_ranks(states, "single_partition_of_fp32_groups", group, selection)
         slice_size = states[0]["single_partition_of_fp32_groups"][group].numel()
@@ -242,12 +270,12 @@ def _stage12_tensors(
         start = 0  # where the parameter begins in the flat vector
         for index, (name, shape) in enumerate(shape_of.items()):
             size = shape.numel()
-            # The ranks whose slices have a part of this parameter.
+            # The ranks whose slices contain a part of this parameter.
             ranks = range(start // slice_size, (start + size - 1) // slice_size + 1)
             if selection.has_parameter(number):
                 tensors = {key: _span(of_ranks, start, size).view(shape) for key, of_ranks in slices.items()}
                 if muon_momentum is not None and selection.has_key("momentum_buffer"):
-                    # All of these ranks have it in full and equal: the first one's is taken.
+                    # All of these ranks have the same complete momentum. Use that of the first.
                     first, begin = muon_momentum[ranks[0]], momentum_start[ranks[0]]
                     tensors["momentum_buffer"] = first[begin : begin + size].float().view(shape)
                 yield name, tensors
@@ -260,8 +288,10 @@ def _stage12_tensors(
 def _stage3_tensors(
     states: list[ZeroState], shapes: list[Shapes], selection: _Selection
 ) -> Iterator[tuple[str, Tensors]]:
-    """Each rank has an equal slice of each parameter; the last rank's may end in padding."""
-    number = 0  # of the parameter, over all groups
+    """Read a checkpoint of stage 3: each rank has an equal slice of each parameter. The last rank's may end with
+    padding.
+    """
+    number = 0  # number of the parameter, counted over all groups
     for group, shape_of in enumerate(shapes):
         slices = _slices_of_ranks(states, "fp32_flat_groups", group, selection)
         start = 0  # where the parameter's slice begins in every rank's tensor
@@ -280,7 +310,7 @@ def _stage3_tensors(
 def _slices_of_ranks(
     states: list[ZeroState], weights_key: str, group: int, selection: _Selection
 ) -> dict[str, list[torch.Tensor]]:
-    """{"fp32" or optimizer key: this group's flat tensor of each rank}, for the tensors that are selected."""
+    """Return {"fp32" or optimizer key: [this group's flat tensor of each rank]} for the selected keys."""
     weights = [state[weights_key][group].flatten() for state in states]
     slices = {"fp32": weights} if selection.has_key("fp32") else {}
     of_ranks = [inner_optimizer_state(state)["state"].get(group, {}) for state in states]
@@ -291,12 +321,16 @@ def _slices_of_ranks(
 
 
 def _is_selected(key: str, value: object, weight: torch.Tensor, selection: _Selection) -> bool:
-    """Whether it is a tensor with one number per weight (not a step count), and selected."""
+    """Return whether `value` is a tensor with one number per weight (unlike a step count) and its key is selected."""
     return isinstance(value, torch.Tensor) and value.numel() == weight.numel() and selection.has_key(key)
 
 
 def _muon_momentum(states: list[ZeroState], group: int) -> list[torch.Tensor] | None:
-    """Muon at stages 1 and 2 without offload: each rank's momenta of all matrices that its slice touches, in full."""
+    """Return each rank's momenta of a group, one flat tensor per rank, for Muon at stages 1 and 2 without offload.
+
+    A rank's tensor has the complete momenta of all matrices of which its slice contains a part. Returns None for other
+    optimizers.
+    """
     of_ranks = [inner_optimizer_state(state)["state"].get(group, {}) for state in states]
     if "momentum_buffer" not in of_ranks[0]:
         return None
@@ -304,7 +338,7 @@ def _muon_momentum(states: list[ZeroState], group: int) -> list[torch.Tensor] | 
 
 
 def _span(slices: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
-    """Elements start to start + count - 1 of equally long slices laid end to end, (count,)."""
+    """Return elements start to start + count - 1 of the concatenation of equally long slices, as a tensor (count,)."""
     slice_size, pieces = slices[0].numel(), []
     while count > 0:
         rank, begin = divmod(start, slice_size)
@@ -314,19 +348,19 @@ def _span(slices: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
 
 
 def _concatenate(mapped: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copy memory-mapped pieces into one tensor, (sum of their sizes,), and release their pages."""
+    """Copy memory-mapped tensors into one tensor, (sum of their sizes,), and release their pages."""
     joined = torch.cat(list(mapped))
     _release_pages(mapped)
     return joined
 
 
 def _release_pages(mapped: Iterable[torch.Tensor]) -> None:
-    """Let the kernel reclaim the pages of memory-mapped tensors; a later read takes them from the file again.
+    """Let the kernel reclaim the pages of memory-mapped tensors. A later read loads them from the file again.
 
-    Otherwise every page that was read counts as this process's memory until it ends.
+    Without this, every page that was read counts as memory of this process until it ends.
     """
     for tensor in mapped:
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
-        # Loses nothing, whatever kind of memory it is. Before Linux 5.4 the call fails, and the pages stay.
+        # This never loses data, whatever kind of memory it is. Before Linux 5.4 the call fails without any effect.
         _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
