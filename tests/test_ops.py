@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.engine import ops
 from packspeed.model import native_kernels
 
@@ -81,3 +84,60 @@ def test_the_name_has_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     ops.environment_name.cache_clear()
     assert ops.environment_name() != name
     ops.environment_name.cache_clear()
+
+
+def build_with(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> dict[str, str]:
+    """ops.build_ops of one op whose build ends with this error."""
+
+    class Failing(Builder):
+        def load(self, verbose: bool = False) -> None:
+            raise error
+
+    monkeypatch.setattr(ops.get_accelerator(), "create_op_builder", lambda name: Failing(""))
+    return ops.build_ops([name], lambda line: None)
+
+
+@pytest.mark.parametrize("error", ["MissingCUDAException", "CUDAMismatchException"])
+@pytest.mark.parametrize("name", sorted(ops.WITHOUT))
+def test_without_nvcc_an_error_says_what_to_install_and_how_to_do_without(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: str
+) -> None:
+    """DeepSpeed's exceptions, which are not even RuntimeErrors, with the texts of its builder."""
+    from deepspeed.ops.op_builder import builder
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    text = {
+        "MissingCUDAException": "CUDA_HOME does not exist, unable to compile CUDA op(s)",
+        "CUDAMismatchException": "Installed CUDA version 12.4 does not match the version torch was compiled with 13.0",
+    }[error]
+    with pytest.raises(UserError, match=r"install the CUDA toolkit 13\.0 \(with nvcc\)") as failed:
+        build_with(monkeypatch, name, getattr(builder, error)(text))
+    assert f"Or do without it: {ops.WITHOUT[name]}" in str(failed.value)
+
+
+@pytest.mark.parametrize("name", sorted(ops.SUBSTITUTES))
+def test_without_nvcc_a_substitute_is_taken(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from deepspeed.ops.op_builder.builder import MissingCUDAException
+
+    missing = build_with(monkeypatch, name, MissingCUDAException("CUDA_HOME does not exist"))
+    assert "install the CUDA toolkit" in missing[name]
+
+
+def test_every_op_has_a_substitute_or_a_way_to_do_without_it() -> None:
+    names = {value for name, value in vars(ops).items() if name.isupper() and str(value).endswith("Builder")}
+    assert names == set(ops.SUBSTITUTES) | set(ops.WITHOUT)
+
+
+@pytest.mark.parametrize("key", ops.QUANTIZED)
+def test_zeropp_needs_the_quantizer(key: str) -> None:
+    config: DsConfig = {"optimizer": {"type": "AdamW", "params": {}}, "zero_optimization": {"stage": 3, key: True}}
+    assert ops.QUANTIZER in ops.needed_ops(config, "cuda")
+    config["zero_optimization"][key] = False
+    assert ops.QUANTIZER not in ops.needed_ops(config, "cuda")
+
+
+def test_the_quantizer_is_refused_on_cpus_with_the_keys_to_remove(root: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no op Quantizer for cpu. .* remove zero_quantized_weights, .* from the DeepSpeed"
+    ):
+        ops.build_ops([ops.QUANTIZER], lambda line: None)

@@ -43,14 +43,28 @@ from packspeed.launch.engine.patches.cpu_name import remember_cpu_name
 # The class names of DeepSpeed's op builders.
 SHM_COMM, FUSED_ADAM, CPU_ADAM = "ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"
 CPU_LION, FUSED_LION, ASYNC_IO = "CPULionBuilder", "FusedLionBuilder", "AsyncIOBuilder"
+QUANTIZER = "QuantizerBuilder"  # of ZeRO++
 
 ENVIRONMENT = "packspeed-"  # prefix of each environment's build folder; model/native_kernels.py has the same prefix
 REBUILD_S = 3.0  # loading an op that is already compiled takes less than a second
+
+# The keys of zero_optimization with which ZeRO++ quantizes what ranks send.
+QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 # What a run uses instead of an op that cannot be built. Results differ by rounding only.
 SUBSTITUTES = {
     SHM_COMM: "gloo for the communication between the ranks of a host, which is slower than shared memory",
     FUSED_ADAM: "torch's fused AdamW, which is a little slower",
+}
+
+
+# What the user can change if an op without a substitute cannot be built.
+WITHOUT = {
+    CPU_ADAM: "train without offload (deepspeed: zero1, zero2 or zero3)",
+    CPU_LION: "train without offload (deepspeed: zero1, zero2 or zero3)",
+    FUSED_LION: "choose train.optimizer.name: adamw",
+    ASYNC_IO: "offload to the CPU instead of NVMe",
+    QUANTIZER: f"remove {', '.join(QUANTIZED)} from the DeepSpeed configuration",
 }
 
 
@@ -142,6 +156,8 @@ def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
         ops.append(CPU_ADAM if offload else FUSED_ADAM)
     if "nvme" in devices:
         ops.append(ASYNC_IO)
+    if any(zero.get(key) for key in QUANTIZED):
+        ops.append(QUANTIZER)
     return ops
 
 
@@ -158,16 +174,17 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
     for name in names:
         builder = get_accelerator().create_op_builder(name)
         if builder is None or "NotImplemented" in type(builder).__name__:
+            way_out = "choose another optimizer, or a DeepSpeed configuration that runs it on the CPU (zero2_offload)"
             raise ConfigError(
-                f"DeepSpeed has no op {name.removesuffix('Builder')} for {get_accelerator().device_name()}. Choose "
-                "another optimizer, or a DeepSpeed configuration that runs it on the CPU (zero2_offload)."
+                f"DeepSpeed has no op {name.removesuffix('Builder')} for {get_accelerator().device_name()}. "
+                f"To run without it: {WITHOUT[name] if name == QUANTIZER else way_out}."
             )
         try:
             _build_op(builder, say)
-        except (RuntimeError, ImportError, OSError, AssertionError, subprocess.SubprocessError) as error:
+        except Exception as error:  # a missing nvcc, for example, is an exception of DeepSpeed's own
             why = f"{platform.node()}: {_diagnosis(builder, error)}"
             if name not in SUBSTITUTES:
-                raise UserError(why) from error
+                raise UserError(f"{why}\nOr do without it: {WITHOUT[name]}.") from error
             missing[name] = why
     return missing
 
@@ -300,8 +317,8 @@ def _diagnosis(builder: OpBuilder, error: BaseException) -> str:
         advice = "pip install ninja"
     elif "libaio" in text or builder.name == "async_io":
         advice = "install the libaio headers (Debian: apt-get install libaio-dev)"
-    elif "CUDA_HOME" in text or "nvcc" in text:
-        advice = "install the CUDA toolkit (nvcc) of torch's CUDA version, and set CUDA_HOME to its folder"
+    elif any(word in text for word in ("CUDA_HOME", "nvcc", "CUDA version")):
+        advice = f"install the CUDA toolkit {torch.version.cuda or ''} (with nvcc), and set CUDA_HOME to its folder"
     elif (
         isinstance(error, (OSError, subprocess.SubprocessError)) or "c++" in text or "g++" in text or "Python.h" in text
     ):

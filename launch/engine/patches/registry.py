@@ -257,6 +257,7 @@ BUILDERS: tuple[Row, ...] = (
     ("deepspeed/ops/op_builder/fused_adam.py", "FusedAdamBuilder", OPS, {"NAME": "read: the name of the op"}),
     ("deepspeed/ops/op_builder/async_io.py", "AsyncIOBuilder", OPS, {"NAME": "read: the name of the op"}),
     ("deepspeed/ops/op_builder/fused_lion.py", "FusedLionBuilder", OPS, {"NAME": "read: the name of the op"}),
+    ("deepspeed/ops/op_builder/quantizer.py", "QuantizerBuilder", OPS, {"NAME": "read: the name of the op"}),
     ("deepspeed/ops/csrc/cpu/comm/shm.cpp", TEXT, "engine/patches/shared_memory.py", {
         '#define SHM_BUFFER_NAME "deepspeed_allreduce_buffer"': "read: the buffer's name in /dev/shm",
         '"%s_%d_%s_%s", SHM_BUFFER_NAME, getuid(), addr_string, port_string': "read: the buffer's name in /dev/shm",
