@@ -360,7 +360,10 @@ STD = 0.02  # standard deviation of the weights at initialisation
 
 
 def init_weights(
-    model: GPT, seed: int, materialise: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext
+    model: GPT,
+    seed: int,
+    materialise: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext,
+    draws: bool = True,
 ) -> None:
     """Initialise all parameters in place as GPT-2 does.
 
@@ -368,10 +371,12 @@ def init_weights(
     weights do not depend on the number of ranks, the device, the ZeRO stage, the padding of the vocabulary or, except
     for rounding, the precision. Costs about 8 ns per weight.
     materialise(p): returns a context in which parameter p is complete and can be written. Needed if p is partitioned.
+    draws: False on ranks whose values such a context discards. They take part in its collectives, but draw nothing.
     """
     for name, parameter in model.named_parameters():
         with torch.no_grad(), materialise(parameter):
-            parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+            if draws:
+                parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
 
 
 def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) -> Tensor:

@@ -3,7 +3,8 @@
     engine = build_engine(gpt_config, run, ds_config)
 
 The initial weights are the same bits at every ZeRO stage and with any number of ranks: init_weights (model/gpt.py)
-draws each parameter from a seed that depends on its name. At stage 3 it runs under deepspeed.zero.GatheredParameters.
+draws each parameter from a seed that depends on its name. At stages 0 to 2 it writes straight into the device. At
+stage 3 it runs under deepspeed.zero.GatheredParameters.
 The folder patches/ describes what Packspeed changes inside DeepSpeed afterwards.
 """
 
@@ -13,11 +14,11 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import cast
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
@@ -35,7 +36,7 @@ from packspeed.launch.engine.patches.dynamo import compile_every_shape
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.config import GPTConfig
-from packspeed.model.gpt import GPT, init_weights, param_groups
+from packspeed.model.gpt import GPT, gpt_without_weights, init_weights, param_groups
 from packspeed.model.kernels import resolve
 from packspeed.model.linear import CPU_HAS_BF16
 
@@ -142,15 +143,11 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
     # call at the same time, one of them can round differently in that one call, and a resumed run then differs in the
     # last bit of its first gradient. So a single thread makes the first call here.
     torch.zeros(64).exp_()
-    under_zero3 = zero_stage(ds_config) == 3
-    with deepspeed.zero.Init(config_dict_or_path=ds_config) if under_zero3 else nullcontext():
-        model = GPT(config)
-    materialise = (
-        (lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
-        if under_zero3
-        else (lambda p: nullcontext())
-    )
-    init_weights(model, run.train.seed, materialise)
+    if zero_stage(ds_config) == 3:
+        model = _partitioned_model(config, run.train.seed, ds_config)
+    else:
+        device = torch.device(get_accelerator().current_device_name())
+        model = model_on(device, config, run.train.seed, parameter_dtype(ds_config))
     if run.train.optimizer.name == "muon":
         compile_every_shape()
     engine: Engine
@@ -165,6 +162,37 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
     forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
     copy_first_gradients(engine.optimizer)
     return engine
+
+
+def parameter_dtype(ds_config: DsConfig) -> torch.dtype:
+    """The dtype to which DeepSpeed casts every parameter with this final dict; fp32 also if it keeps some in fp32."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if (ds_config.get("data_types") or {}).get("keep_in_fp32_modules"):
+        return torch.float32
+    return next((dtypes[name] for name in dtypes if (ds_config.get(name) or {}).get("enabled")), torch.float32)
+
+
+def model_on(device: torch.device, config: GPTConfig, seed: int, dtype: torch.dtype) -> GPT:
+    """The GPT with its initial weights on `device`, in `dtype`, for ZeRO 0 to 2.
+
+    Host memory never holds more than one parameter: eight ranks of a 7B model would otherwise fill 216 GB with fp32
+    weights. The bits are those of drawing all weights in fp32 on the host and casting them.
+    """
+    model = gpt_without_weights(config).to(dtype).to_empty(device=device)
+    if config.tie_embeddings:  # to_empty makes two tensors of one
+        model.lm_head.weight = model.embed.weight
+    init_weights(model, seed)
+    return model
+
+
+def _partitioned_model(config: GPTConfig, seed: int, ds_config: DsConfig) -> GPT:
+    """The GPT with its initial weights, divided among all ranks for ZeRO-3. Rank 0 draws, the others receive."""
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        model = GPT(config)
+    init_weights(
+        model, seed, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0), draws=dist.get_rank() == 0
+    )
+    return model
 
 
 def set_learning_rate(engine: Engine, lr: float, muon_scale: float) -> None:
