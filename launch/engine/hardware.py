@@ -1,31 +1,30 @@
-"""Facts and settings of the machine: threads per rank, peak FLOP/s, memory in use, and glibc's memory allocator.
+"""Facts and settings of the machine: names and versions, threads, peak FLOP/s, memory, and glibc's memory allocator.
 
 The peak FLOP/s is the divisor of MFU (model FLOP utilisation).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import platform
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.cuda import nccl
 
 from packspeed.launch.engine.ops import device_type
+from packspeed.launch.engine.peaks import datasheet_peak
+from packspeed.launch.run_folder.formats import ComputeEnvironment
 
 if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
     from packspeed.launch.engine.protocol import Engine
-
-
-# Dense peak of one accelerator in FLOP/s (16-bit, no sparsity), from NVIDIA's data sheets.
-DATASHEET_PEAK = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12, "4090": 165e12, "3090": 71e12,
-}  # fmt: skip
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # option numbers of mallopt, from glibc's malloc.h
@@ -63,10 +62,11 @@ def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.devic
     """Return the FLOP/s that this process reaches in a square matrix product: the best of several within `seconds`.
 
     It is the peak for MFU on CPUs. All ranks of a host must measure at the same time, so that each gets its real share
-    of the machine.
+    of the machine. The factors are random numbers, because a GPU multiplies constant ones at a higher clock.
     """
     n = 8192 if torch.device(device).type == "cuda" else 1024
-    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # of its own: the global ones belong to the run
+    a, b = (torch.randn(n, n, dtype=dtype, device=device, generator=generator) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -79,22 +79,68 @@ def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.devic
 def peak_flops(topology: Topology, engine: Engine) -> float:
     """Return the peak FLOP/s of all ranks together in the engine's precision. A collective: every rank must call it.
 
-    On CPUs the peak is measured, on GPUs it comes from NVIDIA's data sheets (nan for an unknown GPU).
+    On CPUs the peak is measured, on GPUs it comes from data sheets (nan for an unknown GPU).
     """
-    device = topology.device
+    device, precision = topology.device, compute_precision(engine)
     if device.type == "cpu":
-        low = engine.bfloat16_enabled() or engine.torch_autocast_enabled()
         # A CPU without bf16 instructions computes most of a bf16 step in fp32, faster than its bf16 products.
-        peak = max(measured_peak(dtype) for dtype in [torch.float32, torch.bfloat16][: 1 + low])
+        dtypes = [torch.float32] if precision == "fp32" else [torch.float32, torch.bfloat16]
+        peak = max(measured_peak(dtype) for dtype in dtypes)
     else:
-        peak = datasheet_peak(device)
+        peak = datasheet_peak(torch.cuda.get_device_name(device), precision)
     return float(topology.sum(torch.tensor(peak, device=device)))
 
 
-def datasheet_peak(device: torch.device) -> float:
-    """Return one GPU's peak FLOP/s from its data sheet, or nan if DATASHEET_PEAK does not list the model."""
-    name = torch.cuda.get_device_name(device)
-    return next((peak for model, peak in DATASHEET_PEAK.items() if model in name), float("nan"))
+def compute_precision(engine: Engine) -> str:
+    """Return the precision of the engine's matrix products: fp32, bf16 or fp16."""
+    if engine.fp16_enabled():
+        return "fp16"
+    return "bf16" if engine.bfloat16_enabled() or engine.torch_autocast_enabled() else "fp32"
+
+
+def compute_environment(topology: Topology) -> ComputeEnvironment:
+    """Return the hardware and software of all ranks on which the bits of a run depend.
+
+    A collective: every rank must call it.
+    """
+    on_gpu = topology.device.type == "cuda"
+    device = torch.cuda.get_device_name(topology.device) if on_gpu else cpu_name()
+    of_rank = topology.gather((platform.node(), device))
+    per_host = Counter(host for host, _ in of_rank)  # in the order in which hosts appear
+    environment: ComputeEnvironment = {
+        "devices": sorted({device for _, device in of_rank}),
+        "ranks": topology.world,
+        "ranks_per_host": list(per_host.values()),
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "cuda": None,
+        "cudnn": None,
+        "nccl": None,
+        "driver": None,
+    }
+    if on_gpu:
+        environment["cuda"] = torch.version.cuda or torch.version.hip
+        environment["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        environment["nccl"] = ".".join(map(str, nccl.version()))  # type: ignore[no-untyped-call]
+        environment["driver"] = driver_version()
+    return environment
+
+
+def cpu_name() -> str:
+    """Return the model of this host's CPU and the instructions that torch uses of it, such as "AMD EPYC 9654 (AVX512)"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def driver_version(modules: Path = Path("/sys/module")) -> str | None:
+    """Return the version of the GPU's kernel driver; None if the kernel does not show it."""
+    for name in ("nvidia", "amdgpu"):
+        with contextlib.suppress(OSError):
+            return (modules / name / "version").read_text().strip()
+    return None
 
 
 def memory_gib(device_type: str) -> float:

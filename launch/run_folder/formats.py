@@ -124,6 +124,22 @@ class Status(TypedDict):
     at: Annotated[float, "seconds since 1970", "when this file was written"]
 
 
+class ComputeEnvironment(TypedDict):
+    """What a resume has to have in common with the run to equal it bit for bit: `environment` of a checkpoint.
+
+    The versions of DeepSpeed and of torch are in the checkpoint's `versions`.
+    """
+
+    devices: list[str]  # models of the GPUs, or of the CPUs, of all ranks; each once
+    ranks: int
+    ranks_per_host: list[int]  # in the order of the ranks
+    threads: int | None  # per rank; None on GPUs, where no sum depends on them
+    cuda: str | None  # the version that torch was built for, of CUDA or ROCm; None on CPUs, as for the next three
+    cudnn: str | None
+    nccl: str | None
+    driver: str | None  # None also if the kernel does not show it
+
+
 class Environment(TypedDict):
     """environment.json."""
 

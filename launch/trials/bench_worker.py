@@ -35,7 +35,8 @@ from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.config.deepspeed_json import zero_stage
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.build import build_engine
-from packspeed.launch.engine.hardware import datasheet_peak, measured_peak, memory_gib
+from packspeed.launch.engine.hardware import measured_peak, memory_gib
+from packspeed.launch.engine.peaks import datasheet_peak
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.training.loop import train_step
@@ -213,7 +214,11 @@ def _result(
 ) -> Result:
     """Return the content of round-N.json."""
     topology = setup.topology
-    datasheet = topology.world * datasheet_peak(topology.device) if topology.device.type == "cuda" else None
+    datasheet = None
+    if topology.device.type == "cuda":
+        precision = setup.job["loop"].partition(":")[2] or setup.precision  # a baseline has its own
+        gpu = torch.cuda.get_device_name(topology.device)
+        datasheet = topology.world * datasheet_peak(gpu, "bf16" if precision == "autocast" else precision)
     return {
         "device": topology.device.type,
         "precision": setup.precision,
