@@ -120,6 +120,7 @@ CASES: list[tuple[str, list[str], dict[str, Any] | None, int]] = [
     ("unusual-learning-rate", ["train.optimizer.lr=0.1"], None, 1),
     ("unusual-learning-rate", ["train.optimizer.betas=[0.9, 1.5]"], None, 1),
     ("no-clipping", ["train.grad_clip=0"], None, 1),
+    ("not-deterministic", ["train.deterministic=false"], None, 1),
     ("too-many-epochs", ["train.steps=20000"], None, 1),
     ("evaluation-beyond-the-data", ["eval.windows=100000"], None, 1),
     ("untrained-positions", ["model.max_seq_len=64"], None, 1),

@@ -30,7 +30,7 @@ LAUNCH = {
     "explain": {"config", "run_folder", "cluster"},
     "engine": {"config", "run_folder"},
     "checkpoint": {"config", "run_folder", "engine"},
-    "inference": {"config", "checkpoint"},
+    "inference": {"config", "checkpoint", "engine"},
     "convert": {"config", "run_folder", "checkpoint", "inference"},
     "training": {"config", "run_folder", "engine", "checkpoint", "observe"},
     "trials": {"config", "run_folder", "cluster", "engine", "checkpoint", "training"},

@@ -23,6 +23,7 @@ from packspeed.data.dataset import DatasetDescription
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.run_folder.formats import ComputeEnvironment
 
 MANIFEST = "packspeed.json"
 UNIVERSAL = "universal"  # folder inside a checkpoint that reshard.py writes; it has its own manifest
@@ -55,6 +56,7 @@ class RunIdentity(TypedDict, total=False):
     layout: Layout
     packspeed: str
     versions: dict[str, str]  # package -> version
+    environment: ComputeEnvironment  # older checkpoints lack it
     commit: str | None
 
 

@@ -41,7 +41,9 @@ from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.json_types import DsConfig, JsonObject
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.run_folder.folder import flatten
-from packspeed.launch.run_folder.formats import SettingChange
+from packspeed.launch.run_folder.formats import ComputeEnvironment, SettingChange
+
+BITWISE_VERSIONS = ("torch", "deepspeed", "packspeed")  # of RunIdentity.versions: those that compute
 
 if TYPE_CHECKING:
     from packspeed.data.mixture import MixtureData
@@ -56,11 +58,16 @@ OLDER_DEFAULTS = {
     "data.stages": [],
     "model.z_loss": 0.0,
     "model.kernels": "auto",
+    "train.deterministic": False,
 }
 
 
 def run_identity(
-    resolved: JsonObject, dataset: TokenDataset | MixtureData, topology: Topology, ds_config: DsConfig
+    resolved: JsonObject,
+    dataset: TokenDataset | MixtureData,
+    topology: Topology,
+    ds_config: DsConfig,
+    environment: ComputeEnvironment,
 ) -> RunIdentity:
     """Return the facts about this run that its checkpoints contain, and that are compared on a resume.
 
@@ -82,6 +89,7 @@ def run_identity(
         },
         "packspeed": metadata.version("packspeed"),
         "versions": run_folder.versions(),
+        "environment": environment,
         "commit": run_folder.git_commit(),
     }
 
@@ -98,6 +106,7 @@ class Resumption(NamedTuple):
     checkpoint: Path | None  # None: the run starts at step 0
     damaged: list[Path]  # newer checkpoints, which are damaged
     changes: list[SettingChange]  # settings that differ from those of the checkpoint
+    environment: list[str]  # what of the hardware and software differs, in words
 
 
 def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
@@ -107,7 +116,7 @@ def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log
     On every rank, raises UserError if there are checkpoints but none is complete, and ConfigError if they belong to
     another run.
     """
-    error, found = None, Resumption(None, [], [])
+    error, found = None, Resumption(None, [], [], [])
     if topology.rank == 0:  # only rank 0 reads and hashes the files
         try:
             found = _find_checkpoint(folder, identity, log)
@@ -131,8 +140,9 @@ def _find_checkpoint(folder: Path, identity: RunIdentity, log: Callable[[str], N
                 "Nothing was changed. Restore the files, or check the mount and its permissions. To start over at step "
                 "0, use --fresh."
             )
-        return Resumption(None, [], [])
-    return Resumption(newest, damaged, check_same_run(newest, read_manifest(newest), identity))
+        return Resumption(None, [], [], [])
+    saved = read_manifest(newest)
+    return Resumption(newest, damaged, check_same_run(newest, saved, identity), environment_changes(saved, identity))
 
 
 def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
@@ -145,6 +155,11 @@ def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
     checkpointer.damaged = set(found.damaged)
     for change in found.changes:
         checkpointer.log(f"note: {change['key']} was {change['old']!r} before this resume, now it is {change['new']!r}")
+    if found.environment:
+        checkpointer.log(
+            f"note: the checkpoint was saved in another environment: {'; '.join(found.environment)}. "
+            "The run continues, but equals the uninterrupted one to rounding, not bit for bit."
+        )
     manifest = checkpointer.load(found.checkpoint)
     checkpointer.log(f"resuming from {found.checkpoint} (step {manifest['step']})")
     return manifest
@@ -208,6 +223,21 @@ def check_same_model(checkpoint: Path, old: Mapping[str, object], new: Mapping[s
             f"{checkpoint} contains the imported weights of another model: {lines}. Correct the run file, or import "
             "again into another run folder."
         )
+
+
+def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
+    """Return what differs from the save of that which a bitwise resume needs, in words.
+
+    The list is empty for checkpoints of older versions, which do not record it.
+    """
+    if "environment" not in saved:
+        return []
+
+    def all_of(run: Manifest | RunIdentity) -> JsonObject:
+        versions = {name: run["versions"].get(name) for name in BITWISE_VERSIONS}
+        return {key.replace("_", " "): value for key, value in {**run["environment"], **versions}.items()}
+
+    return _changes(all_of(saved), all_of(identity))
 
 
 def check_loadable(checkpoint: Path, engine: Engine) -> None:

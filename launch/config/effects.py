@@ -15,8 +15,8 @@ FIXED = (
 )  # fmt: skip
 
 SPEED_ONLY = (
-    "name", "runs_dir", "checkpoint.", "monitor.", "eval.", "train.micro_batch", "data.cache_", "deepspeed",
-    *MODEL_SPEED_ONLY,
+    "name", "runs_dir", "checkpoint.", "monitor.", "eval.", "train.micro_batch", "train.deterministic", "data.cache_",
+    "deepspeed", *MODEL_SPEED_ONLY,
 )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
     topology = start_distributed(ds_config, say)            # once per process; returns rank, sizes and device
 
-start_distributed does four things in this order: it checks that DeepSpeed has the internal names that Packspeed uses,
-joins the process group, compiles DeepSpeed's ops (on one rank of each host), and initialises DeepSpeed on that group.
+start_distributed does five things in this order: it checks that DeepSpeed has the internal names that Packspeed uses,
+sets how numbers are computed (numerics.py), joins the process group, compiles DeepSpeed's ops (on one rank of each
+host), and initialises DeepSpeed on that group.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import DsConfig
+from packspeed.launch.engine.numerics import let_segments_grow, set_numerics
 from packspeed.launch.engine.ops import build_ops, device_type, do_without, needed_ops, prepare_for_ops
 from packspeed.launch.engine.patches.check import check_loaded, check_sources
 from packspeed.launch.engine.patches.replace import version_notes
@@ -112,17 +114,22 @@ def launcher_environment() -> tuple[int, int, int, int]:
 
 
 def start_distributed(
-    ds_config: DsConfig | None = None, say: Callable[[str], None] = print, timeout_s: float = 1800.0
+    ds_config: DsConfig | None = None,
+    say: Callable[[str], None] = print,
+    timeout_s: float = 1800.0,
+    deterministic: bool = True,
 ) -> Topology:
     """Join the process group that the launcher's environment variables describe. Without a launcher, be its only rank.
 
     A collective: every rank must call it, once. `timeout_s` is how long a collective may wait before it fails.
+    `deterministic` is train.deterministic of the run.
 
     If `ds_config` (the final DeepSpeed configuration) is given, the DeepSpeed ops that it needs are compiled too. If
     one host cannot compile an op, no rank uses it: `ds_config` is changed in place to use a substitute. If there is no
     substitute, every rank raises a UserError that names the host and what is missing there.
 
-    Also raises UserError if DeepSpeed or torch lacks an internal name that patches/registry.py lists.
+    Also raises UserError if DeepSpeed or torch lacks an internal name that patches/registry.py lists, and ConfigError
+    if an environment variable contradicts `deterministic`.
     """
     check_sources()
     check_loaded()
@@ -137,6 +144,8 @@ def start_distributed(
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     accelerator, timeout = get_accelerator(), datetime.timedelta(seconds=timeout_s)
     backend = accelerator.communication_backend_name()
+    set_numerics(deterministic, nccl=backend == "nccl")
+    let_segments_grow()
     if device_type() != "cpu":
         accelerator.set_device(local_rank)
     if backend != "gloo":

@@ -126,7 +126,7 @@ def compute_environment(topology: Topology) -> ComputeEnvironment:
 
 
 def cpu_name() -> str:
-    """Return the model of this host's CPU and the instructions that torch uses of it, such as "AMD EPYC 9654 (AVX512)"."""
+    """Return the model of this host's CPU and the instruction set that torch uses: "AMD EPYC 9654 (AVX512)"."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

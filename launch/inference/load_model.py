@@ -28,6 +28,7 @@ from packspeed.launch.checkpoint.manifest import (
 )
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.engine.numerics import keep_full_precision
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, gpt_without_weights
 
@@ -67,7 +68,12 @@ def _verified(checkpoint: Path) -> Path:
 
 
 def load_model(checkpoint: Path) -> tuple[GPT, dict[str, Any]]:
-    """Build the GPT of a checkpoint with its fp32 weights; returns it in evaluation mode, and the run's config."""
+    """Build the GPT of a checkpoint with its fp32 weights; returns it in evaluation mode, and the run's config.
+
+    This process computes fp32 products in fp32 from now on. It does not need torch's deterministic flag, because no
+    backward pass follows.
+    """
+    keep_full_precision()
     config = read_manifest(checkpoint)["config"]
     # "auto": kernels that suit this device, not the one that the run was trained on.
     model = gpt_without_weights(GPTConfig(**config["model"] | {"kernels": "auto"}))

@@ -26,7 +26,7 @@ from packspeed.launch.engine.build import (
     resolve_precision,
 )
 from packspeed.launch.engine.distributed import launcher_environment, start_distributed
-from packspeed.launch.engine.hardware import limit_threads
+from packspeed.launch.engine.hardware import compute_environment, limit_threads
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.observe.console import RunProgress, live
 from packspeed.launch.observe.goodput import read_lives
@@ -62,7 +62,8 @@ def start_training(
     check_ds_config(ds_config, run.deepspeed)
     if note := muon_clipping_note(run, ds_config, precision):
         log(f"note: {note}")
-    topology = start_distributed(ds_config, log)  # joins the process group and compiles DeepSpeed's ops
+    # Joins the process group and compiles DeepSpeed's ops.
+    topology = start_distributed(ds_config, log, deterministic=run.train.deterministic)
     config = agree_on_kernels(run.gpt_config(dataset.vocab_size), topology, log)
     kernels = resolve_kernels(config.kernels, log)
 
@@ -70,7 +71,7 @@ def start_training(
         # Find the checkpoint to continue from. If the run cannot continue from it, the error comes before any file of
         # the run has changed.
         resolved = run_folder.resolved_config(run, config, precision)
-        identity = run_identity(resolved, dataset, topology, ds_config)
+        identity = run_identity(resolved, dataset, topology, ds_config, compute_environment(topology))
         found = find_checkpoint(run.folder / "checkpoints", topology, identity, log)
 
         # Build the engine. Its initial weights do not depend on the ZeRO stage or the number of ranks.

@@ -1,11 +1,19 @@
 """`packspeed prove`: a kill-and-resume test of a run file.
 
 It trains the run file, shortened to a few steps, with DeepSpeed's launcher in the folder .prove-<name> next to the run
-folder. There are three runs: alone   a run without interruption. same    a run that is killed with SIGKILL at a random
-step (one rank, all ranks or the launcher) and resumed with the same number of ranks. Every line of metrics.jsonl, apart
-from times, and every bit of the final weights must equal those of `alone`. other   a copy of the killed run, resumed
-with another number of ranks. The samples of every step must be equal, and the losses must agree within 1e-5 (fp32) or
-2e-2 (16-bit precisions). Cost: four launches and 2.5 times the steps.
+folder. There are three runs:
+
+    alone   a run without interruption
+    same    a run that is killed with SIGKILL at a random step (one rank, all ranks or the launcher) and resumed with
+            the same number of ranks. Every line of metrics.jsonl, apart from times, and every bit of the final weights
+            must equal those of `alone`
+    other   a copy of the killed run, resumed with another number of ranks. The samples of every step must be equal, and
+            the losses must agree within 1e-5 (fp32) or 2e-2 (16-bit precisions)
+
+Equal bits need the same model of GPU, number of ranks per host and in all, and versions of torch, cuDNN, NCCL and the
+driver. The proof prints those that it was made with, and every checkpoint records them.
+
+Cost: four launches and 2.5 times the steps.
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TypedDict
+from typing import IO, TYPE_CHECKING, TypedDict
 
 import psutil
 
@@ -31,6 +39,10 @@ from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.run_folder.formats import ComputeEnvironment
+
+if TYPE_CHECKING:
+    from packspeed.launch.checkpoint.manifest import Manifest
 
 # Keys of metrics.jsonl that are measured, and may differ between two equal runs.
 MEASURED_KEYS = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s", "eval_time_s", "memory_gib"}
@@ -66,6 +78,8 @@ class ProofReport(TypedDict):
     steps: int
     ranks: int
     seed: int
+    environment: ComputeEnvironment  # the hardware and software of the proof
+    versions: dict[str, str]
     legs: list[JsonObject]  # the fields of each ResumeResult
 
 
@@ -93,10 +107,15 @@ def plan_proof(
 ) -> ProofPlan:
     """Shorten the run to `steps` steps, and choose the step and the victim of the kill at random from `seed`.
 
-    `ranks` and `other_ranks` have defaults if they are None. Raises ConfigError if there are too few steps, or if the
-    global batch cannot be divided among the ranks.
+    `ranks` and `other_ranks` have defaults if they are None. Raises ConfigError if there are too few steps, if the
+    global batch cannot be divided among the ranks, or if the run file gives up bitwise resumes.
     """
     run = load_run_file(run_file, overrides)
+    if not run.train.deterministic:
+        raise ConfigError(
+            "train.deterministic: false gives up bitwise resumes, and they are what prove tests. "
+            "Prove the run with --set train.deterministic=true."
+        )
     if steps < 6:
         raise ConfigError(f"--steps {steps}: give at least 6, so that there are steps before and after the kill.")
     count = ranks if ranks is not None else launcher.default_ranks(run)
@@ -136,6 +155,8 @@ def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:
         raise UserError(
             f"the uninterrupted run failed: {_last_error(plan, 'alone')}. Its log: {_log_file(plan, 'alone')}"
         )
+    manifest = _final_manifest(plan)
+    say(f"bit for bit needs: {describe_environment(manifest['environment'], manifest['versions'])}")
     killed = _train_and_kill(plan, "same", say)
     if plan.other_ranks is not None:
         shutil.copytree(plan.folder / "same", plan.folder / "other")
@@ -300,6 +321,29 @@ def _final_checkpoint(plan: ProofPlan, name: str) -> Path:
     return plan.folder / name / "checkpoints" / step_folder(plan.steps)
 
 
+def _final_manifest(plan: ProofPlan) -> Manifest:
+    """Return the manifest of the last checkpoint of the run without interruption."""
+    from packspeed.launch.checkpoint.manifest import read_manifest
+
+    return read_manifest(_final_checkpoint(plan, "alone"))
+
+
+def describe_environment(environment: ComputeEnvironment, versions: dict[str, str]) -> str:
+    """Return in one line what a bitwise resume needs: the devices, the ranks per host and in all, and the versions."""
+    per_host = environment["ranks_per_host"]
+    each = str(per_host[0]) if len(set(per_host)) == 1 else ", ".join(map(str, per_host))
+    facts = [
+        " and ".join(environment["devices"]),
+        f"{environment['ranks']} rank(s) on {len(per_host)} host(s) ({each} per host)",
+        *([f"{environment['threads']} thread(s) per rank"] if environment["threads"] else []),
+        *(f"{name} {versions[name]}" for name in ("torch", "deepspeed")),
+    ]
+    if environment["cuda"]:
+        facts += [f"CUDA {environment['cuda']}", f"cuDNN {environment['cudnn']}", f"NCCL {environment['nccl']}"]
+        facts.append(f"driver {environment['driver'] or 'unknown'}")
+    return ", ".join(facts)
+
+
 def weights_differ_by(one: Path, other: Path) -> float:
     """Return the largest absolute difference of an fp32 weight between two checkpoint folders.
 
@@ -335,12 +379,15 @@ def _last_error(plan: ProofPlan, name: str) -> str:
 
 def report(plan: ProofPlan, results: Sequence[ResumeResult], seed: int) -> ProofReport:
     """Return the result of the test as a JSON object. `ok` is true if no resumed run differs."""
+    manifest = _final_manifest(plan)
     return {
         "ok": all(result.first_difference is None for result in results),
         "run_file": str(plan.run_file),
         "steps": plan.steps,
         "ranks": plan.ranks,
         "seed": seed,
+        "environment": manifest["environment"],
+        "versions": manifest["versions"],
         "legs": [dataclasses.asdict(result) for result in results],
     }
 

@@ -1,0 +1,92 @@
+"""Which bits this process computes: one call before the process group, and before anything multiplies on a GPU.
+
+    set_numerics(deterministic=True, nccl=True)
+
+train.deterministic: true makes a repeated step give the same bits on GPUs too. What would otherwise differ:
+
+    attention's backward      flash attention adds dQ in any order. Under the flag the order is fixed, and cuDNN's
+                              attention is not used
+    sums over ranks           NCCL may let the NVSwitch add (NVLS, NVLSTree). Without them the order is that of a ring
+                              or a tree. Under the flag torch excludes NVLS by itself, but not NVLSTree
+    matrix products           cuBLAS repeats itself with a workspace of fixed size, which torch demands under the flag
+    model.kernels: compile    inductor times several reductions and takes the fastest. Under the flag it times none
+    scatter_add, index_put    only in eager kernels: sorted instead of atomic
+
+Cost, estimated: attention's backward takes 1.2 to 2 times as long, which is 1 to 4% of a step at 1,024 tokens per
+sample and 5 to 10% at 4,096. On CPUs the flag changes neither losses nor speed (LOG.md).
+
+train, prove and packspeed's row of bench take the value of the run file. The other rows of bench, generate and eval do
+not set the flag: other loops are measured as they are shipped, and forward passes repeat themselves without it.
+
+Imports torch only, so that generate and eval can call it without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from packspeed.launch.config.errors import ConfigError
+
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # the first is cuBLAS's own size on Hopper
+NVLS = ("NVLS", "NVLSTree")  # NCCL's algorithms that add inside the switch, by NCCL's names
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the only one that torch before 2.9 reads
+
+
+def set_numerics(deterministic: bool, nccl: bool = False) -> None:
+    """Set how torch, cuBLAS and NCCL compute in this process. nccl: a process group with NCCL will follow.
+
+    Raises ConfigError if `deterministic` contradicts an environment variable that the user has set.
+    """
+    keep_full_precision()
+    if deterministic:
+        if os.environ.setdefault(WORKSPACE, WORKSPACES[0]) not in WORKSPACES:
+            raise _contradiction(WORKSPACE, f"only {' and '.join(WORKSPACES)} let cuBLAS repeat a product exactly")
+        if nccl and may_add_in_the_switch(os.environ.setdefault("NCCL_ALGO", f"^{','.join(NVLS)}")):
+            raise _contradiction("NCCL_ALGO", "NCCL may then add in the NVSwitch, in an order that changes")
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call takes a second: it imports inductor
+        torch.use_deterministic_algorithms(deterministic)  # and inductor's deterministic mode, in torch that has one
+    # It would write every new tensor once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def keep_full_precision() -> None:
+    """Compute fp32 products in fp32, and add the parts of 16-bit products in fp32, as torch's CPU kernels do.
+
+    Both can be otherwise: NVIDIA's containers switch fp32 products to TF32 by an environment variable, and torch lets
+    cuBLAS add parts of a product in 16 bits.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def may_add_in_the_switch(algorithms: str) -> bool:
+    """Whether this value of NCCL_ALGO lets NCCL choose NVLS or NVLSTree.
+
+    A value is a list such as "Ring,Tree", or "^NVLS" for all others; since NCCL 2.24 also one list per collective:
+    "allreduce:ring;allgather:^nvls".
+    """
+    for one in algorithms.split(";"):
+        names = one.rpartition(":")[2].strip()
+        listed = {name.strip().casefold() for name in names.removeprefix("^").split(",")}
+        if any((name.casefold() in listed) != names.startswith("^") for name in NVLS):
+            return True
+    return False
+
+
+def _contradiction(variable: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{variable}={os.environ[variable]} contradicts train.deterministic: true: {why}. Unset {variable}, or give up "
+        "bitwise resumes with --set train.deterministic=false."
+    )
+
+
+def let_segments_grow() -> None:
+    """Let CUDA's allocator extend its segments instead of adding more, unless the user has configured it.
+
+    Otherwise memory fragments if the lengths of documents vary. torch reads the variables at its first allocation.
+    """
+    if torch.version.cuda and not any(os.environ.get(name) for name in ALLOCATOR):
+        os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))

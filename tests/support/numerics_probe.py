@@ -1,0 +1,49 @@
+"""train.main in a process that prints how it computes, when the process group is made and when the model is built.
+
+    python tests/support/numerics_probe.py ARGUMENTS
+
+Each line: "at group" or "at model", the rank, and the settings. Both functions then do what they always do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from packspeed.launch.engine import build
+from packspeed.launch.train import main
+
+
+def settings() -> dict[str, Any]:
+    """What decides about the bits of this process."""
+    from torch._inductor import config as inductor
+
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        "inductor": inductor.deterministic,
+        "fp32": torch.get_float32_matmul_precision(),
+        "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    }
+
+
+def printing(when: str, function: Any) -> Any:
+    """The function, which prints the settings before it does its work."""
+
+    def first_print(*args: Any, **kwargs: Any) -> Any:
+        print(f"at {when} {os.environ['RANK']} {json.dumps(settings())}", flush=True)
+        return function(*args, **kwargs)
+
+    return first_print
+
+
+torch.distributed.init_process_group = printing("group", torch.distributed.init_process_group)
+build.init_weights = printing("model", build.init_weights)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
