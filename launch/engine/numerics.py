@@ -16,7 +16,7 @@ Cost, estimated: attention's backward takes 1.2 to 2 times as long, which is 1 t
 sample and 5 to 10% at 4,096. On CPUs the flag changes neither losses nor speed (LOG.md).
 
 train, prove and packspeed's row of bench take the value of the run file. The other rows of bench, generate and eval do
-not set the flag: other loops are measured as they are shipped, and forward passes repeat themselves without it.
+not set the flag: other training loops keep torch's default, and forward passes repeat themselves without it.
 
 Imports torch only, so that generate and eval can call it without DeepSpeed.
 """

@@ -106,7 +106,7 @@ class BenchSetup:
             self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
         )
         self.ds_config = resolve_ds_config(self.run, raw, self.plan, self.precision)
-        ours = job["loop"].startswith("packspeed")  # baselines are measured as their authors ship them
+        ours = job["loop"].startswith("packspeed")  # the others run with torch's default, which repeats no bits on GPUs
         self.topology = start_distributed(self.ds_config, print, deterministic=ours and self.run.train.deterministic)
         self.loader: Loader = make_run_loader(self.run, self.dataset)
 
