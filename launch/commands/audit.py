@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from packspeed.data.checks.audit import audit_step, steps_of
@@ -13,8 +14,9 @@ from packspeed.data.errors import UsageError
 from packspeed.launch.commands.options import Json, show
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_data import loader_of_run
+from packspeed.launch.run_folder.columns import batches_of_run
 from packspeed.launch.run_folder.formats import AnomalyLine
-from packspeed.launch.run_folder.reading import batches_of_run, read_lines
+from packspeed.launch.run_folder.reading import read_lines
 
 
 def audit(
@@ -36,12 +38,13 @@ def audit(
     """List the documents in a training step, or the steps that saw a document."""
     loader = loader_of_run(run)
     notes: list[str] = []
-    batches = batches_of_run(run, loader.global_batch, notes)
+    steps, batches = batches_of_run(run, loader.global_batch, notes)
     vetoed = read_lines(run / "anomalies.jsonl", AnomalyLine, notes)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if step is not None and document is None:
-        rows = list(audit_step(loader, batches.get(step, step - 1), text))
+        batch = int(batches[steps == step][0]) if step in steps else step - 1
+        rows = list(audit_step(loader, batch, text))
         anomalies = [entry for entry in vetoed if entry["step"] == step]
         lines = [_describe_anomaly(entry) for entry in anomalies] + [_describe_document(row) for row in rows]
         show({"step": step, "documents": rows, "anomalies": anomalies}, lines, json_output)
@@ -49,11 +52,11 @@ def audit(
         shard, _, index = document.partition(":")
         if not index.isdigit():
             raise UsageError(f"--document {document}: write SHARD:INDEX, for example train-00000:17.")
-        end = max(batches.values(), default=-1) + 1
-        seen = set(steps_of(loader, source, shard, int(index), end))
-        steps = [number for number, batch in batches.items() if batch in seen]
-        line = f"{document} was in {len(steps)} of {len(batches)} steps: {', '.join(map(str, steps)) or 'none'}"
-        show({"document": document, "source": source, "steps": steps}, [line], json_output)
+        seen = steps_of(loader, source, shard, int(index), int(batches.max(initial=-1)) + 1)
+        with_document = steps[np.isin(batches, seen)].tolist()
+        numbers = ", ".join(map(str, with_document)) or "none"
+        line = f"{document} was in {len(with_document)} of {len(steps)} steps: {numbers}"
+        show({"document": document, "source": source, "steps": with_document}, [line], json_output)
     else:
         raise UsageError("Give either --step N or --document SHARD:INDEX.")
 

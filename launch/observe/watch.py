@@ -22,11 +22,12 @@ from packspeed.launch.config.errors import UserError
 from packspeed.launch.observe.console import RunProgress, hours_minutes_seconds, newest_checkpoint, panel
 from packspeed.launch.observe.goodput import read_lives
 from packspeed.launch.run_folder.formats import MetricsLine, Status
-from packspeed.launch.run_folder.metrics_file import parse_object
+from packspeed.launch.run_folder.metrics_file import last_line_with, line_start, parse_object
 from packspeed.launch.run_folder.phase_timer import FILE
 from packspeed.launch.run_folder.reading import metrics_line, read_object, read_tree, run_name
 
 QUIET_S = 60.0  # a run that has written nothing for this time and for ten steps is shown as silent
+TAIL_BYTES = 2**18  # of metrics.jsonl are read at the start: at least 200 steps
 MAX_STEPS = 10**15  # a larger number of steps or tokens in config.yaml is damage
 
 
@@ -72,7 +73,11 @@ class Follower:
                 return
             # A resume replaces the file by one without the discarded lines: read that from its start.
             if status.st_ino != self._inode or status.st_size < self._bytes_read:
-                self._inode, self._bytes_read = status.st_ino, 0
+                # The panel shows recent steps only, and the last evaluation, which may be far before them.
+                self._inode, self._bytes_read = status.st_ino, line_start(path, status.st_size - TAIL_BYTES)
+                evaluation = metrics_line(parse_object(last_line_with(path, b'"val_loss"', self._bytes_read) or b""))
+                if evaluation is not None:
+                    self.progress.add(evaluation)
                 self._damaged_lines = self._repeated_lines = 0
                 self.progress.last = None
             with path.open("rb") as file:

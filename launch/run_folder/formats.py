@@ -37,7 +37,8 @@ class StepLine(_StepLine, total=False):
     """A line of metrics.jsonl after a step. The keys below exist only if they apply."""
 
     skipped: Annotated[str, "", "why the optimizer did not take this step"]
-    epochs: Annotated[dict[str, float], "epochs", "mixtures only: passes over each source so far, by its path"]
+    # In the order of data.sources; older versions wrote an object with the sources' paths as keys.
+    epochs: Annotated[list[float] | dict[str, float], "epochs", "mixtures only: passes over each source so far"]
 
 
 @final

@@ -43,6 +43,34 @@ def step_of(record: JsonObject | None) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
+def line_start(path: Path, at: int) -> int:
+    """Return the offset of the first line that begins at or after the byte `at` of a file."""
+    if at <= 0:
+        return 0
+    with path.open("rb") as file:
+        file.seek(at - 1)
+        return at - 1 + len(file.readline(MAX_LINE_BYTES))
+
+
+def last_line_with(path: Path, text: bytes, end: int) -> bytes | None:
+    """Return the last complete line before the byte `end` that contains `text`; None if there is none.
+
+    Reads backwards in blocks of MAX_LINE_BYTES, so the usual call reads the end of the file only.
+    """
+    with path.open("rb") as file:
+        tail = b""  # the start of a line whose beginning is in the block before
+        while end > 0:
+            start = max(0, end - MAX_LINE_BYTES)
+            file.seek(start)
+            block = file.read(end - start) + tail
+            at = block.rfind(text)
+            begin = block.rfind(b"\n", 0, at) + 1
+            if at >= 0 and (begin or start == 0):
+                return block[begin : block.find(b"\n", at)] if b"\n" in block[at:] else block[begin:]
+            tail, end = block[: block.find(b"\n") + 1], start
+    return None
+
+
 def discard_after(path: Path, step: int, expected_bytes: int | None = None) -> list[str]:
     """Move the lines of metrics.jsonl after `step` to metrics.discarded.jsonl. Returns notes on what was wrong.
 

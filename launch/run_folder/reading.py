@@ -148,17 +148,6 @@ def run_name(folder: Path, config: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) and name.strip() else _printable(Path(os.path.realpath(folder)).name) or "run"
 
 
-def batches_of_run(folder: Path, global_batch: int, notes: list[str]) -> dict[int, int]:
-    """Return the number of the batch that each finished step read.
-
-    It is step - 1, plus the batches that rewinds skipped.
-    """
-    steps, _ = read_metrics(folder, notes)
-    return {
-        line["step"]: line["samples"] // global_batch - 1 for line in steps if line.get("samples", 0) >= global_batch
-    }
-
-
 def valid(value: Mapping[str, Any], line_type: type[T]) -> T | None:
     """Return `value` if it is valid by the TypedDict `line_type`, else None."""
     checks, needed = _checks(cast(Any, line_type))
@@ -224,9 +213,14 @@ def _plain(value: Any, level: int = 0) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else _printable(str(value))  # a date
 
 
+def is_readable(path: Path, notes: list[str]) -> bool:
+    """Return whether a path is a file; adds a note if it is something else. A missing file needs no note."""
+    return os.path.isfile(path) or read_file(path, notes) is not None
+
+
 def _read_objects(path: Path, notes: list[str]) -> tuple[list[JsonObject], int]:
     """Return metrics_file.read_objects of a file; nothing, with a note, if it cannot be read."""
-    if not os.path.isfile(path) and read_file(path, notes) is None:
+    if not is_readable(path, notes):
         return [], 0
     try:
         return metrics_file.read_objects(path)

@@ -35,5 +35,5 @@ def metrics_line(
         line["skipped"] = result.not_taken
     report = getattr(trainer.loader, "report", None)  # only a mixture's loader has one
     if report is not None:
-        line["epochs"] = {row["path"]: row["epochs"] for row in report(line["samples"])}
+        line["epochs"] = [row["epochs"] for row in report(line["samples"])]
     return line
