@@ -15,112 +15,20 @@
 #include <cstring>
 #include <vector>
 
-#include "native_numbers.h"
+#include "native_attention.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr Index LANES = 16, WIDE = 4;  // floats in a vector, vectors in a tile's row
-#elif defined(__AVX__)
-constexpr Index LANES = 8, WIDE = 2;
-#else
-constexpr Index LANES = 4, WIDE = 2;
-#endif
-constexpr Index ROWS = 4;
-constexpr Index BLOCK = 64;
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
-
-inline Vector vector_at(const float* place) {
-    Vector vector;
-    std::memcpy(&vector, place, sizeof vector);
-    return vector;
-}
-
-inline Index up_to(Index size, Index multiple) { return (size + multiple - 1) / multiple * multiple; }
-
-// The left factor of a product: element (m, k) is data[m * row + k * column].
-struct Left {
-    const float* data;
-    Index row, column;
-};
-
-template <Index VECTORS>
-inline void add_tile(Left a, const float* b, float* c, Index width, Index first, Index last) {
-    Vector sum[ROWS][VECTORS];
-#pragma GCC unroll 4
-    for (Index m = 0; m < ROWS; m++) {
-#pragma GCC unroll 4
-        for (Index n = 0; n < VECTORS; n++) {
-            sum[m][n] = vector_at(c + m * width + n * LANES);
-        }
-    }
-    for (Index k = first; k < last; k++) {
-#pragma GCC unroll 4
-        for (Index n = 0; n < VECTORS; n++) {
-            const Vector right = vector_at(b + k * width + n * LANES);
-#pragma GCC unroll 4
-            for (Index m = 0; m < ROWS; m++) {
-                sum[m][n] += a.data[m * a.row + k * a.column] * right;
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (Index m = 0; m < ROWS; m++) {
-#pragma GCC unroll 4
-        for (Index n = 0; n < VECTORS; n++) {
-            std::memcpy(c + m * width + n * LANES, &sum[m][n], sizeof(Vector));
-        }
-    }
-}
-
-// Which triangle of a product is zero or unused, if the block is on the diagonal: add_product skips it.
-enum Triangle { NONE, LEFT_IS_LOWER, LEFT_IS_UPPER, RESULT_IS_UPPER };
-
-// c (M, N) += a (M, K) b (K, N). M is a multiple of ROWS. Rows of b and c have `width` floats, a multiple of LANES.
-inline void add_product(Left a, const float* b, float* c, Index M, Index N, Index K, Index width, Triangle triangle) {
-    for (Index m = 0; m < M; m += ROWS) {
-        const Left rows{a.data + m * a.row, a.row, a.column};
-        const Index first = triangle == LEFT_IS_UPPER ? m : 0;
-        const Index last = triangle == LEFT_IS_LOWER && m + ROWS < K ? m + ROWS : K;
-        float* row = c + m * width;
-        Index n = triangle == RESULT_IS_UPPER ? m / LANES * LANES : 0;
-        for (; n + WIDE * LANES <= N; n += WIDE * LANES) {
-            add_tile<WIDE>(rows, b + n, row + n, width, first, last);
-        }
-        for (; n + 2 * LANES <= N; n += 2 * LANES) {
-            add_tile<2>(rows, b + n, row + n, width, first, last);
-        }
-        for (; n < N; n += LANES) {
-            add_tile<1>(rows, b + n, row + n, width, first, last);
-        }
-    }
-}
-
-// One head of a tensor (N, heads, width): `data` points to its first token, and the next token is `row` floats later.
-struct Head {
-    float* data;
-    Index row;
-
-    Head from(Index token) const { return {data + token * row, row}; }
-};
-
 // Copy `count` tokens of a head, times `factor`, into `size` rows of `padded` floats, and fill the rest with zeros.
-inline void pack(Head head, Index count, Index size, Index width, Index padded, float factor, float* to) {
+template <typename T>
+inline void pack(Head<T> head, Index count, Index size, Index width, Index padded, float factor, float* to) {
     for (Index r = 0; r < count; r++) {
         for (Index c = 0; c < width; c++) {
-            to[r * padded + c] = factor * head.data[r * head.row + c];
+            to[r * padded + c] = factor * load(head.data[r * head.row + c]);
         }
         std::memset(to + r * padded + width, 0, (padded - width) * sizeof(float));
     }
     std::memset(to + count * padded, 0, (size - count) * padded * sizeof(float));
-}
-
-inline void unpack(const float* from, Index count, Index width, Index padded, float factor, Head head) {
-    for (Index r = 0; r < count; r++) {
-        for (Index c = 0; c < width; c++) {
-            head.data[r * head.row + c] = factor * from[r * padded + c];
-        }
-    }
 }
 
 // Transpose a block of rows, (64, padded), into (width, 64).
@@ -131,28 +39,6 @@ inline void transpose(const float* from, Index width, Index padded, float* to) {
         }
     }
 }
-
-// The shapes of a call. `ends` has spans + 1 elements: 0, then the index after the last token of each span.
-struct Attention {
-    const std::int32_t* ends;
-    Index spans, heads, kv_heads, width;
-    int threads;
-
-    Index padded() const { return up_to(width, LANES); }
-    Index group() const { return heads / kv_heads; }
-    float scale() const { return 1.0f / std::sqrt(static_cast<float>(width)); }
-    int busy(Index tasks) const { return tasks < 1 ? 1 : tasks < threads ? static_cast<int>(tasks) : threads; }
-    Index longest() const {  // rounded up to a multiple of BLOCK
-        Index length = 0;
-        for (Index s = 0; s < spans; s++) {
-            length = ends[s + 1] - ends[s] > length ? ends[s + 1] - ends[s] : length;
-        }
-        return up_to(length, BLOCK);
-    }
-    Head head(float* data, Index row, Index index, Index token) const {
-        return {data + index * width + token * row, row};
-    }
-};
 
 // One step of the online softmax (https://arxiv.org/abs/1805.02867): replace scores (keys, 64) by e^(score - top).
 // `top` and `sum` are the running maximum and the running sum of each query. `shrink` returns the factor by which the
@@ -185,7 +71,8 @@ inline void soften(float* scores, Index keys, bool diagonal, float* top, float* 
 }
 
 // The forward pass of one head and span. keys and values were copied by pack; `room` is working memory.
-void attend_head(const Attention& at, Head q, const float* keys, const float* values, Index length, Head out,
+template <typename T>
+void attend_head(const Attention& at, Head<T> q, const float* keys, const float* values, Index length, Head<T> out,
                  float* log_sums, float* room) {
     const Index width = at.width, padded = at.padded();
     float *query = room, *turned = query + BLOCK * padded, *mixed = turned + BLOCK * padded;
@@ -202,7 +89,7 @@ void attend_head(const Attention& at, Head q, const float* keys, const float* va
             const bool diagonal = j == i;
             const Index seen = diagonal ? rows : BLOCK;
             std::memset(scores, 0, sizeof scores);
-            add_product({keys + j * padded, padded, 1}, turned, scores, seen, up_to(count, LANES), width, BLOCK,
+            add_product(Left<float>{keys + j * padded, padded, 1}, turned, scores, seen, up_to(count, LANES), width, BLOCK,
                         diagonal ? RESULT_IS_UPPER : NONE);
             soften(scores, seen, diagonal, top, sum, shrink);
             for (Index r = 0; r < rows && j > 0; r++) {
@@ -210,7 +97,7 @@ void attend_head(const Attention& at, Head q, const float* keys, const float* va
                     mixed[r * padded + c] *= shrink[r];
                 }
             }
-            add_product({scores, 1, BLOCK}, values + j * padded, mixed, rows, padded, seen, padded,
+            add_product(Left<float>{scores, 1, BLOCK}, values + j * padded, mixed, rows, padded, seen, padded,
                         diagonal ? LEFT_IS_LOWER : NONE);
         }
         for (Index r = 0; r < count; r++) {
@@ -220,8 +107,8 @@ void attend_head(const Attention& at, Head q, const float* keys, const float* va
     }
 }
 
-void attend(const Attention& at, float* q, Index q_row, float* k, Index k_row, float* v, Index v_row, float* out,
-            float* log_sums) {
+template <typename T>
+void attend(const Attention& at, T* q, Index q_row, T* k, Index k_row, T* v, Index v_row, T* out, float* log_sums) {
     const Index width = at.width, padded = at.padded(), size = at.longest() * padded;
     const Index tasks = at.spans * at.heads;
 #pragma omp parallel num_threads(at.busy(tasks))
@@ -271,9 +158,9 @@ void attend_backward_head(const Attention& at, Index length, Packed& p) {
             const float *log_sum = &p.log_sum[i], *product = &p.product[i];
             std::memset(powers, 0, sizeof powers);
             std::memset(d_scores, 0, sizeof d_scores);
-            add_product({key, padded, 1}, &p.query_turned[i * padded], powers, keys, columns, width, BLOCK,
+            add_product(Left<float>{key, padded, 1}, &p.query_turned[i * padded], powers, keys, columns, width, BLOCK,
                         diagonal ? RESULT_IS_UPPER : NONE);
-            add_product({&p.values[j * padded], padded, 1}, &p.d_mixed_turned[i * padded], d_scores, keys, columns,
+            add_product(Left<float>{&p.values[j * padded], padded, 1}, &p.d_mixed_turned[i * padded], d_scores, keys, columns,
                         width, BLOCK, diagonal ? RESULT_IS_UPPER : NONE);
             for (Index c = 0; c < keys; c++) {
                 float *power = powers + c * BLOCK, *d_score = d_scores + c * BLOCK;
@@ -284,18 +171,19 @@ void attend_backward_head(const Attention& at, Index length, Packed& p) {
                     d_score[q] = power[q] * (d_score[q] - product[q]);
                 }
             }
-            add_product({d_scores, 1, BLOCK}, key, &p.d_query[i * padded], up_to(count, ROWS), padded, keys, padded,
+            add_product(Left<float>{d_scores, 1, BLOCK}, key, &p.d_query[i * padded], up_to(count, ROWS), padded, keys, padded,
                         diagonal ? LEFT_IS_LOWER : NONE);
-            add_product({powers, BLOCK, 1}, d_mixed, &p.d_values[j * padded], keys, padded, count, padded,
+            add_product(Left<float>{powers, BLOCK, 1}, d_mixed, &p.d_values[j * padded], keys, padded, count, padded,
                         diagonal ? LEFT_IS_UPPER : NONE);
-            add_product({d_scores, BLOCK, 1}, query, &p.d_keys[j * padded], keys, padded, count, padded,
+            add_product(Left<float>{d_scores, BLOCK, 1}, query, &p.d_keys[j * padded], keys, padded, count, padded,
                         diagonal ? LEFT_IS_UPPER : NONE);
         }
     }
 }
 
-void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index k_row, float* v, Index v_row,
-                     float* out, float* log_sums, float* d_out, float* d_q, float* d_k, float* d_v) {
+template <typename T>
+void attend_backward(const Attention& at, T* q, Index q_row, T* k, Index k_row, T* v, Index v_row, T* out,
+                     float* log_sums, T* d_out, T* d_q, T* d_k, T* d_v) {
     const Index width = at.width, padded = at.padded(), all_row = at.heads * width, kv_row = at.kv_heads * width;
     const Index tasks = at.spans * at.kv_heads;
 #pragma omp parallel num_threads(at.busy(tasks))
@@ -310,7 +198,7 @@ void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index
             std::memset(p.d_keys.data(), 0, all * padded * sizeof(float));
             std::memset(p.d_values.data(), 0, all * padded * sizeof(float));
             for (Index head = kv * at.group(); head < (kv + 1) * at.group(); head++) {
-                const Head mixed = at.head(out, all_row, head, start);
+                const Head<T> mixed = at.head(out, all_row, head, start);
                 pack(at.head(q, q_row, head, start), length, all, width, padded, at.scale(), p.query.data());
                 pack(at.head(d_out, all_row, head, start), length, all, width, padded, 1.0f, p.d_mixed.data());
                 std::memset(p.d_query.data(), 0, all * padded * sizeof(float));
@@ -318,7 +206,7 @@ void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index
                     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
                     for (Index c = 0; c < width; c++) {
-                        sum += mixed.data[r * mixed.row + c] * p.d_mixed[r * padded + c];
+                        sum += load(mixed.data[r * mixed.row + c]) * p.d_mixed[r * padded + c];
                     }
                     p.product[r] = sum;
                     p.log_sum[r] = log_sums[(start + r) * at.heads + head];
@@ -341,16 +229,7 @@ void attend_backward(const Attention& at, float* q, Index q_row, float* k, Index
 
 }  // namespace
 
-extern "C" void attend_fp32(float* q, float* k, float* v, Index q_row, Index k_row, Index v_row, float* out,
-                            float* log_sums, const std::int32_t* ends, Index spans, Index heads, Index kv_heads,
-                            Index width, int threads) {
-    attend({ends, spans, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out, log_sums);
-}
-
-extern "C" void attend_backward_fp32(float* q, float* k, float* v, Index q_row, Index k_row, Index v_row, float* out,
-                                     float* log_sums, float* d_out, float* d_q, float* d_k, float* d_v,
-                                     const std::int32_t* ends, Index spans, Index heads, Index kv_heads,
-                                     Index width, int threads) {
-    attend_backward({ends, spans, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out, log_sums,
-                    d_out, d_q, d_k, d_v);
-}
+EXPORT_ATTENTION(fp32)
+#if !defined(__AVX512BF16__)
+EXPORT_ATTENTION(bf16)
+#endif

@@ -149,6 +149,5 @@ void row_losses(T* logits, const Index* labels, float* losses, Index rows, Index
         chosen(x, d_out, d_x, rows, width, threads);                                                             \
     }
 
-using fp32 = float;
 EXPORT(fp32)
 EXPORT(bf16)

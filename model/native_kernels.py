@@ -35,8 +35,10 @@ from packspeed.model.reference_ops import row_losses as plain_row_losses
 
 __all__ = ["activate", "add_norm", "attend", "build", "rotate", "row_losses"]
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native_attention.cpp", "native_kernels.cpp")]
-HEADER = Path(__file__).with_name("native_numbers.h")
+SOURCES = [Path(__file__).with_name(name) for name in (
+    "native_attention.cpp", "native_attention_bf16.cpp", "native_kernels.cpp",
+)]  # fmt: skip
+HEADERS = [Path(__file__).with_name(name) for name in ("native_numbers.h", "native_products.h", "native_attention.h")]
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared",
 )  # fmt: skip
@@ -57,7 +59,7 @@ def build() -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     # By default GCC uses 256-bit vectors even with AVX-512, because older CPUs lowered their clock for wider ones.
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
-    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
     identity = "\n".join([*texts, *compiler, *flags, _cpu()])
     digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     library = _folder() / f"native_kernels-{digest}.so"
@@ -109,7 +111,7 @@ def _call(name: str, x: Tensor, *arguments: Any) -> None:
 
 
 class _Attend(torch.autograd.Function):
-    """Causal attention within documents, in fp32, for q (N, H, D) and k, v (N, h, D), where h divides H.
+    """Causal attention within documents, summed in fp32, for q (N, H, D) and k, v (N, h, D), where h divides H.
 
     ends (documents + 1,) int32: 0, then the index after the last token of each document.
     """
@@ -121,7 +123,7 @@ class _Attend(torch.autograd.Function):
         rows = [c_int64(x.stride(0)) for x in inputs]
         ctx.shape = [c_int64(n) for n in (ends.numel() - 1, q.size(1), k.size(1), q.size(2))]
         # log_sums, the logarithms of the softmax denominators, let backward recompute the probabilities.
-        out, log_sums = q.new_empty(q.shape), q.new_empty(q.shape[:2])
+        out, log_sums = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
         ctx.save_for_backward(*inputs, out, log_sums, ends)
         _call("attend", *inputs, *rows, out, log_sums, ends, *ctx.shape, torch.get_num_threads())
         return out
@@ -138,13 +140,13 @@ class _Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """Return causal attention within each row or document, computed in fp32; arguments as in attention.attend."""
+    """Return causal attention within each row or document, summed in fp32; arguments as in attention.attend."""
     if q.dtype not in SUFFIX:
         return plain_attend(q, k, v, documents)
     rows, length = q.shape[:2]
     ends = torch.arange(rows + 1, dtype=torch.int32) * length if documents is None else documents.ends
-    out: Tensor = _Attend.apply(*(x.flatten(0, 1).float() for x in (q, k, v)), ends)  # type: ignore[no-untyped-call]
-    return out.to(q.dtype).view(q.shape)
+    out: Tensor = _Attend.apply(*(x.flatten(0, 1) for x in (q, k, v)), ends)  # type: ignore[no-untyped-call]
+    return out.view(q.shape)
 
 
 class _Activate(torch.autograd.Function):

@@ -9,6 +9,7 @@ namespace {
 
 using Index = std::int64_t;
 
+using fp32 = float;
 struct bf16 {
     std::uint16_t bits;
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,15 +32,27 @@ pytestmark = [  # torch's own, from inside torch.compile
 ]
 
 
-@pytest.mark.launch
-def test_numbers_in_the_interpreter() -> None:
-    """kernel_numbers.py, in a process in which triton was told to interpret."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(KERNEL_NUMBERS)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | {"TRITON_INTERPRET": "1"}
-    )
+def run_kernel_numbers(*options: str, **environment: str) -> None:
+    """Run kernel_numbers.py in a process in which triton was told to interpret."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *options, str(KERNEL_NUMBERS)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"} | environment
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
+
+
+@pytest.mark.launch
+def test_numbers_in_the_interpreter() -> None:
+    run_kernel_numbers()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("without", ["avx512bf16", "avx512f"])
+def test_numbers_of_the_native_kernels_on_an_older_cpu(without: str) -> None:
+    """The C++ has other code for a CPU without these instructions. Other architectures have neither."""
+    compiler = os.environ.get("CXX", "c++")
+    lesser = f"{compiler} -mno-{without}" if platform.machine() == "x86_64" else compiler
+    run_kernel_numbers("-k", "attend or attention or (native and (activate or loss))", CXX=lesser)
 
 
 NORM = [
