@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from packspeed.model.kernels import Kernels
+from packspeed.model.reference_ops import CPU_BLOCK_ELEMENTS
 
 CPU_CHUNK_BYTES = 1 << 27  # 128 MiB: logits of 667 tokens with GPT-2's vocabulary in fp32
+SUM_BYTES = 4 + 2  # per weight, to sum the 16-bit products of several chunks on a CPU: the sum and a product
 GPU_CHUNK_BYTES = 1 << 29  # 512 MiB: logits of 5,336 such tokens in bf16; the GEMMs are large enough to fill a GPU
 
 
@@ -52,6 +54,8 @@ def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """Split rows (N, ...) into chunks whose logits, (rows of the chunk, padded V), fit into the byte limits above."""
     size = rows.size(0) * weight.size(0) * weight.element_size()
     count = -(-size // (CPU_CHUNK_BYTES if rows.is_cpu else GPU_CHUNK_BYTES))
+    if rows.is_cpu and weight.element_size() == 2 and size <= CPU_CHUNK_BYTES + SUM_BYTES * weight.numel():
+        count = 1  # a second chunk would take more memory than it saves
     # All chunks have about the same size: a small last chunk would be a slow GEMM.
     return torch.split(rows, max(1, -(-rows.size(0) // max(1, count))))
 
@@ -66,7 +70,15 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if total.dtype == a.dtype and a.element_size() >= 4:
         return total.addmm_(a, b)
-    return total.float().add_(a @ b)  # .float() copies once, at the second chunk
+    total, product = total.float(), a @ b  # .float() copies once, at the second chunk
+    for part, addend in zip(_blocks(total), _blocks(product), strict=True):
+        part.add_(addend)  # of mixed types: makes an fp32 copy of the addend
+    return total
+
+
+def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Split a matrix into blocks of rows that stay in a core's cache between two operations."""
+    return torch.split(matrix, max(1, CPU_BLOCK_ELEMENTS // matrix.size(1)))
 
 
 @functools.cache
@@ -76,10 +88,15 @@ def _gemm_returns_fp32(device: torch.device) -> bool:
 
 
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return factor times the gradient, rounded once, to dtype; in place, or in one pass on GPUs."""
-    if gradient.dtype == dtype or gradient.is_cpu:  # on CPUs, out= of another dtype makes a copy in fp32
-        return gradient.mul_(factor).to(dtype)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    """Return factor times the gradient, rounded once, to dtype; in place if it has that dtype."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    if not gradient.is_cpu:
+        return torch.mul(gradient, factor, out=scaled)
+    for part, to in zip(_blocks(gradient), _blocks(scaled), strict=True):  # out= would make an fp32 copy of it all
+        to.copy_(part.mul_(factor))
+    return scaled
 
 
 def head_loss(
