@@ -63,7 +63,7 @@ def test_prepare_lists_what_it_passed_over(tmp_path: Path) -> None:
         (tmp_path / f"c/{i}.bin").write_bytes(b"")
     choice = ["--text-key", "a", "--text-key", "b.c", "--val", tmp_path / "c/val.jsonl", "--tokenizer", "bytes"]
     text = run("prepare", tmp_path / "c", *choice, "--out", tmp_path / "one").stdout
-    assert f"passed over {tmp_path}/c/0.bin: its name says no known format" in text
+    assert f"passed over {tmp_path}/c/0.bin: its name reveals no known format" in text
     assert "passed over 5 more files" in text
     assert "2 null documents skipped" in text
     assert "validation from sources of its own" in text

@@ -210,7 +210,7 @@ def test_csv_is_strict(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"a\.csv, line \d+: {reason}"):
             read(tmp_path / "a.csv", tally=Tally(allowed))
     assert read(tmp_path / "a.csv", tally=Tally(4)) == ["fine", "last\nline"]
-    with pytest.raises(DataError, match="no column 'text'; choose by --text-key among body;id"):
+    with pytest.raises(DataError, match="no column 'text'; choose with --text-key among body;id"):
         read(tmp_path / "b.csv")
     assert read(tmp_path / "c.csv") == []
 
@@ -265,7 +265,7 @@ def test_what_a_folder_does_not_give_is_listed(tmp_path: Path) -> None:
     assert "text" in read(tmp_path / "hub", include=["*.log"], unknown="text")
     assert read(tmp_path / "hub", include=["README*"]) == ["---\nlicense: mit\n---\n"]
     assert read(tmp_path / "hub/notes.log") == ["text"]
-    with pytest.raises(UsageError, match=r"contains no files to read. Passed over: .*notes\.log: its name says no"):
+    with pytest.raises(UsageError, match=r"contains no files to read. Passed over: .*notes\.log: its name reveals no"):
         find_sources([str(tmp_path / "hub")], include=["*.log"])
     manifest = prepare([str(tmp_path / "hub")], tmp_path / "out", "bytes", val_fraction=0)
     assert sorted(manifest.source.passed_over) == sorted(tally.passed_over)
@@ -298,7 +298,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     tally = Tally()
     assert read(tmp_path / "s", tally=tally) == ["one", "two"]
     assert len(tally.passed_over) == 2
-    assert all("the same folder as another one" in name for name in tally.passed_over)
+    assert all("a link to a folder that is read already" in name for name in tally.passed_over)
 
 
 def test_include_and_exclude_work_on_globs(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_stores_are_read_through_fsspec(tmp_path: Path, monkeypatch: pytest.Monk
     assert read("memory://bucket", tally=tally) == 3 * TEXTS
     assert len(tally.passed_over) == 2
     assert read("memory://bucket/a.jsonl") == read("memory://bucket/*.jsonl") == TEXTS
-    with pytest.raises(UsageError, match="does not exist, or holds no file"):
+    with pytest.raises(UsageError, match="does not exist, or contains no file"):
         read("memory://bucket/none")
     with pytest.raises(UsageError, match="nosuch"):
         read("nosuch://bucket/a.jsonl")

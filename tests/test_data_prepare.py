@@ -407,7 +407,7 @@ def test_names_of_any_bytes_are_listed(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", TEXTS)
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.bin")).write_bytes(b"")
     prepare([str(tmp_path)], tmp_path / "out", "bytes")
-    assert "caf\\xe9.bin: its name says no known format" in load_manifest(tmp_path / "out").source.passed_over[0]
+    assert "caf\\xe9.bin: its name reveals no known format" in load_manifest(tmp_path / "out").source.passed_over[0]
 
 
 @pytest.mark.launch

@@ -166,7 +166,7 @@ def test_zstd_skippable_frames_are_skipped(tmp_path: Path) -> None:
 def test_parquet_columns_and_values_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": [1, 2]}), path)
-    with pytest.raises(DataError, match="no column 'text'; choose by --text-key among body"):
+    with pytest.raises(DataError, match="no column 'text'; choose with --text-key among body"):
         read(path)
     with pytest.raises(DataError, match="row 0: 'body' is int"):
         read(path, text_key="body")

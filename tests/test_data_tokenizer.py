@@ -197,7 +197,7 @@ def test_wrong_names_and_damaged_files_say_what_to_do(trained: Path, tmp_path: P
     with pytest.raises(DataError, match="end-of-text id 5"):
         load_tokenizer(str(ranks))
     (tmp_path / "r.tiktoken.json").write_text('{"pattern": 1}')
-    with pytest.raises(DataError, match="must hold"):
+    with pytest.raises(DataError, match="must contain"):
         load_tokenizer(str(ranks))
     ranks.write_bytes(b"IQ== 0\nnonsense\n")
     (tmp_path / "r.tiktoken.json").write_text('{"pattern": ".", "eot_id": 999, "vocab_size": 1000}')

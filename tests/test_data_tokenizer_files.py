@@ -82,7 +82,7 @@ def test_tokens_that_are_not_there_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"'<end>', which tokenizer_config.json names"):
         load_tokenizer(str(folder))
     write(folder / "tokenizer_config.json", ["</s>"])
-    with pytest.raises(DataError, match="must hold a JSON object"):
+    with pytest.raises(DataError, match="must contain a JSON object"):
         load_tokenizer(str(folder))
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
@@ -209,7 +209,7 @@ def test_a_vocabulary_with_merges_is_gpt2s(folder: Path, tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"tokenizer_class is Qwen2Tokenizer.*save_pretrained"):
         load_tokenizer(str(old))
     (old / "merges.txt").unlink()
-    with pytest.raises(UsageError, match="holds no tokenizer that packspeed reads"):
+    with pytest.raises(UsageError, match="contains no tokenizer that Packspeed can read"):
         load_tokenizer(str(old))
 
 

@@ -1,11 +1,12 @@
-"""Merge finished work units into the shards of a dataset: drop duplicates, shuffle, split, copy.
+"""Merge the outputs of all work units into the shards of a dataset: drop duplicates, shuffle, split and copy.
 
-The result does not depend on which process did a unit, or when. Without `dedup` and `shuffle_seed`, units are copied in
-their order as soon as they are ready, while others are still being encoded. Documents keep the order of the sources or,
-with `shuffle_seed`, are sorted by a keyed 64-bit hash of their number, which is a uniform shuffle: they go into
-bucket files by the first bits of that hash, and one bucket is read at a time (shuffle.py), which keeps memory small.
-Exact duplicates, by xxh3-128 of the text, are found bucket by bucket too; the first copy is kept.
-Cost: one copy, about 0.5 GB/s; memory: the documents of one unit, 24 bytes each, and one bucket.
+A work unit (units.py) is a part of the sources that one process encodes. The result does not depend on which process
+encoded a unit, or when. Without `dedup` and `shuffle_seed`, units are copied in their order as soon as they are ready,
+while later ones are still being encoded. Documents keep the order of the sources, or, with `shuffle_seed`, are sorted
+by a keyed 64-bit hash of their number, which is a uniform shuffle (shuffle.py). Exact duplicates are found by the
+xxh3-128 of their text; the first copy is kept. To keep memory small, both write the documents to 256 files (buckets) by
+the first bits of the hash, and read one bucket at a time.
+Speed: about 0.5 GB/s. Memory: 24 bytes for each document of one unit, and one bucket.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ DEDUP_BUCKETS = 256
 
 @dataclass
 class MergeCounts:
-    """Counts of a merge: documents kept, duplicates dropped, and the sum of the hashes of the kept documents."""
+    """The counts of a merge."""
 
-    documents: int = 0
-    duplicates: int = 0
-    hash_sum: int = 0
+    documents: int = 0  # documents kept
+    duplicates: int = 0  # documents dropped because they equal an earlier one
+    hash_sum: int = 0  # sum of the hashes of the documents kept
 
     def __add__(self, other: MergeCounts) -> MergeCounts:
         return MergeCounts(
@@ -46,7 +47,7 @@ class MergeCounts:
 
 
 class FinishedUnits:
-    """The set of finished units, which the merging thread waits for."""
+    """The set of units that have been encoded. The thread that merges waits for them here."""
 
     def __init__(self) -> None:
         self._numbers, self._changed, self._closed = set[int](), threading.Condition(), False
@@ -58,21 +59,25 @@ class FinishedUnits:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """No more units will finish: threads that wait for one raise DataError."""
+        """Declare that no more units will finish. Threads that wait for another unit raise DataError."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def wait(self, number: int) -> None:
-        """Wait until a unit is finished. DataError if `close` was called without it."""
+        """Wait until a unit is finished. Raises DataError if `close` is called before it is."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or number in self._numbers)
             if number not in self._numbers:
-                raise DataError(f"Unit {number} is not done.")
+                raise DataError(f"Work unit {number} was not encoded. Run the same command again.")
 
 
 class Merge:
-    """Merges some units of a folder, in the dataset's dtype. `ready(unit)` waits until a unit is done."""
+    """Merges the units with the numbers `units` in a folder of units.
+
+    dtype: of the tokens. dedup: drop documents that equal an earlier one. shuffle_seed: shuffle the documents; None:
+    keep their order. ready(number): waits until a unit is finished.
+    """
 
     def __init__(
         self,
@@ -89,7 +94,7 @@ class Merge:
         self._dropped = self._duplicates() if dedup else None
 
     def few(self) -> bool:
-        """Whether too few documents are kept for a split by hash (fewer than 100)."""
+        """Return whether fewer than 100 documents are kept, which are too few to split them by hash."""
         documents = -self.counts.duplicates
         for unit in self.units:
             documents += self._documents(unit)
@@ -98,7 +103,10 @@ class Merge:
         return True
 
     def split(self, train: ShardWriter, val: ShardWriter, val_fraction: float) -> MergeCounts:
-        """Write every document to train or val, chosen by its hash; the writers stay open."""
+        """Write every document to train or, if its hash is below val_fraction of the range, to val. Return the counts.
+
+        The writers stay open.
+        """
         # The hash is uniform over 64 bits, so this bound selects val_fraction of the documents.
         bound = np.uint64(min(2**64 - 1, int(val_fraction * 2**64)))
         for run in self.runs():
@@ -110,7 +118,7 @@ class Merge:
         return self.counts
 
     def copy(self, writer: ShardWriter) -> MergeCounts:
-        """Write every document to one split; the writer stays open."""
+        """Write every document to one split, and return the counts. The writer stays open."""
         for run in self.runs():
             self._count(run.table)
             if len(run.table):
@@ -118,13 +126,13 @@ class Merge:
         return self.counts
 
     def count(self) -> MergeCounts:
-        """Count documents and hashes without writing."""
+        """Return the counts without writing any document."""
         for run in self.runs():
             self._count(run.table)
         return self.counts
 
     def runs(self) -> Iterator[DocumentRun]:
-        """All documents that are kept, in the order of the dataset."""
+        """Yield all documents that are kept, in the order that they have in the dataset."""
         if self.shuffle_seed is None:
             yield from self._in_order()
         else:
@@ -136,7 +144,10 @@ class Merge:
         return os.path.getsize(unit_path(self.folder, unit, ".docs")) // DOCUMENT.itemsize
 
     def _tables(self) -> Iterator[tuple[int, npt.NDArray[np.int64], Table]]:
-        """For every unit: its number, the numbers of its documents in the dataset, and its table."""
+        """Yield, for each unit, its number, the numbers of its documents (n,) counted through all units, and its table.
+
+        The table (n,) has the dtype DOCUMENT.
+        """
         first = 0
         for unit in self.units:
             self._ready(unit)
@@ -149,7 +160,7 @@ class Merge:
             yield run
 
     def _numbered(self) -> Iterator[tuple[npt.NDArray[np.int64], DocumentRun]]:
-        """The kept documents of every unit, with their numbers in the dataset."""
+        """Yield, for each unit, the numbers of its documents that are kept, counted through all units, and these."""
         for unit, numbers, table in self._tables():
             sizes = table["tokens"] * self.itemsize
             offsets = np.cumsum(sizes) - sizes
@@ -164,19 +175,22 @@ class Merge:
         self.counts.hash_sum += _sum(table["low"]) + (_sum(table["high"]) << 64)
 
     def _duplicates(self) -> npt.NDArray[np.bool_]:
-        """Which documents have the hash of an earlier one, as a bool per document in a memory-mapped temporary file."""
+        """Return whether each document has the same hash as an earlier one, (all documents,) bool.
+
+        The array is mapped from a temporary file.
+        """
         record = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
         # Equal hashes have equal first bytes, so each of the 256 files can be searched separately.
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             names = [Path(folder) / str(bucket) for bucket in range(DEDUP_BUCKETS)]
             self._write_hashes(names, record)
-            # One byte per document; an unlinked file instead of memory, since there can be billions.
+            # One byte per document, in an unlinked file and not in memory, because there can be billions.
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 file.truncate(max(1, sum(self._documents(unit) for unit in self.units)))
                 dropped = np.memmap(file, dtype=bool, mode="r+")
             for name in names:
                 rows = np.fromfile(name, dtype=record) if name.exists() else np.empty(0, dtype=record)
-                # Sorted by number inside equal hashes: the first row of each group is the copy that is kept.
+                # Rows with equal hashes are sorted by number, so the first row of each group is the copy that is kept.
                 order = np.lexsort((rows["number"], rows["low"], rows["high"]))
                 rows = rows[order]
                 same = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
@@ -185,7 +199,7 @@ class Merge:
         return dropped
 
     def _write_hashes(self, names: list[Path], record: np.dtype[np.void]) -> None:
-        """Write the hashes of all documents to one file per first byte."""
+        """Write the hash and the number of each document to one of 256 files, chosen by the first byte of the hash."""
         for _, numbers, table in self._tables():
             rows = np.empty(len(table), dtype=record)
             rows["high"], rows["low"] = table["high"], table["low"]
@@ -200,7 +214,7 @@ class Merge:
 
 
 def _copy_documents(run: DocumentRun, first: int, end: int, writer: ShardWriter) -> None:
-    """Copy documents first to end - 1, adjacent ones in one read."""
+    """Copy documents first .. end - 1 of a run to a writer. Documents adjacent in the file are read together."""
     lengths = run.table["tokens"][first:end].astype(np.int64)
     offsets = run.offsets_bytes[first:end]
     # After dedup or a shuffle, consecutive rows need not be adjacent in the file.
@@ -210,6 +224,6 @@ def _copy_documents(run: DocumentRun, first: int, end: int, writer: ShardWriter)
 
 
 def _sum(words: npt.NDArray[np.unsignedinteger[npt.NBitBase]]) -> int:
-    """The exact sum of 64-bit words (a uint64 sum would overflow)."""
-    native = words.astype(np.uint64)  # from big-endian
+    """Return the exact sum of 64-bit words (n,). numpy's own sum would overflow."""
+    native = words.astype(np.uint64)  # the words may be big-endian
     return int((native & np.uint64(2**32 - 1)).sum()) + (int((native >> np.uint64(32)).sum()) << 32)

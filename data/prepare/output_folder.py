@@ -1,7 +1,8 @@
-"""The folder that a preparation writes to: nothing foreign is overwritten, nothing half-written is left.
+"""The folder that `prepare` writes to. Files of others are never overwritten, and incomplete files are removed.
 
-A file lock excludes every other prepare; only the tasks of one prepare (`--task-index`) may share it. After a failure
-the finished work units stay and everything else is removed; without finished units the folder is left as it was.
+A file lock prevents two prepares from using the same folder. Only the tasks of one prepare (`--task-index`) may share
+it. After a failure the finished work units are kept and everything else is removed. If no unit is finished, the folder
+is left as it was.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from packspeed.data.storage.atomic import temporary
 from packspeed.data.storage.lock import FileLock, LockHeldError, lock_file
 from packspeed.data.storage.manifest import MANIFEST
 
-LOCK = "lock"  # in the folder of units
+LOCK = "lock"  # name of the lock file, in the folder of units
 
 
 OWN_FILES = re.compile(
@@ -28,17 +29,18 @@ OWN_FILES = re.compile(
 
 @contextlib.contextmanager
 def claimed_folder(folder: Path, *, overwrite: bool = False, shared: bool = False) -> Iterator[None]:
-    """Hold a folder, which is created if needed, for one prepare, or for several tasks at a time (`shared`).
+    """A context in which a folder is locked for one prepare. The folder is created if it does not exist.
 
-    Nothing is removed before the folder is locked: then an old dataset (with `overwrite`) and what a killed run was
-    writing. Tasks remove nothing. UsageError if the folder holds other files or a dataset, or if another prepare works
-    in it.
-    After an error finished units stay and the rest is removed, the folder too if it was new. A UsageError changes
-    nothing. OSError becomes DataError.
+    overwrite: an existing dataset is removed once the folder is locked. shared: several tasks of one prepare use the
+    folder at the same time; then nothing is removed at the start. Otherwise incomplete files of a killed run are.
+
+    After an error in the block, finished units are kept and all else that prepare wrote is removed, the folder too if
+    it was new. After a UsageError nothing is removed. An OSError becomes a DataError. Raises UsageError if the folder
+    contains other files or a dataset, or if another prepare works in it.
     """
     created = not folder.exists()
     with _locked(folder, overwrite, shared):
-        # Unfinished units stay, so that the same command continues them.
+        # Finished units are kept, so that the same command continues an interrupted prepare.
         if not shared:
             clear_folder(folder, keep_units=not overwrite)
         try:
@@ -53,12 +55,12 @@ def claimed_folder(folder: Path, *, overwrite: bool = False, shared: bool = Fals
 
 
 def _locked(folder: Path, overwrite: bool, shared: bool) -> FileLock:
-    """Check a folder, then lock it. UsageError if it cannot be used."""
+    """Check a folder, lock it and return the lock. Raises UsageError if the folder cannot be used."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_contents(folder, overwrite)
         (folder / FOLDER).mkdir(exist_ok=True)
-        # Tasks may run without a lock on a file system that has none: each writes units of its own.
+        # Tasks need no lock if the file system does not support locks, because each task writes other units.
         lock = lock_file(folder / FOLDER / LOCK, timeout_s=0, shared=shared, required=not shared)
     except LockHeldError as error:
         raise UsageError(f"Another prepare is working in {folder}. Wait for it, or stop it.") from error
@@ -66,7 +68,7 @@ def _locked(folder: Path, overwrite: bool, shared: bool) -> FileLock:
         reason = error.strerror or error
         raise UsageError(f"{folder} cannot be used as a folder: {reason}. Choose another one.") from error
     try:
-        # Again: another prepare may have finished between the check and the lock.
+        # Check again, because another prepare may have finished between the check and the lock.
         _check_contents(folder, overwrite)
     except BaseException:
         lock.release()
@@ -75,7 +77,7 @@ def _locked(folder: Path, overwrite: bool, shared: bool) -> FileLock:
 
 
 def _check_contents(folder: Path, overwrite: bool) -> None:
-    """UsageError if a folder contains other files, or a dataset without `overwrite`."""
+    """Raise UsageError if a folder contains files of others, or a dataset and `overwrite` is not set."""
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not OWN_FILES.fullmatch(name)]
     if foreign or (names and not {MANIFEST, temporary(folder / MANIFEST).name, FOLDER} & set(names)):
@@ -86,7 +88,10 @@ def _check_contents(folder: Path, overwrite: bool) -> None:
 
 
 def _clean(folder: Path, created: bool) -> str:
-    """Remove all but finished units after an error; returns what is left, as a clause for the error."""
+    """Remove everything except finished units after an error. Return a clause for the message that says what is left.
+
+    created: the folder was new, so it is removed if it is empty.
+    """
     keep_units = any((folder / FOLDER).glob("[0-9]*.json"))
     clear_folder(folder, keep_units)
     if keep_units:
@@ -98,7 +103,10 @@ def _clean(folder: Path, created: bool) -> str:
 
 
 def clear_folder(folder: Path, keep_units: bool) -> None:
-    """Remove a dataset's files but not the lock. The manifest is first, so that the rest is not taken for a dataset."""
+    """Remove the files of a dataset, but not the lock file and, if keep_units, not the finished units.
+
+    The manifest is removed first, so that the remaining files never look like a complete dataset.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.name == FOLDER and keep_units:

@@ -65,12 +65,12 @@ SHARD_TOKENS = 2**28
 VAL_FRACTION = 0.005
 
 
-LISTED_FILES = 1000  # that were passed over, in the manifest
+LISTED_FILES = 1000  # the manifest lists at most this many files that were skipped
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Options of the merge; they do not change the tokens of the units."""
+    """Options that apply when work units are merged. They do not change the tokens of a unit; see `prepare`."""
 
     val_fraction: float = VAL_FRACTION
     shard_tokens: int = SHARD_TOKENS
@@ -79,7 +79,7 @@ class MergeOptions:
     shuffle_seed: int | None = None
 
     def check(self) -> None:
-        """UsageError for numbers out of range."""
+        """Raise UsageError if a number is out of range."""
         if not 0 <= self.val_fraction < 1:
             raise UsageError(f"val_fraction must be at least 0 and less than 1, not {self.val_fraction}.")
         if self.shard_tokens < 1 or self.skip_bad < 0:
@@ -109,18 +109,23 @@ def prepare(
     only_merge: bool = False,
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> Manifest:
-    """Write the dataset of `sources` into the folder `out`; returns its manifest.
+    """Make a dataset from the text in `sources`, write it into the folder `out`, and return its manifest.
 
-    `sources`, `include`, `exclude` and `unknown` are described in sources.py; `text_key` names the text in records with
-    many keys, or several texts (documents.py).
-    `tokenizer` is a Tokenizer or an argument of `load_tokenizer`, `encoder` a choice of encode.py. All documents of
-    the sources `val` become validation, and their files are left out of `sources`; without `val`, `val_fraction`
-    (default 0.005) of the documents do, or of the tokens if there are few documents. A shard ends with the document
-    that fills it to `shard_tokens`. Up to `skip_bad` bad documents are skipped. `dedup` drops exact copies of earlier
-    documents; `shuffle_seed` shuffles the documents. `only_merge` requires that all units are done (`prepare_part`).
-    `progress` is called about once per megabyte of text.
-    UsageError for bad arguments and a folder that is in use, DataError for bad documents and a full disk; after either
-    there is no dataset in `out`.
+    sources, include, exclude, unknown: which files to read, see read/sources.py.
+    tokenizer: a Tokenizer, or a name or path for load_tokenizer. encoder: the library that encodes, see text/encode.py.
+    text_key: the key or keys of the text in records, see read/documents.py.
+    val: sources of the validation split; their files are left out of `sources`.
+    val_fraction: without `val`, this fraction of the documents is validation (default 0.005), or of the tokens if there
+        are fewer than 100 documents.
+    shard_tokens: a shard ends with the document that fills it to this many tokens.
+    skip_bad: how many bad documents may be skipped. dedup: drop documents that equal an earlier one.
+    shuffle_seed: shuffle the documents; None: keep their order.
+    workers: the number of processes. overwrite: replace a dataset in `out`.
+    only_merge: only merge the work units that calls of prepare_part have encoded.
+    progress: called about once per megabyte of text.
+
+    Raises UsageError if an argument is invalid or the folder is in use, and DataError if there are too many bad
+    documents or the disk is full. Then there is no dataset in `out`.
     """
     if val and val_fraction is not None:
         raise UsageError("Give either sources for validation or a fraction of the documents, not both.")
@@ -138,7 +143,7 @@ def prepare(
             # The merge waits for each unit in turn, so it copies finished units while later ones are encoded.
             job.do(workers, encoder, progress, only_merge=only_merge)
         finally:
-            job.finished.close()  # after an error the merge must not wait for units that never come
+            job.finished.close()  # after an error the merge must not wait for units that will never finish
         return merging.result()
 
 
@@ -159,12 +164,14 @@ def prepare_part(
     encoder: Choice = "auto",
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> int:
-    """Do every `task_count`-th unit, from `task_index` on; the machines of all tasks share `out`. Returns how many.
+    """Encode one task's share of the work units of a prepare, and return their number.
 
-    After all tasks, `prepare` with the same arguments and `only_merge` writes the dataset. Errors as in `prepare`.
+    task_index, task_count: this task encodes every task_count-th unit, from number task_index on. All tasks, which may
+    run on different machines, write to the same folder `out`. After all tasks, call `prepare` with the same arguments
+    and `only_merge` to write the dataset. The other arguments, and the exceptions, are those of `prepare`.
     """
     if not 0 <= task_index < task_count:
-        raise UsageError(f"There is no task {task_index} among {task_count}: they are numbered from 0.")
+        raise UsageError(f"There is no task {task_index} among {task_count}: tasks are numbered from 0.")
     options = MergeOptions(skip_bad=skip_bad)
     options.check()
     corpus = Corpus(sources, text_key, include, exclude, unknown, val)
@@ -178,7 +185,7 @@ def prepare_part(
 
 @dataclass(frozen=True)
 class Corpus:
-    """What to read, as `prepare` describes it."""
+    """Which files to read and how; the fields are arguments of `prepare`."""
 
     sources: Sequence[str]
     text_key: str | Sequence[str] = "text"
@@ -188,16 +195,19 @@ class Corpus:
     val: Sequence[str] = ()
 
     def text_keys(self) -> list[str]:
-        """The keys, checked."""
+        """Return text_key as a list. Raises UsageError if a key is empty."""
         return list(TextKeys(self.text_key).keys)
 
     def names(self) -> list[str]:
-        """The sources for the manifest: without the queries of URLs, which may be signatures."""
+        """Return the names of all sources for the manifest, without the queries of URLs, which may contain secrets."""
         names = [*self.sources, *self.val]
         return [printable(name.partition("?")[0] if is_url(name) else name) for name in names]
 
     def find(self, outside: Path) -> tuple[SourceList, SourceList]:
-        """The sources of the training and of the validation documents; no file is in both."""
+        """Return the sources of the training split and of the validation split. No file is in both.
+
+        outside: files in this folder are left out. Raises UsageError if a path does not exist or no source is left.
+        """
         train, val = (
             find_sources(specs, include=self.include, exclude=self.exclude, outside=outside, unknown=self.unknown)
             for specs in (self.sources, self.val)
@@ -205,24 +215,24 @@ class Corpus:
         held_out = {os.path.realpath(source.name) for source in val.sources if source.kind != "hub"}
         train.sources = [source for source in train.sources if os.path.realpath(source.name) not in held_out]
         if not train.sources:
-            raise UsageError("All sources are validation sources too, so there is nothing to train on. Name others.")
+            raise UsageError("All sources are validation sources too, so there is nothing to train on. Give others.")
         return train, val
 
 
 class _Preparation:
-    """One run of prepare on one folder."""
+    """One prepare: finds the sources, plans the work units, encodes and merges them. The folder must be claimed."""
 
     def __init__(self, folder: Path, corpus: Corpus, tokenizer: str | Tokenizer, options: MergeOptions):
         self.folder, self.corpus, self.options, self.units_folder = folder, corpus, options, folder / FOLDER
         self.text_keys = corpus.text_keys()
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.sources, self.val_sources = corpus.find(outside=folder)
-        # 2 bytes per token if the ids fit: half the disk and half the bandwidth.
+        # If the ids fit into 2 bytes, that halves the disk space and the bandwidth.
         self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
         self.finished = FinishedUnits()
 
     def plan(self) -> None:
-        """Save the tokenizer and the list of units in the folder, which must be claimed."""
+        """Write the tokenizer and the list of work units into the folder."""
         self.tokenizer_file = self.tokenizer.save(self.folder)
         train, val = (copy_streams(found.sources, self.units_folder) for found in (self.sources, self.val_sources))
         train_units, train_state = plan_units(train)
@@ -248,7 +258,11 @@ class _Preparation:
         task: tuple[int, int] = (0, 1),
         only_merge: bool = False,
     ) -> int:
-        """Do the units of this task that have no receipt; returns the number of units in the task."""
+        """Encode those units of a task that are not finished yet, and return the number of all its units.
+
+        task: (task_index, task_count). Raises UsageError if only_merge is set and a unit is not finished, and DataError
+        if there are too many bad documents.
+        """
         units = self.job.units[task[0] :: task[1]]
         receipts = {unit.number: load_receipt(self.units_folder, unit.number) for unit in units}
         todo = [unit for unit in units if receipts[unit.number] is None]
@@ -268,25 +282,25 @@ class _Preparation:
         return len(units)
 
     def _receipts(self) -> list[Receipt]:
-        """The receipts of all finished units, of other tasks too."""
+        """Return the receipts of all finished units, including those of other tasks."""
         receipts = [load_receipt(self.units_folder, unit.number) for unit in self.job.units]
         return [receipt for receipt in receipts if receipt is not None]
 
     def _check_bad(self, bad: int) -> int:
-        """The number of bad documents in all units. DataError if there are too many."""
+        """Return the number of bad documents. Raises DataError if it is more than skip_bad allows."""
         if bad > self.options.skip_bad:
             raise DataError(
-                f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows fewer. Raise it, or "
-                f"correct them; finished units are kept."
+                f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows fewer. Raise --skip-bad, "
+                f"or correct the documents, and run the command again; finished units are kept."
             )
         return bad
 
     def _run(
         self, units: list[Unit], workers: int, encoder: Choice, meter: ProgressMeter
     ) -> Iterator[tuple[int, Receipt]]:
-        """Do the units in this process or in worker processes; yields (number, receipt) as they finish."""
+        """Encode units in this process or in worker processes. Yield (number, receipt) of each when it is finished."""
         workers = min(workers, len(units))
-        # One worker runs in this process: it saves the 0.3 s that a worker process takes to start.
+        # A single worker runs in this process, which saves the 0.3 s that a worker process takes to start.
         if workers > 1:
             with WorkerPool(self.units_folder, workers, self.options.skip_bad, encoder) as pool:
                 for number, receipt in pool.do(units, meter.add):
@@ -300,7 +314,10 @@ class _Preparation:
                 yield unit.number, receipt
 
     def merge(self) -> Manifest:
-        """Write the shards, waiting for each unit in turn, then the manifest; then remove the units."""
+        """Wait for each unit in turn, write the shards and then the manifest, and remove the units.
+
+        Return the manifest. Raises DataError if there is no text.
+        """
         options = self.options
         train, val = (ShardWriter(self.folder, split, self.dtype, options.shard_tokens) for split in ("train", "val"))
         try:
@@ -328,7 +345,8 @@ class _Preparation:
                 f"There is no text in {', '.join(names)}: every document is empty, null or was skipped.{reasons}"
             )
         manifest = self._manifest(names, method, shards, merged)
-        # Last: only now the folder is a dataset. A crash before this line leaves units that can be merged again.
+        # The manifest is written last and makes the folder a dataset. After a crash before this line the units are
+        # still there, and are merged again.
         write_file(self.folder / MANIFEST, manifest_json(manifest))
         shutil.rmtree(self.units_folder)
         return manifest
@@ -338,13 +356,16 @@ class _Preparation:
         return Merge(self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, self.finished.wait)
 
     def _passed_over(self) -> list[str]:
-        """Files that were found and not read, with the reasons: by their names first, then by their content."""
+        """Return the files that were found but skipped, with reasons: first those skipped because of their names."""
         passed_over = self.sources.passed_over + self.val_sources.passed_over
         passed_over += [name for receipt in self._receipts() for name in receipt.passed_over]
         return [printable(name) for name in passed_over]
 
     def _manifest(self, names: list[str], method: str, shards: list[Shard], merged: MergeCounts) -> Manifest:
-        """The manifest, with its fingerprint, from the receipts of the units and the result of the merge."""
+        """Return the manifest of the dataset.
+
+        names: of the sources. method: how validation was chosen. merged: the counts of the merge.
+        """
         tokenizer = self.tokenizer
         done, passed_over = self._receipts(), self._passed_over()
         listed = passed_over[:LISTED_FILES]

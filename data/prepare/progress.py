@@ -1,4 +1,4 @@
-"""How far a preparation is, and how long it will take."""
+"""The progress of a prepare: what is done, how fast, and the estimated time that is left."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from packspeed.data.prepare.units import UNIT_BYTES, Receipt, Unit
 
 @dataclass
 class PrepareProgress:
-    """Counts so far, including units of earlier runs. Bytes are of the sources; `left_s` is the estimated rest."""
+    """The progress so far. Work units that earlier runs of the same command finished are included."""
 
     documents: int = 0
     empty_documents: int = 0
     text_bytes: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
-    tokens_per_s: float = 0.0
-    bytes_done: int = 0
+    tokens_per_s: float = 0.0  # of this run
+    bytes_done: int = 0  # of the source files, which may be compressed
     bytes_total: int = 0
-    left_s: float | None = None  # None until something was encoded
+    left_s: float | None = None  # estimated seconds that are left; None until something was encoded
 
 
 class ProgressMeter:
-    """Adds up the reports of the workers and passes the total to the caller."""
+    """Adds up the reports of all workers, and calls `report` with the total after each.
+
+    units: all units of the prepare. done: the receipts of those that are finished already.
+    """
 
     def __init__(self, units: list[Unit], done: list[Receipt], report: Callable[[PrepareProgress], None] | None):
         self.now = PrepareProgress(bytes_total=sum(unit.bytes for unit in units))
@@ -46,7 +49,7 @@ class ProgressMeter:
         """Add what a worker has encoded since its last report."""
         self._count(counts)
         now, self.new_tokens = self.now, self.new_tokens + counts.tokens
-        # Bytes of unfinished units are estimated by their text; several workers share one limit.
+        # The progress inside unfinished units is estimated from their text, for all workers together at most one unit.
         self.open_bytes = min(self.open_bytes + counts.text_bytes, UNIT_BYTES)
         now.elapsed_s = time.perf_counter() - self.began
         now.tokens_per_s = self.new_tokens / max(now.elapsed_s, 1e-9)
@@ -57,6 +60,6 @@ class ProgressMeter:
             self.report(now)
 
     def finished(self, receipt: Receipt) -> None:
-        """Add a finished unit."""
+        """Count a unit as finished."""
         self.now.bytes_done = min(self.now.bytes_total, self.now.bytes_done + int(self.unit_bytes))
         self.open_bytes = 0

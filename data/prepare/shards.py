@@ -1,8 +1,9 @@
-"""Write one split: documents to pairs of `train-00000.bin` and `.idx`, hashed while they are written.
+"""Write the documents of one split as shards: pairs of files `train-00000.bin` and `train-00000.idx`.
 
-A shard ends with the document that fills it, so a document is never in two shards. Both files are fsynced and renamed;
-the write of the manifest, which is last, syncs the folder and so their names.
-Cost: 0.3 s per gigabyte for xxh3 and the copies; memory: 4 bytes per document of the open shard.
+A shard ends with the document that fills it, so a document is never in two shards. The hash of a file is computed while
+it is written. Both files are fsynced and renamed. Their names become durable when the manifest is written at the end,
+because that syncs the folder.
+Cost: 0.3 s per gigabyte for hashes and copies. Memory: 4 bytes for each document of the current shard.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ Lengths = npt.NDArray[np.int64]
 
 
 class ShardWriter:
-    """Writes the shards of one split. Add documents, then call `close` for the list of shards."""
+    """Writes the shards of one split. Add documents, then call `close`, which returns the shards.
+
+    dtype: of the tokens. shard_tokens: a shard ends with the document that fills it to this many tokens.
+    """
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
@@ -41,23 +45,26 @@ class ShardWriter:
         self._unwritten = 0
 
     def add(self, tokens: Tokens) -> None:
-        """Write one document: its tokens in the shard's dtype, EOT last."""
+        """Write one document. tokens (n,): its ids, with EOT at the end."""
         data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
         self._write([data.data], np.array([len(tokens)], dtype=np.int64))
 
     def add_run(self, tokens: Tokens, lengths: Lengths) -> None:
-        """Write consecutive documents of `lengths` tokens, each ended by EOT."""
+        """Write several documents. tokens: their ids, one document after another; lengths (n,): with EOT."""
         data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
         while len(lengths):
             ends = np.cumsum(lengths)
-            # As many documents as fill the open shard, the filling one included.
+            # The documents that fit into the current shard, and the one that fills it.
             fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
             size = int(ends[:fills][-1])
             self._write([np.ascontiguousarray(data[:size]).data], lengths[:fills])
             data, lengths = data[size:], lengths[fills:]
 
     def copy(self, file: int, offset_bytes: int, lengths: Lengths) -> None:
-        """Copy consecutive documents of `lengths` tokens from a file descriptor, 1 MiB at a time."""
+        """Copy several adjacent documents from an open file, 1 MiB at a time.
+
+        file: a descriptor. offset_bytes: where the first begins. lengths (n,): in tokens, with EOT.
+        """
         while len(lengths):
             ends = np.cumsum(lengths)
             fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
@@ -66,13 +73,16 @@ class ShardWriter:
             offset_bytes, lengths = offset_bytes + size, lengths[fills:]
 
     def add_chunks(self, chunks: Iterable[bytes | memoryview], tokens: int) -> None:
-        """Write one document of `tokens` tokens (EOT included) from chunks of bytes."""
+        """Write one document that is given as chunks of bytes. tokens: its length with EOT."""
         self._write(chunks, np.array([tokens], dtype=np.int64))
 
     def _write(self, chunks: Iterable[bytes | memoryview], lengths: Lengths) -> None:
-        """Write documents of which only the last one may fill the shard."""
+        """Write documents to the current shard, and finish it if it is full. Only the last document may fill it."""
         if int(lengths.max()) > LONGEST_TOKENS:
-            raise DataError(f"A document of {lengths.max()} tokens is too long for a Megatron index. Split the file.")
+            raise DataError(
+                f"A document has {lengths.max()} tokens, but an index file allows at most {LONGEST_TOKENS}. Split the "
+                f"file."
+            )
         if self._bin is None:
             self._open()
         assert self._bin is not None
@@ -89,15 +99,15 @@ class ShardWriter:
             self._finish(self._bin)
 
     def close(self) -> list[Shard]:
-        """Finish the last shard; returns all of them in order."""
+        """Finish the last shard and return all shards in order."""
         if self._bin is not None:
             self._finish(self._bin)
         return self._done
 
     def abandon(self) -> None:
-        """Close the file of an unfinished shard after an error."""
+        """Close the file of an unfinished shard after an error. Does nothing after `close`."""
         if self._bin is not None:
-            with contextlib.suppress(OSError):  # on a full disk close fails again
+            with contextlib.suppress(OSError):  # if the disk is full, closing fails too
                 self._bin.close()
 
     def _open(self) -> None:
@@ -111,7 +121,7 @@ class ShardWriter:
         return self._folder / (self._name + suffix)
 
     def _finish(self, stream: IO[bytes]) -> None:
-        """Sync the open shard, write its index, and rename both to their final names."""
+        """Sync the current shard, write its index, and rename both files to their final names."""
         with stream:
             sync_stream(stream)
         lengths = np.array(self._lengths, dtype=np.int32)
@@ -128,7 +138,7 @@ class ShardWriter:
             bin_xxh3_128=self._hash.hexdigest(),
             idx_xxh3_128=hash_file(temporary(self._path(".idx")))["xxh3_128"],
         )
-        # The index first: a .bin under its final name always has its .idx.
+        # The index is renamed first, so that a .bin file with its final name always has an .idx file.
         rename_temporary(self._path(".idx"))
         rename_temporary(self._path(".bin"))
         self._done.append(shard)
@@ -136,7 +146,7 @@ class ShardWriter:
 
 
 def chunks_of(file: int, offset_bytes: int, size: int) -> Iterator[bytes]:
-    """`size` bytes of an open file, a megabyte at a time. DataError if the file ends early."""
+    """Yield `size` bytes of an open file (a descriptor) in chunks of a megabyte. Raises DataError if it ends early."""
     end = offset_bytes + size
     while offset_bytes < end:
         chunk = os.pread(file, min(WRITE_BUFFER_BYTES, end - offset_bytes), offset_bytes)

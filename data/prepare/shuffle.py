@@ -1,9 +1,9 @@
-"""An external shuffle of documents: uniform, keyed, with one bucket in memory.
+"""Shuffle more documents than fit into memory.
 
-Document number n gets the 64-bit key mix(n, seed), MurmurHash3's finaliser over a keyed word, and the documents are
-sorted by key: they are written to bucket files by the first bits of their keys, then each bucket is sorted. The result
-depends only on the seed and the numbers, not on the size of the buckets.
-Cost: every token is written and read once more; memory: 4 MiB of tokens and 40 bytes per document of a bucket.
+Document number n gets a 64-bit key: MurmurHash3's finaliser of n and the seed. The documents are sorted by their keys,
+which is a uniform shuffle. For that, they are first written to 256 files (buckets) by the first bits of their keys, and
+then one bucket at a time is sorted in memory. The result depends on the seed and the numbers of the documents only.
+Cost: every token is written and read once more. Memory: 4 MiB, and 40 bytes for each document of a bucket.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from packspeed.data.prepare.units import DocumentRun, Table
 
 
-BUCKETS = 256  # number of open files; with 256 a terabyte of tokens gives buckets of 4 GB on disk
+BUCKETS = 256  # a terabyte of tokens gives files of 4 GB; more buckets would need more open files
 
 
 COPY_BYTES = 2**22
@@ -37,7 +37,11 @@ KEYED = np.dtype([("key", "<u8"), ("offset", "<i8"), ("document", DOCUMENT)])
 def shuffled(
     documents: Iterable[tuple[npt.NDArray[np.int64], DocumentRun]], seed: int, itemsize: int, folder: Path
 ) -> Iterator[tuple[int, npt.NDArray[np.int64], Table]]:
-    """All documents sorted by key. Per bucket: (open file, offsets in bytes (n,), DOCUMENT rows (n,))."""
+    """Yield all documents in shuffled order, in buckets of n documents each.
+
+    documents: numbers (m,) and the documents that have them. itemsize: bytes per token. folder: for temporary files.
+    A bucket is (file descriptor, offsets in bytes (n,), rows of dtype DOCUMENT (n,)).
+    """
     with ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
         buckets = [stack.enter_context(open(Path(temporary) / str(i), "w+b")) for i in range(BUCKETS)]
@@ -67,7 +71,7 @@ def _append(
     bucket: int,
     table: int,
 ) -> None:
-    """Append the chosen documents of a run to a bucket and its table."""
+    """Append some documents of a run, with their keys, to the files of a bucket. bucket, table: file descriptors."""
     rows = np.empty(len(chosen), dtype=KEYED)
     sizes = run.table["tokens"][chosen] * itemsize
     rows["key"], rows["document"] = keys, run.table[chosen]

@@ -1,7 +1,7 @@
-"""Validation from the tail of the token stream, for corpora of fewer than 100 documents.
+"""Take the validation split from the end of the token stream, if there are fewer than 100 documents.
 
-If the cut is inside a document, it is moved to the next border between two characters, and both halves become
-documents: the first half gets an EOT of its own.
+If the cut is inside a document, it is moved to the next border between two characters. Both halves of the document then
+become documents, and the first half gets an EOT.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from packspeed.data.prepare.units import DocumentRun
 from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.tokenizer import Tokenizer
 
-CHARACTER_TOKENS = 64  # no character has more tokens
+CHARACTER_TOKENS = 64  # more than the tokens of any character
 
 
 def split_tail(
     merge: Merge, tokenizer: Tokenizer, dtype: str, train: ShardWriter, val: ShardWriter, val_fraction: float
 ) -> MergeCounts:
-    """Write the first part of the stream to `train` and the last `val_fraction` of its tokens to `val`."""
+    """Write the last `val_fraction` of all tokens to `val` and those before them to `train`. Return the counts."""
     counted = merge.count()
     tokens = sum(int(run.table["tokens"].sum()) for run in merge.runs())
-    remaining = int(tokens * (1 - val_fraction))  # tokens that still go to the training part
+    remaining = int(tokens * (1 - val_fraction))  # how many more tokens go to train
     eot = np.array([tokenizer.eot_id], dtype=np.dtype(dtype).newbyteorder("<"))
     for run in merge.runs():
         for i, length in enumerate(run.table["tokens"].tolist()):
@@ -45,7 +45,11 @@ def split_tail(
 def _between_characters(
     run: DocumentRun, start: int, length: int, cut: int, dtype: np.dtype[np.unsignedinteger], tokenizer: Tokenizer
 ) -> int:
-    """The first token at or after `cut` that begins a character, or `length` if there is none."""
+    """Return the number of the first token of a document, from `cut` on, that begins a character.
+
+    start: where the document begins in the file, in bytes. length: in tokens, which is returned if there is no such
+    token.
+    """
     if cut == 0 or cut >= length - 1:
         return 0 if cut == 0 else length
     raw = os.pread(run.file, (length - 1 - cut) * dtype.itemsize if length - cut < CHARACTER_TOKENS else

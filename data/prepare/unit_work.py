@@ -1,9 +1,10 @@
-"""Do one work unit: read and encode documents, write tokens and the document table, then the receipt.
+"""Process a work unit: read and encode its documents, and write the tokens, a table of the documents and a receipt.
 
-    python -m packspeed.data.prepare.unit_work FOLDER SKIP_BAD ENCODER     unit numbers in, JSON lines out
+    python -m packspeed.data.prepare.unit_work FOLDER SKIP_BAD ENCODER
 
-This command is a worker process of worker_pool.py. It ends when its stdin closes, so it never outlives the parent.
-Memory: a megabyte of text or one piece of a long document, its tokens, and 24 bytes per document of the unit.
+This command is a worker process of worker_pool.py. It reads numbers of units from stdin and writes JSON lines to
+stdout. It ends when its stdin closes, so it never outlives its parent process.
+Memory: a megabyte of text or one piece of a long document, its tokens, and 24 bytes for each document of the unit.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BATCH_BYTES = 2**20
 BATCH_DOCUMENTS = 1024
 
 
-HASH_SEED = 0x7061636B73706565  # never changes, so that a document is on the same side in every dataset
+HASH_SEED = 0x7061636B73706565  # never change it: it decides whether a document is in train or in val
 
 
 WRITE_BUFFER_BYTES = 2**20
@@ -43,7 +44,7 @@ WRITE_BUFFER_BYTES = 2**20
 
 @dataclasses.dataclass
 class Counts:
-    """What was encoded since the last report."""
+    """How much was encoded since the last report."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -55,14 +56,20 @@ ReportCounts = Callable[[Counts], None]
 
 
 class UnitWorker:
-    """Does units of one job, with one encoder."""
+    """Processes work units of one prepare, with one encoder.
+
+    folder: of the units. skip_bad: how many bad documents each unit may skip. choice: the library that encodes.
+    """
 
     def __init__(self, folder: Path, job: Job, tokenizer: Tokenizer, skip_bad: int, choice: Choice = "auto"):
         self.folder, self.job, self.skip_bad = folder, job, skip_bad
         self.encoder = Encoder(tokenizer, choice)
 
     def do(self, unit: Unit, report: ReportCounts) -> Receipt:
-        """Do one unit; returns its receipt. After a DataError none of its files exists."""
+        """Process one unit and return its receipt. report: called with the counts after each megabyte of text.
+
+        Raises DataError if there are too many bad documents. After an error none of the unit's files exists.
+        """
         tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
         path = unit_path(self.folder, unit.number, ".bin")
         table_path = temporary(unit_path(self.folder, unit.number, ".docs"))
@@ -77,8 +84,8 @@ class UnitWorker:
                 rows.write(b"".join(table))
                 for file in (stream, rows):
                     sync_stream(file)
-            # The write of the receipt syncs the folder and so these names. If a crash keeps the receipt and loses a
-            # name, load_receipt sees the missing file.
+            # Writing the receipt syncs the folder, which makes these names durable. If a crash keeps the receipt but
+            # loses a name, load_receipt notices that the file is missing.
             os.replace(table_path, unit_path(self.folder, unit.number, ".docs"))
             os.replace(temporary(path), path)
         except BaseException:
@@ -96,7 +103,10 @@ class UnitWorker:
         return receipt
 
     def _encoded(self, unit: Unit, tally: Tally, table: list[bytes]) -> Iterator[tuple[Tokens, Counts]]:
-        """The tokens of about a megabyte of text at a time. `table` gets a row for every document that ends in it."""
+        """Yield the tokens (n,) and the counts of about a megabyte of text at a time.
+
+        table: gets the rows of the documents that end in that text, as bytes.
+        """
         open_document = _OpenDocument()
         checked = False
         for batch in _batches(read_documents(unit.sources, self.job.text_keys, tally)):
@@ -119,18 +129,21 @@ class UnitWorker:
 
 
 class _OpenDocument:
-    """A document of which some pieces were read: its number of tokens and the hash of its bytes so far."""
+    """The document whose last piece has not been read yet: its number of tokens and the hash of its bytes so far."""
 
     def __init__(self) -> None:
         self.tokens, self.hash = 0, xxhash.xxh3_128(seed=HASH_SEED)
         self.began = False
 
     def continues(self, document: Document) -> bool:
-        """Whether an empty final piece ends a document that has text."""
+        """Return whether an empty last piece ends a document that had text in earlier pieces."""
         return self.began
 
     def rows(self, pieces: list[Document], lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """A table row for each document that ends in these pieces."""
+        """Return a row of dtype DOCUMENT for each document that ends in these pieces.
+
+        lengths (pieces,): tokens of each piece. last (pieces,): whether a piece ends its document.
+        """
         rows = np.zeros(int(last.sum()), dtype=DOCUMENT)
         digests, tokens = list[bytes](), list[int]()
         for piece, length in zip(pieces, lengths.tolist(), strict=True):
@@ -157,7 +170,7 @@ def _add(total: Counts, counts: Counts) -> None:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of documents of about a megabyte together."""
+    """Yield lists of documents, or pieces of them, that have about a megabyte of text together."""
     batch, size = list[Document](), 0
     for document in documents:
         batch.append(document)
@@ -170,8 +183,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def main(folder: Path, skip_bad: int, choice: Choice) -> None:
-    """Run a worker process: read unit numbers from stdin, write JSON lines (worker_pool.Message) to stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the group; the parent ends this one
+    """Run a worker process: read numbers of units from stdin, and write messages (worker_pool.Message) to stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
 
     def send(**message: object) -> None:
         print(json.dumps(message), flush=True)

@@ -1,16 +1,16 @@
-"""Work units: the part of the sources that one process reads and encodes at a time, and its output files.
+"""Work units: the parts of the sources that one process reads and encodes at a time, and their output files.
 
-A unit is about 32 MiB of consecutive source: many small files, or a range of a large one (plain lines are cut at line
-ends, parquet at row groups, arrow at batches, Hub datasets at shards; what cannot be entered in its middle is not cut:
-a compressed file, a text, csv, a JSON array). Units depend only on the sources, not on the number of workers, and the
-dataset is their outputs in order. The units of validation sources follow the others.
+A unit is about 32 MiB of consecutive text: many small files, or a part of a large file. Uncompressed lines are divided
+at line ends, parquet files at row groups, arrow files at batches and Hub datasets at shards. A file that cannot be read
+from its middle is not divided: a compressed file, a text, csv, a JSON array. Units depend on the sources only, not on
+the number of workers. The dataset is the outputs of all units in order. The units of the validation sources come last.
 
-    <dataset>/.units/job.json        the units and everything that decides their tokens
-    <dataset>/.units/00000012.bin    tokens of unit 12 in the dataset's dtype, every document ended by EOT
-    <dataset>/.units/00000012.docs   per document int64 tokens and 16 bytes of xxh3-128
-    <dataset>/.units/00000012.json   the receipt: counts and sizes; written last, so a unit with a receipt is done
+    <dataset>/.units/job.json        the list of units, and everything that determines their tokens
+    <dataset>/.units/00000012.bin    the tokens of unit 12 in the dataset's dtype; every document ends with EOT
+    <dataset>/.units/00000012.docs   for each document the number of tokens (int64) and 16 bytes of xxh3-128
+    <dataset>/.units/00000012.json   the receipt: counts and sizes; written last, so a unit with a receipt is finished
 
-Each file is written under a temporary name, fsynced and renamed. A unit without a receipt is repeated.
+Each file is written under a temporary name, fsynced and renamed. A unit without a receipt is processed again.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ Table = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class DocumentRun:
-    """Documents in an open file: its descriptor, where each begins in bytes, (n,), and their DOCUMENT rows, (n,)."""
+    """n documents in an open file."""
 
-    file: int
-    offsets_bytes: npt.NDArray[np.int64]
-    table: Table
+    file: int  # the descriptor
+    offsets_bytes: npt.NDArray[np.int64]  # (n,): where each document begins in the file
+    table: Table  # (n,) of dtype DOCUMENT: the number of tokens and the hash of each document
 
     def runs(self, chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-        """(first, end) of every run of consecutive chosen documents; `chosen` is (n,)."""
+        """Yield (first, end) for each run of consecutive chosen documents. chosen: (n,)."""
         edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
         yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the sources. `bytes` is its size in the (compressed) files, 0 if unknown."""
+    """A part of the sources. bytes: its size in the (possibly compressed) source files; an estimate for downloads."""
 
     number: int
     bytes: int
@@ -79,28 +79,25 @@ class Unit:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The counts of a finished unit. `bad` and `null` count skipped documents; `passed_over` lists files."""
+    """The counts of a finished unit."""
 
     documents: int
     empty_documents: int
     text_bytes: int
     tokens: int
-    bad: int
-    null: int
-    passed_over: list[str]
-    bin_bytes: int
+    bad: int  # bad documents that were skipped
+    null: int  # records whose text is null
+    passed_over: list[str]  # files that were skipped, with the reason
+    bin_bytes: int  # size of the file with the tokens
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that determines the tokens of the units. `state` is a hash of the sources' names, sizes and times.
-
-    The first `train_units` units are of the sources, the others of the validation sources.
-    """
+    """A prepare: its units, and everything that determines their tokens."""
 
     units: list[Unit]
-    train_units: int
-    state: str
+    train_units: int  # how many units belong to the sources; those after them belong to the validation sources
+    state: str  # a hash of the names, sizes and modification times of the source files
     text_keys: list[str]
     tokenizer_file: str
     tokenizer_sha256: str
@@ -108,12 +105,12 @@ class Job:
     eot_id: int
 
     def identity(self) -> str:
-        """xxh3-128 of the job; another one means another job."""
+        """Return a hash of the job, in hex. Jobs with different hashes give different tokens."""
         return xxhash.xxh3_128_hexdigest(json.dumps([JOB_VERSION, dataclasses.asdict(self)]).encode())
 
 
 class SourceRecord(TypedDict):
-    """A Source in job.json."""
+    """A Source as job.json stores it; see read/sources.py."""
 
     name: str
     kind: str
@@ -125,7 +122,7 @@ class SourceRecord(TypedDict):
 
 
 class UnitRecord(TypedDict):
-    """A Unit in job.json."""
+    """A Unit as job.json stores it."""
 
     number: int
     bytes: int
@@ -133,7 +130,7 @@ class UnitRecord(TypedDict):
 
 
 class JobFile(TypedDict):
-    """The content of job.json: the fields of Job and its identity."""
+    """The content of job.json: the fields of Job, and the result of Job.identity."""
 
     identity: str
     units: list[UnitRecord]
@@ -147,7 +144,10 @@ class JobFile(TypedDict):
 
 
 def plan_units(sources: Sequence[Source], first: int = 0) -> tuple[list[Unit], str]:
-    """The units of the sources, numbered from `first`, and a hash of the names, sizes and times of their files."""
+    """Divide sources into units, numbered from `first`. Return them and a hash for Job.state.
+
+    Raises DataError if a file cannot be read.
+    """
     units, held, size = list[Unit](), list[Source](), 0
     state = xxhash.xxh3_128()
     for source in sources:
@@ -177,13 +177,13 @@ def _state(source: Source) -> str:
 
 
 def _parts(source: Source) -> Iterator[tuple[Source, int]]:
-    """A source with its size in bytes, or its parts of about UNIT_BYTES if it can be cut."""
+    """Yield (part of a source, size in bytes). A source that cannot be divided, or is small, is one part."""
     if source.kind == "hub":
         for shard in range(open_hub(source.name).num_shards):
             yield dataclasses.replace(source, start=shard, end=shard + 1), UNIT_BYTES
         return
     if source.location.startswith(DOWNLOADED):
-        yield source, UNIT_BYTES  # its size is unknown; count it as a unit of its own
+        yield source, UNIT_BYTES  # the size of a download is not known yet, so it becomes a unit of its own
         return
     size = open_store(source.location).size() if is_url(source.location) else os.path.getsize(source.location)
     if size > UNIT_BYTES:
@@ -203,11 +203,11 @@ def _parts(source: Source) -> Iterator[tuple[Source, int]]:
 
 
 def _line_ends(source: Source, size: int) -> Iterator[int]:
-    """Ends of lines about every UNIT_BYTES. A line longer than that is read once, not once per unit."""
+    """Yield byte offsets, about every UNIT_BYTES, at which lines end. A longer line is not divided."""
     end = 0
     with open_source(source) as stream:
         while end < size:
-            # Jump near the next cut, then search for the end of the line there.
+            # Go to the next multiple, then search for the end of the line there.
             end = min(size, end + UNIT_BYTES)
             stream.seek(end)
             while end < size and (chunk := stream.read(2**16)):
@@ -219,7 +219,10 @@ def _line_ends(source: Source, size: int) -> Iterator[int]:
 
 
 def _grouped(source: Source, sizes: Sequence[int]) -> Iterator[tuple[Source, int]]:
-    """Ranges of the row groups or batches of a file, of about UNIT_BYTES."""
+    """Yield (part, size in bytes) for ranges of row groups or batches that have about UNIT_BYTES.
+
+    sizes: of each row group or batch in bytes.
+    """
     start, size = 0, 0
     for i, part_bytes in enumerate(sizes):
         size += part_bytes
@@ -229,7 +232,7 @@ def _grouped(source: Source, sizes: Sequence[int]) -> Iterator[tuple[Source, int
 
 
 def save_job(folder: Path, job: Job) -> None:
-    """Write job.json if it does not exist. UsageError if the folder holds another job."""
+    """Write job.json into a folder of units, unless it exists. Raises UsageError if it has another job."""
     path = folder / JOB
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -237,12 +240,12 @@ def save_job(folder: Path, job: Job) -> None:
     if _read_job(path).get("identity") != job.identity():
         raise UsageError(
             f"{folder.parent} holds an interrupted prepare with other sources, another tokenizer or another text key, "
-            f"or the files have changed since. Repeat its command, or replace it with --overwrite."
+            f"or its source files have changed since. Run its command again, or replace it with --overwrite."
         )
 
 
 def load_job(folder: Path) -> Job:
-    """Read job.json of a folder of units."""
+    """Return the job that job.json in a folder of units describes. Raises DataError if the file is damaged."""
     raw = _read_job(folder / JOB)
     return Job(
         units=[
@@ -272,12 +275,12 @@ def _read_json(path: Path) -> Any:
 
 
 def unit_path(folder: Path, number: int, suffix: str) -> Path:
-    """The path of a unit's file."""
+    """Return the path of a unit's file. suffix: ".bin", ".docs" or ".json"."""
     return folder / f"{number:08d}{suffix}"
 
 
 def load_receipt(folder: Path, number: int) -> Receipt | None:
-    """The receipt of a unit, or None if the unit is not done or its files do not have the sizes in the receipt."""
+    """Return the receipt of a unit, or None if it is not finished or its files do not have the recorded sizes."""
     path = unit_path(folder, number, ".json")
     if not path.exists():
         return None
@@ -291,6 +294,6 @@ def load_receipt(folder: Path, number: int) -> Receipt | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of unfinished units."""
+    """Remove the temporary files of unfinished units from a folder of units."""
     for path in folder.glob(f"*{temporary(Path('x')).suffix}"):
         path.unlink(missing_ok=True)

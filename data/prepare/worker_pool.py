@@ -1,7 +1,7 @@
-"""Worker processes that do the units of one preparation in parallel.
+"""Worker processes that encode the work units of one prepare in parallel.
 
-Workers are plain subprocesses (unit_work.py) with two pipes: they read unit numbers and write counts and receipts.
-They start in 0.3 s, share nothing, and end when their stdin closes, so a kill -9 of the parent leaves none behind.
+A worker is a subprocess (unit_work.py). It reads numbers of units from its stdin, and writes counts and receipts to its
+stdout. It starts in 0.3 s and ends when its stdin closes, so no worker is left if the parent is killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from packspeed.data.prepare.units import Receipt, Unit
 
 
 class Message(TypedDict, total=False):
-    """A JSON line of a worker: one of `ready`, `counts`, `done` with `receipt`, or `error` with `exit_code`."""
+    """One JSON line of a worker. It has `ready`, or `counts`, or `done` and `receipt`, or `error` and `exit_code`."""
 
     ready: bool
     counts: dict[str, int]  # the fields of Counts since the last message
@@ -31,11 +31,14 @@ class Message(TypedDict, total=False):
 
 
 class WorkerPool:
-    """`workers` processes, killed at the end of the `with` block."""
+    """A number of worker processes, which are killed at the end of the `with` block.
+
+    folder: of the units. skip_bad, encoder: as for `prepare`.
+    """
 
     def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str):
         command = [sys.executable, "-m", "packspeed.data.prepare.unit_work", str(folder), str(skip_bad), encoder]
-        # Unbuffered: if two messages arrive together, a buffer would hide the second one from the selector.
+        # The pipes have no buffer: if two messages arrive together, it would hide the second one from the selector.
         self._workers = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) for _ in range(workers)
         ]
@@ -50,7 +53,10 @@ class WorkerPool:
             worker.communicate()
 
     def do(self, units: Sequence[Unit], report: ReportCounts) -> Iterator[tuple[int, Receipt]]:
-        """Do the units on free workers; yields (number, receipt) as they finish. Raises the DataError of any worker."""
+        """Process units on all workers. Yield (number, receipt) of each when it is finished.
+
+        report: called with the counts of each message. Raises DataError if a worker reports an error or ends.
+        """
         waiting, busy = list(reversed(units)), 0
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
@@ -73,7 +79,7 @@ class WorkerPool:
 
 
 def _receive(worker: subprocess.Popen[bytes]) -> Message:
-    """Read a worker's next message. Raises DataError if it is an error or the worker has ended."""
+    """Return the next message of a worker. Raises DataError if it is an error or if the worker has ended."""
     assert worker.stdout is not None
     line = worker.stdout.readline()
     if not line:

@@ -1,4 +1,4 @@
-"""Documents, the count of what is skipped, and the text of a record under one or several keys."""
+"""A document, the tally of what was skipped, and how the text of a record is found under one or several keys."""
 
 from __future__ import annotations
 
@@ -19,31 +19,28 @@ SEPARATOR = "\n\n"  # between the texts of several keys
 
 @dataclass(slots=True)
 class Document:
-    """A text as UTF-8, the name of its source, and its position there: a byte offset (text, lines) or a row.
+    """The text of a document, or one piece of a long text."""
 
-    Or a piece of a long text: all pieces but the final one have `last` False.
-    """
-
-    data: bytes
-    source: str
-    position: int
-    last: bool = True
+    data: bytes  # the text in UTF-8
+    source: str  # name of its file, URL or Hub dataset
+    position: int  # where it begins in the source: a byte offset (text, lines) or the number of a row
+    last: bool = True  # False for every piece of a long text except the last one
 
 
 @dataclass
 class Tally:
-    """Counts what was skipped: `bad` documents, of which `skip_bad` are allowed, and records whose text is null.
+    """Counts the documents and lists the files that were skipped."""
 
-    `passed_over` lists files that were found and are no corpus, as `NAME: REASON`.
-    """
-
-    skip_bad: int = 0
-    bad: int = 0
-    null: int = 0
-    passed_over: list[str] = field(default_factory=list)
+    skip_bad: int = 0  # how many bad documents may be skipped
+    bad: int = 0  # bad documents so far
+    null: int = 0  # records whose text is null
+    passed_over: list[str] = field(default_factory=list)  # files that were found but contain no text: NAME: REASON
 
     def refuse(self, where: str | Callable[[], str], why: str) -> None:
-        """Count a bad document; DataError if there are more than `skip_bad`. A callable `where` is called only then."""
+        """Count a bad document. Raises DataError if there are more than `skip_bad`.
+
+        where: the place, or a function that returns it, which is called only for the error. why: what is wrong.
+        """
         self.bad += 1
         if self.bad > self.skip_bad:
             raise DataError(
@@ -52,17 +49,19 @@ class Tally:
             )
 
     def pass_over(self, source: Source, why: str) -> None:
-        """List a file that a folder or a glob led to; DataError for one that was given by name."""
+        """Record that a file is skipped. Raises DataError if the user gave the file by name, not by folder or glob."""
         if not source.found:
             raise DataError(f"{source.name} cannot be used: {why}.")
         self.passed_over.append(f"{source.name}: {why}")
 
 
 class TextKeys:
-    """Finds the text of a record. `meta.text` is the key `text` inside `meta`, unless there is a key of that name.
+    """Finds the text of a record under the keys of `--text-key`.
 
-    The texts of several keys are joined by an empty line, without those that a record lacks. `take` is the fast way for
-    a good record; it raises LookupError, TypeError or ValueError, or returns None, if `text` would not return a text.
+    The key `meta.text` means the key `text` inside the object `meta`, unless the record has a key of that very name. If
+    there are several keys, their texts are joined by an empty line; keys that the record lacks are left out.
+    take: like `text`, but faster. For a record without a text it raises LookupError, TypeError or ValueError, or
+    returns None; the caller should then call `text` to get the reason.
     """
 
     def __init__(self, keys: str | Sequence[str]):
@@ -77,7 +76,10 @@ class TextKeys:
         return " or ".join(map(repr, self.keys))
 
     def text(self, record: Mapping[str, Any]) -> str | None:
-        """The text, or None if it is null. LookupError if the record has none of the keys, TypeError for no text."""
+        """Return the text of a record, or None if it is null.
+
+        Raises LookupError if the record has none of the keys, and TypeError if a value is not a text.
+        """
         values = [value for key in self.keys for value in _values(record, key)]
         if not values:
             names = ", ".join(map(repr, list(record)[:8]))
@@ -89,12 +91,12 @@ class TextKeys:
         return SEPARATOR.join(filter(None, texts)) if texts else None
 
     def columns(self, names: Sequence[str]) -> list[str]:
-        """The keys whose column is in a table; `meta.text` for a column `meta` too."""
+        """Return the keys that a table with these columns has. A column `meta` provides the key `meta.text` too."""
         return [key for key in self.keys if key in names or key.split(".")[0] in names]
 
 
 def _values(record: Mapping[str, Any], key: str) -> list[Any]:
-    """The value under a key, as a list; empty if there is none. What is below null is null."""
+    """Return the value under a key of a record as a list of one, or an empty list. A key inside null is null."""
     if key in record:
         return [record[key]]
     head, dot, rest = key.partition(".")
@@ -109,7 +111,10 @@ def _values(record: Mapping[str, Any], key: str) -> list[Any]:
 def documents_of(
     value: Any, keys: TextKeys, source: str, position: int, where: str | Callable[[], str], tally: Tally
 ) -> Iterator[Document]:
-    """The document of a record, in pieces if it is long; none if it was counted as null or bad."""
+    """Yield the document of a parsed record, in pieces if it is long, or nothing if it was counted as null or bad.
+
+    where: the record's place for an error message, or a function that returns it. Raises DataError like Tally.refuse.
+    """
     if not isinstance(value, dict):
         tally.refuse(where, f"expected a JSON object, found {type(value).__name__}")
         return

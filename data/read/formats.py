@@ -1,8 +1,8 @@
-"""What a file's name says about its content: the format, and how it is compressed.
+"""The format and the compression of a file, derived from its name.
 
-`train.jsonl.zst` is JSON lines in zstd. A URL is judged by its path, else by a name in its query. Names that say
-nothing have the format `unknown`: such a file is read only if it was given by name, and then by its first bytes
-(sniff.py).
+`train.jsonl.zst` contains JSON lines and is compressed with zstd. For a URL, the path counts, or else a file name in
+its query. If the name reveals nothing, the format is `unknown`. Such a file is read only if the user gave it by name;
+then its first bytes decide (sniff.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMATS = {
 }
 
 
-# Read through their own libraries, which decompress: a second compression around them is not known.
+# These have their own compression inside. Files that are compressed once more are not supported.
 BINARY_FORMATS = ("parquet", "arrow")
 
 
@@ -47,33 +47,33 @@ _TEXT_SUFFIXES = (
 TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
 
 
-# What `--format` offers.
+# The choices of `--format`.
 CHOICES = ("jsonl", "json", "csv", "tsv", "parquet", "arrow", "warc", "text")
 
 
-# Beside files of records these describe the records: the card and the licence of a Hub dataset.
+# In a folder with files of records, these files describe the records: the card and the licence of a Hub dataset.
 CARD = re.compile(r"(readme|license|licence|copying|notice|changelog|citation|contributing|authors)\b.*", re.IGNORECASE)
 
 
-# What `datasets` and Hub tools write beside the data.
+# Files that the `datasets` library and Hub tools write beside the data.
 STATE_FILES = frozenset(["state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"])
 
 
 class Format(NamedTuple):
-    """A format (`unknown` if the name says nothing) and a compression (empty: none)."""
+    """The format of a file ("unknown" if the name does not reveal it) and its compression ("" if none)."""
 
     kind: str
     compression: str
 
 
 def format_of(name: str) -> Format:
-    """The format that the name of a file or a URL says."""
+    """Return the format and the compression that the name of a file or a URL stands for."""
     if not re.match(r"[a-z][a-z0-9+.-]*://", name):
         return _by_suffix(name)
     try:
         url = urlsplit(name)
         names = [unquote(url.path), *(value.rstrip('"; ') for _, value in parse_qsl(url.query))]
-    except ValueError:  # no URL: opening it will say so
+    except ValueError:  # not a valid URL: opening it will raise the error
         names = [name]
     formats = [_by_suffix(candidate) for candidate in names]
     return next((found for found in formats if found.kind != "unknown"), formats[0])

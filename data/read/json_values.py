@@ -1,8 +1,9 @@
-"""The values of a JSON file, one after another: the elements of an array, or values behind one another.
+"""Split a JSON file into its values: the elements of an array, or values that follow one another.
 
-A scanner finds the end of each value by its quotes and brackets; orjson parses it afterwards. So an array of any length
-takes the memory of one element, and pretty-printed objects may be of any number.
-Cost: 200 to 500 MB/s for texts, less for many small fields; memory: one value, or chunks of it above 64 MiB.
+A scanner finds the end of each value from its quotes and brackets; the caller parses the value. So an array of any
+length needs the memory of one element only, and objects may be printed over several lines.
+Cost: 200 to 500 MB/s for texts, less if there are many small fields. Memory: one value; a value above 64 MiB is
+returned in chunks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ _WORD = re.compile(rb'[^ \t\r\n,"\[\]{}]*')
 
 
 def split_values(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
-    """The byte offset of each value and the value; a long one as chunks. ValueError if the file is no such sequence."""
+    """Yield (byte offset, value) for each value of a JSON file, given as chunks of bytes.
+
+    A value above 64 MiB is an iterator of chunks, which must be used before the next value. Raises ValueError if the
+    file is neither an array nor a sequence of values.
+    """
     text = _Text(iter(chunks))
     is_array = text.skip_blank() == b"["
     if is_array:
@@ -54,7 +59,7 @@ def split_values(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | Iterato
 
 
 def _value(text: _Text) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
-    """One value with its offset."""
+    """Yield (byte offset, value) for the value that begins at the cursor."""
     offset, parts, held, size = text.offset, text.value(), list[bytes](), 0
     for part in parts:
         held.append(part)
@@ -73,7 +78,7 @@ def _expect_end(text: _Text) -> None:
 
 
 class _Text:
-    """A cursor over chunks. `offset` is its position in the stream."""
+    """A cursor that moves forward over a stream of chunks. `offset` is its position in bytes."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self._chunks, self._held, self._at, self._before = chunks, b"", 0, 0
@@ -85,7 +90,7 @@ class _Text:
         return self._before + self._at
 
     def peek(self) -> bytes:
-        """The next byte, empty at the end."""
+        """Return the next byte without moving, or b"" at the end of the stream."""
         while self._at >= len(self._held):
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -99,7 +104,7 @@ class _Text:
         self._at += len(self.peek())
 
     def skip_blank(self) -> bytes:
-        """Move past blanks; returns the byte after them, empty at the end."""
+        """Move past white space and return the byte after it, or b"" at the end of the stream."""
         while byte := self.peek():
             if byte not in b" \t\r\n":
                 return byte
@@ -109,7 +114,7 @@ class _Text:
         return b""
 
     def value(self) -> Iterator[bytes]:
-        """The chunks of the value that begins here. ValueError if the file ends inside it."""
+        """Yield the value that begins here, in chunks, and move past it. Raises ValueError if the file ends inside."""
         first = self.peek()
         if first not in b'"{[' or not first:
             yield from self._word()
@@ -146,7 +151,10 @@ class _Text:
         raise ValueError("the file ends inside a value")
 
     def _word(self) -> Iterator[bytes]:
-        """Yield the characters of a number, true, false or null. Other words pass too; the parser refuses them."""
+        """Yield the characters of a number, true, false or null, in chunks.
+
+        Other words are accepted here, because the caller's parser refuses them.
+        """
         moved = False
         while self.peek():
             match = _WORD.match(self._held, self._at)

@@ -1,9 +1,9 @@
-"""The text of one JSON record that is too long for memory: a scanner over the chunks of a line.
+"""Extract the text from one JSON record that is too long for memory, such as a line of 2 GB.
 
-The scanner looks only at strings, brackets and commas, which is enough to find the key at the top level and the bounds
-of its string. The string is decoded by json in slices that end before a space, so no escape sequence or character is
-cut.
-Cost: 100 MB/s; memory: a slice, 4 MiB, or as far as the next space. Format: RFC 8259.
+A scanner moves over the chunks of the line. It looks only at strings, brackets and commas, which is enough to find the
+key and where its string begins and ends. The string is decoded by json in slices of about 4 MiB. A slice ends before a
+space, so no escape sequence and no character is cut.
+Speed: 100 MB/s. Memory: one slice. Format: RFC 8259.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 
 def long_text(parts: Iterable[bytes], text_key: str) -> Iterator[str]:
-    """The string under `text_key`, in slices; `a.b` is the key `b` inside `a`, unless there is a key of that name.
+    """Yield the text under `text_key` in slices. parts: the record, in chunks of bytes.
 
-    ValueError for malformed JSON, LookupError if the key is missing.
+    The key `a.b` means the key `b` inside the object `a`, unless the record has a key of that very name. Raises
+    ValueError if the JSON is malformed, and LookupError if the key is missing or has no text.
     """
     scanner = _Scanner(iter(parts))
     if scanner.structure().removeprefix(b"\xef\xbb\xbf").strip() or scanner.take() != b"{":
@@ -53,13 +54,13 @@ def long_text(parts: Iterable[bytes], text_key: str) -> Iterator[str]:
 
 
 class _Scanner:
-    """A cursor that moves forward over the chunks of a line."""
+    """A cursor that moves forward over the chunks of a record."""
 
     def __init__(self, parts: Iterator[bytes]):
         self._parts, self._held, self._at = parts, b"", 0
 
     def peek(self) -> bytes:
-        """The next byte, empty at the end."""
+        """Return the next byte without moving, or b"" at the end of the record."""
         while self._at >= len(self._held):
             part = next(self._parts, None)
             if part is None:
@@ -68,13 +69,13 @@ class _Scanner:
         return self._held[self._at : self._at + 1]
 
     def take(self) -> bytes:
-        """Return the next byte and move past it."""
+        """Return the next byte and move past it; b"" at the end of the record."""
         byte = self.peek()
         self._at += len(byte)
         return byte
 
     def structure(self) -> bytes:
-        """Move to the next quote, bracket or comma; returns what is before it: blanks, colons, numbers and words."""
+        """Move to the next quote, bracket or comma. Return what was passed: white space, colons, numbers and words."""
         passed = b""
         while self.peek():
             match = _STRUCTURE.match(self._held, self._at)
@@ -85,7 +86,10 @@ class _Scanner:
         return passed
 
     def string(self) -> Iterator[str]:
-        """The decoded rest of a string whose opening quote was taken; moves past the closing quote."""
+        """Yield the rest of a string, decoded, in slices, and move past its closing quote.
+
+        The opening quote must have been passed. Raises ValueError if the record ends inside the string.
+        """
         raw = b""
         while True:
             if not self.peek():
@@ -94,7 +98,7 @@ class _Scanner:
             assert match is not None
             raw, self._at = raw + match.group(), match.end()
             ended = self._at < len(self._held) and self._held[self._at] == 0x22
-            if self._at < len(self._held) and not ended:  # a backslash whose character is in the next chunk
+            if self._at < len(self._held) and not ended:  # the chunk ends with a backslash: add the next chunk
                 rest, self._at = self._held[self._at :], len(self._held)
                 self._held, self._at = rest + next(self._parts, b""), 0
                 if len(self._held) == 1:
@@ -109,7 +113,10 @@ class _Scanner:
                 return
 
     def skip_value(self) -> None:
-        """Move past the rest of a value at the top level and the comma or closing bracket after it."""
+        """Move past the rest of a value and the comma or closing bracket after it.
+
+        Raises ValueError if the record ends first.
+        """
         depth = 0
         while byte := self.take():
             if byte == b'"':
@@ -128,7 +135,10 @@ class _Scanner:
 
 
 def _last_cut(raw: bytes) -> int:
-    """Where a slice may end: before a space, or at an ASCII character more than 12 bytes after any backslash."""
+    """Return where a slice of an encoded string may end: before its last space, or 0 if there is none.
+
+    If a long slice has no space, return the place of an ASCII character that is more than 12 bytes after any backslash.
+    """
     place = raw.rfind(b" ")
     if place > 0 or len(raw) < 4 * SLICE_BYTES:
         return max(0, place)

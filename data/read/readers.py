@@ -1,19 +1,19 @@
-"""Read documents from sources, one after another, each with its source and position.
+"""Read the documents of all sources, one after another. Every document has the name of its source and its position.
 
-    text             .txt, .md, .py, ...: one file is one document, without a byte order mark
-    lines            .jsonl, .ndjson, .jsonlines: one line is one document
-    json             .json: one element of an array is one document, or one object behind the other, or lines
-    csv, tsv         one row under a header is one document (tables.py)
-    parquet, arrow   one row is one document (tables.py); `save_to_disk` folders are arrow
-    warc             one conversion record (WET) is one document (warc.py)
-    hub              one row of a Hub dataset is one document, streamed
+    text             .txt, .md, .py, ...: each file is one document; a byte order mark is removed
+    lines            .jsonl, .ndjson, .jsonlines: each line is one document
+    json             .json: each element of an array is one document, or each of several objects or lines
+    csv, tsv         each row under a header is one document (tables.py)
+    parquet, arrow   each row is one document (tables.py); folders of `save_to_disk` contain arrow files
+    warc             each conversion record (WET) is one document (warc.py)
+    hub              each row of a Hub dataset is one document; the dataset is streamed
 
-All but parquet, arrow and hub may be compressed: .gz, .zst, .zstd, .xz, .bz2. Records have the text under a key or
-several (documents.py). Nothing is repaired silently: a malformed line, a missing key or invalid UTF-8 is refused with
-its file, line and byte, or counted if `skip_bad` allows it.
-A document above 16 MiB comes in pieces (`last` marks the final one), split without changing its tokens (split_text.py);
-so does the text of a line above 64 MiB. Memory: at most 64 MiB for any file.
-orjson parses a line three times as fast as json; a line that orjson refuses is parsed by json, which decides.
+All formats except parquet, arrow and hub may be compressed: .gz, .zst, .zstd, .xz, .bz2. A record has its text under
+one or several keys (documents.py). Nothing is repaired silently. A malformed line, a missing key or invalid UTF-8 is an
+error that names file, line and byte, or is counted if `skip_bad` allows it.
+A document above 16 MiB is returned in pieces, split so that its tokens do not change (split_text.py). Memory: at most
+64 MiB for any file.
+A line is parsed by orjson, which is three times as fast as json. If orjson refuses a line, json decides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ from packspeed.data.read.warc import read_warc
 
 
 def read_documents(sources: Iterable[Source], text_keys: str | Sequence[str], tally: Tally) -> Iterator[Document]:
-    """The documents of the sources, one after another. DataError for a bad one and for a file that cannot be read."""
+    """Yield the documents of all sources. text_keys: where records have their text. tally: counts what is skipped.
+
+    Raises DataError if a file cannot be read, or if there are more bad documents than the tally allows.
+    """
     keys = TextKeys(text_keys)
     for source in sources:
         try:
@@ -53,7 +56,7 @@ def read_documents(sources: Iterable[Source], text_keys: str | Sequence[str], ta
 
 
 def unreadable(source: Source, error: OSError) -> DataError:
-    """The error of a file that cannot be opened or read."""
+    """Return the error to raise if a file cannot be opened or read."""
     return DataError(f"{source.name} cannot be read: {error.strerror or error}. Check the file.")
 
 
@@ -71,7 +74,7 @@ def _read(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
 
 
 def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
-    """A file as one document. A file that was found, not named, is passed over if it is not text."""
+    """Yield a file as one document. If it is not UTF-8 text, it is skipped, or refused if the user gave it by name."""
     chunks = _without_mark(read_chunks(source))
     held, size = list[bytes](), 0
     for chunk in chunks:
@@ -81,7 +84,7 @@ def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
             tally.pass_over(source, "not UTF-8 text")
             return
         if size >= LONG_TEXT_BYTES:
-            held.clear()  # free 16 MiB before the text is read again
+            held.clear()  # frees 16 MiB before the file is read a second time
             yield from _read_long_text(source, tally)
             return
     data = b"".join(held)
@@ -102,7 +105,7 @@ def _refuse_text(source: Source, error: UnicodeDecodeError, where: str, head: by
 
 
 def _read_long_text(source: Source, tally: Tally) -> Iterator[Document]:
-    """A text in pieces, after a first pass has checked that all of it is UTF-8."""
+    """Yield a long text file in pieces. It is read twice: the first time to check that all of it is UTF-8."""
     passed = 0
     try:
         for text in _decoded(read_chunks(source)):
@@ -127,7 +130,10 @@ def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def _read_json(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """The elements of an array, or objects behind one another. A found file with one other object is passed over."""
+    """Yield the documents of a JSON file: the elements of its array, or the values that follow one another.
+
+    A file that contains a single object without the text key is skipped, unless the user gave it by name.
+    """
     values = split_values(read_chunks(source))
     try:
         if source.found:
@@ -142,7 +148,7 @@ def _read_json(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Documen
 
 
 def _is_no_record(value: bytes | Iterator[bytes], keys: TextKeys) -> bool:
-    """Whether a value is an object without the keys."""
+    """Return whether a value is a JSON object without any of the text keys."""
     if not isinstance(value, bytes):
         return False
     try:
@@ -157,13 +163,13 @@ def _is_no_record(value: bytes | Iterator[bytes], keys: TextKeys) -> bool:
 def _read_records(
     source: Source, values: Iterator[tuple[int, bytes | Iterator[bytes]]], keys: TextKeys, tally: Tally
 ) -> Iterator[Document]:
-    """One document per value, a line or an element of an array. Empty lines are ignored."""
+    """Yield one document per value, which is a line or an element of an array. Empty lines are ignored."""
     take = keys.take
     for offset, line in values:
         if not isinstance(line, bytes):
             yield from _read_long_line(line, offset, source, keys)
             continue
-        # The fast path for good lines; everything else takes the slow path, which finds the reason.
+        # The fast path for good lines. All others take the slow path, which finds the reason for the error.
         try:
             data = take(orjson.loads(line)).encode()
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -174,7 +180,7 @@ def _read_records(
 
 
 def _read_odd_line(line: bytes, offset: int, source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """Refuse a line that orjson refused, or return its document if json accepts it (NaN, for example)."""
+    """Yield the document of a line that orjson refused, if json accepts it (NaN, for example); else count it as bad."""
 
     def where(start: int = 0) -> str:
         return f"{source.name}, line {_line_number(source, offset)}, byte {offset + start}"
@@ -191,7 +197,10 @@ def _read_odd_line(line: bytes, offset: int, source: Source, keys: TextKeys, tal
 
 
 def _read_long_line(parts: Iterable[bytes], offset: int, source: Source, keys: TextKeys) -> Iterator[Document]:
-    """The document of a line that is too long for memory. Its errors are found too late to skip it."""
+    """Yield the document of a line that is too long for memory, in pieces.
+
+    Raises DataError if the line is bad. It cannot be skipped, because earlier pieces have been used already.
+    """
     try:
         if len(keys.keys) > 1:
             raise LookupError("can be read under one --text-key only")
@@ -206,7 +215,7 @@ def _read_long_line(parts: Iterable[bytes], offset: int, source: Source, keys: T
 
 
 def _line_number(source: Source, offset: int) -> int:
-    """Number (from 1) of the line that begins at a byte of the uncompressed stream. Reads the file again."""
+    """Return the number, from 1, of the line that begins at a byte offset. Reads the file again, decompressed."""
     number, seen = 1, 0
     for chunk in read_chunks(Source(source.name, "lines", compression=source.compression, copy=source.copy)):
         number += chunk.count(b"\n", 0, max(0, offset - seen))
@@ -217,7 +226,10 @@ def _line_number(source: Source, offset: int) -> int:
 
 
 def open_hub(name: str) -> Any:
-    """A Hub dataset, `OWNER/NAME[:CONFIG][@SPLIT]`, as a stream. DataError if it cannot be read."""
+    """Open a Hub dataset, `OWNER/NAME[:CONFIG][@SPLIT]`, as a streaming dataset of the `datasets` library.
+
+    Raises DataError if it cannot be read.
+    """
     import datasets
 
     path, _, split = name.partition("@")
@@ -231,12 +243,12 @@ def open_hub(name: str) -> Any:
 def _hub_error(name: str, error: Exception) -> DataError:
     return DataError(
         f"Hub dataset {name} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]}). "
-        f"Check its name, configuration and split, and the network; it is no local path either."
+        f"Check its name, configuration and split, and the network. There is no local file of this name either."
     )
 
 
 def _read_hub(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """One document per row of the part's Hub shards, streamed."""
+    """Yield one document per row of those shards of a Hub dataset that `source` covers."""
     stream = open_hub(source.name)
     shards = range(stream.num_shards)[source.start : source.end if source.end >= 0 else None]
     for shard in shards:

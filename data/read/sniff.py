@@ -1,5 +1,7 @@
-"""The format of a source whose name does not say it: standard input, `data.gz`, a URL without a file name; and which
-kind of JSON a .json file is. Reads at most a megabyte.
+"""Detect the format of a source from its first bytes, if its name does not reveal it.
+
+That is so for standard input, for `data.gz` and for a URL without a file name. It also detects whether a .json file
+contains lines. At most a megabyte is read.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ _RECORDS = re.compile(rb'\s*(\[\s*)?\{\s*("|\})')
 
 
 def sniffed(source: Source) -> Source:
-    """The source with a kind that a reader has: never `unknown`, and `json` only if it is not lines."""
+    """Return the source with its format detected: `kind` is not "unknown", and is "lines" if a JSON file has lines.
+
+    Raises DataError if the source is binary data of no known format.
+    """
     if source.kind not in ("unknown", "json"):
         return source
     head = _head(source)
@@ -44,7 +49,7 @@ def sniffed(source: Source) -> Source:
 
 
 def looks_binary(head: bytes) -> bool:
-    """Whether the first bytes of a file cannot be UTF-8 text. A character cut off at the end is allowed."""
+    """Return whether the first bytes of a file cannot be UTF-8 text. They may end inside a character."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -72,7 +77,7 @@ def _kind(source: Source, head: bytes) -> str:
 
 
 def _begins_with_lines(head: bytes) -> bool:
-    """Whether the first line is a JSON object and another line follows."""
+    """Return whether the first line is a JSON object and another line follows it."""
     line, _, rest = head.lstrip().partition(b"\n")
     if not rest.strip():
         return False

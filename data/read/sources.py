@@ -1,6 +1,6 @@
-"""Which files, URLs and Hub datasets a preparation reads, and in which order.
+"""Find the files, URLs and Hub datasets that `prepare` reads, and their order.
 
-    a file                            its format is chosen by its name (formats.py), else by its first bytes
+    a file                            its name decides the format (formats.py), or else its first bytes (sniff.py)
     a folder                          the files of known formats below it except hidden ones, sorted by path
     a glob, ** for any depth          expanded, sorted by path; a folder that matches is read as a folder
     http://, https://                 downloaded
@@ -8,9 +8,10 @@
     hf:OWNER/NAME[:CONFIG][@SPLIT]    a Hub dataset, streamed
     -                                 standard input
 
-Links to folders are followed, each folder once. What a folder or a glob holds and is not read is listed with the
-reason: unknown formats, state files of `datasets`, the README beside records, datasets that packspeed wrote, broken
-links. `include` and `exclude` are glob patterns, matched on the path below the folder or below the glob's first folder.
+Links to folders are followed, but each folder is read once. Files in a folder or a glob that are not read are listed
+with the reason: unknown formats, state files of the `datasets` library, a README beside records, datasets that
+Packspeed wrote, broken links. `include` and `exclude` are glob patterns. They are matched with a file's path below the
+folder, or below the part of the glob that has no pattern.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ NO_RECORDS = ("text", "unknown")
 
 @dataclass(frozen=True)
 class Source:
-    """One file, URL or Hub dataset, or a part of it. `found` is True if a folder or a glob led to it.
+    """One file, URL or Hub dataset, or a part of it.
 
-    `start` and `end` bound the part: bytes of plain lines (at line ends), row groups of parquet, batches of arrow,
-    shards of a Hub dataset. An `end` of -1 is the end of the file. `copy` is a local copy of its content, if there is
-    one.
+    found: whether it was found through a folder or a glob; False if the user gave it by name.
+    start, end: the part to read, without the end: bytes of uncompressed lines (at line ends), row groups of parquet,
+    batches of arrow or shards of a Hub dataset. An end of -1 means the end of the file.
+    copy: the path of a local copy, or "".
     """
 
     name: str
@@ -59,13 +61,13 @@ class Source:
 
     @property
     def location(self) -> str:
-        """What to open: the local copy, else the name."""
+        """Return the path or URL to open: the local copy if there is one, otherwise the name."""
         return self.copy or self.name
 
 
 @dataclass
 class SourceList:
-    """The sources in the order of reading, and what was passed over, as `NAME: REASON`."""
+    """The sources in the order in which they are read, and the files that were skipped, as `NAME: REASON`."""
 
     sources: list[Source] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
@@ -79,9 +81,10 @@ def find_sources(
     outside: Path | None = None,
     unknown: str = "",
 ) -> SourceList:
-    """The files, URLs and Hub datasets that `specs` name, without files in folder `outside`.
+    """Return the sources for the user's arguments `specs`.
 
-    `unknown` is the format of files whose name says none (one of formats.CHOICES). UsageError for a path that does not
+    include, exclude: see above. outside: files in this folder are left out. unknown: the format (one of
+    formats.CHOICES) of files whose names do not reveal it; "": skip such files. Raises UsageError if a path does not
     exist or contains nothing to read.
     """
     if unknown and unknown not in CHOICES:
@@ -98,12 +101,12 @@ def find_sources(
 
 
 def printable(name: str) -> str:
-    """A name as UTF-8: names of files may be any bytes."""
+    """Return a file name as text that UTF-8 can encode. Bytes that are not UTF-8 become escapes such as \\xff."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class _Search:
-    """Collects sources, one argument after the other."""
+    """Collects the sources of all arguments in `result`."""
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str], outside: Path | None, unknown: str):
         self.include, self.exclude, self.unknown = include, exclude, unknown
@@ -111,7 +114,7 @@ class _Search:
         self.result = SourceList()
 
     def add(self, spec: str) -> None:
-        """Add the sources of one argument. UsageError if it names nothing."""
+        """Add the sources of one argument. Raises UsageError if it does not exist."""
         if spec == STDIN:
             self._add_named(spec)
         elif is_url(spec):
@@ -137,7 +140,9 @@ class _Search:
 
     def _add_folder(self, folder: str) -> None:
         if _is_dataset(folder):
-            raise UsageError(f"{folder} is a dataset of tokens that packspeed wrote, not text. Name its sources.")
+            raise UsageError(
+                f"{folder} is a dataset of tokens that Packspeed wrote, not text. Give the text that it was made from."
+            )
         self._choose(folder, list(self._walk(folder)))
 
     def _add_glob(self, pattern: str) -> None:
@@ -146,7 +151,7 @@ class _Search:
             raise UsageError(f"No file matches {pattern}. Check the pattern; ** matches folders at any depth.")
         names = list[str]()
         for match in matches:
-            # ** has already matched what is below the folder.
+            # With **, the files below a matching folder have been matched too.
             if os.path.isdir(match) and "**" not in pattern:
                 names += self._walk(match)
             elif not os.path.isdir(match):
@@ -154,7 +159,7 @@ class _Search:
         self._choose(_folder_of(pattern), sorted(dict.fromkeys(names)))
 
     def _walk(self, folder: str) -> Iterator[str]:
-        """The files below a folder, without hidden ones, sorted by path. Every folder is visited once."""
+        """Yield the files below a folder, sorted by path, without hidden ones. Each folder is visited once."""
         visited = {os.path.realpath(folder)}
         names = list[str]()
 
@@ -168,7 +173,7 @@ class _Search:
                     folders.remove(name)
                 elif real in visited:
                     folders.remove(name)
-                    self._pass_over(path, "the same folder as another one that is read")
+                    self._pass_over(path, "a link to a folder that is read already")
                 elif _is_dataset(path):
                     folders.remove(name)
                     self._pass_over(path, "a dataset that packspeed wrote")
@@ -178,18 +183,18 @@ class _Search:
         yield from sorted(names)
 
     def _add_from_store(self, url: str) -> None:
-        """A file, a folder or a glob in a store that fsspec opens."""
+        """Add the files that a URL names in a store that fsspec opens: a file, a folder or a glob."""
         store = open_store(url)
         if store.is_file():
             self._add_named(url)
             return
         names = store.glob() if glob.has_magic(url) else store.find()
         if not names:
-            raise UsageError(f"{url} does not exist, or holds no file. Check the URL and the credentials.")
+            raise UsageError(f"{url} does not exist, or contains no file. Check the URL and the credentials.")
         self._choose(_folder_of(url) if glob.has_magic(url) else url.rstrip("/"), names, store)
 
     def _choose(self, folder: str, names: list[str], store: Store | None = None) -> None:
-        """Add those of the files in `folder` that are corpus; list the others with the reason."""
+        """Add those of the files `names` below `folder` that contain text, and list the others with the reason."""
         names = [name for name in names if self._wanted(os.path.relpath(name, folder)) and not self._is_outside(name)]
         has_records = any(format_of(name).kind not in NO_RECORDS and not _is_state(name) for name in names)
         saved = _SavedDatasets(names, store)
@@ -204,18 +209,18 @@ class _Search:
                 self.result.sources.append(self._source(name, found=True))
 
     def _reason(self, name: str, has_records: bool, remote: bool) -> str:
-        """Why a file in a folder is not read; empty if it is."""
+        """Return why a file in a folder is not read, or "" if it is read."""
         base, kind = os.path.basename(name), format_of(name).kind
         if not remote and not os.path.isfile(name):
             return "a broken link" if os.path.islink(name) else "not a regular file"
         if _is_state(name):
             return "describes a dataset"
         if has_records and not self.include and CARD.fullmatch(base) and kind in NO_RECORDS:
-            return "describes the data beside it (read it with --include)"
+            return "describes the data beside it (to read it, use --include)"
         if base.startswith("cache-") and kind == "arrow":
             return "a cache of datasets"
         if kind == "unknown" and not self.unknown:
-            return "its name says no known format (choose one by --format, or give the file by name)"
+            return "its name reveals no known format (choose one with --format, or give the file by name)"
         return ""
 
     def _source(self, name: str, found: bool) -> Source:
@@ -227,7 +232,7 @@ class _Search:
         return chosen and not any(fnmatchcase(path, pattern) for pattern in self.exclude)
 
     def _is_outside(self, name: str) -> bool:
-        """Whether a path is the folder `outside` or in it."""
+        """Return whether a path is the excluded folder `outside` or is in it."""
         if self.outside is None or is_url(name):
             return False
         path = Path(name).resolve()
@@ -238,7 +243,10 @@ class _Search:
 
 
 class _SavedDatasets:
-    """Folders that `Dataset.save_to_disk` wrote. state.json lists their files in order; others there are caches."""
+    """The folders among `names` that `Dataset.save_to_disk` wrote.
+
+    The state.json of such a folder lists its files in order. All other files in it are caches.
+    """
 
     def __init__(self, names: list[str], store: Store | None):
         self.names = names
@@ -249,14 +257,14 @@ class _SavedDatasets:
         }
 
     def reason(self, name: str) -> str:
-        """Why a file is no part of a saved dataset; empty if it is, or if there is none in its folder."""
+        """Return why a file in the folder of a saved dataset is not part of it; "" for all other files."""
         files = self.files.get(os.path.dirname(name))
         if not files or os.path.basename(name) in files or _is_state(name):
             return ""
         return "not among the files that state.json lists"
 
     def ordered(self) -> list[str]:
-        """All names, those of a saved dataset in its order."""
+        """Return all names, with the files of a saved dataset in the order of its state.json."""
 
         def key(name: str) -> tuple[PurePosixPath, int, str]:
             folder, base = os.path.split(name)
@@ -273,7 +281,7 @@ def _data_files(content: bytes) -> list[str]:
         state = json.loads(content)
         return [str(record["filename"]) for record in state["_data_files"]]
     except (ValueError, LookupError, TypeError):
-        return []  # another program's state.json
+        return []  # the state.json of another program
 
 
 def _is_state(name: str) -> bool:
@@ -281,7 +289,7 @@ def _is_state(name: str) -> bool:
 
 
 def _is_dataset(folder: str) -> bool:
-    """Whether a folder holds a dataset of packspeed, finished or not."""
+    """Return whether a folder contains a dataset that Packspeed wrote, complete or not."""
     if os.path.exists(os.path.join(folder, ".units", "job.json")):
         return True
     path = os.path.join(folder, DATASET_FILE)
@@ -289,7 +297,7 @@ def _is_dataset(folder: str) -> bool:
 
 
 def _dataset_folders(names: list[str], store: Store | None) -> set[str]:
-    """The folders of files that are datasets of packspeed."""
+    """Return those folders of the files `names` that are datasets which Packspeed wrote."""
     if store is None:
         return {folder for folder in {os.path.dirname(name) for name in names} if _is_dataset(folder)}
     manifests = [name for name in names if os.path.basename(name) == DATASET_FILE]
@@ -297,7 +305,7 @@ def _dataset_folders(names: list[str], store: Store | None) -> set[str]:
 
 
 def _read(name: str, store: Store | None) -> bytes:
-    """The first bytes of a small file; empty if it cannot be read."""
+    """Return up to a megabyte from the start of a file, or b"" if it cannot be read."""
     try:
         if store is not None:
             return store.head(name, 2**20)
@@ -308,7 +316,7 @@ def _read(name: str, store: Store | None) -> bytes:
 
 
 def _folder_of(pattern: str) -> str:
-    """The part of a glob before its first pattern."""
+    """Return the folder of a glob: the part of the path before its first pattern."""
     parts = pattern.split("/")
     first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     return "/".join(parts[:first]) or ("/" if pattern.startswith("/") else ".")

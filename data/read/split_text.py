@@ -1,13 +1,13 @@
-"""Split a document that is too long for memory, so that encoding the pieces gives the tokens of the document.
+"""Split a document that is too long for memory, so that the tokens of the pieces are the tokens of the document.
 
-The common tokenizer patterns (GPT-2's, cl100k's, o200k's, Llama 3's and the one trained here) match a word together
-with the one space before it. So they always split between a letter and a following space or newline that is followed by
-another letter, whatever is around. The text is split at such a point. If 4 million characters have none (base64, a
-genome), it is split between two characters: the text stays the same, and one token border is at another place.
+Tokenizers first split a text with a regular expression. The common ones (those of GPT-2, cl100k, o200k, Llama 3 and of
+tokenizers trained here) always split between a letter and a space or newline that is followed by another letter. So the
+document is split at such a point. If 4 million characters contain none (base64, a genome), it is split between two
+characters. Then the text is still the same, but one border between tokens may differ.
 Cost: a search from the end of a piece, microseconds. tests/test_data_pieces.py compares the tokens with tiktoken's.
 
-Hundreds of strings of a few megabytes fragment glibc's heap (a line of 2 GB with characters of four bytes took 735 MB),
-so from the first long document on every allocation above a megabyte is mapped separately and returned when freed.
+Hundreds of strings of a few megabytes fragment glibc's heap: a line of 2 GB with characters of four bytes took 735 MB.
+So once there is a long document, every allocation above a megabyte is mapped separately, and unmapped when it is freed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _M_MMAP_THRESHOLD = -3
 
 
 def last_split_point(text: str) -> int:
-    """The last position at which a text may be split, 0 if there is none."""
+    """Return the last position at which a text may be split without changing its tokens, or 0 if there is none."""
     end = len(text)
     while end > 0:
         start = max(0, end - _SEARCH_CHARACTERS)
@@ -51,7 +51,7 @@ def last_split_point(text: str) -> int:
 
 
 def split_text(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The text in pieces of about a million characters, each with True if it is the last."""
+    """Yield (piece, is_last) for a text that arrives in parts. A piece has about a million characters."""
     _map_large_allocations()
     held = ""
     for part in parts:
@@ -68,7 +68,7 @@ def split_text(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 @lru_cache
 def _map_large_allocations() -> None:
-    """mallopt(M_MMAP_THRESHOLD), which also stops glibc from raising the threshold. Does nothing without glibc."""
+    """Make glibc map every allocation above a megabyte separately. Does nothing with another C library."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**20)

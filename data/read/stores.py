@@ -1,7 +1,7 @@
-"""Files that are not on a local disk: downloads over HTTP, and the stores that fsspec opens (s3, gs, hf, ...).
+"""Files that are not on a local disk: downloads over HTTP, and the stores that fsspec opens (s3, gs, hf and others).
 
-A download is retried with growing pauses if the server fails or breaks off. What arrives must have the length that the
-server promised.
+If the server fails or the connection breaks, a download is retried with growing pauses. The downloaded file must have
+the length that the server announced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from packspeed.data.errors import DataError, UsageError
 DOWNLOADED = ("http://", "https://")
 
 
-# They log the traceback of an error that is raised and described too.
+# These libraries log the traceback of an error that is raised as well.
 QUIET_LOGGERS = ("fsspec", "s3fs", "gcsfs", "huggingface_hub")
 
 
@@ -35,33 +35,33 @@ WAITS_S = (0.5, 1.0, 2.0, 4.0)
 LONGEST_WAIT_S = 60.0
 
 
-# The server or a proxy may answer otherwise a moment later.
+# HTTP status codes for which another attempt may succeed.
 PASSING_ERRORS = (408, 425, 429, 500, 502, 503, 504)
 
 
 def is_url(name: str) -> bool:
-    """Whether a name has a protocol: http://, s3://, ..."""
+    """Return whether a name begins with a protocol, such as http:// or s3://."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) is not None
 
 
 class Store:
-    """One URL in a store that fsspec opens. Errors of any store's library become DataError."""
+    """One URL in a store that fsspec opens. All methods turn the errors of the store's library into DataError."""
 
     def __init__(self, url: str, files: Any, path: str):
         self.url, self._files, self._path = url, files, path
 
     def is_file(self) -> bool:
-        """Whether the URL is a file."""
+        """Return whether the URL is a file."""
         return bool(self._call(self._files.isfile, self._path))
 
     def find(self) -> list[str]:
-        """The URLs of all files below the URL, without hidden ones, sorted."""
+        """Return the URLs of all files below the URL, sorted, without hidden ones."""
         root = self._path.rstrip("/")
         paths = self._call(self._files.find, self._path)
         return self._urls(path for path in paths if "/." not in path.removeprefix(root))
 
     def glob(self) -> list[str]:
-        """The URLs of all files that the URL's pattern matches, sorted; a folder that matches gives its files."""
+        """Return the URLs of all files that match the URL as a glob, sorted. A folder that matches adds its files."""
         names = list[str]()
         for path, info in self._call(self._files.glob, self._path, detail=True).items():
             if info["type"] != "directory":
@@ -71,20 +71,20 @@ class Store:
         return self._urls(dict.fromkeys(names))
 
     def size(self) -> int:
-        """The file's size in bytes."""
+        """Return the size of the file in bytes."""
         return int(self._call(self._files.info, self._path)["size"])
 
     def stamp(self) -> str:
-        """A key that changes with the file's content, as far as the store knows."""
+        """Return a text that changes if the file changes, as far as the store can tell."""
         return str(self._call(self._files.ukey, self._path))
 
     def open(self) -> IO[bytes]:
-        """Open the file for reading; the stream can seek."""
+        """Open the file for reading. The stream supports seek."""
         stream: IO[bytes] = self._call(self._files.open, self._path, "rb")
         return stream
 
     def head(self, url: str, size: int) -> bytes:
-        """The first bytes of another file in the store."""
+        """Return the first `size` bytes of another file in the same store."""
         return bytes(self._call(self._files.cat_file, self._files._strip_protocol(url), start=0, end=size))
 
     def _urls(self, paths: Any) -> list[str]:
@@ -93,12 +93,15 @@ class Store:
     def _call(self, function: Any, *arguments: Any, **options: Any) -> Any:
         try:
             return function(*arguments, **options)
-        except Exception as error:  # every store's library has errors of its own
+        except Exception as error:  # each store's library raises its own classes of errors
             raise store_error(self.url, error) from error
 
 
 def open_store(url: str) -> Store:
-    """The store of a URL. UsageError if its protocol is unknown or its library is not installed."""
+    """Open the store of a URL with fsspec.
+
+    Raises UsageError if the protocol is unknown or its library is not installed, and DataError if the library fails.
+    """
     import fsspec
 
     for name in QUIET_LOGGERS:
@@ -113,7 +116,7 @@ def open_store(url: str) -> Store:
 
 
 def store_error(url: str, error: Exception) -> DataError:
-    """The error of a store's library in one paragraph."""
+    """Return a DataError for an error of a store's library."""
     return DataError(
         f"{url} cannot be read ({type(error).__name__}: {_words(error)}). Check the URL, the credentials and the "
         f"network."
@@ -125,7 +128,7 @@ def _words(error: object) -> str:
 
 
 def download(url: str, copy: IO[bytes]) -> None:
-    """Write the content of a URL to `copy`. DataError if it does not arrive complete after several attempts."""
+    """Download a URL and write its content to the open file `copy`. Raises DataError if all attempts fail."""
     for wait_s in (*WAITS_S, None):
         try:
             _fetch(url, copy)
@@ -137,7 +140,7 @@ def download(url: str, copy: IO[bytes]) -> None:
 
 
 class _Passing(Exception):
-    """A failure that may be gone at the next attempt. `wait_s`: what the server asked for."""
+    """A failure after which another attempt may succeed. wait_s: the seconds to wait that the server requested."""
 
     def __init__(self, message: str, wait_s: float = 0.0):
         super().__init__(message)
@@ -145,8 +148,8 @@ class _Passing(Exception):
 
 
 def _fetch(url: str, copy: IO[bytes]) -> None:
-    """Download once, from the start. _Passing for what is worth another attempt, DataError for the rest."""
-    import urllib.request  # takes 40 ms (ssl, email), needed only for URLs
+    """Download a URL once, from the start. Raises _Passing if another attempt may succeed, otherwise DataError."""
+    import urllib.request  # only here, because it takes 40 ms (ssl, email)
 
     copy.seek(0)
     copy.truncate()
@@ -170,5 +173,8 @@ def _fetch(url: str, copy: IO[bytes]) -> None:
     if expected is not None and copy.tell() != int(expected):
         raise _Passing(f"broke off after {copy.tell()} of {expected} bytes")
     if encoding not in ("", "identity"):
-        raise DataError(f"{url} arrives with the content encoding {encoding}, which was not asked for. Download it.")
+        raise DataError(
+            f"{url} arrives with the content encoding {encoding}, which was not requested. Download the file by other "
+            f"means and give its path."
+        )
     copy.seek(0)

@@ -1,7 +1,7 @@
-"""Bytes and lines of source files: local files, stores and downloads, decompressed, lines of any length.
+"""Read the bytes and the lines of source files: local files, files in stores and downloads, decompressed if needed.
 
-A compressed stream that is damaged or ends early is refused. Memory: 64 MiB, however well the file is compressed; a
-longer line is returned in chunks.
+A compressed file that is damaged or ends early is refused. Memory: at most 64 MiB, however well a file is compressed. A
+line longer than that is returned in chunks.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ CHUNK_BYTES = 2**20
 LONG_LINE_BYTES = 2**26
 
 
-# A zstd block is at least 4 bytes long and gives at most 128 KiB, so this many bytes give at most 64 MiB.
+# A zstd block has at least 4 bytes and expands to at most 128 KiB, so this many bytes expand to at most 64 MiB.
 ZSTD_PIECE_BYTES = 2**11
 
 
-ZSTD_WINDOW_BYTES = 2**31  # `zstd --long=31`
+ZSTD_WINDOW_BYTES = 2**31  # the largest window, which `zstd --long=31` uses
 
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -50,7 +50,7 @@ OPEN_COMPRESSED: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
 
 
 def open_source(source: Source) -> IO[bytes]:
-    """Open the source's bytes as they are stored. The stream can seek."""
+    """Open a source for reading, without decompression. The stream supports seek."""
     if is_url(source.location):
         return open_store(source.location).open()
     return open(source.location, "rb")
@@ -58,7 +58,7 @@ def open_source(source: Source) -> IO[bytes]:
 
 @contextlib.contextmanager
 def local_copy(source: Source) -> Iterator[Source]:
-    """The source; if it must be downloaded, with a temporary copy of its content."""
+    """Yield the source. If it is an http(s) URL, download it first; the copy is removed at the end of the block."""
     if source.copy or not source.name.startswith(DOWNLOADED):
         yield source
         return
@@ -69,9 +69,10 @@ def local_copy(source: Source) -> Iterator[Source]:
 
 
 def read_chunks(source: Source) -> Iterator[bytes]:
-    """The source's part, decompressed. DataError if it cannot be read, is damaged, or ends inside a compressed stream.
+    """Yield the content of a source, or of its part from start to end, decompressed, in chunks of about a megabyte.
 
-    A file that does not exist or cannot be opened is an OSError.
+    Raises DataError if the file is damaged or ends inside a compressed stream, and OSError if it does not exist or
+    cannot be opened.
     """
     try:
         with open_source(source) as raw:
@@ -90,7 +91,7 @@ def read_chunks(source: Source) -> Iterator[bytes]:
     except Exception as error:
         if not is_url(source.location):
             raise
-        raise store_error(source.name, error) from error  # every store's library has errors of its own
+        raise store_error(source.name, error) from error  # each store's library raises its own classes of errors
 
 
 class _DamagedError(Exception):
@@ -116,7 +117,10 @@ def _decompressed(raw: IO[bytes], compression: str) -> Iterator[bytes]:
 
 
 def _zstd_pieces(raw: IO[bytes]) -> Iterator[bytes]:
-    """Decompress frame by frame: the library's own reader accepts a file that ends inside a frame."""
+    """Yield the decompressed content of a zstd file, in small pieces. Raises _DamagedError.
+
+    Frames are decompressed one by one, because the library's own reader accepts a file that ends inside a frame.
+    """
     import zstandard
 
     unpack = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
@@ -136,7 +140,7 @@ def _zstd_pieces(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Pieces as chunks of about CHUNK_BYTES; a larger piece is cut."""
+    """Join small pieces to chunks of at most CHUNK_BYTES, and cut larger pieces."""
     held, size = list[bytes](), 0
     for piece in pieces:
         held.append(piece)
@@ -151,7 +155,10 @@ def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
-    """The byte offset of each line (in the uncompressed stream) and the line without its end; a long one as chunks."""
+    """Yield (byte offset, line without its newline) for each line of a stream of chunks.
+
+    A line above 64 MiB is an iterator of chunks, which must be used before the next line. offset: of the first chunk.
+    """
     chunks, pending, held = iter(chunks), list[bytes](), 0
     while (chunk := next(chunks, None)) is not None:
         *ended, rest = chunk.split(b"\n")
@@ -164,7 +171,7 @@ def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int,
         if rest:
             pending.append(rest)
             held += len(rest)
-        # Too long for memory: return an iterator that takes the rest of the line from the same chunks.
+        # The line is too long for memory: yield an iterator that reads the rest of it from the same chunks.
         if held > LONG_LINE_BYTES:
             long = _LongLine(pending, chunks)
             yield offset, iter(long)
@@ -177,7 +184,7 @@ def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int,
 
 
 class _LongLine:
-    """The chunks of one line. When they are used up, `rest` is what followed the line in its last chunk."""
+    """An iterator over the chunks of one long line. At its end, `rest` is the part of the last chunk after the line."""
 
     def __init__(self, pending: list[bytes], chunks: Iterator[bytes]):
         self.bytes, self.rest = 0, b""
@@ -199,7 +206,7 @@ class _LongLine:
 
 
 def is_stream(source: Source) -> bool:
-    """Whether a source can be read only once and needs a copy: standard input, a pipe."""
+    """Return whether a source can be read only once and has no copy yet: standard input or a pipe."""
     if source.name == STDIN:
         return not source.copy
     if source.copy or source.kind == "hub" or is_url(source.name):
@@ -208,7 +215,10 @@ def is_stream(source: Source) -> bool:
 
 
 def copy_streams(sources: Sequence[Source], folder: Path) -> list[Source]:
-    """The sources; what can be read only once is copied to the folder under the hash of its content."""
+    """Copy the sources that can be read only once into a folder. Return all sources, with the paths of the copies.
+
+    The name of a copy contains the hash of its content.
+    """
     copied = list[Source]()
     for source in sources:
         if is_stream(source):

@@ -1,8 +1,8 @@
-"""Rows of tables as documents: csv, tsv, parquet and arrow.
+"""Read the rows of tables as documents: csv, tsv, parquet and arrow.
 
-csv follows RFC 4180 strictly: quotes that do not close and rows with another number of fields than the header are bad.
-Memory: csv one row, at most 64 MiB a line and 16 million characters a field; parquet one page of the file (a megabyte,
-if its writer did not put more into it) and a batch of about 16 MiB; arrow is mapped, and its pages are given back after
+csv follows RFC 4180 strictly: a quote that is not closed, or a row that has not as many fields as the header, is bad.
+Memory: for csv one row (at most 64 MiB per line and 16 million characters per field); for parquet one page of the file
+(usually a megabyte) and a batch of about 16 MiB. Arrow files are mapped into memory, and the pages are released after
 every 16 MiB of text.
 """
 
@@ -33,13 +33,13 @@ from packspeed.data.read.streams import (
     split_lines,
 )
 
-LONGEST_FIELD = 2**24  # characters; csv takes 4 bytes for each
+LONGEST_FIELD = 2**24  # characters; Python's csv module needs 4 bytes for each
 
 
 BATCH_ROWS = 1024
 
 
-ARROW_FILE = b"ARROW1"  # an IPC file; an IPC stream has no magic
+ARROW_FILE = b"ARROW1"  # the first bytes of an IPC file; an IPC stream has no such mark
 
 
 BATCH_BYTES = 2**24
@@ -49,7 +49,10 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
 def read_csv(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """One document per row. The first row names the columns."""
+    """Yield one document per row of a csv or tsv file. The first row has the names of the columns.
+
+    Raises DataError if no column has the text, or if there are more bad rows than the tally allows.
+    """
     csv.field_size_limit(LONGEST_FIELD)
     rows = csv.reader(_csv_lines(source), delimiter=DELIMITERS[source.kind], strict=True)
     header: list[str] = []
@@ -81,7 +84,7 @@ def read_csv(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]
 
 
 def _csv_lines(source: Source) -> Iterator[str]:
-    """Lines with their ends. Bytes that are not UTF-8 become half surrogates, which `_is_utf8` finds."""
+    """Yield the lines of a file with their newlines. Bytes that are not UTF-8 become lone surrogates (see _is_utf8)."""
     for offset, line in split_lines(read_chunks(source)):
         if not isinstance(line, bytes):
             raise DataError(
@@ -100,22 +103,22 @@ def _is_utf8(text: str) -> bool:
 
 
 def _columns(source: Source, keys: TextKeys, names: list[str]) -> list[str]:
-    """The columns of a table that hold the text. DataError if there is none."""
+    """Return those columns of a table that contain the text. Raises DataError if there is none."""
     columns = keys.columns(names)
     if not columns:
         shown = ", ".join(names)[:300]
-        raise DataError(f"{source.name} has no column {keys}; choose by --text-key among {shown}.")
+        raise DataError(f"{source.name} has no column {keys}; choose with --text-key among {shown}.")
     return columns
 
 
 def read_parquet(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """One document per row of the part's row groups."""
+    """Yield one document per row of those row groups of a parquet file that `source` covers."""
     import pyarrow.parquet
 
     with (
         _damage_named(source),
         open_source(source) as raw,
-        # By the buffer and not ahead, or a column of a row group would be in memory.
+        # With pre_buffer, a complete column of a row group would be in memory.
         pyarrow.parquet.ParquetFile(raw, buffer_size=CHUNK_BYTES, pre_buffer=False) as table,
     ):
         columns = _columns(source, keys, table.schema_arrow.names)
@@ -129,16 +132,19 @@ def read_parquet(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Docum
 
 
 def _batch_rows(group: Any) -> int:
-    """Rows of a row group that are about BATCH_BYTES."""
+    """Return how many rows of a row group take about BATCH_BYTES, at most BATCH_ROWS."""
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(group.total_byte_size))))
 
 
 def _rows(
     batch: Any, keys: TextKeys, source: Source, row: int, tally: Tally, release: Callable[[], object] = lambda: None
 ) -> Iterator[Document]:
-    """The documents of a batch whose first row has the number `row`. `release` gives back memory that was read."""
+    """Yield the documents of a batch of rows.
+
+    row: the number of its first row in the file. release: called from time to time to release memory that was read.
+    """
     if batch.num_columns == 1 and keys.keys == (batch.schema.names[0],) and batch.nbytes < 2 * BATCH_BYTES:
-        # The fast path for a column of texts; everything else takes the slow path, which finds the reason.
+        # The fast path for a column of texts. All others take the slow path, which finds the reason for an error.
         with contextlib.suppress(UnicodeDecodeError):
             values = batch.column(0).to_pylist()
             if all(isinstance(value, str) for value in values):
@@ -168,7 +174,10 @@ def _is_text(column_type: Any) -> bool:
 
 
 def _content(column: Any, row: int) -> Any:
-    """The bytes of a text as a buffer, None if the column has none. A scalar of pyarrow would copy them."""
+    """Return the bytes of the text in a row as a buffer, or None if the column has no content.
+
+    Nothing is copied; a pyarrow scalar would be a copy.
+    """
     _, offsets, content = column.buffers()
     ends = memoryview(offsets).cast("q" if str(column.type).startswith("large") else "i")
     start, end = ends[column.offset + row], ends[column.offset + row + 1]
@@ -176,7 +185,7 @@ def _content(column: Any, row: int) -> Any:
 
 
 def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], object]) -> Iterator[Document]:
-    """A long text in pieces, decoded a megabyte at a time, after a pass that checks that it is UTF-8."""
+    """Yield a long text in pieces, decoded a megabyte at a time. A first pass checks that all of it is UTF-8."""
 
     def decoded() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
@@ -192,10 +201,13 @@ def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], obj
 
 
 def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """One document per row of the part's batches, in an IPC file or an IPC stream (as `datasets` writes)."""
+    """Yield one document per row of those batches of an arrow file that `source` covers.
+
+    The file is an IPC file or an IPC stream, which the `datasets` library writes.
+    """
     row = 0
     with _damage_named(source), _mapped(source) as pages:
-        release = partial(pages.madvise, mmap.MADV_DONTNEED)  # or all of the file would count as memory in use
+        release = partial(pages.madvise, mmap.MADV_DONTNEED)  # otherwise all pages read would count as memory in use
         schema, batches = _open_arrow(pages)
         columns = _columns(source, keys, schema.names)
         tops = [name for name in schema.names if any(name in (key, key.split(".")[0]) for key in columns)]
@@ -212,7 +224,7 @@ def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Documen
 
 
 def arrow_batch_bytes(source: Source) -> list[int]:
-    """The size of every batch of an arrow file."""
+    """Return the size in bytes of each batch of an arrow file; for an IPC file the average."""
     import pyarrow.ipc
 
     with _damage_named(source), _mapped(source) as pages:
@@ -224,9 +236,9 @@ def arrow_batch_bytes(source: Source) -> list[int]:
 
 
 def row_group_bytes(source: Source) -> list[int]:
-    """The uncompressed size of every row group of a parquet file, from its footer.
+    """Return the uncompressed size in bytes of each row group of a parquet file, from its footer.
 
-    The sizes of single columns are not asked for: in a damaged footer they make pyarrow 26 abort the process.
+    Sizes of single columns are not read: if the footer is damaged, that makes pyarrow 26 abort the process.
     """
     import pyarrow.parquet
 
@@ -237,7 +249,7 @@ def row_group_bytes(source: Source) -> list[int]:
 
 @contextlib.contextmanager
 def _damage_named(source: Source) -> Iterator[None]:
-    """Turn pyarrow's errors into DataError: it raises its own, and OSError without a number."""
+    """A context that turns pyarrow's errors (its own classes, or OSError without errno) into DataError."""
     import pyarrow
 
     try:
@@ -252,7 +264,7 @@ def _damage_named(source: Source) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _mapped(source: Source) -> Iterator[mmap.mmap]:
-    """The source's content as memory. It is not unmapped before the last array that uses it is freed."""
+    """Yield the content of a source, mapped into memory. It stays mapped until the last array that uses it is freed."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_source(source))
         if is_url(source.location):
@@ -266,7 +278,7 @@ def _mapped(source: Source) -> Iterator[mmap.mmap]:
 
 
 def _open_arrow(pages: mmap.mmap) -> tuple[Any, Iterator[Any]]:
-    """The schema and the batches of an IPC file or stream."""
+    """Return the schema and an iterator over the batches of an arrow IPC file or stream."""
     import pyarrow.ipc
 
     content = pyarrow.py_buffer(pages)
@@ -278,14 +290,14 @@ def _open_arrow(pages: mmap.mmap) -> tuple[Any, Iterator[Any]]:
 
 
 def _valid_parts(batch: Any) -> Iterator[Any]:
-    """A batch in parts of about BATCH_BYTES whose offsets are inside their buffers. ArrowInvalid if they are not."""
+    """Yield a batch in parts of about BATCH_BYTES, checked. Raises ArrowInvalid if offsets lead outside the buffers."""
     import pyarrow
 
     rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
     for start in range(0, batch.num_rows, rows):
         part = batch.slice(start, rows)
         for column in part.columns:
-            # As bytes: a text that is not UTF-8 is refused with its row later, not with its file here.
+            # Checked as bytes and not as text, because a row that is not UTF-8 is reported later with its number.
             if _is_text(column.type):
                 is_large = pyarrow.types.is_large_string(column.type)
                 column = column.view(pyarrow.large_binary() if is_large else pyarrow.binary())

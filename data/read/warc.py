@@ -1,9 +1,9 @@
-"""Documents of WARC files: the extracted text that Common Crawl's WET files hold, one conversion record per page.
+"""Read the documents of WARC files: the extracted text in Common Crawl's WET files, one conversion record per page.
 
 A record is a version line, headers, an empty line, Content-Length bytes and two line ends (ISO 28500). Web pages
-(response records, HTML) are not text: a file that has only those is refused, because the extraction of text from HTML
-is a choice of its own (trafilatura, resiliparse).
-Memory: one record up to 16 MiB; a longer text comes in pieces.
+(response records with HTML) are not text. A file that has only web pages is refused, because how to extract text from
+HTML is the user's choice (trafilatura or resiliparse, for example).
+Memory: one record up to 16 MiB; a longer text is returned in pieces.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ LONGEST_HEADER = 2**16
 
 
 def read_warc(source: Source, tally: Tally) -> Iterator[Document]:
-    """One document per record of extracted text. DataError for a damaged file and for one that has only web pages."""
+    """Yield one document per record of extracted text.
+
+    A file that has only web pages is skipped, or raises DataError if the user gave it by name. Raises DataError if the
+    file is damaged.
+    """
     stream: IO[bytes] = io.BufferedReader(_ChunkStream(read_chunks(source)), CHUNK_BYTES)
     texts, pages = 0, 0
     while (header := _header(stream, source)) is not None:
@@ -43,7 +47,10 @@ def read_warc(source: Source, tally: Tally) -> Iterator[Document]:
 
 
 def _header(stream: IO[bytes], source: Source) -> dict[str, str] | None:
-    """The headers of the next record, names in lower case; None at the end of the file."""
+    """Return {name in lower case: value} of the next record's headers, or None at the end of the file.
+
+    Raises DataError if there is no valid record.
+    """
     line = stream.readline(LONGEST_HEADER)
     while line in (b"\r\n", b"\n"):
         line = stream.readline(LONGEST_HEADER)
@@ -68,7 +75,7 @@ def _document(
         try:
             for text, last in split_text(_decoded(_body(stream, size, source))):
                 yield Document(text.encode("utf-8"), source.name, number, last)
-        except UnicodeDecodeError as error:  # found too late to skip the record
+        except UnicodeDecodeError as error:  # the record cannot be skipped: pieces of it have been used already
             raise DataError(f"{where}: not UTF-8 ({error.reason}). Correct or remove it.") from error
         return
     data = b"".join(_body(stream, size, source))
@@ -101,7 +108,7 @@ def _damaged(source: Source, why: str) -> DataError:
 
 
 class _ChunkStream(io.RawIOBase):
-    """Chunks of bytes as a stream."""
+    """A readable stream over chunks of bytes."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self._chunks, self._held = chunks, b""

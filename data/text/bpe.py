@@ -1,9 +1,9 @@
-"""Training a byte-level BPE with Hugging Face's tokenizers library.
+"""Train a byte-level BPE tokenizer with Hugging Face's tokenizers library.
 
-Training counts pieces of text cut by GPT-2's pattern and merges the most frequent adjacent pair until the vocabulary
-is full (the library counts in Rust: 4,096 tokens from 14 MB in 4.5 s on two cores). Ids 0 to 255 are the bytes, then
-the merges in the order they were learned, and end-of-text is last, as in GPT-2. So an id is also a rank, and the same
-vocabulary is written a second time in tiktoken's format.
+GPT-2's pattern splits the text into words. The most frequent pair of adjacent tokens is merged into a new token until
+the vocabulary is full. The library does this in Rust: 4,096 tokens from 14 MB take 4.5 s on two cores. Ids 0 to 255 are
+the bytes, then come the merged tokens in the order in which they were learned, and end-of-text is last, as in GPT-2. So
+an id is also a rank, and the vocabulary is written in tiktoken's format too.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> JsonTokenizer:
-    """Train a byte-level BPE of `vocab_size` tokens, end-of-text included, and write it as `out` (a `.json` path).
+    """Train a byte-level BPE on texts, write it to the file `out` (NAME.json), and return it.
 
-    The same ranks go to `NAME.tiktoken` and `NAME.tiktoken.json` beside it. The result depends only on the texts.
-    UsageError for an impossible size or name, DataError if the texts are too few to fill the vocabulary.
+    vocab_size: number of tokens, end-of-text included. The same tokens are written in tiktoken's format to
+    NAME.tiktoken and NAME.tiktoken.json. The result depends on the texts and vocab_size only. Raises UsageError if
+    vocab_size is below 257 or the name is wrong, and DataError if the texts are too short to fill the vocabulary.
     """
     import tokenizers
 
@@ -45,15 +46,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> J
     size = trained.get_vocab_size() + 1
     if size < vocab_size:
         raise DataError(
-            f"The text repeats too little for {vocab_size} tokens: it gives {size}. Train on more text or ask for "
-            f"--vocab-size {size}."
+            f"The text is too short or too uniform for {vocab_size} tokens: it gives {size}. Train on more text or ask "
+            f"for --vocab-size {size}."
         )
     trained.add_special_tokens([EOT])
     return _write(trained, out)
 
 
 def _write(trained: tokenizers.Tokenizer, out: Path) -> JsonTokenizer:
-    """Write the three files of a trained tokenizer. The .json file is last: if it exists, all three do."""
+    """Write the three files of a trained tokenizer. The .json file is written last: if it exists, all three exist."""
     content = trained.to_str(pretty=True).encode("utf-8") + b"\n"
     tokenizer = JsonTokenizer(out.stem, content)
     ranks_file = format_ranks(tokenizer.byte_ranks())

@@ -1,11 +1,11 @@
 """Find the file that defines a tokenizer, and convert other formats to the content of a tokenizer.json.
 
-    tokenizer.json             taken as it is
-    tokenizer.model, *.model   SentencePiece (Unigram and BPE), read by the sentencepiece library: pip install
-                               packspeed[sentencepiece]. The ids are compared with sentencepiece's on a sample.
+    tokenizer.json             used as it is
+    tokenizer.model, *.model   SentencePiece (Unigram and BPE), read by the sentencepiece library, which `pip install
+                               packspeed[sentencepiece]` installs. The ids are compared with its ids on a sample text.
     vocab.json, merges.txt     GPT-2's byte-level BPE
 
-The result depends only on the files. It is what a dataset keeps, so a dataset decodes without them.
+The result depends on the files only. A dataset keeps the result, so it can be decoded without the original files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ HUB_FILES = ["tokenizer.json", "*.model", "vocab.json", "merges.txt", "added_tok
 HUB_FILES += [CONFIG, "special_tokens_map.json", "generation_config.json", "config.json"]
 
 
-# Tokenizers of transformers that cut text by GPT-2's expression.
+# Tokenizer classes of transformers that split text with GPT-2's pattern.
 GPT2_CLASSES = ("", "GPT2", "Roberta", "Bart", "Longformer", "LED", "PreTrained", "Tokenizers")
 
 
-# Text on which regular expression engines and merge rules differ: spaces, lines, repeats, cases, scripts, digits.
+# A text on which different tokenizers are likely to differ: spaces, line ends, repeats, cases, scripts and digits.
 PROBE = (
     "Hello  world!\n\n\tIt's   HE'LL we'Ve 1234567 ½²³ a\u00a0b \u3000 \r\n \r x\n y  \naaaaaaaaaaaaaaa ======== "
     "\u00e9e\u0301 ſK Ǆ \u4f60\u597d\u4e16\u754c \u0645\u0631\u062d\u0628\u0627 \U0001f600\U0001f468\u200d\U0001f469 "
@@ -35,11 +35,14 @@ PROBE = (
 
 
 def find_tokenizer_file(path: Path, spec: str) -> Path:
-    """The file in a folder that defines its tokenizer, or `path` itself if it is one. UsageError if there is none."""
+    """Return the file that defines the tokenizer in a folder, or `path` itself if it is a file.
+
+    spec: what the user gave, for the message. Raises UsageError if there is no such file.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UsageError(f"Tokenizer file {spec} does not exist. Check the path, or name a tiktoken vocabulary.")
+        raise UsageError(f"Tokenizer file {spec} does not exist. Check the path, or give a tiktoken vocabulary's name.")
     if (path / "tokenizer.json").is_file():
         return path / "tokenizer.json"
     models = sorted(path.glob("*.model"))
@@ -48,13 +51,13 @@ def find_tokenizer_file(path: Path, spec: str) -> Path:
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         return path / "vocab.json"
     raise UsageError(
-        f"{spec} holds no tokenizer that packspeed reads: no tokenizer.json, no single SentencePiece .model file, and "
-        f"no vocab.json with merges.txt. {_by_transformers(str(path))}"
+        f"{spec} contains no tokenizer that Packspeed can read: no tokenizer.json, no single SentencePiece .model "
+        f"file, and no vocab.json with merges.txt. {_by_transformers(str(path))}"
     )
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file. DataError if it cannot be read."""
+    """Return the bytes of a file. Raises DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -62,12 +65,12 @@ def read_file(path: Path) -> bytes:
 
 
 def hub_folder(name: str) -> Path:
-    """A local folder with the tokenizer's files of a Hub repository. DataError if they cannot be downloaded."""
+    """Download the tokenizer files of a Hub repository (owner/name) and return the local folder. Raises DataError."""
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # its own errors, and those of its HTTP library
+    except Exception as error:  # huggingface_hub raises its own errors and those of its HTTP library
         raise DataError(
             f"The tokenizer of {name} could not be fetched from the Hub ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}). Check the name, the network and, for a gated model, `hf auth "
@@ -76,7 +79,11 @@ def hub_folder(name: str) -> Path:
 
 
 def from_vocabulary(file: Path, tokens: DocumentTokens) -> bytes:
-    """The content of a tokenizer.json from vocab.json and the merges.txt beside it."""
+    """Return the content of a tokenizer.json made from a vocab.json and the merges.txt in the same folder.
+
+    tokens: names of the end-of-text and begin-of-text tokens. Raises UsageError if the vocabulary is not a byte-level
+    BPE like GPT-2's or merges.txt is missing, and DataError if a file is damaged.
+    """
     folder = file.parent
     config = read_json_object(folder / CONFIG)
     name = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
@@ -106,7 +113,7 @@ def from_vocabulary(file: Path, tokens: DocumentTokens) -> bytes:
 def _added_tokens(
     folder: Path, config: dict[str, Any], vocabulary: dict[str, int], tokens: DocumentTokens
 ) -> list[dict[str, Any]]:
-    """The added tokens of a model whose vocabulary is a vocab.json, in order of id."""
+    """Return the `added_tokens` of the tokenizer.json for a model that has a vocab.json, sorted by id."""
     added = {i: {"content": c, "special": True} for c, i in read_json_object(folder / "added_tokens.json").items()}
     for token_id, token in (config.get("added_tokens_decoder") or {}).items():
         added[int(token_id)] = {"content": token["content"], "special": token.get("special") is True}
@@ -117,18 +124,18 @@ def _added_tokens(
 
 
 def from_sentencepiece(file: Path) -> tuple[bytes, DocumentTokens]:
-    """The content of a tokenizer.json from a SentencePiece model, and the tokens that it names.
+    """Return the content of a tokenizer.json made from a SentencePiece model, and the model's EOT and BOS tokens.
 
-    UsageError without the sentencepiece library and for models that tokenizers cannot express, DataError for a damaged
-    file or if the ids differ from sentencepiece's.
+    Raises UsageError if the sentencepiece library is missing or if a tokenizer.json cannot express the model. Raises
+    DataError if the file is damaged, or if the result gives other ids than sentencepiece for a sample text.
     """
     try:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise UsageError(
-            f"{file} is a SentencePiece model, and the library that reads it is not installed: pip install "
-            f"'packspeed[sentencepiece]'. Or give the tokenizer.json of the same model, if it has one."
+            f"{file} is a SentencePiece model, but the library that reads it is not installed: run pip install "
+            f"'packspeed[sentencepiece]', or give the tokenizer.json of the same model if there is one."
         ) from error
     model = sentencepiece_model_pb2.ModelProto()
     try:
@@ -140,8 +147,8 @@ def from_sentencepiece(file: Path) -> tuple[bytes, DocumentTokens]:
     spec = next((spec for spec in specs if _agrees(spec, reference, file)), None)
     if spec is None:
         raise DataError(
-            f"{file}: sentencepiece and the tokenizers library give other ids for some texts. Give the tokenizer.json "
-            f"that the makers of the model publish."
+            f"{file} cannot be converted: sentencepiece and the tokenizers library give different ids for some texts. "
+            f"Give the tokenizer.json that the authors of the model publish."
         )
     names = {i: piece.piece for i, piece in enumerate(model.pieces)}
     trained = model.trainer_spec
@@ -152,15 +159,16 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePi
 
 
 def _sentencepiece_spec(model: Any, file: Path, first: bool) -> bytes:
-    """The tokenizer.json of a SentencePiece model.
+    """Return the content of a tokenizer.json for a SentencePiece model.
 
-    The space in front of a text is put there by Metaspace if `first`: that is right after user-defined symbols, and
-    wrong before a text that begins with spaces. Else by Prepend, which is wrong after such symbols.
+    SentencePiece puts a space in front of a text. No component of the tokenizers library does that in all cases. If
+    `first`, Metaspace does it, which is wrong for a text that begins with spaces. Otherwise Prepend does it, which is
+    wrong after user-defined symbols. The caller tries both.
     """
     trained, rules, pieces = model.trainer_spec, model.normalizer_spec, model.pieces
     if trained.model_type not in (1, 2) or not rules.escape_whitespaces or trained.treat_whitespace_as_suffix:
         raise UsageError(
-            f"{file} is a SentencePiece model of a kind that packspeed does not read (words, characters, or spaces at "
+            f"{file} is a SentencePiece model of a kind that Packspeed cannot read (words, characters, or spaces at "
             f"the end of words). Use a Unigram or BPE model."
         )
     special = (UNKNOWN, CONTROL, UNUSED)
@@ -208,7 +216,11 @@ def _unigram(model: Any) -> dict[str, Any]:
 
 
 def _pair_encoding(model: Any) -> dict[str, Any]:
-    """SentencePiece joins the pair whose joint piece has the best score: the list of all such pairs, best first."""
+    """Return the `model` of a tokenizer.json for a SentencePiece BPE model.
+
+    SentencePiece merges the pair whose merged piece has the best score. So the merges are all pairs that form a piece,
+    sorted by its score.
+    """
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     pairs = [
@@ -228,7 +240,10 @@ def _pair_encoding(model: Any) -> dict[str, Any]:
 
 
 def _agrees(content: bytes, reference: Any, file: Path) -> bool:
-    """Whether the converted tokenizer and sentencepiece give the same ids for PROBE and the model's own symbols."""
+    """Return whether a converted tokenizer gives the same ids as sentencepiece for PROBE and user-defined symbols.
+
+    Raises DataError if the tokenizers library cannot read the converted tokenizer.
+    """
     import tokenizers
 
     try:
@@ -264,7 +279,7 @@ def _content(
 
 
 def _by_transformers(folder: str) -> str:
-    """How to make a tokenizer.json of a tokenizer that only transformers reads."""
+    """Return the sentence that tells the user how to make a tokenizer.json with transformers."""
     return (
         'Make a tokenizer.json: python -c "import transformers as t; t.AutoTokenizer.from_pretrained('
         f"{folder!r}).save_pretrained('tokenizer')\", then give --tokenizer tokenizer."

@@ -1,14 +1,14 @@
-"""Batches of texts to token ids: by gigatoken if it is installed and supports the tokenizer, by tiktoken otherwise.
+"""Encode batches of texts: with gigatoken if it is installed and supports the tokenizer, otherwise with tiktoken.
 
-gigatoken (https://pypi.org/project/gigatoken) caches the tokens of every word and encodes 40 to 70 million GPT-2 tokens
-a second on one core, tiktoken 3 to 4. tiktoken remains the reference: the first documents of every work unit are
-encoded by both, and a difference is refused. gigatoken selects a tokenizer by the regular expression that cuts the
-text, so it gets exactly those patterns only. Its cache has no limit: an encoder whose memory has grown by 96 MiB is
-replaced by a new one, which costs 0.1 s.
+gigatoken (https://pypi.org/project/gigatoken) caches the tokens of every word. On one core it encodes 40 to 70 million
+GPT-2 tokens per second; tiktoken encodes 3 to 4 million. tiktoken is the reference: both encode the first documents of
+every work unit, and a difference is an error. gigatoken knows three of the patterns that split text into words, and is
+used only for tokenizers with one of them. Its cache grows without limit, so a gigatoken encoder whose memory has grown
+by 96 MiB is replaced by a new one, which takes 0.1 s.
 
-Its batch function returns awkward arrays, whose import alone takes as long as encoding 20 MB. So the texts of a batch
-are joined into one by a mark that is a special token with EOT's id: the result has EOT after every text. tiktoken
-encodes the batch if a text contains the mark itself.
+gigatoken's own batch function imports the package `awkward`, which takes as long as encoding 20 MB. So the texts of a
+batch are joined into one text with a mark between them. The mark is registered as a special token with the id of
+end-of-text (EOT), so the result has EOT after every text. If a text contains the mark, tiktoken encodes the batch.
 """
 
 from __future__ import annotations
@@ -34,21 +34,24 @@ Choice = Literal["auto", "gigatoken", "tiktoken"]
 CHECKED_BYTES = 2**16
 
 
-LONG_CHARACTERS = 2**19  # a longer text is encoded in windows, by a tokenizer that may not be given it in pieces
+LONG_CHARACTERS = 2**19  # longer texts are encoded in windows (long_text.py), if the tokenizer does not split at words
 
 
 GROWTH_BYTES = 96 * 2**20
 
 
-MARK = "\0<|packspeed: here a document ends|>\1"  # no prefix of it is a suffix of it, so marks cannot overlap
+MARK = "\0<|packspeed: here a document ends|>\1"  # no prefix of the mark is a suffix of it, so marks cannot overlap
 
 
-# gigatoken's names of the patterns that it has.
+# The patterns that gigatoken supports -> its names for them.
 PATTERNS = {GPT2_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k"}
 
 
 class Encoder:
-    """Encodes batches of texts. `name` is the library that does it."""
+    """Encodes batches of texts with BOS and EOT. `name` is "gigatoken" or "tokenizer".
+
+    choice: the library to use. Raises UsageError if it is "gigatoken" and that is missing or lacks the pattern.
+    """
 
     def __init__(self, tokenizer: Tokenizer, choice: Choice = "auto"):
         self.tokenizer = tokenizer
@@ -56,22 +59,22 @@ class Encoder:
         if choice == "gigatoken" and ranks_file is None:
             raise UsageError(
                 f"gigatoken cannot encode with the tokenizer {tokenizer.name}: it is not installed (pip install "
-                f"gigatoken) or does not support this tokenizer's pattern. Leave --encoder out."
+                f"gigatoken) or does not support this tokenizer's pattern. Omit --encoder."
             )
         self.fast = _Gigatoken(*ranks_file, tokenizer.eot_id) if ranks_file is not None else None
         self.name = "gigatoken" if self.fast else "tokenizer"
         self._eot = np.array([tokenizer.eot_id], dtype=np.uint32)
-        self._inside = False  # the last text did not end its document
-        self._open: LongText | None = None  # that document, unless it may be split between words
+        self._inside = False  # whether the last text left its document unfinished
+        self._open: LongText | None = None  # the unfinished document, if the tokenizer does not split at words
 
     def encode(
         self, texts: Sequence[bytes], last: Sequence[bool] | None = None
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The ids of all UTF-8 texts, (sum of lengths,), and the lengths, (texts,).
+        """Return the ids of all texts, (sum of lengths,), and the number of ids of each text, (texts,).
 
-        Every document begins with BOS, if the tokenizer has `bos_id`, and ends with EOT. `last` (default: all) tells
-        which texts end a document; the next text continues one that does not end. Ids of a document in pieces may come
-        with a later piece.
+        texts: UTF-8. last (default: all True): whether a text ends its document; if not, the next text continues it. A
+        document ends with EOT, and begins with BOS if the tokenizer has a bos_id. The ids of a piece of a document may
+        be returned with a later piece.
         """
         if last is None or (all(last) and not self._inside):
             tokens, lengths = self._complete(texts)
@@ -87,12 +90,12 @@ class Encoder:
         return self._with_bos(np.concatenate(pieces), np.array([len(ids) for ids in pieces], dtype=np.int64), begins)
 
     def _complete(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The ids of texts with EOT after each, and the lengths."""
+        """Return the ids of complete documents with EOT after each, and the number of ids of each."""
         encoded = self.fast.encode(texts) if self.fast is not None else None
         return encoded if encoded is not None else self._reference(texts)
 
     def _reference(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """As `_complete`, by the tokenizer itself."""
+        """Return the same as `_complete`, but computed by the tokenizer itself and not by gigatoken."""
         decoded = [text.decode("utf-8") for text in texts]
         if not self.tokenizer.splits_at_words and max(map(len, decoded), default=0) > LONG_CHARACTERS:
             ids = [self._long(text) for text in decoded]
@@ -102,14 +105,14 @@ class Encoder:
         return np.concatenate(arrays), np.array([len(document) + 1 for document in ids], dtype=np.int64)
 
     def _long(self, text: str) -> npt.NDArray[np.uint32]:
-        """The ids of one text, in windows if it is long: that needs less memory and time (long_text.py)."""
+        """Return the ids of one text. A long one is encoded in windows, which takes less memory and time."""
         if len(text) <= LONG_CHARACTERS:
             return self.tokenizer.encode_batch([text])[0]
         long_text = LongText(self.tokenizer)
         return np.concatenate([long_text.add(text), long_text.end()])
 
     def _piece(self, text: str, last: bool) -> npt.NDArray[np.uint32]:
-        """The ids that are final after one more piece of a document, and EOT if it is the last."""
+        """Return those ids of a document that are final after one more piece, with EOT after the last piece."""
         if self._open is None:
             if last:
                 return np.concatenate([self._long(text), self._eot])
@@ -123,14 +126,17 @@ class Encoder:
     def _with_bos(
         self, tokens: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], begins: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The same with BOS in front of the texts that begin a document."""
+        """Return the ids and lengths with BOS inserted before those texts that begin a document, if there is a BOS."""
         if self.tokenizer.bos_id is None:
             return tokens, lengths
         starts = np.cumsum(lengths) - lengths
         return np.insert(tokens, starts[begins], self.tokenizer.bos_id), lengths + begins
 
     def check(self, texts: Sequence[bytes], where: str) -> None:
-        """DataError unless gigatoken and the tokenizer itself agree on the first 64 KiB of these texts."""
+        """Raise DataError unless gigatoken and the tokenizer itself give the same ids for 64 KiB of these texts.
+
+        where: the place of the texts, for the message.
+        """
         if self.fast is None:
             return
         sample, size = list[bytes](), 0
@@ -139,7 +145,7 @@ class Encoder:
             size += len(sample[-1])
             if size >= CHECKED_BYTES:
                 break
-        # 64 KiB is enough to show another pattern or other merges, and costs a few milliseconds.
+        # 64 KiB are enough to detect another pattern or other merges, and cost a few milliseconds.
         (tokens, lengths), expected = self._complete(sample), self._reference(sample)
         if not (np.array_equal(tokens, expected[0]) and np.array_equal(lengths, expected[1])):
             raise DataError(
@@ -149,7 +155,7 @@ class Encoder:
 
 
 class _Gigatoken:
-    """gigatoken with its cache of words kept below a limit."""
+    """A gigatoken tokenizer that is replaced by a new one when its cache of words has grown too large."""
 
     def __init__(self, ranks_file: bytes, pattern: str, eot_id: int):
         self._ranks_file, self._pattern, self._eot_id = ranks_file, pattern, eot_id
@@ -166,7 +172,10 @@ class _Gigatoken:
             return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer=self._pattern, special_tokens=special)
 
     def encode(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]] | None:
-        """As Encoder.encode, or None if a text contains the mark. Runs on the calling thread: units run in parallel."""
+        """Return the ids of complete documents with EOT after each, and the number of ids of each.
+
+        Return None if a text contains the mark. Uses one thread, because work units run in parallel processes.
+        """
         mark = MARK.encode()
         joined = mark.join([*texts, b""])
         ids: npt.NDArray[np.uint32] = self._tokenizer.encode(joined)
@@ -176,19 +185,22 @@ class _Gigatoken:
                 return None
             raise DataError(f"gigatoken found {len(ends)} documents in {len(texts)}. Prepare with --encoder tiktoken.")
         if _resident_bytes() > self._first_bytes + GROWTH_BYTES:
-            self._tokenizer = None  # free the old one first, so that there are never two
+            self._tokenizer = None  # frees the old one first, so that two never exist at the same time
             self._tokenizer = self._load()
             self._first_bytes = max(self._first_bytes, _resident_bytes() - GROWTH_BYTES // 2)
         return ids, np.diff(ends, prepend=-1)
 
 
 def _known_ranks(tokenizer: Tokenizer) -> tuple[bytes, str] | None:
-    """The ranks of a tokenizer that gigatoken supports, and gigatoken's name for its pattern; else None."""
+    """Return a tokenizer's ranks in tiktoken's format and gigatoken's name for its pattern.
+
+    Return None if gigatoken does not support the tokenizer.
+    """
     as_ranks = getattr(tokenizer, "as_ranks", None)
     ranks_file, pattern = (as_ranks() if as_ranks is not None else None) or (b"", "")
     if pattern not in PATTERNS:
         return None
-    # gigatoken reads ranks 0, 1, 2 ... only. Files whose special tokens come first have no such ranks.
+    # gigatoken requires the ranks 0, 1, 2 ... without gaps. Files with special tokens first do not have them.
     lines = ranks_file.splitlines()
     return (ranks_file, PATTERNS[pattern]) if int(lines[-1].split()[1]) == len(lines) - 1 else None
 
@@ -198,7 +210,7 @@ def _head(text: bytes) -> bytes:
 
 
 def _resident_bytes() -> int:
-    """Resident memory of this process; 0 if the system does not report it (then the encoder is never replaced)."""
+    """Return the resident memory of this process in bytes, or 0 if the operating system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as stream:
             return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,16 +1,18 @@
-"""The `tokenizer.json` files of Hugging Face's tokenizers library.
+"""Tokenizers from `tokenizer.json` files, the format of Hugging Face's tokenizers library.
 
-The ids are the library's, with three differences that training needs:
+A text gets the ids that the library gives it, with three exceptions that training needs:
 
-- Special tokens never come from text. The library has a switch for that (`encode_special_tokens`), but a special token
-  in the vocabulary of a Unigram or WordLevel model still matches text; those entries get names that no text contains.
-- An added token has the id that the file says. The library numbers added tokens one after another, whatever the file
-  says, so a file with a gap between its ids (Kimi reserves a block) would get ids that the model was not trained with.
-- BPE dropout, truncation, padding and the template of the post-processor are off: the same text has the same ids.
+- A text never gives a special token. The library has a switch for that (`encode_special_tokens`), but a special token
+  in the vocabulary of a Unigram or WordLevel model matches text all the same. Such an entry gets another name that no
+  text contains.
+- An added token has the id that the file gives it. The library ignores these ids and numbers added tokens one after
+  another. If the file has a gap between its ids (Kimi's has one), the library's ids are not those that the model was
+  trained with.
+- BPE dropout, truncation, padding and the post-processor are off, so the same text always has the same ids.
 
-tiktoken merges any adjacent tokens that join into a known one; tokenizers merges only the pairs in its list. For a file
-with GPT-2's structure the results are the same and tiktoken is four times as fast, so tiktoken encodes if
-`_as_tiktoken` finds that structure. tokenizers itself encodes every other file.
+If a file has GPT-2's structure, tiktoken encodes instead of the library, because it is four times as fast.
+`_as_tiktoken` checks that both give the same ids: tiktoken merges any adjacent tokens that form a known token, the
+library only the pairs in a list.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-# Names of the end-of-text token in published tokenizer.json files, if no file beside it names one; the first one found
-# is used. Likewise for the token that begins a text.
+# If no file names the end-of-text token, the first of these names that a tokenizer.json has is used. The same holds for
+# the token that begins a text.
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>", "<|eos|>", "[EOS]")
 
 
@@ -46,7 +48,11 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>
 
 
 class JsonTokenizer:
-    """A tokenizer from a `tokenizer.json` file. Special tokens in text are encoded as ordinary characters."""
+    """A tokenizer from a `tokenizer.json` file. Special tokens in text are encoded as ordinary characters.
+
+    content: of the file. tokens: names or ids of the tokens that end and begin documents. Raises DataError if the file
+    is damaged or has no end-of-text token, and UsageError if a token that the user named does not exist.
+    """
 
     pattern = ""
 
@@ -71,14 +77,14 @@ class JsonTokenizer:
         self.rules: Rules | None = rules_of(self._spec)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Special tokens in it are encoded as ordinary characters."""
+        """Return the ids of a text. Special tokens in it are encoded as ordinary characters."""
         if self._fast is not None:
             return self._fast.encode(text)
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Ids of several texts, one array each."""
+        """Return the ids of several texts, one array (n,) each."""
         if self._fast is not None:
             return self._fast.encode_batch(texts)
         with _library_errors(self.name, "used"):
@@ -86,7 +92,7 @@ class JsonTokenizer:
         return [self._checked_ids(encoding) for encoding in encoded]
 
     def spans(self, text: str) -> Spans:
-        """The tokens of a text and where they are (long_text.py)."""
+        """Return the tokens of a text and their positions (see long_text.py)."""
         with _library_errors(self.name, "used"):
             encoding = self._plain.encode(text, add_special_tokens=False)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
@@ -95,9 +101,10 @@ class JsonTokenizer:
         return Spans(self._checked_ids(encoding), offsets[:, 0], offsets[:, 1], begins)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of byte-level tokens; for other files, the decoder's text as UTF-8.
+        """Return the bytes that the ids stand for: exact if tokens are byte-level, otherwise the decoded text in UTF-8.
 
-        A single id of another file gives the bytes that it has in the middle of a text, where decoders drop no space.
+        If tokens are not byte-level, a single id gives the bytes that it has in the middle of a text, because decoders
+        remove a space at the start of a text. Raises DataError if an id is not in the vocabulary.
         """
         if _is_byte_level(self._spec.get("decoder")) or len(ids) == 1:
             try:
@@ -107,7 +114,7 @@ class JsonTokenizer:
         return self.decode(ids).encode("utf-8")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, invalid UTF-8 replaced."""
+        """Return the text that the ids stand for. Bytes that are not UTF-8 become U+FFFD."""
         if _is_byte_level(self._spec.get("decoder")):
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
         try:
@@ -117,17 +124,17 @@ class JsonTokenizer:
         return self._full.decode(library_ids, skip_special_tokens=False)
 
     def as_ranks(self) -> tuple[bytes, str] | None:
-        """The tokenizer as ranks in tiktoken's format and a pattern, or None if it has no such form."""
+        """Return the content of an equivalent .tiktoken file and the pattern, or None if there is no equivalent."""
         return self._fast.as_ranks() if self._fast is not None else None
 
     def byte_ranks(self) -> dict[bytes, int]:
-        """The byte-level tokens and their ids, without added tokens."""
+        """Return {bytes of a token: id} of a byte-level tokenizer, without added tokens."""
         return _ranks(self._spec)
 
     def save(self, folder: Path) -> str:
-        """Write `tokenizer.json`, byte for byte the file that was loaded.
+        """Write the file that was loaded, byte for byte, as tokenizer.json into a folder, and return that name.
 
-        A tokenizer_config.json beside it names EOT and BOS, if the file alone would give other ones.
+        If the file alone would give another EOT or BOS, write a tokenizer_config.json that names them.
         """
         write_file(folder / "tokenizer.json", self.content)
         if self.bos_name is not None or self.eot_name != _first(EOT_NAMES, self._ids):
@@ -138,7 +145,7 @@ class JsonTokenizer:
         return "tokenizer.json"
 
     def _eot(self, tokens: DocumentTokens) -> str:
-        """The name of the end-of-text token. DataError if there is none."""
+        """Return the name of the end-of-text token. Raises DataError, or UsageError if the user named a wrong one."""
         name = _first(EOT_NAMES, self._ids) if tokens.eot is None else self._known(tokens.eot)
         if name is not None:
             return name
@@ -150,15 +157,15 @@ class JsonTokenizer:
         raise error(f"Tokenizer {self.name} {problem}. {self._choice('--eot-token')}")
 
     def _bos(self, tokens: DocumentTokens) -> str:
-        """The name of the token that begins documents. UsageError if there is none, or if it is EOT."""
+        """Return the name of the token that begins documents. Raises UsageError if there is none, or if it is EOT."""
         name = _first(BOS_NAMES, self._ids) if tokens.bos is None else self._known(tokens.bos)
         if name is None:
             named = f"no token {tokens.bos!r}" if tokens.bos is not None else "no token that begins a text"
             raise UsageError(f"Tokenizer {self.name} has {named} for --bos. {self._choice('--bos-token')}")
         if name == self.eot_name:
             raise UsageError(
-                f"Tokenizer {self.name}: {name} both begins and ends texts. The one that ends a document already comes "
-                f"before the next one: leave --bos out, or name another token by --bos-token."
+                f"Tokenizer {self.name}: {name} both begins and ends texts. It is written after each document, so it "
+                f"is already before the next one: omit --bos, or name another token with --bos-token."
             )
         return name
 
@@ -167,17 +174,17 @@ class JsonTokenizer:
         return f"Name one by {option}{': ' + ', '.join(special[:12]) if special else ''}."
 
     def _known(self, token: str | int) -> str | None:
-        """The name of a token, given by its name or its id; None if the vocabulary has no such token."""
+        """Return the name of a token that is given by name or by id, or None if the vocabulary does not have it."""
         if isinstance(token, str):
             return token if token in self._ids else None
         return self._names.get(token)
 
     def _without_special_tokens(self) -> tokenizers.Tokenizer:
-        """The tokenizer that encodes text, which never gives a special token, EOT or BOS."""
+        """Return a library tokenizer that never gives a special token, EOT or BOS for a text."""
         names = {token["content"] for token in self._spec.get("added_tokens") or [] if token.get("special")}
         names |= {self.eot_name} | ({self.bos_name} if self.bos_name is not None else set())
         self._special_ids = {self._ids[name] for name in names if name in self._ids}
-        # Text without a token in the vocabulary gives the unknown token. That is the library's id, unless it is EOT.
+        # Characters that the vocabulary lacks give the unknown token, so that one is allowed, unless it is EOT.
         self._special_ids.discard(self._unknown_id())
         self._special_ids.add(self.eot_id)
         spec = _deterministic(_hide_in_model(self._spec, names))
@@ -195,7 +202,7 @@ class JsonTokenizer:
         return unknown if isinstance(unknown, int) else -1
 
     def _checked_ids(self, encoding: tokenizers.Encoding) -> npt.NDArray[np.uint32]:
-        """The file's ids of an encoding. DataError if text gave a special token."""
+        """Return the file's ids for a result of the library. Raises DataError if a text gave a special token."""
         ids = np.array(encoding.ids, dtype=np.uint32)
         if self._file_ids is not None:
             ids = self._file_ids[ids]
@@ -222,7 +229,7 @@ class JsonTokenizer:
 
     @cached_property
     def _library_ids(self) -> dict[int, int]:
-        """The file's ids to the library's, for decoding."""
+        """Return {id in the file: id in the library}, for decoding."""
         return {self._ids[name]: library for name, library in self._full.get_vocab(with_added_tokens=True).items()}
 
     @cached_property
@@ -235,9 +242,10 @@ class JsonTokenizer:
 
 @lru_cache
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's printable character for every byte, character to byte (https://github.com/openai/gpt-2, encoder.py).
+    """Return {character: byte} of GPT-2's table, which writes every byte as a printable character.
 
-    Printable Latin-1 characters are their own bytes; the other 68 bytes are the characters from U+0100 on.
+    A printable Latin-1 character stands for its own byte. The characters from U+0100 on stand for the other 68 bytes.
+    Source: encoder.py in https://github.com/openai/gpt-2.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -245,13 +253,13 @@ def byte_of_character() -> dict[str, int]:
 
 
 def _byte_level(token: str) -> bytes:
-    """The bytes of a byte-level token; as the library, the token's own UTF-8 if it is not made of such characters."""
+    """Return the bytes of a byte-level token. If a character is not in GPT-2's table, return the token in UTF-8."""
     table = byte_of_character()
     return bytes([table[c] for c in token]) if table.keys() >= set(token) else token.encode()
 
 
 def _bytes_inside(token: str) -> bytes:
-    """The bytes of a token that is not byte-level: of a byte token (`<0x0A>`), or with spaces for SentencePiece's ▁."""
+    """Return the bytes of a token that is not byte-level. `<0x0A>` is a byte, and SentencePiece's ▁ is a space."""
     byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
     return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode("utf-8")
 
@@ -276,10 +284,13 @@ def _build(name: str, spec: dict[str, Any]) -> tokenizers.Tokenizer:
 
 @contextlib.contextmanager
 def _library_errors(name: str, action: str) -> Iterator[None]:
-    """Turn the errors of tokenizers into DataError: it raises bare Exception, and panics that are no Exception."""
+    """A context that turns the errors of the tokenizers library (Exception, and panics of Rust) into DataError.
+
+    name: of the tokenizer. action: "read" or "used". Both are for the message.
+    """
     try:
         yield
-    except (UnicodeEncodeError, TypeError):  # half a surrogate pair in the text
+    except (UnicodeEncodeError, TypeError):  # the text contains half a surrogate pair
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -289,7 +300,10 @@ def _library_errors(name: str, action: str) -> Iterator[None]:
 
 
 def _check_prefix(name: str, model: dict[str, Any]) -> None:
-    """DataError if merges lack the model's prefix of inner tokens: the library ends the process there."""
+    """Raise DataError if the second part of a merge lacks the model's `continuing_subword_prefix`.
+
+    The library would end the process with such a file.
+    """
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if model.get("type") == "WordPiece" or not isinstance(prefix, str) or not isinstance(merges, list):
         return
@@ -302,15 +316,16 @@ def _check_prefix(name: str, model: dict[str, Any]) -> None:
 
 
 def _deterministic(spec: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer without dropout, post-processing, truncation and padding."""
+    """Return a parsed tokenizer.json without dropout, post-processor, truncation and padding."""
     model = spec["model"] | ({"dropout": None} if spec["model"].get("dropout") is not None else {})
     return spec | {"model": model, "post_processor": None, "truncation": None, "padding": None}
 
 
 def _ids_of_the_file(name: str, spec: dict[str, Any], full: tokenizers.Tokenizer) -> dict[str, int]:
-    """Every token and its id: the library's for the model's vocabulary, the file's for added tokens.
+    """Return {token: id}: for the model's vocabulary the library's ids, for added tokens the ids in the file.
 
-    DataError if one token has two ids, or one id two tokens: no one can say which row of the model was trained with it.
+    Raises DataError if a token has two ids or an id two tokens. Then it is not known which row of the model's embedding
+    was trained for it.
     """
     ids = full.get_vocab(with_added_tokens=True)
     vocabulary = full.get_vocab(with_added_tokens=False)
@@ -335,7 +350,7 @@ def _ids_of_the_file(name: str, spec: dict[str, Any], full: tokenizers.Tokenizer
 
 
 def _file_ids(plain: tokenizers.Tokenizer, ids: dict[str, int]) -> npt.NDArray[np.uint32] | None:
-    """The library's ids (the index) to the file's, or None if they are the same."""
+    """Return an array that has the id in the file at the index of each id in the library, or None if all are equal."""
     vocabulary = plain.get_vocab(with_added_tokens=True)
     different = {library: ids[token] for token, library in vocabulary.items() if ids.get(token, library) != library}
     if not different:
@@ -346,12 +361,13 @@ def _file_ids(plain: tokenizers.Tokenizer, ids: dict[str, int]) -> npt.NDArray[n
 
 
 def _hide_in_model(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """The tokenizer with the special tokens of its model's vocabulary under names that no text contains.
+    """Return a parsed tokenizer.json in which special tokens of the model's vocabulary have names that no text has.
 
-    Tokens in merges keep their names: other tokens are made of them. If text gives one of these, that is an error.
+    Tokens in merges keep their names, because other tokens are made of them. If a text gives such a token, _checked_ids
+    raises an error.
     """
     model, vocabulary = spec["model"], spec["model"]["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: an entry is found by its text, its id is its place
+    if isinstance(vocabulary, list):  # Unigram: the id of an entry is its index in the list
         return spec | {"model": model | {"vocab": [[_hidden(t, names), score] for t, score in vocabulary]}}
     names = names & vocabulary.keys()
     if names:
@@ -378,7 +394,7 @@ def _is_byte_level(component: object) -> bool:
 
 
 def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
-    """The byte-level tokens of a BPE and their ids, without added tokens."""
+    """Return {bytes of a token: id} of a byte-level BPE, without added tokens."""
     table = byte_of_character()
     added = {token["content"] for token in spec.get("added_tokens") or []}
     vocabulary = spec["model"]["vocab"].items()
@@ -388,14 +404,14 @@ def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
 def _as_tiktoken(
     spec: dict[str, Any], plain: tokenizers.Tokenizer, eot_id: int, vocab_size: int
 ) -> TiktokenTokenizer | None:
-    """A tiktoken encoder with the same results, or None unless the file certainly has GPT-2's structure."""
+    """Return a tiktoken tokenizer that gives the same ids, or None unless the file has GPT-2's structure."""
     if not _has_gpt2_structure(spec):
         return None
     ranks = _ranks(spec)
     if eot_id in ranks.values():
         return None
     fast = TiktokenTokenizer("tokenizer.json", format_ranks(ranks), GPT2_PATTERN, eot_id, vocab_size)
-    # All tokens in order of rank as one text: if the two ways of merging differ, they differ here.
+    # The probe is all tokens, in order of rank, as one text: if the two ways of merging differ, they differ for it.
     probe = b"".join(token for token, _ in sorted(ranks.items(), key=lambda item: item[1])).decode(
         "utf-8", errors="ignore"
     )
@@ -403,7 +419,11 @@ def _as_tiktoken(
 
 
 def _has_gpt2_structure(spec: dict[str, Any]) -> bool:
-    """BPE on GPT-2's pieces, no normalizer, all 256 bytes in the vocabulary, ids in the order of the merges."""
+    """Return whether a parsed tokenizer.json has GPT-2's structure.
+
+    That is a BPE on words split by GPT-2's pattern, without a normalizer, with all 256 bytes in the vocabulary and with
+    ids in the order of the merges.
+    """
     model, cut = spec["model"], spec.get("pre_tokenizer")
     added = spec.get("added_tokens") or []
     if model.get("type") != "BPE" or spec.get("normalizer") is not None or any(not t.get("special") for t in added):

@@ -1,21 +1,24 @@
-r"""Encode a text of any length in windows that overlap, with the tokens of the whole text.
+r"""Encode a text of any length in windows that overlap, with exactly the tokens of the complete text.
 
-A tokenizer reads a whole text: some put a character in front of it, some never cut it into words. Here a window of
-about 260,000 characters and the next one share 8,192 characters. Both are encoded. Where they give the same tokens with
-the same borders in the middle of what they share, the text is cut at one of these borders: the tokens before it are
-those of the first window, the tokens after it those of the second.
+A tokenizer expects a complete text: some put a character in front of it, some do not split it into words first. Here
+the text is encoded in windows of about 260,000 characters. A window and the next one share 8,192 characters. If both
+windows have the same tokens in the middle of the shared part, the text is cut between two of these tokens: the tokens
+before the cut are taken from the first window, those after it from the second.
 
-Why that is exact. *Byte-pair encoding of uncut text*: merges inside a token do not depend on what is outside it. So two
-tokens that are neighbours in one window are neighbours in every text in which they begin and end as here, and no merge
-crosses the border between them. *Tokenizers that first cut words*: the border is one between words in both windows, and
-after the end of a match of a regular expression only the text that follows counts. The first window's words could only
-differ if the expression read to the window's end. Each of its repetitions reads one run of letters or one run of spaces
-(others are not accepted), so that is excluded if more runs follow the border than the expression has repetitions.
-*Normalizers* change single characters, or look at their neighbours.
+Why the result is exact:
 
-If two windows share no such border, they are joined and encoded again; for tokenizers whose rules are not known
-(`rules_of` gives None) all windows are joined: the whole text is encoded at once.
-Cost: 3% more text to encode; memory about 60 MB, and 170 bytes per character of a text that is encoded at once.
+- Byte-pair encoding without words: merges inside a token do not depend on the text outside it. So two tokens that are
+  neighbours in one window are neighbours in every text in which both begin and end at the same places, and no merge
+  crosses the border between them.
+- Tokenizers that first split the text into words: the cut is a border between words in both windows. After a match of
+  a regular expression, the next match depends only on the text that follows. So the words of the first window could be
+  wrong only if the expression looked as far as the window's end. Each repetition in it reads one run of letters or one
+  run of spaces (other expressions are not accepted). So more runs than repetitions must follow the cut.
+- Normalizers change single characters, or look at their neighbours only.
+
+If two windows have no such border, they are joined and encoded again. If the rules of a tokenizer are not known
+(`rules_of` returns None), all windows are joined, so the complete text is encoded at once.
+Cost: 3% more text to encode, and about 60 MB of memory; a text that is encoded at once takes 170 bytes per character.
 """
 
 from __future__ import annotations
@@ -40,9 +43,9 @@ Ids = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Spans:
-    """Tokens of a text: ids, where each starts and ends in characters, and which begin a word. All are (tokens,).
+    """The n tokens of a text: their ids, where each starts and ends in characters, and whether it begins a word, (n,).
 
-    Words are the pieces into which a tokenizer cuts a text before it looks for tokens inside them.
+    Words are the parts into which a tokenizer splits a text before it searches for tokens inside them.
     """
 
     ids: Ids
@@ -51,38 +54,43 @@ class Spans:
     word_begins: npt.NDArray[np.bool_]
 
     def moved(self, characters: int) -> Spans:
-        """The same tokens in a text with `characters` more in front."""
+        """Return the same tokens with all positions increased by `characters`."""
         return Spans(self.ids, self.starts + characters, self.ends + characters, self.word_begins)
 
     def equal(self, tokens: slice, other: Spans, others: slice) -> bool:
-        """Whether some tokens are the same as some of another window, at the same places."""
+        """Return whether the tokens in a slice equal those in a slice of another window, at the same positions."""
         fields = (field.name for field in dataclasses.fields(self))
         return all(np.array_equal(getattr(self, name)[tokens], getattr(other, name)[others]) for name in fields)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a tokenizer reads a text: the repetitions in its expressions, and whether it cuts the text into words."""
+    """How far a tokenizer looks ahead in a text, which decides where the text may be cut.
+
+    repetitions: the most unbounded repetitions (`+`, `*`) in one of its regular expressions. cuts_words: whether it
+    splits the text into words first.
+    """
 
     repetitions: int
     cuts_words: bool
 
 
 class SpanTokenizer(Protocol):
-    """What LongText needs of a tokenizer. `rules` None: the text must be encoded at once."""
+    """The part of a tokenizer's interface that LongText needs."""
 
     @property
     def rules(self) -> Rules | None:
-        """How it reads a text."""
+        """Return how far the tokenizer looks ahead, or None if that is not known: then texts are encoded at once."""
 
     def spans(self, text: str) -> Spans:
-        """The tokens of a text."""
+        """Return the tokens of a text and their positions."""
 
 
 class LongText:
-    """One text that arrives in parts. `add` returns the tokens that are final, `end` the rest.
+    """Encodes one text that arrives in parts: call `add` for each part and then `end`.
 
-    Positions are characters from the start of `_text`, which begins with the window whose tokens are not final yet.
+    Together the results are the ids of the complete text. `_text` is what is not final yet; positions count from its
+    start.
     """
 
     def __init__(self, tokenizer: SpanTokenizer):
@@ -90,20 +98,20 @@ class LongText:
         self._text = ""
         self._window: Spans | None = None  # the tokens of the text's first `_window_end` characters
         self._window_end = 0
-        self._first = 0  # the first token of the window that was not returned
+        self._first = 0  # the number of the window's first token that was not returned yet
 
     def add(self, part: str) -> Ids:
-        """The next part of the text; returns the ids that are final."""
+        """Add the next part of the text, and return those ids (n,) that are final and were not returned before."""
         self._text += part
         return np.concatenate([*self._advance(), np.empty(0, np.uint32)])
 
     def end(self) -> Ids:
-        """The ids that are left, after the last part."""
+        """Return the remaining ids (n,) after the last part."""
         done = list(self._advance())
         return np.concatenate([*done, *self._last_window()])
 
     def _advance(self) -> Iterator[Ids]:
-        """Encode windows while there is text for a complete one."""
+        """Encode as many complete windows as there is text for, and yield the ids that become final."""
         if self._rules is None:
             return
         while len(self._text) >= self._next_end(WINDOW_CHARACTERS):
@@ -116,18 +124,18 @@ class LongText:
             yield self._window.ids[self._first :]
 
     def _next_end(self, characters: int) -> int:
-        """Where the next window ends; after a failed cut, windows grow with the text that is held."""
+        """Return where the next window ends. After windows had to be joined, the next ones are longer."""
         return self._window_end + max(characters, self._window_end - WINDOW_CHARACTERS - OVERLAP_CHARACTERS)
 
     def _encode_to(self, end: int) -> Ids:
-        """Encode the next window, which ends at `end`; returns the tokens of the one before, up to the cut."""
+        """Encode the next window, which ends at `end`. Return the ids of the window before it, up to the cut."""
         if self._window is None:
             self._window, self._window_end = self._tokenizer.spans(self._text[:end]), end
             return np.empty(0, np.uint32)
         begin = self._window_end - OVERLAP_CHARACTERS
         following = self._tokenizer.spans(self._text[begin:end]).moved(begin)
         cut = self._cut(self._window, following, begin)
-        if cut is None:  # join the two; what was returned ends at a border of any longer window too
+        if cut is None:  # join the two windows; the end of what was returned is a border in the joined window too
             returned = int(self._window.starts[self._first]) if self._first else 0
             self._window, self._window_end = self._tokenizer.spans(self._text[:end]), end
             self._first = int(np.searchsorted(self._window.starts, returned)) if self._first else 0
@@ -139,9 +147,9 @@ class LongText:
         return done
 
     def _cut(self, window: Spans, following: Spans, begin: int) -> tuple[int, int] | None:
-        """The first token after a cut in both windows, or None if there is no safe cut.
+        """Return the number of the first token after the cut in each window, or None if there is no safe cut.
 
-        It is near the middle of what the windows share, which begins at `begin`.
+        begin: where the part shared by both windows begins. The cut is near the middle of that part.
         """
         quarter = OVERLAP_CHARACTERS // 4
         low, high = begin + quarter, begin + 3 * quarter
@@ -149,7 +157,7 @@ class LongText:
         if self._rules is None or not window.equal(here, following, there):
             return None
         starts, ends = window.starts[here], window.ends[here]
-        borders = starts[1:] >= ends[:-1]  # not between two tokens of one character
+        borders = starts[1:] >= ends[:-1]  # excludes borders inside a character that has several tokens
         if self._rules.cuts_words:
             borders &= window.word_begins[here][1:]
         tokens = np.flatnonzero(borders) + 1
@@ -166,23 +174,26 @@ _LETTER_THEN_SPACE = re.compile(r"[^\W\d_].*?\s", re.DOTALL)
 
 
 def _inside(spans: Spans, low: int, high: int) -> slice:
-    """The tokens that begin and end between two positions."""
+    """Return the slice of the tokens that begin and end between two positions."""
     first = int(np.searchsorted(spans.starts, low))
     end = int(np.searchsorted(spans.ends, high, side="right"))
     return slice(first, max(first, end))
 
 
-# Parts of a tokenizer.json that look at a bounded number of neighbouring words.
+# Components of a tokenizer.json that look at a limited number of neighbouring words only.
 _LOCAL = {"NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "BertNormalizer", "Prepend", "Strip"}
 _LOCAL |= {"Precompiled", "ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Metaspace", "Punctuation"}
 _LOCAL |= {"Digits", "CharDelimiterSplit", "UnicodeScripts"}
 
 
-GPT2_REPETITIONS = 8  # of GPT-2's pattern, which is that of ByteLevel
+GPT2_REPETITIONS = 8  # unbounded repetitions in GPT-2's pattern, which the component ByteLevel uses
 
 
 def rules_of(spec: dict[str, Any]) -> Rules | None:
-    """The rules of a tokenizer.json, or None if they are not known to look only at the neighbourhood of a border."""
+    """Return the Rules of a tokenizer, or None if it may look at any distance, so that texts cannot be cut.
+
+    spec: the parsed tokenizer.json.
+    """
     if any(len(token["content"]) > OVERLAP_CHARACTERS // 8 for token in spec.get("added_tokens") or []):
         return None
     splitters = list(_components(spec.get("pre_tokenizer")))
@@ -194,7 +205,7 @@ def rules_of(spec: dict[str, Any]) -> Rules | None:
 
 
 def _repetitions_in(component: dict[str, Any]) -> int | None:
-    """The repetitions in the expression of one component, or None if it is not known."""
+    """Return the number of unbounded repetitions in a component's expression, or None if that is not known."""
     kind, pattern = component.get("type"), component.get("pattern")
     if kind in ("Split", "Replace") and isinstance(pattern, dict):
         return repetitions(pattern["Regex"]) if "Regex" in pattern else 1
@@ -202,10 +213,10 @@ def _repetitions_in(component: dict[str, Any]) -> int | None:
 
 
 def _components(component: object) -> Iterator[dict[str, Any]]:
-    """The components of a normalizer or pre-tokenizer, sequences flattened."""
+    """Yield the components of a normalizer or pre-tokenizer; those of a sequence one by one."""
     if component is None:
         return
-    if not isinstance(component, dict):  # the library also reads its fields as a list
+    if not isinstance(component, dict):  # the library also accepts the fields as a list; that counts as unknown
         yield {}
     elif component.get("type") == "Sequence":
         for inner in component.get("normalizers") or component.get("pretokenizers") or []:
@@ -220,16 +231,17 @@ _ATOM = re.compile(r"\\[pP]\{\^?\w+\}|\\.|\[\^?\]?(?:\\[pP]\{\^?\w+\}|\\.|\[:\^?
 _LETTERS = "aZéяγ漢ひカ한अعא"
 
 
-_QUANTIFIER = re.compile(r"(?:[*+?]|\{\d*,?\d*\})[+?]?")  # with the mark of possessive and lazy ones
+_QUANTIFIER = re.compile(r"(?:[*+?]|\{\d*,?\d*\})[+?]?")  # the second character makes it possessive or lazy
 
 
 _BOUNDED = re.compile(r"\?[+?]?|\{\d*(?:,\d+)?\}\??")  # a `{1,3}+` repeats without end in Oniguruma's syntax
 
 
 def repetitions(pattern: str) -> int | None:
-    """The number of unbounded repetitions in a regular expression; None if one of them can read any text.
+    """Return the number of unbounded repetitions in a regular expression, or None if one could match any text.
 
-    One may repeat a character, a class or an escape that matches letters or white space, not both; no group.
+    A repetition is accepted if it repeats a character, a class or an escape that does not match both letters and white
+    space. A repeated group is not accepted.
     """
     import regex
 
@@ -249,7 +261,7 @@ def repetitions(pattern: str) -> int | None:
             continue
         try:
             letter, space = (any(regex.fullmatch(atom[0], c) for c in some) for some in (_LETTERS, " \n\t\u00a0"))
-        except regex.error:  # `)`: a repeated group; or another syntax
+        except regex.error:  # a repeated group, which ends with `)`, or an unknown syntax
             return None
         if letter and space:
             return None

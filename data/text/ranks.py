@@ -1,12 +1,12 @@
-"""Tokenizers that are defined by ranks: tiktoken's vocabularies (`.tiktoken` files) and plain bytes.
+"""Tokenizers in tiktoken's format (`.tiktoken` files), which have a rank for each token, and plain bytes.
 
-All of them are byte-level byte-pair encodings (Sennrich et al., https://arxiv.org/abs/1508.07909; bytes as in GPT-2): a
-regular expression cuts the text into pieces, then inside each piece the adjacent pair of lowest rank is merged until
-none is left. A `.tiktoken` file holds one token per line, base64 and rank. It lacks the regular expression, the size of
-the vocabulary and the end-of-text id, so a small `NAME.tiktoken.json` beside it holds those.
+They are byte-level byte-pair encodings (Sennrich et al., https://arxiv.org/abs/1508.07909; on bytes as in GPT-2). A
+regular expression, the pattern, splits the text into words. Inside each word the adjacent pair that forms the token of
+lowest rank is merged until no pair forms a token. A `.tiktoken` file has one token per line, as base64, and its rank.
+It lacks the pattern, the size of the vocabulary and the end-of-text id, so a small file `NAME.tiktoken.json` has those.
 
-Cost: tiktoken encodes 2 to 4 million tokens a second on one core; GPT-2's ranks load in 0.2 s, from the package itself.
-They are OpenAI's r50k_base.tiktoken (MIT licence, https://github.com/openai/tiktoken), byte for byte.
+Cost: tiktoken encodes 2 to 4 million tokens per second on one core. GPT-2's ranks load in 0.2 s. They come with the
+package: OpenAI's r50k_base.tiktoken (MIT licence, https://github.com/openai/tiktoken), byte for byte.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from packspeed.data.text.long_text import Rules, Spans, repetitions
 EOT = "<|endoftext|>"
 
 
-BOS = "<|startoftext|>"  # only if a .tiktoken.json has a bos_id
+BOS = "<|startoftext|>"  # used only if a .tiktoken.json has a bos_id
 
 
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
-# GPT-2's published pattern with possessive quantifiers: the same pieces, but faster.
+# GPT-2's published pattern, but with possessive quantifiers: it gives the same words and is faster.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
@@ -58,7 +58,10 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 class TiktokenTokenizer:
-    """A vocabulary in tiktoken's format, encoded by tiktoken."""
+    """A tokenizer whose vocabulary is in tiktoken's format. tiktoken encodes.
+
+    ranks_file: the content of a .tiktoken file. Raises DataError if the ids contradict the ranks.
+    """
 
     def __init__(
         self, name: str, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int, bos_id: int | None = None
@@ -85,56 +88,56 @@ class TiktokenTokenizer:
         self.splits_at_words = pattern in (GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Special tokens in it are encoded as ordinary characters."""
+        """Return the ids of a text. Special tokens in it are encoded as ordinary characters."""
         ids: list[int] = self._encoding.encode_to_numpy(text, disallowed_special=()).tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Ids of several texts, one array each."""
+        """Return the ids of several texts, one array (n,) each."""
         return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     @cached_property
     def rules(self) -> Rules | None:
-        """How the pattern reads a text (long_text.py); None if that is not known."""
+        """Return how far the pattern looks ahead in a text (see long_text.py), or None if that is not known."""
         counted = repetitions(self.pattern)
         return Rules(counted, cuts_words=True) if counted is not None else None
 
     def spans(self, text: str) -> Spans:
-        """The tokens of a text and where they are (long_text.py)."""
+        """Return the tokens of a text and their positions (see long_text.py)."""
         import regex
 
         ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
         starts = np.array(self._encoding.decode_with_offsets(ids.tolist())[1], dtype=np.int64)
-        # Several tokens of one character have its start; all but the first begin inside it.
+        # If a character has several tokens, all of them get its start, although all but the first begin inside it.
         ends = np.append(starts[1:], len(text))
         words = np.array([match.start() for match in regex.finditer(self.pattern, text)], dtype=np.int64)
         begins = np.isin(starts, words) & (np.diff(starts, prepend=-1) > 0)
         return Spans(ids, starts, ends, begins)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of the ids. DataError for an id outside the vocabulary."""
+        """Return the exact bytes that the ids stand for. Raises DataError if an id is not in the vocabulary."""
         try:
             return self._encoding.decode_bytes([int(i) for i in ids])
         except (KeyError, OverflowError) as error:
             raise DataError(f"Tokenizer {self.name} has no token {error.args[0]}: cannot decode it.") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, invalid UTF-8 replaced."""
+        """Return the text that the ids stand for. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def as_ranks(self) -> tuple[bytes, str]:
-        """The ranks in tiktoken's format and the pattern, for encoders other than tiktoken."""
+        """Return the content of a .tiktoken file and the pattern, for encoders other than tiktoken."""
         return self._ranks_file, self.pattern
 
     def save(self, folder: Path) -> str:
-        """Write `NAME.tiktoken` and its `NAME.tiktoken.json`."""
+        """Write NAME.tiktoken and NAME.tiktoken.json into a folder, and return the name of the first."""
         path = folder / (re.sub(r"[^A-Za-z0-9_-]", "_", self.name) + ".tiktoken")
         save_ranks(path, self._ranks_file, self.pattern, self.eot_id, self.vocab_size, self.bos_id)
         return path.name
 
 
 class BytesTokenizer:
-    """Every byte is a token, and 256 ends a document. Needs no training and encodes any text."""
+    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8, and whose id 256 is end-of-text. It needs no training."""
 
     name = "bytes"
     vocab_size = 257
@@ -147,47 +150,53 @@ class BytesTokenizer:
     sha256 = hashlib.sha256(ranks_file).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of a text."""
+        """Return the UTF-8 bytes of a text."""
         return list(text.encode("utf-8"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """The UTF-8 bytes of several texts, one array each."""
+        """Return the UTF-8 bytes of several texts, one array (n,) each."""
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32) for text in texts]
 
     def spans(self, text: str) -> Spans:
-        """The bytes of a text and where they are (long_text.py)."""
+        """Return the bytes of a text and their positions (see long_text.py)."""
         counts = [len(character.encode("utf-8")) for character in text]
         starts = np.repeat(np.arange(len(text)), counts)
         return Spans(self.encode_batch([text])[0], starts, starts + 1, np.diff(starts, prepend=-1) > 0)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes themselves; end-of-text gives its name. DataError for an id above 256."""
+        """Return the ids as bytes; end-of-text becomes its name. Raises DataError if an id is not in 0 .. 256."""
         if len(ids) and not 0 <= min(ids) <= max(ids) <= self.eot_id:
             raise DataError(f"Tokenizer bytes has ids 0 to 256, not {max(ids)}: cannot decode it.")
         return b"".join(EOT.encode() if i == self.eot_id else bytes([i]) for i in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the bytes, invalid UTF-8 replaced."""
+        """Return the text that the ids stand for. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> str:
-        """Write the 256 ranks in tiktoken's format, so that any tool can decode the dataset."""
+        """Write bytes.tiktoken and bytes.tiktoken.json into a folder, and return the name of the first.
+
+        With a file in tiktoken's format any tool can decode the dataset.
+        """
         path = folder / "bytes.tiktoken"
         save_ranks(path, self.ranks_file, self.pattern, self.eot_id, self.vocab_size)
         return path.name
 
 
 def packaged_gpt2() -> TiktokenTokenizer:
-    """GPT-2's tokenizer from the file in the package, without a network."""
+    """Return GPT-2's tokenizer, loaded from a file in the package, without network access."""
     content = (Path(__file__).resolve().parents[1] / "gpt2.tiktoken").read_bytes()
     return TiktokenTokenizer("gpt2", content, GPT2_PATTERN, 50256, 50257)
 
 
 def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
-    """Token bytes to rank, from lines of `base64 rank`. DataError for a malformed line or a missing single byte."""
+    """Return {bytes of a token: rank} from the content of a .tiktoken file.
+
+    name: of the tokenizer, for the message. Raises DataError if a line is malformed or a single byte is missing.
+    """
     words = content.split()
     clean = not content.translate(None, _BASE64 + b"= \n") and not re.search(rb"=[^= ]", content)
-    try:  # the complete file in one call: four times as fast as line by line
+    try:  # all lines in one call, which is four times as fast as line by line
         if not clean or not len(words) == 2 * content.count(b" ") == 2 * content.count(b"\n"):
             raise ValueError
         ranks = dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
@@ -199,7 +208,7 @@ def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
 
 
 def _ranks_by_line(content: bytes, name: str) -> Iterator[tuple[bytes, int]]:
-    """As parse_ranks, line by line, for unusual files and to locate an error."""
+    """Yield (bytes of a token, rank) line by line. Used for unusual files, and to find the line of an error."""
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             token, rank = line.split()
@@ -211,7 +220,7 @@ def _ranks_by_line(content: bytes, name: str) -> Iterator[tuple[bytes, int]]:
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """The content of a `.tiktoken` file, sorted by rank."""
+    """Return the content of a .tiktoken file for {bytes of a token: rank}, sorted by rank."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
 
@@ -219,7 +228,7 @@ def format_ranks(ranks: dict[bytes, int]) -> bytes:
 def save_ranks(
     path: Path, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int, bos_id: int | None = None
 ) -> None:
-    """Write a `.tiktoken` file, and beside it a `.tiktoken.json` with the pattern, the ids and the vocabulary size."""
+    """Write a .tiktoken file, and PATH.json with the pattern, the special ids and the size of the vocabulary."""
     extra = {"pattern": pattern, "eot_id": eot_id, "vocab_size": vocab_size}
     if bos_id is not None:
         extra["bos_id"] = bos_id

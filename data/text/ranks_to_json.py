@@ -1,10 +1,10 @@
-"""Convert ranks in tiktoken's format to Hugging Face's tokenizer.json: the same ids for every text.
+"""Convert a tokenizer in tiktoken's format to a Hugging Face tokenizer.json that gives the same ids for every text.
 
-tiktoken joins the adjacent pair whose joint bytes have the lowest rank; tokenizers joins pairs from a list. A token is
-the result of merges inside its own bytes only, so the last two parts that merging those bytes leaves are the only pair
-that makes the token. The list of these pairs, in order of rank, gives tiktoken's result. A token that no merges reach
-is found only as a complete piece of text, which `ignore_merges` looks up. Regular expressions are rewritten from Rust's
-syntax (tiktoken) to Oniguruma's (tokenizers).
+tiktoken merges the adjacent pair that forms the token of lowest rank. The tokenizers library merges pairs from a list.
+To find the pair that forms a token, its bytes are merged by tiktoken's rule until two parts are left. The list of these
+pairs, in order of rank, gives the same ids as tiktoken. A token that cannot be formed by merges is used only if it is a
+complete word, which the option `ignore_merges` looks up. Patterns are rewritten from Rust's syntax of regular
+expressions (tiktoken) to Oniguruma's (tokenizers).
 Cost: 1.2 s for GPT-2's 50,256 ranks.
 """
 
@@ -23,7 +23,10 @@ from packspeed.data.text.tokenizer import Tokenizer
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> tuple[bytes, str]:
-    """The content of tokenizer.json and the name of its end-of-text token. DataError if the ids would differ."""
+    """Return the content of a tokenizer.json for any tokenizer, and the name of its end-of-text token.
+
+    Raises DataError if the tokenizer.json would give other ids for some texts.
+    """
     if isinstance(tokenizer, JsonTokenizer):
         return tokenizer.content, tokenizer.eot_name
     if isinstance(tokenizer, BytesTokenizer):
@@ -36,13 +39,17 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[bytes, str]:
 
 
 def _build(ranks: dict[bytes, int], special: dict[str, int], pattern: str | None) -> bytes:
-    """The file's content. `pattern` None: text is not cut (correct for a vocabulary without merges)."""
+    """Return the content of a tokenizer.json.
+
+    ranks: {bytes of a token: id}. special: {name: id} of special tokens. pattern: splits text into words; None: text is
+    not split, which is right if the vocabulary has no merges.
+    """
     table = {byte: character for character, byte in byte_of_character().items()}
     names = {token: "".join(table[byte] for byte in token) for token in ranks}
     pairs = merges(ranks)
     cut: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     if pattern == GPT2_PATTERN:
-        cut["use_regex"] = True  # the library's built-in pattern; other readers recognize it by this flag
+        cut["use_regex"] = True  # uses the library's built-in copy of GPT-2's pattern, which other programs recognise
     elif pattern is not None:
         split = {"type": "Split", "pattern": {"Regex": ruby(pattern)}, "behavior": "Isolated", "invert": False}
         cut = {"type": "Sequence", "pretokenizers": [split, cut]}
@@ -77,7 +84,10 @@ def _build(ranks: dict[bytes, int], special: dict[str, int], pattern: str | None
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that makes each token, in order of rank. Tokens that no merges reach have none."""
+    """Return the pair of tokens that is merged to form each token, in order of rank.
+
+    Single bytes, and tokens that cannot be formed by merges, have no pair.
+    """
     pairs = []
     for token in sorted(ranks, key=ranks.__getitem__):
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -94,9 +104,10 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def ruby(pattern: str) -> str:
-    r"""A Rust regular expression in Oniguruma's Ruby syntax.
+    r"""Rewrite a Rust regular expression in Oniguruma's Ruby syntax.
 
-    There `{1,3}+` is not possessive, so it becomes an atomic group; `$` matches at every line end, so it becomes `\\z`.
+    In that syntax `{1,3}+` is not possessive, so it is written as an atomic group, and `$` matches at every line end,
+    so it is written as `\\z`.
     """
     atom = r"(\\p\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\()\[\]{}|])"
     pattern = re.sub(atom + r"(\{\d+(?:,\d*)?\})\+", r"(?>\1\2)", pattern)
@@ -104,7 +115,10 @@ def ruby(pattern: str) -> str:
 
 
 def _checked(content: bytes, tokenizer: TiktokenTokenizer) -> bytes:
-    """Compare the ids of `content` with the tokenizer's on PROBE and on all tokens. DataError if they differ."""
+    """Return `content`, a tokenizer.json made from a tokenizer, if both give the same ids.
+
+    They are compared on PROBE and on a text of all tokens. Raises DataError if the ids differ.
+    """
     import tokenizers
 
     try:
@@ -120,7 +134,7 @@ def _checked(content: bytes, tokenizer: TiktokenTokenizer) -> bytes:
 
 def _refusal(tokenizer: TiktokenTokenizer) -> DataError:
     return DataError(
-        f"Tokenizer {tokenizer.name}: a tokenizer.json made from it cuts some texts differently (its pattern "
-        f"{tokenizer.pattern!r} has another meaning there). Write tokenizer.json by hand, or use tiktoken with the "
+        f"Tokenizer {tokenizer.name}: a tokenizer.json made from it splits some texts differently, because its pattern "
+        f"{tokenizer.pattern!r} has another meaning there. Write tokenizer.json by hand, or use tiktoken with the "
         f"exported weights."
     )

@@ -1,14 +1,15 @@
-"""Which tokens end and begin a document, as the makers of a model name them.
+"""Find the tokens that end (EOT) and begin (BOS) a document in the files that are published with a model.
 
-Hugging Face keeps this beside tokenizer.json, in one or more of these files. The first that names a token decides:
+Hugging Face models name these tokens in one or more files beside tokenizer.json. The first file in this list that names
+a token decides:
 
     tokenizer_config.json      "eos_token": "</s>" or {"content": "</s>", ...}; "bos_token" likewise
     special_tokens_map.json    the same keys, in older models
     generation_config.json     "eos_token_id": 2 or [2, 32000]; "bos_token_id"
     config.json                the same keys
 
-A dataset whose tokenizer is a tokenizer.json keeps a tokenizer_config.json of its own if these settings are not what
-the file alone gives; "add_bos_token": true there means that every document begins with BOS.
+If tokenizer.json alone would give other tokens, a dataset stores its own tokenizer_config.json with it. In that file,
+"add_bos_token": true means that every document begins with BOS.
 """
 
 from __future__ import annotations
@@ -25,19 +26,16 @@ CONFIG = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class DocumentTokens:
-    """The tokens that end and begin documents: a name, an id, or None if nothing names them.
+    """The tokens that end and begin documents: a name, an id, or None if no file names one."""
 
-    `bos` is used only if `add_bos`. `source` is the file that names EOT, for errors.
-    """
-
-    eot: str | int | None = None
-    bos: str | int | None = None
+    eot: str | int | None = None  # ends a document
+    bos: str | int | None = None  # begins a document, if add_bos is True
     add_bos: bool = False
-    source: str = ""
+    source: str = ""  # the file that names EOT, for messages; "" if the user named it
 
 
 def read_document_tokens(folder: Path) -> DocumentTokens:
-    """What the files in `folder` name. DataError if one of them is damaged."""
+    """Return the tokens that the files in a folder name. Raises DataError if one of the files is damaged."""
     eot: str | int | None = None
     bos: str | int | None = None
     source = ""
@@ -51,7 +49,7 @@ def read_document_tokens(folder: Path) -> DocumentTokens:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file. DataError if it holds something else."""
+    """Return the object in a JSON file, or {} if there is no such file. Raises DataError if it is not an object."""
     if not path.is_file():
         return {}
     try:
@@ -59,12 +57,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}). Copy it again, or remove it.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} must hold a JSON object, not a {type(content).__name__}. Copy it again, or remove it.")
+        raise DataError(
+            f"{path} must contain a JSON object, not a {type(content).__name__}. Copy it again, or remove it."
+        )
     return content
 
 
 def _token(config: dict[str, Any], kind: str) -> str | int | None:
-    """The name under `eos_token` or the id under `eos_token_id` (the first of a list); None for other types."""
+    """Return the token of a kind ("eos" or "bos"): its name under `eos_token`, or else its id under `eos_token_id`.
+
+    Of a list of ids the first is taken. Return None if there is neither.
+    """
     token = config.get(f"{kind}_token")
     if isinstance(token, dict):
         token = token.get("content")

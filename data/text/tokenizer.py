@@ -1,13 +1,13 @@
-"""One interface for all tokenizers, and how to load one by name, by file, by folder or from a dataset.
+"""The interface of all tokenizers, and how to load one by its name, from a file, from a folder or from a dataset.
 
-    ranks.py             tiktoken's vocabularies (`.tiktoken` files) and plain bytes
-    json_tokenizer.py    `tokenizer.json` files of Hugging Face's tokenizers
-    convert.py           SentencePiece models, vocab.json and merges.txt: to the content of a tokenizer.json
-    special_tokens.py    which tokens end and begin documents
-    long_text.py         texts of any length, with the tokens of the whole
-    encode.py            batches of texts, by gigatoken if possible
+    ranks.py             tiktoken's vocabularies (`.tiktoken` files), and plain bytes
+    json_tokenizer.py    `tokenizer.json` files of Hugging Face's tokenizers library
+    convert.py           converts SentencePiece models, and vocab.json with merges.txt, to a tokenizer.json
+    special_tokens.py    finds the tokens that end and begin documents
+    long_text.py         encodes texts of any length in windows
+    encode.py            encodes batches of texts, with gigatoken if possible
 
-Text never encodes to a special token: the characters `<|endoftext|>` in a document are ordinary text.
+A text never gives a special token: if a document contains the characters `<|endoftext|>`, they are ordinary text.
 """
 
 from __future__ import annotations
@@ -38,43 +38,37 @@ HUB = "hf:"
 
 
 class Tokenizer(Protocol):
-    """The interface of every tokenizer.
-
-    `vocab_size` is the largest id plus one, special tokens included; `eot_id` ends every document, and `bos_id`, if
-    it is not None, begins it; `sha256` is the hash of the file that defines the ids, and `pattern` the regular
-    expression if that file lacks it (else ""). `splits_at_words` tells whether a text split by split_text.py keeps its
-    tokens; if not, LongText encodes long texts by `rules` and `spans`.
-    """
+    """The interface of all tokenizers."""
 
     name: str
-    vocab_size: int
-    eot_id: int
-    bos_id: int | None
-    sha256: str
-    pattern: str
-    splits_at_words: bool
+    vocab_size: int  # the largest id plus one, special tokens included
+    eot_id: int  # the end-of-text token (EOT), which ends every document
+    bos_id: int | None  # the token that begins every document; None: there is none
+    sha256: str  # of the file that defines the ids
+    pattern: str  # the regular expression that splits text into words, if that file lacks it; otherwise ""
+    splits_at_words: bool  # whether a text that split_text.py splits keeps its tokens; if not, LongText encodes it
 
     @property
     def rules(self) -> Rules | None:
-        """How the tokenizer reads a text, or None if that is not known."""
+        """Return how far the tokenizer looks ahead in a text (see long_text.py), or None if that is not known."""
 
     def spans(self, text: str) -> Spans:
-        """The tokens of a text and where they are."""
+        """Return the tokens of a text and their positions (see long_text.py)."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without an end-of-text token. Special tokens in it are encoded as ordinary characters."""
+        """Return the ids of a text, without EOT. Special tokens in it are encoded as ordinary characters."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Ids of several texts, one array each."""
+        """Return the ids of several texts, one array (n,) each."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of the ids; end-of-text gives its name."""
+        """Return the exact bytes that the ids stand for; EOT becomes its name. Raises DataError for an unknown id."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; bytes that are not UTF-8 (half a character, for example) become U+FFFD."""
+        """Return the text that the ids stand for. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
 
     def save(self, folder: Path) -> str:
-        """Write the file or files that define the tokenizer into `folder`; returns the name of the main one."""
+        """Write the file or files that define the tokenizer into a folder, and return the name of the main file."""
 
 
 def load_tokenizer(
@@ -82,12 +76,13 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load a tokenizer by its name or path.
 
-    `spec` is `bytes`, a tiktoken name, the path of a `.tiktoken`, tokenizer.json or SentencePiece `.model` file, a
-    folder with one of these or with vocab.json and merges.txt, or a Hub name as `hf:owner/name`. `eot_token` names the
-    token that ends documents, `bos` begins every document with BOS, and `bos_token` names it; the files beside a
-    tokenizer.json name both otherwise (special_tokens.py).
-    `gpt2` needs no network; tiktoken downloads and caches its other vocabularies. UsageError if there is no such
-    name, path or token, DataError if a file is damaged or a download fails.
+    spec: "bytes", a name that tiktoken knows, the path of a .tiktoken, tokenizer.json or SentencePiece .model file, a
+        folder with one of these or with vocab.json and merges.txt, or the name of a Hub repository as hf:owner/name.
+    eot_token: the token that ends documents; None: the files beside a tokenizer.json name it (special_tokens.py).
+    bos: whether to begin every document with a token. bos_token: that token; None: as for eot_token.
+
+    "gpt2" needs no network. tiktoken downloads and caches its other vocabularies. Raises UsageError if the name, the
+    path or a token does not exist, and DataError if a file is damaged or a download fails.
     """
     path = hub_folder(spec.removeprefix(HUB)) if spec.startswith(HUB) else Path(spec)
     if path.is_dir() or path.suffix in (".json", ".model"):
@@ -102,28 +97,30 @@ def load_tokenizer(
         )
     if (bos or bos_token is not None) and tokenizer.bos_id is None:
         raise UsageError(
-            f"Tokenizer {spec} has no token that begins a document, and needs none: {EOT} comes before every document "
-            f"but the first. Leave --bos out; for a .tiktoken file of your own, write "
+            f"Tokenizer {spec} has no token that begins a document, and needs none: {EOT} is before every document "
+            f"except the first. Omit --bos. For a .tiktoken file of your own, write "
             f'"bos_id": N in the .tiktoken.json file beside it.'
         )
     return tokenizer
 
 
 def _load_ranks(spec: str, path: Path) -> Tokenizer:
-    """A tokenizer that tiktoken or nothing at all encodes."""
+    """Load "bytes", a .tiktoken file or a vocabulary that tiktoken knows by name."""
     if spec == "bytes":
         return BytesTokenizer()
     if spec in ("gpt2", "r50k_base"):
         return packaged_gpt2()
     if path.suffix == ".tiktoken":
         if not path.is_file():
-            raise UsageError(f"Tokenizer file {spec} does not exist. Check the path, or name a tiktoken vocabulary.")
+            raise UsageError(
+                f"Tokenizer file {spec} does not exist. Check the path, or give a tiktoken vocabulary's name."
+            )
         return load_tokenizer_file(path)
     return _from_tiktoken(spec)
 
 
 def _load_json(file: Path, tokens: DocumentTokens, name: str) -> JsonTokenizer:
-    """The tokenizer of a tokenizer.json, or of a file that is converted to one."""
+    """Load a tokenizer.json, or a file that is converted to one. name: of the tokenizer."""
     if file.name == "vocab.json":
         return JsonTokenizer(name, from_vocabulary(file, tokens), tokens)
     if file.suffix == ".model":
@@ -137,23 +134,23 @@ def _load_json(file: Path, tokens: DocumentTokens, name: str) -> JsonTokenizer:
 
 
 def _chosen(named: DocumentTokens, eot_token: str | None, bos: bool, bos_token: str | None) -> DocumentTokens:
-    """The tokens that the options choose, and those that the files name for the rest."""
+    """Return the tokens that end and begin documents: those of the user's options, otherwise those in the files."""
     add_bos = bos or bos_token is not None
     tokens = dataclasses.replace(named, add_bos=add_bos, bos=bos_token if bos_token is not None else named.bos)
     return dataclasses.replace(tokens, eot=eot_token, source="") if eot_token is not None else tokens
 
 
 def _name(path: Path, spec: str) -> str:
-    """The name of a tokenizer: of its folder or file; for a Hub name that itself."""
+    """Return the name for a tokenizer: the Hub name, or the name of its folder or file."""
     if spec.startswith(HUB):
         return spec.removeprefix(HUB)
     return path.resolve().name if path.is_dir() else path.stem
 
 
 def load_from_dataset(folder: str | Path) -> Tokenizer:
-    """The tokenizer that made a dataset, from the dataset's own files, without a network.
+    """Load the tokenizer that made a dataset from the files in the dataset's folder, without network access.
 
-    DataError if the file is missing or is not the one in the manifest.
+    Raises DataError if the file is missing or is not the one that the manifest records.
     """
     identity = load_manifest(folder).tokenizer
     path = Path(folder) / identity.file
@@ -164,7 +161,7 @@ def load_from_dataset(folder: str | Path) -> Tokenizer:
         actual, expected = getattr(tokenizer, field), getattr(identity, field)
         if actual != expected:
             raise DataError(
-                f"{path} is not the tokenizer of its dataset: {field} is {actual!r}, in the manifest {expected!r}. "
+                f"{path} is not the tokenizer of its dataset: {field} is {actual!r}, but {expected!r} in the manifest. "
                 f"Copy the original file there again."
             )
     tokenizer.name = identity.name
@@ -172,18 +169,21 @@ def load_from_dataset(folder: str | Path) -> Tokenizer:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of the beginning of a document, as datasets have it: after BOS, or EOT alone if there is nothing else."""
+    """Return the ids of a prompt as the beginning of a document: BOS, if the tokenizer has one, and the text.
+
+    If there are no ids, return EOT, which is before every document in a dataset.
+    """
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return begin + tokenizer.encode(prompt) or [tokenizer.eot_id]
 
 
 def load_tokenizer_file(path: Path) -> Tokenizer:
-    """Load a `.tiktoken` or `.json` file that exists, with the settings beside it, as `Tokenizer.save` wrote them."""
+    """Load a .tiktoken or .json file that exists, together with the settings in the files that belong to it."""
     if path.suffix == ".json":
         return _load_json(path, read_document_tokens(path.parent), path.stem)
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    # Known vocabularies keep their names, whatever the file is called.
+    # Known vocabularies get their own names, whatever the name of the file is.
     if sha256 == BytesTokenizer.sha256:
         return BytesTokenizer()
     if sha256 == GPT2_SHA256:
@@ -195,12 +195,15 @@ def load_tokenizer_file(path: Path) -> Tokenizer:
 
 
 def _read_extra(path: Path) -> dict[str, Any]:
-    """The pattern, end-of-text id and vocabulary size that a `.tiktoken` file lacks."""
+    """Return the content of a .tiktoken.json file: what a .tiktoken file lacks.
+
+    Raises UsageError if the file does not exist, and DataError if it is damaged.
+    """
     wanted = '{"pattern": REGEX, "eot_id": N, "vocab_size": N}, and "bos_id": N if documents begin with a token'
     if not path.is_file():
         raise UsageError(
-            f"A .tiktoken file contains neither the pattern that cuts text into pieces nor the end-of-text id, and "
-            f"{path} does not exist. Write it: {wanted}."
+            f"A .tiktoken file contains neither the pattern that splits text into words nor the end-of-text id: "
+            f"{path} must contain them, but {path.name} does not exist. Write it: {wanted}."
         )
     try:
         extra = json.loads(path.read_bytes())
@@ -209,18 +212,21 @@ def _read_extra(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         right = False
     if not right:
-        raise DataError(f"{path} must hold {wanted}.")
+        raise DataError(f"{path} must contain {wanted}. Correct the file.")
     return dict(extra)
 
 
 def _from_tiktoken(name: str) -> Tokenizer:
-    """A vocabulary that tiktoken knows by name, downloaded once and cached by tiktoken."""
+    """Load a vocabulary that tiktoken knows by name. tiktoken downloads it once and caches it.
+
+    Raises UsageError if the name is unknown, and DataError if the download fails.
+    """
     import tiktoken
 
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise UsageError(
-            f"There is no tokenizer {name!r}. Give one of {', '.join(names)}, `bytes`, the path of a .tiktoken, "
+            f"There is no tokenizer {name!r}. Give one of {', '.join(names)}, bytes, the path of a .tiktoken, "
             f"tokenizer.json or SentencePiece .model file, a folder with one of them, or a Hub name as hf:owner/name."
         )
     try:
