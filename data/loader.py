@@ -342,6 +342,7 @@ class Prefetcher:
         self._steps = range(first_step, last_step)
         self._loader, self._rank, self._world = loader, rank, world
         self._ready: queue.Queue[tuple[int, Batch] | BaseException | None] = queue.Queue(maxsize=depth)
+        self._seen: list[BaseException | None] = []  # the end or an error that take_if_ready found: it is for `next`
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="packspeed-prefetch", daemon=True)
         self._thread.start()
@@ -353,7 +354,7 @@ class Prefetcher:
         if self._closed.is_set():
             raise StopIteration
         began = time.perf_counter()
-        item = self._ready.get()
+        item = self._seen.pop() if self._seen else self._ready.get()
         self.wait_s += time.perf_counter() - began
         if isinstance(item, tuple):
             return item
@@ -361,6 +362,21 @@ class Prefetcher:
         if item is None:
             raise StopIteration
         raise item
+
+    def take_if_ready(self) -> tuple[int, Batch] | None:
+        """Return the next (step, batch) if it has been read by now, else None. Does not wait, and raises no error of
+        the thread: the next call of `next` does.
+        """
+        if self._seen or self._closed.is_set():
+            return None
+        try:
+            item = self._ready.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(item, tuple):
+            return item
+        self._seen.append(item)
+        return None
 
     def __enter__(self) -> Prefetcher:
         return self

@@ -168,19 +168,20 @@ def test_the_detector_judges_after_a_restart_as_before() -> None:
     section = AnomalySection(spike="rewind", window=8, zscore=6)
     detector, generator = AnomalyDetector(section), np.random.default_rng(1)
     for _ in range(20):
-        detector.begin_step(float(generator.normal(4, 0.1)))
-        assert not detector.vetoes(1.0)
-        detector.accept(1.0)
+        loss = float(generator.normal(4, 0.1))
+        detector.begin_step()
+        assert not detector.vetoes(loss, 1.0)
+        detector.accept(loss, 1.0)
     again = AnomalyDetector(section)
     again.load(json.loads(json.dumps(detector.state())))
     for one in (detector, again):
-        one.begin_step(9.0)
-        assert one.vetoes(1.0)
+        one.begin_step()
+        assert one.vetoes(9.0, 1.0)
         assert one.anomaly is not None
         assert one.anomaly.policy == "rewind"
     assert detector.anomaly == again.anomaly
-    detector.begin_step(4.0)
-    assert detector.vetoes(float("nan"))
-    assert detector.vetoes(float("nan"))
+    detector.begin_step()
+    assert detector.vetoes(4.0, float("nan"))
+    assert detector.vetoes(4.0, float("nan"))
     assert detector.anomaly is not None
     assert detector.anomaly.reason == "gradient norm is not finite"

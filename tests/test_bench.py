@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -147,36 +146,3 @@ def test_out_of_memory_is_called_that() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert error_text(caught.value) == "out of memory"
-
-
-WAITS = """
-import json, sys
-from torch.profiler import profile
-from packspeed.launch.trials.bench_setup import BenchSetup
-from packspeed.launch.trials.bench_worker import make_loop
-
-counts = []
-for micro_batch in (8, 2):
-    job = json.loads(sys.argv[1])
-    job["overrides"].append(f"train.micro_batch={micro_batch}")
-    ours = make_loop(BenchSetup(job))
-    ours.step()
-    with profile() as profiled:
-        ours.step()
-    counts.append(sum(event.count for event in profiled.key_averages() if event.key == "aten::_local_scalar_dense"))
-print("counts", *counts)
-"""
-
-
-@pytest.mark.launch
-@pytest.mark.parametrize("sets", [["train.precision=bf16", "deepspeed=zero1"], ["data.document_mask=true"]], ids=str)
-def test_micro_batches_wait_for_nothing(workspace: Workspace, sets: list[str], tmp_path: Path) -> None:
-    """A GPU is waited for where the host reads a number: a few times a step, half of them DeepSpeed's own."""
-    job = {
-        "run_file": str(workspace.run_file), "loop": "packspeed:", "stage": None, "owner": os.getpid(),
-        "overrides": [*TINY, "model.dropout=0.1", *sets, f"runs_dir={tmp_path}"],
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", WAITS, json.dumps(job)], capture_output=True, text=True, check=True)
-    one, four = next(line for line in done.stdout.splitlines() if line.startswith("counts")).split()[1:]
-    assert one == four
-    assert 0 < int(one) <= 6

@@ -191,6 +191,18 @@ def test_the_queue_is_bounded(loader: Loader) -> None:
         assert prefetcher._ready.qsize() == 3
 
 
+def test_batches_taken_without_waiting_are_the_same_and_leave_the_end_to_next(loader: Loader) -> None:
+    with Prefetcher(loader, 3, 40) as prefetcher:
+        steps = []
+        while True:
+            if (taken := prefetcher.take_if_ready()) is None and (taken := next(prefetcher, None)) is None:
+                break
+            steps.append(taken[0])
+            assert np.array_equal(taken[1].tokens, loader.batch(taken[0]).tokens)
+    assert steps == list(range(3, 40))
+    assert prefetcher.take_if_ready() is None
+
+
 def test_an_error_in_the_thread_reaches_the_caller(dataset: TokenDataset, tmp_path: Path) -> None:
     """The shards vanish under an open dataset before the thread maps them."""
     (tmp_path / "copy").mkdir()
@@ -200,6 +212,10 @@ def test_an_error_in_the_thread_reaches_the_caller(dataset: TokenDataset, tmp_pa
     for path in (tmp_path / "copy").glob("*.bin"):
         path.unlink()
     prefetcher = Prefetcher(loader, 0, 10)
+    while prefetcher._ready.empty():
+        time.sleep(0.01)
+    assert prefetcher.take_if_ready() is None, "taking what is ready raises nothing"
+    assert prefetcher.take_if_ready() is None
     with pytest.raises(DataError, match=r"train-0000[0-9]\.bin cannot be read: No such file"):
         next(prefetcher)
     assert prefetch_threads() == 0

@@ -32,6 +32,7 @@ from packspeed.launch.engine.hardware import keep_memory
 from packspeed.launch.engine.ops import device_type
 from packspeed.launch.engine.patches.adam_bias import forget_bias_products
 from packspeed.launch.engine.patches.bf16_gradients import copy_first_gradients
+from packspeed.launch.engine.patches.device_waits import let_the_device_wait
 from packspeed.launch.engine.patches.dynamo import compile_every_shape
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.launch.engine.quiet import quiet
@@ -161,6 +162,7 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
         engine.compile()  # without this call DeepSpeed ignores the compile block, with a warning in each step
     forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
     copy_first_gradients(engine.optimizer)
+    let_the_device_wait(engine.optimizer)
     return engine
 
 

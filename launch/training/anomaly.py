@@ -1,8 +1,8 @@
 """The anomaly detector: judge the loss and the gradient norm of every step before the optimizer applies the step.
 
-    detector.begin_step(loss)      # once the mean loss of the global batch is known
-    detector.vetoes(norm)          # called inside engine.step(); if it returns True, the optimizer does not step
-    detector.accept(norm)          # after the optimizer has stepped: adds the step to the window of past steps
+    detector.begin_step()          # forget the verdict on the previous step
+    detector.vetoes(loss, norm)    # called inside engine.step(); if it returns True, the optimizer does not step
+    detector.accept(loss, norm)    # after the optimizer has stepped: adds the step to the window of past steps
 
 All ranks reach the same verdict, because the loss and the norm are global. A resumed run reaches the same verdicts as
 an uninterrupted one, because checkpoints contain the window.
@@ -18,7 +18,6 @@ import dataclasses
 import math
 import statistics
 from collections import deque
-from typing import SupportsFloat
 
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import AnomalySection
@@ -46,26 +45,24 @@ class AnomalyDetector:
         self.vetoes_in_a_row = 0
         self.records: list[AnomalyLine] = []  # the lines of anomalies.jsonl
         self.anomaly: Anomaly | None = None  # the anomaly of the current step
-        self._loss: SupportsFloat = 0.0
 
-    def begin_step(self, loss: SupportsFloat) -> None:
-        """Begin a step, given its mean loss over the global batch. A tensor is read later, because a GPU may still
-        compute it.
-        """
-        self._loss, self.anomaly = loss, None
+    def begin_step(self) -> None:
+        """Forget the verdict on the previous step."""
+        self.anomaly = None
 
-    def vetoes(self, norm: float | None) -> bool:
+    def vetoes(self, loss: float, norm: float | None) -> bool:
         """Return whether the optimizer must not apply this step. Stores the reason in `anomaly`.
 
-        `norm` is the global L2 norm of the gradients, -1 if it is not finite, or None if only the loss is known yet.
+        `loss` is the mean over the global batch. `norm` is the global L2 norm of the gradients, -1 if it is not finite,
+        or None if only the loss is known yet.
         """
         if self.anomaly is None:
-            self.anomaly = self._find_anomaly(norm)
+            self.anomaly = self._find_anomaly(loss, norm)
         return self.anomaly is not None
 
-    def _find_anomaly(self, norm: float | None) -> Anomaly | None:
-        """Return the anomaly of the current step, or None. See `vetoes` for `norm`."""
-        section, loss = self.section, float(self._loss)
+    def _find_anomaly(self, loss: float, norm: float | None) -> Anomaly | None:
+        """Return the anomaly of the current step, or None. See `vetoes` for the arguments."""
+        section = self.section
         for name, value in (("loss", loss), ("gradient norm", norm)):
             # DeepSpeed reports a norm that is not finite as -1.
             if value is not None and (not math.isfinite(value) or (value < 0 and name != "loss")):
@@ -80,10 +77,10 @@ class AnomalyDetector:
                 return Anomaly(f"{name} spike, z-score {score:.1f}", section.spike)
         return None
 
-    def accept(self, norm: float) -> None:
-        """Add the current step, which the optimizer has applied, to the window. `norm` is its global gradient norm."""
+    def accept(self, loss: float, norm: float) -> None:
+        """Add the current step, which the optimizer has applied, to the window. See `vetoes` for the arguments."""
         self.vetoes_in_a_row = 0
-        self.losses.append(float(self._loss))
+        self.losses.append(loss)
         if norm > 0 and math.isfinite(norm):
             self.norms.append(math.log(norm))
 

@@ -5,6 +5,11 @@ The order of the eight parts of a step is fixed, so that a resumed run repeats i
     1 batch   2 forward and backward   3 agreement of the ranks   4 optimizer step or veto
     5 metrics   6 evaluation   7 checkpoint   8 stop
 
+A GPU works on a queue that the host fills. The host waits for it once per step: to read the gradient norm and what the
+ranks have agreed on, before the optimizer steps. Before that point the host copies the next batch to the device, and
+after it the host queues the optimizer step and writes the metrics, both while the GPU computes. A test counts the waits
+(tests/test_host_waits.py).
+
 Steps are counted from 1, and a vetoed step counts too. Metrics line n and checkpoint step-n belong to step n. Step n
 reads batch n - 1, or a later one if rewinds have dropped batches (AnomalyDetector.dropped_batches).
 """
@@ -14,20 +19,22 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 
-from packspeed.data.loader import Batch, Prefetcher
+from packspeed.data.loader import Prefetcher
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.build import loss_scale, set_learning_rate
 from packspeed.launch.engine.gradient_norm import parameter_norms
 from packspeed.launch.engine.protocol import Engine
+from packspeed.launch.training.agreement import Agreement, all_reduce_agreement
 from packspeed.launch.training.anomaly_policy import handle_veto
 from packspeed.launch.training.evaluation import evaluate_and_record
+from packspeed.launch.training.feed import Feed, StagedBatch
 from packspeed.launch.training.metrics_line import metrics_line
-from packspeed.launch.training.micro_batch import micro_batch_loss, micro_batches
+from packspeed.launch.training.micro_batch import micro_batch_loss
 from packspeed.launch.training.saving import save_checkpoint
 from packspeed.launch.training.trainer import StepResult, Trainer
 
@@ -69,12 +76,15 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
         step_start, waited_s = time.perf_counter(), 0.0
         trainer.timer.step_done(start_step)
         trainer.enter("data")
-        # 1. Batch: a pure function of run file, dataset, seed and batch number. A thread reads ahead.
-        for step, (_, batch) in enumerate(batches, start=start_step + 1):
+        # 1. Batch: a pure function of run file, dataset, seed and batch number. A thread reads ahead, and the feed
+        #    copies the next batch to the device during the step.
+        feed = Feed(batches, trainer.plan.micro_batch, topology.device)
+        for step, (_, batch) in enumerate(feed, start=start_step + 1):
             lr = learning_rate(step - 1, run.train)
 
             # 2 to 4. Forward and backward, agreement of the ranks, optimizer step or veto: see train_step.
-            result = train_step(trainer, batch, lr, with_norms=is_due(step, run.monitor.histograms_every_steps))
+            with_norms = is_due(step, run.monitor.histograms_every_steps)
+            result = train_step(trainer, batch, lr, with_norms, meanwhile=feed.stage)
             if result.checkpoint_written:
                 # Every rank has written its files of an asynchronous save, so nobody waits in finish(), which publishes
                 # the checkpoint.
@@ -89,7 +99,7 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
                     return continue_from, False
                 result = dataclasses.replace(result, not_taken=detector.anomaly.reason)
             elif result.not_taken is None:
-                detector.accept(result.norm)  # later steps are compared with this one
+                detector.accept(result.loss, result.norm)  # later steps are compared with this one
 
             # 5. Metrics: before evaluation and checkpoint, so that no checkpoint is newer than its metrics line.
             if metrics:
@@ -130,19 +140,27 @@ def is_due(step: int, every_steps: int, last_step: int | None = None) -> bool:
     return every_steps > 0 and (step % every_steps == 0 or step == last_step)
 
 
-def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = False) -> StepResult:
+def train_step(
+    trainer: Trainer,
+    batch: StagedBatch,
+    lr: float,
+    with_norms: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> StepResult:
     """Compute one optimizer step over this rank's rows, and apply or veto it: parts 2 to 4 of a step. A collective.
 
     `batch` has this rank's rows of the global batch, and `lr` is the learning rate of this step. If `with_norms` is
-    True, the gradient and weight norms of each parameter are measured too.
+    True, the gradient and weight norms of each parameter are measured too. `meanwhile` is called once, when all forward
+    and backward passes are queued on the device and the host would only wait.
     """
     engine, plan, norm_hook = trainer.engine, trainer.plan, trainer.norm_hook
     optimizer = trainer.run.train.optimizer
     set_learning_rate(engine, lr, optimizer.muon_lr / optimizer.lr if optimizer.muon_lr and optimizer.lr else 1.0)
+    trainer.detector.begin_step()
     norm_hook.begin_step()
     loss_sum = torch.zeros((), device=trainer.topology.device)
-    agreement, layer_norms = None, None
-    for micro in micro_batches(batch, plan.micro_batch, trainer.topology.device):
+    layer_norms = None
+    for micro in batch.micro_batches:
         # 2. Forward and backward. DeepSpeed's backward divides by the number of micro batches, so that the gradient
         #    is that of the mean over all tokens of the global batch.
         trainer.enter("forward")
@@ -150,24 +168,26 @@ def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = Fal
         trainer.enter("backward")
         engine.backward(loss)
         loss_sum += loss.detach()
-        trainer.enter("step")
         if engine.is_gradient_accumulation_boundary():
             # 3. Agreement: before the optimizer steps, every rank learns the global loss, whether a rank must stop, and
             #    how far an asynchronous checkpoint is.
-            agreement = all_reduce_agreement(trainer, loss_sum / plan.accumulation, batch)
-            trainer.detector.begin_step(agreement.loss)
+            trainer.enter("step")
+            norm_hook.agree(all_reduce_agreement(trainer, loss_sum / plan.accumulation, batch.hash))
             if with_norms:
                 layer_norms = parameter_norms(engine)
+            trainer.enter("data")
+            meanwhile()
         # 4. Step or veto. Before the last micro batch, engine.step() only counts. At the last one it reduces the
-        #    gradients and computes their norm. There norm_hook (engine/patches/gradient_norm.py) calls
-        #    trainer.detector.vetoes. If the detector finds an anomaly, the update is skipped on all ranks: weights and
-        #    optimizer state do not change, and detector.anomaly contains the reason.
+        #    gradients and computes their norm. There norm_hook (engine/patches/gradient_norm.py) waits for the device,
+        #    reads norm and agreement, and calls trainer.detector.vetoes. If the detector finds an anomaly, the update
+        #    is skipped on all ranks: weights and optimizer state do not change, and detector.anomaly contains the
+        #    reason.
+        trainer.enter("step")
         try:
             engine.step()
         except Exception as error:
             raise explain_step_error(engine, error) from error
-    assert agreement is not None, "the last micro batch is a gradient accumulation boundary"
-    agreed = agreement.read()
+    agreed = Agreement(*norm_hook.read_agreement())
     overflow = trainer.detector.anomaly is None and getattr(engine.optimizer, "overflow", False)
     return StepResult(
         loss=agreed.loss,
@@ -178,45 +198,6 @@ def train_step(trainer: Trainer, batch: Batch, lr: float, with_norms: bool = Fal
         not_taken=f"fp16 overflow, loss scale now {loss_scale(engine):g}" if overflow else None,
         layer_norms=layer_norms,
     )
-
-
-class Agreement(NamedTuple):
-    """What every rank knows of a step after one all-reduce: four fp64 scalars on the device, each summed over the
-    ranks.
-    """
-
-    loss: torch.Tensor  # mean over the global batch, nats per token
-    ranks_stopping: torch.Tensor  # number of ranks that a signal asked to stop
-    ranks_written: torch.Tensor  # number of ranks that have written their files of the pending checkpoint
-    batch_hash: torch.Tensor  # sum of 32-bit hashes of the rows, exact in fp64
-
-    def read(self) -> AgreedValues:
-        """Copy the four values to the host.
-
-        On a GPU this waits for the device. The norm has been read before, so it is the only wait of the step.
-        """
-        return AgreedValues(*torch.stack(self).tolist())
-
-
-class AgreedValues(NamedTuple):
-    """The values of an Agreement as Python numbers."""
-
-    loss: float
-    ranks_stopping: float
-    ranks_written: float
-    batch_hash: float
-
-
-def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, batch: Batch) -> Agreement:
-    """Sum over the ranks: mean loss, number of ranks that must stop, number that have written a checkpoint, hash of the
-    rows.
-
-    A collective. `loss` is this rank's mean loss of the step, a scalar tensor, and `batch` has this rank's rows.
-    """
-    stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
-    own = loss.new_tensor([stopping, written, batch.hash()], dtype=torch.float64)
-    share = torch.cat([loss.double()[None] / trainer.topology.dp_size, own])
-    return Agreement(*trainer.topology.sum(share).unbind())
 
 
 def explain_step_error(engine: Engine, error: Exception) -> Exception:

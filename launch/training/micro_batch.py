@@ -77,4 +77,4 @@ def dropout_keys(samples: np.ndarray, seed: int, device: torch.device) -> torch.
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy an array to the device. For a GPU, from pinned memory and without waiting for the copy to finish."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -20,6 +20,7 @@ from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
 from packspeed.launch.engine.protocol import Engine
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, Heartbeat
 from packspeed.launch.run_folder.phase_timer import FILE, PhaseTimer
+from packspeed.launch.training.agreement import judge_by
 from packspeed.launch.training.anomaly import AnomalyDetector
 from packspeed.launch.training.metrics import Metrics
 from packspeed.launch.training.signals import StopSignal
@@ -71,7 +72,7 @@ def make_trainer(
         checkpointer=checkpointer,
         stop=StopSignal(),
         detector=detector,
-        norm_hook=GradientNormHook(engine, detector.vetoes),
+        norm_hook=GradientNormHook(engine, judge_by(detector)),
         timer=timer,
         flops_per_token=flops_per_token(config, run.data.seq_len),
         peak_flops=peak_flops(topology, engine),

@@ -39,6 +39,7 @@ from packspeed.launch.engine.hardware import measured_peak, memory_gib
 from packspeed.launch.engine.peaks import datasheet_peak
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.run_folder import folder as run_folder
+from packspeed.launch.training.feed import Feed
 from packspeed.launch.training.loop import train_step
 from packspeed.launch.training.metrics_line import metrics_line
 from packspeed.launch.training.setup import make_trainer, open_run_files
@@ -98,18 +99,19 @@ class PackspeedLoop:
             open_run_files(self.trainer, {"step": 0})
         self.marks = self.trainer.timer.listener = PhaseMarks(topology.device)
         self.batches = setup.batches()
+        self.feed = Feed(self.batches, setup.plan.micro_batch, topology.device)
         self.last_loss = float("nan")
 
     def step(self) -> None:
         """Take one step with everything that training/loop.py does in a step: learning rate, update, metrics."""
         trainer, began, waited = self.trainer, time.perf_counter(), self.batches.wait_s
         trainer.enter("data")
-        number, batch = next(self.batches)
+        number, batch = next(self.feed)
         lr = learning_rate(number, trainer.run.train)
-        done = train_step(trainer, batch, lr)
+        done = train_step(trainer, batch, lr, meanwhile=self.feed.stage)
         trainer.enter("other")
         trainer.timer.step_done(number + 1)
-        trainer.detector.accept(done.norm)
+        trainer.detector.accept(done.loss, done.norm)
         self.last_loss = done.loss
         if trainer.metrics:
             elapsed, wait = time.perf_counter() - began, self.batches.wait_s - waited

@@ -166,6 +166,7 @@ def slow_data(seconds: str) -> None:
         return following(self)
 
     loop.Prefetcher.__next__ = slow  # type: ignore[method-assign]
+    loop.Prefetcher.take_if_ready = lambda self: None  # type: ignore[method-assign]
 
 
 def slow_evaluation(seconds: str) -> None:

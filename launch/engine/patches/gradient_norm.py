@@ -14,17 +14,24 @@ Without    Losses differ between stages and numbers of ranks, grad_norm in the m
 
 How a veto works, with the functions in the order in which they are called:
 
-    train_step()                     loop: hook.begin_step(), forward and backward, then engine.step()
+    train_step()                     loop: hook.begin_step(), forward and backward, hook.agree(), then engine.step()
       engine.step()                  DeepSpeed: at the accumulation boundary it runs the optimizer
-        optimizer.step()             DeepSpeed: computes the norm of the gradients for clipping
-          <patched norm function>    here: computes the norm instead of DeepSpeed's function and calls
-            hook._record_and_judge() here: stores the norm for the metrics and calls
-              judge(norm)            AnomalyDetector.vetoes (training/anomaly.py): True if norm or loss is not finite or
+        optimizer.step()             DeepSpeed: asks for the norm of the gradients, to clip by it
+          <patched norm function>    here: takes the norm and calls
+            hook._read_and_judge()   here: copies norm and agreement to the host, keeps them for the metrics and asks
+              judge(norm, agreed)    AnomalyDetector.vetoes (training/anomaly.py): True if norm or loss is not finite or
                                      is a spike
-          <- an invalid norm         returned to DeepSpeed, which then drops the gradients and does not step. At stages
-                                     1 to 3 it is -1, DeepSpeed's own mark for an overflow; for BF16_Optimizer NaN.
-                                     Stage 0 has no norm function: the hook replaces optimizer.step, and skips it
-    train_step()                     loop: reads hook.norm and the detector's anomaly
+          <- an invalid norm         stages 1 to 3: -1, DeepSpeed's own sign of an overflow; BF16_Optimizer: NaN.
+                                     DeepSpeed then drops the gradients and does not step. Stage 0 has no norm
+                                     function: the hook replaces optimizer.step and does not call it
+    train_step()                     loop: reads hook.norm, hook.read_agreement() and the detector's anomaly
+
+The copy is the only time in a step that the host waits for the device. DeepSpeed alone waits for its overflow check
+and each time it looks at the norm. Here it gets the norm in host memory, where looking costs nothing, and the overflow
+check is left out: a gradient that is not finite has a norm that is not finite. In fp16 such a norm is an overflow,
+which lowers the loss scale, and no anomaly. There are two exceptions. Muon at stage 3 updates its momentum before the
+norm is known, and must not add bad gradients to it, so the agreement is read earlier and the norm in a copy of its own.
+With an offloaded optimizer the host waits for the gradients themselves.
 
 All ranks have the same norm and the same mean loss, so all of them veto a step or none. With an offloaded optimizer,
 DeepSpeed's own norm is used, because it is computed in fp64 already, one gradient at a time.
@@ -32,7 +39,7 @@ DeepSpeed's own norm is used, because it is computed in fp64 already, one gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -49,13 +56,16 @@ Tensors = list[torch.Tensor]
 
 
 class Stage12Optimizer(ScaledOptimizer, Protocol):
-    """The attributes of DeepSpeed's optimizer for ZeRO stages 1 and 2 that the hook reads."""
+    """The attributes of DeepSpeed's optimizer for ZeRO stages 1 and 2 that the hook reads or sets."""
 
     dp_process_group: torch.distributed.ProcessGroup
+    check_grad_overflow: bool  # whether an invalid norm drops a step in bf16
 
 
 class Stage3Optimizer(ScaledOptimizer, Protocol):
     """The attributes of DeepSpeed's optimizer for ZeRO stage 3 that the hook reads."""
+
+    use_muon: bool
 
     def _get_param_partition_group(self, param: torch.Tensor) -> torch.distributed.ProcessGroup:
         """Return the group of ranks over which the parameter is partitioned."""
@@ -65,14 +75,18 @@ class GradientNormHook:
     """Patches an engine so that each step's gradient norm becomes visible, and so that the step can be vetoed.
 
     During engine.step() the hook stores the global L2 norm before clipping in `norm` (NaN if it is not finite) and
-    calls judge(norm). If the result is True, the optimizer does not step. At stage 3 judge(None) is called earlier,
-    when the loss is known but the norm is not. `vetoed` tells whether the current step was vetoed.
+    calls judge(norm, agreed), where `agreed` are the numbers given to `agree`. If the result is True, the optimizer
+    does not step, and `vetoed` is set. judge(None, agreed) asks about these numbers alone: the norm is not known yet,
+    or it is not finite because of an fp16 overflow.
     """
 
-    def __init__(self, engine: Engine, judge: Callable[[float | None], bool]) -> None:
+    def __init__(self, engine: Engine, judge: Callable[[float | None, Sequence[float]], bool]) -> None:
         self.judge = judge
         self.norm = float("nan")
         self.vetoed = False
+        self._agreement: torch.Tensor | None = None
+        self._agreed: list[float] | None = None  # the numbers of _agreement, once they are on the host
+        self._scales_loss = engine.fp16_enabled()
         optimizer: Any = engine.optimizer  # DeepSpeed's classes, which have no types
         if isinstance(optimizer, BF16_Optimizer):
             self._patch_bf16(optimizer)
@@ -86,23 +100,48 @@ class GradientNormHook:
     def begin_step(self) -> None:
         """Forget the norm and the veto of the previous step. Call it before the first forward pass of a step."""
         self.norm, self.vetoed = float("nan"), False
+        self._agreement = self._agreed = None
 
-    def _record_and_judge(self, norm: torch.Tensor, scale: float = 1.0) -> bool:
-        """Store norm / scale, where `scale` is the loss scale, and return whether the step is vetoed.
+    def agree(self, agreement: torch.Tensor) -> None:
+        """Take numbers that all ranks have and `judge` needs, fp64 (n,) on the device. Call it before engine.step()."""
+        self._agreement = agreement
 
-        A negative norm is DeepSpeed's mark for "not finite" and is stored as NaN.
+    def read_agreement(self) -> list[float]:
+        """Return the numbers given to `agree`. Waits for the device unless the norm was read before."""
+        if self._agreed is None:
+            assert self._agreement is not None, "agree() comes before"
+            self._agreed = self._agreement.tolist()
+        return self._agreed
+
+    def _read_and_judge(self, norms: Tensors, scale: float = 1.0) -> Tensors | None:
+        """Return the norms as scalars in host memory, or None if the step must be dropped: a veto or an overflow.
+
+        norms: those of all parameter groups, scalars. scale: the loss scale, which they contain. A negative norm is
+        DeepSpeed's mark for "not finite" and is stored as NaN.
         """
-        value = float(norm)
+        on_host = self._to_host(norms)
+        value = float(combine_grad_norm_groups(on_host)) if len(on_host) > 1 else float(on_host[0])
+        if self._scales_loss and not 0 <= value < float("inf"):
+            self.vetoed = self.judge(None, self.read_agreement())
+            return None
         self.norm = value / scale if value >= 0 else float("nan")
-        self.vetoed = self.judge(self.norm)
-        return self.vetoed
+        self.vetoed = self.judge(self.norm, self.read_agreement())
+        return None if self.vetoed else on_host
+
+    def _to_host(self, norms: Tensors) -> Tensors:
+        """Copy the norms to the host, together with the agreement unless that was read before."""
+        if self._agreed is not None or self._agreement is None or norms[0].device != self._agreement.device:
+            return [torch.tensor(float(norm), dtype=norm.dtype) for norm in norms]
+        numbers: list[float] = torch.cat([*(norm.double().view(1) for norm in norms), self._agreement]).tolist()
+        self._agreed = numbers[len(norms) :]
+        return [torch.tensor(number, dtype=norm.dtype) for number, norm in zip(numbers, norms, strict=False)]
 
     def _patch_stages12(self, optimizer: Stage12Optimizer) -> None:
         """ZeRO stages 1 and 2: step() calls scaled_global_norm, and drops the step if that returns -1."""
 
         def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-            norm: torch.Tensor = original_norm(norm_type)
-            return torch.full_like(norm, -1.0) if self._record_and_judge(norm, optimizer.loss_scale) else norm
+            norms = self._read_and_judge([original_norm(norm_type)], optimizer.loss_scale)
+            return torch.tensor(-1.0) if norms is None else norms[0]
 
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
             # The list also contains tensors that only pad the partition. DeepSpeed's own norm skips them too.
@@ -110,31 +149,35 @@ class GradientNormHook:
             return global_norm(held, optimizer.dp_process_group)
 
         def update_scale(has_overflow: bool = False) -> None:
-            # A veto by the detector is not an fp16 overflow: the loss scale must not change.
+            # The detector's veto is no overflow: the fp16 loss scale must stay as it is.
             if not self.vetoed:
                 original_update(has_overflow)
 
-        # replace() returns the original method. The functions above call it as original_*, after these lines have run.
+        # replace() returns what the functions above call as original_*: they run later than these lines.
         original_norm = replace(optimizer, "scaled_global_norm", scaled_global_norm)
         replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
         original_update = replace(optimizer, "_update_scale", update_scale)
+        replace(optimizer, "check_grad_overflow", True)
+        replace(optimizer, "check_overflow", lambda partition_gradients=True: None)
+        replace(optimizer, "update_offload_overflow_tracker", lambda grad: None)
 
     def _patch_stage3(self, optimizer: Stage3Optimizer) -> None:
-        """ZeRO stage 3: step() checks for an overflow, then updates Muon's momentum, then calls _get_norm_groups."""
+        """ZeRO 3: step() calls _overflow_check, Muon's momentum update and _get_norm_groups, in this order."""
 
         def get_norm_groups() -> list[torch.Tensor]:
-            norms: list[torch.Tensor] = list(original_groups())
-            vetoed = self._record_and_judge(combine_grad_norm_groups(norms), optimizer.loss_scale)
-            return [torch.full_like(norms[0], -1.0)] if vetoed else norms
+            norms = self._read_and_judge(list(original_groups()), optimizer.loss_scale)
+            return [torch.tensor(-1.0)] if norms is None else norms
 
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
             return global_norm(gradients, optimizer._get_param_partition_group(params[0]))
 
         def overflow_check(update_scale: bool = True) -> bool:
-            original_check(update_scale=update_scale)
-            # Only the loss is known here. If the loss is bad, Muon must not add these gradients to its momentum.
-            self.vetoed = self.judge(None)
-            optimizer.overflow = optimizer.overflow or self.vetoed
+            optimizer.overflow = False
+            if optimizer.use_muon:
+                # Muon must not add bad gradients to its momentum. Here only the loss is known.
+                original_check(update_scale=update_scale)
+                self.vetoed = self.judge(None, self.read_agreement())
+                optimizer.overflow = optimizer.overflow or self.vetoed
             return bool(optimizer.overflow)
 
         def update_scale(has_overflow: bool = False) -> None:
@@ -147,33 +190,31 @@ class GradientNormHook:
         original_update = replace(optimizer, "_update_scale", update_scale)
 
     def _patch_bf16(self, optimizer: object) -> None:
-        """bf16 with fp32 gradients: every rank has all gradients, and step() computes the norm of the list that it is
-        given.
+        """bf16 with fp32 gradients: every rank has all gradients, and step() takes the norm of what it is given.
 
-        The replacement gives step() a list of one tensor with one element, the norm itself; the norm of that list is
-        the same number.
+        It gets a single tensor, the norm itself, whose norm is the same number.
         """
 
         def get_grads_for_norm(for_clipping: bool = False) -> Tensors | tuple[Tensors, dict[str, Tensors]]:
             if for_clipping:
                 all_gradients: Tensors = original(for_clipping)
                 return all_gradients
-            gradients, _ = original(for_clipping)  # the second value is for mixture-of-experts models
-            # DeepSpeed squares the norm in fp32: above 1.8e19 the square is infinite, and the step is dropped.
-            norm = square_sum(gradients).float().sqrt().view(1)
-            return [torch.full_like(norm, float("nan")) if self._record_and_judge(norm) else norm], {}
+            gradients, _ = original(for_clipping)  # those of experts aside: a GPT has none
+            # DeepSpeed squares it in fp32: a norm above 1.8e19 is infinite there, and the step is dropped.
+            norms = self._read_and_judge([square_sum(gradients).float().sqrt()])
+            return [torch.full((1,), float("nan")) if norms is None else norms[0].view(1)], {}
 
         original = replace(optimizer, "get_grads_for_norm", get_grads_for_norm)
 
     def _patch_stage0(self, engine: Any) -> None:
-        """Stage 0: DeepSpeed clips with torch's norm, then runs the plain optimizer, and has no way to drop a step."""
+        """Stage 0: DeepSpeed clips with torch's norm, runs the plain optimizer and cannot drop a step."""
         require(engine, "clip_fp32_gradients")
 
         def take_model_step(lr_kwargs: object) -> None:
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             norm = square_sum(gradients).sqrt().float()
-            self._record_and_judge(norm)
-            # The original method calls clip_fp32_gradients and then optimizer.step. Both are replaced here.
+            self._read_and_judge([norm])
+            # The original calls clip_fp32_gradients, then optimizer.step, both replaced.
             engine.clip_fp32_gradients = lambda: clip_gradients(gradients, norm, engine.gradient_clipping())
             original_take(lr_kwargs)
             del engine.clip_fp32_gradients  # it keeps the gradients in memory

@@ -54,6 +54,7 @@ BLOCKING_COLLECTIVES = (
 Row = tuple[str, str, str, dict[str, str]]  # file, where, used by, {name: why}
 
 NORM, BF16, ADAM = "engine/patches/gradient_norm.py", "engine/patches/bf16_gradients.py", "engine/patches/adam_bias.py"
+WAITS = "engine/patches/device_waits.py"
 STATE, OPS, PROTOCOL = "engine/optimizer_state.py", "engine/ops.py", "engine/protocol.py"
 WRITER, ZERO = "engine/patches/checkpoint_writer.py", "checkpoint/zero_checkpoint.py"
 
@@ -153,6 +154,22 @@ OPTIMIZERS: tuple[Row, ...] = (
         "overflow": "set: to True, which makes DeepSpeed drop the step",
         "loss_scale": "read: gradients are multiplied by the fp16 loss scale",
         "_get_param_partition_group(param)": "called: returns the ranks over which a gradient is partitioned",
+    }),
+    (STAGE3, "DeepSpeedZeroOptimizer_Stage3", WAITS, {
+        "offload_optimizer": "read: offloaded gradients are left alone",
+        "offload_param": "read: offloaded weights are left alone",
+        "reduce_and_partition_stream": "read: its synchronize() becomes a wait of the current stream",
+        "parameter_offload": "read: leads to the stream that gathers weights",
+        "_post_step(timer_names)": "replaced: streams wait instead of the host",
+    }),
+    ("deepspeed/runtime/zero/parameter_offload.py", "DeepSpeedZeRoOffload", WAITS, {
+        "__allgather_stream": "read: the stream that gathers weights",
+    }),
+    ("deepspeed/runtime/zero/partition_parameters.py", "NoGatherHandle", WAITS, {
+        "wait": "replaced: a single rank has nothing to wait for",
+    }),
+    ("deepspeed/runtime/zero/partition_parameters.py", "NoGatherCoalescedHandle", WAITS, {
+        "wait": "replaced: a single rank has nothing to wait for",
     }),
     (STAGE3, "DeepSpeedZeroOptimizer_Stage3", STATE, {
         "grad_position": "read: the position of a parameter in the flat tensors",

@@ -1,0 +1,46 @@
+"""What the ranks agree on in each step: one all-reduce of four numbers, read by the host together with the norm.
+
+agreement = all_reduce_agreement(trainer, loss, batch_hash)     # on the device; nobody waits
+trainer.norm_hook.agree(agreement)
+trainer.engine.step()                                           # reads it, and asks judge()
+agreed = Agreement(*trainer.norm_hook.read_agreement())         # on the host already
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from packspeed.launch.training.anomaly import AnomalyDetector
+from packspeed.launch.training.micro_batch import to_device
+
+if TYPE_CHECKING:
+    from packspeed.launch.training.trainer import Trainer
+
+
+class Agreement(NamedTuple):
+    """What every rank knows of a step. Each number is a sum over ranks."""
+
+    loss: float  # mean over the global batch, nats per token
+    ranks_stopping: float  # ranks that a signal asked to stop
+    ranks_written: float  # ranks that have written their part of the checkpoint under way
+    batch_hash: float  # sum of 32-bit hashes of the rows, exact in fp64
+
+
+def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, batch_hash: int) -> torch.Tensor:
+    """Sum every rank's share of an Agreement, fp64 (4,) on the device: a collective.
+
+    loss: this rank's mean loss, a scalar. batch_hash: of this rank's rows.
+    """
+    stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
+    own = to_device(np.array([stopping, written, batch_hash], dtype=np.float64), loss.device)
+    share = torch.cat([loss.double().view(1) / trainer.topology.dp_size, own])
+    return trainer.topology.sum(share)
+
+
+def judge_by(detector: AnomalyDetector) -> Callable[[float | None, Sequence[float]], bool]:
+    """Return the judge of GradientNormHook: the detector's verdict on the norm and the agreed loss."""
+    return lambda norm, agreed: detector.vetoes(Agreement(*agreed).loss, norm)

@@ -1,0 +1,50 @@
+"""Batches on the device, one step ahead, so that the device never waits for the host to prepare one.
+
+    feed = Feed(prefetcher, rows, device)
+    number, batch = next(feed)     # waits for the data if stage() has not prepared this batch
+    feed.stage()                   # while the device computes: prepare the next batch
+
+Preparing means: cut the rows into micro batches, hash them and copy them to the device. The copy is queued behind the
+work of the device and takes 10 us; a stream of its own would not end earlier. A batch depends on its number alone, so a
+staged one that a stop or a rewind drops is simply read again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from packspeed.data.loader import Batch, Prefetcher
+from packspeed.launch.training.micro_batch import MicroBatch, micro_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedBatch:
+    """This rank's rows of a step, on the device."""
+
+    micro_batches: list[MicroBatch]
+    hash: int  # of the rows, see Batch.hash
+
+
+class Feed:
+    """Iterates over (batch number, StagedBatch) of a Prefetcher. rows: of a micro batch."""
+
+    def __init__(self, batches: Prefetcher, rows: int, device: torch.device) -> None:
+        self._batches, self._rows, self._device = batches, rows, device
+        self._staged: tuple[int, StagedBatch] | None = None
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> tuple[int, StagedBatch]:
+        staged, self._staged = self._staged, None
+        return staged or self._prepare(*next(self._batches))
+
+    def stage(self) -> None:
+        """Prepare the next batch, if it has been read from disk by now. Waits for nothing and raises nothing of it."""
+        if self._staged is None and (following := self._batches.take_if_ready()) is not None:
+            self._staged = self._prepare(*following)
+
+    def _prepare(self, number: int, batch: Batch) -> tuple[int, StagedBatch]:
+        return number, StagedBatch(list(micro_batches(batch, self._rows, self._device)), batch.hash())
