@@ -293,9 +293,7 @@ class GPT(nn.Module):
             keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
             x = keyed_dropout(x, keys[0], self.config.dropout)
         packed = None if documents is None else Documents.of(documents, tokens)
-        # In generation every step has a new length, and compiling a graph for it would take longer than running it.
-        eager = cache is not None and self.config.kernels == "compile"
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+        with nullcontext() if cache is None else without_graphs(self.config):
             for layer, block in enumerate(self.blocks):
                 recompute = self._recomputes(layer)
                 block_keys = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
@@ -336,6 +334,15 @@ class GPT(nn.Module):
                 f"the sequence has {length} tokens, but the model has learned only max_seq_len = "
                 f"{self.config.max_seq_len} positions: shorten the sequence, or use a model with a larger max_seq_len."
             )
+
+
+def without_graphs(config: GPTConfig) -> AbstractContextManager[Any]:
+    """Return a context in which compiled blocks run eagerly and no graph is compiled.
+
+    Use it to generate text. Every step has a new length, and compiling a graph for it would take longer than running
+    it. After eight lengths torch would compile no more, and training would continue without graphs, too.
+    """
+    return torch.compiler.set_stance("force_eager") if config.kernels == "compile" else nullcontext()
 
 
 def gpt_without_weights(config: GPTConfig) -> GPT:

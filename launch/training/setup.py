@@ -77,7 +77,7 @@ def make_trainer(
         flops_per_token=flops_per_token(config, run.data.seq_len),
         peak_flops=peak_flops(topology, engine),
         log=log,
-        text_sampler=TextSampler(run, engine, topology.device) if run.monitor.sample_prompts else None,
+        text_sampler=TextSampler(run, config, engine, topology.device) if run.monitor.sample_prompts else None,
         evaluation_pending=bool(manifest.get("evaluation_pending")),
     )
 

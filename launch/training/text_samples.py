@@ -16,7 +16,9 @@ from packspeed.data.text.tokenizer import load_from_dataset, prompt_ids
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.protocol import Engine
 from packspeed.launch.run_folder.formats import Sample
+from packspeed.model.config import GPTConfig
 from packspeed.model.generate import draw, uniform
+from packspeed.model.gpt import without_graphs
 
 TEMPERATURE, TOP_K = 0.8, 50
 
@@ -24,10 +26,10 @@ TEMPERATURE, TOP_K = 0.8, 50
 class TextSampler:
     """Continues the prompts of monitor.sample_prompts. The same weights give the same text on every rank."""
 
-    def __init__(self, run: RunFile, engine: Engine, device: torch.device) -> None:
+    def __init__(self, run: RunFile, config: GPTConfig, engine: Engine, device: torch.device) -> None:
         path = run.data.path or (run.data.sources or [])[0].path
         self.tokenizer = load_from_dataset(path)
-        self.run, self.engine, self.device = run, engine, device
+        self.run, self.config, self.engine, self.device = run, config, engine, device
 
     @torch.no_grad()
     def sample(self) -> list[Sample]:
@@ -37,9 +39,10 @@ class TextSampler:
         same number of passes, as ZeRO-3 requires.
         """
         self.engine.eval()
-        texts: list[Sample] = [
-            {"prompt": prompt, "text": self._continue(prompt)} for prompt in self.run.monitor.sample_prompts
-        ]
+        with without_graphs(self.config):
+            texts: list[Sample] = [
+                {"prompt": prompt, "text": self._continue(prompt)} for prompt in self.run.monitor.sample_prompts
+            ]
         self.engine.train()
         return texts
 
