@@ -139,7 +139,8 @@ def _root_cause(error: BaseException) -> str:
 def snapshot(tree: Any, kept: list[torch.Tensor]) -> Any:
     """Return a copy, in host memory, of nested dicts and lists. Tensors that share storage also share it in the copy.
 
-    `kept` has the tensors of an earlier copy, whose memory is reused. Afterwards it has the tensors of this copy.
+    `kept` has the tensors of an earlier copy, whose memory is reused. Afterwards it has the tensors of this copy. Copies
+    from a GPU are in pinned memory (25 to 50 GB/s instead of 3). They are queued together and waited for once.
     """
     copies: dict[tuple[int, int], torch.Tensor] = {}  # (address, bytes of the storage) -> copy
     reusable = iter(kept[:])
@@ -153,11 +154,15 @@ def snapshot(tree: Any, kept: list[torch.Tensor]) -> Any:
         if target is None or target.shape != leaf.shape or target.stride() != leaf.stride():
             target = next(reusable, None)
             expected = (leaf.shape, leaf.dtype, leaf.stride())
+            from_gpu = leaf.device.type == "cuda"
             if target is None or (target.shape, target.dtype, target.stride()) != expected:
-                target = torch.empty_like(leaf, device="cpu", requires_grad=False)
-            copies[key] = target.copy_(leaf.detach())
+                target = torch.empty_like(leaf, device="cpu", requires_grad=False, pin_memory=from_gpu)
+            copies[key] = target.copy_(leaf.detach(), non_blocking=from_gpu)
             kept.append(target)
         return target
 
     # Treat torch.Size as a leaf, because pytree would convert it to a tuple.
-    return pytree.tree_map(copy, tree, is_leaf=lambda leaf: isinstance(leaf, torch.Size))
+    copied = pytree.tree_map(copy, tree, is_leaf=lambda leaf: isinstance(leaf, torch.Size))
+    if any(target.is_pinned() for target in kept):
+        torch.cuda.current_stream().synchronize()
+    return copied
