@@ -139,8 +139,8 @@ def _root_cause(error: BaseException) -> str:
 def snapshot(tree: Any, kept: list[torch.Tensor]) -> Any:
     """Return a copy, in host memory, of nested dicts and lists. Tensors that share storage also share it in the copy.
 
-    `kept` has the tensors of an earlier copy, whose memory is reused. Afterwards it has the tensors of this copy. Copies
-    from a GPU are in pinned memory (25 to 50 GB/s instead of 3). They are queued together and waited for once.
+    `kept` has the tensors of an earlier copy, whose memory is reused. Afterwards it has the tensors of this copy.
+    Copies from a GPU are in pinned memory (25 to 50 GB/s instead of 3). They are queued together and waited for once.
     """
     copies: dict[tuple[int, int], torch.Tensor] = {}  # (address, bytes of the storage) -> copy
     reusable = iter(kept[:])
