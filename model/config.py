@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 VOCAB_MULTIPLE = 128  # GEMMs are fastest on full tiles, and tensor-parallel ranks can split the rows evenly
+FP8_MULTIPLE = 16  # sizes of a product in 8 bits are multiples of it: torch._scaled_mm refuses others
 SWIGLU_MULTIPLE = 256  # Llama's `multiple_of`
 Kernels = Literal["auto", "eager", "compile", "triton", "native"]
 Layer = Literal["qkv", "proj", "mlp", "norm"]

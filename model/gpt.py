@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from packspeed.model.attention import Documents, attend, attend_last
 from packspeed.model.config import GPTConfig
+from packspeed.model.fp8_linear import fp8_linear
 from packspeed.model.fused_loss import head_loss, head_losses
 from packspeed.model.kernels import choose
 from packspeed.model.keyed_dropout import keyed_dropout, site_keys
@@ -76,11 +77,14 @@ def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, but computed by linear() in linear.py, which is faster for bf16 on CPUs without bf16 instructions."""
+    """nn.Linear, but computed by linear() in linear.py, or in fp8 training by fp8_linear() in fp8_linear.py."""
+
+    fp8 = False  # use_fp8 sets it
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        return linear(x, self.weight, self.bias)
+        multiply = fp8_linear if self.fp8 and self.training else linear
+        return multiply(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -361,6 +365,18 @@ class _NoInit(TorchFunctionMode):
         if getattr(func, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+def use_fp8(model: GPT, skip_blocks: int) -> None:
+    """Make the linear layers of all blocks but the first and last `skip_blocks` multiply in 8 bits while they train.
+
+    The head, the embedding and the model in eval mode stay as they are: a validation loss is of the weights that are
+    exported, and does not depend on the batches that it is computed in.
+    """
+    for block in model.blocks[skip_blocks : len(model.blocks) - skip_blocks]:
+        for module in block.modules():
+            if isinstance(module, Linear):
+                module.fp8 = True
 
 
 STD = 0.02  # standard deviation of the weights at initialisation

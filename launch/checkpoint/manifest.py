@@ -40,7 +40,7 @@ class Layout(TypedDict):
 
     dp_size: int
     zero_optimization: JsonObject  # the block zero_optimization of the DeepSpeed configuration
-    precision: str  # fp32, bf16 or fp16
+    precision: str  # fp32, bf16 or fp16; bf16 if train.precision is fp8
     optimizers: list[str]  # class names: DeepSpeed's wrapper and the optimizer inside it
 
 

@@ -38,6 +38,7 @@ from packspeed.launch.checkpoint.manifest import (
 from packspeed.launch.config.deepspeed_json import zero_stage
 from packspeed.launch.config.effects import MODEL_SPEED_ONLY, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.json_types import DsConfig, JsonObject
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.run_folder.folder import flatten
@@ -59,6 +60,7 @@ OLDER_DEFAULTS = {
     "model.z_loss": 0.0,
     "model.kernels": "auto",
     "train.deterministic": False,
+    "train.fp8_skip_blocks": 1,
 }
 
 
@@ -84,7 +86,7 @@ def run_identity(
         "layout": {
             "dp_size": topology.dp_size,
             "zero_optimization": ds_config.get("zero_optimization") or {},
-            "precision": resolved["train"]["precision"],
+            "precision": engine_precision(resolved["train"]["precision"]),
             "optimizers": [],
         },
         "packspeed": metadata.version("packspeed"),

@@ -19,6 +19,7 @@ from typing import Annotated, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from packspeed.launch.config.errors import ConfigError, nearest
+from packspeed.launch.config.fp8 import fp8_obstacle
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.model.config import PRESETS, GPTConfig
 
@@ -200,10 +201,17 @@ class TrainSection(Section):
         "auto: the largest number that divides a rank's share and has at most 16,384 tokens. Changes speed and memory, "
         "not the loss.",
     )
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "auto"] = Field(
         "auto",
         description="Number format of forward and backward passes. auto: bf16 if the device supports it, otherwise "
-        "fp16 on a GPU and fp32 on a CPU.",
+        "fp16 on a GPU and fp32 on a CPU. fp8: bf16, but linear layers multiply 8-bit numbers during training "
+        "(NVIDIA GPUs from compute capability 8.9 on; CPUs emulate it slowly).",
+    )
+    fp8_skip_blocks: int = Field(
+        1,
+        ge=0,
+        description="With precision fp8: number of blocks at the start, and as many at the end, whose linear layers "
+        "stay in bf16. The embedding and the head always do.",
     )
     deterministic: bool = Field(
         True,
@@ -406,6 +414,11 @@ class RunFile(Section):
                 f"model: missing keys: {', '.join(missing)}. Give them, or a preset ({', '.join(PRESETS)})."
             )
         try:
-            return GPTConfig(**fields)
+            config = GPTConfig(**fields)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model: {error}") from None
+        if self.train.precision == "fp8" and (
+            obstacle := fp8_obstacle(config, self.data.seq_len, self.train.fp8_skip_blocks)
+        ):
+            raise ConfigError(f"train.precision: fp8: {obstacle}")
+        return config

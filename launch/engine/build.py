@@ -37,7 +37,7 @@ from packspeed.launch.engine.patches.dynamo import compile_every_shape
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.config import GPTConfig
-from packspeed.model.gpt import GPT, gpt_without_weights, init_weights, param_groups
+from packspeed.model.gpt import GPT, gpt_without_weights, init_weights, param_groups, use_fp8
 from packspeed.model.kernels import resolve
 from packspeed.model.linear import CPU_HAS_BF16
 
@@ -88,12 +88,30 @@ def resolve_kernels(wanted: str, say: Callable[[str], None]) -> str:
 
 
 def check_precision(precision: str) -> None:
-    """Raise ConfigError if DeepSpeed cannot train in this precision ("fp32", "fp16" or "bf16") on this device."""
+    """Raise ConfigError if this device or DeepSpeed on it cannot train in this precision (fp32, fp16, bf16 or fp8)."""
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             f"train.precision: fp16: DeepSpeed does not train in fp16 on this {device_type()}. "
             "Use bf16 or fp32, or auto for the best precision of this machine."
         )
+    if precision == "fp8" and (device := device_without_fp8()):
+        raise ConfigError(
+            f"train.precision: fp8: {device} does not multiply in it. NVIDIA GPUs do from compute capability 8.9 on "
+            "(L4, L40, RTX 4090, H100). Use bf16, or auto for the machine's best."
+        )
+
+
+def device_without_fp8() -> str | None:
+    """The name of this process's device if it can neither multiply fp8 nor emulate it; None if it can.
+
+    AMD's MI300 has other 8-bit formats, whose numbers would differ.
+    """
+    device = device_type()
+    if device == "cpu":
+        return None
+    if device != "cuda" or torch.version.hip:
+        return f"this {device} device" if device != "cuda" else "torch for ROCm"
+    return None if torch.cuda.get_device_capability() >= (8, 9) else torch.cuda.get_device_name()
 
 
 def check_ds_config(ds_config: DsConfig, name: str) -> None:
@@ -149,6 +167,8 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
     else:
         device = torch.device(get_accelerator().current_device_name())
         model = model_on(device, config, run.train.seed, parameter_dtype(ds_config))
+    if run.train.precision == "fp8":
+        use_fp8(model, run.train.fp8_skip_blocks)
     if run.train.optimizer.name == "muon":
         compile_every_shape()
     engine: Engine

@@ -23,6 +23,7 @@ from packspeed.launch.cluster.local_launcher import default_ranks, local_acceler
 from packspeed.launch.config.batch import BatchPlan, solve_batch
 from packspeed.launch.config.deepspeed_json import OWNED, resolve_ds_config
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.explain import deepspeed_rules, run_rules  # noqa: F401  importing them fills RULES
@@ -62,14 +63,15 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
     precision, why = guess_precision(run.train.precision)
     tokens, vocab_size = _inspect_dataset(run, findings)
     model = _gpt_config(run, vocab_size, findings)
-    final = _resolve_ds_config(run, raw, plan, precision, findings)
+    of_engine = engine_precision(precision)
+    final = _resolve_ds_config(run, raw, plan, of_engine, findings)
     case = Case(
-        run, written.given, raw, precision, count, plan.accumulation, plan.micro_batch, local_accelerators() > 0, model,
+        run, written.given, raw, of_engine, count, plan.accumulation, plan.micro_batch, local_accelerators() > 0, model,
         tokens.get("train"), tokens.get("val"),
     )  # fmt: skip
     findings += [Finding(r.name, r.kind, message, r.source) for r in RULES for message in r.check(case)]
     values = run_file_values(run, written, model, vocab_size is not None)
-    values += solved_values(run, plan, precision, why, count)
+    values += solved_values(run, plan, precision, why, count, model)
     return Explanation(str(run_file), values, deepspeed_values(run, raw, final, ds_lines), _worst_first(findings))
 
 

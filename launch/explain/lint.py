@@ -53,7 +53,7 @@ class Case:
     run: RunFile
     given: JsonObject  # the keys that the run file and --set contain, dotted
     ds: DsConfig  # the DeepSpeed JSON as written
-    precision: str
+    precision: str  # of the engine: bf16 if train.precision is fp8
     ranks: int
     accumulation: int
     micro_batch: int  # samples

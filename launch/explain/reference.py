@@ -268,7 +268,7 @@ REFUSALS = {
     ),
     "model-does-not-fit": (
         "",
-        "Keys of the model contradict each other, the preset or the dataset.",
+        "Keys of the model contradict each other, the preset, the dataset or train.precision.",
         "Training does not start.",
         "change the keys that the message names.",
     ),

@@ -234,6 +234,28 @@ def precision_of_another_time(case: Case) -> Iterator[str]:
         )
 
 
+@rule("slow")
+def fp8_is_emulated(case: Case) -> Iterator[str]:
+    """CPUs have no 8-bit floating-point arithmetic: they round to 8 bits and multiply in fp32.
+
+    Symptom: the run is slower than in bf16 or fp32.
+    Fix: use fp8 on GPUs; on CPUs only to see its numbers.
+    """
+    if case.run.train.precision == "fp8" and not case.on_gpu:
+        yield "train.precision: fp8 on a CPU has a GPU's numbers, but is slower than bf16 and fp32."
+
+
+@rule("useless")
+def fp8_settings_unused(case: Case) -> Iterator[str]:
+    """The key is read only if train.precision is fp8.
+
+    Symptom: the setting makes no difference.
+    Fix: remove the key, or set train.precision: fp8.
+    """
+    if "train.fp8_skip_blocks" in case.given and case.run.train.precision != "fp8":
+        yield f"train.fp8_skip_blocks is read only with fp8; train.precision is {case.run.train.precision}."
+
+
 # ---- the run file: saving and watching ----
 @rule("unsafe", "goodfire spd#677, #741")
 def saved_too_late(case: Case) -> Iterator[str]:

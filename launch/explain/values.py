@@ -11,6 +11,7 @@ from typing import Any
 
 from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
+from packspeed.launch.config.fp8 import fp8_blocks
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.parsing import KeyPath
 from packspeed.launch.config.run_file import RunFile, Section
@@ -79,14 +80,19 @@ def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None
     return values
 
 
-def solved_values(run: RunFile, plan: BatchPlan, precision: str, why: str, ranks: int) -> list[Value]:
+def solved_values(
+    run: RunFile, plan: BatchPlan, precision: str, why: str, ranks: int, model: GPTConfig | None
+) -> list[Value]:
     """What follows from the run file, the number of ranks and the device."""
     division = (
         f"solved: {run.global_batch} samples = {plan.micro_batch} x {plan.accumulation} accumulated x {ranks} ranks"
     )
+    blocks = fp8_blocks(model, run.train.fp8_skip_blocks) if model and precision == "fp8" else range(0)
+    in_fp8 = f"linear layers of {len(blocks)} of {model.n_layer} blocks" if model and blocks else "none"
     return [
         Value("(solved) resumes", *_resumes(run.train.deterministic)),
         Value("(solved) precision", precision, "auto", why),
+        Value("(solved) in fp8", in_fp8, "none", "train.precision and train.fp8_skip_blocks"),
         Value("(solved) micro batch", plan.micro_batch, "auto", division),
         Value("(solved) accumulation", plan.accumulation, None, division),
         Value("(solved) total steps", run.train.total_steps, None, "train.steps or train.tokens"),

@@ -15,6 +15,7 @@ from packspeed.launch.checkpoint.resume import find_checkpoint, name_optimizers,
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.deepspeed_json import muon_clipping_note, resolve_ds_config, zero_stage
 from packspeed.launch.config.errors import EXIT_STOPPED
+from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.build import (
@@ -57,10 +58,10 @@ def start_training(
     threads = limit_threads(local_size)
     precision = resolve_precision(run.train.precision)
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
-    ds_config = resolve_ds_config(run, raw_ds_config, plan, precision)
+    ds_config = resolve_ds_config(run, raw_ds_config, plan, engine_precision(precision))
     check_precision(precision)
     check_ds_config(ds_config, run.deepspeed)
-    if note := muon_clipping_note(run, ds_config, precision):
+    if note := muon_clipping_note(run, ds_config, engine_precision(precision)):
         log(f"note: {note}")
     # Joins the process group and compiles DeepSpeed's ops.
     topology = start_distributed(ds_config, log, deterministic=run.train.deterministic)

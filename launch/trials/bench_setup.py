@@ -10,6 +10,7 @@ import torch
 from packspeed.data.loader import Loader, Prefetcher
 from packspeed.launch.config.batch import BatchPlan, solve_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
+from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import make_run_loader, open_data
 from packspeed.launch.config.run_file import RunFile
@@ -105,7 +106,7 @@ class BenchSetup:
         self.plan: BatchPlan = solve_batch(
             self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
         )
-        self.ds_config = resolve_ds_config(self.run, raw, self.plan, self.precision)
+        self.ds_config = resolve_ds_config(self.run, raw, self.plan, engine_precision(self.precision))
         ours = job["loop"].startswith("packspeed")  # the others run with torch's default, which repeats no bits on GPUs
         self.topology = start_distributed(self.ds_config, print, deterministic=ours and self.run.train.deterministic)
         self.loader: Loader = make_run_loader(self.run, self.dataset)

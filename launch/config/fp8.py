@@ -1,0 +1,43 @@
+"""What `train.precision: fp8` means for the other settings, without torch. The arithmetic is in model/fp8_linear.py.
+
+fp8 changes the products of linear layers and nothing else: weights, gradients, optimizer and DeepSpeed configuration
+are those of bf16.
+"""
+
+from __future__ import annotations
+
+from packspeed.model.config import FP8_MULTIPLE, GPTConfig
+
+
+def engine_precision(precision: str) -> str:
+    """The precision of DeepSpeed's engine and of a checkpoint's tensors: fp32, bf16 or fp16."""
+    return "bf16" if precision == "fp8" else precision
+
+
+def fp8_blocks(config: GPTConfig, skip_blocks: int) -> range:
+    """The blocks whose linear layers multiply in fp8, counted from 0."""
+    return range(skip_blocks, config.n_layer - skip_blocks)
+
+
+def fp8_obstacle(config: GPTConfig, seq_len: int, skip_blocks: int) -> str | None:
+    """Why a model cannot train in fp8, as the end of a message; None if it can."""
+    if not fp8_blocks(config, skip_blocks):
+        return (
+            f"no block of {config.n_layer} is left if train.fp8_skip_blocks = {skip_blocks} at either end stay in "
+            f"bf16: lower it to at most {(config.n_layer - 1) // 2}, or use bf16."
+        )
+    heads = config.n_head + 2 * config.kv_heads
+    widths = {
+        "data.seq_len": seq_len,
+        "model.d_model": config.d_model,
+        "the MLP's width (model.d_ff)": config.ff_width,
+        "the width of all query heads (n_head x head_dim)": config.n_head * config.head_width,
+        "the width of queries, keys and values (heads x head_dim)": heads * config.head_width,
+    }
+    wrong = [f"{name} = {width}" for name, width in widths.items() if width % FP8_MULTIPLE]
+    if not wrong:
+        return None
+    return (
+        f"GPUs multiply in it only if all sizes are multiples of {FP8_MULTIPLE}, but {', '.join(wrong)}. Change that, "
+        "or use bf16."
+    )
