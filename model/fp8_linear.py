@@ -52,7 +52,7 @@ class Quantised(NamedTuple):
 
     def t(self) -> Quantised:
         """Return the transposed matrix, as a copy: the GEMM wants both factors contiguous along their common axis."""
-        return Quantised(self.values.t().contiguous(), self.unit)
+        return Quantised(self.values.t().clone(memory_format=torch.contiguous_format), self.unit)
 
 
 def quantise(matrix: Tensor, dtype: torch.dtype) -> Quantised:
@@ -60,7 +60,8 @@ def quantise(matrix: Tensor, dtype: torch.dtype) -> Quantised:
     largest = torch.linalg.vector_norm(matrix, float("inf")).float().clamp(min=SMALLEST)
     ratio = torch.finfo(dtype).max / largest
     scale = (ratio.view(torch.int32) & EXPONENT_BITS).view(torch.float32)  # rounded down to a power of two
-    return Quantised((matrix * scale.to(matrix.dtype)).to(dtype).contiguous(), 1.0 / scale)
+    scaled = matrix * scale.to(matrix.dtype)  # exact
+    return Quantised(scaled.to(dtype, memory_format=torch.contiguous_format), 1.0 / scale)
 
 
 def product(a: Quantised, b: Quantised, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool) -> Tensor:
@@ -69,12 +70,17 @@ def product(a: Quantised, b: Quantised, bias: Tensor | None, dtype: torch.dtype,
     fast_sums: on Hopper, add up within the tensor cores, which keep fewer bits than fp32.
     """
     if a.values.is_cuda:
-        return torch._scaled_mm(
-            a.values, b.values.t(), a.unit, b.unit, bias=bias, out_dtype=dtype, use_fast_accum=fast_sums
-        )
+        return scaled_mm(a, b, bias, dtype, fast_sums)
     with torch.autocast(a.values.device.type, enabled=False):
         out = (a.values.float() @ b.values.float().t()) * (a.unit * b.unit)
     return (out if bias is None else out + bias).to(dtype)
+
+
+def scaled_mm(a: Quantised, b: Quantised, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool) -> Tensor:
+    """Return the same by torch's GEMM, which reads its second factor column by column: b as it is in memory."""
+    return torch._scaled_mm(
+        a.values, b.values.t(), a.unit, b.unit, bias=bias, out_dtype=dtype, use_fast_accum=fast_sums
+    )
 
 
 class _Fp8Linear(torch.autograd.Function):

@@ -220,6 +220,23 @@ def test_model_section_presets_and_mistakes(tmp_path: Path) -> None:
         run.gpt_config(50257)
 
 
+def test_fp8_names_the_sizes_that_do_not_fit(tmp_path: Path) -> None:
+    def config(*overrides: str) -> None:
+        load_run_file(write(tmp_path, MINIMAL), ["train.precision=fp8", "model.n_layer=3", *overrides]).gpt_config(257)
+
+    config()
+    config("model.n_layer=1", "train.fp8_skip_blocks=0")
+    for overrides, message in (
+        (["model.n_layer=2"], r"no block of 2 is left if train\.fp8_skip_blocks = 1 .* at most 0"),
+        (["train.fp8_skip_blocks=2"], r"no block of 3 is left .* at most 1"),
+        (["model.d_model=40"], r"model\.d_model = 40, .*query heads \(n_head x head_dim\) = 40, .* = 120\."),
+        (["model.d_ff=100"], r"all sizes are multiples of 16, but the MLP's width \(model\.d_ff\) = 100\. Change"),
+        (["model.max_seq_len=64", "data.seq_len=4"], r"but data\.seq_len = 4\."),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config(*overrides)
+
+
 def test_batch_solving_lists_the_nearest_choices() -> None:
     plan = solve_batch(480, 1024, 8, "auto", max_micro_tokens=16384)
     assert (plan.micro_batch, plan.accumulation) == (15, 4)

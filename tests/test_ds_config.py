@@ -536,6 +536,36 @@ def test_values_that_deepspeed_refuses_are_config_errors(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "message"),
+    [
+        ("cpu", (0, 0), None, None),
+        ("cuda", (8, 9), None, None),
+        ("cuda", (9, 0), None, None),
+        ("cuda", (8, 6), None, r"fp8: NVIDIA A40 does not multiply in it\. .* from compute capability 8\.9 on"),
+        ("cuda", (9, 4), "6.4", "fp8: torch for ROCm does not"),
+        ("xpu", (0, 0), None, "fp8: this xpu device does not"),
+    ],
+)
+def test_fp8_is_refused_by_devices_without_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, capability: tuple[int, int], hip: str | None, message: str | None
+) -> None:
+    import torch
+
+    from packspeed.launch.engine import build
+
+    monkeypatch.setattr(build, "device_type", lambda: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A40")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    if message is None:
+        build.check_precision("fp8")
+    else:
+        with pytest.raises(ConfigError, match=message):
+            build.check_precision("fp8")
+    build.check_precision("bf16")
+
+
 @pytest.mark.parametrize("name", [path.stem for path in SHIPPED if path.stem != "zero_infinity_nvme"])
 def test_shipped_files_pass_deepspeeds_own_check(run: RunFile, name: str) -> None:
     from packspeed.launch.engine.build import check_ds_config

@@ -46,6 +46,7 @@ def chains(folder: Path) -> dict[str, tuple[float, list[list[str]]]]:
     stage = {n: f"deepspeed={n}" for n in ("zero0", "zero1", "zero2", "zero2_offload", "zero3_offload")}
     fp32, bf16 = "train.precision=fp32", "train.precision=bf16"
     one, partitioned = "train.micro_batch=1", f"deepspeed={zero3}"
+    fp8 = ("train.precision=fp8", "train.fp8_skip_blocks=0")
     return {
         "stages": (1e-5, [[stage["zero1"], fp32], [partitioned, fp32, one], [stage["zero2"], fp32]]),
         "plain": (1e-5, [[stage["zero0"], fp32], [stage["zero2_offload"], fp32], [stage["zero0"], fp32, one]]),
@@ -55,6 +56,7 @@ def chains(folder: Path) -> dict[str, tuple[float, list[list[str]]]]:
         ),
         "compiler": (1e-5, [[stage["zero1"], fp32], [f"deepspeed={torch_adam}", fp32], [stage["zero0"], fp32]]),
         "bf16": (2e-2, [[stage["zero1"], bf16], [partitioned, bf16, one], [stage["zero0"], fp32]]),
+        "fp8": (2e-2, [[stage["zero1"], *fp8], [partitioned, bf16, one], [stage["zero0"], *fp8]]),
         "moved-muon": (1e-4, [[x, fp32, *MUON] for x in (stage["zero2"], partitioned, stage["zero1"])]),
         "moved-lion": (1e-5, [[stage[x], fp32, *LION] for x in ("zero2_offload", "zero3_offload", "zero2_offload")]),
     }
@@ -88,10 +90,10 @@ def test_the_curve_does_not_see_ranks_stages_micro_batches(workspace: Workspace,
 
 def test_train_notices_and_says_so(elastic: dict[str, str]) -> None:
     for ranks, steps in (("1 ranks", 10), ("4 ranks", 20)):
-        assert elastic[ranks].count(f"resharding step-000000{steps}") == 7
-        assert elastic[ranks].count("wrote and verified") == 7
+        assert elastic[ranks].count(f"resharding step-000000{steps}") == 8
+        assert elastic[ranks].count("wrote and verified") == 8
         assert (
-            elastic[ranks].count("self-check passed: samples of the last step have the same loss as at the save") == 7
+            elastic[ranks].count("self-check passed: samples of the last step have the same loss as at the save") == 8
         )
 
 

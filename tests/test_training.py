@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(1500)]
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 # A step at which DeepSpeed's running product of the betas and pow() differ in the last bit (optimizers.py).
 REWIND = 6
+FP8 = ("train.precision=fp8", "model.n_layer=3")  # the block in the middle
 EXTRAS = ("model.dropout=0.1", "train.micro_batch=2", "model.activation_checkpointing=full")
 
 
@@ -43,6 +44,9 @@ def cases(folder: Path) -> dict[str, list[str]]:
         runs[f"{stage}-fp32"] = [f"deepspeed={path}", "train.precision=fp32"]
         runs[f"{stage}-bf16"] = [f"deepspeed={path}", "train.precision=bf16"]
         runs[f"{stage}-all"] = [f"deepspeed={path}", "train.precision=bf16", *EXTRAS]
+    for stage in ("zero0", "zero1", "zero2", "zero3"):
+        runs[f"{stage}-fp8"] = [*runs[f"{stage}-bf16"][:1], *FP8]
+    runs["fp8-all"] = [*runs["zero3-fp8"], *EXTRAS]
     runs["fp16"] = ["deepspeed=zero1", "train.precision=fp16"]
     runs["muon"] = ["deepspeed=zero2", "train.optimizer.name=muon", "train.optimizer.muon_lr=0.02"]
     runs["lion"] = ["deepspeed=zero2_offload", "train.optimizer.name=lion", "train.optimizer.betas=[0.9, 0.99]"]
@@ -75,9 +79,21 @@ def resumed(workspace: Workspace, trained: dict[str, list[str]]) -> str:
     for name, sets in trained.items():
         workspace.rewind(name, f"{name}-again", step=REWIND)
         runs.append(workspace.arguments(f"{name}-again", *sets))
+    workspace.rewind("zero2-fp8", "fp8-to-bf16", step=REWIND)
+    runs.append(workspace.arguments("fp8-to-bf16", "deepspeed=zero2", "train.precision=bf16", FP8[1]))
     codes, output = run_many(workspace.folder / "again", runs)
     assert codes == [0] * len(runs), output[-4000:]
     return output
+
+
+def test_fp8_is_bf16_within_its_rounding_at_every_stage(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    """And ZeRO 1, 2 and 3 compute the same bits from the same weights: the losses of the first steps."""
+    curves = [workspace.losses(f"{stage}-fp8") for stage in ("zero0", "zero1", "zero2", "zero3")]
+    for curve in curves:
+        assert curve == pytest.approx(curves[0], abs=2e-2)
+        assert len(curve) == 10
+    assert curves[1][0] == curves[2][0] == curves[3][0]
+    assert json.loads((workspace.folder / "runs" / "zero1-fp8" / "ds_config.json").read_text())["bf16"]["enabled"]
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
@@ -160,6 +176,16 @@ def test_resume_is_bitwise_exact(workspace: Workspace, trained: dict[str, list[s
         assert final[0].keys() == final[1].keys()
         for key in final[0]:
             assert torch.equal(final[0][key], final[1][key]), (name, key)
+
+
+def test_a_run_in_fp8_continues_in_bf16(workspace: Workspace, resumed: str) -> None:
+    """From the same files, because an fp8 run keeps what a bf16 run keeps; evaluation is bf16 in both."""
+    assert "note: train.precision was 'fp8' before this resume, is 'bf16'" in resumed
+    assert "resharding" not in resumed
+    fp8, mixed = workspace.losses("zero2-fp8"), workspace.losses("fp8-to-bf16")
+    assert mixed[:REWIND] == fp8[:REWIND]
+    assert mixed[REWIND] != fp8[REWIND]
+    assert mixed == pytest.approx(fp8, abs=2e-2)
 
 
 def test_lines_after_the_checkpoint_are_kept_aside(workspace: Workspace, resumed: str) -> None:
