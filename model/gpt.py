@@ -79,12 +79,13 @@ def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Linear(nn.Linear):
     """nn.Linear, but computed by linear() in linear.py, or in fp8 training by fp8_linear() in fp8_linear.py."""
 
-    fp8 = False  # use_fp8 sets it
+    fp8_kernels: str | None = None  # with fp8, the value of model.kernels; use_fp8 sets it
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        multiply = fp8_linear if self.fp8 and self.training else linear
-        return multiply(x, self.weight, self.bias)
+        if self.fp8_kernels is not None and self.training:
+            return fp8_linear(x, self.weight, self.bias, choose(self.fp8_kernels, x.device))
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -376,7 +377,7 @@ def use_fp8(model: GPT, skip_blocks: int) -> None:
     for block in model.blocks[skip_blocks : len(model.blocks) - skip_blocks]:
         for module in block.modules():
             if isinstance(module, Linear):
-                module.fp8 = True
+                module.fp8_kernels = model.config.kernels
 
 
 STD = 0.02  # standard deviation of the weights at initialisation

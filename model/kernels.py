@@ -44,6 +44,9 @@ class Kernels(Protocol):
     def activate(self, x: Tensor, kind: str) -> Tensor:
         """Return the nonlinearity of the MLP: kind is gelu, gelu_tanh or swiglu."""
 
+    def quantise(self, matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
+        """Round to 8 bits; return the copies asked for and their unit."""
+
     def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
         """Return the cross entropy of each row. If with_gradient, overwrite the logits with their gradient."""
 

@@ -30,10 +30,10 @@ from torch import Tensor
 from packspeed.model.attention import Documents
 from packspeed.model.attention import attend as plain_attend
 from packspeed.model.reference_ops import activate as plain_activate
-from packspeed.model.reference_ops import add_norm, rotate
+from packspeed.model.reference_ops import add_norm, quantise, rotate
 from packspeed.model.reference_ops import row_losses as plain_row_losses
 
-__all__ = ["activate", "add_norm", "attend", "build", "rotate", "row_losses"]
+__all__ = ["activate", "add_norm", "attend", "build", "quantise", "rotate", "row_losses"]
 
 SOURCES = [Path(__file__).with_name(name) for name in (
     "native_attention.cpp", "native_attention_bf16.cpp", "native_kernels.cpp",

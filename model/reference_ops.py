@@ -1,6 +1,6 @@
-"""Reference implementations, in plain PyTorch, of the model's five operations that have fused kernels.
+"""Reference implementations, in plain PyTorch, of the model's six operations that have fused kernels.
 
-    add_norm, rotate, attend, activate, row_losses
+    add_norm, rotate, attend, activate, quantise, row_losses
 
 The Triton and C++ versions (triton_kernels.py, native_kernels.py) have the same signatures and are tested against
 these. With `model.kernels: eager` a run uses this file as it is, with `compile` through torch.compile.
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from packspeed.model.attention import attend as attend
 
 CPU_BLOCK_ELEMENTS = 1 << 18  # logits per block of rows: 1 MiB in fp32, which stays in a core's L2 cache
+SMALLEST = 2.0**-100  # quantise counts a smaller largest magnitude as this, so that the scale is finite
+EXPONENT_BITS = 0x7F800000  # of fp32
 GPU_BLOCK_ELEMENTS = 1 << 26  # 256 MiB in fp32: few kernel launches, and bounded memory
 
 
@@ -49,6 +51,22 @@ def activate(x: Tensor, kind: str) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def quantise(matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
+    """Round a matrix to an 8-bit floating-point dtype. Return the copies asked for, contiguous, and their unit.
+
+    The matrix is about copy * unit. unit is an fp32 scalar, the smallest power of two with which no element is out of
+    range; if an element is NaN or infinite, it is NaN.
+    """
+    largest = torch.linalg.vector_norm(matrix, float("inf")).float()
+    ratio = torch.finfo(dtype).max / largest.clamp(min=SMALLEST)
+    scale = (ratio.view(torch.int32) & EXPONENT_BITS).view(torch.float32)  # rounded down to a power of two
+    unit = torch.where(largest < float("inf"), 1.0 / scale, float("nan"))
+    scaled = matrix * scale.to(matrix.dtype)  # exact
+    copy = scaled.to(dtype, memory_format=torch.contiguous_format)
+    copy_t = (copy.t().clone(memory_format=torch.contiguous_format),) if transposed else ()
+    return *((copy,) if straight else ()), *copy_t, unit
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packspeed.model.attention import attend as attend
+from packspeed.model.triton_fp8 import quantise as quantise
 
 NORM_ELEMENTS = 1 << 19  # elements that a norm's backward processes in parallel: 512 rows of 1,024 fill an H100
 TILE = 1024  # elements that one program of `activate` processes

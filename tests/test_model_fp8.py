@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import triton
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
+from packspeed.model import reference_ops, triton_fp8
 from packspeed.model.config import GPTConfig
-from packspeed.model.fp8_linear import E4M3, E5M2, Quantised, _Fp8Linear, fp8_linear, product, quantise, scaled_mm
+from packspeed.model.fp8_linear import E4M3, E5M2, _Fp8Linear, fp8_linear, product, scaled_mm
 from packspeed.model.gpt import GPT, _NoInit, init_weights, use_fp8
+from packspeed.model.kernels import Kernels
 
 BF16 = torch.bfloat16
+PLAIN = cast(Kernels, reference_ops)
 FORMATS = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 # A number below this part of the largest one may be rounded to a multiple of the smallest number: 2^-6 / 448 for e4m3.
 NORMAL = {E4M3: 2.0**-14, E5M2: 2.0**-29}
@@ -27,6 +36,14 @@ NORMAL = {E4M3: 2.0**-14, E5M2: 2.0**-29}
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(BF16)
+
+
+def quantise(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return PLAIN.quantise(matrix, dtype, straight=True, transposed=True)
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return fp8_linear(x, weight, bias, PLAIN)
 
 
 def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,7 +61,10 @@ def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
 def test_values_are_the_nearest_of_the_format(dtype: torch.dtype, scale: float) -> None:
     matrix = randn(48, 16, scale=scale)
     matrix[0] *= 1e-3
-    values, unit = quantise(matrix, dtype)
+    values, transposed, unit = quantise(matrix, dtype)
+    assert torch.equal(transposed.double(), values.double().t())
+    assert values.is_contiguous()
+    assert transposed.is_contiguous()
     assert (values.dtype, values.shape, unit.dtype, unit.shape) == (dtype, matrix.shape, torch.float32, ())
     assert torch.frexp(unit)[0] == 0.5, "a power of two"
     assert torch.equal(values.double(), nearest(matrix.double() / unit.double(), dtype))
@@ -54,7 +74,7 @@ def test_values_are_the_nearest_of_the_format(dtype: torch.dtype, scale: float) 
 @pytest.mark.parametrize("largest", [1.0, 447.0, 448.0, 450.0, 57344.0, 1.75, 1.7578125, 1e-20])
 def test_the_scale_is_the_largest_power_of_two_that_fits(dtype: torch.dtype, largest: float) -> None:
     matrix = torch.tensor([[-largest, largest / 3]], dtype=BF16)
-    top = float(matrix.abs().max()) / float(quantise(matrix, dtype).unit)
+    top = float(matrix.abs().max()) / float(quantise(matrix, dtype)[-1])
     assert top <= torch.finfo(dtype).max < 2 * top
 
 
@@ -62,13 +82,13 @@ def test_the_scale_is_the_largest_power_of_two_that_fits(dtype: torch.dtype, lar
 def test_another_cut_of_the_batch_rounds_alike(dtype: torch.dtype) -> None:
     """Whatever the largest number of the other rows. Values near zero, in units of the smallest number, may differ."""
     matrix, outlier = randn(64, 16), 37.0
-    alone = quantise(matrix, dtype)
-    together = quantise(torch.cat((matrix, matrix[:1] * outlier)), dtype)
-    a, b = alone.values.double() * alone.unit, together.values[:64].double() * together.unit
+    alone, _, alone_unit = quantise(matrix, dtype)
+    together, _, unit = quantise(torch.cat((matrix, matrix[:1] * outlier)), dtype)
+    a, b = alone.double() * alone_unit, together[:64].double() * unit
     normal = matrix.abs() > NORMAL[dtype] * matrix.abs().max() * outlier
     assert normal.double().mean() > 0.98
     assert torch.equal(a[normal], b[normal])
-    torch.testing.assert_close(a, b, rtol=0, atol=float(together.unit) * torch.finfo(dtype).smallest_normal)
+    torch.testing.assert_close(a, b, rtol=0, atol=float(unit) * torch.finfo(dtype).smallest_normal)
 
 
 def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
@@ -96,7 +116,7 @@ def test_all_three_products_are_exact_products_of_rounded_factors(has_bias: bool
     if autocast:
         inputs = [t.float() for t in inputs]
     with torch.autocast("cpu", dtype=BF16, enabled=autocast):
-        found = with_gradients(fp8_linear, inputs, upstream)
+        found = with_gradients(plain_linear, inputs, upstream)
     x8, w8 = dequantised(x.flatten(0, 1), E4M3), dequantised(weight, E4M3)
     g8 = dequantised(upstream.flatten(0, 1), E5M2)
     expected = [(x8 @ w8.t() + (bias.double() if has_bias else 0)).view(2, 16, 48), (g8 @ w8).view_as(x), g8.t() @ x8]
@@ -109,7 +129,7 @@ def test_all_three_products_are_exact_products_of_rounded_factors(has_bias: bool
 def test_it_is_bf16_within_the_rounding_of_8_bits() -> None:
     """Of a random sum the error is that of one element, 2^-5 of it for e4m3 and 2^-4 for e5m2 on average."""
     inputs, upstream = [randn(64, 256), randn(128, 256, seed=1)], randn(64, 128, seed=2)
-    for a, b in zip(*(with_gradients(f, inputs, upstream) for f in (fp8_linear, F.linear)), strict=True):
+    for a, b in zip(*(with_gradients(f, inputs, upstream) for f in (plain_linear, F.linear)), strict=True):
         error = float((a.double() - b.double()).detach().norm() / b.detach().double().norm())
         assert 0.01 < error < 0.08
 
@@ -119,12 +139,12 @@ def test_it_is_bf16_within_the_rounding_of_8_bits() -> None:
 def test_what_is_not_finite_is_not_hidden(bad: float, place: int) -> None:
     inputs = [randn(16, 16), randn(16, 16)]
     inputs[place][3, 5] = bad
-    out, d_x, d_weight = with_gradients(fp8_linear, inputs, randn(16, 16))
+    out, d_x, d_weight = with_gradients(plain_linear, inputs, randn(16, 16))
     assert out.isnan().any()
     assert (d_weight if place == 0 else d_x).isnan().any()
     upstream = randn(16, 16)
     upstream[1, 2] = bad
-    _, d_x, d_weight = with_gradients(fp8_linear, [randn(16, 16), randn(16, 16)], upstream)
+    _, d_x, d_weight = with_gradients(plain_linear, [randn(16, 16), randn(16, 16)], upstream)
     assert d_x.isnan().any()
     assert d_weight.isnan().any()
 
@@ -133,7 +153,7 @@ def test_backward_keeps_8_bits_and_the_weight_itself() -> None:
     kept: list[Tensor] = []
     x, weight = randn(32, 16).requires_grad_(), nn.Parameter(randn(48, 16))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fp8_linear(x, weight, None)
+        plain_linear(x, weight, None)
     assert [t.dtype for t in kept] == [E4M3, torch.float32, BF16]
     assert kept[2] is weight
 
@@ -142,7 +162,8 @@ def test_backward_keeps_8_bits_and_the_weight_itself() -> None:
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 def test_torchs_gemm_gives_the_same_bits_on_this_cpu(dtype: torch.dtype, has_bias: bool) -> None:
     """torch._scaled_mm has a CPU version: the call that GPUs make, with the reference's numbers."""
-    a, b = quantise(randn(32, 64), dtype), quantise(randn(48, 64, seed=1), E4M3)
+    (a8, _, a_unit), (b8, _, b_unit) = quantise(randn(32, 64), dtype), quantise(randn(48, 64, seed=1), E4M3)
+    a, b = (a8, a_unit), (b8, b_unit)
     bias = randn(48, seed=2) if has_bias else None
     for fast in (False, True):
         found, expected = (f(a, b, bias, BF16, fast) for f in (scaled_mm, product))
@@ -179,10 +200,10 @@ def test_a_gpus_gemm_takes_all_three_products() -> None:
     context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
     with FakeTensorMode(), Products() as products, torch.device("cuda"):
         x, weight, bias = (torch.empty(shape, dtype=BF16) for shape in ((2, 16, 32), (48, 32), (48,)))
-        out = _Fp8Linear.forward(context, x, weight, bias)
+        out = _Fp8Linear.forward(context, x, weight, bias, PLAIN)
         gradients = _Fp8Linear.backward(context, torch.empty_like(out))
     assert (out.shape, out.dtype, out.device.type) == ((2, 16, 48), BF16, "cuda")
-    assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, BF16) for t in (x, weight, bias)]
+    assert [(g.shape, g.dtype) for g in gradients[:3]] == [(t.shape, BF16) for t in (x, weight, bias)]
     assert products.calls == [(E4M3, E4M3, BF16, True), (E5M2, E4M3, BF16, False), (E5M2, E4M3, BF16, False)]
     assert products.host_reads == 0
 
@@ -231,7 +252,7 @@ def loss_and_gradients(model: GPT) -> list[Tensor]:
 def test_the_outer_blocks_and_the_head_stay_in_bf16() -> None:
     for skip, inside in ((0, [0, 1, 2, 3]), (1, [1, 2]), (2, [])):
         model = build(skip)
-        named = {name for name, module in model.named_modules() if getattr(module, "fp8", False)}
+        named = {name for name, module in model.named_modules() if getattr(module, "fp8_kernels", None)}
         layers = ("attn.qkv", "attn.proj", "mlp.up", "mlp.proj")
         assert named == {f"blocks.{block}.{layer}" for block in inside for layer in layers}
 
@@ -295,8 +316,40 @@ def test_compiled_blocks_have_the_same_gradients(graphs: Callable[[], int], monk
     assert graphs() == 2
 
 
-def test_a_transposed_matrix_is_contiguous() -> None:
-    matrix = quantise(randn(32, 16), E4M3)
-    assert isinstance(matrix.t(), Quantised)
-    assert matrix.t().values.is_contiguous()
-    assert torch.equal(matrix.t().values.double(), matrix.values.double().t())
+ROUND = [
+    {"STRAIGHT": straight, "TRANSPOSED": transposed, "BLOCK": triton_fp8.TILE}
+    for straight, transposed in ((True, True), (True, False), (False, True))
+]
+MAGNITUDE: list[dict[str, Any]] = [{"BLOCK": triton_fp8.ELEMENTS}]
+TYPES = {"matrix": "*bf16", "largest": "*i32", "unit": "*fp32", "top": "fp32"}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("capability", [89, 90, 100])
+@pytest.mark.parametrize(("format_", "letters"), [("fp8e4nv", "e4m3"), ("fp8e5", "e5m2")])
+def test_the_machine_code_rounds_to_nearest_and_moves_128_bits_at_a_time(
+    capability: int, format_: str, letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel, variants in ((triton_fp8.largest_magnitude, MAGNITUDE), (triton_fp8.round_tiles, ROUND)):
+        types = TYPES | dict.fromkeys(("straight", "transposed"), f"*{format_}")
+        for variant in variants:
+            signature = {n: "constexpr" if n in variant else types.get(n, "i32") for n in kernel.arg_names}
+            aligned = {
+                (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in (*variant, "top")
+            }
+            source = ASTSource(kernel, signature, variant, aligned)
+            built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+            ptx = built.asm["ptx"]
+            assert {w for w in re.findall(r"ld\.global(?:\.\w+)*\.b\d+", ptx) if "v4.b32" not in w} <= {"ld.global.b32"}
+            if kernel is triton_fp8.round_tiles:
+                by_way_of = "f16x2" if capability == 89 else "f32"  # fp16 holds every bf16 between 2^-17 and 57,344
+                assert f"cvt.rn.satfinite.{letters}x2.{by_way_of}" in ptx
+                wide = 4 * (variant["STRAIGHT"] + variant["TRANSPOSED"])
+                assert ptx.count("st.global.v4.b32") == wide
+                assert ptx.count("st.global") == wide + 1, "and the unit"
+            (tmp_path / "code.cubin").write_bytes(built.asm["cubin"])
+            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            usage = subprocess.run([tool, "-res-usage", tmp_path / "code.cubin"], capture_output=True, text=True)
+            assert "STACK:0" in usage.stdout, usage
+            assert "LOCAL:0" in usage.stdout

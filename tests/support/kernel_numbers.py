@@ -4,6 +4,7 @@ Run by test_model_kernels.py in a process of its own, because triton reads TRITO
 GPU, `python -m pytest tests/support/kernel_numbers.py` runs Triton's on it.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packspeed.model import fused_loss, native_kernels, triton_kernels
+from packspeed.model import fused_loss, native_kernels, triton_fp8, triton_kernels
 from packspeed.model import reference_ops as plain
 from packspeed.model.attention import Documents
 from packspeed.model.config import GPTConfig
@@ -204,3 +205,29 @@ def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], name: str, mon
         results.append([loss, *(p.grad for p in model.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@DTYPES
+def test_rounding_to_8_bits(fp8: torch.dtype, dtype: torch.dtype) -> None:
+    """Bit for bit. In the interpreter, whose conversion loses a carry, torch converts the scaled numbers."""
+    layouts = (True, True), (True, False), (False, True)
+    shapes = (150, 144), (128, 16), (16, 144)
+    factors = (1.0, 0.0), (3e-7, 0.0), (5e30, 0.0), (0.0, 0.0), (1.0, float("nan")), (1.0, -float("inf"))
+    for (shape, layout), (scale, outlier) in itertools.product(zip(shapes, layouts, strict=True), factors):
+        matrix = (normal(*shape, dtype=dtype).detach() * scale).clone()
+        if outlier:
+            matrix[3, 5] = outlier
+        expected = plain.quantise(matrix, fp8, *layout)
+        if INTERPRETED:
+            *copies, unit = triton_fp8.scaled_copies(matrix, torch.finfo(fp8).max, torch.float32, *layout)
+            found: Sequence[Tensor] = [*(copy.to(fp8) for copy in copies), unit]
+        else:
+            found = triton_kernels.quantise(matrix, fp8, *layout)
+        assert len(found) == len(expected) == sum(layout) + 1
+        torch.testing.assert_close(found[-1], expected[-1], rtol=0, atol=0, equal_nan=True)
+        for a, b in zip(found[:-1], expected[:-1], strict=True):
+            assert a.is_contiguous()
+            if not outlier:  # otherwise the unit makes the product NaN, whatever the numbers
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
