@@ -180,7 +180,7 @@ def test_resume_is_bitwise_exact(workspace: Workspace, trained: dict[str, list[s
 
 def test_a_run_in_fp8_continues_in_bf16(workspace: Workspace, resumed: str) -> None:
     """From the same files, because an fp8 run keeps what a bf16 run keeps; evaluation is bf16 in both."""
-    assert "note: train.precision was 'fp8' before this resume, is 'bf16'" in resumed
+    assert "note: train.precision was 'fp8' before this resume, now it is 'bf16'" in resumed
     assert "resharding" not in resumed
     fp8, mixed = workspace.losses("zero2-fp8"), workspace.losses("fp8-to-bf16")
     assert mixed[:REWIND] == fp8[:REWIND]
