@@ -343,7 +343,7 @@ def test_export_refusals(runs: Workspace, tmp_path: Path) -> None:
     run = runs.folder / "runs" / "out-gpt2"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
-    assert "is in use" in runs_cli(["export", str(run), str(tmp_path / "full")], code=2)
+    assert "exists already" in runs_cli(["export", str(run), str(tmp_path / "full")], code=2)
     shutil.copytree(find_checkpoint(run), tmp_path / "step")
     for name, expected in (("mlp", "mlp = 'swiglu'"), ("norm", "norm = 'rmsnorm'")):
         manifest = read_manifest(tmp_path / "step")
@@ -367,7 +367,7 @@ def test_the_current_folder_and_those_above_are_no_new_folders(
     monkeypatch.chdir(tmp_path / "here")
     if out == ".":
         (tmp_path / "here/sub").rmdir()
-    with pytest.raises(ConfigError, match="is in use: name a folder"):
+    with pytest.raises(ConfigError, match="exists already"):
         export_hf(Path("no run"), Path(out))
 
 
@@ -418,7 +418,9 @@ def test_another_model_than_the_imported_is_refused(runs: Workspace, tmp_path: P
 def test_import_of_what_is_no_model(tmp_path: Path) -> None:
     assert "config.json" in runs_cli(["import", "hf", str(tmp_path), "--out", str(tmp_path / "x")], code=2)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "no model.safetensors" in runs_cli(["import", "hf", str(tmp_path), "--out", str(tmp_path / "x")], code=2)
+    assert "neither model.safetensors" in runs_cli(
+        ["import", "hf", str(tmp_path), "--out", str(tmp_path / "x")], code=2
+    )
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
     assert "cannot be read" in runs_cli(["import", "hf", str(tmp_path), "--out", str(tmp_path / "x")], code=1)
     (tmp_path / "ckpt.pt").write_bytes(b"nonsense")

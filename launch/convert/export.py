@@ -1,13 +1,15 @@
-"""`packspeed export RUN --to hf DIR`: a checkpoint of any ZeRO stage as a model that transformers loads offline.
+"""`packspeed export RUN --to hf DIR`: convert a checkpoint of any ZeRO stage to a model folder for Hugging Face
+transformers.
 
     DIR/model.safetensors            or model-00001-of-00004.safetensors ... and model.safetensors.index.json
     DIR/config.json, generation_config.json
     DIR/tokenizer.json, tokenizer_config.json
     DIR/README.md, training_curve.svg        the model card (model_card.py)
 
-One parameter is read at a time and written at its offset in its file, so memory stays near the size of the largest
-parameter. The padding rows of the vocabulary are cut. A rename makes the folder appear, complete or not at all.
-Format: https://github.com/huggingface/safetensors. Cost: the checkpoint is read twice, to verify and to convert it.
+One parameter at a time is read and written at its offset in its file, so the memory needed is about the size of the
+largest parameter. The padding rows of the vocabulary are removed. The folder is written under a temporary name and then
+renamed, so it exists completely or not at all. Format: https://github.com/huggingface/safetensors. Cost: the checkpoint
+is read twice, to verify and to convert it.
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ SHARD_BYTES = 2 * 10**9
 
 
 class ExportResult(TypedDict):
-    """What was written."""
+    """What an export has written."""
 
     checkpoint: str
     path: str
-    architecture: str  # class of transformers
+    architecture: str  # name of the class in transformers
     dtype: str
-    bytes: int  # of all tensors
-    files: list[str]  # with tensors
+    bytes: int  # size of all tensors together
+    files: list[str]  # names of the files that contain tensors
 
 
 def export_hf(
@@ -59,14 +61,15 @@ def export_hf(
     shard_bytes: int = SHARD_BYTES,
     tokenizer: str | None = None,
 ) -> ExportResult:
-    """Export a run's newest checkpoint, or that of `step`, into a new folder; returns what was written.
+    """Export a run's newest checkpoint, or that of `step`, into the new folder `out`. Returns what was written.
 
-    Raises ConfigError if transformers has no such model or the folder is in use, UserError for damaged checkpoints.
+    `run` is a run folder or a checkpoint, and `tokenizer` replaces the run's own. Raises ConfigError if transformers
+    has no such model or the folder exists, and UserError if the checkpoint is damaged.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
     if out.exists() and (out.resolve() == Path.cwd() or not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is in use: name a folder that does not exist yet.")
+        raise ConfigError(f"{out} exists already. Name a folder that does not exist yet.")
     checkpoint = find_checkpoint(run, step)
     manifest = read_manifest(checkpoint)
     config = GPTConfig(**manifest["config"]["model"])
@@ -74,7 +77,7 @@ def export_hf(
     hf_config = _hf_config(checkpoint, config, trained_tokenizer, dtype)
     content, tokenizer_config = exported_tokenizer(trained_tokenizer)
 
-    # All files are written to a temporary folder, which a rename publishes.
+    # Write all files to a temporary folder, then rename it.
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -88,7 +91,7 @@ def export_hf(
             out.rmdir()
         temporary.rename(out)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror}; nothing was exported.") from None
+        raise UserError(f"{error.filename or out}: {error.strerror}. Nothing was exported.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {
@@ -102,7 +105,10 @@ def export_hf(
 
 
 def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> JsonObject:
-    """Content of config.json. ConfigError if transformers has no such model, or the tokenizer is not the model's."""
+    """Return the content of config.json.
+
+    Raises ConfigError if transformers has no such model, or if the tokenizer has more tokens than the model.
+    """
     try:
         bos_id = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
         ends = end_ids(checkpoint, tokenizer)
@@ -111,38 +117,42 @@ def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype:
         raise ConfigError(f"{checkpoint}: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"{checkpoint}: the model has {config.vocab_size} tokens and tokenizer {tokenizer.name} has "
-            f"{tokenizer.vocab_size}. Name the tokenizer that it was trained with: --tokenizer FILE."
+            f"{checkpoint}: the model has {config.vocab_size} tokens, but the tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size}. Give the tokenizer with which the model was trained: --tokenizer FILE."
         )
     return hf_config
 
 
 def _write_weights(folder: Path, checkpoint: Path, config: GPTConfig, dtype: torch.dtype, shard_bytes: int) -> Shards:
-    """Write all weights. UserError if the checkpoint lacks some."""
+    """Write all weights into the folder. Raises UserError if the checkpoint lacks some."""
     shards = Shards(folder, hf_shapes(config), dtype, shard_bytes)
     for name, tensor in hf_tensors(checkpoint, config):
         shards.write(name, tensor)
     if shards.missing:
-        raise UserError(f"{checkpoint}: {', '.join(shards.missing[:5])} is missing in it.")
+        raise UserError(f"{checkpoint}: parameters are missing: {', '.join(shards.missing[:5])}.")
     return shards
 
 
 def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield names and fp32 tensors as transformers loads them, one of our parameters in memory at a time."""
+    """Yield (name, fp32 tensor) of all weights in transformers' form, with one parameter of the checkpoint in memory
+    at a time.
+    """
     table = {weight.ours: weight for weight in weight_table(config)}
     for name, states in full_tensors(checkpoint, ("fp32",)):
         if name not in table:
-            raise UserError(f"{checkpoint}: there is a parameter {name} in it that its config does not have.")
+            raise UserError(
+                f"{checkpoint}: it contains the parameter {name}, which a model of its config does not have."
+            )
         yield from table[name].split(states["fp32"])
     for name, size in zero_biases(config).items():
         yield name, torch.zeros(size)
 
 
 class Shards:
-    """Safetensors files of at most `shard_bytes` each, and their index; a larger tensor gets a file of its own.
+    """Writes safetensors files of at most `shard_bytes` each, and their index. A larger tensor gets a file of its own.
 
-    The shapes decide where each tensor is in which file. Headers are written first, then tensors in any order, each
-    at its offset, so that none has to be kept in memory.
+    The shapes determine the file and the offset of each tensor. The headers are written first. Then the tensors can be
+    written in any order, each at its offset, and none has to be kept in memory.
     """
 
     def __init__(
@@ -171,30 +181,40 @@ class Shards:
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor, converted to the export's precision. KeyError if it is unknown or already written."""
+        """Write a tensor, converted to the precision of the export. Raises KeyError if it is unknown or was already
+        written.
+
+        Raises UserError if it has another shape than expected.
+        """
         path, offset, shape = self._unwritten.pop(name)
         if tensor.shape != shape:
-            raise UserError(f"{name} is {list(tensor.shape)} in the checkpoint, and {list(shape)} by its config.")
+            raise UserError(
+                f"{name} has the shape {list(tensor.shape)} in the checkpoint, but {list(shape)} according to its "
+                f"config."
+            )
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(tensor.to(self.dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
 
     @property
     def missing(self) -> list[str]:
-        """Names of the tensors that were not written yet."""
+        """Names of the tensors that have not been written yet."""
         return list(self._unwritten)
 
 
 class Layout(dict[str, tuple[tuple[int, ...], int, int]]):
-    """The tensors of one safetensors file: name -> (shape, begin, end), in bytes after the header and without gaps."""
+    """The tensors of one safetensors file: {name: (shape, begin, end)}, in bytes after the header and without gaps."""
 
     @property
     def end(self) -> int:
-        """Bytes of all tensors together."""
+        """Size of all tensors together, in bytes."""
         return next(reversed(self.values()))[2] if self else 0
 
     def header(self, dtype: str) -> bytes:
-        """The file's beginning: eight bytes with the size of a JSON object, and that object."""
+        """Return the beginning of the file: eight bytes with the size of a JSON object, then that object.
+
+        `dtype` is the name that safetensors uses, such as "BF16".
+        """
         tensors = {
             name: {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
             for name, (shape, start, end) in self.items()
@@ -205,6 +225,7 @@ class Layout(dict[str, tuple[tuple[int, ...], int, int]]):
 
 
 def _json_files(hf_config: JsonObject, config: GPTConfig, tokenizer_config: JsonObject) -> dict[str, JsonObject]:
+    """Return the content of the JSON files of a model folder: {file name: content}."""
     ids = {"bos_token_id": hf_config["bos_token_id"], "eos_token_id": hf_config["eos_token_id"]}
     return {
         "config.json": hf_config,

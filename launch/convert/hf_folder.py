@@ -1,10 +1,10 @@
-"""What a model folder of transformers holds: config.json, the weights in safetensors files, and the tokenizer.
+"""Read a model folder of Hugging Face transformers: config.json and the weights in safetensors files.
 
     config.json                       the architecture
-    model.safetensors                 all weights, or
-    model.safetensors.index.json      {"weight_map": {tensor: file}} of several files; ignored beside model.safetensors
+    model.safetensors                 all weights; or
+    model.safetensors.index.json      {"weight_map": {tensor: file}} for several files; ignored beside model.safetensors
 
-Names, shapes and data types of all tensors are checked from the files' headers before a weight is read.
+Names, shapes and data types of all tensors are checked in the headers of the files, before any weight is read.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from packspeed.model.hf import HEAD, canonical_names, full_names, theirs_of_embe
 from packspeed.model.hf_config import from_hf_config
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-DTYPES = ("F32", "BF16", "F16")  # others are quantized, or lose digits in fp32
+DTYPES = ("F32", "BF16", "F16")  # other types are quantized, or lose digits when converted to fp32
 LFS_POINTER = b"version https://git-lfs"
 
 
 def read_config(source: Path) -> GPTConfig:
-    """Read config.json. ConfigError if it is damaged, or if our model lacks one of the features."""
+    """Read config.json. Raises ConfigError if it is damaged, or if Packspeed's model lacks one of the features in
+    it.
+    """
     path = source / CONFIG
     try:
         raw = json.loads(path.read_bytes())
@@ -39,17 +41,23 @@ def read_config(source: Path) -> GPTConfig:
         return from_hf_config(raw)
     except OSError as error:
         adapter = (source / "adapter_config.json").is_file()
-        hint = " The folder holds a LoRA adapter: merge it into its base model (merge_and_unload)." if adapter else ""
+        hint = (
+            " The folder contains a LoRA adapter: first merge it into its base model (merge_and_unload)."
+            if adapter
+            else ""
+        )
         raise ConfigError(f"{path}: {error.strerror or error}.{hint}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
 class WeightFiles:
-    """All tensors of a model folder. The files stay open and mapped while `stack` is: a weight may span several."""
+    """All tensors of a model folder. The files stay open and memory-mapped until `stack` is closed."""
 
     def __init__(self, source: Path, stack: ExitStack) -> None:
-        """Open the files. UserError if one is missing or damaged, ConfigError if there are none that we can read."""
+        """Open the files. Raises UserError if a file is missing or damaged, and ConfigError if there is no supported
+        file.
+        """
         self.source = source
         self._files: dict[str, tuple[Path, Any]] = {}  # tensor -> its file
         for path in _paths(source):
@@ -57,17 +65,22 @@ class WeightFiles:
             for name in file.keys():  # noqa: SIM118  # not a dict
                 if name in self._files:
                     other = self._files[name][0].name
-                    raise UserError(f"{path}: {name} is in {other} too. Copy the folder again, without other files.")
+                    raise UserError(f"{path}: {name} is also in {other}. Copy the folder again, without other files.")
                 self._files[name] = path, file
 
     @property
     def notes(self) -> list[str]:
-        """What was passed over."""
+        """Notes for the user about files that were ignored."""
         both = (self.source / WEIGHTS).is_file() and (self.source / INDEX).is_file()
-        return [f"{WEIGHTS} was imported, as transformers does, not the files of the index beside it"] if both else []
+        note = f"{WEIGHTS} was imported, and the files of {INDEX} were ignored, as transformers does"
+        return [note] if both else []
 
     def untied(self, config: GPTConfig) -> bool:
-        """Whether config.json says that the head is tied, and the files have another one, which transformers uses."""
+        """Return whether config.json says that the output head is tied to the embedding, but the files contain another
+        head.
+
+        transformers then uses the head in the files.
+        """
         names = full_names(self._files, config)
         embedding = theirs_of_embedding(config)
         if not config.tie_embeddings or HEAD not in names or embedding not in names:
@@ -75,12 +88,17 @@ class WeightFiles:
         return not torch.equal(self._read(names[HEAD]).float(), self._read(names[embedding]).float())
 
     def parameters(self, config: GPTConfig) -> Iterator[tuple[str, torch.Tensor]]:
-        """Check names, shapes and types, then yield our parameters in fp32, one at a time. A tied head is left out.
+        """Check names, shapes and types, then yield (name, fp32 tensor) of the parameters of Packspeed's model, one at
+        a time.
 
-        ConfigError if the weights are not those of the config, UserError if one is not finite.
+        A tied head is left out. Raises ConfigError if the weights do not match the config, and UserError if a value is
+        not finite.
         """
         if config.n_layer > len(self._files):
-            raise ConfigError(f"{self.source}: {config.n_layer} layers by config.json, in {len(self._files)} tensors.")
+            raise ConfigError(
+                f"{self.source}: config.json has {config.n_layer} layers, but the weight files contain only "
+                f"{len(self._files)} tensors. Copy the folder again."
+            )
         try:
             names = canonical_names(self._files, config)
         except ValueError as error:
@@ -92,23 +110,28 @@ class WeightFiles:
         return ((weight.ours, weight.join(lambda name: self._finite(names[name]), config)) for weight in table)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check the type and the shape of a tensor in the header of its file. Raises ConfigError if one is wrong."""
         path, file = self._files[name]
         header = file.get_slice(name)
         if header.get_dtype() not in DTYPES:
             raise ConfigError(
-                f"{path}: {name} is {header.get_dtype()}, and only {', '.join(DTYPES)} can be imported: quantized "
-                "weights cannot be trained on."
+                f"{path}: {name} has the type {header.get_dtype()}, but only {', '.join(DTYPES)} can be imported, "
+                "because quantized weights cannot be trained. Import the original model."
             )
         if tuple(header.get_shape()) != shape:
-            raise ConfigError(f"{path}: {name} is {header.get_shape()}, and config.json asks for {list(shape)}.")
+            raise ConfigError(
+                f"{path}: {name} has the shape {header.get_shape()}, but {list(shape)} according to config.json."
+            )
 
     def _finite(self, name: str) -> torch.Tensor:
+        """Return a tensor in fp32. Raises UserError if a value is NaN or infinite."""
         tensor = self._read(name).float()
         if not tensor.isfinite().all():
             raise UserError(f"{self._files[name][0]}: {name} has values that are NaN or infinite. Copy it again.")
         return tensor
 
     def _read(self, name: str) -> torch.Tensor:
+        """Return a tensor. Raises UserError if it cannot be read."""
         path, file = self._files[name]
         try:
             tensor: torch.Tensor = file.get_tensor(name)
@@ -120,34 +143,38 @@ class WeightFiles:
 def read_weights(
     source: Path, config: GPTConfig, stack: ExitStack
 ) -> tuple[GPTConfig, Iterator[tuple[str, torch.Tensor]], list[str]]:
-    """Open the weights. Returns the config that fits them, our parameters, and notes for the user."""
+    """Open the weights of a model folder. Returns (config, iterator over (name, fp32 tensor), notes for the user).
+
+    The config is changed if the output head is not tied, although config.json says so. The files are open until `stack`
+    is closed. See WeightFiles.parameters for the iterator and the errors.
+    """
     files = WeightFiles(source, stack)
     notes = files.notes
     if files.untied(config):
         config = dataclasses.replace(config, tie_embeddings=False)
         notes.append(
-            "config.json says that the head shares the embedding's weight, and the files have another lm_head.weight: "
-            "the model was imported with that head, tie_embeddings false, as transformers loads it"
+            "according to config.json the output head is tied to the embedding, but the files contain a different "
+            "lm_head.weight. It was imported with that head (tie_embeddings: false), as transformers does"
         )
     return config, files.parameters(config), notes
 
 
 def _paths(source: Path) -> list[Path]:
-    """The weight files. One file wins over an index, as in transformers."""
+    """Return the weight files. model.safetensors is preferred to the files of an index, as in transformers."""
     if (source / WEIGHTS).is_file():
         return [source / WEIGHTS]
     index = source / INDEX
     if not index.is_file():
         raise ConfigError(
-            f"{source}: there is no {WEIGHTS} and no index of shards. A pytorch_model.bin becomes one with "
-            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)."
+            f"{source}: there is neither {WEIGHTS} nor {INDEX}. To convert a pytorch_model.bin, use transformers: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)."
         )
     try:
         files = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{index}: not the index of a sharded model. Copy it again.") from None
+        raise UserError(f"{index} is not a valid index of weight files. Copy it again.") from None
     if any(Path(name).name != name for name in files):
-        raise UserError(f"{index} names files outside its folder.")
+        raise UserError(f"{index} names files outside its folder, which is not allowed. Copy the folder again.")
     if missing := [name for name in files if not (source / name).is_file()]:
         raise UserError(
             f"{source}: {len(missing)} of {len(files)} weight files in {INDEX} are missing: "
@@ -157,10 +184,11 @@ def _paths(source: Path) -> list[Path]:
 
 
 def _open(path: Path) -> Any:  # safetensors has no types
+    """Open a safetensors file. Raises UserError if it cannot be read or is a Git LFS pointer."""
     try:
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(f"{path} is a pointer of Git LFS, not the weights. Fetch them with: git lfs pull.")
+                raise UserError(f"{path} is only a Git LFS pointer. Fetch the weights with: git lfs pull.")
         return safe_open(path, "pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a safetensors file ({error}). Copy it again.") from None

@@ -1,8 +1,8 @@
-"""The tokenizer of a model folder of transformers, and the one that an export writes.
+"""Read the tokenizer of a transformers model folder, and build the tokenizer files that an export writes.
 
-tokenizer.json may have a template, which puts tokens around every text: Llama's puts BOS (<s>) before it. Training
-decides what is right. If documents begin with BOS (packspeed prepare --bos), prompts and the exported tokenizer do,
-too. If not, the exported file has no template.
+tokenizer.json may contain a template that adds tokens around every text. Llama's adds BOS (<s>) before it. What counts
+is what the model was trained on: if its documents begin with BOS (packspeed prepare --bos), prompts and the exported
+tokenizer begin with BOS too. If not, the exported file has no template.
 Format: https://huggingface.co/docs/tokenizers/api/post-processors
 """
 
@@ -26,31 +26,36 @@ if TYPE_CHECKING:
 
 
 def read_tokenizer(source: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
-    """Load the tokenizer of a model with `rows` tokens. Returns it, or None if we cannot use it, and notes."""
+    """Load the tokenizer of a model folder. Returns (tokenizer, notes for the user).
+
+    `rows` is the number of tokens of the model. The tokenizer is None if Packspeed cannot use it; a note says why.
+    """
     try:
         tokenizer = load_tokenizer(str(source))
         if tokenizer.vocab_size > rows:
             return None, [
-                f"its tokenizer was not imported: it has {tokenizer.vocab_size:,} ids, and the weights have rows for "
-                f"{rows:,} tokens. Remove the tokens from {rows:,} on, or add rows to the model (transformers: "
-                "resize_token_embeddings), and import it again"
+                f"its tokenizer was not imported, because it has {tokenizer.vocab_size:,} tokens, but the model only "
+                f"{rows:,}. Remove the tokens with ids from {rows:,} on, or enlarge the model with transformers "
+                "(resize_token_embeddings), and import it again"
             ]
         if not isinstance(tokenizer, JsonTokenizer):
             return tokenizer, []
         return _with_bos(source, tokenizer)
     except DataError as error:
         return None, [
-            f"its tokenizer was not imported ({error}): prepare the data with the tokenizer that the model was trained "
-            "with"
+            f"its tokenizer was not imported ({error}). Prepare the data with the tokenizer with which the model was "
+            "trained"
         ]
 
 
 def _with_bos(source: Path, tokenizer: JsonTokenizer) -> tuple[Tokenizer, list[str]]:
-    """Load the tokenizer again with BOS, if its template or its settings put BOS before a text."""
+    """Return the tokenizer and notes for the user. The tokenizer adds BOS if the folder's template or settings do
+    so.
+    """
     before, after = template(tokenizer.content)
     named = read_document_tokens(source)
     other = [name for name in (*before[:-1], *after) if name != tokenizer.eot_name]
-    notes = [f"its tokenizer puts {', '.join(other)} around a text; a run and its export do not"] if other else []
+    notes = [f"its tokenizer adds {', '.join(other)} around a text, but runs and exports do not"] if other else []
     bos = before[-1] if before else None
     if bos != tokenizer.eot_name and (bos or named.add_bos):
         tokenizer = load_tokenizer(str(source), bos=True, bos_token=bos)  # type: ignore[assignment]
@@ -63,7 +68,7 @@ def _with_bos(source: Path, tokenizer: JsonTokenizer) -> tuple[Tokenizer, list[s
 
 
 def template(content: bytes) -> tuple[list[str], list[str]]:
-    """Return the tokens that a tokenizer.json puts before and after a text."""
+    """Return (tokens before a text, tokens after it) that the template of a tokenizer.json adds."""
     encoding = _library(content).encode("a")
     added = encoding.special_tokens_mask
     first = added.index(0) if 0 in added else len(added)
@@ -72,9 +77,10 @@ def template(content: bytes) -> tuple[list[str], list[str]]:
 
 
 def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, JsonObject]:
-    """Return tokenizer.json and tokenizer_config.json, with the ids that the model was trained on.
+    """Return the content of tokenizer.json and of tokenizer_config.json, which give the ids that the model was trained
+    on.
 
-    DataError if the tokenizers library reads other ids from the file.
+    Raises DataError if the tokenizers library reads other ids from the file.
     """
     content, eot = tokenizer_json(tokenizer)
     bos = None
@@ -94,7 +100,10 @@ def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, JsonObject]:
 
 
 def _as_trained(content: bytes, bos: str | None, bos_id: int | None) -> bytes:
-    """Remove what makes the ids of a text other than in training: dropout, truncation, padding, another template."""
+    """Return tokenizer.json without settings that would change the ids of a text.
+
+    These are dropout, truncation, padding, and a template that adds other tokens than BOS.
+    """
     spec = json.loads(content)
     changes: JsonObject = {key: None for key in ("truncation", "padding") if spec.get(key) is not None}
     if spec["model"].get("dropout") is not None:
@@ -107,7 +116,9 @@ def _as_trained(content: bytes, bos: str | None, bos_id: int | None) -> bytes:
 
 
 def _post_processor(spec: JsonObject, bos: str | None, bos_id: int | None) -> JsonObject | None:
-    """Keep what adds no tokens, ByteLevel, and put BOS before a text."""
+    """Return the post-processor of a tokenizer.json: the ByteLevel part of the old one, and a template for BOS if
+    there is one.
+    """
     old = spec.get("post_processor") or {}
     parts = [part for part in old.get("processors", [old]) if part.get("type") == "ByteLevel"]
     if bos is not None:
@@ -127,6 +138,7 @@ def _post_processor(spec: JsonObject, bos: str | None, bos_id: int | None) -> Js
 
 
 def _check_ids(content: bytes, tokenizer: Tokenizer, eot: str, bos: str | None) -> None:
+    """Raise DataError if the tokenizers library gives other ids than `tokenizer` for a test text, EOT or BOS."""
     made = _library(content)
     same = made.token_to_id(eot) == tokenizer.eot_id and (bos is None or made.token_to_id(bos) == tokenizer.bos_id)
     try:
@@ -135,13 +147,15 @@ def _check_ids(content: bytes, tokenizer: Tokenizer, eot: str, bos: str | None) 
         ids = made.encode(PROBE, add_special_tokens=False).ids
     if not same or made.encode(PROBE).ids != [tokenizer.bos_id] * (bos is not None) + ids:
         raise DataError(
-            f"Tokenizer {tokenizer.name}: the tokenizers library, and so transformers, gives other ids to a text or to "
-            f"{eot} than the model was trained on. Correct the ids in tokenizer.json, which may have gaps, and give "
-            "the file with --tokenizer."
+            f"Tokenizer {tokenizer.name}: the tokenizers library, and therefore transformers, gives other ids for a "
+            f"text or for {eot} than the model was trained on. Correct the ids in tokenizer.json, which may have gaps, "
+            f"and "
+            "give the corrected file with --tokenizer."
         )
 
 
 def _library(content: bytes) -> tokenizers.Tokenizer:
+    """Load a tokenizer.json with the tokenizers library. Raises DataError if it cannot."""
     import tokenizers
 
     try:

@@ -1,12 +1,14 @@
-"""`packspeed import hf|nanogpt`: another project's weights become a run at step 0, which `packspeed train` continues.
+"""`packspeed import hf|nanogpt`: make a run at step 0 from the weights of another project. `packspeed train` continues
+it.
 
     OUT/checkpoints/step-00000000/packspeed.json, universal/     fp32 weights without optimizer state (reshard.py)
-    OUT/run.yaml                                                 a run file that continues from them
-    OUT/tokenizer/tokenizer.json                                 if the source has one
+    OUT/run.yaml                                                 a run file that continues from these weights
+    OUT/tokenizer/tokenizer.json                                 if the source has a tokenizer
 
-hf reads GPT-2, Llama, Mistral, Qwen2 and Qwen3 folders (hf_folder.py), one parameter in memory at a time. nanogpt
-reads a ckpt.pt with weights_only, so no code in it can run. A rename makes the folder appear, complete or not at all.
-Models with features that ours does not have are refused; the error names the feature.
+hf reads folders of GPT-2, Llama, Mistral, Qwen2 and Qwen3 models (hf_folder.py), with one parameter in memory at a
+time. nanogpt reads a ckpt.pt with weights_only, so that no code in it can run. The run folder is written under a
+temporary name and then renamed, so it exists completely or not at all. A model with a feature that Packspeed's model
+does not have is refused; the error names the feature.
 """
 
 from __future__ import annotations
@@ -51,19 +53,22 @@ RUN_FILE = "run.yaml"
 
 
 class ImportResult(TypedDict):
-    """What was written."""
+    """What an import has written."""
 
     source: str
     path: str
     checkpoint: str
     run_file: str
     parameters: int
-    tied: bool  # the head shares the embedding's weight
-    notes: list[str]  # for the user
+    tied: bool  # whether the output head uses the embedding's weight
+    notes: list[str]  # notes for the user
 
 
 def import_hf(source: Path, out: Path, data: str | None = None) -> ImportResult:
-    """Import a folder written by transformers' save_pretrained. ConfigError if our model lacks one of its features."""
+    """Import a folder that transformers' save_pretrained has written. `out` is the new run folder, `data` its dataset.
+
+    Raises ConfigError if Packspeed's model lacks one of its features.
+    """
     config = read_config(source)
     with ExitStack() as stack:
         config, parameters, notes = read_weights(source, config, stack)
@@ -72,7 +77,10 @@ def import_hf(source: Path, out: Path, data: str | None = None) -> ImportResult:
 
 
 def import_nanogpt(source: Path, out: Path, data: str | None = None) -> ImportResult:
-    """Import a ckpt.pt of nanoGPT's train.py."""
+    """Import a ckpt.pt that nanoGPT's train.py has written. `out` is the new run folder, `data` its dataset.
+
+    Raises ConfigError or UserError if it cannot be read or its weights do not match its config.
+    """
     try:
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
         arguments, weights = dict(content["model_args"]), dict(content["model"])
@@ -87,15 +95,15 @@ def import_nanogpt(source: Path, out: Path, data: str | None = None) -> ImportRe
         )
     except OSError as error:
         raise ConfigError(f"{source}: {error.strerror or error}") from None
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError by kind of damage
+    except Exception as error:  # torch raises different exceptions for different kinds of damage
         raise UserError(f"{source}: cannot be read as nanoGPT's ckpt.pt: {str(error).splitlines()[0]}") from None
     weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # added by torch.compile
     try:
         names = canonical_names(weights, config)
-        # The table is that of transformers' GPT-2, whose Conv1D weights are transposed; nanoGPT has Linear layers.
+        # weight_table is for transformers' GPT-2, whose Conv1D weights are transposed. nanoGPT has Linear layers.
         plain = [weight._replace(transposed=False) for weight in weight_table(config)]
         tensors = ((w.ours, w.join(lambda name: weights[names[name]].float(), config)) for w in plain)
-        notes = ["nanoGPT stores no tokenizer: prepare the data with the one the model was trained with"]
+        notes = ["nanoGPT stores no tokenizer. Prepare the data with the tokenizer with which the model was trained"]
         untied = ((name, tensor) for name, tensor in tensors if name != "lm_head.weight")
         return _write_run(source, out, data, config, untied, None, notes)
     except ValueError as error:
@@ -111,9 +119,9 @@ def _write_run(
     tokenizer: Tokenizer | None,
     notes: list[str],
 ) -> ImportResult:
-    """Write the run folder under a temporary name and rename it."""
+    """Write the run folder under a temporary name and rename it. Returns what was written."""
     if out.exists() and (out.resolve() == Path.cwd() or not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is in use: name a run folder that does not exist yet.")
+        raise ConfigError(f"{out} exists already. Name a run folder that does not exist yet.")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     run_file = _run_file(out, config, data, tokenizer)
@@ -129,9 +137,9 @@ def _write_run(
         temporary.rename(out)
         sync(out.parent)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror}; nothing was imported.") from None
+        raise UserError(f"{error.filename or out}: {error.strerror}. Nothing was imported.") from None
     except SafetensorError as error:
-        raise UserError(f"{source}: {error}; nothing was imported.") from None
+        raise UserError(f"{source}: {error}. Nothing was imported.") from None
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
     finally:
@@ -148,7 +156,7 @@ def _write_run(
 
 
 def _write_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer, and the ids that end a generated text if there are several."""
+    """Write the tokenizer. If several token ids end a generated text, write these too."""
     folder.mkdir()
     tokenizer.save(folder)
     if len(ends := read_end_ids(source)) > 1:
@@ -158,10 +166,10 @@ def _write_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer) -> None:
 def _write_checkpoint(
     checkpoint: Path, source: Path, config: GPTConfig, tensors: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """Write a checkpoint that has a resharded folder only.
+    """Write a checkpoint that contains only a universal/ folder.
 
-    In checkpoints of training that folder is a copy, and not in packspeed.json. Here the manifest lists its files,
-    because they cannot be made again.
+    In a checkpoint of training, that folder is a converted copy and is not listed in packspeed.json. Here the manifest
+    lists its files, because they cannot be made again from others.
     """
     folder = checkpoint / UNIVERSAL
     files: dict[str, FileHash] = {}
@@ -199,11 +207,12 @@ def _write_checkpoint(
 
 
 def _model_section(config: GPTConfig) -> JsonObject:
+    """Return the section `model` of the run file."""
     return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
 
 
 def _run_file(out: Path, config: GPTConfig, data: str | None, tokenizer: Tokenizer | None) -> str:
-    """Return a run file that continues from the import. It is ready to use if `data` names a dataset."""
+    """Return the text of a run file that continues from the import. It is complete if `data` names a dataset."""
     folder = out.resolve()
     seq_len = min(config.max_seq_len, 1024)
     option = "the model's own"
@@ -211,8 +220,8 @@ def _run_file(out: Path, config: GPTConfig, data: str | None, tokenizer: Tokeniz
         option = f"{folder / 'tokenizer' / 'tokenizer.json'}{' --bos' if tokenizer.bos_id is not None else ''}"
     head = (
         f"# Continues from the imported weights in {folder}. Set the length, the batch and the learning rate.\n"
-        "# Do not use --fresh: it moves the imported weights aside too.\n"
-        f"# The data must have the model's tokenizer: packspeed prepare ... --tokenizer {option}\n"
+        "# Do not use --fresh: it would also move the imported weights aside.\n"
+        f"# Prepare the data with the model's tokenizer: packspeed prepare ... --tokenizer {option}\n"
     )
     run = {
         "name": folder.name,

@@ -1,7 +1,7 @@
-"""The model card of an exported model: README.md with data, tokens, curve, commit and config, and the curve as SVG.
+"""Write the model card of an exported model: README.md with data, tokens, losses, commit and config, and a plot as SVG.
 
-All facts come from the checkpoint's manifest, the run folder and the dataset's manifest; what no longer exists is left
-out. Hugging Face's format: https://huggingface.co/docs/hub/model-cards.
+All facts come from the checkpoint's manifest, the run folder and the manifest of the dataset. Facts whose source no
+longer exists are left out. Hugging Face's format: https://huggingface.co/docs/hub/model-cards.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from packspeed.data.storage.manifest import load_manifest
 from packspeed.launch.checkpoint.manifest import Manifest
 from packspeed.model.config import GPTConfig, num_parameters
 
-ROWS = 20  # of the table of losses, at most
+ROWS = 20  # largest number of rows in the table of losses
 CURVE = "training_curve.svg"
 
 Points = list[tuple[int, float]]  # (step, loss)
 
 
 def write_card(folder: Path, name: str, checkpoint: Path, manifest: Manifest, config: GPTConfig) -> None:
-    """Write README.md and, if the run folder has metrics, the picture of the curve."""
+    """Write README.md and, if the run folder has metrics, the plot of the losses."""
     train, valid = curve(checkpoint.resolve().parents[1] / "metrics.jsonl", manifest["step"])
     sections = [_head(name, manifest, config), _use(), _data(manifest), _tokenizer_note(manifest)]
     if train:
@@ -34,7 +34,10 @@ def write_card(folder: Path, name: str, checkpoint: Path, manifest: Manifest, co
 
 
 def curve(metrics: Path, until: int) -> tuple[Points, Points]:
-    """Training and validation losses of a run up to step `until`, from metrics.jsonl; empty without that file."""
+    """Return (training losses, validation losses) up to step `until`, as lists of (step, loss), from metrics.jsonl.
+
+    Both are empty if the file does not exist.
+    """
     train: Points = []
     valid: Points = []
     text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
@@ -51,6 +54,7 @@ def curve(metrics: Path, until: int) -> tuple[Points, Points]:
 
 
 def _head(name: str, manifest: Manifest, config: GPTConfig) -> str:
+    """Return the card's beginning: metadata, title and a table of facts about the model."""
     tokens = manifest["step"] * manifest["config"].get("train", {}).get("global_batch_tokens", 0)
     rows = {
         "parameters": f"{num_parameters(config):,}",
@@ -69,6 +73,7 @@ def _head(name: str, manifest: Manifest, config: GPTConfig) -> str:
 
 
 def _use() -> str:
+    """Return the section that shows how to load the model."""
     return """## Use
 
 ```python
@@ -83,6 +88,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=Tru
 
 
 def _data(manifest: Manifest) -> str:
+    """Return the section about the training data."""
     lines = ["## Training data\n"]
     for dataset in manifest.get("datasets") or []:
         tokens = sum(shard[1] for shard in dataset["shards"])
@@ -90,31 +96,34 @@ def _data(manifest: Manifest) -> str:
         lines.append(f"- `{dataset['path']}`: {tokens:,} tokens, {made}")
         try:
             source = load_manifest(dataset["path"]).source
-        except (DataError, OSError):  # at a URL, or deleted
+        except (DataError, OSError):  # the dataset is at a URL, or was deleted
             continue
         names = ", ".join(f"`{name}`" for name in source.names[:10]) + (" ..." if len(source.names) > 10 else "")
         lines.append(f"  from {names}: {source.documents:,} documents, {source.text_bytes:,} bytes of text")
     if len(lines) == 1:
-        lines.append("None by Packspeed: the weights were imported.")
+        lines.append("Unknown, because the weights were imported and not trained with Packspeed.")
     return "\n".join(lines) + "\n"
 
 
 def _tokenizer_note(manifest: Manifest) -> str:
+    """Return notes about how documents and special tokens were treated in training."""
     note = (
-        "Documents were separated by the end-of-text token. In training, text with the characters of a special\n"
-        "token was ordinary text; this folder's tokenizer reads them as the token, as transformers does by default\n"
-        "(`split_special_tokens=True` changes that).\n"
+        "In the training data, the end-of-text token separates documents. If a document contained the characters of a\n"
+        "special token, they were encoded as ordinary text. The tokenizer in this folder encodes them as the special\n"
+        "token, which is the default of transformers (`split_special_tokens=True` changes that).\n"
     )
     data = manifest["config"].get("data") or {}
     if data.get("document_mask") or data.get("packing", "stream") != "stream":
         note += (
-            "\nIn training, no token attended to another document, and positions began at 0 in each. The classes of\n"
-            "transformers have no such mask: give each document a row of its own, which computes the same.\n"
+            "\nIn training, tokens attended only to their own document, and positions began at 0 in each document. "
+            "The\nmodel classes of transformers have no such mask. For the same results, give each document its own "
+            "row.\n"
         )
     return note
 
 
 def _curve_section(train: Points, valid: Points) -> str:
+    """Return the section with the plot and a table of losses."""
     at = dict(valid)
     steps = sorted({*[step for step, _ in valid], train[0][0], train[-1][0]})
     steps = steps if len(steps) <= ROWS else [steps[round(i * (len(steps) - 1) / (ROWS - 1))] for i in range(ROWS)]
@@ -128,7 +137,7 @@ def _curve_section(train: Points, valid: Points) -> str:
 
 
 def curve_svg(train: Points, valid: Points) -> str:
-    """Both curves as an SVG of 640 x 320 pixels, with at most about 2,000 points of the training loss."""
+    """Return both curves as an SVG of 640 x 320 pixels, with about 2,000 points of the training loss at most."""
     train = train[:: max(1, len(train) // 1000)]
     steps, losses = [s for s, _ in train + valid], [v for _, v in train + valid]
     low, high, last = min(losses), max(losses), max(steps)
@@ -154,6 +163,7 @@ def curve_svg(train: Points, valid: Points) -> str:
 
 
 def _origin(checkpoint: Path, manifest: Manifest) -> str:
+    """Return the section about the checkpoint, the software and the run file."""
     versions = ", ".join(f"{name} {version}" for name, version in (manifest.get("versions") or {}).items())
     facts = [
         f"- checkpoint `{checkpoint.name}`, saved {manifest.get('saved_at', 'at an unknown time')}",

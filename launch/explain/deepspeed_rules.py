@@ -1,7 +1,7 @@
 """Lint rules for the DeepSpeed JSON: numerics, settings without effect, memory and speed, resumes.
 
-lint.py says what a rule is. The sources are issue threads of DeepSpeed and its users, by number. tests/test_explain.py
-has a case for every rule, and shows the behaviour in DeepSpeed 0.19.8's own code if a CPU can show it.
+lint.py says what a rule is. The sources of the rules are issues of DeepSpeed and of projects that use it.
+tests/test_explain.py has a case for every rule, and, if a CPU suffices, shows the behaviour in DeepSpeed 0.19.8 itself.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from packspeed.launch.config.deepspeed_keys import unused
 from packspeed.launch.explain.lint import GIB, Case, block, device, rule
 
 
-# ---- the DeepSpeed JSON: numbers ----
+# ---- numerics ----
 @rule("loss", "DeepSpeed#1800, #2352, #2768, #5154")
 def low_precision_accumulation(case: Case) -> Iterator[str]:
-    """Gradients of micro batches are added up in 16 bits, so the late, small ones are rounded away.
+    """Gradients of micro batches are summed in 16 bits, so small ones that are added late are rounded away.
 
     Symptom: the loss is worse with more accumulation, and differs between micro batch sizes.
     Fix: set data_types.grad_accum_dtype to "fp32", or remove the key.
@@ -24,8 +24,9 @@ def low_precision_accumulation(case: Case) -> Iterator[str]:
     dtype = block(case.ds, "data_types").get("grad_accum_dtype")
     if dtype in ("bf16", "fp16", "bfloat16", "float16") and case.accumulation > 1 and case.precision != "fp32":
         yield (
-            f"data_types.grad_accum_dtype = {dtype!r} adds up {case.accumulation} micro batches in 16 bits: late "
-            'ones are rounded away. Write "fp32" or remove the key.'
+            f"data_types.grad_accum_dtype = {dtype!r}: the gradients of {case.accumulation} micro batches are summed "
+            f"in "
+            '16 bits, which rounds small ones away. Write "fp32" or remove the key.'
         )
 
 
@@ -39,16 +40,21 @@ def low_precision_communication(case: Case) -> Iterator[str]:
     dtype = case.ds.get("communication_data_type")
     if dtype in ("bf16", "fp16") and dtype != case.precision:
         yield (
-            f"communication_data_type = {dtype!r} rounds gradients to 16 bits before ranks add them up, while the run "
-            f"trains in {case.precision}; the loss then depends on the number of ranks. Remove the key."
+            f"communication_data_type = {dtype!r}: gradients are rounded to 16 bits before the ranks add them, "
+            f"although the run trains in {case.precision}, so the loss depends on the number of ranks. Remove the key."
         )
     elif dtype == "fp16" and case.precision == "fp16":
-        yield 'communication_data_type = "fp16": sums over ranks overflow at 65,504. Remove the key, or write "fp32".'
+        yield (
+            'communication_data_type = "fp16": sums of gradients over the ranks overflow at 65,504. Remove the key, or '
+            'write "fp32".'
+        )
 
 
 @rule("loss", "docs/config-json: bf16")
 def low_precision_master_weights(case: Case) -> Iterator[str]:
-    """Without an fp32 copy of the weights, or with moments in 16 bits, updates below 1/256 of a weight vanish.
+    """Without an fp32 copy of the weights, or with optimizer moments in 16 bits, small updates are rounded away.
+
+    An update below 1/256 of a weight has no effect then.
 
     Symptom: the loss stops falling late in training, when the learning rate is small.
     Fix: remove bf16_master_weights_and_grads, fp16_master_weights_and_grads and bf16_optimizer_states.
@@ -59,15 +65,17 @@ def low_precision_master_weights(case: Case) -> Iterator[str]:
     ):  # fmt: skip
         if block(case.ds, name).get(key) is True:
             what = "the optimizer's moments" if "states" in key else "master weights"
-            yield f"{name}.{key}: {what} are kept in 16 bits, so updates below 1/256 of a weight vanish. Remove it."
+            yield (
+                f"{name}.{key}: {what} are kept in 16 bits, so updates below 1/256 of a weight have no effect. Remove "
+                "the key."
+            )
 
 
 @rule("loss", "docs/config-json: optimizer params")
 def hidden_optimizer_settings(case: Case) -> Iterator[str]:
-    """Parameters of the optimizer in the JSON change the update, but the run file does not show them.
+    """Optimizer parameters in the JSON change the update, but the run file does not show them.
 
-    Symptom: two runs with equal run files have different losses, or DeepSpeed fails with an unexpected keyword
-    argument.
+    Symptom: two runs with equal run files have different losses, or DeepSpeed reports an unexpected keyword argument.
     Fix: remove the parameter; the run file sets the optimizer.
     """
     known = {
@@ -84,35 +92,39 @@ def hidden_optimizer_settings(case: Case) -> Iterator[str]:
     for key, value in block(block(case.ds, "optimizer"), "params").items():
         if key not in known and value != "auto":
             yield (
-                f"optimizer.params.{key} = {value!r} changes the update, or fails. Remove it: the run file sets the "
-                "optimizer."
+                f"optimizer.params.{key} = {value!r} changes the optimizer's update, or makes DeepSpeed fail. Remove "
+                f"it, "
+                "because the run file sets the optimizer."
             )
 
 
 @rule("loss", "DeepSpeedExamples#418, #419; ms-swift#4374")
 def fixed_loss_scale(case: Case) -> Iterator[str]:
-    """A static fp16 loss scale does not follow the gradients.
+    """A static fp16 loss scale does not adapt to the gradients.
 
-    Symptom: after some time every step overflows and is skipped; the loss no longer changes.
-    Fix: set fp16.loss_scale to 0, which is dynamic scaling.
+    Symptom: after some time every step overflows and is skipped, and the loss no longer changes.
+    Fix: set fp16.loss_scale to 0, which means dynamic scaling.
     """
     fp16 = block(case.ds, "fp16")
     scale = fp16.get("loss_scale", 0)
     if case.precision == "fp16" and isinstance(scale, (int, float)) and scale > 0:
-        yield f"fp16.loss_scale = {scale:g} is fixed: if gradients overflow, every step is skipped. Write 0 (dynamic)."
+        yield (
+            f"fp16.loss_scale = {scale:g} is static: once gradients overflow, every step is skipped. Write 0, which "
+            "means dynamic scaling."
+        )
 
 
 @rule("loss", "docs/config-json: zero_optimization")
 def prescaled_gradients(case: Case) -> Iterator[str]:
-    """Dividing gradients before the sum lets small ones underflow in 16 bits. ZeRO-3 refuses a factor.
+    """If gradients are divided before they are summed, small ones underflow in 16 bits. ZeRO-3 refuses a factor.
 
     Symptom: the loss differs from the same run at another ZeRO stage, or DeepSpeed fails at the start.
     Fix: remove prescale_gradients and gradient_predivide_factor.
     """
     if case.ds.get("prescale_gradients") is True or case.ds.get("gradient_predivide_factor", 1.0) not in (1, 1.0):
         yield (
-            "prescale_gradients and gradient_predivide_factor divide before the sum: small gradients underflow in 16 "
-            "bits, and ZeRO-3 refuses a factor. Remove both."
+            "prescale_gradients and gradient_predivide_factor divide gradients before they are summed. Small gradients "
+            "then underflow in 16 bits, and ZeRO-3 refuses a factor. Remove both keys."
         )
 
 
@@ -120,19 +132,24 @@ def prescaled_gradients(case: Case) -> Iterator[str]:
 def quantized_communication(case: Case) -> Iterator[str]:
     """ZeRO++ rounds weights to 8 bits and gradients to 4 bits before it sends them.
 
-    Symptom: the loss differs from that of zero3. On CPUs the run fails.
+    Symptom: the loss differs from that of a run with zero3. On CPUs the run fails.
     Fix: accept the difference for the speed on slow links, or use zero3.
     """
     keys = [k for k in ("zero_quantized_weights", "zero_quantized_gradients") if case.zero.get(k) is True]
     if keys:
         needs = "" if case.on_gpu else ", and needs a GPU"
-        yield f"{' and '.join(keys)}: weights are sent in 8 bits and gradients in 4, which changes the loss{needs}."
+        yield (
+            f"{' and '.join(keys)}: ZeRO++ sends weights in 8 bits and gradients in 4, which changes the loss{needs}. "
+            "Remove the keys unless links are so slow that it is worth it."
+        )
 
 
 @rule("loss", "Muon, kellerjordan.github.io/posts/muon; tried with DeepSpeed 0.19.8")
 def muon_update_clipped(case: Case) -> Iterator[str]:
-    """DeepSpeed clips what Muon has orthogonalised, at every ZeRO stage but 0, and 1 in bf16. Its norm is about the
-    square root of the number of rows of all matrices, far above the limit, whatever the gradient was.
+    """DeepSpeed clips Muon's orthogonalised update instead of the gradient.
+
+    It does so at every ZeRO stage except 0, and except 1 in bf16. The norm of the update is about the square root of
+    the number of rows of all matrices. This is far above the limit, whatever the gradient was.
 
     Symptom: the loss falls much more slowly than with AdamW, and a higher muon_lr changes little.
     Fix: set train.grad_clip: 0.
@@ -141,7 +158,7 @@ def muon_update_clipped(case: Case) -> Iterator[str]:
         yield note
 
 
-# ---- the DeepSpeed JSON: settings that do nothing ----
+# ---- settings without effect ----
 @rule("useless", "DeepSpeed 0.19.8's sources")
 def key_without_effect(case: Case) -> Iterator[str]:
     """DeepSpeed accepts the key, but nothing reads it in a run of Packspeed, at any stage.
@@ -155,31 +172,36 @@ def key_without_effect(case: Case) -> Iterator[str]:
 
 @rule("useless", "docs/config-json: compile")
 def compile_block_off(case: Case) -> Iterator[str]:
-    """The keys of the compile block configure DeepCompile, which compile.deepcompile switches on.
+    """The keys of the compile block configure DeepCompile, which only compile.deepcompile switches on.
 
     Symptom: the setting makes no difference.
-    Fix: remove the block; model.kernels: compile compiles block by block on every device.
+    Fix: remove the block. To compile the model on any device, set model.kernels: compile in the run file.
     """
     settings = block(case.ds, "compile")
     if settings and settings.get("deepcompile") is not True:
-        yield f"compile.{next(iter(settings))} has no effect: compile.deepcompile is not true."
+        yield (
+            f"compile.{next(iter(settings))} has no effect, because compile.deepcompile is not true. Remove the block; "
+            f"to "
+            "compile the model, set model.kernels: compile in the run file."
+        )
 
 
 @rule("useless", "FAI-RL#72, accelerate#1324")
 def nested_auto(case: Case) -> Iterator[str]:
-    """Inside a block, "auto" is a convention of transformers, which fills it in. DeepSpeed alone drops it and uses
-    its default.
+    """Inside a block, "auto" is a convention of transformers, which replaces it by a value.
 
-    Symptom: A setting has DeepSpeed's default, for example buckets of 5e8 elements, whatever the size of the model.
-    Fix: write the number.
+    Without transformers, DeepSpeed ignores the key and uses its own default.
+
+    Symptom: a setting has DeepSpeed's default, such as buckets of 5e8 elements, whatever the size of the model.
+    Fix: write the value.
     """
     for name, settings in case.ds.items():
         if isinstance(settings, dict) and name not in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"):
             for key, value in settings.items():
                 if value == "auto" and key != "stage":
                     yield (
-                        f'{name}.{key} = "auto" is for transformers to fill in; DeepSpeed uses its default instead '
-                        "(reduce_bucket_size: 5e8 elements, whatever the model). Write the number."
+                        f'{name}.{key} = "auto": only transformers replaces "auto" by a value. DeepSpeed uses its '
+                        "default (for reduce_bucket_size 5e8 elements, whatever the model). Write the value."
                     )
 
 
@@ -193,65 +215,68 @@ STAGE3_ONLY = (
 
 @rule("useless", "docs/config-json: zero_optimization")
 def stage3_keys_below_stage3(case: Case) -> Iterator[str]:
-    """These keys partition or fetch weights, which only ZeRO-3 does.
+    """These keys control how weights are partitioned or fetched, which only ZeRO-3 does.
 
     Symptom: the setting makes no difference.
     Fix: use zero3, or remove the keys.
     """
     keys = [key for key in case.zero if key.removeprefix("stage3_") in STAGE3_ONLY and case.zero[key] is not None]
     if keys and case.stage < 3:
-        yield f"{', '.join(keys)}: only ZeRO-3 reads {'it' if len(keys) == 1 else 'them'}; this is stage {case.stage}."
+        yield (
+            f"{', '.join(keys)}: only ZeRO-3 reads {'this key' if len(keys) == 1 else 'these keys'}, but this is stage "
+            f"{case.stage}. Remove {'it' if len(keys) == 1 else 'them'}, or use zero3."
+        )
 
 
 @rule("useless", "docs/config-json: offload_optimizer")
 def offload_without_partitions(case: Case) -> Iterator[str]:
-    """Optimizer offload moves the partitions of ZeRO, and stage 0 has none. Only stage 3 offloads to NVMe.
+    """Optimizer offload moves ZeRO's partitions, and stage 0 has none. Only stage 3 offloads to NVMe.
 
-    Symptom: GPU memory is as without offload.
-    Fix: use stage 1 to 3 for cpu, stage 3 for nvme.
+    Symptom: GPU memory use is the same as without offload.
+    Fix: use stage 1, 2 or 3 for cpu, and stage 3 for nvme.
     """
     target = device(case, "offload_optimizer")
     if target != "none" and case.stage == 0:
-        yield f"offload_optimizer.device = {target!r} at stage 0 moves nothing. Use stage 1, 2 or 3."
+        yield f"offload_optimizer.device = {target!r} has no effect at stage 0. Use stage 1, 2 or 3."
     if target == "nvme" and case.stage in (1, 2):
-        yield 'offload_optimizer.device = "nvme" needs stage 3; stages 1 and 2 offload to cpu.'
+        yield 'offload_optimizer.device = "nvme" needs stage 3, because stages 1 and 2 offload only to "cpu".'
 
 
 @rule("useless", "docs/config-json: zero_optimization")
 def stage12_keys_elsewhere(case: Case) -> Iterator[str]:
-    """round_robin_gradients belongs to stages 1 and 2; overlap_comm and the bucket sizes to stages above 0.
+    """DeepSpeed reads round_robin_gradients at stages 1 and 2 only, and overlap_comm and bucket sizes above stage 0.
 
     Symptom: the setting makes no difference.
-    Fix: remove the keys, or use the stage that reads them.
+    Fix: remove the keys, or use a stage that reads them.
     """
     if case.zero.get("round_robin_gradients") is True and case.stage not in (1, 2):
-        yield f"round_robin_gradients is only read at stages 1 and 2; this is stage {case.stage}."
+        yield f"round_robin_gradients is read at stages 1 and 2 only, but this is stage {case.stage}. Remove it."
     if case.stage == 0:
         keys = [k for k in ("overlap_comm", "reduce_bucket_size", "allgather_bucket_size") if case.zero.get(k)]
         if keys:
-            yield f"{', '.join(keys)} at stage 0: its all-reduce does not read them."
+            yield f"{', '.join(keys)}: no effect at stage 0, whose all-reduce does not use buckets. Remove the keys."
 
 
 @rule("useless", "packspeed: model.activation_checkpointing")
 def activation_checkpointing_block(case: Case) -> Iterator[str]:
-    """The block configures deepspeed.checkpointing, which a model has to call. This model does not.
+    """The block configures deepspeed.checkpointing, which a model must call. Packspeed's model does not call it.
 
-    Symptom: memory is as without activation checkpointing.
+    Symptom: memory use is the same as without activation checkpointing.
     Fix: set model.activation_checkpointing in the run file.
     """
     if block(case.ds, "activation_checkpointing"):
         now = "" if case.run.model.activation_checkpointing else " It is off now."  # type: ignore[attr-defined]
         yield (
-            "activation_checkpointing {...} configures deepspeed.checkpointing.checkpoint, which this model does not "
-            f"call: nothing is recomputed. Set model.activation_checkpointing: full (or n) in the run file.{now}"
+            "activation_checkpointing {...} configures deepspeed.checkpointing, which this model does not call, so "
+            f"nothing is recomputed. Set model.activation_checkpointing: full (or n) in the run file.{now}"
         )
 
 
 @rule("useless", "docs/config-json: zero_allow_untested_optimizer")
 def untested_optimizer_allowed(case: Case) -> Iterator[str]:
-    """The key switches off DeepSpeed's check that an optimizer works with ZeRO. AdamW, Muon and Lion pass it.
+    """The key switches off DeepSpeed's check that an optimizer works with ZeRO. AdamW, Muon and Lion pass this check.
 
-    Symptom: none now; a wrong optimizer would not be noticed.
+    Symptom: none now; but an optimizer that does not work with ZeRO would not be detected.
     Fix: remove zero_allow_untested_optimizer.
     """
     if case.ds.get("zero_allow_untested_optimizer") is True:
@@ -269,7 +294,7 @@ def aio_without_nvme(case: Case) -> Iterator[str]:
     Fix: remove the block.
     """
     if block(case.ds, "aio") and "nvme" not in (device(case, "offload_optimizer"), device(case, "offload_param")):
-        yield "aio {...} is only read if something is offloaded to nvme; nothing is."
+        yield "aio {...} has no effect, because nothing is offloaded to nvme. Remove the block."
 
 
 @rule("useless", "packspeed: a run file owns precision")
@@ -282,19 +307,24 @@ def precision_blocks_unused(case: Case) -> Iterator[str]:
     for name in ("fp16", "bf16"):
         extra = [k for k in block(case.ds, name) if k != "enabled"]
         if extra and case.precision != name:
-            yield f"{name}.{extra[0]} has no effect: the run trains in {case.precision}."
+            yield f"{name}.{extra[0]} has no effect, because the run trains in {case.precision}. Remove the block."
     autocast = block(case.ds, "torch_autocast")
     if autocast.get("enabled") is False and case.precision == "bf16" and case.stage == 0:
-        yield "torch_autocast.enabled = false has no effect: bf16 at stage 0 is autocast over fp32 weights."
+        yield (
+            "torch_autocast.enabled = false has no effect, because bf16 at stage 0 always is autocast over fp32 "
+            "weights. Remove the block."
+        )
     if block(case.ds, "data_types") and (case.stage == 0 or case.precision == "fp32"):
         yield (
-            f"data_types has no effect in {case.precision} at stage {case.stage}: gradients accumulate in fp32 anyway."
+            f"data_types has no effect in {case.precision} at stage {case.stage}, where gradients are always "
+            f"accumulated "
+            "in fp32. Remove the block."
         )
 
 
 @rule("useless", "ZeRO, arXiv:1910.02054")
 def zero_with_one_rank(case: Case) -> Iterator[str]:
-    """With one rank there is nothing to share, but stages 2 and 3 still need their buffers and hooks.
+    """With one rank there is nothing to partition, but stages 2 and 3 still need their buffers and hooks.
 
     Symptom: the run is slower and needs more memory than with zero1.
     Fix: use zero0 or zero1, or offload.
@@ -302,15 +332,16 @@ def zero_with_one_rank(case: Case) -> Iterator[str]:
     offloads = {device(case, "offload_optimizer"), device(case, "offload_param")} != {"none"}
     if case.ranks == 1 and case.stage >= 2 and not offloads:
         yield (
-            f"ZeRO-{case.stage} on 1 rank partitions nothing but still costs buffers and hooks. "
+            f"ZeRO-{case.stage} on 1 rank has nothing to partition, but still needs memory for buffers and time for "
+            f"hooks. "
             "Use zero0 or zero1, or offload."
         )
 
 
-# ---- the DeepSpeed JSON: speed and memory ----
+# ---- speed, memory and resumes ----
 @rule("slow", "docs/config-json: buckets")
 def tiny_buckets(case: Case) -> Iterator[str]:
-    """Every bucket is one collective, so the latency of many small ones dominates.
+    """Every bucket is one collective. With many small buckets, latency dominates.
 
     Symptom: communication takes most of the step.
     Fix: use 5e7 to 5e8 elements.
@@ -318,13 +349,16 @@ def tiny_buckets(case: Case) -> Iterator[str]:
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         size = case.zero.get(key)
         if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 < size < 1e5 and case.stage > 0:
-            pieces = f", {case.parameters / size:,.0f} collectives a step" if case.parameters else ""
-            yield f"zero_optimization.{key} = {size:g} elements{pieces}: latency dominates. 5e7 to 5e8 is usual."
+            pieces = f" means {case.parameters / size:,.0f} collectives per step" if case.parameters else ""
+            yield (
+                f"zero_optimization.{key} = {size:g} elements{pieces}, whose latency dominates. Write 5e7 to 5e8, the "
+                "usual size."
+            )
 
 
 @rule("memory", "DeepSpeed#965, #5099")
 def huge_buckets(case: Case) -> Iterator[str]:
-    """A bucket is a buffer that is allocated completely, twice with overlap_comm.
+    """Each bucket is allocated in full as a buffer; with overlap_comm there are two.
 
     Symptom: out of memory with a model that should fit.
     Fix: use 2e8 to 5e8 elements.
@@ -335,52 +369,62 @@ def huge_buckets(case: Case) -> Iterator[str]:
             twice = 2 if case.zero.get("overlap_comm") or case.stage == 3 else 1
             element_bytes = 4 if case.precision == "fp32" else 2
             yield (
-                f"zero_optimization.{key} = {size:g} elements is up to {size * element_bytes * twice / GIB:.1f} GiB of "
-                "buffers per rank. 2e8 to 5e8 is as fast."
+                f"zero_optimization.{key} = {size:g} elements needs up to {size * element_bytes * twice / GIB:.1f} GiB "
+                f"of "
+                "buffers per rank. Write 2e8 to 5e8, which is as fast."
             )
 
 
 @rule("slow", "docs/config-json: zero_optimization")
 def scattered_gradients(case: Case) -> Iterator[str]:
-    """contiguous_gradients: false fragments memory. reduce_scatter: false sends all gradients to all ranks.
+    """Three keys are better left at their default, true.
+
+    contiguous_gradients: false fragments memory. reduce_scatter: false sends all gradients to all ranks.
     allgather_partitions: false broadcasts weights rank by rank.
 
     Symptom: out of memory after many steps, or slow communication.
-    Fix: remove the keys; the defaults are true.
+    Fix: remove the keys.
     """
     if case.stage > 0 and case.zero.get("contiguous_gradients") is False:
-        also = ", and leaves overlap_comm no second bucket to fill" if case.zero.get("overlap_comm") else ""
-        yield f"contiguous_gradients = false fragments the memory of gradients{also}. Remove it (default true)."
+        also = ", and overlap_comm then has no second bucket" if case.zero.get("overlap_comm") else ""
+        yield f"contiguous_gradients = false fragments the memory of gradients{also}. Remove the key (default true)."
     muon3 = case.run.train.optimizer.name == "muon" and case.stage == 3
     if case.stage > 0 and case.zero.get("reduce_scatter") is False and not muon3:
-        yield "reduce_scatter = false all-reduces gradients: twice the traffic. Remove it (default true)."
+        yield (
+            "reduce_scatter = false sends all gradients to all ranks, which is twice the traffic. Remove the key "
+            "(default true)."
+        )
     if case.stage > 0 and case.zero.get("allgather_partitions") is False:
-        yield "allgather_partitions = false broadcasts weights rank by rank. Remove it (default true)."
+        yield (
+            "allgather_partitions = false broadcasts the weights of one rank after the other, which is slower. Remove "
+            "the key (default true)."
+        )
 
 
 @rule("slow", "docs/config-json: offload_optimizer")
 def offload_without_pinned_memory(case: Case) -> Iterator[str]:
-    """Copies from pageable memory cannot overlap with compute.
+    """Copies between pageable host memory and the GPU cannot overlap with computation.
 
     Symptom: the GPU is idle while the optimizer runs.
     Fix: remove pin_memory: false.
     """
     for key in ("offload_optimizer", "offload_param"):
         if device(case, key) != "none" and block(case.zero, key).get("pin_memory") is False:
-            yield f"{key}.pin_memory = false: copies cannot overlap with compute. Remove it."
+            yield f"{key}.pin_memory = false: copies cannot overlap with computation. Remove the key."
 
 
 @rule("slow", "ZeRO, arXiv:1910.02054")
 def stage2_with_accumulation(case: Case) -> Iterator[str]:
-    """ZeRO-2 reduces gradients after every micro batch, ZeRO-1 once per step.
+    """ZeRO-2 reduces gradients after every micro batch, ZeRO-1 only once per step.
 
-    Symptom: A step takes longer than with zero1.
+    Symptom: a step takes longer than with zero1.
     Fix: use zero1 if memory allows, or a larger micro batch.
     """
     if case.stage == 2 and case.accumulation >= 4 and case.ranks > 1 and device(case, "offload_optimizer") == "none":
         yield (
-            f"ZeRO-2 sends gradients after every one of {case.accumulation} micro batches; zero1 sends once per step "
-            "but keeps all gradients in memory. Larger micro batches help, too."
+            f"ZeRO-2 sends gradients after each of the {case.accumulation} micro batches of a step. zero1 sends them "
+            f"once "
+            "per step, but keeps all gradients in memory. Use zero1 or a larger micro batch."
         )
 
 
@@ -388,52 +432,62 @@ def stage2_with_accumulation(case: Case) -> Iterator[str]:
 def synchronising_timers(case: Case) -> Iterator[str]:
     """The timers wait for the device before and after every phase or collective.
 
-    Symptom: the run is slower than without them.
-    Fix: remove the keys; packspeed goodput shows the phases without waiting.
+    Symptom: the run is slower than without the timers.
+    Fix: remove the keys. packspeed goodput shows the phases without waiting.
     """
     for key in ("wall_clock_breakdown", "memory_breakdown"):
         if case.ds.get(key) is True:
-            yield (f"{key} waits for the device around every forward, backward and step. Use packspeed goodput.")
+            yield (
+                f"{key} waits for the device before and after every forward, backward and step. Remove the key, and "
+                f"use "
+                "packspeed goodput."
+            )
     if block(case.ds, "comms_logger").get("enabled") is True:
-        yield "comms_logger.enabled waits for the device around every collective. Enable it for a few steps only."
+        yield (
+            "comms_logger.enabled waits for the device before and after every collective. Enable it for a few steps "
+            "only."
+        )
 
 
 @rule("useless", "DeepSpeed#4723, #5079, #4593")
 def flops_profiler(case: Case) -> Iterator[str]:
-    """The profiler patches Python functions. It sees neither fused attention nor compiled code.
+    """The profiler works by patching Python functions, so it counts neither fused attention nor compiled code.
 
     Symptom: the reported FLOPs are too low.
-    Fix: remove the block; metrics.jsonl has the MFU by formula, at every step.
+    Fix: remove the block; metrics.jsonl has the MFU of every step, computed by a formula.
     """
     if block(case.ds, "flops_profiler").get("enabled") is True:
         yield (
-            "flops_profiler.enabled: it does not see fused attention or compiled code, so its FLOPS are too low. "
-            "metrics.jsonl has MFU by formula, at every step."
+            "flops_profiler.enabled: the profiler counts neither fused attention nor compiled code, so its FLOPS are "
+            "too low. Remove the block; metrics.jsonl has the MFU of every step, computed by a formula."
         )
 
 
 @rule("unsafe", "DeepSpeed#2921, #5475")
 def checkpoint_spread_over_hosts(case: Case) -> Iterator[str]:
-    """use_node_local_storage spreads one checkpoint over the hosts.
+    """With use_node_local_storage, the files of one checkpoint are spread over the disks of the hosts.
 
-    Symptom: A resume fails because files are missing.
+    Symptom: a resume fails because files are missing.
     Fix: remove the key.
     """
     if block(case.ds, "checkpoint").get("use_node_local_storage") is True:
-        yield "checkpoint.use_node_local_storage spreads a checkpoint over the hosts: other hosts cannot resume it."
+        yield (
+            "checkpoint.use_node_local_storage spreads the files of a checkpoint over the disks of the hosts, so other "
+            "hosts cannot resume it. Remove the key."
+        )
 
 
 @rule("unsafe", "tried with DeepSpeed 0.19.8")
 def nvme_cannot_resume(case: Case) -> Iterator[str]:
-    """DeepSpeed's swap files are named by memory addresses of the process that wrote them.
+    """DeepSpeed names its swap files after memory addresses of the process that wrote them.
 
     Symptom: training works, but its checkpoints cannot be resumed.
     Fix: offload to cpu, or keep runs short.
     """
     if device(case, "offload_optimizer") == "nvme":
         yield (
-            "offload_optimizer to nvme trains, but its checkpoints cannot be resumed. Offload to cpu, or keep runs "
-            "short."
+            "offload_optimizer.device = nvme: the run trains, but its checkpoints cannot be resumed. Offload to cpu, "
+            "or keep the run short."
         )
 
 
@@ -441,26 +495,32 @@ def nvme_cannot_resume(case: Case) -> Iterator[str]:
 def monitor_elsewhere(case: Case) -> Iterator[str]:
     """A tensorboard block in the JSON takes precedence over the run file.
 
-    Symptom: tensorBoard shows no events of the run.
+    Symptom: TensorBoard shows no events of the run.
     Fix: remove output_path, job_name and enabled from the block.
     """
     board = block(case.ds, "tensorboard")
     if case.run.monitor.tensorboard and ("output_path" in board or "job_name" in board):
         yield (
-            "tensorboard.output_path and job_name put the events outside the run folder, where Packspeed does not look "
-            "for them. Remove them."
+            "tensorboard.output_path and job_name write the events outside the run folder, where Packspeed does not "
+            "look for them. Remove these keys."
         )
     if board.get("enabled") is False and case.run.monitor.tensorboard:
-        yield "tensorboard.enabled = false in the JSON overrides monitor.tensorboard: true in the run file: no events."
+        yield (
+            "tensorboard.enabled = false in the JSON overrides monitor.tensorboard: true in the run file, so no events "
+            "are written. Remove the key from the JSON."
+        )
 
 
 @rule("useless", "docs/config-json: csv_monitor")
 def csv_without_a_place(case: Case) -> Iterator[str]:
-    """Without output_path, csv_monitor writes to ~/csv_monitor, for every run.
+    """Without output_path, csv_monitor of every run writes to the same folder, ~/csv_monitor.
 
     Symptom: files of another run are overwritten.
     Fix: set csv_monitor.output_path.
     """
     csv = block(case.ds, "csv_monitor")
     if csv.get("enabled") is True and not csv.get("output_path"):
-        yield "csv_monitor without output_path writes to ~/csv_monitor and overwrites the files of other runs."
+        yield (
+            "csv_monitor without output_path writes to ~/csv_monitor and overwrites the files of other runs. Set "
+            "csv_monitor.output_path."
+        )

@@ -1,10 +1,10 @@
-"""`packspeed explain RUNFILE`: every effective setting, who set it, and every finding.
+"""`packspeed explain RUNFILE`: every effective setting of a run, who set it, and every finding.
 
     explanation = explain("launch/configs/quickstart.yaml", ["train.steps=10"], ranks=2)
 
-lenient.py reads both files past their errors, values.py lists the settings, lint.py and the two modules of rules find
-what is wrong with them. Findings of kind "refused" are those at which training stops. Takes 0.3 s and imports neither
-torch nor DeepSpeed.
+lenient.py reads both files even if they contain errors, values.py lists the settings, and the rules (lint.py,
+deepspeed_rules.py, run_rules.py) find problems. A finding of the kind "refused" is one that keeps training from
+starting. Takes 0.3 s and imports neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ class Explanation:
     findings: list[Finding]
 
     def as_dict(self) -> JsonObject:
-        """The JSON of --json. Its key for the findings is "problems"."""
+        """Return the output of --json. There, the key of the findings is "problems"."""
         facts = dataclasses.asdict(self)
         facts["problems"] = facts.pop("findings")
         return facts
 
 
 def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | None = None) -> Explanation:
-    """Explain a run file and its DeepSpeed JSON for a number of ranks (default: as packspeed train).
+    """Explain a run file and its DeepSpeed JSON for a number of ranks (default: that of packspeed train).
 
-    Raises ConfigError only if the run file cannot be read as YAML or lacks a required section.
+    Raises ConfigError only if the run file cannot be read as YAML or lacks a required section; other errors become
+    findings.
     """
     written = read_written(Path(run_file), overrides)
     findings: list[Finding] = []
@@ -76,6 +77,7 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
 
 
 def _solve_batch(run: RunFile, ranks: int, findings: list[Finding]) -> BatchPlan:
+    """Divide the batch among the ranks. If that is impossible, add a finding and return an approximate division."""
     try:
         return solve_batch(run.global_batch, run.data.seq_len, ranks, run.train.micro_batch)
     except ConfigError as error:
@@ -84,7 +86,10 @@ def _solve_batch(run: RunFile, ranks: int, findings: list[Finding]) -> BatchPlan
 
 
 def guess_precision(wanted: str) -> tuple[str, str]:
-    """What train.precision: auto becomes on this machine, and why. Without torch, so GPUs are assumed to have bf16."""
+    """Return (the precision that `wanted` means on this machine, the reason).
+
+    torch is not imported, so for "auto" it is assumed that every GPU supports bf16.
+    """
     if wanted != "auto":
         return wanted, "given"
     if local_accelerators():
@@ -98,7 +103,9 @@ def guess_precision(wanted: str) -> tuple[str, str]:
 
 
 def _inspect_dataset(run: RunFile, findings: list[Finding]) -> tuple[dict[str, int], int | None]:
-    """Tokens of both splits and the vocabulary of a local dataset; ({}, None) for mixtures and URLs."""
+    """Return ({split: number of tokens}, vocabulary size) of a local dataset, or ({}, None) for mixtures, URLs and
+    errors.
+    """
     if run.data.path is None or "://" in run.data.path:
         return {}, None
     try:
@@ -110,6 +117,7 @@ def _inspect_dataset(run: RunFile, findings: list[Finding]) -> tuple[dict[str, i
 
 
 def _gpt_config(run: RunFile, vocab_size: int | None, findings: list[Finding]) -> GPTConfig | None:
+    """Return the configuration of the model. If it is invalid, add a finding and return None."""
     try:
         return run.gpt_config(vocab_size or run.model.vocab_size or 1)  # type: ignore[attr-defined]
     except ConfigError as error:
@@ -120,7 +128,9 @@ def _gpt_config(run: RunFile, vocab_size: int | None, findings: list[Finding]) -
 def _resolve_ds_config(
     run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str, findings: list[Finding]
 ) -> JsonObject:
-    """The configuration for the engine. If the files contradict each other, the run file's values are used."""
+    """Return the final DeepSpeed configuration. If the JSON contradicts the run file, add findings and use the run
+    file's values.
+    """
     for _ in range(2):
         try:
             return resolve_ds_config(run, raw, plan, precision)
@@ -134,20 +144,22 @@ def _resolve_ds_config(
 
 
 def _worst_first(findings: list[Finding]) -> list[Finding]:
-    """Without duplicates, in the order of KINDS."""
+    """Return the findings without duplicates, in the order of KINDS."""
     unique = {(finding.rule, finding.message): finding for finding in findings}
     return sorted(unique.values(), key=lambda finding: list(KINDS).index(finding.kind))
 
 
 def text(explanation: Explanation) -> str:
-    """For a terminal: the findings, then the values. A star marks values that differ from their default."""
+    """Return the explanation for a terminal: findings, then settings. A star marks settings that differ from their
+    default.
+    """
     lines = [f"{len(explanation.findings)} finding(s) in {explanation.run_file}"]
     for finding in explanation.findings:
         source = f" ({finding.source})" if finding.source else ""
         lines.append(f"  [{finding.kind}] {finding.rule}: {finding.message}{source}")
     for title, values in (
         ("run file", explanation.values),
-        ("DeepSpeed, as the engine gets it", explanation.deepspeed),
+        ("DeepSpeed configuration, as passed to the engine", explanation.deepspeed),
     ):
         width = max((len(value.key) for value in values), default=0)
         lines += ["", title]
@@ -158,5 +170,6 @@ def text(explanation: Explanation) -> str:
 
 
 def _short(value: Any) -> str:
+    """Return a value as text of less than 60 characters."""
     written = "-" if value is None else json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
     return written if len(written) < 60 else written[:57] + "..."

@@ -1,7 +1,7 @@
-"""Read the run file and the DeepSpeed JSON past their errors.
+"""Read the run file and the DeepSpeed JSON even if they contain errors.
 
-Training stops at invalid files. `packspeed explain` wants all findings in one go, so each error is noted as a Finding
-of kind "refused" and the wrong value is removed or replaced by a harmless one, until the rest is valid.
+Training stops at the first invalid file, but `packspeed explain` reports all findings at once. So each error becomes a
+Finding of the kind "refused", and the wrong value is removed or replaced by a harmless one until the rest is valid.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.explain.lint import Finding
 from packspeed.launch.run_folder.folder import flatten
 
-MAX_REPAIRS = 40
+MAX_REPAIRS = 40  # rounds of validation and repair before giving up
 
 REMOVED = {
     "elasticity": "removed in DeepSpeed 0.19. Start again with other ranks instead: the checkpoint is converted.",
@@ -44,16 +44,16 @@ REMOVED = {
 
 @dataclasses.dataclass
 class WrittenRunFile:
-    """A run file as written: which keys it contains and where, before any repair."""
+    """A run file as the user wrote it: its keys and their lines, before any repair."""
 
     path: Path
-    data: JsonObject  # after --set
+    data: JsonObject  # the content of the file, with the values of --set
     lines: dict[KeyPath, int]
-    origins: dict[KeyPath, str]  # keys set on the command line, and the text of the option
-    given: JsonObject  # dotted keys and values of the file and of --set
+    origins: dict[KeyPath, str]  # keys set on the command line -> the text of the option
+    given: JsonObject  # `data` with dotted keys
 
     def set_by(self, key: str) -> str | None:
-        """Who wrote a dotted key: file:line or --set; None if nobody did."""
+        """Return where a dotted key was set: file:line or the --set option; None if it was not set."""
         path = tuple(key.split("."))
         for n in range(len(path), 0, -1):
             if path[:n] in self.origins and (key in self.given or n == len(path)):
@@ -68,7 +68,10 @@ def read_written(path: Path, overrides: Sequence[str]) -> WrittenRunFile:
 
 
 def validate_leniently(written: WrittenRunFile, data: JsonObject, findings: list[Finding]) -> RunFile:
-    """Validate `data`, repairing it in place. Raises ConfigError if a required key cannot be repaired."""
+    """Validate `data`, repair errors in place, add a finding for each, and return the RunFile.
+
+    Raises ConfigError if an error cannot be repaired, such as a missing required section.
+    """
     for _ in range(MAX_REPAIRS):
         try:
             return RunFile.model_validate(data)
@@ -84,7 +87,7 @@ def validate_leniently(written: WrittenRunFile, data: JsonObject, findings: list
 
 
 def _repair(data: JsonObject, path: KeyPath, message: str) -> bool:
-    """Remove or replace a wrong value. Returns whether that was possible."""
+    """Remove or replace the wrong value at `path`; `message` is pydantic's. Returns whether that was possible."""
     train, source = data.get("train", {}), data.get("data", {})
     if "warmup_steps" in message and isinstance(train, dict):
         train.setdefault("schedule", {})["warmup_steps"] = 0
@@ -101,7 +104,7 @@ def _repair(data: JsonObject, path: KeyPath, message: str) -> bool:
 
 
 def _remove(data: JsonObject, path: KeyPath) -> bool:
-    """Remove the deepest existing key of `path`. Returns False if that would be a required section."""
+    """Remove the deepest existing key of `path`. Returns False if that is a required section."""
     node: Any = data
     parent: dict[str | int, Any] | None = None
     last_key: str | int = ""
@@ -116,7 +119,10 @@ def _remove(data: JsonObject, path: KeyPath) -> bool:
 
 
 def read_deepspeed_json(name: str, findings: list[Finding]) -> tuple[JsonObject, dict[KeyPath, int]]:
-    """A DeepSpeed JSON without the keys that DeepSpeed would ignore, and its lines. Errors become findings."""
+    """Read a DeepSpeed JSON. Returns its content without wrong or refused keys, and the line of every key.
+
+    Errors become findings.
+    """
     path = ds_config_path(name)
     try:
         data, lines = read_ds_config(name)

@@ -38,7 +38,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One result of a rule or of a loader. The message starts with file and line if they are known."""
+    """One result of a rule, or an error of a loader. The message starts with file and line if they are known.
+
+    `kind` is a key of KINDS, and `source` an issue, a paper or a page.
+    """
 
     rule: str
     kind: str
@@ -48,10 +51,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What the rules look at: a run, resolved for a number of ranks."""
+    """What the rules look at: a run and its DeepSpeed JSON, for a given number of ranks."""
 
     run: RunFile
-    given: JsonObject  # the keys that the run file and --set contain, dotted
+    given: JsonObject  # keys and values that the run file and --set contain; keys are dotted: "train.optimizer.lr"
     ds: DsConfig  # the DeepSpeed JSON as written
     precision: str  # of the engine: bf16 if train.precision is fp8
     ranks: int
@@ -59,12 +62,12 @@ class Case:
     micro_batch: int  # samples
     on_gpu: bool
     model: GPTConfig | None = None  # None if the run file's model is invalid
-    train_tokens: int | None = None  # None if the dataset is not here, as for the next
-    val_tokens: int | None = None
+    train_tokens: int | None = None  # tokens of the training split; None if the dataset is not on this machine
+    val_tokens: int | None = None  # the same for the validation split
 
     @property
     def zero(self) -> JsonObject:
-        """The zero_optimization block."""
+        """The zero_optimization block of the JSON, or an empty dict."""
         return block(self.ds, "zero_optimization")
 
     @property
@@ -75,25 +78,25 @@ class Case:
 
     @property
     def parameters(self) -> int | None:
-        """Number of parameters of the model."""
+        """Number of parameters of the model; None if the model is invalid."""
         return None if self.model is None else num_parameters(self.model)
 
 
 def block(tree: JsonObject, key: str) -> JsonObject:
-    """The block at `key`; empty if it is missing or not a block."""
+    """Return the block at `key`, or an empty dict if it is missing or not a block."""
     value = tree.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def device(case: Case, key: str) -> str:
-    """The device of offload_optimizer or offload_param: none, cpu or nvme."""
+    """Return the device of the block offload_optimizer or offload_param (`key`): "none", "cpu" or "nvme"."""
     target = block(case.zero, key).get("device")
     return "none" if target in (None, "auto") else str(target)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A check and its row in docs/troubleshooting.md. `source` names an issue, a paper or a page."""
+    """A check and its entry in docs/troubleshooting.md. `source` names an issue, a paper or a page."""
 
     name: str
     kind: str
@@ -108,14 +111,17 @@ RULES: list[Rule] = []
 
 
 def rule(kind: str, source: str = "") -> Callable[[Callable[[Case], Iterator[str]]], Callable[[Case], Iterator[str]]]:
-    """Add a check to RULES. Its name is the function's, its description the docstring: why, Symptom:, Fix:."""
+    """Return a decorator that adds a check to RULES.
+
+    The rule's name is that of the function. Its docstring must have three parts: why, Symptom: and Fix:.
+    """
 
     def register(check: Callable[[Case], Iterator[str]]) -> Callable[[Case], Iterator[str]]:
         text = " ".join((inspect.getdoc(check) or "").split())
         why, _, rest = text.partition(" Symptom: ")
         symptom, _, fix = rest.partition(" Fix: ")
         if not fix:
-            raise TypeError(f"{check.__name__}: a rule's docstring says why, Symptom: and Fix:")
+            raise TypeError(f"{check.__name__}: the docstring of a rule needs three parts: why, Symptom: and Fix:")
         RULES.append(Rule(check.__name__.replace("_", "-"), kind, check, source, why, symptom, fix))
         return check
 

@@ -1,7 +1,8 @@
-"""Every effective setting of a run, its default and who set it.
+"""List every effective setting of a run, with its default and who set it.
 
-Who set a value: default, preset NAME, file:line, --set KEY=VALUE, dataset, or solved (from the ranks and the device).
-DEFAULTS and OTHER_DEFAULTS are DeepSpeed 0.19.8's; tests/test_explain.py compares them with the installed version.
+Who set a value is one of: default, preset NAME, file:line, --set KEY=VALUE, dataset, or solved (computed from the
+number of ranks and the device). DEFAULTS and OTHER_DEFAULTS are those of DeepSpeed 0.19.8. tests/test_explain.py
+compares them with the installed version.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from packspeed.launch.explain.lenient import WrittenRunFile
 from packspeed.launch.run_folder.folder import flatten
 from packspeed.model.config import PRESETS, GPTConfig
 
-# What DeepSpeed uses for the keys of zero_optimization that a JSON omits.
+# DeepSpeed's defaults for the keys of zero_optimization.
 DEFAULTS: JsonObject = {
     "stage": 0, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": 500_000_000,
     "allgather_partitions": True, "allgather_bucket_size": 500_000_000, "round_robin_gradients": False,
@@ -29,7 +30,7 @@ DEFAULTS: JsonObject = {
     "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False,
 }  # fmt: skip
 
-# The same for keys at the top level.
+# DeepSpeed's defaults for keys at the top level.
 OTHER_DEFAULTS: JsonObject = {
     "gradient_clipping": 1.0, "prescale_gradients": False, "gradient_predivide_factor": 1.0, "steps_per_print": None,
     "wall_clock_breakdown": False, "memory_breakdown": False, "zero_allow_untested_optimizer": False,
@@ -47,7 +48,11 @@ class Value:
 
 
 def run_file_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None, has_dataset: bool) -> list[Value]:
-    """Every key of the run file, in the order of the schema."""
+    """Return every setting of the run file, in the order of the schema.
+
+    `model` is the model's configuration, if it is valid; `has_dataset` says whether the vocabulary size comes from a
+    dataset.
+    """
     values: list[Value] = []
 
     def walk(section: Section, prefix: str) -> None:
@@ -66,6 +71,7 @@ def run_file_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | No
 
 
 def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None, has_dataset: bool) -> list[Value]:
+    """Return the settings of the section `model`."""
     preset = run.model.preset  # type: ignore[attr-defined]
     values = [Value("model.preset", preset, None, written.set_by("model.preset") or "default")]
     solved = {
@@ -83,7 +89,10 @@ def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None
 def solved_values(
     run: RunFile, plan: BatchPlan, precision: str, why: str, ranks: int, model: GPTConfig | None
 ) -> list[Value]:
-    """What follows from the run file, the number of ranks and the device."""
+    """Return the settings that are computed from the run file, the number of ranks and the device.
+
+    `why` is the reason for the precision, and `model` the model's configuration or None.
+    """
     division = (
         f"solved: {run.global_batch} samples = {plan.micro_batch} x {plan.accumulation} accumulated x {ranks} ranks"
     )
@@ -109,7 +118,11 @@ def _resumes(deterministic: bool) -> tuple[str, str, str]:
 
 
 def deepspeed_values(run: RunFile, raw: JsonObject, final: JsonObject, lines: dict[KeyPath, int]) -> list[Value]:
-    """The configuration that the engine gets, and the defaults that DeepSpeed adds to its zero_optimization block."""
+    """Return the settings of the final DeepSpeed configuration, and DeepSpeed's defaults for its zero_optimization
+    block.
+
+    `raw` is the JSON, `final` the merged configuration, and `lines` has the line of each key of the JSON.
+    """
     path, stage = ds_config_path(run.deepspeed), zero_stage(raw)
     flat, written = flatten(final), flatten(raw)
     values = []
@@ -127,7 +140,7 @@ def deepspeed_values(run: RunFile, raw: JsonObject, final: JsonObject, lines: di
 
 
 def _plain(value: Any) -> Any:
-    """Sections as dicts, at any depth, for JSON."""
+    """Convert sections of the run file to dicts, at any depth, for JSON."""
     if isinstance(value, Section):
         return value.model_dump(mode="json")
     if isinstance(value, (list, tuple)):

@@ -1,10 +1,10 @@
-"""Text from a trained model: prompts in batches, one at a time as a stream, or in a dialog.
+"""Generate text with a trained model: for many prompts in batches, for one prompt as a stream, or in a dialog.
 
     generator = TextGenerator(Path("runs/quickstart"))
     for continuation in generator.generate(["Once upon"], SamplingSettings(), samples=2): ...
 
-Prompts and samples go through the model in batches. Sample number j of a prompt is a function of (weights, prompt,
-settings, seed + j) alone, whatever else is in the batch (model/generate.py).
+Continuation number j of a prompt depends only on the weights, the prompt, the settings and seed + j, and not on what
+else is in the batch (model/generate.py).
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from packspeed.data.text.tokenizer import prompt_ids
 from packspeed.launch.inference.load_model import end_ids, find_checkpoint, find_tokenizer, load_model
 from packspeed.model.generate import stream
 
-BATCH_ROWS = 32  # continuations that are generated together
+BATCH_ROWS = 32  # number of continuations that are generated at the same time
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn."""
+    """How tokens are sampled."""
 
     max_new_tokens: int = 200
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int = 200  # 0: all
-    top_p: float = 1.0
+    temperature: float = 0.8  # 0: always take the most likely token
+    top_k: int = 200  # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # sample from the most likely tokens whose probabilities sum to at least this
     seed: int = 1337
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Generated text, its number of tokens without end-of-text, and the mean log-probability of the drawn tokens."""
+    """Generated text, its number of tokens without end-of-text, and the mean log-probability of the sampled tokens."""
 
     prompt: str
     text: str
     tokens: int
-    mean_log_probability: float | None  # None: nothing was drawn
+    mean_log_probability: float | None  # None: no token was sampled
 
 
 class NumberedContinuation(TypedDict):
-    """A Continuation as JSON data; `sample` counts the continuations of its prompt from 0."""
+    """A Continuation as JSON. `sample` is its number among the continuations of its prompt, from 0."""
 
     prompt: str
     text: str
@@ -59,7 +59,7 @@ class NumberedContinuation(TypedDict):
 
 
 class GenerationResult(TypedDict):
-    """All continuations of all prompts."""
+    """The output of `packspeed generate --json`: all continuations of all prompts."""
 
     checkpoint: str
     samples: list[NumberedContinuation]
@@ -67,7 +67,7 @@ class GenerationResult(TypedDict):
 
 
 class TextGenerator:
-    """A model and its tokenizer, loaded from a run or a checkpoint, on the GPU if there is one."""
+    """A model and its tokenizer, loaded from a run folder or a checkpoint, on the GPU if there is one."""
 
     def __init__(self, run: Path, step: int | None = None, tokenizer: str | None = None) -> None:
         self.checkpoint = find_checkpoint(run, step)
@@ -83,9 +83,9 @@ class TextGenerator:
         samples: int = 1,
         on_text: Callable[[str], None] | None = None,
     ) -> Iterator[Continuation]:
-        """Continue each prompt `samples` times; yields prompt by prompt, sample by sample.
+        """Continue each prompt `samples` times. Yields all continuations of the first prompt, then those of the next.
 
-        on_text receives the text piece by piece while it is generated, if there is one continuation only.
+        If there is only one continuation in all, `on_text` receives its text piece by piece during the generation.
         """
         jobs = [(prompt, settings.seed + j) for prompt in prompts for j in range(samples)]
         on_text = on_text if len(jobs) == 1 else None
@@ -94,15 +94,21 @@ class TextGenerator:
             yield from self._generate_batch([p for p, _ in batch], [s for _, s in batch], settings, on_text)
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of a prompt, as documents start in training: with BOS, or, if empty, after the end of the one before."""
+        """Return the token ids of a prompt, preceded by BOS if documents begin with it in training.
+
+        For an empty prompt, the result is the end-of-text token, as at the start of a document.
+        """
         return prompt_ids(self.tokenizer, prompt)
 
     def text(self, ids: Sequence[int]) -> str:
-        """Text of generated ids. Rows of the model without a token have none; imported models may draw them."""
+        """Return the text of generated token ids. Ids for which the tokenizer has no token are skipped.
+
+        A model can generate such ids if its weights have more rows than the tokenizer has tokens.
+        """
         return self.tokenizer.decode([token for token in ids if self.has_text(token)])
 
     def has_text(self, token: int) -> bool:
-        """Whether the tokenizer has a token with this id."""
+        """Return whether the tokenizer has a token with this id."""
         try:
             self.tokenizer.decode_bytes([token])
         except DataError:
@@ -112,7 +118,7 @@ class TextGenerator:
     def _generate_batch(
         self, prompts: list[str], seeds: list[int], settings: SamplingSettings, on_text: Callable[[str], None] | None
     ) -> list[Continuation]:
-        """One continuation per prompt; each prompt has a seed of its own."""
+        """Generate one continuation per prompt. Each prompt has its own seed."""
         ids = [self.prompt_ids(prompt) for prompt in prompts]
         text_stream = _TextStream(self, on_text) if on_text else None
         rows: list[list[int]] = [[] for _ in ids]
@@ -139,16 +145,17 @@ class TextGenerator:
         return [self._continuation(*drawn) for drawn in zip(prompts, rows, totals, strict=True)]
 
     def _continuation(self, prompt: str, row: list[int], log_probability: float) -> Continuation:
+        """Return the continuation of one row of sampled ids, which ends at the first end-of-text."""
         end = next((i for i, token in enumerate(row) if token in self.end_ids), len(row))
         new = row[:end]
-        drawn = min(len(row), len(new) + 1)  # end-of-text was drawn too; what follows it in the row was not
+        drawn = min(len(row), len(new) + 1)  # end-of-text was sampled too; what follows it in the row was not
         return Continuation(prompt, self.text(new), len(new), log_probability / drawn if drawn else None)
 
 
 def generate_all(
     generator: TextGenerator, prompts: Sequence[str], settings: SamplingSettings, samples: int
 ) -> GenerationResult:
-    """Generate all continuations; returns them as plain JSON data, with the tokens per second."""
+    """Generate all continuations, and return them as JSON together with the speed in tokens per second."""
     start = time.monotonic()
     continuations = list(generator.generate(prompts, settings, samples))
     seconds = time.monotonic() - start
@@ -174,9 +181,9 @@ def run_dialog(
     read_line: Callable[[], str],
     write: Callable[[str], None],
 ) -> None:
-    """Continue each line read, until end of file or Ctrl-C. Ctrl-C during a continuation ends only that one.
+    """Read prompts with `read_line` and write their continuations with `write`, until end of file or Ctrl-C.
 
-    The n-th line is continued with seed + n - 1.
+    Ctrl-C during a continuation ends only that continuation. The n-th prompt uses the seed + n - 1.
     """
     number = 0
     while True:
@@ -196,17 +203,19 @@ def run_dialog(
 
 
 class _TextStream:
-    """Passes tokens on as text. A UTF-8 character may be spread over several tokens: it is passed when complete."""
+    """Converts tokens to text as they arrive. A UTF-8 character that spans several tokens is written when it is
+    complete.
+    """
 
     def __init__(self, generator: TextGenerator, write: Callable[[str], None]) -> None:
         self.generator, self.write = generator, write
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> None:
-        """Pass on what this token completes; end-of-text is not text."""
+        """Write the text that this token completes. End-of-text has no text."""
         if token not in self.generator.end_ids and self.generator.has_text(token):
             self.write(self.decoder.decode(self.generator.tokenizer.decode_bytes([token])))
 
     def close(self) -> None:
-        """Pass on an unfinished last character as U+FFFD."""
+        """Write U+FFFD for an incomplete last character."""
         self.write(self.decoder.decode(b"", final=True))

@@ -1,10 +1,10 @@
-"""lm-evaluation-harness on a run's model, directly: `packspeed eval RUN --tasks NAME,... [--include-path DIR]`.
+"""Run lm-evaluation-harness on a run's model: `packspeed eval RUN --tasks NAME,... [--include-path DIR]`.
 
-The harness asks three things of a model: the log-likelihood of a continuation, that of a full text (in rolling windows
-of max_seq_len tokens), and greedy or sampled text up to a stop string. The results equal those of the harness's own
-transformers backend for the exported model (tested). Tasks from the Hub need a network; a folder of task files given
-with --include-path does not. Install the extra: pip install 'packspeed[eval]'.
-Source: https://github.com/EleutherAI/lm-evaluation-harness, lm_eval/api/model.py.
+The harness asks a model for three things: the log-likelihood of a continuation, the log-likelihood of a complete text
+(in rolling windows of max_seq_len tokens), and generated text up to a stop string. The results equal those of the
+harness's own transformers backend for the exported model (tested). Tasks from the Hugging Face Hub need a network; a
+folder of task files given with --include-path does not. Install the extra: pip install 'packspeed[eval]'. Source:
+https://github.com/EleutherAI/lm-evaluation-harness, lm_eval/api/model.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ except ImportError as missing:
     raise UserError(f"--tasks needs the evaluation harness ({missing}): pip install 'packspeed[eval]'.") from None
 
 
-BATCH_TOKENS = 16_384  # of one forward pass, padding included
+BATCH_TOKENS = 16_384  # number of tokens per forward pass, including padding
 
 Pair = tuple[list[int], list[int]]  # token ids of context and continuation
 
@@ -44,9 +44,9 @@ def run_tasks(
     limit: int | None = None,
     tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Run tasks; returns {"checkpoint": ..., "results": {task: {metric: value}}} as plain JSON data.
+    """Run tasks. Returns {"checkpoint": ..., "results": {task: {metric: value}}} as JSON.
 
-    Raises ConfigError for a task that the harness does not know.
+    Raises ConfigError for a task that the harness does not have.
     """
     generator = TextGenerator(run, step, tokenizer)
     manager = TaskManager(include_path=include_path)
@@ -68,7 +68,7 @@ def run_tasks(
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A run's model with the interface of the harness."""
+    """A run's model with the interface that the harness expects."""
 
     def __init__(self, generator: TextGenerator) -> None:
         super().__init__()
@@ -83,26 +83,27 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before the first one of a text: BOS if documents begin with it."""
+        """The token before the first one of a text: BOS if documents begin with BOS, otherwise end-of-text."""
         return self.tokenizer.eot_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """The key of the harness's cache."""
+        """The name under which the harness caches results."""
         return self.tokenizer.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        """Token ids of a text; like transformers' tokenizers, with BOS if documents begin with it."""
+        """Return the token ids of a text. As with transformers' tokenizers, they begin with BOS if documents do."""
         bos = [] if self.tokenizer.bos_id is None or add_special_tokens is False else [self.tokenizer.bos_id]
         return bos + self.tokenizer.encode(string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, whether greedy decoding gives the continuation) for each request."""
         return self._score([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of full texts; each token counts once."""
+        """Return the log-likelihood of complete texts. Each token is counted once."""
         totals = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
@@ -112,14 +113,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     @torch.inference_mode()
     def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
-        """Return (log-likelihood of the continuation, whether greedy decoding gives it) for each pair.
+        """Return (log-likelihood of the continuation, whether greedy decoding gives the continuation) for each pair.
 
-        A context that does not fit into max_seq_len loses its beginning. Padding is on the right, where it does not
-        change the result of a causal model.
+        If a context does not fit into max_seq_len, its beginning is cut off. Rows are padded on the right, where
+        padding does not change the result of a causal model.
         """
         rows = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        # Longest first: rows of a batch then have similar lengths, and little padding.
+        # Sort by length, so that the rows of a batch have similar lengths and need little padding.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         while order:
             width = max(1, len(rows[order[0]]) - 1)
@@ -137,14 +138,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         return scores
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text up to a stop string, end-of-text or max_gen_toks tokens; greedy unless the task sets do_sample."""
+        """Return generated texts, each up to a stop string, end-of-text or max_gen_toks tokens.
+
+        Decoding is greedy unless the task sets do_sample.
+        """
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
-        """One request. settings: those of the task ("until", "max_gen_toks", "do_sample", "temperature", ...)."""
+        """Generate one text. `settings` are those of the task ("until", "max_gen_toks", "do_sample", "temperature",
+        ...).
+        """
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
-        # The window must have room for new tokens, so a long context loses its beginning.
+        # The window must have room for new tokens, so the beginning of a long context is cut off.
         room = min(int(settings.get("max_gen_toks", 256)), self.max_length - 1)
         ids = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - room) :]
         drawn: list[int] = []
@@ -163,7 +169,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
             if int(column.tokens[0]) in self.generator.end_ids:
                 break
             drawn.append(int(column.tokens[0]))
-            # A stop string may begin in the middle of a token, so the text is searched, not the tokens.
+            # Search the text and not the tokens, because a stop string may begin in the middle of a token.
             text = self.generator.text(drawn)
             if any(stop in text for stop in stops):
                 break

@@ -1,4 +1,4 @@
-"""Load a trained model from a run folder: checkpoint, weights and tokenizer, without DeepSpeed and without a launcher.
+"""Load a trained model from a run folder: checkpoint, weights and tokenizer. Needs neither DeepSpeed nor a launcher.
 
     checkpoint = find_checkpoint(Path("runs/quickstart"))
     model, config = load_model(checkpoint)            # GPT with fp32 weights, on the CPU, in evaluation mode
@@ -38,20 +38,20 @@ GENERATION = "generation_config.json"
 def find_checkpoint(run: Path, step: int | None = None) -> Path:
     """Return a verified checkpoint of a run folder: the newest complete one, or that of `step`.
 
-    `run` may also be a checkpoint folder itself. Raises ConfigError if there is no such folder or step, UserError if
-    the checkpoint is damaged or the run has none yet.
+    `run` may also be a checkpoint folder. Raises ConfigError if there is no such folder or step, and UserError if the
+    checkpoint is damaged or the run has none yet.
     """
     if (run / MANIFEST).exists():
         return _verified(run)
     if not run.is_dir():
         raise ConfigError(
-            f"{run}: there is no such run folder. Name the folder that training printed, for example runs/quickstart."
+            f"{run}: there is no such run folder. Give the folder that training printed, for example runs/quickstart."
         )
     folder = run / "checkpoints"
     if step is not None:
         if not (folder / step_folder(step)).is_dir():
             steps = ", ".join(str(step_of(path)) for path in reversed(list_checkpoints(folder)))
-            raise ConfigError(f"{run}: there is no checkpoint of step {step}. There are: {steps or 'none'}.")
+            raise ConfigError(f"{run}: there is no checkpoint of step {step}. Steps with one: {steps or 'none'}.")
         return _verified(folder / step_folder(step))
     newest, _ = newest_complete(folder, lambda line: print(line, file=sys.stderr))
     if newest is None:
@@ -62,20 +62,21 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
 
 
 def _verified(checkpoint: Path) -> Path:
+    """Return the checkpoint. Raises UserError if it is damaged."""
     if damage := find_damage(checkpoint):
         raise UserError(f"checkpoint {checkpoint} is damaged: {'; '.join(damage)}")
     return checkpoint
 
 
 def load_model(checkpoint: Path) -> tuple[GPT, dict[str, Any]]:
-    """Build the GPT of a checkpoint with its fp32 weights; returns it in evaluation mode, and the run's config.
+    """Return the GPT of a checkpoint with fp32 weights, in evaluation mode on the CPU, and the run's configuration.
 
-    This process computes fp32 products in fp32 from now on. It does not need torch's deterministic flag, because no
-    backward pass follows.
+    From now on, this process computes fp32 matrix products in full fp32. torch's deterministic mode is not needed,
+    because no backward pass follows.
     """
     keep_full_precision()
     config = read_manifest(checkpoint)["config"]
-    # "auto": kernels that suit this device, not the one that the run was trained on.
+    # "auto" chooses kernels for this device, which may differ from that of the training run.
     model = gpt_without_weights(GPTConfig(**config["model"] | {"kernels": "auto"}))
     model.load_state_dict(fp32_state_dict(checkpoint), assign=True)
     if model.config.tie_embeddings:
@@ -84,9 +85,10 @@ def load_model(checkpoint: Path) -> tuple[GPT, dict[str, Any]]:
 
 
 def find_tokenizer(config: dict[str, Any], checkpoint: Path, given: str | None = None) -> Tokenizer:
-    """Return the tokenizer `given`, else that of the run's first dataset, else the one imported with the weights.
+    """Return the tokenizer `given`, else that of the run's first dataset, else the one that was imported with the
+    weights.
 
-    Raises UserError if there is none of them.
+    Raises UserError if none of them exists.
     """
     if given is not None:
         return load_tokenizer(given)
@@ -102,22 +104,24 @@ def find_tokenizer(config: dict[str, Any], checkpoint: Path, given: str | None =
     imported = imported_tokenizer(checkpoint) / "tokenizer.json"
     if imported.is_file():
         return load_tokenizer_file(imported)
-    raise UserError(f"{checkpoint}: its tokenizer was not found ({reason}). Name it: --tokenizer FILE.")
+    raise UserError(f"{checkpoint}: its tokenizer was not found ({reason}). Give it with --tokenizer FILE.")
 
 
 def imported_tokenizer(checkpoint: Path) -> Path:
-    """Return the folder where an import keeps the tokenizer; it need not exist."""
+    """Return the folder in which an import stores the tokenizer. It may not exist."""
     return checkpoint.resolve().parents[1] / "tokenizer"
 
 
 def end_ids(checkpoint: Path, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that end a generated text: the tokenizer's end-of-text, and others that an imported model has."""
+    """Return the token ids that end a generated text: end-of-text, and others that an imported model has."""
     ends = read_end_ids(imported_tokenizer(checkpoint))
     return ends if tokenizer.eot_id in ends else [tokenizer.eot_id]
 
 
 def read_end_ids(folder: Path) -> list[int]:
-    """Return eos_token_id of a model folder's generation_config.json, else of its config.json: one, several or none."""
+    """Return eos_token_id of a model folder as a list: from generation_config.json, else from config.json, else
+    empty.
+    """
     for name in (GENERATION, "config.json"):
         ids = read_json_object(folder / name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]

@@ -1,14 +1,16 @@
-"""`packspeed eval RUN`: perplexity and bits per byte of a run's model on any dataset, without DeepSpeed or a launcher.
+"""`packspeed eval RUN`: measure perplexity and bits per byte of a run's model on a dataset, without DeepSpeed or a
+launcher.
 
-Every token of the split is predicted once, the first one from end-of-text. Windows of seq_len tokens advance by
-`stride`. With a stride below seq_len each token is predicted from at least seq_len - stride tokens, except near the
-beginning. Document masking is applied if the run was trained with it.
+Every token of the split is predicted once; the first token is predicted from end-of-text. The text is read in windows
+of seq_len tokens, whose starts are `stride` tokens apart. If the stride is below seq_len, each token is predicted from
+at least seq_len - stride tokens, except near the beginning. If the run was trained with document masking, it is also
+used here.
 
     loss = nats / tokens      perplexity = exp(loss)      bits_per_byte = nats / (ln 2 * utf8_bytes)
 
 End-of-text adds nats but no bytes. Models with different tokenizers can be compared by bits per byte, but not by
-perplexity.
-Cost: one forward pass over the split, in fp32. Bits per byte: Gao et al., The Pile, https://arxiv.org/abs/2101.00027.
+perplexity. Cost: one forward pass over the split, in fp32. Bits per byte: Gao et al., The Pile,
+https://arxiv.org/abs/2101.00027.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.inference.load_model import find_checkpoint, find_tokenizer, load_model
 from packspeed.model.gpt import GPT
 
-BATCH_TOKENS = 16_384  # of one forward pass
+BATCH_TOKENS = 16_384  # number of tokens per forward pass
 
 
-DECODED_TOKENS = 2**20  # decoded together, to count bytes
+DECODED_TOKENS = 2**20  # number of tokens that are decoded at a time to count bytes
 
 
 class Evaluation(TypedDict):
-    """Result of one split of one dataset; losses in nats per token."""
+    """The result for one split of one dataset. The loss is in nats per token."""
 
     data: str
     split: str
@@ -51,12 +53,12 @@ class Evaluation(TypedDict):
     loss: float
     perplexity: float
     bits_per_token: float
-    bits_per_byte: float | None  # None: the tokens decode to nothing
+    bits_per_byte: float | None  # None: the tokens have no text
     tokens_per_s: float
 
 
 class EvaluationResult(TypedDict):
-    """Results of all datasets."""
+    """The results for all datasets."""
 
     checkpoint: str
     step: int
@@ -65,7 +67,7 @@ class EvaluationResult(TypedDict):
 
 @dataclass(frozen=True)
 class Span:
-    """A window that predicts tokens first to last - 1 of the split. Only tokens scored to last - 1 count."""
+    """A window that predicts tokens first to last - 1 of the split. Only tokens scored to last - 1 are counted."""
 
     first: int
     scored: int
@@ -73,7 +75,7 @@ class Span:
 
 
 def spans(tokens: int, seq_len: int, stride: int) -> Iterator[Span]:
-    """Windows over `tokens` tokens in which each token counts once."""
+    """Yield windows over `tokens` tokens such that each token is counted once."""
     scored = 0
     while scored < tokens:
         first = max(0, scored - (seq_len - stride))
@@ -92,11 +94,12 @@ def evaluate(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> EvaluationResult:
-    """Evaluate a checkpoint of a run on the run's datasets, or on `data`; returns one result per dataset.
+    """Evaluate a checkpoint of a run on the run's datasets, or on `data`. Returns one result per dataset.
 
-    Raises ConfigError for bad options and for a dataset of another tokenizer.
+    Options that are None have the run's values; max_tokens None means all tokens. Raises ConfigError for invalid
+    options and for a dataset with another tokenizer.
     """
-    # Unset options take the values of the run.
+    # Options that are not given have the values of the run.
     checkpoint = find_checkpoint(run, step)
     manifest = read_manifest(checkpoint)
     model, config = load_model(checkpoint)
@@ -107,7 +110,10 @@ def evaluate(
     if not 1 <= stride <= seq_len:
         raise ConfigError(f"--stride {stride}: give a number from 1 to --seq-len, {seq_len}.")
     if model.config.position == "learned" and seq_len > model.config.max_seq_len:
-        raise ConfigError(f"--seq-len {seq_len}: the model has positions for {model.config.max_seq_len} tokens.")
+        raise ConfigError(
+            f"--seq-len {seq_len}: the model has positions for {model.config.max_seq_len} tokens only. Give a smaller "
+            "number."
+        )
     cache = {key: data_config[key] for key in ("cache_dir", "cache_gb") if key in data_config}
     if data:
         paths = [data]
@@ -116,8 +122,8 @@ def evaluate(
     else:
         paths = [source["path"] for source in data_config.get("sources") or []]
     if not paths:
-        raise ConfigError(f"{checkpoint}: the run names no dataset. Name one with --data DIR.")
-    # Each dataset of a mixture has a result of its own.
+        raise ConfigError(f"{checkpoint}: the run has no dataset. Give one with --data DIR.")
+    # There is one result for each dataset of a mixture.
     results: list[Evaluation] = []
     for path in paths:
         dataset = open_dataset(path, **cache)
@@ -129,16 +135,22 @@ def evaluate(
 
 
 def _check_tokenizer(dataset: TokenDataset, manifest: Manifest, vocab_size: int) -> None:
-    """ConfigError if token ids of the dataset mean other text than in training."""
+    """Raise ConfigError if the dataset was made with another tokenizer than the run's, or has more tokens than the
+    model.
+    """
     trained_on = manifest.get("datasets")
     name, sha256 = dataset.describe()[0]["tokenizer"]
     if trained_on and trained_on[0]["tokenizer"][1] != sha256:
         raise ConfigError(
-            f"{dataset.path} was made with tokenizer {name}, and the run was trained with "
-            f"{trained_on[0]['tokenizer'][0]}: the ids mean other texts. Prepare the text with the run's tokenizer."
+            f"{dataset.path} was made with the tokenizer {name}, but the run was trained with "
+            f"{trained_on[0]['tokenizer'][0]}, so the token ids have other meanings. Prepare the text with the run's "
+            "tokenizer."
         )
     if dataset.vocab_size > vocab_size:
-        raise ConfigError(f"{dataset.path} has {dataset.vocab_size} tokens, the model {vocab_size}.")
+        raise ConfigError(
+            f"{dataset.path} has a vocabulary of {dataset.vocab_size} tokens, but that of the model has {vocab_size}. "
+            "Prepare the text with the run's tokenizer."
+        )
 
 
 def _evaluate(
@@ -151,10 +163,12 @@ def _evaluate(
     max_tokens: int | None,
     masked: bool,
 ) -> Evaluation:
-    """Evaluate the first `max_tokens` tokens (None: all) of a split; `masked`: attention stays inside documents."""
+    """Evaluate the first `max_tokens` tokens (None: all) of a split. If `masked` is True, attention stays inside
+    documents.
+    """
     tokens = min(dataset.tokens(split), max_tokens or 2**62)
     if not tokens:
-        raise ConfigError(f"{dataset.path} has no {split} split. Choose --split train, or prepare one.")
+        raise ConfigError(f"{dataset.path} has no {split} split. Choose another one with --split.")
     start, nats = time.monotonic(), 0.0
     for batch in _batches(spans(tokens, seq_len, stride), max(1, BATCH_TOKENS // seq_len)):
         nats += _nats(model, _read(dataset, split, batch), batch, dataset.eot_id, masked)
@@ -176,7 +190,7 @@ def _evaluate(
 
 
 def _batches(windows: Iterator[Span], rows: int) -> Iterator[list[Span]]:
-    """Group up to `rows` consecutive windows of equal length."""
+    """Group consecutive windows of equal length into batches of up to `rows`."""
     batch: list[Span] = []
     for window in windows:
         # The last window may be shorter than the others.
@@ -189,7 +203,10 @@ def _batches(windows: Iterator[Span], rows: int) -> Iterator[list[Span]]:
 
 
 def _read(dataset: TokenDataset, split: str, batch: list[Span]) -> Tokens:
-    """Token ids (b, T + 1): inputs are [:, :-1], labels [:, 1:]. The token before the split's first is end-of-text."""
+    """Return the token ids of a batch, shape (b, T + 1): the inputs are [:, :-1], the labels [:, 1:].
+
+    The token before the first one of the split is end-of-text.
+    """
     rows = np.full((len(batch), batch[0].last - batch[0].first + 1), dataset.eot_id, dtype=dataset.dtype)
     for row, window in zip(rows, batch, strict=True):
         begin = max(0, window.first - 1)
@@ -199,7 +216,7 @@ def _read(dataset: TokenDataset, split: str, batch: list[Span]) -> Tokens:
 
 @torch.inference_mode()
 def _nats(model: GPT, rows: Tokens, batch: list[Span], eot_id: int, masked: bool) -> float:
-    """Sum of the losses, in nats, of the labels that count."""
+    """Return the sum of the losses, in nats, of the labels that are counted."""
     device = model.embed.weight.device
     window = torch.from_numpy(rows.astype(np.int64)).to(device)
     arguments: dict[str, Any] = {}
@@ -211,7 +228,10 @@ def _nats(model: GPT, rows: Tokens, batch: list[Span], eot_id: int, masked: bool
 
 
 def text_bytes(dataset: TokenDataset, tokenizer: Tokenizer, split: str, tokens: int) -> int:
-    """UTF-8 bytes of the first `tokens` tokens of a split, decoded document by document, without end-of-text."""
+    """Return the number of UTF-8 bytes of the first `tokens` tokens of a split, without end-of-text.
+
+    The tokens are decoded document by document.
+    """
     total = 0
     for begin in range(0, tokens, DECODED_TOKENS):
         ids = dataset.read(split, begin, min(DECODED_TOKENS, tokens - begin)).astype(np.int64)

@@ -1,10 +1,10 @@
-"""Line charts as inline SVG, for pages that work without a network. png.py draws the same charts as PNG files.
+"""Draw line charts as inline SVG, for pages that need no network. png.py draws the same charts as PNG files.
 
     line_chart(Chart("loss", [Series("run a", steps, losses), ...]))  ->  "<figure ...><svg ...>"
 
-Each curve is reduced to at most POINTS points: every bucket of steps keeps its lowest and its highest value, so spikes
-stay visible. The page contains the values for the tooltip (SCRIPT). Colours are CSS variables (STYLE).
-Cost: 10 ms per million points.
+Each curve is reduced to about POINTS points: the points are divided into buckets of consecutive steps, and each bucket
+keeps its lowest and its highest value, so that spikes remain visible. The page contains the values for the tooltip
+(SCRIPT). Colours are CSS variables (STYLE). Cost: one second per million points.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Numbers = npt.NDArray[np.float64]
 Values = Sequence[float] | Numbers
 
 POINTS = 400
-WIDTH, HEIGHT = 520, 250  # of a chart, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 58, 28, 34, 30  # margins around the plot area; half a label fits RIGHT
+WIDTH, HEIGHT = 520, 250  # size of a chart, in SVG units
+LEFT, RIGHT, TOP, BOTTOM = 58, 28, 34, 30  # margins around the plot area; RIGHT has room for half a label
 COLORS = ("#2563eb", "#db2777", "#059669", "#d97706", "#7c3aed", "#0891b2", "#dc2626", "#4d7c0f")
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One curve. faint: thin and pale, for raw values behind a smoothed curve. dots: mark each point."""
+    """One curve. `faint` draws it thin and pale, for raw values behind a smoothed curve; `dots` marks each point."""
 
     label: str
     x: Values
@@ -40,7 +40,9 @@ class Series:
 
 
 def thinned(x: Values, y: Values, points: int = POINTS) -> list[tuple[float, float]]:
-    """Return about `points` of the finite points at most: the lowest and the highest of each bucket, in order."""
+    """Return the finite points of a curve, reduced to about `points`: the lowest and the highest of each bucket, in
+    order.
+    """
     xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     finite = np.isfinite(ys)
     xs, ys = xs[finite], ys[finite]
@@ -54,14 +56,14 @@ def thinned(x: Values, y: Values, points: int = POINTS) -> list[tuple[float, flo
 
 
 def smoothed(values: Values, window: int) -> Numbers:
-    """Return the mean of about `window` values centred on each value, (n,).
+    """Return the moving average: for each value, the mean of about `window` values around it.
 
-    Near the ends the window shrinks on both sides, so that the mean of a falling curve does not lag behind it.
+    Near both ends the window is shorter on both sides, so that the mean of a falling curve does not lag behind.
     """
     array, reach = np.asarray(values, dtype=np.float64), window // 2
     out: Numbers = array.copy()
     if len(array) > 2 * reach:
-        # Summed anew for each value: in running sums, one huge value would swallow all that follow.
+        # Sum again for each value. In a running sum, one huge value would make all later sums inexact.
         out[reach : len(array) - reach] = np.lib.stride_tricks.sliding_window_view(array, 2 * reach + 1).mean(axis=1)
     for i in range(min(reach, len(array))):
         side = min(i, len(array) - 1 - i)
@@ -71,9 +73,11 @@ def smoothed(values: Values, window: int) -> Numbers:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return round numbers (1, 2 or 5 times a power of ten apart) that cover low to high."""
+    """Return about `count` round numbers, 1, 2 or 5 times a power of ten apart, that cover the range from low to
+    high.
+    """
     span = high - low
-    if span <= 1e-12 * abs(high):  # one value, or differences that are rounding
+    if span <= 1e-12 * abs(high):  # all values are equal, or differ only by rounding
         span = abs(high) or 1.0
     smallest = max(span / count, 1e-300)
     power = 10 ** math.floor(math.log10(smallest))
@@ -83,7 +87,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short_number(value: float) -> str:
-    """Format a number in few characters: 1500000 -> 1.5M, 0.00042 -> 4.2e-4."""
+    """Return a number as short text, for example 1.5M for 1500000 and 4.2e-4 for 0.00042."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -100,7 +104,7 @@ def short_number(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Curves over the step under one title."""
+    """A title and the curves of one chart, whose x axis is the training step."""
 
     title: str
     series: Sequence[Series]
@@ -109,7 +113,7 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A chart laid out in an area of WIDTH x HEIGHT: reduced curves, range of x, tick marks of the y axis."""
+    """A chart with its layout in an area of WIDTH x HEIGHT: reduced curves, range of x, tick marks of the y axis."""
 
     curves: Sequence[tuple[Series, list[tuple[float, float]]]]
     x_low: float
@@ -117,19 +121,19 @@ class Plot:
     marks: Sequence[float]
 
     def to_pixels(self, x: float, y: float) -> tuple[float, float]:
-        """Return the position of a value in SVG units, from the top left."""
+        """Return the position of a point in SVG units, measured from the top left corner."""
         low, high = self.marks[0], self.marks[-1]
         across = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
         return across, HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     @property
     def x_marks(self) -> list[float]:
-        """Return the tick marks of the x axis: round steps inside the plot."""
+        """Tick marks of the x axis: round steps inside the plot."""
         return [mark for mark in ticks(self.x_low, self.x_high) if self.x_low <= mark <= self.x_high]
 
 
 def lay_out(chart: Chart) -> Plot | None:
-    """Lay out a chart. Returns None if no curve has a point."""
+    """Return the layout of a chart, or None if no curve has a point."""
     curves = [(s, points) for s in chart.series if (points := thinned(s.x, s.y))]
     if not curves:
         return None
@@ -147,7 +151,7 @@ def line_chart(chart: Chart) -> str:
     body += [_curve(s, [plot.to_pixels(*point) for point in points]) for s, points in plot.curves]
     body.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
     body += [f'<circle class="nearest" cx="-9" cy="-9" r="4" style="fill:{s.color}"/>' for s, _ in plot.curves]
-    # What SCRIPT needs for the tooltip: the curves, and the values and the positions of the corners of the plot area.
+    # SCRIPT needs these for the tooltip: the curves, and the values and positions of the corners of the plot area.
     data = [
         {"label": s.label + (", raw" if s.faint else ""), "color": s.color, "points": points}
         for s, points in plot.curves
@@ -166,6 +170,7 @@ def line_chart(chart: Chart) -> str:
 
 
 def _grid(plot: Plot) -> str:
+    """Return the SVG of the grid lines and their labels."""
     out = []
     for mark in plot.marks:
         _, y = plot.to_pixels(plot.x_low, mark)
@@ -178,6 +183,7 @@ def _grid(plot: Plot) -> str:
 
 
 def _curve(series: Series, points: Sequence[tuple[float, float]]) -> str:
+    """Return the SVG of one curve. `points` are in SVG units."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     style = "faint" if series.faint else "curve"
     out = f'<polyline class="{style}" style="stroke:{series.color}" points="{path}"/>'

@@ -1,10 +1,10 @@
-"""The live panel of a run: in the training's own terminal, or by watch.py in any other.
+"""The live panel of a run, shown in the training's own terminal, or by `packspeed watch` in another one.
 
-    with live(metrics, progress): ...         in training, if rank 0 has a terminal: a panel, updated every step
-    panel(progress)                           the panel, for rich
+    with live(metrics, progress): ...         during training, if rank 0 has a terminal: a panel, updated every step
+    panel(progress)                           the panel as an object of the library rich
 
-If stdout is not a terminal, training prints the plain lines of training/metrics.py, and watch prints one line per
-logged step.
+If stdout is not a terminal, training prints plain lines (training/metrics.py), and `packspeed watch` prints one line
+per logged step.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ from packspeed.launch.run_folder.reading import read_file
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-RECENT_STEPS = 50  # steps that the estimate of the remaining time averages over
+RECENT_STEPS = 50  # number of steps whose mean time gives the estimate of the remaining time
 SPARKLINE_STEPS = 4 * RECENT_STEPS
 BARS = "▁▂▃▄▅▆▇█"
 
 
 class MetricsWriter(Protocol):
-    """The part of training.metrics.Metrics that the panel needs; observe/ does not import training/."""
+    """The part of training.metrics.Metrics that the panel needs. It is a Protocol, because observe/ does not import
+    training/.
+    """
 
     folder: Path
-    followers: list[Callable[[MetricsLine], None]]  # called with every line as it is written
+    followers: list[Callable[[MetricsLine], None]]  # functions that are called with every line when it is written
 
 
 class RunProgress:
-    """The state of one run, updated with the lines of metrics.jsonl and shown by `panel`.
+    """The state of one run, updated with lines of metrics.jsonl and shown by `panel`.
 
-    total_steps is 0 if it is not known. notes: what is damaged in the run's files.
+    `total_steps` is 0 if it is not known. `notes` says what is damaged in the run's files.
     """
 
     def __init__(self, name: str, total_steps: int, restarts: int = 0) -> None:
@@ -51,25 +53,25 @@ class RunProgress:
         self._losses: deque[float] = deque(maxlen=SPARKLINE_STEPS)
 
     def add(self, line: MetricsLine) -> None:
-        """Update with one line of metrics.jsonl."""
+        """Update the state with one line of metrics.jsonl."""
         if "val_loss" in line:
             self.evaluation = line
             return
         self.last = line
-        if "step_time_s" in line:  # a run folder of an older version may lack all keys but step and loss
+        if "step_time_s" in line:  # lines of an older version may have only step and loss
             self._times.append(line["step_time_s"])
         if line["loss"] is not None:
             self._losses.append(line["loss"])
 
     @property
     def left_s(self) -> float:
-        """Estimated seconds to the last step, from the mean time of the last RECENT_STEPS steps."""
+        """Estimated seconds until the last step, from the mean time of the last RECENT_STEPS steps."""
         if self.last is None or not self._times:
             return 0.0
         return sum(self._times) / len(self._times) * max(0, self.total_steps - self.last["step"])
 
     def sparkline(self, width: int = 40) -> str:
-        """Return the last `width` losses as a row of block characters; empty before the second loss."""
+        """Return the last `width` losses as a row of block characters, or an empty string before the second loss."""
         values = list(self._losses)[-width:]
         if len(values) < 2:
             return ""
@@ -77,7 +79,7 @@ class RunProgress:
         return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in values)
 
     def facts(self) -> list[tuple[str, str]]:
-        """Return (label, value) of everything that the panel shows."""
+        """Return everything that the panel shows, as a list of (label, value)."""
         last, of_total = self.last, f"/{self.total_steps:,}" if self.total_steps else ""
         state = self.state + (f" ({self.note})" if self.note else "")
         if last is None:
@@ -102,19 +104,19 @@ class RunProgress:
         ]
 
     def line(self) -> str:
-        """Return all facts in one line."""
+        """Return the run's name and all facts in one line of text."""
         return f"{self.name} | " + " | ".join(f"{label} {value}" for label, value in self.facts())
 
 
 def hours_minutes_seconds(seconds: float) -> str:
-    """Format seconds as H:MM:SS."""
+    """Return seconds as text in the form H:MM:SS."""
     rounded = max(0, round(seconds))
     return f"{rounded // 3600}:{rounded // 60 % 60:02d}:{rounded % 60:02d}"
 
 
 def panel(progress: RunProgress) -> RenderableType:
-    """Return the panel for rich: a progress bar, the facts in two columns, the last losses."""
-    # rich is imported late: training without a terminal, and all other commands, do without it.
+    """Return the panel as an object of rich: a progress bar, the facts in two columns, the last losses."""
+    # rich is imported here, because training without a terminal and most commands do not need it.
     from rich.console import Group
     from rich.padding import Padding
     from rich.panel import Panel
@@ -127,7 +129,7 @@ def panel(progress: RunProgress) -> RenderableType:
         table.add_column(ratio=1, overflow="fold")
     facts = progress.facts()
     for left, right in zip(facts[0::2], [*facts[1::2], ("", "")], strict=False):
-        # Text, because rich reads plain strings as markup: a state of "[/]" would be an error.
+        # rich interprets plain strings as markup, so a value such as "[/]" would be an error. Text is not interpreted.
         table.add_row(Text(left[0], style="dim"), Text(left[1]), Text(right[0], style="dim"), Text(right[1]))
     done = progress.last["step"] if progress.last else 0
     bar = Padding(ProgressBar(total=progress.total_steps or None, completed=done), 0)  # Padding ends its line
@@ -140,7 +142,7 @@ def panel(progress: RunProgress) -> RenderableType:
 
 @contextmanager
 def live(metrics: MetricsWriter, progress: RunProgress) -> Iterator[None]:
-    """Show the panel below the training's output inside the `with` block."""
+    """Show the panel below the output of the training during the `with` block."""
     from rich.live import Live
 
     with Live(panel(progress), refresh_per_second=4, get_renderable=lambda: panel(progress)):
@@ -155,6 +157,8 @@ def live(metrics: MetricsWriter, progress: RunProgress) -> Iterator[None]:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """Return the name of the newest complete checkpoint, from the file `latest`; None if there is none."""
+    """Return the name of the newest complete checkpoint of a run folder, from the file `latest`; None if there is
+    none.
+    """
     content = read_file(folder / "checkpoints" / "latest", [], 1000)
     return content.decode("utf-8", "replace").strip() or None if content else None

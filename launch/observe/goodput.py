@@ -1,16 +1,17 @@
-"""`packspeed goodput`: the wall time of a run by bucket, over all its restarts.
+"""`packspeed goodput`: show where the wall time of a run went, over all its restarts.
 
-    account(folder)          seconds per bucket; together they are the wall time of the run
-    read_lives(folder)       the process lives in goodput.jsonl (run_folder/phase_timer.py)
+    account(folder)          seconds per bucket (kind of work); their sum is the wall time of the run
+    read_lives(folder)       the lives in goodput.jsonl. A life is the time from a start of rank 0's process to its end
 
-The buckets are those of the phase timer and two that it cannot see:
-    idle     between the end of one life and the start of the next
-    lost     steps repeated after a crash or a rewind (metrics.discarded.jsonl), and the step that a crash interrupted
+The buckets are those of the phase timer (run_folder/phase_timer.py) and two more:
+    idle     the time between the end of one life and the start of the next
+    lost     steps that were repeated after a crash or a rewind (metrics.discarded.jsonl), and the unfinished step of a
+             life that ended with a crash
 
-The wall time is the sum of the buckets. Within a life they come from a steady clock, so only `idle` depends on the
-hosts' clocks: a clock that was set back between two lives gives no idle time there, and a note.
+Within a life, the seconds are measured with a steady clock. Only `idle` depends on the hosts' wall clocks. If a clock
+was set back between two lives, their idle time counts as 0, and a note says so.
 
-Goodput is compute / wall time. Source of the term: ML Productivity Goodput (Google Cloud, 2024). Without torch.
+Goodput is compute / wall time. Source of the term: ML Productivity Goodput (Google Cloud, 2024). Does not import torch.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from packspeed.launch.run_folder.metrics_file import DISCARDED
 from packspeed.launch.run_folder.phase_timer import FILE, MEASURED
 from packspeed.launch.run_folder.reading import read_lines, read_metrics_lines
 
-CLOCK_TOLERANCE_S = 1.0  # clocks of hosts differ by less
+CLOCK_TOLERANCE_S = 1.0  # the clocks of two hosts are assumed to differ by less
 BUCKETS = ("compute", "communication", "data", "evaluation", "checkpoint", "startup", "other", "lost", "idle")
 
 
 LABELS = {
     "compute": "compute", "communication": "exposed communication", "data": "data wait", "evaluation": "evaluation",
     "checkpoint": "checkpoint", "startup": "start-up", "other": "other", "lost": "lost work",
-    "idle": "idle between lives",
+    "idle": "idle between starts",
 }  # fmt: skip
 
 
 class LifeSummary(TypedDict):
-    """A process life in the JSON object; see formats.Life for the keys."""
+    """A life in the JSON output. formats.Life describes the keys."""
 
     started_at: float
     ended_at: float
@@ -47,7 +48,7 @@ class LifeSummary(TypedDict):
 
 
 class AccountDict(TypedDict):
-    """The JSON object of `packspeed goodput --json`; seconds and counts as in Account."""
+    """The JSON output of `packspeed goodput --json`. Account describes the values."""
 
     wall_s: float
     seconds: dict[str, float]
@@ -62,7 +63,7 @@ class AccountDict(TypedDict):
 class Account:
     """The wall time of a run by bucket, from the start of rank 0's first process to its last record."""
 
-    seconds: dict[str, float]  # every name of BUCKETS
+    seconds: dict[str, float]  # bucket -> seconds, for every name in BUCKETS
     lives: list[EndedLife]
     steps_lost: int  # steps that were done and had to be repeated
 
@@ -73,16 +74,16 @@ class Account:
 
     @property
     def goodput(self) -> float:
-        """Share of the wall time spent on the compute of steps that were kept."""
+        """The share of the wall time that was spent computing steps that were kept."""
         return self.seconds["compute"] / self.wall_s if self.wall_s else 0.0
 
     @property
     def restarts(self) -> int:
-        """Number of process lives after the first."""
+        """Number of lives after the first."""
         return len(self.lives) - 1
 
     def as_dict(self) -> AccountDict:
-        """Return the JSON object of `packspeed goodput --json`."""
+        """Return the JSON output of `packspeed goodput --json`."""
         seconds = {name: round(value, 3) for name, value in self.seconds.items()}
         lives: list[LifeSummary] = [
             {"started_at": life["started_at"], "ended_at": life["ended_at"], "from_step": life["from_step"],
@@ -96,12 +97,12 @@ class Account:
 
 
 def read_lives(folder: Path, notes: list[str] | None = None) -> list[EndedLife]:
-    """Return the process lives of a run in order, each with `ended_at`. Adds a note about damaged lines to `notes`."""
+    """Return the lives of a run in order. Adds a note to `notes` if lines of goodput.jsonl are damaged."""
     return [_ended(life) for life in read_lines(folder / FILE, Life, [] if notes is None else notes)]
 
 
 def _ended(life: Life) -> EndedLife:
-    """Complete a life: `ended_at`, and keys that the line lacks. Buckets that have no name here count as `other`."""
+    """Return a life with `ended_at` and with all keys. Buckets with unknown names are added to `other`."""
     seconds = dict.fromkeys(MEASURED, 0.0)
     for name, value in life["seconds"].items():
         seconds[name if name in seconds else "other"] += value
@@ -114,7 +115,9 @@ def _ended(life: Life) -> EndedLife:
 
 
 def account(folder: Path, notes: list[str] | None = None) -> Account | None:
-    """Add up the lives of a run. Returns None if goodput.jsonl has no line. Adds what is wrong with it to `notes`."""
+    """Add up the lives of a run. Returns None if goodput.jsonl has no line. Adds to `notes` what is wrong with its
+    files.
+    """
     notes = [] if notes is None else notes
     lives = read_lives(folder, notes)
     if not lives:
@@ -125,8 +128,9 @@ def account(folder: Path, notes: list[str] | None = None) -> Account | None:
     overlaps = [-gap for gap in gaps if gap < -CLOCK_TOLERANCE_S]
     if overlaps:
         notes.append(
-            f"{folder / FILE}: {len(overlaps)} process(es) started up to {duration(max(overlaps))} before the previous "
-            "one ended. If a clock was set back, the idle time before them is unknown and counts as 0."
+            f"{folder / FILE}: according to the clocks, {len(overlaps)} process(es) started up to "
+            f"{duration(max(overlaps))} before the previous one ended. A clock was probably set back. The idle time "
+            "before these processes is unknown and counts as 0."
         )
     # Discarded lines of metrics.jsonl are work that was done and repeated later: move their seconds to `lost`.
     data_s = compute_s = evaluation_s = 0.0
@@ -139,7 +143,7 @@ def account(folder: Path, notes: list[str] | None = None) -> Account | None:
         step_s = line.get("step_time_s", 0.0)
         wait_s = min(step_s, line.get("data_wait_s", 0.0))
         data_s, compute_s = data_s + wait_s, compute_s + step_s - wait_s
-    # A crash leaves `ended` null; the step it interrupted never reached metrics.jsonl, but its life recorded open_s.
+    # After a crash, `ended` is null. The interrupted step has no line in metrics.jsonl, but its seconds are in open_s.
     compute_s += sum(life["open_s"] for life in lives[:-1] if life["ended"] is None)
     _move_lost(seconds, "data", data_s)
     _move_compute(seconds, compute_s)
@@ -148,16 +152,17 @@ def account(folder: Path, notes: list[str] | None = None) -> Account | None:
 
 
 def _move_lost(seconds: dict[str, float], bucket: str, amount: float) -> None:
-    """Move `amount` seconds from a bucket to `lost`, but never more than the bucket has."""
+    """Move `amount` seconds from a bucket to `lost`, but not more than the bucket has."""
     amount = min(amount, seconds[bucket])
     seconds[bucket] -= amount
     seconds["lost"] += amount
 
 
 def _move_compute(seconds: dict[str, float], amount: float) -> None:
-    """Move `amount` from compute and communication, in the proportion that they have over the run.
+    """Move `amount` seconds from compute and communication to `lost`, divided in the proportion that both have over the
+    run.
 
-    metrics.jsonl has one time per step, which includes both.
+    The step time in metrics.jsonl includes both.
     """
     both = seconds["compute"] + seconds["communication"]
     share = seconds["communication"] / both if both else 0.0
@@ -166,7 +171,7 @@ def _move_compute(seconds: dict[str, float], amount: float) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as 5.2 s, 3:04, 2:03:04 or 4d 02:03:04."""
+    """Return seconds as text: 5.2 s, 3:04, 2:03:04 or 4d 02:03:04."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     days, rest = divmod(round(seconds), 86400)
@@ -178,9 +183,9 @@ def duration(seconds: float) -> str:
 
 
 def table(total: Account) -> str:
-    """Format the account as lines for a terminal, the largest bucket first."""
+    """Return the account as lines of text for a terminal, with the largest bucket first."""
     lines = [
-        f"wall time {duration(total.wall_s)}, {total.restarts} restart(s), {total.steps_lost} step(s) done again; "
+        f"wall time {duration(total.wall_s)}, {total.restarts} restart(s), {total.steps_lost} step(s) repeated; "
         f"goodput {total.goodput:.1%}"
     ]
     for name, seconds in sorted(total.seconds.items(), key=lambda item: -item[1]):

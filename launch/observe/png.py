@@ -1,6 +1,6 @@
-"""Charts as PNG files, drawn with Pillow (a dependency of TensorBoard).
+"""Draw charts as PNG files with Pillow, which TensorBoard depends on.
 
-A chart is drawn SUPER times larger and then reduced, because Pillow does not smooth lines. Cost: 0.1 s per picture.
+Pillow does not smooth lines. So a chart is drawn SUPER times larger and then reduced. Cost: 0.1 s per picture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ INK, DIM, LINE, PAPER = "#0f172a", "#64748b", "#e2e8f0", "#ffffff"
 
 
 def draw_png(chart: Chart) -> bytes | None:
-    """Return a chart as a PNG; None if no curve has a point."""
+    """Return a chart as the content of a PNG file, or None if no curve has a point."""
     plot = lay_out(chart)
     if plot is None:
         return None
@@ -50,7 +50,7 @@ def draw_png(chart: Chart) -> bytes | None:
 
 
 def _legend_rows(names: list[str]) -> list[list[str]]:
-    """Return the names in rows that fit the width."""
+    """Divide the names into rows that fit into the width of the chart."""
     rows: list[list[str]] = [[]]
     for name in names:
         if rows[-1] and sum(map(_entry_width, [*rows[-1], name])) > WIDTH - LEFT - RIGHT:
@@ -60,10 +60,12 @@ def _legend_rows(names: list[str]) -> list[list[str]]:
 
 
 def _entry_width(name: str) -> float:
+    """Return the width of a name in the legend, in SVG units."""
     return _font(11).getlength(name) / PX + 32
 
 
 def _grid(draw: ImageDraw.ImageDraw, plot: Plot) -> None:
+    """Draw the grid lines and their labels."""
     for mark in plot.marks:
         left, y = plot.to_pixels(plot.x_low, mark)
         draw.line(_scaled([(left, y), (WIDTH - RIGHT, y)]), fill=LINE, width=PX)
@@ -74,18 +76,21 @@ def _grid(draw: ImageDraw.ImageDraw, plot: Plot) -> None:
 
 
 def _scaled(points_px: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Convert points from SVG units to pixels of the drawing."""
     return [(x * PX, y * PX) for x, y in points_px]
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return the font of a size in SVG units."""
     return ImageFont.load_default(size * PX)
 
 
 def _text(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, color: str, size: int, anchor: str) -> None:
+    """Write text at a position in SVG units. `anchor` is Pillow's, such as "lm" for left and middle."""
     draw.text((x * PX, y * PX), text, fill=color, font=_font(size), anchor=anchor)
 
 
 def _pale(color: str) -> str:
-    """Return a colour mixed with three quarters of white."""
+    """Return a colour mixed with three quarters of white, as #rrggbb."""
     red, green, blue = (round(0.25 * int(color[i : i + 2], 16) + 0.75 * 255) for i in (1, 3, 5))
     return f"#{red:02x}{green:02x}{blue:02x}"

@@ -1,9 +1,9 @@
-"""`packspeed report RUN [RUN...]`: runs as one HTML page that needs no network.
+"""`packspeed report RUN [RUN...]`: write one HTML page about one or several runs, which needs no network.
 
-The page shows loss curves, throughput, memory, goodput, restarts, samples, configuration and environment. Everything
-comes from the files of the run folders. Several runs share each chart, and the differences between their settings are
-split into those that can change the loss and those that only change speed.
-Cost: 4 s per million steps; the page has 0.2 MB per run. Imports neither torch nor deepspeed.
+The page shows loss curves, throughput, memory, goodput, restarts, generated text, configuration and environment. All of
+it comes from the files in the run folders. Each chart shows the curves of all runs. Settings that differ between the
+runs are listed in two groups: those that can change the loss, and those that only change the speed. Cost: 20 s per
+million steps; the page has 0.2 MB per run. Imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from packspeed.launch.run_folder.formats import (
 )
 from packspeed.launch.run_folder.reading import read_lines, read_object, read_tree, run_name
 
-# Keys of ds_config.json that can change the loss; the run file's are in config/effects.py.
+# Keys of ds_config.json that can change the loss. For keys of the run file see config/effects.py.
 DS_CHANGES_LOSS = (
     "communication_data_type", "data_types.", "prescale_gradients", "gradient_predivide_factor", "fp16.", "bf16.",
     "torch_autocast.", "zero_optimization.zero_quantized",
 )  # fmt: skip
 
 
-# Settings of ds_config.json that Packspeed copies there from config.yaml: listed once is enough.
+# Keys of ds_config.json that Packspeed copies there from config.yaml, and that are therefore not listed again.
 DS_REPEATS = (
     "optimizer.", "train_", "gradient_accumulation_steps", "gradient_clipping", "tensorboard.", "steps_per_print",
 )  # fmt: skip
@@ -61,7 +61,9 @@ BUCKET_COLORS = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The contents of a run folder. A missing or damaged file gives an empty value; `notes` names the damaged ones."""
+    """The content of a run folder. A missing or damaged file gives an empty value; `notes` says which files are
+    damaged.
+    """
 
     folder: Path
     name: str
@@ -78,7 +80,7 @@ class Run:
 
 
 def read_run(folder: Path, color: str = COLORS[0]) -> Run:
-    """Read a run folder. Raises UserError if nothing in it can be read."""
+    """Read a run folder. Raises UserError if nothing in it can be read. `color` is that of its curves."""
     notes: list[str] = []
     config = read_tree(folder / "config.yaml", notes)
     columns = read_columns(folder, notes)
@@ -92,7 +94,7 @@ def read_run(folder: Path, color: str = COLORS[0]) -> Run:
     if not (run.config or any(map(len, columns.numbers.values())) or run.account):
         reason = " ".join(notes) or "config.yaml is missing."
         raise UserError(
-            f"{folder} is no run folder. {reason} Pass the folder that training printed, such as runs/quickstart."
+            f"{folder} is not a run folder. {reason} Give the folder that training printed, such as runs/quickstart."
         )
     if not os.path.lexists(folder / "config.yaml"):
         notes.append(f"{folder / 'config.yaml'}: the file is missing.")
@@ -103,7 +105,7 @@ Difference = tuple[str, list[Any]]  # a setting and its value in each run
 
 
 def differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]]:
-    """Return the settings that are not equal in all runs: (those that can change the loss, those that cannot)."""
+    """Return the settings that differ between the runs: (those that can change the loss, the others)."""
     flats = []
     for run in runs:
         # One flat dict per run: config.yaml, then ds_config.json and environment.json with a prefix.
@@ -125,14 +127,14 @@ def differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]
 
 
 def can_change_the_loss(key: str) -> bool:
-    """Return whether a setting can change the loss by more than the order of rounding does."""
+    """Return whether a setting can change the loss by more than rounding, which depends on the order of additions."""
     if key.startswith("ds_config."):
         return key.removeprefix("ds_config.").startswith(DS_CHANGES_LOSS)
     return not key.startswith("environment.") and effects.can_change_the_loss(key)
 
 
 def report(folders: Sequence[Path], out: Path) -> tuple[list[Run], list[str]]:
-    """Write the page about the runs in `folders` to `out`. Returns the runs, and notes on what could not be read.
+    """Write the page about the runs in `folders` to `out`. Returns the runs, and notes about what could not be read.
 
     Raises UserError if none of the runs can be read, or if `out` cannot be written.
     """
@@ -153,7 +155,7 @@ def report(folders: Sequence[Path], out: Path) -> tuple[list[Run], list[str]]:
 
 
 def write_pngs(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write every chart that has a curve as TITLE.png into `folder`; returns the files."""
+    """Write every chart that has a curve to `folder`, as TITLE.png, and return the paths of the files."""
     paths = []
     for chart in training_charts(runs) + speed_charts(runs):
         picture = draw_png(chart)
@@ -164,9 +166,10 @@ def write_pngs(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def write_output(path: Path, content: bytes, option: str) -> None:
-    """Write a file that `option` asks for. A file is replaced only by a complete one; devices and pipes are written to.
+    """Write content to a path that the user has chosen with `option`.
 
-    Raises UserError if it cannot be written.
+    A regular file is replaced in one step; to a device or a pipe the content is written directly. Raises UserError if
+    that fails.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -174,7 +177,7 @@ def write_output(path: Path, content: bytes, option: str) -> None:
         if target.is_file() or not target.exists():
             write_file(target, content)
             return
-        # O_NONBLOCK: opening a pipe that nobody reads is an error; otherwise it would wait.
+        # With O_NONBLOCK, opening a pipe that nobody reads is an error. Without it, the call would wait.
         with open(os.open(target, os.O_WRONLY | os.O_NONBLOCK), "wb") as stream:
             os.set_blocking(stream.fileno(), True)
             stream.write(content)
@@ -182,11 +185,11 @@ def write_output(path: Path, content: bytes, option: str) -> None:
         reason = getattr(error, "strerror", None) or error
         with contextlib.suppress(OSError, ValueError):
             temporary(target).unlink()
-        raise UserError(f"{path} could not be written: {reason}. Choose another place with {option}.") from None
+        raise UserError(f"{path} cannot be written: {reason}. Choose another path with {option}.") from None
 
 
 def page(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
-    """Return the page as HTML. notes: what could not be read."""
+    """Return the page as HTML. `notes` says what could not be read."""
     title = " · ".join(run.name for run in runs)
     sections = [
         ("Damaged files", "".join(f"<p>{html.escape(note)}</p>" for note in notes)),
@@ -211,11 +214,14 @@ def page(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
+    """Return the legend with the colour of each run, or nothing if there is only one run."""
     keys = "".join(f'<span><i style="background:{run.color}"></i>{html.escape(run.name)}</span>' for run in runs)
     return f'<div class="legend">{keys}</div>' if len(runs) > 1 else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return an HTML table."""
+
     def cell(value: Any) -> str:
         return f"<td>{html.escape('-' if value is None else str(value))}</td>"
 
@@ -225,14 +231,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _summaries(runs: Sequence[Run]) -> str:
+    """Return a box with the main figures of each run."""
     return '<div class="runs">' + "".join(_summary(run) for run in runs) + "</div>"
 
 
 def _summary(run: Run) -> str:
-    """Return the box with a run's main figures."""
+    """Return the box with the main figures of one run."""
     steps, tokens = run.columns.numbers["step"], run.columns.numbers["tokens"]
     validation_losses = run.columns.values("val_loss")[1]
-    # The last finite loss: after a spike or a NaN the very last one may be null.
+    # Show the last finite loss, because the loss of the last step may be null.
     losses = run.columns.values("loss")[1]
     facts = [
         ("state", run.status["state"] if run.status else "unknown"),
@@ -249,13 +256,14 @@ def _summary(run: Run) -> str:
             ("wall time", duration(run.account.wall_s)),
             ("goodput", f"{run.account.goodput:.1%}"),
             ("restarts", str(run.account.restarts)),
-            ("steps done again", str(run.account.steps_lost)),
+            ("steps repeated", str(run.account.steps_lost)),
         ]
     body = "".join(f"<div><dt>{label}</dt><dd>{html.escape(str(value))}</dd></div>" for label, value in facts)
     return f'<article style="border-color:{run.color}"><h3>{html.escape(run.name)}</h3><dl>{body}</dl></article>'
 
 
 def _median(run: Run, key: str) -> float:
+    """Return the median of a key of metrics.jsonl over all steps."""
     values = run.columns.values(key)[1]
     return float(np.median(values)) if len(values) else 0.0
 
@@ -265,8 +273,8 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
     loss: list[Series] = []
     for run in runs:
         x, y = run.columns.values("loss")
-        window = min(50, len(y) // 20)  # no smoothing below 40 steps
-        if window > 1:  # the raw values stay visible behind the smoothed curve
+        window = min(50, len(y) // 20)  # curves of less than 40 steps are not smoothed
+        if window > 1:  # also draw the raw values, behind the smoothed curve
             loss.append(Series(run.name, x, y, run.color, faint=True))
         loss.append(Series(run.name, x, smoothed(y, window), run.color))
     val = [Series(run.name, *run.columns.values("val_loss"), run.color, dots=True) for run in runs]
@@ -289,15 +297,19 @@ def speed_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _chart(runs: Sequence[Run], key: str, title: str, unit: str = "") -> Chart:
+    """Return a chart of one key of metrics.jsonl."""
     return Chart(title, [Series(run.name, *run.columns.values(key), run.color) for run in runs], unit)
 
 
 def _charts(charts: Sequence[Chart]) -> str:
+    """Return the charts as HTML."""
     return f'<div class="charts">{"".join(line_chart(chart) for chart in charts)}</div>'
 
 
 def _goodput(run: Run, named: bool) -> str:
-    """Return a bar of the buckets, the largest first, its legend, and a table of the process lives."""
+    """Return a bar of the buckets with the largest first, its legend, and a table of the lives. `named` adds the
+    run's name.
+    """
     total = run.account
     assert total is not None
     seconds = dict(sorted(((b, total.seconds[b]) for b in BUCKETS if total.seconds[b] > 0), key=lambda item: -item[1]))
@@ -320,13 +332,14 @@ def _goodput(run: Run, named: bool) -> str:
     head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
     return (
         f"{head}<p>{total.goodput:.1%} of {duration(total.wall_s)} was spent computing steps that were kept. "
-        f"{total.restarts} restart(s), {total.steps_lost} step(s) done again.</p>"
+        f"{total.restarts} restart(s), {total.steps_lost} step(s) repeated.</p>"
         f'<div class="bar">{bar}</div><div class="legend">{legend}</div>'
         + _table(("process", "started", "length", "steps", "end"), lives)
     )
 
 
 def _differences(runs: Sequence[Run]) -> str:
+    """Return two tables of the settings that differ between the runs."""
     loss, speed = differences(runs)
     head = ("setting", *(run.name for run in runs))
     parts = []
@@ -337,14 +350,16 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _samples(run: Run, named: bool) -> str:
+    """Return the generated texts of a run. `named` adds the run's name."""
     head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
-    newest, *older = reversed(run.samples)  # the newest is shown; at most 20 older ones are folded
+    newest, *older = reversed(run.samples)  # show the newest, and at most 20 older ones in a folded block
     rest = "".join(_sample(entry) for entry in older[:20])
     more = f"<details><summary>earlier ({len(older)})</summary>{rest}</details>" if older else ""
     return f"{head}{_sample(newest)}{more}"
 
 
 def _sample(entry: SamplesLine) -> str:
+    """Return the texts of one evaluation."""
     texts = "".join(
         f"<pre><b>{html.escape(sample['prompt'])}</b>{html.escape(sample['text'])}</pre>" for sample in entry["samples"]
     )
@@ -352,11 +367,13 @@ def _sample(entry: SamplesLine) -> str:
 
 
 def _anomalies(run: Run) -> str:
+    """Return a table of the vetoed steps of a run."""
     keys = ("step", "reason", "policy", "loss", "grad_norm", "first_sample", "samples")
     return f"<h3>{html.escape(run.name)}</h3>" + _table(keys, [[entry.get(k) for k in keys] for entry in run.anomalies])
 
 
 def _configuration(run: Run) -> str:
+    """Return both configuration files of a run, in folded blocks."""
     files = (
         ("config.yaml", yaml.safe_dump(run.config, sort_keys=False)),
         ("ds_config.json", json.dumps(run.ds_config, indent=2)),
@@ -368,6 +385,7 @@ def _configuration(run: Run) -> str:
 
 
 def _environment(runs: Sequence[Run]) -> str:
+    """Return a table of the environments of all runs."""
     flats = [flatten(run.environment or {}) for run in runs]
     keys = dict.fromkeys(key for flat in flats for key in flat)
     shown = [

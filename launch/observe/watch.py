@@ -1,10 +1,10 @@
-"""`packspeed watch RUN`: follows a run through the files in its folder, on any host.
+"""`packspeed watch RUN`: follow a run by reading the files in its folder, on any host that has the folder.
 
-    watch(folder)                 until the run ends: the panel in a terminal, otherwise a line per logged step
+    watch(folder)                 until the run ends: a panel in a terminal, otherwise a line per logged step
     watch(folder, once=True)      the current state
 
-Watching polls once a second: status.json, the new part of metrics.jsonl, goodput.jsonl and checkpoints/latest. What is
-damaged in these files is named in the panel, or on stderr.
+Once a second it reads status.json, new lines of metrics.jsonl, goodput.jsonl and checkpoints/latest. If one of these
+files is damaged, the panel shows a note, or a note is printed to stderr.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ MAX_STEPS = 10**15  # a larger number of steps or tokens in config.yaml is damag
 
 
 class Follower:
-    """Follows a run through its files. Raises UserError if the folder holds no run."""
+    """Reads the files of a run again and again. Raises UserError if the folder does not contain a run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._bytes_read, self._inode = 0, -1  # of metrics.jsonl
+        self._bytes_read, self._inode = 0, -1  # how much of metrics.jsonl was read, and which file it was
         self._damaged_lines = self._repeated_lines = 0
         self._config_notes: list[str] = []
         config = read_tree(folder / "config.yaml", self._config_notes)
@@ -46,10 +46,10 @@ class Follower:
             self._config_notes.append(f"{folder / 'config.yaml'}: the number of steps is missing or damaged.")
         if not config and not any(os.path.isfile(folder / name) for name in ("metrics.jsonl", FILE, "status.json")):
             reason = " ".join(self._config_notes) or "config.yaml is missing."
-            raise UserError(f"{folder}: no run to watch. {reason} Name the folder that training printed.")
+            raise UserError(f"{folder} is not a run folder. {reason} Give the folder that training printed.")
 
     def update(self) -> list[MetricsLine]:
-        """Read what the run wrote since the last call; returns the new lines of metrics.jsonl."""
+        """Read what the run has written since the last call. Returns the new lines of metrics.jsonl."""
         notes = list(self._config_notes)
         new_lines = list(self._new_lines(notes))
         for line in new_lines:
@@ -65,13 +65,14 @@ class Follower:
         return new_lines
 
     def _new_lines(self, notes: list[str]) -> Iterator[MetricsLine]:
+        """Yield the new lines of metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 notes.append(f"{path}: the file is ignored: it is not a regular file.")
                 return
-            # A resume replaces the file by one without the discarded lines: read that from its start.
+            # A resume can replace the file by one without the discarded lines. Read the new file from its start.
             if status.st_ino != self._inode or status.st_size < self._bytes_read:
                 # The panel shows recent steps only, and the last evaluation, which may be far before them.
                 self._inode, self._bytes_read = status.st_ino, line_start(path, status.st_size - TAIL_BYTES)
@@ -88,7 +89,7 @@ class Follower:
         except OSError as error:
             notes.append(f"{path}: the file is ignored: {error.strerror}.")
             return
-        complete = data[: data.rfind(b"\n") + 1]  # the rest is still being written
+        complete = data[: data.rfind(b"\n") + 1]  # the last line may not be complete yet
         self._bytes_read += len(complete)
         for text in complete.splitlines():
             line = metrics_line(parse_object(text))
@@ -98,7 +99,7 @@ class Follower:
                 self._damaged_lines += bool(text.strip())
 
     def _state(self, notes: list[str]) -> tuple[str, str]:
-        """Return the state in status.json, and a note if a running run has been silent for too long."""
+        """Return (the state in status.json, a note if the run has been silent for too long)."""
         damage: list[str] = []
         status = read_object(self.folder / "status.json", Status, damage)
         notes += damage
@@ -107,7 +108,7 @@ class Follower:
         state = status["state"]
         if state != "running":
             return state, ""
-        # A killed process leaves "running" behind; only the age of the files shows that.
+        # If the process was killed, the state is still "running". Only the age of the files shows it.
         last_change = 0.0
         for name in ("metrics.jsonl", FILE, "status.json"):
             with contextlib.suppress(OSError):
@@ -119,28 +120,31 @@ class Follower:
 
 
 def _total_steps(config: dict[str, Any]) -> int:
-    """Return the number of steps that a config.yaml asks for; 0 if that is missing or damaged."""
+    """Return the number of steps of a run according to its config.yaml, or 0 if it is missing or damaged."""
     steps, tokens = _positive(config, "train", "steps"), _positive(config, "train", "tokens")
     return steps or -(-tokens // (_positive(config, "train", "global_batch_tokens") or tokens or 1))
 
 
 def _positive(config: dict[str, Any], section: str, key: str) -> int:
-    """Return a positive integer of a config.yaml; 0 if it is missing or anything else."""
+    """Return a positive integer in a config.yaml, or 0 if the key is missing or has another value."""
     values = config.get(section)
     value = values.get(key) if isinstance(values, dict) else None
     return value if isinstance(value, int) and 0 < value <= MAX_STEPS else 0
 
 
 def show_notes(notes: Iterable[str], shown: Container[str] = ()) -> None:
-    """Print what is damaged on stderr, except what was printed before."""
+    """Print the notes to stderr, except those in `shown`."""
     for note in notes:
         if note not in shown:
-            with contextlib.suppress(OSError):  # a full disk: the command itself still works
+            with contextlib.suppress(OSError):  # the command must still work if stderr cannot be written
                 print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def watch(folder: Path, once: bool = False, poll_s: float = 1.0) -> None:
-    """Follow a run until it ends or the user presses Ctrl-C. once: show its current state and return."""
+    """Follow a run until it ends or the user presses Ctrl-C. If `once` is True, show its current state and return.
+
+    `poll_s` is the time between two reads in seconds.
+    """
     follower = Follower(folder)
     follower.update()
     if once:
@@ -154,6 +158,7 @@ def watch(folder: Path, once: bool = False, poll_s: float = 1.0) -> None:
 
 
 def _show_once(progress: RunProgress) -> None:
+    """Print the current state."""
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -164,6 +169,7 @@ def _show_once(progress: RunProgress) -> None:
 
 
 def _follow_live(follower: Follower, poll_s: float) -> None:
+    """Show the panel until the run ends."""
     from rich.live import Live
 
     with Live(panel(follower.progress), auto_refresh=False) as screen:
@@ -176,7 +182,7 @@ def _follow_live(follower: Follower, poll_s: float) -> None:
 
 
 def _follow_plain(follower: Follower, poll_s: float) -> None:
-    """Print one line per poll that brought a step which training logs."""
+    """Print a line after every read that has found an evaluation or a step that training logs."""
     progress = follower.progress
     show_notes(progress.notes)
     print(progress.line(), flush=True)
@@ -191,4 +197,5 @@ def _follow_plain(follower: Follower, poll_s: float) -> None:
 
 
 def _ended(progress: RunProgress) -> bool:
+    """Return whether the run has ended."""
     return progress.state in ("finished", "stopped", "failed")
