@@ -314,7 +314,7 @@ def test_what_is_no_run_is_an_error(tmp_path: Path, run: Path, command: str) -> 
 def test_report_shows_the_runs_that_it_can_read(run: Path, tmp_path: Path) -> None:
     code, _, error = call("report", run, tmp_path / "nothing", "--out", tmp_path / "o.html")
     assert code == 0
-    assert f"{tmp_path / 'nothing'} is no run folder" in error
+    assert f"{tmp_path / 'nothing'} is not a run folder" in error
     assert str(tmp_path / "nothing") in (tmp_path / "o.html").read_text()
 
 

@@ -268,8 +268,8 @@ def fp8_is_emulated(case: Case) -> Iterator[str]:
     """
     if case.run.train.precision == "fp8" and not case.on_gpu:
         yield (
-            "train.precision: fp8 on a CPU gives the numbers of a GPU, but is slower than bf16 and fp32. Use it only to "
-            "try out its numerics."
+            "train.precision: fp8 on a CPU gives the numbers of a GPU, but is slower than bf16 and fp32. Use it only "
+            "to try out its numerics."
         )
 
 
