@@ -66,7 +66,7 @@ class KVCache:
         return self._mask[1]
 
     def clear(self, padding: Tensor | None = None) -> None:
-        """Remove all tokens but keep the memory allocated. padding: of the rows that will be appended next."""
+        """Remove all tokens but keep the memory allocated. padding: that of the tokens appended next."""
         self.length, self.padding, self._mask = 0, padding, None
 
     def _allocate(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ def stream(
     top_p: sample from the fewest tokens whose probabilities add up to at least top_p; None: from all.
     seeds: one per prompt.
     eot_id: the end-of-text token. A row that has drawn it is complete; it gets eot_id with log-probability 0 from then
-        on. Generation stops early when all rows are complete. None: never.
+        on. Generation stops early when all rows are complete. With None no row is ever complete.
     end_ids: further tokens that complete a row; used only with an eot_id.
 
     The model is in eval mode during generation, and its previous mode is restored at the end.
@@ -185,7 +185,7 @@ class _Window:
 
     @torch.inference_mode()
     def next_logits(self) -> Tensor:
-        """Process the tokens that are not in the cache yet. Return the logits of the next token, (B, V) fp32, CPU."""
+        """Process the tokens that are not in the cache yet. Return the next token's logits on the CPU, (B, V) fp32."""
         if self.cache.length == self.cache.capacity:
             for i, row in enumerate(self.rows):
                 if len(row) - 1 - self.first[i] == self.limit:  # this row's own tokens fill the window, without padding

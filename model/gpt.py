@@ -64,7 +64,7 @@ def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
     """Return RoPE's cosines and sines, (2, B or 1, T, 1, width / 2) fp32, for positions (B or 1, T).
 
     width: channels per head. theta: the base of the angles. The table is computed in each forward pass and shared by
-    all layers. It is no buffer, because casting the model to bf16 would round it and make far positions equal.
+    all layers. It is not a buffer, because casting the model to bf16 would round it and make far positions equal.
     """
     channel = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, :, None, None] * (1.0 / theta ** (channel / width))
@@ -112,8 +112,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return the attention branch, (B, T, C), for the normalised residual stream x (B, T, C).
 
-        rope: from rope_table; None with learned positions. cache: holds keys and values of the tokens before x, and
-        gets those of x. documents: tokens attend only within their own document.
+        rope: the result of rope_table; None with learned positions. cache: holds keys and values of the tokens before
+        x, and gets those of x. documents: tokens attend only within their own document.
         """
         q, k, v = self.qkv(x).view(*x.shape[:2], -1, self.head_width).split(self.heads, dim=2)  # (B, T, H, D) each
         if self.q_norm is not None and self.k_norm is not None:

@@ -61,7 +61,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def to_hf_config(config: GPTConfig, bos_id: int, eos_ids: list[int], dtype: str) -> dict[str, Any]:
     """Return the contents of a config.json with which transformers computes the same as GPT(config).
 
-    bos_id: the token that begins a text. eos_ids: the tokens that end one. dtype: of the weights, as "float32".
+    bos_id: the token that begins a text. eos_ids: the tokens that end one. dtype: the type of the
+    weights, as "float32".
     Raises ValueError if no family of transformers computes the same.
     """
     kind = family(config)

@@ -234,7 +234,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, branch, weight and bias. grads: of the sum (only with a branch), of the norm."""
+        """Return the gradients of x, branch, weight and bias from those of the outputs (the sum and the norm)."""
         total, weight, means, scales = ctx.saved_tensors
         d_out, d_total = grads[-1].contiguous(), grads[0].contiguous()
         width, rows = total.size(-1), total.numel() // total.size(-1)

@@ -1,4 +1,4 @@
-"""Fixtures of all tests, the order of the files, and the rule that a test which starts a process has a marker."""
+"""Fixtures for all tests, the order of the test files, and the check that tests which start a process have a marker."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import pytest
 
 from support.workspace import Workspace, make_workspace
 
-# A worker takes whole files: the longest first, so that none is left over for one worker alone at the end.
+# A pytest-xdist worker runs complete files. The longest run first, so that no worker has to run one alone at the end.
 LONGEST = ("cluster", "training", "prove", "render", "hosts", "elastic", "failures", "export", "bench", "tensorboard")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files; their tests stay in order."""
+    """Sort the test files by LONGEST. The tests of a file keep their order."""
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 MAY_START_PROCESSES = ("launch", "root", "browser")
 STARTING = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
-started: list[str] = []  # what this test, with the fixtures made for it, has started
+started: list[str] = []  # the processes that this test and its fixtures have started
 
 
 def note_start(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook: remember processes that Python starts, except git, and file and uname (module platform)."""
+    """Record a process that Python starts. git is allowed, and file and uname, which the module platform runs."""
     if event in STARTING and not (event == "subprocess.Popen" and arguments[0] in ("git", "file", "uname")):
         started.append(f"{event}{arguments[:2]}"[:300])
 
@@ -38,7 +38,7 @@ sys.addaudithook(note_start)
 
 @pytest.fixture(scope="session", autouse=True)
 def note_multiprocessing() -> Generator[None]:
-    """multiprocessing spawns in C, which no audit hook sees."""
+    """Record the processes of multiprocessing, too: it starts them in C, where no audit hook is called."""
     start = multiprocessing.process.BaseProcess.start
 
     def noting(self: multiprocessing.process.BaseProcess) -> None:
@@ -58,10 +58,13 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """`make check` runs the tests without these markers, so a test that starts a process must have one."""
+    """Fail a test that starts a process without one of the markers: `make check` must not run such tests."""
     yield
     if started and not any(item.get_closest_marker(name) for name in MAY_START_PROCESSES):
-        pytest.fail(f"starts a process and has none of the markers {MAY_START_PROCESSES}:\n" + "\n".join(started))
+        pytest.fail(
+            f"this test starts a process, so it needs one of the markers {MAY_START_PROCESSES}. It started:\n"
+            + "\n".join(started)
+        )
 
 
 @pytest.fixture(scope="session")
@@ -71,5 +74,5 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 @pytest.fixture(scope="session")
 def workspace(shared_folder: Path) -> Workspace:
-    """The dataset and run file that all training tests of this process use."""
+    """Return the folder with the dataset and the run file that all training tests of this process use."""
     return make_workspace(shared_folder)

@@ -146,11 +146,11 @@ def _linked(train: Sequence[str], val: Sequence[str], folder: Path, tokenizer: T
 def _link(path: str, folder: Path, name: str, split: str, tokenizer: Tokenizer) -> tuple[str, Shard]:
     """Make a shard of symbolic links to a Megatron pair. Return the type of its tokens and the shard.
 
-    name: of the shard, as "train-00000". Raises UsageError if the pair cannot be linked.
+    name: the name of the shard, as "train-00000". Raises UsageError if the pair cannot be linked.
     """
     prefix = megatron_prefix(path)
     if prefix is None:
-        detect(path)  # raises the right error if the path is no token file at all
+        detect(path)  # raises the right error if the path is not a token file at all
         raise UsageError(
             f"{path} is not a Megatron .bin/.idx pair, and only such pairs can be linked. Omit --link to import a copy."
         )

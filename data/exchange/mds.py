@@ -124,9 +124,9 @@ def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:
 
 
 def _decode(value: bytes, encoding: str) -> npt.NDArray[np.uint32]:
-    """Return the token ids (n,) of one value. encoding: of its column, as "ndarray:int32" or "bytes".
+    """Return the token ids (n,) of one value. encoding: how its column is stored, as "ndarray:int32".
 
-    Raises ValueError if the encoding is another one or if the values are no token ids.
+    Raises ValueError if the encoding is another one or if the values are not token ids.
     """
     type_name, _, rest = encoding.partition(":")
     dtype, _, shape = rest.partition(":")

@@ -75,8 +75,8 @@ class FinishedUnits:
 class Merge:
     """Merges the units with the numbers `units` in a folder of units.
 
-    dtype: of the tokens. dedup: drop documents that equal an earlier one. shuffle_seed: shuffle the documents; None:
-    keep their order. ready(number): waits until a unit is finished.
+    dtype: the type of the tokens. dedup: drop documents that equal an earlier one. shuffle_seed: shuffle the documents;
+    None: keep their order. ready(number): waits until a unit is finished.
     """
 
     def __init__(

@@ -220,7 +220,7 @@ class Corpus:
 
 
 class _Preparation:
-    """One prepare: finds the sources, plans the work units, encodes and merges them. The folder must be claimed."""
+    """One prepare: finds the sources, plans the work units, encodes and merges them. Use it inside claimed_folder."""
 
     def __init__(self, folder: Path, corpus: Corpus, tokenizer: str | Tokenizer, options: MergeOptions):
         self.folder, self.corpus, self.options, self.units_folder = folder, corpus, options, folder / FOLDER
@@ -364,7 +364,7 @@ class _Preparation:
     def _manifest(self, names: list[str], method: str, shards: list[Shard], merged: MergeCounts) -> Manifest:
         """Return the manifest of the dataset.
 
-        names: of the sources. method: how validation was chosen. merged: the counts of the merge.
+        names: the names of the sources. method: how validation was chosen. merged: the counts of the merge.
         """
         tokenizer = self.tokenizer
         done, passed_over = self._receipts(), self._passed_over()

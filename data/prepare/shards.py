@@ -34,7 +34,7 @@ Lengths = npt.NDArray[np.int64]
 class ShardWriter:
     """Writes the shards of one split. Add documents, then call `close`, which returns the shards.
 
-    dtype: of the tokens. shard_tokens: a shard ends with the document that fills it to this many tokens.
+    dtype: the type of the tokens. shard_tokens: a shard ends with the document that fills it to this many tokens.
     """
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):

@@ -39,7 +39,8 @@ def shuffled(
 ) -> Iterator[tuple[int, npt.NDArray[np.int64], Table]]:
     """Yield all documents in shuffled order, in buckets of n documents each.
 
-    documents: numbers (m,) and the documents that have them. itemsize: bytes per token. folder: for temporary files.
+    documents: numbers (m,) and the documents that have them. itemsize: bytes per token. folder: where
+    temporary files are written.
     A bucket is (file descriptor, offsets in bytes (n,), rows of dtype DOCUMENT (n,)).
     """
     with ExitStack() as stack:

@@ -58,7 +58,8 @@ ReportCounts = Callable[[Counts], None]
 class UnitWorker:
     """Processes work units of one prepare, with one encoder.
 
-    folder: of the units. skip_bad: how many bad documents each unit may skip. choice: the library that encodes.
+    folder: where the units' files are. skip_bad: how many bad documents each unit may skip. choice: the
+    library that encodes.
     """
 
     def __init__(self, folder: Path, job: Job, tokenizer: Tokenizer, skip_bad: int, choice: Choice = "auto"):

@@ -221,7 +221,7 @@ def _line_ends(source: Source, size: int) -> Iterator[int]:
 def _grouped(source: Source, sizes: Sequence[int]) -> Iterator[tuple[Source, int]]:
     """Yield (part, size in bytes) for ranges of row groups or batches that have about UNIT_BYTES.
 
-    sizes: of each row group or batch in bytes.
+    sizes: the bytes of each row group or batch.
     """
     start, size = 0, 0
     for i, part_bytes in enumerate(sizes):

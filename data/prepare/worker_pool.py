@@ -33,7 +33,7 @@ class Message(TypedDict, total=False):
 class WorkerPool:
     """A number of worker processes, which are killed at the end of the `with` block.
 
-    folder: of the units. skip_bad, encoder: as for `prepare`.
+    folder: where the units' files are. skip_bad, encoder: see `prepare`.
     """
 
     def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str):

@@ -157,7 +157,7 @@ def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
     """Yield (byte offset, line without its newline) for each line of a stream of chunks.
 
-    A line above 64 MiB is an iterator of chunks, which must be used before the next line. offset: of the first chunk.
+    A line above 64 MiB is an iterator of chunks, which must be used before the next line. offset: where chunks begin.
     """
     chunks, pending, held = iter(chunks), list[bytes](), 0
     while (chunk := next(chunks, None)) is not None:

@@ -57,7 +57,7 @@ def _header(stream: IO[bytes], source: Source) -> dict[str, str] | None:
     if not line:
         return None
     if not line.startswith(b"WARC/"):
-        raise _damaged(source, f"{line[:40]!r} is no record")
+        raise _damaged(source, f"{line[:40]!r} is not the start of a record")
     fields = dict[str, str]()
     while (line := stream.readline(LONGEST_HEADER)).strip():
         name, _, value = line.decode("utf-8", "replace").partition(":")

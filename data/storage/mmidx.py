@@ -81,7 +81,7 @@ def index_bytes(documents: int) -> int:
 def write_index(stream: IO[bytes], lengths: npt.NDArray[np.int32], dtype: str) -> None:
     """Write the .idx file for adjacent documents of these lengths (n,), in tokens with EOT, to an open file.
 
-    dtype: of the tokens, "uint16" or "uint32".
+    dtype: the type of the tokens, "uint16" or "uint32".
     """
     documents = len(lengths)
     sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize

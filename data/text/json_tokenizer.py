@@ -286,7 +286,7 @@ def _build(name: str, spec: dict[str, Any]) -> tokenizers.Tokenizer:
 def _library_errors(name: str, action: str) -> Iterator[None]:
     """A context that turns the errors of the tokenizers library (Exception, and panics of Rust) into DataError.
 
-    name: of the tokenizer. action: "read" or "used". Both are for the message.
+    name: the tokenizer's name. action: "read" or "used". The message contains both.
     """
     try:
         yield

@@ -80,7 +80,7 @@ class TiktokenTokenizer:
             )
         if bos_id is not None and (bos_id in ranks.values() or bos_id >= vocab_size or bos_id == eot_id):
             raise DataError(
-                f"Tokenizer {name}: bos_id {bos_id} must be an id below {vocab_size} that is no rank and not the "
+                f"Tokenizer {name}: bos_id {bos_id} must be an id below {vocab_size} that is neither a rank nor the "
                 f"end-of-text id. Correct it in the .tiktoken.json file beside the ranks."
             )
         special = {EOT: eot_id} | ({BOS: bos_id} if bos_id is not None else {})
@@ -192,7 +192,7 @@ def packaged_gpt2() -> TiktokenTokenizer:
 def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
     """Return {bytes of a token: rank} from the content of a .tiktoken file.
 
-    name: of the tokenizer, for the message. Raises DataError if a line is malformed or a single byte is missing.
+    name: the tokenizer's name, for the message. Raises DataError if a line is malformed or a single byte is missing.
     """
     words = content.split()
     clean = not content.translate(None, _BASE64 + b"= \n") and not re.search(rb"=[^= ]", content)
@@ -203,7 +203,10 @@ def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
     except ValueError:
         ranks = dict(_ranks_by_line(content, name))
     if any(bytes([i]) not in ranks for i in range(256)):
-        raise DataError(f"Tokenizer {name} lacks some of the 256 single bytes and cannot encode every text.")
+        raise DataError(
+            f"Tokenizer {name} lacks some of the 256 single bytes and cannot encode every text. Copy its file "
+            f"again, or use another tokenizer."
+        )
     return ranks
 
 

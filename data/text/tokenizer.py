@@ -120,7 +120,7 @@ def _load_ranks(spec: str, path: Path) -> Tokenizer:
 
 
 def _load_json(file: Path, tokens: DocumentTokens, name: str) -> JsonTokenizer:
-    """Load a tokenizer.json, or a file that is converted to one. name: of the tokenizer."""
+    """Load a tokenizer.json, or a file that is converted to one. name: the tokenizer's name."""
     if file.name == "vocab.json":
         return JsonTokenizer(name, from_vocabulary(file, tokens), tokens)
     if file.suffix == ".model":

@@ -1,10 +1,11 @@
-"""What a checkpoint costs: seconds the training stands still, and bytes, beside torch.distributed.checkpoint.
+"""Measure the cost of a checkpoint beside torch.distributed.checkpoint (DCP): seconds that training waits, and bytes.
 
     python tests/bench/checkpoint_bench.py [FOLDER] [--rounds 5]
 
 One rank, the 30 M GPT (6 layers, width 384, vocabulary 50,304), fp32, ZeRO-1: weights, the optimizer's fp32 weights
-and both moments. In every round each way saves the same state once, in turn: ours, ours in the background, DCP's save,
-DCP's async_save. "stalled" is until training could go on, "on disk" until all is written. Ours hashes and fsyncs.
+and both moments. In every round the same state is saved four times, in turn: by our synchronous save, our asynchronous
+save, DCP's save and DCP's async_save. "stalled" is the time until training can continue, "on disk" until all files are
+written. Only ours hashes and fsyncs the files.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ RUN = {
 
 
 def stepped_engine() -> Any:
-    """An engine that took one step, so that the optimizer has its state."""
+    """Return an engine that has taken one step, so that its optimizer state exists."""
     run = RunFile.model_validate(RUN)
     plan = solve_batch(run.global_batch, run.data.seq_len, 1, "auto")
     ds_config = resolve_ds_config(run, load_ds_config("zero1"), plan, "fp32")
@@ -50,12 +51,12 @@ def stepped_engine() -> Any:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files under a folder."""
+    """Return the bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def ours(checkpointer: Checkpointer, step: int, now: bool) -> tuple[float, float, int]:
-    """(seconds stalled, seconds until on disk, bytes) of one save."""
+    """Save once with Packspeed. Return seconds stalled, seconds until on disk, and bytes."""
     start = time.perf_counter()
     checkpointer.save(step, {}, now=now)
     stalled = time.perf_counter() - start
@@ -64,7 +65,7 @@ def ours(checkpointer: Checkpointer, step: int, now: bool) -> tuple[float, float
 
 
 def theirs(state: dict[str, Any], folder: Path, background: bool) -> tuple[float, float, int]:
-    """The same of torch.distributed.checkpoint."""
+    """Save once with torch.distributed.checkpoint. Return seconds stalled, seconds until on disk, and bytes."""
     start = time.perf_counter()
     if background:
         future = dcp.async_save(state, checkpoint_id=folder)
@@ -98,7 +99,7 @@ def main() -> None:
         for name, way in ways.items():
             os.sync()
             result = way(number)
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 found[name].append(result)
         for old in folder.glob("dcp*"):
             shutil.rmtree(old)

@@ -1,4 +1,4 @@
-"""A corpus for benchmarks: documents cut out of Python's standard library, each with something of its own.
+"""Make a corpus for benchmarks: documents from Python's standard library, each with a unique first line.
 
 python tests/bench/corpus.py OUT.jsonl MEGABYTES
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def make_corpus(out: Path, size_bytes: int) -> None:
-    """Write about `size_bytes` of jsonl, the same every time; documents of 20 to 400 lines."""
+    """Write about `size_bytes` of jsonl with documents of 20 to 400 lines. The content is the same every time."""
     rng = random.Random(0)
     library = Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts]

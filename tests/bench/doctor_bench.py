@@ -1,9 +1,9 @@
-"""How long `packspeed doctor` takes over many hosts, with and without the all-reduce (root; network namespaces).
+"""Measure `packspeed doctor` with many hosts, with and without the all-reduce. Needs root.
 
     python tests/bench/doctor_bench.py --hosts 64
 
-Every host is a namespace with an sshd of its own, and all of them share this machine's cores: what 64 machines do side
-by side is done here on these cores, one after the other.
+Every host is a network namespace with its own sshd. All of them share the cores of this machine, so work that 64 real
+hosts do in parallel is done one after another here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PACKSPEED = str(Path(sys.executable).with_name("packspeed"))
 
 
 def main() -> None:
-    """Build the hosts, examine them both ways, print one line for each."""
+    """Create the hosts, run doctor both ways, and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hosts", type=int, default=64)
     size = parser.parse_args().hosts

@@ -3,8 +3,8 @@
     python tests/bench/generate_bench.py [--prompts 8] [--new 32] [--rounds 3]
 
 One model with random weights of GPT-2's family (6 layers, width 384, vocabulary 4,096, fp32) is imported as a run and
-exported from it again. Prompts of different lengths are continued greedily in one batch by all three, in turns; the
-tokens must be the same, and the medians and ratios are printed.
+exported from it again. All three continue the same prompts of different lengths greedily in one batch, in turn. The
+tokens must be the same. The program prints medians and ratios.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Rows = list[list[int]]
 
 
 def ours(model: GPT, prompts: Rows, new: int) -> Rows:
-    """As TextGenerator does: a KV cache, all rows in one batch."""
+    """Generate as `packspeed generate` does: with a KV cache, and all rows in one batch."""
     columns = [column.tokens for column in stream(model, prompts, new, temperature=0.0, seeds=range(len(prompts)))]
     return torch.stack(columns, 1).tolist()
 
 
 def without_cache(model: GPT, prompts: Rows, new: int) -> Rows:
-    """The same model, every token by reading all before it again; rows padded on the right, where nothing looks."""
+    """Generate with the same model without a cache: each token needs a forward pass of all tokens before it."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.zeros(len(prompts), int(lengths.max()) + new, dtype=torch.int64)
     rows = torch.arange(len(prompts))
@@ -48,7 +48,7 @@ def without_cache(model: GPT, prompts: Rows, new: int) -> Rows:
 
 
 def theirs(model: AutoModelForCausalLM, prompts: Rows, new: int) -> Rows:
-    """transformers' generate(), padded on the left as its documentation asks for."""
+    """Generate with transformers' generate(), with padding on the left as its documentation recommends."""
     width = max(map(len, prompts))
     padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -1,4 +1,4 @@
-"""The loader: warm speed, first batch at any size, cold files against flat random windows, packing, padding.
+"""Benchmark the loader: speed from warm and cold files, time to the first batch, packing and padding.
 
 python tests/bench/loader_bench.py FOLDER         needs about 3 GB there; root, for dropping the page cache
 """
@@ -32,7 +32,7 @@ SHARD_TOKENS = 2**28
 
 
 def make_dataset(folder: Path, tokens: int, mean: int = 300, sparse: bool = False) -> TokenDataset:
-    """A dataset of random tokens in documents of log-normal length; a sparse one has holes for tokens."""
+    """Make a dataset of random tokens with documents of log-normal length. sparse: files with holes and no content."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, shards = np.random.default_rng(0), list[Shard]()
     for number in range(-(-tokens // SHARD_TOKENS)):
@@ -62,7 +62,7 @@ def make_dataset(folder: Path, tokens: int, mean: int = 300, sparse: bool = Fals
 
 
 def speed(loader: Loader, steps: int) -> float:
-    """Million tokens per second over `steps` batches, the best of three rounds, one thread."""
+    """Return the speed in million tokens per second of one thread over `steps` batches, the best of three rounds."""
     best = 0.0
     for turn in range(3):
         began = time.perf_counter()
@@ -73,7 +73,7 @@ def speed(loader: Loader, steps: int) -> float:
 
 
 def first_batch(folder: Path) -> None:
-    """In a process of its own: time and memory from opening the dataset to the first batch."""
+    """Measure, in another process, the time and memory from opening a dataset to its first batch."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     dataset = TokenDataset(folder)
@@ -86,7 +86,7 @@ def first_batch(folder: Path) -> None:
 
 
 def drop_cache(folder: Path) -> None:
-    """Let the kernel forget a dataset's pages."""
+    """Remove a dataset from the kernel's page cache."""
     for path in folder.iterdir():
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
@@ -94,9 +94,9 @@ def drop_cache(folder: Path) -> None:
 
 
 def cold(folder: Path, which: str) -> None:
-    """In a process of its own, since mapped pages cannot be dropped: Mtok/s from a cold file.
+    """Measure million tokens per second from a cold file, in another process, because mapped pages cannot be dropped.
 
-    Ours over six groups of the order, 2**26 tokens each; flat windows over 150 batches, before the file is in memory.
+    For our order six groups of 2**26 tokens are read; for flat random windows 150 batches, so that few are cached.
     """
     drop_cache(folder)
     loader = Loader(TokenDataset(folder), seq_len=1024, global_batch=16, seed=1)
@@ -112,7 +112,7 @@ def cold(folder: Path, which: str) -> None:
 
 
 def main(folder: Path) -> None:
-    """All of it."""
+    """Run all measurements."""
     warm = make_dataset(folder / "warm", 50_000_000)
     plain = Loader(warm, seq_len=1024, global_batch=16, seed=1)
     masked = Loader(warm, seq_len=1024, global_batch=16, seed=1, document_mask=True)

@@ -1,10 +1,10 @@
-"""Step time of `make shakespeare` beside nanoGPT's own training on the same machine, in turn.
+"""Measure the step time of `make shakespeare` beside nanoGPT's own training on the same machine, in turn.
 
     python tests/bench/nanogpt.py NANOGPT_CHECKOUT [--pairs 5] [--steps 300]
 
 The checkout needs data/shakespeare_char prepared by its own prepare.py, and tokens/shakespeare_char must exist (make
 shakespeare). Both train 4 layers, width 128, block 64, batch 12, fp32, as many threads as there are cores. Prints the
-median step of each pair in ms and the median ratio; evaluation, start-up and logging are in neither figure.
+median step of each pair in ms and the median ratio. Neither figure contains evaluation, start-up or logging.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NANOGPT = [
 
 
 def nanogpt_ms(checkout: Path, steps: int) -> float:
-    """Median step of nanoGPT, as it prints it."""
+    """Return the median step time of nanoGPT in ms, as it prints it."""
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *NANOGPT, f"--max_iters={steps}"]
     out = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
     times = [float(found) for found in re.findall(r"time ([\d.]+)ms", out)]
@@ -35,7 +35,7 @@ def nanogpt_ms(checkout: Path, steps: int) -> float:
 
 
 def packspeed_ms(steps: int) -> float:
-    """Median step of ours, from metrics.jsonl: everything between one step's end and the next one's."""
+    """Return our median step time in ms from metrics.jsonl, from the end of one step to the end of the next."""
     with tempfile.TemporaryDirectory() as folder:
         sets = [f"runs_dir={folder}", f"train.steps={steps}", "eval.every_steps=0", "monitor.log_every_steps=1"]
         command = [sys.executable, "launch/train.py", "--config", "launch/configs/shakespeare_char.yaml"]

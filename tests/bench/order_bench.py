@@ -1,4 +1,4 @@
-"""The published test of the order: our permutation beside numpy's at awkward sizes, and 2**40 + 11 by sampling.
+"""Test the randomness of our permutation beside numpy's at awkward sizes, and at 2**40 + 11 by sampling.
 
     python tests/bench/order_bench.py
 
@@ -16,7 +16,7 @@ Image = npt.NDArray[np.int64]
 
 
 def figures(image: Image, n: int) -> tuple[float, int, float]:
-    """Mix variance, repeated steps, serial correlation in standard deviations."""
+    """Return the three figures of a permutation: mix variance, repeated steps, serial correlation times sqrt(n)."""
     mine = (image < 0.3 * n)[: image.size // 480 * 480].reshape(-1, 480).sum(axis=1)
     mix = float(mine.var() / (480 * 0.3 * 0.7 * (n - 480) / (n - 1)))
     steps = np.diff(image)
@@ -26,7 +26,7 @@ def figures(image: Image, n: int) -> tuple[float, int, float]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of figures."""
     print(f"{'n':>16} {'order':>7} {'mix':>7} {'repeated steps':>15} {'serial':>7}")
     for n in (1_000_003, 700_001, 2**18):
         theirs = np.random.default_rng(0).permutation(n)

@@ -1,4 +1,4 @@
-"""jsonl to verified dataset against two recipes of the field, whole processes, start-up included, side by side.
+"""Measure `packspeed prepare` of a jsonl file beside two published recipes: complete processes with start-up.
 
     python tests/bench/prepare_bench.py FOLDER [MEGABYTES=160]
 
@@ -20,7 +20,7 @@ from corpus import make_corpus
 
 
 def nanogpt(source: str, out: str) -> None:
-    """nanoGPT's recipe in our words."""
+    """Tokenize with nanoGPT's recipe, written again here."""
     import numpy as np
     import tiktoken
     from datasets import load_dataset
@@ -49,7 +49,7 @@ def nanogpt(source: str, out: str) -> None:
 
 
 def megatron(source: str, out: str) -> None:
-    """Megatron's classic recipe in our words."""
+    """Tokenize with Megatron's classic recipe, written again here."""
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -65,7 +65,7 @@ def megatron(source: str, out: str) -> None:
 
 
 def ranks() -> object:
-    """GPT-2's encoding from the packaged ranks: no recipe is charged for a download."""
+    """Return tiktoken's GPT-2 encoding, made from the file in our package, so that no recipe has to download it."""
     import tiktoken
 
     from packspeed.data import text
@@ -78,7 +78,7 @@ def ranks() -> object:
 
 
 def timed(name: str, command: list[str]) -> float:
-    """Run the command; print the wall time and, as other work on the machine disturbs it less, the CPU time."""
+    """Run a command. Print its wall time and its CPU time, which other work on the machine disturbs less."""
     began, before = time.perf_counter(), os.times()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wall_s, after = time.perf_counter() - began, os.times()
@@ -88,7 +88,7 @@ def timed(name: str, command: list[str]) -> float:
 
 
 def main(folder: Path, megabytes: float) -> None:
-    """All four, twice, alternating; the better of the two counts."""
+    """Run all four recipes twice, in turn, and print the better time of each."""
     source = folder / "corpus.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     if not source.exists():

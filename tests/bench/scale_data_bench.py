@@ -1,9 +1,9 @@
-"""How the cost of a start grows with the dataset and the number of ranks: 1 G to 1 T tokens, 1,024 ranks.
+"""Measure how the cost of a start grows with the dataset and the ranks: 1 G to 1 T tokens, 1,024 ranks.
 
     python tests/bench/scale_data_bench.py FOLDER       needs 5 GB for indices, root for dropping the page cache
 
-The shards are sparse files of 2**28 tokens, and all have the same index of 180,000 documents, which is linked under
-every name. Each measurement runs in a process of its own and prints CPU seconds, except for bytes and numbers of calls.
+The shards are sparse files of 2**28 tokens. All of them share one index of 180,000 documents through hard links. Each
+measurement runs in a separate process and prints CPU seconds, bytes or numbers of calls.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEPS = 600_000
 
 
 def make_dataset(folder: Path, shards: int) -> None:
-    """Sparse shards, and one index under many names (hard links, up to what the file system allows)."""
+    """Make a dataset of sparse shards whose indices are hard links to one file."""
     folder.mkdir(parents=True)
     lengths = np.random.default_rng(0).lognormal(np.log(1200), 1, DOCUMENTS).astype(np.int64).clip(1)
     lengths = np.maximum(1, lengths * SHARD_TOKENS // lengths.sum())
@@ -67,44 +67,44 @@ def make_dataset(folder: Path, shards: int) -> None:
 
 
 def cpu_s(work: Callable[[], object]) -> str:
-    """CPU seconds of a call."""
+    """Return the CPU seconds that a call takes."""
     began = time.process_time()
     work()
     return f"{time.process_time() - began:.4f}"
 
 
 def loader_of(folder: Path, packing: str, **numbers: int) -> Loader:
-    """A loader for a run of 1,024 rows of 1,024 tokens a step."""
+    """Return a loader for a run with 1,024 rows of 1,024 tokens per step."""
     return make_loader(
         TokenDataset(folder), packing=packing, seed=1, **{"seq_len": 1024, "global_batch": 1024, **numbers}
     )
 
 
 def drop_caches() -> None:
-    """Forget all clean pages."""
+    """Empty the kernel's page cache."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def bytes_read() -> int:
-    """Bytes that this process made the disk read."""
+    """Return how many bytes were read from the disk for this process."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["read_bytes"])
 
 
 def open_dataset(folder: Path) -> str:
-    """CPU time of the open."""
+    """Measure the CPU time to open a dataset."""
     return cpu_s(lambda: TokenDataset(folder))
 
 
 def open_on_other_ranks(folder: Path) -> str:
-    """System calls of the open on a rank that is not the first of its host."""
+    """Count the system calls to open a dataset on a rank that is not the first of its host."""
     script = f"from packspeed.data.dataset import TokenDataset; TokenDataset({str(folder)!r}, quick_check=False)"
     return f"{system_calls(script) - system_calls(script.split(';')[0])} calls"
 
 
 def system_calls(script: str) -> int:
-    """System calls of `python -c script` (strace)."""
+    """Return the number of system calls of `python -c SCRIPT`, counted by strace."""
     result = subprocess.run(
         ["strace", "-f", "-c", "-U", "calls,name", sys.executable, "-c", script],
         capture_output=True,
@@ -115,7 +115,7 @@ def system_calls(script: str) -> int:
 
 
 def start(packing: str) -> Callable[[Path], str]:
-    """CPU time of making the loader: the first time, and again with what the first time left beside the dataset."""
+    """Measure the CPU time to make a loader: the first time, and again with the files that the first time cached."""
 
     def measure(folder: Path) -> str:
         for path in folder.glob(".derived-*"):
@@ -126,7 +126,7 @@ def start(packing: str) -> Callable[[Path], str]:
 
 
 def cold_start(folder: Path) -> str:
-    """Bytes that a start with best_fit reads from the disk: the first one, and the next ones."""
+    """Measure the bytes that a start with best_fit reads from the disk: at the first start, and at later ones."""
     for path in folder.glob(".derived-*"):
         path.unlink()
     reads = []
@@ -139,7 +139,7 @@ def cold_start(folder: Path) -> str:
 
 
 def read_ahead(folder: Path) -> str:
-    """Bytes that one rank of 1,024 asks the kernel for, per byte that it uses, in 64 steps of 16 rows a rank."""
+    """Measure how many bytes one rank of 1,024 requests per byte that it uses, in 64 steps of 16 rows per rank."""
     asked, fadvise = 0, os.posix_fadvise
 
     def count(file: int, offset: int, size: int, advice: int) -> None:
@@ -156,7 +156,7 @@ def read_ahead(folder: Path) -> str:
 
 
 def planning(folder: Path) -> str:
-    """A rank's batch of 16 rows with a global batch of 16,384, after the first ten."""
+    """Measure the time for a rank's batch of 16 rows with a global batch of 16,384, after ten warm-up batches."""
     loader = loader_of(folder, "best_fit", global_batch=16 * 1024)
     for step in range(10):
         loader.batch(step, 5, 1024)
@@ -164,7 +164,7 @@ def planning(folder: Path) -> str:
 
 
 def audit(packing: str) -> Callable[[Path], str]:
-    """The steps of 600,000 that read one document."""
+    """Measure the time to find those of 600,000 steps that read one document."""
 
     def measure(folder: Path) -> str:
         from packspeed.data.checks.audit import steps_of
@@ -176,7 +176,7 @@ def audit(packing: str) -> Callable[[Path], str]:
 
 
 def few_descriptors(folder: Path) -> str:
-    """Descriptors that a process holds after reading from every shard, with a limit of 1,024."""
+    """Count the open file descriptors after reading from every shard, with a limit of 1,024."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
     dataset = TokenDataset(folder)
     for token in range(0, dataset.tokens("train"), SHARD_TOKENS):

@@ -1,8 +1,8 @@
-"""What tests share: where things are, a small dataset with its run file, ranks, hosts, a browser, planted faults.
+"""Code that several tests share: paths, a small dataset with its run file, ranks, hosts, a browser, planted faults.
 
-OMP_NUM_THREADS is set for this process, unless it has loaded torch already, and for all that it starts: several
-processes share few cores, and if two threads of each meet after every small operation, one spins on its core while
-another waits for one. A step then takes 20 times as long.
+OMP_NUM_THREADS is set to 1 for this process (unless torch is loaded already) and for all processes that it starts.
+Many processes share few cores. With two threads per process, a thread that is done spins on its core and waits for
+another thread, which waits for a core. A step then takes 20 times as long.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Debian's Chromium without a screen."""
+"""Open pages in Debian's Chromium, without a screen."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def browse(url: str, folder: Path, *flags: str) -> str:
-    """Chromium's document after the page has drawn itself."""
+    """Open a URL in headless Chromium and return what it prints. folder: Chromium's profile. flags: further options."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert chromium, "Debian's chromium is missing: bash .ci/packages"
+    assert chromium, "Debian's package chromium is missing: run bash .ci/packages"
     command = [
         chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}",

@@ -1,4 +1,4 @@
-"""The `packspeed` command in this process."""
+"""Run the `packspeed` command in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packspeed.launch import cli
 
 
 def runs_cli(arguments: list[str], code: int = 0) -> str:
-    """The `packspeed` command in this process; returns stdout, or stderr where it should fail."""
+    """Run `packspeed ARGUMENTS` in this process and check its exit code. Return stdout, or stderr if code is not 0."""
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["packspeed", *arguments]
     try:

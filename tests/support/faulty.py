@@ -1,7 +1,8 @@
 """train.main with faults planted in this process: python tests/support/faulty.py [--local_rank=0] ARGUMENTS
 
-FAULTS in the environment names them, `name:argument` separated by commas. Nothing of the product knows them: each
-patches a function of the loop or of saving, and what follows (the kill, the full disk, the NaN) is real.
+The environment variable FAULTS lists the faults as `name:argument`, separated by commas; each name is a function of
+this file. The product has no code for them. A fault patches a function of training or saving, and its effect (the kill,
+the full disk, the NaN) is real.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from packspeed.launch.training.metrics import Metrics
 
 
 def die() -> None:
-    """As kill -9 ends a process."""
+    """End this process as kill -9 does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_at_byte(limit: str) -> None:
-    """The kernel kills the process when a file of the next checkpoint grows beyond `limit` bytes."""
+    """Let the kernel kill the process when a file of the second checkpoint grows beyond `limit` bytes."""
     original = checkpoint.SafeWriter.begin
 
     def begin(self: Any, copy: bool) -> None:
@@ -45,7 +46,7 @@ def kill_at_byte(limit: str) -> None:
 
 
 def kill_at_rename(number: str) -> None:
-    """kill -9 at the n-th rename of the next save: before packspeed.json, before the folder, before `latest`, after."""
+    """End the process at the n-th rename of a save: that of packspeed.json, the folder or `latest`, or after all."""
     replace, save, count = os.replace, checkpoint.Checkpointer.save, [0]
 
     def counted(source: Any, target: Any) -> None:
@@ -64,7 +65,7 @@ def kill_at_rename(number: str) -> None:
 
 
 def at_step(step: int, action: Callable[[], None]) -> None:
-    """Do something after the metrics line of a step was written (rank 0)."""
+    """Call `action` on rank 0 after it has written the metrics line of a step."""
     write = Metrics.write
 
     def hooked(self: Any, record: dict[str, Any]) -> None:
@@ -76,7 +77,7 @@ def at_step(step: int, action: Callable[[], None]) -> None:
 
 
 def full_disk(place: str) -> None:
-    """Fill the file system of a folder after step 4, make room again after step 8."""
+    """Fill the file system of a folder after step 4, and make room again after step 8."""
     ballast = Path(place) / "ballast"
 
     def fill() -> None:
@@ -92,7 +93,7 @@ def full_disk(place: str) -> None:
 
 
 def read_only(place: str) -> None:
-    """Make the checkpoints folder read-only after step 4, writable again after step 8."""
+    """Make the folder of the checkpoints read-only after step 4, and writable again after step 8."""
 
     def close() -> None:
         subprocess.run(["mount", "--bind", place, place], check=True)
@@ -103,7 +104,7 @@ def read_only(place: str) -> None:
 
 
 def late_rank(rank: str) -> None:
-    """One rank hangs while it writes its part of a checkpoint."""
+    """Let one rank hang for 60 s while it writes its part of a checkpoint."""
     write = checkpoint.SafeWriter._write
 
     def slow(self: Any, state: Any, path: str) -> None:
@@ -115,7 +116,7 @@ def late_rank(rank: str) -> None:
 
 
 def slow_save(seconds: str) -> None:
-    """Every rank needs long to write."""
+    """Let every rank wait some seconds before it writes a file of a checkpoint."""
     write = checkpoint.SafeWriter._write
 
     def slow(self: Any, state: Any, path: str) -> None:
@@ -126,12 +127,12 @@ def slow_save(seconds: str) -> None:
 
 
 def die_after(step: str) -> None:
-    """kill -9 once the metrics line of a step is written."""
+    """End the process as kill -9 does once the metrics line of a step is written."""
     at_step(int(step), die)
 
 
 def die_in(step: str) -> None:
-    """kill -9 in the middle of a step, 1.5 s after it began."""
+    """End the process as kill -9 does in the middle of a step, 1.5 s after it began."""
     original, armed = loop.micro_batch_loss, []
     at_step(int(step) - 1, lambda: armed.append(step))
 
@@ -147,7 +148,7 @@ def die_in(step: str) -> None:
 
 
 def slow_collective(seconds: str) -> None:
-    """Every all-reduce takes longer."""
+    """Delay every all-reduce by some seconds."""
     reduce = torch.distributed.all_reduce
 
     def slow(*args: Any, **kwargs: Any) -> Any:
@@ -158,7 +159,7 @@ def slow_collective(seconds: str) -> None:
 
 
 def slow_data(seconds: str) -> None:
-    """Every batch comes late."""
+    """Delay every batch by some seconds."""
     following = loop.Prefetcher.__next__
 
     def slow(self: Any) -> Any:
@@ -170,7 +171,7 @@ def slow_data(seconds: str) -> None:
 
 
 def slow_evaluation(seconds: str) -> None:
-    """Every evaluation takes longer."""
+    """Delay every evaluation by some seconds."""
     evaluate = evaluation.evaluate
 
     def slow(trainer: Any) -> Any:
@@ -181,16 +182,16 @@ def slow_evaluation(seconds: str) -> None:
 
 
 def slow_start(seconds: str) -> None:
-    """The process needs longer until it trains."""
+    """Delay the start of the process by some seconds."""
     time.sleep(float(seconds))
 
 
 def term_in_evaluation(number: str) -> None:
-    """SIGTERM arrives in the n-th forward pass of validation."""
+    """Send SIGTERM to this process in the n-th forward pass of validation."""
     losses, count = evaluation.row_mean_losses, [0]
 
     def hooked(trainer: Any, batch: Any, rows: int) -> Any:
-        if rows > 1:  # the probe goes row by row
+        if rows > 1:  # the self-check's forward passes have one row
             count[0] += 1
         if count[0] == int(number):
             signal.raise_signal(signal.SIGTERM)
@@ -200,7 +201,7 @@ def term_in_evaluation(number: str) -> None:
 
 
 def bad_samples(values: str) -> None:
-    """`nan@80-87`: the loss of these samples is NaN; `20x@...`: twenty times what it is."""
+    """Change the loss of some samples. `nan@80-87`: samples 80 to 87 get NaN; `20x@80-87`: twenty times their loss."""
     what, _, span = values.partition("@")
     first, last = (int(part) for part in span.split("-"))
     original = loop.micro_batch_loss
@@ -215,7 +216,7 @@ def bad_samples(values: str) -> None:
 
 
 def other_weights(scale: str) -> None:
-    """The weights are not those of the checkpoint after a resume."""
+    """After a resume, multiply one weight by a factor, so that the weights are not those of the checkpoint."""
     load = checkpoint.Checkpointer.load
 
     def hooked(self: Any, path: Path) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def other_weights(scale: str) -> None:
 
 
 def off_by_one(_: str) -> None:
-    """After a resume every step reads the batch of the next."""
+    """After a resume, let every step train on the batch of the step after it."""
     load, batch, shift = checkpoint.Checkpointer.load, Loader.batch, [0]
 
     def resumed(self: Any, path: Path) -> dict[str, Any]:
@@ -240,18 +241,18 @@ def off_by_one(_: str) -> None:
 
 
 def noise(_: str) -> None:
-    """The loss depends on torch's generator."""
+    """Multiply the loss by a random number from torch's generator."""
     original = loop.micro_batch_loss
     loop.micro_batch_loss = lambda *arguments: original(*arguments) * (1 + 0.01 * torch.rand(()))
 
 
 def lost_rng(_: str) -> None:
-    """A resume leaves torch's generators as they are."""
+    """Let a resume not restore torch's random generators."""
     checkpoint.set_rng_state = lambda saved, device: None
 
 
 def main() -> int:
-    """Plant what FAULTS names, then train."""
+    """Plant the faults listed in FAULTS, then train."""
     for fault in filter(None, os.environ.get("FAULTS", "").split(",")):
         name, _, argument = fault.partition(":")
         globals()[name](argument)

@@ -1,4 +1,4 @@
-"""The kernels in numbers: values and gradients against float64, at awkward shapes; Triton's in its interpreter.
+"""Compare the values and gradients of all kernels with float64, at awkward shapes; Triton's run in its interpreter.
 
 Run by test_model_kernels.py in a process of its own, because triton reads TRITON_INTERPRET when it is imported; with a
 GPU, `python -m pytest tests/support/kernel_numbers.py` runs Triton's on it.
@@ -46,7 +46,7 @@ def exact(x: Tensor) -> Tensor:
 def check(
     found: Sequence[Tensor], inputs: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[Tensor]
 ) -> None:
-    """Compare outputs, and the gradients that random weights on all outputs give the inputs."""
+    """Compare all outputs, and the gradients of the inputs for a loss that is a random weighted sum of the outputs."""
     tolerance = TOLERANCE[found[0].dtype]
     weights = [normal(*each.shape, dtype=each.dtype, seed=1, device=each.device).detach() for each in found]
     scores = [
@@ -77,7 +77,7 @@ def test_add_norm(shape: tuple[int, ...], with_branch: bool, rms: bool, dtype: t
 
 
 def test_add_norm_without_a_bias_and_far_from_zero() -> None:
-    """LayerNorm of numbers around 1,000: the mean must go before the squares are summed."""
+    """LayerNorm of numbers around 1,000: the mean must be subtracted before the squares are summed."""
     x, weight = (normal(4, 33, dtype=torch.float32).detach() + 1000.0).requires_grad_(), normal(33, dtype=torch.float32)
     doubles = exact(x), exact(weight)
     found = triton_kernels.add_norm(x, None, weight, None, 1e-5, False)[1]
@@ -89,7 +89,7 @@ def test_add_norm_without_a_bias_and_far_from_zero() -> None:
 @pytest.mark.parametrize(("batch", "length", "heads", "width"), [(1, 1, 1, 2), (2, 5, 3, 6), (1, 3, 4, 16)])
 @pytest.mark.parametrize("own_positions", [True, False])
 def test_rotate(batch: int, length: int, heads: int, width: int, own_positions: bool, dtype: torch.dtype) -> None:
-    """Heads are cut out of a wider tensor, as queries and keys are; positions are far away and differ between rows."""
+    """Heads are views of a wider tensor, like queries and keys. Positions are large and differ between rows."""
     wide = normal(batch, length, heads + 2, width, dtype=dtype)
     positions = torch.arange(batch if own_positions else 1)[:, None] * 1000 + torch.arange(length)
     rope = rope_table(positions.to(DEVICE), width, 10_000.0)
@@ -112,7 +112,7 @@ def test_activate(fused: Kernels, kind: str, shape: tuple[int, ...], dtype: torc
 @pytest.mark.parametrize(("rows", "vocab_size", "padded"), [(1, 1, 1), (3, 7, 8), (5, 100, 128), (2, 5000, 5120)])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_row_losses(fused: Kernels, rows: int, vocab_size: int, padded: int, z_loss: float, dtype: torch.dtype) -> None:
-    """Large logits, an ignored row, and what stands in the padding does not matter."""
+    """Large logits, an ignored row, and arbitrary values in the padding columns."""
     logits = (normal(rows, padded, dtype=dtype).detach() * 10.0).contiguous()
     logits[:, vocab_size:] = 1e4
     labels = torch.randint(0, vocab_size, (rows,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -135,7 +135,7 @@ def test_row_losses(fused: Kernels, rows: int, vocab_size: int, padded: int, z_l
 def test_attend(
     shape: tuple[int, int], lengths: list[int] | None, heads: int, kv_heads: int, width: int, dtype: torch.dtype
 ) -> None:
-    """As parts of one tensor, which is how the model has them: rows of several heads lie between two tokens."""
+    """q, k and v are views of one tensor, as in the model, so two tokens of a head are not adjacent in memory."""
     whole = normal(*shape, heads + 2 * kv_heads, width, dtype=dtype, device=CPU)
     documents = None if lengths is None else Documents.of(lengths, whole[..., 0, 0])
 
@@ -148,7 +148,7 @@ def test_attend(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_nan_goes_through_attention(value: float) -> None:
-    """To the tokens behind it, and to no other."""
+    """A NaN at one token changes that token and those after it, and no others."""
     q, k, v = (normal(1, 100, 2, 8, dtype=torch.float32, seed=i, device=CPU).detach() for i in range(3))
     k[0, 70, 1] = value
     mixed = native_kernels.attend(q, k, v)
@@ -165,7 +165,7 @@ def test_a_nan_reaches_the_loss(fused: Kernels) -> None:
 
 
 def test_a_label_that_is_no_token_makes_the_loss_nan(fused: Kernels) -> None:
-    """A NaN stops a run, with its samples named; torch's gather would end the process."""
+    """With a label outside the vocabulary the loss is NaN; torch's gather would end the process."""
     labels = torch.tensor([9, 1, 2**40], device=DEVICE)
     for with_gradient in (False, True):
         losses = fused.row_losses(torch.zeros(3, 16, device=DEVICE), labels, 9, 0.0, with_gradient)
@@ -184,7 +184,7 @@ VARIANT = {"mlp": "gelu", "bias": False, "z_loss": 1e-3, "dropout": 0.1, "activa
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("fields", [{}, VARIANT, LLAMA], ids=["gpt2", "variant", "llama"])
 def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and all gradients within 1e-5, with the head in several chunks."""
+    """Loss and gradients of the model equal those of the eager kernels to 1e-5, with several chunks of the head."""
     for chunk in ("CPU_CHUNK_BYTES", "GPU_CHUNK_BYTES"):
         monkeypatch.setattr(fused_loss, chunk, 4 * 8 * 128)
     tokens = torch.randint(0, 101, (2, 13), generator=torch.Generator().manual_seed(0)).to(DEVICE)

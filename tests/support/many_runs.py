@@ -1,4 +1,4 @@
-"""Run train.main several times inside one process group of the real launcher: a launch costs 10 s, a run 1 s.
+"""Run train.main several times in the ranks of one real launch: a launch takes 10 s, a run only 1 s.
 
     deepspeed --num_gpus 2 tests/support/many_runs.py runs.json        runs.json: [["--config", ...], ...]
 Writes the exit codes of rank 0 to runs.json.codes.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def let_fp16_run() -> None:
-    """DeepSpeed wants a CPU with fp16 instructions; torch computes fp16 on any, only slower."""
+    """Let DeepSpeed accept fp16 on a CPU without fp16 instructions, on which torch computes fp16 too."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True

@@ -1,10 +1,10 @@
-"""Hosts on one machine: network namespaces on a bridge, each with its own address, name, /etc/hosts, keys and sshd.
+"""Several hosts on one machine: network namespaces, each with its own address, name, /etc/hosts, keys and sshd.
 
-`ip netns exec` mounts /etc/netns/<name>/* over /etc: so every host has an /etc/ssh of its own, with a key that all of
-them accept and the host keys they know, and nothing of this machine's ssh is touched. Needs root.
+`ip netns exec` mounts the files of /etc/netns/<name>/ over /etc. So every host has its own /etc/ssh, with a key that
+all hosts accept and with the keys of all hosts. The ssh configuration of this machine is not changed. Needs root.
 
-Several clusters can stand side by side: each takes a place (a bridge and a /24), locked as long as it is used, and
-removes what a killed predecessor left there.
+Several clusters can exist at the same time. Each has a number, from which the names of its bridge and its /24 network
+are made. The number is locked while it is used, and the next user removes what a killed process left behind.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEE_CGROUPS = (
 
 
 def run(*words: str, check: bool = True) -> str:
-    """A command's output."""
+    """Run a command and return its output."""
     done = subprocess.run(words, capture_output=True, text=True)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
@@ -43,7 +43,7 @@ def run(*words: str, check: bool = True) -> str:
 
 
 class Cluster:
-    """`size` hosts called node1, node2, ... Use as a context."""
+    """A context with `size` hosts that are called node1, node2 and so on."""
 
     def __init__(self, size: int, folder: Path) -> None:
         self.names = [f"node{n}" for n in range(1, size + 1)]
@@ -68,7 +68,7 @@ class Cluster:
         return self
 
     def _take_place(self) -> None:
-        """The first place that no other process holds; the lock ends with this process, however it ends."""
+        """Lock and return the first free number. The kernel releases the lock when this process ends."""
         for place in range(PLACES):
             lock = open(f"/run/lock/packspeed-cluster-{place}", "w")  # noqa: SIM115 (held until the cluster ends)
             with contextlib.suppress(BlockingIOError):
@@ -80,15 +80,15 @@ class Cluster:
 
     @property
     def bridge(self) -> str:
-        """The switch between the hosts."""
+        """Return the name of the network bridge that connects the hosts."""
         return f"psbr{self.place}"
 
     def space(self, name: str) -> str:
-        """The network namespace of a host."""
+        """Return the name of a host's network namespace."""
         return f"ps{self.place}-{name}"
 
     def link(self, name: str) -> str:
-        """The switch's end of a host's cable."""
+        """Return the name of the interface that connects a host to the bridge."""
         return f"ps{self.place}-{self.names.index(name) + 1}"
 
     def _make(self, name: str) -> None:
@@ -116,7 +116,7 @@ class Cluster:
         self._start_sshd(name)
 
     def start_sshd(self, name: str, first: str = ":") -> None:
-        """Restart the host's sshd, with the host's name and mounts of its own; `first` is a shell line before it."""
+        """Restart a host's sshd with its own host name and mounts. first: a shell command to run before it."""
         self._start_sshd(name, first)
         self.wait_for_sshd(name)
 
@@ -141,7 +141,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def memory_limit(self, name: str, limit_bytes: int) -> Iterator[None]:
-        """What ssh starts on a host shares a memory limit; raises OSError where this machine allows no cgroup."""
+        """A context in which all processes that ssh starts on a host share a limit. Raises OSError without cgroups."""
         group = (CGROUPS if UNIFIED else CGROUPS / "memory") / self.space(name)
         if UNIFIED:
             (CGROUPS / "cgroup.subtree_control").write_text("+memory")
@@ -159,7 +159,7 @@ class Cluster:
             group.rmdir()
 
     def wait_for_sshd(self, name: str) -> None:
-        """Until its port answers."""
+        """Wait until a host's sshd accepts connections."""
         deadline = time.monotonic() + 20
         probe = f"import socket; socket.create_connection(('{self.address(name)}', 22), 1).recv(4)"
         while subprocess.run(self.inside(name, sys.executable, "-c", probe), capture_output=True).returncode:
@@ -168,24 +168,24 @@ class Cluster:
             time.sleep(0.2)
 
     def address(self, name: str) -> str:
-        """Address of a host."""
+        """Return the IPv4 address of a host."""
         return f"10.77.{41 + self.place}.{self.names.index(name) + 1}"
 
     def inside(self, name: str, *words: str) -> list[str]:
-        """The command that runs `words` on a host."""
+        """Return the command that runs the command `words` on a host."""
         return ["ip", "netns", "exec", self.space(name), *words]
 
     def cut(self, name: str) -> None:
-        """Pull the host's cable."""
+        """Disconnect a host from the network."""
         run("ip", "link", "set", self.link(name), "down")
 
     def plug(self, name: str) -> None:
-        """Put it in again."""
+        """Connect a host to the network again."""
         run("ip", "link", "set", self.link(name), "up")
 
     @contextlib.contextmanager
     def slowed(self, name: str, rate: str) -> Iterator[None]:
-        """A host that sends no faster than `rate`, as tc writes it."""
+        """A context in which a host sends at most `rate`, in the notation of tc (as 10mbit)."""
         tc = self.inside(name, "tc", "qdisc")
         run(*tc, "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
         try:
@@ -195,7 +195,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def only_ssh(self, name: str) -> Iterator[None]:
-        """A host whose TCP packets get no further, those of its sshd excepted (as a firewall would have it)."""
+        """A context in which all TCP packets of a host are dropped except those of its sshd, as by a firewall."""
         rules = (("pref", "1", "ipproto", "tcp", "sport", "22", "lookup", "main"),
                  ("pref", "2", "ipproto", "tcp", "dport", "1024-65534", "blackhole"))  # fmt: skip
         for rule in rules:
@@ -207,7 +207,7 @@ class Cluster:
                 run(*self.inside(name, "ip", "rule", "del", *rule))
 
     def pids(self, name: str, word: str = "") -> list[int]:
-        """Processes on a host whose command line has `word`, this host's sshd left out."""
+        """Return the ids of the processes on a host whose command line contains `word`, without sshd."""
         found = []
         for pid in run("ip", "netns", "pids", self.space(name)).split():
             with contextlib.suppress(OSError):
@@ -217,7 +217,7 @@ class Cluster:
         return found
 
     def hostfile(self, slots: Sequence[int]) -> Path:
-        """A hostfile of the first hosts."""
+        """Write a hostfile for the first hosts, with these numbers of slots, and return its path."""
         path = self.folder / f"hostfile-{'-'.join(map(str, slots))}"
         path.write_text("".join(f"{n} slots={s}\n" for n, s in zip(self.names, slots, strict=False)))
         return path

@@ -1,8 +1,8 @@
-"""train.main in a process that prints how it computes, when the process group is made and when the model is built.
+"""Run train.main, and print the numeric settings when the process group is created and when the model is built.
 
     python tests/support/numerics_probe.py ARGUMENTS
 
-Each line: "at group" or "at model", the rank, and the settings. Both functions then do what they always do.
+A line has "at group" or "at model", the rank, and the settings as JSON. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from packspeed.launch.train import main
 
 
 def settings() -> dict[str, Any]:
-    """What decides about the bits of this process."""
+    """Return the settings on which the bits of this process's results depend."""
     from torch._inductor import config as inductor
 
     return {
@@ -33,7 +33,7 @@ def settings() -> dict[str, Any]:
 
 
 def printing(when: str, function: Any) -> Any:
-    """The function, which prints the settings before it does its work."""
+    """Return `function` wrapped so that it prints the settings first. when: "group" or "model"."""
 
     def first_print(*args: Any, **kwargs: Any) -> Any:
         print(f"at {when} {os.environ['RANK']} {json.dumps(settings())}", flush=True)

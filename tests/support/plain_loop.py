@@ -1,6 +1,6 @@
-"""The reference that runs are compared with: a training loop in plain PyTorch, without DeepSpeed.
+"""A reference to compare runs with: a training loop in plain PyTorch, without DeepSpeed.
 
-One process, torch's own operations, AdamW, clipping and cross entropy in fp32, all rows of a batch in one pass.
+It uses one process and torch's own AdamW, clipping and cross entropy, in fp32, with all rows of a batch in one pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from support.workspace import Workspace
 
 
 def cosine_lr(step: int, train: TrainSection) -> float:
-    """nanoGPT's get_lr: linear warm-up, cosine to min_lr."""
+    """Return the learning rate of a step (from 0) as nanoGPT's get_lr does: linear warm-up, then cosine to min_lr."""
     warmup, peak, low = train.schedule.warmup_steps, train.optimizer.lr, train.schedule.min_lr
     assert train.schedule.name == "cosine", "the reference knows the cosine schedule"
     if step < warmup:
@@ -30,7 +30,7 @@ def cosine_lr(step: int, train: TrainSection) -> float:
 
 
 def reference(run: RunFile) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """(loss of every step, final weights) of a training loop without DeepSpeed: fp32, one process, whole batches."""
+    """Train as a run file says, in plain PyTorch. Return the loss of every step and the final weights by name."""
     dataset, train = open_data(run), run.train
     loader, optimizer = make_run_loader(run, dataset), train.optimizer
     assert optimizer.name == "adamw", "the reference knows AdamW"
@@ -61,7 +61,7 @@ def reference(run: RunFile) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def differences(space: Workspace, name: str, losses: list[float], weights: dict[str, torch.Tensor]) -> list[float]:
-    """[largest difference of a loss, of a final weight] of a finished run from the reference."""
+    """Return the largest difference of a loss, and of a final weight, between a finished run and the reference."""
     mine = space.losses(name)
     assert len(mine) == len(losses), name
     final = fp32_state_dict(space.checkpoints(name) / f"step-{len(losses):08d}")

@@ -1,14 +1,14 @@
-"""Processes that begin with torch and DeepSpeed loaded: importing both costs 5 s of a core, a fork 0.02 s.
+"""Start processes that have torch and DeepSpeed loaded already: importing both takes 5 s, a fork 0.02 s.
 
     python tests/support/prefork.py
 
-reads one request a line on stdin, {script, arguments, envs, files}. For each environment it forks a process that runs
-the script as `python script arguments` would. It answers with the pids, and when all have ended with their exit codes
-(negative: the signal).
+This server reads JSON requests from stdin, one per line: {script, arguments, envs, files}. For each environment in envs
+it forks a process that runs the script as `python script arguments` would. It prints the process ids, and when all
+processes have ended their exit codes (for a signal, its negative number).
 
-What is forked is a process of its own: its signals, limits, memory, files and exit code are real. What it does not show
-is the command and the launcher before it; test_failures.py, test_training.py and others start those. As the launcher
-does, the end of one rank in failure ends the others.
+A forked process is a real process with its own signals, limits, memory, files and exit code. Only the command line and
+the launcher are not tested this way; test_failures.py, test_training.py and others start those. If one rank fails, the
+others are ended, as the launcher does.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOADED = (
 
 
 class Processes:
-    """What one request started; used like subprocess.Popen, of which `pid` is rank 0's."""
+    """The processes of one request, with the interface of subprocess.Popen. `pid` is that of rank 0."""
 
     def __init__(self, server: subprocess.Popen[bytes], files: Sequence[IO[str]]) -> None:
         self._server, self._files = server, files
@@ -54,21 +54,21 @@ class Processes:
 
     @property
     def returncode(self) -> int | None:
-        """As the launcher has it: that of the rank that failed first, else 0; None while they run."""
+        """Return the exit code of the rank that failed first, or 0, as the launcher does; None while the ranks run."""
         return None if self.codes is None else next((code for code in self.codes if code), 0)
 
     def poll(self) -> int | None:
-        """The exit code, None while they run."""
+        """Return the exit code, or None while the ranks run."""
         if self.codes is None and select.select([self._server.stdout], [], [], 0)[0]:
             self.codes = self._answer()
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Signal rank 0."""
+        """Send a signal to rank 0."""
         os.kill(self.pid, number)
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill all ranks that still run."""
         if self.codes is None:
             for pid in self.pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -76,9 +76,9 @@ class Processes:
             self.codes = self._answer()
 
     def communicate(self, timeout: float = 900) -> tuple[str, str]:
-        """Wait for the end; what went to stdout and stderr. Ends them where that takes longer than `timeout` s.
+        """Wait until all ranks have ended, and return stdout and stderr. Kill them after `timeout` seconds.
 
-        The first run on a machine compiles DeepSpeed's ops.
+        The default is long, because the first run on a machine compiles DeepSpeed's ops.
         """
         try:
             if self.codes is None:
@@ -100,7 +100,7 @@ STARTED: list[Processes] = []
 
 @functools.cache
 def server() -> subprocess.Popen[bytes]:
-    """The process that forks for this one; it ends with it."""
+    """Return the server process of this process, started at the first call. It ends together with this process."""
     started = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
     )  # unbuffered: where both answers are there at once, select must still see the second
@@ -139,7 +139,7 @@ def run(script: Path, arguments: Sequence[str], envs: Sequence[dict[str, str]]) 
 
 
 def become(request: dict[str, Any], env: dict[str, str]) -> None:
-    """In the child: be what `python script arguments` is."""
+    """Make the forked child behave like `python script arguments`."""
     os.environ.clear()
     os.environ.update(env)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -150,7 +150,7 @@ def become(request: dict[str, Any], env: dict[str, str]) -> None:
 
 
 def ended(pids: list[int]) -> list[int]:
-    """Wait for all children; the first that fails ends the others. Exit codes in the order of the ends."""
+    """Wait for all children and return their exit codes in the order of their ends. If one fails, end the others."""
     codes: dict[int, int] = {}
     while len(codes) < len(pids):
         pid, status = os.wait()
@@ -162,9 +162,9 @@ def ended(pids: list[int]) -> list[int]:
 
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Serve requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is no answer
+    os.dup2(2, 1)  # what imports print must not be taken for an answer
     for name in LOADED:
         importlib.import_module(name)
     importlib.import_module("packspeed.launch.engine.distributed").prepare_for_ops()

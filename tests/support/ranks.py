@@ -1,4 +1,4 @@
-"""Training runs in processes of their own: by DeepSpeed's launcher, or forked from a process that has loaded torch."""
+"""Start training runs in other processes: with DeepSpeed's launcher, or forked from a process that has loaded torch."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def deepspeed(
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without what a launcher would set."""
+    """Return the environment of this process without the variables that a launcher sets."""
     return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | more
 
 
 def train(*arguments: str, faults: str = "") -> subprocess.CompletedProcess[str]:
-    """train.py as one rank without a launcher, in a process of its own, with faults planted."""
+    """Start train.py as one rank, without a launcher, in another process. faults: see faulty.py."""
     return prefork.run(FAULTY if faults else TRAIN, arguments, [environment(FAULTS=faults)])
 
 
 def forked(script: Path, *arguments: str, ranks: int, faults: str = "") -> subprocess.CompletedProcess[str]:
-    """The processes that a launcher starts, in the environment that it gives them."""
+    """Fork the ranks that a launcher would start, with the same environment variables."""
     from packspeed.launch.cluster.local_launcher import free_port
 
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "FAULTS": faults}
@@ -55,9 +55,9 @@ def forked(script: Path, *arguments: str, ranks: int, faults: str = "") -> subpr
 def run_many(
     folder: Path, runs: Sequence[Sequence[str]], ranks: int = 2, faults: str = "", launcher: bool = False
 ) -> tuple[list[int], str]:
-    """Train several runs one after another in the same ranks; returns rank 0's exit codes and the output.
+    """Train several runs one after another in the same ranks. Return the exit codes of rank 0 and the output.
 
-    `launcher`: DeepSpeed's own starts the ranks, which costs 20 s of a core more.
+    launcher: start the ranks with DeepSpeed's launcher, which takes 20 s more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.json"

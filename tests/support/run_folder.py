@@ -1,4 +1,4 @@
-"""A small run folder as training leaves one, made without training."""
+"""Write a small run folder like one that training leaves, without training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def step_line(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def life(started_at: float, **changes: Any) -> dict[str, Any]:
-    """A process life of 40 s."""
+    """Return a line of goodput.jsonl for a process that ran for 40 s."""
     line = {
         "started_at": started_at, "pid": 7, "host": "h", "from_step": 0, "step": 20, "ended": "finished",
         "seconds": BUCKETS, "open_s": 0.0,
@@ -35,7 +35,7 @@ def life(started_at: float, **changes: Any) -> dict[str, Any]:
 
 
 def make_run(folder: Path, steps: int = 20) -> Path:
-    """Write every small file of a run folder."""
+    """Write all files of a run folder except checkpoints and TensorBoard's files."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "latest").write_text("step-00000020\n")
     config = {"name": "r", "train": {"steps": steps, "seed": 1}, "monitor": {"log_every_steps": 5}}

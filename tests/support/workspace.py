@@ -1,4 +1,4 @@
-"""A folder with one small dataset and one run file, and what tests read of the runs in it."""
+"""A folder with a small dataset and a run file, and methods to read the results of the runs in it."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ monitor: {{log_every_steps: 5}}
 
 
 class Workspace:
-    """A folder with a dataset and a run file, and what tests do there."""
+    """A folder with a dataset and a run file, and methods to read the results of the runs in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run_file = folder / "run.yaml"
 
     def arguments(self, name: str, *sets: str, fresh: bool = False) -> list[str]:
-        """Arguments of train.py for a run called `name`."""
+        """Return the arguments of train.py for a run that is called `name`."""
         options = [part for text in (f"name={name}", *sets) for part in ("--set", text)]
         return ["--config", str(self.run_file), *options, *(["--fresh"] if fresh else [])]
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
-        """All lines of a run's metrics.jsonl."""
+        """Return all lines of a run's metrics.jsonl."""
         return [json.loads(line) for line in (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
     def curve(self, name: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl without what depends on the clock."""
+        """Return all lines of a run's metrics.jsonl without the keys that depend on the clock."""
         from packspeed.launch.trials.prove import MEASURED_KEYS
 
         return [{k: v for k, v in line.items() if k not in MEASURED_KEYS} for line in self.metrics(name)]
 
     def losses(self, name: str) -> list[float]:
-        """Training losses of a run."""
+        """Return the training loss of every step of a run."""
         return [line["loss"] for line in self.metrics(name) if "loss" in line]
 
     def checkpoints(self, name: str) -> Path:
-        """Where a run's checkpoints are."""
+        """Return the folder of a run's checkpoints."""
         return self.folder / "runs" / name / "checkpoints"
 
     def rewind(self, name: str, new_name: str, step: int) -> None:
-        """Copy a run as a crash after checkpoint `step` would have left it."""
+        """Copy a run, and remove what was written after checkpoint `step`, as if it had crashed there."""
         new = self.folder / "runs" / new_name
         shutil.copytree(self.folder / "runs" / name, new)
         for checkpoint in (new / "checkpoints").glob("step-*"):
@@ -59,7 +59,7 @@ class Workspace:
 
 
 def text_of_python() -> str:
-    """About 600 kB of real text found on any machine: sources of Python's standard library."""
+    """Return about 600 kB of real text that every machine has: sources of Python's standard library."""
     import argparse
     import typing
 
@@ -72,7 +72,7 @@ def text_of_python() -> str:
 
 
 def make_workspace(folder: Path) -> Workspace:
-    """Prepare the dataset and write the run file that all training tests use."""
+    """Prepare a dataset and write the run file that all training tests use into a folder."""
     from packspeed.data.prepare.prepare import prepare
 
     text = folder / "python.txt"

@@ -3,9 +3,8 @@
     python tests/tools/check_pythons.py            # or: make check-pythons
 
 Looks for python3.10, python3.11 ... in PATH and in ~/.pyenv. For each it makes an environment in .pythons/ with the
-pinned packages, except torch and what needs it: PyPI's torch has several GB for every Python. The tests are those that
-start no process and import neither torch nor DeepSpeed; the rest ran on the Python of the main environment. Takes a
-minute and a half per Python on 2 cores.
+pinned packages, except torch and those that need it, because PyPI's torch has several GB. It runs those tests that
+start no process and import neither torch nor DeepSpeed. Takes a minute and a half per Python on 2 cores.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ MARKERS = "not launch and not root and not browser and not slow"
 
 
 def interpreters() -> dict[str, Path]:
-    """Version -> the newest interpreter of it that starts."""
+    """Return {version: path} of the newest working interpreter of each Python version."""
     found = {}
     for version in VERSIONS:
         pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"), reverse=True)
@@ -46,7 +45,7 @@ def interpreters() -> dict[str, Path]:
 
 
 def check(version: str, interpreter: Path) -> bool:
-    """Install the packages and run the tests; returns whether both worked."""
+    """Install the packages and run the tests with one interpreter. Return whether both succeeded."""
     environment = FOLDER / version
     python = environment / "bin" / "python"
     if not python.exists():
@@ -75,7 +74,7 @@ def check(version: str, interpreter: Path) -> bool:
 
 
 def main() -> int:
-    """Check every Python; returns 1 if one failed."""
+    """Check every Python, and return the exit code: 1 if one failed, else 0."""
     failed = []
     for version, interpreter in interpreters().items():
         print(f"=== Python {version}: {interpreter}", flush=True)

@@ -1,4 +1,4 @@
-"""The invariance table: one run file trained in many layouts by the real engine, against a plain PyTorch loop.
+"""Make the invariance table: train one run file in many layouts and compare each run with a plain PyTorch loop.
 
     make invariance                          the tests' small GPT on Python's sources; updates ds_configs/README.md
     make invariance RUN=my.yaml STEPS=50     your model and dataset; prints the table
@@ -30,7 +30,7 @@ EVERY_STAGE = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offlo
 
 
 def layouts(folder: Path, global_batch: int) -> dict[int, list[tuple[str, str, int, str]]]:
-    """Ranks -> (precision, DeepSpeed configuration, micro batch, its name) of every run of the table."""
+    """Return {ranks: [(precision, DeepSpeed configuration, micro batch, name)]} for every run of the table."""
     zero3 = folder / "zero3_all.json"
     zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     path = {"zero3": str(zero3)}
@@ -48,7 +48,7 @@ def layouts(folder: Path, global_batch: int) -> dict[int, list[tuple[str, str, i
 
 
 def table(space: Workspace, sets: list[str]) -> list[str]:
-    """Train every layout; returns the table's lines."""
+    """Train in every layout, and return the lines of the table."""
     run = load_run_file(space.run_file, [*sets, "train.precision=fp32"])
     losses, weights = reference(run)
     lines = [
@@ -74,7 +74,7 @@ def table(space: Workspace, sets: list[str]) -> list[str]:
 
 
 def publish(lines: list[str], steps: int) -> None:
-    """Put the table between its marks in ds_configs/README.md."""
+    """Write the table between the two comments for it in ds_configs/README.md."""
     before, _, rest = PLACE.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     head = f"{steps} steps, loss from {math.log(257):.2f} nats, learning rate 1e-3, weights of about 0.02:"
@@ -82,7 +82,7 @@ def publish(lines: list[str], steps: int) -> None:
 
 
 def main() -> int:
-    """Make the table of the run file named, or of the tests' own."""
+    """Make the table for the run file in the arguments, or for the small one of the tests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_file", nargs="?", help="your run file; default: the tests' small one")
     parser.add_argument("--steps", type=int, default=200)

@@ -1,6 +1,6 @@
-"""The pictures of docs/images again: python tests/tools/screenshots.py RUN RUN   (needs Debian's chromium)
+"""Make the pictures of docs/images: python tests/tools/screenshots.py RUN RUN   (needs Debian's chromium)
 
-Two runs' report and TensorBoard's pages as headless Chromium draws them, reduced to 160 colours.
+Headless Chromium draws the report of two runs and TensorBoard's pages. The pictures are reduced to 160 colours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TABS = {"scalars": "custom_scalars", "texts": "text", "histograms": "histograms"
 
 
 def shoot(url: str, path: Path, height: int, width: int = 1240) -> None:
-    """One page as a PNG of two thirds of its size."""
+    """Draw one page and write it as a PNG, scaled to two thirds of its size."""
     with tempfile.TemporaryDirectory() as profile:
         size = f"--window-size={width},{height}"
         browse(url, Path(profile), size, "--hide-scrollbars", "--virtual-time-budget=20000", f"--screenshot={path}")
@@ -48,7 +48,7 @@ def main() -> None:
         options = ["--logdir", folder / "logs", "--port", str(port), "--load_fast", "false"]
         server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *options], stderr=subprocess.DEVNULL)
         try:
-            time.sleep(15)  # until it answers and has read the runs
+            time.sleep(15)  # until TensorBoard has started and has read the runs
             for name, tab in TABS.items():
                 shoot(f"http://localhost:{port}/#{tab}", docs / f"tensorboard_{name}.png", 900)
         finally:
