@@ -41,15 +41,19 @@ void activate(const T* x, T* out, Index rows, Index width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (Index row = 0; row < rows; row++) {
         const T* a = x + row * width * (kind == SWIGLU ? 2 : 1);
-        T* to = out + row * width;
+        for (Index first = 0; first < width; first += TILE) {
+            const Index end = first + TILE < width ? first + TILE : width;
+            float buffer[TILE], *results = results_for(out + row * width + first, buffer);
 #pragma omp simd
-        for (Index i = 0; i < width; i++) {
-            const float v = load(a[i]);
-            if constexpr (kind == SWIGLU) {
-                store(to[i], v * sigmoid(v) * load(a[width + i]));
-            } else {
-                store(to[i], v * (kind == GELU ? gelu(v) : gelu_tanh(v)).share);
+            for (Index i = first; i < end; i++) {
+                const float v = load(a[i]);
+                if constexpr (kind == SWIGLU) {
+                    results[i - first] = v * sigmoid(v) * load(a[width + i]);
+                } else {
+                    results[i - first] = v * (kind == GELU ? gelu(v) : gelu_tanh(v)).share;
+                }
             }
+            store_all(out + row * width + first, results, 1.0f, end - first);
         }
     }
 }
@@ -61,15 +65,24 @@ void activate_backward(const T* x, const T* d_out, T* d_x, Index rows, Index wid
         const Index start = row * width * (kind == SWIGLU ? 2 : 1);
         const T *a = x + start, *d = d_out + row * width;
         T* to = d_x + start;
+        for (Index first = 0; first < width; first += TILE) {
+            const Index end = first + TILE < width ? first + TILE : width;
+            float buffer[TILE], buffer_up[kind == SWIGLU ? TILE : 1];
+            float *results = results_for(to + first, buffer), *of_up = results_for(to + width + first, buffer_up);
 #pragma omp simd
-        for (Index i = 0; i < width; i++) {
-            const float v = load(a[i]), grad = load(d[i]);
+            for (Index i = first; i < end; i++) {
+                const float v = load(a[i]), grad = load(d[i]);
+                if constexpr (kind == SWIGLU) {
+                    const float open = sigmoid(v), up = load(a[width + i]);
+                    results[i - first] = grad * up * open * (1.0f + v * (1.0f - open));
+                    of_up[i - first] = grad * v * open;
+                } else {
+                    results[i - first] = grad * (kind == GELU ? gelu(v) : gelu_tanh(v)).slope;
+                }
+            }
+            store_all(to + first, results, 1.0f, end - first);
             if constexpr (kind == SWIGLU) {
-                const float open = sigmoid(v), up = load(a[width + i]);
-                store(to[i], grad * up * open * (1.0f + v * (1.0f - open)));
-                store(to[width + i], grad * v * open);
-            } else {
-                store(to[i], grad * (kind == GELU ? gelu(v) : gelu_tanh(v)).slope);
+                store_all(to + width + first, of_up, 1.0f, end - first);
             }
         }
     }
@@ -102,10 +115,7 @@ float row_loss(T* logits, Index label, Index vocab, Index padded, float z_loss, 
     const float loss = label < 0 ? 0.0f : log_sum - target + z_loss * log_sum * log_sum;
     if (with_gradient) {
         const float factor = label < 0 ? 0.0f : static_cast<float>((1.0 + 2.0 * z_loss * log_sum) / sum);
-#pragma omp simd
-        for (Index i = 0; i < vocab; i++) {
-            store(logits[i], factor * powers[i]);
-        }
+        store_all(logits, powers, factor, vocab);
         if (label >= 0 && known) {
             store(logits[label], factor * powers[label] - 1.0f);
         }

@@ -9,10 +9,6 @@
 
 #include "native_numbers.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
 #if defined(__AVX512F__)
