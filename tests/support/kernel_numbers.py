@@ -25,6 +25,8 @@ CPU = torch.device("cpu")
 DEVICE = CPU if INTERPRETED else torch.device("cuda")
 # Of a value, against float64: some roundings of fp32, one or two of bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+if INTERPRETED:
+    native_kernels.build()  # here, because a test without the marker "launch" must not start the compiler
 FUSED = {"triton": triton_kernels} | ({"native": native_kernels} if INTERPRETED else {})
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
