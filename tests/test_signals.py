@@ -148,7 +148,7 @@ def test_a_launch_waits_for_the_runs_lock(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (folder / "logs" / "rank-0.beat").exists()
     assert len(list(folder.parent.glob("r.old-*"))) == 1
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Choose another place"):
+    with pytest.raises(UserError, match="Choose another folder"):
         run_folder.prepare_for_launch(tmp_path / "file" / "r", fresh=False)
 
 

@@ -26,9 +26,9 @@ from packspeed.launch.run_folder.metrics_file import last_line_with, line_start,
 from packspeed.launch.run_folder.phase_timer import FILE
 from packspeed.launch.run_folder.reading import metrics_line, read_object, read_tree, run_name
 
-QUIET_S = 60.0  # a run that has written nothing for this time and for ten steps is shown as silent
-TAIL_BYTES = 2**18  # of metrics.jsonl are read at the start: at least 200 steps
-MAX_STEPS = 10**15  # a larger number of steps or tokens in config.yaml is damage
+QUIET_S = 60.0  # a run that writes nothing for this time, and for the time of ten steps, counts as silent
+TAIL_BYTES = 2**18  # how much of metrics.jsonl is read at the start: at least 200 steps
+MAX_STEPS = 10**15  # a larger number of steps or tokens in config.yaml means that the file is damaged
 
 
 class Follower:

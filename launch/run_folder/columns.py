@@ -1,10 +1,10 @@
-"""The numbers of metrics.jsonl as arrays, for runs of any length.
+"""Read the numbers of metrics.jsonl as arrays, for runs of any length.
 
     columns = read_columns(folder, notes)
-    columns.values("loss")        # (steps, losses): the steps whose line has a number for "loss", and those numbers
+    columns.values("loss")        # (steps, losses) of all lines that have a number for "loss"
 
-pyarrow reads the file, 2 us per line, and only the numbers are kept: 8 bytes per value. If a line is damaged, repeated
-or unusual, reading.py reads the file line by line instead, leaves out what is damaged, and notes it.
+pyarrow parses the file, in 2 us per line, and only the numbers are kept: 8 bytes per value. If a line is damaged,
+repeated or unusual, the file is read line by line instead (reading.py); damaged lines are left out, with a note.
 """
 
 from __future__ import annotations
@@ -34,22 +34,24 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Columns:
-    """The numbers of a run, by key. "step" is (steps,) and "val_step" (evaluations,), both in ascending order.
+    """The numbers of a run, by key. "step" has the shape (steps,) and "val_step" (evaluations,); both are ascending.
 
-    The keys of EVALUATION_KEYS have a number per evaluation, the others one per step; NaN if the line has none.
+    Keys in EVALUATION_KEYS have one number per evaluation, other keys one per step; NaN if a line has no number.
     """
 
     numbers: Mapping[str, Numbers]
 
     def values(self, key: str) -> tuple[Numbers, Numbers]:
-        """Return the steps whose line has a number for `key`, and those numbers."""
+        """Return (steps, numbers) of all lines that have a number for `key`."""
         has_number = ~np.isnan(self.numbers[key])
         steps = self.numbers["val_step" if key in EVALUATION_KEYS else "step"]
         return steps[has_number], self.numbers[key][has_number]
 
 
 def read_columns(folder: Path, notes: list[str]) -> Columns:
-    """Return the numbers of metrics.jsonl. Of a doubled step the last line counts. Adds what is damaged to `notes`."""
+    """Return the numbers of metrics.jsonl. If a step has several lines, the last one counts. Damage is added to
+    `notes`.
+    """
     path = folder / "metrics.jsonl"
     undamaged = _read_undamaged(path) if is_readable(path, notes) else None
     if undamaged is not None:
@@ -62,7 +64,7 @@ def read_columns(folder: Path, notes: list[str]) -> Columns:
 
 
 def _read_undamaged(path: Path) -> Columns | None:
-    """Return the numbers of a file whose lines are all valid and in the order of their steps; None for another file."""
+    """Return the numbers of a file whose lines are all valid and in the order of steps; None for any other file."""
     parts: dict[str, list[Numbers]] = {key: [np.empty(0)] for key in ("step", *STEP_KEYS, "val_step", *EVALUATION_KEYS)}
     try:
         with path.open("rb") as file:
@@ -83,7 +85,7 @@ def _read_undamaged(path: Path) -> Columns | None:
 
 
 def _parse(lines: bytes) -> dict[str, Numbers]:
-    """Return the numbers of some lines, as in Columns. ValueError if one is not valid."""
+    """Return the numbers of some lines, as in Columns. Raises ValueError if a line is not valid."""
     import pyarrow  # here, because it takes 0.15 s and most readers of a run folder do without
     from pyarrow import json as arrow_json
 
@@ -121,9 +123,10 @@ def _limits() -> dict[str, tuple[float, float]]:
 
 
 def batches_of_run(folder: Path, global_batch: int, notes: list[str]) -> tuple[Integers, Integers]:
-    """Return the finished steps of a run, and the number of the batch that each read, (n,) both.
+    """Return (the finished steps of a run, the number of the batch that each of them has read), both of shape (n,).
 
-    The batch is step - 1, plus the batches that rewinds skipped. Without rewinds the last line tells all of them.
+    The batch of a step is step - 1, plus the number of batches that rewinds have dropped before. If there was no
+    rewind, only the last line is read.
     """
     path = folder / "metrics.jsonl"
     if is_readable(path, notes):

@@ -1,19 +1,20 @@
 """The run folder: its lock, its configuration files and its status.
 
     runs/<name>/config.yaml          the run file with every default written out
-    runs/<name>/ds_config.json       the configuration that DeepSpeed got
+    runs/<name>/ds_config.json       the final configuration that was passed to DeepSpeed
     runs/<name>/environment.json     command, versions, git commit, hosts, device
-    runs/<name>/metrics.jsonl        one object per step and per evaluation (formats.py, docs/metrics.md)
-    runs/<name>/tensorboard/         the same scalars; configurations, samples, histograms of norms
+    runs/<name>/metrics.jsonl        one JSON object per step and per evaluation (formats.py, docs/metrics.md)
+    runs/<name>/tensorboard/         TensorBoard events: the same numbers, configurations, texts, histograms of norms
     runs/<name>/anomalies.jsonl      vetoed steps and what was done instead
     runs/<name>/goodput.jsonl        seconds per phase (phase_timer.py)
     runs/<name>/samples.jsonl        text generated at each evaluation
     runs/<name>/checkpoints/         see docs/checkpoints.md
-    runs/<name>/logs/                supervised launches: output, heartbeat and stacks of each rank (heartbeat.py)
+    runs/<name>/logs/                only with `packspeed launch`: output, heartbeat and stacks of each rank
     runs/<name>/status.json          running, stopped, finished or failed
     runs/.<name>.lock                locked by the process that trains in the folder
 
-metrics.jsonl holds each step once: when a run resumes, the lines after its checkpoint move to metrics.discarded.jsonl.
+metrics.jsonl has each step only once. When a run resumes, the lines after its checkpoint are moved to
+metrics.discarded.jsonl.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.formats import SettingChange, Status
 from packspeed.model.config import GPTConfig
 
-LOCK_WAIT_S = 60.0  # a killed launch needs some seconds to end; longer means that somebody trains there
+LOCK_WAIT_S = 60.0  # how long to wait for the lock, because a killed launch needs some seconds to end
 
 
 class Device(Protocol):
-    """The part of torch.device that is used here: this package does not import torch."""
+    """The part of torch.device that is used here. This package does not import torch."""
 
     @property
     def type(self) -> str:
-        """Return cpu, cuda, ..."""
+        """Type of the device: "cpu", "cuda", ..."""
 
 
 class Ranks(Protocol):
@@ -56,42 +57,42 @@ class Ranks(Protocol):
 
     @property
     def rank(self) -> int:
-        """Return the number of this process."""
+        """Number of this process."""
 
     @property
     def world(self) -> int:
-        """Return the number of processes."""
+        """Number of processes."""
 
     @property
     def device(self) -> Device:
-        """Return the device of this process."""
+        """Device of this process."""
 
     def agree_on_error(self, error: str | None) -> str | None:
-        """Return the first rank's error, or None if no rank has one. Collective."""
+        """Return, on every rank, the error of the lowest rank that has one; None if no rank has one. A collective."""
 
     def gather(self, value: str) -> list[str]:
-        """Return every rank's value, in rank order."""
+        """Return the values of all ranks, in the order of ranks. A collective: every rank must call it."""
 
 
 def say(line: str) -> None:
-    """Print a line and flush it: launchers connect stdout to a pipe, which buffers."""
+    """Print a line and flush stdout, because launchers read it through a pipe, where output would be buffered."""
     print(line, flush=True)
 
 
 def move_aside(folder: Path) -> None:
-    """Rename an old run folder to NAME.old-DATE-TIME."""
+    """Rename an existing run folder to NAME.old-DATE-TIME."""
     folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 def prepare_for_launch(folder: Path, fresh: bool) -> None:
-    """Make the folder for the ranks' logs, once no process trains in the run folder.
+    """Create the run folder's logs/ before a launch. If `fresh` is True, first rename an existing run folder.
 
-    fresh: rename an existing run folder first. Raises UserError, and changes nothing, if another process still trains
-    there after LOCK_WAIT_S.
+    Waits up to LOCK_WAIT_S if another process trains in the folder. After that it raises UserError and changes nothing.
+    Also raises UserError if the folder cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Only for this moment: the first rank takes the lock itself.
+        # Release the lock at once, because rank 0 of the launch takes it.
         with _lock(folder):
             if fresh and folder.exists():
                 move_aside(folder)
@@ -102,10 +103,11 @@ def prepare_for_launch(folder: Path, fresh: bool) -> None:
 
 @contextmanager
 def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool) -> Iterator[None]:
-    """Create the run folder and hold its lock inside the `with` block. Collective; only rank 0 touches the disk.
+    """Create the run folder, and keep it locked during the `with` block. If `fresh` is True, first rename an existing
+    folder.
 
-    fresh: rename an existing folder first. Raises UserError on every rank if the folder is not writable or if another
-    process still trains in it after LOCK_WAIT_S.
+    A collective: every rank must call it, but only rank 0 accesses the disk. Raises UserError on every rank if the
+    folder cannot be written, or if another process still trains in it after LOCK_WAIT_S.
     """
     lock, error = _lock_and_create(folder, fresh) if ranks.rank == 0 else (None, None)
     error = ranks.agree_on_error(error)
@@ -119,7 +121,10 @@ def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool) -> Iterator[None]
 
 
 def _lock_and_create(folder: Path, fresh: bool) -> tuple[FileLock | None, str | None]:
-    """Return the lock and no error, or the error's text, so that rank 0 can send it to the other ranks."""
+    """Lock and create the run folder on rank 0. Returns (the lock or None, the error as text or None).
+
+    The error is returned and not raised, so that rank 0 can send it to the other ranks.
+    """
     lock = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +132,7 @@ def _lock_and_create(folder: Path, fresh: bool) -> tuple[FileLock | None, str | 
         if fresh and folder.exists():
             move_aside(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        # A folder can exist and be read-only; find that out now and not at the first checkpoint.
+        # Check that the folder can be written now, and not at the first checkpoint.
         probe = folder / ".write-probe"
         probe.write_text("")
         probe.unlink()
@@ -139,16 +144,18 @@ def _lock_and_create(folder: Path, fresh: bool) -> tuple[FileLock | None, str | 
 
 
 def _cannot_write(folder: Path, problem: OSError) -> str:
+    """Return the text of the error if the run folder cannot be written."""
     return (
         f"run folder {folder.absolute()}: {problem.strerror}. "
-        "Choose another place with --set runs_dir=DIR or --set name=NAME."
+        "Choose another folder with --set runs_dir=DIR or --set name=NAME."
     )
 
 
 def _lock(folder: Path) -> FileLock:
-    """Lock <runs_dir>/.<name>.lock. The kernel unlocks it when the process ends, however.
+    """Lock <runs_dir>/.<name>.lock and return the lock. The kernel releases it when the process ends, for whatever
+    reason.
 
-    Raises UserError if another process keeps the lock for LOCK_WAIT_S.
+    Raises UserError if another process still has the lock after LOCK_WAIT_S.
     """
 
     def on_wait(holder: str) -> None:
@@ -160,17 +167,19 @@ def _lock(folder: Path) -> FileLock:
             timeout_s=LOCK_WAIT_S,
             on_wait=on_wait,
             holder=f"process {os.getpid()} on {platform.node()}",
-            required=False,  # a file system without locks: train unprotected
+            required=False,  # on a file system without locks, train without one
         )
     except LockHeldError as error:
         raise UserError(
-            f"run folder {folder}: {error.holder or 'another process'} still trains in it. Stop that first, or choose "
-            "another name with --set name=NAME."
+            f"run folder {folder}: {error.holder or 'another process'} still trains in it. Stop that process first, or "
+            "choose another name with --set name=NAME."
         ) from None
 
 
 def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> JsonObject:
-    """Return the run file as a dict with every default and the preset written out. It is a valid run file itself."""
+    """Return the run file as a dict, with every default and the preset written out. The result is a valid run file
+    too.
+    """
     out = run.model_dump(mode="json", exclude_none=True)
     out["model"] = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     out["train"]["precision"] = precision
@@ -178,7 +187,9 @@ def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> JsonObje
 
 
 def write_configs(folder: Path, config: Mapping[str, Any], ds_config: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write config.yaml, ds_config.json and environment.json on rank 0. Collective: it gathers the host names."""
+    """Write config.yaml, ds_config.json and environment.json on rank 0. A collective, which gathers the names of the
+    hosts.
+    """
     hosts = ranks.gather(platform.node())
     if ranks.rank:
         return
@@ -199,7 +210,9 @@ def write_configs(folder: Path, config: Mapping[str, Any], ds_config: Mapping[st
 
 
 def record_changes(folder: Path, changes: Sequence[SettingChange]) -> None:
-    """Append settings that a resume changed to settings.jsonl. A start that is repeated adds no line twice."""
+    """Append the settings that a resume has changed to settings.jsonl. Lines that the file has already are not added
+    again.
+    """
     path = folder / "settings.jsonl"
     lines = [json.dumps(change) + "\n" for change in changes]
     known = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
@@ -208,7 +221,7 @@ def record_changes(folder: Path, changes: Sequence[SettingChange]) -> None:
 
 
 def write_status(folder: Path, ranks: Ranks, state: str) -> None:
-    """Write status.json on rank 0. Scripts and other hosts read the run's state there."""
+    """Write status.json on rank 0, so that scripts and other hosts can read the state of the run."""
     if ranks.rank == 0:
         status: Status = {"state": state, "pid": os.getpid(), "host": platform.node(), "at": time.time()}
         (folder / "status.json").write_text(json.dumps(status))
@@ -231,7 +244,7 @@ def git_commit() -> str | None:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> JsonObject:
-    """Return nested dicts as one level: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
+    """Return nested dicts as one dict with dotted keys: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
     out: JsonObject = {}
     for key, value in tree.items():
         out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -1,15 +1,15 @@
 """The JSON formats of a run folder: every key with its unit and its meaning.
 
     metrics.jsonl     StepLine after every step, EvaluationLine after every evaluation
-    goodput.jsonl     Life, one per process life
+    goodput.jsonl     Life, one per start of rank 0's process
     samples.jsonl     SamplesLine, one per evaluation
     anomalies.jsonl   AnomalyLine, one per vetoed step
     status.json       Status, one object
-    settings.jsonl    SettingChange, one per setting that a resume changed
+    settings.jsonl    SettingChange, one per setting that a resume has changed
     environment.json  Environment, one object
 
-An annotation holds (type, unit, meaning). docs/metrics.md shows the same tables; tests/test_metrics_page.py keeps the
-page and this file equal. Cost at run time: none, the values are plain dicts.
+Each annotation is (type, unit, meaning). docs/metrics.md has the same tables; tests/test_metrics_page.py checks that
+both are equal. At run time the values are plain dicts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated, TypedDict, final
 class _StepLine(TypedDict):
     step: Annotated[int, "steps", "completed optimizer steps, counted from 1"]
     tokens: Annotated[int, "tokens", "training tokens up to and including this step"]
-    samples: Annotated[int, "samples", "windows read so far, including batches that a rewind skipped"]
+    samples: Annotated[int, "samples", "samples read so far, including those of batches that a rewind dropped"]
     data_hash: Annotated[str, "8 hex digits", "hash of the global batch, equal for any number of ranks"]
     loss: Annotated[float | None, "nats per token", "mean over the global batch; null if it is not finite"]
     lr: Annotated[float, "", "learning rate of this step"]
@@ -36,7 +36,7 @@ class _StepLine(TypedDict):
 class StepLine(_StepLine, total=False):
     """A line of metrics.jsonl after a step. The keys below exist only if they apply."""
 
-    skipped: Annotated[str, "", "why the optimizer did not take this step"]
+    skipped: Annotated[str, "", "why the optimizer did not apply this step"]
     # In the order of data.sources; older versions wrote an object with the sources' paths as keys.
     epochs: Annotated[list[float] | dict[str, float], "epochs", "mixtures only: passes over each source so far"]
 
@@ -45,7 +45,7 @@ class StepLine(_StepLine, total=False):
 class EvaluationLine(TypedDict):
     """A line of metrics.jsonl after an evaluation; it follows the StepLine of the same step."""
 
-    step: Annotated[int, "steps", "completed optimizer steps when it was evaluated"]
+    step: Annotated[int, "steps", "completed optimizer steps at the evaluation"]
     val_loss: Annotated[float | None, "nats per token", "mean over the validation windows; null if it is not finite"]
     val_tokens: Annotated[int, "tokens", "tokens that were evaluated"]
     eval_time_s: Annotated[float, "seconds", "wall time of the evaluation"]
@@ -58,21 +58,25 @@ class _Life(TypedDict):
     started_at: Annotated[float, "seconds since 1970", "start of the process"]
     pid: Annotated[int, "", "process id of rank 0"]
     host: Annotated[str, "", "host name of rank 0"]
-    from_step: Annotated[int, "steps", "step of the checkpoint it started from"]
+    from_step: Annotated[int, "steps", "step of the checkpoint from which the process started"]
     step: Annotated[int, "steps", "last completed step"]
-    ended: Annotated[str | None, "", "finished, stopped or failed; null while it runs and after a crash"]
-    seconds: Annotated[dict[str, float], "seconds", "time per bucket; the buckets add up to the length of the life"]
+    ended: Annotated[str | None, "", "finished, stopped or failed; null while the process runs and after a crash"]
+    seconds: Annotated[
+        dict[str, float], "seconds", "time per bucket; they add up to the time from the start to the end"
+    ]
     open_s: Annotated[float, "seconds", "compute and communication of the unfinished step, lost if the process dies"]
 
 
 class Life(_Life, total=False):
-    """A line of goodput.jsonl: one process life of rank 0, overwritten in place while the process runs."""
+    """A line of goodput.jsonl: one life of rank 0's process, from its start to its end. Overwritten while the
+    process runs.
+    """
 
     clock_step_s: Annotated[float, "seconds of the clock", "how far the host's clock was set ahead (+) or back (-)"]
 
 
 class EndedLife(Life):
-    """A Life as read back from the file."""
+    """A Life as it is read from the file."""
 
     ended_at: Annotated[float, "seconds since 1970", "started_at plus all seconds and clock_step_s"]
 
@@ -85,7 +89,7 @@ class Sample(TypedDict):
 
 
 class SamplesLine(TypedDict):
-    """A line of samples.jsonl."""
+    """A line of samples.jsonl: the texts that were generated at one evaluation."""
 
     step: Annotated[int, "steps", "completed optimizer steps"]
     samples: Annotated[list[Sample], "", "one object with prompt and text for each prompt"]
@@ -96,28 +100,30 @@ class _AnomalyLine(TypedDict):
     reason: Annotated[str, "", "what was wrong: a value that is not finite, or a spike with its z-score"]
     policy: Annotated[str, "", "stop, skip or rewind, from the run file"]
     loss: Annotated[float | None, "nats per token", "loss of the vetoed step; null if it is not finite"]
-    grad_norm: Annotated[float | None, "", "its gradient norm before clipping; null if it is not finite"]
-    first_sample: Annotated[int, "samples", "number of the first sample of its batch"]
-    samples: Annotated[int, "samples", "samples of its batch"]
+    grad_norm: Annotated[float | None, "", "gradient norm of the vetoed step before clipping; null if it is not finite"]
+    first_sample: Annotated[int, "samples", "number of the first sample of the batch"]
+    samples: Annotated[int, "samples", "number of samples in the batch"]
 
 
 class AnomalyLine(_AnomalyLine, total=False):
     """A line of anomalies.jsonl. The key below exists only after a rewind."""
 
-    back_to: Annotated[int, "steps", "step of the checkpoint that training continued from"]
+    back_to: Annotated[int, "steps", "step of the checkpoint from which training continued"]
 
 
 class SettingChange(TypedDict):
-    """A line of settings.jsonl: a setting that was changed when the run resumed. The file outlives checkpoints."""
+    """A line of settings.jsonl: a setting that was changed when the run resumed. Unlike checkpoints, the file is
+    never deleted.
+    """
 
-    step: Annotated[int, "steps", "step of the checkpoint that was resumed; the new value holds after it"]
+    step: Annotated[int, "steps", "step of the checkpoint that was resumed; later steps use the new value"]
     key: Annotated[str, "", "key of the run file, such as train.optimizer.lr"]
     old: Annotated[object, "", "value before; null if the key was not set"]
     new: Annotated[object, "", "value since; null if the key is not set"]
 
 
 class Status(TypedDict):
-    """status.json."""
+    """The content of status.json."""
 
     state: Annotated[str, "", "running, stopped, finished or failed"]
     pid: Annotated[int, "", "process id of rank 0"]
@@ -126,9 +132,9 @@ class Status(TypedDict):
 
 
 class ComputeEnvironment(TypedDict):
-    """What a resume has to have in common with the run to equal it bit for bit: `environment` of a checkpoint.
+    """What must be equal for a resumed run to equal an uninterrupted one bit for bit: `environment` in a checkpoint.
 
-    The versions of DeepSpeed and of torch are in the checkpoint's `versions`.
+    The versions of DeepSpeed and torch are in `versions` of the checkpoint.
     """
 
     devices: list[str]  # models of the GPUs, or of the CPUs, of all ranks; each once
@@ -142,7 +148,7 @@ class ComputeEnvironment(TypedDict):
 
 
 class Environment(TypedDict):
-    """environment.json."""
+    """The content of environment.json."""
 
     command: Annotated[list[str], "", "command line of rank 0"]
     python: Annotated[str, "", "version of Python"]

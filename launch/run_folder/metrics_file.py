@@ -1,8 +1,8 @@
-"""Reading and trimming metrics.jsonl, whatever a crash, a copy or a disk has done to it.
+"""Read metrics.jsonl and cut it at a step, even if a crash, a copy or a disk error has damaged it.
 
-A resume keeps the lines up to its checkpoint and moves the later ones to metrics.discarded.jsonl. A checkpoint records
-the size that metrics.jsonl had, so the usual resume reads one line and cuts the file there, whatever its length. If the
-size does not fit, all lines are read: unreadable and doubled ones are moved too, and missing ones are reported.
+A resume keeps the lines up to its checkpoint, and moves the later lines to metrics.discarded.jsonl. Checkpoints record
+the size of metrics.jsonl. So a resume usually reads only one line and cuts the file at that size. If the size does not
+match, all lines are read. Unreadable and repeated lines are then moved too, and missing lines are reported.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from packspeed.data.storage.atomic import write_file
 from packspeed.launch.config.json_types import JsonObject
 
 DISCARDED = "metrics.discarded.jsonl"
-MAX_LINE_BYTES = 1 << 20  # a mixture names all its sources in a line
+MAX_LINE_BYTES = 1 << 20  # lines can be long, because those of a mixture contain the path of every source
 
 
 def parse_object(line: bytes) -> JsonObject | None:
-    """The JSON object on a line, or None if the line is torn, not UTF-8 or anything else."""
+    """Return the JSON object on a line, or None if the line is incomplete, not UTF-8 or not an object."""
     try:
         value = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -28,7 +28,7 @@ def parse_object(line: bytes) -> JsonObject | None:
 
 
 def read_objects(path: Path) -> tuple[list[JsonObject], int]:
-    """(the JSON objects of a file of lines, the number of lines that hold none). A missing file has no lines."""
+    """Return (the JSON objects in a file of lines, the number of lines without one). A missing file has no lines."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -38,7 +38,7 @@ def read_objects(path: Path) -> tuple[list[JsonObject], int]:
 
 
 def step_of(record: JsonObject | None) -> int | None:
-    """The step of a metrics line, or None if it is not one."""
+    """Return the step of a parsed metrics line, or None if it has none."""
     step = record.get("step") if record else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None
 
@@ -72,13 +72,13 @@ def last_line_with(path: Path, text: bytes, end: int) -> bytes | None:
 
 
 def discard_after(path: Path, step: int, expected_bytes: int | None = None) -> list[str]:
-    """Move the lines of metrics.jsonl after `step` to metrics.discarded.jsonl. Returns notes on what was wrong.
+    """Move the lines of metrics.jsonl after `step` to metrics.discarded.jsonl. Returns notes about what was wrong.
 
-    expected_bytes: the size that the checkpoint of `step` recorded. A kill at any moment leaves every line in one of
-    the two files, and the next call completes the work: no line is discarded twice.
+    `expected_bytes` is the size of the file that the checkpoint of `step` has recorded. If the process is killed at any
+    moment, every line is in one of the two files, and the next call completes the work without moving a line twice.
     """
     if not path.exists():
-        return [f"note: {path} is missing: the curve before step {step + 1} is lost"] if step > 0 else []
+        return [f"note: {path} is missing, so the metrics before step {step + 1} are lost"] if step > 0 else []
     if expected_bytes is not None and ends_with_step(path, expected_bytes, step):
         with path.open("rb") as file:
             file.seek(expected_bytes)
@@ -93,7 +93,7 @@ def discard_after(path: Path, step: int, expected_bytes: int | None = None) -> l
 
 
 def ends_with_step(path: Path, size: int, step: int) -> bool:
-    """Whether the first `size` bytes of the file end with a complete line of `step`."""
+    """Return whether the first `size` bytes of the file end with a complete line of `step`."""
     with path.open("rb") as file:
         start = max(0, size - MAX_LINE_BYTES)
         file.seek(start)
@@ -105,7 +105,10 @@ def ends_with_step(path: Path, size: int, step: int) -> bool:
 
 
 def sort_lines(content: bytes, step: int) -> tuple[list[bytes], list[bytes], list[str]]:
-    """(lines to keep, lines to discard, what was wrong). Of a doubled line the last one counts: it is the newest."""
+    """Return (lines to keep, lines to discard, notes about what was wrong).
+
+    If a step has several lines, the last one is kept, because it is the newest.
+    """
     lines = [line + b"\n" for line in content.split(b"\n") if line.strip()]
     latest: dict[tuple[int, bool], int] = {}  # (step, is an evaluation) -> line number
     unreadable = doubled = 0
@@ -122,15 +125,17 @@ def sort_lines(content: bytes, step: int) -> tuple[list[bytes], list[bytes], lis
     keep = [lines[number] for _, number in sorted(latest.items())]
     drop = [line for number, line in enumerate(lines) if number not in kept_numbers]
     missing = step - sum(not is_evaluation for _, is_evaluation in latest)
-    counts = ((unreadable, "could not be read"), (doubled, "were doubled"))
-    notes = [f"{count} line(s) {what}; they are in {DISCARDED}" for count, what in counts if count]
+    counts = ((unreadable, "could not be read"), (doubled, "repeat a step"))
+    notes = [f"{count} line(s) {what} and were moved to {DISCARDED}" for count, what in counts if count]
     if missing > 0:
         notes.append(f"{missing} of the first {step} steps have no line")
     return keep, drop, notes
 
 
 def append_discarded(path: Path, lines: bytes) -> None:
-    """Append lines to metrics.discarded.jsonl, all or none, unless an interrupted call has done so already."""
+    """Append lines to metrics.discarded.jsonl, all or none. Does nothing if an interrupted call has appended them
+    already.
+    """
     before = path.read_bytes() if path.exists() else b""
     if not lines or before.endswith(lines):
         return

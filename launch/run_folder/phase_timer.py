@@ -1,18 +1,19 @@
-"""Wall time per phase of a training process, for `packspeed goodput`.
+"""Measure the wall time per phase of a training process, for `packspeed goodput`.
 
     timer = PhaseTimer(folder / FILE)
-    timer.enter("forward")         from now on, seconds count as compute
-    timer.step_done(12)            the time so far is not lost if the process dies now
+    timer.enter("forward")         from now on, the time counts as compute
+    timer.step_done(12)            if the process dies now, the time so far is not lost
     timer.close("finished")
 
-A process is in exactly one phase at any moment, so the buckets of a life add up to its length by construction.
-goodput.jsonl has one line per process life (formats.Life), padded to LINE_BYTES. The line is overwritten in place after
-every step, and once a second within long steps: a killed process loses at most the last second of its record.
+A process is in exactly one phase at any moment. Each phase belongs to a bucket (compute, data, checkpoint, ...), so the
+seconds of all buckets add up to the length of the process's life. goodput.jsonl has one line per life (formats.Life),
+padded to LINE_BYTES. The line is overwritten in place after every step, and once a second during long steps, so a
+killed process loses at most the last second of its record.
 
-Communication is the time that the host waited in collectives during compute, including the wait for slower ranks. It is
-measured where collectives block the host (gloo). On GPUs they are queued behind the computation, and their exposed part
-stays in compute: separating it would need a synchronisation.
-Cost: 1 us per change of phase, 20 us per record.
+Communication is the time for which the CPU waited in collectives during compute, including the wait for slower ranks.
+It is measured if collectives block the CPU (gloo). On GPUs they run in the background, and the part that delays the
+computation counts as compute, because measuring it would need a synchronisation. Cost: 1 us per change of phase, 20 us
+per record.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ from typing import Any, Protocol
 from packspeed.launch.run_folder.formats import Life
 
 FILE = "goodput.jsonl"
-LINE_BYTES = 640  # more than the longest record, so that a line can be overwritten in place
+LINE_BYTES = 640  # length of a line; longer than any record, so that a line can be overwritten in place
 RECORD_EVERY_S = 1.0
 
-BUCKET = {"forward": "compute", "backward": "compute", "step": "compute"}  # every other phase is its own bucket
+BUCKET = {"forward": "compute", "backward": "compute", "step": "compute"}  # other phases have buckets of the same name
 MEASURED = ("startup", "data", "compute", "communication", "checkpoint", "evaluation", "other")
 
 
 def process_age_s() -> float:
-    """Return the seconds since the kernel started this process, so that imports count as start-up; 0 outside Linux."""
+    """Return the seconds since the kernel started this process, so that imports count as start-up. Returns 0 outside
+    Linux.
+    """
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK"))
@@ -47,16 +50,20 @@ def process_age_s() -> float:
 
 
 class PhaseListener(Protocol):
-    """Called at every change of phase: the heartbeat of a supervised launch, or the timing of a benchmark."""
+    """A function that is called at every change of phase: a heartbeat, or the timing of a benchmark."""
 
     step: int  # the last completed step
 
     def __call__(self, phase: str, collective: str = "") -> None:
-        """Note that the rank entered `phase`; `collective` names the one it waits for, if any."""
+        """Note that the rank has entered `phase`. `collective` is the name of the collective in which it waits, or
+        empty.
+        """
 
 
 class PhaseTimer:
-    """Adds up the seconds of one process life per bucket. Without a path it writes nothing."""
+    """Adds up the seconds of one life of a process per bucket, and records them in a file. Without a path it only
+    adds up.
+    """
 
     def __init__(self, path: Path | None, step: int = 0, age_s: float | None = None) -> None:
         age = process_age_s() if age_s is None else age_s
@@ -64,7 +71,8 @@ class PhaseTimer:
         self.phase = "startup"
         self._since = self._started = time.monotonic() - age
         self._owner = threading.get_ident()
-        # Seconds of compute when the last step was done. Before the first step nothing can be lost.
+        # Seconds of compute and communication when the last step was done. Infinite, because before the first step
+        # nothing can be lost.
         self._completed_s = float("inf")
         self._recorded = 0.0
         self._life: Life = {
@@ -77,18 +85,19 @@ class PhaseTimer:
             self.open(path)
 
     def open(self, path: Path) -> None:
-        """Record this life in goodput.jsonl from now on. If the file cannot be opened, the time is only counted."""
+        """Record this life in goodput.jsonl from now on. If the file cannot be opened, the time is only added up."""
         with contextlib.suppress(OSError):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            # Start after the last complete line: an incomplete one, from a power cut, is overwritten.
+            # Start after the last complete line. An incomplete line, left by a power cut, is overwritten.
             self._offset = os.fstat(self._file).st_size // LINE_BYTES * LINE_BYTES
         self.record()
 
     def enter(self, phase: str, collective: str = "") -> str:
-        """Add the time since the last call to the old phase and switch to `phase`. Returns the old phase.
+        """Add the time since the last call to the bucket of the old phase, and switch to `phase`. Returns the old
+        phase.
 
-        phase: forward, backward, step (all counted as compute) or a name of MEASURED. `collective` is passed on to the
-        listener. Cost: 1 us, and 20 us more if the last record is older than RECORD_EVERY_S.
+        `phase` is "forward", "backward" or "step" (all count as compute), or a name in MEASURED. `collective` is passed
+        on to the listener. Cost: 1 us, and 20 us more if the last record is older than RECORD_EVERY_S.
         """
         if self.listener is not None:
             self.listener(phase, collective)
@@ -100,7 +109,7 @@ class PhaseTimer:
         return before
 
     def step_done(self, step: int) -> None:
-        """Note that all steps up to `step` are done: their compute is not lost if the process dies now."""
+        """Note that all steps up to `step` are done. If the process dies now, their compute time is not lost."""
         self._life["step"] = step
         if self.listener is not None:
             self.listener.step = step
@@ -108,29 +117,32 @@ class PhaseTimer:
         self.record()
 
     def shares(self) -> dict[str, float]:
-        """Return each bucket's share of this life so far, up to the last change of phase. The shares add up to 1."""
+        """Return {bucket: share of this life so far}, up to the last change of phase. The shares add up to 1."""
         total = sum(self.seconds.values()) or 1.0
         return {name: value / total for name, value in self.seconds.items()}
 
     def _compute_s(self) -> float:
+        """Return the seconds of compute and communication so far."""
         return self.seconds["compute"] + self.seconds["communication"]
 
     def record(self, ended: str | None = None) -> None:
-        """Overwrite this life's line in the file. Errors are ignored: a full disk must not end the run."""
+        """Overwrite this life's line in the file. Errors, such as a full disk, are ignored: they must not end the
+        run.
+        """
         self._recorded = time.monotonic()
         if self._file < 0:
             return
         self._life["ended"] = ended
         self._life["seconds"] = {name: round(value, 4) for name, value in self.seconds.items()}
         self._life["open_s"] = round(max(0.0, self._compute_s() - self._completed_s), 4)
-        # Wall clock against steady clock: without it, a clock that was set in this life would shift the next one's gap.
+        # The difference between wall clock and steady clock. goodput.py needs it if the clock was set during this life.
         lived_s = time.monotonic() - self._started
         self._life["clock_step_s"] = round(time.time() - self._life["started_at"] - lived_s, 3)
         with contextlib.suppress(OSError):
             os.pwrite(self._file, json.dumps(self._life).ljust(LINE_BYTES - 1).encode() + b"\n", self._offset)
 
     def close(self, state: str) -> None:
-        """End the life with a last record. state: finished, stopped or failed."""
+        """End the life with a last record. `state` is finished, stopped or failed."""
         self.enter("other")
         self.record(state)
         if self._file >= 0:
@@ -138,10 +150,11 @@ class PhaseTimer:
             self._file = -1
 
     def timed(self, collective: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """Wrap a collective so that its time counts as communication if this thread calls it during compute."""
+        """Wrap a collective so that its time counts as communication, if this thread calls it during compute."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            # Collectives of a checkpoint or an evaluation belong to that phase; those of other threads overlap.
+            # During a checkpoint or an evaluation, the time belongs to that phase. Collectives of other threads run at
+            # the same time as a phase of this thread.
             if BUCKET.get(self.phase) != "compute" or threading.get_ident() != self._owner:
                 return collective(*args, **kwargs)
             before = self.enter("communication", name)
@@ -155,7 +168,7 @@ class PhaseTimer:
 
 
 class _TimedWork:
-    """The handle of an asynchronous collective, whose wait() counts as communication."""
+    """The handle of an asynchronous collective. The time in its wait() counts as communication."""
 
     def __init__(self, work: Any, timer: PhaseTimer, name: str) -> None:
         self._work, self.wait = work, timer.timed(work.wait, name)

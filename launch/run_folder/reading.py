@@ -1,15 +1,16 @@
-"""Reading a run folder whose files a crash, a copy, a disk or an editor may have damaged.
+"""Read the files of a run folder, even if a crash, a copy, a disk error or an editor has damaged them.
 
     notes: list[str] = []
     steps, evaluations = read_metrics(folder, notes)
     status = read_object(folder / "status.json", Status, notes)
 
-The readers return only what is valid by formats.py, so their callers need no checks. They raise nothing: for each file
-that is damaged they add a note that names the file and the number of lines. A missing file is empty and needs no note.
+The functions return only values that are valid according to formats.py, so their callers need no checks. They raise
+nothing. For each damaged file they add a note with the name of the file and the number of damaged lines. A missing file
+counts as empty and gets no note.
 
-A value is valid if it has the type of its annotation and a size that its unit can have (LIMITS): no NaN, no infinity,
-no date in the year 10^9. A line may lack keys, because older versions wrote fewer, except those in NEEDED.
-Cost: 11 us per line of metrics.jsonl, of which 6 parse the JSON.
+A value is valid if it has the type of its annotation and a size that is possible for its unit (LIMITS): no NaN, no
+infinity, no date in the year 10^9. Keys may be missing, because older versions wrote fewer, except those in NEEDED.
+Cost: 11 us per line of metrics.jsonl, of which 6 us are for parsing the JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from packspeed.launch.run_folder.formats import (
 
 T = TypeVar("T")
 
-# A line without one of these keys says nothing.
+# A line without one of these keys is not valid.
 NEEDED: dict[Any, tuple[str, ...]] = {
     StepLine: ("step", "loss"),
     EvaluationLine: ("step", "val_loss"),
@@ -51,14 +52,17 @@ NEEDED: dict[Any, tuple[str, ...]] = {
     Status: ("state",),
 }
 
-# The smallest and the largest number that a unit can have; beyond the limits, arithmetic and dates overflow.
+# The smallest and the largest number of each unit. Beyond these limits, arithmetic and dates overflow.
 LIMITS = {"steps": (0, 10**12), "tokens": (0, 10**18), "samples": (0, 10**18), "seconds": (0, 10**10)}
 LIMITS |= {"seconds since 1970": (0, 10**11), "seconds of the clock": (-(10**11), 10**11)}
 OTHER_LIMITS = (-1e50, 1e50)
 
 
 def read_metrics(folder: Path, notes: list[str]) -> tuple[list[StepLine], list[EvaluationLine]]:
-    """Return the lines of metrics.jsonl in the order of their steps. Of a doubled step the last line counts."""
+    """Return (lines of steps, lines of evaluations) of metrics.jsonl, in the order of steps.
+
+    If a step has several lines, the last one is returned.
+    """
     path = folder / "metrics.jsonl"
     steps: dict[int, StepLine] = {}
     evaluations: dict[int, EvaluationLine] = {}
@@ -70,7 +74,7 @@ def read_metrics(folder: Path, notes: list[str]) -> tuple[list[StepLine], list[E
             steps[line["step"]] = line
     doubled = len(lines) - len(steps) - len(evaluations)
     if doubled:
-        notes.append(f"{path}: {doubled} line(s) repeat a step; the last line of each step counts.")
+        notes.append(f"{path}: {doubled} line(s) repeat a step; only the last line of each step is used.")
     return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
 
 
@@ -83,14 +87,16 @@ def read_metrics_lines(path: Path, notes: list[str]) -> list[MetricsLine]:
 
 
 def metrics_line(value: JsonObject | None) -> MetricsLine | None:
-    """Return a JSON object as a line of metrics.jsonl; None if it is not a valid one."""
+    """Return a JSON object as a line of metrics.jsonl, or None if it is not valid."""
     if value is None:
         return None
     return valid(value, EvaluationLine) if "val_loss" in value else valid(value, StepLine)
 
 
 def read_lines(path: Path, line_type: type[T], notes: list[str]) -> list[T]:
-    """Return the valid lines of a JSON Lines file, in the order of the file."""
+    """Return the valid lines of a file with one JSON object per line, in the order of the file. `line_type` is their
+    type.
+    """
     objects, damaged = _read_objects(path, notes)
     lines = [line for value in objects if (line := valid(value, line_type)) is not None]
     _note_lines(path, damaged + len(objects) - len(lines), notes)
@@ -98,7 +104,7 @@ def read_lines(path: Path, line_type: type[T], notes: list[str]) -> list[T]:
 
 
 def read_object(path: Path, value_type: type[T], notes: list[str]) -> T | None:
-    """Return the object of a JSON file; None if the file is missing or damaged."""
+    """Return the object in a JSON file, or None if the file is missing or damaged. `value_type` is its type."""
     tree = read_tree(path, notes)
     value = valid(tree, value_type)
     if tree and value is None:
@@ -107,7 +113,7 @@ def read_object(path: Path, value_type: type[T], notes: list[str]) -> T | None:
 
 
 def read_tree(path: Path, notes: list[str]) -> JsonObject:
-    """Return the mapping in a JSON or YAML file, as plain JSON values with strings as keys; {} if it is unreadable."""
+    """Return the mapping in a JSON or YAML file as plain JSON, with strings as keys; {} if it cannot be read."""
     content = read_file(path, notes, parsing.MAX_BYTES)
     if content is None:
         return {}
@@ -124,11 +130,11 @@ def read_tree(path: Path, notes: list[str]) -> JsonObject:
 
 
 def read_file(path: Path, notes: list[str], max_bytes: int | None = None) -> bytes | None:
-    """Return the content of a regular file; None if it is missing, or, with a note, if it cannot be read."""
+    """Return the content of a regular file; None if it is missing, or if it cannot be read (which adds a note)."""
     try:
         status = path.stat()
         problem = None
-        if not stat.S_ISREG(status.st_mode):  # reading a FIFO or a device might wait forever
+        if not stat.S_ISREG(status.st_mode):  # reading from a pipe or a device might wait forever
             problem = "it is not a regular file"
         elif max_bytes is not None and status.st_size > max_bytes:
             problem = f"it has {status.st_size:,} bytes, more than {max_bytes:,}"
@@ -143,13 +149,13 @@ def read_file(path: Path, notes: list[str], max_bytes: int | None = None) -> byt
 
 
 def run_name(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the name in a config.yaml, or the folder's if it has none."""
+    """Return the run's name in its config.yaml, or the name of the folder if there is none."""
     name = config.get("name")
     return name if isinstance(name, str) and name.strip() else _printable(Path(os.path.realpath(folder)).name) or "run"
 
 
 def valid(value: Mapping[str, Any], line_type: type[T]) -> T | None:
-    """Return `value` if it is valid by the TypedDict `line_type`, else None."""
+    """Return `value` if it is valid for the TypedDict `line_type`, else None."""
     checks, needed = _checks(cast(Any, line_type))
     if any(key not in value for key in needed):
         return None
@@ -163,7 +169,7 @@ Check = Callable[[Any], bool]
 
 @functools.cache
 def _checks(line_type: type[Any]) -> tuple[list[tuple[str, Check]], tuple[str, ...]]:
-    """Return a check per key of a TypedDict, and the keys that it needs."""
+    """Return ([(key, function that checks its value)] for the keys of a TypedDict, its required keys)."""
     checks = []
     for key, annotation in get_type_hints(line_type, include_extras=True).items():
         value_type, unit, *_ = get_args(annotation)  # (type, unit, meaning)
@@ -172,7 +178,7 @@ def _checks(line_type: type[Any]) -> tuple[list[tuple[str, Check]], tuple[str, .
 
 
 def _check(value_type: Any, unit: str) -> Check:
-    """Return the function that tells whether a value has a type and is within the limits of its unit."""
+    """Return a function that tells whether a value has a type and is within the limits of a unit."""
     low, high = LIMITS.get(unit, OTHER_LIMITS)
     if isinstance(value_type, types.UnionType):
         members = [_check(member, unit) for member in get_args(value_type)]
@@ -196,12 +202,12 @@ def _check(value_type: Any, unit: str) -> Check:
 
 
 def _printable(text: str) -> str:
-    """Replace what UTF-8 cannot encode: JSON and YAML can name halves of surrogate pairs."""
+    """Return text with escapes for characters that UTF-8 cannot encode: halves of surrogate pairs in JSON and YAML."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _plain(value: Any, level: int = 0) -> Any:
-    """Return nested data as JSON would have it, without what JSON and YAML can hold but UTF-8 or floats cannot."""
+    """Return nested data as plain JSON. Keys become strings, and dates and numbers outside the limits become text."""
     if level > parsing.MAX_DEPTH:
         raise ValueError(f"it has more than {parsing.MAX_DEPTH} levels")
     if isinstance(value, dict):
@@ -219,7 +225,7 @@ def is_readable(path: Path, notes: list[str]) -> bool:
 
 
 def _read_objects(path: Path, notes: list[str]) -> tuple[list[JsonObject], int]:
-    """Return metrics_file.read_objects of a file; nothing, with a note, if it cannot be read."""
+    """Return metrics_file.read_objects of a file, or ([], 0) and a note if it cannot be read."""
     if not is_readable(path, notes):
         return [], 0
     try:
@@ -230,5 +236,6 @@ def _read_objects(path: Path, notes: list[str]) -> tuple[list[JsonObject], int]:
 
 
 def _note_lines(path: Path, damaged: int, notes: list[str]) -> None:
+    """Add a note if lines of a file are damaged."""
     if damaged:
         notes.append(f"{path}: {damaged} line(s) could not be read and are left out.")
