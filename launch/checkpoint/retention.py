@@ -10,8 +10,8 @@ Only complete checkpoints count. A checkpoint that a resume found damaged stays 
 or until it is older than everything that is kept.
 
 A checkpoint is scheduled if its step is a multiple of checkpoint.every_steps. Others are saved when a run is stopped or
-ends. A rewind (anomalies: rewind) returns to the newest scheduled checkpoint. So the result of a rewind does not depend
-on when the run was stopped.
+ends. A rewind, which the run file can choose as the reaction to a bad step (section `anomalies`), returns to the newest
+scheduled checkpoint. So the result of a rewind does not depend on when the run was stopped.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class Supervisor:
             self.interruptible = False
 
     def plan(self, first: bool) -> LaunchPlan:
-        """Ask all hosts and return a plan with the usable ones. The others are moved to `dropped`.
+        """Ask all hosts for their facts, and return a plan with the usable ones. The others are moved to `dropped`.
 
         If `first` is True, an unusable host raises ConfigError instead, because the hostfile is probably wrong. Also
         raises ConfigError if no host is usable.

@@ -1,7 +1,8 @@
-"""What `train.precision: fp8` means for the other settings, without torch. The arithmetic is in model/fp8_linear.py.
+"""What `train.precision: fp8` means for other settings. Does not import torch; the arithmetic is in
+model/fp8_linear.py.
 
-fp8 changes the products of linear layers and nothing else: weights, gradients, optimizer and DeepSpeed configuration
-are those of bf16.
+fp8 changes only the matrix products of linear layers. Weights, gradients, optimizer and DeepSpeed configuration are the
+same as with bf16.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from packspeed.model.config import FP8_MULTIPLE, GPTConfig
 
 
 def engine_precision(precision: str) -> str:
-    """The precision of DeepSpeed's engine and of a checkpoint's tensors: fp32, bf16 or fp16."""
+    """Return the precision of DeepSpeed's engine and of the tensors in checkpoints: "fp32", "bf16" or "fp16"."""
     return "bf16" if precision == "fp8" else precision
 
 
 def fp8_blocks(config: GPTConfig, skip_blocks: int) -> range:
-    """The blocks whose linear layers multiply in fp8, counted from 0."""
+    """Return the numbers, from 0, of the transformer blocks whose linear layers multiply in fp8.
+
+    The first and the last `skip_blocks` blocks stay in bf16.
+    """
     return range(skip_blocks, config.n_layer - skip_blocks)
 
 
 def fp8_obstacle(config: GPTConfig, seq_len: int, skip_blocks: int) -> str | None:
-    """Why a model cannot train in fp8, as the end of a message; None if it can."""
+    """Return why a model cannot train in fp8, as the end of a message; None if it can."""
     if not fp8_blocks(config, skip_blocks):
         return (
             f"no block of {config.n_layer} is left if train.fp8_skip_blocks = {skip_blocks} at either end stay in "

@@ -1,24 +1,28 @@
-"""Which bits this process computes: one call before the process group, and before anything multiplies on a GPU.
+"""Settings that determine which bits this process computes.
+
+Call set_numerics before the process group is created and before anything is multiplied on a GPU:
 
     set_numerics(deterministic=True, nccl=True)
 
-train.deterministic: true makes a repeated step give the same bits on GPUs too. What would otherwise differ:
+With train.deterministic: true, a repeated step gives the same bits on GPUs too. Without it, these could differ ("the
+flag" is torch's deterministic mode):
 
-    attention's backward      flash attention adds dQ in any order. Under the flag the order is fixed, and cuDNN's
-                              attention is not used
-    sums over ranks           NCCL may let the NVSwitch add (NVLS, NVLSTree). Without them the order is that of a ring
-                              or a tree. Under the flag torch excludes NVLS by itself, but not NVLSTree
-    matrix products           cuBLAS repeats itself with a workspace of fixed size, which torch demands under the flag
-    model.kernels: compile    inductor times several reductions and takes the fastest. Under the flag it times none
-    scatter_add, index_put    only in eager kernels: sorted instead of atomic
+    attention's backward      Flash attention adds dQ in any order. With the flag the order is fixed, and cuDNN's
+                              attention is not used.
+    sums over ranks           NCCL may let the NVSwitch add (NVLS, NVLSTree). Without these two, the order is that of a
+                              ring or a tree. With the flag, torch excludes NVLS but not NVLSTree.
+    matrix products           cuBLAS gives the same bits each time if its workspace has a fixed size. With the flag,
+                              torch requires that.
+    model.kernels: compile    inductor times several reductions and uses the fastest. With the flag it times none.
+    scatter_add, index_put    Used in eager kernels only; with the flag they sort instead of adding atomically.
 
 Cost, estimated: attention's backward takes 1.2 to 2 times as long, which is 1 to 4% of a step at 1,024 tokens per
 sample and 5 to 10% at 4,096. On CPUs the flag changes neither losses nor speed (LOG.md).
 
-train, prove and packspeed's row of bench take the value of the run file. The other rows of bench, generate and eval do
-not set the flag: other training loops keep torch's default, and forward passes repeat themselves without it.
-
-Imports torch only, so that generate and eval can call it without DeepSpeed.
+Training, `packspeed prove` and Packspeed's row of `packspeed bench` use the value of the run file. The other rows of
+bench keep torch's default, as other training loops do. `packspeed generate` and `eval` do not set the flag, because
+forward passes give the same bits without it. This module imports only torch, so that these two commands do not need
+DeepSpeed.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is t
 
 
 def set_numerics(deterministic: bool, nccl: bool = False) -> None:
-    """Set how torch, cuBLAS and NCCL compute in this process. nccl: a process group with NCCL will follow.
+    """Set how torch, cuBLAS and NCCL compute in this process. `nccl` says that a process group with NCCL will be
+    created.
 
     Raises ConfigError if `deterministic` contradicts an environment variable that the user has set.
     """
@@ -52,10 +57,10 @@ def set_numerics(deterministic: bool, nccl: bool = False) -> None:
 
 
 def keep_full_precision() -> None:
-    """Compute fp32 products in fp32, and add the parts of 16-bit products in fp32, as torch's CPU kernels do.
+    """Compute fp32 products in fp32, and add partial sums of 16-bit products in fp32, as torch does on CPUs.
 
-    Both can be otherwise: NVIDIA's containers switch fp32 products to TF32 by an environment variable, and torch lets
-    cuBLAS add parts of a product in 16 bits.
+    The defaults can differ: NVIDIA's containers set an environment variable that switches fp32 products to TF32, and
+    torch lets cuBLAS add partial sums of a product in 16 bits.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -63,10 +68,10 @@ def keep_full_precision() -> None:
 
 
 def may_add_in_the_switch(algorithms: str) -> bool:
-    """Whether this value of NCCL_ALGO lets NCCL choose NVLS or NVLSTree.
+    """Return whether this value of NCCL_ALGO lets NCCL choose NVLS or NVLSTree, which add in the NVSwitch.
 
-    A value is a list such as "Ring,Tree", or "^NVLS" for all others; since NCCL 2.24 also one list per collective:
-    "allreduce:ring;allgather:^nvls".
+    The value is a list such as "Ring,Tree", or "^NVLS" for all others. Since NCCL 2.24 it can also have one list per
+    collective: "allreduce:ring;allgather:^nvls".
     """
     for one in algorithms.split(";"):
         names = one.rpartition(":")[2].strip()
@@ -84,9 +89,10 @@ def _contradiction(variable: str, why: str) -> ConfigError:
 
 
 def let_segments_grow() -> None:
-    """Let CUDA's allocator extend its segments instead of adding more, unless the user has configured it.
+    """Let CUDA's memory allocator extend its segments instead of adding more, unless the user has configured the
+    allocator.
 
-    Otherwise memory fragments if the lengths of documents vary. torch reads the variables at its first allocation.
+    Otherwise memory fragments if the lengths of documents vary. torch reads the setting at its first allocation.
     """
     if torch.version.cuda and not any(os.environ.get(name) for name in ALLOCATOR):
         os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))

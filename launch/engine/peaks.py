@@ -1,10 +1,10 @@
-"""The most that a GPU can compute by its data sheet: what MFU is a share of.
+"""The peak FLOP/s of GPUs according to their data sheets. MFU is a share of this peak.
 
     datasheet_peak("NVIDIA H100 80GB HBM3", "bf16")        # 989e12
 
-Without sparsity, and for products whose sums are kept in fp32, as torch keeps them. fp32 is the speed outside tensor
-cores, because runs compute fp32 in fp32 and not in TF32 (numerics.py). Sources: data sheets and architecture papers of
-NVIDIA and AMD; for the A10G, AWS.
+The values are those without sparsity, and for products whose sums are kept in fp32, as in torch. For fp32 it is the
+speed without tensor cores, because runs compute fp32 in fp32 and not in TF32 (numerics.py). Sources: data sheets and
+architecture papers of NVIDIA and AMD; for the A10G, AWS.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ OTHER_GPUS = {"laptop", "ti", "super", "d", "mig", "grid"}
 
 
 def datasheet_peak(gpu: str, precision: str) -> float:
-    """FLOP/s in fp32, bf16, fp16 or fp8 of a GPU, by the name that torch has for it; nan if it is not known."""
+    """Return the peak FLOP/s of one GPU in a precision ("fp32", "bf16", "fp16", "fp8"); nan if the GPU is not known.
+
+    `gpu` is the name that torch reports.
+    """
     words = _words(gpu)
     fitting = [key for key in PEAKS if _words(key) <= words and not (words - _words(key)) & OTHER_GPUS]
     if not fitting or (precision == "bf16" and words & _words(" ".join(WITHOUT_BF16))):

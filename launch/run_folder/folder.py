@@ -5,7 +5,7 @@
     runs/<name>/environment.json     command, versions, git commit, hosts, device
     runs/<name>/metrics.jsonl        one JSON object per step and per evaluation (formats.py, docs/metrics.md)
     runs/<name>/tensorboard/         TensorBoard events: the same numbers, configurations, texts, histograms of norms
-    runs/<name>/anomalies.jsonl      vetoed steps and what was done instead
+    runs/<name>/anomalies.jsonl      steps that were not applied, because loss or gradient norm were bad, and why
     runs/<name>/goodput.jsonl        seconds per phase (phase_timer.py)
     runs/<name>/samples.jsonl        text generated at each evaluation
     runs/<name>/checkpoints/         see docs/checkpoints.md

@@ -3,7 +3,8 @@
     metrics.jsonl     StepLine after every step, EvaluationLine after every evaluation
     goodput.jsonl     Life, one per start of rank 0's process
     samples.jsonl     SamplesLine, one per evaluation
-    anomalies.jsonl   AnomalyLine, one per vetoed step
+    anomalies.jsonl   AnomalyLine, one per vetoed step: a step that was not applied, because its loss or gradient norm
+                      was bad
     status.json       Status, one object
     settings.jsonl    SettingChange, one per setting that a resume has changed
     environment.json  Environment, one object

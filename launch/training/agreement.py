@@ -1,9 +1,10 @@
-"""What the ranks agree on in each step: one all-reduce of four numbers, read by the host together with the norm.
+"""What the ranks agree on in each step: an all-reduce of four numbers, which the CPU reads together with the gradient
+norm.
 
-agreement = all_reduce_agreement(trainer, loss, batch_hash)     # on the device; nobody waits
-trainer.norm_hook.agree(agreement)
-trainer.engine.step()                                           # reads it, and asks judge()
-agreed = Agreement(*trainer.norm_hook.read_agreement())         # on the host already
+    agreement = all_reduce_agreement(trainer, loss, batch_hash)     # a tensor on the device; the CPU does not wait
+    trainer.norm_hook.agree(agreement)
+    trainer.engine.step()                                           # the hook reads it and calls judge()
+    agreed = Agreement(*trainer.norm_hook.read_agreement())         # the numbers, which are on the CPU by now
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Agreement(NamedTuple):
-    """What every rank knows of a step. Each number is a sum over ranks."""
+    """What every rank knows of a step after the all-reduce. Each number is a sum over the ranks."""
 
     loss: float  # mean over the global batch, nats per token
     ranks_stopping: float  # ranks that a signal asked to stop
@@ -31,9 +32,9 @@ class Agreement(NamedTuple):
 
 
 def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, batch_hash: int) -> torch.Tensor:
-    """Sum every rank's share of an Agreement, fp64 (4,) on the device: a collective.
+    """Sum every rank's share of an Agreement, and return it as an fp64 tensor (4,) on the device. A collective.
 
-    loss: this rank's mean loss, a scalar. batch_hash: of this rank's rows.
+    `loss` is this rank's mean loss, a scalar tensor, and `batch_hash` the hash of this rank's rows.
     """
     stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
     own = to_device(np.array([stopping, written, batch_hash], dtype=np.float64), loss.device)
@@ -42,5 +43,7 @@ def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, batch_hash: int) 
 
 
 def judge_by(detector: AnomalyDetector) -> Callable[[float | None, Sequence[float]], bool]:
-    """Return the judge of GradientNormHook: the detector's verdict on the norm and the agreed loss."""
+    """Return the `judge` function for GradientNormHook: it returns the detector's verdict on the norm and the agreed
+    loss.
+    """
     return lambda norm, agreed: detector.vetoes(Agreement(*agreed).loss, norm)

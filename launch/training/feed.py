@@ -1,12 +1,12 @@
-"""Batches on the device, one step ahead, so that the device never waits for the host to prepare one.
+"""Prepare batches on the device one step ahead, so that the device never waits for the CPU to prepare one.
 
     feed = Feed(prefetcher, rows, device)
     number, batch = next(feed)     # waits for the data if stage() has not prepared this batch
     feed.stage()                   # while the device computes: prepare the next batch
 
-Preparing means: cut the rows into micro batches, hash them and copy them to the device. The copy is queued behind the
-work of the device and takes 10 us; a stream of its own would not end earlier. A batch depends on its number alone, so a
-staged one that a stop or a rewind drops is simply read again.
+To prepare a batch means to cut its rows into micro batches, to hash them and to copy them to the device. The copy is
+queued after the current work of the device and takes 10 us; on its own stream it would not end earlier. A batch depends
+only on its number. So if a stop or a rewind drops a prepared batch, it is simply read again later.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from packspeed.launch.training.micro_batch import MicroBatch, micro_batches
 
 @dataclasses.dataclass(frozen=True)
 class StagedBatch:
-    """This rank's rows of a step, on the device."""
+    """This rank's rows of one step, on the device."""
 
     micro_batches: list[MicroBatch]
     hash: int  # of the rows, see Batch.hash
 
 
 class Feed:
-    """Iterates over (batch number, StagedBatch) of a Prefetcher. rows: of a micro batch."""
+    """Iterates over (batch number, StagedBatch) of a Prefetcher. `rows` is the number of rows per micro batch."""
 
     def __init__(self, batches: Prefetcher, rows: int, device: torch.device) -> None:
         self._batches, self._rows, self._device = batches, rows, device
@@ -42,7 +42,9 @@ class Feed:
         return staged or self._prepare(*next(self._batches))
 
     def stage(self) -> None:
-        """Prepare the next batch, if it has been read from disk by now. Waits for nothing and raises nothing of it."""
+        """Prepare the next batch if it has been read from disk already. Never waits; errors of the prefetcher are
+        not raised here.
+        """
         if self._staged is None and (following := self._batches.take_if_ready()) is not None:
             self._staged = self._prepare(*following)
 

@@ -1,18 +1,18 @@
-"""DeepSpeed lets the device wait where it makes the host wait.
+"""Let GPU streams wait for each other in the places in which DeepSpeed lets the CPU wait for the GPU.
 
-Why        After each backward pass, with overlap_comm or at stage 3, DeepSpeed stops the host until the gradients are
-           reduced. Then the device has nothing to do until the host has queued the next forward pass. At stage 3 the
-           host also waits at the end of a step for the small weights that stay on all ranks, and with a single rank
-           for every weight. In all these places it is enough that two streams wait for each other: nothing on the host
-           reads the result.
+Why        After each backward pass, with overlap_comm or at stage 3, DeepSpeed stops the CPU until the gradients are
+           reduced. The GPU then has nothing to do until the CPU has queued the next forward pass. At stage 3 the CPU
+           also waits at the end of a step for the small weights that stay on all ranks, and with a single rank for
+           every weight. The CPU reads the result in none of these places, so it is enough that two streams of the GPU
+           wait for each other.
 Version    DeepSpeed 0.19.8, runtime/zero: stage_1_and_2.py, stage3.py and partition_parameters.py.
 Upstream   No thread is known.
-Without    One wait per micro batch at stages 2 (with overlap_comm) and 3, and one more per step at stage 3.
+Without    The CPU waits once per micro batch at stages 2 (with overlap_comm) and 3, and once more per step at stage 3.
 
-DeepSpeed also lets the host wait for the event of an older bucket, if more than two are under way. That bounds the
-memory and leaves work in the queue, so it stays.
+If more than two buckets are pending, DeepSpeed also lets the CPU wait for the oldest one. This limits the memory and
+leaves work in the queue, so it is not changed.
 
-With offload the host does read the gradients, so everything stays as it is. CPUs have no streams: nothing is replaced.
+With offload the CPU does read the gradients, so nothing is changed. CPUs have no streams, so nothing is replaced there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from packspeed.launch.engine.protocol import Optimizer
 
 
 def let_the_device_wait(wrapper: Optimizer) -> None:
-    """Let the streams of DeepSpeed's ZeRO optimizers wait for each other. Other optimizers stay as they are."""
+    """Patch DeepSpeed's ZeRO optimizers so that streams wait for each other instead of the CPU. Others are left as
+    they are.
+    """
     optimizer: Any = wrapper
     if get_accelerator().resolves_data_dependency():
         return
@@ -86,7 +88,7 @@ def _both_ways(other: Any) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _accelerator_with(name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """Replace a method of the accelerator within the block."""
+    """Replace a method of DeepSpeed's accelerator object during the `with` block."""
     accelerator = get_accelerator()
     original = replace(accelerator, name, value)
     try:
@@ -96,7 +98,7 @@ def _accelerator_with(name: str, value: Callable[..., Any]) -> Iterator[None]:
 
 
 def _with_synchronize(order: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function: the synchronisations of the device in it call `order` instead."""
+    """Wrap a function so that its synchronisations of the device call `order` instead."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _accelerator_with("synchronize", lambda device_index=None: order()):
@@ -106,7 +108,7 @@ def _with_synchronize(order: Callable[[], None], function: Callable[..., Any]) -
 
 
 def _without_waiting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function: in it, the accelerator says that it resolves dependencies by itself."""
+    """Wrap a function so that in it, DeepSpeed's accelerator says that it resolves data dependencies by itself."""
     if getattr(function, "waits_for_nothing", False):  # of an earlier engine in this process
         return function
 
