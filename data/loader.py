@@ -342,7 +342,7 @@ class Prefetcher:
         self._steps = range(first_step, last_step)
         self._loader, self._rank, self._world = loader, rank, world
         self._ready: queue.Queue[tuple[int, Batch] | BaseException | None] = queue.Queue(maxsize=depth)
-        self._seen: list[BaseException | None] = []  # the end or an error that take_if_ready found: it is for `next`
+        self._seen: list[BaseException | None] = []  # the end (an error or None) that take_if_ready found
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="packspeed-prefetch", daemon=True)
         self._thread.start()
@@ -364,8 +364,9 @@ class Prefetcher:
         raise item
 
     def take_if_ready(self) -> tuple[int, Batch] | None:
-        """Return the next (step, batch) if it has been read by now, else None. Does not wait, and raises no error of
-        the thread: the next call of `next` does.
+        """Return the next (step, batch) if it has been read already, otherwise None, without waiting.
+
+        If the thread has failed, return None; the next call of `next` raises its error.
         """
         if self._seen or self._closed.is_set():
             return None

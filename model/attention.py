@@ -112,7 +112,7 @@ def varlen_attention() -> VarlenAttention | None:
 
 
 def adapt_varlen(varlen_attn: Callable[..., Any]) -> VarlenAttention | None:
-    """Adapt torch's varlen_attn, whose arguments differ between releases; None if it cannot be causal.
+    """Return a function that calls torch's varlen_attn, whose arguments differ by release; None if it is not causal.
 
     | torch | causal | grouped queries |
     |---|---|---|

@@ -1,20 +1,21 @@
-"""A linear layer whose three products are of 8-bit floating-point factors: training with `train.precision: fp8`.
+"""The linear layer for `train.precision: fp8`: its three matrix products multiply 8-bit floating-point numbers.
 
     forward     y  = x8 w8^T        x8, w8: e4m3 (3 bits of mantissa)
     backward    dx = g8 w8          g8: e5m2 (2 bits of mantissa, more exponent), the gradient of y
                 dw = g8^T x8
 
-Each factor is multiplied by one scale for the complete tensor, computed from its largest magnitude at that moment, so
-that it fits the format; the product is divided by both scales. Sums are fp32, results are in the dtype of x. The host
-reads no value, so it never waits for the device. GPUs multiply with torch._scaled_mm. Other devices convert the 8-bit
-values to fp32 and multiply these: the same numbers, except for the order of the additions.
+Each factor is multiplied by a scale so that it fits into the format, and the product is divided by both scales. A
+tensor has one scale, which is computed from its largest magnitude in every product. Sums are fp32; results have the
+dtype of x. The host reads no value, so it never waits for the device. GPUs multiply with torch._scaled_mm. Other
+devices convert the 8-bit values to fp32 and multiply these: the same numbers, except for the order of the additions.
 
-Scales are powers of two. Then scaling is exact, and an element is rounded to the same value whatever the scale, unless
-it is below the format's smallest normal number (2^-14 of the largest magnitude for e4m3, 2^-29 for e5m2). So a batch
-that is cut in another way rounds almost all elements alike. A scale that maps the largest magnitude to the format's
-largest number would round every element differently in each cut (LOG.md). The cost: up to one power of two of range.
+Scales are powers of two. Then scaling is exact, and an element is rounded to the same value with any scale, unless it
+is below the format's smallest normal number (2^-14 of the largest magnitude for e4m3, 2^-29 for e5m2). So if the same
+batch is divided into other micro batches, almost all elements are rounded alike. With a scale that maps the largest
+magnitude to the format's largest number, every element would be rounded differently (LOG.md). The price is up to one
+power of two of range.
 
-NaN or infinity in a factor makes the complete product NaN, so that the checks of a step notice it.
+If a factor contains NaN or infinity, the complete product is NaN, so the anomaly detector notices it.
 Sources: FP8 formats (https://arxiv.org/abs/2209.05433); tensorwise scaling as in torchao's float8 training.
 """
 
@@ -32,7 +33,7 @@ Factor = tuple[Tensor, Tensor]  # 8-bit values, contiguous, and the fp32 scalar 
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Tensor:
-    """Return x (..., in) times weight (out, in) transposed plus bias (out,): (..., out), by products in 8 bits.
+    """Return F.linear(x, weight, bias), (..., out), multiplied in 8 bits: x (..., in), weight (out, in), bias (out,).
 
     Under autocast all three are cast to its dtype first. On GPUs `in`, `out` and the number of rows of x must be
     multiples of config.FP8_MULTIPLE.
@@ -48,7 +49,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels)
 def product(a: Factor, b: Factor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool) -> Tensor:
     """Return a (N, K) times b (M, K) transposed, plus bias (M,): (N, M) in dtype.
 
-    fast_sums: on Hopper, add up within the tensor cores, which keep fewer bits than fp32.
+    fast_sums: on Hopper GPUs, let the tensor cores add with fewer bits than fp32, which is faster.
     """
     (a8, a_unit), (b8, b_unit) = a, b
     if a8.is_cuda:
@@ -59,13 +60,13 @@ def product(a: Factor, b: Factor, bias: Tensor | None, dtype: torch.dtype, fast_
 
 
 def scaled_mm(a: Factor, b: Factor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool) -> Tensor:
-    """Return the same by torch's GEMM, which reads its second factor column by column: b as it is in memory."""
+    """Return the same as `product`, computed by torch's GEMM for 8-bit factors on GPUs."""
     (a8, a_unit), (b8, b_unit) = a, b
     return torch._scaled_mm(a8, b8.t(), a_unit, b_unit, bias=bias, out_dtype=dtype, use_fast_accum=fast_sums)
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """Saves x in 8 bits, and the weight as it is: ZeRO-3 frees it and gathers it again for backward."""
+    """Backward keeps x in 8 bits, and the original weight, which ZeRO-3 frees and gathers again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Tensor:

@@ -61,7 +61,7 @@ def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a @ b. Products in 16 bits are summed in fp32: by the GEMM, or as soon as there are two."""
+    """Return total + a @ b. Products of 16-bit tensors are summed in fp32."""
     if a.element_size() == 2 and _gemm_returns_fp32(a.device):
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -77,7 +77,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Split a matrix into blocks of rows that stay in a core's cache between two operations."""
+    """Split a matrix (rows, columns) into blocks of rows. A block stays in a core's cache between two operations."""
     return torch.split(matrix, max(1, CPU_BLOCK_ELEMENTS // matrix.size(1)))
 
 

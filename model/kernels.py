@@ -45,7 +45,7 @@ class Kernels(Protocol):
         """Return the nonlinearity of the MLP: kind is gelu, gelu_tanh or swiglu."""
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
-        """Round to 8 bits; return the copies asked for and their unit."""
+        """Round a matrix to 8 bits. Return the copies and their unit, as reference_ops.quantise does."""
 
     def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
         """Return the cross entropy of each row. If with_gradient, overwrite the logits with their gradient."""

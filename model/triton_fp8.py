@@ -1,10 +1,10 @@
-"""Rounding a matrix to 8 bits in Triton: two passes over memory for both layouts that a product needs.
+"""Round a matrix to 8 bits in Triton, in two passes over memory, with and without a transposed copy.
 
     largest_magnitude   the largest magnitude of the matrix, by an atomic maximum: the same bits in any order
     round_tiles         one tile per program: read, scale, round, write as it is and transposed
 
-reference_ops.quantise is the same in torch's operations: a dozen kernel launches and three passes more.
-The conversion exists from compute capability 8.9 on. There it goes by way of fp16, cut off: exact for a bf16 matrix.
+reference_ops.quantise computes the same with torch's operations, in a dozen kernel launches and three more passes.
+GPUs have the conversion from compute capability 8.9 on. It first truncates to fp16, which is exact for a bf16 matrix.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def round_tiles(
     matrix, largest, straight, transposed, unit, rows, columns, top,
     STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile as it is and transposed, as asked for. `top`: the largest number of the format."""
+    """Round one tile and write it into the copies that exist. top: the largest number of the 8-bit format."""
     bits = tl.load(largest)
     magnitude = bits.to(tl.float32, bitcast=True)
     ratio = tl.div_rn(top, tl.maximum(magnitude, SMALLEST))
@@ -54,14 +54,14 @@ def round_tiles(
 
 
 def quantise(matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
-    """Round a matrix to an 8-bit dtype; arguments and result as in reference_ops.quantise."""
+    """Round a matrix to an 8-bit dtype. Arguments and result as in reference_ops.quantise."""
     return scaled_copies(matrix, torch.finfo(dtype).max, dtype, straight, transposed)
 
 
 def scaled_copies(
     matrix: Tensor, top: float, dtype: torch.dtype, straight: bool, transposed: bool
 ) -> tuple[Tensor, ...]:
-    """Return what quantise does, for a format whose largest number is `top`, as numbers of `dtype`."""
+    """Return the result of quantise for a format whose largest number is `top`. The copies have the type `dtype`."""
     matrix, (rows, columns) = matrix.contiguous(), matrix.shape
     largest = torch.zeros((), dtype=torch.int32, device=matrix.device)
     programs = triton.cdiv(matrix.numel(), ELEMENTS)

@@ -369,7 +369,7 @@ def test_several_and_nested_keys(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet", keys=["title", "meta.body"], tally=tally) == ["t\n\nb"]
     assert read(tmp_path / "a.parquet", keys="meta.body", tally=tally) == ["b"]
     assert tally.null == 2
-    with pytest.raises(UsageError, match="must name a key"):
+    with pytest.raises(UsageError, match="--text-key must not be empty"):
         read(tmp_path / "a.jsonl", keys=[""])
 
 

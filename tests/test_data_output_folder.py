@@ -34,7 +34,7 @@ def test_a_folder_in_use_is_left_alone(options: dict[str, bool], shared: bool, s
         for name in ("train-00000.bin.tmp", f"{FOLDER}/00000000.bin.tmp", f"{FOLDER}/00000001.json"):
             (folder / name).touch()
         before = names(folder)
-        with pytest.raises(UsageError, match="Another prepare is working in"):
+        with pytest.raises(UsageError, match="Another `packspeed prepare` is working in"):
             prepare([source], folder, "bytes", **options)
         assert names(folder) == before
     (folder / FOLDER / "00000001.json").unlink()
@@ -45,7 +45,7 @@ def test_a_folder_in_use_is_left_alone(options: dict[str, bool], shared: bool, s
 def test_tasks_share_a_folder(source: str, tmp_path: Path) -> None:
     with claimed_folder(tmp_path / "out", shared=True):
         assert prepare_part([source], tmp_path / "out", "bytes", task_index=0, task_count=1) == 1
-    with claimed_folder(tmp_path / "out"), pytest.raises(UsageError, match="Another prepare"):
+    with claimed_folder(tmp_path / "out"), pytest.raises(UsageError, match="Another `packspeed prepare`"):
         prepare_part([source], tmp_path / "out", "bytes", task_index=0, task_count=1)
     assert prepare([source], tmp_path / "out", "bytes", only_merge=True).source.documents == 1
 

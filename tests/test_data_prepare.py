@@ -216,7 +216,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
         done = {path.name: path.stat().st_mtime_ns for path in out.glob(".units/0*.json")}
         assert times.items() <= done.items()  # no receipt was written twice
         times = done
-    with pytest.raises(UsageError, match=r"holds an interrupted prepare.*--overwrite"):
+    with pytest.raises(UsageError, match=r"holds an interrupted `packspeed prepare`.*--overwrite"):
         prepare([source], out, text_key="other")
     assert prepare([source], out, shard_tokens=5000) == expected
     assert folder_bytes(out) == folder_bytes(tmp_path / "unbroken")

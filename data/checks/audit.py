@@ -48,7 +48,9 @@ def steps_of(loader: Loader, source: int, shard: str, index: int, steps: int) ->
     number in the shard, from 0. Raises UsageError if there is no such document.
     """
     if not 0 <= source < len(sources_of(loader)):
-        raise UsageError(f"There is no source {source}: the run has {len(sources_of(loader))}, numbered from 0.")
+        raise UsageError(
+            f"There is no source {source}: the run has {len(sources_of(loader))}, numbered from 0. Give one of them."
+        )
     source_loader = sources_of(loader)[source]
     start, length = _label_span(source_loader, shard, index)
     samples = steps * loader.global_batch

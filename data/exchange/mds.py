@@ -54,7 +54,7 @@ def read_mds(folder: Path) -> Iterator[Samples]:
         index = json.loads(path.read_bytes())
         shards = index["shards"]
         if index["version"] != 2:
-            raise ValueError(f"version {index['version']}, expected 2")
+            raise ValueError(f"its format version is {index['version']}, but only version 2 can be read")
         for shard in shards:
             yield _read_shard(folder, shard)
     except DataError:
@@ -89,7 +89,7 @@ def _content(folder: Path, shard: dict[str, Any]) -> bytes:
     for info in (shard["raw_data"], packed):
         # index.json is from another program: a basename with a path in it could name any file of this machine.
         if info is not None and Path(info["basename"]).name != info["basename"]:
-            raise ValueError(f"{info['basename']} is outside the folder")
+            raise ValueError(f"index.json names the file {info['basename']}, which is outside the folder")
     path: Path = folder / shard["raw_data"]["basename"]
     if path.exists() or packed is None:
         return path.read_bytes()
@@ -107,7 +107,7 @@ def _content(folder: Path, shard: dict[str, Any]) -> bytes:
         # Read at most one byte more than the index says, so that a shard that is too large cannot fill the memory.
         content = bytes(zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True).read(size + 1))
     if len(content) != size:
-        raise ValueError(f"{packed['basename']} does not decompress to {size} bytes")
+        raise ValueError(f"the shard {packed['basename']} does not decompress to {size} bytes")
     return content
 
 

@@ -1,8 +1,8 @@
 """The folder that `prepare` writes to. Files of others are never overwritten, and incomplete files are removed.
 
-A file lock prevents two prepares from using the same folder. Only the tasks of one prepare (`--task-index`) may share
-it. After a failure the finished work units are kept and everything else is removed. If no unit is finished, the folder
-is left as it was.
+A file lock prevents two runs of `prepare` from using the same folder. Only the tasks of one run (`--task-index`) may
+share it. After a failure the finished work units are kept and everything else is removed. If no unit is finished, the
+folder is left as it was.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ OWN_FILES = re.compile(
 
 @contextlib.contextmanager
 def claimed_folder(folder: Path, *, overwrite: bool = False, shared: bool = False) -> Iterator[None]:
-    """A context in which a folder is locked for one prepare. The folder is created if it does not exist.
+    """A context in which a folder is locked for one run of `prepare`. The folder is created if it does not exist.
 
-    overwrite: an existing dataset is removed once the folder is locked. shared: several tasks of one prepare use the
-    folder at the same time; then nothing is removed at the start. Otherwise incomplete files of a killed run are.
+    overwrite: remove an existing dataset once the folder is locked. shared: several tasks of one run use the folder at
+    the same time. Incomplete files of a killed run are removed at the start, unless `shared` is set.
 
     After an error in the block, finished units are kept and all else that prepare wrote is removed, the folder too if
     it was new. After a UsageError nothing is removed. An OSError becomes a DataError. Raises UsageError if the folder
-    contains other files or a dataset, or if another prepare works in it.
+    contains other files or a dataset, or if another `prepare` works in it.
     """
     created = not folder.exists()
     with _locked(folder, overwrite, shared):
-        # Finished units are kept, so that the same command continues an interrupted prepare.
+        # Finished units are kept, so that the same command continues an interrupted run.
         if not shared:
             clear_folder(folder, keep_units=not overwrite)
         try:
@@ -63,12 +63,12 @@ def _locked(folder: Path, overwrite: bool, shared: bool) -> FileLock:
         # Tasks need no lock if the file system does not support locks, because each task writes other units.
         lock = lock_file(folder / FOLDER / LOCK, timeout_s=0, shared=shared, required=not shared)
     except LockHeldError as error:
-        raise UsageError(f"Another prepare is working in {folder}. Wait for it, or stop it.") from error
+        raise UsageError(f"Another `packspeed prepare` is working in {folder}. Wait for it, or stop it.") from error
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"{folder} cannot be used as a folder: {reason}. Choose another one.") from error
     try:
-        # Check again, because another prepare may have finished between the check and the lock.
+        # Check again, because another run may have finished between the check and the lock.
         _check_contents(folder, overwrite)
     except BaseException:
         lock.release()

@@ -1,16 +1,16 @@
-"""Text to a token dataset: work units, encoded by one process or many, then merged into shards; the manifest is last.
+"""`packspeed prepare`: turn text into a token dataset. Work units are encoded in parallel and then merged into shards.
 
     sources -> units of about 32 MiB -> tokens and a receipt per unit -> merge: duplicates, split, shuffle -> shards
 
-The merge runs in a thread while units are encoded. Every document is encoded separately and ended by EOT. Validation
-documents are chosen by a keyed xxh3 hash of their bytes, so the same document is on the same side in every dataset.
-Fewer than 100 documents (one text file, for example) are too few for that: then the tail of the token stream is
-validation (tail_split.py).
+The merge runs in a thread while units are still being encoded. Every document is encoded separately and ends with the
+end-of-text token (EOT). A keyed xxh3 hash of its bytes decides whether a document belongs to train or to val, so it is
+in the same split in every dataset. With fewer than 100 documents, val is the end of the token stream (tail_split.py).
 
-The dataset depends only on sources and options: any number of workers, tasks, kills and restarts gives the same bytes.
-A killed run leaves `.units/` and no manifest, so no reader takes it for a dataset; the same command continues after
-the last finished unit. A failure keeps finished units; if there are none, it removes everything.
-Cost: docs/data.md; memory: a few megabytes of text and the encoder, for any corpus.
+The dataset depends on the sources and the options only, not on the number of workers or tasks, nor on kills and
+restarts. A killed run leaves `.units/` and no manifest, so the folder does not count as a dataset. The same command
+continues with the first unit that is not finished. After a failure finished units are kept; if there are none,
+everything is removed. Speed: see docs/data.md. Memory: a few megabytes of text and the encoder, for a corpus of any
+size.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def prepare_part(
     encoder: Choice = "auto",
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> int:
-    """Encode one task's share of the work units of a prepare, and return their number.
+    """Encode one task's share of the work units of `prepare`, and return the number of these units.
 
     task_index, task_count: this task encodes every task_count-th unit, from number task_index on. All tasks, which may
     run on different machines, write to the same folder `out`. After all tasks, call `prepare` with the same arguments
@@ -220,7 +220,7 @@ class Corpus:
 
 
 class _Preparation:
-    """One prepare: finds the sources, plans the work units, encodes and merges them. Use it inside claimed_folder."""
+    """One call of `prepare`: finds the sources; plans, encodes and merges the work units. Lock the folder before."""
 
     def __init__(self, folder: Path, corpus: Corpus, tokenizer: str | Tokenizer, options: MergeOptions):
         self.folder, self.corpus, self.options, self.units_folder = folder, corpus, options, folder / FOLDER
@@ -342,7 +342,8 @@ class _Preparation:
             reasons = f" Passed over: {'; '.join(passed_over[:3])}." if passed_over else ""
             shutil.rmtree(self.units_folder)
             raise DataError(
-                f"There is no text in {', '.join(names)}: every document is empty, null or was skipped.{reasons}"
+                f"There is no text in {', '.join(names)}: every document is empty, null or was skipped. "
+                f"Give other sources.{reasons}"
             )
         manifest = self._manifest(names, method, shards, merged)
         # The manifest is written last and makes the folder a dataset. After a crash before this line the units are

@@ -1,4 +1,4 @@
-"""The progress of a prepare: what is done, how fast, and the estimated time that is left."""
+"""The progress of `packspeed prepare`: what is done, how fast, and the estimated time that is left."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PrepareProgress:
 class ProgressMeter:
     """Adds up the reports of all workers, and calls `report` with the total after each.
 
-    units: all units of the prepare. done: the receipts of those that are finished already.
+    units: all work units. done: the receipts of those that are finished already.
     """
 
     def __init__(self, units: list[Unit], done: list[Receipt], report: Callable[[PrepareProgress], None] | None):

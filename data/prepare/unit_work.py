@@ -56,7 +56,7 @@ ReportCounts = Callable[[Counts], None]
 
 
 class UnitWorker:
-    """Processes work units of one prepare, with one encoder.
+    """Processes work units of one run of `prepare`, with one encoder.
 
     folder: where the units' files are. skip_bad: how many bad documents each unit may skip. choice: the
     library that encodes.

@@ -93,7 +93,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Job:
-    """A prepare: its units, and everything that determines their tokens."""
+    """A run of `packspeed prepare`: its work units, and everything that determines their tokens."""
 
     units: list[Unit]
     train_units: int  # how many units belong to the sources; those after them belong to the validation sources
@@ -239,8 +239,9 @@ def save_job(folder: Path, job: Job) -> None:
         write_file(path, json.dumps({"identity": job.identity()} | dataclasses.asdict(job)).encode())
     if _read_job(path).get("identity") != job.identity():
         raise UsageError(
-            f"{folder.parent} holds an interrupted prepare with other sources, another tokenizer or another text key, "
-            f"or its source files have changed since. Run its command again, or replace it with --overwrite."
+            f"{folder.parent} holds an interrupted `packspeed prepare` with other sources, another tokenizer or "
+            f"another text key, or its source files have changed since. Run its command again, or replace it "
+            f"with --overwrite."
         )
 
 

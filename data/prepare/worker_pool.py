@@ -1,4 +1,4 @@
-"""Worker processes that encode the work units of one prepare in parallel.
+"""Worker processes that encode the work units of `packspeed prepare` in parallel.
 
 A worker is a subprocess (unit_work.py). It reads numbers of units from its stdin, and writes counts and receipts to its
 stdout. It starts in 0.3 s and ends when its stdin closes, so no worker is left if the parent is killed.

@@ -51,7 +51,7 @@ class Tally:
     def pass_over(self, source: Source, why: str) -> None:
         """Record that a file is skipped. Raises DataError if the user gave the file by name, not by folder or glob."""
         if not source.found:
-            raise DataError(f"{source.name} cannot be used: {why}.")
+            raise DataError(f"{source.name} cannot be used: {why}. Leave this file out, or convert it.")
         self.passed_over.append(f"{source.name}: {why}")
 
 
@@ -67,7 +67,7 @@ class TextKeys:
     def __init__(self, keys: str | Sequence[str]):
         keys = (keys,) if isinstance(keys, str) else tuple(keys)
         if not keys or not all(keys):
-            raise UsageError("--text-key must name a key.")
+            raise UsageError("--text-key must not be empty: give the name of the key that has the text.")
         self.keys = keys
         plain = len(keys) == 1 and "." not in keys[0]
         self.take: Callable[[Any], Any] = itemgetter(keys[0]) if plain else self.text

@@ -123,7 +123,7 @@ class Manifest:
         return sum(shard.documents for shard in self.shards if shard.split == split)
 
     def compute_fingerprint(self) -> str:
-        """Return an xxh3-128, in hex, of everything that determines the tokens: equal datasets have equal ones."""
+        """Return a hash, in hex, of everything that determines the tokens. Equal datasets have equal fingerprints."""
         tokenizer = self.tokenizer
         identity = [tokenizer.sha256, tokenizer.pattern, tokenizer.vocab_size, tokenizer.eot_id]
         shards = [[shard.split, shard.tokens, shard.bin_xxh3_128] for shard in self.shards]

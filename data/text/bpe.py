@@ -34,7 +34,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> J
     if vocab_size < 257:
         raise UsageError(f"A byte-level vocabulary has at least 257 tokens (256 bytes and {EOT}), not {vocab_size}.")
     if out.suffix != ".json":
-        raise UsageError(f"The tokenizer is written as a .json file, but {out} does not end with .json.")
+        raise UsageError(
+            f"The tokenizer is written as a .json file, but {out} does not end with .json: give NAME.json."
+        )
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trained.decoder = tokenizers.decoders.ByteLevel()

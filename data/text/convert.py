@@ -249,7 +249,7 @@ def _agrees(content: bytes, reference: Any, file: Path) -> bool:
     try:
         made = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{file} cannot be read by the tokenizers library: {error}.") from error
+        raise DataError(f"{file} cannot be read by the tokenizers library: {error}. Copy it again.") from error
     made.encode_special_tokens = True
     symbols = [token["content"] for token in json.loads(content)["added_tokens"] if not token["special"]]
     probe = PROBE + "".join(f"x {symbol}" for symbol in symbols)

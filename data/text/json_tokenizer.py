@@ -180,7 +180,7 @@ class JsonTokenizer:
         return self._names.get(token)
 
     def _without_special_tokens(self) -> tokenizers.Tokenizer:
-        """Return a library tokenizer that never gives a special token, EOT or BOS for a text."""
+        """Return a tokenizer of the tokenizers library that never gives a special token, EOT or BOS for a text."""
         names = {token["content"] for token in self._spec.get("added_tokens") or [] if token.get("special")}
         names |= {self.eot_name} | ({self.bos_name} if self.bos_name is not None else set())
         self._special_ids = {self._ids[name] for name in names if name in self._ids}
@@ -217,7 +217,10 @@ class JsonTokenizer:
         return ids
 
     def _no_token(self, token_id: int) -> DataError:
-        return DataError(f"Tokenizer {self.name} has no token {token_id}: cannot decode it.")
+        return DataError(
+            f"Tokenizer {self.name} has no token {token_id}, so it cannot decode these ids: use the tokenizer that "
+            f"made them."
+        )
 
     @cached_property
     def _special_array(self) -> npt.NDArray[np.uint32]:
@@ -296,7 +299,10 @@ def _library_errors(name: str, action: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise DataError(f"Tokenizer {name} cannot be {action} by the tokenizers library: {reason}.") from error
+        raise DataError(
+            f"Tokenizer {name} cannot be {action} by the tokenizers library: {reason}. Copy its files again, or use "
+            f"another tokenizer."
+        ) from error
 
 
 def _check_prefix(name: str, model: dict[str, Any]) -> None:

@@ -119,7 +119,10 @@ class TiktokenTokenizer:
         try:
             return self._encoding.decode_bytes([int(i) for i in ids])
         except (KeyError, OverflowError) as error:
-            raise DataError(f"Tokenizer {self.name} has no token {error.args[0]}: cannot decode it.") from error
+            raise DataError(
+                f"Tokenizer {self.name} has no token {error.args[0]}, so it cannot decode these ids: use the tokenizer "
+                f"that made them."
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text that the ids stand for. Bytes that are not UTF-8 become U+FFFD."""
@@ -166,7 +169,10 @@ class BytesTokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the ids as bytes; end-of-text becomes its name. Raises DataError if an id is not in 0 .. 256."""
         if len(ids) and not 0 <= min(ids) <= max(ids) <= self.eot_id:
-            raise DataError(f"Tokenizer bytes has ids 0 to 256, not {max(ids)}: cannot decode it.")
+            raise DataError(
+                f"Tokenizer bytes has ids 0 to 256, not {max(ids)}, so it cannot decode these ids: use the tokenizer "
+                f"that made them."
+            )
         return b"".join(EOT.encode() if i == self.eot_id else bytes([i]) for i in ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -35,7 +35,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[bytes, str]:
         content, pattern = tokenizer.as_ranks()
         special = {EOT: tokenizer.eot_id} | ({BOS: tokenizer.bos_id} if tokenizer.bos_id is not None else {})
         return _checked(_build(parse_ranks(content, tokenizer.name), special, pattern), tokenizer), EOT
-    raise DataError(f"Tokenizer {tokenizer.name} has a type that cannot be written as tokenizer.json.")
+    raise DataError(
+        f"Tokenizer {tokenizer.name} is of a class that cannot be written as tokenizer.json: write that file by hand."
+    )
 
 
 def _build(ranks: dict[bytes, int], special: dict[str, int], pattern: str | None) -> bytes:

@@ -1,10 +1,10 @@
-"""Tokens per second of `packspeed generate`'s path, beside transformers' generate() and recomputing without a cache.
+"""Compare the speed of `packspeed generate` with transformers' generate() and with generation without a KV cache.
 
     python tests/bench/generate_bench.py [--prompts 8] [--new 32] [--rounds 3]
 
 One model with random weights of GPT-2's family (6 layers, width 384, vocabulary 4,096, fp32) is imported as a run and
-exported from it again. All three continue the same prompts of different lengths greedily in one batch, in turn. The
-tokens must be the same. The program prints medians and ratios.
+exported from it again. The three methods continue the same prompts of different lengths greedily in one batch, in
+turn. Their tokens must be equal. The program prints medians and ratios.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How the cost of reading a run folder grows with its steps: 6,000 to 600,000, and 600,000 of a mixture of 50 sources.
+"""Measure how the cost of reading a run folder grows with its steps: 6,000 to 600,000, and a mixture of 50 sources.
 
     python tests/bench/scale_run_bench.py FOLDER        needs 1 GB
 
-The folder has 200 process lives. Each measurement is a process of its own: CPU seconds and peak memory, start included.
+The run was restarted 199 times. Each measurement is a separate process: CPU seconds and peak memory, with its start.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROWS = 512
 
 
 def make_run(folder: Path, steps: int, sources: int) -> None:
-    """A run folder as training leaves it, without checkpoints."""
+    """Write a run folder like one that training leaves, without checkpoints."""
     folder.mkdir(parents=True)
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, steps + 1):

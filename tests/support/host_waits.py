@@ -1,16 +1,16 @@
-"""Where the host waits for the device in each training step: python tests/support/host_waits.py runs.json
+"""Find where the host waits for the device in each training step: python tests/support/host_waits.py runs.json
 
     runs.json           [["--config", ...], ...], as for many_runs.py
     runs.json.waits     for every run its steps, and for every step the waits, as "what file:line"; written by rank 0
 
 A GPU computes while the host queues more work. The host waits if it reads a tensor of the device (item, a condition,
 tolist, cpu, the indices of a mask), copies pageable memory to the device, or synchronises a device, stream or event.
-Without a GPU the same run is watched on the CPU, where nothing waits but the same functions are called:
+Without a GPU the same run is watched on the CPU, where the same functions are called, although nothing waits:
 
-- DeepSpeed's accelerator answers as the one for CUDA does, so DeepSpeed takes the code paths of a GPU. Its streams only
-  remember who waits for whom: at the end of a step, each must have waited for the others.
-- A tensor is the host's if it was made without a device or from numpy, or computed from such tensors only. All others
-  are the device's. That is how they would be on a GPU.
+- DeepSpeed's accelerator object behaves like the one for CUDA, so DeepSpeed takes the code paths of a GPU. Its streams
+  only record which stream waits for which. At the end of a step, each must have waited for the others.
+- A tensor counts as one in host memory if it was made without a device or from numpy, or was computed from such tensors
+  only. All others count as device tensors, as they would be on a GPU.
 
 On a GPU, torch itself reports the reads and copies (set_sync_debug_mode); the synchronisations are counted here.
 """
@@ -39,20 +39,20 @@ HERE = Path(__file__).name
 
 
 class Waits:
-    """What the host waited for since `begin`, as "what file:line" of the code that asked."""
+    """The waits of the host, each as "what file:line" with the line of code that caused it."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
     def note(self, what: str) -> None:
-        """Remember a wait and the innermost line outside torch that caused it."""
+        """Record a wait, with the innermost line of code outside torch that caused it."""
         frames = traceback.extract_stack()
         place = [f for f in frames if "/torch/" not in f.filename and Path(f.filename).name != HERE][-1]
         self.found.append(f"{what} {Path(place.filename).name}:{place.lineno}")
 
 
 def on_host(tensor: Any) -> bool:
-    """Whether the tensor would be in host memory in a run on a GPU."""
+    """Return whether a tensor would be in host memory in a run on a GPU."""
     return bool(getattr(tensor, "_on_host", False))
 
 
@@ -66,7 +66,7 @@ def _from_numpy(array: Any) -> torch.Tensor:
 
 
 class Functions(TorchFunctionMode):
-    """Notes reads and copies that torch's dispatcher does not see on CPUs, and marks the host's tensors."""
+    """Records reads and copies that torch's dispatcher does not see on CPUs, and marks tensors in host memory."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Functions(TorchFunctionMode):
 
 
 class Operations(TorchDispatchMode):
-    """Notes reads of the device's tensors; what is computed from the host's tensors is the host's."""
+    """Records reads of device tensors, and marks what is computed only from tensors in host memory."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Operations(TorchDispatchMode):
 
 
 class Stream:
-    """A stream of the pretended GPU. A CPU has done everything by then, so it only remembers who waits for whom."""
+    """A stream of the simulated GPU. On a CPU nothing is pending, so it only records which stream waits for which."""
 
     def __init__(self) -> None:
         self.uses = 0  # how often work was queued in it
@@ -141,16 +141,16 @@ class Stream:
 
 
 class Event:
-    """An event of the pretended GPU."""
+    """An event of the simulated GPU."""
 
     def __init__(self, **options: Any) -> None:
         del options
 
     def record(self, stream: Stream | None = None) -> None:
-        """Nothing is timed."""
+        """Do nothing: a CPU has no pending work to mark."""
 
     def query(self) -> bool:
-        """It has happened."""
+        """Return True: on a CPU all earlier work is done."""
         return True
 
     def synchronize(self) -> None:
@@ -185,7 +185,7 @@ def pretend_to_be_a_gpu() -> None:
 
 
 def note_disorder() -> None:
-    """At the end of a step, note a stream whose work the main stream has not waited for, or the other way around."""
+    """Record streams that have not waited for each other at the end of a step: the main stream and any other."""
     MAIN.uses += 1
     streams = [found for found in gc.get_objects() if isinstance(found, Stream) and found.uses and found is not MAIN]
     for stream in streams:

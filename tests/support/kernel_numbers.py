@@ -213,7 +213,7 @@ def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], name: str, mon
 @pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @DTYPES
 def test_rounding_to_8_bits(fp8: torch.dtype, dtype: torch.dtype) -> None:
-    """Bit for bit. In the interpreter, whose conversion loses a carry, torch converts the scaled numbers."""
+    """Equal to the reference bit for bit. Triton's interpreter converts wrongly, so torch does that there."""
     layouts = (True, True), (True, False), (False, True)
     shapes = (150, 144), (128, 16), (16, 144)
     factors = (1.0, 0.0), (3e-7, 0.0), (5e30, 0.0), (0.0, 0.0), (1.0, float("nan")), (1.0, -float("inf"))

@@ -82,7 +82,7 @@ def publish(lines: list[str], steps: int) -> None:
 
 
 def main() -> int:
-    """Make the table for the run file in the arguments, or for the small one of the tests."""
+    """Make the table for the run file in the arguments, or for the small run file of the tests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_file", nargs="?", help="your run file; default: the tests' small one")
     parser.add_argument("--steps", type=int, default=200)
