@@ -136,7 +136,8 @@ def _make_folder(temporary: Path) -> str | None:
 
 
 def _write_tensors(checkpoint: Path, out: Path, rank: int, ranks: int) -> tuple[dict[str, FileHash], str | None]:
-    """Write and verify the files of every ranks-th parameter, from number `rank` on.
+    """Write and verify this rank's share of the files: one per parameter, for every `ranks`-th parameter from `rank`
+    on.
 
     Returns ({file name: hash}, the error as text or None).
     """

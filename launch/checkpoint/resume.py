@@ -103,7 +103,7 @@ def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
 
 
 class Resumption(NamedTuple):
-    """The result of checks 1 to 3."""
+    """What find_checkpoint has found: the checkpoint to resume, and how the run differs from it."""
 
     checkpoint: Path | None  # None: the run starts at step 0
     damaged: list[Path]  # newer checkpoints, which are damaged
@@ -131,7 +131,7 @@ def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log
 
 
 def _find_checkpoint(folder: Path, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
-    """The part of find_checkpoint that runs on rank 0."""
+    """Do the work of find_checkpoint on rank 0. Returns the same and raises the same errors."""
     newest, damaged = newest_complete(folder, log)
     if newest is None:
         if (folder / step_folder(0)).is_dir():  # step 0 is always an import; without it, weights would be random
@@ -228,9 +228,9 @@ def check_same_model(checkpoint: Path, old: Mapping[str, object], new: Mapping[s
 
 
 def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
-    """Return what differs from the save of that which a bitwise resume needs, in words.
+    """Return a line for each difference from the save that keeps a resumed run from being bit for bit the same.
 
-    The list is empty for checkpoints of older versions, which do not record it.
+    The list is empty for checkpoints of older versions, which do not record their environment.
     """
     if "environment" not in saved:
         return []

@@ -81,7 +81,7 @@ class SafeWriter:
         return not any(thread.is_alive() for thread in self._threads)
 
     def wait(self) -> None:
-        """Wait until all threads have finished."""
+        """Wait until all threads have finished. Errors are in `error` afterwards."""
         for thread in self._threads:
             thread.join()
 
@@ -98,7 +98,7 @@ class SafeWriter:
             self.error = f"{path}: {_root_cause(error)}"
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder. An error is stored in `error`."""
+        """Make a folder, as os.makedirs does. If that fails, the error is stored in `error` and not raised."""
         try:
             os.makedirs(path, exist_ok=exist_ok)
         except OSError as error:

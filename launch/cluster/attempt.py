@@ -81,7 +81,9 @@ class LaunchOptions:
     pretend: bool = False  # all hosts are simulated on this machine (rehearse.py)
 
     def agent_command(self, host: Host) -> list[str]:
-        """Return the command that starts the agent of a host."""
+        """Return the command line that starts the agent of a host: directly if the host is this machine, else over
+        ssh.
+        """
         return agent_command(Host("localhost", host.slots) if self.pretend else host, self.python, self.ssh_config)
 
     def facts_request(self, host: Host, hosts: list[Host]) -> FactsRequest:
@@ -154,7 +156,7 @@ class Attempt:
 
     @staticmethod
     def _write(agent: subprocess.Popen[bytes], line: str) -> None:
-        """Write a line to an agent's stdin."""
+        """Write a line to an agent's stdin. Does nothing if the agent has ended."""
         assert agent.stdin is not None
         with contextlib.suppress(OSError, ValueError):  # if the agent has ended, `watch` sees its exit code
             agent.stdin.write(line.encode() + b"\n")
@@ -275,7 +277,7 @@ class Attempt:
         return ", ".join(str(rank) for rank, name in self.host_of.items() if name == host)
 
     def _log_tail(self, rank: int, lines: int = 12) -> list[str]:
-        """Return the last lines that a rank printed."""
+        """Return the last `lines` lines that a rank has printed, or an empty list if its log cannot be read."""
         with contextlib.suppress(OSError):
             return (self.logs / f"rank-{rank}.log").read_text(errors="replace").splitlines()[-lines:]
         return []

@@ -179,7 +179,7 @@ def _service(label: str) -> dict[str, object]:
 
 
 def _pod(label: str, container: dict[str, object], claim: str) -> dict[str, object]:
-    """Return the pod of one node."""
+    """Return the pod specification of one node, with its container and the volume claim."""
     return {
         "subdomain": label, "restartPolicy": "Never", "terminationGracePeriodSeconds": WARNING_S,
         "containers": [container],

@@ -62,7 +62,7 @@ def audit(
 
 
 def _describe_anomaly(entry: AnomalyLine) -> str:
-    """Return a line about a step that was vetoed."""
+    """Return a line about a step that the optimizer did not apply, because its loss or gradient norm was bad."""
     last = entry["first_sample"] + entry["samples"] - 1
     action = f"{entry['policy']}, back to step {entry['back_to']}" if "back_to" in entry else entry["policy"]
     samples = f"samples {entry['first_sample']} to {last}"

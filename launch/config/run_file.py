@@ -291,7 +291,10 @@ class AnomalySection(Section):
         "the other values act as for anomalies.nonfinite.",
     )
     zscore: float = Field(
-        10.0, gt=0, description="A value is a spike if it is this many robust standard deviations above the median."
+        10.0,
+        gt=0,
+        description="A value is a spike if it is this many robust standard deviations (1.4826 times the median "
+        "absolute deviation) above the median of past steps.",
     )
     window: int = Field(
         128, ge=8, description="Number of past accepted steps from which the median and the deviation are computed."

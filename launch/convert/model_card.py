@@ -123,7 +123,7 @@ def _tokenizer_note(manifest: Manifest) -> str:
 
 
 def _curve_section(train: Points, valid: Points) -> str:
-    """Return the section with the plot and a table of losses."""
+    """Return the section with the plot of the losses and a table of at most ROWS steps."""
     at = dict(valid)
     steps = sorted({*[step for step, _ in valid], train[0][0], train[-1][0]})
     steps = steps if len(steps) <= ROWS else [steps[round(i * (len(steps) - 1) / (ROWS - 1))] for i in range(ROWS)]

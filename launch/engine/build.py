@@ -88,7 +88,9 @@ def resolve_kernels(wanted: str, say: Callable[[str], None]) -> str:
 
 
 def check_precision(precision: str) -> None:
-    """Raise ConfigError if this device or DeepSpeed on it cannot train in this precision (fp32, fp16, bf16 or fp8)."""
+    """Raise ConfigError if this device, or DeepSpeed on it, cannot train in this precision ("fp32", "fp16", "bf16"
+    or "fp8").
+    """
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             f"train.precision: fp16: DeepSpeed does not train in fp16 on this {device_type()}. "
@@ -102,9 +104,9 @@ def check_precision(precision: str) -> None:
 
 
 def device_without_fp8() -> str | None:
-    """The name of this process's device if it can neither multiply fp8 nor emulate it; None if it can.
+    """Return the name of this process's device if it can neither multiply fp8 nor emulate it, else None.
 
-    AMD's MI300 has other 8-bit formats, whose numbers would differ.
+    AMD's MI300 counts as such a device, because its 8-bit formats would give other numbers.
     """
     device = device_type()
     if device == "cpu":
@@ -187,7 +189,10 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
 
 
 def parameter_dtype(ds_config: DsConfig) -> torch.dtype:
-    """The dtype to which DeepSpeed casts every parameter with this final dict; fp32 also if it keeps some in fp32."""
+    """Return the dtype to which DeepSpeed casts the parameters with this final configuration.
+
+    If DeepSpeed keeps some of them in fp32, the result is fp32.
+    """
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if (ds_config.get("data_types") or {}).get("keep_in_fp32_modules"):
         return torch.float32
@@ -195,10 +200,10 @@ def parameter_dtype(ds_config: DsConfig) -> torch.dtype:
 
 
 def model_on(device: torch.device, config: GPTConfig, seed: int, dtype: torch.dtype) -> GPT:
-    """The GPT with its initial weights on `device`, in `dtype`, for ZeRO 0 to 2.
+    """Return the GPT with its initial weights on `device`, in `dtype`, for ZeRO stages 0 to 2.
 
-    Host memory never holds more than one parameter: eight ranks of a 7B model would otherwise fill 216 GB with fp32
-    weights. The bits are those of drawing all weights in fp32 on the host and casting them.
+    The weights are the same bits as if all were drawn in fp32 on the CPU and then cast. But only one parameter at a
+    time is in host memory, because the fp32 weights of a 7B model on eight ranks would take 216 GB.
     """
     model = gpt_without_weights(config).to(dtype).to_empty(device=device)
     if config.tie_embeddings:  # to_empty makes two tensors of one
@@ -208,7 +213,11 @@ def model_on(device: torch.device, config: GPTConfig, seed: int, dtype: torch.dt
 
 
 def _partitioned_model(config: GPTConfig, seed: int, ds_config: DsConfig) -> GPT:
-    """The GPT with its initial weights, divided among all ranks for ZeRO-3. Rank 0 draws, the others receive."""
+    """Return the GPT with its initial weights, partitioned over all ranks for ZeRO-3. A collective: every rank must
+    call it.
+
+    Rank 0 draws the weights and sends them to the others.
+    """
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = GPT(config)
     init_weights(

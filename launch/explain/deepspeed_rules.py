@@ -32,9 +32,10 @@ def low_precision_accumulation(case: Case) -> Iterator[str]:
 
 @rule("loss", "DeepSpeed#1800")
 def low_precision_communication(case: Case) -> Iterator[str]:
-    """Gradients are averaged between ranks in 16 bits.
+    """Gradients are averaged between ranks in 16 bits, although the run computes in a higher precision, or sums
+    overflow.
 
-    Symptom: the loss depends on the number of ranks; fp16 overflows at 65,504.
+    Symptom: the loss depends on the number of ranks, or fp16 overflows at 65,504.
     Fix: remove communication_data_type.
     """
     dtype = case.ds.get("communication_data_type")

@@ -9,9 +9,9 @@
         if ...:
             yield "what, where, and what to do"
 
-The rules are in deepspeed_rules.py and run_rules.py; importing those modules fills RULES. `packspeed explain` runs all
-of them, and docs/troubleshooting.md is generated from their docstrings. Rules read plain dicts and must not raise: a
-value of the wrong type is reported by the loaders.
+The rules are in deepspeed_rules.py and run_rules.py. Importing these modules adds them to RULES. `packspeed explain`
+runs all rules, and docs/troubleshooting.md is generated from their docstrings. A rule reads plain dicts and must not
+raise, even if a value has the wrong type; that is reported by the code that reads the files.
 """
 
 from __future__ import annotations

@@ -109,7 +109,9 @@ def solved_values(
 
 
 def _resumes(deterministic: bool) -> tuple[str, str, str]:
-    """How equal a resumed run is, by default too, and what decides and costs it."""
+    """Return (how exactly a resumed run repeats an uninterrupted one, the same by default, what decides that and its
+    cost).
+    """
     exact = "bit for bit"
     if deterministic:
         costs = "on GPUs attention's backward pass takes an estimated 1.2 to 2 times as long for it"

@@ -62,7 +62,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
 
 
 def _verified(checkpoint: Path) -> Path:
-    """Return the checkpoint. Raises UserError if it is damaged."""
+    """Return the checkpoint if all its files are intact. Raises UserError if it is damaged."""
     if damage := find_damage(checkpoint):
         raise UserError(f"checkpoint {checkpoint} is damaged: {'; '.join(damage)}")
     return checkpoint

@@ -220,7 +220,7 @@ def _legend(runs: Sequence[Run]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return an HTML table."""
+    """Return an HTML table with these header cells and rows. None is shown as a dash."""
 
     def cell(value: Any) -> str:
         return f"<td>{html.escape('-' if value is None else str(value))}</td>"
@@ -263,7 +263,7 @@ def _summary(run: Run) -> str:
 
 
 def _median(run: Run, key: str) -> float:
-    """Return the median of a key of metrics.jsonl over all steps."""
+    """Return the median of a key of metrics.jsonl over all steps, or 0 if no step has the key."""
     values = run.columns.values(key)[1]
     return float(np.median(values)) if len(values) else 0.0
 
@@ -302,7 +302,7 @@ def _chart(runs: Sequence[Run], key: str, title: str, unit: str = "") -> Chart:
 
 
 def _charts(charts: Sequence[Chart]) -> str:
-    """Return the charts as HTML."""
+    """Return the charts side by side, as HTML."""
     return f'<div class="charts">{"".join(line_chart(chart) for chart in charts)}</div>'
 
 
@@ -367,7 +367,7 @@ def _sample(entry: SamplesLine) -> str:
 
 
 def _anomalies(run: Run) -> str:
-    """Return a table of the vetoed steps of a run."""
+    """Return an HTML table of the steps that the optimizer did not apply, with the reasons."""
     keys = ("step", "reason", "policy", "loss", "grad_norm", "first_sample", "samples")
     return f"<h3>{html.escape(run.name)}</h3>" + _table(keys, [[entry.get(k) for k in keys] for entry in run.anomalies])
 

@@ -158,7 +158,7 @@ def watch(folder: Path, once: bool = False, poll_s: float = 1.0) -> None:
 
 
 def _show_once(progress: RunProgress) -> None:
-    """Print the current state."""
+    """Print the current state: as a panel in a terminal, otherwise as a line."""
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -169,7 +169,7 @@ def _show_once(progress: RunProgress) -> None:
 
 
 def _follow_live(follower: Follower, poll_s: float) -> None:
-    """Show the panel until the run ends."""
+    """Show the panel, and update it every `poll_s` seconds, until the run ends."""
     from rich.live import Live
 
     with Live(panel(follower.progress), auto_refresh=False) as screen:

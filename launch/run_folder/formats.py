@@ -35,7 +35,7 @@ class _StepLine(TypedDict):
 
 @final
 class StepLine(_StepLine, total=False):
-    """A line of metrics.jsonl after a step. The keys below exist only if they apply."""
+    """A line of metrics.jsonl for a training step. `skipped` and `epochs` exist only if they apply."""
 
     skipped: Annotated[str, "", "why the optimizer did not apply this step"]
     # In the order of data.sources; older versions wrote an object with the sources' paths as keys.
@@ -44,7 +44,7 @@ class StepLine(_StepLine, total=False):
 
 @final
 class EvaluationLine(TypedDict):
-    """A line of metrics.jsonl after an evaluation; it follows the StepLine of the same step."""
+    """A line of metrics.jsonl for an evaluation. It follows the StepLine of the same step."""
 
     step: Annotated[int, "steps", "completed optimizer steps at the evaluation"]
     val_loss: Annotated[float | None, "nats per token", "mean over the validation windows; null if it is not finite"]
@@ -107,7 +107,7 @@ class _AnomalyLine(TypedDict):
 
 
 class AnomalyLine(_AnomalyLine, total=False):
-    """A line of anomalies.jsonl. The key below exists only after a rewind."""
+    """A line of anomalies.jsonl: a step that was vetoed. `back_to` exists only after a rewind."""
 
     back_to: Annotated[int, "steps", "step of the checkpoint from which training continued"]
 

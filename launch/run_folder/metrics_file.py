@@ -53,9 +53,9 @@ def line_start(path: Path, at: int) -> int:
 
 
 def last_line_with(path: Path, text: bytes, end: int) -> bytes | None:
-    """Return the last complete line before the byte `end` that contains `text`; None if there is none.
+    """Return the last complete line before the byte `end` that contains `text`, or None if there is none.
 
-    Reads backwards in blocks of MAX_LINE_BYTES, so the usual call reads the end of the file only.
+    Reads backwards in blocks of MAX_LINE_BYTES, so it usually reads only the end of the file.
     """
     with path.open("rb") as file:
         tail = b""  # the start of a line whose beginning is in the block before

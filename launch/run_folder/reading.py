@@ -220,7 +220,7 @@ def _plain(value: Any, level: int = 0) -> Any:
 
 
 def is_readable(path: Path, notes: list[str]) -> bool:
-    """Return whether a path is a file; adds a note if it is something else. A missing file needs no note."""
+    """Return whether the path is a regular file. If it is something else, add a note; a missing file needs no note."""
     return os.path.isfile(path) or read_file(path, notes) is not None
 
 
@@ -236,6 +236,6 @@ def _read_objects(path: Path, notes: list[str]) -> tuple[list[JsonObject], int]:
 
 
 def _note_lines(path: Path, damaged: int, notes: list[str]) -> None:
-    """Add a note if lines of a file are damaged."""
+    """Add a note with the number of damaged lines of a file, unless it is 0."""
     if damaged:
         notes.append(f"{path}: {damaged} line(s) could not be read and are left out.")

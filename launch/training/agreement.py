@@ -26,8 +26,8 @@ class Agreement(NamedTuple):
     """What every rank knows of a step after the all-reduce. Each number is a sum over the ranks."""
 
     loss: float  # mean over the global batch, nats per token
-    ranks_stopping: float  # ranks that a signal asked to stop
-    ranks_written: float  # ranks that have written their part of the checkpoint under way
+    ranks_stopping: float  # number of ranks that a signal asked to stop
+    ranks_written: float  # number of ranks that have written their files of the pending checkpoint
     batch_hash: float  # sum of 32-bit hashes of the rows, exact in fp64
 
 

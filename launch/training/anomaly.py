@@ -47,7 +47,7 @@ class AnomalyDetector:
         self.anomaly: Anomaly | None = None  # the anomaly of the current step
 
     def begin_step(self) -> None:
-        """Forget the verdict on the previous step."""
+        """Start a new step: forget the anomaly of the previous one."""
         self.anomaly = None
 
     def vetoes(self, loss: float, norm: float | None) -> bool:

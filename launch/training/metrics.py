@@ -153,7 +153,7 @@ class Metrics:
             say(f"WARNING: samples.jsonl: {error.strerror}")
 
     def _monitor_failed(self, error: OSError) -> None:
-        """Warn that events could not be written, once until they can be written again."""
+        """Warn that events cannot be written. Warns only once, until they can be written again."""
         if not self._monitor_broken:
             say(f"WARNING: TensorBoard's events cannot be written ({error.strerror}). metrics.jsonl has every step.")
         self._monitor_broken = True

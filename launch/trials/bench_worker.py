@@ -214,7 +214,7 @@ def _result(
     peak_memory_gib: float,
     loss: float,
 ) -> Result:
-    """Return the content of round-N.json."""
+    """Return the content of round-N.json for a measured round."""
     topology = setup.topology
     datasheet = None
     if topology.device.type == "cuda":

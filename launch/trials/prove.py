@@ -329,7 +329,7 @@ def _final_manifest(plan: ProofPlan) -> Manifest:
 
 
 def describe_environment(environment: ComputeEnvironment, versions: dict[str, str]) -> str:
-    """Return in one line what a bitwise resume needs: the devices, the ranks per host and in all, and the versions."""
+    """Return a line that says on what a bitwise resume depends: devices, ranks per host and in all, versions."""
     per_host = environment["ranks_per_host"]
     each = str(per_host[0]) if len(set(per_host)) == 1 else ", ".join(map(str, per_host))
     facts = [

@@ -200,7 +200,7 @@ class Rehearsal(Supervisor):
         return attempt if beats and min(beat.step for beat in beats.values()) >= step else None
 
     def _apply(self, fault: Fault, attempt: Attempt) -> None:
-        """Inject one fault into the running attempt."""
+        """Inject one fault into the running attempt (one start of all ranks)."""
         if fault.kind == "fill":
             fill_disk(self.run.folder)
             threading.Timer(float(fault.target), self._free_disk).start()

@@ -21,7 +21,7 @@ class CheckpointEngine(Protocol):
     """The methods that DeepSpeed calls on its checkpoint engine. Their names and parameters are DeepSpeed's."""
 
     def create(self, info: object) -> None:
-        """Begin a save."""
+        """Start a save; `info` is DeepSpeed's description of it."""
 
     def save(self, state_dict: object, path: str) -> None:
         """Write the object to the file."""
@@ -30,7 +30,7 @@ class CheckpointEngine(Protocol):
         """Read the file and return the object in it."""
 
     def commit(self, info: object) -> bool:
-        """End a save; return whether it succeeded."""
+        """Finish a save, and return whether it succeeded; `info` is DeepSpeed's description of it."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make the folder, as os.makedirs does."""

@@ -16,22 +16,23 @@ How a veto works, with the functions in the order in which they are called:
 
     train_step()                     loop: hook.begin_step(), forward and backward, hook.agree(), then engine.step()
       engine.step()                  DeepSpeed: at the accumulation boundary it runs the optimizer
-        optimizer.step()             DeepSpeed: asks for the norm of the gradients, to clip by it
-          <patched norm function>    here: takes the norm and calls
-            hook._read_and_judge()   here: copies norm and agreement to the host, keeps them for the metrics and asks
+        optimizer.step()             DeepSpeed: computes the norm of the gradients for clipping
+          <patched norm function>    here: computes the norm instead of DeepSpeed's function and calls
+            hook._read_and_judge()   here: copies norm and agreement to the CPU, stores them for the metrics and calls
               judge(norm, agreed)    AnomalyDetector.vetoes (training/anomaly.py): True if norm or loss is not finite or
                                      is a spike
-          <- an invalid norm         stages 1 to 3: -1, DeepSpeed's own sign of an overflow; BF16_Optimizer: NaN.
-                                     DeepSpeed then drops the gradients and does not step. Stage 0 has no norm
-                                     function: the hook replaces optimizer.step and does not call it
+          <- an invalid norm         returned to DeepSpeed, which then drops the gradients and does not step. At stages
+                                     1 to 3 it is -1, DeepSpeed's own mark for an overflow; for BF16_Optimizer NaN.
+                                     Stage 0 has no norm function: the hook replaces optimizer.step, and skips it
     train_step()                     loop: reads hook.norm, hook.read_agreement() and the detector's anomaly
 
-The copy is the only time in a step that the host waits for the device. DeepSpeed alone waits for its overflow check
-and each time it looks at the norm. Here it gets the norm in host memory, where looking costs nothing, and the overflow
-check is left out: a gradient that is not finite has a norm that is not finite. In fp16 such a norm is an overflow,
-which lowers the loss scale, and no anomaly. There are two exceptions. Muon at stage 3 updates its momentum before the
-norm is known, and must not add bad gradients to it, so the agreement is read earlier and the norm in a copy of its own.
-With an offloaded optimizer the host waits for the gradients themselves.
+"Agreement" is the all-reduced loss and other numbers (training/agreement.py). This copy is the only point of a step at
+which the CPU waits for the GPU. DeepSpeed alone waits in its overflow check and whenever it reads the norm. Here it
+gets the norm in host memory, where reading costs nothing. The overflow check is left out, because a gradient that is
+not finite makes the norm not finite. In fp16 this counts as an overflow, which lowers the loss scale, and not as an
+anomaly. There are two exceptions. Muon at stage 3 updates its momentum before the norm is known, and must not add bad
+gradients to it; so the agreement is copied earlier than the norm. With an offloaded optimizer, the CPU waits for the
+gradients.
 
 All ranks have the same norm and the same mean loss, so all of them veto a step or none. With an offloaded optimizer,
 DeepSpeed's own norm is used, because it is computed in fp64 already, one gradient at a time.
@@ -103,11 +104,15 @@ class GradientNormHook:
         self._agreement = self._agreed = None
 
     def agree(self, agreement: torch.Tensor) -> None:
-        """Take numbers that all ranks have and `judge` needs, fp64 (n,) on the device. Call it before engine.step()."""
+        """Store the numbers that `judge` needs besides the norm, as an fp64 tensor (n,) on the device, equal on all
+        ranks.
+
+        Call it before engine.step().
+        """
         self._agreement = agreement
 
     def read_agreement(self) -> list[float]:
-        """Return the numbers given to `agree`. Waits for the device unless the norm was read before."""
+        """Return the numbers given to `agree`. Waits for the device, unless the norm was read before."""
         if self._agreed is None:
             assert self._agreement is not None, "agree() comes before"
             self._agreed = self._agreement.tolist()
@@ -116,8 +121,8 @@ class GradientNormHook:
     def _read_and_judge(self, norms: Tensors, scale: float = 1.0) -> Tensors | None:
         """Return the norms as scalars in host memory, or None if the step must be dropped: a veto or an overflow.
 
-        norms: those of all parameter groups, scalars. scale: the loss scale, which they contain. A negative norm is
-        DeepSpeed's mark for "not finite" and is stored as NaN.
+        `norms` are the norms of all parameter groups, as scalar tensors that still contain the loss scale (`scale`). A
+        negative norm is DeepSpeed's mark for "not finite" and is stored as NaN.
         """
         on_host = self._to_host(norms)
         value = float(combine_grad_norm_groups(on_host)) if len(on_host) > 1 else float(on_host[0])
@@ -129,7 +134,7 @@ class GradientNormHook:
         return None if self.vetoed else on_host
 
     def _to_host(self, norms: Tensors) -> Tensors:
-        """Copy the norms to the host, together with the agreement unless that was read before."""
+        """Copy the norms to the CPU, in one copy with the agreement unless that was read before."""
         if self._agreed is not None or self._agreement is None or norms[0].device != self._agreement.device:
             return [torch.tensor(float(norm), dtype=norm.dtype) for norm in norms]
         numbers: list[float] = torch.cat([*(norm.double().view(1) for norm in norms), self._agreement]).tolist()
@@ -162,7 +167,7 @@ class GradientNormHook:
         replace(optimizer, "update_offload_overflow_tracker", lambda grad: None)
 
     def _patch_stage3(self, optimizer: Stage3Optimizer) -> None:
-        """ZeRO 3: step() calls _overflow_check, Muon's momentum update and _get_norm_groups, in this order."""
+        """ZeRO stage 3: step() checks for an overflow, then updates Muon's momentum, then calls _get_norm_groups."""
 
         def get_norm_groups() -> list[torch.Tensor]:
             norms = self._read_and_judge(list(original_groups()), optimizer.loss_scale)
@@ -190,9 +195,11 @@ class GradientNormHook:
         original_update = replace(optimizer, "_update_scale", update_scale)
 
     def _patch_bf16(self, optimizer: object) -> None:
-        """bf16 with fp32 gradients: every rank has all gradients, and step() takes the norm of what it is given.
+        """bf16 with fp32 gradients: every rank has all gradients, and step() computes the norm of the list that it is
+        given.
 
-        It gets a single tensor, the norm itself, whose norm is the same number.
+        The replacement gives step() a list of one tensor with one element, the norm itself; the norm of that list is
+        the same number.
         """
 
         def get_grads_for_norm(for_clipping: bool = False) -> Tensors | tuple[Tensors, dict[str, Tensors]]:
@@ -207,7 +214,7 @@ class GradientNormHook:
         original = replace(optimizer, "get_grads_for_norm", get_grads_for_norm)
 
     def _patch_stage0(self, engine: Any) -> None:
-        """Stage 0: DeepSpeed clips with torch's norm, runs the plain optimizer and cannot drop a step."""
+        """Stage 0: DeepSpeed clips with torch's norm, then runs the plain optimizer, and has no way to drop a step."""
         require(engine, "clip_fp32_gradients")
 
         def take_model_step(lr_kwargs: object) -> None:

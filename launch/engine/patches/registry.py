@@ -185,7 +185,7 @@ OPTIMIZERS: tuple[Row, ...] = (
         "checkpoint_event_epilogue()": "called: gathers the persistent parameters",
     }),
     ("deepspeed/runtime/zero/partition_parameters.py", TENSORS, STATE, {
-        "ds_numel": "read: elements of a partitioned parameter",
+        "ds_numel": "read: the number of elements of a partitioned parameter",
         "partition": "called: partitions the persistent parameters",
     }),
     ("deepspeed/runtime/utils.py", MODULE, NORM, {
