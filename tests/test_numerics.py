@@ -297,9 +297,9 @@ def test_every_rank_computes_as_the_run_file_says(workspace: Workspace) -> None:
         sets = (f"train.deterministic={str(value).lower()}", "train.steps=3", "deepspeed=zero2")
         done = forked(probe, *workspace.arguments(name, *sets), ranks=2)
         assert done.returncode == 0, done.stdout + done.stderr
-        lines = [line for line in done.stdout.splitlines() if line.startswith(("at group", "at model"))]
+        lines = [line for line in done.stdout.splitlines() if line.startswith(("at group", "at training"))]
         found = {tuple(line.split(" ", 3)[1:3]): json.loads(line.split(" ", 3)[3]) for line in lines}
-        assert set(found) == {(when, rank) for when in ("group", "model") for rank in "01"}
+        assert set(found) == {(when, rank) for when in ("group", "training") for rank in "01"}
         for settings in found.values():
             assert settings == {
                 "deterministic": value, "warn_only": False, "fill": False, "inductor": value, "fp32": "highest",

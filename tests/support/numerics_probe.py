@@ -1,8 +1,8 @@
-"""Run train.main, and print the numeric settings when the process group is created and when the model is built.
+"""Run train.main, and print the numeric settings when the process group is created and when training starts.
 
     python tests/support/numerics_probe.py ARGUMENTS
 
-A line has "at group" or "at model", the rank, and the settings as JSON. Nothing else is changed.
+A line has "at group" or "at training", the rank, and the settings as JSON. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from packspeed.launch.engine import build
 from packspeed.launch.train import main
+from packspeed.launch.training import startup
 
 
 def settings() -> dict[str, Any]:
@@ -43,7 +43,7 @@ def printing(when: str, function: Any) -> Any:
 
 
 torch.distributed.init_process_group = printing("group", torch.distributed.init_process_group)
-build.init_weights = printing("model", build.init_weights)
+startup.make_trainer = printing("training", startup.make_trainer)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
