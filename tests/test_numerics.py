@@ -380,6 +380,25 @@ def test_the_precision_that_mfu_refers_to(enabled: set[str], precision: str) -> 
     assert hardware.compute_precision(engine) == precision
 
 
+@pytest.mark.parametrize(
+    ("loop", "of_run", "precision"),
+    [
+        ("packspeed:", "fp32", "fp32"), ("packspeed:", "fp8", "bf16"), ("bare:fp32", "bf16", "fp32"),
+        ("nanogpt:autocast", "fp32", "bf16"), ("gpt2:bf16", "fp16", "bf16"),
+    ],
+)  # fmt: skip
+def test_the_precision_that_the_mfu_of_a_benchmark_refers_to(loop: str, of_run: str, precision: str) -> None:
+    from packspeed.launch.trials.bench_worker import mfu_precision
+
+    assert mfu_precision(loop, of_run) == precision
+
+
+def test_a_flag_that_only_warns_is_not_enough() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    numerics.set_numerics(deterministic=True)
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 def test_the_peak_is_measured_with_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """And without the generators that belong to the run."""
     factors: list[torch.Tensor] = []

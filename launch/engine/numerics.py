@@ -50,7 +50,7 @@ def set_numerics(deterministic: bool, nccl: bool = False) -> None:
             raise _contradiction(WORKSPACE, f"only {' and '.join(WORKSPACES)} let cuBLAS repeat a product exactly")
         if nccl and may_add_in_the_switch(os.environ.setdefault("NCCL_ALGO", f"^{','.join(NVLS)}")):
             raise _contradiction("NCCL_ALGO", "NCCL may then add in the NVSwitch, in an order that changes")
-    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call takes a second: it imports inductor
+    if deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports inductor, which takes a second
         torch.use_deterministic_algorithms(deterministic)  # and inductor's deterministic mode, in torch that has one
     # It would write every new tensor once more.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -33,6 +33,7 @@ import torch
 from packspeed.data.errors import PackspeedError
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.config.deepspeed_json import zero_stage
+from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.build import build_engine
 from packspeed.launch.engine.hardware import measured_peak, memory_gib
@@ -218,9 +219,8 @@ def _result(
     topology = setup.topology
     datasheet = None
     if topology.device.type == "cuda":
-        precision = setup.job["loop"].partition(":")[2] or setup.precision  # a baseline has its own
         gpu = torch.cuda.get_device_name(topology.device)
-        datasheet = topology.world * datasheet_peak(gpu, "bf16" if precision == "autocast" else precision)
+        datasheet = topology.world * datasheet_peak(gpu, mfu_precision(setup.job["loop"], setup.precision))
     return {
         "device": topology.device.type,
         "precision": setup.precision,
@@ -239,6 +239,15 @@ def _result(
         "memory_gib": peak_memory_gib,
         "loss": loss,
     }
+
+
+def mfu_precision(loop: str, run_precision: str) -> str:
+    """Return the precision whose peak the MFU of a training loop refers to: fp32, bf16 or fp16.
+
+    Baselines have a precision of their own in their names, as in "bare:autocast".
+    """
+    own = loop.partition(":")[2]
+    return "bf16" if own == "autocast" else own or engine_precision(run_precision)
 
 
 def _peak_memory_gib(setup: BenchSetup) -> float:
