@@ -2,15 +2,16 @@
 
     1. complete      Every file listed in packspeed.json has its size and hash. Otherwise an older checkpoint is tried
                      (newest_complete in manifest.py). If all are damaged the run is refused, because it must not
-                     silently start again at step 0. 2. same run      Model, data order, seed, batch and optimizer are
-                     those of the run file (config/effects.py lists the keys). Other settings may have changed, which is
-                     logged (check_same_run). 3. same data     The fingerprints of the datasets and the version of the
-                     sample order are equal (check_same_run). 4. loadable      The optimizer's state is not on NVMe
-                     (check_loadable). 5. same layout   Ranks, ZeRO block, precision and optimizer classes are equal, so
-                     DeepSpeed can load its own files. Otherwise reshard.py converts them (has_same_layout). 6. same
-                     step     The state in the files belongs to the step that packspeed.json names (check_loaded_step).
-                     7. same loss     The probe, the loss of a few samples, has the saved value when it is computed with
-                     the loaded weights (compare_probes; training/self_check.py computes it).
+                     silently start again at step 0.
+    2. same run      Model, data order, seed, batch and optimizer are those of the run file (config/effects.py lists
+                     the keys). Other settings may have changed, which is logged (check_same_run).
+    3. same data     The fingerprints of the datasets and the version of the sample order are equal (check_same_run).
+    4. loadable      The optimizer's state is not on NVMe (check_loadable).
+    5. same layout   Ranks, ZeRO block, precision and optimizer classes are equal, so DeepSpeed can load its own files.
+                     Otherwise reshard.py converts them (has_same_layout).
+    6. same step     The state in the files belongs to the step that packspeed.json names (check_loaded_step).
+    7. same loss     The probe, the loss of a few samples, has the saved value when it is computed with the loaded
+                     weights (compare_probes; training/self_check.py computes it).
 
 Checks 1 to 3 run before the engine is built and before any file of the run changes. A rewind during training repeats
 checks 1 and 4 to 6. Checks 2 and 3 raise ConfigError (exit code 2), the others UserError (exit code 1).

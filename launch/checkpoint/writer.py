@@ -37,9 +37,8 @@ class _HashedFile:
 class SafeWriter:
     """Writes the files of a checkpoint with hash and fsync; DeepSpeed calls it as its checkpoint engine.
 
-        begin(copy=False)   save(state, path), save(...)   wait()                 each save starts a thread that writes
-        begin(copy=True)    save(state, path), save(...)   start() ... wait()     save copies; `start` starts the
-        threads
+        begin(copy=False)   save(state, path), save(...)   wait()              each save starts a thread that writes
+        begin(copy=True)    save(state, path), save(...)   start() ... wait()  save copies; `start` starts the threads
 
     Errors are stored in `error` and not raised, and all writing is done in threads. So a rank with a full disk still
     reaches DeepSpeed's barriers; these have no timeout, and the other ranks would wait in them forever. The memory of

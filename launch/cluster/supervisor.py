@@ -3,13 +3,13 @@
 This module decides what happens; attempt.py runs one attempt, from its start to its end. When a host dies, the
 following happens, in this order and these modules:
 
-    1. supervisor.py   Supervisor.supervise has planned and started an attempt, and waits in Attempt.watch. 2.
-    attempt.py      ssh to the host exits with 255. _verdict returns `lost`, and end kills the ranks on other hosts. 3.
-    agent.py        If the lost host is still alive, its agent receives nothing for 20 s and ends its ranks. 4.
-    supervisor.py   The outcome is written to launches.jsonl. Supervisor.plan asks all hosts again (ssh.py). 5. hosts.py
-    plan_launch numbers the ranks of the hosts that have answered. 6. supervisor.py   The next attempt starts. train.py
-    resumes from the newest complete checkpoint, which it converts if the number of ranks has changed. The dropped host
-    is asked again every `take_back_s` seconds.
+    1. supervisor.py   Supervisor.supervise has planned and started an attempt, and waits in Attempt.watch.
+    2. attempt.py      ssh to the host exits with 255. _verdict returns `lost`, and end kills the ranks on other hosts.
+    3. agent.py        If the lost host is still alive, its agent receives nothing for 20 s and ends its ranks.
+    4. supervisor.py   The outcome is written to launches.jsonl. Supervisor.plan asks all hosts again (ssh.py).
+    5. hosts.py        plan_launch numbers the ranks of the hosts that have answered.
+    6. supervisor.py   The next attempt starts. train.py resumes from the newest complete checkpoint, which it converts
+                       if the number of ranks has changed. The dropped host is asked again every `take_back_s` seconds.
 
 messages.py defines the messages between supervisor and agents, and run_folder/heartbeat.py the heartbeat of a rank.
 """

@@ -1,8 +1,10 @@
 """Read a run file: parse the YAML, apply `--set` values, and validate it as a RunFile. Every error names its line.
 
-parsing.parse_yaml   YAML text to plain data, and the line of every key apply_overrides      put the values of `--set`
-into the data parse_numbers        "3e-4" to 0.0003, because YAML 1.1 reads it as a string load_run_file        all of
-these, then validation by pydantic. Each error becomes one line: file and line, key, problem, and the nearest valid key
+parsing.parse_yaml   YAML text to plain data, and the line of every key
+apply_overrides      put the values of `--set` into the data
+parse_numbers        "3e-4" to 0.0003, because YAML 1.1 reads it as a string
+load_run_file        all of these, then validation by pydantic. Each error becomes one line: file and line, key,
+                     problem, and the nearest valid key
 """
 
 from __future__ import annotations

@@ -13,14 +13,17 @@ sleep, and each round starts with another worker. Other programs on the machine 
 `x bare` is the ratio (time of the baseline `bare` / time of this loop): the median over the rounds, then its minimum
 and maximum.
 
-Columns step            time per step: median over the rounds (minimum to maximum) MFU             model FLOP/s
-    (flops_per_token in model/config.py) / peak FLOP/s of the device. On GPUs the peak comes from the data sheet. On
-    CPUs it is the fastest square matrix product (GEMM) in the same benchmark of ... GEMM     model FLOP/s / FLOP/s of
-    square matrix products, measured in the same benchmark memory          on CPUs: peak resident memory of a rank's
-    process, and `before`: that peak before the model was built. On GPUs: peak allocation by torch forward, ...    time
-    per phase, from the round with the median step time. Communication is the time for which the CPU waits (gloo). On
-    GPUs, communication runs in the background, and its cost is in the other phases The JSON file also contains the CPU
-    time per step, which depends least on other programs.
+Columns
+    step            time per step: median over the rounds (minimum to maximum)
+    MFU             model FLOP/s (flops_per_token in model/config.py) / peak FLOP/s of the device. On GPUs the peak
+                    comes from the data sheet. On CPUs it is the fastest square matrix product (GEMM) in the same
+                    benchmark
+    of ... GEMM     model FLOP/s / FLOP/s of square matrix products, measured in the same benchmark
+    memory          on CPUs: peak resident memory of a rank's process, and `before`: that peak before the model was
+                    built. On GPUs: peak allocation by torch
+    forward, ...    time per phase, from the round with the median step time. Communication is the time for which the
+                    CPU waits (gloo). On GPUs, communication runs in the background, and its cost is in the other phases
+The JSON file also contains the CPU time per step, which depends least on other programs.
 """
 
 from __future__ import annotations
