@@ -112,7 +112,9 @@ def varlen_attention() -> VarlenAttention | None:
 
 
 def adapt_varlen(varlen_attn: Callable[..., Any]) -> VarlenAttention | None:
-    """Return a function that calls torch's varlen_attn, whose arguments differ by release; None if it is not causal.
+    """Return a function that calls torch's varlen_attn, whose arguments differ between releases of torch.
+
+    Return None if this release's function has no causal mode.
 
     | torch | causal | grouped queries |
     |---|---|---|

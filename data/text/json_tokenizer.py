@@ -212,7 +212,7 @@ class JsonTokenizer:
             raise DataError(
                 f"Tokenizer {self.name} gives its special token {name!r} for a part of an ordinary text, so a text "
                 f"could end its own document. Use a tokenizer that has another token for unknown characters and no "
-                f"special tokens in its merges, or name another end-of-text token by --eot-token."
+                f"special tokens in its merges, or name another end-of-text token with --eot-token."
             )
         return ids
 
