@@ -32,7 +32,7 @@ from packspeed.model.attention import Documents, attend, attend_last
 from packspeed.model.config import GPTConfig
 from packspeed.model.fp8_linear import fp8_linear
 from packspeed.model.fused_loss import head_loss, head_losses
-from packspeed.model.kernels import choose
+from packspeed.model.kernels import Kernels, choose
 from packspeed.model.keyed_dropout import keyed_dropout, site_keys
 from packspeed.model.linear import is_slow, linear
 
@@ -115,12 +115,8 @@ class Attention(nn.Module):
         rope: the result of rope_table; None with learned positions. cache: holds keys and values of the tokens before
         x, and gets those of x. documents: tokens attend only within their own document.
         """
-        q, k, v = self.qkv(x).view(*x.shape[:2], -1, self.head_width).split(self.heads, dim=2)  # (B, T, H, D) each
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         kernels = choose(self.kernels, x.device)
-        if rope is not None:
-            q, k = kernels.rotate(q, rope), kernels.rotate(k, rope)
+        q, k, v = self._heads(self.qkv(x).view(*x.shape[:2], -1, self.head_width), rope, kernels)
         if cache is not None:
             mixed = self._generate(q, k, v, cache)
         elif documents is not None and self.attend_documents is not None:
@@ -129,6 +125,20 @@ class Attention(nn.Module):
             mixed = kernels.attend(q, k, v, documents)
         out: Tensor = self.proj(mixed.flatten(2))  # of (B, T, H * D)
         return out
+
+    def _heads(self, qkv: Tensor, rope: Tensor | None, kernels: Kernels) -> list[Tensor]:
+        """Return queries, keys and values, (B, T, heads, D) each: parts of qkv, which is overwritten if it can be.
+
+        A separate copy of the rotated queries and keys would keep qkv in memory beside it, for the values.
+        """
+        if rope is not None and self.q_norm is None:
+            return list(kernels.rotate(qkv, rope, self.heads))
+        q, k, v = torch.split(qkv, self.heads, dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+            if rope is not None:
+                (q,), (k,) = (kernels.rotate(part, rope, [part.size(2)]) for part in (q, k))
+        return [q, k, v]
 
     def _generate(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """Append the new keys and values to the cache and attend to all tokens in it. q, k, v: (B, T, heads, D)."""

@@ -18,6 +18,7 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -35,8 +36,8 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return x + branch and its norm."""
 
-    def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Return x (B, T, H, D) with RoPE applied."""
+    def rotate(self, x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
+        """Split x (B, T, H, D), which may be overwritten, and apply RoPE to the first two parts."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Return causal attention, as attention.attend does."""

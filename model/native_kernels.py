@@ -20,6 +20,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from ctypes import c_int64
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 from packspeed.model.attention import Documents
 from packspeed.model.attention import attend as plain_attend
 from packspeed.model.reference_ops import activate as plain_activate
-from packspeed.model.reference_ops import add_norm, quantise, rotate
+from packspeed.model.reference_ops import add_norm, quantise
 from packspeed.model.reference_ops import row_losses as plain_row_losses
 
 __all__ = ["activate", "add_norm", "attend", "build", "quantise", "rotate", "row_losses"]
@@ -147,6 +148,45 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
     ends = torch.arange(rows + 1, dtype=torch.int32) * length if documents is None else documents.ends
     out: Tensor = _Attend.apply(*(x.flatten(0, 1) for x in (q, k, v)), ends)  # type: ignore[no-untyped-call]
     return out.view(q.shape)
+
+
+def _turn(x: Tensor, rope: Tensor, sign: float, out: Tensor) -> None:
+    """Rotate x (B, T, H, D) by `sign` times the angles of rope, into out, which may be x."""
+    (cos, sin), (a, b), (out_a, out_b) = rope.unbind(0), x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    first, second = (a * cos).sub_(b * sin, alpha=sign), (b * cos).add_(a * sin, alpha=sign)
+    out_a.copy_(first)
+    out_b.copy_(second)
+
+
+class _Rotate(torch.autograd.Function):
+    """Overwrites x, and returns views of it: attention saves them, and the linear layer does not need its output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rope: Tensor, heads: list[int]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(rope)
+        ctx.heads = heads
+        turned = x[:, :, : sum(heads[:2])]
+        _turn(turned, rope, 1.0, turned)
+        return torch.split(x, heads, dim=2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Write the gradients of the parts into one tensor."""
+        (rope,), first = ctx.saved_tensors, grads[0]
+        d_x = first.new_empty((*first.shape[:2], sum(ctx.heads), first.size(3)))
+        for i, (grad, part) in enumerate(zip(grads, torch.split(d_x, ctx.heads, dim=2), strict=True)):
+            if i < 2:
+                _turn(grad, rope, -1.0, part)
+            else:
+                part.copy_(grad)
+        return d_x, None, None
+
+
+def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
+    """Split the heads of x and apply RoPE in place; see reference_ops.rotate."""
+    parts: tuple[Tensor, ...] = _Rotate.apply(x, rope, list(heads))  # type: ignore[no-untyped-call]
+    return parts
 
 
 class _Activate(torch.autograd.Function):

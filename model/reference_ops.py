@@ -6,6 +6,8 @@ The Triton and C++ versions (triton_kernels.py, native_kernels.py) have the same
 these. With `model.kernels: eager` a run uses this file as it is, with `compile` through torch.compile.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,11 +33,18 @@ def add_norm(
     return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Return x (B, T, H, D) with RoPE applied: each channel pair (i, i + D/2) is rotated by the angle of its position.
+def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
+    """Split x (B, T, H, D) into parts of `heads` heads and apply RoPE to the first two: queries and keys, not values.
 
-    rope (2, B or 1, T, 1, D/2): cosines and sines from gpt.rope_table. Computed in fp32 and rounded to x's dtype.
+    Each channel pair (i, i + D/2) is rotated by the angle of its position. rope (2, B or 1, T, 1, D/2): cosines and
+    sines from gpt.rope_table. Computed in fp32 and rounded to x's dtype.
+    The caller gives x away: kernels may overwrite it, so that the parts need no memory of their own.
     """
+    parts = torch.split(x, list(heads), dim=2)
+    return *(_rotate(part, rope) for part in parts[:2]), *parts[2:]
+
+
+def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     cos, sin = rope.unbind(0)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -3,7 +3,8 @@
     add_norm    One program per row computes the sum, the statistics and the norm in one pass over memory (torch: two to
                 seven). Backward: each of n programs processes every n-th row and sums its part of the weight's gradient
                 in registers. The parts are then added in a fixed order, so equal inputs give equal bits.
-    rotate      One program per token rotates all heads. Backward rotates by the negative angle.
+    rotate      One program per token rotates the heads of queries and keys in place: nothing else needs them as they
+                were, and values stay where they are. Backward rotates by the negative angle.
     activate    One pass. Backward recomputes the gate from the output of the linear layer, which is saved anyway.
     row_losses  One program per row reads the logits twice and overwrites them with the gradient. The online softmax
                 keeps one running maximum per lane; the lanes are combined only at the end of the row.
@@ -16,6 +17,7 @@ Sources: Triton's tutorials (https://triton-lang.org), online softmax (https://a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from packspeed.model.attention import attend as attend
 from packspeed.model.triton_fp8 import quantise as quantise
 
 NORM_ELEMENTS = 1 << 19  # elements that a norm's backward processes in parallel: 512 rows of 1,024 fill an H100
+HEAD_TILE = 4096  # elements of the heads that one program of `rotate` rotates
 TILE = 1024  # elements that one program of `activate` processes
 VOCAB_TILE = 4096  # logits that a program of `row_losses` loads at a time
 NOTHING = tl.constexpr(-1.0e30)  # smaller than any logit; not -inf, because -inf - (-inf) is NaN
@@ -105,21 +108,24 @@ def norm_backward(
 
 @triton.jit
 def rotate_heads(
-    x, rope, out, length, heads, half, stride_b, stride_t, stride_h, table_rows, sign,
+    x, rope, out, length, heads, half, x_b, x_t, x_h, out_b, out_t, out_h, table_rows, sign,
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the channel pairs (i, i + half) of all heads of one token by `sign` times their angle."""
+    """Rotate the channel pairs (i, i + half) of HEADS heads of one token by `sign` times their angle.
+
+    x_b, x_t and x_h are the strides of x, from one row, token and head to the next. out may be x.
+    """
     token = tl.program_id(0).to(tl.int64)
     b, t = token // length, token % length
-    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    h, i = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (h < heads) & (i < half)
     angle = ((b % table_rows) * length + t) * half + tl.arange(0, HALF)
     cos = tl.load(rope + angle, tl.arange(0, HALF) < half, 0.0)[None, :]
     sin = tl.load(rope + table_rows * length * half + angle, tl.arange(0, HALF) < half, 0.0)[None, :] * sign
-    source = x + b * stride_b + t * stride_t + h * stride_h + i
+    source = x + b * x_b + t * x_t + h * x_h + i
     first = tl.load(source, inside, 0.0).to(tl.float32)
     second = tl.load(source + half, inside, 0.0).to(tl.float32)
-    target = out + (token * heads + h) * 2 * half + i
+    target = out + b * out_b + t * out_t + h * out_h + i
     tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), inside)
     tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), inside)
 
@@ -257,35 +263,45 @@ def add_norm(
     return (x, out) if branch is None else out
 
 
-def _rotated(x: Tensor, rope: Tensor, sign: float) -> Tensor:
-    """Return x (B, T, H, D) rotated by `sign` times the angles of rope. x may have any strides."""
+def _rotate(x: Tensor, rope: Tensor, out: Tensor, sign: float) -> None:
+    """Rotate x (B, T, H, D) into out, which may be x. The strides of both may be any except the last, which is 1."""
     batch, length, heads, width = x.shape
-    x = x if x.stride(3) == 1 else x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
-    rotate_heads[(batch * length,)](
-        x, rope, out, length, heads, width // 2, *x.stride()[:3], rope.size(1), sign,
-        HEADS=block_h, HALF=block_d, num_warps=_warps(block_h * block_d),
+    half = triton.next_power_of_2(width // 2)
+    block = min(triton.next_power_of_2(heads), max(1, HEAD_TILE // half))
+    rotate_heads[(batch * length, triton.cdiv(heads, block))](
+        x, rope, out, length, heads, width // 2, *x.stride()[:3], *out.stride()[:3], rope.size(1), sign,
+        HEADS=block, HALF=half, num_warps=_warps(block * half),
     )  # fmt: skip
-    return out
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rope: Tensor, heads: list[int]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(rope)
-        return _rotated(x, rope, 1.0)
+        ctx.heads = heads
+        x = x if x.stride(3) == 1 else x.contiguous()
+        turned = x[:, :, : sum(heads[:2])]
+        _rotate(turned, rope, turned, 1.0)
+        return torch.split(x, heads, dim=2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _rotated(grad, ctx.saved_tensors[0], -1.0), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Write the gradients of the parts into one tensor, which the linear layer's backward reads."""
+        (rope,), first = ctx.saved_tensors, grads[0]
+        d_x = first.new_empty((*first.shape[:2], sum(ctx.heads), first.size(3)))
+        for i, (grad, part) in enumerate(zip(grads, torch.split(d_x, ctx.heads, dim=2), strict=True)):
+            if i < 2:
+                _rotate(grad if grad.stride(3) == 1 else grad.contiguous(), rope, part, -1.0)
+            else:
+                part.copy_(grad)
+        return d_x, None, None
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Return x (B, T, H, D) with RoPE applied; arguments as in reference_ops.rotate."""
-    out: Tensor = _Rotate.apply(x, rope.contiguous())
-    return out
+def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
+    """Split the heads of x and apply RoPE in place; see reference_ops.rotate."""
+    parts: tuple[Tensor, ...] = _Rotate.apply(x, rope.contiguous(), list(heads))
+    return parts
 
 
 class _Activate(torch.autograd.Function):

@@ -19,6 +19,7 @@ from packspeed.model.config import GPTConfig
 from packspeed.model.fused_loss import CPU_CHUNK_BYTES, _scale, head_loss, head_losses
 from packspeed.model.gpt import (
     GPT,
+    Attention,
     init_weights,
     is_matrix,
     is_muon_parameter,
@@ -205,7 +206,7 @@ def test_rope_is_a_rotation_that_sees_only_distances() -> None:
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def score(i: int, j: int) -> float:
-        a, b = (rotate(x, rope_table(torch.tensor([[p]]), 8, 10_000.0)) for x, p in ((q, i), (k, j)))
+        (a,), (b,) = (rotate(x, rope_table(torch.tensor([[p]]), 8, 10_000.0), [1]) for x, p in ((q, i), (k, j)))
         assert torch.allclose(a.norm(), q.norm())
         return (a * b).sum().item()
 
@@ -233,6 +234,31 @@ def gradients(model: GPT, keys: Tensor | None = None) -> list[Tensor]:
     tokens, labels = batch()
     model(tokens, labels, dropout_keys=keys).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_attention_keeps_queries_keys_and_values_once(position: str) -> None:
+    """Rotated queries and keys take the place of the linear layer's output, which values would keep in memory."""
+    model = build(position=position, n_kv_head=2)
+    attention, x = model.blocks[0].attn, torch.randn(2, 24, 64, requires_grad=True)
+    assert isinstance(attention, Attention)
+    rope = rope_table(torch.arange(24)[None], 16, 10_000.0) if position == "rope" else None
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = attention(x, rope)
+    for tensor in (*attention.parameters(), *(() if rope is None else (rope,))):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    elements = (
+        x.numel() + out.numel() + 2 * 24 * (4 + 2 + 2) * 16
+    )  # of the inputs of both linear layers, and of q, k, v
+    small = 2 * 24 * 4 + 3  # softmax denominators; the ends of the rows
+    assert sum(kept.values()) == 4 * (elements + small)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

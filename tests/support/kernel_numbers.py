@@ -90,14 +90,21 @@ def test_add_norm_without_a_bias_and_far_from_zero() -> None:
 @DTYPES
 @pytest.mark.parametrize(("batch", "length", "heads", "width"), [(1, 1, 1, 2), (2, 5, 3, 6), (1, 3, 4, 16)])
 @pytest.mark.parametrize("own_positions", [True, False])
-def test_rotate(batch: int, length: int, heads: int, width: int, own_positions: bool, dtype: torch.dtype) -> None:
-    """Heads are views of a wider tensor, like queries and keys. Positions are large and differ between rows."""
-    wide = normal(batch, length, heads + 2, width, dtype=dtype)
+@pytest.mark.parametrize("parts", [3, 1])
+def test_rotate(
+    fused: Kernels, batch: int, length: int, heads: int, width: int, own_positions: bool, parts: int,
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Queries and keys turn, values do not; far positions; in place. Several programs share the heads of a token."""
+    monkeypatch.setattr(triton_kernels, "HEAD_TILE", 8)
+    split = [heads, 2, 2][:parts]
+    wide = normal(batch, length, sum(split), width, dtype=dtype)
     positions = torch.arange(batch if own_positions else 1)[:, None] * 1000 + torch.arange(length)
     rope = rope_table(positions.to(DEVICE), width, 10_000.0)
-    doubles = exact(wide)
-    found, expected = triton_kernels.rotate(wide[:, :, 1:-1], rope), plain.rotate(doubles[:, :, 1:-1], rope.double())
-    check([found], [wide], [expected], [doubles])
+    doubles, given = exact(wide), wide * 1
+    found = fused.rotate(given, rope, split)
+    assert {x.untyped_storage().data_ptr() for x in found} == {given.untyped_storage().data_ptr()}
+    check(found, [wide], plain.rotate(doubles, rope.double(), split), [doubles])
 
 
 @DTYPES
