@@ -53,11 +53,10 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width or config.d_model))
         self.bias = None if self.rms or not config.has_bias("norm") else nn.Parameter(torch.zeros(config.d_model))
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return norm(x) for x (..., C). If a branch of that shape is given, return (x + branch, norm(x + branch))."""
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (x + branch, norm(x + branch)) for x and branch (..., C); without a branch, (x, norm(x))."""
         add_norm = choose(self.kernels, x.device).add_norm
-        total, normed = add_norm(x, branch, self.weight, self.bias, self.eps, self.rms)
-        return normed if branch is None else (total, normed)
+        return add_norm(x, branch, self.weight, self.bias, self.eps, self.rms)
 
 
 def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
@@ -135,7 +134,7 @@ class Attention(nn.Module):
             return list(kernels.rotate(qkv, rope, self.heads))
         q, k, v = torch.split(qkv, self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            (_, q), (_, k) = self.q_norm(q), self.k_norm(k)
             if rope is not None:
                 (q,), (k,) = (kernels.rotate(part, rope, [part.size(2)]) for part in (q, k))
         return [q, k, v]
@@ -177,28 +176,28 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None = None,
         rope: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Documents | None = None,
-    ) -> Tensor:
-        """Return the residual stream after this layer, (B, T, C), for x (B, T, C).
+    ) -> tuple[Tensor, Tensor]:
+        """Return x and the branch to add to it, (B, T, C) each, for the x and the branch of the layer before.
 
-        dropout_keys (2, B) int64: one key per branch and sample (site_keys); None: no dropout. Other arguments as in
-        Attention.forward. Attention probabilities have no dropout, because flash attention would draw it from torch's
-        random stream.
+        The residual stream between two layers is x + branch. The next norm computes the sum, in its own pass over
+        memory. branch: None at the first layer. dropout_keys (2, B) int64: one key per branch and sample (site_keys);
+        None: no dropout. Other arguments as in Attention.forward. Attention probabilities have no dropout, because
+        flash attention would draw it from torch's random stream.
         """
-        # Attention branch. Its result is added to x below, together with the norm.
-        branch: Tensor = self.attn(self.attn_norm(x), rope, cache, documents)
+        x, normed = self.attn_norm(x, branch)
+        branch = self.attn(normed, rope, cache, documents)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[0], self.dropout)
-        # Fused: x = x + branch; normed = norm(x). One pass over memory instead of two.
         x, normed = self.mlp_norm(x, branch)
-        # MLP branch. This addition is not fused: the next norm is in another module, whose weight ZeRO-3 gathers later.
         branch = self.mlp(normed)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[1], self.dropout)
-        return x + branch
+        return x, branch
 
 
 class Head(nn.Module):
@@ -256,7 +255,7 @@ class GPT(nn.Module):
             for block in self.blocks:
                 block.compile(dynamic=False)
         # The dropout here needs no random state, so none has to be saved for the recomputation.
-        self.checkpoint_fn: Callable[..., Tensor] = functools.partial(
+        self.checkpoint_fn: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
             checkpoint, use_reentrant=False, preserve_rng_state=False
         )
 
@@ -307,16 +306,19 @@ class GPT(nn.Module):
         if keys is not None:  # numbers of the dropout sites: 0 after the embedding, 2 layer + 1 and + 2 in each block
             keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
             x = keyed_dropout(x, keys[0], self.config.dropout)
+        branch: Tensor | None = None
         packed = None if documents is None else Documents.of(documents, tokens)
         with nullcontext() if cache is None else without_graphs(self.config):
             for layer, block in enumerate(self.blocks):
                 recompute = self._recomputes(layer)
+                if recompute and branch is not None:  # its inputs are kept: the sum takes half as much as x and branch
+                    x, branch = x + branch, None
                 block_keys = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
-                inputs = (x, rope, block_keys, None if recompute else cache, packed)
-                x = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
+                inputs = (x, branch, rope, block_keys, None if recompute else cache, packed)
+                x, branch = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
         if cache is not None:
             cache.length += tokens.size(1)
-        out: Tensor = self.norm(x)
+        out: Tensor = self.norm(x, branch)[1]
         return out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -276,7 +276,7 @@ def test_which_blocks_are_recomputed(choice: Any, expected: list[int]) -> None:
     model = build(activation_checkpointing=choice)
     seen: list[int] = []
 
-    def spy(block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def spy(block: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(next(i for i, b in enumerate(model.blocks) if b is block))
         return block(*inputs)
 

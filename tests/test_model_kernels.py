@@ -140,17 +140,17 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.launch
 @torch.no_grad()
 def test_compiled_blocks_give_the_eager_loss(graphs: Callable[[], int]) -> None:
-    """Within 1e-5, and one graph serves all layers."""
+    """Within 1e-5. One graph serves all layers but the first, which has no branch to add."""
     tokens = torch.randint(0, 101, (2, 16))
     compiled, eager = (build(kernels=k)(tokens, tokens, reduction="none") for k in ("compile", "eager"))
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=0)
-    assert graphs() == 1
+    assert graphs() == 2
 
 
 @pytest.mark.usefixtures("traced_only")
 def test_compiled_gradients(graphs: Callable[[], int]) -> None:
     assert_same(loss_and_gradients(build(kernels="compile")), loss_and_gradients(build(kernels="eager")))
-    assert graphs() == 1
+    assert graphs() == 2
 
 
 @pytest.mark.usefixtures("traced_only")
