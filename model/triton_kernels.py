@@ -29,6 +29,8 @@ from packspeed.model.attention import attend as attend
 from packspeed.model.triton_fp8 import quantise as quantise
 
 NORM_ELEMENTS = 1 << 19  # elements that a norm's backward processes in parallel: 512 rows of 1,024 fill an H100
+NORM_TILE = 8192  # elements of a row per program of it: the most that 64 registers of 1,024 threads can sum
+NORM_PROGRAMS = 256  # of it, at least: an H100 has 132 multiprocessors
 HEAD_TILE = 4096  # elements of the heads that one program of `rotate` rotates
 TILE = 1024  # elements that one program of `activate` processes
 VOCAB_TILE = 4096  # logits that a program of `row_losses` loads at a time
@@ -66,17 +68,26 @@ def norm_forward(
 
 
 @triton.jit
+def norm_inputs(total, d_out, c, inside, mean, scale):
+    """Return the normalised values of a row and the gradients of its norm, at the columns c."""
+    value = tl.load(total + c, inside, 0.0).to(tl.float32)
+    return tl.where(inside, value - mean, 0.0) * scale, tl.load(d_out + c, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
 def norm_backward(
     d_out, d_total, total, weight, means, scales, d_x, d_weights, d_biases, rows, width,
-    RMS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    RMS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute d_x for the rows program, program + programs, ..., and their part of the weight's and bias' gradients.
 
     d_x is the gradient of x and of the branch, which are equal. d_weights and d_biases (programs, width) get one row
-    per program.
+    per program. WIDE: the rows are wider than BLOCK. Then each of several programs sums the row itself, and writes
+    BLOCK columns of it: sums for all columns would need more registers than there are.
     """
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    c = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    c = tl.program_id(1) * BLOCK + lane
     inside = c < width
     gain = tl.load(weight + c, inside, 0.0).to(tl.float32)
     d_gain = tl.zeros((BLOCK,), tl.float32)
@@ -85,18 +96,29 @@ def norm_backward(
         row = program + turn * programs
         start = row * width
         scale = tl.load(scales + row)
-        unit = tl.load(total + start + c, inside, 0.0).to(tl.float32)
+        mean, along, level = 0.0, 0.0, 0.0
         if not RMS:
-            unit = tl.where(inside, unit - tl.load(means + row), 0.0)
-        unit *= scale
-        d = tl.load(d_out + start + c, inside, 0.0).to(tl.float32)
+            mean = tl.load(means + row)
+        if WIDE:
+            for first in range(0, width, BLOCK):
+                e = first + lane
+                unit, d = norm_inputs(total + start, d_out + start, e, e < width, mean, scale)
+                d *= tl.load(weight + e, e < width, 0.0).to(tl.float32)
+                along += tl.sum(d * unit, 0)
+                if not RMS:
+                    level += tl.sum(d, 0)
+        unit, d = norm_inputs(total + start, d_out + start, c, inside, mean, scale)
         d_gain += d * unit
         if HAS_BIAS:
             d_bias += d
         d *= gain
-        change = d - unit * (tl.sum(d * unit, 0) / width)
+        if not WIDE:
+            along = tl.sum(d * unit, 0)
+            if not RMS:
+                level = tl.sum(d, 0)
+        change = d - unit * (along / width)
         if not RMS:
-            change -= tl.sum(d, 0) / width
+            change -= level / width
         change *= scale
         if HAS_BRANCH:
             change += tl.load(d_total + start + c, inside, 0.0).to(tl.float32)
@@ -144,29 +166,31 @@ def gelu_parts(x, TANH: tl.constexpr):
 
 
 @triton.jit
-def activation_forward(x, out, count, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute BLOCK elements of out. For swiglu, a row of x is the gate and then the value, `width` elements each."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
+def activation_forward(x, out, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute BLOCK elements of a row of out. For swiglu, a row of x is the gate and then the value."""
+    tiles = tl.cdiv(width, BLOCK)
+    row, c = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    inside = c < width
     if KIND == "swiglu":
-        place = x + i // width * (2 * width) + i % width
+        place = x + row * 2 * width + c
         gate = tl.load(place, inside, 0.0).to(tl.float32)
         value = gate * tl.sigmoid(gate) * tl.load(place + width, inside, 0.0).to(tl.float32)
     else:
-        value = tl.load(x + i, inside, 0.0).to(tl.float32)
+        value = tl.load(x + row * width + c, inside, 0.0).to(tl.float32)
         share, _ = gelu_parts(value, KIND == "gelu_tanh")
         value *= share
-    tl.store(out + i, value.to(out.dtype.element_ty), inside)
+    tl.store(out + row * width + c, value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
-def activation_backward(x, d_out, d_x, count, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def activation_backward(x, d_out, d_x, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Compute the gradient of x from d_out for the same BLOCK elements as activation_forward."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    d = tl.load(d_out + i, inside, 0.0).to(tl.float32)
+    tiles = tl.cdiv(width, BLOCK)
+    row, c = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    inside = c < width
+    d = tl.load(d_out + row * width + c, inside, 0.0).to(tl.float32)
     if KIND == "swiglu":
-        place = i // width * (2 * width) + i % width
+        place = row * 2 * width + c
         gate = tl.load(x + place, inside, 0.0).to(tl.float32)
         up = tl.load(x + place + width, inside, 0.0).to(tl.float32)
         open_ = tl.sigmoid(gate)
@@ -174,8 +198,19 @@ def activation_backward(x, d_out, d_x, count, width, KIND: tl.constexpr, BLOCK: 
         tl.store(d_x + place, d_gate.to(d_x.dtype.element_ty), inside)
         tl.store(d_x + place + width, (d * gate * open_).to(d_x.dtype.element_ty), inside)
     else:
-        _, slope = gelu_parts(tl.load(x + i, inside, 0.0).to(tl.float32), KIND == "gelu_tanh")
-        tl.store(d_x + i, (d * slope).to(d_x.dtype.element_ty), inside)
+        place = row * width + c
+        _, slope = gelu_parts(tl.load(x + place, inside, 0.0).to(tl.float32), KIND == "gelu_tanh")
+        tl.store(d_x + place, (d * slope).to(d_x.dtype.element_ty), inside)
+
+
+@triton.jit
+def row_logits(start, c, vocab_size, padded):
+    """Return the logits of a row at the columns c, -inf in the padding.
+
+    The mask of the load is a multiple of 128, unlike vocab_size: that is what lets it read 128 bits at a time.
+    """
+    value = tl.load(start + c, c < padded, -float("inf")).to(tl.float32)
+    return tl.where(c < vocab_size, value, -float("inf"))
 
 
 @triton.jit
@@ -195,7 +230,7 @@ def cross_entropy_row(
     target = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, vocab_size, BLOCK):
         c = first + lane
-        value = tl.load(start + c, c < vocab_size, -float("inf")).to(tl.float32)
+        value = row_logits(start, c, vocab_size, padded)
         higher = tl.maximum(highest, value)
         summed = summed * tl.exp(highest - higher) + tl.exp(value - higher)
         highest = higher
@@ -209,14 +244,14 @@ def cross_entropy_row(
         pull = 1.0 + 2.0 * z_loss * log_sum
         for first in range(0, padded, BLOCK):
             c = first + lane
-            value = tl.load(start + c, c < vocab_size, -float("inf")).to(tl.float32)
+            value = row_logits(start, c, vocab_size, padded)
             gradient = tl.exp(value - log_sum) * pull - tl.where(c == label, 1.0, 0.0)
             tl.store(start + c, tl.where(counted, gradient, 0.0).to(logits.dtype.element_ty), c < padded)
 
 
 def _warps(block: int) -> int:
     """Return the number of warps for a program on `block` elements: one for 256, at most 16."""
-    return min(16, max(1, block // 256))
+    return min(32, max(1, block // 256))
 
 
 class _AddNorm(torch.autograd.Function):
@@ -244,11 +279,13 @@ class _AddNorm(torch.autograd.Function):
         total, weight, means, scales = ctx.saved_tensors
         d_out, d_total = grads[-1].contiguous(), grads[0].contiguous()
         width, rows = total.size(-1), total.numel() // total.size(-1)
-        programs, d_x = min(rows, NORM_ELEMENTS // ctx.shape["BLOCK"]), torch.empty_like(total)
+        block = min(ctx.shape["BLOCK"], NORM_TILE)
+        tiles, d_x = triton.cdiv(width, block), torch.empty_like(total)
+        programs = min(rows, max(NORM_PROGRAMS // tiles, NORM_ELEMENTS // block))
         parts = torch.empty(2, programs, width, dtype=torch.float32, device=total.device)
-        norm_backward[(programs,)](
+        norm_backward[(programs, tiles)](
             d_out, d_total, total, weight, means, scales, d_x, parts[0], parts[1], rows, width,
-            **ctx.shape, num_warps=_warps(ctx.shape["BLOCK"]),
+            **ctx.shape | {"WIDE": tiles > 1, "BLOCK": block}, num_warps=_warps(block),
         )  # fmt: skip
         d_weight = parts[0].sum(0).to(weight.dtype)
         d_bias = parts[1].sum(0).to(weight.dtype) if ctx.shape["HAS_BIAS"] else None
@@ -308,20 +345,24 @@ class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
         x = x.contiguous()
-        width = x.size(-1) // (2 if kind == "swiglu" else 1)
+        ctx.kind, width = kind, x.size(-1) // (2 if kind == "swiglu" else 1)
         out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
-        activation_forward[(triton.cdiv(out.numel(), TILE),)](x, out, out.numel(), width, KIND=kind, BLOCK=TILE)
         ctx.save_for_backward(x)
-        ctx.kind, ctx.width = kind, width
+        activation_forward[_tiles(out)](x, out, width, KIND=kind, BLOCK=TILE)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,), grad = ctx.saved_tensors, grad.contiguous()
-        d_x, count = torch.empty_like(x), grad.numel()
-        activation_backward[(triton.cdiv(count, TILE),)](x, grad, d_x, count, ctx.width, KIND=ctx.kind, BLOCK=TILE)
+        d_x = torch.empty_like(x)
+        activation_backward[_tiles(grad)](x, grad, d_x, grad.size(-1), KIND=ctx.kind, BLOCK=TILE)
         return d_x, None
+
+
+def _tiles(out: Tensor) -> tuple[int]:
+    """Return the grid of `activate`: one program per TILE elements of each row."""
+    return (out.numel() // out.size(-1) * triton.cdiv(out.size(-1), TILE),)
 
 
 def activate(x: Tensor, kind: str) -> Tensor:

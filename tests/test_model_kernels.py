@@ -1,8 +1,7 @@
-"""The kernels that `model.kernels` chooses: Triton's numbers, Triton's machine code, torch.compile, and the choice."""
+"""The kernels that `model.kernels` chooses: Triton's numbers, torch.compile, and the choice."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import subprocess
@@ -13,11 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from packspeed.model import kernels, native_kernels, reference_ops, triton_kernels
 from packspeed.model.config import GPTConfig
@@ -53,50 +49,6 @@ def test_numbers_of_the_native_kernels_on_an_older_cpu(without: str) -> None:
     compiler = os.environ.get("CXX", "c++")
     lesser = f"{compiler} -mno-{without}" if platform.machine() == "x86_64" else compiler
     run_kernel_numbers("-k", "attend or attention or (native and (activate or loss))", CXX=lesser)
-
-
-NORM = [
-    {"RMS": rms, "HAS_BRANCH": branch, "HAS_BIAS": bias, "BLOCK": 1024}
-    for rms, branch, bias in [(True, True, False), (True, False, False), (False, True, True), (False, False, False)]
-]
-ACTIVATION = [{"KIND": kind, "BLOCK": triton_kernels.TILE} for kind in ("gelu", "gelu_tanh", "swiglu")]
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "norm_forward": NORM,
-    "norm_backward": NORM,
-    "rotate_heads": [{"HEADS": 16, "HALF": 64}],
-    "activation_forward": ACTIVATION,
-    "activation_backward": ACTIVATION,
-    "cross_entropy_row": [{"WITH_GRADIENT": gradient, "BLOCK": 4096} for gradient in (True, False)],
-}
-FP32 = {"means", "scales", "d_weights", "d_biases", "rope", "losses"}
-SCALARS = {"eps": "fp32", "sign": "fp32", "z_loss": "fp32"}
-POINTERS = {"x", "branch", "weight", "bias", "total", "out", "d_out", "d_total", "d_x", "logits"}
-
-
-def signature(kernel: Any, variant: dict[str, Any], dtype: str) -> dict[str, str]:
-    """Types of the arguments as a launch has them."""
-    types = dict.fromkeys(POINTERS, f"*{dtype}") | dict.fromkeys(FP32, "*fp32") | {"labels": "*i64"}
-    return {n: "constexpr" if n in variant else (types | SCALARS).get(n, "i32") for n in kernel.arg_names}
-
-
-@pytest.mark.launch
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_kernel_compiles_to_machine_code(
-    name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(triton_kernels, name)
-    for variant, dtype in itertools.product(VARIANTS[name], ("bf16", "fp32")):
-        source = ASTSource(kernel, signature(kernel, variant, dtype), variant)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
-        assert built.asm["cubin"].startswith(b"\x7fELF")
-        assert f".target sm_{capability}" in built.asm["ptx"]
-
-
-def test_no_kernel_is_left_out() -> None:
-    launched = {n for n, each in vars(triton_kernels).items() if isinstance(each, triton.JITFunction)}
-    assert launched - {"gelu_parts"} == set(VARIANTS)  # which is called by two of them
 
 
 def build(**fields: Any) -> GPT:

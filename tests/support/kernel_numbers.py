@@ -78,6 +78,16 @@ def test_add_norm(shape: tuple[int, ...], with_branch: bool, rms: bool, dtype: t
     check(run(triton_kernels, *inputs), inputs, run(plain, *doubles), doubles)
 
 
+@DTYPES
+@pytest.mark.parametrize("rms", [True, False])
+def test_add_norm_of_rows_wider_than_a_tile(rms: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs share a row, and several rows a program."""
+    monkeypatch.setattr(triton_kernels, "NORM_TILE", 32)
+    monkeypatch.setattr(triton_kernels, "NORM_PROGRAMS", 8)
+    monkeypatch.setattr(triton_kernels, "NORM_ELEMENTS", 64)
+    test_add_norm((1, 7, 100), True, rms, dtype)
+
+
 def test_add_norm_without_a_bias_and_far_from_zero() -> None:
     """LayerNorm of numbers around 1,000: the mean must be subtracted before the squares are summed."""
     x, weight = (normal(4, 33, dtype=torch.float32).detach() + 1000.0).requires_grad_(), normal(33, dtype=torch.float32)
