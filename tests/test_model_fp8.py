@@ -306,8 +306,10 @@ def graphs() -> Iterator[Callable[[], int]]:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does so itself
 def test_compiled_blocks_have_the_same_gradients(graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced without the code generator. One graph for the blocks in fp8, one for the first, which has no branch to add, and one
-    for the last."""
+    """Traced without the code generator. A graph for the blocks in fp8, one for the last block, and one for the first.
+
+    The first block has no branch to add.
+    """
     compile_module = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
