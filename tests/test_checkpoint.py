@@ -78,7 +78,7 @@ def test_a_full_disk_does_not_end_the_run(short: Workspace, small_disk: Path) ->
     """From step 4 to 8 nothing can be written: neither checkpoints nor metrics are lost in the end."""
     done = train(*short.arguments("full", *FEW, f"runs_dir={small_disk}"), faults=f"full_disk:{small_disk}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "WARNING: the checkpoint of step 6 was not written" in done.stdout
+    assert "WARNING: the checkpoint of step 6 was not saved" in done.stdout
     assert "No space left on device" in done.stdout
     shutil.copytree(small_disk / "full", short.folder / "runs" / "full")
     assert short.curve("full") == short.curve("short")
@@ -107,7 +107,7 @@ def test_a_read_only_folder_does_not_end_the_run(short: Workspace) -> None:
     folder = short.checkpoints("readonly")
     done = train(*short.arguments("readonly", *FEW), faults=f"read_only:{folder}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "WARNING: the checkpoint of step 6 was not written" in done.stdout
+    assert "WARNING: the checkpoint of step 6 was not saved" in done.stdout
     assert "Read-only file system" in done.stdout
     assert short.curve("readonly") == short.curve("short")
 
@@ -132,7 +132,7 @@ def test_a_background_save_on_a_full_disk_is_reported(short: Workspace, small_di
     arguments = short.arguments("bgfull", *FEW, f"runs_dir={small_disk}", "checkpoint.async_write=true")
     done = train(*arguments, faults=f"full_disk:{small_disk}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "WARNING: the checkpoint of step 6 was not written" in done.stdout
+    assert "WARNING: the checkpoint of step 6 was not saved" in done.stdout
     shutil.copytree(small_disk / "bgfull", short.folder / "runs" / "bgfull")
     assert short.curve("bgfull") == short.curve("short")
 

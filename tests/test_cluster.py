@@ -301,7 +301,7 @@ def test_the_doctor_names_a_host_whose_ports_are_closed(cluster: Cluster, worksp
 BREAKS = {  # what is wrong on node2 -> a shell line in its own mount namespace, and the words of the finding
     "python": ("mount --bind /usr/bin/python3 {python}", "python:"),
     "package": ("mount --bind {folder}/METADATA {numpy}", "versions:"),
-    "clock": ("sed -i 's|^SetEnv|& LD_PRELOAD={faketime} FAKETIME=+30s|' /etc/ssh/sshd_config", "its clock is +"),
+    "clock": ("sed -i 's|^SetEnv|& LD_PRELOAD={faketime} FAKETIME=+30s|' /etc/ssh/sshd_config", "the clock here by +"),
     "dataset": ("mount --bind {folder}/broken-other {folder}/tokens", "differs from that of the other hosts"),
     "no dataset": ("mount -t tmpfs none {folder}/tokens", "dataset"),
     "run folder": ("mount -t tmpfs none {folder}/runs", "is not the same folder"),

@@ -324,7 +324,7 @@ def test_output_that_cannot_be_written_is_an_error(run: Path, tmp_path: Path) ->
     for out in (tmp_path, "", "/", tmp_path / "file" / "o.html", "/dev/full", tmp_path / "pipe", "/proc/o.html"):
         code, _, error = call("report", run, "--out", out)
         assert code == 1, out
-        assert "could not be written" in error
+        assert "cannot be written" in error
     code, _, error = call("report", run, "--out", tmp_path / "o.html", "--png", tmp_path / "file")
     assert code == 1
     assert "--png DIR" in error

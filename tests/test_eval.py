@@ -136,7 +136,7 @@ def test_another_tokenizers_dataset_is_refused(
 ) -> None:
     prepare([str(text[0].parent / "text.jsonl")], tmp_path / "gpt2", "gpt2", val_fraction=0.0)
     run = str(workspace.folder / "runs" / "evaluated")
-    assert "the ids mean other texts" in runs_cli(["eval", run, "--data", str(tmp_path / "gpt2")], code=2)
+    assert "the token ids have other meanings" in runs_cli(["eval", run, "--data", str(tmp_path / "gpt2")], code=2)
     assert "no val split" in runs_cli(["eval", run, "--data", str(text[0])], code=2)
     assert "--stride 99" in runs_cli(["eval", run, "--stride", "99"], code=2)
 

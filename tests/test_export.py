@@ -178,7 +178,7 @@ def test_transformers_computes_the_same(runs: Workspace, name: str, tmp_path: Pa
 def test_a_run_with_packed_documents_goes_out(runs: Workspace, name: str, tmp_path: Path) -> None:
     """transformers computes the same on any row, and on each document alone what training computed inside a row."""
     export_hf(runs.folder / "runs" / name, tmp_path / "hf")
-    assert "no token attended to another document" in (tmp_path / "hf" / "README.md").read_text()
+    assert "tokens attended only to their own document" in (tmp_path / "hf" / "README.md").read_text()
     ours, theirs = load_model(find_checkpoint(runs.folder / "runs" / name))[0], load(tmp_path / "hf")
     run = load_run_file(runs.folder / "runs" / name / "config.yaml")
     batch = make_run_loader(run, open_data(run)).batch(0, 0, 1)
@@ -514,7 +514,7 @@ def test_gpt2s_merges_are_the_published_ones() -> None:
 def test_a_pattern_that_means_something_else_is_refused() -> None:
     ranks = load_tokenizer("gpt2").as_ranks()[0]  # type: ignore[attr-defined]
     odd = TiktokenTokenizer("odd", ranks, r"[\p{L}--[a-e]]+|[a-e]+|[^\p{L}]", 50256, 50257)  # Rust's set difference
-    with pytest.raises(DataError, match="cuts some texts differently"):
+    with pytest.raises(DataError, match="splits some texts differently"):
         tokenizer_json(odd)
 
 

@@ -151,7 +151,7 @@ def test_damaged_checkpoints_are_skipped_with_the_reason(trained: Workspace) -> 
     (folder / "step-00000010" / "evil.pt").write_bytes(b"")
     done = train(*trained.arguments("damaged"))
     assert done.returncode == 0, done.stderr
-    reasons = {"10": "not listed", "09": "another hash", "08": "has 100 bytes", "07": "did not finish"}
+    reasons = {"10": "not listed", "09": "was changed", "08": "has 100 bytes", "07": "did not finish"}
     for name, reason in reasons.items():
         line = next(text for text in done.stdout.splitlines() if f"skipping checkpoint step-000000{name}" in text)
         assert reason in line
@@ -233,7 +233,7 @@ def test_signals_save_and_exit_75_through_the_launcher(workspace: Workspace, num
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
-    assert "the state is saved" in output
+    assert "The state is saved" in output
     last = workspace.metrics(name)[-1]["step"]
     assert (workspace.checkpoints(name) / "latest").read_text() == f"step-{last:08d}"
     assert json.loads((workspace.folder / "runs" / name / "status.json").read_text())["state"] == "stopped"

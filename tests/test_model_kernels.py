@@ -153,7 +153,7 @@ def test_without_triton_auto_is_eager() -> None:
         "assert resolve('auto', 'cuda') == 'eager'; resolve('triton', 'cuda')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "triton does not import: pip install triton" in done.stderr
+    assert "triton cannot be imported: run `pip install triton`" in done.stderr
     assert done.returncode == 1
 
 
