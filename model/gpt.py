@@ -204,7 +204,7 @@ class Head(nn.Module):
     """The projection to the vocabulary, and the loss (fused_loss.py).
 
     tied: the embedding's Parameter, if head and embedding share it. The rows of the weight from vocab_size on are
-    padding: they get no probability and no gradient.
+    padding, which gets no probability and no gradient.
     """
 
     def __init__(self, config: GPTConfig, tied: Tensor | None = None) -> None:

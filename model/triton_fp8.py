@@ -24,7 +24,10 @@ SMALLEST = tl.constexpr(2.0**-100)  # as in reference_ops.quantise
 
 @triton.jit
 def largest_magnitude(matrix, largest, count, BLOCK: tl.constexpr):
-    """Raise `largest` to the largest magnitude of BLOCK elements: the bits of an fp32 as int32; NaN is the highest."""
+    """Set `largest` to the maximum of itself and the magnitudes of BLOCK elements.
+
+    It has the bits of an fp32 number as an int32. Integers of magnitudes are ordered like the magnitudes, NaN last.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(matrix + i, i < count, 0.0).to(tl.float32)
     tl.atomic_max(largest, tl.max(value.to(tl.int32, bitcast=True) & MAGNITUDE_BITS, 0))

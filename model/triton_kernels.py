@@ -250,7 +250,7 @@ def cross_entropy_row(
 
 
 def _warps(block: int) -> int:
-    """Return the number of warps for a program on `block` elements: one for 256, at most 16."""
+    """Return the number of warps for a program on `block` elements: one warp per 256 elements, at most 32."""
     return min(32, max(1, block // 256))
 
 

@@ -40,7 +40,7 @@ from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ImportOptions:
-    """Options for files that are copied."""
+    """The options of import_data for files that are copied and not linked."""
 
     append_eot: bool = False  # add EOT to documents that do not end with it
     dtype: str | None = None  # of the tokens in files without a header; None: detect it

@@ -4,8 +4,8 @@ A work unit (units.py) is a part of the sources that one process encodes. The re
 encoded a unit, or when. Without `dedup` and `shuffle_seed`, units are copied in their order as soon as they are ready,
 while later ones are still being encoded. Documents keep the order of the sources, or, with `shuffle_seed`, are sorted
 by a keyed 64-bit hash of their number, which is a uniform shuffle (shuffle.py). Exact duplicates are found by the
-xxh3-128 of their text; the first copy is kept. To keep memory small, both write the documents to 256 files (buckets) by
-the first bits of the hash, and read one bucket at a time.
+xxh3-128 of their text; the first copy is kept. To save memory, the shuffle and the search for duplicates each write to
+256 files (buckets) by the first bits of the hash, and then read one bucket at a time.
 Speed: about 0.5 GB/s. Memory: 24 bytes for each document of one unit, and one bucket.
 """
 

@@ -68,7 +68,7 @@ class Cluster:
         return self
 
     def _take_place(self) -> None:
-        """Lock and return the first free number. The kernel releases the lock when this process ends."""
+        """Lock the first free number and store it in `place`. The kernel releases the lock when this process ends."""
         for place in range(PLACES):
             lock = open(f"/run/lock/packspeed-cluster-{place}", "w")  # noqa: SIM115 (held until the cluster ends)
             with contextlib.suppress(BlockingIOError):
