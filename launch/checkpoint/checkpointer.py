@@ -194,8 +194,8 @@ class Checkpointer:
         """Load a complete checkpoint into the engine and torch's random generators, and return its manifest. A
         collective.
 
-        If the checkpoint has another layout than this run, it is converted first (reshard.py). Raises UserError if it
-        cannot be loaded (checks 4 to 6 in resume.py).
+        If the checkpoint has another layout than this run (ZeRO stage, number of ranks ...), it is converted first
+        (reshard.py). Raises UserError if it cannot be loaded.
         """
         manifest = read_manifest(path)
         check_loadable(path, self.engine)

@@ -169,9 +169,10 @@ def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
 
 
 def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> list[SettingChange]:
-    """Do checks 2 and 3. Returns the settings that have changed although the run may be resumed.
+    """Check that the checkpoint belongs to this run and its data (checks 2 and 3 of this module's list).
 
-    Raises ConfigError if the checkpoint belongs to another run or was trained on other data.
+    Returns the settings that have changed although the run may be resumed. Raises ConfigError if a setting has changed
+    that must not change, or if the data is different.
     """
     old, new = flatten(saved["config"]), flatten(identity["config"])
     if "imported" in saved:
@@ -196,7 +197,7 @@ def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> 
 
 
 def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> None:
-    """Check 3. Raises ConfigError if the dataset or the version of the sample order differs."""
+    """Raise ConfigError if the dataset or the version of the sample order differs from the checkpoint's (check 3)."""
     if saved["dataset_fingerprint"] != identity["dataset_fingerprint"] and "datasets" in saved:
         raise ConfigError(
             f"{checkpoint} was trained with another dataset: "
@@ -213,10 +214,10 @@ def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -
 
 
 def check_same_model(checkpoint: Path, old: Mapping[str, object], new: Mapping[str, object]) -> None:
-    """Check 2 for imported weights. Raises ConfigError if a setting differs that determines their shape or their
-    meaning.
+    """Raise ConfigError if imported weights do not fit the run file (check 2 for imported weights).
 
-    `old` and `new` are the flattened settings of the import and of the run file.
+    `old` and `new` are the flattened settings of the import and of the run file. Settings must be equal if they
+    determine the shape or the meaning of the weights.
     """
     free = ("model.dropout", "model.z_loss", *MODEL_SPEED_ONLY)
     keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and key not in free}
@@ -244,7 +245,7 @@ def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
 
 
 def check_loadable(checkpoint: Path, engine: Engine) -> None:
-    """Check 4. Raises UserError if the optimizer's state is on NVMe.
+    """Raise UserError if the optimizer's state is on NVMe, because then it cannot be loaded (check 4).
 
     DeepSpeed 0.19 names swapped files after memory addresses of the process that wrote them. A resumed process would
     not find them, and would continue with a fresh optimizer state.
@@ -257,12 +258,12 @@ def check_loadable(checkpoint: Path, engine: Engine) -> None:
 
 
 def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
-    """Check 5. Returns whether DeepSpeed can load the checkpoint's files directly. Imported weights have no layout."""
+    """Return whether DeepSpeed can load the checkpoint's files directly (check 5). Imported weights have no layout."""
     return saved.get("layout") == identity["layout"]
 
 
 def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: Mapping[str, object]) -> None:
-    """Check 6. Raises UserError if engine.load_checkpoint has loaded nothing, or the state of another step.
+    """Raise UserError if engine.load_checkpoint has loaded nothing, or the state of another step (check 6).
 
     `loaded_from` and `client_state` are what it returned.
     """
@@ -278,11 +279,11 @@ def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, clie
 
 
 def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Probe) -> str:
-    """Check 7: compare the probe of the save with the probe that was repeated `now`. Returns a line to log.
+    """Compare the probe of the save with the probe that was repeated `now` (check 7). Returns a line to log.
 
-    The losses must agree within 1e-5 in fp32, within 2e-3 in 16-bit precisions with the same layout, and within 2e-2 in
-    16-bit precisions with another layout or precision. Otherwise, or if the samples differ, it raises UserError with a
-    list of what else differs between then and now.
+    A probe is the loss of a few samples. The two must agree within 1e-5 in fp32, within 2e-3 in 16-bit precisions with
+    the same layout, and within 2e-2 in 16-bit precisions with another layout or precision. Otherwise, or if the samples
+    differ, it raises UserError with a list of what else differs between then and now.
     """
     before, old, new = saved["probe"], saved["layout"], identity["layout"]
     tolerance = 1e-5 if {old["precision"], new["precision"]} == {"fp32"} else 2e-3 if old == new else 2e-2

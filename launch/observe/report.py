@@ -307,8 +307,10 @@ def _charts(charts: Sequence[Chart]) -> str:
 
 
 def _goodput(run: Run, named: bool) -> str:
-    """Return a bar of the buckets with the largest first, its legend, and a table of the lives. `named` adds the
-    run's name.
+    """Return the goodput section of a run: a bar of the time per kind of work, its legend, and a table of its
+    processes.
+
+    `named` adds the run's name.
     """
     total = run.account
     assert total is not None

@@ -242,9 +242,9 @@ def _result(
 
 
 def mfu_precision(loop: str, run_precision: str) -> str:
-    """Return the precision whose peak the MFU of a training loop refers to: fp32, bf16 or fp16.
+    """Return the precision whose peak FLOP/s the MFU of a training loop refers to: "fp32", "bf16" or "fp16".
 
-    Baselines have a precision of their own in their names, as in "bare:autocast".
+    The name of a baseline contains its precision, as in "bare:autocast". Packspeed's loop has the precision of the run.
     """
     own = loop.partition(":")[2]
     return "bf16" if own == "autocast" else own or engine_precision(run_precision)
