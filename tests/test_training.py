@@ -281,3 +281,5 @@ def test_generate_reads_every_stage(workspace: Workspace, trained: dict[str, lis
     generator = TextGenerator(workspace.folder / "runs" / "zero1-bf16")
     (continuation,) = generator.generate(["def "], settings, on_text=pieces.append)
     assert "".join(pieces) == continuation.text
+    (continuation,) = TextGenerator(workspace.folder / "runs" / "zero1-fp8").generate(["def "], settings)
+    assert continuation.tokens, "a run in fp8 is read like any other"

@@ -7,7 +7,7 @@ GPU, `python -m pytest tests/support/kernel_numbers.py` runs Triton's on it.
 import itertools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from packspeed.model import fused_loss, native_kernels, triton_fp8, triton_kerne
 from packspeed.model import reference_ops as plain
 from packspeed.model.attention import Documents
 from packspeed.model.config import GPTConfig
+from packspeed.model.fp8_linear import fp8_linear
 from packspeed.model.gpt import GPT, init_weights, rope_table
 from packspeed.model.kernels import Kernels
 
@@ -250,3 +251,19 @@ def test_rounding_to_8_bits(fp8: torch.dtype, dtype: torch.dtype) -> None:
             assert a.is_contiguous()
             if not outlier:  # otherwise the unit makes the product NaN, whatever the numbers
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_linear_layer_in_8_bits(has_bias: bool) -> None:
+    """The numbers of the reference on a CPU. Here a GPU multiplies with its own GEMM, and Hopper sums in fewer bits."""
+    kernels = cast(Kernels, plain) if INTERPRETED else triton_kernels
+    shapes = ((4, 64, 256), (384, 256), (384,))[: 2 + has_bias]
+    found, expected = [], []
+    for device, rounding, out in ((DEVICE, kernels, found), (CPU, cast(Kernels, plain), expected)):
+        inputs = [normal(*shape, dtype=torch.bfloat16, device=device) for shape in shapes]
+        result = fp8_linear(*(inputs if has_bias else [*inputs, None]), rounding)
+        upstream = normal(*result.shape, dtype=torch.bfloat16, seed=1, device=device).detach()
+        out += [result, *torch.autograd.grad(result, inputs, upstream)]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.cpu().double(), b.double(), rtol=2**-7, atol=2e-3 * float(b.detach().abs().max()))
