@@ -3,8 +3,8 @@
     add_norm    One program per row computes the sum, the statistics and the norm in one pass over memory (torch: two to
                 seven). Backward: each of n programs processes every n-th row and sums its part of the weight's gradient
                 in registers. The parts are then added in a fixed order, so equal inputs give equal bits.
-    rotate      One program per token rotates the heads of queries and keys in place: nothing else needs them as they
-                were, and values stay where they are. Backward rotates by the negative angle.
+    rotate      One program per token rotates the heads of queries and keys in place, because their earlier values are
+                not needed again. The heads of values are not touched. Backward rotates by the negative angle.
     activate    One pass. Backward recomputes the gate from the output of the linear layer, which is saved anyway.
     row_losses  One program per row reads the logits twice and overwrites them with the gradient. The online softmax
                 keeps one running maximum per lane; the lanes are combined only at the end of the row.
@@ -29,8 +29,10 @@ from packspeed.model.attention import attend as attend
 from packspeed.model.triton_fp8 import quantise as quantise
 
 NORM_ELEMENTS = 1 << 19  # elements that a norm's backward processes in parallel: 512 rows of 1,024 fill an H100
-NORM_TILE = 8192  # elements of a row per program of it: the most that 64 registers of 1,024 threads can sum
-NORM_PROGRAMS = 256  # of it, at least: an H100 has 132 multiprocessors
+NORM_TILE = (
+    8192  # elements of a row that a program of a norm's backward sums: the most for 1,024 threads with 64 registers
+)
+NORM_PROGRAMS = 256  # a norm's backward has at least this many programs: an H100 has 132 multiprocessors
 HEAD_TILE = 4096  # elements of the heads that one program of `rotate` rotates
 TILE = 1024  # elements that one program of `activate` processes
 VOCAB_TILE = 4096  # logits that a program of `row_losses` loads at a time
@@ -69,7 +71,7 @@ def norm_forward(
 
 @triton.jit
 def norm_inputs(total, d_out, c, inside, mean, scale):
-    """Return the normalised values of a row and the gradients of its norm, at the columns c."""
+    """Return the normalised values of a row, and the gradients of the norm's outputs, at the columns c."""
     value = tl.load(total + c, inside, 0.0).to(tl.float32)
     return tl.where(inside, value - mean, 0.0) * scale, tl.load(d_out + c, inside, 0.0).to(tl.float32)
 
@@ -207,7 +209,7 @@ def activation_backward(x, d_out, d_x, width, KIND: tl.constexpr, BLOCK: tl.cons
 def row_logits(start, c, vocab_size, padded):
     """Return the logits of a row at the columns c, -inf in the padding.
 
-    The mask of the load is a multiple of 128, unlike vocab_size: that is what lets it read 128 bits at a time.
+    The load is masked at a multiple of 128 and not at vocab_size, so that it can read 128 bits at a time.
     """
     value = tl.load(start + c, c < padded, -float("inf")).to(tl.float32)
     return tl.where(c < vocab_size, value, -float("inf"))
@@ -301,7 +303,7 @@ def add_norm(
 
 
 def _rotate(x: Tensor, rope: Tensor, out: Tensor, sign: float) -> None:
-    """Rotate x (B, T, H, D) into out, which may be x. The strides of both may be any except the last, which is 1."""
+    """Rotate x (B, T, H, D) and write the result to out, which may be x. The last stride of both must be 1."""
     batch, length, heads, width = x.shape
     half = triton.next_power_of_2(width // 2)
     block = min(triton.next_power_of_2(heads), max(1, HEAD_TILE // half))
@@ -324,7 +326,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Write the gradients of the parts into one tensor, which the linear layer's backward reads."""
+        """Return one tensor with the gradients of queries, keys and values, which the linear layer's backward reads."""
         (rope,), first = ctx.saved_tensors, grads[0]
         d_x = first.new_empty((*first.shape[:2], sum(ctx.heads), first.size(3)))
         for i, (grad, part) in enumerate(zip(grads, torch.split(d_x, ctx.heads, dim=2), strict=True)):
@@ -336,7 +338,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
-    """Split the heads of x and apply RoPE in place; see reference_ops.rotate."""
+    """Split the heads of x and apply RoPE in place. Arguments and result as in reference_ops.rotate."""
     parts: tuple[Tensor, ...] = _Rotate.apply(x, rope.contiguous(), list(heads))
     return parts
 

@@ -1,6 +1,6 @@
-"""What the Triton kernels are on a GPU, without one: the launches of a computation, and the machine code of each.
+"""Examine Triton kernels without a GPU: record the launches of a computation, and compile each to machine code.
 
-launches = note_launches(monkeypatch)       # from now on, kernels are noted and not run
+launches = note_launches(monkeypatch)       # from now on, launches are recorded and not run
 model(tokens, labels).backward()            # on the meta device, or on fake CUDA tensors
 code = machine_code(launches[0], 90)        # compiled for sm_90 as this launch would compile it
 """
@@ -31,7 +31,7 @@ KERNELS = {  # all that are launched, without the functions that they call
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: `kernels[name][grid](*arguments, **options)`."""
+    """One launch of a kernel: `kernels[name][grid](*arguments, **options)`."""
 
     name: str
     grid: tuple[int, ...]
@@ -40,7 +40,7 @@ class Launch:
 
     @property
     def programs(self) -> int:
-        """All programs of the grid."""
+        """Return the number of programs in the grid."""
         total = 1
         for size in self.grid:
             total *= size
@@ -51,7 +51,7 @@ class Launch:
 
 
 def note_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Replace all kernels of triton_kernels; return the list to which their launches are added."""
+    """Replace all kernels of triton_kernels, and return a list to which their launches will be added."""
     launches: list[Launch] = []
 
     class Noting:
@@ -68,9 +68,9 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Pointer:
-    """A tensor as Triton sees it when it specialises a kernel: the dtype, and whether the address divides by 16.
+    """The properties of a tensor for which Triton specialises a kernel: its dtype, and whether 16 divides its address.
 
-    torch's allocator returns multiples of 512, so that only a view's offset counts.
+    torch's allocator returns multiples of 512, so only the offset of a view matters.
     """
 
     dtype: torch.dtype
@@ -81,7 +81,7 @@ class Pointer:
 
 
 class Target:
-    """A driver of Triton for a GPU that is not there. The number of a device is its compute capability."""
+    """A Triton driver for a GPU that does not exist. The number of a device is its compute capability."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -98,7 +98,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Code:
-    """registers: per thread. stack: bytes per thread, which are spilled registers. loads, stores: number by bits."""
+    """What machine code needs: registers per thread, bytes of stack per thread (spills), loads and stores by width."""
 
     registers: int
     stack: int
@@ -107,7 +107,7 @@ class Code:
 
 
 def specialisation(launch: Launch) -> tuple[Any, ...]:
-    """What makes Triton compile a launch anew: kernel, options, dtypes, and which numbers divide by 16 or are 1."""
+    """Return the properties of a launch for which Triton compiles a kernel separately, as a hashable tuple."""
 
     def kind(argument: Any) -> Any:
         if isinstance(argument, torch.Tensor):
@@ -122,7 +122,7 @@ def _pointer(tensor: torch.Tensor) -> Pointer:
 
 
 def machine_code(launch: Launch, capability: int, folder: Path) -> Code:
-    """Compile a launch as a GPU of this compute capability would, with the hints that its arguments give."""
+    """Compile a launch for a GPU of this compute capability, specialised as for its arguments, and return the Code."""
     arguments = [_pointer(a) if isinstance(a, torch.Tensor) else a for a in launch.arguments]
     try:
         driver.set_active(Target(capability))
