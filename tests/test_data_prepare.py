@@ -307,7 +307,9 @@ def test_documents_are_shuffled_uniformly_and_alike(tmp_path: Path, monkeypatch:
     source = jsonl(tmp_path / "a.jsonl", TEXTS)
     prepare([source], tmp_path / "a", "bytes", val_fraction=0, shuffle_seed=1)
     monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
-    monkeypatch.setattr("packspeed.data.prepare.shuffle.COPY_BYTES", 10)
+    monkeypatch.setattr("packspeed.data.prepare.shards.SMALL_BYTES", 40)  # documents that are written alone
+    monkeypatch.setattr("packspeed.data.prepare.shards.WRITE_BUFFER_BYTES", 100)
+    monkeypatch.setattr("packspeed.data.prepare.merge.JOINED_BYTES", 7_000)
     prepare([source], tmp_path / "b", "bytes", val_fraction=0, shuffle_seed=1, shard_tokens=3000)
     prepare([source], tmp_path / "c", "bytes", val_fraction=0.1, shuffle_seed=2)
     first = documents(tmp_path / "a", "train")

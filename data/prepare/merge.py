@@ -14,22 +14,30 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from packspeed.data.errors import DataError
 from packspeed.data.prepare.shards import ShardWriter
-from packspeed.data.prepare.shuffle import shuffled
+from packspeed.data.prepare.shuffle import BUCKET_BUFFER_BYTES, BUCKETS, by_bucket, shuffled
 from packspeed.data.prepare.units import DOCUMENT, DocumentRun, Table, unit_path
+from packspeed.data.storage.map_file import map_file
 
 FEW_DOCUMENTS = 100
 
 
-DEDUP_BUCKETS = 256
+# Units with fewer bytes of tokens, and tables with fewer documents, are joined before they are distributed.
+JOINED_BYTES = 2**24
+JOINED_DOCUMENTS = 2**16
+
+
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -113,16 +121,14 @@ class Merge:
             self._count(run.table)
             is_val = run.table["high"] < bound
             for writer, chosen in ((train, ~is_val), (val, is_val)):
-                for first, end in run.runs(chosen):
-                    _copy_documents(run, first, end, writer)
+                _copy(run, chosen, writer)
         return self.counts
 
     def copy(self, writer: ShardWriter) -> MergeCounts:
         """Write every document to one split, and return the counts. The writer stays open."""
         for run in self.runs():
             self._count(run.table)
-            if len(run.table):
-                _copy_documents(run, 0, len(run.table), writer)
+            _copy(run, slice(None), writer)
         return self.counts
 
     def count(self) -> MergeCounts:
@@ -136,14 +142,13 @@ class Merge:
         if self.shuffle_seed is None:
             yield from self._in_order()
         else:
-            for file, offsets, table in shuffled(self._numbered(), self.shuffle_seed, self.itemsize, self.folder):
-                yield DocumentRun(file, offsets, table)
+            yield from shuffled(self._numbered(), self.shuffle_seed, self.itemsize, self.folder)
 
     def _documents(self, unit: int) -> int:
         self._ready(unit)
         return os.path.getsize(unit_path(self.folder, unit, ".docs")) // DOCUMENT.itemsize
 
-    def _tables(self) -> Iterator[tuple[int, npt.NDArray[np.int64], Table]]:
+    def _tables(self) -> Iterator[tuple[int, Numbers, Table]]:
         """Yield, for each unit, its number, the numbers of its documents (n,) counted through all units, and its table.
 
         The table (n,) has the dtype DOCUMENT.
@@ -159,16 +164,26 @@ class Merge:
         for _, run in self._numbered():
             yield run
 
-    def _numbered(self) -> Iterator[tuple[npt.NDArray[np.int64], DocumentRun]]:
-        """Yield, for each unit, the numbers of its documents that are kept, counted through all units, and these."""
+    def _numbered(self) -> Iterator[tuple[Numbers, DocumentRun]]:
+        """Yield the documents that are kept, in order, with their numbers counted through all units.
+
+        Small units are joined into one run, because each run costs 0.1 ms.
+        """
+        held, held_bytes = list[tuple[Numbers, DocumentRun]](), 0
         for unit, numbers, table in self._tables():
             sizes = table["tokens"] * self.itemsize
             offsets = np.cumsum(sizes) - sizes
+            data = _unit_data(unit_path(self.folder, unit, ".bin"), int(sizes.sum()))
             if self._dropped is not None:
                 stays = ~np.array(self._dropped[numbers], dtype=bool)
                 table, offsets, numbers = table[stays], offsets[stays], numbers[stays]
-            with open(unit_path(self.folder, unit, ".bin"), "rb") as stream:
-                yield numbers, DocumentRun(stream.fileno(), offsets, table)
+            if held and held_bytes + len(data) > JOINED_BYTES:
+                yield _join(held)
+                held, held_bytes = [], 0
+            held.append((numbers, DocumentRun(data, offsets, table)))
+            held_bytes += len(data)
+        if held:
+            yield _join(held)
 
     def _count(self, table: Table) -> None:
         self.counts.documents += len(table)
@@ -182,14 +197,14 @@ class Merge:
         record = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
         # Equal hashes have equal first bytes, so each of the 256 files can be searched separately.
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            names = [Path(folder) / str(bucket) for bucket in range(DEDUP_BUCKETS)]
+            names = [Path(folder) / str(bucket) for bucket in range(BUCKETS)]
             self._write_hashes(names, record)
             # One byte per document, in an unlinked file and not in memory, because there can be billions.
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 file.truncate(max(1, sum(self._documents(unit) for unit in self.units)))
                 dropped = np.memmap(file, dtype=bool, mode="r+")
             for name in names:
-                rows = np.fromfile(name, dtype=record) if name.exists() else np.empty(0, dtype=record)
+                rows = np.fromfile(name, dtype=record)
                 # Rows with equal hashes are sorted by number, so the first row of each group is the copy that is kept.
                 order = np.lexsort((rows["number"], rows["low"], rows["high"]))
                 rows = rows[order]
@@ -200,27 +215,53 @@ class Merge:
 
     def _write_hashes(self, names: list[Path], record: np.dtype[np.void]) -> None:
         """Write the hash and the number of each document to one of 256 files, chosen by the first byte of the hash."""
-        for _, numbers, table in self._tables():
-            rows = np.empty(len(table), dtype=record)
-            rows["high"], rows["low"] = table["high"], table["low"]
-            rows["number"] = numbers
-            buckets = (rows["high"] >> np.uint64(56)).astype(np.int64)
-            rows = rows[np.argsort(buckets, kind="stable")]
-            ends = np.cumsum(np.bincount(buckets, minlength=DEDUP_BUCKETS))
-            for name, part in zip(names, np.split(rows, ends[:-1]), strict=True):
-                if len(part):
-                    with open(name, "ab") as stream:
-                        stream.write(part.tobytes())
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(name, "wb", BUCKET_BUFFER_BYTES)) for name in names]
+            held, documents = list[npt.NDArray[np.void]](), 0
+            for _, numbers, table in self._tables():
+                rows = np.empty(len(table), dtype=record)
+                rows["high"], rows["low"], rows["number"] = table["high"], table["low"], numbers
+                held.append(rows)
+                documents += len(rows)
+                if documents >= JOINED_DOCUMENTS:
+                    _write_by_bucket(np.concatenate(held), files)
+                    held, documents = [], 0
+            if held:
+                _write_by_bucket(np.concatenate(held), files)
 
 
-def _copy_documents(run: DocumentRun, first: int, end: int, writer: ShardWriter) -> None:
-    """Copy documents first .. end - 1 of a run to a writer. Documents adjacent in the file are read together."""
-    lengths = run.table["tokens"][first:end].astype(np.int64)
-    offsets = run.offsets_bytes[first:end]
-    # After dedup or a shuffle, consecutive rows need not be adjacent in the file.
-    gaps = np.flatnonzero(np.diff(offsets) != lengths[:-1] * writer.itemsize) + 1
-    for start, stop in zip([0, *gaps.tolist()], [*gaps.tolist(), end - first], strict=True):
-        writer.copy(run.file, int(offsets[start]), lengths[start:stop])
+def _write_by_bucket(rows: npt.NDArray[np.void], files: Sequence[IO[bytes]]) -> None:
+    """Append each row to the file that the first byte of its hash chooses."""
+    for file, chosen in zip(files, by_bucket(rows["high"]), strict=True):
+        if len(chosen):
+            file.write(rows[chosen].tobytes())
+
+
+def _join(parts: list[tuple[Numbers, DocumentRun]]) -> tuple[Numbers, DocumentRun]:
+    """Join runs of documents into one run in memory, and their numbers. A single run is returned as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    numbers, runs = zip(*parts, strict=True)
+    begins = np.cumsum([0, *(len(run.data) for run in runs)]).tolist()
+    offsets = [run.offsets_bytes + begin for run, begin in zip(runs, begins, strict=False)]
+    data, tables = np.concatenate([run.data for run in runs]), [run.table for run in runs]
+    return np.concatenate(numbers), DocumentRun(data, np.concatenate(offsets), np.concatenate(tables))
+
+
+def _copy(run: DocumentRun, chosen: npt.NDArray[np.bool_] | slice, writer: ShardWriter) -> None:
+    """Copy the chosen documents of a run to a writer. `chosen` is a mask (n,) or a slice."""
+    writer.copy(run.data, run.offsets_bytes[chosen], run.table["tokens"][chosen])
+
+
+def _unit_data(path: Path, size: int) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a unit's .bin file, (at least size,). A large file is mapped, a small one is read.
+
+    Raises DataError if the file has fewer than `size` bytes.
+    """
+    data = map_file(path) if size > JOINED_BYTES else np.fromfile(path, dtype=np.uint8)
+    if len(data) < size:
+        raise DataError(f"{path} has become shorter since it was written. Prepare again with --overwrite.")
+    return data
 
 
 def _sum(words: npt.NDArray[np.unsignedinteger[npt.NBitBase]]) -> int:

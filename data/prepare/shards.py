@@ -9,7 +9,7 @@ Cost: 0.3 s per gigabyte for hashes and copies. Memory: 4 bytes for each documen
 from __future__ import annotations
 
 import contextlib
-import os
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +26,12 @@ from packspeed.data.storage.manifest import Shard, Tokens
 from packspeed.data.storage.mmidx import LONGEST_TOKENS, index_bytes, write_index
 
 WRITE_BUFFER_BYTES = 2**20
+
+
+SMALL_BYTES = 2**16
+
+
+Offsets = npt.NDArray[np.int64]
 
 
 Lengths = npt.NDArray[np.int64]
@@ -60,17 +66,17 @@ class ShardWriter:
             self._write([np.ascontiguousarray(data[:size]).data], lengths[:fills])
             data, lengths = data[size:], lengths[fills:]
 
-    def copy(self, file: int, offset_bytes: int, lengths: Lengths) -> None:
-        """Copy several adjacent documents from an open file, 1 MiB at a time.
+    def copy(self, data: npt.NDArray[np.uint8], offsets_bytes: Offsets, lengths: Lengths) -> None:
+        """Copy documents out of the bytes of a file.
 
-        file: a descriptor. offset_bytes: where the first begins. lengths (n,): in tokens, with EOT.
+        offsets_bytes (n,): where each document begins in `data`. lengths (n,): in tokens, with EOT.
         """
         while len(lengths):
             ends = np.cumsum(lengths)
             fills = int(np.searchsorted(ends, self._shard_tokens - (self._tokens if self._bin else 0))) + 1
-            size = int(ends[:fills][-1]) * self.itemsize
-            self._write(chunks_of(file, offset_bytes, size), lengths[:fills])
-            offset_bytes, lengths = offset_bytes + size, lengths[fills:]
+            begins, sizes = offsets_bytes[:fills], lengths[:fills] * self.itemsize
+            self._write(gathered(data, begins, begins + sizes), lengths[:fills])
+            offsets_bytes, lengths = offsets_bytes[fills:], lengths[fills:]
 
     def add_chunks(self, chunks: Iterable[bytes | memoryview], tokens: int) -> None:
         """Write one document that is given as chunks of bytes. tokens: its length with EOT."""
@@ -145,14 +151,25 @@ class ShardWriter:
         self._bin = None
 
 
-def chunks_of(file: int, offset_bytes: int, size: int) -> Iterator[bytes]:
-    """Yield `size` bytes of an open file (a descriptor) in chunks of a megabyte. Raises DataError if it ends early."""
-    end = offset_bytes + size
-    while offset_bytes < end:
-        chunk = os.pread(file, min(WRITE_BUFFER_BYTES, end - offset_bytes), offset_bytes)
-        if not chunk:
-            raise DataError(
-                "A finished work unit has become shorter while it was read. Prepare again with --overwrite."
-            )
-        yield chunk
-        offset_bytes += len(chunk)
+def gathered(data: npt.NDArray[np.uint8], begins: Offsets, ends: Offsets) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of data[begins[i]:ends[i]] for each i, one after another, about a megabyte at a time.
+
+    begins and ends are (n,). Adjacent parts are joined first. Cost: 0.2 us per part.
+    """
+    if not len(begins):
+        return
+    apart = np.flatnonzero(begins[1:] != ends[:-1])
+    begins, ends = begins[np.append(0, apart + 1)], ends[np.append(apart, len(ends) - 1)]
+    sizes = ends - begins
+    large = sizes >= SMALL_BYTES
+    # A group is a large part alone, or small parts of about a megabyte together.
+    borders = np.diff(np.cumsum(sizes) // WRITE_BUFFER_BYTES).astype(bool) | large[1:] | large[:-1]
+    firsts = [0, *(np.flatnonzero(borders) + 1).tolist(), len(sizes)]
+    view, begins_list, ends_list = memoryview(data), begins.tolist(), ends.tolist()  # type: ignore[arg-type]
+    for first, last in itertools.pairwise(firsts):
+        if large[first]:
+            for begin in range(begins_list[first], ends_list[first], WRITE_BUFFER_BYTES):
+                yield view[begin : min(ends_list[first], begin + WRITE_BUFFER_BYTES)]
+        else:
+            spans = zip(begins_list[first:last], ends_list[first:last], strict=True)
+            yield b"".join([view[begin:end] for begin, end in spans])

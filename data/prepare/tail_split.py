@@ -6,13 +6,13 @@ become documents, and the first half gets an EOT.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
 
 from packspeed.data.prepare.merge import Merge, MergeCounts
-from packspeed.data.prepare.shards import ShardWriter, chunks_of
+from packspeed.data.prepare.shards import ShardWriter, gathered
 from packspeed.data.prepare.units import DocumentRun
 from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.tokenizer import Tokenizer
@@ -34,12 +34,17 @@ def split_tail(
             cut = _between_characters(run, start, length, remaining, eot.dtype, tokenizer)
             if 0 < cut < length:
                 train_size = cut * eot.itemsize
-                train.add_chunks(chain(chunks_of(run.file, start, train_size), [eot.data]), cut + 1)
-                val.add_chunks(chunks_of(run.file, start + train_size, size - train_size), length - cut)
+                train.add_chunks(chain(_part(run, start, train_size), [eot.data]), cut + 1)
+                val.add_chunks(_part(run, start + train_size, size - train_size), length - cut)
             else:
-                (train if cut else val).add_chunks(chunks_of(run.file, start, size), length)
+                (train if cut else val).add_chunks(_part(run, start, size), length)
             remaining = max(0, remaining - length)
     return counted
+
+
+def _part(run: DocumentRun, start: int, size: int) -> Iterator[bytes | memoryview]:
+    """`size` bytes of a run's file from `start` on, about a megabyte at a time."""
+    return gathered(run.data, np.array([start]), np.array([start + size]))
 
 
 def _between_characters(
@@ -52,9 +57,8 @@ def _between_characters(
     """
     if cut == 0 or cut >= length - 1:
         return 0 if cut == 0 else length
-    raw = os.pread(run.file, (length - 1 - cut) * dtype.itemsize if length - cut < CHARACTER_TOKENS else
-                   CHARACTER_TOKENS * dtype.itemsize, start + cut * dtype.itemsize)  # fmt: skip
-    nearby: Tokens = np.frombuffer(raw, dtype=dtype)
+    first, last = start + cut * dtype.itemsize, start + min(length - 1, cut + CHARACTER_TOKENS) * dtype.itemsize
+    nearby: Tokens = run.data[first:last].view(dtype)
     for token in nearby.tolist():
         if not _begins_inside_character(tokenizer.decode_bytes([token])):
             return cut

@@ -56,16 +56,11 @@ Table = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class DocumentRun:
-    """n documents in an open file."""
+    """Documents in a mapped file: its bytes, where each begins in them, (n,), and their DOCUMENT rows, (n,)."""
 
-    file: int  # the descriptor
-    offsets_bytes: npt.NDArray[np.int64]  # (n,): where each document begins in the file
-    table: Table  # (n,) of dtype DOCUMENT: the number of tokens and the hash of each document
-
-    def runs(self, chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-        """Yield (first, end) for each run of consecutive chosen documents. chosen: (n,)."""
-        edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-        yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+    data: npt.NDArray[np.uint8]
+    offsets_bytes: npt.NDArray[np.int64]
+    table: Table
 
 
 @dataclass(frozen=True)
