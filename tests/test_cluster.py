@@ -168,7 +168,7 @@ def test_a_host_that_is_cut_off_is_left_out_and_taken_back(
         launch.wait_for(lambda: "continuing without node3" in launch.text())
     finally:
         cluster.plug("node3")
-    launch.wait_for(lambda: "all hosts are back" in launch.text())
+    launch.wait_for(lambda: "all hosts can be used again" in launch.text())
     output = launch.end()
     launch.check_curve("long")
     assert "host node3 is gone" in output

@@ -66,7 +66,7 @@ def test_prepare_lists_what_it_passed_over(tmp_path: Path) -> None:
     assert f"passed over {tmp_path}/c/0.bin: its name reveals no known format" in text
     assert "passed over 5 more files" in text
     assert "2 null documents skipped" in text
-    assert "validation from sources of its own" in text
+    assert "validation from separate sources" in text
     facts = run_json("prepare", tmp_path / "c", *choice, "--out", tmp_path / "two")
     assert len(facts["source"]["passed_over"]) == 25
     assert facts["splits"]["val"]["tokens"] == facts["splits"]["train"]["tokens"] == 5

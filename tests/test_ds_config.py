@@ -542,9 +542,9 @@ def test_values_that_deepspeed_refuses_are_config_errors(
         ("cpu", (0, 0), None, None),
         ("cuda", (8, 9), None, None),
         ("cuda", (9, 0), None, None),
-        ("cuda", (8, 6), None, r"fp8: NVIDIA A40 does not multiply in it\. .* from compute capability 8\.9 on"),
-        ("cuda", (9, 4), "6.4", "fp8: torch for ROCm does not"),
-        ("xpu", (0, 0), None, "fp8: this xpu device does not"),
+        ("cuda", (8, 6), None, r"fp8: NVIDIA A40 cannot multiply in fp8\. .* from compute capability 8\.9 on"),
+        ("cuda", (9, 4), "6.4", "fp8: torch for ROCm cannot"),
+        ("xpu", (0, 0), None, "fp8: this xpu device cannot"),
     ],
 )
 def test_fp8_is_refused_by_devices_without_it(

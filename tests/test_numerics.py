@@ -313,8 +313,8 @@ def test_every_rank_computes_as_the_run_file_says(workspace: Workspace) -> None:
     resumed = forked(probe, *workspace.arguments("exact", "train.steps=4", "deepspeed=zero2"), ranks=1)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert (
-        "note: the checkpoint was saved in another environment: ranks was 2, is 1; ranks per host was [2], is [1]"
-        in (resumed.stdout)
+        "note: the checkpoint was saved with other hardware or software: ranks was 2, is 1; ranks per host was [2], is "
+        "[1]" in (resumed.stdout)
     )
 
 

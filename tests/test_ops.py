@@ -112,7 +112,7 @@ def test_without_nvcc_an_error_says_what_to_install_and_how_to_do_without(
     }[error]
     with pytest.raises(UserError, match=r"install the CUDA toolkit 13\.0 \(with nvcc\)") as failed:
         build_with(monkeypatch, name, getattr(builder, error)(text))
-    assert f"Or do without it: {ops.WITHOUT[name]}" in str(failed.value)
+    assert f"Or train without this op: {ops.WITHOUT[name]}" in str(failed.value)
 
 
 @pytest.mark.parametrize("name", sorted(ops.SUBSTITUTES))

@@ -160,8 +160,8 @@ def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
         checkpointer.log(f"note: {change['key']} was {change['old']!r} before this resume, now it is {change['new']!r}")
     if found.environment:
         checkpointer.log(
-            f"note: the checkpoint was saved in another environment: {'; '.join(found.environment)}. "
-            "The run continues, but equals the uninterrupted one to rounding, not bit for bit."
+            f"note: the checkpoint was saved with other hardware or software: {'; '.join(found.environment)}. "
+            "The run continues, but equals an uninterrupted one only up to rounding, not bit for bit."
         )
     manifest = checkpointer.load(found.checkpoint)
     checkpointer.log(f"resuming from {found.checkpoint} (step {manifest['step']})")

@@ -112,7 +112,7 @@ class Supervisor:
             if outcome.kind == "stopped" and self._all_back.is_set() and not self.signals:
                 self.hosts, self.dropped = list(self.options.hosts), []
                 self._all_back.clear()
-                self.log("all hosts are back: restarting with them")
+                self.log("all hosts can be used again: restarting with all of them")
                 fault = None
                 continue
 

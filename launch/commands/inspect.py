@@ -85,7 +85,7 @@ def _describe_split(split: JsonObject, val_tokens: int) -> str:
     if split["method"] == "none":
         return "none"
     if split["method"] == "sources":
-        return "from sources of its own" if val_tokens else "EMPTY: its sources hold no text"
+        return "from separate sources (--val)" if val_tokens else "EMPTY: the sources given with --val contain no text"
     if split["method"] == "tail":
         return f"the last {percent} of the tokens (fewer than 100 documents)"
     if val_tokens == 0:
@@ -99,5 +99,5 @@ def _describe_plan(facts: JsonObject) -> list[str]:
     for row in facts["sources"]:
         lines.append(f"  {row['tokens']:>18,} tokens {row['epochs']:>10.3f} epochs  {row['path']}")
         if row["discarded"]:
-            lines.append(f"  {row['discarded']:.1%} of its tokens are discarded by the packing")
+            lines.append(f"  {row['discarded']:.1%} of this source's tokens are discarded by the packing")
     return lines

@@ -98,8 +98,8 @@ def check_precision(precision: str) -> None:
         )
     if precision == "fp8" and (device := device_without_fp8()):
         raise ConfigError(
-            f"train.precision: fp8: {device} does not multiply in it. NVIDIA GPUs do from compute capability 8.9 on "
-            "(L4, L40, RTX 4090, H100). Use bf16, or auto for the machine's best."
+            f"train.precision: fp8: {device} cannot multiply in fp8. NVIDIA GPUs can from compute capability 8.9 on "
+            "(L4, L40, RTX 4090, H100). Use bf16, or auto for the best precision of this machine."
         )
 
 

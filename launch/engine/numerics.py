@@ -47,12 +47,14 @@ def set_numerics(deterministic: bool, nccl: bool = False) -> None:
     keep_full_precision()
     if deterministic:
         if os.environ.setdefault(WORKSPACE, WORKSPACES[0]) not in WORKSPACES:
-            raise _contradiction(WORKSPACE, f"only {' and '.join(WORKSPACES)} let cuBLAS repeat a product exactly")
+            raise _contradiction(WORKSPACE, f"cuBLAS repeats a product bit for bit only with {' or '.join(WORKSPACES)}")
         if nccl and may_add_in_the_switch(os.environ.setdefault("NCCL_ALGO", f"^{','.join(NVLS)}")):
-            raise _contradiction("NCCL_ALGO", "NCCL may then add in the NVSwitch, in an order that changes")
+            raise _contradiction(
+                "NCCL_ALGO", "with this value, NCCL may add in the NVSwitch, in a different order each time"
+            )
     if deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports inductor, which takes a second
         torch.use_deterministic_algorithms(deterministic)  # and inductor's deterministic mode, in torch that has one
-    # It would write every new tensor once more.
+    # In deterministic mode, torch would otherwise fill every new tensor, which costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

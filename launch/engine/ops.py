@@ -184,7 +184,7 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
         except Exception as error:  # a missing nvcc, for example, is an exception of DeepSpeed's own
             why = f"{platform.node()}: {_diagnosis(builder, error)}"
             if name not in SUBSTITUTES:
-                raise UserError(f"{why}\nOr do without it: {WITHOUT[name]}.") from error
+                raise UserError(f"{why}\nOr train without this op: {WITHOUT[name]}.") from error
             missing[name] = why
     return missing
 

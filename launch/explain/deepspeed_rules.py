@@ -298,7 +298,7 @@ def aio_without_nvme(case: Case) -> Iterator[str]:
         yield "aio {...} has no effect, because nothing is offloaded to nvme. Remove the block."
 
 
-@rule("useless", "packspeed: a run file owns precision")
+@rule("useless", "packspeed: the run file sets the precision")
 def precision_blocks_unused(case: Case) -> Iterator[str]:
     """The block belongs to a precision that the run does not use.
 

@@ -35,9 +35,9 @@ REMOVED = {
     "elasticity": "removed in DeepSpeed 0.19. Start again with other ranks instead: the checkpoint is converted.",
     "amp": "removed in DeepSpeed 0.19. Use the run file's train.precision.",
     "curriculum_learning": "removed in DeepSpeed 0.19. Change the mixture with data.stages.",
-    "sparse_attention": "removed in DeepSpeed 0.19.",
-    "progressive_layer_drop": "removed in DeepSpeed 0.19.",
-    "compression_training": "removed in DeepSpeed 0.19.",
+    "sparse_attention": "removed in DeepSpeed 0.19. Remove the block.",
+    "progressive_layer_drop": "removed in DeepSpeed 0.19. Remove the block.",
+    "compression_training": "removed in DeepSpeed 0.19. Remove the block.",
     "nebula": "removed in DeepSpeed 0.19. Use checkpoint.async_write to save in the background.",
 }
 

@@ -75,7 +75,7 @@ def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None
     preset = run.model.preset  # type: ignore[attr-defined]
     values = [Value("model.preset", preset, None, written.set_by("model.preset") or "default")]
     solved = {
-        "vocab_size": "dataset" if has_dataset else "unknown: no dataset here",
+        "vocab_size": "dataset" if has_dataset else "unknown: the dataset is not on this machine",
         "max_seq_len": "solved: data.seq_len",
     }
     for field in dataclasses.fields(GPTConfig) if model else ():
@@ -114,9 +114,9 @@ def _resumes(deterministic: bool) -> tuple[str, str, str]:
     """
     exact = "bit for bit"
     if deterministic:
-        costs = "on GPUs attention's backward pass takes an estimated 1.2 to 2 times as long for it"
+        costs = "on GPUs attention's backward pass takes an estimated 1.2 to 2 times as long"
         return exact, exact, f"train.deterministic: {costs}"
-    return "to rounding on GPUs", exact, "train.deterministic: false"
+    return "up to rounding on GPUs", exact, "train.deterministic: false"
 
 
 def deepspeed_values(run: RunFile, raw: JsonObject, final: JsonObject, lines: dict[KeyPath, int]) -> list[Value]:

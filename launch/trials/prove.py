@@ -113,8 +113,8 @@ def plan_proof(
     run = load_run_file(run_file, overrides)
     if not run.train.deterministic:
         raise ConfigError(
-            "train.deterministic: false gives up bitwise resumes, and they are what prove tests. "
-            "Prove the run with --set train.deterministic=true."
+            "train.deterministic: false gives up bitwise resumes, but these are what packspeed prove tests. "
+            "Use --set train.deterministic=true."
         )
     if steps < 6:
         raise ConfigError(f"--steps {steps}: give at least 6, so that there are steps before and after the kill.")
@@ -156,7 +156,8 @@ def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:
             f"the uninterrupted run failed: {_last_error(plan, 'alone')}. Its log: {_log_file(plan, 'alone')}"
         )
     manifest = _final_manifest(plan)
-    say(f"bit for bit needs: {describe_environment(manifest['environment'], manifest['versions'])}")
+    environment = describe_environment(manifest["environment"], manifest["versions"])
+    say(f"a resume is equal bit for bit only with the same: {environment}")
     killed = _train_and_kill(plan, "same", say)
     if plan.other_ranks is not None:
         shutil.copytree(plan.folder / "same", plan.folder / "other")
