@@ -29,9 +29,7 @@ from packspeed.model.attention import attend as attend
 from packspeed.model.triton_fp8 import quantise as quantise
 
 NORM_ELEMENTS = 1 << 19  # elements that a norm's backward processes in parallel: 512 rows of 1,024 fill an H100
-NORM_TILE = (
-    8192  # elements of a row that a program of a norm's backward sums: the most for 1,024 threads with 64 registers
-)
+NORM_TILE = 8192  # elements of a row that one program of a norm's backward sums, limited by its registers
 NORM_PROGRAMS = 256  # a norm's backward has at least this many programs: an H100 has 132 multiprocessors
 HEAD_TILE = 4096  # elements of the heads that one program of `rotate` rotates
 TILE = 1024  # elements that one program of `activate` processes
