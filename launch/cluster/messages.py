@@ -130,7 +130,7 @@ class TimeAnswer(TypedDict):
 
 
 class RingAnswer(TypedDict):
-    """The answer to `ring`, the same from every host."""
+    """The answer to RingRequest: the measured rates of the network. Every host gives the same answer."""
 
     links: list[list[float]]  # [i]: Gbit/s from rank i to rank i + 1, and back
     sum: bool  # whether the all-reduce gave the right sum

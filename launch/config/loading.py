@@ -57,7 +57,7 @@ def apply_overrides(data: JsonObject, overrides: typing.Sequence[str]) -> dict[K
         for part in path[:-1]:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                raise ConfigError(f"{option}: {printable(part)} is a value, not a section.")
+                raise ConfigError(f"{option}: {printable(part)} is a value, not a section, so it contains no keys.")
             node = child
         node[path[-1]], _ = parse_yaml(text, option)
         origins[path] = option

@@ -136,7 +136,7 @@ OPTIMIZERS: tuple[Row, ...] = (
     (STAGE12, TENSORS, NORM, {"_zero_padding": "read: marks gradients that are only padding of a partition"}),
     (STAGE12, "DeepSpeedZeroOptimizer", STATE, {
         "single_partition_of_fp32_groups": "set: this rank's slice of the weights",
-        "params_in_partition": "read: the parameters of which the slice has elements",
+        "params_in_partition": "read: the parameters that are at least partly in the slice",
         "cpu_offload": "read: without offload, Muon's momentum is stored as complete matrices, not as slices",
         "loss_scaler": "set: its fields, which SCALER_FIELDS in engine/optimizer_state.py lists",
         "update_lp_params()": "called: copies new fp32 weights into the module",
