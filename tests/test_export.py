@@ -395,7 +395,7 @@ def test_a_damaged_import_is_refused_everywhere(runs: Workspace, tmp_path: Path)
         ({"attention_bias": True}, "missing"),
         ({"model_type": "mamba"}, "model_type = 'mamba'"),
         ({"num_hidden_layers": 3}, "missing"),
-        ({"intermediate_size": 64}, "asks for [64, 32]"),
+        ({"intermediate_size": 64}, "but [64, 32] according"),
     ],
 )
 def test_import_refusals(runs: Workspace, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
