@@ -76,8 +76,9 @@ class LazyCommand(TyperCommand):
         self.target = target
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
-        """Import the real command and parse `args` with it. Returns the context of the real command, which Click
-        then invokes.
+        """Import the real command and parse `args` with it.
+
+        Returns the context of the real command, which Click then invokes.
         """
         module, _, function = self.target.function.partition(":")
         real = typer.Typer(add_completion=False)

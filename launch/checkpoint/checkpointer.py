@@ -142,8 +142,9 @@ class Checkpointer:
         return self._pending is not None and self.writer.written()
 
     def finish(self) -> bool:
-        """Complete the unfinished save, if there is one. Returns False if it failed; the reason is logged. A
-        collective.
+        """Complete the unfinished save, if there is one.
+
+        Returns False if it failed; the reason is logged. A collective.
         """
         if self._pending is None:
             return True
@@ -191,11 +192,10 @@ class Checkpointer:
         return self.load(self.folder / step_folder(step))
 
     def load(self, path: Path) -> Manifest:
-        """Load a complete checkpoint into the engine and torch's random generators, and return its manifest. A
-        collective.
+        """Load a complete checkpoint into the engine and torch's random generators, and return its manifest.
 
-        If the checkpoint has another layout than this run (ZeRO stage, number of ranks ...), it is converted first
-        (reshard.py). Raises UserError if it cannot be loaded.
+        A collective. If the checkpoint has another layout than this run (ZeRO stage, number of ranks ...), it is
+        converted first (reshard.py). Raises UserError if it cannot be loaded.
         """
         manifest = read_manifest(path)
         check_loadable(path, self.engine)

@@ -34,8 +34,9 @@ CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)  # exactly t
 
 
 class Layout(TypedDict):
-    """What must be equal for DeepSpeed to load its own files. If it differs, the checkpoint is converted
-    (reshard.py).
+    """What must be equal for DeepSpeed to load its own files.
+
+    If it differs, the checkpoint is converted (reshard.py).
     """
 
     dp_size: int
@@ -127,10 +128,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoint folders in <run>/checkpoints, newest first, without checking them. Other folders are left
-    out.
+    """Return the checkpoint folders in <run>/checkpoints, newest first, without checking them.
 
-    Raises OSError if the folder exists but cannot be read. An empty list would mean that the run has not saved yet.
+    Other folders are left out. Raises OSError if the folder exists but cannot be read. An empty list would mean that
+    the run has not saved yet.
     """
     if not folder.exists():
         return []
@@ -149,8 +150,9 @@ def _hash_of(manifest: Mapping[str, object]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read packspeed.json in a checkpoint folder. Raises UserError if it is missing, damaged or has another format
-    version.
+    """Read packspeed.json in a checkpoint folder.
+
+    Raises UserError if it is missing, damaged or has another format version.
     """
     path = folder / MANIFEST
     try:
@@ -208,10 +210,9 @@ def find_damage(folder: Path) -> list[str]:
 
 
 def newest_complete(folder: Path, log: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-    """Return (the newest complete checkpoint or None, the newer checkpoints that are damaged). Logs why they are
-    damaged.
+    """Return (the newest complete checkpoint or None, the newer checkpoints that are damaged).
 
-    Raises UserError if the folder cannot be read.
+    Logs why they are damaged. Raises UserError if the folder cannot be read.
     """
     damaged: list[Path] = []
     try:

@@ -113,11 +113,10 @@ class Resumption(NamedTuple):
 
 
 def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
-    """Find the checkpoint in `folder` from which the run resumes (checks 1 to 3). A collective: every rank must call
-    it.
+    """Find the checkpoint in `folder` from which the run resumes (checks 1 to 3).
 
-    On every rank, raises UserError if there are checkpoints but none is complete, and ConfigError if they belong to
-    another run.
+    A collective: every rank must call it. On every rank, raises UserError if there are checkpoints but none is
+    complete, and ConfigError if they belong to another run.
     """
     error, found = None, Resumption(None, [], [], [])
     if topology.rank == 0:  # only rank 0 reads and hashes the files

@@ -69,8 +69,9 @@ class SafeWriter:
             self._threads[-1].start()
 
     def start(self) -> None:
-        """Start the threads that write the copies. Call it when all copies are made, because writing slows down
-        copying.
+        """Start the threads that write the copies.
+
+        Call it when all copies are made, because writing slows down copying.
         """
         for thread in self._threads if self.copy else ():
             thread.start()

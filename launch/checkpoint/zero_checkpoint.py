@@ -227,8 +227,9 @@ def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple
 
 
 def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
-    """Read a checkpoint of stage 0: full tensors in rank 0's file. Shared parameters are stored once under several
-    names.
+    """Read a checkpoint of stage 0: full tensors in rank 0's file.
+
+    Shared parameters are stored once under several names.
     """
     content = _model_states(checkpoint)
     optimizer_tensors: dict[str, Tensors] = {}  # by parameter name
@@ -288,8 +289,9 @@ def _stage12_tensors(
 def _stage3_tensors(
     states: list[ZeroState], shapes: list[Shapes], selection: _Selection
 ) -> Iterator[tuple[str, Tensors]]:
-    """Read a checkpoint of stage 3: each rank has an equal slice of each parameter. The last rank's may end with
-    padding.
+    """Read a checkpoint of stage 3: each rank has an equal slice of each parameter.
+
+    The last rank's may end with padding.
     """
     number = 0  # number of the parameter, counted over all groups
     for group, shape_of in enumerate(shapes):

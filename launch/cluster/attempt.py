@@ -163,8 +163,9 @@ class Attempt:
             agent.stdin.flush()
 
     def _read(self, agent: subprocess.Popen[bytes]) -> None:
-        """Collect an agent's records, and print the output of its ranks, until it exits. Runs in one thread per
-        host.
+        """Collect an agent's records, and print the output of its ranks, until it exits.
+
+        Runs in one thread per host.
         """
         assert agent.stdout is not None
         for raw in agent.stdout:
@@ -305,8 +306,9 @@ class Attempt:
     # --- end ----------------------------------------------------------------------------------------------------------
 
     def end(self, log: Log) -> None:
-        """Kill every process of the attempt on every host that answers. On the other hosts the agent kills the
-        ranks.
+        """Kill every process of the attempt on every host that answers.
+
+        On the other hosts the agent kills the ranks.
         """
         for agent in self.agents.values():
             agent.kill()

@@ -138,8 +138,9 @@ def death_report(death: RankDeath, host_of: Mapping[int, str], beats: Mapping[in
 
 
 def describe_exit(code: int) -> str:
-    """Return the exit code of an agent in words. If a signal ended its launcher, the code is 256 minus the signal's
-    number.
+    """Return the exit code of an agent in words.
+
+    If a signal ended its launcher, the code is 256 minus the signal's number.
     """
     number = 256 - code
     names = {int(member): member.name for member in signal.Signals}

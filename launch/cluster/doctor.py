@@ -131,8 +131,9 @@ def examine(options: LaunchOptions, run: RunFile | None, bandwidth: bool, with_t
 
 
 def _request(host: Host, options: LaunchOptions, run: RunFile | None, token: str) -> FactsRequest:
-    """Return the `facts` request (messages.py) for a host. If `run` is given, it includes the run's datasets and run
-    folder.
+    """Return the `facts` request (messages.py) for a host.
+
+    If `run` is given, it includes the run's datasets and run folder.
     """
     request = options.facts_request(host, options.hosts)
     if run is not None:

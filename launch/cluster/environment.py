@@ -71,8 +71,9 @@ def report_env_files() -> None:
 
 
 def read_deepspeed_env(path: Path) -> dict[str, str]:
-    """Return the variables in a .deepspeed_env file. Raises ConfigError with the line number if a line is not
-    NAME=VALUE.
+    """Return the variables in a .deepspeed_env file.
+
+    Raises ConfigError with the line number if a line is not NAME=VALUE.
     """
     try:
         with path.open("rb") as file:

@@ -94,8 +94,9 @@ def _parse_slots(key: str, value: str, where: str) -> int:
 
 
 def _parse_name(name: str, where: str) -> str:
-    """Return a host name unchanged, or an IPv6 address in its shortest form without brackets. Raises ConfigError
-    otherwise.
+    """Return a host name unchanged, or an IPv6 address in its shortest form without brackets.
+
+    Raises ConfigError otherwise.
     """
     if NAME.fullmatch(name) and len(name) <= 253:
         return name
@@ -148,8 +149,9 @@ def select_hosts(hosts: list[Host], include: str = "", exclude: str = "") -> lis
 
 
 def _parse_filter(hosts: Sequence[Host], option: str, text: str) -> dict[str, list[int]]:
-    """Parse NAME[:SLOT,SLOT...]@..., and return {host name: slots in ascending order}. A name alone means all its
-    slots.
+    """Parse NAME[:SLOT,SLOT...]@..., and return {host name: slots in ascending order}.
+
+    A name alone means all its slots.
     """
     by_name = {host.name: host for host in hosts}
     slots: dict[str, set[int]] = {}

@@ -92,8 +92,9 @@ class LaunchPlan:
         }
 
     def lines(self) -> list[str]:
-        """Return the plan as lines of text, which are printed before the start. Values that may be secrets are
-        hidden.
+        """Return the plan as lines of text, which are printed before the start.
+
+        Values that may be secrets are hidden.
         """
         lines = [f"plan: {self.world} ranks on {len(self.hosts)} host(s), rendezvous at {self.master} port {self.port}"]
         for planned in self.hosts:

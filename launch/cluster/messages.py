@@ -57,8 +57,9 @@ class RingRequest(TypedDict):
 
 
 class StacksRequest(TypedDict):
-    """Request: report the state and the Python stack of every rank of a launch. The answer is {rank as text:
-    RankState}.
+    """Request: report the state and the Python stack of every rank of a launch.
+
+    The answer is {rank as text: RankState}.
     """
 
     do: Literal["stacks"]

@@ -211,8 +211,9 @@ def _job(label: str, nodes: int, max_restarts: int, pod: dict[str, object]) -> d
 def no_ssh(
     plan: LaunchPlan, arguments: Sequence[str], *, cwd: str = "", python: str = sys.executable, script: str = str(TRAIN)
 ) -> str:
-    """Return one command per host of a plan, each under a comment that names the host. Start all of them, in any
-    order.
+    """Return one command per host of a plan, each under a comment that names the host.
+
+    Start all of them, in any order.
     """
     plain, secret = _split(plan.env)
     lines = [f"# {key} is a secret: set it on every host yourself" for key in secret]

@@ -153,8 +153,9 @@ def _configure(connection: socket.socket) -> socket.socket:
 
 
 def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
-    """Connect to an address and port, and retry for `timeout_s` until the other host listens. Raises RingError after
-    that.
+    """Connect to an address and port, and retry for `timeout_s` until the other host listens.
+
+    Raises RingError after that.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -239,8 +240,9 @@ def _receive_burst(connection: socket.socket) -> float:
 def _all_reduce(
     rank: int, world: int, coordinator: Coordinator, previous: socket.socket, following: socket.socket, count: int
 ) -> tuple[float, bool]:
-    """Sum a vector of `count` fp32 numbers over the ring, three times. Returns (best seconds, whether the sum is
-    right).
+    """Sum a vector of `count` fp32 numbers over the ring, three times.
+
+    Returns (best seconds, whether the sum is right).
     """
     import numpy as np
 

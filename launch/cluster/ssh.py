@@ -47,8 +47,9 @@ class Replies(Generic[Answer]):
 
 
 def agent_command(host: Host, python: str = sys.executable, ssh_config: Path | None = None) -> list[str]:
-    """Return the command that starts the agent of a host. The only text that the remote shell gets is the quoted
-    interpreter.
+    """Return the command that starts the agent of a host.
+
+    The only text that the remote shell gets is the quoted interpreter.
     """
     agent = [python, "-m", "packspeed.launch.cluster.agent"]
     if host.local:
@@ -88,8 +89,9 @@ class AgentPool:
         answer: type[Answer],
         timeout_s: float = ASK_TIMEOUT_S,
     ) -> Replies[Answer]:
-        """Send every host its request, all at the same time, and wait for the answers. See ask_hosts for the
-        arguments.
+        """Send every host its request, all at the same time, and wait for the answers.
+
+        See ask_hosts for the arguments.
         """
         replies: Replies[Answer] = Replies({}, {})
         if not hosts:
@@ -111,8 +113,9 @@ class AgentPool:
         return replies
 
     def _ask_one(self, host: Host, request: ShortRequest, timeout_s: float) -> dict[str, object]:
-        """Send one host its request, and return its answer or {"error": why there is none}. Connects to the host if
-        necessary.
+        """Send one host its request, and return its answer or {"error": why there is none}.
+
+        Connects to the host if necessary.
         """
         try:
             # Each host's first request starts its agent; this runs in one thread per host.

@@ -216,8 +216,9 @@ class Supervisor:
                 return
 
     def _append_history(self, plan: LaunchPlan, attempt: Attempt, outcome: Outcome, step: int) -> None:
-        """Append the attempt to launches.jsonl. An error, such as a full disk, is ignored: it must not end the
-        launch.
+        """Append the attempt to launches.jsonl.
+
+        An error, such as a full disk, is ignored: it must not end the launch.
         """
         entry = {
             "started_at": attempt.started, "ended_at": time.time(), "hosts": [p.host.name for p in plan.hosts],

@@ -209,8 +209,9 @@ def parse_json(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def _parse_hjson(text: str, place: Path | str, json_error: json.JSONDecodeError) -> Any:
-    """Parse text as HJSON, after the JSON parser has failed with `json_error`. Raises ConfigError that quotes both
-    errors.
+    """Parse text as HJSON, after the JSON parser has failed with `json_error`.
+
+    Raises ConfigError that quotes both errors.
     """
     import hjson  # only here: most files are JSON
 

@@ -383,11 +383,10 @@ class RunFile(Section):
         return Path(self.runs_dir) / self.name
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """Return the configuration of the model. A key that the run file omits comes from the preset, else from the
-        dataset.
+        """Return the configuration of the model.
 
-        `vocab_size` is the vocabulary size of the dataset. Raises ConfigError if keys are missing or contradict each
-        other.
+        A key that the run file omits comes from the preset, else from the dataset. `vocab_size` is the vocabulary size
+        of the dataset. Raises ConfigError if keys are missing or contradict each other.
         """
         given = {k: v for k, v in self.model.model_dump().items() if v is not None}  # type: ignore[attr-defined]
         name = given.pop("preset", None)

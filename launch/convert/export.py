@@ -181,10 +181,9 @@ class Shards:
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor, converted to the precision of the export. Raises KeyError if it is unknown or was already
-        written.
+        """Write a tensor, converted to the precision of the export.
 
-        Raises UserError if it has another shape than expected.
+        Raises KeyError if it is unknown or was already written. Raises UserError if it has another shape than expected.
         """
         path, offset, shape = self._unwritten.pop(name)
         if tensor.shape != shape:

@@ -49,8 +49,9 @@ def read_tokenizer(source: Path, rows: int) -> tuple[Tokenizer | None, list[str]
 
 
 def _with_bos(source: Path, tokenizer: JsonTokenizer) -> tuple[Tokenizer, list[str]]:
-    """Return the tokenizer and notes for the user. The tokenizer adds BOS if the folder's template or settings do
-    so.
+    """Return the tokenizer and notes for the user.
+
+    The tokenizer adds BOS if the folder's template or settings do so.
     """
     before, after = template(tokenizer.content)
     named = read_document_tokens(source)

@@ -213,10 +213,9 @@ def model_on(device: torch.device, config: GPTConfig, seed: int, dtype: torch.dt
 
 
 def _partitioned_model(config: GPTConfig, seed: int, ds_config: DsConfig) -> GPT:
-    """Return the GPT with its initial weights, partitioned over all ranks for ZeRO-3. A collective: every rank must
-    call it.
+    """Return the GPT with its initial weights, partitioned over all ranks for ZeRO-3.
 
-    Rank 0 draws the weights and sends them to the others.
+    A collective: every rank must call it. Rank 0 draws the weights and sends them to the others.
     """
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = GPT(config)

@@ -50,10 +50,10 @@ class Topology:
     device: torch.device
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over the data-parallel ranks, in place, and return it. The result has the same bits on every
-        rank.
+        """Sum a tensor over the data-parallel ranks, in place, and return it.
 
-        A collective: every data-parallel rank must call it with the same shape and dtype.
+        The result has the same bits on every rank. A collective: every data-parallel rank must call it with the same
+        shape and dtype.
         """
         if self.dp_size > 1:
             dist.all_reduce(values)
@@ -65,8 +65,9 @@ class Topology:
             dist.barrier()
 
     def from_rank0(self, value: T) -> T:
-        """Return rank 0's `value` on every rank. A collective: every rank must call it; the other ranks' values are
-        ignored.
+        """Return rank 0's `value` on every rank.
+
+        A collective: every rank must call it; the other ranks' values are ignored.
         """
         box = [value]
         if self.world > 1:
@@ -165,10 +166,9 @@ def start_distributed(
 
 
 def _start_deepspeed(backend: str, timeout: datetime.timedelta) -> None:
-    """Initialise DeepSpeed on the process group, which is created if there is none. A collective; later calls do
-    nothing.
+    """Initialise DeepSpeed on the process group, which is created if there is none.
 
-    `timeout` applies to the collectives of a group that is created here.
+    A collective; later calls do nothing. `timeout` applies to the collectives of a group that is created here.
     """
     if not dist.is_initialized():
         with quiet(None):

@@ -39,10 +39,10 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is t
 
 
 def set_numerics(deterministic: bool, nccl: bool = False) -> None:
-    """Set how torch, cuBLAS and NCCL compute in this process. `nccl` says that a process group with NCCL will be
-    created.
+    """Set how torch, cuBLAS and NCCL compute in this process.
 
-    Raises ConfigError if `deterministic` contradicts an environment variable that the user has set.
+    `nccl` says that a process group with NCCL will be created. Raises ConfigError if `deterministic` contradicts an
+    environment variable that the user has set.
     """
     keep_full_precision()
     if deterministic:

@@ -162,12 +162,12 @@ def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
 
 
 def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
-    """Compile and load ops, given their builder names. Returns {builder name: reason} for those that a substitute
-    replaces.
+    """Compile and load ops, given their builder names.
 
-    These are the ops of SUBSTITUTES that cannot be built on this host. For any other op that cannot be built it raises
-    UserError, which names the missing compiler or header and quotes the end of the build's output. Raises ConfigError
-    if DeepSpeed has no such op for this device. Progress is printed with `say`.
+    Returns {builder name: reason} for those that a substitute replaces. These are the ops of SUBSTITUTES that cannot be
+    built on this host. For any other op that cannot be built it raises UserError, which names the missing compiler or
+    header and quotes the end of the build's output. Raises ConfigError if DeepSpeed has no such op for this device.
+    Progress is printed with `say`.
     """
     prepare_for_ops()
     missing = {}

@@ -129,8 +129,9 @@ def _set_momentum_of_matrix(engine: Engine, name: str, state: JsonObject, value:
 
 
 def _state_tensor(state: JsonObject, kind: str, like: torch.Tensor) -> torch.Tensor:
-    """Return the tensor of `kind` ("exp_avg", ...) in an optimizer's state. If there is none, add zeros shaped like
-    `like`.
+    """Return the tensor of `kind` ("exp_avg", ...) in an optimizer's state.
+
+    If there is none, add zeros shaped like `like`.
     """
     if kind not in state:
         state[kind] = torch.zeros_like(like)

@@ -55,8 +55,9 @@ class Engine(Protocol):
         """Run the module's forward pass with these arguments and return its loss."""
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Run the backward pass of one micro batch. The loss is first divided by the number of accumulated micro
-        batches.
+        """Run the backward pass of one micro batch.
+
+        The loss is first divided by the number of accumulated micro batches.
         """
 
     def step(self) -> None:

@@ -128,8 +128,9 @@ def _gpt_config(run: RunFile, vocab_size: int | None, findings: list[Finding]) -
 def _resolve_ds_config(
     run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str, findings: list[Finding]
 ) -> JsonObject:
-    """Return the final DeepSpeed configuration. If the JSON contradicts the run file, add findings and use the run
-    file's values.
+    """Return the final DeepSpeed configuration.
+
+    If the JSON contradicts the run file, add findings and use the run file's values.
     """
     for _ in range(2):
         try:
@@ -150,8 +151,9 @@ def _worst_first(findings: list[Finding]) -> list[Finding]:
 
 
 def text(explanation: Explanation) -> str:
-    """Return the explanation for a terminal: findings, then settings. A star marks settings that differ from their
-    default.
+    """Return the explanation for a terminal: findings, then settings.
+
+    A star marks settings that differ from their default.
     """
     lines = [f"{len(explanation.findings)} finding(s) in {explanation.run_file}"]
     for finding in explanation.findings:

@@ -203,8 +203,9 @@ def run_dialog(
 
 
 class _TextStream:
-    """Converts tokens to text as they arrive. A UTF-8 character that spans several tokens is written when it is
-    complete.
+    """Converts tokens to text as they arrive.
+
+    A UTF-8 character that spans several tokens is written when it is complete.
     """
 
     def __init__(self, generator: TextGenerator, write: Callable[[str], None]) -> None:

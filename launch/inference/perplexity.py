@@ -163,8 +163,9 @@ def _evaluate(
     max_tokens: int | None,
     masked: bool,
 ) -> Evaluation:
-    """Evaluate the first `max_tokens` tokens (None: all) of a split. If `masked` is True, attention stays inside
-    documents.
+    """Evaluate the first `max_tokens` tokens (None: all) of a split.
+
+    If `masked` is True, attention stays inside documents.
     """
     tokens = min(dataset.tokens(split), max_tokens or 2**62)
     if not tokens:

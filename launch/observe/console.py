@@ -27,8 +27,9 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class MetricsWriter(Protocol):
-    """The part of training.metrics.Metrics that the panel needs. It is a Protocol, because observe/ does not import
-    training/.
+    """The part of training.metrics.Metrics that the panel needs.
+
+    It is a Protocol, because observe/ does not import training/.
     """
 
     folder: Path

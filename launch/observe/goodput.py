@@ -115,8 +115,9 @@ def _ended(life: Life) -> EndedLife:
 
 
 def account(folder: Path, notes: list[str] | None = None) -> Account | None:
-    """Add up the lives of a run. Returns None if goodput.jsonl has no line. Adds to `notes` what is wrong with its
-    files.
+    """Add up the lives of a run. Returns None if goodput.jsonl has no line.
+
+    Adds to `notes` what is wrong with its files.
     """
     notes = [] if notes is None else notes
     lives = read_lives(folder, notes)

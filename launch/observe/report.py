@@ -61,8 +61,9 @@ BUCKET_COLORS = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The content of a run folder. A missing or damaged file gives an empty value; `notes` says which files are
-    damaged.
+    """The content of a run folder.
+
+    A missing or damaged file gives an empty value; `notes` says which files are damaged.
     """
 
     folder: Path

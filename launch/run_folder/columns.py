@@ -49,8 +49,9 @@ class Columns:
 
 
 def read_columns(folder: Path, notes: list[str]) -> Columns:
-    """Return the numbers of metrics.jsonl. If a step has several lines, the last one counts. Damage is added to
-    `notes`.
+    """Return the numbers of metrics.jsonl.
+
+    If a step has several lines, the last one counts. Damage is added to `notes`.
     """
     path = folder / "metrics.jsonl"
     undamaged = _read_undamaged(path) if is_readable(path, notes) else None

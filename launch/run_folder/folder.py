@@ -103,11 +103,11 @@ def prepare_for_launch(folder: Path, fresh: bool) -> None:
 
 @contextmanager
 def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool) -> Iterator[None]:
-    """Create the run folder, and keep it locked during the `with` block. If `fresh` is True, first rename an existing
-    folder.
+    """Create the run folder, and keep it locked during the `with` block.
 
-    A collective: every rank must call it, but only rank 0 accesses the disk. Raises UserError on every rank if the
-    folder cannot be written, or if another process still trains in it after LOCK_WAIT_S.
+    If `fresh` is True, first rename an existing folder. A collective: every rank must call it, but only rank 0 accesses
+    the disk. Raises UserError on every rank if the folder cannot be written, or if another process still trains in it
+    after LOCK_WAIT_S.
     """
     lock, error = _lock_and_create(folder, fresh) if ranks.rank == 0 else (None, None)
     error = ranks.agree_on_error(error)
@@ -152,10 +152,10 @@ def _cannot_write(folder: Path, problem: OSError) -> str:
 
 
 def _lock(folder: Path) -> FileLock:
-    """Lock <runs_dir>/.<name>.lock and return the lock. The kernel releases it when the process ends, for whatever
-    reason.
+    """Lock <runs_dir>/.<name>.lock and return the lock.
 
-    Raises UserError if another process still has the lock after LOCK_WAIT_S.
+    The kernel releases it when the process ends, for whatever reason. Raises UserError if another process still has the
+    lock after LOCK_WAIT_S.
     """
 
     def on_wait(holder: str) -> None:
@@ -177,8 +177,9 @@ def _lock(folder: Path) -> FileLock:
 
 
 def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> JsonObject:
-    """Return the run file as a dict, with every default and the preset written out. The result is a valid run file
-    too.
+    """Return the run file as a dict, with every default and the preset written out.
+
+    The result is a valid run file too.
     """
     out = run.model_dump(mode="json", exclude_none=True)
     out["model"] = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
@@ -187,8 +188,9 @@ def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> JsonObje
 
 
 def write_configs(folder: Path, config: Mapping[str, Any], ds_config: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write config.yaml, ds_config.json and environment.json on rank 0. A collective, which gathers the names of the
-    hosts.
+    """Write config.yaml, ds_config.json and environment.json on rank 0.
+
+    A collective, which gathers the names of the hosts.
     """
     hosts = ranks.gather(platform.node())
     if ranks.rank:
@@ -210,8 +212,9 @@ def write_configs(folder: Path, config: Mapping[str, Any], ds_config: Mapping[st
 
 
 def record_changes(folder: Path, changes: Sequence[SettingChange]) -> None:
-    """Append the settings that a resume has changed to settings.jsonl. Lines that the file has already are not added
-    again.
+    """Append the settings that a resume has changed to settings.jsonl.
+
+    Lines that the file has already are not added again.
     """
     path = folder / "settings.jsonl"
     lines = [json.dumps(change) + "\n" for change in changes]

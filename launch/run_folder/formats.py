@@ -69,8 +69,9 @@ class _Life(TypedDict):
 
 
 class Life(_Life, total=False):
-    """A line of goodput.jsonl: one life of rank 0's process, from its start to its end. Overwritten while the
-    process runs.
+    """A line of goodput.jsonl: one life of rank 0's process, from its start to its end.
+
+    Overwritten while the process runs.
     """
 
     clock_step_s: Annotated[float, "seconds of the clock", "how far the host's clock was set ahead (+) or back (-)"]
@@ -113,8 +114,9 @@ class AnomalyLine(_AnomalyLine, total=False):
 
 
 class SettingChange(TypedDict):
-    """A line of settings.jsonl: a setting that was changed when the run resumed. Unlike checkpoints, the file is
-    never deleted.
+    """A line of settings.jsonl: a setting that was changed when the run resumed.
+
+    Unlike checkpoints, the file is never deleted.
     """
 
     step: Annotated[int, "steps", "step of the checkpoint that was resumed; later steps use the new value"]

@@ -39,8 +39,9 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes this rank's heartbeat. It is a listener of the PhaseTimer. Write errors, such as a full disk, are
-    ignored.
+    """Writes this rank's heartbeat.
+
+    It is a listener of the PhaseTimer. Write errors, such as a full disk, are ignored.
     """
 
     def __init__(self, logs: Path, rank: int, host: str, step: int) -> None:
@@ -68,8 +69,9 @@ def read_beats(logs: Path) -> dict[int, Beat]:
 
 
 def keep_logs(logs: Path, rank: int) -> None:
-    """Redirect the output of this process to its log, and write all stacks on SIGUSR2. Rank 0 also prints to the
-    console.
+    """Redirect the output of this process to its log, and write all stacks on SIGUSR2.
+
+    Rank 0 also prints to the console.
     """
     logs.mkdir(parents=True, exist_ok=True)
     stack = open(logs / f"rank-{rank}.stack", "w", encoding="utf-8")  # noqa: SIM115 (faulthandler needs it open)

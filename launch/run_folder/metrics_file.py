@@ -133,8 +133,9 @@ def sort_lines(content: bytes, step: int) -> tuple[list[bytes], list[bytes], lis
 
 
 def append_discarded(path: Path, lines: bytes) -> None:
-    """Append lines to metrics.discarded.jsonl, all or none. Does nothing if an interrupted call has appended them
-    already.
+    """Append lines to metrics.discarded.jsonl, all or none.
+
+    Does nothing if an interrupted call has appended them already.
     """
     before = path.read_bytes() if path.exists() else b""
     if not lines or before.endswith(lines):

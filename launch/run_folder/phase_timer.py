@@ -39,8 +39,9 @@ MEASURED = ("startup", "data", "compute", "communication", "checkpoint", "evalua
 
 
 def process_age_s() -> float:
-    """Return the seconds since the kernel started this process, so that imports count as start-up. Returns 0 outside
-    Linux.
+    """Return the seconds since the kernel started this process, so that imports count as start-up.
+
+    Returns 0 outside Linux.
     """
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -55,14 +56,16 @@ class PhaseListener(Protocol):
     step: int  # the last completed step
 
     def __call__(self, phase: str, collective: str = "") -> None:
-        """Note that the rank has entered `phase`. `collective` is the name of the collective in which it waits, or
-        empty.
+        """Note that the rank has entered `phase`.
+
+        `collective` is the name of the collective in which it waits, or empty.
         """
 
 
 class PhaseTimer:
-    """Adds up the seconds of one life of a process per bucket, and records them in a file. Without a path it only
-    adds up.
+    """Adds up the seconds of one life of a process per bucket, and records them in a file.
+
+    Without a path it only adds up.
     """
 
     def __init__(self, path: Path | None, step: int = 0, age_s: float | None = None) -> None:
@@ -93,11 +96,11 @@ class PhaseTimer:
         self.record()
 
     def enter(self, phase: str, collective: str = "") -> str:
-        """Add the time since the last call to the bucket of the old phase, and switch to `phase`. Returns the old
-        phase.
+        """Add the time since the last call to the bucket of the old phase, and switch to `phase`.
 
-        `phase` is "forward", "backward" or "step" (all count as compute), or a name in MEASURED. `collective` is passed
-        on to the listener. Cost: 1 us, and 20 us more if the last record is older than RECORD_EVERY_S.
+        Returns the old phase. `phase` is "forward", "backward" or "step" (all count as compute), or a name in MEASURED.
+        `collective` is passed on to the listener. Cost: 1 us, and 20 us more if the last record is older than
+        RECORD_EVERY_S.
         """
         if self.listener is not None:
             self.listener(phase, collective)
@@ -126,8 +129,9 @@ class PhaseTimer:
         return self.seconds["compute"] + self.seconds["communication"]
 
     def record(self, ended: str | None = None) -> None:
-        """Overwrite this life's line in the file. Errors, such as a full disk, are ignored: they must not end the
-        run.
+        """Overwrite this life's line in the file.
+
+        Errors, such as a full disk, are ignored: they must not end the run.
         """
         self._recorded = time.monotonic()
         if self._file < 0:

@@ -94,8 +94,9 @@ def metrics_line(value: JsonObject | None) -> MetricsLine | None:
 
 
 def read_lines(path: Path, line_type: type[T], notes: list[str]) -> list[T]:
-    """Return the valid lines of a file with one JSON object per line, in the order of the file. `line_type` is their
-    type.
+    """Return the valid lines of a file with one JSON object per line, in the order of the file.
+
+    `line_type` is their type.
     """
     objects, damaged = _read_objects(path, notes)
     lines = [line for value in objects if (line := valid(value, line_type)) is not None]

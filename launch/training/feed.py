@@ -42,8 +42,9 @@ class Feed:
         return staged or self._prepare(*next(self._batches))
 
     def stage(self) -> None:
-        """Prepare the next batch if it has been read from disk already. Never waits; errors of the prefetcher are
-        not raised here.
+        """Prepare the next batch if it has been read from disk already.
+
+        Never waits; errors of the prefetcher are not raised here.
         """
         if self._staged is None and (following := self._batches.take_if_ready()) is not None:
             self._staged = self._prepare(*following)

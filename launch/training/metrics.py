@@ -96,8 +96,9 @@ class Metrics:
             say(self._screen_line(line))
 
     def _write_waiting(self) -> str | None:
-        """Write the lines that are kept in memory, each completely or not at all. Returns the error text if one fails,
-        else None.
+        """Write the lines that are kept in memory, each completely or not at all.
+
+        Returns the error text if one fails, else None.
         """
         try:
             while self._waiting:
@@ -134,8 +135,9 @@ class Metrics:
             say(f"WARNING: anomalies.jsonl: {error.strerror}")
 
     def write_norms(self, step: int, norms: dict[str, dict[str, float]] | None) -> None:
-        """Send histograms of the norms to TensorBoard, if it is on. `norms` is the result of parameter_norms, or
-        None.
+        """Send histograms of the norms to TensorBoard, if it is on.
+
+        `norms` is the result of parameter_norms, or None.
         """
         if norms is not None and self._board is not None:
             try:

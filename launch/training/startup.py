@@ -45,11 +45,11 @@ def start_training(
     fresh: bool,
     log_filter: DeepSpeedLogFilter,
 ) -> int:
-    """Train the run from its newest complete checkpoint until it ends or is stopped. Returns the exit code of the
-    process.
+    """Train the run from its newest complete checkpoint until it ends or is stopped.
 
-    A collective: every rank must call it. If `fresh` is True, an existing run folder is moved aside and training starts
-    at step 0. `log_filter` is given the path of deepspeed.log. Raises UserError if the run cannot start or has failed.
+    Returns the exit code of the process. A collective: every rank must call it. If `fresh` is True, an existing run
+    folder is moved aside and training starts at step 0. `log_filter` is given the path of deepspeed.log. Raises
+    UserError if the run cannot start or has failed.
     """
     # Ranks, device, precision and batch plan. Whatever may differ between hosts, such as the kernels, is decided by all
     # ranks together before weights are drawn.

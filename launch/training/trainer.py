@@ -48,8 +48,9 @@ class Trainer:
         self.timer.enter(phase)
 
     def any_rank_stopping(self) -> bool:
-        """Return whether a signal asked any rank to stop. A collective: every rank must call it and gets the same
-        answer.
+        """Return whether a signal asked any rank to stop.
+
+        A collective: every rank must call it and gets the same answer.
         """
         asked = torch.tensor(float(self.stop.asked is not None), device=self.topology.device)
         return bool(self.topology.sum(asked) > 0)

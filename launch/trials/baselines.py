@@ -38,8 +38,9 @@ class Baseline:
 
 
 class BaselineLoop:
-    """Trains a baseline in a plain loop: forward, backward, clip, step. Uses DistributedDataParallel if there are
-    several ranks.
+    """Trains a baseline in a plain loop: forward, backward, clip, step.
+
+    Uses DistributedDataParallel if there are several ranks.
     """
 
     def __init__(self, setup: BenchSetup, name: str, precision: str) -> None:

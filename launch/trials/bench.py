@@ -143,8 +143,9 @@ def plan_bench(
 def _listed(
     flag: str, text: str | None, valid: Callable[[str], bool], convert: Callable[[str], Value]
 ) -> list[Value | None]:
-    """Return the values of an option such as "1,2,4", or [None] if it is absent. Raises ConfigError for an invalid
-    value.
+    """Return the values of an option such as "1,2,4", or [None] if it is absent.
+
+    Raises ConfigError for an invalid value.
     """
     if text is None:
         return [None]

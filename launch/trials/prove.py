@@ -208,10 +208,9 @@ def _finish(plan: ProofPlan, name: str, ranks: int) -> int:
 
 
 def _train_and_kill(plan: ProofPlan, name: str, say: Say) -> str:
-    """Train until plan.kill_at, kill plan.victim, and wait until all processes have ended. Returns a description of the
-    kill.
+    """Train until plan.kill_at, kill plan.victim, and wait until all processes have ended.
 
-    Raises UserError if the run ends before it can be killed.
+    Returns a description of the kill. Raises UserError if the run ends before it can be killed.
     """
     with _launched(plan, name, plan.ranks) as process:
         metrics = plan.folder / name / "metrics.jsonl"

@@ -21,8 +21,9 @@ TITLES = {"deepspeed": "DeepSpeed", "torch": "torch", "cpuinfo": "py-cpuinfo"}
 
 
 def replace(owner: object, name: str, replacement: Any) -> Any:
-    """Set owner.name to `replacement` and return the original value. Raises UserError if the owner has no such
-    attribute.
+    """Set owner.name to `replacement` and return the original value.
+
+    Raises UserError if the owner has no such attribute.
     """
     original = require(owner, name)
     setattr(owner, name, replacement)
