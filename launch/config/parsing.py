@@ -174,7 +174,7 @@ def _key_path(key: yaml.Node, parent: KeyPath, lines: dict[KeyPath, int], place:
         raise ConfigError(f"{place}:{line}: the key {name}is not a word. docs/run_file.md lists the keys.")
     path = (*parent, key.value)
     if path in lines:
-        raise ConfigError(f"{place}:{line}: {dotted(path)} is given twice (first on line {lines[path]}).")
+        raise ConfigError(f"{place}:{line}: {dotted(path)} is given twice (first on line {lines[path]}). Remove one.")
     lines[path] = line
     return path
 
@@ -299,7 +299,9 @@ def _plain(raw: Any, path: KeyPath, lines: dict[KeyPath, int], keys: _KeysOfText
         child = (*path, key)
         line = keys.next_line(key) or lines.get(path, 1)
         if child in lines:
-            raise ConfigError(f"{place}:{line}: {dotted(child)} is given twice (first on line {lines[child]}).")
+            raise ConfigError(
+                f"{place}:{line}: {dotted(child)} is given twice (first on line {lines[child]}). Remove one."
+            )
         lines[child] = line
         plain = _plain(value, child, lines, keys, place)
         if not COMMENT_KEY.match(key):

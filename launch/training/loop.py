@@ -5,10 +5,10 @@ The order of the eight parts of a step is fixed, so that a resumed run repeats i
     1 batch   2 forward and backward   3 agreement of the ranks   4 optimizer step or veto
     5 metrics   6 evaluation   7 checkpoint   8 stop
 
-A GPU works on a queue that the host fills. The host waits for it once per step: to read the gradient norm and what the
-ranks have agreed on, before the optimizer steps. Before that point the host copies the next batch to the device, and
-after it the host queues the optimizer step and writes the metrics, both while the GPU computes. A test counts the waits
-(tests/test_host_waits.py).
+A GPU works on a queue that the CPU fills. The CPU waits for the GPU only once per step: before the optimizer steps, it
+reads the gradient norm and what the ranks have agreed on. Before that point the CPU copies the next batch to the GPU.
+After that point it queues the optimizer step and writes the metrics. Both happen while the GPU computes.
+tests/test_host_waits.py counts the waits.
 
 Steps are counted from 1, and a vetoed step counts too. Metrics line n and checkpoint step-n belong to step n. Step n
 reads batch n - 1, or a later one if rewinds have dropped batches (AnomalyDetector.dropped_batches).

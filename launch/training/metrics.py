@@ -32,11 +32,11 @@ def finite(value: float, digits: int | None = None) -> float | None:
 
 
 class Metrics:
-    """Writes the metrics of a run during one life, which is the time from a start of the process to its end.
+    """Writes the metrics of a run in this process.
 
-    `start_step` is the step after which this life continues. If an earlier life has written lines after that step, they
-    are moved to metrics.discarded.jsonl. `start_bytes` is the size of metrics.jsonl at that step, if the checkpoint
-    recorded it.
+    `start_step` is the step after which this process continues the run. If an earlier process has written lines after
+    that step, they are moved to metrics.discarded.jsonl. `start_bytes` is the size of metrics.jsonl at that step, if
+    the checkpoint recorded it.
     """
 
     def __init__(self, run: RunFile, monitor: Monitor, start_step: int, start_bytes: int | None) -> None:
@@ -57,7 +57,7 @@ class Metrics:
         survive_full_disk(self.monitor, self._monitor_failed)
 
     def _open(self, step: int, expected_bytes: int | None) -> None:
-        """Open metrics.jsonl for the lines after `step`, and move later lines of an earlier life aside."""
+        """Open metrics.jsonl for the lines after `step`, and move later lines of an earlier process aside."""
         for note in discard_after(self.path, step, expected_bytes):
             say(note)
         # The file stays open, because opening it takes longer than writing a line. It is unbuffered, so that every line
@@ -167,11 +167,10 @@ class Metrics:
             self._monitor_broken = False
 
     def _purge_tensorboard(self, step: int) -> None:
-        """Make TensorBoard ignore the points that an earlier life wrote from `step` on, as SummaryWriter's purge_step
-        does.
+        """Make TensorBoard ignore the points that an earlier process of the run wrote from `step` on.
 
-        TensorBoard's server takes the first such event for the start of the run, and only later ones for restarts. So a
-        fresh run writes the event too.
+        SummaryWriter does the same with its argument purge_step. TensorBoard's server takes the first such event for
+        the start of the run, and only later ones for restarts. So a fresh run writes the event too.
         """
         writer = summary_writer(self.monitor)
         if writer is None:
