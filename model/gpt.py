@@ -81,7 +81,7 @@ class Linear(nn.Linear):
     fp8_kernels: str | None = None  # with fp8, the value of model.kernels; use_fp8 sets it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in) to (..., out)."""
+        """Return x times the weight, plus the bias: (..., out) for x (..., in)."""
         if self.fp8_kernels is not None and self.training:
             return fp8_linear(x, self.weight, self.bias, choose(self.fp8_kernels, x.device))
         return linear(x, self.weight, self.bias)

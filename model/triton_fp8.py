@@ -26,7 +26,8 @@ SMALLEST = tl.constexpr(2.0**-100)  # as in reference_ops.quantise
 def largest_magnitude(matrix, largest, count, BLOCK: tl.constexpr):
     """Set `largest` to the maximum of itself and the magnitudes of BLOCK elements.
 
-    It has the bits of an fp32 number as an int32. Integers of magnitudes are ordered like the magnitudes, NaN last.
+    `largest` is an int32 with the bits of an fp32 number, because integers have an atomic maximum. The bits of numbers
+    >= 0, read as integers, have the same order as the numbers, and NaN is the largest.
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(matrix + i, i < count, 0.0).to(tl.float32)

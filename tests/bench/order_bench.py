@@ -2,9 +2,10 @@
 
     python tests/bench/order_bench.py
 
-Three figures per size, each 1 (or 0) for a random order: the variance of a batch's source mix over that of drawing
-without replacement (batches of 480, a source of 30%), repeated steps (neighbouring samples whose distance in the data
-occurred before, over what numpy's permutation has), and serial correlation times sqrt(n).
+The program prints three figures per size. "mix": the variance of the share of one source (30% of the data) in batches
+of 480, divided by the variance for random draws without replacement; 1 is random. "repeated steps": how often the
+distance between neighbouring samples in the data has occurred before, divided by the same for numpy's permutation; 1 is
+random. "serial": the serial correlation times sqrt(n), which is around 0 for a random order.
 """
 
 import numpy as np

@@ -129,11 +129,11 @@ class Stream:
         self.seen: dict[Stream, int] = {}  # other stream -> its uses when this one last waited for it
 
     def wait_stream(self, other: Stream) -> None:
-        """Let the device wait: the host does not."""
+        """Record that this stream waits for the work of another. The host does not wait."""
         self.seen[other] = other.uses
 
     def wait_event(self, event: Event) -> None:
-        """Let the device wait: the host does not."""
+        """Do nothing: this stream would wait for an event, but not the host."""
 
     def synchronize(self) -> None:
         """Let the host wait."""
