@@ -82,8 +82,8 @@ def norm_backward(
     """Compute d_x for the rows program, program + programs, ..., and their part of the weight's and bias' gradients.
 
     d_x is the gradient of x and of the branch, which are equal. d_weights and d_biases (programs, width) get one row
-    per program. WIDE: the rows are wider than BLOCK, and all columns would need too many registers. Then several programs
-    process each row. Each of them computes the sums over the complete row, and writes BLOCK columns.
+    per program. WIDE: the rows are wider than BLOCK, because all columns would need too many registers. Then several
+    programs process each row. Each computes the sums over the complete row, and writes BLOCK columns.
     """
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     lane = tl.arange(0, BLOCK)
