@@ -61,6 +61,22 @@ def test_the_host_waits_once_per_step(workspace: Workspace) -> None:
 
 @pytest.mark.launch
 @pytest.mark.timeout(600)
+def test_offload_waits_for_gradients_and_reads_once(workspace: Workspace) -> None:
+    """The optimizer runs on the host, so it waits for the copies of the gradients, but not for each one's norm."""
+    runs = {
+        f"{name}-{precision}": [config(workspace, name), f"train.precision={precision}", "train.micro_batch=2"]
+        for name in ("zero2_offload", "zero3_offload")
+        for precision in ("fp32", "bf16")
+    }
+    for name, steps in count(workspace, "offload", runs, ranks=2).items():
+        for waits in steps:
+            reads = [what for what in waits if "synchronize" not in what]
+            assert len(reads) == 1, (name, waits)
+            assert "gradient_norm.py" in reads[0], (name, waits)
+
+
+@pytest.mark.launch
+@pytest.mark.timeout(600)
 def test_one_rank_waits_for_no_weights(workspace: Workspace) -> None:
     runs = {"zero3": [config(workspace, "zero3"), "train.micro_batch=4"]}
     (steps,) = count(workspace, "single", runs, ranks=1).values()

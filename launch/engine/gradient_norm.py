@@ -52,7 +52,23 @@ def global_norm(gradients: Sequence[torch.Tensor], group: torch.distributed.Proc
     """
     total = square_sum(gradients)
     dist.all_reduce(total, group=group)
-    norm = total.sqrt().float()
+    return finite_or_minus_1(total.sqrt().float())
+
+
+def offloaded_square_sum(norms: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None) -> torch.Tensor:
+    """Return the sum of the squares of gradients in host memory, over the ranks of `group`, as an fp32 scalar.
+
+    `norms` are those of this rank's gradients, scalars. All ranks of the group must call it. The arithmetic is
+    DeepSpeed's: fp64 within a rank, fp32 between ranks.
+    """
+    squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros(())
+    total = squares.float().to(device_type())
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def finite_or_minus_1(norm: torch.Tensor) -> torch.Tensor:
+    """Return the norm, or -1 if it is not finite: DeepSpeed's convention for an overflow."""
     return torch.where(norm.isfinite(), norm, torch.full_like(norm, -1.0))
 
 

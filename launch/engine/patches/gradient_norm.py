@@ -34,8 +34,8 @@ anomaly. There are two exceptions. Muon at stage 3 updates its momentum before t
 gradients to it; so the agreement is copied earlier than the norm. With an offloaded optimizer, the CPU waits for the
 gradients.
 
-All ranks have the same norm and the same mean loss, so all of them veto a step or none. With an offloaded optimizer,
-DeepSpeed's own norm is used, because it is computed in fp64 already, one gradient at a time.
+All ranks have the same norm and the same mean loss, so all of them veto a step or none. With an offloaded optimizer
+DeepSpeed's own norms of single gradients are used, because they are in fp64 already.
 """
 
 from __future__ import annotations
@@ -49,7 +49,13 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from packspeed.launch.engine.gradient_norm import clip_gradients, global_norm, square_sum
+from packspeed.launch.engine.gradient_norm import (
+    clip_gradients,
+    finite_or_minus_1,
+    global_norm,
+    offloaded_square_sum,
+    square_sum,
+)
 from packspeed.launch.engine.patches.replace import replace, require
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 
@@ -61,12 +67,20 @@ class Stage12Optimizer(ScaledOptimizer, Protocol):
 
     dp_process_group: torch.distributed.ProcessGroup
     check_grad_overflow: bool  # whether an invalid norm drops a step in bf16
+    norm_for_param_grads: dict[int, torch.Tensor]  # with offload: of the gradient of each parameter, by its id
+
+    def get_param_id(self, param: torch.Tensor) -> int:
+        """Return DeepSpeed's number of the parameter."""
 
 
 class Stage3Optimizer(ScaledOptimizer, Protocol):
     """The attributes of DeepSpeed's optimizer for ZeRO stage 3 that the hook reads."""
 
     use_muon: bool
+    norm_for_param_grads: dict[int, torch.Tensor]  # with offload: of the gradient of each parameter, by its id
+
+    def get_param_id(self, param: torch.Tensor) -> int:
+        """Return DeepSpeed's number of the parameter."""
 
     def _get_param_partition_group(self, param: torch.Tensor) -> torch.distributed.ProcessGroup:
         """Return the group of ranks over which the parameter is partitioned."""
@@ -153,6 +167,10 @@ class GradientNormHook:
             held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
             return global_norm(held, optimizer.dp_process_group)
 
+        def offloaded(params: Tensors) -> torch.Tensor:
+            total = offloaded_square_sum(_norms_of(optimizer, params), optimizer.dp_process_group)
+            return finite_or_minus_1(total.double().sqrt().float())  # as DeepSpeed does; at stage 3 it does not
+
         def update_scale(has_overflow: bool = False) -> None:
             # The detector's veto is no overflow: the fp16 loss scale must stay as it is.
             if not self.vetoed:
@@ -162,6 +180,7 @@ class GradientNormHook:
         original_norm = replace(optimizer, "scaled_global_norm", scaled_global_norm)
         replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
         original_update = replace(optimizer, "_update_scale", update_scale)
+        replace(optimizer, "complete_grad_norm_calculation_for_cpu_offload", offloaded)
         replace(optimizer, "check_grad_overflow", True)
         replace(optimizer, "check_overflow", lambda partition_gradients=True: None)
         replace(optimizer, "update_offload_overflow_tracker", lambda grad: None)
@@ -175,6 +194,10 @@ class GradientNormHook:
 
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
             return global_norm(gradients, optimizer._get_param_partition_group(params[0]))
+
+        def offloaded(params: Tensors) -> torch.Tensor:
+            group = optimizer._get_param_partition_group(params[0])
+            return finite_or_minus_1(offloaded_square_sum(_norms_of(optimizer, params), group).sqrt())
 
         def overflow_check(update_scale: bool = True) -> bool:
             optimizer.overflow = False
@@ -191,6 +214,7 @@ class GradientNormHook:
 
         original_groups = replace(optimizer, "_get_norm_groups", get_norm_groups)
         replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
+        replace(optimizer, "complete_grad_norm_calculation_for_cpu_offload", offloaded)
         original_check = replace(optimizer, "_overflow_check_and_loss_scale_update", overflow_check)
         original_update = replace(optimizer, "_update_scale", update_scale)
 
@@ -231,3 +255,9 @@ class GradientNormHook:
 
         original_take = replace(engine, "_take_model_step", take_model_step)
         original_step = replace(engine.optimizer, "step", step)
+
+
+def _norms_of(optimizer: Stage12Optimizer | Stage3Optimizer, params: Tensors) -> Tensors:
+    """The norms of offloaded gradients, which DeepSpeed took on the device before it copied them to the host."""
+    ids = (optimizer.get_param_id(param) for param in params)
+    return [optimizer.norm_for_param_grads[number] for number in ids if number in optimizer.norm_for_param_grads]
