@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from packspeed.model.attention import Documents, attend, attend_last
 from packspeed.model.config import GPTConfig
+from packspeed.model.embedding import embedding
 from packspeed.model.fp8_linear import fp8_linear
 from packspeed.model.fused_loss import head_loss, head_losses
 from packspeed.model.kernels import Kernels, choose
@@ -85,6 +86,14 @@ class Linear(nn.Linear):
         if self.fp8_kernels is not None and self.training:
             return fp8_linear(x, self.weight, self.bias, choose(self.fp8_kernels, x.device))
         return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """An embedding that computes with embedding.embedding."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (...) int64 to (..., C)."""
+        return embedding(tokens, self.weight)
 
 
 class Attention(nn.Module):
@@ -244,8 +253,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.pos_embed = nn.Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
+        self.embed = Embedding(config.padded_vocab_size, config.d_model)
+        self.pos_embed = Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = Norm(config)
         self.lm_head = Head(config, tied=self.embed.weight if config.tie_embeddings else None)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from packspeed.model.attention import attend_last
 from packspeed.model.config import GPTConfig
+from packspeed.model.embedding import embedding
 from packspeed.model.fused_loss import CPU_CHUNK_BYTES, _scale, head_loss, head_losses
 from packspeed.model.gpt import (
     GPT,
@@ -300,6 +301,21 @@ def test_bf16_is_fp32_within_rounding(family: str, native: bool, monkeypatch: py
     torch.testing.assert_close(loss, model(tokens, labels), rtol=2e-3, atol=0)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in half.parameters())
     assert half(tokens).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(300, 8, 10), (5000, 64, 257), (2000, 32, 4096)])
+def test_a_16_bit_embedding_has_the_gradient_of_fp32(tokens: int, width: int, vocabulary: int) -> None:
+    """Half of all tokens are the same one: torch's own sum in bf16 is wrong by more than a third of it."""
+    ids = torch.randint(0, vocabulary, (tokens,))
+    ids[::2] = 3
+    upstream = torch.rand(tokens, width).bfloat16()
+    weight = torch.randn(vocabulary, width, dtype=torch.bfloat16, requires_grad=True)
+    out = embedding(ids.view(2, -1), weight)
+    assert torch.equal(out, F.embedding(ids.view(2, -1), weight))
+    (gradient,) = torch.autograd.grad(out, weight, upstream.view(2, -1, width))
+    exact = torch.zeros(vocabulary, width, dtype=torch.float64).index_add_(0, ids, upstream.double())
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient.double(), exact, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
