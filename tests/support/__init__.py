@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
-FAULTY, MANY_RUNS, KERNEL_NUMBERS, HOST_WAITS = (
-    ROOT / "tests" / "support" / f"{name}.py" for name in ("faulty", "many_runs", "kernel_numbers", "host_waits")
+FAULTY, MANY_RUNS, KERNEL_NUMBERS, HOST_WAITS, STATE_BYTES = (
+    ROOT / "tests" / "support" / f"{name}.py"
+    for name in ("faulty", "many_runs", "kernel_numbers", "host_waits", "state_bytes")
 )

@@ -1,0 +1,70 @@
+"""Bytes per parameter that a rank holds for weights, gradients and AdamW's two moments, without offload.
+
+    held_bytes(2, "bf16", 8)          (3.5, 0.5): between steps, and for gradients until the step has taken them
+
+Measured, not derived: tests/test_memory.py compares both numbers with DeepSpeed's engine on 8 and 1,024 ranks, and the
+table of ds_configs/README.md with these. Activations, buckets (deepspeed_defaults.py) and what a kernel or collective
+needs for a moment come on top.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Held(NamedTuple):
+    """Bytes per parameter: complete on every rank, and divided by the number of ranks."""
+
+    complete: float
+    shared: float
+
+    def on(self, ranks: int) -> float:
+        """Bytes per parameter on one of so many ranks."""
+        return self.complete + self.shared / ranks
+
+    def __str__(self) -> str:
+        parts = [f"{self.complete:g}"] if self.complete or not self.shared else []
+        return " + ".join(parts + ([f"{self.shared:g} / ranks"] if self.shared else []))
+
+
+NOTHING = Held(0, 0)
+
+# ZeRO stage -> (between steps, gradients). In fp32, and at stage 0 in bf16, which is autocast over fp32 weights.
+FP32_WEIGHTS = {
+    0: (Held(12, 0), Held(4, 0)),
+    1: (Held(4, 12), Held(4, 0)),
+    2: (Held(4, 12), Held(0, 4)),  # gradients: at least those of each matrix that the rank has a part of
+    3: (Held(0, 20), NOTHING),  # a second copy of the weights, and gradients that are never freed
+}
+
+# With 16-bit weights: their fp32 copy is divided with the moments. Gradients add up in fp32.
+BIT16_WEIGHTS = {
+    1: (Held(2, 12), Held(4, 0)),
+    2: (Held(2, 12), Held(0, 4)),
+    3: (Held(0, 18), NOTHING),
+}
+
+
+def held(stage: int, precision: str) -> tuple[Held, Held]:
+    """What a rank holds between steps, and in addition once a step has its gradients."""
+    return FP32_WEIGHTS[stage] if precision == "fp32" or stage == 0 else BIT16_WEIGHTS[stage]
+
+
+def held_bytes(stage: int, precision: str, ranks: int) -> tuple[float, float]:
+    """The two numbers of `held` on one of so many ranks."""
+    kept, gradients = held(stage, precision)
+    return kept.on(ranks), gradients.on(ranks)
+
+
+def markdown() -> str:
+    """The table of ds_configs/README.md."""
+    lines = [
+        "| precision | ZeRO | between steps | gradients of a step | both on 8 ranks | on 1,024 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, precision, stages in (("fp32", "fp32", FP32_WEIGHTS), ("bf16, fp16", "bf16", BIT16_WEIGHTS)):
+        for stage in stages:
+            kept, gradients = held(stage, precision)
+            sums = [f"{sum(held_bytes(stage, precision, ranks)):.4g}" for ranks in (8, 1024)]
+            lines.append(f"| {name} | {stage} | {kept} | {gradients} | {sums[0]} | {sums[1]} |")
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""Bytes per parameter that one rank of many holds, measured: DeepSpeed's engine under torch's fake process group.
+
+    python tests/support/state_bytes.py WORLD [STAGE,PRECISION ...]      prints one JSON object
+
+A fake group answers every collective at once and moves nothing, so that one process is rank 0 of 8 or 1,024. Tensors
+are counted by their storages: those that Python can reach, and their gradients.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODEL = {"n_layer": 4, "n_head": 4, "d_model": 256, "position": "rope", "mlp": "swiglu", "norm": "rmsnorm"}
+RUN_FILE = """\
+name: bytes
+runs_dir: /nowhere
+model: {model}
+data: {{path: /nowhere, seq_len: 16}}
+train: {{steps: 2, global_batch_tokens: {tokens}, micro_batch: 1, precision: {precision}, optimizer: {{lr: 1e-3}}}}
+"""
+ACCUMULATION = 2
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors on the CPU, each storage once."""
+    storages: dict[int, int] = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
+            for tensor in (found, found.grad if found.is_leaf else None):
+                if tensor is not None:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def start_fake_group(world: int) -> None:
+    """Make this process rank 0 of `world`, for torch and for DeepSpeed."""
+    import deepspeed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from packspeed.launch.engine.ops import prepare_for_ops
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world), LOCAL_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", OMP_NUM_THREADS="1")
+    prepare_for_ops()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    deepspeed.init_distributed("gloo", verbose=False, dist_init_required=False)
+
+
+def measure(stage: int, precision: str, world: int) -> dict[str, float]:
+    """Bytes per parameter between steps (`kept`), and how many more once a step has its gradients (`gradients`).
+
+    `one_matrix`: the gradient of the embedding alone, in fp32.
+    """
+    from packspeed.launch.config.batch import BatchPlan
+    from packspeed.launch.config.deepspeed_json import resolve_ds_config
+    from packspeed.launch.config.loading import load_run_file
+    from packspeed.launch.engine.build import build_engine
+    from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
+    from packspeed.model.config import largest_parameter, num_parameters
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        text = RUN_FILE.format(model=MODEL, tokens=16 * world * ACCUMULATION, precision=precision).replace("'", "")
+        path.write_text(text)
+        run = load_run_file(path)
+    config = run.gpt_config(2048)
+    # Buckets that hold little beside the model, so that they do not count.
+    raw: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 2, "allgather_bucket_size": 2}
+    raw |= {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    plan = BatchPlan(1, ACCUMULATION, world)
+    torch_adam = {"params": {"torch_adam": True}}
+    given = {"zero_optimization": raw, "optimizer": torch_adam, "fp16": {"initial_scale_power": 0}}
+    ds_config = resolve_ds_config(run, given, plan, precision, config)
+    gc.collect()
+    before = live_bytes()
+    engine = build_engine(config, run, ds_config)
+    hook = GradientNormHook(engine, lambda norm, agreed: False)
+    held: dict[str, float] = {}
+    for _ in range(2):
+        held["gradients"] = 0
+        for _ in range(ACCUMULATION):
+            tokens = torch.zeros(1, 16, dtype=torch.long)
+            loss = engine(tokens, tokens)
+            engine.backward(loss)
+            del loss
+            gc.collect()
+            held["gradients"] = max(held["gradients"], live_bytes() - before)
+            hook.agree(torch.zeros(1, dtype=torch.float64))
+            engine.step()
+        gc.collect()
+        held["kept"] = live_bytes() - before
+    held["gradients"] -= held["kept"]
+    held["one_matrix"] = 4 * largest_parameter(config)
+    parameters = num_parameters(config, padded=True)
+    return {key: round(value / parameters, 5) for key, value in held.items()}
+
+
+def main() -> int:
+    """Measure every stage and precision that the arguments name, in this process."""
+    import many_runs
+
+    world, *rows = sys.argv[1:]
+    many_runs.let_fp16_run()
+    start_fake_group(int(world))
+    for row in rows:
+        stage, precision = row.split(",")
+        print("BYTES", json.dumps({"row": row} | measure(int(stage), precision, int(world))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
