@@ -157,6 +157,14 @@ def num_non_embedding_parameters(config: GPTConfig) -> int:
     return config.n_layer * (attention + mlp + 2 * norm) + norm
 
 
+def largest_parameter(config: GPTConfig) -> int:
+    """Elements of the largest parameter of the built model: the vocabulary's, or a matrix of a block."""
+    d, gate_and_up = config.d_model, 2 if config.mlp == "swiglu" else 1
+    heads = config.n_head + 2 * config.kv_heads
+    widths = (config.padded_vocab_size, config.max_seq_len if config.position == "learned" else 0)
+    return d * max(*widths, config.ff_width * gate_and_up, heads * config.head_width)
+
+
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
     """Return the FLOPs of forward and backward per token at a sequence length. MFU (model FLOPs utilisation) uses them.
 

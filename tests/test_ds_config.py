@@ -27,6 +27,8 @@ from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.explain.lenient import REMOVED
+from packspeed.model.config import PRESETS, GPTConfig, largest_parameter, num_parameters
+from packspeed.model.gpt import gpt_without_weights
 
 PLAN = BatchPlan(micro_batch=2, accumulation=1, dp_size=2)
 
@@ -391,7 +393,7 @@ def test_auto_inside_blocks_is_deepspeeds_default(tmp_path: Path, run: RunFile) 
         "gradient_clipping": "auto",
     }
     final = resolve_ds_config(run, load_ds_config(write(tmp_path, content)), PLAN, "bf16")
-    assert final["zero_optimization"] == {"stage": 3, "offload_param": {}}
+    assert final["zero_optimization"] == {"stage": 3, "offload_param": {}, "memory_efficient_linear": False}
     assert final["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
@@ -571,3 +573,83 @@ def test_shipped_files_pass_deepspeeds_own_check(run: RunFile, name: str) -> Non
     from packspeed.launch.engine.build import check_ds_config
 
     check_ds_config(resolve_ds_config(run, load_ds_config(name), PLAN, "bf16"), name)
+
+
+# ---- what a run sets if the JSON does not ----
+
+
+def resolved(run: RunFile, raw: dict[str, Any], precision: str = "bf16", model: GPTConfig | None = None) -> Any:
+    return resolve_ds_config(run, raw, PLAN, precision, model)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_gradients_travel_in_fp32(run: RunFile, stage: int, precision: str) -> None:
+    """DeepSpeed itself says what the engine would do with it: fp32 in every case."""
+    if (stage, precision) == (0, "fp16"):
+        return  # refused
+    final = resolved(run, {"zero_optimization": {"stage": stage}}, precision)
+    sixteen_bits = stage > 0 and precision != "fp32"
+    assert final.get("communication_data_type") == ("fp32" if sixteen_bits else None)
+    assert resolved(run, {"communication_data_type": "bf16"}, precision="bf16")["communication_data_type"] == "bf16"
+
+
+def test_nothing_waits_for_deepspeeds_timer(run: RunFile) -> None:
+    assert resolved(run, {})["timers"] == {"throughput": {"enabled": False}}
+    wanted = {"throughput": {"enabled": True, "synchronized": False}}
+    assert resolved(run, {"timers": wanted})["timers"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("preset", "zero", "expected"),
+    [
+        ("gpt2-124m", {"stage": 1}, {"reduce_bucket_size": 124_475_904, "allgather_bucket_size": 124_475_904}),
+        ("gpt2-124m", {"stage": 2, "overlap_comm": True}, {"reduce_bucket_size": 15_559_488}),
+        ("gpt2-1.5b", {"stage": 2}, {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000}),
+        ("llama-7b", {"stage": 3}, {"reduce_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000}),
+        ("gpt2-124m", {"stage": 3, "overlap_comm": False}, {"reduce_bucket_size": 124_475_904}),
+        ("gpt2-124m", {"stage": 2, "reduce_bucket_size": 7}, {"reduce_bucket_size": 7}),
+        ("gpt2-124m", {"stage": 3, "prefetch_bucket_size": 7}, {"prefetch_bucket_size": 7}),
+        ("gpt2-124m", {"stage": 3, "prefetch_bucket_size": 7}, {"stage3_prefetch_bucket_size": None}),
+        ("gpt2-124m", {"stage": 0}, {"reduce_bucket_size": None}),
+    ],
+)
+def test_buckets_have_the_size_of_the_model(
+    run: RunFile, preset: str, zero: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    model = GPTConfig(**PRESETS[preset])
+    final = resolved(run, {"zero_optimization": zero}, model=model)["zero_optimization"]
+    assert {key: final.get(key) for key in expected} == expected
+    assert all(final[key] % 2 == 0 for key in final if key.endswith("bucket_size") and final[key] != 7)
+
+
+def test_a_small_model_has_one_bucket(run: RunFile) -> None:
+    model = GPTConfig(n_layer=2, n_head=2, d_model=32, vocab_size=257, max_seq_len=32)
+    zero = resolved(run, {"zero_optimization": {"stage": 2, "overlap_comm": True}}, model=model)["zero_optimization"]
+    assert zero["reduce_bucket_size"] >= num_parameters(model, padded=True)
+
+
+@pytest.mark.parametrize("preset", ["llama-7b", "gpt2-1.5b"])
+def test_a_buffer_on_nvme_holds_the_largest_parameter(run: RunFile, preset: str) -> None:
+    model = GPTConfig(**PRESETS[preset])
+    final = resolved(run, load_ds_config("zero_infinity_nvme"), model=model)
+    size = final["zero_optimization"]["offload_param"]["buffer_size"]
+    largest = max(p.numel() for p in gpt_without_weights(model).parameters())
+    assert largest_parameter(model) == largest
+    assert size == -(-largest // PLAN.dp_size)
+
+
+@pytest.mark.parametrize(("precision", "communication", "refused"), [
+    ("bf16", None, True), ("bf16", "fp32", True), ("fp32", None, True), ("bf16", "fp16", False), ("fp16", None, False),
+])  # fmt: skip
+def test_4_bit_gradients_are_refused_unless_they_are_fp16(
+    run: RunFile, precision: str, communication: str | None, refused: bool
+) -> None:
+    raw: dict[str, Any] = {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}
+    raw |= {"communication_data_type": communication} if communication else {}
+    if refused:
+        with pytest.raises(ConfigError, match=f"zero_quantized_gradients = True in {precision}: DeepSpeed's kernel"):
+            resolved(run, raw, precision)
+    else:
+        assert resolved(run, raw, precision)["communication_data_type"] == "fp16"
+    assert "zero_quantized_gradients" not in load_ds_config("zeropp")["zero_optimization"]

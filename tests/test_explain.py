@@ -15,7 +15,7 @@ from packspeed.launch.explain import explain as explaining
 from packspeed.launch.explain.explain import Explanation, explain
 from packspeed.launch.explain.lint import KINDS, RULES
 from packspeed.launch.explain.reference import REFUSALS
-from packspeed.launch.explain.values import DEFAULTS, OTHER_DEFAULTS
+from packspeed.launch.explain.values import DEFAULTS, OTHER_DEFAULTS, Value
 from support import ROOT
 from support.workspace import Workspace
 
@@ -297,6 +297,26 @@ def test_who_set_what(workspace: Workspace) -> None:
 
 
 # ---- what the rules claim, in DeepSpeed's own code ----
+
+
+def test_what_a_run_sets_itself_is_shown(workspace: Workspace, tmp_path: Path) -> None:
+    def shown(ds: dict[str, Any], *sets: str) -> dict[str, Value]:
+        explanation = found(workspace, tmp_path, [*sets], ds, 2)
+        return {value.key: value for value in [*explanation.values, *explanation.deepspeed]}
+
+    values = shown({"zero_optimization": {"stage": 3}}, *BF16)
+    communication = values["communication_data_type"]
+    assert (communication.value, communication.set_by[:36]) == ("fp32", "solved: 4 bytes a gradient on the wi")
+    assert values["zero_optimization.reduce_bucket_size"].set_by.startswith("solved: the model's size")
+    assert values["zero_optimization.memory_efficient_linear"].value is False
+    assert values["timers.throughput.enabled"].value is False
+    assert "9 bytes a parameter" in values["(solved) memory per rank"].set_by
+    given = shown({"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}, *BF16)
+    assert given["communication_data_type"].value == "bf16"
+    assert "ds.json" in given["communication_data_type"].set_by
+    assert shown({"zero_optimization": {"stage": 0}}, *BF16)["communication_data_type"].value == "fp32"
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert "(solved) memory per rank" not in shown({"zero_optimization": offload})
 
 
 def test_defaults_are_those_of_the_installed_deepspeed() -> None:

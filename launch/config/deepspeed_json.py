@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from packspeed.launch.config.batch import BatchPlan
+from packspeed.launch.config.deepspeed_defaults import fill_defaults
 from packspeed.launch.config.deepspeed_keys import KEYS, KeyTree, Refused, Unused, refusals, without_refused_keys
 from packspeed.launch.config.errors import ConfigError, nearest
 from packspeed.launch.config.json_types import DsConfig, JsonObject
 from packspeed.launch.config.parsing import KeyPath, dotted, parse_json, printable, read_text, shortened
 from packspeed.launch.config.run_file import OptimizerSection, RunFile
+from packspeed.model.config import GPTConfig
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -217,11 +219,14 @@ def _without_auto(data: JsonObject) -> JsonObject:
     }
 
 
-def resolve_ds_config(run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str) -> JsonObject:
+def resolve_ds_config(
+    run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str, model: GPTConfig | None = None
+) -> JsonObject:
     """Return the final DeepSpeed configuration: the JSON plus the keys that the run file sets, without any "auto".
 
     `raw` is the checked JSON (load_ds_config) and `precision` is "fp32", "bf16" or "fp16". Raises ConfigError if the
     JSON contradicts the run file. The message names both values.
+    What neither sets gets the defaults of deepspeed_defaults.py. `model` is for those that depend on its size.
     """
     raw = _without_auto(without_refused_keys(raw))
     final = {key: copy.deepcopy(value) for key, value in raw.items() if key not in OWNED}
@@ -243,6 +248,7 @@ def resolve_ds_config(run: RunFile, raw: JsonObject, plan: BatchPlan, precision:
     final.setdefault("steps_per_print", 2**31 - 1)
     board = {"enabled": run.monitor.tensorboard, "output_path": str(run.folder), "job_name": "tensorboard"}
     final["tensorboard"] = {**board, **(raw.get("tensorboard") or {})}
+    fill_defaults(final, precision, model, plan.dp_size)
     return final
 
 
@@ -276,6 +282,13 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
         enabled = (raw.get(name) or {}).get("enabled", expected)
         if enabled != expected:
             yield f"{path}: {name}.enabled = {enabled!r}, but train.precision is {precision}. Remove {name} here."
+    quantized = (raw.get("zero_optimization") or {}).get("zero_quantized_gradients") is True
+    if quantized and precision != "fp16" and raw.get("communication_data_type") != "fp16":
+        yield (
+            f"{path}: zero_quantized_gradients = True in {precision}: DeepSpeed's kernel reads the gradients as fp16, "
+            "whatever they are, and 0.0008 in bf16 becomes 0.79. Remove it (zero_quantized_weights may stay), or train "
+            "in fp16."
+        )
     if run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and not clips_after_muon(run, raw, precision):
         yield (
             f"{path}: Muon with train.grad_clip = {run.train.grad_clip} at ZeRO-{zero_stage(raw)} in {precision}: "

@@ -198,8 +198,8 @@ class TrainSection(Section):
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="Samples per forward pass of a rank. Gradients are accumulated until the global batch is complete. "
-        "auto: the largest number that divides a rank's share and has at most 16,384 tokens. Changes speed and memory, "
-        "not the loss.",
+        "auto: the largest number that divides a rank's share and has at most 16,384 tokens, however much memory "
+        "the device has. Changes speed and memory, not the loss.",
     )
     precision: Literal["fp32", "bf16", "fp16", "fp8", "auto"] = Field(
         "auto",

@@ -30,24 +30,21 @@ def low_precision_accumulation(case: Case) -> Iterator[str]:
         )
 
 
-@rule("loss", "DeepSpeed#1800")
+@rule("loss", "DeepSpeed#1800; LOG.md, 2026-11-29")
 def low_precision_communication(case: Case) -> Iterator[str]:
-    """Gradients are averaged between ranks in 16 bits, although the run computes in a higher precision, or sums
-    overflow.
+    """Gradients are rounded to 16 bits before the ranks add them up, and each addition rounds again: 0.2% of a gradient
+    with 2 ranks, 0.8% with 64. ZeRO rounds with a single rank, too.
 
-    Symptom: the loss depends on the number of ranks, or fp16 overflows at 65,504.
-    Fix: remove communication_data_type.
+    Symptom: the loss depends on the number of ranks and on the ZeRO stage; fp16 overflows at 65,504.
+    Fix: remove communication_data_type. The default is fp32, which sends 4 bytes a gradient instead of 2.
     """
     dtype = case.ds.get("communication_data_type")
-    if dtype in ("bf16", "fp16") and dtype != case.precision:
+    if dtype in ("bf16", "fp16") and case.zero.get("zero_quantized_gradients") is not True:
+        limit = " Sums above 65,504 overflow, and the step is lost." if dtype == "fp16" else ""
         yield (
-            f"communication_data_type = {dtype!r}: gradients are rounded to 16 bits before the ranks add them, "
-            f"although the run trains in {case.precision}, so the loss depends on the number of ranks. Remove the key."
-        )
-    elif dtype == "fp16" and case.precision == "fp16":
-        yield (
-            'communication_data_type = "fp16": sums of gradients over the ranks overflow at 65,504. Remove the key, or '
-            'write "fp32".'
+            f"communication_data_type = {dtype!r} rounds gradients to 16 bits before ranks add them up: the loss then "
+            f"depends on their number and on the ZeRO stage.{limit} Remove the key: gradients travel in fp32, 4 bytes "
+            "each instead of 2."
         )
 
 
@@ -191,18 +188,18 @@ def compile_block_off(case: Case) -> Iterator[str]:
 def nested_auto(case: Case) -> Iterator[str]:
     """Inside a block, "auto" is a convention of transformers, which replaces it by a value.
 
-    Without transformers, DeepSpeed ignores the key and uses its own default.
+    Here such a key counts as missing.
 
-    Symptom: a setting has DeepSpeed's default, such as buckets of 5e8 elements, whatever the size of the model.
-    Fix: write the value.
+    Symptom: a setting has its default, and not the value that transformers would choose.
+    Fix: write the value, or remove the key.
     """
     for name, settings in case.ds.items():
         if isinstance(settings, dict) and name not in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"):
             for key, value in settings.items():
                 if value == "auto" and key != "stage":
                     yield (
-                        f'{name}.{key} = "auto": only transformers replaces "auto" by a value. DeepSpeed uses its '
-                        "default (for reduce_bucket_size 5e8 elements, whatever the model). Write the value."
+                        f'{name}.{key} = "auto": only transformers replaces "auto" by a value. Here the key has its '
+                        "default. Write the value, or remove the key."
                     )
 
 

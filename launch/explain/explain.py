@@ -29,7 +29,7 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.explain import deepspeed_rules, run_rules  # noqa: F401  importing them fills RULES
 from packspeed.launch.explain.lenient import read_deepspeed_json, read_written, validate_leniently
 from packspeed.launch.explain.lint import KINDS, RULES, Case, Finding
-from packspeed.launch.explain.values import Value, deepspeed_values, run_file_values, solved_values
+from packspeed.launch.explain.values import Value, deepspeed_values, memory_values, run_file_values, solved_values
 from packspeed.model.config import GPTConfig
 
 
@@ -65,7 +65,7 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
     tokens, vocab_size = _inspect_dataset(run, findings)
     model = _gpt_config(run, vocab_size, findings)
     of_engine = engine_precision(precision)
-    final = _resolve_ds_config(run, raw, plan, of_engine, findings)
+    final = _resolve_ds_config(run, raw, plan, of_engine, model, findings)
     case = Case(
         run, written.given, raw, of_engine, count, plan.accumulation, plan.micro_batch, local_accelerators() > 0, model,
         tokens.get("train"), tokens.get("val"),
@@ -73,6 +73,7 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
     findings += [Finding(r.name, r.kind, message, r.source) for r in RULES for message in r.check(case)]
     values = run_file_values(run, written, model, vocab_size is not None)
     values += solved_values(run, plan, precision, why, count, model)
+    values += memory_values(case)
     return Explanation(str(run_file), values, deepspeed_values(run, raw, final, ds_lines), _worst_first(findings))
 
 
@@ -126,7 +127,7 @@ def _gpt_config(run: RunFile, vocab_size: int | None, findings: list[Finding]) -
 
 
 def _resolve_ds_config(
-    run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str, findings: list[Finding]
+    run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str, model: GPTConfig | None, findings: list[Finding]
 ) -> JsonObject:
     """Return the final DeepSpeed configuration.
 
@@ -134,7 +135,7 @@ def _resolve_ds_config(
     """
     for _ in range(2):
         try:
-            return resolve_ds_config(run, raw, plan, precision)
+            return resolve_ds_config(run, raw, plan, precision, model)
         except ConfigError as error:
             name = "fp16-stage0" if "fp16 with ZeRO-0" in str(error) else "contradiction"
             findings += [Finding(name, "refused", line, "DeepSpeed#17, #7303") for line in str(error).split("\n")]

@@ -14,11 +14,13 @@ from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
 from packspeed.launch.config.fp8 import fp8_blocks
 from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.memory import held_bytes
 from packspeed.launch.config.parsing import KeyPath
 from packspeed.launch.config.run_file import RunFile, Section
 from packspeed.launch.explain.lenient import WrittenRunFile
+from packspeed.launch.explain.lint import Case, device
 from packspeed.launch.run_folder.folder import flatten
-from packspeed.model.config import PRESETS, GPTConfig
+from packspeed.model.config import PRESETS, GPTConfig, num_parameters
 
 # DeepSpeed's defaults for the keys of zero_optimization.
 DEFAULTS: JsonObject = {
@@ -27,6 +29,7 @@ DEFAULTS: JsonObject = {
     "sub_group_size": 1_000_000_000, "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 1_000_000_000,
     "stage3_max_reuse_distance": 1_000_000_000, "stage3_gather_16bit_weights_on_model_save": False,
+    "memory_efficient_linear": True,
     "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False,
 }  # fmt: skip
 
@@ -35,6 +38,17 @@ OTHER_DEFAULTS: JsonObject = {
     "gradient_clipping": 1.0, "prescale_gradients": False, "gradient_predivide_factor": 1.0, "steps_per_print": None,
     "wall_clock_breakdown": False, "memory_breakdown": False, "zero_allow_untested_optimizer": False,
 }  # fmt: skip
+
+# Why Packspeed sets what neither file sets (config/deepspeed_defaults.py).
+SOLVED = {
+    "communication_data_type": 'solved: 4 bytes a gradient on the wire; "bf16" sends 2, and rounds every sum',
+    "zero_optimization.memory_efficient_linear": "solved: with a bias it rounds twice in 16 bits",
+    "zero_optimization.reduce_bucket_size": "solved: the model's size, in 8 pieces with overlap_comm",
+    "zero_optimization.allgather_bucket_size": "solved: the model's size",
+    "zero_optimization.stage3_prefetch_bucket_size": "solved: the model's size",
+    "zero_optimization.offload_param.buffer_size": "solved: a rank's part of the largest parameter",
+    "timers.throughput.enabled": "solved: it waits for the device twice per micro batch",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +122,17 @@ def solved_values(
     ]
 
 
+def memory_values(case: Case) -> list[Value]:
+    """Return what a rank holds for weights, gradients and AdamW; empty with offload, or without a model."""
+    offloads = {device(case, "offload_optimizer"), device(case, "offload_param")} != {"none"}
+    if case.model is None or offloads or case.run.train.optimizer.name != "adamw":
+        return []
+    each = sum(held_bytes(case.stage, case.precision, case.ranks))
+    size = each * num_parameters(case.model, padded=True) / 1e9
+    why = f"solved: {each:.4g} bytes a parameter; activations and buckets come on top"
+    return [Value("(solved) memory per rank", f"{size:.3g} GB", None, why)]
+
+
 def _resumes(deterministic: bool) -> tuple[str, str, str]:
     """Return (how exactly a resumed run repeats an uninterrupted one, the same by default, what decides that and its
     cost).
@@ -133,9 +158,13 @@ def deepspeed_values(run: RunFile, raw: JsonObject, final: JsonObject, lines: di
         default = DEFAULTS.get(name) if name != key else OTHER_DEFAULTS.get(key)
         from_json = key in written and written[key] == value
         line = lines.get(tuple(key.split(".")))
-        values.append(Value(key, value, default, f"{path}:{line}" if from_json and line else "run file (solved)"))
+        values.append(
+            Value(key, value, default, f"{path}:{line}" if from_json and line else SOLVED.get(key, "run file (solved)"))
+        )
+    if "communication_data_type" not in flat:  # fp32, or stage 0, whose gradients are fp32 in every precision
+        values.append(Value("communication_data_type", "fp32", "fp32", "the gradients are fp32"))
     for name, value in DEFAULTS.items():
-        only_stage3 = name.startswith(("stage3_", "zero_", "sub_"))
+        only_stage3 = name.startswith(("stage3_", "zero_", "sub_", "memory_"))
         if f"zero_optimization.{name}" not in flat and (stage == 3 or not only_stage3):
             values.append(Value(f"zero_optimization.{name}", value, value, "DeepSpeed's default"))
     return values

@@ -58,14 +58,15 @@ def start_training(
     threads = limit_threads(local_size)
     precision = resolve_precision(run.train.precision)
     plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
-    ds_config = resolve_ds_config(run, raw_ds_config, plan, engine_precision(precision))
+    config = run.gpt_config(dataset.vocab_size)
+    ds_config = resolve_ds_config(run, raw_ds_config, plan, engine_precision(precision), config)
     check_precision(precision)
     check_ds_config(ds_config, run.deepspeed)
     if note := muon_clipping_note(run, ds_config, engine_precision(precision)):
         log(f"note: {note}")
     # Joins the process group and compiles DeepSpeed's ops.
     topology = start_distributed(ds_config, log, deterministic=run.train.deterministic)
-    config = agree_on_kernels(run.gpt_config(dataset.vocab_size), topology, log)
+    config = agree_on_kernels(config, topology, log)
     kernels = resolve_kernels(config.kernels, log)
 
     with run_folder.locked_run_folder(run.folder, topology, fresh):

@@ -106,7 +106,7 @@ class BenchSetup:
         self.plan: BatchPlan = solve_batch(
             self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
         )
-        self.ds_config = resolve_ds_config(self.run, raw, self.plan, engine_precision(self.precision))
+        self.ds_config = resolve_ds_config(self.run, raw, self.plan, engine_precision(self.precision), self.config)
         ours = job["loop"].startswith("packspeed")  # the others run with torch's default, which repeats no bits on GPUs
         self.topology = start_distributed(self.ds_config, print, deterministic=ours and self.run.train.deterministic)
         self.loader: Loader = make_run_loader(self.run, self.dataset)
