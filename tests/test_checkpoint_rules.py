@@ -20,7 +20,13 @@ from packspeed.launch.checkpoint.manifest import (
     list_checkpoints,
     newest_complete,
 )
-from packspeed.launch.checkpoint.resume import check_loaded_step, check_same_run, compare_probes, find_checkpoint
+from packspeed.launch.checkpoint.resume import (
+    check_loaded_step,
+    check_same_run,
+    compare_probes,
+    find_checkpoint,
+    has_same_layout,
+)
 from packspeed.launch.checkpoint.retention import expired_checkpoints, rewind_target
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import CheckpointSection
@@ -233,6 +239,23 @@ def test_imported_weights_are_checked_for_the_model_only(tmp_path: Path) -> None
     assert check_same_run(tmp_path, imported, now) == []
     with pytest.raises(ConfigError, match=r"another model: model\.d_model is 32 there, 64"):
         check_same_run(tmp_path, imported, identity(model_d_model=64))
+
+
+def test_settings_of_the_network_do_not_make_another_layout() -> None:
+    """A checkpoint of a Packspeed that did not size its buckets is still loaded as it is."""
+
+    def layout(**zero: object) -> Any:
+        return {**identity(), "layout": {**identity()["layout"], "zero_optimization": {"stage": 3, **zero}}}
+
+    nvme = {"device": "nvme", "nvme_path": "x"}
+    sized = layout(
+        reduce_bucket_size=2, stage3_prefetch_bucket_size=2, memory_efficient_linear=False, overlap_comm=True,
+        offload_param=nvme | {"buffer_size": 7},
+    )  # fmt: skip
+    assert has_same_layout(layout(offload_param=nvme), sized)
+    assert not has_same_layout(layout(), sized)
+    assert not has_same_layout(layout(), layout(sub_group_size=10))
+    assert not has_same_layout({"step": 0}, layout()), "imported weights have no layout"  # type: ignore[typeddict-item]
 
 
 @pytest.mark.parametrize(

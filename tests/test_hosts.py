@@ -236,9 +236,6 @@ def test_the_agent_answers_without_a_shell(tmp_path: Path) -> None:
 
 
 def test_only_listed_variables_leave_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF"):  # all hosts must compute alike
-        monkeypatch.setenv(name, ":16:8")
-        assert forwarded_environment([]).get(name) == ":16:8"
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("MY_SECRET", "x")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

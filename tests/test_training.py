@@ -159,6 +159,9 @@ def test_the_norm_of_many_numbers_is_right() -> None:
     for parts in ([numbers], [*numbers.split(7)[:10], numbers[70:]], [numbers[:5], numbers[5:]]):
         torch.testing.assert_close(square_sum(parts), exact, rtol=1e-6, atol=0.0)
     assert square_sum([torch.tensor([1.0, float("nan")])]).isnan()
+    whole, halves = (square_sum(parts, exact=True) for parts in ([numbers], list(numbers.split(1_234_567))))
+    torch.testing.assert_close(whole, halves, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(whole, exact, rtol=1e-12, atol=0.0)
 
 
 def test_training_learns(workspace: Workspace, trained: dict[str, list[str]]) -> None:

@@ -3,12 +3,12 @@
     1. complete      Every file listed in packspeed.json has its size and hash. Otherwise an older checkpoint is tried
                      (newest_complete in manifest.py). If all are damaged the run is refused, because it must not
                      silently start again at step 0.
-    2. same run      Model, data order, seed, batch and optimizer are those of the run file (config/effects.py lists
-                     the keys). Other settings may have changed, which is logged (check_same_run).
+    2. same run      Model, data order, seed, batch and optimizer are those of the run file (config/effects.py lists the
+                     keys). Other settings may have changed, which is logged (check_same_run).
     3. same data     The fingerprints of the datasets and the version of the sample order are equal (check_same_run).
     4. loadable      The optimizer's state is not on NVMe (check_loadable).
-    5. same layout   Ranks, ZeRO block, precision and optimizer classes are equal, so DeepSpeed can load its own files.
-                     Otherwise reshard.py converts them (has_same_layout).
+    5. same layout   Ranks, ZeRO block (without bucket sizes and the like), precision and optimizer classes are equal,
+                     so DeepSpeed can load its own files. Otherwise reshard.py converts them (has_same_layout).
     6. same step     The state in the files belongs to the step that packspeed.json names (check_loaded_step).
     7. same loss     The probe, the loss of a few samples, has the saved value when it is computed with the loaded
                      weights (compare_probes; training/self_check.py computes it).
@@ -63,6 +63,12 @@ OLDER_DEFAULTS = {
     "train.deterministic": False,
     "train.fp8_skip_blocks": 1,
 }
+
+# Keys of zero_optimization that DeepSpeed's checkpoint files do not depend on.
+SHAPE_NO_FILE = (
+    "reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "overlap_comm", "contiguous_gradients",
+    "reduce_scatter", "memory_efficient_linear", "max_live_parameters", "max_reuse_distance",
+)  # fmt: skip
 
 
 def run_identity(
@@ -258,7 +264,16 @@ def check_loadable(checkpoint: Path, engine: Engine) -> None:
 
 def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
     """Return whether DeepSpeed can load the checkpoint's files directly (check 5). Imported weights have no layout."""
-    return saved.get("layout") == identity["layout"]
+    return "layout" in saved and _shape_of_files(saved["layout"]) == _shape_of_files(identity["layout"])
+
+
+def _shape_of_files(layout: Mapping[str, object]) -> dict[str, object]:
+    """A layout without the settings of the network and of buffers, which shape no file."""
+    zero = cast(JsonObject, layout["zero_optimization"])
+    zero = {key: value for key, value in zero.items() if key.removeprefix("stage3_") not in SHAPE_NO_FILE}
+    if isinstance(zero.get("offload_param"), dict):
+        zero["offload_param"] = {key: value for key, value in zero["offload_param"].items() if key != "buffer_size"}
+    return {**layout, "zero_optimization": zero}
 
 
 def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: Mapping[str, object]) -> None:
@@ -285,7 +300,8 @@ def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Pr
     differ, it raises UserError with a list of what else differs between then and now.
     """
     before, old, new = saved["probe"], saved["layout"], identity["layout"]
-    tolerance = 1e-5 if {old["precision"], new["precision"]} == {"fp32"} else 2e-3 if old == new else 2e-2
+    same_layout = _shape_of_files(old) == _shape_of_files(new)
+    tolerance = 1e-5 if {old["precision"], new["precision"]} == {"fp32"} else 2e-3 if same_layout else 2e-2
     same_samples = now["samples_hash"] == before["samples_hash"]
     if same_samples and abs(now["loss"] - before["loss"]) <= tolerance:
         return f"self-check passed: samples of the last step have the same loss as at the save, {now['loss']:.6f}"

@@ -30,10 +30,11 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.engine.hardware import keep_memory
 from packspeed.launch.engine.ops import device_type
-from packspeed.launch.engine.patches.adam_bias import forget_bias_products
-from packspeed.launch.engine.patches.bf16_gradients import copy_first_gradients
+from packspeed.launch.engine.patches.adam_bias import forget_bias_products, update_in_full_vectors
+from packspeed.launch.engine.patches.bf16_gradients import one_zero1, sum_gradients
 from packspeed.launch.engine.patches.device_waits import let_the_device_wait
 from packspeed.launch.engine.patches.dynamo import compile_every_shape
+from packspeed.launch.engine.patches.flat_gradients import accumulate_in_flat_tensors
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.config import GPTConfig
@@ -174,17 +175,22 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
     if run.train.optimizer.name == "muon":
         compile_every_shape()
     engine: Engine
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=param_groups(model, run.train.optimizer.weight_decay),
-        config=ds_config,
-        dist_init_required=False,
-    )
+    with one_zero1(run.train.optimizer.name):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=param_groups(model, run.train.optimizer.weight_decay),
+            config=ds_config,
+            dist_init_required=False,
+        )
     if deepcompile:
         engine.compile()  # without this call DeepSpeed ignores the compile block, with a warning in each step
     forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
-    copy_first_gradients(engine.optimizer)
     let_the_device_wait(engine.optimizer)
+    if not deepcompile:
+        sum_gradients(engine)
+        accumulate_in_flat_tensors(engine)
+    if engine.bfloat16_enabled() or engine.torch_autocast_enabled():
+        update_in_full_vectors(engine.basic_optimizer)
     return engine
 
 

@@ -21,11 +21,17 @@ from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 NORM_ROW = 4096  # number of elements that are summed in fp32, with a relative error of 1e-7
 
 
-def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+EXACT_PIECE = 2**18  # number of elements whose fp64 copies fit into a cache
+
+
+def square_sum(tensors: Sequence[torch.Tensor], exact: bool = False) -> torch.Tensor:
     """Return the sum of squares over all elements of all tensors, as an fp64 scalar on their device.
 
-    Its relative error is below 1e-6. The tensors may have any shapes and float dtypes; without any tensor the sum is 0.
+    Its relative error is below 1e-6. `exact` adds in fp64: the same fp32 number follows then however the tensors are
+    split. The tensors may have any shapes and float dtypes; without any tensor the sum is 0.
     """
+    if exact:
+        return _exact_square_sum(tensors)
     if tensors and tensors[0].is_cuda:
         # GPU kernels add pairwise, so fp32 is exact enough. The foreach function handles many tensors in one launch.
         norms = torch.stack(torch._foreach_norm(list(tensors), 2.0, torch.float32))
@@ -37,6 +43,17 @@ def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(row_norms).double().square().sum()
 
 
+def _exact_square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else device_type())
+    if total.is_cuda and tensors:
+        return total + torch.stack(torch._foreach_norm(list(tensors), 2.0, torch.float64)).square().sum()
+    for tensor in tensors:
+        for piece in torch.split(tensor.detach().reshape(-1), EXACT_PIECE):
+            wide = piece.double()
+            total += torch.dot(wide, wide)
+    return total
+
+
 def _rows(flat: torch.Tensor) -> list[torch.Tensor]:
     """Split a flat tensor into views of shape (n, NORM_ROW) and (1, remainder). Views without elements are left out."""
     end = flat.numel() // NORM_ROW * NORM_ROW
@@ -44,13 +61,15 @@ def _rows(flat: torch.Tensor) -> list[torch.Tensor]:
     return [matrix for matrix in matrices if matrix.numel()]
 
 
-def global_norm(gradients: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None) -> torch.Tensor:
+def global_norm(
+    gradients: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None, exact: bool = False
+) -> torch.Tensor:
     """Return the L2 norm of gradients that are distributed over the ranks of `group`, as an fp32 scalar.
 
-    `gradients` is this rank's share. All ranks of the group must call it and get the same norm, or -1 (DeepSpeed's
-    convention for an overflow) if the norm is not finite.
+    `gradients` is this rank's share, `exact` as in square_sum. All ranks of the group must call it and get the same
+    norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
     """
-    total = square_sum(gradients)
+    total = square_sum(gradients, exact)
     dist.all_reduce(total, group=group)
     return finite_or_minus_1(total.sqrt().float())
 
@@ -72,12 +91,12 @@ def finite_or_minus_1(norm: torch.Tensor) -> torch.Tensor:
     return torch.where(norm.isfinite(), norm, torch.full_like(norm, -1.0))
 
 
-def clip_gradients(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
-    """Scale the gradients in place by min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does.
+def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:
+    """What gradients of this norm are multiplied by so that their norm is at most `limit`; 1 if it already is.
 
-    `norm` is the L2 norm of all gradients together, as a scalar tensor.
+    The only such formula: two that differ in the last bit would make two curves.
     """
-    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return 1.0 / ((norm + 1e-6) / limit).clamp(min=1.0)
 
 
 @torch.no_grad()

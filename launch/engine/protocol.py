@@ -96,6 +96,9 @@ class Engine(Protocol):
     def train_batch_size(self) -> int:
         """Return the number of samples per optimizer step, over all ranks."""
 
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples of a micro batch."""
+
     def zero_optimization_stage(self) -> int:
         """Return the ZeRO stage, 0 to 3."""
 

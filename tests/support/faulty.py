@@ -7,6 +7,7 @@ the full disk, the NaN) is real.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -22,6 +23,7 @@ import torch
 
 from packspeed.data.loader import Loader
 from packspeed.launch.checkpoint import checkpointer as checkpoint
+from packspeed.launch.engine import build
 from packspeed.launch.training import evaluation, loop
 from packspeed.launch.training.metrics import Metrics
 
@@ -249,6 +251,12 @@ def noise(_: str) -> None:
 def lost_rng(_: str) -> None:
     """Let a resume not restore torch's random generators."""
     checkpoint.set_rng_state = lambda saved, device: None
+
+
+def old_zero1(_: str) -> None:
+    """bf16 at ZeRO-1 has DeepSpeed's BF16_Optimizer, as before, and gradients travel in bf16."""
+    build.one_zero1 = lambda optimizer_name: contextlib.nullcontext()
+    build.sum_gradients = lambda engine: None
 
 
 def main() -> int:

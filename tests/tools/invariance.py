@@ -3,14 +3,19 @@
     make invariance                          the tests' small GPT on Python's sources; updates ds_configs/README.md
     make invariance RUN=my.yaml STEPS=50     your model and dataset; prints the table
 
-The reference is support/plain_loop.py. Cost: one launch for each number of ranks (1 to 4), about 35 runs.
+The reference is support/plain_loop.py. In bf16, whose numbers are 60,000 times coarser, a second column compares runs
+with each other: with micro batches of equal size they are one curve, whatever the stage and the number of ranks.
+Cost: one launch for each number of ranks (1 to 4) and one with two threads, about 50 runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import math
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -26,49 +31,80 @@ from support.workspace import Workspace, make_workspace
 MARKS = "<!-- the invariance table: make invariance -->", "<!-- its end -->"
 PLACE = ROOT / "ds_configs" / "README.md"
 GLOBAL_BATCH_TOKENS = 384  # 12 samples of 32 tokens: for any number of ranks up to 4
+ONE_CURVE = ("zero1", "zero2", "zero3")
 EVERY_STAGE = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
-def layouts(folder: Path, global_batch: int) -> dict[int, list[tuple[str, str, int, str]]]:
-    """Return {ranks: [(precision, DeepSpeed configuration, micro batch, name)]} for every run of the table."""
-    zero3 = folder / "zero3_all.json"
-    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    path = {"zero3": str(zero3)}
-    found: dict[int, list[tuple[str, str, int, str]]] = {}
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One run of the table."""
+
+    precision: str
+    ranks: int
+    stage: str
+    micro: int
+    threads: int = 1  # per rank
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return "-".join(map(str, dataclasses.astuple(self)))
+
+    def row(self, global_batch: int, loss: float, weight: float, from_first: float | None) -> str:
+        """The line of the table."""
+        threads = f", {self.threads} threads" if self.threads > 1 else ""
+        cut = f"{self.micro} x {global_batch // self.ranks // self.micro}"
+        apart = "" if from_first is None else f"{from_first:.1e}"
+        return (
+            f"| {self.precision} | {self.ranks}{threads} | {self.stage} | {cut} | {loss:.1e} | {weight:.1e} | {apart} |"
+        )
+
+
+def layouts(global_batch: int) -> list[Layout]:
+    """Every run of the table; the first in bf16 is what the others in bf16 are compared with."""
+    found: list[Layout] = []
     for ranks in (n for n in (1, 2, 3, 4) if global_batch % n == 0):
         rows = global_batch // ranks
         micros = sorted({rows, max(n for n in range(1, rows // 2 + 1) if rows % n == 0) if rows > 1 else 1, 1})
-        runs = [("fp32", stage, micros[-1]) for stage in EVERY_STAGE]
-        runs += [("fp32", "zero1", micro) for micro in micros[:-1]] + [("fp32", "zero3", micros[0])]
-        runs += [("bf16", "zero1", micros[-1])] + ([("bf16", "zero3", micros[0])] if ranks == 2 else [])
-        found[ranks] = [
-            (precision, path.get(stage, stage), micro, stage) for precision, stage, micro in dict.fromkeys(runs)
-        ]
-    return found
+        found += [Layout("fp32", ranks, stage, micros[-1]) for stage in EVERY_STAGE]
+        found += [Layout("fp32", ranks, "zero1", micro) for micro in micros[:-1]]
+        found += [Layout("fp32", ranks, "zero3", micros[0])]
+        found += [Layout("bf16", ranks, stage, 1) for stage in ONE_CURVE]
+        found += [Layout("bf16", ranks, "zero1", micro) for micro in micros[1:]]
+        found += [Layout("bf16", ranks, stage, 1) for stage in EVERY_STAGE if stage not in ONE_CURVE]
+    return [*dict.fromkeys(found), Layout("bf16", 1, "zero1", 1, threads=2)]
 
 
 def table(space: Workspace, sets: list[str]) -> list[str]:
     """Train in every layout, and return the lines of the table."""
     run = load_run_file(space.run_file, [*sets, "train.precision=fp32"])
     losses, weights = reference(run)
+    zero3 = space.folder / "zero3_all.json"
+    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     lines = [
         "| precision | ranks | DeepSpeed configuration | micro batch x accumulation | largest difference of a loss "
-        "| of a weight |",
-        "|---|---|---|---|---|---|",
+        "| of a weight | of a loss from the first bf16 row |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for ranks, runs in layouts(space.folder, run.global_batch).items():
-        commands, names = [], []
-        for precision, config, micro, stage in runs:
-            names.append(f"{precision}-{ranks}-{stage}-{micro}")
-            own = [f"train.precision={precision}", f"deepspeed={config}", f"train.micro_batch={micro}"]
-            commands.append(space.arguments(names[-1], *sets, *own, f"runs_dir={space.folder}/runs"))
-        codes, output = run_many(space.folder / f"ranks{ranks}", commands, ranks=ranks)
+    first: list[float] | None = None
+    for (ranks, threads), group in itertools.groupby(layouts(run.global_batch), lambda row: (row.ranks, row.threads)):
+        rows, commands = list(group), []
+        for row in rows:
+            config = zero3 if row.stage == "zero3" else row.stage
+            own = [f"train.precision={row.precision}", f"deepspeed={config}", f"train.micro_batch={row.micro}"]
+            commands.append(space.arguments(row.name, *sets, *own, f"runs_dir={space.folder}/runs"))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        folder = space.folder / f"ranks{ranks}-{threads}"
+        codes, output = run_many(folder, commands, ranks=ranks, launcher=threads > 1)
         if any(codes):
             raise SystemExit(f"runs failed with {codes}:\n{output[-4000:]}")
-        for (precision, _, micro, stage), name in zip(runs, names, strict=True):
-            loss, weight = differences(space, name, losses, weights)
-            cut = f"{micro} x {run.global_batch // ranks // micro}"
-            lines.append(f"| {precision} | {ranks} | {stage} | {cut} | {loss:.1e} | {weight:.1e} |")
+        for row in rows:
+            from_first = None
+            if row.precision == "bf16":
+                mine = space.losses(row.name)
+                first = first or mine
+                from_first = max(abs(a - b) for a, b in zip(mine, first, strict=True))
+            lines.append(row.row(run.global_batch, *differences(space, row.name, losses, weights), from_first))
             print(lines[-1], flush=True)
     return lines
 

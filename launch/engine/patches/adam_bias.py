@@ -1,4 +1,4 @@
-"""DeepSpeed's Adam on CPUs: compute the bias correction from the step number alone.
+"""DeepSpeed's Adam on CPUs: compute an update from the step number and the element alone.
 
 Why        The C++ kernel keeps beta^t as a product that it multiplies by beta in each step, in fp32. Only if the step
            number jumps, as it does after a resume, does it call pow(beta, t) instead. The two values differ in the last
@@ -20,9 +20,10 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 from packspeed.launch.engine.ops import device_type
-from packspeed.launch.engine.patches.replace import require
+from packspeed.launch.engine.patches.replace import replace, require
 
 FAR_STEP = 2**30  # a step number that no run reaches
+VECTOR = 16  # floats in the widest vector of a CPU
 
 
 def forget_bias_products(basic_optimizer: torch.optim.Optimizer, betas: tuple[float, float]) -> None:
@@ -54,3 +55,29 @@ def forget_bias_products(basic_optimizer: torch.optim.Optimizer, betas: tuple[fl
     elif isinstance(optimizer, FusedAdam) and device_type() == "cpu":
         require(optimizer, "multi_tensor_adam")
         optimizer.register_step_pre_hook(jump_fused_adam)
+
+
+def update_in_full_vectors(basic_optimizer: torch.optim.Optimizer) -> None:
+    """Let the CPU FusedAdam update the last elements of a tensor with its vector code, too. Others stay as they are.
+
+    Why: elements that do not fill a vector are updated by other code, which now and then rounds in another way
+    (findings/deepspeed-cpu-adam-tail.sh). Which elements these are depends on the ZeRO stage and the number of ranks,
+    and in bf16 the last bit decides how a weight is rounded.
+    """
+    optimizer: Any = basic_optimizer
+    if not isinstance(optimizer, FusedAdam) or device_type() != "cpu":
+        return
+
+    def multi_tensor_adam(
+        chunk_size: int, overflow: torch.Tensor, tensors: list[list[torch.Tensor]], *rest: Any
+    ) -> None:
+        flats = [[tensor.view(-1) for tensor in kind] for kind in tensors]
+        mains = [[flat[: flat.numel() // VECTOR * VECTOR] for flat in kind] for kind in flats]
+        tails = [[flat[flat.numel() // VECTOR * VECTOR :] for flat in kind] for kind in flats]
+        padded = [[torch.nn.functional.pad(tail, (0, VECTOR - tail.numel())) for tail in kind] for kind in tails]
+        original(chunk_size, overflow, [main + pad for main, pad in zip(mains, padded, strict=True)], *rest)
+        for kind, pads in zip(tails[1:], padded[1:], strict=True):  # not the gradients
+            for tail, pad in zip(kind, pads, strict=True):
+                tail.copy_(pad[: tail.numel()])
+
+    original = replace(optimizer, "multi_tensor_adam", multi_tensor_adam)

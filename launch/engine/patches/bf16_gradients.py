@@ -1,59 +1,73 @@
-"""bf16 with fp32 gradients: copy the first gradient of a step instead of adding it to zeros.
+"""bf16: the same numbers in every layout. Gradients are added up in fp32, and never divided in bf16.
 
-Why        In each step DeepSpeed's BF16_Optimizer fills its fp32 gradients with zeros twice, and makes an fp32 copy of
-           each bf16 gradient to add it to them. Together this takes a third of the optimizer's time on a CPU.
-Version    DeepSpeed 0.19.8, runtime/bf16_optimizer.py.
-Upstream   github.com/deepspeedai/DeepSpeed/pull/5434 and 4975 made parts of it faster.
-Without    The numbers are the same, but steps are slower.
+Why        (1) DeepSpeed divides the loss by the accumulation before a backward pass, and the gradients by the number of
+           ranks after it; ZeRO-2 does so in bf16. Each division by another number than a power of two rounds all
+           gradients in another way, so the loss depends on how the batch is divided.
+           (2) At ZeRO-1, BF16_Optimizer keeps bf16 and fp32 gradients of all parameters on every rank, 6 bytes a
+           parameter, reduces them after the backward pass only, and clips by another arithmetic than ZeRO-2 and 3.
+           DeepSpeed's other ZeRO-1 optimizer adds up in fp32 as well, and frees the gradients when they are reduced.
+Version    DeepSpeed 0.19.8: backward and _do_optimizer_sanity_check of runtime/engine.py, average_tensor of
+           runtime/zero/stage_1_and_2.py, __avg_scatter_grads of runtime/zero/stage3.py.
+Upstream   github.com/deepspeedai/DeepSpeed/issues/1800 and 2352 (16-bit sums of gradients).
+Without    bf16 losses differ by 1e-3 between 1, 2 and 3 ranks and between ZeRO-1, 2 and 3; 6 bytes a parameter more.
+
+With micro batches of equal size, the loss of each is multiplied by the same number in every layout, 1 / (micro batches
+of all ranks), and what is added up has been computed from equal bits. Only the order of the fp32 sums differs.
+Muon keeps BF16_Optimizer at ZeRO-1: the other one has no fp32 gradients for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.constants import BFLOAT16
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from packspeed.launch.engine.patches.replace import replace, require
-from packspeed.launch.engine.protocol import Optimizer
+from packspeed.launch.engine.protocol import Engine
 
 
-def copy_first_gradients(wrapper: Optimizer) -> None:
-    """Patch a BF16_Optimizer: the first gradients of each step overwrite those of the previous step, later ones are
-    added.
+@contextlib.contextmanager
+def one_zero1(optimizer_name: str) -> Iterator[None]:
+    """While it is open, deepspeed.initialize takes the same ZeRO-1 optimizer in bf16 as in fp32, except for Muon."""
 
-    A parameter that gets no gradient in a step has a gradient of zeros, as without the patch. Other optimizers are left
-    as they are.
+    def check(engine: object, optimizer: torch.optim.Optimizer) -> Any:
+        kind = original(engine, optimizer)
+        return ZERO_OPTIMIZATION if kind == BFLOAT16 and optimizer_name != "muon" else kind
+
+    original = replace(DeepSpeedEngine, "_do_optimizer_sanity_check", check)
+    try:
+        yield
+    finally:
+        replace(DeepSpeedEngine, "_do_optimizer_sanity_check", original)
+
+
+def sum_gradients(engine: Engine) -> None:
+    """bf16: divide each loss by the micro batches of the step, and let DeepSpeed only add up. Others stay as they are.
+
+    DeepCompile and ZenFlow reduce gradients in code of their own, which always divides.
     """
-    if not isinstance(wrapper, BF16_Optimizer):
+    optimizer: Any = engine.optimizer  # DeepSpeed's wrappers have no types
+    in_bf16 = engine.bfloat16_enabled() or engine.torch_autocast_enabled()
+    if not in_bf16 or getattr(optimizer, "zenflow", False):
         return
-    optimizer: Any = wrapper
-    require(optimizer, "fp32_groups_gradients")  # [group][parameter] -> its fp32 gradient
 
-    def update_hp_grad(lp: torch.nn.Parameter, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
-        if lp.grad is None:
-            return
-        gradient = optimizer.fp32_groups_gradients[group_idx][param_idx]
-        filled = optimizer.fp32_groups_has_gradients[group_idx]
-        accumulate = gradient.add_ if filled[param_idx] else gradient.copy_
-        accumulate(lp.grad.view(gradient.shape))  # casts to fp32 without a temporary copy
-        lp._hp_grad = gradient  # type: ignore[attr-defined]  # where safe_get_full_grad looks for it
-        filled[param_idx] = True
-        if clear_lp_grads:
-            lp.grad.zero_()
+    def backward(loss: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = original(loss * (1.0 / micro_batches), scale_wrt_gas=False)
+        return scaled
 
-    def clear_hp_grads() -> None:
-        optimizer.fp32_groups_has_gradients = [[False] * len(group) for group in optimizer.fp32_groups_gradients]
-
-    def step(*args: object, **kwargs: object) -> None:
-        # A parameter without a gradient since clear_hp_grads still holds the gradient of an earlier step.
-        for gradients, filled in zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True):
-            for gradient, full in zip(gradients, filled, strict=True):
-                if not full:
-                    gradient.zero_()
-        original_step(*args, **kwargs)
-
-    require(optimizer, "fp32_groups_has_gradients")
-    replace(optimizer, "_update_hp_grad", update_hp_grad)
-    replace(optimizer, "clear_hp_grads", clear_hp_grads)
-    original_step = replace(optimizer, "step", step)
+    micro_batches = engine.train_batch_size() // engine.train_micro_batch_size_per_gpu()
+    original = replace(engine, "backward", backward)
+    replace(engine, "gradient_average", False)  # stage 0, and BF16_Optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        # It divides in fp32, and multiplies again by what it thinks was too much.
+        replace(optimizer, "_gradient_averaging_world_size", lambda params, ranks: 1)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        require(optimizer, "gradient_average")
+        optimizer.gradient_average = False

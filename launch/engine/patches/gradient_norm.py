@@ -3,8 +3,8 @@
 Why        DeepSpeed computes the norm in fp32 at some ZeRO stages and from fp64 copies at others. On a CPU, torch's
            fp32 norm of one large tensor is off by 1e-3 at 19 million elements and by 8e-3 at 80 million. The error
            depends on how the gradients are split into tensors, so clipping would depend on the stage and the number of
-           ranks. The fp64 copies take twice the gradients' memory and three times as long. Also, DeepSpeed has no hook
-           that shows the norm to the caller before the optimizer steps.
+           ranks. The fp64 copies take twice the gradients' memory and three times as long. Stage 0 also clips by
+           another formula. And DeepSpeed has no hook that shows the norm to the caller before the optimizer steps.
 Version    DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/bf16_optimizer.py and
            _take_model_step of runtime/engine.py.
 Upstream   github.com/deepspeedai/DeepSpeed/issues/7837 (norms differ between stages), issues/7749 (between versions),
@@ -50,7 +50,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from packspeed.launch.engine.gradient_norm import (
-    clip_gradients,
+    clip_factor,
     finite_or_minus_1,
     global_norm,
     offloaded_square_sum,
@@ -67,6 +67,7 @@ class Stage12Optimizer(ScaledOptimizer, Protocol):
 
     dp_process_group: torch.distributed.ProcessGroup
     check_grad_overflow: bool  # whether an invalid norm drops a step in bf16
+    clip_grad: float  # limit of the norm; 0: no clipping
     norm_for_param_grads: dict[int, torch.Tensor]  # with offload: of the gradient of each parameter, by its id
 
     def get_param_id(self, param: torch.Tensor) -> int:
@@ -77,6 +78,8 @@ class Stage3Optimizer(ScaledOptimizer, Protocol):
     """The attributes of DeepSpeed's optimizer for ZeRO stage 3 that the hook reads."""
 
     use_muon: bool
+    clip_grad: float  # limit of the norm; 0: no clipping
+    fp32_partitioned_groups_flat: Tensors  # this rank's slices of the weights, with their gradients
     norm_for_param_grads: dict[int, torch.Tensor]  # with offload: of the gradient of each parameter, by its id
 
     def get_param_id(self, param: torch.Tensor) -> int:
@@ -97,6 +100,8 @@ class GradientNormHook:
 
     def __init__(self, engine: Engine, judge: Callable[[float | None, Sequence[float]], bool]) -> None:
         self.judge = judge
+        # In bf16 the last bit of the norm, through clipping, decides how weights are rounded.
+        self.exact = engine.bfloat16_enabled()
         self.norm = float("nan")
         self.vetoed = False
         self._agreement: torch.Tensor | None = None
@@ -165,7 +170,7 @@ class GradientNormHook:
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
             # The list also contains tensors that only pad the partition. DeepSpeed's own norm skips them too.
             held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-            return global_norm(held, optimizer.dp_process_group)
+            return global_norm(held, optimizer.dp_process_group, self.exact)
 
         def offloaded(params: Tensors) -> torch.Tensor:
             total = offloaded_square_sum(_norms_of(optimizer, params), optimizer.dp_process_group)
@@ -176,9 +181,13 @@ class GradientNormHook:
             if not self.vetoed:
                 original_update(has_overflow)
 
+        def unscale_and_clip_grads(grad_groups_flat: Tensors, total_norm: torch.Tensor) -> None:
+            _unscale_and_clip(grad_groups_flat, total_norm, optimizer.loss_scale, optimizer.clip_grad)
+
         # replace() returns what the functions above call as original_*: they run later than these lines.
         original_norm = replace(optimizer, "scaled_global_norm", scaled_global_norm)
         replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
+        replace(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
         original_update = replace(optimizer, "_update_scale", update_scale)
         replace(optimizer, "complete_grad_norm_calculation_for_cpu_offload", offloaded)
         replace(optimizer, "check_grad_overflow", True)
@@ -193,7 +202,7 @@ class GradientNormHook:
             return [torch.tensor(-1.0)] if norms is None else norms
 
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
-            return global_norm(gradients, optimizer._get_param_partition_group(params[0]))
+            return global_norm(gradients, optimizer._get_param_partition_group(params[0]), self.exact)
 
         def offloaded(params: Tensors) -> torch.Tensor:
             group = optimizer._get_param_partition_group(params[0])
@@ -212,6 +221,12 @@ class GradientNormHook:
             if not self.vetoed:
                 original_update(has_overflow)
 
+        def unscale_and_clip_grads(sub_group_id: int, total_norm: torch.Tensor) -> None:
+            gradient = optimizer.fp32_partitioned_groups_flat[sub_group_id].grad
+            assert gradient is not None, "step() has just filled it"
+            _unscale_and_clip([gradient], total_norm, optimizer.loss_scale, optimizer.clip_grad)
+
+        replace(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
         original_groups = replace(optimizer, "_get_norm_groups", get_norm_groups)
         replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
         replace(optimizer, "complete_grad_norm_calculation_for_cpu_offload", offloaded)
@@ -219,8 +234,7 @@ class GradientNormHook:
         original_update = replace(optimizer, "_update_scale", update_scale)
 
     def _patch_bf16(self, optimizer: object) -> None:
-        """bf16 with fp32 gradients: every rank has all gradients, and step() computes the norm of the list that it is
-        given.
+        """Muon in bf16 at ZeRO-1: every rank has all gradients, and step() takes the norm of what it is given.
 
         The replacement gives step() a list of one tensor with one element, the norm itself; the norm of that list is
         the same number.
@@ -246,7 +260,8 @@ class GradientNormHook:
             norm = square_sum(gradients).sqrt().float()
             self._read_and_judge([norm])
             # The original calls clip_fp32_gradients, then optimizer.step, both replaced.
-            engine.clip_fp32_gradients = lambda: clip_gradients(gradients, norm, engine.gradient_clipping())
+            limit = engine.gradient_clipping()
+            engine.clip_fp32_gradients = lambda: torch._foreach_mul_(gradients, clip_factor(norm, limit))
             original_take(lr_kwargs)
             del engine.clip_fp32_gradients  # it keeps the gradients in memory
 
@@ -261,3 +276,15 @@ def _norms_of(optimizer: Stage12Optimizer | Stage3Optimizer, params: Tensors) ->
     """The norms of offloaded gradients, which DeepSpeed took on the device before it copied them to the host."""
     ids = (optimizer.get_param_id(param) for param in params)
     return [optimizer.norm_for_param_grads[number] for number in ids if number in optimizer.norm_for_param_grads]
+
+
+def _unscale_and_clip(gradients: Tensors, norm: torch.Tensor, scale: float, limit: float) -> None:
+    """Divide gradients in place by the loss scale and clip them by their common norm, which still has the scale."""
+    if limit > 0:
+        factor: torch.Tensor | float = clip_factor(norm / scale, limit) / scale
+    else:
+        factor = 1.0 / scale
+    if not (isinstance(factor, torch.Tensor) and factor.is_cuda) and factor == 1.0:
+        return  # a GPU would have to be waited for
+    for gradient in gradients:
+        gradient.mul_(factor)

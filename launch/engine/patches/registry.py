@@ -55,6 +55,7 @@ Row = tuple[str, str, str, dict[str, str]]  # file, where, used by, {name: why}
 
 NORM, BF16, ADAM = "engine/patches/gradient_norm.py", "engine/patches/bf16_gradients.py", "engine/patches/adam_bias.py"
 WAITS = "engine/patches/device_waits.py"
+FLAT = "engine/patches/flat_gradients.py"
 STATE, OPS, PROTOCOL = "engine/optimizer_state.py", "engine/ops.py", "engine/protocol.py"
 WRITER, ZERO = "engine/patches/checkpoint_writer.py", "checkpoint/zero_checkpoint.py"
 
@@ -79,6 +80,7 @@ ENGINE: tuple[Row, ...] = (
         "save_checkpoint": "called: writes every rank's part of a checkpoint",
         "load_checkpoint": "called: reads a checkpoint of the same layout",
         "train_batch_size": "called: to count samples",
+        "train_micro_batch_size_per_gpu": "called: to count micro batches",
         "zero_optimization_stage": "called: decides where the optimizer states are looked for",
         "zero_nvme_offload_optimizer": "called: a run with NVMe offload cannot be resumed",
         "gradient_clipping": "called: the limit for clipping at stage 0",
@@ -132,6 +134,8 @@ OPTIMIZERS: tuple[Row, ...] = (
         "complete_grad_norm_calculation_for_cpu_offload(params)": "replaced: no wait for the norm of each gradient",
         "norm_for_param_grads": "read: the norms of offloaded gradients",
         "get_param_id(param)": "called: the key of norm_for_param_grads",
+        "unscale_and_clip_grads(grad_groups_flat, total_norm)": "replaced: clips by the same formula at every stage",
+        "clip_grad": "read: the limit of the norm",
         "loss_scale": "read: gradients are multiplied by the fp16 loss scale",
         "overflow": "read: whether the step was dropped",
         "dp_process_group": "read: the ranks that share the gradients",
@@ -154,6 +158,8 @@ OPTIMIZERS: tuple[Row, ...] = (
         "_overflow_check_and_loss_scale_update(update_scale)":
             "replaced: a bad loss must veto the step before Muon updates its momentum",
         "_update_scale(has_overflow)": "replaced: a veto must not lower the fp16 loss scale as an overflow does",
+        "unscale_and_clip_grads(sub_group_id, total_norm)": "replaced: clips by the same formula at every stage",
+        "clip_grad": "read: the limit of the norm",
         "overflow": "set: to True, which makes DeepSpeed drop the step",
         "complete_grad_norm_calculation_for_cpu_offload(params)": "replaced: no wait for the norm of each gradient",
         "norm_for_param_grads": "read: the norms of offloaded gradients",
@@ -203,15 +209,35 @@ OPTIMIZERS: tuple[Row, ...] = (
     (BF16_FILE, "BF16_Optimizer", NORM, {
         "get_grads_for_norm(for_clipping)": "replaced: records the norm, and returns nan for a vetoed step",
     }),
-    (BF16_FILE, "BF16_Optimizer", BF16, {
-        "_update_hp_grad(lp, group_idx, param_idx, clear_lp_grads)":
-            "replaced: copies the first gradient of a step instead of adding it to zeros",
-        "clear_hp_grads()": "replaced: marks the gradients as unused instead of writing zeros",
-        "step(closure)": "replaced: writes zeros for parameters without a gradient",
-        "fp32_groups_gradients": "set: the fp32 gradients, by group and parameter",
-        "fp32_groups_has_gradients": "set: which of them hold a gradient of this step",
+    (ENGINE_FILE, "DeepSpeedEngine", BF16, {
+        "_do_optimizer_sanity_check(basic_optimizer)": "replaced: the ZeRO-1 optimizer of fp32 for bf16",
+        "gradient_average": "replaced: gradients are added up, not averaged",
+        "backward(loss, retain_graph, scale_wrt_gas)": "replaced: divides the loss by all micro batches of the step",
     }),
-    (BF16_FILE, TENSORS, BF16, {"_hp_grad": "set: where safe_get_full_grad looks for the gradient"}),
+    (STAGE12, "DeepSpeedZeroOptimizer", BF16, {
+        "gradient_average": "set: gradients are added up, not averaged",
+        "zenflow": "read: its gradients are averaged in code of its own",
+    }),
+    (STAGE12, MODULE, FLAT, {"GradPartitionBufferGroup": "called: holds a rank's part and its gradients"}),
+    (STAGE12, "GradPartitionBufferGroup", FLAT, {"_view_specs": "read: where each gradient is in a rank's part"}),
+    (STAGE12, "DeepSpeedZeroOptimizer", FLAT, {
+        "process_gradients(param, i)": "replaced: adds a gradient to the flat tensor",
+        "_fill_param_grad_accum_attribute(param)": "replaced: adds a gradient to the flat tensor",
+        "reduce_gradients(pipeline_parallel)": "replaced: reduces the flat tensor in place",
+        "_build_compact_grad_partition_buffer(group_idx)": "called: where each gradient is in a rank's part",
+        "_use_compact_grad_partition_buffer(group_idx)": "called: not for Muon's matrices",
+        "averaged_gradients": "set: this rank's part of the sums",
+        "bit16_groups": "read: the parameters of a group, in order",
+        "bit16_groups_flat": "read: the size of a group with what fills it up",
+        "use_grad_accum_attribute": "read: ZeRO-1 that adds up in another precision than the weights'",
+        "overlap_comm": "read: gradients are then reduced during the backward pass",
+        "communication_data_type": "read: the flat tensor is reduced in fp32 only",
+        "round_robin_gradients": "read: another order of the parameters",
+        "parameter_alignment": "read: gaps between the parameters",
+    }),
+    (STAGE3, "DeepSpeedZeroOptimizer_Stage3", BF16, {
+        "_gradient_averaging_world_size(params, partition_world_size)": "replaced: takes the division back",
+    }),
     (BF16_FILE, "BF16_Optimizer", STATE, {
         "fp32_groups_flat_partition": "set: this rank's slice of the weights",
         "update_lp_params()": "called: copies new fp32 weights into the module",
@@ -237,7 +263,7 @@ OPTIMIZERS: tuple[Row, ...] = (
         "opt_id": "read: the number by which the op knows this optimizer",
     }),
     ("deepspeed/ops/adam/fused_adam.py", "FusedAdam", ADAM, {
-        "multi_tensor_adam": "called: the compiled op",
+        "multi_tensor_adam": "replaced: called with full vectors only",
         "_dummy_overflow_buf": "read: an argument of the op",
         "adam_w_mode": "read: an argument of the op",
     }),
@@ -330,6 +356,8 @@ TORCH: tuple[Row, ...] = (
     }),
     ("torch/_C/_VariableFunctions.pyi", MODULE, "engine/gradient_norm.py", {
         "_foreach_norm": "called: computes the norms of many gradients in few launches",
+    }),
+    ("torch/_C/_VariableFunctions.pyi", MODULE, NORM, {
         "_foreach_mul_": "called: clips many gradients in few launches",
     }),
     ("torch/utils/cpp_extension.py", MODULE, OPS, {
