@@ -3,9 +3,10 @@
     make invariance                          the tests' small GPT on Python's sources; updates ds_configs/README.md
     make invariance RUN=my.yaml STEPS=50     your model and dataset; prints the table
 
-The reference is support/plain_loop.py. In bf16, whose numbers are 60,000 times coarser, a second column compares runs
-with each other: with micro batches of equal size they are one curve, whatever the stage and the number of ranks.
-Cost: one launch for each number of ranks (1 to 4) and one with two threads, about 50 runs.
+The reference is support/plain_loop.py. In bf16, whose numbers are 60,000 times coarser, and in fp8 a second column
+compares runs with each other: with micro batches of equal size, bf16 runs are one curve, whatever the stage and the
+number of ranks. fp8 rows are left out if the model's sizes do not fit it.
+Cost: one launch for each number of ranks (1 to 4) and one with two threads, about 75 runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.config.run_data import open_data
 from support import ROOT
 from support.plain_loop import differences, reference
 from support.ranks import run_many
@@ -60,8 +63,8 @@ class Layout:
         )
 
 
-def layouts(global_batch: int) -> list[Layout]:
-    """Every run of the table; the first in bf16 is what the others in bf16 are compared with."""
+def layouts(global_batch: int, with_fp8: bool) -> list[Layout]:
+    """Every run of the table. The first in bf16 and in fp8 is what the others of its precision are compared with."""
     found: list[Layout] = []
     for ranks in (n for n in (1, 2, 3, 4) if global_batch % n == 0):
         rows = global_batch // ranks
@@ -72,6 +75,9 @@ def layouts(global_batch: int) -> list[Layout]:
         found += [Layout("bf16", ranks, stage, 1) for stage in ONE_CURVE]
         found += [Layout("bf16", ranks, "zero1", micro) for micro in micros[1:]]
         found += [Layout("bf16", ranks, stage, 1) for stage in EVERY_STAGE if stage not in ONE_CURVE]
+        if with_fp8:  # emulated on CPUs, so few
+            found += [Layout("fp8", ranks, stage, 1) for stage in (ONE_CURVE if ranks == 2 else ("zero1",))]
+            found += [Layout("fp8", ranks, "zero1", micro) for micro in micros[1:] if ranks == 1]
     return [*dict.fromkeys(found), Layout("bf16", 1, "zero1", 1, threads=2)]
 
 
@@ -83,11 +89,12 @@ def table(space: Workspace, sets: list[str]) -> list[str]:
     zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     lines = [
         "| precision | ranks | DeepSpeed configuration | micro batch x accumulation | largest difference of a loss "
-        "| of a weight | of a loss from the first bf16 row |",
+        "| of a weight | of a loss from the first row of bf16 or fp8 |",
         "|---|---|---|---|---|---|---|",
     ]
-    first: list[float] | None = None
-    for (ranks, threads), group in itertools.groupby(layouts(run.global_batch), lambda row: (row.ranks, row.threads)):
+    first: dict[str, list[float]] = {}
+    every = layouts(run.global_batch, fits_fp8(space, sets))
+    for (ranks, threads), group in itertools.groupby(every, lambda row: (row.ranks, row.threads)):
         rows, commands = list(group), []
         for row in rows:
             config = zero3 if row.stage == "zero3" else row.stage
@@ -100,13 +107,23 @@ def table(space: Workspace, sets: list[str]) -> list[str]:
             raise SystemExit(f"runs failed with {codes}:\n{output[-4000:]}")
         for row in rows:
             from_first = None
-            if row.precision == "bf16":
+            if row.precision != "fp32":
                 mine = space.losses(row.name)
-                first = first or mine
-                from_first = max(abs(a - b) for a, b in zip(mine, first, strict=True))
+                pairs = zip(mine, first.setdefault(row.precision, mine), strict=True)
+                from_first = max(abs(a - b) for a, b in pairs)
             lines.append(row.row(run.global_batch, *differences(space, row.name, losses, weights), from_first))
             print(lines[-1], flush=True)
     return lines
+
+
+def fits_fp8(space: Workspace, sets: list[str]) -> bool:
+    """Return whether the sizes of the model are multiples of 16, and a block is left for fp8."""
+    run = load_run_file(space.run_file, [*sets, "train.precision=fp8"])
+    try:
+        run.gpt_config(open_data(run).vocab_size)
+    except ConfigError:
+        return False
+    return True
 
 
 def publish(lines: list[str], steps: int) -> None:
@@ -133,7 +150,8 @@ def main() -> int:
             "checkpoint.every_steps=0",
             "train.schedule.warmup_steps=2",
         ]
-        lines = table(space, sets if args.run_file else [*sets, f"train.global_batch_tokens={GLOBAL_BATCH_TOKENS}"])
+        own = [f"train.global_batch_tokens={GLOBAL_BATCH_TOKENS}", "train.fp8_skip_blocks=0"]
+        lines = table(space, sets if args.run_file else [*sets, *own])
     if not args.run_file:
         publish(lines, args.steps)
     return 0
