@@ -8,13 +8,14 @@ TEXT ?=
 RANKS ?= 2
 RUN ?=
 STEPS ?= 200
+NANOGPT ?=
 
 # PyPI's torch for Linux brings several GB of CUDA. Without an NVIDIA driver its CPU build is enough.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 
 CHECK := not launch and not root and not browser and not slow
 
-.PHONY: quickstart shakespeare install check check-pythons test invariance packages lint clean
+.PHONY: quickstart shakespeare install check check-pythons test invariance gpu-check packages lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -72,6 +73,10 @@ check-pythons:
 # The table of ds_configs/README.md again, or that of your own run file: make invariance RUN=my.yaml STEPS=50
 invariance: $(VENV)/.installed-dev
 	$(BIN)/python tests/tools/invariance.py $(RUN) --steps $(STEPS)
+
+# On a machine with a GPU, in under ten minutes: make gpu-check, with nanoGPT beside it: make gpu-check NANOGPT=path
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python tests/tools/gpu_check.py --nanogpt "$(NANOGPT)"
 
 packages:
 	@bash .ci/packages

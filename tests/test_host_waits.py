@@ -30,10 +30,9 @@ def count(workspace: Workspace, name: str, runs: dict[str, list[str]], ranks: in
 
 
 def config(workspace: Workspace, name: str) -> str:
-    """A shipped DeepSpeed configuration with everything partitioned at stage 3 and without the throughput timer."""
+    """A shipped DeepSpeed configuration, with everything partitioned at stage 3."""
     data, _ = read_ds_config(name)
-    data["timers"] = {"throughput": {"enabled": False}}
-    if name == "zero3":
+    if name.startswith("zero3"):
         data["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     path = workspace.folder / f"waits_{name}.json"
     path.write_text(json.dumps(data))
@@ -53,7 +52,6 @@ def test_the_host_waits_once_per_step(workspace: Workspace) -> None:
     packed = ["data.packing=best_fit", "data.document_mask=true", "train.micro_batch=2"]
     runs["packed"] = [config(workspace, "zero2"), *packed, "monitor.tensorboard=false"]
     runs["fp16"] = [config(workspace, "zero2"), "train.precision=fp16", "train.micro_batch=2"]
-    del runs["zero1-bf16-8"], runs["zero1-bf16-1"]  # BF16_Optimizer
     for name, steps in count(workspace, "waits", runs, ranks=2).items():
         assert len(steps) == 3, name
         assert all(len(waits) == 1 and "gradient_norm.py" in waits[0] for waits in steps), (name, steps)
