@@ -285,12 +285,19 @@ def train(context: Context, name: str, *sets: str, zero: dict[str, Any] | None =
     if code:
         raise RuntimeError(f"{name}: exit code {code}")
     shutil.rmtree(context.folder / "runs" / name / "checkpoints")  # 2 GB on a GPU
+    gc.unfreeze()  # the loop hides the engine from the collector, which would keep its memory
+    gc.collect()
     lines = (context.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 
 def compare(context: Context, what: str, lines: list[dict[str, Any]], base: list[dict[str, Any]], bound: float) -> None:
-    """Say whether a run trains, and stays within `bound` of the losses of another one."""
+    """Say whether a run trains, and stays within `bound` of the losses of another one.
+
+    Each step that fp16 skips puts the curve behind: the loss of a GPU's run falls by less than 0.5 per step.
+    """
+    skipped = sum("skipped" in line for line in lines)
+    bound += 0.5 * skipped
     losses = [line["loss"] for line in lines if line["loss"] is not None]
     pairs = [(a["loss"], b["loss"]) for a, b in zip(lines, base, strict=True) if a["loss"] is not None]
     apart = max((abs(a - b) for a, b in pairs), default=math.inf)
@@ -298,8 +305,8 @@ def compare(context: Context, what: str, lines: list[dict[str, Any]], base: list
     context.say(
         len(losses) >= len(lines) - 3 and losses[-1] < losses[0] and apart <= bound,
         what,
-        loss=[losses[0], losses[-1]], apart=round(apart, 6), bound=bound, ms_per_step=round(1000 * step_s, 2),
-        mfu=lines[-1]["mfu"], memory_gib=lines[-1]["memory_gib"],
+        loss=[losses[0], losses[-1]], apart=round(apart, 6), bound=bound, skipped_steps=skipped,
+        ms_per_step=round(1000 * step_s, 2), mfu=lines[-1]["mfu"], memory_gib=lines[-1]["memory_gib"],
     )  # fmt: skip
 
 
@@ -307,7 +314,8 @@ def prove(context: Context) -> None:
     """A killed and resumed run equals an uninterrupted one, bit for bit."""
     # On one GPU there is no resume with other ranks. On a CPU there is none either if nothing else divides the batch.
     odd = ["--set", "train.global_batch_tokens=224", "--set", "train.micro_batch=7"]
-    form = ["--steps", "8", *odd] if context.cpu else ["--steps", "12"]
+    # Four layers on a GPU: a checkpoint of all twelve takes longer than their steps.
+    form = ["--steps", "8", *odd] if context.cpu else ["--steps", "12", "--set", "model.n_layer=4"]
     command = ["prove", str(context.run_file), *form, "--ranks", "1", "--seed", "1", "--json"]
     done = subprocess.run([*CLI, *command], capture_output=True, text=True)
     if not done.stdout.strip():
@@ -504,7 +512,7 @@ PARTS = {
     part.run.__name__: part
     for part in (
         Part(kernels, 75), Part(varlen, 45), Part(data, 60), Part(prove, 130, True), Part(waits, 75, True),
-        Part(precisions, 75, True), Part(bench, 110, True), Part(memory, 45, True), Part(offload, 75, True),
+        Part(precisions, 75, True), Part(bench, 110, True), Part(memory, 45, True), Part(offload, 110, True),
         Part(compiled, 110, True), Part(checkpoint_copies, 30),
     )
 }  # fmt: skip
@@ -546,6 +554,7 @@ def start(name: str, context: Context) -> Any:
     """Start this file for one part."""
     arguments = ["--part", name, "--folder", str(context.folder), "--nanogpt", context.nanogpt]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's deterministic mode demands it
     if context.cpu:
         environment.setdefault("OMP_NUM_THREADS", "1")  # two parts at a time, beside other tests
     return subprocess.Popen(
