@@ -17,7 +17,7 @@ flag" is torch's deterministic mode):
     scatter_add, index_put    Used in eager kernels only; with the flag they sort instead of adding atomically.
 
 Cost, estimated: attention's backward takes 1.2 to 2 times as long, which is 1 to 4% of a step at 1,024 tokens per
-sample and 5 to 10% at 4,096. On CPUs the flag changes neither losses nor speed (LOG.md).
+sample and 5 to 10% at 4,096. On CPUs the flag changes no loss (LOG.md).
 
 Training, `packspeed prove` and Packspeed's row of `packspeed bench` use the value of the run file. The other rows of
 bench keep torch's default, as other training loops do. `packspeed generate` and `eval` do not set the flag, because
