@@ -20,7 +20,7 @@ from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.config.loading import load_run_file
-from packspeed.launch.engine.gradient_norm import square_sum
+from packspeed.launch.engine.norms import square_sum
 from support import TRAIN, plain_loop, prefork
 from support.ranks import environment, run_many
 from support.workspace import Workspace

@@ -27,7 +27,7 @@ from packspeed.data.loader import Prefetcher
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.build import loss_scale, set_learning_rate
-from packspeed.launch.engine.gradient_norm import parameter_norms
+from packspeed.launch.engine.norms import parameter_norms
 from packspeed.launch.engine.protocol import Engine
 from packspeed.launch.training.agreement import Agreement, all_reduce_agreement
 from packspeed.launch.training.anomaly_policy import handle_veto

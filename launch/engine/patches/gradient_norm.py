@@ -49,7 +49,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from packspeed.launch.engine.gradient_norm import (
+from packspeed.launch.engine.norms import (
     clip_factor,
     finite_or_minus_1,
     global_norm,

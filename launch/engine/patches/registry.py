@@ -118,7 +118,7 @@ ENGINE: tuple[Row, ...] = (
     }),
     ("deepspeed/comm/torch.py", "TorchBackend", "engine/patches/collectives.py",
         dict.fromkeys(BLOCKING_COLLECTIVES, "replaced: measures the time that a rank waits in the collective")),
-    ("deepspeed/utils/tensor_fragment.py", MODULE, "engine/gradient_norm.py", {
+    ("deepspeed/utils/tensor_fragment.py", MODULE, "engine/norms.py", {
         "safe_get_full_grad": "called: gathers one gradient",
         "safe_get_full_fp32_param": "called: gathers one weight",
     }),
@@ -354,7 +354,7 @@ TORCH: tuple[Row, ...] = (
         "automatic_dynamic_shapes": "replaced: by False, so that each shape gets its own kernel",
         "recompile_limit": "replaced: by a limit that allows one kernel for each shape",
     }),
-    ("torch/_C/_VariableFunctions.pyi", MODULE, "engine/gradient_norm.py", {
+    ("torch/_C/_VariableFunctions.pyi", MODULE, "engine/norms.py", {
         "_foreach_norm": "called: computes the norms of many gradients in few launches",
     }),
     ("torch/_C/_VariableFunctions.pyi", MODULE, NORM, {
