@@ -9,7 +9,9 @@ import random
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -27,10 +29,18 @@ from packspeed.launch.cluster.remote_launcher import (
     launcher_files,
     launcher_variables,
 )
-from packspeed.launch.cluster.ssh import agent_command, ask_hosts
+from packspeed.launch.cluster.ssh import CLOSE_S, AgentConnection, AgentPool, agent_command, ask_hosts
 from packspeed.launch.cluster.supervisor import fit_slots
 from packspeed.launch.config.errors import ConfigError
-from packspeed.launch.run_folder.heartbeat import Beat, Heartbeat, read_beats
+from packspeed.launch.run_folder import heartbeat
+from packspeed.launch.run_folder.heartbeat import (
+    LAUNCH_ID,
+    Beat,
+    Heartbeat,
+    last_beat,
+    read_beats,
+    remove_local_beats,
+)
 from packspeed.launch.trials.rehearse import Fault, parse_fault
 from support.workspace import Workspace
 
@@ -430,7 +440,15 @@ def test_limits_and_kills_of_both_cgroup_versions_are_read(tmp_path: Path, versi
 def test_a_rank_killed_for_memory_is_distinguished_from_a_killed_one() -> None:
     limit = (2**31, 2**31, "/sys/fs/cgroup/job")
     peaks = {"2": 2**29, "3": 2**30}
-    death: RankDeath = {"died": 3, "status": -9, "at": 1.0, "peak_bytes": peaks, "oom_kills": 1, "limit": limit}
+    death: RankDeath = {
+        "died": 3,
+        "beat": None,
+        "status": -9,
+        "at": 1.0,
+        "peak_bytes": peaks,
+        "oom_kills": 1,
+        "limit": limit,
+    }
     hosts = {3: "node-1"}
     output = death_report(death, hosts, {3: beat(3, "backward")})
     assert output.startswith("rank 3 on node-1 ran out of memory, in backward of step 412: the kernel's OOM killer")
@@ -445,14 +463,56 @@ def test_an_agents_exit_code_is_put_into_words() -> None:
     assert describe_exit(1) == "ended with exit code 1"
 
 
-def test_beats_survive_being_read_at_any_time(tmp_path: Path) -> None:
+def test_beats_survive_being_read_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest beat is in the memory of the host at once, and in the run folder within a second."""
+    launch = f"test-{os.getpid()}"
+    monkeypatch.setenv(LAUNCH_ID, launch)
+    monkeypatch.setattr(heartbeat, "SHARED_S", 0.05)
     writer = Heartbeat(tmp_path, 7, "node-9", 4)
-    writer("forward")
+    for _ in range(100):
+        writer("forward")
     writer("communication", "all_reduce")
+    newest = last_beat(launch, 7)
+    assert newest is not None
     (tmp_path / "rank-8.beat").write_text('{"rank": 8, "pi')
-    beats = read_beats(tmp_path)
-    assert list(beats) == [7]
-    assert (beats[7].phase, beats[7].collective, beats[7].step, beats[7].count) == ("communication", "all_reduce", 4, 2)
+    deadline = time.monotonic() + 10
+    while (beats := read_beats(tmp_path)) != {7: Beat(**newest)} and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (beats[7].phase, beats[7].collective, beats[7].step) == ("communication", "all_reduce", 4)
+    assert beats[7].count == 101
+    assert last_beat(launch, 8) is None
+    remove_local_beats(launch)
+    assert last_beat(launch, 7) is None
+
+
+def test_what_hosts_have_in_common_is_found_in_linear_time() -> None:
+    hosts = [Host(f"node-{i}", 8) for i in range(1024)]
+    plan = LaunchPlan([PlannedHost(host, 8 * i, "10.0.0.1", "eth0") for i, host in enumerate(hosts)], 29500, {})
+    assert plan.device_groups == [(1024, list(range(8)))]
+    mixed = LaunchPlan([*plan.hosts[:2], PlannedHost(Host("x", 2, (3, 5)), 16, "", "")], 1, {})
+    assert mixed.device_groups == [(2, list(range(8))), (1, [3, 5])]
+
+
+class RecordedConnection(AgentConnection):
+    """Notes how long `close` may wait."""
+
+    waits: ClassVar[list[float]] = []
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        self.waits.append(timeout_s)
+        super().close(timeout_s)
+
+
+@pytest.mark.launch
+def test_agents_that_do_not_exit_are_closed_together() -> None:
+    """They share one deadline. Before, each was killed after a second of its own."""
+    command = [sys.executable, "-S", "-c", "import time; time.sleep(1000)"]
+    with AgentPool(lambda host: command) as pool:
+        for i in range(20):
+            pool.connections[f"node-{i}"] = RecordedConnection(command)
+    assert all(connection.process.returncode == -9 for connection in pool.connections.values())
+    assert RecordedConnection.waits[0] > 0
+    assert RecordedConnection.waits[1:] == [0.0] * 19
 
 
 def test_ranks_of_the_remaining_hosts_divide_the_batch() -> None:

@@ -45,7 +45,7 @@ from packspeed.launch.cluster.messages import (
 )
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.run_folder.folder import git_commit
-from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, LAUNCHER
+from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, LAUNCHER, last_beat, remove_local_beats
 
 PACKAGES = ("packspeed", "torch", "deepspeed", "numpy")
 
@@ -102,7 +102,10 @@ class LocalRanks:
     def __init__(self, request: RunRequest) -> None:
         self.launch_id = request["id"]
         self.silence_s = request["silence_s"]
-        self.rank_count = len(list(request["world_info"].values())[request["node_rank"]])
+        # DeepSpeed's launcher only counts the hosts and their devices, so their names are not sent.
+        devices = [devices for count, devices in request["hosts"] for _ in range(count)]
+        world_info = {f"host-{number}": ids for number, ids in enumerate(devices)}
+        self.rank_count = len(devices[request["node_rank"]])
         self.cgroups = cgroup.groups()
         self.oom_kills_before = cgroup.oom_kills(self.cgroups)
         self.peak_bytes: dict[int, int] = {}  # rank -> peak resident memory
@@ -113,7 +116,7 @@ class LocalRanks:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
         os.chdir(request["cwd"])
         command = node_launcher_command(
-            request["world_info"], request["node_rank"], request["master"], request["port"], request["arguments"],
+            world_info, request["node_rank"], request["master"], request["port"], request["arguments"],
             script=request["script"],
         )  # fmt: skip
         env = {**os.environ, **request["env"], LAUNCH_ID: self.launch_id, LAUNCHER: str(os.getpid())}
@@ -147,6 +150,7 @@ class LocalRanks:
             self.report_deaths()
         self.report_deaths()
         kill_launch(self.launch_id)
+        remove_local_beats(self.launch_id)
         return code if code is not None else self.launcher.wait()
 
     def ask_to_save(self) -> bool:
@@ -183,7 +187,7 @@ class LocalRanks:
                 status = None  # the process is gone: the launcher has collected its exit status already
             self.ended.add(rank)
             record: RankDeath = {
-                "died": rank, "status": status, "at": time.time(),
+                "died": rank, "beat": last_beat(self.launch_id, rank), "status": status, "at": time.time(),
                 "peak_bytes": {str(r): peak for r, peak in self.peak_bytes.items()},
                 "oom_kills": cgroup.oom_kills(self.cgroups) - self.oom_kills_before,
                 "limit": cgroup.limit(self.cgroups),

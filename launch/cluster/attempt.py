@@ -45,7 +45,7 @@ from packspeed.launch.cluster.messages import (
 )
 from packspeed.launch.cluster.ssh import agent_command, ask_hosts
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
-from packspeed.launch.run_folder.heartbeat import read_beats
+from packspeed.launch.run_folder.heartbeat import SHARED_S, Beat, read_beats
 
 START_S = 900.0  # longest time from the start to the first heartbeat: imports, op builds, loading a checkpoint
 
@@ -140,7 +140,7 @@ class Attempt:
         for node_rank, planned in enumerate(plan.hosts):
             self._start_agent(planned.host, {
                 "do": "run", "id": self.launch_ids[planned.host.name], "cwd": str(options.cwd),
-                "env": {**planned.network_env, **plan.env}, "world_info": plan.world_info, "node_rank": node_rank,
+                "env": {**planned.network_env, **plan.env}, "hosts": plan.device_groups, "node_rank": node_rank,
                 "master": plan.master, "port": plan.port, "script": str(script), "arguments": list(arguments),
                 "silence_s": SILENCE_S,
             })  # fmt: skip
@@ -193,7 +193,7 @@ class Attempt:
     def watch(self) -> Outcome:
         """Block until the attempt ends, and return how it ended. The docstring of this module lists the outcomes."""
         beat_counts: dict[int, int] = {}
-        progress_at, patience_s, sent_at = self.started, START_S, 0.0
+        progress_at, patience_s, sent_at, read_at = self.started, START_S, 0.0, 0.0
         while True:
             time.sleep(0.2)
             # Show the agents that the supervisor is alive. Without these messages they stop their ranks.
@@ -209,9 +209,10 @@ class Attempt:
                 return Outcome("finished", 0, [], time.time())
 
             # Any heartbeat that changed is progress. Before the first one, START_S counts instead of hang_s.
-            beats = read_beats(self.logs)
-            if beats and (new_counts := {rank: beat.count for rank, beat in beats.items()}) != beat_counts:
-                beat_counts, progress_at, patience_s = new_counts, time.time(), self.options.hang_s
+            if time.monotonic() - read_at > SHARED_S:
+                new_counts, read_at = {r: beat.count for r, beat in read_beats(self.logs).items()}, time.monotonic()
+                if new_counts and new_counts != beat_counts:
+                    beat_counts, progress_at, patience_s = new_counts, time.time(), self.options.hang_s
 
             # No progress: a hang if ranks are alive. If all have ended, their launchers get ENDING_S to notice.
             if time.time() - progress_at > patience_s:
@@ -241,6 +242,7 @@ class Attempt:
 
         # The connection to a host broke. Ranks on other hosts then die as a consequence.
         beats = read_beats(self.logs)
+        beats |= {death["died"]: Beat(**death["beat"]) for death in deaths if death["beat"]}  # newer than the files
         self.lost = [host for host, code in codes.items() if code == LOST]
         if self.lost:
             why = [

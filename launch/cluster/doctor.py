@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypedDict, final
@@ -179,7 +180,8 @@ def _json(value: object) -> str:
 
 
 def _most_common(values: list[str]) -> str:
-    return max(values, key=values.count) if values else ""
+    """Return the value that occurs most often, the first of them if there are several; "" if there is none."""
+    return Counter(values).most_common(1)[0][0] if values else ""
 
 
 def _check_host(name: str, fact: HostFacts, slots: int) -> list[Finding]:
@@ -234,10 +236,10 @@ def _check_shared(run: RunFile, facts: Mapping[str, HostFacts], token: str) -> l
     visible here.
     """
     findings = []
-    visible = {mark.name for mark in (run.folder / ".hosts").glob(f"{token}-*")}
+    # A file's name is the token, the name of the host and a process id (agent._check_run_folder).
+    visible = {mark.name.rpartition("-")[0] for mark in (run.folder / ".hosts").glob(f"{token}-*")}
     for name, fact in facts.items():
-        prefix = f"{token}-{fact['hostname']}-"
-        if fact.get("writable") is True and not any(mark.startswith(prefix) for mark in visible):
+        if fact.get("writable") is True and f"{token}-{fact['hostname']}" not in visible:
             what = f"its folder {run.folder} is not the same folder as here"
             do = "put runs_dir on a disk that all hosts share, because every rank writes its part of a checkpoint there"
             findings.append(_finding(name, what, do))

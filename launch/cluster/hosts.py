@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import itertools
 import re
 import socket
 from collections.abc import Mapping
@@ -82,6 +83,15 @@ class LaunchPlan:
     def world_info(self) -> dict[str, list[int]]:
         """Host name -> device numbers, in the format of DeepSpeed's node launcher."""
         return {planned.host.name: list(planned.host.device_ids) for planned in self.hosts}
+
+    @property
+    def device_groups(self) -> list[tuple[int, list[int]]]:
+        """How many hosts in a row have the same device numbers, and these numbers.
+
+        A host's request contains this instead of world_info, so that requests do not grow with the number of hosts.
+        """
+        ids = (planned.host.device_ids for planned in self.hosts)
+        return [(len(list(group)), list(devices)) for devices, group in itertools.groupby(ids)]
 
     def host_of_ranks(self) -> dict[int, str]:
         """Return {rank: name of its host}."""

@@ -15,6 +15,8 @@ import os
 from collections.abc import Mapping
 from typing import Literal, TypedDict, final
 
+from packspeed.launch.run_folder.heartbeat import BeatLine
+
 RECORD = "@packspeed "
 
 
@@ -81,7 +83,7 @@ class RunRequest(TypedDict):
     id: str  # PACKSPEED_LAUNCH_ID of every process of this attempt on this host
     cwd: str
     env: dict[str, str]
-    world_info: dict[str, list[int]]  # host -> its slots, in the order of the ranks
+    hosts: list[tuple[int, list[int]]]  # in the order of ranks: how many hosts in a row have these device numbers
     node_rank: int
     master: str
     port: int
@@ -156,6 +158,7 @@ class RankDeath(TypedDict):
     """The record that an agent sends when one of its ranks has ended."""
 
     died: int  # the rank
+    beat: BeatLine | None  # its last heartbeat
     status: int | None  # exit code, negative for a signal; None if it could not be read in time
     at: float  # seconds since the epoch
     peak_bytes: dict[str, int]  # rank -> peak resident memory, for all ranks of the host

@@ -35,6 +35,9 @@ OPTIONS = [
 ASK_TIMEOUT_S = 40.0
 
 
+CLOSE_S = 1.0  # how long agents may take to exit
+
+
 Answer = TypeVar("Answer")
 
 
@@ -152,7 +155,11 @@ class AgentPool:
 
     def __exit__(self, *_: object) -> None:
         for connection in self.connections.values():
-            connection.close()
+            connection.close_input()
+        # All agents exit at the same time, so they share one second.
+        deadline = time.monotonic() + CLOSE_S
+        for connection in self.connections.values():
+            connection.close(max(0.0, deadline - time.monotonic()))
 
 
 class AgentConnection:
@@ -200,14 +207,18 @@ class AgentConnection:
         self.timed_out = True
         self.process.kill()
 
-    def close(self) -> None:
-        """Close the agent's stdin, which makes it exit. If it is still running after a second, kill it."""
+    def close_input(self) -> None:
+        """Close the agent's stdin and stdout, which makes it exit. Does not wait for it."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with contextlib.suppress(OSError):
                 pipe.close()
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Make the agent exit. If it is still running after `timeout_s`, kill it."""
+        self.close_input()
         try:
-            self.process.wait(1)
+            self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

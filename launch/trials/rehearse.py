@@ -37,7 +37,7 @@ from packspeed.launch.cluster.supervisor import Supervisor
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
-from packspeed.launch.run_folder.heartbeat import read_beats
+from packspeed.launch.run_folder.heartbeat import Beat, last_beat
 
 SEQ_LEN = 64  # longest samples of the rehearsal, in tokens
 SHRUNK = ("n_layer=2", "n_head=2", "n_kv_head=2", "d_model=64", "d_ff=128", f"max_seq_len={SEQ_LEN}", "kernels=eager")
@@ -196,8 +196,10 @@ class Rehearsal(Supervisor):
     def _attempt_after(self, step: int) -> Attempt | None:
         """Return the running attempt (one start of all ranks) if all its ranks have done `step`, else None."""
         attempt = self.attempt
-        beats = read_beats(attempt.logs) if attempt else {}
-        return attempt if beats and min(beat.step for beat in beats.values()) >= step else None
+        beats = _beats(attempt) if attempt else {}
+        if attempt is None or len(beats) < attempt.plan.world or min(beat.step for beat in beats.values()) < step:
+            return None
+        return attempt
 
     def _apply(self, fault: Fault, attempt: Attempt) -> None:
         """Inject one fault into the running attempt (one start of all ranks)."""
@@ -213,6 +215,12 @@ class Rehearsal(Supervisor):
                 attempt.agents[fault.target].kill()
                 agent.kill_launch(attempt.launch_ids[fault.target])
             return
-        beat = read_beats(attempt.logs).get(int(fault.target))
+        beat = _beats(attempt).get(int(fault.target))
         if beat is not None:
             os.kill(beat.pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+
+
+def _beats(attempt: Attempt) -> dict[int, Beat]:
+    """Return {rank: its newest heartbeat}. All ranks are on this machine, so its memory has them."""
+    lines = {rank: last_beat(attempt.launch_ids[host], rank) for rank, host in attempt.host_of.items()}
+    return {rank: Beat(**line) for rank, line in lines.items() if line is not None}
