@@ -7,6 +7,8 @@ import platform
 from collections.abc import Callable
 
 from packspeed.data.dataset import TokenDataset
+from packspeed.data.errors import PackspeedError
+from packspeed.data.loader import Loader
 from packspeed.data.mixture import MixtureData
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.checkpoint.manifest import Manifest
@@ -46,7 +48,7 @@ def make_trainer(
     passed, open_run_files does.
     """
     step = manifest["step"]
-    loader = make_run_loader(run, dataset)
+    loader = make_loader_once(run, dataset, topology)
     windows = min(run.eval.windows, loader.val_available())
     if windows < run.eval.windows:
         log(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
@@ -80,6 +82,24 @@ def make_trainer(
         text_sampler=TextSampler(run, config, engine, topology.device) if run.monitor.sample_prompts else None,
         evaluation_pending=bool(manifest.get("evaluation_pending")),
     )
+
+
+def make_loader_once(run: RunFile, dataset: TokenDataset | MixtureData, topology: Topology) -> Loader:
+    """Make the run's loader, on rank 0 first. Collective. Raises the error of rank 0 on all ranks.
+
+    With packing, rank 0 computes where the windows of documents begin and stores it beside the dataset (PackedLoader),
+    so the other ranks read a file of some kilobytes.
+    """
+    loader: Loader | None = None
+    error: PackspeedError | None = None
+    if topology.rank == 0:
+        try:
+            loader = make_run_loader(run, dataset)
+        except PackspeedError as own_error:
+            error = own_error
+    if (error := topology.from_rank0(error)) is not None:
+        raise error
+    return loader or make_run_loader(run, dataset)
 
 
 def open_run_files(trainer: Trainer, manifest: Manifest) -> None:
