@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from packspeed.data.errors import PackspeedError
+from packspeed.data.storage.open_files import raise_open_file_limit
 
 
 class Target(NamedTuple):
@@ -114,6 +115,7 @@ def main() -> None:
 
     Here, and nowhere else, a PackspeedError becomes one paragraph on stderr and an exit code.
     """
+    raise_open_file_limit()
     if sys.stdout is None:  # started with a closed stdout
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape characters that the terminal cannot show

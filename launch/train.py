@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from packspeed.data.errors import PackspeedError
+from packspeed.data.storage.open_files import raise_open_file_limit
 from packspeed.launch.training.signals import stop_while_starting
 
 
@@ -41,6 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check both files, then train, and return the exit code. Rank 0 prints a PackspeedError as one paragraph."""
     stop_while_starting()  # before the other imports, which take up to ten seconds
+    raise_open_file_limit()
     args = parse_args(argv)
     try:
         return _train(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from packspeed.data.storage import lock as lock_module
 from packspeed.data.storage.atomic import temporary, write_file
 from packspeed.data.storage.hashing import hash_file
 from packspeed.data.storage.lock import LockHeldError, lock_file
+from packspeed.data.storage.open_files import raise_open_file_limit
 
 HOLD = """
 import sys, time
@@ -101,3 +103,14 @@ def test_the_hash_of_a_file_of_several_chunks(tmp_path: Path) -> None:
     content = bytes(range(256)) * 40_000
     (tmp_path / "file").write_bytes(content)
     assert hash_file(tmp_path / "file") == {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+
+
+@pytest.mark.parametrize(("soft", "hard", "expected"), [(256, 1000, 1000), (256, -1, 65_536), (70_000, 80_000, 70_000)])
+def test_the_limit_of_open_files_is_raised_but_never_lowered(
+    soft: int, hard: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = [soft, hard]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, new: limits.__setitem__(slice(None), list(new)))
+    raise_open_file_limit()
+    assert limits == [expected, hard]
