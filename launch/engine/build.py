@@ -158,7 +158,6 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
     `ds_config` is the final DeepSpeed configuration of this run. A collective: every rank must call it.
     """
     deepcompile = wants_deepcompile(ds_config, device_type())
-    keep_memory()
     # Packspeed itself uses no global random generator. A library may, and must then get the same numbers in every run.
     torch.manual_seed(run.train.seed)
     # MKL's vector functions (exp, log, cos ...) choose their code path in their first call. If two threads make that
@@ -184,6 +183,7 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
         )
     if deepcompile:
         engine.compile()  # without this call DeepSpeed ignores the compile block, with a warning in each step
+    keep_memory()  # not before: what building frees would be kept, too
     forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
     let_the_device_wait(engine.optimizer)
     if not deepcompile:
