@@ -6,8 +6,8 @@ writes into the optimizer's own tensors. Which part of a parameter a rank holds,
 
   stage 0      The complete parameter. The optimizer's state has the parameter as its key.
   stages 1, 2  Elements [a, b) of the parameter, inside the flat fp32 tensor of its parameter group. The attribute
-               parameter._hp_mapping says which elements, and at which offset of the flat tensor. BF16_Optimizer (bf16
-               with fp32 gradients) has the same structure, but another name for the flat tensors.
+               parameter._hp_mapping says which elements, and at which offset of the flat tensor. BF16_Optimizer (Muon
+               in bf16 at stage 1) has the same structure, but another name for the flat tensors.
   stage 3      Elements [r p, (r + 1) p) on rank r, with p = ceil(numel / ranks), inside the flat fp32 tensor of its
                sub-group. optimizer.grad_position says at which offset.
 
