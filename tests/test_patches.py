@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.engine import protocol
 from packspeed.launch.engine.patches import check, replace
+from packspeed.launch.engine.patches.bf16_gradients import interleave
 from packspeed.launch.engine.patches.check import check_loaded, check_sources, identifier, problem
 from packspeed.launch.engine.patches.registry import MODULE, REGISTRY, TENSORS, TEXT, Internal
 from support import ROOT
@@ -177,3 +179,16 @@ def test_the_writer_has_what_deepspeed_calls() -> None:
     listed = {identifier(internal) for internal in REGISTRY if internal.where == "CheckpointEngine"}
     assert listed <= set(dir(SafeWriter))
     assert dataclasses.is_dataclass(Internal)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_pieces_side_by_side_are_the_tensors(ranks: int) -> None:
+    """Row r is what rank r gets of each tensor, in order; the rows of one tensor, end to end, are it and zeros."""
+    tensors = [torch.randn(shape) for shape in ((3, 5), (7,), (1,), (16,), (4, 4, 2))]
+    pieces, sizes = interleave(tensors, ranks)
+    assert pieces.shape == (ranks, sum(sizes))
+    for tensor, part in zip(tensors, torch.split(pieces, sizes, dim=1), strict=True):
+        joined = part.flatten()
+        assert torch.equal(joined[: tensor.numel()], tensor.flatten())
+        assert not joined[tensor.numel() :].any()
+        assert part.size(1) == -(-tensor.numel() // ranks)

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
@@ -66,8 +67,47 @@ def sum_gradients(engine: Engine) -> None:
     original = replace(engine, "backward", backward)
     replace(engine, "gradient_average", False)  # stage 0, and BF16_Optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        # It divides in fp32, and multiplies again by what it thinks was too much.
-        replace(optimizer, "_gradient_averaging_world_size", lambda params, ranks: 1)
+        _sum_at_stage3(optimizer)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         require(optimizer, "gradient_average")
         optimizer.gradient_average = False
+
+
+def _sum_at_stage3(optimizer: Any) -> None:
+    """Let stage 3 scatter the sum of gradients; dividing by the number of ranks rounds, unless it is a power of two."""
+    # With reduce_scatter: false, and in ZeRO++'s 4-bit exchange, DeepSpeed divides by this number.
+    replace(optimizer, "_gradient_averaging_world_size", lambda params, ranks: 1)
+    if optimizer.all2all_process_group is not None:
+        return
+
+    def sum_and_scatter(params_to_reduce: list[Any], communication_data_type: torch.dtype) -> list[torch.Tensor]:
+        group = optimizer._get_param_partition_group(params_to_reduce[0])
+        gradients = [parameter.grad.to(communication_data_type) for parameter in params_to_reduce]
+        sent, sizes = interleave(gradients, dist.get_world_size(group=group))
+        own = torch.empty_like(sent[0])
+        dist.reduce_scatter_tensor(own, sent.view(-1), group=group)
+        rank, parts = dist.get_rank(group=group), []
+        for gradient, size, part in zip(gradients, sizes, torch.split(own, sizes), strict=True):
+            held = min(size, max(0, gradient.numel() - rank * size))  # the last ranks have less, or nothing
+            parts.append(part[:held].to(optimizer.gradient_accumulation_dtype))
+        return parts
+
+    replace(optimizer, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", sum_and_scatter)
+
+
+def interleave(tensors: list[torch.Tensor], ranks: int) -> tuple[torch.Tensor, list[int]]:
+    """Cut each tensor into one piece per rank, filled up with zeros, and put the pieces of a rank side by side.
+
+    Returns (pieces, (ranks, sum of the sizes); the size of a piece of each tensor).
+    """
+    sizes = [-(-tensor.numel() // ranks) for tensor in tensors]
+    pieces = tensors[0].new_zeros(ranks, sum(sizes))
+    offset = 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        flat = tensor.reshape(-1)
+        complete = flat.numel() // size
+        pieces[:complete, offset : offset + size] = flat[: complete * size].view(complete, size)
+        if rest := flat.numel() - complete * size:
+            pieces[complete, offset : offset + rest] = flat[complete * size :]
+        offset += size
+    return pieces, sizes

@@ -235,8 +235,15 @@ OPTIMIZERS: tuple[Row, ...] = (
         "round_robin_gradients": "read: another order of the parameters",
         "parameter_alignment": "read: gaps between the parameters",
     }),
+    (STAGE3, TEXT, BF16, {  # Python puts the class before names that begin with two underscores
+        "def __avg_scatter_grads(self, params_to_reduce: List[Parameter], communication_data_type: torch.dtype)":
+            "replaced: scatters the sum of gradients, not the mean",
+    }),
     (STAGE3, "DeepSpeedZeroOptimizer_Stage3", BF16, {
-        "_gradient_averaging_world_size(params, partition_world_size)": "replaced: takes the division back",
+        "_gradient_averaging_world_size(params, partition_world_size)": "replaced: no division by the ranks",
+        "all2all_process_group": "read: ZeRO++ exchanges gradients in another way",
+        "gradient_accumulation_dtype": "read: the dtype of the sums",
+        "_get_param_partition_group(param)": "called: the ranks that share a gradient",
     }),
     (BF16_FILE, "BF16_Optimizer", STATE, {
         "fp32_groups_flat_partition": "set: this rank's slice of the weights",
