@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints
+from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints, read_manifest
 from packspeed.launch.checkpoint.writer import snapshot
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from support import FAULTY
@@ -155,8 +155,14 @@ def test_a_stop_in_the_middle_of_evaluation(short: Workspace) -> None:
     assert short.metrics("evalstop")[-1]["step"] == 5
     assert "val_loss" not in short.metrics("evalstop")[-1]
     assert train(*arguments, faults="term_in_evaluation:12").returncode == 75, "in the last evaluation, after step 10"
+    assert read_manifest(short.checkpoints("evalstop") / "step-00000010").get("evaluation_pending")
     assert train(*arguments).returncode == 0
     assert short.curve("evalstop") == short.curve("evalfull")
+    stopped, full = (read_manifest(short.checkpoints(name) / "step-00000010") for name in ("evalstop", "evalfull"))
+    assert stopped["val_loss"] == full["val_loss"]
+    done = train(*arguments)
+    assert done.returncode == 0
+    assert "is finished" in done.stdout, "the evaluation is not repeated at every start"
 
 
 def test_other_weights_than_saved_are_noticed_on_resume(short: Workspace) -> None:

@@ -175,6 +175,22 @@ class Checkpointer:
         self.log(f"saved {self.folder / step_folder(step)} in {time.monotonic() - start:.1f} s")
         return True
 
+    def amend(self, step: int, state: TrainingState, error: str | None = None) -> None:
+        """Replace entries of the training state in the manifest of a complete checkpoint. A collective.
+
+        `error` is a reason why rank 0 cannot do it. If it fails, a warning is logged and the checkpoint is unchanged.
+        """
+        if self.topology.rank == 0 and error is None:
+            path = self.folder / step_folder(step)
+            try:
+                write_file(path / MANIFEST, dump_manifest({**read_manifest(path), **state}))
+            except OSError as problem:
+                error = f"{path / MANIFEST}: {problem.strerror}"
+            except UserError as problem:
+                error = str(problem)
+        if (error := self.topology.agree_on_error(error)) is not None:
+            self.log(f"WARNING: {MANIFEST} of step {step} could not be updated ({error}). The checkpoint is unchanged.")
+
     def rewind_target(self, before: int) -> int | None:
         """Return the step of the checkpoint to which a rewind from step `before` returns, or None if there is none.
 

@@ -12,6 +12,8 @@ tests/test_host_waits.py counts the waits.
 
 Steps are counted from 1, and a vetoed step counts too. Metrics line n and checkpoint step-n belong to step n. Step n
 reads batch n - 1, or a later one if rewinds have dropped batches (AnomalyDetector.dropped_batches).
+
+trainer.py lists the objects that every function here gets as `trainer`, and describes StepResult.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from packspeed.launch.training.evaluation import evaluate_and_record
 from packspeed.launch.training.feed import Feed, StagedBatch
 from packspeed.launch.training.metrics_line import metrics_line
 from packspeed.launch.training.micro_batch import micro_batch_loss
-from packspeed.launch.training.saving import save_checkpoint
+from packspeed.launch.training.saving import record_evaluation, save_checkpoint
 from packspeed.launch.training.trainer import StepResult, Trainer
 
 
@@ -53,8 +55,8 @@ def fit(trainer: Trainer, start_step: int) -> str | None:
     if trainer.evaluation_pending:  # a signal interrupted the evaluation of this step
         val_loss = evaluate_and_record(trainer, step)
         stopped = trainer.evaluation_pending
-        if step == total or stopped:
-            save_checkpoint(trainer, step, val_loss, final=True)
+        if not stopped:
+            record_evaluation(trainer, step, val_loss)
     while step < total and not stopped:
         step, stopped = run_steps(trainer, step)  # returns early to rewind
     trainer.enter("checkpoint")

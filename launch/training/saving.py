@@ -42,3 +42,17 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
             + ("No step has been saved" if checkpointer.newest is None else f"Step {checkpointer.newest} is the newest")
             + f" in {checkpointer.folder}. Remove the cause, for example a full disk, and start the same command again."
         )
+
+
+def record_evaluation(trainer: Trainer, step: int, val_loss: float | None) -> None:
+    """Add the validation loss to the checkpoint of `step`, which was saved before its evaluation had ended.
+
+    A collective: every rank must call it, after the resume from this checkpoint and before the next step. The
+    checkpoint's `evaluation_pending` becomes False, so that no later start repeats the evaluation. If the file cannot
+    be written, a warning is logged.
+    """
+    error, state = None, TrainingState(evaluation_pending=False, val_loss=val_loss)
+    if trainer.metrics:
+        error = trainer.metrics.sync()
+        state["metrics_bytes"] = trainer.metrics.bytes
+    trainer.checkpointer.amend(step, state, error)
