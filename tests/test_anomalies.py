@@ -87,9 +87,16 @@ def test_stop_says_where_and_loses_nothing(workspace: Workspace) -> None:
     assert "Traceback" not in done.stderr
     assert (workspace.checkpoints("stops") / "latest").read_text() == "step-00000005", "what was good is saved"
     assert json.loads((workspace.folder / "runs" / "stops" / "status.json").read_text())["state"] == "failed"
+    anomalies = workspace.folder / "runs" / "stops" / "anomalies.jsonl"
+    assert [(line["step"], line["policy"]) for line in map(json.loads, anomalies.read_text().splitlines())] == [
+        (6, "stop")
+    ]
     done = train(*workspace.arguments("stops", *FEW, "anomalies.nonfinite=skip"), faults=NAN)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in workspace.metrics("stops") if line.get("skipped")] == [6]
+    assert [(line["step"], line["policy"]) for line in map(json.loads, anomalies.read_text().splitlines())] == [
+        (6, "skip")
+    ]
 
 
 def test_rewind_goes_back_and_leaves_out_the_batches_since(workspace: Workspace) -> None:

@@ -34,6 +34,11 @@ def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
     too_many = detector.record(record)
 
     if anomaly.policy == "stop" or too_many or (anomaly.policy == "rewind" and back_to is None):
+        record.pop("back_to", None)  # nothing is rewound
+        if trainer.metrics:
+            trainer.metrics.write_anomalies(detector.records)
+        # The checkpoint is the state before this step, so a resume must judge the step anew. Its records must not
+        # contain the step either: the resume writes anomalies.jsonl from them.
         detector.load(state_before)
         if step > 1:
             save_checkpoint(trainer, step - 1, None, final=True)
