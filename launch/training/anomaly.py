@@ -53,8 +53,8 @@ class AnomalyDetector:
     def vetoes(self, loss: float, norm: float | None) -> bool:
         """Return whether the optimizer must not apply this step. Stores the reason in `anomaly`.
 
-        `loss` is the mean over the global batch. `norm` is the global L2 norm of the gradients, -1 if it is not finite,
-        or None if only the loss is known yet.
+        `loss` is the mean over the global batch. `norm` is the global L2 norm of the gradients, NaN if it is not
+        finite, or None if only the loss is known yet.
         """
         if self.anomaly is None:
             self.anomaly = self._find_anomaly(loss, norm)
@@ -64,8 +64,7 @@ class AnomalyDetector:
         """Return the anomaly of the current step, or None. See `vetoes` for the arguments."""
         section = self.section
         for name, value in (("loss", loss), ("gradient norm", norm)):
-            # DeepSpeed reports a norm that is not finite as -1.
-            if value is not None and (not math.isfinite(value) or (value < 0 and name != "loss")):
+            if value is not None and not math.isfinite(value):
                 return Anomaly(f"{name} is not finite", section.nonfinite)
         if section.spike == "off" or norm is None:
             return None
@@ -87,7 +86,7 @@ class AnomalyDetector:
     def record(self, entry: AnomalyLine) -> bool:
         """Add a vetoed step to the records. Returns True if there are now too many (anomalies.limit).
 
-        Counted are the vetoed steps in a row, and the rewinds to the same checkpoint.
+        It counts vetoed steps in a row, and rewinds to the same checkpoint.
         """
         self.records.append(entry)
         self.vetoes_in_a_row += 1

@@ -56,8 +56,10 @@ def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> torch.Tensor:
         # The engine calls GPT.forward (model/gpt.py).
         mean: torch.Tensor = trainer.engine(micro.inputs, micro.labels, dropout_keys=keys, **micro.documents)
         return mean
-    # Rows of packed documents can end with padding, which has no loss. So each micro batch is weighted by its number of
-    # other tokens.
+    # Rows of packed documents can end with padding, whose labels become -1: they have no loss. `used` has the number of
+    # labels before the padding in each row, and `global_used` is their number in the global batch. So the sum over this
+    # micro batch, divided by global_used, is its share of the mean loss. The factor cancels the two means that follow:
+    # over the micro batches (DeepSpeed's backward and train_step) and over the ranks.
     counts = np.arange(micro.labels.size(1)) < micro.rows.used[:, None]  # (B, T)
     labels = micro.labels.masked_fill(~to_device(counts, micro.labels.device), -1)
     total: torch.Tensor = trainer.engine(micro.inputs, labels, reduction="sum", dropout_keys=keys, **micro.documents)

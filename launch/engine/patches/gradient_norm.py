@@ -100,7 +100,8 @@ class GradientNormHook:
 
     def __init__(self, engine: Engine, judge: Callable[[float | None, Sequence[float]], bool]) -> None:
         self.judge = judge
-        # In bf16 the last bit of the norm, through clipping, decides how weights are rounded.
+        # `exact` makes square_sum add in fp64. Then the fp32 norm has the same bits however ranks and ZeRO stage split
+        # the gradients. In bf16 its last bit, through clipping, decides how weights are rounded.
         self.exact = engine.bfloat16_enabled()
         self.norm = float("nan")
         self.vetoed = False
@@ -133,7 +134,7 @@ class GradientNormHook:
     def read_agreement(self) -> list[float]:
         """Return the numbers given to `agree`. Waits for the device, unless the norm was read before."""
         if self._agreed is None:
-            assert self._agreement is not None, "agree() comes before"
+            assert self._agreement is not None, "call agree() first"
             self._agreed = self._agreement.tolist()
         return self._agreed
 
