@@ -204,9 +204,9 @@ class TokenDataset:
         return np.concatenate(firsts)
 
     def cut_tokens(self, split: str, stride: int, longest: int) -> Starts:
-        """Return the number of tokens in each window of `stride` documents, (windows,).
+        """Return the number of tokens in each group of `stride` consecutive documents, (groups,).
 
-        Of each document at most `longest` tokens are counted. Reads the length of every document, 0.5 ns each. Raises
+        A group is a packing window (packing.py). Of each document at most `longest` tokens are counted. Reads the length of every document, 0.5 ns each. Raises
         DataError if the lengths of a shard's documents do not add up to its tokens.
         """
 

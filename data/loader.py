@@ -17,7 +17,9 @@ Example: three documents `abcde`, `fgh`, `ijklmn` with one token per letter, and
        2     1       5    ijkl    jklm
 
 With one rank, the two rows of step 0 are samples 0 and 1. With `data.packing: best_fit` (packing.py) a row contains
-complete documents. The first input of a document is the EOT before it. `.` is padding, which the loss ignores:
+complete documents if they fit. The labels of a document are its tokens; its first input is the EOT before it. A
+document longer than seq_len is cut (packing.py): `ijklmn|` into `ijkl` and `mn|`, `abcde|` into `abcd` and `e|`. Only
+its first piece begins with EOT among the inputs. `.` is padding, which the loss ignores:
 
     step  rank  sample  inputs  labels  positions  documents
        0     0       0    lmn.    mn|.       0120        3 1

@@ -1,8 +1,9 @@
 """The order of training samples: a pure function, without state, from a sample's number k to its window of tokens.
 
 A window is seq_len + 1 consecutive tokens of a split's stream: the inputs and, shifted by one, the labels. Windows
-start every seq_len tokens, so every token except the first is predicted once per epoch. In each epoch all windows are
-shifted by another offset. An epoch reads every window once.
+start every seq_len tokens, and an epoch reads every window once. So within an epoch no token is predicted twice, and
+seq_len to 2 seq_len - 1 tokens at the two ends of the stream are not predicted (fewer only if the stream is shorter
+than 2 seq_len). These are other tokens in each epoch, because each epoch shifts all windows by another offset.
 
 shuffle "blocks" (the default) permutes windows on two levels. Reading single windows at random from a disk would fetch
 far more bytes than are used. So blocks of 2**17 consecutive tokens (256 KiB in uint16) are permuted over the complete

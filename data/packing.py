@@ -79,7 +79,11 @@ class PackingPlan:
 def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: PackedMode) -> PackingPlan:
     """Pack documents into `rows` rows of seq_len positions.
 
-    starts, lengths (n,): place of the first token, and length with EOT, of each document.
+    starts, lengths (n,): place of the first token, and length with EOT, of each document. A document of at least
+    seq_len tokens is cut into pieces of seq_len tokens and a remainder. best_fit packs all pieces; bos_aligned packs
+    the first and discards the others. If the rows have no room for a piece: best_fit splits it over the gaps that are
+    left, bos_aligned puts its beginning into one gap. What then still has no room is in no row. With best_fit and
+    rows = ceil(tokens / seq_len) everything has room.
     """
     # Documents that are at least as long as a row provide full rows.
     whole = np.minimum(lengths // seq_len, 1 if mode == "bos_aligned" else 2**62)

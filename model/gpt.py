@@ -7,6 +7,8 @@ the vocabulary, S tokens in the key-value cache. `x` is the residual stream, (B,
 
 Blocks are pre-norm, attention is causal (attention.py; on CPUs native_kernels.py). There is no padding mask: if a
 packed row has padding, it comes after all tokens, where causal attention never reads it, and its labels are -1.
+`choose` (kernels.py) returns a module with six fused operations: reference_ops.py, or the Triton or C++ version with
+the same signatures.
 Queries, keys and values share one weight matrix, and so do SwiGLU's gate and up projections.
 For ZeRO-3, a weight is used only in the forward of the module that owns it: DeepSpeed gathers it there.
 Sources: GPT-2 (Radford et al. 2019), RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202),
@@ -77,7 +79,10 @@ def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, but computed by linear() in linear.py, or in fp8 training by fp8_linear() in fp8_linear.py."""
+    """nn.Linear, but computed by linear() in linear.py, which avoids slow bf16 GEMMs on CPUs.
+
+    In fp8 training, fp8_linear() in fp8_linear.py computes it.
+    """
 
     fp8_kernels: str | None = None  # with fp8, the value of model.kernels; use_fp8 sets it
 
@@ -89,7 +94,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """An embedding that computes with embedding.embedding."""
+    """nn.Embedding, but computed by embedding() in embedding.py: on CPUs it adds up 16-bit gradients in fp32."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (...) int64 to (..., C)."""

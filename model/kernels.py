@@ -1,4 +1,4 @@
-"""Choose the implementation of the model's five fused operations for a device.
+"""Choose the implementation of the model's six fused operations for a device.
 
     kernels = choose("auto", x.device)      # a module with the same functions as reference_ops.py
     kernels.add_norm(...), .rotate, .attend, .activate, .quantise, .row_losses
