@@ -206,8 +206,9 @@ class TokenDataset:
     def cut_tokens(self, split: str, stride: int, longest: int) -> Starts:
         """Return the number of tokens in each group of `stride` consecutive documents, (groups,).
 
-        A group is a packing window (packing.py). Of each document at most `longest` tokens are counted. Reads the length of every document, 0.5 ns each. Raises
-        DataError if the lengths of a shard's documents do not add up to its tokens.
+        A group is a packing window (packing.py). Of each document at most `longest` tokens are counted. Reads the
+        length of every document, 0.5 ns each. Raises DataError if the lengths of a shard's documents do not add up to
+        its tokens.
         """
 
         # 32-bit sums are four times as fast and correct modulo 2**32. All shards reuse the memory of `cut`.

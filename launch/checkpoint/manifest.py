@@ -169,10 +169,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder}: there is no {MANIFEST}, so the save did not finish.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
-    # Manifests of version 0.1 have no hash. There, an unknown key means that the file is damaged.
     own_hash = manifest.pop(OWN_HASH, None)
-    unknown_keys = manifest.keys() - Manifest.__annotations__.keys() - RESHARDED_KEYS
-    if own_hash != _hash_of(manifest) if own_hash is not None else unknown_keys:
+    if own_hash is None:  # a manifest of version 0.1, in which an unknown key is the sign of damage
+        changed = bool(manifest.keys() - Manifest.__annotations__.keys() - RESHARDED_KEYS)
+    else:
+        changed = own_hash != _hash_of(manifest)
+    if changed:
         raise UserError(f"{path} was changed after it was written: its content does not match its hash.")
     typed = all(isinstance(size, int) and isinstance(digest, str) for size, digest in sizes)
     right_step = not CHECKPOINT_NAME.fullmatch(folder.name) or step == step_of(folder)

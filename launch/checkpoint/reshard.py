@@ -5,9 +5,11 @@ A layout is the number of ranks, the ZeRO stage, offload, the optimizer's implem
     <checkpoint>/universal/<parameter>.safetensors     fp32 weight and its optimizer states, as full tensors
     <checkpoint>/universal/packspeed.json              optimizer step, loss scale, size and hash of every file
 
-resharded_folder writes this folder once. The ranks share the work, every written file is read back and compared with
-its source (zero_checkpoint.py), and a rename publishes the folder. `load` fills the running engine from it; each rank
-reads what it needs (engine/optimizer_state.py).
+resharded_folder writes this folder once. zero_checkpoint.full_tensors reads DeepSpeed's files: it joins the slices that
+the ranks have written to the full tensors of one parameter after the other. The ranks of this run share the
+parameters. Every written file is read back and compared with its source, and a rename publishes the folder. `load`
+calls engine/optimizer_state.fill_engine: each rank copies, out of the full tensors, the elements that its optimizer
+holds in the new layout, and the module's weights are updated from them.
 
 DeepSpeed's format for the same purpose also uses a folder named universal, with other content. DeepSpeed's
 ds_to_universal converts Adam at stages 1 to 3; this module also converts stage 0, Muon and Lion. Tests compare both
@@ -205,7 +207,7 @@ def _optimizer_scalars(checkpoint: Path) -> OptimizerScalars:
     counts += [int(group["step"]) for group in inner["param_groups"] if "step" in group]
     step = read_manifest(checkpoint)["step"]
 
-    # read_safely stores the fields of DeepSpeed's loss scaler in the attribute `state`.
+    # zero_checkpoint.read_safely stores the fields of DeepSpeed's loss scaler in the attribute `state`.
     fields = getattr(states[0].get("loss_scaler"), "state", None) if states else None
     scale = {key: fields[key] for key in SCALER_FIELDS if key in fields} if isinstance(fields, dict) else {}
     return {"optimizer_step": max(counts, default=step), "loss_scaler": scale}

@@ -13,9 +13,9 @@
     7. same loss     The probe, the loss of a few samples, has the saved value when it is computed with the loaded
                      weights (compare_probes; training/self_check.py computes it).
 
-Checks 1 to 3 run before the engine is built and before any file of the run changes. A rewind during training repeats
-checks 1 and 4 to 6. Checks 2 and 3 raise ConfigError (exit code 2), the others UserError (exit code 1).
-docs/checkpoints.md lists what may change on a resume.
+Checks 1 to 3 run before the engine is built and before any file of the run changes. Checkpointer.load runs checks 4 to
+6. A rewind during training repeats checks 1 and 4 to 6. Checks 2 and 3 raise ConfigError (exit code 2), the others
+UserError (exit code 1). docs/checkpoints.md lists what may change on a resume.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _find_checkpoint(folder: Path, identity: RunIdentity, log: Callable[[str], N
 def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
     """Load the checkpoint that find_checkpoint has found, and return its manifest, or {"step": 0} if there is none.
 
-    A collective: every rank must call it. The caller must repeat the probe afterwards (compare_probes).
+    A collective: every rank must call it. The caller must repeat the probe afterwards (self_check.repeat_probe).
     """
     if found.checkpoint is None:
         return {"step": 0}

@@ -238,7 +238,8 @@ def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[s
         if order is None:
             raise UserError(
                 f"{checkpoint}: an older Packspeed wrote it without optimizer_order, so its optimizer state cannot be "
-                "assigned to parameters."
+                "assigned to parameters. Resume it in the layout in which it was saved: at ZeRO stage 0 with the same "
+                "number of ranks, precision and optimizer. The next checkpoint of that run has optimizer_order."
             )
         numbered = content["optimizer"]["state"]
         optimizer_tensors = {name: numbered.get(number, {}) for number, name in enumerate(order)}

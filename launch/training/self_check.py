@@ -26,6 +26,8 @@ def probe(trainer: Trainer, step: int) -> Probe:
     single = list(batch.cut(1))
     losses = torch.zeros(rows, dtype=torch.float64)
     trainer.engine.eval()
+    # Every rank runs equally many forward passes, because ZeRO-3 gathers weights in each. A rank without a row in the
+    # last round computes the last row again, and its result is not counted.
     for start in range(0, rows, topology.dp_size):
         mine = start + topology.dp_rank
         value = row_mean_losses(trainer, single[min(mine, rows - 1)], 1)
