@@ -54,8 +54,9 @@ def fit(trainer: Trainer, start_step: int) -> str | None:
     step, total, stopped = start_step, trainer.run.train.total_steps, False
     if trainer.evaluation_pending:  # a signal interrupted the evaluation of this step
         val_loss = evaluate_and_record(trainer, step)
-        stopped = trainer.evaluation_pending
-        if not stopped:
+        if val_loss is None:
+            stopped = True  # interrupted again
+        else:
             record_evaluation(trainer, step, val_loss)
     while step < total and not stopped:
         step, stopped = run_steps(trainer, step)  # returns early to rewind

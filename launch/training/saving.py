@@ -44,7 +44,7 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
         )
 
 
-def record_evaluation(trainer: Trainer, step: int, val_loss: float | None) -> None:
+def record_evaluation(trainer: Trainer, step: int, val_loss: float) -> None:
     """Add the validation loss to the checkpoint of `step`, which was saved before its evaluation had ended.
 
     A collective: every rank must call it, after the resume from this checkpoint and before the next step. The
