@@ -11,13 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packspeed.launch.cluster import cgroup
+from packspeed.launch.cluster import attempt, cgroup
 from packspeed.launch.cluster.diagnosis import blocking_ranks, death_report, describe_exit, hang_report
 from packspeed.launch.cluster.environment import forwarded_environment
 from packspeed.launch.cluster.hostfile import read_hostfile, select_hosts
@@ -513,6 +513,42 @@ def test_agents_that_do_not_exit_are_closed_together() -> None:
     assert all(connection.process.returncode == -9 for connection in pool.connections.values())
     assert RecordedConnection.waits[0] > 0
     assert RecordedConnection.waits[1:] == [0.0] * 19
+
+
+@pytest.mark.parametrize("hang_s", [10.0, attempt.ENDING_S])
+def test_launchers_get_their_time_after_all_ranks_have_ended(
+    hang_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rank answers any more: the attempt has failed only after hang_s and ENDING_S, also if both are equal."""
+
+    class Clock:
+        now = 1000.0
+
+        def time(self) -> float:
+            return self.now
+
+        monotonic = time
+
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+
+    class Running:
+        def poll(self) -> None:
+            return None
+
+    clock = Clock()
+    monkeypatch.setattr(attempt, "time", clock)
+    beat = {"rank": 0, "pid": 1, "host": "a", "phase": "step", "collective": "", "step": 3, "count": 9, "time": 1000.0}
+    (tmp_path / "rank-0.beat").write_text(json.dumps(beat))
+    watched: Any = object.__new__(attempt.Attempt)
+    watched.started, watched.agents, watched.deaths, watched.logs = clock.now, {"a": Running()}, [], tmp_path
+    watched.options = attempt.LaunchOptions([], {}, tmp_path, hang_s=hang_s)
+    watched.send = lambda word: None
+    asked: list[float] = []
+    watched._hang = lambda since: asked.append(clock.now) or attempt.Outcome("failed", 1, [], since)
+    assert watched.watch().kind == "failed"
+    assert len(asked) == 2
+    assert asked[1] - asked[0] == pytest.approx(attempt.ENDING_S, abs=1)
 
 
 def test_ranks_of_the_remaining_hosts_divide_the_batch() -> None:

@@ -194,6 +194,7 @@ class Attempt:
         """Block until the attempt ends, and return how it ended. The docstring of this module lists the outcomes."""
         beat_counts: dict[int, int] = {}
         progress_at, patience_s, sent_at, read_at = self.started, START_S, 0.0, 0.0
+        ranks_have_ended = False  # so the attempt waits only for the launchers
         while True:
             time.sleep(0.2)
             # Show the agents that the supervisor is alive. Without these messages they stop their ranks.
@@ -213,13 +214,14 @@ class Attempt:
                 new_counts, read_at = {r: beat.count for r, beat in read_beats(self.logs).items()}, time.monotonic()
                 if new_counts and new_counts != beat_counts:
                     beat_counts, progress_at, patience_s = new_counts, time.time(), self.options.hang_s
+                    ranks_have_ended = False
 
             # No progress: a hang if ranks are alive. If all have ended, their launchers get ENDING_S to notice.
             if time.time() - progress_at > patience_s:
                 outcome = self._hang(progress_at)
-                if outcome.kind == "hung" or patience_s == ENDING_S:
+                if outcome.kind == "hung" or ranks_have_ended:
                     return outcome
-                progress_at, patience_s = time.time(), ENDING_S
+                progress_at, patience_s, ranks_have_ended = time.time(), ENDING_S, True
 
     # --- verdict ------------------------------------------------------------------------------------------------------
 
