@@ -2,8 +2,8 @@
 
 A collective ends when every rank has reached it. So in a hang, the ranks inside a collective are only waiting, and the
 cause is one of the other ranks: it still reads data or writes a checkpoint, it is stopped or dead, or it is in another
-collective. The input is the heartbeats that the ranks write to the run folder, and their process states and stacks,
-which attempt.py gets from the agents.
+collective. On GPUs, where collectives are asynchronous, only the phase of a rank is known. The input is the heartbeats
+that the ranks write to the run folder, and their process states and stacks, which attempt.py gets from the agents.
 """
 
 from __future__ import annotations

@@ -5,11 +5,16 @@ following happens, in this order and these modules:
 
     1. supervisor.py   Supervisor.supervise has planned and started an attempt, and waits in Attempt.watch.
     2. attempt.py      ssh to the host exits with 255. _verdict returns `lost`, and end kills the ranks on other hosts.
-    3. agent.py        If the lost host is still alive, its agent receives nothing for 20 s and ends its ranks.
+    3. agent.py        If the lost host is still alive, its agent receives nothing for 20 s. Then it asks its ranks to
+                       stop, and kills them 5 s later.
     4. supervisor.py   The outcome is written to launches.jsonl. Supervisor.plan asks all hosts again (ssh.py).
     5. hosts.py        plan_launch numbers the ranks of the hosts that have answered.
     6. supervisor.py   The next attempt starts. train.py resumes from the newest complete checkpoint, which it converts
                        if the number of ranks has changed. The dropped host is asked again every `take_back_s` seconds.
+
+A lock keeps two attempts out of one run folder (run_folder/folder.py). Rank 0 holds it, and rank 0 of the next attempt
+waits for it up to 60 s (LOCK_WAIT_S). It works between hosts if the shared file system supports flock, as NFS does.
+Without such support there is no lock, and only event 3 separates the attempts.
 
 messages.py defines the messages between supervisor and agents, and run_folder/heartbeat.py the heartbeat of a rank.
 """
@@ -124,7 +129,9 @@ class Supervisor:
             if outcome.kind in ("finished", "stopped", "refused") or self.signals:
                 return outcome.code
 
-            # A failure. Give up if the restarts are used up, or if a rank fails at the same step as before.
+            # A failure. Give up if the restarts are used up, or if a rank exits twice at the same step with a code
+            # other than 0, 1, 2, 75 or 255. A killed rank counts as 1, and so does a Python exception, for example that
+            # of a collective which broke because another rank had died. After such a failure a restart may succeed.
             if restarts >= self.options.max_restarts:
                 self.log(f"giving up after {restarts} restart(s); the history is in {self.run.folder / HISTORY}")
                 return 1

@@ -6,6 +6,7 @@
 
 The run folder is usually on a disk that all hosts share, hence once a second. A file in the memory of the rank's own
 host has every change of phase and every collective, so that its agent can report where a dead rank was (last_beat).
+Collectives are known only on CPUs. On GPUs, where they are asynchronous, only phases are known.
 Cost: 8 us per change of phase. A step has about ten.
 """
 
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 LAUNCH_ID = "PACKSPEED_LAUNCH_ID"  # variable in the environment of every process that `packspeed launch` starts
-LAUNCHER = "PACKSPEED_LAUNCHER"  # variable with the id of a process; when that process ends, its ranks must end too
+# Variable with the id of a process. When that process ends, its ranks must end too (training/signals.py watches it).
+LAUNCHER = "PACKSPEED_LAUNCHER"
 BEAT_BYTES = 256
 SHARED_S = 1.0  # time between two writes to the run folder
 
@@ -60,7 +62,8 @@ class Beat:
 class Heartbeat:
     """Writes this rank's heartbeat.
 
-    It is a listener of the PhaseTimer. Write errors, such as a full disk, are ignored.
+    PhaseTimer (run_folder/phase_timer.py) calls it at every enter(), and sets `step` in step_done(). Write errors, such
+    as a full disk, are ignored.
     """
 
     def __init__(self, logs: Path, rank: int, host: str, step: int) -> None:
