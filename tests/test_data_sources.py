@@ -132,7 +132,7 @@ def test_a_bad_line_is_located_or_skipped_when_allowed(line: bytes, message: str
     assert texts(path, tally=tally) == ["before", "after"]
     assert tally.bad == 1
     path.write_bytes(path.read_bytes() + b"\n" + line)
-    with pytest.raises(DataError, match=r"line 4.*2 so far"):
+    with pytest.raises(DataError, match=r"line 4.*so far: 2 \(--skip-bad allows 1\)"):
         read(path, tally=Tally(skip_bad=1))
 
 

@@ -149,7 +149,7 @@ def test_what_one_host_cannot_compile_no_rank_uses(
     envs[0] |= {"MASTER_PORT": envs[1]["MASTER_PORT"]}
     done = prefork.run(TRAIN, workspace.arguments("half-offloaded", "deepspeed=zero2_offload"), envs)
     assert done.returncode == 1
-    assert "DeepSpeed's op cpu_adam could not be built: install a C++ compiler" in done.stderr
+    assert "DeepSpeed's compiled op cpu_adam could not be built: install a C++ compiler" in done.stderr
 
 
 def test_the_norm_of_many_numbers_is_right() -> None:

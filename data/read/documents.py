@@ -45,7 +45,8 @@ class Tally:
         if self.bad > self.skip_bad:
             raise DataError(
                 f"{where if isinstance(where, str) else where()}: {why}. Correct it, or skip a few such documents "
-                f"with --skip-bad N." + (f" {self.bad} so far." if self.skip_bad else "")
+                f"with --skip-bad N."
+                + (f" Bad documents so far: {self.bad} (--skip-bad allows {self.skip_bad})." if self.skip_bad else "")
             )
 
     def pass_over(self, source: Source, why: str) -> None:

@@ -310,7 +310,10 @@ def _is_open_somewhere(path: Path) -> bool:
 
 
 def _diagnosis(builder: OpBuilder, error: BaseException) -> str:
-    """Return why a build failed: a sentence that says what to install, then the last lines of the compiler's output."""
+    """Return why a build failed: a sentence that says what to install, then the last lines of the compiler's output.
+
+    builder: that of the op. error: what the build has raised.
+    """
     text = str(error)
     advice = "see the log above"
     if "ninja" in text.lower() and "required" in text.lower():
@@ -324,4 +327,4 @@ def _diagnosis(builder: OpBuilder, error: BaseException) -> str:
     ):
         advice = "install a C++ compiler and Python's headers (Debian: apt-get install g++ python3-dev)"
     tail = "\n".join(text.strip().splitlines()[-5:])
-    return f"DeepSpeed's op {builder.name} could not be built: {advice}. The last lines of the build:\n{tail}"
+    return f"DeepSpeed's compiled op {builder.name} could not be built: {advice}. The last lines of the build:\n{tail}"
