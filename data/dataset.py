@@ -136,6 +136,7 @@ class TokenDataset:
                 raise self._damaged_token(split, start + int(outside[0]), int(row[outside[0]]))
 
     def _damaged_token(self, split: str, token: int, token_id: int) -> DataError:
+        """Return the error for a token id outside the vocabulary. token: its place in the split's stream."""
         number = bisect_right(self._starts[split], token) - 1
         path, place = self.path / f"{self._shards[split][number].name}.bin", token - self._starts[split][number]
         return DataError(
@@ -259,9 +260,11 @@ class TokenDataset:
         return self._indices[shard.name]
 
     def _map_index(self, shard: Shard, scattered: bool = False) -> Index:
+        """Open the index of a shard. `scattered` is that of read_index."""
         return read_index(self.path / f"{shard.name}.idx", shard.documents, self.manifest.dtype, scattered)
 
     def _wrong_index(self, shard: Shard, document: int | None = None) -> DataError:
+        """Return the error for an index that has changed. document: the one at which it is wrong, if that is known."""
         what = "its documents do not fill the shard"
         if document is not None:
             what = f"document {document} is not adjacent to the next one"
@@ -285,6 +288,7 @@ class TokenDataset:
             filled, start, shard = filled + stop - start, stop, shard + 1
 
     def _map(self, split: str, number: int) -> Tokens:
+        """Return the tokens of a split's shard number `number`, memory-mapped at first use."""
         name = self._shards[split][number].name
         if name not in self._maps:
             path = self.path / f"{name}.bin"

@@ -399,6 +399,7 @@ class Prefetcher:
             self._thread.join(timeout=0.01)
 
     def _run(self) -> None:
+        """Read the batches in the thread. Put each into the queue as (step, batch), then None or an exception."""
         try:
             for step in self._steps:
                 batch = self._loader.batch(step, self._rank, self._world)

@@ -121,6 +121,7 @@ class Mixture:
         return np.concatenate(sources), np.concatenate(numbers)
 
     def _new_block(self, block: int) -> tuple[Indices, Indices]:
+        """Return, for each sample of a block, its source and its number within that source, (BLOCK,) each."""
         # Each source gets its number of samples in this block; then a keyed permutation shuffles them.
         begin, end = self.counts(block), self.counts(block + 1)
         sizes = np.array(end, dtype=np.int64) - np.array(begin, dtype=np.int64)
@@ -151,9 +152,10 @@ class Mixture:
 
 
 class MixtureData:
-    """The datasets of a mixture, opened. `options` are those of open_dataset.
+    """The opened datasets of a mixture: the attribute `datasets`, in the order of `paths`.
 
-    Raises DataError if a dataset is damaged, and UsageError if two of them were made with different tokenizers.
+    paths: folders or URLs. options: the keyword arguments of open_dataset (remote.py), the same for all. Raises
+    DataError if a dataset is damaged, and UsageError if two of them were made with different tokenizers.
     """
 
     def __init__(self, paths: Sequence[str], **options: Any):

@@ -90,6 +90,7 @@ class Permutation:
         return value.astype(np.int64)
 
     def _encrypt(self, value: Words) -> Words:
+        """Return the image of each value under the Feistel network: a permutation of 0 .. 2**bits - 1."""
         low_bits, high_bits = self._low_bits, self._high_bits
         high, low = value >> np.uint64(low_bits), value & _ones(low_bits)
         for key in self._keys:
@@ -170,6 +171,7 @@ class Order:
         return sample // self.windows
 
     def _starts_of_chunk(self, epoch: int, chunk: int) -> Indices:
+        """Return the places of the first tokens of the samples in one chunk of CHUNK slots of an epoch."""
         slots = np.arange(chunk * CHUNK, min(self.windows, (chunk + 1) * CHUNK), dtype=np.int64)
         starts = self._epoch(epoch).offset + self.seq_len * self._epoch(epoch)(slots)
         starts.flags.writeable = False  # callers get slices of this cached array
@@ -242,6 +244,7 @@ class _Epoch:
         return slots
 
     def _permute_group(self, group: int) -> Permutation:
+        """Return the permutation of the windows within a group."""
         size = int(self._first_slot[group + 1] - self._first_slot[group])
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 
@@ -252,6 +255,7 @@ class _Epoch:
 
 
 def _ones(bits: int) -> np.uint64:
+    """Return a word whose lowest `bits` bits are set."""
     mask: np.uint64 = np.uint64((1 << bits) - 1)
     return mask
 

@@ -272,6 +272,7 @@ class PackedLoader(Loader):
         return (kept * SPARE).astype(np.int64) // self.seq_len
 
     def _plan(self, window: int) -> PackingPlan:
+        """Return the packing of a window, from the cache if it is there."""
         return PLANS.get((self._number, window), lambda: self._new_plan(window))
 
     def _new_plan(self, window: int) -> PackingPlan:
@@ -404,6 +405,7 @@ class _PackedEpoch:
         self._padded = lru_cache(maxsize=8)(self._padded_rows)
 
     def _new_permutation(self, group: int) -> Permutation:
+        """Return the permutation of the rows within a group of windows."""
         size = int(self._first_slot[group + 1] - self._first_slot[group])
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 

@@ -115,6 +115,7 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
+        """Remove the files that were used longest ago, until `size` more bytes fit into the limit."""
         with lock_file(self.folder / ".lock"):
             files = [(path.stat(), path) for path in self.folder.glob("*/*") if path.suffix in (".bin", ".idx")]
             total = sum(stat.st_size for stat, _ in files) + size
@@ -190,6 +191,7 @@ class RemoteDataset(TokenDataset):
         return [description]
 
     def _remote(self, name: str) -> IO[bytes]:
+        """Open a file of the dataset on its server."""
         import fsspec
 
         filesystem, root = fsspec.core.url_to_fs(self.url)
@@ -197,10 +199,12 @@ class RemoteDataset(TokenDataset):
         return stream
 
     def _read(self, name: str) -> bytes:
+        """Return the content of a file of the dataset on its server."""
         with self._remote(name) as stream:
             return stream.read()
 
     def _fetch(self, shard: Shard, suffix: str) -> Path:
+        """Return the path of a shard's file in the cache. Fetch it first if needed."""
         name = shard.name + suffix
         size_and_hash = (
             (shard.bin_bytes, shard.bin_xxh3_128) if suffix == ".bin" else (shard.idx_bytes, shard.idx_xxh3_128)
@@ -236,10 +240,12 @@ class RemoteDataset(TokenDataset):
         self._maps = maps
 
     def _map_index(self, shard: Shard, scattered: bool = False) -> Index:
+        """Open the index of a shard. Fetch it first if needed."""
         self._fetch(shard, ".idx")
         return super()._map_index(shard, scattered)
 
     def _start_ahead(self, shards: list[Shard]) -> None:
+        """Start the thread that fetches these shards ahead, unless it has been started before."""
         if self._ahead is None:
             self._ahead = threading.Thread(
                 target=self._fetch_ahead, args=(shards,), name="packspeed-fetch", daemon=True

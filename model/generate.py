@@ -66,7 +66,10 @@ class KVCache:
         return self._mask[1]
 
     def clear(self, padding: Tensor | None = None) -> None:
-        """Remove all tokens but keep the memory allocated. padding: that of the tokens appended next."""
+        """Remove all tokens, but keep the memory allocated for the next ones.
+
+        padding (B,): how many of the tokens that are appended next are padding, at the start of each row; None: none.
+        """
         self.length, self.padding, self._mask = 0, padding, None
 
     def _allocate(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:

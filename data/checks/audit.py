@@ -107,6 +107,7 @@ def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[
 
 
 def _label_span(loader: Loader, shard: str, index: int) -> tuple[int, int]:
+    """Return (place of the first token, length) of a document, given by its shard and its number in it."""
     number, _ = _number(loader.dataset, loader.split, shard, index)
     starts, lengths = loader.dataset.document_spans(loader.split, number, 1)
     return int(starts[0]), int(lengths[0])

@@ -63,6 +63,7 @@ def verify(path: str | Path, progress: Callable[[VerifyReport], None] | None = N
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest, report: VerifyReport) -> None:
+    """Add a problem to the report if the tokenizer file is missing, unreadable or changed."""
     path = folder / manifest.tokenizer.file
     if not path.is_file():
         report.problems.append(f"{path} is missing.")

@@ -37,6 +37,7 @@ def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int
 
 
 def _export_nanogpt(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
+    """Write a split as one file of token ids without a header. Returns [its path]."""
     with open(folder / f"{split}.bin", "wb") as stream:
         for shard in dataset.manifest.shards:
             if shard.split == split:
@@ -81,6 +82,7 @@ def _export_llmc(dataset: TokenDataset, split: str, folder: Path, shard_tokens: 
 
 
 def _export_mds(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
+    """Write a split as an MDS dataset, one sample per document. Returns [its folder]."""
     documents = sum(shard.documents for shard in dataset.manifest.shards if shard.split == split)
     starts, lengths = dataset.document_spans(split, 0, documents)
     spans = zip(starts.tolist(), lengths.tolist(), strict=True)

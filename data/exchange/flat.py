@@ -146,6 +146,7 @@ def map_tokens(path: str, dtype: str, offset: int = 0) -> Ints:
 
 
 def _pieces(path: str, tokens: Ints, tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """Yield the tokens of a file in pieces of PIECE_TOKENS, with their ids checked."""
     for first in range(0, len(tokens), PIECE_TOKENS):
         yield checked(tokens[first : first + PIECE_TOKENS], path, tokenizer, first)
 

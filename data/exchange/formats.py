@@ -85,6 +85,7 @@ def detect(path: str) -> SourceKind:
 
 
 def _detect_file(path: Path) -> SourceKind:
+    """Return the format of a file of tokens. If it cannot be imported, raises UsageError that says what it is."""
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     if head.startswith(NPY_MAGIC):
@@ -120,6 +121,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _detect_folder(path: Path) -> SourceKind:
+    """Return the format of a folder of tokens. Raises UsageError if it cannot be imported."""
     if _is_litdata(path):
         raise _litdata(path)
     if (path / "index.json").is_file():
@@ -136,6 +138,7 @@ def _detect_folder(path: Path) -> SourceKind:
 
 
 def _is_litdata(folder: Path) -> bool:
+    """Return whether a folder is a LitData dataset."""
     try:
         index = json.loads((folder / "index.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -144,6 +147,7 @@ def _is_litdata(folder: Path) -> bool:
 
 
 def _litdata(folder: Path) -> UsageError:
+    """Return the error for a LitData dataset."""
     return UsageError(
         f"{folder} is a LitData dataset, which cannot be imported. Read it with litdata.StreamingDataset, save the "
         f"token ids with numpy.save, and import the .npy file."

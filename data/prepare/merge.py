@@ -145,6 +145,7 @@ class Merge:
             yield from shuffled(self._numbered(), self.shuffle_seed, self.itemsize, self.folder)
 
     def _documents(self, unit: int) -> int:
+        """Return the number of documents of a unit. Waits until the unit is finished."""
         self._ready(unit)
         return os.path.getsize(unit_path(self.folder, unit, ".docs")) // DOCUMENT.itemsize
 
@@ -161,6 +162,7 @@ class Merge:
             first += len(table)
 
     def _in_order(self) -> Iterator[DocumentRun]:
+        """Yield the documents that are kept in the order of their units."""
         for _, run in self._numbered():
             yield run
 
@@ -186,6 +188,7 @@ class Merge:
             yield _join(held)
 
     def _count(self, table: Table) -> None:
+        """Add the documents in a table to the counts, and their hashes to the hash of the dataset."""
         self.counts.documents += len(table)
         self.counts.hash_sum += _sum(table["low"]) + (_sum(table["high"]) << 64)
 

@@ -118,6 +118,7 @@ def clear_folder(folder: Path, keep_units: bool) -> None:
 
 
 def _remove_units(folder: Path) -> None:
+    """Remove everything in the folder of work units but its lock."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

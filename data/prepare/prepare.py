@@ -258,9 +258,11 @@ class _Preparation:
         task: tuple[int, int] = (0, 1),
         only_merge: bool = False,
     ) -> int:
-        """Encode those units of a task that are not finished yet, and return the number of all its units.
+        """Encode the work units of one task that have no receipt yet, and return the number of all units of the task.
 
-        task: (task_index, task_count). Raises UsageError if only_merge is set and a unit is not finished, and DataError
+        task: (task_index, task_count). Task i of n has every n-th unit, from unit i on. Units that are finished already
+        are kept from an earlier call. workers: the number of processes. progress: is called with the state from time to
+        time. Raises UsageError if only_merge is set and a unit is not finished, and DataError
         if there are too many bad documents.
         """
         units = self.job.units[task[0] :: task[1]]
@@ -353,6 +355,7 @@ class _Preparation:
         return manifest
 
     def _merge(self, units: range) -> Merge:
+        """Return the Merge of a range of units: all of the split train, or all of val."""
         options = self.options
         return Merge(self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, self.finished.wait)
 

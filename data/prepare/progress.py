@@ -42,6 +42,7 @@ class ProgressMeter:
         self.now.bytes_done = self.old_bytes
 
     def _count(self, counts: Counts) -> None:
+        """Add counts to the state that is shown."""
         for field in dataclasses.fields(Counts):
             setattr(self.now, field.name, getattr(self.now, field.name) + getattr(counts, field.name))
 

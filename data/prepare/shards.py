@@ -117,6 +117,7 @@ class ShardWriter:
                 self._bin.close()
 
     def _open(self) -> None:
+        """Open the next shard for writing, under a temporary name."""
         self._name = f"{self._split}-{len(self._done):05d}"
         path = temporary(self._path(".bin"))
         self._bin = open(path, "wb", buffering=WRITE_BUFFER_BYTES)  # noqa: SIM115  (_finish or abandon closes it)

@@ -83,5 +83,6 @@ def by_bucket(keys: npt.NDArray[np.uint64]) -> list[npt.NDArray[np.intp]]:
 
 
 def _keys(numbers: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
+    """Return a 64-bit sort key per document number, (n,). Sorting by the keys shuffles the documents."""
     word = np.uint64((seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64)
     return mix64(mix64(numbers.astype(np.uint64) ^ word) + word)

@@ -67,4 +67,5 @@ def _between_characters(
 
 
 def _begins_inside_character(data: bytes) -> bool:
+    """Return whether the bytes of a token begin in the middle of a UTF-8 character."""
     return data[:1] != b"" and data[0] & 0xC0 == 0x80

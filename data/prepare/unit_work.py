@@ -166,6 +166,7 @@ class _OpenDocument:
 
 
 def _add(total: Counts, counts: Counts) -> None:
+    """Add counts to a total, in place."""
     for field in dataclasses.fields(Counts):
         setattr(total, field.name, getattr(total, field.name) + getattr(counts, field.name))
 

@@ -163,6 +163,7 @@ def plan_units(sources: Sequence[Source], first: int = 0) -> tuple[list[Unit], s
 
 
 def _state(source: Source) -> str:
+    """Return a text that changes if the source changes: its name with size and time of change, or its store's stamp."""
     if source.kind == "hub" or source.name.startswith(DOWNLOADED) or source.copy:
         return json.dumps([source.name, source.copy])
     if is_url(source.name):
@@ -259,11 +260,13 @@ def load_job(folder: Path) -> Job:
 
 
 def _read_job(path: Path) -> JobFile:
+    """Read the list of units, as save_job has written it. Raises DataError as _read_json does."""
     raw: JobFile = _read_json(path)
     return raw
 
 
 def _read_json(path: Path) -> Any:
+    """Return the dict in a JSON file. Raises DataError if it cannot be read."""
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, OSError) as error:
@@ -276,7 +279,11 @@ def unit_path(folder: Path, number: int, suffix: str) -> Path:
 
 
 def load_receipt(folder: Path, number: int) -> Receipt | None:
-    """Return the receipt of a unit, or None if it is not finished or its files do not have the recorded sizes."""
+    """Return the receipt of a unit, or None if the unit must be encoded (again).
+
+    The receipt is the record that a unit was encoded completely, with the sizes of its files. None: there is no
+    receipt, or a file has another size.
+    """
     path = unit_path(folder, number, ".json")
     if not path.exists():
         return None

@@ -96,6 +96,7 @@ def _receive(worker: subprocess.Popen[bytes]) -> Message:
 
 
 def _send_unit(worker: subprocess.Popen[bytes], unit: Unit) -> None:
+    """Ask a worker process to encode a unit."""
     assert worker.stdin is not None
     worker.stdin.write(b"%d\n" % unit.number)
     worker.stdin.flush()

@@ -73,6 +73,7 @@ def _value(text: _Text) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
 
 
 def _expect_end(text: _Text) -> None:
+    """Raise ValueError unless only blanks are left."""
     if text.skip_blank():
         raise ValueError(f"there is more text after the end of the array, at byte {text.offset}")
 

@@ -146,6 +146,7 @@ def _last_cut(raw: bytes) -> int:
 
 
 def _decode(raw: bytes) -> str:
+    """Return the text of a slice of a JSON string. Raises ValueError if it is malformed."""
     text: str = json.loads(b'"' + raw + b'"')
     text.encode("utf-8")  # raises ValueError for half a surrogate pair
     return text

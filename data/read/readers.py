@@ -61,6 +61,7 @@ def unreadable(source: Source, error: OSError) -> DataError:
 
 
 def _read(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
+    """Yield the documents of a source with the reader of its format."""
     if source.kind == "text":
         return _read_text(source, tally)
     if source.kind == "lines":
@@ -97,6 +98,7 @@ def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
 
 
 def _refuse_text(source: Source, error: UnicodeDecodeError, where: str, head: bytes, tally: Tally) -> None:
+    """Skip a file that is not UTF-8 if it was found in a folder; refuse it if the user gave it by name."""
     if source.found:
         tally.pass_over(source, "not UTF-8 text")
         return
@@ -118,11 +120,13 @@ def _read_long_text(source: Source, tally: Tally) -> Iterator[Document]:
 
 
 def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Return the chunks without a byte order mark at their beginning."""
     first = next(chunks, b"")
     return itertools.chain([first.removeprefix(BYTE_ORDER_MARK)], chunks)
 
 
 def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Decode chunks of UTF-8, which may divide characters. Raises UnicodeDecodeError."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for chunk in chunks:
         yield decoder.decode(chunk)
@@ -241,6 +245,7 @@ def open_hub(name: str) -> Any:
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
+    """Return the error for a Hub dataset that cannot be read."""
     return DataError(
         f"Hub dataset {name} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]}). "
         f"Check its name, configuration and split, and the network. There is no local file of this name either."

@@ -58,6 +58,7 @@ def looks_binary(head: bytes) -> bool:
 
 
 def _head(source: Source) -> bytes:
+    """Return the first CHUNK_BYTES of a source, decompressed, without a byte order mark."""
     head = b""
     for chunk in read_chunks(source):
         head += chunk
@@ -67,6 +68,7 @@ def _head(source: Source) -> bytes:
 
 
 def _kind(source: Source, head: bytes) -> str:
+    """Return the format that the first bytes show: a binary one, or json or text. Raises DataError for other data."""
     kind = next((kind for magic, kind in BINARY.items() if head.startswith(magic)), "")
     if kind and not (source.compression and kind in BINARY_FORMATS):
         return kind

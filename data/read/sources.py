@@ -136,9 +136,11 @@ class _Search:
             raise UsageError(f"{spec} does not exist. Check the path; Hub datasets are written hf:owner/name.")
 
     def _add_named(self, name: str) -> None:
+        """Add a file that the user gave by name."""
         self.result.sources.append(self._source(name, found=False))
 
     def _add_folder(self, folder: str) -> None:
+        """Add the files below a folder. Raises UsageError if it is a dataset of tokens."""
         if _is_dataset(folder):
             raise UsageError(
                 f"{folder} is a dataset of tokens that Packspeed wrote, not text. Give the text that it was made from."
@@ -146,6 +148,7 @@ class _Search:
         self._choose(folder, list(self._walk(folder)))
 
     def _add_glob(self, pattern: str) -> None:
+        """Add the files that match a pattern, and the files below folders that match it."""
         matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise UsageError(f"No file matches {pattern}. Check the pattern; ** matches folders at any depth.")
@@ -224,10 +227,12 @@ class _Search:
         return ""
 
     def _source(self, name: str, found: bool) -> Source:
+        """Return the Source of a file. found: whether it was found in a folder or by a pattern."""
         kind, compression = format_of(name)
         return Source(name, self.unknown or kind if kind == "unknown" else kind, found, compression=compression)
 
     def _wanted(self, path: str) -> bool:
+        """Return whether --include and --exclude select a path."""
         chosen = not self.include or any(fnmatchcase(path, pattern) for pattern in self.include)
         return chosen and not any(fnmatchcase(path, pattern) for pattern in self.exclude)
 
@@ -239,6 +244,7 @@ class _Search:
         return self.outside == path or self.outside in path.parents
 
     def _pass_over(self, name: str, reason: str) -> None:
+        """Record that a file is skipped."""
         self.result.passed_over.append(f"{name}: {reason}")
 
 
@@ -277,6 +283,7 @@ class _SavedDatasets:
 
 
 def _data_files(content: bytes) -> list[str]:
+    """Return the names of the data files in a state.json of the `datasets` library; [] for another file."""
     try:
         state = json.loads(content)
         return [str(record["filename"]) for record in state["_data_files"]]
@@ -285,6 +292,7 @@ def _data_files(content: bytes) -> list[str]:
 
 
 def _is_state(name: str) -> bool:
+    """Return whether a file is one of those with which the `datasets` library describes a saved dataset."""
     return os.path.basename(name) in STATE_FILES
 
 

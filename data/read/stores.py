@@ -88,9 +88,11 @@ class Store:
         return bytes(self._call(self._files.cat_file, self._files._strip_protocol(url), start=0, end=size))
 
     def _urls(self, paths: Any) -> list[str]:
+        """Return the URLs of paths in the store, sorted."""
         return sorted(str(self._files.unstrip_protocol(path)) for path in paths)
 
     def _call(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        """Call a function of the store's library, and turn its errors into DataError."""
         try:
             return function(*arguments, **options)
         except Exception as error:  # each store's library raises its own classes of errors
@@ -124,6 +126,7 @@ def store_error(url: str, error: Exception) -> DataError:
 
 
 def _words(error: object) -> str:
+    """Return an error's text in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300].rstrip(".")
 
 

@@ -99,6 +99,7 @@ class _DamagedError(Exception):
 
 
 def _plain(raw: IO[bytes], source: Source) -> Iterator[bytes]:
+    """Yield the bytes of a file between the source's start and end."""
     if source.start:
         raw.seek(source.start)
     left = source.end - source.start if source.end >= 0 else -1
@@ -108,6 +109,7 @@ def _plain(raw: IO[bytes], source: Source) -> Iterator[bytes]:
 
 
 def _decompressed(raw: IO[bytes], compression: str) -> Iterator[bytes]:
+    """Yield the decompressed content of a file in chunks."""
     if compression == "zstd":
         yield from _joined(_zstd_pieces(raw))
         return
@@ -229,6 +231,7 @@ def copy_streams(sources: Sequence[Source], folder: Path) -> list[Source]:
 
 
 def _copy_stream(source: Source, folder: Path) -> Path:
+    """Copy a stream into the folder, under a name with its hash, and return the path."""
     path, digest = folder / "stream.tmp", xxhash.xxh3_128()
     with (
         open(0 if source.name == STDIN else source.name, "rb", closefd=source.name != STDIN) as stream,

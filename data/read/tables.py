@@ -51,7 +51,8 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 def read_csv(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
     """Yield one document per row of a csv or tsv file. The first row has the names of the columns.
 
-    Raises DataError if no column has the text, or if there are more bad rows than the tally allows.
+    keys: which columns have the text. tally: counts bad rows, and rows without a text; the same for the other readers
+    in this file. Raises DataError if no column has the text, or if there are more bad rows than the tally allows.
     """
     csv.field_size_limit(LONGEST_FIELD)
     rows = csv.reader(_csv_lines(source), delimiter=DELIMITERS[source.kind], strict=True)
@@ -95,6 +96,7 @@ def _csv_lines(source: Source) -> Iterator[str]:
 
 
 def _is_utf8(text: str) -> bool:
+    """Return whether a field was UTF-8 in the file: it then has no lone surrogates (see _csv_lines)."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -168,6 +170,7 @@ def _rows(
 
 
 def _is_text(column_type: Any) -> bool:
+    """Return whether a pyarrow type is a text."""
     import pyarrow
 
     return bool(pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type))

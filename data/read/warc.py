@@ -70,6 +70,7 @@ def _header(stream: IO[bytes], source: Source) -> dict[str, str] | None:
 def _document(
     stream: IO[bytes], size: int, source: Source, header: dict[str, str], number: int, tally: Tally
 ) -> Iterator[Document]:
+    """Yield the text of a record of `size` bytes, in pieces if it is long. Bad text counts in `tally`."""
     where = f"{source.name}, record {header.get('warc-target-uri') or header.get('warc-record-id', 'without a name')}"
     if size >= LONG_TEXT_BYTES:
         try:
@@ -88,6 +89,7 @@ def _document(
 
 
 def _body(stream: IO[bytes], size: int, source: Source) -> Iterator[bytes]:
+    """Yield the next `size` bytes of the stream in chunks. Raises DataError if there are fewer."""
     while size:
         chunk = stream.read(min(size, CHUNK_BYTES))
         if not chunk:
@@ -97,6 +99,7 @@ def _body(stream: IO[bytes], size: int, source: Source) -> Iterator[bytes]:
 
 
 def _decoded(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Decode chunks of UTF-8, which may divide characters. Raises UnicodeDecodeError."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for chunk in chunks:
         yield decoder.decode(chunk)
@@ -104,6 +107,7 @@ def _decoded(chunks: Iterator[bytes]) -> Iterator[str]:
 
 
 def _damaged(source: Source, why: str) -> DataError:
+    """Return the error for a damaged WARC file."""
     return DataError(f"{source.name} is a damaged WARC file ({why}). Fetch it again.")
 
 

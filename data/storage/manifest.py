@@ -207,6 +207,7 @@ def _defaults(record: Any) -> set[str]:
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:
+    """Return a parsed JSON value as the type `hint`. Raises DataError that names the place if it is of another type."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build_record(hint, raw, where)
     if get_origin(hint) is list and isinstance(raw, list):
@@ -259,6 +260,7 @@ def _check(manifest: Manifest, path: Path) -> None:
 
 
 def _shard_problem(shard: Shard, dtype: str) -> str:
+    """Return what contradicts itself in the description of a shard, or an empty text."""
     if not re.fullmatch(r"(train|val)-[0-9]{5,20}", shard.name) or not shard.name.startswith(f"{shard.split}-"):
         return f"shard name {_short(shard.name)} in split {_short(shard.split)}"
     if not 0 < shard.documents <= shard.tokens <= shard.documents * LONGEST_TOKENS:
@@ -285,6 +287,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_size(path: str, expected: int) -> None:
+    """Raise DataError if a file is missing or has another size."""
     try:
         size = os.stat(path).st_size
     except FileNotFoundError as error:

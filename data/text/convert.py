@@ -207,6 +207,7 @@ def _sentencepiece_spec(model: Any, file: Path, first: bool) -> bytes:
 
 
 def _unigram(model: Any) -> dict[str, Any]:
+    """Return the `model` of a tokenizer.json for a SentencePiece unigram model."""
     return {
         "type": "Unigram",
         "unk_id": model.trainer_spec.unk_id,
@@ -263,6 +264,7 @@ def _content(
     decoder: dict[str, Any],
     normalizer: dict[str, Any] | None = None,
 ) -> bytes:
+    """Return the content of a tokenizer.json with these parts."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     spec = {
         "version": "1.0",

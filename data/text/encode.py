@@ -163,6 +163,7 @@ class _Gigatoken:
         self._first_bytes = _resident_bytes()
 
     def _load(self) -> Any:
+        """Load the tokenizer into gigatoken, which reads BPE ranks only from a file."""
         import gigatoken
 
         with tempfile.TemporaryDirectory() as folder:
@@ -192,9 +193,10 @@ class _Gigatoken:
 
 
 def _known_ranks(tokenizer: Tokenizer) -> tuple[bytes, str] | None:
-    """Return a tokenizer's ranks in tiktoken's format and gigatoken's name for its pattern.
+    """Return a tokenizer's BPE ranks in tiktoken's format, and gigatoken's name for its pattern.
 
-    Return None if gigatoken does not support the tokenizer.
+    The rank of a token says when BPE merges its parts: lower ranks first. Return None if gigatoken does not support the
+    tokenizer.
     """
     as_ranks = getattr(tokenizer, "as_ranks", None)
     ranks_file, pattern = (as_ranks() if as_ranks is not None else None) or (b"", "")
@@ -206,6 +208,7 @@ def _known_ranks(tokenizer: Tokenizer) -> tuple[bytes, str] | None:
 
 
 def _head(text: bytes) -> bytes:
+    """Return the first CHECKED_BYTES of a text, without a divided character at their end."""
     return text[:CHECKED_BYTES].decode("utf-8", errors="ignore").encode("utf-8")
 
 

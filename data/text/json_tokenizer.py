@@ -170,6 +170,7 @@ class JsonTokenizer:
         return name
 
     def _choice(self, option: str) -> str:
+        """Return a sentence that lists the special tokens which `option` could name."""
         special = [token["content"] for token in self._spec.get("added_tokens") or [] if token.get("special")]
         return f"Name one by {option}{': ' + ', '.join(special[:12]) if special else ''}."
 
@@ -197,6 +198,7 @@ class JsonTokenizer:
         return plain
 
     def _unknown_id(self) -> int:
+        """Return the id of the token for unknown characters, or -1 if there is none."""
         model = self._spec["model"]
         unknown = model.get("unk_id") if model.get("type") == "Unigram" else self._ids.get(model.get("unk_token"))
         return unknown if isinstance(unknown, int) else -1
@@ -217,6 +219,7 @@ class JsonTokenizer:
         return ids
 
     def _no_token(self, token_id: int) -> DataError:
+        """Return the error for an id that no token has."""
         return DataError(
             f"Tokenizer {self.name} has no token {token_id}, so it cannot decode these ids: use the tokenizer that "
             f"made them."
@@ -237,6 +240,7 @@ class JsonTokenizer:
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:
+        """Return {id: bytes of the token's text}."""
         added = {token["content"] for token in self._spec.get("added_tokens") or []}
         if _is_byte_level(self._spec.get("decoder")):
             return {i: _byte_level(token) if token not in added else token.encode() for token, i in self._ids.items()}
@@ -268,6 +272,7 @@ def _bytes_inside(token: str) -> bytes:
 
 
 def _parse(name: str, content: bytes) -> dict[str, Any]:
+    """Return the content of a tokenizer.json. Raises DataError if it is none."""
     try:
         spec = json.loads(content)
         if isinstance(spec, dict) and isinstance(spec["model"], dict):
@@ -278,6 +283,7 @@ def _parse(name: str, content: bytes) -> dict[str, Any]:
 
 
 def _build(name: str, spec: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Load a tokenizer.json into the tokenizers library. Raises DataError if the library refuses it."""
     import tokenizers
 
     _check_prefix(name, spec["model"])
@@ -388,10 +394,12 @@ def _hide_in_model(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def _hidden(token: str, names: set[str]) -> str:
+    """Return a name that no text contains for a special token, and the token itself for others."""
     return f"\0packspeed: the special token {token}\0" if token in names else token
 
 
 def _first(names: Sequence[str], ids: dict[str, int]) -> str | None:
+    """Return the first of the names that the vocabulary has, or None."""
     return next((name for name in names if name in ids), None)
 
 

@@ -118,6 +118,7 @@ class LongText:
             yield self._encode_to(self._next_end(WINDOW_CHARACTERS))
 
     def _last_window(self) -> Iterator[Ids]:
+        """Yield the ids of the rest of the text."""
         if self._window is None or len(self._text) > self._window_end:
             yield self._encode_to(len(self._text))
         if self._window is not None:

@@ -135,6 +135,7 @@ def _checked(content: bytes, tokenizer: TiktokenTokenizer) -> bytes:
 
 
 def _refusal(tokenizer: TiktokenTokenizer) -> DataError:
+    """Return the error for a tiktoken pattern that a tokenizer.json cannot express."""
     return DataError(
         f"Tokenizer {tokenizer.name}: a tokenizer.json made from it splits some texts differently, because its pattern "
         f"{tokenizer.pattern!r} has another meaning there. Write tokenizer.json by hand, or use tiktoken with the "

@@ -239,6 +239,7 @@ def _from_tiktoken(name: str) -> Tokenizer:
 
 
 def _from_encoding(encoding: tiktoken.Encoding) -> Tokenizer:
+    """Return the Tokenizer of an encoding of tiktoken."""
     ranks_file = format_ranks(encoding._mergeable_ranks)
     return TiktokenTokenizer(
         encoding.name, ranks_file, encoding._pat_str, encoding.eot_token, encoding.max_token_value + 1

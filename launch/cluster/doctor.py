@@ -172,6 +172,7 @@ def compare(hosts: list[Host], replies: Replies[HostFacts], run: RunFile | None,
 
 
 def _value(fact: HostFacts, what: Compared) -> str:
+    """Return a fact about a host as text, so that hosts can be compared."""
     return _json(fact[what])
 
 
@@ -257,6 +258,7 @@ def _check_shared(run: RunFile, facts: Mapping[str, HostFacts], token: str) -> l
 
 
 def _finding(host: str, what: str, do: str) -> Finding:
+    """Return a Finding: the host, what is wrong there, and what to do."""
     return {"host": host, "what": what, "do": do}
 
 
@@ -305,7 +307,7 @@ def ring_failures(errors: Mapping[str, str], hosts: list[Host]) -> list[tuple[st
 
 
 def slow_hosts(speeds: Mapping[str, float]) -> list[Finding]:
-    """Return a finding for each host whose bandwidth (Gbit/s) is far below the median."""
+    """Return a finding for each host whose bandwidth (Gbit/s) is below SLOW, half, of the median of all hosts."""
     median = statistics.median(speeds.values()) if speeds else 0.0
     return [
         _finding(

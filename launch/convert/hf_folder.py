@@ -124,14 +124,14 @@ class WeightFiles:
             )
 
     def _finite(self, name: str) -> torch.Tensor:
-        """Return a tensor in fp32. Raises UserError if a value is NaN or infinite."""
+        """Return the tensor of this name in fp32. Raises UserError if a value is NaN or infinite."""
         tensor = self._read(name).float()
         if not tensor.isfinite().all():
             raise UserError(f"{self._files[name][0]}: {name} has values that are NaN or infinite. Copy it again.")
         return tensor
 
     def _read(self, name: str) -> torch.Tensor:
-        """Return a tensor. Raises UserError if it cannot be read."""
+        """Return the tensor of this name, as it is stored. Raises UserError if it cannot be read."""
         path, file = self._files[name]
         try:
             tensor: torch.Tensor = file.get_tensor(name)

@@ -44,6 +44,7 @@ def square_sum(tensors: Sequence[torch.Tensor], exact: bool = False) -> torch.Te
 
 
 def _exact_square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of squares, added in fp64 (see square_sum)."""
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else device_type())
     if total.is_cuda and tensors:
         return total + torch.stack(torch._foreach_norm(list(tensors), 2.0, torch.float64)).square().sum()

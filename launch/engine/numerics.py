@@ -84,6 +84,7 @@ def may_add_in_the_switch(algorithms: str) -> bool:
 
 
 def _contradiction(variable: str, why: str) -> ConfigError:
+    """Return the error for a variable that contradicts train.deterministic. `why`: a clause that says how."""
     return ConfigError(
         f"{variable}={os.environ[variable]} contradicts train.deterministic: true: {why}. Unset {variable}, or give up "
         "bitwise resumes with --set train.deterministic=false."
@@ -91,10 +92,10 @@ def _contradiction(variable: str, why: str) -> ConfigError:
 
 
 def let_segments_grow() -> None:
-    """Let CUDA's memory allocator extend its segments instead of adding more, unless the user has configured the
-    allocator.
+    """Let torch's CUDA allocator enlarge the blocks of memory that it has (expandable_segments) instead of adding more.
 
-    Otherwise memory fragments if the lengths of documents vary. torch reads the setting at its first allocation.
+    Without it, memory fragments if the lengths of documents vary from step to step. Does nothing if the user has
+    configured the allocator. Call it before torch's first allocation, at which torch reads the setting.
     """
     if torch.version.cuda and not any(os.environ.get(name) for name in ALLOCATOR):
         os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))

@@ -7,7 +7,7 @@
                       was bad
     status.json       Status, one object
     settings.jsonl    SettingChange, one per setting that a resume has changed
-    environment.json  Environment, one object
+    environment.json  Environment, one object: how, where and with which software the newest process started
 
 Each annotation is (type, unit, meaning). docs/metrics.md has the same tables; tests/test_metrics_page.py checks that
 both are equal. At run time the values are plain dicts.
@@ -151,7 +151,7 @@ class ComputeEnvironment(TypedDict):
 
 
 class Environment(TypedDict):
-    """The content of environment.json."""
+    """The content of environment.json: how the newest process of the run was started, and with which software."""
 
     command: Annotated[list[str], "", "command line of rank 0"]
     python: Annotated[str, "", "version of Python"]

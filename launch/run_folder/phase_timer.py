@@ -112,7 +112,11 @@ class PhaseTimer:
         return before
 
     def step_done(self, step: int) -> None:
-        """Note that all steps up to `step` are done. If the process dies now, their compute time is not lost."""
+        """Note that all steps up to `step` are done.
+
+        Compute time of steps that are done counts as useful. If the process dies, only the compute time since the last
+        call counts as lost.
+        """
         self._life["step"] = step
         if self.listener is not None:
             self.listener.step = step

@@ -197,7 +197,10 @@ class Metrics:
         )
 
     def close(self) -> None:
-        """Write the lines that are kept in memory and close the file. The monitor's writers flush themselves."""
+        """Write the lines that are kept in memory, and close metrics.jsonl.
+
+        DeepSpeed's monitor needs no call: its writers, such as TensorBoard's, write what they hold when they end.
+        """
         if error := self._write_waiting():
             say(f"WARNING: metrics.jsonl: {error}; {len(self._waiting)} line(s) are lost")
         self._file.close()

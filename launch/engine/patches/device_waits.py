@@ -31,8 +31,9 @@ from packspeed.launch.engine.protocol import Optimizer
 
 
 def let_the_device_wait(wrapper: Optimizer) -> None:
-    """Patch DeepSpeed's ZeRO optimizers so that streams wait for each other instead of the CPU. Others are left as
-    they are.
+    """Patch DeepSpeed's ZeRO optimizer so that GPU streams wait for each other, and the CPU does not wait.
+
+    Does nothing on CPUs, with offload, and for any other optimizer: the CPU does not wait in those places, or must.
     """
     optimizer: Any = wrapper
     if get_accelerator().resolves_data_dependency():
@@ -57,6 +58,7 @@ def let_the_device_wait(wrapper: Optimizer) -> None:
 
 
 def _stage3(optimizer: Any) -> None:
+    """Patch the optimizer of ZeRO stage 3."""
     stream = require(optimizer, "reduce_and_partition_stream")
     replace(stream, "synchronize", lambda: get_accelerator().current_stream().wait_stream(stream))
     # Only a synchronisation of the host kept the gathering of the next forward pass, in a stream of its own, behind the
