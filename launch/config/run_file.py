@@ -135,6 +135,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_place(self) -> DataSection:
+        """Check that the data is in one place, and that each stage has a weight per source."""
         if (self.path is None) == (self.sources is None):
             raise ValueError("give exactly one of data.path and data.sources")
         if any(len(stage.weights) != len(self.sources or []) for stage in self.stages):
@@ -231,6 +232,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
+        """Check that exactly one of steps and tokens is given."""
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give exactly one of train.steps and train.tokens")
         return self
@@ -358,6 +360,7 @@ class RunFile(Section):
 
     @model_validator(mode="after")
     def _full_samples(self) -> RunFile:
+        """Check that the batch has complete samples, and that steps are left after the warm-up."""
         tokens, seq_len = self.train.global_batch_tokens, self.data.seq_len
         if tokens % seq_len:
             low = max(seq_len, tokens // seq_len * seq_len)

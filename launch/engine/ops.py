@@ -261,6 +261,7 @@ def _explain_rebuild(folder: Path, was_built: bool, say: Callable[[str], None]) 
 
 
 def _read(path: Path) -> str:
+    """Return the text of a file, or an empty text if it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -47,4 +47,5 @@ def datasheet_peak(gpu: str, precision: str) -> float:
 
 
 def _words(name: str) -> set[str]:
+    """Return the words of a device's name, in lower case."""
     return set(re.split(r"[ -]+", name.casefold()))

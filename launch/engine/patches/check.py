@@ -107,6 +107,7 @@ def _names_of(file: str, where: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _matches(pattern: re.Pattern[str], source: str) -> frozenset[str]:
+    """Return the names that a pattern finds in source text."""
     return frozenset("".join(match.groups("")) for match in pattern.finditer(source))
 
 
@@ -139,6 +140,7 @@ def _signature(scope: str, name: str) -> str | None:
 
 @functools.cache
 def _collapsed_source(file: str) -> str:
+    """Return the source of a file as _collapsed returns it. Each file is read once."""
     return _collapsed(read_source(file))
 
 

@@ -58,7 +58,7 @@ def let_the_device_wait(wrapper: Optimizer) -> None:
 
 
 def _stage3(optimizer: Any) -> None:
-    """Patch the optimizer of ZeRO stage 3."""
+    """Let streams wait at ZeRO stage 3: at the end of the reduction, of a step, and of gathering with one rank."""
     stream = require(optimizer, "reduce_and_partition_stream")
     replace(stream, "synchronize", lambda: get_accelerator().current_stream().wait_stream(stream))
     # Only a synchronisation of the host kept the gathering of the next forward pass, in a stream of its own, behind the
@@ -80,6 +80,8 @@ def _stage3(optimizer: Any) -> None:
 
 
 def _both_ways(other: Any) -> Callable[[], None]:
+    """Return a function that makes the current stream and `other` wait for each other."""
+
     def order() -> None:
         current = get_accelerator().current_stream()
         other.wait_stream(current)

@@ -378,6 +378,7 @@ TORCH: tuple[Row, ...] = (
 
 
 def _internals(*tables: tuple[Row, ...]) -> Iterator[Internal]:
+    """Yield one Internal for each name in the tables."""
     for table in tables:
         for file, where, used_by, names in table:
             for name, why in names.items():
