@@ -22,7 +22,9 @@ SHORT = ("train.steps=6", "train.global_batch_tokens=512", "eval.every_steps=0",
 def count(workspace: Workspace, name: str, runs: dict[str, list[str]], ranks: int) -> dict[str, list[list[str]]]:
     """Run name -> the waits of every step after the warm-up."""
     path = workspace.folder / f"{name}.json"
-    path.write_text(json.dumps([workspace.arguments(run, *SHORT, *sets) for run, sets in runs.items()]))
+    # Other tests of the session share the workspace: no name may be that of one of their runs.
+    arguments = [workspace.arguments(f"{name}-{run}", *SHORT, *sets) for run, sets in runs.items()]
+    path.write_text(json.dumps(arguments))
     done = forked(HOST_WAITS, str(path), ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     counted = json.loads(path.with_suffix(".json.waits").read_text())
