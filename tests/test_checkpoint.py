@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints, read_manifest
+from packspeed.data.storage.hashing import hash_file
+from packspeed.launch.checkpoint.manifest import dump_manifest, list_checkpoints, read_manifest
+from packspeed.launch.checkpoint.verify import find_damage
 from packspeed.launch.checkpoint.writer import snapshot
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
-from support import FAULTY
+from support import FAULTY, ROOT
 from support.ranks import forked, train
 from support.workspace import Workspace
 
@@ -135,6 +137,35 @@ def test_a_background_save_on_a_full_disk_is_reported(short: Workspace, small_di
     assert "WARNING: the checkpoint of step 6 was not saved" in done.stdout
     shutil.copytree(small_disk / "bgfull", short.folder / "runs" / "bgfull")
     assert short.curve("bgfull") == short.curve("short")
+
+
+def test_all_ranks_verify_a_checkpoint_together(tmp_path: Path) -> None:
+    """Each file is read once, by one rank; all ranks get the same result; no timeout of the process group counts."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        checkpoint = folder / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        for rank in range(6):
+            (checkpoint / f"zero_pp_rank_{rank}_optim_states.pt").write_bytes(bytes([step, rank]) * 50_000)
+        files = {path.name: hash_file(path) for path in sorted(checkpoint.iterdir())}
+        (checkpoint / "packspeed.json").write_text(dump_manifest({"format_version": 1, "step": step, "files": files}))
+    flipped = folder / "step-00000003" / "zero_pp_rank_4_optim_states.pt"
+    flipped.write_bytes(b"x" * 100_000)
+    (folder / "step-00000002" / "packspeed.json").write_text("{")
+    done = forked(ROOT / "tests" / "support" / "verify_together.py", str(folder), ranks=3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(3)]
+    for rank, result in enumerate(found):
+        assert result["newest"] == "step-00000001"
+        assert result["damaged"] == ["step-00000003", "step-00000002"]
+        assert result["lines"] == found[0]["lines"]
+        assert result["beats"] == ["verifying"]
+        own = [f"zero_pp_rank_{rank}_optim_states.pt", f"zero_pp_rank_{rank + 3}_optim_states.pt"]
+        assert result["read"] == [f"step-0000000{step}/{name}" for step in (3, 1) for name in own]
+        if rank != 2:
+            assert "waiting: no rank has made progress for 1 s. Not ready: rank(s) 2." in result["silence"]
+    assert f"{flipped} was changed" in found[0]["lines"][0]
+    assert "cannot be read" in found[0]["lines"][1]
 
 
 def test_a_rank_that_does_not_come_to_a_save_is_named(workspace: Workspace) -> None:

@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from packspeed.data.storage.hashing import hash_file
+from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.launch.checkpoint.manifest import (
     Manifest,
     RunIdentity,
     dump_manifest,
-    find_damage,
     list_checkpoints,
-    newest_complete,
 )
 from packspeed.launch.checkpoint.resume import (
     check_loaded_step,
@@ -28,6 +26,7 @@ from packspeed.launch.checkpoint.resume import (
     has_same_layout,
 )
 from packspeed.launch.checkpoint.retention import expired_checkpoints, rewind_target
+from packspeed.launch.checkpoint.verify import find_damage, newest_complete, shares
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import CheckpointSection
 from packspeed.launch.engine.distributed import Topology
@@ -108,6 +107,21 @@ def test_damage_is_named_and_an_older_checkpoint_taken(tmp_path: Path) -> None:
     for line, reason in zip(lines, ["cannot be read", "not listed", "was changed", "2 bytes", "missing"], strict=True):
         assert line.startswith("skipping checkpoint step-")
         assert reason in line
+
+
+def test_ranks_share_the_bytes_of_a_checkpoint() -> None:
+    """A rank gets its own two files if all are alike; files of other sizes are spread evenly."""
+    ranks = 12
+    sizes = {f"zero_pp_rank_{rank}_optim_states.pt": 50 * 2**20 + rank for rank in range(ranks)}
+    sizes |= {f"zero_pp_rank_{rank}_model_states.pt": 7 * 2**20 + rank for rank in range(ranks)}
+    files: dict[str, FileHash] = {name: {"bytes": size, "xxh3_128": ""} for name, size in sizes.items()}
+    own = [[f"zero_pp_rank_{rank}_{kind}_states.pt" for kind in ("optim", "model")] for rank in range(ranks)]
+    assert shares(files, ranks) == own
+    uneven: dict[str, FileHash] = {f"file_{i}": {"bytes": i * 2**20, "xxh3_128": ""} for i in range(100)}
+    loads = [sum(uneven[name]["bytes"] for name in names) for names in shares(uneven, 7)]
+    assert sum(loads) == sum(file["bytes"] for file in uneven.values())
+    assert max(loads) - min(loads) <= 2**21
+    assert shares({"one": files["zero_pp_rank_3_model_states.pt"]}, 3) == [["one"], [], []]
 
 
 def test_retention_counts_complete_checkpoints_only(tmp_path: Path) -> None:

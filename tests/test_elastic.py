@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from packspeed.launch.checkpoint.manifest import find_damage
 from packspeed.launch.checkpoint.reshard import resharded_folder
+from packspeed.launch.checkpoint.verify import find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from support.ranks import run_many
 from support.workspace import Workspace

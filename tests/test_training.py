@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints
+from packspeed.launch.checkpoint.manifest import list_checkpoints
+from packspeed.launch.checkpoint.verify import find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.config.loading import load_run_file

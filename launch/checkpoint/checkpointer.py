@@ -197,11 +197,7 @@ class Checkpointer:
         A collective: every rank must call it. retention.py says which checkpoint that is.
         """
         self.finish()
-        is_rank0 = self.topology.rank == 0
-        step: int | None = self.topology.from_rank0(
-            retention.rewind_target(self.folder, before, self.section) if is_rank0 else None
-        )
-        return step
+        return retention.rewind_target(self.folder, before, self.section, self.topology)
 
     def load_step(self, step: int) -> Manifest:
         """Load the checkpoint of `step`, which must be complete, and return its manifest. A collective."""

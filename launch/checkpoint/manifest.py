@@ -1,11 +1,9 @@
-"""packspeed.json, the manifest of a checkpoint: its keys, reading and writing it, and checking that a checkpoint is
-complete.
+"""packspeed.json, the manifest of a checkpoint: its keys, reading and writing it.
 
     checkpoints/step-00000200/packspeed.json     written last, so a folder without it is an unfinished save
 
 The manifest lists size and xxh3-128 hash of every other file in the folder. A checkpoint is complete if it has exactly
-these files with these hashes. Checking reads every file once, at about 10 GB/s from the page cache. docs/checkpoints.md
-describes the keys for users.
+these files with these hashes, which verify.py checks. docs/checkpoints.md describes the keys for users.
 """
 
 from __future__ import annotations
@@ -13,14 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
 import xxhash
 
 from packspeed.data.dataset import DatasetDescription
-from packspeed.data.storage.hashing import FileHash, hash_file
+from packspeed.data.storage.hashing import FileHash
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.run_folder.formats import ComputeEnvironment
@@ -181,49 +179,3 @@ def read_manifest(folder: Path) -> Manifest:
     if not typed or not isinstance(step, int) or not right_step:
         raise UserError(f"{path} is damaged: its step ({step!r}) or its list of files is invalid.")
     return cast(Manifest, manifest)
-
-
-def find_damage(folder: Path) -> list[str]:
-    """Check a checkpoint. Returns a line per missing, truncated, changed, unreadable or unexpected file; [] if it is
-    complete.
-    """
-    try:
-        listed = read_manifest(folder)["files"]
-    except UserError as error:
-        return [str(error)]
-    damage = []
-    for name, expected in listed.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                damage.append(f"{path} has {size:,} bytes, but according to {MANIFEST} it had {expected['bytes']:,}")
-            elif hash_file(path) != expected:
-                damage.append(f"{path} was changed: its hash is not the one in {MANIFEST}")
-        except FileNotFoundError:
-            damage.append(f"{path} is missing")
-        except OSError as error:
-            damage.append(f"{path} cannot be read: {error.strerror}")
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    # The converted copy is written later than the manifest, and has its own manifest.
-    present = {name for name in present if not name.startswith((f"{UNIVERSAL}/", f".{UNIVERSAL}"))}
-    unexpected = sorted(present - set(listed) - {MANIFEST})
-    return damage + [f"{folder / name} is not listed in {MANIFEST}" for name in unexpected]
-
-
-def newest_complete(folder: Path, log: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-    """Return (the newest complete checkpoint or None, the newer checkpoints that are damaged).
-
-    Logs why they are damaged. Raises UserError if the folder cannot be read.
-    """
-    damaged: list[Path] = []
-    try:
-        for path in list_checkpoints(folder):
-            damage = find_damage(path)
-            if not damage:
-                return path, damaged
-            log(f"skipping checkpoint {path.name}, which is damaged: {'; '.join(damage)}")
-            damaged.append(path)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}. Is the file system mounted?") from None
-    return None, damaged

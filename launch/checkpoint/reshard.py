@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.data.storage.lock import lock_file
-from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, dump_manifest, find_damage, read_manifest
+from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, dump_manifest, read_manifest
+from packspeed.launch.checkpoint.verify import find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import (
     Tensors,
     full_tensors,
@@ -49,8 +50,11 @@ from packspeed.launch.engine.optimizer_state import SCALER_FIELDS, fill_engine
 if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
     from packspeed.launch.engine.protocol import Engine
+    from packspeed.launch.engine.shared_work import SharedWork
 
 FORMAT_VERSION = 1
+PHASE = "resharding"  # in the ranks' heartbeats
+LOCK_TIMEOUT_S = 30 * 24 * 3600.0  # practically none, but a finite timeout polls the lock
 
 
 class OptimizerScalars(TypedDict):
@@ -91,9 +95,11 @@ def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[
     start = time.monotonic()
 
     # Rank 0 takes the lock for all ranks. Another run or `packspeed reshard` with the same checkpoint waits for it.
-    with _lock(checkpoint, log) if rank == 0 else contextlib.nullcontext():
-        damage = find_damage(folder) if rank == 0 else []
-        if not (topology.from_rank0(damage) if topology else damage):
+    waiting = _shared_work(topology)
+    with _lock(checkpoint, log, waiting) if rank == 0 else contextlib.nullcontext():
+        if waiting:
+            waiting.wait()
+        if not find_damage(folder, topology):
             return folder
         if rank == 0:
             log(f"resharding {checkpoint.name}, because its layout differs (once; writes weights and states in fp32)")
@@ -103,7 +109,10 @@ def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[
         error = topology.agree_on_error(own_error) if topology else own_error
         of_ranks: list[dict[str, FileHash]] = []
         if error is None:
-            own_files, own_error = _write_tensors(checkpoint, temporary, rank, ranks)
+            writing = _shared_work(topology)
+            own_files, own_error = _write_tensors(checkpoint, temporary, rank, ranks, writing)
+            if writing:
+                writing.wait()
             error = topology.agree_on_error(own_error) if topology else own_error
             of_ranks = topology.gather(own_files) if topology else [own_files]
         if error is None:
@@ -119,12 +128,32 @@ def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[
     return folder
 
 
-def _lock(checkpoint: Path, log: Callable[[str], None]) -> contextlib.AbstractContextManager[object]:
-    """Return the lock of a checkpoint's conversion. If another process has it, log that and wait."""
-    return lock_file(
-        checkpoint / f".{UNIVERSAL}.lock",
-        on_wait=lambda holder: log(f"waiting for another process that reshards {checkpoint} ..."),
-    )
+def _shared_work(topology: Topology | None) -> SharedWork | None:
+    """Return the work of all ranks on a conversion, or None if this process does it alone. A collective."""
+    if topology is None:
+        return None
+    from packspeed.launch.engine.shared_work import SharedWork  # here, because it loads DeepSpeed
+
+    return SharedWork(topology, PHASE)
+
+
+def _lock(
+    checkpoint: Path, log: Callable[[str], None], work: SharedWork | None
+) -> contextlib.AbstractContextManager[object]:
+    """Return the lock of a checkpoint's conversion. If another process has it, log that and wait.
+
+    The other process may take hours, so waiting for it counts as progress of `work`.
+    """
+    said: list[str] = []
+
+    def wait(holder: str) -> None:
+        if not said:
+            said.append(f"waiting for another process that reshards {checkpoint} ...")
+            log(said[0])
+        if work:
+            work.progress()
+
+    return lock_file(checkpoint / f".{UNIVERSAL}.lock", timeout_s=LOCK_TIMEOUT_S, on_wait=wait)
 
 
 def _make_folder(temporary: Path) -> str | None:
@@ -137,9 +166,11 @@ def _make_folder(temporary: Path) -> str | None:
     return None
 
 
-def _write_tensors(checkpoint: Path, out: Path, rank: int, ranks: int) -> tuple[dict[str, FileHash], str | None]:
+def _write_tensors(
+    checkpoint: Path, out: Path, rank: int, ranks: int, work: SharedWork | None
+) -> tuple[dict[str, FileHash], str | None]:
     """Write and verify this rank's share of the files: one per parameter, for every `ranks`-th parameter from `rank`
-    on.
+    on. Each is progress of `work`.
 
     Returns ({file name: hash}, the error as text or None).
     """
@@ -153,6 +184,8 @@ def _write_tensors(checkpoint: Path, out: Path, rank: int, ranks: int) -> tuple[
             if problem := _find_difference(name, path, tensors, computed_with.get(name)):
                 return files, problem
             files[path.name] = hash_file(path)
+            if work:
+                work.progress()
     except OSError as error:
         return files, f"{error.filename or out}: {error.strerror}"
     except UserError as error:

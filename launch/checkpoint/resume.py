@@ -1,7 +1,7 @@
 """Decide whether a checkpoint may be resumed. All checks, in the order in which they run:
 
     1. complete      Every file listed in packspeed.json has its size and hash. Otherwise an older checkpoint is tried
-                     (newest_complete in manifest.py). If all are damaged the run is refused, because it must not
+                     (newest_complete in verify.py). If all are damaged the run is refused, because it must not
                      silently start again at step 0.
     2. same run      Model, data order, seed, batch and optimizer are those of the run file (config/effects.py lists the
                      keys). Other settings may have changed, which is logged (check_same_run).
@@ -32,10 +32,10 @@ from packspeed.launch.checkpoint.manifest import (
     Manifest,
     Probe,
     RunIdentity,
-    newest_complete,
     read_manifest,
     step_folder,
 )
+from packspeed.launch.checkpoint.verify import newest_complete
 from packspeed.launch.config.deepspeed_json import zero_stage
 from packspeed.launch.config.effects import MODEL_SPEED_ONLY, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError, UserError
@@ -124,21 +124,12 @@ def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log
     A collective: every rank must call it. On every rank, raises UserError if there are checkpoints but none is
     complete, and ConfigError if they belong to another run.
     """
-    error, found = None, Resumption(None, [], [], [])
-    if topology.rank == 0:  # only rank 0 reads and hashes the files
-        try:
-            found = _find_checkpoint(folder, identity, log)
-        except UserError as problem:
-            error = problem
-    error, found = topology.from_rank0((error, found))
-    if error:
-        raise error
-    return found
+    newest, damaged = newest_complete(folder, log, topology)
+    return topology.on_rank0(lambda: _resumption(folder, newest, damaged, identity))
 
 
-def _find_checkpoint(folder: Path, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
-    """Do the work of find_checkpoint on rank 0. Returns the same and raises the same errors."""
-    newest, damaged = newest_complete(folder, log)
+def _resumption(folder: Path, newest: Path | None, damaged: list[Path], identity: RunIdentity) -> Resumption:
+    """Decide whether and how the run resumes from `newest`. Raises the errors of find_checkpoint."""
     if newest is None:
         if (folder / step_folder(0)).is_dir():  # step 0 is always an import; without it, weights would be random
             raise UserError(f"{folder}: the imported weights are damaged. Import them again.")

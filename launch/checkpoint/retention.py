@@ -18,10 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from packspeed.launch.checkpoint.manifest import find_damage, list_checkpoints, read_manifest, step_of
+from packspeed.launch.checkpoint.manifest import list_checkpoints, read_manifest, step_of
+from packspeed.launch.checkpoint.verify import checkpoints_in, find_damage
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import CheckpointSection
+
+if TYPE_CHECKING:
+    from packspeed.launch.engine.distributed import Topology
 
 
 def expired_checkpoints(folder: Path, newest: int, damaged: Collection[Path], section: CheckpointSection) -> list[Path]:
@@ -39,14 +44,17 @@ def expired_checkpoints(folder: Path, newest: int, damaged: Collection[Path], se
     return expired + [path for path in present if path in damaged and step_of(path) < oldest_kept]
 
 
-def rewind_target(folder: Path, before: int, section: CheckpointSection) -> int | None:
+def rewind_target(
+    folder: Path, before: int, section: CheckpointSection, topology: Topology | None = None
+) -> int | None:
     """Return the step of the newest complete scheduled checkpoint before step `before`.
 
-    If no scheduled one is complete, return the newest complete checkpoint before that step; None if there is none.
+    If no scheduled one is complete, return the newest complete checkpoint before that step; None if there is none. With
+    a topology this is a collective: every rank must call it. Raises UserError if the folder cannot be read.
     """
-    earlier = [path for path in list_checkpoints(folder) if step_of(path) < before]
+    earlier = [path for path in checkpoints_in(folder, topology) if step_of(path) < before]
     scheduled = [path for path in earlier if _is_multiple(path, section.every_steps)]
-    complete = (path for path in [*scheduled, *earlier] if not find_damage(path))
+    complete = (path for path in [*scheduled, *earlier] if not find_damage(path, topology))
     return next((step_of(path) for path in complete), None)
 
 

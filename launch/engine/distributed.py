@@ -34,6 +34,10 @@ Error = TypeVar("Error", str, UserError)
 T = TypeVar("T")  # a small object that can be pickled
 
 
+def no_beat(phase: str) -> None:
+    """Do nothing: no supervisor watches this process."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Rank and device of this process, and the numbers of ranks.
@@ -48,6 +52,7 @@ class Topology:
     dp_rank: int
     dp_size: int
     device: torch.device
+    beat: Callable[[str], None] = no_beat  # tells the supervisor of `packspeed launch` that the rank is in this phase
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the data-parallel ranks, in place, and return it.
@@ -73,6 +78,23 @@ class Topology:
         if self.world > 1:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_rank0(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0, and return its result on every rank.
+
+        A collective: every rank must call it. If it raises OSError or UserError, every rank raises that error.
+        """
+        outcome: list[T] = []
+        error: OSError | UserError | None = None
+        if self.rank == 0:
+            try:
+                outcome = [function()]
+            except (OSError, UserError) as problem:
+                error = problem
+        outcome, error = self.from_rank0((outcome, error))
+        if error is not None:
+            raise error
+        return outcome[0]
 
     def gather(self, value: T) -> list[T]:
         """Return a list with the `value` of each rank, in the order of ranks. A collective: every rank must call it."""

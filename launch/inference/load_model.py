@@ -19,13 +19,12 @@ from packspeed.data.text.special_tokens import read_json_object
 from packspeed.data.text.tokenizer import Tokenizer, load_from_dataset, load_tokenizer, load_tokenizer_file
 from packspeed.launch.checkpoint.manifest import (
     MANIFEST,
-    find_damage,
     list_checkpoints,
-    newest_complete,
     read_manifest,
     step_folder,
     step_of,
 )
+from packspeed.launch.checkpoint.verify import find_damage, newest_complete
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.engine.numerics import keep_full_precision

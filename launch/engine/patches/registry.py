@@ -371,6 +371,9 @@ TORCH: tuple[Row, ...] = (
         "_get_build_directory(name, verbose)": "called: returns the folder in which a build has its lock file",
     }),
     ("torch/utils/_pytree.py", MODULE, "checkpoint/writer.py", {"tree_map": "called: copies nested states"}),
+    ("torch/distributed/distributed_c10d.py", MODULE, "engine/shared_work.py", {
+        "_get_default_store()": "called: the store of the process group, in which the ranks count their progress",
+    }),
     ("torch/distributed/c10d_logger.py", MODULE, "engine/quiet.py", {
         "_exception_logger": "read: the module that a deprecation warning names as its origin",
     }),

@@ -1,0 +1,79 @@
+"""Work that all ranks share, such as reading a checkpoint, with a wait at its end that may take hours.
+
+    work = SharedWork(topology, "verifying")
+    for piece in own_share:
+        ...                 # do it
+        work.progress()
+    work.wait()             # returns when every rank has called it
+
+A collective fails when the process group's timeout (30 minutes) ends, even if the slowest rank still makes progress.
+This wait fails only if no rank at all has made progress for SILENCE_S. It counts in the store with which the process
+group was started, a server in rank 0. Cost: one request per rank and second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from torch.distributed.distributed_c10d import _get_default_store
+
+from packspeed.launch.config.errors import UserError
+from packspeed.launch.engine.distributed import Topology
+
+SILENCE_S = 1800.0  # how long the ranks wait without progress of any of them
+REPORT_S = 1.0  # shortest time between two reports of a rank's progress
+POLL_S = 0.5  # longest time between two looks at whether all ranks have arrived
+
+_numbers = itertools.count()
+
+
+class SharedWork:
+    """One piece of work of all ranks. Creating it and calling `wait` are collective: every rank must do both.
+
+    `phase` names the work in the heartbeats of the ranks and in the error.
+    """
+
+    def __init__(self, topology: Topology, phase: str) -> None:
+        self.topology, self.phase = topology, phase
+        self._key = f"packspeed/{next(_numbers)}/{phase}"  # the same on all ranks, which make works in the same order
+        self._reported = -REPORT_S
+        self._store = _get_default_store() if topology.world > 1 else None
+        self.progress()
+
+    def progress(self) -> None:
+        """Note that this rank has done a part of its share. Call it often: it reports once per REPORT_S."""
+        now = time.monotonic()
+        if now - self._reported < REPORT_S:
+            return
+        self._reported = now
+        self.topology.beat(self.phase)
+        if self._store is not None:
+            self._store.add(f"{self._key}/progress", 1)
+
+    def wait(self) -> None:
+        """Wait until every rank has called this.
+
+        Raises UserError that names the ranks that are missing, if no rank has made progress for SILENCE_S.
+        """
+        if self._store is None:
+            return
+        store, key, world = self._store, self._key, self.topology.world
+        store.set(f"{key}/rank/{self.topology.rank}", "arrived")
+        store.add(f"{key}/progress", 1)
+        if store.add(f"{key}/arrived", 1) == world:
+            store.set(f"{key}/all", "arrived")
+        pause, seen, since = 0.001, 0, time.monotonic()
+        while not store.check([f"{key}/all"]):
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_S)
+            count = store.add(f"{key}/progress", 0)
+            if count != seen:
+                seen, since = count, time.monotonic()
+            elif time.monotonic() - since > SILENCE_S:
+                absent = [rank for rank in range(world) if not store.check([f"{key}/rank/{rank}"])]
+                raise UserError(
+                    f"{self.phase}: no rank has made progress for {SILENCE_S:g} s. Not ready: rank(s) "
+                    f"{', '.join(map(str, absent))}. Find out what these processes do, for example with py-spy dump, "
+                    "and whether the file system answers. Then start the run again."
+                )
