@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -61,21 +62,27 @@ def _train(args: argparse.Namespace) -> int:
     from packspeed.launch.config.run_data import open_data
     from packspeed.launch.engine.patches.check import check_sources
     from packspeed.launch.engine.quiet import DeepSpeedLogFilter
-    from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, keep_logs
+    from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, Heartbeat, keep_logs
 
     overrides = list(args.overrides)
     if file := args.deepspeed_config:
         overrides.append(f"deepspeed={file if '/' in file else './' + file}")
     run = load_run_file(args.config, overrides)
+    heartbeat: Heartbeat | None = None
     if LAUNCH_ID in os.environ:  # started by `packspeed launch`
-        keep_logs(run.folder / "logs", int(os.environ.get("RANK", 0)))
+        rank = int(os.environ.get("RANK", 0))
+        keep_logs(run.folder / "logs", rank)
+        heartbeat = Heartbeat(run.folder / "logs", rank, platform.node(), step=0)
+        heartbeat("starting")
     with DeepSpeedLogFilter() as log_filter:
         dataset, ds_config = open_data(run), load_ds_config(run.deepspeed)
         check_sources()
         # This import loads torch and DeepSpeed, which takes seconds. Errors in the files have been reported before.
+        if heartbeat:
+            heartbeat("importing")
         from packspeed.launch.training.startup import start_training
 
-        return start_training(run, ds_config, dataset, args.fresh, log_filter)
+        return start_training(run, ds_config, dataset, args.fresh, log_filter, heartbeat)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_all_ranks_verify_a_checkpoint_together(tmp_path: Path) -> None:
         assert result["newest"] == "step-00000001"
         assert result["damaged"] == ["step-00000003", "step-00000002"]
         assert result["lines"] == found[0]["lines"]
-        assert result["beats"] == ["verifying"]
+        assert result["beats"] == [["communication", "verifying"], ["verifying", ""]]
         own = [f"zero_pp_rank_{rank}_optim_states.pt", f"zero_pp_rank_{rank + 3}_optim_states.pt"]
         assert result["read"] == [f"step-0000000{step}/{name}" for step in (3, 1) for name in own]
         if rank != 2:

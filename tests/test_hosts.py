@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packspeed.launch.cluster import attempt, cgroup
+from packspeed.launch.cluster.attempt import LaunchOptions
 from packspeed.launch.cluster.diagnosis import blocking_ranks, death_report, describe_exit, hang_report
 from packspeed.launch.cluster.environment import forwarded_environment
 from packspeed.launch.cluster.hostfile import read_hostfile, select_hosts
@@ -407,6 +410,51 @@ def test_the_rank_that_is_not_in_the_collective_is_named() -> None:
     assert blocking_ranks(beats, states, {"node-1": "no answer"}, hosts) == [1, 2, 3]
 
 
+def test_a_rank_that_still_verifies_is_named() -> None:
+    beats = {rank: beat(rank, "communication", "verifying", 0) for rank in range(3)} | {3: beat(3, "verifying", step=0)}
+    lines = hang_report(beats, {}, {}, {rank: f"node-{rank // 2}" for rank in range(4)}, 1094.0)
+    assert lines[0].startswith("rank 3 on node-1 is still in the phase 'verifying', 94 s")
+    assert lines[-1] == "3 other rank(s) wait in the phase 'verifying'"
+
+
+@pytest.mark.parametrize(
+    ("hang_s", "beats", "ends_at"),
+    [
+        (600.0, [], 900),  # no rank beats: START_S
+        (2000.0, [], 2000),  # a longer --hang-seconds counts at the start too
+        (600.0, [(100, "importing"), (5000, "verifying")], 5000 + 900),  # longer than START_S, but it beats
+        (600.0, [(100, "importing"), (800, "loading"), (900, "forward")], 900 + 600),
+        (600.0, [(100, "forward"), (400, "verifying")], 400 + 900),  # a rewind
+    ],
+)
+def test_a_start_ends_only_if_no_rank_makes_progress(
+    monkeypatch: pytest.MonkeyPatch, hang_s: float, beats: list[tuple[int, str]], ends_at: int
+) -> None:
+    """A clock of our own: (time, phase) are beats of rank 0, which repeats the last one every 500 s until the next."""
+    now = [0.0]
+
+    def read(logs: Path) -> dict[int, Beat]:
+        begun = [(at, phase) for at, phase in beats if at <= now[0]]
+        if not begun:
+            return {}
+        (at, phase), last = begun[-1], len(begun) == len(beats)
+        count = len(begun) * 1000 + (0 if last else int(now[0] - at) // 500)
+        return {0: dataclasses.replace(beat(0, phase), count=count), 1: beat(1, "data")}
+
+    made = object.__new__(attempt.Attempt)
+    made.options = LaunchOptions([], {}, Path(), hang_s=hang_s)
+    made.started, made.logs, made.deaths = 0.0, Path(), []
+    made.host_of = {0: "a", 1: "a"}
+    monkeypatch.setattr(attempt, "read_beats", read)
+    monkeypatch.setattr(attempt, "time", SimpleNamespace(
+        time=lambda: now[0], monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + 5)
+    ))  # fmt: skip
+    monkeypatch.setattr(made, "send", lambda word: None)
+    monkeypatch.setattr(made, "_hang", lambda since: attempt.Outcome("hung", 1, [], now[0]))
+    made.agents = {"a": SimpleNamespace(poll=lambda: None)}  # type: ignore[dict-item]  # an agent that runs
+    assert made.watch().at == pytest.approx(ends_at, abs=20)
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_limits_and_kills_of_both_cgroup_versions_are_read(tmp_path: Path, version: int) -> None:
     """The files as the kernel writes them: a job with a limit inside a slice with a wider one."""
@@ -542,7 +590,7 @@ def test_launchers_get_their_time_after_all_ranks_have_ended(
     (tmp_path / "rank-0.beat").write_text(json.dumps(beat))
     watched: Any = object.__new__(attempt.Attempt)
     watched.started, watched.agents, watched.deaths, watched.logs = clock.now, {"a": Running()}, [], tmp_path
-    watched.options = attempt.LaunchOptions([], {}, tmp_path, hang_s=hang_s)
+    watched.options, watched.host_of = attempt.LaunchOptions([], {}, tmp_path, hang_s=hang_s), {0: "a"}
     watched.send = lambda word: None
     asked: list[float] = []
     watched._hang = lambda since: asked.append(clock.now) or attempt.Outcome("failed", 1, [], since)

@@ -89,7 +89,7 @@ class Checkpointer:
         self.section, self.identity, self.log = section, identity, log
         self.newest: int | None = None  # step of the newest complete checkpoint of this process
         self.damaged: set[Path] = set()  # checkpoints that this process skipped when it resumed
-        self.writer = SafeWriter()
+        self.writer = SafeWriter(on_load=lambda: topology.beat("loading"))
         self._pending: tuple[int, Manifest, float] | None = None  # the unfinished save: step, manifest, start time
         self._hosts = topology.gather(platform.node())
         # Only gloo has monitored_barrier, which names missing ranks.
@@ -209,6 +209,7 @@ class Checkpointer:
         A collective. If the checkpoint has another layout than this run (ZeRO stage, number of ranks ...), it is
         converted first (reshard.py). Raises UserError if it cannot be loaded.
         """
+        self.topology.beat("loading")
         manifest = read_manifest(path)
         check_loadable(path, self.engine)
         if has_same_layout(manifest, self.identity):

@@ -79,7 +79,8 @@ def load(checkpoint: Path, engine: Engine, topology: Topology, log: Callable[[st
     """
     folder = resharded_folder(checkpoint, topology, log)
     manifest = cast(ReshardedManifest, read_manifest(folder))
-    fill_engine(engine, folder, {key: manifest[key] for key in ("optimizer_step", "loss_scaler")})
+    info = {key: manifest[key] for key in ("optimizer_step", "loss_scaler")}
+    fill_engine(engine, folder, info, lambda: topology.beat("loading"))
     engine.global_steps = manifest["step"]
     engine.global_samples = manifest["step"] * engine.train_batch_size()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import IO, Any
@@ -46,7 +47,9 @@ class SafeWriter:
     times as fast.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_load: Callable[[], object] = int) -> None:
+        """`on_load` is called before each file is loaded."""
+        self._on_load = on_load
         self._copies: dict[str, list[torch.Tensor]] = {}  # file name -> tensors of the last copy, for reuse
         self.begin(copy=False)
 
@@ -106,6 +109,7 @@ class SafeWriter:
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Unpickle a file. Call it only for files whose hashes were verified, because unpickling can run code."""
+        self._on_load()
         return torch.load(path, map_location=map_location, weights_only=False)
 
     def create(self, info: object) -> None:

@@ -11,7 +11,7 @@ The kinds of outcome, and how each is recognised:
     lost               an agent's ssh exited with 255: the connection to that host broke
     died               an agent reported a rank that was killed or failed
     failed             a launcher failed although no rank was reported dead, or it did not end after its ranks
-    hung               no heartbeat changed for `hang_s` while ranks were alive
+    hung               no heartbeat changed for `hang_s` (while a rank starts: at least START_S), and ranks were alive
     finished           all agents exited with 0
 """
 
@@ -47,7 +47,7 @@ from packspeed.launch.cluster.ssh import agent_command, ask_hosts
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
 from packspeed.launch.run_folder.heartbeat import SHARED_S, Beat, read_beats
 
-START_S = 900.0  # longest time from the start to the first heartbeat: imports, op builds, loading a checkpoint
+START_S = 900.0  # longest time without progress while a rank starts: imports, op builds, loading a checkpoint
 
 
 SETTLE_S = 2.0  # how long to wait for the reports of other hosts after the first sign of a failure
@@ -193,7 +193,8 @@ class Attempt:
     def watch(self) -> Outcome:
         """Block until the attempt ends, and return how it ended. The docstring of this module lists the outcomes."""
         beat_counts: dict[int, int] = {}
-        progress_at, patience_s, sent_at, read_at = self.started, START_S, 0.0, 0.0
+        start_s = max(self.options.hang_s, START_S)
+        progress_at, patience_s, sent_at, read_at = self.started, start_s, 0.0, 0.0
         ranks_have_ended = False  # so the attempt waits only for the launchers
         while True:
             time.sleep(0.2)
@@ -209,11 +210,14 @@ class Attempt:
             if all(code == 0 for code in codes.values()):
                 return Outcome("finished", 0, [], time.time())
 
-            # Any heartbeat that changed is progress. Before the first one, START_S counts instead of hang_s.
+            # Any heartbeat that changed is progress. While a rank starts, the patience is at least START_S.
             if time.monotonic() - read_at > SHARED_S:
-                new_counts, read_at = {r: beat.count for r, beat in read_beats(self.logs).items()}, time.monotonic()
+                beats, read_at = read_beats(self.logs), time.monotonic()
+                new_counts = {rank: beat.count for rank, beat in beats.items()}
                 if new_counts and new_counts != beat_counts:
-                    beat_counts, progress_at, patience_s = new_counts, time.time(), self.options.hang_s
+                    beat_counts, progress_at = new_counts, time.time()
+                    starts = len(beats) < len(self.host_of) or any(beat.starting for beat in beats.values())
+                    patience_s = start_s if starts else self.options.hang_s
                     ranks_have_ended = False
 
             # No progress: a hang if ranks are alive. If all have ended, their launchers get ENDING_S to notice.

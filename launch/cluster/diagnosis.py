@@ -19,9 +19,9 @@ WAITING = "communication"  # the name of the phase in which a rank is inside a c
 
 
 def position(beat: Beat) -> str:
-    """Return where a rank is: its phase or the name of its collective, and the step."""
+    """Return where a rank is: its phase or the name of its collective, and the step if it trains."""
     doing = beat.collective if beat.phase == WAITING and beat.collective else beat.phase
-    return f"{doing} of step {beat.step + 1}"
+    return f"the phase {doing!r}" if beat.starting else f"{doing} of step {beat.step + 1}"
 
 
 def blocking_ranks(

@@ -214,7 +214,7 @@ class Supervisor:
         """
         while attempt is self.attempt and attempt.running():
             time.sleep(self.options.take_back_s)
-            if not read_beats(attempt.logs):
+            if all(beat.starting for beat in read_beats(attempt.logs).values()):
                 continue  # the ranks have not started training, and could not save
             replies = self.ask_facts([*self.hosts[:1], *self.dropped])
             if not any(reason_to_drop(replies, host.name, self.hosts[0].name) for host in self.dropped):
@@ -239,7 +239,7 @@ class Supervisor:
         first_steps: dict[int, int] = {}
         while attempt is self.attempt and attempt.running():
             for rank, beat in read_beats(attempt.logs).items():
-                if beat.step > first_steps.setdefault(rank, beat.step):
+                if not beat.starting and beat.step > first_steps.setdefault(rank, beat.step):
                     now = time.time()
                     self.log(
                         f"recovered: {now - fault.at:.1f} s from the fault to step {beat.step} "

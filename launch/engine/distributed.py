@@ -34,7 +34,7 @@ Error = TypeVar("Error", str, UserError)
 T = TypeVar("T")  # a small object that can be pickled
 
 
-def no_beat(phase: str) -> None:
+def no_beat(phase: str, collective: str = "") -> None:
     """Do nothing: no supervisor watches this process."""
 
 
@@ -52,7 +52,7 @@ class Topology:
     dp_rank: int
     dp_size: int
     device: torch.device
-    beat: Callable[[str], None] = no_beat  # tells the supervisor of `packspeed launch` that the rank is in this phase
+    beat: Callable[..., None] = no_beat  # tells the supervisor of `packspeed launch` where the rank is (Heartbeat)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the data-parallel ranks, in place, and return it.
@@ -141,11 +141,12 @@ def start_distributed(
     say: Callable[[str], None] = print,
     timeout_s: float = 1800.0,
     deterministic: bool = True,
+    beat: Callable[..., None] = no_beat,
 ) -> Topology:
     """Join the process group that the launcher's environment variables describe. Without a launcher, be its only rank.
 
     A collective: every rank must call it, once. `timeout_s` is how long a collective may wait before it fails.
-    `deterministic` is train.deterministic of the run.
+    `deterministic` is train.deterministic of the run. `beat` is the topology's.
 
     If `ds_config` (the final DeepSpeed configuration) is given, the DeepSpeed ops that it needs are compiled too. If
     one host cannot compile an op, no rank uses it: `ds_config` is changed in place to use a substitute. If there is no
@@ -178,7 +179,7 @@ def start_distributed(
         # shared-memory op at once: if one rank could not build that op, the others would wait there forever.
         torch.distributed.init_process_group(backend, timeout=timeout)
     topology = Topology(
-        rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name())
+        rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name()), beat
     )
     if ds_config is not None:
         _build_ops(ds_config, topology, say)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,19 @@ def _held_parts(engine: Engine) -> Iterator[Held]:
 
 
 @torch.no_grad()
-def fill_engine(engine: Engine, folder: Path, info: JsonObject) -> None:
+def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callable[[], object] = int) -> None:
     """Load <folder>/<parameter>.safetensors into the optimizer, and update the weights that the module computes with.
 
     Each file holds full tensors of one parameter: "fp32" (the weight) and the optimizer's states, such as "exp_avg".
     `info` is {"optimizer_step": number of steps the optimizer has taken, "loss_scaler": {field: value}}. The fields are
-    SCALER_FIELDS if the checkpoint was trained in fp16; otherwise there are none. A collective: every rank must call
-    it.
+    SCALER_FIELDS if the checkpoint was trained in fp16; otherwise there are none. `progress` is called for each
+    parameter. A collective: every rank must call it.
     """
     wrapper: Any = engine.optimizer
     inner = engine.basic_optimizer
     kinds = set[str]()  # "fp32" and the optimizer's states: "exp_avg", "exp_avg_sq", "momentum_buffer"
     for held in _held_parts(engine):
+        progress()
         with safe_open(folder / f"{held.name}.safetensors", "pt") as file:
             for kind in file.keys():  # noqa: SIM118  (safe_open is no dict)
                 kinds.add(kind)

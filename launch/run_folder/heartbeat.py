@@ -31,6 +31,9 @@ LAUNCHER = "PACKSPEED_LAUNCHER"
 BEAT_BYTES = 256
 SHARED_S = 1.0  # time between two writes to the run folder
 
+# Phases before training, which can each take minutes; a rewind repeats some of them.
+STARTING = frozenset({"starting", "importing", "connecting", "verifying", "building", "resharding", "loading"})
+
 
 class BeatLine(TypedDict):
     """A heartbeat as JSON. Beat says what the keys mean."""
@@ -58,12 +61,17 @@ class Beat:
     count: int  # number of phases and collectives that this process has entered so far
     time: float  # seconds since 1970
 
+    @property
+    def starting(self) -> bool:
+        """Whether the rank has not begun to train: it is in one of the phases of STARTING, or waits for other ranks."""
+        return self.phase in STARTING or self.collective in STARTING
+
 
 class Heartbeat:
-    """Writes this rank's heartbeat.
+    """Writes this rank's heartbeat, from the start of the process on.
 
-    PhaseTimer (run_folder/phase_timer.py) calls it at every enter(), and sets `step` in step_done(). Write errors, such
-    as a full disk, are ignored.
+    Once training begins, PhaseTimer (run_folder/phase_timer.py) calls it at every enter(), and sets `step` in
+    step_done(). Write errors, such as a full disk, are ignored.
     """
 
     def __init__(self, logs: Path, rank: int, host: str, step: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable
 
 from packspeed.data.dataset import TokenDataset
@@ -20,7 +18,7 @@ from packspeed.launch.engine.hardware import peak_flops
 from packspeed.launch.engine.patches.collectives import time_collectives
 from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
 from packspeed.launch.engine.protocol import Engine
-from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, Heartbeat
+from packspeed.launch.run_folder.heartbeat import Heartbeat
 from packspeed.launch.run_folder.phase_timer import FILE, PhaseTimer
 from packspeed.launch.training.agreement import judge_by
 from packspeed.launch.training.anomaly import AnomalyDetector
@@ -41,6 +39,7 @@ def make_trainer(
     checkpointer: Checkpointer,
     manifest: Manifest,
     log: Callable[[str], None],
+    heartbeat: Heartbeat | None = None,
 ) -> Trainer:
     """Return the Trainer of a run that continues after manifest["step"], where {"step": 0} means a new run.
 
@@ -54,8 +53,8 @@ def make_trainer(
         log(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
 
     timer = PhaseTimer(None, step)
-    if LAUNCH_ID in os.environ:  # a supervisor started this rank and watches its heartbeat
-        timer.listener = Heartbeat(run.folder / "logs", topology.rank, platform.node(), step)
+    if heartbeat:
+        heartbeat.step, timer.listener = step, heartbeat
     if topology.device.type == "cpu":
         time_collectives(timer)
 

@@ -26,12 +26,13 @@ from packspeed.launch.engine.build import (
     resolve_kernels,
     resolve_precision,
 )
-from packspeed.launch.engine.distributed import launcher_environment, start_distributed
+from packspeed.launch.engine.distributed import launcher_environment, no_beat, start_distributed
 from packspeed.launch.engine.hardware import compute_environment, limit_threads
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.observe.console import RunProgress, live
 from packspeed.launch.observe.goodput import read_lives
 from packspeed.launch.run_folder import folder as run_folder
+from packspeed.launch.run_folder.heartbeat import Heartbeat
 from packspeed.launch.training.loop import fit
 from packspeed.launch.training.self_check import repeat_probe
 from packspeed.launch.training.setup import make_trainer, open_run_files
@@ -44,12 +45,14 @@ def start_training(
     dataset: TokenDataset | MixtureData,
     fresh: bool,
     log_filter: DeepSpeedLogFilter,
+    heartbeat: Heartbeat | None = None,
 ) -> int:
     """Train the run from its newest complete checkpoint until it ends or is stopped.
 
     Returns the exit code of the process. A collective: every rank must call it. If `fresh` is True, an existing run
-    folder is moved aside and training starts at step 0. `log_filter` is given the path of deepspeed.log. Raises
-    UserError if the run cannot start or has failed.
+    folder is moved aside and training starts at step 0. `log_filter` is given the path of deepspeed.log.
+    `heartbeat` tells a supervisor, if there is one, where this rank is. Raises UserError if the run cannot start or has
+    failed.
     """
     # Ranks, device, precision and batch plan. Whatever may differ between hosts, such as the kernels, is decided by all
     # ranks together before weights are drawn.
@@ -65,7 +68,9 @@ def start_training(
     if note := muon_clipping_note(run, ds_config, engine_precision(precision)):
         log(f"note: {note}")
     # Joins the process group and compiles DeepSpeed's ops.
-    topology = start_distributed(ds_config, log, deterministic=run.train.deterministic)
+    beat = heartbeat or no_beat
+    beat("connecting")
+    topology = start_distributed(ds_config, log, deterministic=run.train.deterministic, beat=beat)
     config = agree_on_kernels(config, topology, log)
     kernels = resolve_kernels(config.kernels, log)
 
@@ -76,6 +81,7 @@ def start_training(
         identity = run_identity(resolved, dataset, topology, ds_config, compute_environment(topology))
         found = find_checkpoint(run.folder / "checkpoints", topology, identity, log)
 
+        beat("building")
         # Build the engine. Its initial weights do not depend on the ZeRO stage or the number of ranks.
         log_filter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
         with quiet(run.folder / "deepspeed.log" if rank == 0 else None):
@@ -99,7 +105,7 @@ def start_training(
             )
             return 0
 
-        trainer = make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, log)
+        trainer = make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, log, heartbeat)
         repeat_probe(trainer, manifest)  # check that the checkpoint still gives the loss with which it was saved
 
         # All checks have passed. From here on the files of the run change.
