@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from packspeed.data.storage.hashing import FileHash, hash_file
+from packspeed.launch.checkpoint import retention
 from packspeed.launch.checkpoint.manifest import (
     Manifest,
     RunIdentity,
     dump_manifest,
     list_checkpoints,
+    read_manifest,
 )
 from packspeed.launch.checkpoint.resume import (
     check_loaded_step,
@@ -69,6 +72,43 @@ def test_retention(tmp_path: Path, keys: dict[str, int], expired: list[int]) -> 
     for step, val_loss in ((3, 1.0), (4, 3.0), (6, 2.0), (7, None), (8, 5.0), (9, None)):
         write_checkpoint(tmp_path, step, val_loss)
     assert steps(expired_checkpoints(tmp_path, 9, [], section(**keys))) == expired
+
+
+def test_retention_deletes_in_the_background_and_reads_each_manifest_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same checkpoints stay as by the rule; a changed manifest is read again; a crash leaves no part of one."""
+    read: list[str] = []
+
+    def counted(folder: Path) -> Manifest:
+        read.append(folder.name)
+        return read_manifest(folder)
+
+    monkeypatch.setattr(retention, "read_manifest", counted)
+    expire = retention.Retention(tmp_path, section(keep_best=1))
+    for step, val_loss in ((3, 1.0), (4, 3.0), (6, 2.0), (8, 5.0), (9, None)):
+        write_checkpoint(tmp_path, step, val_loss)
+    expire.start(9, [])
+    expire.wait()
+    assert steps(list_checkpoints(tmp_path)) == [9, 8, 3]
+    assert len(read) == 5
+    write_checkpoint(tmp_path, 10, 0.5)
+    with monkeypatch.context() as crash:
+        crash.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        expire.start(10, [])
+        expire.wait()
+    assert steps(list_checkpoints(tmp_path)) == [10, 8]
+    assert read[5:] == ["step-00000010"], "the others are remembered"
+    assert len(list(tmp_path.glob(".step-*"))) == 2
+    time.sleep(0.01)
+    shutil.rmtree(tmp_path / "step-00000008")
+    write_checkpoint(tmp_path, 8, 0.1)
+    write_checkpoint(tmp_path, 11)
+    expire.start(11, [])
+    expire.wait()
+    assert steps(list_checkpoints(tmp_path)) == [11, 8]
+    assert read[6:] == ["step-00000011", "step-00000008"]
+    assert not list(tmp_path.glob(".step-*"))
 
 
 def test_a_rewind_returns_to_the_newest_complete_scheduled_checkpoint(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Checkpointer:
 
     Every public method except `written` is a collective: every rank must call it. In the time lines below, time runs to
     the right. B is a barrier with a timeout, which names missing ranks. A means that all ranks agree on an error.
-    `expire` deletes the checkpoints that retention.py does not keep.
+    `expire` starts a thread that deletes the checkpoints that retention.py does not keep.
 
     Synchronous save (checkpoint.async_write: false, and the last save of a process):
 
@@ -90,6 +90,7 @@ class Checkpointer:
         self.newest: int | None = None  # step of the newest complete checkpoint of this process
         self.damaged: set[Path] = set()  # checkpoints that this process skipped when it resumed
         self.writer = SafeWriter(on_load=lambda: topology.beat("loading"))
+        self.retention = retention.Retention(folder, section)
         self._pending: tuple[int, Manifest, float] | None = None  # the unfinished save: step, manifest, start time
         self._hosts = topology.gather(platform.node())
         # Only gloo has monitored_barrier, which names missing ranks.
@@ -142,10 +143,11 @@ class Checkpointer:
         return self._pending is not None and self.writer.written()
 
     def finish(self) -> bool:
-        """Complete the unfinished save, if there is one.
+        """Complete the unfinished save, if there is one. First wait until all expired checkpoints are deleted.
 
         Returns False if it failed; the reason is logged. A collective.
         """
+        self.retention.wait()
         if self._pending is None:
             return True
         step, manifest, start = self._pending
@@ -268,7 +270,7 @@ class Checkpointer:
             ) from None
 
     def _publish(self, step: int, manifest: Manifest, hashes: list[dict[str, FileHash]]) -> str | None:
-        """On rank 0: write packspeed.json, rename the folder, replace `latest`, delete expired checkpoints.
+        """On rank 0: write packspeed.json, rename the folder, replace `latest`, start to delete what has expired.
 
         `hashes` has, for each rank, the hashes of the files that it wrote. Returns the error as text, or None.
         """
@@ -288,8 +290,7 @@ class Checkpointer:
             sync(self.folder)
             write_file(self.folder / "latest", final.name)
             self.damaged.discard(final)
-            for expired in retention.expired_checkpoints(self.folder, step, self.damaged, self.section):
-                shutil.rmtree(expired, ignore_errors=True)
         except OSError as error:
             return f"{error.filename or final}: {error.strerror}"
+        self.retention.start(step, self.damaged)
         return None

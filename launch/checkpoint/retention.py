@@ -16,11 +16,15 @@ scheduled checkpoint. So the result of a rewind does not depend on when the run 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packspeed.launch.checkpoint.manifest import list_checkpoints, read_manifest, step_of
+from packspeed.launch.checkpoint.manifest import MANIFEST, list_checkpoints, read_manifest, step_of
 from packspeed.launch.checkpoint.verify import checkpoints_in, find_damage
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import CheckpointSection
@@ -29,16 +33,81 @@ if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
 
 
-def expired_checkpoints(folder: Path, newest: int, damaged: Collection[Path], section: CheckpointSection) -> list[Path]:
+EXPIRED = ".expired"  # end of the name of a checkpoint that is being deleted
+
+
+class Retention:
+    """Deletes expired checkpoints in a thread of rank 0, while training continues.
+
+    It remembers the validation loss of every checkpoint that it has read. As long as the manifest's size and times stay
+    the same, the file is not read again: reading 200 manifests of 1,024 ranks takes a second. After a crash, the next
+    save deletes what is left.
+    """
+
+    def __init__(self, folder: Path, section: CheckpointSection) -> None:
+        self.folder, self.section = folder, section
+        self._thread: threading.Thread | None = None
+        self._losses: dict[Path, tuple[tuple[int, int, int], float | None]] = {}  # (identity of the manifest, loss)
+
+    def start(self, newest: int, damaged: Collection[Path]) -> None:
+        """Start to delete what has expired. Arguments as in expired_checkpoints."""
+        self.wait()
+        self._thread = threading.Thread(target=self._delete, args=(newest, {*damaged}), name="packspeed-expire")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the thread has ended. Call it before any checkpoint is chosen, and at the end of the process."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def val_loss(self, checkpoint: Path) -> float | None:
+        """Return the validation loss of a checkpoint, as read_val_loss does, but read each manifest only once."""
+        try:
+            stat = os.stat(checkpoint / MANIFEST)
+        except OSError:
+            return None
+        identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        known = self._losses.get(checkpoint)
+        if known is None or known[0] != identity:
+            known = self._losses[checkpoint] = (identity, read_val_loss(checkpoint))
+        return known[1]
+
+    def _delete(self, newest: int, damaged: Collection[Path]) -> None:
+        """Delete the expired checkpoints. Errors are ignored: a later save tries again."""
+        with contextlib.suppress(OSError):
+            for path in expired_checkpoints(self.folder, newest, damaged, self.section, self.val_loss):
+                # Renamed first, so that a crash leaves no checkpoint of which some files are missing.
+                os.rename(path, path.with_name(f".{path.name}{EXPIRED}"))
+                self._losses.pop(path, None)
+            for path in self.folder.glob(f".*{EXPIRED}"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def read_val_loss(checkpoint: Path) -> float | None:
+    """Return the validation loss in the manifest of a checkpoint; None if there is none or it cannot be read."""
+    try:
+        return read_manifest(checkpoint).get("val_loss")
+    except UserError:  # damaged
+        return None
+
+
+def expired_checkpoints(
+    folder: Path,
+    newest: int,
+    damaged: Collection[Path],
+    section: CheckpointSection,
+    val_loss: Callable[[Path], float | None] = read_val_loss,
+) -> list[Path]:
     """Return the checkpoints in `folder` that no rule keeps.
 
     `newest` is the step that was saved last, and `damaged` has the checkpoints that this process skipped when it
-    resumed.
+    resumed. `val_loss` returns the validation loss of a checkpoint.
     """
     present = [path for path in list_checkpoints(folder) if step_of(path) <= newest]
     complete = [path for path in present if path not in damaged]
     newest_scheduled = [path for path in complete if _is_multiple(path, section.every_steps)][:1]
-    kept = {*complete[: section.keep], *newest_scheduled, *_best(complete, section.keep_best)}
+    kept = {*complete[: section.keep], *newest_scheduled, *_best(complete, section.keep_best, val_loss)}
     oldest_kept = min(map(step_of, kept), default=newest)
     expired = [path for path in complete if path not in kept and not _is_multiple(path, section.keep_every_steps)]
     return expired + [path for path in present if path in damaged and step_of(path) < oldest_kept]
@@ -63,14 +132,9 @@ def _is_multiple(checkpoint: Path, steps: int) -> bool:
     return steps > 0 and step_of(checkpoint) % steps == 0
 
 
-def _best(checkpoints: list[Path], count: int) -> list[Path]:
+def _best(checkpoints: list[Path], count: int, val_loss: Callable[[Path], float | None]) -> list[Path]:
     """Return the `count` checkpoints with the lowest validation loss."""
-    losses = []
-    for path in checkpoints:
-        try:
-            loss = read_manifest(path).get("val_loss")
-        except UserError:  # damaged
-            continue
-        if loss is not None:
-            losses.append((loss, path))
+    if not count:
+        return []
+    losses = [(loss, path) for path in checkpoints if (loss := val_loss(path)) is not None]
     return [path for _, path in sorted(losses)[:count]]
