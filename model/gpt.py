@@ -381,12 +381,16 @@ def gpt_without_weights(config: GPTConfig) -> GPT:
 
     Then call load_state_dict(weights, assign=True), which puts the loaded tensors into the model.
     """
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"), NoInit():
         return GPT(config)
 
 
-class _NoInit(TorchFunctionMode):
-    """A context in which torch.nn.init does nothing: on the meta device it would import sympy (2 s, 150 MB)."""
+class NoInit(TorchFunctionMode):
+    """A context in which torch.nn.init does nothing.
+
+    Drawing torch's default weights costs as much as drawing the initial weights. On the meta device it would import
+    sympy (2 s, 150 MB).
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -412,21 +416,38 @@ STD = 0.02  # standard deviation of the weights at initialisation
 def init_weights(
     model: GPT,
     seed: int,
-    materialise: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext,
-    draws: bool = True,
+    materialise: Callable[[nn.Parameter, int], AbstractContextManager[Any]] = lambda parameter, source: nullcontext(),
+    rank: int = 0,
+    ranks: int = 1,
 ) -> None:
     """Initialise all parameters in place as GPT-2 does.
 
     Every parameter is drawn in fp32 from its own CPU generator, which is seeded with (seed, parameter name). So the
     weights do not depend on the number of ranks, the device, the ZeRO stage, the padding of the vocabulary or, except
-    for rounding, the precision. Costs about 8 ns per weight.
-    materialise(p): returns a context in which parameter p is complete and can be written. Needed if p is partitioned.
-    draws: False on ranks whose values such a context discards. They take part in its collectives, but draw nothing.
+    for rounding, the precision. Costs about 8 ns per weight, divided by `ranks`.
+
+    The ranks share the drawing: each draws every `ranks`-th matrix, all at the same time, and holds one at a time.
+    materialise(p, source): returns a context in which parameter p is complete and can be written, and which at its end
+    gives every rank what rank `source` has written. With several ranks it is a collective.
     """
+    # The shapes of another model, because ZeRO-3's partitions have none.
+    shapes = {name: parameter.shape for name, parameter in gpt_without_weights(model.config).named_parameters()}
+    matrices = [name for name in shapes if is_matrix(name)]
+    number = 0  # of the next matrix
+    own: Tensor | None = None
     for name, parameter in model.named_parameters():
-        with torch.no_grad(), materialise(parameter):
-            if draws:
-                parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+        source = number % ranks if is_matrix(name) else 0
+        if is_matrix(name):
+            if source == 0:  # every rank draws one of the next `ranks` matrices
+                own = None
+                for own_name in matrices[number + rank :][:1]:
+                    own = initial_value(own_name, shapes[own_name], model.config, seed)
+            number += 1
+        with torch.no_grad(), materialise(parameter, source):
+            if rank == source:
+                value = own if is_matrix(name) else initial_value(name, shapes[name], model.config, seed)
+                assert value is not None
+                parameter.copy_(value)
 
 
 def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) -> Tensor:

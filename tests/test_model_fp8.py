@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from packspeed.model import reference_ops, triton_fp8
 from packspeed.model.config import GPTConfig
 from packspeed.model.fp8_linear import E4M3, E5M2, _Fp8Linear, fp8_linear, product, scaled_mm
-from packspeed.model.gpt import GPT, _NoInit, init_weights, use_fp8
+from packspeed.model.gpt import GPT, NoInit, init_weights, use_fp8
 from packspeed.model.kernels import Kernels
 
 BF16 = torch.bfloat16
@@ -220,7 +220,7 @@ def bf16_by_default() -> Iterator[None]:
 @pytest.mark.usefixtures("bf16_by_default")
 def test_a_gpu_multiplies_the_inner_blocks_with_it() -> None:
     with FakeTensorMode(), Products() as products, torch.device("cuda"):
-        with _NoInit():
+        with NoInit():
             model = GPT(GPTConfig(**SHAPE, kernels="eager"))
         assert model.embed.weight.dtype == BF16
         use_fp8(model, skip_blocks=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from packspeed.model import gpt
 from packspeed.model.attention import attend_last
 from packspeed.model.config import GPTConfig
 from packspeed.model.embedding import embedding
@@ -374,7 +375,8 @@ def test_init_depends_on_seed_and_name_alone() -> None:
     entered = []
 
     @contextmanager
-    def materialise(p: nn.Parameter) -> Iterator[None]:
+    def materialise(p: nn.Parameter, source: int) -> Iterator[None]:
+        assert source == 0
         entered.append(p)
         yield
 
@@ -390,6 +392,38 @@ def test_init_depends_on_seed_and_name_alone() -> None:
     assert larger["embed.weight"].shape == (256, 64)
     assert torch.equal(larger["blocks.0.attn.qkv.weight"], reference["blocks.0.attn.qkv.weight"])
     assert not torch.equal(reference["blocks.0.attn.qkv.weight"], reference["blocks.1.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ranks", [2, 3, 64])
+def test_ranks_share_the_drawing_of_the_weights(monkeypatch: pytest.MonkeyPatch, family: str, ranks: int) -> None:
+    """Each rank draws its part of the matrices; what the sources have drawn is what one rank draws."""
+    reference = dict(build(seed=3, **FAMILIES[family]).named_parameters())
+    matrices = [name for name in reference if is_matrix(name)]
+    draw, drawn, found = gpt.initial_value, list[str](), dict[str, torch.Tensor]()
+
+    def counted(name: str, *arguments: Any) -> torch.Tensor:
+        if is_matrix(name):
+            drawn.append(name)
+        return draw(name, *arguments)
+
+    monkeypatch.setattr(gpt, "initial_value", counted)
+    for rank in range(ranks):
+        model = build(seed=4, **FAMILIES[family])
+        names = {parameter: name for name, parameter in model.named_parameters()}
+
+        @contextmanager
+        def materialise(p: nn.Parameter, source: int, rank: int = rank, names: Any = names) -> Iterator[None]:
+            yield
+            if source == rank:
+                assert names[p] not in found
+                found[names[p]] = p.detach().clone()
+
+        drawn.clear()
+        init_weights(model, 3, materialise, rank, ranks)
+        assert drawn == matrices[rank::ranks]
+    assert found.keys() == reference.keys()
+    assert all(torch.equal(found[name], value) for name, value in reference.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -112,7 +112,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def build_on(device: str, dtype: torch.dtype, **fields: Any) -> GPT:
-    with default_dtype(dtype), torch.device(device), gpt._NoInit():
+    with default_dtype(dtype), torch.device(device), gpt.NoInit():
         return GPT(preset(fields.pop("name"), **{"n_layer": 2} | fields))
 
 

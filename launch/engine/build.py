@@ -3,17 +3,19 @@
     engine = build_engine(gpt_config, run, ds_config)
 
 The initial weights are the same bits at every ZeRO stage and with any number of ranks: init_weights (model/gpt.py)
-draws each parameter from a seed that depends on its name. At stages 0 to 2 it writes straight into the device. At
-stage 3 it runs under deepspeed.zero.GatheredParameters.
+draws each parameter from a seed that depends on its name. Each rank draws some of the matrices and sends them to the
+others. At stages 0 to 2 it writes straight into the device. At stage 3 it runs under deepspeed.zero.GatheredParameters.
+If a checkpoint will be loaded, nothing is drawn.
 The folder patches/ describes what Packspeed changes inside DeepSpeed afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import deepspeed
@@ -27,7 +29,7 @@ from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.config.run_file import RunFile
-from packspeed.launch.engine.distributed import Topology
+from packspeed.launch.engine.distributed import Topology, no_beat
 from packspeed.launch.engine.hardware import keep_memory
 from packspeed.launch.engine.ops import device_type
 from packspeed.launch.engine.patches.adam_bias import forget_bias_products, update_in_full_vectors
@@ -38,7 +40,7 @@ from packspeed.launch.engine.patches.flat_gradients import accumulate_in_flat_te
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.config import GPTConfig
-from packspeed.model.gpt import GPT, gpt_without_weights, init_weights, param_groups, use_fp8
+from packspeed.model.gpt import GPT, NoInit, gpt_without_weights, init_weights, param_groups, use_fp8
 from packspeed.model.kernels import resolve
 from packspeed.model.linear import CPU_HAS_BF16
 
@@ -152,11 +154,15 @@ def wants_deepcompile(ds_config: DsConfig, device: str) -> bool:
     return True
 
 
-def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine:
+def build_engine(
+    config: GPTConfig, run: RunFile, ds_config: DsConfig, draw: bool = True, beat: Callable[..., None] = no_beat
+) -> Engine:
     """Build the GPT, initialise its weights, wrap it in a DeepSpeedEngine and patch the engine's optimizer.
 
-    `ds_config` is the final DeepSpeed configuration of this run. A collective: every rank must call it.
+    `ds_config` is the final DeepSpeed configuration of this run. If `draw` is False, the weights have no meaning, and
+    the caller must load a checkpoint. `beat` is that of the topology. A collective: every rank must call it.
     """
+    seed = run.train.seed if draw else None
     deepcompile = wants_deepcompile(ds_config, device_type())
     # Packspeed itself uses no global random generator. A library may, and must then get the same numbers in every run.
     torch.manual_seed(run.train.seed)
@@ -165,10 +171,10 @@ def build_engine(config: GPTConfig, run: RunFile, ds_config: DsConfig) -> Engine
     # last bit of its first gradient. So a single thread makes the first call here.
     torch.zeros(64).exp_()
     if zero_stage(ds_config) == 3:
-        model = _partitioned_model(config, run.train.seed, ds_config)
+        model = _partitioned_model(config, seed, ds_config, beat)
     else:
         device = torch.device(get_accelerator().current_device_name())
-        model = model_on(device, config, run.train.seed, parameter_dtype(ds_config))
+        model = model_on(device, config, seed, parameter_dtype(ds_config), beat)
     if run.train.precision == "fp8":
         use_fp8(model, run.train.fp8_skip_blocks)
     if run.train.optimizer.name == "muon":
@@ -205,29 +211,55 @@ def parameter_dtype(ds_config: DsConfig) -> torch.dtype:
     return next((dtypes[name] for name in dtypes if (ds_config.get(name) or {}).get("enabled")), torch.float32)
 
 
-def model_on(device: torch.device, config: GPTConfig, seed: int, dtype: torch.dtype) -> GPT:
+def model_on(
+    device: torch.device, config: GPTConfig, seed: int | None, dtype: torch.dtype, beat: Callable[..., None] = no_beat
+) -> GPT:
     """Return the GPT with its initial weights on `device`, in `dtype`, for ZeRO stages 0 to 2.
 
     The weights are the same bits as if all were drawn in fp32 on the CPU and then cast. But only one parameter at a
-    time is in host memory, because the fp32 weights of a 7B model on eight ranks would take 216 GB.
+    time is in host memory, because the fp32 weights of a 7B model on eight ranks would take 216 GB. Without a seed, the
+    weights are zeros. A collective: every rank must call it.
     """
     model = gpt_without_weights(config).to(dtype).to_empty(device=device)
     if config.tie_embeddings:  # to_empty makes two tensors of one
         model.lm_head.weight = model.embed.weight
-    init_weights(model, seed)
+
+    @contextlib.contextmanager
+    def sent_from(parameter: torch.nn.Parameter, source: int) -> Iterator[None]:
+        beat("building")
+        yield
+        if _rank_and_world()[1] > 1:
+            dist.broadcast(parameter.data, source)
+
+    if seed is None:
+        for parameter in model.parameters():
+            parameter.data.zero_()
+    else:
+        init_weights(model, seed, sent_from, *_rank_and_world())
     return model
 
 
-def _partitioned_model(config: GPTConfig, seed: int, ds_config: DsConfig) -> GPT:
+def _rank_and_world() -> tuple[int, int]:
+    """Return (rank, number of ranks); (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _partitioned_model(config: GPTConfig, seed: int | None, ds_config: DsConfig, beat: Callable[..., None]) -> GPT:
     """Return the GPT with its initial weights, partitioned over all ranks for ZeRO-3.
 
-    A collective: every rank must call it. Rank 0 draws the weights and sends them to the others.
+    Without a seed, the weights are what was in memory. A collective: every rank must call it.
     """
-    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+
+    def gathered(parameter: torch.nn.Parameter, source: int) -> contextlib.AbstractContextManager[None]:
+        beat("building")
+        context: contextlib.AbstractContextManager[None]
+        context = deepspeed.zero.GatheredParameters([parameter], modifier_rank=source)
+        return context
+
+    with deepspeed.zero.Init(config_dict_or_path=ds_config), NoInit():
         model = GPT(config)
-    init_weights(
-        model, seed, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0), draws=dist.get_rank() == 0
-    )
+    if seed is not None:
+        init_weights(model, seed, gathered, *_rank_and_world())
     return model
 
 

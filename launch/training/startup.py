@@ -85,7 +85,8 @@ def start_training(
         # Build the engine. Its initial weights do not depend on the ZeRO stage or the number of ranks.
         log_filter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
         with quiet(run.folder / "deepspeed.log" if rank == 0 else None):
-            engine = build_engine(config, run, ds_config)
+            # The weights of a checkpoint replace the initial ones.
+            engine = build_engine(config, run, ds_config, draw=found.checkpoint is None, beat=beat)
         log(
             f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
             f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
