@@ -1,5 +1,9 @@
 """Batches as a pure function: `Loader.batch(step, rank, world)` returns the same rows on every call.
 
+Here, `step` is the number of a batch, from 0. Training step n reads batch n - 1, or a later one after a rewind
+(launch/training/loop.py). PackedLoader (packing.py: best_fit and bos_aligned) and MixtureLoader (mixture.py) override
+`read` and `used_labels`; launch/config/run_data.py chooses the class.
+
 Samples are numbered through the run: row i of step s is sample k = s * global_batch + i, and order.py computes from k
 which part of the dataset that sample is. Rank r of w ranks reads global_batch / w rows, from row r * global_batch / w
 on. So the global batch of a step does not depend on the number of ranks, and the state of data loading is one integer,
@@ -47,7 +51,7 @@ import xxhash
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.order import ORDER_VERSION, Order, Shuffle
+from packspeed.data.order import Order, Shuffle
 from packspeed.data.storage.manifest import Tokens
 
 # Read-ahead: this many tokens of the global batches, but at least this many steps. Ranges with a gap of at most
@@ -310,23 +314,6 @@ class Loader:
         chosen = np.asarray(indices, dtype=np.int64)
         starts = self.val_windows(windows)[chosen].tolist()
         return self._add_documents(Batch(self.dataset.read_rows("val", starts, self.seq_len + 1), chosen))
-
-    def state(self, step: int) -> dict[str, int]:
-        """Return what a checkpoint stores about data loading, so that a run can resume at `step`."""
-        return {"order_version": ORDER_VERSION, "step": step}
-
-    def step_of(self, state: dict[str, int]) -> int:
-        """Return the step at which to resume, from the result of `state`.
-
-        Raises DataError if the checkpoint was written with another version of the order of samples.
-        """
-        if state["order_version"] != ORDER_VERSION:
-            raise DataError(
-                f"The checkpoint was written with order version {state['order_version']} (the rule for the order of "
-                f"samples), but this Packspeed has order version {ORDER_VERSION}: the run would repeat some samples "
-                f"and miss others. Resume it with the version of Packspeed that started it."
-            )
-        return state["step"]
 
 
 class Prefetcher:

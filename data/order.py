@@ -193,11 +193,13 @@ class _Epoch:
         self._full_blocks, self._rest = divmod(windows, self._block)
         blocks = self._full_blocks + (self._rest > 0)
         self._permute_blocks = Permutation(max(1, self._full_blocks), self._prefix + b"blocks")
-        self._rest_slot = self._draw(b"rest", blocks) if self._rest else blocks
+        # The place of the short last block among the permuted blocks; after all of them if there is none.
+        self._rest_place = self._draw(b"rest", blocks) if self._rest else blocks
         # Group g has the permuted blocks first_block[g] .. first_block[g + 1] - 1; its slots begin at first_slot[g].
         self.groups = groups = max(1, round(windows * order.seq_len / GROUP_TOKENS))
         self._first_block = np.arange(groups + 1, dtype=np.int64) * blocks // groups
-        missing = (self._first_block > self._rest_slot) * (self._block - self._rest)
+        # The windows that the short block lacks move all groups after it.
+        missing = (self._first_block > self._rest_place) * (self._block - self._rest)
         self._first_slot = self._first_block * self._block - missing
 
     def __call__(self, slots: Indices) -> Indices:
@@ -218,11 +220,11 @@ class _Epoch:
         position = first + self._permute_group(group)(slots - first)  # windows in the order of the permuted blocks
         # The last block has fewer windows than the others. Add the difference to all positions after it, so that the
         # division below finds the right block.
-        behind = position >= self._rest_slot * self._block + self._rest
+        behind = position >= self._rest_place * self._block + self._rest
         position = position + behind * (self._block - self._rest)
         slot_block, inside = np.divmod(position, self._block)
-        full_block = slot_block - (slot_block > self._rest_slot)  # number of the block if only full blocks are counted
-        last = slot_block == self._rest_slot
+        full_block = slot_block - (slot_block > self._rest_place)  # number of the block if only full blocks are counted
+        last = slot_block == self._rest_place
         block = np.where(last, self._full_blocks, self._permute_blocks(np.where(last, 0, full_block)))
         window: Indices = block * self._block + inside
         return window
@@ -234,8 +236,8 @@ class _Epoch:
         block, inside = np.divmod(windows, self._block)
         last = block == self._full_blocks  # the short block
         full_block = self._permute_blocks.inverse(np.where(last, 0, block))
-        slot_block = np.where(last, self._rest_slot, full_block + (full_block >= self._rest_slot))
-        position = slot_block * self._block + inside - (slot_block > self._rest_slot) * (self._block - self._rest)
+        slot_block = np.where(last, self._rest_place, full_block + (full_block >= self._rest_place))
+        position = slot_block * self._block + inside - (slot_block > self._rest_place) * (self._block - self._rest)
         slots = np.empty_like(windows)
         groups = np.searchsorted(self._first_slot, position, side="right") - 1
         for group in set(groups.tolist()):

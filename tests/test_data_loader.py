@@ -152,14 +152,6 @@ def test_impossible_numbers_are_refused(dataset: TokenDataset, loader: Loader) -
         Loader(dataset, "val", seq_len=10**6, global_batch=1, seed=0)
 
 
-def test_state_is_one_integer_and_a_version(loader: Loader) -> None:
-    state = loader.state(41)
-    assert state == {"order_version": 1, "step": 41}
-    assert loader.step_of(json.loads(json.dumps(state))) == 41
-    with pytest.raises(DataError, match="order version 2"):
-        loader.step_of({"order_version": 2, "step": 41})
-
-
 def test_prefetched_batches_are_the_same(loader: Loader) -> None:
     with Prefetcher(loader, 5, 60, rank=1, world=3) as prefetcher:
         kept = list(prefetcher)

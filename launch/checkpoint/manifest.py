@@ -147,18 +147,18 @@ def _hash_of(manifest: Mapping[str, object]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest).encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, format_version: int = FORMAT_VERSION) -> Manifest:
     """Read packspeed.json in a checkpoint folder.
 
-    Raises UserError if it is missing, damaged or has another format version.
+    Raises UserError if it is missing, damaged or has another version than `format_version`.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        if version != FORMAT_VERSION:
+        if version != format_version:
             raise UserError(
-                f"{path} has format version {version}, but this Packspeed reads version {FORMAT_VERSION} only. "
+                f"{path} has format version {version}, but this Packspeed reads version {format_version} only. "
                 "Install a version that reads it."
             )
         step = manifest["step"]

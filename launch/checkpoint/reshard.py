@@ -78,7 +78,7 @@ def load(checkpoint: Path, engine: Engine, topology: Topology, log: Callable[[st
     Raises UserError on every rank if the conversion fails.
     """
     folder = resharded_folder(checkpoint, topology, log)
-    manifest = cast(ReshardedManifest, read_manifest(folder))
+    manifest = cast(ReshardedManifest, read_manifest(folder, FORMAT_VERSION))
     info = {key: manifest[key] for key in ("optimizer_step", "loss_scaler")}
     fill_engine(engine, folder, info, lambda: topology.beat("loading"))
     engine.global_steps = manifest["step"]

@@ -45,6 +45,7 @@ def find_damage(folder: Path, topology: Topology | None = None) -> list[str]:
     else:
         from packspeed.launch.engine.shared_work import SharedWork  # here, because it loads DeepSpeed
 
+        # It waits as long as any rank makes progress. A collective would fail after 30 minutes.
         work = SharedWork(topology, "verifying")
         own = shares(listed, topology.world)[topology.rank]
         found = _check(folder, {name: listed[name] for name in own}, work.progress)

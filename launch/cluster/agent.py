@@ -112,7 +112,8 @@ class LocalRanks:
         self.processes: dict[int, psutil.Process] = {}  # the ranks that have been seen so far
         self.ended: set[int] = set()
         self.searched_at = 0.0
-        # Schedulers signal every process of a job, but only the supervisor decides when the ranks stop.
+        # Schedulers signal every process of a job, but only the supervisor decides when the ranks stop. The launcher
+        # and the ranks inherit the block; the ranks lift it themselves (training/signals.py).
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
         os.chdir(request["cwd"])
         command = node_launcher_command(

@@ -203,7 +203,8 @@ class Attempt:
                 self.send(BEAT)
                 sent_at = time.monotonic()
 
-            # A rank died, or an agent failed: ssh exits with 255 within ten seconds after its host is gone.
+            # A rank died, or an agent failed: ssh exits with 255 within ten seconds after its host is gone. A death
+            # whose status is unknown (None) may be a normal end, so the exit code of its launcher decides.
             codes = {host: agent.poll() for host, agent in self.agents.items()}
             if any(death["status"] for death in self.deaths) or any(code not in (None, 0) for code in codes.values()):
                 return self._verdict()

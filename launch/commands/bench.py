@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from packspeed.launch.commands.options import Overrides, RunFileArgument, SameRanks
+from packspeed.launch.commands.options import LocalRanks, Overrides, RunFileArgument
 from packspeed.launch.trials import bench as benchmark
 
 
@@ -25,7 +25,7 @@ def bench(
     stage: Annotated[
         str | None, typer.Option(help="ZeRO stages to measure, for example 0,1,2,3. Default: the DeepSpeed JSON's.")
     ] = None,
-    ranks: SameRanks = None,
+    ranks: LocalRanks = None,
     rounds: Annotated[int, typer.Option(help="Number of measurements of each setting.")] = 5,
     steps: Annotated[int, typer.Option(help="Number of optimizer steps per measurement.")] = 5,
     compare: Annotated[

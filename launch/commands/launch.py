@@ -119,6 +119,7 @@ def launch(
         raise ConfigError(f"--launcher {launcher}: unknown launcher. Choose ssh, pdsh or openmpi.")
     check_seconds(hang_s, take_back_s)
     hosts = _hosts(run, hostfile, ranks, include, exclude)
+    # Without --fresh, which moves the folder here, once: a rank would do so at every restart.
     arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
     report_env_files()
     options = LaunchOptions(

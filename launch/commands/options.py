@@ -23,12 +23,10 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the run file (repeatable)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-LocalRanks = Annotated[
-    int | None, typer.Option(help="Number of ranks on this machine. Default: one per GPU, or one if there is no GPU.")
-]
-SameRanks = Annotated[
-    int | None, typer.Option(help="Number of ranks on this machine. Default: that of packspeed train.")
-]
+_RANKS_HELP = (
+    "Number of ranks on this machine. Default: the largest number of GPUs that divides the global batch, or 1 on CPUs."
+)
+LocalRanks = Annotated[int | None, typer.Option(help=_RANKS_HELP)]
 Fresh = Annotated[bool, typer.Option(help="Move an existing run folder aside and start at step 0.")]
 
 LISTED_FILES = 20  # largest number of skipped files that are listed by name

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from packspeed.launch.commands.options import Json, Overrides, RunFileArgument, SameRanks
+from packspeed.launch.commands.options import Json, LocalRanks, Overrides, RunFileArgument
 from packspeed.launch.trials import prove as proof
 
 
@@ -17,7 +17,7 @@ def prove(
     run_file: RunFileArgument,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(help="Number of steps to which the run is shortened.")] = 18,
-    ranks: SameRanks = None,
+    ranks: LocalRanks = None,
     other_ranks: Annotated[
         int | None,
         typer.Option(help="The run is also resumed with this number of ranks. Default: half of --ranks, or 2 for 1."),

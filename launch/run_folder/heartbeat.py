@@ -64,6 +64,7 @@ class Beat:
     @property
     def starting(self) -> bool:
         """Whether the rank has not begun to train: it is in one of the phases of STARTING, or waits for other ranks."""
+        # A rank that waits for work shared by all ranks gives that work as its collective (engine/shared_work.py).
         return self.phase in STARTING or self.collective in STARTING
 
 

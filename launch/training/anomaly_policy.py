@@ -1,7 +1,8 @@
 """What happens after a vetoed step: stop the run, drop the batch, or rewind to a checkpoint.
 
-The section `anomalies` of the run file chooses. A rewind drops all batches since the checkpoint, as PaLM's training did
-(arXiv:2204.02311, section 5.1).
+The section `anomalies` of the run file chooses. A rewind returns to the newest complete checkpoint whose step is a
+multiple of checkpoint.every_steps or, if there is none, to the newest complete one. It drops all batches since then, as
+PaLM's training did (arXiv:2204.02311, section 5.1).
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Mic
     """Yield this rank's batch as micro batches of `rows` rows, in order, on the device."""
     for part in batch.cut(rows):
         tokens = to_device(part.tokens, device).long()
+        # Only the packings best_fit and bos_aligned have targets: their labels are not the inputs, shifted by one.
+        # data/loader.Batch has a table of the fields of each packing.
         if part.targets is None:
             # Inputs and labels overlap, so one transfer of T + 1 tokens carries both. The device casts to int64.
             inputs, labels = tokens[:, :-1], tokens[:, 1:]
