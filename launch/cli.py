@@ -111,7 +111,7 @@ def packspeed() -> None:
 
 
 def main() -> None:
-    """Run the command line.
+    """Run the `packspeed` command with the arguments in sys.argv.
 
     Here, and nowhere else, a PackspeedError becomes one paragraph on stderr and an exit code.
     """

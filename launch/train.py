@@ -41,7 +41,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check both files, then train, and return the exit code. Rank 0 prints a PackspeedError as one paragraph."""
+    """Check the run file and the DeepSpeed JSON, then train. Returns the exit code.
+
+    A PackspeedError is caught; rank 0 prints it as one paragraph.
+    """
     stop_while_starting()  # before the other imports, which take up to ten seconds
     raise_open_file_limit()
     args = parse_args(argv)
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    """Check both files and train. Returns the exit code; raises PackspeedError."""
+    """Check the run file and the DeepSpeed JSON, then train. Returns the exit code; raises PackspeedError."""
     from packspeed.launch.config.deepspeed_json import load_ds_config
     from packspeed.launch.config.loading import load_run_file
     from packspeed.launch.config.run_data import open_data

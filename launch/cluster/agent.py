@@ -60,7 +60,10 @@ CUT_OFF_S = 5.0  # the same if the network is cut; it is short, because ranks wi
 
 
 def main() -> int:
-    """Answer requests until stdin closes. Returns the exit code of the launcher, or 0 if there was no `run` request."""
+    """Answer the supervisor's requests until stdin closes or a `run` request has been carried out.
+
+    Returns the exit code of DeepSpeed's launcher, or 0 if there was no `run` request.
+    """
     while (line := _read_line()).endswith(b"\n"):  # without a line end, the supervisor has died while writing
         request: Request = json.loads(line)
         if request["do"] == "facts":
@@ -93,10 +96,10 @@ def _read_line() -> bytes:
 
 
 class LocalRanks:
-    """The ranks of this host in one attempt: starts DeepSpeed's node launcher, reports ranks that have ended, kills the
-    rest.
+    """The ranks of this host in one attempt. Starts DeepSpeed's node launcher, and reports ranks that have ended.
 
-    The other end is attempt.Attempt. It sends BEAT every 2 s and receives a RankDeath for every rank that ends.
+    The supervisor's side is attempt.Attempt: it sends BEAT every 2 s, and receives a RankDeath for every rank that
+    ends.
     """
 
     def __init__(self, request: RunRequest) -> None:
@@ -124,9 +127,10 @@ class LocalRanks:
         self.launcher = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def run(self) -> int:
-        """Watch until the launcher ends, then kill the processes that are left. Returns the launcher's exit code.
+        """Watch until DeepSpeed's node launcher ends, then kill the processes that are left.
 
-        If the ranks were asked to stop before any of them had started, the code is EXIT_STOPPED.
+        Returns the launcher's exit code, or EXIT_STOPPED if the ranks were asked to stop before any of them had
+        started.
         """
         heard_at, kill_at, buffer = time.monotonic(), float("inf"), b""
         stdin_open = True

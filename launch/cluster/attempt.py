@@ -185,7 +185,7 @@ class Attempt:
             self._write(agent, word)
 
     def running(self) -> bool:
-        """Return whether an agent is still running."""
+        """Return whether any agent of this attempt is still running."""
         return any(agent.poll() is None for agent in self.agents.values())
 
     # --- watch --------------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ class Attempt:
     def end(self, log: Log) -> None:
         """Kill every process of the attempt on every host that answers.
 
-        On the other hosts the agent kills the ranks.
+        On a host that does not answer, the agent itself stops the ranks, once it has received no message for SILENCE_S.
         """
         for agent in self.agents.values():
             agent.kill()

@@ -42,9 +42,9 @@ def groups(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> list[Pat
 
 
 def oom_kills(folders: list[Path], vmstat: Path = Path("/proc/vmstat")) -> int:
-    """Return the number of processes that the OOM killer has ended in our cgroup.
+    """Return the number of processes that the OOM killer has ended in the first of `folders` (see groups).
 
-    If the cgroup does not count them, return the number on this machine since it was booted.
+    If that cgroup does not count them, return the number on this machine since it was booted.
     """
     for path in [folder / name for folder in folders[:1] for name in ("memory.events", "memory.oom_control")] + [
         vmstat
@@ -56,8 +56,9 @@ def oom_kills(folders: list[Path], vmstat: Path = Path("/proc/vmstat")) -> int:
 
 
 def limit(folders: list[Path]) -> tuple[int, int, str] | None:
-    """Return (limit in bytes, peak use in bytes, folder of the cgroup) of the lowest limit; None if there is no
-    limit.
+    """Return (limit in bytes, peak use in bytes, folder of the cgroup) of the lowest memory limit in `folders`.
+
+    Returns None if there is no limit. `folders` is the result of groups.
     """
     limits = []
     for folder in folders:
@@ -69,7 +70,7 @@ def limit(folders: list[Path]) -> tuple[int, int, str] | None:
 
 
 def _number(path: Path, key: str = "") -> int | None:
-    """Return the first number in a file, or the number after the word `key`; None if there is none."""
+    """Return the number at the start of a file, or after the word `key`; None if there is none or no such file."""
     try:
         words = path.read_text().split()
         return int(words[words.index(key) + 1] if key else words[0])

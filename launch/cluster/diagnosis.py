@@ -19,7 +19,7 @@ WAITING = "communication"  # the name of the phase in which a rank is inside a c
 
 
 def position(beat: Beat) -> str:
-    """Return where a rank is: its phase or the name of its collective, and the step if it trains."""
+    """Return in words where a rank is: its phase or the name of its collective, and the step if it trains."""
     doing = beat.collective if beat.phase == WAITING and beat.collective else beat.phase
     return f"the phase {doing!r}" if beat.starting else f"{doing} of step {beat.step + 1}"
 
@@ -32,8 +32,8 @@ def blocking_ranks(
 ) -> list[int]:
     """Return the ranks for which the others wait, or an empty list if they cannot be determined.
 
-    `states` has the ranks of hosts that answered, `unreachable` the error of each host that did not, and `host_of` the
-    host of each rank.
+    `beats` has the last heartbeat of each rank, `states` the ranks of hosts that answered, `unreachable` the error of
+    each host that did not, and `host_of` the host of each rank.
     """
     # Ranks that cannot continue: their host does not answer, they are stopped, or their process is gone.
     silent = [rank for rank, host in host_of.items() if host in unreachable]
@@ -90,7 +90,10 @@ def hang_report(
 
 
 def training_stack(text: str, depth: int = 8) -> list[str]:
-    """Return the innermost frames of the thread that trains, from the text that faulthandler writes for all threads."""
+    """Return the innermost `depth` frames of a rank's main thread, the one that trains; [] if it is not in `text`.
+
+    `text` is what faulthandler has written about all threads of the rank.
+    """
     # Other threads of a rank load data and write checkpoints. Only the main thread has train.py among its frames.
     for thread in text.split("\n\n"):
         if "launch/train.py" in thread:
@@ -104,16 +107,17 @@ def was_killed(death: RankDeath) -> bool:
 
 
 def was_oom_killed(death: RankDeath) -> bool:
-    """Return whether the kernel's OOM killer probably ended a rank: there was such a kill, and the rank's status
-    fits.
+    """Return whether the kernel's OOM killer probably ended a rank.
+
+    That is so if it has ended a process on that host since the launch, and the rank's status fits.
     """
     return bool(death["oom_kills"]) and death["status"] in (None, -signal.SIGKILL)
 
 
 def death_report(death: RankDeath, host_of: Mapping[int, str], beats: Mapping[int, Beat]) -> str:
-    """Return a sentence about how a rank ended: its signal or exit code, and where it was.
+    """Return a sentence about how a rank ended: its signal or exit code, and its phase and step at that time.
 
-    For SIGKILL it also has the peak memory of the ranks on that host.
+    For SIGKILL it also has the peak memory of the ranks on that host. `beats` has the last heartbeat of each rank.
     """
     rank, status = death["died"], death["status"]
     beat = beats.get(rank)
@@ -138,9 +142,9 @@ def death_report(death: RankDeath, host_of: Mapping[int, str], beats: Mapping[in
 
 
 def describe_exit(code: int) -> str:
-    """Return the exit code of an agent in words.
+    """Return in words how DeepSpeed's launcher on a host ended, from the exit code of the host's agent.
 
-    If a signal ended its launcher, the code is 256 minus the signal's number.
+    The agent exits with the launcher's code, or with 256 minus the signal's number if a signal ended the launcher.
     """
     number = 256 - code
     names = {int(member): member.name for member in signal.Signals}

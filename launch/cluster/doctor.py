@@ -148,9 +148,10 @@ def _request(host: Host, options: LaunchOptions, run: RunFile | None, token: str
 
 
 def compare(hosts: list[Host], replies: Replies[HostFacts], run: RunFile | None, token: str) -> list[Finding]:
-    """Return all findings, host by host. If hosts differ, the most common value is assumed to be the right one.
+    """Return everything that is wrong with the hosts, host by host, according to their answers.
 
-    `token` is part of the names of the files that the hosts have left in their run folders.
+    If hosts differ, the most common value is assumed to be the right one. If `run` is given, its datasets and run
+    folder are judged too; `token` is part of the names of the files that the hosts have left in the run folder.
     """
     facts = replies.answers
     findings = [
@@ -186,7 +187,7 @@ def _most_common(values: list[str]) -> str:
 
 
 def _check_host(name: str, fact: HostFacts, slots: int) -> list[Finding]:
-    """Return the findings about one host that do not depend on a run: folder, clock, memory, port, devices."""
+    """Return findings about what one host needs for any run: current folder, clock, memory, port, a device per slot."""
     findings = []
     if not fact["cwd"]:
         findings.append(
@@ -209,9 +210,7 @@ def _check_host(name: str, fact: HostFacts, slots: int) -> list[Finding]:
 
 
 def _check_run(name: str, fact: HostFacts) -> list[Finding]:
-    """Return findings if a host cannot read the datasets, cannot write the run folder, or has too little space
-    there.
-    """
+    """Return findings if a host cannot read the run's datasets, or cannot write its run folder or lacks space there."""
     findings = [
         _finding(
             name,
@@ -266,10 +265,10 @@ def _finding(host: str, what: str, do: str) -> Finding:
 
 
 def measure_links(pool: AgentPool, hosts: list[Host], facts: Mapping[str, HostFacts]) -> Bandwidth:
-    """Measure the links of a ring over all hosts, and an all-reduce around it.
+    """Measure the network between neighbours in a ring over all hosts, and an all-reduce around it.
 
-    Returns Gbit/s by host, the rate of the better of its two links, and by "all-reduce". `facts` has addresses and the
-    port.
+    Returns (rates in Gbit/s, findings). A host's rate is that of the better of its two links; the key "all-reduce" has
+    that of the all-reduce. `facts` has the addresses of the hosts and the port.
     """
     first = facts[hosts[0].name]
     ranks = {host.name: rank for rank, host in enumerate(hosts)}
@@ -294,9 +293,9 @@ def measure_links(pool: AgentPool, hosts: list[Host], facts: Mapping[str, HostFa
 
 
 def ring_failures(errors: Mapping[str, str], hosts: list[Host]) -> list[tuple[str, str]]:
-    """Return [(host, what is wrong)] if the all-reduce failed.
+    """Return [(host, what is wrong)] if the all-reduce failed. `errors` has the error of each host that has one.
 
-    These are the hosts that did not reach the first one. If all did, they are the hosts whose error names another host.
+    The hosts are those that did not reach the first one. If all did, they are those whose error names another host.
     """
     error = errors[hosts[0].name]
     if error.startswith('{"late"'):
@@ -307,7 +306,7 @@ def ring_failures(errors: Mapping[str, str], hosts: list[Host]) -> list[tuple[st
 
 
 def slow_hosts(speeds: Mapping[str, float]) -> list[Finding]:
-    """Return a finding for each host whose bandwidth (Gbit/s) is below SLOW, half, of the median of all hosts."""
+    """Return a finding for each host whose bandwidth (Gbit/s) is below half (SLOW) of the median of all hosts."""
     median = statistics.median(speeds.values()) if speeds else 0.0
     return [
         _finding(
@@ -321,7 +320,10 @@ def slow_hosts(speeds: Mapping[str, float]) -> list[Finding]:
 
 
 def measure_torch(options: LaunchOptions, hosts: list[Host], facts: Mapping[str, HostFacts]) -> Bandwidth:
-    """Measure torch's all-reduce (NCCL or gloo) over all ranks. The ranks are started as for a training run."""
+    """Measure torch's all-reduce (NCCL or gloo) over all ranks, which are started as for a training run.
+
+    Returns ({"torch all-reduce": Gbit/s}, no finding), or ({}, one finding) if it fails.
+    """
     plan = plan_launch(hosts, facts, options.env)
     with tempfile.TemporaryDirectory() as logs:
         attempt = Attempt(plan, options, Path(logs), TORCH_ALLREDUCE, [])

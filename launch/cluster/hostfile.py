@@ -149,9 +149,9 @@ def select_hosts(hosts: list[Host], include: str = "", exclude: str = "") -> lis
 
 
 def _parse_filter(hosts: Sequence[Host], option: str, text: str) -> dict[str, list[int]]:
-    """Parse NAME[:SLOT,SLOT...]@..., and return {host name: slots in ascending order}.
+    """Parse the value of `option`, NAME[:SLOT,SLOT...]@..., and return {host name: slots in ascending order}.
 
-    A name alone means all its slots.
+    A name alone means all its slots. Raises ConfigError if a host or a slot does not exist.
     """
     by_name = {host.name: host for host in hosts}
     slots: dict[str, set[int]] = {}

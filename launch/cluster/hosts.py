@@ -71,7 +71,7 @@ class LaunchPlan:
 
     @property
     def world(self) -> int:
-        """Number of ranks."""
+        """Number of ranks on all hosts together."""
         return sum(planned.host.slots for planned in self.hosts)
 
     @property
@@ -88,7 +88,7 @@ class LaunchPlan:
     def device_groups(self) -> list[tuple[int, list[int]]]:
         """How many hosts in a row have the same device numbers, and these numbers.
 
-        A host's request contains this instead of world_info, so that requests do not grow with the number of hosts.
+        A RunRequest contains this instead of world_info, so that requests do not grow with the number of hosts.
         """
         ids = (planned.host.device_ids for planned in self.hosts)
         return [(len(list(group)), list(devices)) for devices, group in itertools.groupby(ids)]

@@ -35,7 +35,7 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def local_accelerators() -> int:
-    """Return the number of NVIDIA devices that are visible on this machine, without importing torch."""
+    """Return the number of NVIDIA devices on this machine, or in CUDA_VISIBLE_DEVICES if set. Does not import torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
@@ -43,23 +43,26 @@ def local_accelerators() -> int:
 
 
 def default_ranks(run: RunFile) -> int:
-    """Return the default number of ranks: the largest number of GPUs that divides the global batch, or 1 on CPUs.
+    """Return how many ranks to start on this machine if the user names no number.
 
-    A single rank with all cores is fastest on CPUs (LOG.md).
+    It is the largest number, up to that of the GPUs, that divides the samples of a step; 1 without GPUs, because a
+    single rank with all cores is fastest on CPUs (LOG.md).
     """
     return max(n for n in range(1, (local_accelerators() or 1) + 1) if run.global_batch % n == 0)
 
 
 def free_port() -> int:
-    """Return a TCP port for the rendezvous that no process uses now."""
+    """Return a TCP port that no process of this machine uses now, for torch's rendezvous (MASTER_PORT)."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def launcher_command(ranks: int, train_args: Sequence[str], script: Path | None = None) -> list[str]:
-    """Return the command of DeepSpeed's launcher for this machine, equal to: deepspeed --num_gpus N launch/train.py
-    ...
+    """Return the command that starts `ranks` ranks on this machine with DeepSpeed's launcher.
+
+    It equals: deepspeed --num_gpus N SCRIPT ARGUMENTS. Every rank runs `script`, by default launch/train.py, with
+    `train_args`.
     """
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
@@ -76,10 +79,10 @@ def node_launcher_command(
     python: str = sys.executable,
     script: str = str(TRAIN),
 ) -> list[str]:
-    """Return the command of DeepSpeed's launcher for the ranks of one node.
+    """Return the command of DeepSpeed's launcher that starts the ranks of one node of several.
 
-    `world_info` has each node's device numbers, in the order of ranks. `master` and `port` are torch's rendezvous, and
-    `arguments` are those of `script`.
+    `world_info` has every node's device numbers, in the order of ranks; `node_rank` is the node's place in it. `master`
+    and `port` are torch's rendezvous. Every rank runs `script` with `arguments`.
     """
     info = base64.urlsafe_b64encode(json.dumps(world_info).encode()).decode()
     return [
@@ -124,7 +127,10 @@ def run_launcher(command: Sequence[str]) -> int:
 
 
 def _wait_with_handler(process: subprocess.Popen[bytes], handler: Callable[[int, FrameType | None], None]) -> int:
-    """Wait until the process ends, and return its exit code. `handler` handles the signals in SIGNALS meanwhile."""
+    """Wait until the process ends, and return its exit code.
+
+    Meanwhile `handler` handles SIGTERM, SIGUSR1 and SIGINT of the current process.
+    """
     for number in SIGNALS:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -145,7 +151,7 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def ranks_below(launcher_pid: int) -> list[psutil.Process]:
-    """Return the rank processes among the descendants of a launcher."""
+    """Return the rank processes among the descendants of a launcher; an empty list if the launcher has ended."""
     ranks = []
     try:
         descendants = psutil.Process(launcher_pid).children(recursive=True)

@@ -35,14 +35,14 @@ class _FactsOptions(TypedDict, total=False):
 
 
 class FactsRequest(_FactsOptions):
-    """Request: describe the host. The answer is HostFacts."""
+    """Request: describe the host on which the agent runs. The answer is HostFacts."""
 
     do: Literal["facts"]
     cwd: str
 
 
 class TimeRequest(TypedDict):
-    """Request: read the host's clock. The answer is TimeAnswer."""
+    """Request: read the clock of the host on which the agent runs. The answer is TimeAnswer."""
 
     do: Literal["time"]
 
@@ -59,9 +59,10 @@ class RingRequest(TypedDict):
 
 
 class StacksRequest(TypedDict):
-    """Request: report the state and the Python stack of every rank of a launch.
+    """Request: report the state and the Python stack of every rank on the agent's host.
 
-    The answer is {rank as text: RankState}.
+    `id` is the launch id of the ranks, and `logs` the folder to which they write their stacks. The answer is {rank as
+    text: RankState}.
     """
 
     do: Literal["stacks"]
@@ -70,7 +71,7 @@ class StacksRequest(TypedDict):
 
 
 class KillRequest(TypedDict):
-    """Request: kill every process of a launch on the host. The answer is KillAnswer."""
+    """Request: kill every process on the agent's host that has the launch id `id`. The answer is KillAnswer."""
 
     do: Literal["kill"]
     id: str
@@ -111,7 +112,10 @@ class _FactsOnRequest(TypedDict, total=False):
 
 @final
 class HostFacts(_FactsOnRequest):
-    """The answer to `facts`. Keys of the base class are there only if the request asked for them."""
+    """The answer to FactsRequest: an agent's description of its host.
+
+    The keys of _FactsOnRequest are there only if the request asked for them.
+    """
 
     hostname: str
     address: str  # address of the interface that leads to the peer
@@ -127,13 +131,16 @@ class HostFacts(_FactsOnRequest):
 
 
 class TimeAnswer(TypedDict):
-    """The answer to `time`: seconds since the epoch."""
+    """The answer to TimeRequest: the time on the host's clock, in seconds since the epoch."""
 
     time: float
 
 
 class RingAnswer(TypedDict):
-    """The answer to RingRequest: the measured rates of the network. Every host gives the same answer."""
+    """The answer to RingRequest: the measured speed of the network between the hosts.
+
+    Every host gives the same answer.
+    """
 
     links: list[list[float]]  # [i]: Gbit/s from rank i to rank i + 1, and back
     sum: bool  # whether the all-reduce gave the right sum
@@ -141,7 +148,7 @@ class RingAnswer(TypedDict):
 
 
 class KillAnswer(TypedDict):
-    """The answer to `kill`: the ids of the killed processes."""
+    """The answer to KillRequest: the ids of the processes that were killed."""
 
     killed: list[int]
 
@@ -168,12 +175,18 @@ class RankDeath(TypedDict):
 
 @final
 class BandwidthRecord(TypedDict):
-    """The record that rank 0 of torch_allreduce.py sends: the rate in Gbit/s and the time."""
+    """The record that rank 0 of torch_allreduce.py sends.
+
+    `bandwidth` is the rate of torch's all-reduce in Gbit/s, `at` the time in seconds since the epoch.
+    """
 
     bandwidth: float
     at: float
 
 
 def send_record(record: Mapping[str, object]) -> None:
-    """Send one answer or record to the supervisor, in a single write, so that output of the ranks cannot split it."""
+    """Send one answer or record from this agent to the supervisor: a line on stdout.
+
+    It is a single write, so that the output of the ranks cannot split it.
+    """
     os.write(1, f"{RECORD}{json.dumps(record)}\n".encode())

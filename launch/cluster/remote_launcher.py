@@ -67,9 +67,9 @@ def _terminate_with_parent() -> None:
 
 
 def launcher_command(plan: LaunchPlan, launcher: str, hostfile: Path, train_args: Sequence[str]) -> list[str]:
-    """Return the command line of DeepSpeed's launcher.
+    """Return the command that starts the ranks on all hosts of a plan with DeepSpeed's launcher.
 
-    Raises ConfigError if it cannot pass on an argument or a host.
+    `launcher` is "pdsh" or "openmpi". Raises ConfigError if it cannot pass on an argument, a path or a host name.
     """
     arguments, selection = list(train_args), []
     if any(":" in planned.host.name for planned in plan.hosts):
@@ -100,9 +100,9 @@ def launcher_command(plan: LaunchPlan, launcher: str, hostfile: Path, train_args
 
 @contextlib.contextmanager
 def launcher_files(plan: LaunchPlan, launcher: str) -> Iterator[tuple[Path, Path]]:
-    """Write the hostfile and the file of variables, and yield their paths.
+    """Write two temporary files for DeepSpeed's launcher, and yield their paths: (hostfile, variables).
 
-    Both are removed at the end of the `with` block.
+    The second has a line NAME=VALUE for each variable of the ranks. Both are removed at the end of the `with` block.
     """
     hosts = [f"{planned.host.name} slots={max(planned.host.device_ids) + 1}\n" for planned in plan.hosts]
     lines = [f"{name}={value}\n" for name, value in launcher_variables(plan, launcher, os.environ).items()]
@@ -150,8 +150,8 @@ def pdsh_argument(text: str) -> str:
 
 
 def pdsh_value(text: str) -> str:
-    """Escape the value of a variable in the same way.
+    """Escape the value of a variable so that DeepSpeed, pdsh and the remote shell reproduce `text`.
 
-    DeepSpeed puts it in double quotes if it has an unusual character.
+    DeepSpeed puts the value in double quotes if it has an unusual character.
     """
     return re.sub(r"[\\$`\"]", r"\\\g<0>", text).replace("%", "%%")

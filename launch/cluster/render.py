@@ -103,10 +103,11 @@ def slurm(
     python: str = sys.executable,
     script: str = str(TRAIN),
 ) -> str:
-    """Return the text of an sbatch script.
+    """Return the text of an sbatch script that trains a run file with one task per rank.
 
-    The job runs in the folder `cwd`, by default the one from which it is submitted. `options` are further sbatch
-    options, such as "--partition=gpu". Raises ConfigError for a value that an `#SBATCH` line cannot contain.
+    The job runs in the folder `cwd`, by default the one from which it is submitted. The script exports the variables in
+    `env`, except secrets. `options` are further sbatch options, such as "--partition=gpu". Raises ConfigError for a
+    value that an `#SBATCH` line cannot contain.
     """
     _at_least_one(nodes=nodes, ranks_per_node=ranks_per_node, cpus_per_rank=cpus_per_rank)
     if not TIME.fullmatch(time_limit):
@@ -147,7 +148,7 @@ def k8s(
     max_restarts: int = 3,
     python: str = "python3",
 ) -> str:
-    """Return the YAML of a headless Service and an Indexed Job.
+    """Return the YAML of a headless Service and an Indexed Job that train a run file, with one pod per node.
 
     `claim` is the volume claim with the run file and the dataset, which is mounted at `mount`. `max_restarts` limits
     how often the complete run may crash; a crash of one pod ends the pods of all nodes.
@@ -170,7 +171,7 @@ def k8s(
 
 
 def _service(label: str) -> dict[str, object]:
-    """Return the Service that gives pod 0 the host name at which all ranks connect."""
+    """Return the headless Service, called `label`, that gives pod 0 the host name at which all ranks connect."""
     return {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": label, "labels": {"app": label}},
         # The name must resolve before pod 0 is ready, because the ranks connect to it while they start.
@@ -179,7 +180,7 @@ def _service(label: str) -> dict[str, object]:
 
 
 def _pod(label: str, container: dict[str, object], claim: str) -> dict[str, object]:
-    """Return the pod specification of one node, with its container and the volume claim."""
+    """Return the specification of the pod that runs the ranks of one node: its container, and the volume `claim`."""
     return {
         "subdomain": label, "restartPolicy": "Never", "terminationGracePeriodSeconds": WARNING_S,
         "containers": [container],
@@ -191,7 +192,11 @@ def _pod(label: str, container: dict[str, object], claim: str) -> dict[str, obje
 
 
 def _job(label: str, nodes: int, max_restarts: int, pod: dict[str, object]) -> dict[str, object]:
-    """Return an Indexed Job with one pod per node. Saved or evicted pods are replaced; a wrong config fails the Job."""
+    """Return an Indexed Job with one pod per node.
+
+    A pod that is evicted, or exits with 75 (saved and stopped), is replaced and does not count as failed. Exit code 2
+    (wrong config) fails the Job. `max_restarts` is the number of times that the complete run may crash.
+    """
     rules = [
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
         {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [USAGE]}},
@@ -211,9 +216,9 @@ def _job(label: str, nodes: int, max_restarts: int, pod: dict[str, object]) -> d
 def no_ssh(
     plan: LaunchPlan, arguments: Sequence[str], *, cwd: str = "", python: str = sys.executable, script: str = str(TRAIN)
 ) -> str:
-    """Return one command per host of a plan, each under a comment that names the host.
+    """Return shell commands as text: one per host of a plan, under a comment that names the host.
 
-    Start all of them, in any order.
+    Each starts the ranks of its host, in the folder `cwd`. The user starts all of them by hand, in any order.
     """
     plain, secret = _split(plan.env)
     lines = [f"# {key} is a secret: set it on every host yourself" for key in secret]
@@ -227,7 +232,7 @@ def no_ssh(
 
 
 class _Plain(yaml.SafeDumper):
-    """A YAML dumper that writes no anchors, although the two documents share objects."""
+    """A YAML dumper that writes no anchors, although the Service and the Job share objects."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -239,7 +244,11 @@ def _literal(text: str) -> str:
 
 
 def _k8s_env(env: Mapping[str, str], label: str) -> list[dict[str, object]]:
-    """Return the `env` entries of a container. Secrets refer to the Kubernetes Secret named <label>-secrets."""
+    """Return the `env` entries of a container, one per variable.
+
+    A variable whose name looks like that of a secret refers to the Kubernetes Secret <label>-secrets, without its
+    value.
+    """
     plain, secret = _split(env)
     entries: list[dict[str, object]] = [{"name": key, "value": _literal(value)} for key, value in plain.items()]
     for key in secret:
@@ -248,7 +257,10 @@ def _k8s_env(env: Mapping[str, str], label: str) -> list[dict[str, object]]:
 
 
 def _split(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Return (variables to write, names of variables that are secrets). Raises ConfigError for an invalid name."""
+    """Return (variables that may be written into a file, names of the variables that may be secrets).
+
+    Raises ConfigError for an invalid name.
+    """
     for name in env:
         if not VARIABLE.fullmatch(name):
             raise ConfigError(f"environment variable {name!r}: this is not a valid variable name.")

@@ -51,10 +51,10 @@ class RingError(Exception):
 
 
 def run_ring(rank: int, world: int, address: str, master: str, port: int) -> RingAnswer:
-    """Take part in the measurement as `rank`, from beginning to end. Every host gets the same result.
+    """Take part in the complete measurement of the network as host number `rank` of `world`.
 
     `address` is where the previous host in the ring can reach this one; the first host listens at `master` and `port`.
-    Raises RingError if a host cannot be reached.
+    Every host gets the same result. Raises RingError if a host cannot be reached.
     """
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server((address, 0), family=_family(address), backlog=8))
@@ -77,7 +77,11 @@ def run_ring(rank: int, world: int, address: str, master: str, port: int) -> Rin
 
 
 class Coordinator:
-    """Connections between the first host and all others. A context manager, which closes them."""
+    """Connections between the first host and all others, over which the hosts exchange values.
+
+    `rank` is the number of this host among `world`; the first host has 0 and listens at `master` and `port`. A context
+    manager, which closes the connections.
+    """
 
     def __init__(self, rank: int, world: int, master: str, port: int) -> None:
         self.rank, self.world = rank, world
@@ -146,7 +150,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _configure(connection: socket.socket) -> socket.socket:
-    """Set the timeout and the send buffer of a connection, and return it."""
+    """Set the timeout (ANSWER_S) and the size of the send buffer (BUFFER_BYTES) of a connection, and return it."""
     connection.settimeout(ANSWER_S)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     return connection
@@ -168,7 +172,7 @@ def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
 
 
 def _read(connection: socket.socket, count: int) -> bytes:
-    """Read exactly `count` bytes."""
+    """Read exactly `count` bytes. Raises RingError if the other host closes the connection before."""
     data = bytearray(count)
     _read_into(connection, memoryview(data))
     return bytes(data)
@@ -189,7 +193,10 @@ def _read_into(connection: socket.socket, view: memoryview) -> None:
 def _measure_links(
     rank: int, world: int, coordinator: Coordinator, previous: socket.socket, following: socket.socket
 ) -> list[float]:
-    """Measure this host's links to both neighbours. Returns [Gbit/s to the next host, Gbit/s back from it]."""
+    """Take part in measuring this host's two links, to the next and to the previous host in the ring.
+
+    Returns the rates of the first: [Gbit/s to the next host, Gbit/s back from it].
+    """
     best = [0.0, 0.0]
     odd_link = world % 2 * (world - 1)  # in a ring of odd length, the last link is measured in its own turn; 0: none
     for _ in range(ROUNDS):
@@ -213,7 +220,7 @@ def _turn(link: int, world: int, odd_link: int) -> int:
 
 
 def _send_burst(connection: socket.socket) -> float:
-    """Send data for BURST_S. Returns the rate in Gbit/s that the other host measured."""
+    """Send data for BURST_S seconds, at most BURST_BYTES. Returns the rate in Gbit/s that the other host measured."""
     data, sent, start = bytes(CHUNK_BYTES), 0, time.perf_counter()
     while sent < BURST_BYTES and time.perf_counter() - start < BURST_S:
         connection.sendall(b"\1" + data)
@@ -223,7 +230,7 @@ def _send_burst(connection: socket.socket) -> float:
 
 
 def _receive_burst(connection: socket.socket) -> float:
-    """Receive a burst, send the measured rate back, and return it in Gbit/s."""
+    """Receive the data of one _send_burst, measure its rate, send the rate back and return it, in Gbit/s."""
     chunk, received, start = bytearray(CHUNK_BYTES), 0, 0.0
     while _read(connection, 1) == b"\1":
         start = start or time.perf_counter()
@@ -240,9 +247,9 @@ def _receive_burst(connection: socket.socket) -> float:
 def _all_reduce(
     rank: int, world: int, coordinator: Coordinator, previous: socket.socket, following: socket.socket, count: int
 ) -> tuple[float, bool]:
-    """Sum a vector of `count` fp32 numbers over the ring, three times.
+    """Sum a vector of `count` fp32 numbers over the hosts of the ring, three times.
 
-    Returns (best seconds, whether the sum is right).
+    Returns (seconds of the fastest time, whether the sum was always right).
     """
     import numpy as np
 

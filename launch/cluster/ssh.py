@@ -43,16 +43,16 @@ Answer = TypeVar("Answer")
 
 @dataclasses.dataclass
 class Replies(Generic[Answer]):
-    """The replies to one request. Every host is in exactly one of `answers` and `errors`."""
+    """The replies of several hosts to one request, by host name. Every host is either in `answers` or in `errors`."""
 
     answers: dict[str, Answer]
     errors: dict[str, str]  # host -> why there is no answer
 
 
 def agent_command(host: Host, python: str = sys.executable, ssh_config: Path | None = None) -> list[str]:
-    """Return the command that starts the agent of a host.
+    """Return the command line that starts the agent of a host: over ssh, or directly if it is this machine.
 
-    The only text that the remote shell gets is the quoted interpreter.
+    `python` is the interpreter on that host, and the remote shell gets it quoted. `ssh_config` replaces ~/.ssh/config.
     """
     agent = [python, "-m", "packspeed.launch.cluster.agent"]
     if host.local:
@@ -68,17 +68,20 @@ def ask_hosts(
     command: Callable[[Host], list[str]] = agent_command,
     timeout_s: float = ASK_TIMEOUT_S,
 ) -> Replies[Answer]:
-    """Start the hosts' agents for a single request, and wait for the answers.
+    """Start the agents of the hosts, send each a single request, and wait for the answers.
 
-    `request` makes the request of a host, and `answer` is the type of the answers (messages.py). `timeout_s` is per
-    host.
+    `request` makes the request for a host, and `answer` is the type of the answers (messages.py). `command` gives the
+    command line that starts the agent of a host. `timeout_s` is per host.
     """
     with AgentPool(command) as pool:
         return pool.ask(hosts, request, answer, timeout_s)
 
 
 class AgentPool:
-    """One connection to each host, for any number of requests. A context manager, which closes them."""
+    """One running agent per host, for any number of requests. A context manager, which ends the agents.
+
+    `command` gives the command line that starts the agent of a host.
+    """
 
     def __init__(self, command: Callable[[Host], list[str]] = agent_command) -> None:
         self.command = command
@@ -118,7 +121,7 @@ class AgentPool:
     def _ask_one(self, host: Host, request: ShortRequest, timeout_s: float) -> dict[str, object]:
         """Send one host its request, and return its answer or {"error": why there is none}.
 
-        Connects to the host if necessary.
+        Starts the agent of the host if none is running.
         """
         try:
             # Each host's first request starts its agent; this runs in one thread per host.
@@ -132,10 +135,10 @@ class AgentPool:
         return connection.ask(request, timeout_s)
 
     def clock_skews(self, hosts: Sequence[Host]) -> dict[str, float]:
-        """Return a lower bound of each host's clock error in seconds, positive if its clock is ahead.
+        """Return {host: lower bound of the error of its clock}, in seconds; positive if it is ahead.
 
-        The clock is certainly wrong if the time in the answer is before the request was sent, or after the answer
-        arrived.
+        The clock here is the reference. A host's clock is certainly wrong if the time in its answer is before the
+        request was sent, or after the last answer arrived. Hosts that give no answer are left out.
         """
         sent_at: dict[str, float] = {}
 
@@ -163,7 +166,7 @@ class AgentPool:
 
 
 class AgentConnection:
-    """A running agent, which answers requests until the connection is closed."""
+    """A running agent, started with `command`. It answers requests until the connection is closed."""
 
     def __init__(self, command: list[str]) -> None:
         self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (open until `close`)

@@ -51,7 +51,7 @@ class StoppedError(Exception):
 
 
 class Supervisor:
-    """Runs attempts and decides whether to restart.
+    """Runs attempts, that is, starts of the ranks on all hosts, and decides after each whether to start another.
 
         plan -> start -> watch -> verdict -> end -> record -> done | give up | restart with the hosts that are left
           ^                                                                          |
@@ -202,7 +202,10 @@ class Supervisor:
         return plan_launch(hosts, replies.answers, self.options.env)
 
     def ask_facts(self, hosts: list[Host]) -> Replies[HostFacts]:
-        """Ask every host for its facts, and the first host for a port."""
+        """Ask every host for its facts (messages.HostFacts).
+
+        The first host is also asked whether the rendezvous port is free; if the port is 0, it chooses one.
+        """
         return ask_hosts(
             hosts, lambda host: self.options.facts_request(host, hosts), HostFacts, self.options.agent_command
         )
@@ -223,7 +226,7 @@ class Supervisor:
                 return
 
     def _append_history(self, plan: LaunchPlan, attempt: Attempt, outcome: Outcome, step: int) -> None:
-        """Append the attempt to launches.jsonl.
+        """Append a line about an attempt that has ended to launches.jsonl. `step` is the last completed step.
 
         An error, such as a full disk, is ignored: it must not end the launch.
         """
@@ -235,7 +238,10 @@ class Supervisor:
             file.write(json.dumps(entry) + "\n")
 
     def _log_recovery_time(self, fault: Outcome, attempt: Attempt) -> None:
-        """Log how long it took from the fault to the first new step. Runs in a thread."""
+        """Log how many seconds after a fault the first new step was completed. Runs in a thread.
+
+        `fault` is the outcome of an attempt, and `attempt` the one that was started after it.
+        """
         first_steps: dict[int, int] = {}
         while attempt is self.attempt and attempt.running():
             for rank, beat in read_beats(attempt.logs).items():
@@ -253,7 +259,7 @@ class Supervisor:
 def reason_to_drop(replies: Replies[HostFacts], name: str, reference: str) -> str:
     """Return why a host cannot be used, or an empty string if it can.
 
-    The versions on the host must be those of the host `reference`.
+    Python, packages and git commit on the host must be those of the host `reference`.
     """
     if name in replies.errors:
         return replies.errors[name]

@@ -70,6 +70,6 @@ def _describe_anomaly(entry: AnomalyLine) -> str:
 
 
 def _describe_document(row: JsonObject) -> str:
-    """Return the lines about one document of a step, with its text if that was asked for."""
+    """Return a line about a document that a step has read, and its text if `row` has it (--text)."""
     line = f"sample {row['sample']}: {row['source']} {row['shard']}:{row['index']}, {row['tokens']} tokens from"
     return f"{line} {row['first_token']}" + (f"\n{row['text']}" if "text" in row else "")

@@ -83,5 +83,5 @@ def generate(
 
 
 def _print_piece(text: str) -> None:
-    """Print text without a newline."""
+    """Print a piece of generated text at once and without a newline, so that the next piece follows it."""
     print(text, end="", flush=True)

@@ -62,7 +62,7 @@ def verify_dataset(path: Path) -> tuple[JsonObject, list[str], bool]:
 
 
 def describe_dataset(facts: JsonObject) -> list[str]:
-    """Return the result of `inspect_dataset` as lines of text."""
+    """Return what a dataset contains as lines of text. `facts` is the result of inspect_dataset."""
     tokenizer, source, split = facts["tokenizer"], facts["source"], facts["split"]
     lines = [f"{facts['path']}: {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} shards of {facts['dtype']}"]
     for name, size in facts["splits"].items():
@@ -94,7 +94,7 @@ def _describe_split(split: JsonObject, val_tokens: int) -> str:
 
 
 def _describe_plan(facts: JsonObject) -> list[str]:
-    """Return the result of reading_plan as lines of text."""
+    """Return what a run will read from each dataset as lines of text. `facts` is the result of reading_plan."""
     lines = [f"{facts['name']}: {facts['tokens']:,} tokens in {facts['steps']:,} steps, packing {facts['packing']}"]
     for row in facts["sources"]:
         lines.append(f"  {row['tokens']:>18,} tokens {row['epochs']:>10.3f} epochs  {row['path']}")

@@ -160,7 +160,10 @@ def _hosts(run: RunFile, hostfile: Path | None, ranks: int | None, include: str,
 def _scheduler_job(
     scheduler: str, run_file: Path, overrides: list[str], nodes: int, ranks: int, env: list[str], image: str
 ) -> str:
-    """Return the sbatch script ("slurm") or the Kubernetes Job ("k8s") that runs this run file."""
+    """Return the text of a job that trains a run file: an sbatch script ("slurm") or Kubernetes YAML ("k8s").
+
+    `ranks` is their number per node, and `env` has the values of the --env options.
+    """
     report_env_files()
     name, variables = run_file.stem, forwarded_environment(env)
     if scheduler == "k8s":

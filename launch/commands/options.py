@@ -97,7 +97,10 @@ HangSeconds = Annotated[
 
 
 def passed_over_lines(passed_over: Sequence[str]) -> list[str]:
-    """Return lines of text about files that were found but not read. At most LISTED_FILES are listed by name."""
+    """Return lines of text about the files of a source that were not read, such as those of an unknown format.
+
+    `passed_over` has "NAME: REASON" for each of them. At most LISTED_FILES are listed by name.
+    """
     more = len(passed_over) - LISTED_FILES
     return [f"  passed over {name}" for name in passed_over[:LISTED_FILES]] + (
         [f"  passed over {more:,} more files (--json lists up to 1,000)"] if more > 0 else []

@@ -40,7 +40,9 @@ class Series:
 
 
 def thinned(x: Values, y: Values, points: int = POINTS) -> list[tuple[float, float]]:
-    """Return the finite points of a curve, reduced to about `points`: the lowest and the highest of each bucket, in
+    """Return the points of a curve whose y is finite, reduced to about `points`.
+
+    The points are divided into groups of consecutive ones, and the lowest and the highest of each group are kept, in
     order.
     """
     xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
@@ -170,7 +172,7 @@ def line_chart(chart: Chart) -> str:
 
 
 def _grid(plot: Plot) -> str:
-    """Return the SVG of the grid lines and their labels."""
+    """Return the SVG of a chart's grid lines and their labels."""
     out = []
     for mark in plot.marks:
         _, y = plot.to_pixels(plot.x_low, mark)

@@ -116,7 +116,7 @@ def hours_minutes_seconds(seconds: float) -> str:
 
 
 def panel(progress: RunProgress) -> RenderableType:
-    """Return the panel as an object of rich: a progress bar, the facts in two columns, the last losses."""
+    """Return the panel of a run as an object of rich: a progress bar, the facts in two columns, the last losses."""
     # rich is imported here, because training without a terminal and most commands do not need it.
     from rich.console import Group
     from rich.padding import Padding
@@ -143,7 +143,10 @@ def panel(progress: RunProgress) -> RenderableType:
 
 @contextmanager
 def live(metrics: MetricsWriter, progress: RunProgress) -> Iterator[None]:
-    """Show the panel below the output of the training during the `with` block."""
+    """Show the panel of a run below the output of its training during the `with` block.
+
+    `metrics` passes every new line of metrics.jsonl on to `progress`.
+    """
     from rich.live import Live
 
     with Live(panel(progress), refresh_per_second=4, get_renderable=lambda: panel(progress)):

@@ -38,7 +38,7 @@ LABELS = {
 
 
 class LifeSummary(TypedDict):
-    """A life in the JSON output. formats.Life describes the keys."""
+    """One start of rank 0's process, in the output of `packspeed goodput --json`. formats.Life describes the keys."""
 
     started_at: float
     ended_at: float
@@ -79,7 +79,7 @@ class Account:
 
     @property
     def restarts(self) -> int:
-        """Number of lives after the first."""
+        """How often the run was started again after its first start."""
         return len(self.lives) - 1
 
     def as_dict(self) -> AccountDict:
@@ -97,12 +97,18 @@ class Account:
 
 
 def read_lives(folder: Path, notes: list[str] | None = None) -> list[EndedLife]:
-    """Return the lives of a run in order. Adds a note to `notes` if lines of goodput.jsonl are damaged."""
+    """Return the lines of goodput.jsonl in a run folder, in order: one per start of rank 0's process.
+
+    Adds a note to `notes` if lines are damaged.
+    """
     return [_ended(life) for life in read_lines(folder / FILE, Life, [] if notes is None else notes)]
 
 
 def _ended(life: Life) -> EndedLife:
-    """Return a life with `ended_at` and with all keys. Buckets with unknown names are added to `other`."""
+    """Return a life with the time of its end and with all keys.
+
+    Missing keys get 0 or an empty value. The seconds of buckets with unknown names are added to `other`.
+    """
     seconds = dict.fromkeys(MEASURED, 0.0)
     for name, value in life["seconds"].items():
         seconds[name if name in seconds else "other"] += value
@@ -115,9 +121,9 @@ def _ended(life: Life) -> EndedLife:
 
 
 def account(folder: Path, notes: list[str] | None = None) -> Account | None:
-    """Add up the lives of a run. Returns None if goodput.jsonl has no line.
+    """Add up the seconds of all starts of a run per bucket. Returns None if goodput.jsonl has no line.
 
-    Adds to `notes` what is wrong with its files.
+    What is wrong with the files in `folder` is added to `notes`.
     """
     notes = [] if notes is None else notes
     lives = read_lives(folder, notes)
@@ -153,17 +159,16 @@ def account(folder: Path, notes: list[str] | None = None) -> Account | None:
 
 
 def _move_lost(seconds: dict[str, float], bucket: str, amount: float) -> None:
-    """Move `amount` seconds from a bucket to `lost`, but not more than the bucket has."""
+    """Move `amount` seconds from a bucket to the bucket `lost`, but not more than the first has. Changes `seconds`."""
     amount = min(amount, seconds[bucket])
     seconds[bucket] -= amount
     seconds["lost"] += amount
 
 
 def _move_compute(seconds: dict[str, float], amount: float) -> None:
-    """Move `amount` seconds from compute and communication to `lost`, divided in the proportion that both have over the
-    run.
+    """Move `amount` seconds of step time from compute and communication to the bucket `lost`.
 
-    The step time in metrics.jsonl includes both.
+    The step time in metrics.jsonl includes both, so they are reduced in the proportion that they have over the run.
     """
     both = seconds["compute"] + seconds["communication"]
     share = seconds["communication"] / both if both else 0.0
@@ -184,7 +189,7 @@ def duration(seconds: float) -> str:
 
 
 def table(total: Account) -> str:
-    """Return the account as lines of text for a terminal, with the largest bucket first."""
+    """Return the time of a run per bucket as lines of text for a terminal, with the largest bucket first."""
     lines = [
         f"wall time {duration(total.wall_s)}, {total.restarts} restart(s), {total.steps_lost} step(s) repeated; "
         f"goodput {total.goodput:.1%}"

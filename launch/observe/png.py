@@ -50,7 +50,7 @@ def draw_png(chart: Chart) -> bytes | None:
 
 
 def _legend_rows(names: list[str]) -> list[list[str]]:
-    """Divide the names into rows that fit into the width of the chart."""
+    """Divide the labels of the curves into rows of a legend that fit into the width of the chart."""
     rows: list[list[str]] = [[]]
     for name in names:
         if rows[-1] and sum(map(_entry_width, [*rows[-1], name])) > WIDTH - LEFT - RIGHT:
@@ -60,12 +60,12 @@ def _legend_rows(names: list[str]) -> list[list[str]]:
 
 
 def _entry_width(name: str) -> float:
-    """Return the width of a name in the legend, in SVG units."""
+    """Return the width of a curve's label in the legend with its coloured mark, in SVG units."""
     return _font(11).getlength(name) / PX + 32
 
 
 def _grid(draw: ImageDraw.ImageDraw, plot: Plot) -> None:
-    """Draw the grid lines and their labels."""
+    """Draw the grid lines of a chart and their labels."""
     for mark in plot.marks:
         left, y = plot.to_pixels(plot.x_low, mark)
         draw.line(_scaled([(left, y), (WIDTH - RIGHT, y)]), fill=LINE, width=PX)

@@ -128,7 +128,10 @@ def differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]
 
 
 def can_change_the_loss(key: str) -> bool:
-    """Return whether a setting can change the loss by more than rounding, which depends on the order of additions."""
+    """Return whether a setting can change the loss by more than rounding, that is, the order of additions.
+
+    `key` has dots, as in `differences`: train.steps, ds_config.fp16.enabled or environment.ranks.
+    """
     if key.startswith("ds_config."):
         return key.removeprefix("ds_config.").startswith(DS_CHANGES_LOSS)
     return not key.startswith("environment.") and effects.can_change_the_loss(key)
@@ -190,7 +193,7 @@ def write_output(path: Path, content: bytes, option: str) -> None:
 
 
 def page(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
-    """Return the page as HTML. `notes` says what could not be read."""
+    """Return the report about `runs` as an HTML page. `notes` says what could not be read."""
     title = " · ".join(run.name for run in runs)
     sections = [
         ("Damaged files", "".join(f"<p>{html.escape(note)}</p>" for note in notes)),
@@ -215,7 +218,7 @@ def page(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    """Return the legend with the colour of each run, or nothing if there is only one run."""
+    """Return the HTML of a legend with the colour of each run, or an empty string if there is only one run."""
     keys = "".join(f'<span><i style="background:{run.color}"></i>{html.escape(run.name)}</span>' for run in runs)
     return f'<div class="legend">{keys}</div>' if len(runs) > 1 else ""
 
@@ -232,12 +235,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _summaries(runs: Sequence[Run]) -> str:
-    """Return a box with the main figures of each run."""
+    """Return the HTML of one box per run, with its main figures."""
     return '<div class="runs">' + "".join(_summary(run) for run in runs) + "</div>"
 
 
 def _summary(run: Run) -> str:
-    """Return the box with the main figures of one run."""
+    """Return the HTML of a box with the main figures of one run: state, steps, losses, speed, goodput."""
     steps, tokens = run.columns.numbers["step"], run.columns.numbers["tokens"]
     validation_losses = run.columns.values("val_loss")[1]
     # Show the last finite loss, because the loss of the last step may be null.
@@ -270,7 +273,7 @@ def _median(run: Run, key: str) -> float:
 
 
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return the charts of losses, gradient norm and learning rate."""
+    """Return the charts of losses, gradient norm and learning rate, with a curve for each run."""
     loss: list[Series] = []
     for run in runs:
         x, y = run.columns.values("loss")
@@ -288,7 +291,7 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def speed_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return the charts of throughput, MFU, step time and memory."""
+    """Return the charts of throughput, MFU, step time and memory, with a curve for each run."""
     return [
         _chart(runs, "tokens_per_s", "throughput", "tokens/s"),
         _chart(runs, "mfu", "model FLOPs utilisation", "share of peak"),
@@ -298,7 +301,7 @@ def speed_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _chart(runs: Sequence[Run], key: str, title: str, unit: str = "") -> Chart:
-    """Return a chart of one key of metrics.jsonl."""
+    """Return a chart of one key of metrics.jsonl over the steps, with a curve for each run."""
     return Chart(title, [Series(run.name, *run.columns.values(key), run.color) for run in runs], unit)
 
 
@@ -308,8 +311,7 @@ def _charts(charts: Sequence[Chart]) -> str:
 
 
 def _goodput(run: Run, named: bool) -> str:
-    """Return the goodput section of a run: a bar of the time per kind of work, its legend, and a table of its
-    processes.
+    """Return the HTML of a run's goodput: a bar of the time per kind of work, its legend, a table of its processes.
 
     `named` adds the run's name.
     """
@@ -342,7 +344,7 @@ def _goodput(run: Run, named: bool) -> str:
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    """Return two tables of the settings that differ between the runs."""
+    """Return the HTML of two tables with the settings that differ between the runs."""
     loss, speed = differences(runs)
     head = ("setting", *(run.name for run in runs))
     parts = []
@@ -353,7 +355,7 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _samples(run: Run, named: bool) -> str:
-    """Return the generated texts of a run. `named` adds the run's name."""
+    """Return the HTML of the texts that a run has generated at its evaluations. `named` adds the run's name."""
     head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
     newest, *older = reversed(run.samples)  # show the newest, and at most 20 older ones in a folded block
     rest = "".join(_sample(entry) for entry in older[:20])
@@ -362,7 +364,7 @@ def _samples(run: Run, named: bool) -> str:
 
 
 def _sample(entry: SamplesLine) -> str:
-    """Return the texts of one evaluation."""
+    """Return the HTML of the prompts and generated texts of one evaluation."""
     texts = "".join(
         f"<pre><b>{html.escape(sample['prompt'])}</b>{html.escape(sample['text'])}</pre>" for sample in entry["samples"]
     )
@@ -376,7 +378,7 @@ def _anomalies(run: Run) -> str:
 
 
 def _configuration(run: Run) -> str:
-    """Return both configuration files of a run, in folded blocks."""
+    """Return the HTML of a run's config.yaml and ds_config.json, in folded blocks."""
     files = (
         ("config.yaml", yaml.safe_dump(run.config, sort_keys=False)),
         ("ds_config.json", json.dumps(run.ds_config, indent=2)),
@@ -388,7 +390,7 @@ def _configuration(run: Run) -> str:
 
 
 def _environment(runs: Sequence[Run]) -> str:
-    """Return a table of the environments of all runs."""
+    """Return an HTML table of environment.json, with a column for each run."""
     flats = [flatten(run.environment or {}) for run in runs]
     keys = dict.fromkeys(key for flat in flats for key in flat)
     shown = [

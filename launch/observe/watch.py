@@ -32,7 +32,10 @@ MAX_STEPS = 10**15  # a larger number of steps or tokens in config.yaml means th
 
 
 class Follower:
-    """Reads the files of a run again and again. Raises UserError if the folder does not contain a run."""
+    """Reads the files of a run folder again and again, and keeps the state of the run in `progress`.
+
+    Raises UserError if the folder does not contain a run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +68,7 @@ class Follower:
         return new_lines
 
     def _new_lines(self, notes: list[str]) -> Iterator[MetricsLine]:
-        """Yield the new lines of metrics.jsonl."""
+        """Yield the lines of metrics.jsonl that were written since the last call; at first only the last ones."""
         path = self.folder / "metrics.jsonl"
         try:
             status = path.stat()
@@ -99,7 +102,10 @@ class Follower:
                 self._damaged_lines += bool(text.strip())
 
     def _state(self, notes: list[str]) -> tuple[str, str]:
-        """Return (the state in status.json, a note if the run has been silent for too long)."""
+        """Return (the state in status.json, a note).
+
+        The note is empty, except if the state is "running" but the run has been silent for too long (QUIET_S).
+        """
         damage: list[str] = []
         status = read_object(self.folder / "status.json", Status, damage)
         notes += damage
@@ -126,7 +132,7 @@ def _total_steps(config: dict[str, Any]) -> int:
 
 
 def _positive(config: dict[str, Any], section: str, key: str) -> int:
-    """Return a positive integer in a config.yaml, or 0 if the key is missing or has another value."""
+    """Return config[section][key] if it is a positive integer, or 0 if it is missing or has another value."""
     values = config.get(section)
     value = values.get(key) if isinstance(values, dict) else None
     return value if isinstance(value, int) and 0 < value <= MAX_STEPS else 0
@@ -158,7 +164,7 @@ def watch(folder: Path, once: bool = False, poll_s: float = 1.0) -> None:
 
 
 def _show_once(progress: RunProgress) -> None:
-    """Print the current state: as a panel in a terminal, otherwise as a line."""
+    """Print the state of a run: as a panel in a terminal, otherwise as a line."""
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -169,7 +175,7 @@ def _show_once(progress: RunProgress) -> None:
 
 
 def _follow_live(follower: Follower, poll_s: float) -> None:
-    """Show the panel, and update it every `poll_s` seconds, until the run ends."""
+    """Show the panel of a run in the terminal, and update it every `poll_s` seconds, until the run ends."""
     from rich.live import Live
 
     with Live(panel(follower.progress), auto_refresh=False) as screen:
@@ -182,7 +188,11 @@ def _follow_live(follower: Follower, poll_s: float) -> None:
 
 
 def _follow_plain(follower: Follower, poll_s: float) -> None:
-    """Print a line after every read that has found an evaluation or a step that training logs."""
+    """Read a run every `poll_s` seconds until it ends, and print a line about its state.
+
+    A line is printed at the start, at the end, and after every read that has found an evaluation or a step that
+    training logs.
+    """
     progress = follower.progress
     show_notes(progress.notes)
     print(progress.line(), flush=True)
@@ -197,5 +207,5 @@ def _follow_plain(follower: Follower, poll_s: float) -> None:
 
 
 def _ended(progress: RunProgress) -> bool:
-    """Return whether the run has ended."""
+    """Return whether the run is finished, stopped or failed."""
     return progress.state in ("finished", "stopped", "failed")

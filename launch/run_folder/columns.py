@@ -49,9 +49,9 @@ class Columns:
 
 
 def read_columns(folder: Path, notes: list[str]) -> Columns:
-    """Return the numbers of metrics.jsonl.
+    """Return the numbers of metrics.jsonl in a run folder.
 
-    If a step has several lines, the last one counts. Damage is added to `notes`.
+    If a step has several lines, the last one counts. What is damaged is added to `notes`.
     """
     path = folder / "metrics.jsonl"
     undamaged = _read_undamaged(path) if is_readable(path, notes) else None
@@ -65,7 +65,7 @@ def read_columns(folder: Path, notes: list[str]) -> Columns:
 
 
 def _read_undamaged(path: Path) -> Columns | None:
-    """Return the numbers of a file whose lines are all valid and in the order of steps; None for any other file."""
+    """Return the numbers of metrics.jsonl if all its lines are valid and in the order of steps; otherwise None."""
     parts: dict[str, list[Numbers]] = {key: [np.empty(0)] for key in ("step", *STEP_KEYS, "val_step", *EVALUATION_KEYS)}
     try:
         with path.open("rb") as file:
@@ -86,7 +86,7 @@ def _read_undamaged(path: Path) -> Columns | None:
 
 
 def _parse(lines: bytes) -> dict[str, Numbers]:
-    """Return the numbers of some lines, as in Columns. Raises ValueError if a line is not valid."""
+    """Parse complete lines of metrics.jsonl into the arrays of Columns. Raises ValueError if a line is not valid."""
     import pyarrow  # here, because it takes 0.15 s and most readers of a run folder do without
     from pyarrow import json as arrow_json
 
@@ -110,7 +110,7 @@ def _parse(lines: bytes) -> dict[str, Numbers]:
 
 
 def _within_limits(key: str, values: Numbers) -> bool:
-    """Return whether all numbers of a key are within the limits of its unit."""
+    """Return whether all numbers of a key of metrics.jsonl are possible for its unit (reading.LIMITS)."""
     low, high = _limits()[key]
     known = values[~np.isnan(values)]
     return not len(known) or bool(low <= known.min() and known.max() <= high)
@@ -118,7 +118,7 @@ def _within_limits(key: str, values: Numbers) -> bool:
 
 @cache
 def _limits() -> dict[str, tuple[float, float]]:
-    """Return the smallest and the largest number that each key may have."""
+    """Return {key of metrics.jsonl: (smallest, largest number that it may have)}."""
     hints = get_type_hints(StepLine, include_extras=True) | get_type_hints(EvaluationLine, include_extras=True)
     return {key: LIMITS.get(get_args(annotation)[1], OTHER_LIMITS) for key, annotation in hints.items()}
 

@@ -57,11 +57,11 @@ class Ranks(Protocol):
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
+        """Number of this process among those of the run, from 0."""
 
     @property
     def world(self) -> int:
-        """Number of processes."""
+        """Number of processes of the run."""
 
     @property
     def device(self) -> Device:
@@ -177,9 +177,9 @@ def _lock(folder: Path) -> FileLock:
 
 
 def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> JsonObject:
-    """Return the run file as a dict, with every default and the preset written out.
+    """Return the run file as a dict, with every default and the values of a model preset written out.
 
-    The result is a valid run file too.
+    `config` is the resolved model, and `precision` the one that is used. The result is a valid run file too.
     """
     out = run.model_dump(mode="json", exclude_none=True)
     out["model"] = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
@@ -188,9 +188,9 @@ def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> JsonObje
 
 
 def write_configs(folder: Path, config: Mapping[str, Any], ds_config: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write config.yaml, ds_config.json and environment.json on rank 0.
+    """Write config.yaml, ds_config.json and environment.json to a run folder; only rank 0 does so.
 
-    A collective, which gathers the names of the hosts.
+    `config` is the content of config.yaml. A collective, which gathers the names of the hosts.
     """
     hosts = ranks.gather(platform.node())
     if ranks.rank:
@@ -224,14 +224,17 @@ def record_changes(folder: Path, changes: Sequence[SettingChange]) -> None:
 
 
 def write_status(folder: Path, ranks: Ranks, state: str) -> None:
-    """Write status.json on rank 0, so that scripts and other hosts can read the state of the run."""
+    """Write status.json on rank 0, so that scripts and other hosts can read the state of the run.
+
+    `state` is running, stopped, finished or failed.
+    """
     if ranks.rank == 0:
         status: Status = {"state": state, "pid": os.getpid(), "host": platform.node(), "at": time.time()}
         (folder / "status.json").write_text(json.dumps(status))
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that can change a run's numbers."""
+    """Return {package: installed version} for the packages that can change a run's numbers."""
     names = ("packspeed", "torch", "deepspeed", "numpy", "tiktoken", "tokenizers")
     return {name: metadata.version(name) for name in names}
 

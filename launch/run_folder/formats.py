@@ -78,7 +78,7 @@ class Life(_Life, total=False):
 
 
 class EndedLife(Life):
-    """A Life as it is read from the file."""
+    """A line of goodput.jsonl as the reader returns it: a Life with the time of its end."""
 
     ended_at: Annotated[float, "seconds since 1970", "started_at plus all seconds and clock_step_s"]
 
@@ -108,7 +108,10 @@ class _AnomalyLine(TypedDict):
 
 
 class AnomalyLine(_AnomalyLine, total=False):
-    """A line of anomalies.jsonl: a step that was vetoed. `back_to` exists only after a rewind."""
+    """A line of anomalies.jsonl: a step that was vetoed, so that the optimizer did not apply it.
+
+    `back_to` exists only after a rewind.
+    """
 
     back_to: Annotated[int, "steps", "step of the checkpoint from which training continued"]
 
@@ -126,7 +129,7 @@ class SettingChange(TypedDict):
 
 
 class Status(TypedDict):
-    """The content of status.json."""
+    """The content of status.json: the state of a run, and the process that has written it."""
 
     state: Annotated[str, "", "running, stopped, finished or failed"]
     pid: Annotated[int, "", "process id of rank 0"]

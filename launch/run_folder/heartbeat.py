@@ -69,10 +69,10 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes this rank's heartbeat, from the start of the process on.
+    """Writes the heartbeats of this process, which is `rank`, to its file in `logs`, from its start on.
 
-    Once training begins, PhaseTimer (run_folder/phase_timer.py) calls it at every enter(), and sets `step` in
-    step_done(). Write errors, such as a full disk, are ignored.
+    Once training begins, PhaseTimer (run_folder/phase_timer.py) calls it at every enter(), and sets `step`, the last
+    completed step, in step_done(). Write errors, such as a full disk, are ignored.
     """
 
     def __init__(self, logs: Path, rank: int, host: str, step: int) -> None:
@@ -97,7 +97,10 @@ class Heartbeat:
         self._changed.set()
 
     def _copy_to_shared(self) -> None:
-        """Write the newest line to the run folder: at once if the last write is a second ago, else after it."""
+        """Write each new heartbeat to the run folder, at most one per SHARED_S. Runs in a thread.
+
+        If several came in that time, only the newest is written.
+        """
         while True:
             self._changed.wait()
             self._changed.clear()
@@ -129,7 +132,7 @@ def last_beat(launch_id: str, rank: int) -> BeatLine | None:
 
 
 def read_beats(logs: Path) -> dict[int, Beat]:
-    """Return {rank: its last heartbeat}. Incomplete heartbeats are left out."""
+    """Return {rank: its last heartbeat} from the files in `logs`. Incomplete heartbeats are left out."""
     beats = {}
     for path in logs.glob("rank-*.beat"):
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -139,9 +142,9 @@ def read_beats(logs: Path) -> dict[int, Beat]:
 
 
 def keep_logs(logs: Path, rank: int) -> None:
-    """Redirect the output of this process to its log, and write all stacks on SIGUSR2.
+    """Redirect stdout and stderr of this process to <logs>/rank-N.log; rank 0 also prints to the console.
 
-    Rank 0 also prints to the console.
+    On SIGUSR2, the process writes the stacks of all its threads to <logs>/rank-N.stack.
     """
     logs.mkdir(parents=True, exist_ok=True)
     stack = open(logs / f"rank-{rank}.stack", "w", encoding="utf-8")  # noqa: SIM115 (faulthandler needs it open)

@@ -28,7 +28,10 @@ def parse_object(line: bytes) -> JsonObject | None:
 
 
 def read_objects(path: Path) -> tuple[list[JsonObject], int]:
-    """Return (the JSON objects in a file of lines, the number of lines without one). A missing file has no lines."""
+    """Read a file with one JSON object per line. Returns (the objects, the number of lines that are not one).
+
+    Empty lines are not counted. A missing file has no lines.
+    """
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -105,9 +108,10 @@ def ends_with_step(path: Path, size: int, step: int) -> bool:
 
 
 def sort_lines(content: bytes, step: int) -> tuple[list[bytes], list[bytes], list[str]]:
-    """Return (lines to keep, lines to discard, notes about what was wrong).
+    """Divide the lines of metrics.jsonl. Returns (lines to keep, lines to discard, notes about what was wrong).
 
-    If a step has several lines, the last one is kept, because it is the newest.
+    Kept are the steps up to `step` and their evaluations. If a step has several lines, the last one is kept, because it
+    is the newest.
     """
     lines = [line + b"\n" for line in content.split(b"\n") if line.strip()]
     latest: dict[tuple[int, bool], int] = {}  # (step, is an evaluation) -> line number
@@ -133,9 +137,9 @@ def sort_lines(content: bytes, step: int) -> tuple[list[bytes], list[bytes], lis
 
 
 def append_discarded(path: Path, lines: bytes) -> None:
-    """Append lines to metrics.discarded.jsonl, all or none.
+    """Append lines to metrics.discarded.jsonl (`path`), all or none.
 
-    Does nothing if an interrupted call has appended them already.
+    Does nothing if the file already ends with these lines, because an interrupted call has appended them.
     """
     before = path.read_bytes() if path.exists() else b""
     if not lines or before.endswith(lines):

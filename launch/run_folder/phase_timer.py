@@ -63,9 +63,10 @@ class PhaseListener(Protocol):
 
 
 class PhaseTimer:
-    """Adds up the seconds of one life of a process per bucket, and records them in a file.
+    """Adds up the seconds of a process per bucket (compute, data, ...), and records them in goodput.jsonl.
 
-    Without a path it only adds up.
+    `path` is that file; without it, the seconds are only added up. `step` is the step from which the process starts,
+    and `age_s` the seconds since its start, by default process_age_s().
     """
 
     def __init__(self, path: Path | None, step: int = 0, age_s: float | None = None) -> None:
@@ -133,7 +134,7 @@ class PhaseTimer:
         return self.seconds["compute"] + self.seconds["communication"]
 
     def record(self, ended: str | None = None) -> None:
-        """Overwrite this life's line in the file.
+        """Overwrite this life's line in goodput.jsonl. `ended` is None, finished, stopped or failed.
 
         Errors, such as a full disk, are ignored: they must not end the run.
         """
@@ -158,7 +159,11 @@ class PhaseTimer:
             self._file = -1
 
     def timed(self, collective: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """Wrap a collective so that its time counts as communication, if this thread calls it during compute."""
+        """Wrap a collective so that its time counts as communication instead of compute.
+
+        Calls in other phases, and by other threads than the one that has created the timer, are not counted. `name` is
+        passed on to the listener.
+        """
 
         def call(*args: Any, **kwargs: Any) -> Any:
             # During a checkpoint or an evaluation, the time belongs to that phase. Collectives of other threads run at
@@ -176,7 +181,7 @@ class PhaseTimer:
 
 
 class _TimedWork:
-    """The handle of an asynchronous collective. The time in its wait() counts as communication."""
+    """The handle of an asynchronous collective. The time in its wait() counts as communication in `timer`."""
 
     def __init__(self, work: Any, timer: PhaseTimer, name: str) -> None:
         self._work, self.wait = work, timer.timed(work.wait, name)

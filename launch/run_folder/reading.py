@@ -59,9 +59,9 @@ OTHER_LIMITS = (-1e50, 1e50)
 
 
 def read_metrics(folder: Path, notes: list[str]) -> tuple[list[StepLine], list[EvaluationLine]]:
-    """Return (lines of steps, lines of evaluations) of metrics.jsonl, in the order of steps.
+    """Return (lines of steps, lines of evaluations) of metrics.jsonl in a run folder, in the order of steps.
 
-    If a step has several lines, the last one is returned.
+    If a step has several lines, the last one is returned. Damaged and repeated lines are counted in `notes`.
     """
     path = folder / "metrics.jsonl"
     steps: dict[int, StepLine] = {}
@@ -79,7 +79,10 @@ def read_metrics(folder: Path, notes: list[str]) -> tuple[list[StepLine], list[E
 
 
 def read_metrics_lines(path: Path, notes: list[str]) -> list[MetricsLine]:
-    """Return the valid lines of metrics.jsonl or metrics.discarded.jsonl, in the order of the file."""
+    """Return the valid lines of metrics.jsonl or metrics.discarded.jsonl, in the order of the file.
+
+    The number of other lines is added to `notes`.
+    """
     objects, damaged = _read_objects(path, notes)
     lines = [line for value in objects if (line := metrics_line(value)) is not None]
     _note_lines(path, damaged + len(objects) - len(lines), notes)
@@ -87,16 +90,16 @@ def read_metrics_lines(path: Path, notes: list[str]) -> list[MetricsLine]:
 
 
 def metrics_line(value: JsonObject | None) -> MetricsLine | None:
-    """Return a JSON object as a line of metrics.jsonl, or None if it is not valid."""
+    """Return `value` if it is a valid line of metrics.jsonl, for a step or for an evaluation; otherwise None."""
     if value is None:
         return None
     return valid(value, EvaluationLine) if "val_loss" in value else valid(value, StepLine)
 
 
 def read_lines(path: Path, line_type: type[T], notes: list[str]) -> list[T]:
-    """Return the valid lines of a file with one JSON object per line, in the order of the file.
+    """Return the lines of a file, one JSON object each, that are valid for the TypedDict `line_type`.
 
-    `line_type` is their type.
+    They are in the order of the file. The number of other lines is added to `notes`.
     """
     objects, damaged = _read_objects(path, notes)
     lines = [line for value in objects if (line := valid(value, line_type)) is not None]
@@ -105,7 +108,10 @@ def read_lines(path: Path, line_type: type[T], notes: list[str]) -> list[T]:
 
 
 def read_object(path: Path, value_type: type[T], notes: list[str]) -> T | None:
-    """Return the object in a JSON file, or None if the file is missing or damaged. `value_type` is its type."""
+    """Return the object in a JSON file if it is valid for the TypedDict `value_type`.
+
+    Returns None if the file is missing or damaged; damage is added to `notes`.
+    """
     tree = read_tree(path, notes)
     value = valid(tree, value_type)
     if tree and value is None:
@@ -114,7 +120,10 @@ def read_object(path: Path, value_type: type[T], notes: list[str]) -> T | None:
 
 
 def read_tree(path: Path, notes: list[str]) -> JsonObject:
-    """Return the mapping in a JSON or YAML file as plain JSON, with strings as keys; {} if it cannot be read."""
+    """Return the mapping in a JSON or YAML file as plain JSON, with strings as keys.
+
+    Returns {} if the file is missing or cannot be read; the latter is added to `notes`.
+    """
     content = read_file(path, notes, parsing.MAX_BYTES)
     if content is None:
         return {}
@@ -131,7 +140,10 @@ def read_tree(path: Path, notes: list[str]) -> JsonObject:
 
 
 def read_file(path: Path, notes: list[str], max_bytes: int | None = None) -> bytes | None:
-    """Return the content of a regular file; None if it is missing, or if it cannot be read (which adds a note)."""
+    """Return the content of a regular file, or None if it is missing or cannot be read.
+
+    Also None if it has more than `max_bytes`. The reason is added to `notes`, except for a missing file.
+    """
     try:
         status = path.stat()
         problem = None
@@ -208,7 +220,10 @@ def _printable(text: str) -> str:
 
 
 def _plain(value: Any, level: int = 0) -> Any:
-    """Return nested data as plain JSON. Keys become strings, and dates and numbers outside the limits become text."""
+    """Return nested data as plain JSON. Keys become strings; dates and numbers beyond OTHER_LIMITS become text.
+
+    Raises ValueError if the data has more than parsing.MAX_DEPTH levels.
+    """
     if level > parsing.MAX_DEPTH:
         raise ValueError(f"it has more than {parsing.MAX_DEPTH} levels")
     if isinstance(value, dict):
@@ -226,7 +241,10 @@ def is_readable(path: Path, notes: list[str]) -> bool:
 
 
 def _read_objects(path: Path, notes: list[str]) -> tuple[list[JsonObject], int]:
-    """Return metrics_file.read_objects of a file, or ([], 0) and a note if it cannot be read."""
+    """Read a file with one JSON object per line. Returns (the objects, the number of lines that are not one).
+
+    Returns ([], 0) if the file is missing, or cannot be read, which adds a note.
+    """
     if not is_readable(path, notes):
         return [], 0
     try:
