@@ -60,7 +60,7 @@ def solve_batch(
 def divisors_of(number: int) -> list[int]:
     """Return all divisors of a positive number in ascending order.
 
-    Takes 20 ms for numbers near 2^40, the largest batch.
+    Takes 20 ms for numbers near 2^40, the upper limit of a global batch.
     """
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return low + [number // n for n in reversed(low) if n * n != number]

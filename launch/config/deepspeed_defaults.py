@@ -25,7 +25,11 @@ NVME_BUFFER = 1_000_000  # elements: the smallest buffer for a parameter on its 
 
 
 def fill_defaults(final: JsonObject, precision: str, model: GPTConfig | None, ranks: int) -> None:
-    """Complete a DeepSpeed configuration in place. Without a model, what depends on its size is left to DeepSpeed."""
+    """Add Packspeed's defaults to `final`, a DeepSpeed configuration, in place. Keys that it has stay as they are.
+
+    precision: "fp32", "bf16" or "fp16". ranks: data-parallel ranks. Without a model, the sizes of buckets and buffers,
+    which depend on it, are left to DeepSpeed.
+    """
     final.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     zero = final.get("zero_optimization") or {}
     stage = zero.get("stage") or 0
@@ -48,13 +52,19 @@ def fill_defaults(final: JsonObject, precision: str, model: GPTConfig | None, ra
 
 
 def overlaps(zero: JsonObject) -> bool:
-    """Whether gradients travel during the backward pass. ZeRO-3 does it unless it is told not to."""
+    """Return whether DeepSpeed reduces gradients during the backward pass, given its `zero_optimization` block.
+
+    It does if `overlap_comm` is true, and at ZeRO-3 also if the key is absent.
+    """
     wanted = zero.get("overlap_comm")
     return zero.get("stage") == 3 if wanted is None else bool(wanted)
 
 
 def bucket_sizes(parameters: int, stage: int, overlap: bool) -> JsonObject:
-    """Elements of each kind of bucket for a model of so many parameters; even, which DeepSpeed wants."""
+    """Return {key of `zero_optimization`: elements per bucket} for a model of so many parameters at a ZeRO stage.
+
+    overlap: whether gradients are reduced during the backward pass. The sizes are even numbers, as DeepSpeed wants.
+    """
     every = min(BUCKET, parameters + parameters % 2)
     part = max(SMALLEST_BUCKET, parameters // BUCKETS_IN_BACKWARD // 2 * 2)
     sizes = {"reduce_bucket_size": min(every, part) if overlap else every, "allgather_bucket_size": every}

@@ -69,8 +69,9 @@ def read_ds_config(name: str) -> tuple[JsonObject, dict[KeyPath, int]]:
 
 
 def modernise(data: JsonObject) -> None:
-    """Replace old spellings that DeepSpeed still accepts by the current ones, in place, so that all checks see the same
-    keys.
+    """Replace old keys and values of a parsed DeepSpeed JSON, in place, by the current ones with the same meaning.
+
+    DeepSpeed still accepts both, for example `bfloat16` for `bf16`. Afterwards all checks see the same keys.
     """
     if (old := data.pop("bfloat16", None)) is not None:
         data.setdefault("bf16", old)
@@ -93,7 +94,8 @@ def modernise(data: JsonObject) -> None:
 def unknown_keys(data: JsonObject, valid: KeyTree, parent: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield (path of the key, message) for every key, at any depth, that DeepSpeed 0.19 does not know.
 
-    `valid` is the tree of valid keys below the key path `parent` (deepspeed_keys.KEYS at the top).
+    A key that must have a block as its value but has another value is reported too. `valid` is the tree of valid keys
+    below the key path `parent` (deepspeed_keys.KEYS at the top).
     """
     if "*" in valid:
         return
@@ -112,8 +114,10 @@ def unknown_keys(data: JsonObject, valid: KeyTree, parent: tuple[str, ...]) -> I
 
 
 def bad_values(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (path of the key, message) for each value that DeepSpeed accepts but interprets differently from what it
-    says.
+    """Yield (path of the key, message) for each wrong value that DeepSpeed would not always refuse.
+
+    These are a ZeRO stage other than 0 to 3, a value of an old offload key that modernise could not replace, and "auto"
+    at a top-level key that the run file does not set.
     """
     zero = data.get("zero_optimization")
     if isinstance(zero, dict):
@@ -208,9 +212,9 @@ def zero_stage(ds_config: DsConfig) -> int:
 
 
 def _without_auto(data: JsonObject) -> JsonObject:
-    """Return a copy without the keys whose value is "auto" or null, at any depth.
+    """Return a copy of a DeepSpeed JSON without the keys whose value is "auto" or null, at any depth.
 
-    The run file's value or DeepSpeed's default then applies.
+    For them the value of the run file, of deepspeed_defaults.py or of DeepSpeed itself then applies.
     """
     return {
         key: _without_auto(value) if isinstance(value, dict) else value

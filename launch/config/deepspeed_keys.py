@@ -25,7 +25,7 @@ KeyTree: TypeAlias = "dict[str, KeyTree | Refused | Unused | None]"
 
 
 def unless(*harmless: object) -> Callable[[Any], bool]:
-    """Return a function that tells whether a value switches nothing on: null, "auto" or one of `harmless`."""
+    """Return a function that is true for null, "auto" and the `harmless` values, with which a key turns nothing on."""
     return lambda value: value in (None, "auto", *harmless)
 
 
@@ -33,9 +33,9 @@ OFF = unless(False)
 
 
 def switched_off(switch: str, *harmless: object) -> Callable[[Any], bool]:
-    """Return a function that tells whether a block switches nothing on.
+    """Return a function that is true for a block of a DeepSpeed JSON that turns its feature off.
 
-    It is off if the block is absent, or if its key `switch` is missing, null, false, "auto" or one of `harmless`.
+    That is so if the block is absent, or if its key `switch` is missing, null, false, "auto" or one of `harmless`.
     """
     off = unless(False, *harmless)
     return lambda block: off(block.get(switch)) if isinstance(block, dict) else off(block)
@@ -43,9 +43,9 @@ def switched_off(switch: str, *harmless: object) -> Callable[[Any], bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A key that a run must not have. `why` completes the error "key: ..." and says what to do.
+    """A key of a DeepSpeed JSON that is an error in a run. `why` completes the error "key: ..." and says what to do.
 
-    off(value) tells whether a value does no harm, such as false.
+    off(value) is true for values that do no harm, such as false; with them the key is accepted.
     """
 
     why: str
@@ -56,7 +56,7 @@ class Refused:
 class Unused:
     """A key without effect in a Packspeed run. `why` completes the sentence "key has no effect: ...".
 
-    off(value) tells whether a value needs no remark, such as false.
+    off(value) is true for values, such as false, with which the user need not be told.
     """
 
     why: str
@@ -68,7 +68,7 @@ ANY: KeyTree = {"*": WORKS}  # free-form: any keys
 
 
 def _works(names: str) -> KeyTree:
-    """Return a tree in which each of these names, separated by spaces, has the entry WORKS."""
+    """Return {name: WORKS} for each of these names, which are separated by spaces."""
     return dict.fromkeys(names.split(), WORKS)
 
 
@@ -225,7 +225,10 @@ LEGACY = ("bfloat16", "allgather_size")
 
 
 def filed(tree: KeyTree = KEYS, parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Refused | Unused]]:
-    """Yield (path of the key, entry) for every key of the tree whose entry is Refused or Unused."""
+    """Yield (path of the key, entry) for every key of the tree whose entry is Refused or Unused.
+
+    `parent` is the key path of the tree itself, with which the yielded paths begin.
+    """
     for key, entry in tree.items():
         if isinstance(entry, (Refused, Unused)):
             yield (*parent, key), entry
@@ -241,7 +244,7 @@ def value_at(data: Any, path: tuple[str, ...]) -> Any:
 
 
 def refusals(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (path of the key, message) for every key of a DeepSpeed JSON that is refused."""
+    """Yield (path of the key, message) for every key of a DeepSpeed JSON that KEYS refuses with its present value."""
     for path, entry in filed():
         value = value_at(data, path)
         if isinstance(entry, Refused) and not entry.off(value):
@@ -256,9 +259,9 @@ def unused(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def without_refused_keys(data: JsonObject) -> JsonObject:
-    """Return a copy of a checked DeepSpeed JSON without the keys that can be refused.
+    """Return a copy of a checked DeepSpeed JSON (load_ds_config) without the keys whose entry in KEYS is Refused.
 
-    In a checked JSON their values switch nothing on, so the copy means the same.
+    The check has accepted them only with values that turn no feature on, so the copy means the same.
     """
     kept = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
     for path, entry in filed():

@@ -21,7 +21,7 @@ SPEED_ONLY = (
 
 
 def fixed_on_resume(key: str) -> bool:
-    """Return whether a resume is refused if this key has changed.
+    """Return whether a resume is refused if this key of the run file, such as "train.seed", has changed.
 
     These keys define the model, the global batch, and the samples and their order. `data.weights` stands for the
     weights of data.sources.
@@ -30,5 +30,5 @@ def fixed_on_resume(key: str) -> bool:
 
 
 def can_change_the_loss(key: str) -> bool:
-    """Return whether this key can change the loss by more than rounding, which depends on the order of additions."""
+    """Return whether this key of the run file, such as "data.path", can change the loss by more than rounding."""
     return not key.startswith(SPEED_ONLY)

@@ -11,7 +11,10 @@ from packspeed.model.config import FP8_MULTIPLE, GPTConfig
 
 
 def engine_precision(precision: str) -> str:
-    """Return the precision of DeepSpeed's engine and of the tensors in checkpoints: "fp32", "bf16" or "fp16"."""
+    """Return the precision of DeepSpeed's engine and of the tensors in checkpoints: "fp32", "bf16" or "fp16".
+
+    It is the value of train.precision, except that "fp8" gives "bf16".
+    """
     return "bf16" if precision == "fp8" else precision
 
 
@@ -24,7 +27,10 @@ def fp8_blocks(config: GPTConfig, skip_blocks: int) -> range:
 
 
 def fp8_obstacle(config: GPTConfig, seq_len: int, skip_blocks: int) -> str | None:
-    """Return why a model cannot train in fp8, as the end of a message; None if it can."""
+    """Return why a model cannot train in fp8, as the end of an error message; None if it can.
+
+    seq_len: tokens per sample. skip_blocks: as in fp8_blocks.
+    """
     if not fp8_blocks(config, skip_blocks):
         return (
             f"no block of {config.n_layer} is left if train.fp8_skip_blocks = {skip_blocks} at either end stay in "

@@ -24,7 +24,7 @@ from packspeed.launch.config.run_file import RunFile, Section
 
 
 def parse_numbers(data: Any) -> Any:
-    """Convert strings such as "3e-4" to floats, at any depth, and return the result.
+    """Convert strings such as "3e-4" in parsed YAML to floats, at any depth, and return the result.
 
     YAML 1.1 recognises an exponent only after a decimal point, as in 3.0e-4.
     """
@@ -71,7 +71,10 @@ def apply_overrides(data: JsonObject, overrides: typing.Sequence[str]) -> dict[K
 
 
 def _section_at(path: KeyPath) -> type[Section] | None:
-    """Return the pydantic class of the section at a key path, or None if there is no section."""
+    """Return the pydantic class of the run file's section at a key path, such as ("train", "optimizer").
+
+    Returns None if there is no section.
+    """
     section: Any = RunFile
     for part in path:
         field = section.model_fields.get(part)
@@ -110,7 +113,7 @@ def describe_error(error: ErrorDetails, path: Path, lines: dict[KeyPath, int], o
 
 
 def _got(error: ErrorDetails) -> str:
-    """Return " (got VALUE)" for an error about a single value, otherwise an empty string."""
+    """Return " (got VALUE)", the end of an error line; an empty string if the key is missing or has a block or list."""
     value = error.get("input")
     shown = isinstance(value, (str, int, float, types.NoneType)) and error["type"] != "missing"
     return f" (got {shortened(value)})" if shown else ""

@@ -13,13 +13,16 @@ from typing import NamedTuple
 
 
 class Held(NamedTuple):
-    """Bytes per parameter: complete on every rank, and divided by the number of ranks."""
+    """A rank's memory in bytes per parameter of the model: `complete` + `shared` / ranks.
+
+    `complete` is for what every rank has in full, `shared` for what ZeRO divides between the ranks.
+    """
 
     complete: float
     shared: float
 
     def on(self, ranks: int) -> float:
-        """Bytes per parameter on one of so many ranks."""
+        """Return the bytes per parameter of the model on one rank of so many."""
         return self.complete + self.shared / ranks
 
     def __str__(self) -> str:
@@ -46,18 +49,21 @@ BIT16_WEIGHTS = {
 
 
 def held(stage: int, precision: str) -> tuple[Held, Held]:
-    """What a rank holds between steps, and in addition once a step has its gradients."""
+    """Return (what a rank holds between steps, what the gradients of a step add to it), without offload.
+
+    stage: the ZeRO stage. precision: "fp32", "bf16" or "fp16".
+    """
     return FP32_WEIGHTS[stage] if precision == "fp32" or stage == 0 else BIT16_WEIGHTS[stage]
 
 
 def held_bytes(stage: int, precision: str, ranks: int) -> tuple[float, float]:
-    """The two numbers of `held` on one of so many ranks."""
+    """Return the two numbers of `held` as bytes per parameter of the model on one rank of so many."""
     kept, gradients = held(stage, precision)
     return kept.on(ranks), gradients.on(ranks)
 
 
 def markdown() -> str:
-    """The table of ds_configs/README.md."""
+    """Return the Markdown table of ds_configs/README.md: bytes per parameter for each precision and ZeRO stage."""
     lines = [
         "| precision | ZeRO | between steps | gradients of a step | both on 8 ranks | on 1,024 |",
         "|---|---|---|---|---|---|",

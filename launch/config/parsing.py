@@ -73,9 +73,9 @@ TOO_MUCH = "more than {:,} values, or blocks that nest deeper than {} levels"
 
 
 class _Loader(yaml.SafeLoader):
-    """A yaml.SafeLoader with limits: MAX_DEPTH, MAX_VALUES and MAX_DIGITS.
+    """A yaml.SafeLoader that limits nesting (MAX_DEPTH), the number of values (MAX_VALUES) and the digits of a number.
 
-    Every value that it cannot convert raises a YAMLError with a line.
+    Beyond a limit (MAX_DIGITS for the digits), or if it cannot convert a value, it raises a YAMLError with a line.
     """
 
     depth = count = 0
@@ -113,7 +113,7 @@ def parse_yaml(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
     """Parse YAML 1.1. Returns the data and, for every key path, the line number in the file, from 1.
 
     `place` is the file for messages. Raises ConfigError for invalid YAML, duplicate keys, keys that are not words, and
-    anything beyond the limits.
+    anything beyond MAX_DEPTH, MAX_VALUES and MAX_DIGITS.
     """
     try:
         loader = _Loader(text)
@@ -136,7 +136,7 @@ def parse_yaml(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def _key_lines(root: yaml.Node, place: Path | str) -> dict[KeyPath, int]:
-    """Return the line of every key path, with aliases expanded.
+    """Return {key path: line in the file, from 1} for a parsed YAML document, with aliases expanded.
 
     Raises ConfigError for duplicate keys, aliases that contain themselves, and too many values.
     """
@@ -242,7 +242,10 @@ def _float(digits: str) -> float:
 
 
 def _too_deep(text: str) -> int | None:
-    """Return the line of the first bracket nested deeper than MAX_DEPTH, or None. Brackets in quotes do not count."""
+    """Return the line of a JSON text's first bracket nested deeper than MAX_DEPTH, or None.
+
+    Brackets in quotes do not count.
+    """
     depth = 0
     for match in re.finditer(r'"(?:[^"\\\n]|\\.)*"?|[\[{}\]]', text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
@@ -274,7 +277,10 @@ class _KeysOfText:
                 self.keys.append((match["quoted"] if match["colon"] else match["bare"].strip("'"), line))
 
     def next_line(self, key: str) -> int | None:
-        """Return the line of the next key of this name, or None if it is not among the next LOOKAHEAD keys."""
+        """Return the line, from 1, of the next key of this name in the text.
+
+        Returns None if it is not among the next LOOKAHEAD keys.
+        """
         for position in range(self.position, min(self.position + self.LOOKAHEAD, len(self.keys))):
             name, line = self.keys[position]
             if name == key:

@@ -135,7 +135,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_place(self) -> DataSection:
-        """Check that the data is in one place, and that each stage has a weight per source."""
+        """Raise ValueError unless exactly one of path and sources is given and each stage has a weight per source."""
         if (self.path is None) == (self.sources is None):
             raise ValueError("give exactly one of data.path and data.sources")
         if any(len(stage.weights) != len(self.sources or []) for stage in self.stages):
@@ -218,8 +218,8 @@ class TrainSection(Section):
         True,
         description="Repeat every step bit for bit on GPUs, so that a resumed run equals the uninterrupted one. "
         "Estimated cost: attention's backward pass takes 1.2 to 2 times as long, which is 1 to 4% of a step at 1,024 "
-        "tokens per sample and 5 to 10% at 4,096; NCCL does not add inside the NVSwitch. false: equal to rounding, and "
-        "prove refuses the run. CPUs always repeat themselves.",
+        "tokens per sample and 5 to 10% at 4,096; NCCL does not add inside the NVSwitch. false: resumed runs "
+        "are equal up to rounding only, and `packspeed prove` refuses the run. CPUs always repeat themselves.",
     )
     optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer and its settings.")
     schedule: ScheduleSection = Field(ScheduleSection(), description="The learning rate over the run.")
@@ -232,7 +232,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
-        """Check that exactly one of steps and tokens is given."""
+        """Raise ValueError unless exactly one of steps and tokens is given."""
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give exactly one of train.steps and train.tokens")
         return self
@@ -360,7 +360,7 @@ class RunFile(Section):
 
     @model_validator(mode="after")
     def _full_samples(self) -> RunFile:
-        """Check that the batch has complete samples, and that steps are left after the warm-up."""
+        """Raise ValueError unless the batch has complete samples and steps are left after the warm-up."""
         tokens, seq_len = self.train.global_batch_tokens, self.data.seq_len
         if tokens % seq_len:
             low = max(seq_len, tokens // seq_len * seq_len)
