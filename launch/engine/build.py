@@ -46,7 +46,7 @@ from packspeed.model.linear import CPU_HAS_BF16
 
 
 def resolve_precision(wanted: str) -> str:
-    """Return the precision to train in: `wanted` itself ("fp32", "fp16", "bf16"), or the best one here if it is "auto".
+    """Return the precision to train in: `wanted` (train.precision), or if that is "auto" the best one for this device.
 
     The best is bf16 if the device has instructions for it; otherwise fp16 on a GPU and fp32 on a CPU.
     """
@@ -160,7 +160,8 @@ def build_engine(
     """Build the GPT, initialise its weights, wrap it in a DeepSpeedEngine and patch the engine's optimizer.
 
     `ds_config` is the final DeepSpeed configuration of this run. If `draw` is False, the weights have no meaning, and
-    the caller must load a checkpoint. `beat` is that of the topology. A collective: every rank must call it.
+    the caller must load a checkpoint. `beat` tells a supervisor what this rank does (Topology.beat). A collective:
+    every rank must call it.
     """
     seed = run.train.seed if draw else None
     deepcompile = wants_deepcompile(ds_config, device_type())
@@ -201,9 +202,9 @@ def build_engine(
 
 
 def parameter_dtype(ds_config: DsConfig) -> torch.dtype:
-    """Return the dtype to which DeepSpeed casts the parameters with this final configuration.
+    """Return the dtype to which DeepSpeed casts the parameters with this final DeepSpeed configuration.
 
-    If DeepSpeed keeps some of them in fp32, the result is fp32.
+    If DeepSpeed keeps some of them in fp32 (keep_in_fp32_modules), the result is fp32.
     """
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if (ds_config.get("data_types") or {}).get("keep_in_fp32_modules"):
@@ -247,7 +248,7 @@ def _rank_and_world() -> tuple[int, int]:
 def _partitioned_model(config: GPTConfig, seed: int | None, ds_config: DsConfig, beat: Callable[..., None]) -> GPT:
     """Return the GPT with its initial weights, partitioned over all ranks for ZeRO-3.
 
-    Without a seed, the weights are what was in memory. A collective: every rank must call it.
+    Without a seed, the weights are not set: they are whatever was in memory. A collective: every rank must call it.
     """
 
     def gathered(parameter: torch.nn.Parameter, source: int) -> contextlib.AbstractContextManager[None]:

@@ -35,12 +35,12 @@ T = TypeVar("T")  # a small object that can be pickled
 
 
 def no_beat(phase: str, collective: str = "") -> None:
-    """Do nothing: no supervisor watches this process."""
+    """Do nothing. Stands for Topology.beat in a process that no supervisor watches."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Rank and device of this process, and the numbers of ranks.
+    """Rank and device of this process, and the numbers of ranks: of the run, on this host, and data-parallel.
 
     To divide samples between ranks use dp_rank and dp_size (data parallel), not rank and world.
     """
@@ -125,8 +125,8 @@ OPENMPI = {
 def launcher_environment() -> tuple[int, int, int, int]:
     """Return (rank, world size, local rank, local size) from the launcher's environment variables.
 
-    Knows the variables of torch and DeepSpeed and those of Open MPI. Without a launcher this process is the only rank:
-    (0, 1, 0, 1).
+    These are the variables of torch and DeepSpeed, or those of Open MPI, which are copied to torch's names. Without a
+    launcher this process is the only rank: (0, 1, 0, 1).
     """
     env = os.environ
     for name, mpi in OPENMPI.items():
@@ -199,9 +199,10 @@ def _start_deepspeed(backend: str, timeout: datetime.timedelta) -> None:
 
 
 def _build_ops(ds_config: DsConfig, topology: Topology, say: Callable[[str], None]) -> None:
-    """Build the ops on the first rank of every host, then make every rank avoid those that some host could not build.
+    """Build the DeepSpeed ops that `ds_config` needs, on the first rank of every host.
 
-    A collective. Changes `ds_config` in place if an op has a substitute, otherwise every rank raises UserError.
+    No rank uses an op that some host could not build: `ds_config` is changed in place to use a substitute, or if there
+    is none, every rank raises UserError. A collective.
     """
     missing: dict[str, str] = {}
     failed: UserError | None = None

@@ -27,8 +27,9 @@ EXACT_PIECE = 2**18  # number of elements whose fp64 copies fit into a cache
 def square_sum(tensors: Sequence[torch.Tensor], exact: bool = False) -> torch.Tensor:
     """Return the sum of squares over all elements of all tensors, as an fp64 scalar on their device.
 
-    Its relative error is below 1e-6. `exact` adds in fp64: the same fp32 number follows then however the tensors are
-    split. The tensors may have any shapes and float dtypes; without any tensor the sum is 0.
+    Its relative error is below 1e-6. `exact`: add in fp64, so that the result, rounded to fp32, does not depend on how
+    the elements are split into tensors. The tensors may have any shapes and float dtypes; without any tensor the sum is
+    0.
     """
     if exact:
         return _exact_square_sum(tensors)
@@ -44,7 +45,7 @@ def square_sum(tensors: Sequence[torch.Tensor], exact: bool = False) -> torch.Te
 
 
 def _exact_square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the sum of squares, added in fp64 (see square_sum)."""
+    """Return the result of square_sum with exact=True: the sum of the squares of all elements, added in fp64."""
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else device_type())
     if total.is_cuda and tensors:
         return total + torch.stack(torch._foreach_norm(list(tensors), 2.0, torch.float64)).square().sum()
@@ -67,8 +68,8 @@ def global_norm(
 ) -> torch.Tensor:
     """Return the L2 norm of gradients that are distributed over the ranks of `group`, as an fp32 scalar.
 
-    `gradients` is this rank's share, `exact` as in square_sum. All ranks of the group must call it and get the same
-    norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
+    `gradients`: those that this rank holds; no element may be on two ranks. `exact`: as in square_sum. All ranks of the
+    group must call it and get the same norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
     """
     total = square_sum(gradients, exact)
     dist.all_reduce(total, group=group)
@@ -78,8 +79,8 @@ def global_norm(
 def offloaded_square_sum(norms: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None) -> torch.Tensor:
     """Return the sum of the squares of gradients in host memory, over the ranks of `group`, as an fp32 scalar.
 
-    `norms` are those of this rank's gradients, scalars. All ranks of the group must call it. The arithmetic is
-    DeepSpeed's: fp64 within a rank, fp32 between ranks.
+    `norms`: the L2 norm of each gradient tensor that this rank holds, as a scalar. All ranks of the group must call it.
+    The arithmetic is DeepSpeed's: fp64 within a rank, fp32 between ranks.
     """
     squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros(())
     total = squares.float().to(device_type())
@@ -93,9 +94,9 @@ def finite_or_minus_1(norm: torch.Tensor) -> torch.Tensor:
 
 
 def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:
-    """What gradients of this norm are multiplied by so that their norm is at most `limit`; 1 if it already is.
+    """Return the factor that scales gradients with the L2 norm `norm` to a norm of at most `limit`; 1 if it already is.
 
-    The only such formula: two that differ in the last bit would make two curves.
+    Packspeed clips by this formula only: two that differ in the last bit would give two different loss curves.
     """
     return 1.0 / ((norm + 1e-6) / limit).clamp(min=1.0)
 

@@ -84,7 +84,10 @@ def may_add_in_the_switch(algorithms: str) -> bool:
 
 
 def _contradiction(variable: str, why: str) -> ConfigError:
-    """Return the error for a variable that contradicts train.deterministic. `why`: a clause that says how."""
+    """Return, not raise, the error for an environment variable that contradicts train.deterministic: true.
+
+    `why`: a clause that says how its value does.
+    """
     return ConfigError(
         f"{variable}={os.environ[variable]} contradicts train.deterministic: true: {why}. Unset {variable}, or give up "
         "bitwise resumes with --set train.deterministic=false."

@@ -83,7 +83,7 @@ def device_type() -> str:
 
 
 def adamw_class(ds_config: DsConfig) -> Callable[..., torch.optim.Optimizer]:
-    """Return the AdamW class that DeepSpeed would choose for this final configuration on one rank.
+    """Return the AdamW class that DeepSpeed would choose for this final configuration without offload.
 
     Baselines that must give the same losses as a Packspeed run use it.
     """
@@ -93,7 +93,11 @@ def adamw_class(ds_config: DsConfig) -> Callable[..., torch.optim.Optimizer]:
 
 
 def prepare_for_ops() -> None:
-    """Set this process's environment variables for DeepSpeed's ops. Call it before the first op is loaded."""
+    """Prepare this process for DeepSpeed's compiled ops. Call it before the first op is loaded.
+
+    Sets TORCH_EXTENSIONS_DIR to this Python environment's build folder, puts the environment's ninja first in PATH, and
+    makes py-cpuinfo cache its result.
+    """
     remember_cpu_name()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_root() / environment_name())
     # Always use the ninja of this Python environment, even if the environment is not activated, as on a host reached
@@ -104,9 +108,7 @@ def prepare_for_ops() -> None:
 
 
 def extensions_root() -> Path:
-    """Return the folder that holds the build folders of all environments: the user's TORCH_EXTENSIONS_DIR, or torch's
-    default.
-    """
+    """Return the folder with the build folders of all Python environments: TORCH_EXTENSIONS_DIR, or torch's default."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not chosen:
         return Path(cpp_extension.get_default_build_root())
@@ -117,7 +119,7 @@ def extensions_root() -> Path:
 
 @functools.cache
 def environment_name() -> str:
-    """Return the name of this environment's build folder.
+    """Return the name of the folder in which this Python environment builds DeepSpeed's ops.
 
     It contains everything that makes ninja compile an op again: the versions of Python, torch, DeepSpeed and the C++
     compiler, and a hash of the paths of torch and DeepSpeed.
@@ -144,7 +146,10 @@ def _compiler_version(compiler: str) -> str:
 
 
 def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
-    """Return the builder names of the ops that a run loads, given its final DeepSpeed configuration and device type."""
+    """Return the builder names, such as "FusedAdamBuilder", of the DeepSpeed ops that a run loads.
+
+    `ds_config` is the final DeepSpeed configuration, `device` the device type ("cpu", "cuda").
+    """
     ops = [SHM_COMM] if device == "cpu" else []
     zero = ds_config.get("zero_optimization") or {}
     devices = {(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
@@ -206,7 +211,7 @@ def do_without(missing: dict[str, str], ds_config: DsConfig, say: Callable[[str]
 
 
 def _build_op(builder: OpBuilder, say: Callable[[str], None]) -> None:
-    """Compile one op, load it, and report the compilation with `say`. Raises whatever the builder raises."""
+    """Compile one DeepSpeed op, load it, and report the compilation with `say`. Raises whatever the builder raises."""
     folder = _build_folder(builder.name)
     _wait_for_lock(folder / "lock", say)
     built = folder / f"{builder.name}.so"
@@ -223,8 +228,9 @@ def _build_op(builder: OpBuilder, say: Callable[[str], None]) -> None:
 
 
 def _why_not_built(folder: Path) -> str:
-    """Return the reason, for a message, why this environment's folder has no build of an op: `folder` is that of the
-    op.
+    """Return a clause that says why an op must be compiled: it has no build, or only one of another environment.
+
+    `folder` is the op's build folder in this Python environment.
     """
     environment, root = folder.parent, folder.parent.parent
     others = sorted(built.parent.parent.name for built in root.glob(f"{ENVIRONMENT}*/{folder.name}/*.so"))
@@ -236,8 +242,10 @@ def _why_not_built(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _explain_rebuild(folder: Path, was_built: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """While an op that was built before is loading: if that takes longer than REBUILD_S, print why ninja compiles it
-    again.
+    """Context for loading the op with the build folder `folder`: explain with `say` why it takes long, if it was built.
+
+    If the op `was_built` before and loading takes longer than REBUILD_S seconds, ninja compiles it again, and the
+    message says why.
     """
     commands = _read(folder / "build.ninja")
 
@@ -274,7 +282,7 @@ def _build_folder(name: str) -> Path:
 
 
 def _wait_for_lock(lock: Path, say: Callable[[str], None], quiet_s: float = 20.0) -> None:
-    """Wait until another process has finished its build; remove its lock file if that process is dead.
+    """Wait until `lock`, torch's lock file in an op's build folder, is gone. Remove it if its process is dead.
 
     The process counts as dead if no process of this host has the lock file open and nothing was written to the build
     folder for `quiet_s` seconds. The second condition is for shared folders: processes of other hosts cannot be seen

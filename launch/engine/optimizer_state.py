@@ -130,9 +130,9 @@ def _set_momentum_of_matrix(engine: Engine, name: str, state: JsonObject, value:
 
 
 def _state_tensor(state: JsonObject, kind: str, like: torch.Tensor) -> torch.Tensor:
-    """Return the tensor of `kind` ("exp_avg", ...) in an optimizer's state.
+    """Return the tensor of `kind` ("exp_avg", ...) in `state`, an optimizer's state of one parameter.
 
-    If there is none, add zeros shaped like `like`.
+    If there is none, add zeros shaped like `like` to `state` and return these.
     """
     if kind not in state:
         state[kind] = torch.zeros_like(like)

@@ -47,5 +47,5 @@ def datasheet_peak(gpu: str, precision: str) -> float:
 
 
 def _words(name: str) -> set[str]:
-    """Return the words of a device's name, in lower case."""
+    """Return the words of a GPU's name, split at spaces and hyphens, in lower case."""
     return set(re.split(r"[ -]+", name.casefold()))

@@ -97,7 +97,7 @@ class Engine(Protocol):
         """Return the number of samples per optimizer step, over all ranks."""
 
     def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples of a micro batch."""
+        """Return the number of samples of one micro batch on one rank."""
 
     def zero_optimization_stage(self) -> int:
         """Return the ZeRO stage, 0 to 3."""

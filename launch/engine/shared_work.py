@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 
 class SharedWork:
-    """One piece of work of all ranks. Creating it and calling `wait` are collective: every rank must do both.
+    """A piece of work that all ranks share, each doing its own part. Every rank must create it and call `wait`.
 
     `phase` names the work in the heartbeats of the ranks and in the error.
     """
@@ -42,7 +42,7 @@ class SharedWork:
         self.progress()
 
     def progress(self) -> None:
-        """Note that this rank has done a part of its share. Call it often: it reports once per REPORT_S."""
+        """Report that this rank has done some of its part. Call it often: it sends one report per REPORT_S seconds."""
         now = time.monotonic()
         if now - self._reported < REPORT_S:
             return
@@ -54,7 +54,7 @@ class SharedWork:
     def wait(self) -> None:
         """Wait until every rank has called this.
 
-        Raises UserError that names the ranks that are missing, if no rank has made progress for SILENCE_S.
+        Raises UserError that names the ranks that are missing, if no rank has made progress for SILENCE_S seconds.
         """
         if self._store is None:
             return

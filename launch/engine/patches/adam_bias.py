@@ -27,9 +27,10 @@ VECTOR = 16  # floats in the widest vector of a CPU
 
 
 def forget_bias_products(basic_optimizer: torch.optim.Optimizer, betas: tuple[float, float]) -> None:
-    """Patch one of DeepSpeed's CPU Adams, so that its steps do not depend on the beta^t kept from the previous step.
+    """Make DeepSpeed's Adam on CPUs compute beta^t anew in each step, so that it does not depend on earlier steps.
 
-    Other optimizers are left as they are. `betas` are Adam's two decay rates.
+    Patches DeepSpeedCPUAdam and the CPU's FusedAdam, also inside Muon; other optimizers are left as they are. `betas`
+    are Adam's two decay rates.
     """
     # DeepSpeed's Muon updates the parameters that are not matrices with an Adam in `aux_optimizer`.
     optimizer: Any = getattr(basic_optimizer, "aux_optimizer", None) or basic_optimizer
@@ -58,11 +59,11 @@ def forget_bias_products(basic_optimizer: torch.optim.Optimizer, betas: tuple[fl
 
 
 def update_in_full_vectors(basic_optimizer: torch.optim.Optimizer) -> None:
-    """Let the CPU FusedAdam update the last elements of a tensor with its vector code, too. Others stay as they are.
+    """Let the CPU's FusedAdam update the last elements of a tensor with its vector code, too.
 
-    Why: elements that do not fill a vector are updated by other code, which now and then rounds in another way
-    (findings/deepspeed-cpu-adam-tail.sh). Which elements these are depends on the ZeRO stage and the number of ranks,
-    and in bf16 the last bit decides how a weight is rounded.
+    Optimizers of other classes are left as they are. Why: elements that do not fill a vector are updated by other code,
+    which now and then rounds in another way (findings/deepspeed-cpu-adam-tail.sh). Which elements these are depends on
+    the ZeRO stage and the number of ranks, and in bf16 the last bit decides how a weight is rounded.
     """
     optimizer: Any = basic_optimizer
     if not isinstance(optimizer, FusedAdam) or device_type() != "cpu":

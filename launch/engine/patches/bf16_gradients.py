@@ -36,7 +36,10 @@ from packspeed.launch.engine.protocol import Engine
 
 @contextlib.contextmanager
 def one_zero1(optimizer_name: str) -> Iterator[None]:
-    """While it is open, deepspeed.initialize takes the same ZeRO-1 optimizer in bf16 as in fp32, except for Muon."""
+    """Context in which deepspeed.initialize uses for ZeRO-1 in bf16 the optimizer class that it uses in fp32.
+
+    That is DeepSpeedZeroOptimizer instead of BF16_Optimizer. With the optimizer_name "muon", nothing changes.
+    """
 
     def check(engine: object, optimizer: torch.optim.Optimizer) -> Any:
         kind = original(engine, optimizer)
@@ -50,9 +53,10 @@ def one_zero1(optimizer_name: str) -> Iterator[None]:
 
 
 def sum_gradients(engine: Engine) -> None:
-    """bf16: divide each loss by the micro batches of the step, and let DeepSpeed only add up. Others stay as they are.
+    """Patch a bf16 engine: divide each loss by the step's micro batches (of all ranks), and only add up gradients.
 
-    DeepCompile and ZenFlow reduce gradients in code of their own, which always divides.
+    Engines of other precisions are left as they are, and so are those with ZenFlow, whose own reduction always divides.
+    Do not call it with DeepCompile, which divides too.
     """
     optimizer: Any = engine.optimizer  # DeepSpeed's wrappers have no types
     in_bf16 = engine.bfloat16_enabled() or engine.torch_autocast_enabled()
@@ -74,7 +78,10 @@ def sum_gradients(engine: Engine) -> None:
 
 
 def _sum_at_stage3(optimizer: Any) -> None:
-    """Let stage 3 scatter the sum of gradients; dividing by the number of ranks rounds, unless it is a power of two."""
+    """Let ZeRO-3's optimizer give each rank its part of the sum of the gradients, not of their mean.
+
+    Dividing by the number of ranks rounds, unless it is a power of two.
+    """
     # With reduce_scatter: false, and in ZeRO++'s 4-bit exchange, DeepSpeed divides by this number.
     replace(optimizer, "_gradient_averaging_world_size", lambda params, ranks: 1)
     if optimizer.all2all_process_group is not None:
@@ -96,9 +103,10 @@ def _sum_at_stage3(optimizer: Any) -> None:
 
 
 def interleave(tensors: list[torch.Tensor], ranks: int) -> tuple[torch.Tensor, list[int]]:
-    """Cut each tensor into one piece per rank, filled up with zeros, and put the pieces of a rank side by side.
+    """Cut each flattened tensor into one piece per rank, filled up with zeros; put the pieces of a rank side by side.
 
-    Returns (pieces, (ranks, sum of the sizes); the size of a piece of each tensor).
+    Returns (pieces, sizes). Row r of `pieces`, (ranks, sum of the sizes), has rank r's piece of every tensor. `sizes`
+    has the number of elements in a piece of each tensor.
     """
     sizes = [-(-tensor.numel() // ranks) for tensor in tensors]
     pieces = tensors[0].new_zeros(ranks, sum(sizes))

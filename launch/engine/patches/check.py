@@ -30,7 +30,10 @@ _ON_OBJECTS = re.compile(r"\.(\w+) *=(?!=)")
 
 @functools.cache
 def check_sources() -> None:
-    """Raise UserError if installed source files lack names of the registry. The error lists all of one package."""
+    """Raise UserError if installed source files lack internal names of registry.py, or functions with its parameters.
+
+    The error lists all such names of one package.
+    """
     absent = [(internal, found) for internal in REGISTRY if (found := problem(internal)) is not None]
     if absent:
         package = absent[0][0].package
@@ -38,7 +41,7 @@ def check_sources() -> None:
 
 
 def check_loaded() -> None:
-    """Raise UserError if an already imported class or module lacks a method or function that the registry lists."""
+    """Raise UserError if an already imported class or module lacks a method or function that registry.py lists."""
     for internal in REGISTRY:
         module = sys.modules.get(internal.file.removesuffix(".py").replace("/", "."))
         if module is None or internal.where in (TENSORS, TEXT):
@@ -72,7 +75,7 @@ def problem(internal: Internal) -> str | None:
 
 
 def identifier(internal: Internal) -> str:
-    """Return the entry's name without the parameters that may follow it."""
+    """Return the name of a registry entry without its parameters: `step` for the entry `step(closure)`."""
     return internal.name.partition("(")[0]
 
 
@@ -113,8 +116,10 @@ def _matches(pattern: re.Pattern[str], source: str) -> frozenset[str]:
 
 @functools.cache
 def _scope(file: str, where: str) -> str:
-    """Return the part of a source file that an entry of the registry refers to: the lines of a class, or the complete
-    file.
+    """Return the part of a source file that an entry of the registry refers to.
+
+    `where` is the name of a class, which gives the lines of the class ("" if there is none), or MODULE, TENSORS or
+    TEXT, which give the complete file.
     """
     source = read_source(file)
     if where in (MODULE, TENSORS, TEXT):
@@ -140,7 +145,7 @@ def _signature(scope: str, name: str) -> str | None:
 
 @functools.cache
 def _collapsed_source(file: str) -> str:
-    """Return the source of a file as _collapsed returns it. Each file is read once."""
+    """Return the source of a file below site-packages after _collapsed. Each file is read once."""
     return _collapsed(read_source(file))
 
 

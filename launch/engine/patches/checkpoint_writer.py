@@ -24,10 +24,10 @@ class CheckpointEngine(Protocol):
         """Start a save; `info` is DeepSpeed's description of it."""
 
     def save(self, state_dict: object, path: str) -> None:
-        """Write the object to the file."""
+        """Write the object `state_dict` to the file `path`."""
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read the file and return the object in it."""
+        """Read the file `path` and return the object in it. `map_location`: as in torch.load."""
 
     def commit(self, info: object) -> bool:
         """Finish a save, and return whether it succeeded; `info` is DeepSpeed's description of it."""
@@ -48,6 +48,6 @@ class CheckpointEngine(Protocol):
 
 
 def write_checkpoints_with(engine: Engine, writer: CheckpointEngine) -> None:
-    """Make engine.save_checkpoint and engine.load_checkpoint use `writer`, and write no recovery script."""
+    """Make the engine save and load checkpoints with `writer`, and put no zero_to_fp32.py into them."""
     replace(engine, "checkpoint_engine", writer)
     replace(engine, "_copy_recovery_script", lambda save_path: None)

@@ -33,7 +33,8 @@ from packspeed.launch.engine.protocol import Optimizer
 def let_the_device_wait(wrapper: Optimizer) -> None:
     """Patch DeepSpeed's ZeRO optimizer so that GPU streams wait for each other, and the CPU does not wait.
 
-    Does nothing on CPUs, with offload, and for any other optimizer: the CPU does not wait in those places, or must.
+    Does nothing on CPUs, with offload, at stages 1 and 2 without overlap_comm, and for other optimizers: there the CPU
+    does not wait anyway, or has to.
     """
     optimizer: Any = wrapper
     if get_accelerator().resolves_data_dependency():
@@ -58,7 +59,10 @@ def let_the_device_wait(wrapper: Optimizer) -> None:
 
 
 def _stage3(optimizer: Any) -> None:
-    """Let streams wait at ZeRO stage 3: at the end of the reduction, of a step, and of gathering with one rank."""
+    """Patch ZeRO-3's optimizer so that GPU streams wait for each other where the CPU waits for the GPU.
+
+    The places are the end of the gradients' reduction, the end of a step, and, with one rank, the gathering of weights.
+    """
     stream = require(optimizer, "reduce_and_partition_stream")
     replace(stream, "synchronize", lambda: get_accelerator().current_stream().wait_stream(stream))
     # Only a synchronisation of the host kept the gathering of the next forward pass, in a stream of its own, behind the
@@ -80,7 +84,7 @@ def _stage3(optimizer: Any) -> None:
 
 
 def _both_ways(other: Any) -> Callable[[], None]:
-    """Return a function that makes the current stream and `other` wait for each other."""
+    """Return a function that makes the GPU's current stream and the stream `other` wait for each other."""
 
     def order() -> None:
         current = get_accelerator().current_stream()
@@ -102,7 +106,7 @@ def _accelerator_with(name: str, value: Callable[..., Any]) -> Iterator[None]:
 
 
 def _with_synchronize(order: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that its synchronisations of the device call `order` instead."""
+    """Return `function`, changed so that it calls order() instead of synchronize() of DeepSpeed's accelerator."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _accelerator_with("synchronize", lambda device_index=None: order()):
@@ -112,7 +116,10 @@ def _with_synchronize(order: Callable[[], None], function: Callable[..., Any]) -
 
 
 def _without_waiting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that in it, DeepSpeed's accelerator says that it resolves data dependencies by itself."""
+    """Return `function`, changed so that it need not wait for the GPU.
+
+    While it runs, DeepSpeed's accelerator says that it resolves data dependencies by itself.
+    """
     if getattr(function, "waits_for_nothing", False):  # of an earlier engine in this process
         return function
 

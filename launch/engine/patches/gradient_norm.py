@@ -155,7 +155,7 @@ class GradientNormHook:
         return None if self.vetoed else on_host
 
     def _to_host(self, norms: Tensors) -> Tensors:
-        """Copy the norms to the CPU, in one copy with the agreement unless that was read before."""
+        """Copy scalar norms to the CPU, together with the tensor given to `agree` unless that is there already."""
         if self._agreed is not None or self._agreement is None or norms[0].device != self._agreement.device:
             return [torch.tensor(float(norm), dtype=norm.dtype) for norm in norms]
         numbers: list[float] = torch.cat([*(norm.double().view(1) for norm in norms), self._agreement]).tolist()
@@ -163,7 +163,7 @@ class GradientNormHook:
         return [torch.tensor(number, dtype=norm.dtype) for number, norm in zip(numbers, norms, strict=False)]
 
     def _patch_stages12(self, optimizer: Stage12Optimizer) -> None:
-        """ZeRO stages 1 and 2: step() calls scaled_global_norm, and drops the step if that returns -1."""
+        """Patch the optimizer of ZeRO-1 and 2: its step() calls scaled_global_norm, and drops the step for -1."""
 
         def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
             norms = self._read_and_judge([original_norm(norm_type)], optimizer.loss_scale)
@@ -197,7 +197,10 @@ class GradientNormHook:
         replace(optimizer, "update_offload_overflow_tracker", lambda grad: None)
 
     def _patch_stage3(self, optimizer: Stage3Optimizer) -> None:
-        """ZeRO stage 3: step() checks for an overflow, then updates Muon's momentum, then calls _get_norm_groups."""
+        """Patch the optimizer of ZeRO-3.
+
+        Its step() checks for an overflow, then updates Muon's momentum, then calls _get_norm_groups.
+        """
 
         def get_norm_groups() -> list[torch.Tensor]:
             norms = self._read_and_judge(list(original_groups()), optimizer.loss_scale)
@@ -236,10 +239,10 @@ class GradientNormHook:
         original_update = replace(optimizer, "_update_scale", update_scale)
 
     def _patch_bf16(self, optimizer: object) -> None:
-        """Muon in bf16 at ZeRO-1: every rank has all gradients, and step() takes the norm of what it is given.
+        """Patch BF16_Optimizer (Muon in bf16 at ZeRO-1). Every rank has all gradients.
 
-        The replacement gives step() a list of one tensor with one element, the norm itself; the norm of that list is
-        the same number.
+        Its step() computes the norm of the list that get_grads_for_norm returns. The replacement returns a list of one
+        tensor with one element, the norm itself; the norm of that list is the same number.
         """
 
         def get_grads_for_norm(for_clipping: bool = False) -> Tensors | tuple[Tensors, dict[str, Tensors]]:
@@ -254,7 +257,10 @@ class GradientNormHook:
         original = replace(optimizer, "get_grads_for_norm", get_grads_for_norm)
 
     def _patch_stage0(self, engine: Any) -> None:
-        """Stage 0: DeepSpeed clips with torch's norm, then runs the plain optimizer, and has no way to drop a step."""
+        """Patch an engine without ZeRO.
+
+        There DeepSpeed clips with torch's norm, then runs the plain optimizer, and has no way to drop a step.
+        """
         require(engine, "clip_fp32_gradients")
 
         def take_model_step(lr_kwargs: object) -> None:
@@ -275,13 +281,19 @@ class GradientNormHook:
 
 
 def _norms_of(optimizer: Stage12Optimizer | Stage3Optimizer, params: Tensors) -> Tensors:
-    """The norms of offloaded gradients, which DeepSpeed took on the device before it copied them to the host."""
+    """Return the norms of these parameters' offloaded gradients, as scalars; parameters without one are left out.
+
+    DeepSpeed computed them on the device before it copied the gradients to the host.
+    """
     ids = (optimizer.get_param_id(param) for param in params)
     return [optimizer.norm_for_param_grads[number] for number in ids if number in optimizer.norm_for_param_grads]
 
 
 def _unscale_and_clip(gradients: Tensors, norm: torch.Tensor, scale: float, limit: float) -> None:
-    """Divide gradients in place by the loss scale and clip them by their common norm, which still has the scale."""
+    """Divide gradients in place by the loss scale, and scale them down if their norm is above `limit` (0: never).
+
+    `norm` is the norm of all gradients together, still multiplied by the loss scale `scale`.
+    """
     if limit > 0:
         factor: torch.Tensor | float = clip_factor(norm / scale, limit) / scale
     else:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def unlink_buffers(topology: Topology) -> None:
-    """Remove the name of this rank's shared-memory buffer, if there is one. A collective: every rank must call it.
+    """Remove the file name of the shared memory that this rank uses in DeepSpeed's all-reduce, if there is one.
 
     Does nothing if the ranks are on several hosts. registry.py lists the three lines of shm.cpp that build the file
-    name, so a version of DeepSpeed with other names is refused at the start.
+    name, so a version of DeepSpeed with other names is refused at the start. A collective: every rank must call it.
     """
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{topology.rank}")
