@@ -213,7 +213,9 @@ STAGE3_ONLY = (
 
 @rule("useless", "docs/config-json: zero_optimization")
 def stage3_keys_below_stage3(case: Case) -> Iterator[str]:
-    """These keys control how weights are partitioned or fetched, which only ZeRO-3 does.
+    """Keys such as stage3_prefetch_bucket_size and offload_param control how weights are partitioned or fetched.
+
+    Only ZeRO-3 does that.
 
     Symptom: the setting makes no difference.
     Fix: use zero3, or remove the keys.
@@ -257,7 +259,7 @@ def stage12_keys_elsewhere(case: Case) -> Iterator[str]:
 
 @rule("useless", "packspeed: model.activation_checkpointing")
 def activation_checkpointing_block(case: Case) -> Iterator[str]:
-    """The block configures deepspeed.checkpointing, which a model must call. Packspeed's model does not call it.
+    """The block activation_checkpointing configures deepspeed.checkpointing, which Packspeed's model does not call.
 
     Symptom: memory use is the same as without activation checkpointing.
     Fix: set model.activation_checkpointing in the run file.
@@ -272,7 +274,9 @@ def activation_checkpointing_block(case: Case) -> Iterator[str]:
 
 @rule("useless", "docs/config-json: zero_allow_untested_optimizer")
 def untested_optimizer_allowed(case: Case) -> Iterator[str]:
-    """The key switches off DeepSpeed's check that an optimizer works with ZeRO. AdamW, Muon and Lion pass this check.
+    """zero_allow_untested_optimizer switches off DeepSpeed's check that an optimizer works with ZeRO.
+
+    AdamW, Muon and Lion pass this check.
 
     Symptom: none now; but an optimizer that does not work with ZeRO would not be detected.
     Fix: remove zero_allow_untested_optimizer.
@@ -297,10 +301,10 @@ def aio_without_nvme(case: Case) -> Iterator[str]:
 
 @rule("useless", "packspeed: the run file sets the precision")
 def precision_blocks_unused(case: Case) -> Iterator[str]:
-    """The block belongs to a precision that the run does not use.
+    """A block such as fp16 or data_types has no effect with the run's precision and ZeRO stage.
 
     Symptom: the setting makes no difference.
-    Fix: remove the block, or change train.precision.
+    Fix: remove the block, or change train.precision or the ZeRO stage.
     """
     for name in ("fp16", "bf16"):
         extra = [k for k in block(case.ds, name) if k != "enabled"]
@@ -428,9 +432,9 @@ def stage2_with_accumulation(case: Case) -> Iterator[str]:
 
 @rule("slow", "docs/config-json: wall_clock_breakdown")
 def synchronising_timers(case: Case) -> Iterator[str]:
-    """The timers wait for the device before and after every phase or collective.
+    """wall_clock_breakdown, memory_breakdown and comms_logger wait for the device at every phase or collective.
 
-    Symptom: the run is slower than without the timers.
+    Symptom: every step takes longer.
     Fix: remove the keys. packspeed goodput shows the phases without waiting.
     """
     for key in ("wall_clock_breakdown", "memory_breakdown"):
@@ -449,7 +453,7 @@ def synchronising_timers(case: Case) -> Iterator[str]:
 
 @rule("useless", "DeepSpeed#4723, #5079, #4593")
 def flops_profiler(case: Case) -> Iterator[str]:
-    """The profiler works by patching Python functions, so it counts neither fused attention nor compiled code.
+    """DeepSpeed's flops_profiler patches Python functions, so it counts neither fused attention nor compiled code.
 
     Symptom: the reported FLOPs are too low.
     Fix: remove the block; metrics.jsonl has the MFU of every step, computed by a formula.

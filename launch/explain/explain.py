@@ -50,10 +50,10 @@ class Explanation:
 
 
 def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | None = None) -> Explanation:
-    """Explain a run file and its DeepSpeed JSON for a number of ranks (default: that of packspeed train).
+    """List the settings of a run file and its DeepSpeed JSON, and everything that is wrong with them.
 
-    Raises ConfigError only if the run file cannot be read as YAML or lacks a required section; other errors become
-    findings.
+    `ranks` is the number of ranks; None means as many as `packspeed train` starts on this machine by default. Raises
+    ConfigError only if the run file cannot be read as YAML or lacks a required section; other errors become findings.
     """
     written = read_written(Path(run_file), overrides)
     findings: list[Finding] = []
@@ -78,7 +78,10 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
 
 
 def _solve_batch(run: RunFile, ranks: int, findings: list[Finding]) -> BatchPlan:
-    """Divide the batch among the ranks. If that is impossible, add a finding and return an approximate division."""
+    """Divide the samples of a step among `ranks` ranks.
+
+    If that is impossible, add a finding, and return an approximate division with micro batches of one sample.
+    """
     try:
         return solve_batch(run.global_batch, run.data.seq_len, ranks, run.train.micro_batch)
     except ConfigError as error:
@@ -104,8 +107,9 @@ def guess_precision(wanted: str) -> tuple[str, str]:
 
 
 def _inspect_dataset(run: RunFile, findings: list[Finding]) -> tuple[dict[str, int], int | None]:
-    """Return ({split: number of tokens}, vocabulary size) of a local dataset, or ({}, None) for mixtures, URLs and
-    errors.
+    """Return ({split: number of tokens}, vocabulary size) of the run's dataset if it is on this machine.
+
+    Returns ({}, None) for mixtures and URLs, and if the dataset cannot be opened, which also adds a finding.
     """
     if run.data.path is None or "://" in run.data.path:
         return {}, None
@@ -129,7 +133,7 @@ def _gpt_config(run: RunFile, vocab_size: int | None, findings: list[Finding]) -
 def _resolve_ds_config(
     run: RunFile, raw: JsonObject, plan: BatchPlan, precision: str, model: GPTConfig | None, findings: list[Finding]
 ) -> JsonObject:
-    """Return the final DeepSpeed configuration.
+    """Return the DeepSpeed configuration that training would pass to the engine; `raw` is the JSON.
 
     If the JSON contradicts the run file, add findings and use the run file's values.
     """
@@ -173,6 +177,6 @@ def text(explanation: Explanation) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a value as text of less than 60 characters."""
+    """Return a value as text of at most 60 characters; "-" for None."""
     written = "-" if value is None else json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
     return written if len(written) < 60 else written[:57] + "..."

@@ -32,7 +32,7 @@ from packspeed.launch.run_folder.folder import flatten
 MAX_REPAIRS = 40  # rounds of validation and repair before giving up
 
 REMOVED = {
-    "elasticity": "removed in DeepSpeed 0.19. Start again with other ranks instead: the checkpoint is converted.",
+    "elasticity": "removed in DeepSpeed 0.19. Start again with another number of ranks: the checkpoint is converted.",
     "amp": "removed in DeepSpeed 0.19. Use the run file's train.precision.",
     "curriculum_learning": "removed in DeepSpeed 0.19. Change the mixture with data.stages.",
     "sparse_attention": "removed in DeepSpeed 0.19. Remove the block.",
@@ -68,9 +68,10 @@ def read_written(path: Path, overrides: Sequence[str]) -> WrittenRunFile:
 
 
 def validate_leniently(written: WrittenRunFile, data: JsonObject, findings: list[Finding]) -> RunFile:
-    """Validate `data`, repair errors in place, add a finding for each, and return the RunFile.
+    """Validate `data`, the content of a run file, repair errors in place, and return the RunFile.
 
-    Raises ConfigError if an error cannot be repaired, such as a missing required section.
+    Adds a finding for each error. Raises ConfigError if an error cannot be repaired, such as a missing required
+    section.
     """
     for _ in range(MAX_REPAIRS):
         try:
@@ -87,7 +88,10 @@ def validate_leniently(written: WrittenRunFile, data: JsonObject, findings: list
 
 
 def _repair(data: JsonObject, path: KeyPath, message: str) -> bool:
-    """Remove or replace the wrong value at `path`; `message` is pydantic's. Returns whether that was possible."""
+    """Remove or replace the wrong value at `path` in `data`, the content of a run file.
+
+    `message` is pydantic's error. Returns whether that was possible.
+    """
     train, source = data.get("train", {}), data.get("data", {})
     if "warmup_steps" in message and isinstance(train, dict):
         train.setdefault("schedule", {})["warmup_steps"] = 0
@@ -104,7 +108,10 @@ def _repair(data: JsonObject, path: KeyPath, message: str) -> bool:
 
 
 def _remove(data: JsonObject, path: KeyPath) -> bool:
-    """Remove the deepest existing key of `path`. Returns False if that is a required section."""
+    """Remove from `data` the deepest key along `path` that exists.
+
+    Returns False, and removes nothing, if there is none or if it is model, data, train or name, which a run file needs.
+    """
     node: Any = data
     parent: dict[str | int, Any] | None = None
     last_key: str | int = ""
@@ -119,9 +126,9 @@ def _remove(data: JsonObject, path: KeyPath) -> bool:
 
 
 def read_deepspeed_json(name: str, findings: list[Finding]) -> tuple[JsonObject, dict[KeyPath, int]]:
-    """Read a DeepSpeed JSON. Returns its content without wrong or refused keys, and the line of every key.
+    """Read the DeepSpeed JSON that the run file calls `name`. Errors are added to `findings`.
 
-    Errors become findings.
+    Returns its content without wrong or refused keys, and the line of every key; both are empty if it cannot be read.
     """
     path = ds_config_path(name)
     try:

@@ -96,7 +96,7 @@ def device(case: Case, key: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A check and its entry in docs/troubleshooting.md. `source` names an issue, a paper or a page."""
+    """A check of a run and its entry in docs/troubleshooting.md. `source` names an issue, a paper or a page."""
 
     name: str
     kind: str

@@ -118,7 +118,10 @@ def sections() -> list[tuple[str, type[Section], str]]:
 
 
 def keys_of(section: type[Section], prefix: str) -> Iterator[Key]:
-    """Yield the keys of one section, without those of its sub-sections. `prefix` is that of the keys' dotted names."""
+    """Yield the keys of one section of the run file, without those of its sub-sections.
+
+    `prefix` is the section's dotted name with a dot at the end; it is empty at the top level.
+    """
     for name, field in section.model_fields.items():
         child, is_list = _section_in(field.annotation)
         if child is not None and not is_list:
@@ -188,7 +191,7 @@ def _bounds(constraints: list[Any]) -> Iterator[str]:
 
 
 def _default(key: str, field: FieldInfo) -> str:
-    """Return the default of a key as text. For keys of the model it is in GPTConfig."""
+    """Return the default of a run-file key as text. For keys of the section model, it is the one in GPTConfig."""
     if key.startswith("model.") and key != "model.preset":
         name = key.removeprefix("model.")
         defaults = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
@@ -200,12 +203,12 @@ def _default(key: str, field: FieldInfo) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """Return a value as YAML, marked as code."""
+    """Return a value in YAML between backquotes, for Markdown."""
     return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
 
 
 def _resume(key: str) -> str:
-    """Return the cell of a key in the column "resume"."""
+    """Return the cell of a run-file key in the column "resume", such as "yes" or "no"."""
     if key in RESUME_NOTES:
         return RESUME_NOTES[key]
     flat = {"data.sources[].weight": "data.weights"}.get(key, key.split("[]")[0])

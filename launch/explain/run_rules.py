@@ -45,7 +45,7 @@ def warmup_is_most_of_the_run(case: Case) -> Iterator[str]:
 
 @rule("useless")
 def schedule_settings_unused(case: Case) -> Iterator[str]:
-    """The key belongs to another schedule or optimizer.
+    """A key of train.schedule or train.optimizer belongs to another schedule or optimizer than the chosen one.
 
     Symptom: the setting makes no difference.
     Fix: remove the key, or choose the schedule or optimizer that reads it.
@@ -275,7 +275,7 @@ def fp8_is_emulated(case: Case) -> Iterator[str]:
 
 @rule("useless")
 def fp8_settings_unused(case: Case) -> Iterator[str]:
-    """The key is read only if train.precision is fp8.
+    """train.fp8_skip_blocks is read only if train.precision is fp8.
 
     Symptom: the setting makes no difference.
     Fix: remove the key, or set train.precision: fp8.
@@ -330,7 +330,7 @@ def nothing_to_rewind_to(case: Case) -> Iterator[str]:
     """A rewind returns to a scheduled checkpoint, but this run saves none before its end.
 
     Symptom: the run stops at the first anomaly.
-    Fix: set checkpoint.every_steps to less than the number of steps, or choose skip.
+    Fix: set checkpoint.every_steps to less than the number of steps, or use skip instead of rewind in anomalies.
     """
     section = case.run.anomalies
     if (

@@ -42,12 +42,12 @@ OTHER_DEFAULTS: JsonObject = {
 # Why Packspeed sets what neither file sets (config/deepspeed_defaults.py).
 SOLVED = {
     "communication_data_type": 'solved: 4 bytes a gradient on the wire; "bf16" sends 2, and rounds every sum',
-    "zero_optimization.memory_efficient_linear": "solved: with a bias it rounds twice in 16 bits",
+    "zero_optimization.memory_efficient_linear": "solved: true would round twice in 16 bits in layers with a bias",
     "zero_optimization.reduce_bucket_size": "solved: the model's size, in 8 pieces with overlap_comm",
     "zero_optimization.allgather_bucket_size": "solved: the model's size",
     "zero_optimization.stage3_prefetch_bucket_size": "solved: the model's size",
     "zero_optimization.offload_param.buffer_size": "solved: a rank's part of the largest parameter",
-    "timers.throughput.enabled": "solved: it waits for the device twice per micro batch",
+    "timers.throughput.enabled": "solved: true would wait for the device twice per micro batch",
 }
 
 
@@ -85,7 +85,9 @@ def run_file_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | No
 
 
 def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None, has_dataset: bool) -> list[Value]:
-    """Return the settings of the section `model`."""
+    """Return the settings of the section `model`; only the preset if `model` is None. See run_file_values for the
+    arguments.
+    """
     preset = run.model.preset  # type: ignore[attr-defined]
     values = [Value("model.preset", preset, None, written.set_by("model.preset") or "default")]
     solved = {
@@ -123,7 +125,10 @@ def solved_values(
 
 
 def memory_values(case: Case) -> list[Value]:
-    """Return what a rank holds for weights, gradients and AdamW; empty with offload, or without a model."""
+    """Return one setting: the GB of weights, gradients and AdamW's state that each rank holds.
+
+    Returns an empty list with offload, with other optimizers, or without a valid model.
+    """
     offloads = {device(case, "offload_optimizer"), device(case, "offload_param")} != {"none"}
     if case.model is None or offloads or case.run.train.optimizer.name != "adamw":
         return []
@@ -134,8 +139,8 @@ def memory_values(case: Case) -> list[Value]:
 
 
 def _resumes(deterministic: bool) -> tuple[str, str, str]:
-    """Return (how exactly a resumed run repeats an uninterrupted one, the same by default, what decides that and its
-    cost).
+    """Return (how exactly a resumed run equals an uninterrupted one, the same for the default of train.deterministic,
+    the reason).
     """
     exact = "bit for bit"
     if deterministic:
@@ -145,8 +150,8 @@ def _resumes(deterministic: bool) -> tuple[str, str, str]:
 
 
 def deepspeed_values(run: RunFile, raw: JsonObject, final: JsonObject, lines: dict[KeyPath, int]) -> list[Value]:
-    """Return the settings of the final DeepSpeed configuration, and DeepSpeed's defaults for its zero_optimization
-    block.
+    """Return the settings of the final DeepSpeed configuration, and DeepSpeed's defaults for keys of zero_optimization
+    that it does not contain.
 
     `raw` is the JSON, `final` the merged configuration, and `lines` has the line of each key of the JSON.
     """
@@ -171,7 +176,7 @@ def deepspeed_values(run: RunFile, raw: JsonObject, final: JsonObject, lines: di
 
 
 def _plain(value: Any) -> Any:
-    """Convert sections of the run file to dicts, at any depth, for JSON."""
+    """Return `value` with all sections of the run file in it, at any depth, converted to dicts for JSON."""
     if isinstance(value, Section):
         return value.model_dump(mode="json")
     if isinstance(value, (list, tuple)):
