@@ -105,7 +105,7 @@ def export_hf(
 
 
 def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> JsonObject:
-    """Return the content of config.json.
+    """Return the content of config.json, transformers' description of the model.
 
     Raises ConfigError if transformers has no such model, or if the tokenizer has more tokens than the model.
     """
@@ -124,7 +124,7 @@ def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype:
 
 
 def _write_weights(folder: Path, checkpoint: Path, config: GPTConfig, dtype: torch.dtype, shard_bytes: int) -> Shards:
-    """Write all weights into the folder. Raises UserError if the checkpoint lacks some."""
+    """Write all weights of the checkpoint into `folder` as safetensors files. Raises UserError if some are missing."""
     shards = Shards(folder, hf_shapes(config), dtype, shard_bytes)
     for name, tensor in hf_tensors(checkpoint, config):
         shards.write(name, tensor)
@@ -134,8 +134,10 @@ def _write_weights(folder: Path, checkpoint: Path, config: GPTConfig, dtype: tor
 
 
 def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, fp32 tensor) of all weights in transformers' form, with one parameter of the checkpoint in memory
-    at a time.
+    """Yield (name, fp32 tensor) of all weights under transformers' names and in its shapes.
+
+    Only one parameter of the checkpoint is in memory at a time. Raises UserError if the checkpoint has a parameter that
+    a model of this `config` does not have.
     """
     table = {weight.ours: weight for weight in weight_table(config)}
     for name, states in full_tensors(checkpoint, ("fp32",)):

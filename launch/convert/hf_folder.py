@@ -70,7 +70,7 @@ class WeightFiles:
 
     @property
     def notes(self) -> list[str]:
-        """Notes for the user about files that were ignored."""
+        """Texts for the user, which say that files of the folder were ignored; empty if none were."""
         both = (self.source / WEIGHTS).is_file() and (self.source / INDEX).is_file()
         note = f"{WEIGHTS} was imported, and the files of {INDEX} were ignored, as transformers does"
         return [note] if both else []
@@ -160,7 +160,10 @@ def read_weights(
 
 
 def _paths(source: Path) -> list[Path]:
-    """Return the weight files. model.safetensors is preferred to the files of an index, as in transformers."""
+    """Return the weight files of the model folder `source`: model.safetensors, else the files that the index lists.
+
+    Raises ConfigError if there is neither, and UserError if the index is invalid or its files are missing.
+    """
     if (source / WEIGHTS).is_file():
         return [source / WEIGHTS]
     index = source / INDEX

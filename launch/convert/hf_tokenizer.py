@@ -49,9 +49,10 @@ def read_tokenizer(source: Path, rows: int) -> tuple[Tokenizer | None, list[str]
 
 
 def _with_bos(source: Path, tokenizer: JsonTokenizer) -> tuple[Tokenizer, list[str]]:
-    """Return the tokenizer and notes for the user.
+    """Return the tokenizer of the model folder `source`, and notes for the user about its special tokens.
 
-    The tokenizer adds BOS if the folder's template or settings do so.
+    It is `tokenizer`, changed to begin each document with BOS if the folder's template or settings add BOS, unless BOS
+    is the end-of-text token.
     """
     before, after = template(tokenizer.content)
     named = read_document_tokens(source)
@@ -78,10 +79,10 @@ def template(content: bytes) -> tuple[list[str], list[str]]:
 
 
 def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, JsonObject]:
-    """Return the content of tokenizer.json and of tokenizer_config.json, which give the ids that the model was trained
-    on.
+    """Return (content of tokenizer.json, content of tokenizer_config.json) for `tokenizer`.
 
-    Raises DataError if the tokenizers library reads other ids from the file.
+    With them, transformers gives the ids on which the model was trained. Raises DataError if the tokenizers library
+    reads other ids from the file.
     """
     content, eot = tokenizer_json(tokenizer)
     bos = None
@@ -101,9 +102,10 @@ def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, JsonObject]:
 
 
 def _as_trained(content: bytes, bos: str | None, bos_id: int | None) -> bytes:
-    """Return tokenizer.json without settings that would change the ids of a text.
+    """Return the content of a tokenizer.json without settings that would change the ids of a text.
 
-    These are dropout, truncation, padding, and a template that adds other tokens than BOS.
+    These are dropout, truncation, padding, and a template that adds other tokens than BOS. `bos` and `bos_id` are the
+    name and id of BOS, or None if documents do not begin with it.
     """
     spec = json.loads(content)
     changes: JsonObject = {key: None for key in ("truncation", "padding") if spec.get(key) is not None}
@@ -117,8 +119,10 @@ def _as_trained(content: bytes, bos: str | None, bos_id: int | None) -> bytes:
 
 
 def _post_processor(spec: JsonObject, bos: str | None, bos_id: int | None) -> JsonObject | None:
-    """Return the post-processor of a tokenizer.json: the ByteLevel part of the old one, and a template for BOS if
-    there is one.
+    """Return the new post_processor of a tokenizer.json: the ByteLevel part of the old one, and a template that adds
+    `bos` if it is not None.
+
+    Returns None if there is neither.
     """
     old = spec.get("post_processor") or {}
     parts = [part for part in old.get("processors", [old]) if part.get("type") == "ByteLevel"]

@@ -119,7 +119,10 @@ def _write_run(
     tokenizer: Tokenizer | None,
     notes: list[str],
 ) -> ImportResult:
-    """Write the run folder under a temporary name and rename it. Returns what was written."""
+    """Write the run folder `out`: the checkpoint of step 0, run.yaml and, if not None, the tokenizer.
+
+    It is written under a temporary name and renamed. Raises ConfigError or UserError if that is impossible.
+    """
     if out.exists() and (out.resolve() == Path.cwd() or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already. Name a run folder that does not exist yet.")
     temporary = out.with_name(f".{out.name}.tmp")
@@ -156,7 +159,11 @@ def _write_run(
 
 
 def _write_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer. If several token ids end a generated text, write these too."""
+    """Write the tokenizer into the new folder `folder`.
+
+    If the model folder `source` names several token ids that end a generated text, write them to generation_config.json
+    there.
+    """
     folder.mkdir()
     tokenizer.save(folder)
     if len(ends := read_end_ids(source)) > 1:
@@ -166,7 +173,7 @@ def _write_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer) -> None:
 def _write_checkpoint(
     checkpoint: Path, source: Path, config: GPTConfig, tensors: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """Write a checkpoint that contains only a universal/ folder.
+    """Write a checkpoint that contains only packspeed.json and a universal/ folder with the weights.
 
     In a checkpoint of training, that folder is a converted copy and is not listed in packspeed.json. Here the manifest
     lists its files, because they cannot be made again from others.
@@ -207,12 +214,15 @@ def _write_checkpoint(
 
 
 def _model_section(config: GPTConfig) -> JsonObject:
-    """Return the section `model` of the run file."""
+    """Return the section `model` of a run file for this configuration, without keys whose value is None."""
     return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
 
 
 def _run_file(out: Path, config: GPTConfig, data: str | None, tokenizer: Tokenizer | None) -> str:
-    """Return the text of a run file that continues from the import. It is complete if `data` names a dataset."""
+    """Return the text of a run file that continues from the imported weights in the run folder `out`.
+
+    `data` is the path of the dataset; if it is None, the user must fill it in.
+    """
     folder = out.resolve()
     seq_len = min(config.max_seq_len, 1024)
     option = "the model's own"

@@ -23,7 +23,10 @@ Points = list[tuple[int, float]]  # (step, loss)
 
 
 def write_card(folder: Path, name: str, checkpoint: Path, manifest: Manifest, config: GPTConfig) -> None:
-    """Write README.md and, if the run folder has metrics, the plot of the losses."""
+    """Write README.md into the folder of an exported model and, if the run has metrics, the plot of its losses.
+
+    `name` is the title.
+    """
     train, valid = curve(checkpoint.resolve().parents[1] / "metrics.jsonl", manifest["step"])
     sections = [_head(name, manifest, config), _use(), _data(manifest), _tokenizer_note(manifest)]
     if train:
@@ -73,7 +76,7 @@ def _head(name: str, manifest: Manifest, config: GPTConfig) -> str:
 
 
 def _use() -> str:
-    """Return the section that shows how to load the model."""
+    """Return the card's section that shows how to load the model."""
     return """## Use
 
 ```python
@@ -88,7 +91,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=Tru
 
 
 def _data(manifest: Manifest) -> str:
-    """Return the section about the training data."""
+    """Return the card's section about the training data."""
     lines = ["## Training data\n"]
     for dataset in manifest.get("datasets") or []:
         tokens = sum(shard[1] for shard in dataset["shards"])
@@ -106,7 +109,7 @@ def _data(manifest: Manifest) -> str:
 
 
 def _tokenizer_note(manifest: Manifest) -> str:
-    """Return notes about how documents and special tokens were treated in training."""
+    """Return the card's notes about how documents and special tokens were treated in training."""
     note = (
         "In the training data, the end-of-text token separates documents. If a document contained the characters of a\n"
         "special token, they were encoded as ordinary text. The tokenizer in this folder encodes them as the special\n"
@@ -123,7 +126,7 @@ def _tokenizer_note(manifest: Manifest) -> str:
 
 
 def _curve_section(train: Points, valid: Points) -> str:
-    """Return the section with the plot of the losses and a table of at most ROWS steps."""
+    """Return the card's section with the plot of the losses and a table of at most ROWS steps."""
     at = dict(valid)
     steps = sorted({*[step for step, _ in valid], train[0][0], train[-1][0]})
     steps = steps if len(steps) <= ROWS else [steps[round(i * (len(steps) - 1) / (ROWS - 1))] for i in range(ROWS)]
@@ -137,7 +140,10 @@ def _curve_section(train: Points, valid: Points) -> str:
 
 
 def curve_svg(train: Points, valid: Points) -> str:
-    """Return both curves as an SVG of 640 x 320 pixels, with about 2,000 points of the training loss at most."""
+    """Return the text of an SVG of 640 x 320 pixels with training and validation losses over the steps.
+
+    It shows fewer than 2,000 points of the training loss.
+    """
     train = train[:: max(1, len(train) // 1000)]
     steps, losses = [s for s, _ in train + valid], [v for _, v in train + valid]
     low, high, last = min(losses), max(losses), max(steps)
@@ -163,7 +169,7 @@ def curve_svg(train: Points, valid: Points) -> str:
 
 
 def _origin(checkpoint: Path, manifest: Manifest) -> str:
-    """Return the section about the checkpoint, the software and the run file."""
+    """Return the card's section about the checkpoint, the software and the run file."""
     versions = ", ".join(f"{name} {version}" for name, version in (manifest.get("versions") or {}).items())
     facts = [
         f"- checkpoint `{checkpoint.name}`, saved {manifest.get('saved_at', 'at an unknown time')}",

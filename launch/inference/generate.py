@@ -118,7 +118,10 @@ class TextGenerator:
     def _generate_batch(
         self, prompts: list[str], seeds: list[int], settings: SamplingSettings, on_text: Callable[[str], None] | None
     ) -> list[Continuation]:
-        """Generate one continuation per prompt. Each prompt has its own seed."""
+        """Return one continuation per prompt, all generated together; `seeds` has one seed per prompt.
+
+        `on_text`, if not None, receives the text of the first one piece by piece.
+        """
         ids = [self.prompt_ids(prompt) for prompt in prompts]
         text_stream = _TextStream(self, on_text) if on_text else None
         rows: list[list[int]] = [[] for _ in ids]
@@ -145,7 +148,10 @@ class TextGenerator:
         return [self._continuation(*drawn) for drawn in zip(prompts, rows, totals, strict=True)]
 
     def _continuation(self, prompt: str, row: list[int], log_probability: float) -> Continuation:
-        """Return the continuation of one row of sampled ids, which ends at the first end-of-text."""
+        """Return the continuation of `prompt` whose sampled token ids are `row`. It ends before the first end-of-text.
+
+        `log_probability` is the sum over the sampled tokens.
+        """
         end = next((i for i, token in enumerate(row) if token in self.end_ids), len(row))
         new = row[:end]
         drawn = min(len(row), len(new) + 1)  # end-of-text was sampled too; what follows it in the row was not
@@ -203,7 +209,7 @@ def run_dialog(
 
 
 class _TextStream:
-    """Converts tokens to text as they arrive.
+    """Converts generated token ids to text one by one, and calls `write` with it.
 
     A UTF-8 character that spans several tokens is written when it is complete.
     """
@@ -213,7 +219,7 @@ class _TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> None:
-        """Write the text that this token completes. End-of-text has no text."""
+        """Write the text that the token with this id completes. End-of-text has no text."""
         if token not in self.generator.end_ids and self.generator.has_text(token):
             self.write(self.decoder.decode(self.generator.tokenizer.decode_bytes([token])))
 

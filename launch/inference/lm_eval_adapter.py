@@ -44,9 +44,10 @@ def run_tasks(
     limit: int | None = None,
     tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Run tasks. Returns {"checkpoint": ..., "results": {task: {metric: value}}} as JSON.
+    """Run the lm-eval tasks with these names on a run's model.
 
-    Raises ConfigError for a task that the harness does not have.
+    Returns {"checkpoint": ..., "results": {task: {metric: value}}} as JSON. Raises ConfigError for a task that the
+    harness does not have.
     """
     generator = TextGenerator(run, step, tokenizer)
     manager = TaskManager(include_path=include_path)
@@ -68,7 +69,7 @@ def run_tasks(
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A run's model with the interface that the harness expects."""
+    """A run's model with the interface that lm-evaluation-harness expects."""
 
     def __init__(self, generator: TextGenerator) -> None:
         super().__init__()
@@ -78,12 +79,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The id of the token that ends a text."""
         return self.tokenizer.eot_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before the first one of a text: BOS if documents begin with BOS, otherwise end-of-text."""
+        """The id of the token before the first one of a text: BOS if documents begin with BOS, else end-of-text."""
         return self.tokenizer.eot_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
@@ -92,18 +93,24 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         return self.tokenizer.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        """Return the token ids of a text. As with transformers' tokenizers, they begin with BOS if documents do."""
+        """Return the token ids of a text, preceded by BOS if the training documents begin with BOS.
+
+        If `add_special_tokens` is False, BOS is left out.
+        """
         bos = [] if self.tokenizer.bos_id is None or add_special_tokens is False else [self.tokenizer.bos_id]
         return bos + self.tokenizer.encode(string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, whether greedy decoding gives the continuation) for each request."""
+        """Return (log-likelihood of the continuation in nats, whether greedy decoding gives it) for each request.
+
+        A request is (texts, token ids of the context, token ids of the continuation).
+        """
         return self._score([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of complete texts. Each token is counted once."""
+        """Return the log-likelihood, in nats, of the complete text of each request. Each token is counted once."""
         totals = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
@@ -138,15 +145,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         return scores
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return generated texts, each up to a stop string, end-of-text or max_gen_toks tokens.
+        """Return a generated text for each request, up to a stop string, end-of-text or max_gen_toks tokens.
 
         Decoding is greedy unless the task sets do_sample.
         """
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
-        """Generate one text. `settings` are those of the task ("until", "max_gen_toks", "do_sample", "temperature",
-        ...).
+        """Return a text that continues `context`. `settings` are those of the task: "until", "max_gen_toks",
+        "do_sample", "temperature", ...
         """
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops

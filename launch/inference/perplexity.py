@@ -58,7 +58,7 @@ class Evaluation(TypedDict):
 
 
 class EvaluationResult(TypedDict):
-    """The results for all datasets."""
+    """The output of `packspeed eval --json` without --tasks: one result per dataset."""
 
     checkpoint: str
     step: int
@@ -67,7 +67,10 @@ class EvaluationResult(TypedDict):
 
 @dataclass(frozen=True)
 class Span:
-    """A window that predicts tokens first to last - 1 of the split. Only tokens scored to last - 1 are counted."""
+    """A window over the tokens of a split, whose numbers count from 0. The model predicts tokens first to last - 1.
+
+    Only the losses of tokens scored to last - 1 are counted; the others are context.
+    """
 
     first: int
     scored: int
@@ -75,7 +78,10 @@ class Span:
 
 
 def spans(tokens: int, seq_len: int, stride: int) -> Iterator[Span]:
-    """Yield windows over `tokens` tokens such that each token is counted once."""
+    """Yield windows of up to `seq_len` tokens over the first `tokens` tokens of a split. Each token is counted once.
+
+    The starts of consecutive windows are `stride` tokens apart.
+    """
     scored = 0
     while scored < tokens:
         first = max(0, scored - (seq_len - stride))
@@ -163,9 +169,9 @@ def _evaluate(
     max_tokens: int | None,
     masked: bool,
 ) -> Evaluation:
-    """Evaluate the first `max_tokens` tokens (None: all) of a split.
+    """Return the loss and the other results for the first `max_tokens` tokens (None: all) of a split of a dataset.
 
-    If `masked` is True, attention stays inside documents.
+    If `masked` is True, attention stays inside documents. Raises ConfigError if the dataset has no such split.
     """
     tokens = min(dataset.tokens(split), max_tokens or 2**62)
     if not tokens:
@@ -204,7 +210,7 @@ def _batches(windows: Iterator[Span], rows: int) -> Iterator[list[Span]]:
 
 
 def _read(dataset: TokenDataset, split: str, batch: list[Span]) -> Tokens:
-    """Return the token ids of a batch, shape (b, T + 1): the inputs are [:, :-1], the labels [:, 1:].
+    """Return the token ids of the windows in `batch`, shape (b, T + 1): the inputs are [:, :-1], the labels [:, 1:].
 
     The token before the first one of the split is end-of-text.
     """
@@ -217,7 +223,10 @@ def _read(dataset: TokenDataset, split: str, batch: list[Span]) -> Tokens:
 
 @torch.inference_mode()
 def _nats(model: GPT, rows: Tokens, batch: list[Span], eot_id: int, masked: bool) -> float:
-    """Return the sum of the losses, in nats, of the labels that are counted."""
+    """Return the sum of the losses, in nats, of the tokens that the windows in `batch` count.
+
+    `rows` is the result of `_read`. If `masked` is True, attention stays inside documents, which `eot_id` separates.
+    """
     device = model.embed.weight.device
     window = torch.from_numpy(rows.astype(np.int64)).to(device)
     arguments: dict[str, Any] = {}

@@ -137,7 +137,7 @@ def _gpt2(setup: BenchSetup) -> Baseline:
 
 
 def _nanogpt(setup: BenchSetup) -> Baseline:
-    """Return nanoGPT's model as a baseline, imported from the checkout that the job names."""
+    """Return nanoGPT's model as a baseline, imported from the checkout in the folder setup.job["nanogpt"]."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(setup.job["nanogpt"]) / "model.py")
     assert spec is not None
     assert spec.loader is not None

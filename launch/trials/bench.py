@@ -74,7 +74,7 @@ Value = TypeVar("Value")
 
 
 class Setting(TypedDict):
-    """One combination of swept values. None means the run file's value."""
+    """One combination of the values of --micro-batch, --kernels and --stage. None means the run file's value."""
 
     micro_batch: int | None
     kernels: str | None
@@ -182,7 +182,10 @@ def _baselines(run: RunFile, nanogpt: Path | None, precision: str | None) -> lis
 
 
 def bench(plan: BenchPlan, say: Say) -> list[Row]:
-    """Measure everything, print each row of the table with `say` as soon as it is measured, and return the rows."""
+    """Measure every setting and training loop of the plan, and return the rows of the JSON file.
+
+    Each row is also printed with `say`, as a line of a Markdown table, as soon as it is measured.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the workers are killed first
     say(_line(COLUMNS))
     say(_line(["---"] * len(COLUMNS)))
@@ -210,7 +213,7 @@ def _profile_prefix(plan: BenchPlan, setting: Setting, loop: str) -> str:
 
 
 def _measure(plan: BenchPlan, setting: Setting, loops: Sequence[str]) -> Iterator[Row]:
-    """Measure the training loops in turns (A B C, B C A, C A B, ...) and yield one row per loop."""
+    """Measure the training loops with one setting, in turns (A B C, B C A, C A B, ...), and yield one row per loop."""
     with tempfile.TemporaryDirectory(prefix="packspeed-bench-") as folder, contextlib.ExitStack() as running:
         workers = []
         for number, loop in enumerate(loops):
@@ -276,7 +279,10 @@ class WorkerProcess:
             self._stderr.close()
 
     def measure_round(self) -> None:
-        """Let the worker measure one round of steps, and append the result to `rounds`. Does nothing after an error."""
+        """Let the worker measure its next round of steps, and append the result to `rounds`.
+
+        Does nothing if `error` is set.
+        """
         if self.error:
             return
         number = len(self.rounds)
@@ -287,7 +293,7 @@ class WorkerProcess:
             self.rounds.append(result["round"])
 
     def wait_for(self, name: str) -> Path | None:
-        """Wait until the worker has written the file `name`, and return its path.
+        """Wait until the worker has written the file `name` in its folder, and return the file's path.
 
         Returns None and sets `error` if the worker ends before.
         """
@@ -348,7 +354,10 @@ def _row(worker: WorkerProcess, setting: Setting, gemm: dict[str, float], refere
 
 
 def _cells(row: Row) -> list[str]:
-    """Return the cells of a row for the table. The row of a failed measurement has the setting and the reason."""
+    """Return the cells of a row for the Markdown table, one per column of COLUMNS.
+
+    The row of a failed measurement has only the setting and the reason.
+    """
     if row["error"]:
         setting = ["run file's" if row[key] is None else str(row[key]) for key in ("kernels", "stage", "micro_batch")]
         cells = [

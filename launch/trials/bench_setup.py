@@ -68,7 +68,7 @@ class PhaseMarks:
         self._events.append((phase, event))
 
     def clear(self) -> None:
-        """Forget all marks."""
+        """Forget all marks that were made so far."""
         self._times.clear()
         self._events.clear()
 

@@ -124,7 +124,7 @@ class PackspeedLoop:
 
 
 def make_loop(setup: BenchSetup) -> TrainingLoop:
-    """Build the training loop that the job names, such as "packspeed:" or "bare:bf16"."""
+    """Build the training loop that job.json names under "loop", such as "packspeed:" or "bare:bf16"."""
     name, precision = setup.job["loop"].split(":")
     return PackspeedLoop(setup) if name == "packspeed" else BaselineLoop(setup, name, precision)
 
@@ -198,7 +198,7 @@ def work(setup: BenchSetup, folder: Path) -> None:
 
 
 def _wait_for_start(owner: int, start: Path) -> None:
-    """Sleep until the file appears. Raises ProcessLookupError if the process `owner` has ended.
+    """Sleep until the file `start` exists. Raises ProcessLookupError if the process with the id `owner` has ended.
 
     Every rank checks for itself, because waiting in a collective would keep GPUs busy.
     """
@@ -259,7 +259,7 @@ def _peak_memory_gib(setup: BenchSetup) -> float:
 
 
 def error_text(error: BaseException) -> str:
-    """Return one line that says why a job failed."""
+    """Return a text for the table of `packspeed bench` that says why this worker failed."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"
@@ -268,7 +268,7 @@ def error_text(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _write_error(error_file: Path) -> Iterator[None]:
-    """If the `with` block raises, write the reason to the file, and raise the exception again."""
+    """If the `with` block raises, write the reason to `error_file` unless it exists, and raise the exception again."""
     try:
         yield
     except Exception as error:
@@ -279,7 +279,7 @@ def _write_error(error_file: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the job whose file is on the command line, until the process is killed."""
+    """Measure what job.json says, whose path is on the command line, until this process is killed."""
     path = next(Path(word) for word in sys.argv[1:] if word.endswith(".json"))
     with _write_error(path.with_name("error")), DeepSpeedLogFilter(), quiet(path.with_suffix(".log")):
         job: BenchJob = json.loads(path.read_text())

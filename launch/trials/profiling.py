@@ -36,9 +36,9 @@ def profile_round(loop: TrainingLoop, steps: int, prefix: Path, rank: int, devic
 
 
 def operations_table(profiler: profile, steps: int, on_gpu: bool) -> str:
-    """Return a table of the operations that take the most time, without the time of the operations that they call.
+    """Return a table of the 15 operations that take the most time, without the time of the operations that they call.
 
-    It is time on the GPU if `on_gpu` is True, else CPU time, per step.
+    The time is per step: time on the GPU if `on_gpu` is True, else CPU time.
     """
     events = [
         (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)

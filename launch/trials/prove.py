@@ -85,7 +85,7 @@ class ProofReport(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class ProofPlan:
-    """The shortened run, and when and what to kill."""
+    """The plan of a kill-and-resume test: the shortened run, and when to kill which of its processes."""
 
     run_file: Path
     overrides: list[str]
@@ -168,14 +168,16 @@ def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:
 
 
 def _log_file(plan: ProofPlan, name: str) -> Path:
-    """Return the file for the output of the run `name`."""
+    """Return the path of the file for the output of the run `name` ("alone", "same" or "other")."""
     return plan.folder / f"{name}.log"
 
 
 @contextmanager
 def _launched(plan: ProofPlan, name: str, ranks: int) -> Iterator[psutil.Popen]:
-    """Launch the run `name`. At the end of the `with` block, kill the processes of the launch that are still
-    running.
+    """Launch the run `name` ("alone", "same" or "other") with `ranks` ranks, and return a context with the launcher's
+    process.
+
+    At the end of the `with` block, the processes of the launch that are still running are killed.
     """
     with _log_file(plan, name).open("a") as log:
         process = _start(plan, name, ranks, log)
@@ -188,7 +190,7 @@ def _launched(plan: ProofPlan, name: str, ranks: int) -> Iterator[psutil.Popen]:
 
 
 def _start(plan: ProofPlan, name: str, ranks: int, log: IO[str]) -> psutil.Popen:
-    """Start DeepSpeed's launcher for the run `name`, with its output in `log`."""
+    """Start DeepSpeed's launcher for the run `name` ("alone", "same" or "other"), with its output in `log`."""
     command = launcher.launcher_command(ranks, plan.arguments(name))
     return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -202,13 +204,17 @@ def _process_tree(process: psutil.Popen) -> list[psutil.Process]:
 
 
 def _finish(plan: ProofPlan, name: str, ranks: int) -> int:
-    """Train the run `name` to its end, and return the exit code of the launcher."""
+    """Train the run `name` ("alone", "same" or "other") to its end, from its newest checkpoint if it has one.
+
+    Returns the exit code of the launcher.
+    """
     with _launched(plan, name, ranks) as process:
         return int(process.wait())
 
 
 def _train_and_kill(plan: ProofPlan, name: str, say: Say) -> str:
-    """Train until plan.kill_at, kill plan.victim, and wait until all processes have ended.
+    """Train the run `name` until step plan.kill_at is in metrics.jsonl, kill plan.victim, and wait until all processes
+    have ended.
 
     Returns a description of the kill. Raises UserError if the run ends before it can be killed.
     """
@@ -250,7 +256,10 @@ def _last_step(metrics: Path) -> int:
 
 
 def _resume(plan: ProofPlan, name: str, ranks: int, killed: str, say: Say) -> ResumeResult:
-    """Finish the killed run `name` with `ranks` ranks, compare it with `alone`, and return the result."""
+    """Finish the killed run `name` with `ranks` ranks, and return its comparison with the run `alone`.
+
+    `killed` describes the kill.
+    """
     code = _finish(plan, name, ranks)
     exact = ranks == plan.ranks
     alone = _read_lines(plan.folder / "alone" / "metrics.jsonl")
@@ -277,13 +286,16 @@ def _resume(plan: ProofPlan, name: str, ranks: int, killed: str, say: Say) -> Re
 
 
 def _read_lines(metrics: Path) -> list[Line]:
-    """Return the lines of metrics.jsonl without the keys that are measured."""
+    """Return the lines of a metrics.jsonl without MEASURED_KEYS, such as times and memory."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in MEASURED_KEYS} for line in lines]
 
 
 def _loss_distance(a: Line, b: Line) -> float:
-    """Return the absolute difference of the losses of two lines; infinity if only one of them is finite."""
+    """Return the absolute difference of the training or validation losses of two lines of metrics.jsonl.
+
+    It is infinity if only one of them is finite.
+    """
     x, y = (line.get("loss", line.get("val_loss")) for line in (a, b))
     if x is None or y is None:
         return 0.0 if x == y else math.inf
@@ -322,7 +334,7 @@ def _final_checkpoint(plan: ProofPlan, name: str) -> Path:
 
 
 def _final_manifest(plan: ProofPlan) -> Manifest:
-    """Return the manifest of the last checkpoint of the run without interruption."""
+    """Return the manifest of the last checkpoint of the run `alone`, which was not interrupted."""
     from packspeed.launch.checkpoint.manifest import read_manifest
 
     return read_manifest(_final_checkpoint(plan, "alone"))
@@ -359,26 +371,26 @@ def weights_differ_by(one: Path, other: Path) -> float:
 
 
 def _precision(plan: ProofPlan) -> str:
-    """Return the precision that the runs used: "bf16", "fp16" or "fp32"."""
+    """Return the precision in which the runs of the test were trained: "bf16", "fp16" or "fp32"."""
     config = json.loads((plan.folder / "alone" / "ds_config.json").read_text())
     return next((name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")), "fp32")
 
 
 def _resumed_from(plan: ProofPlan, name: str) -> int | None:
-    """Return the step from which a run was resumed, according to its log; None if it started at step 0."""
+    """Return the step from which the run `name` was resumed, according to its log; None if it started at step 0."""
     lines = [line for line in _log_file(plan, name).read_text().splitlines() if line.startswith("resuming from ")]
     return int(lines[-1].rpartition("(step ")[2].rstrip(")")) if lines else None
 
 
 def _last_error(plan: ProofPlan, name: str) -> str:
-    """Return the last error that a run printed, or the last line of its log if there is no error."""
+    """Return the last error that the run `name` printed, or the last line of its log if there is no error."""
     lines = _log_file(plan, name).read_text(errors="replace").strip().splitlines()
     errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
     return (errors or lines or ["it printed nothing"])[-1]
 
 
 def report(plan: ProofPlan, results: Sequence[ResumeResult], seed: int) -> ProofReport:
-    """Return the result of the test as a JSON object. `ok` is true if no resumed run differs."""
+    """Return the output of `packspeed prove --json`. `ok` is true if no resumed run differs from what is expected."""
     manifest = _final_manifest(plan)
     return {
         "ok": all(result.first_difference is None for result in results),
@@ -393,5 +405,5 @@ def report(plan: ProofPlan, results: Sequence[ResumeResult], seed: int) -> Proof
 
 
 def random_seed() -> int:
-    """Return a random seed. A failed test can be repeated with the same seed."""
+    """Return a random seed for plan_proof. A failed test can be repeated with the same seed."""
     return int.from_bytes(os.urandom(3), "big")

@@ -194,7 +194,7 @@ class Rehearsal(Supervisor):
             self.log("fault: the disk has free space again")
 
     def _attempt_after(self, step: int) -> Attempt | None:
-        """Return the running attempt (one start of all ranks) if all its ranks have done `step`, else None."""
+        """Return the running attempt (one start of all ranks) if all its ranks have done step `step`, else None."""
         attempt = self.attempt
         beats = _beats(attempt) if attempt else {}
         if attempt is None or len(beats) < attempt.plan.world or min(beat.step for beat in beats.values()) < step:
@@ -202,7 +202,7 @@ class Rehearsal(Supervisor):
         return attempt
 
     def _apply(self, fault: Fault, attempt: Attempt) -> None:
-        """Inject one fault into the running attempt (one start of all ranks)."""
+        """Inject one fault (see the top of this module) into `attempt`, the running start of all ranks."""
         if fault.kind == "fill":
             fill_disk(self.run.folder)
             threading.Timer(float(fault.target), self._free_disk).start()
@@ -221,6 +221,9 @@ class Rehearsal(Supervisor):
 
 
 def _beats(attempt: Attempt) -> dict[int, Beat]:
-    """Return {rank: its newest heartbeat}. All ranks are on this machine, so its memory has them."""
+    """Return {rank: its newest heartbeat} for the ranks that have written one.
+
+    All ranks are on this machine, so the files of all simulated hosts can be read here.
+    """
     lines = {rank: last_beat(attempt.launch_ids[host], rank) for rank, host in attempt.host_of.items()}
     return {rank: Beat(**line) for rank, line in lines.items() if line is not None}
