@@ -139,13 +139,16 @@ class Checkpointer:
             self.finish()
 
     def written(self) -> bool:
-        """Return whether a save is unfinished of which this rank has written all its files. Not a collective."""
+        """Return whether this rank has written all its files of a save that `finish` has not completed yet.
+
+        False if there is no such save. Not a collective.
+        """
         return self._pending is not None and self.writer.written()
 
     def finish(self) -> bool:
         """Complete the unfinished save, if there is one. First wait until all expired checkpoints are deleted.
 
-        Returns False if it failed; the reason is logged. A collective.
+        Returns False if the save failed; the reason is logged. A collective.
         """
         self.retention.wait()
         if self._pending is None:
@@ -178,7 +181,7 @@ class Checkpointer:
         return True
 
     def amend(self, step: int, state: TrainingState, error: str | None = None) -> None:
-        """Replace entries of the training state in the manifest of a complete checkpoint. A collective.
+        """Replace the entries in `state` in the manifest of the complete checkpoint of `step`. A collective.
 
         `error` is a reason why rank 0 cannot do it. If it fails, a warning is logged and the checkpoint is unchanged.
         """
@@ -235,7 +238,10 @@ class Checkpointer:
         return self.folder / f".{step_folder(step)}.tmp"
 
     def _make_folder(self, temporary: Path) -> str | None:
-        """Make the temporary folder, and remove those of interrupted saves. Returns the error as text, or None."""
+        """Make the folder `temporary`, and remove the temporary folders of interrupted saves beside it.
+
+        Returns the error as text, or None.
+        """
         try:
             for stale in self.folder.glob(".*.tmp"):
                 shutil.rmtree(stale, ignore_errors=True)

@@ -32,9 +32,9 @@ CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)  # exactly t
 
 
 class Layout(TypedDict):
-    """What must be equal for DeepSpeed to load its own files.
+    """The properties that a run and a checkpoint must share for DeepSpeed to load the checkpoint's files directly.
 
-    If it differs, the checkpoint is converted (reshard.py).
+    If one differs, the checkpoint is converted (reshard.py).
     """
 
     dp_size: int
@@ -148,7 +148,7 @@ def _hash_of(manifest: Mapping[str, object]) -> str:
 
 
 def read_manifest(folder: Path, format_version: int = FORMAT_VERSION) -> Manifest:
-    """Read packspeed.json in a checkpoint folder.
+    """Return the content of packspeed.json in a checkpoint folder, without its own hash.
 
     Raises UserError if it is missing, damaged or has another version than `format_version`.
     """

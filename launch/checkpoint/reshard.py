@@ -130,7 +130,11 @@ def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[
 
 
 def _shared_work(topology: Topology | None) -> SharedWork | None:
-    """Return the work of all ranks on a conversion, or None if this process does it alone. A collective."""
+    """Return a SharedWork for one part of the conversion, in which the ranks report progress and wait for each other. A
+    collective.
+
+    Returns None without a topology, because this process then converts alone.
+    """
     if topology is None:
         return None
     from packspeed.launch.engine.shared_work import SharedWork  # here, because it loads DeepSpeed
@@ -141,9 +145,9 @@ def _shared_work(topology: Topology | None) -> SharedWork | None:
 def _lock(
     checkpoint: Path, log: Callable[[str], None], work: SharedWork | None
 ) -> contextlib.AbstractContextManager[object]:
-    """Return the lock of a checkpoint's conversion. If another process has it, log that and wait.
+    """Lock the conversion of `checkpoint` and return the lock. If another process has it, log that and wait.
 
-    The other process may take hours, so waiting for it counts as progress of `work`.
+    That may take hours, so `work.progress()` is called while waiting. Otherwise the other ranks would give up.
     """
     said: list[str] = []
 
@@ -158,7 +162,7 @@ def _lock(
 
 
 def _make_folder(temporary: Path) -> str | None:
-    """Make an empty temporary folder. Returns the error as text, or None."""
+    """Make the empty folder `temporary`, after removing an older one. Returns the error as text, or None."""
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -170,8 +174,8 @@ def _make_folder(temporary: Path) -> str | None:
 def _write_tensors(
     checkpoint: Path, out: Path, rank: int, ranks: int, work: SharedWork | None
 ) -> tuple[dict[str, FileHash], str | None]:
-    """Write and verify this rank's share of the files: one per parameter, for every `ranks`-th parameter from `rank`
-    on. Each is progress of `work`.
+    """Convert this rank's share of the parameters: write and verify one file for every `ranks`-th parameter, from
+    number `rank` on. Calls `work.progress()` after each file.
 
     Returns ({file name: hash}, the error as text or None).
     """
@@ -197,10 +201,11 @@ def _write_tensors(
 
 
 def _find_difference(name: str, path: Path, tensors: Tensors, computed_with: torch.Tensor | None) -> str | None:
-    """Check a written file. Returns a description of the first difference, or None.
+    """Check the file of the parameter `name`. Returns a description of the first difference, or None.
 
-    Every tensor must equal its source. Also, the fp32 weight, rounded, must equal `computed_with`, the weight with
-    which the module computed. DeepSpeed stores the two in different files, so this finds errors in reading its format.
+    Every tensor in it must equal its source in `tensors`. Also, the fp32 weight, rounded, must equal `computed_with`,
+    the weight with which the module computed. DeepSpeed stores the two in different files, so this finds errors in
+    reading its format.
     """
     with safe_open(path, "pt") as file:
         for key, tensor in tensors.items():
@@ -213,7 +218,10 @@ def _find_difference(name: str, path: Path, tensors: Tensors, computed_with: tor
 
 
 def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, FileHash]) -> str | None:
-    """Write the manifest and rename the folder. Returns the error as text, or None."""
+    """Write the manifest, with the hashes `files`, into `temporary`, and rename `temporary` to `folder`.
+
+    Returns the error as text, or None.
+    """
     try:
         manifest: ReshardedManifest = {
             "format_version": FORMAT_VERSION,
@@ -232,7 +240,10 @@ def _publish(checkpoint: Path, temporary: Path, folder: Path, files: dict[str, F
 
 
 def _optimizer_scalars(checkpoint: Path) -> OptimizerScalars:
-    """Read the optimizer's scalars from rank 0's files. They are equal on all ranks."""
+    """Read the number of applied optimizer steps and the fp16 loss scaler from rank 0's files in `checkpoint`.
+
+    They are equal on all ranks.
+    """
     states = zero_states(checkpoint)
     inner = inner_optimizer_state(states[0]) if states else stage0_optimizer_state(checkpoint)
 

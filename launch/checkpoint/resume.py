@@ -129,7 +129,7 @@ def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log
 
 
 def _resumption(folder: Path, newest: Path | None, damaged: list[Path], identity: RunIdentity) -> Resumption:
-    """Decide whether and how the run resumes from `newest`. Raises the errors of find_checkpoint."""
+    """Return what find_checkpoint returns, given the result of newest_complete. Raises its errors. Called on rank 0."""
     if newest is None:
         if (folder / step_folder(0)).is_dir():  # step 0 is always an import; without it, weights would be random
             raise UserError(f"{folder}: the imported weights are damaged. Import them again.")
@@ -226,9 +226,10 @@ def check_same_model(checkpoint: Path, old: Mapping[str, object], new: Mapping[s
 
 
 def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
-    """Return a line for each difference from the save that keeps a resumed run from being bit for bit the same.
+    """Return a line for each difference in hardware or software from the save, such as the version of torch.
 
-    The list is empty for checkpoints of older versions, which do not record their environment.
+    Each of them can keep a resumed run from being equal bit for bit. The list is empty for checkpoints of older
+    versions, which do not record their environment.
     """
     if "environment" not in saved:
         return []
@@ -259,7 +260,9 @@ def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
 
 
 def _shape_of_files(layout: Mapping[str, object]) -> dict[str, object]:
-    """A layout without the settings of the network and of buffers, which shape no file."""
+    """Return `layout` without settings on which DeepSpeed's checkpoint files do not depend: the keys SHAPE_NO_FILE of
+    zero_optimization, and the buffer size of offload_param.
+    """
     zero = cast(JsonObject, layout["zero_optimization"])
     zero = {key: value for key, value in zero.items() if key.removeprefix("stage3_") not in SHAPE_NO_FILE}
     if isinstance(zero.get("offload_param"), dict):
@@ -270,7 +273,7 @@ def _shape_of_files(layout: Mapping[str, object]) -> dict[str, object]:
 def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: Mapping[str, object]) -> None:
     """Raise UserError if engine.load_checkpoint has loaded nothing, or the state of another step (check 6).
 
-    `loaded_from` and `client_state` are what it returned.
+    `loaded_from` and `client_state` are the values that engine.load_checkpoint returned.
     """
     if loaded_from is None:
         raise UserError(
@@ -311,5 +314,5 @@ def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Pr
 
 
 def _changes(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """Return a line for each entry of `now` whose value was another one in `then`."""
+    """Return a line "NAME was OLD, is NEW" for each entry of `now` whose value was another one in `then`."""
     return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]

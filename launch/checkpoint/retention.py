@@ -50,13 +50,16 @@ class Retention:
         self._losses: dict[Path, tuple[tuple[int, int, int], float | None]] = {}  # (identity of the manifest, loss)
 
     def start(self, newest: int, damaged: Collection[Path]) -> None:
-        """Start to delete what has expired. Arguments as in expired_checkpoints."""
+        """Start to delete expired checkpoints in a thread. See expired_checkpoints for the arguments."""
         self.wait()
         self._thread = threading.Thread(target=self._delete, args=(newest, {*damaged}), name="packspeed-expire")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the thread has ended. Call it before any checkpoint is chosen, and at the end of the process."""
+        """Wait until the thread that deletes checkpoints has ended.
+
+        Call it before a checkpoint is chosen to be loaded, and at the end of the process.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -74,7 +77,10 @@ class Retention:
         return known[1]
 
     def _delete(self, newest: int, damaged: Collection[Path]) -> None:
-        """Delete the expired checkpoints. Errors are ignored: a later save tries again."""
+        """Delete the expired checkpoints (see expired_checkpoints). Runs in a thread.
+
+        Errors are ignored, because a later save tries again.
+        """
         with contextlib.suppress(OSError):
             for path in expired_checkpoints(self.folder, newest, damaged, self.section, self.val_loss):
                 # Renamed first, so that a crash leaves no checkpoint of which some files are missing.
@@ -99,7 +105,7 @@ def expired_checkpoints(
     section: CheckpointSection,
     val_loss: Callable[[Path], float | None] = read_val_loss,
 ) -> list[Path]:
-    """Return the checkpoints in `folder` that no rule keeps.
+    """Return the checkpoints in `folder` that none of the rules at the top of this module keeps.
 
     `newest` is the step that was saved last, and `damaged` has the checkpoints that this process skipped when it
     resumed. `val_loss` returns the validation loss of a checkpoint.
@@ -133,7 +139,10 @@ def _is_multiple(checkpoint: Path, steps: int) -> bool:
 
 
 def _best(checkpoints: list[Path], count: int, val_loss: Callable[[Path], float | None]) -> list[Path]:
-    """Return the `count` checkpoints with the lowest validation loss."""
+    """Return those `count` of the checkpoints that have the lowest validation losses, the best first.
+
+    Checkpoints without a validation loss are left out.
+    """
     if not count:
         return []
     losses = [(loss, path) for path in checkpoints if (loss := val_loss(path)) is not None]

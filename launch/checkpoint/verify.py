@@ -77,7 +77,7 @@ def shares(files: Mapping[str, FileHash], ranks: int) -> list[list[str]]:
 
 
 def _contents(folder: Path) -> _Contents:
-    """Read the manifest of a checkpoint and list its folder."""
+    """Return the files that a checkpoint's manifest lists, and the damage that is visible without reading them."""
     try:
         listed = read_manifest(folder)["files"]
     except UserError as error:
@@ -90,9 +90,9 @@ def _contents(folder: Path) -> _Contents:
 
 
 def _check(folder: Path, files: Mapping[str, FileHash], progress: Callable[[], object] = int) -> dict[str, str]:
-    """Compare files with the sizes and hashes that the manifest has for them. Returns {name: what is wrong}.
+    """Compare files in `folder` with the sizes and hashes in `files`. Returns {name: what is wrong}.
 
-    Calls `progress` after every few megabytes.
+    Calls `progress` after every 4 MiB that it reads.
     """
     damage = {}
     for name, expected in files.items():
@@ -113,7 +113,7 @@ def _check(folder: Path, files: Mapping[str, FileHash], progress: Callable[[], o
 def newest_complete(
     folder: Path, log: Callable[[str], None], topology: Topology | None = None
 ) -> tuple[Path | None, list[Path]]:
-    """Return (the newest complete checkpoint or None, the newer checkpoints that are damaged).
+    """Return (the newest complete checkpoint in `folder` or None, the newer checkpoints that are damaged).
 
     Logs why they are damaged. Raises UserError if the folder cannot be read. With a topology this is a collective.
     """

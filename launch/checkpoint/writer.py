@@ -63,8 +63,8 @@ class SafeWriter:
         self._threads: list[threading.Thread] = []
 
     def save(self, state_dict: object, path: str) -> None:
-        """Let a thread write the object with torch.save, in the zip format that can be loaded with weights_only and
-        mmap.
+        """Let a thread write `state_dict` to `path` with torch.save, in the zip format that can be loaded with
+        weights_only and mmap.
         """
         state = snapshot(state_dict, self._copies.setdefault(Path(path).name, [])) if self.copy else state_dict
         self._threads.append(threading.Thread(target=self._write, args=(state, path), name="packspeed-save"))
@@ -80,11 +80,11 @@ class SafeWriter:
             thread.start()
 
     def written(self) -> bool:
-        """Return whether all threads have finished."""
+        """Return whether all threads that write files of the current checkpoint have finished."""
         return not any(thread.is_alive() for thread in self._threads)
 
     def wait(self) -> None:
-        """Wait until all threads have finished. Errors are in `error` afterwards."""
+        """Wait until all threads that write files have finished. If a write has failed, `error` has the reason then."""
         for thread in self._threads:
             thread.join()
 
@@ -108,7 +108,10 @@ class SafeWriter:
             self.error = f"{path}: {error.strerror}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Unpickle a file. Call it only for files whose hashes were verified, because unpickling can run code."""
+        """Return the object in a checkpoint file, loaded with pickle.
+
+        Call it only for files whose hashes were verified, because unpickling can run code.
+        """
         self._on_load()
         return torch.load(path, map_location=map_location, weights_only=False)
 

@@ -218,7 +218,7 @@ def _rank_of(path: Path) -> int:
 
 
 def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
-    """Read imported weights: one safetensors file per parameter."""
+    """Yield the same as full_tensors, from imported weights: one safetensors file per parameter."""
     files = sorted((checkpoint / UNIVERSAL).glob("*.safetensors"))
     for path in files[selection.worker :: selection.workers]:
         with safe_open(path, "pt") as file:
@@ -227,9 +227,9 @@ def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple
 
 
 def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
-    """Read a checkpoint of stage 0: full tensors in rank 0's file.
+    """Yield the same as full_tensors, from a checkpoint of ZeRO stage 0: rank 0's file has full tensors.
 
-    Shared parameters are stored once under several names.
+    In it, a shared parameter is stored once and listed under several names.
     """
     content = _model_states(checkpoint)
     optimizer_tensors: dict[str, Tensors] = {}  # by parameter name
@@ -259,8 +259,9 @@ def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[s
 def _stage12_tensors(
     states: list[ZeroState], shapes: list[Shapes], selection: _Selection
 ) -> Iterator[tuple[str, Tensors]]:
-    """Read a checkpoint of stage 1 or 2: each parameter is a span of its group's flat vector, which the ranks'
-    slices form.
+    """Yield the same as full_tensors, from a checkpoint of ZeRO stage 1 or 2.
+
+    Each parameter is a span of its group's flat vector, of which each rank has a slice.
     """
     paddings = states[0].get("param_alignment_paddings")  # [group][parameter]: number of unused elements after it
     number = 0  # number of the parameter, counted over all groups
@@ -290,9 +291,9 @@ def _stage12_tensors(
 def _stage3_tensors(
     states: list[ZeroState], shapes: list[Shapes], selection: _Selection
 ) -> Iterator[tuple[str, Tensors]]:
-    """Read a checkpoint of stage 3: each rank has an equal slice of each parameter.
+    """Yield the same as full_tensors, from a checkpoint of ZeRO stage 3.
 
-    The last rank's may end with padding.
+    Each rank has an equal slice of each parameter; the last rank's slice may end with padding.
     """
     number = 0  # number of the parameter, counted over all groups
     for group, shape_of in enumerate(shapes):
@@ -313,7 +314,11 @@ def _stage3_tensors(
 def _slices_of_ranks(
     states: list[ZeroState], weights_key: str, group: int, selection: _Selection
 ) -> dict[str, list[torch.Tensor]]:
-    """Return {"fp32" or optimizer key: [this group's flat tensor of each rank]} for the selected keys."""
+    """Return {"fp32" or name of an optimizer state: [flat tensor of rank 0, of rank 1, ...]} for the selected keys of
+    parameter group number `group`.
+
+    `weights_key` is the key under which `states` have the fp32 weights.
+    """
     weights = [state[weights_key][group].flatten() for state in states]
     slices = {"fp32": weights} if selection.has_key("fp32") else {}
     of_ranks = [inner_optimizer_state(state)["state"].get(group, {}) for state in states]

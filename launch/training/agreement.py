@@ -43,7 +43,8 @@ def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, batch_hash: int) 
 
 
 def judge_by(detector: AnomalyDetector) -> Callable[[float | None, Sequence[float]], bool]:
-    """Return the `judge` function for GradientNormHook: it returns the detector's verdict on the norm and the agreed
-    loss.
+    """Return the function `judge(norm, agreed)` for GradientNormHook: True if `detector` vetoes the step.
+
+    `norm` is as in AnomalyDetector.vetoes, and `agreed` has the four numbers of an Agreement.
     """
     return lambda norm, agreed: detector.vetoes(Agreement(*agreed).loss, norm)

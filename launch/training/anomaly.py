@@ -35,7 +35,10 @@ class Anomaly:
 
 
 class AnomalyDetector:
-    """Judges each step of a run. Holds the window of past steps and the list of vetoed ones."""
+    """Judges each training step by its loss and gradient norm.
+
+    Holds both values of the last accepted steps, and a record of every vetoed step.
+    """
 
     def __init__(self, section: AnomalySection) -> None:
         self.section = section
@@ -77,16 +80,19 @@ class AnomalyDetector:
         return None
 
     def accept(self, loss: float, norm: float) -> None:
-        """Add the current step, which the optimizer has applied, to the window. See `vetoes` for the arguments."""
+        """Add the loss and norm of the current step, which the optimizer has applied, to those with which later steps
+        are compared. See `vetoes` for the arguments.
+        """
         self.vetoes_in_a_row = 0
         self.losses.append(loss)
         if norm > 0 and math.isfinite(norm):
             self.norms.append(math.log(norm))
 
     def record(self, entry: AnomalyLine) -> bool:
-        """Add a vetoed step to the records. Returns True if there are now too many (anomalies.limit).
+        """Add `entry`, which describes a vetoed step, to `records`. Returns True if there are now too many vetoes.
 
-        It counts vetoed steps in a row, and rewinds to the same checkpoint.
+        That is the case if more than anomalies.limit steps in a row were vetoed, or if more than anomalies.limit
+        rewinds went to the same checkpoint as this one.
         """
         self.records.append(entry)
         self.vetoes_in_a_row += 1

@@ -14,7 +14,8 @@ from packspeed.launch.training.trainer import Trainer
 
 
 def evaluate_and_record(trainer: Trainer, step: int) -> float | None:
-    """Evaluate, write the metrics line and generate text samples. A collective: every rank must call it.
+    """Compute the validation loss, write it to metrics.jsonl and generate the text samples, if any. A collective: every
+    rank must call it.
 
     Returns the validation loss, or None if a signal interrupted the evaluation. The next checkpoint records the
     interruption, and a run resumed from it repeats the evaluation before it trains.

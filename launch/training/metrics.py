@@ -32,7 +32,7 @@ def finite(value: float, digits: int | None = None) -> float | None:
 
 
 class Metrics:
-    """Writes the metrics of a run in this process.
+    """Writes the metrics of a run, on rank 0.
 
     `start_step` is the step after which this process continues the run. If an earlier process has written lines after
     that step, they are moved to metrics.discarded.jsonl. `start_bytes` is the size of metrics.jsonl at that step, if
@@ -57,7 +57,11 @@ class Metrics:
         survive_full_disk(self.monitor, self._monitor_failed)
 
     def _open(self, step: int, expected_bytes: int | None) -> None:
-        """Open metrics.jsonl for the lines after `step`, and move later lines of an earlier process aside."""
+        """Open metrics.jsonl to append the lines after `step`.
+
+        Lines of later steps, which an earlier process wrote, are moved to metrics.discarded.jsonl. See `rewind` for
+        `expected_bytes`.
+        """
         for note in discard_after(self.path, step, expected_bytes):
             say(note)
         # The file stays open, because opening it takes longer than writing a line. It is unbuffered, so that every line
@@ -80,7 +84,11 @@ class Metrics:
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, line: MetricsLine) -> None:
-        """Append a line to metrics.jsonl. At log steps and evaluations, also send it to the monitor and print it."""
+        """Append a line to metrics.jsonl. If that fails, warn and keep the line in memory for the next call.
+
+        Evaluations, the first and the last step, and every monitor.log_every_steps-th step are also sent to DeepSpeed's
+        monitor and printed.
+        """
         self._waiting.append(json.dumps(line) + "\n")
         if error := self._write_waiting():
             say(f"WARNING: metrics.jsonl: {error}. {len(self._waiting)} line(s) are kept in memory until it works.")
@@ -96,7 +104,7 @@ class Metrics:
             say(self._screen_line(line))
 
     def _write_waiting(self) -> str | None:
-        """Write the lines that are kept in memory, each completely or not at all.
+        """Append the lines that are kept in memory to metrics.jsonl, each completely or not at all.
 
         Returns the error text if one fails, else None.
         """
@@ -112,7 +120,7 @@ class Metrics:
         return None
 
     def sync(self) -> str | None:
-        """Write all lines and fsync the file. Returns the error text if that fails, else None.
+        """Write all lines to metrics.jsonl and fsync it. Returns the error text if that fails, else None.
 
         Call it before a checkpoint, so that no checkpoint on disk is newer than its metrics line.
         """
@@ -125,19 +133,22 @@ class Metrics:
         return None
 
     def write_anomalies(self, records: Sequence[AnomalyLine]) -> None:
-        """Make anomalies.jsonl contain the detector's records. Does nothing if their number has not changed."""
+        """Replace the content of anomalies.jsonl by `records`, one JSON line each. If that fails, only warn.
+
+        Does nothing if their number is the same as at the last write.
+        """
         if len(records) == self._anomalies_written or not (records or (self.folder / "anomalies.jsonl").exists()):
             return
         try:
             write_file(self.folder / "anomalies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
             self._anomalies_written = len(records)
         except OSError as error:
-            say(f"WARNING: anomalies.jsonl: {error.strerror}")
+            say(f"WARNING: anomalies.jsonl cannot be written: {error.strerror}")
 
     def write_norms(self, step: int, norms: dict[str, dict[str, float]] | None) -> None:
-        """Send histograms of the norms to TensorBoard, if it is on.
+        """Write histograms of gradient and weight norms at `step` to TensorBoard, if it is on.
 
-        `norms` is the result of parameter_norms, or None.
+        `norms` is the result of parameter_norms, or None for a step without them.
         """
         if norms is not None and self._board is not None:
             try:
@@ -146,22 +157,29 @@ class Metrics:
                 self._monitor_failed(error)
 
     def write_texts(self, step: int, texts: Sequence[Sample]) -> None:
-        """Append the texts generated at an evaluation to samples.jsonl, and show them in TensorBoard."""
+        """Append the texts generated at an evaluation to samples.jsonl, and show them in TensorBoard. If that fails,
+        only warn.
+        """
         try:
             append_to_file(self.folder, step, texts)
             if self._board is not None:
                 self._board.text("samples", as_markdown(texts), step)
         except OSError as error:
-            say(f"WARNING: samples.jsonl: {error.strerror}")
+            say(f"WARNING: samples.jsonl cannot be written: {error.strerror}")
 
     def _monitor_failed(self, error: OSError) -> None:
-        """Warn that events cannot be written. Warns only once, until they can be written again."""
+        """Warn that TensorBoard's events cannot be written because of `error`.
+
+        Warns only once, until they can be written again.
+        """
         if not self._monitor_broken:
             say(f"WARNING: TensorBoard's events cannot be written ({error.strerror}). metrics.jsonl has every step.")
         self._monitor_broken = True
 
     def _renew_events(self) -> None:
-        """Start another event file, because TensorBoard's writer keeps failing after a full disk."""
+        """Continue TensorBoard's events in a new file, because after a full disk the old writer fails even once there
+        is space.
+        """
         if self._board is not None and (writer := renew_summary_writer(self.monitor)) is not None:
             self._board.writer = writer
             self._monitor_broken = False
@@ -169,8 +187,9 @@ class Metrics:
     def _purge_tensorboard(self, step: int) -> None:
         """Make TensorBoard ignore the points that an earlier process of the run wrote from `step` on.
 
-        SummaryWriter does the same with its argument purge_step. TensorBoard's server takes the first such event for
-        the start of the run, and only later ones for restarts. So a fresh run writes the event too.
+        It writes an event SessionLog.START, as SummaryWriter does for its argument purge_step. TensorBoard's server
+        takes the first of these events for the start of the run, and only later ones for restarts. So a fresh run
+        writes one too.
         """
         writer = summary_writer(self.monitor)
         if writer is None:
@@ -180,7 +199,7 @@ class Metrics:
         writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def _screen_line(self, line: MetricsLine) -> str:
-        """Return a metrics line in the form that is printed on the screen."""
+        """Return the text that is printed on the screen for a line of metrics.jsonl."""
         step, width = line["step"], len(str(self.total_steps))
         head = f"step {step:>{width}}/{self.total_steps}"
         if "val_loss" in line:

@@ -11,7 +11,7 @@ from packspeed.launch.training.trainer import StepResult, Trainer
 def metrics_line(
     trainer: Trainer, step: int, result: StepResult, lr: float, step_time_s: float, data_wait_s: float
 ) -> StepLine:
-    """Return the line for `step` (run_folder/formats.py describes the keys).
+    """Return the line of metrics.jsonl for the training step `step` (run_folder/formats.py describes the keys).
 
     `step_time_s` is the wall time of the step, and `data_wait_s` the part of it that was spent waiting for data.
     """

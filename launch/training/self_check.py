@@ -39,7 +39,8 @@ def probe(trainer: Trainer, step: int) -> Probe:
 
 
 def repeat_probe(trainer: Trainer, manifest: Manifest) -> None:
-    """Repeat the probe of the checkpoint that was just loaded, and log the result. A collective.
+    """Compute the probe again (see `probe`), compare it with that in `manifest`, the manifest of the checkpoint that
+    was just loaded, and log the result. A collective.
 
     Raises UserError if the two probes differ (checkpoint/resume.py says by how much they may). Does nothing if the
     manifest has no probe.

@@ -84,7 +84,7 @@ def make_trainer(
 
 
 def make_loader_once(run: RunFile, dataset: TokenDataset | MixtureData, topology: Topology) -> Loader:
-    """Make the run's loader, on rank 0 first. Collective. Raises the error of rank 0 on all ranks.
+    """Make the run's loader, on rank 0 first. If that fails on rank 0, all ranks raise its error. A collective.
 
     With packing, rank 0 computes where the windows of documents begin and stores it beside the dataset (PackedLoader),
     so the other ranks read a file of some kilobytes.

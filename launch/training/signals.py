@@ -49,7 +49,7 @@ def stop_while_starting() -> None:
 
 
 def _on_signal_while_starting(number: int, frame: FrameType | None) -> None:
-    """Signal handler: end the process."""
+    """Handler of SIGNALS until training starts: end the process with EXIT_STOPPED."""
     _end(signal.Signals(number).name)
 
 
@@ -89,7 +89,7 @@ class StopSignal:
         _training.set()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: note the signal's name. At a second Ctrl-C, end the process."""
+        """Handler of SIGNALS in training: store the signal's name in `signal`. At a second Ctrl-C, end the process."""
         if number == signal.SIGINT and self.signal == "SIGINT":
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
@@ -110,7 +110,7 @@ def launcher_ended() -> bool:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """Return whether the process is running and is not a zombie."""
+    """Return whether the process is running and is not a zombie; False if its state cannot be read."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:

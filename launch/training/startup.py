@@ -143,7 +143,10 @@ def train_to_end(trainer: Trainer, step: int) -> int:
 
 
 def live_panel(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
-    """Return a context that shows the live panel if rank 0 has a terminal, else one that does nothing."""
+    """Return a context that shows a panel with the run's progress below the output of training.
+
+    On ranks other than 0, and if the output is not a terminal, the context does nothing.
+    """
     if trainer.metrics is None or not sys.stdout.isatty():
         return contextlib.nullcontext()
     run, restarts = trainer.run, len(read_lives(trainer.run.folder)) - 1
