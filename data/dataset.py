@@ -83,14 +83,21 @@ class TokenDataset:
         self._indices: dict[str, Index] = {}
 
     def _open(self, path: str | Path) -> Path:
-        """Load the manifest, check the sizes of all files and return the folder. Raises DataError."""
+        """Load the manifest in the folder `path`, and return the folder.
+
+        With quick_check, also compare the sizes of all files with the manifest. Raises DataError if the manifest or a
+        file is missing or damaged.
+        """
         self.manifest = load_manifest(path)
         if self._quick_check:
             check_files(Path(path), self.manifest)
         return Path(path)
 
     def describe(self) -> list[DatasetDescription]:
-        """Return what a checkpoint records about this dataset. `changes` compares two such descriptions."""
+        """Return a list of one: the path, fingerprint, tokenizer and shards of this dataset, which a checkpoint stores.
+
+        `changes` compares two such lists.
+        """
         manifest = self.manifest
         return [
             {
@@ -113,7 +120,11 @@ class TokenDataset:
         return self.read_rows(split, [start], length).reshape(-1)
 
     def read_rows(self, split: str, starts: Sequence[int], length: int) -> Tokens:
-        """Return a copy of `length` tokens from each of the starts on, (len(starts), length). Raises like `read`."""
+        """Return copies of `length` consecutive tokens from each position in `starts` on, (len(starts), length).
+
+        A position is the number of a token in the split's stream, from 0. Raises IndexError if some of these tokens are
+        not in the split, and DataError if an id is outside the vocabulary.
+        """
         rows = np.empty((len(starts), length), dtype=self.dtype)
         for row, start in zip(rows, starts, strict=True):
             self.read_into(row, split, start)
@@ -136,7 +147,10 @@ class TokenDataset:
                 raise self._damaged_token(split, start + int(outside[0]), int(row[outside[0]]))
 
     def _damaged_token(self, split: str, token: int, token_id: int) -> DataError:
-        """Return the error for a token id outside the vocabulary. token: its place in the split's stream."""
+        """Return the error for a token id that is outside the vocabulary. It names the file and the byte.
+
+        token: the number of the token in the split's stream, from 0.
+        """
         number = bisect_right(self._starts[split], token) - 1
         path, place = self.path / f"{self._shards[split][number].name}.bin", token - self._starts[split][number]
         return DataError(
@@ -158,9 +172,10 @@ class TokenDataset:
                     os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def document_at(self, split: str, position: int) -> DocumentSpan:
-        """Return the document that contains token `position` of a split's stream. An EOT belongs to the one it ends.
+        """Return the document that contains token number `position` of a split's stream.
 
-        Raises IndexError outside the split, and DataError if the index file is damaged.
+        An EOT belongs to the document that it ends. Raises IndexError if `position` is outside the split, and DataError
+        if the index file is damaged.
         """
         if not 0 <= position < self.tokens(split):
             raise IndexError(f"there is no token {position} in split {split}, which has {self.tokens(split)} tokens")
@@ -174,10 +189,11 @@ class TokenDataset:
         return DocumentSpan(shard.name, document, start, tokens)
 
     def document_spans(self, split: str, first: int, count: int) -> tuple[Starts, Starts]:
-        """Return places of first tokens, and lengths with EOT, of documents first .. first + count - 1, (n,) each.
+        """Return where documents first .. first + count - 1 of a split begin, and their lengths with EOT, (n,) each.
 
-        Places are in the stream of the split, and documents are numbered through it. Those that do not exist are left
-        out. Raises DataError if these documents or their neighbours are not adjacent.
+        Both are in tokens; positions count from the start of the split's stream. Documents are numbered through the
+        split, from 0; numbers that do not exist are left out. Raises DataError if the index files say that one of these
+        documents does not end where the next one begins.
         """
         starts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for shard, begin, end in self._documents_by_shard(split, first, first + count):
@@ -187,9 +203,10 @@ class TokenDataset:
         return np.concatenate(starts), np.concatenate(lengths)
 
     def document_starts(self, split: str, stride: int) -> Starts:
-        """Return the places of the first tokens of documents 0, stride, 2 * stride ... of a split, (n,).
+        """Return, for documents 0, stride, 2 * stride ... of a split, the number of the first token in the stream.
 
-        Reads two pages of the index for each. Raises DataError if one does not begin where the document before it ends.
+        The shape is (n,). Reads two pages of the index for each document. Raises DataError if one does not begin where
+        the document before it ends.
         """
         firsts = [np.empty(0, np.int64)]
         for number, (shard, passed) in enumerate(zip(self._shards[split], self._documents[split], strict=False)):
@@ -231,9 +248,9 @@ class TokenDataset:
         return self._documents[split][-1]
 
     def _documents_by_shard(self, split: str, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (shard number, begin, end) for documents first .. last - 1 of a split.
+        """Yield (shard number, begin, end) for each shard that has some of documents first .. last - 1 of a split.
 
-        begin .. end - 1 are the numbers, in the shard, of those that the shard contains.
+        begin .. end - 1 are the numbers of these documents in the shard, from 0.
         """
         passed = self._documents[split]
         first, last = max(0, first), min(last, passed[-1])
@@ -241,7 +258,11 @@ class TokenDataset:
             yield shard, max(0, first - passed[shard]), min(last, passed[shard + 1]) - passed[shard]
 
     def _shard_spans(self, shard: Shard, begin: int, end: int) -> tuple[Starts, Starts]:
-        """Return document_spans for documents begin .. end - 1 of one shard, with places counted from its start."""
+        """Return where documents begin .. end - 1 of a shard begin, and their lengths with EOT, in tokens, (n,) each.
+
+        Positions are counted from the start of the shard. Raises DataError if one of these documents does not end where
+        the next one begins.
+        """
         index, size = self._index(shard), self.dtype.itemsize
         before, after = max(0, begin - 1), min(end + 1, shard.documents)
         offsets, lengths = index.offsets_bytes[before:after], index.lengths[before:after].astype(np.int64)
@@ -254,17 +275,27 @@ class TokenDataset:
         return offsets[begin - before : end - before] // size, lengths[begin - before : end - before]
 
     def _index(self, shard: Shard) -> Index:
-        """Return the index of a shard. Its hash is not compared, because that would read the complete file."""
+        """Return the index of a shard: where its documents begin. The file is mapped into memory at first use.
+
+        The hash of the file is not compared, because that would read all of it.
+        """
         if shard.name not in self._indices:
             self._indices[shard.name] = self._map_index(shard)
         return self._indices[shard.name]
 
     def _map_index(self, shard: Shard, scattered: bool = False) -> Index:
-        """Open the index of a shard. `scattered` is that of read_index."""
+        """Map the .idx file of a shard into memory, and return its contents.
+
+        scattered: tell the kernel that it will be read at scattered places. Raises DataError if the file is missing or
+        does not fit the manifest.
+        """
         return read_index(self.path / f"{shard.name}.idx", shard.documents, self.manifest.dtype, scattered)
 
     def _wrong_index(self, shard: Shard, document: int | None = None) -> DataError:
-        """Return the error for an index that has changed. document: the one at which it is wrong, if that is known."""
+        """Return the error for the .idx file of a shard that contradicts the shard.
+
+        document: the number, in the shard, of the first document that does not fit; None: it is not known.
+        """
         what = "its documents do not fill the shard"
         if document is not None:
             what = f"document {document} is not adjacent to the next one"
@@ -276,7 +307,7 @@ class TokenDataset:
     def read_into(self, row: Tokens, split: str, start: int) -> None:
         """Fill `row` (n,) with tokens start .. start + n - 1 of a split's stream, without a check of the ids.
 
-        Raises IndexError if they are not all in the split.
+        Raises IndexError if some of these tokens are not in the split.
         """
         starts, end = self._starts[split], start + len(row)
         if start < 0 or end > starts[-1]:
@@ -288,7 +319,10 @@ class TokenDataset:
             filled, start, shard = filled + stop - start, stop, shard + 1
 
     def _map(self, split: str, number: int) -> Tokens:
-        """Return the tokens of a split's shard number `number`, memory-mapped at first use."""
+        """Return all tokens of shard number `number` of a split, (n,). The file is mapped into memory at first use.
+
+        Raises DataError if the file cannot be read.
+        """
         name = self._shards[split][number].name
         if name not in self._maps:
             path = self.path / f"{name}.bin"

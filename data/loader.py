@@ -129,9 +129,10 @@ class Batch:
 
 
 def document_positions(inputs: Tokens, eot_id: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Split rows of inputs (rows, T) at their EOT tokens. Return Batch.positions (rows, T) and Batch.documents (n,).
+    """Split rows of token ids (rows, T) at EOT into parts, because documents end there.
 
-    A part begins at the start of each row and at each EOT: among the inputs, an EOT belongs to the document after it.
+    Return each token's number in its part, (rows, T), and the lengths of all parts, row after row, (n,). A part begins
+    at the start of each row and at each EOT: among the inputs, an EOT belongs to the document after it.
     """
     rows, width = inputs.shape
     begins = inputs == eot_id
@@ -182,7 +183,10 @@ class Loader:
         self.samples_per_epoch = self._make_order(seed, shuffle, source)
 
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
-        """Set up the order of the samples, and return the number of samples in an epoch."""
+        """Set up the order in which samples (rows) are read, and return the number of samples in an epoch.
+
+        source: the number of this dataset in a mixture. Raises DataError if the split is too short for one row.
+        """
         self.dataset.scattered = True
         try:
             self.order = Order(self.dataset.tokens(self.split), self.seq_len, seed, shuffle, source)
@@ -191,15 +195,15 @@ class Loader:
         return self.order.windows
 
     def read(self, first: int, count: int) -> Batch:
-        """Return samples first .. first + count - 1 of the run as a Batch, without `global_used`."""
+        """Return samples first .. first + count - 1 of the run as the rows of a Batch. Its `global_used` is not set."""
         starts = self.order.starts(first, count).tolist()
         tokens = self.dataset.read_rows(self.split, starts, self.seq_len + 1)
         return self._add_documents(Batch(tokens, np.arange(first, first + count, dtype=np.int64)))
 
     def _read_ahead(self, step: int, rank: int, world: int) -> None:
-        """Request the rows of this rank's next steps from the disk, in a thread. Does not wait for them.
+        """Ask the kernel, in a thread, to read the rows of this rank's next steps into the page cache; do not wait.
 
-        Does nothing while more than half of the steps of the last request are still to come.
+        step: the current step. Does nothing while more than half of the steps of the last request are still to come.
         """
         steps = max(AHEAD_STEPS, min(AHEAD_TOKENS // self.seq_len, self.samples_per_epoch) // self.global_batch)
         *ranks, end = self._ahead
@@ -213,7 +217,10 @@ class Loader:
             threading.Thread(target=self.will_need, args=(samples,), name="packspeed-ahead", daemon=True).start()
 
     def will_need(self, samples: npt.NDArray[np.int64]) -> None:
-        """Ask the kernel to read these samples (n,), in ascending order, into the page cache. Does not wait for it."""
+        """Ask the kernel to read the tokens of some samples into the page cache. Does not wait for it.
+
+        samples (n,): their numbers, ascending.
+        """
         # Windows that are close together are requested as one range: a disk reads a block faster than its parts.
         starts, length = np.sort(self.order.starts_of(samples)), self.seq_len + 1
         begins = np.flatnonzero(np.diff(starts, prepend=starts[0] - AHEAD_GAP * length - 1) > AHEAD_GAP * length)
@@ -221,9 +228,9 @@ class Loader:
         self.dataset.will_need(self.split, np.stack([starts[begins], starts[lasts] - starts[begins] + length], axis=1))
 
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
-        """Return, for each of `count` samples, the parts of the split's stream that are its labels.
+        """Return, for samples first .. first + count - 1, which tokens of the split's stream are their labels.
 
-        A part is (first token, number of tokens).
+        Each sample gets a list of (number of the first token in the stream, number of tokens).
         """
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
@@ -242,7 +249,7 @@ class Loader:
         return self.order.samples_at(epoch, start, start + length)
 
     def _add_documents(self, batch: Batch) -> Batch:
-        """Return the batch with `positions` and `documents` set, or unchanged if document_mask is off."""
+        """Return the batch with its fields `positions` and `documents` set, or unchanged if document_mask is off."""
         if not self.document_mask:
             return batch
         positions, documents = document_positions(batch.inputs, self.dataset.eot_id)
@@ -275,7 +282,10 @@ class Loader:
         return count * self.seq_len
 
     def batch_hash(self, step: int) -> str:
-        """Return xxh3-128 of the tokens of a step's global batch, as 32 hex digits."""
+        """Return xxh3-128 of the tokens of a step's global batch, as 32 hex digits.
+
+        With packed rows it also covers the labels and the lengths of the documents.
+        """
         batch = self.batch(step)
         digest = xxhash.xxh3_128(batch.tokens.data)
         if batch.targets is not None and batch.documents is not None:
@@ -303,13 +313,13 @@ class Loader:
         return np.arange(windows, dtype=np.int64) * available // windows * self.seq_len
 
     def val_available(self) -> int:
-        """Return how many validation windows the dataset has."""
+        """Return how many windows of seq_len + 1 tokens, one every seq_len tokens, the split val has."""
         return max(0, self.dataset.tokens("val") - 1) // self.seq_len
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:
-        """Return some of the windows of `val_windows(windows)` as a Batch.
+        """Return some of the `windows` validation windows that val_windows(windows) chooses, as the rows of a Batch.
 
-        indices: the numbers of the windows in that set, from 0; they become `samples` of the batch.
+        indices: which of these windows, from 0. They become `samples` of the batch.
         """
         chosen = np.asarray(indices, dtype=np.int64)
         starts = self.val_windows(windows)[chosen].tolist()
@@ -377,7 +387,10 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread, wait for its end and drop the batches in the queue. May be called more than once."""
+        """Stop the thread that reads ahead, wait for its end and drop the batches in the queue.
+
+        May be called more than once.
+        """
         # The thread notices `_closed` after its current batch. If it waits for a place in the queue, make one.
         self._closed.set()
         while self._thread.is_alive():
@@ -386,7 +399,10 @@ class Prefetcher:
             self._thread.join(timeout=0.01)
 
     def _run(self) -> None:
-        """Read the batches in the thread. Put each into the queue as (step, batch), then None or an exception."""
+        """The work of the thread: put (step, batch) into the queue for each step, then None.
+
+        If an error occurs, put the exception into the queue instead, and end.
+        """
         try:
             for step in self._steps:
                 batch = self._loader.batch(step, self._rank, self._world)

@@ -46,7 +46,10 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class MixtureStage:
-    """The weights from block number `first_block` on. Source i has received given[i] samples before that block."""
+    """The weights of the sources from block number `first_block` on. A block is 4,096 samples of the run.
+
+    Source i has received given[i] samples before that block.
+    """
 
     first_block: int
     weights: tuple[Fraction, ...]
@@ -79,7 +82,10 @@ class Mixture:
         self._block = lru_cache(maxsize=64)(self._new_block)
 
     def _add(self, block: int, weights: Sequence[float]) -> None:
-        """Add a stage that begins at block number `block`. Raises UsageError as the class does."""
+        """Add a stage: from block number `block` on, sources get these weights. A block is 4,096 samples.
+
+        Raises UsageError if weights are negative, missing or all 0, or if the block is before that of the last stage.
+        """
         if len(weights) != self.sources or min(weights) < 0 or not sum(weights) > 0 or self.sources > MOST_SOURCES:
             raise UsageError(
                 f"A mixture of {self.sources} sources (at most {MOST_SOURCES}) cannot have the weights "
@@ -97,7 +103,7 @@ class Mixture:
         self.stages = [s for s in self.stages if s.first_block < block] + [stage]
 
     def counts(self, block: int) -> list[int]:
-        """Return how many samples each source has received before block number `block`."""
+        """Return how many samples each source has received before block number `block`. A block is 4,096 samples."""
         stage = next(s for s in reversed(self.stages) if s.first_block <= block)
         assigned = (block - stage.first_block) * BLOCK
         # Fractions are exact; floats would round the counts after billions of samples.
@@ -133,7 +139,7 @@ class Mixture:
         return source, number
 
     def sample_of(self, source: int, number: int) -> int | None:
-        """Return the sample of the run that is sample `number` of a source, or None if the source never gets so far.
+        """Return which sample of the run is sample `number` of a source, or None if the source never gets so many.
 
         A source's count never decreases from block to block, so the block is found by bisection.
         """
@@ -178,7 +184,7 @@ class MixtureData:
         return sum(dataset.tokens(split) for dataset in self.datasets)
 
     def describe(self) -> list[DatasetDescription]:
-        """Return what a checkpoint records about each dataset, see TokenDataset.describe."""
+        """Return what a checkpoint stores about each dataset (TokenDataset.describe), one entry per dataset."""
         return [description for dataset in self.datasets for description in dataset.describe()]
 
 
@@ -223,9 +229,9 @@ class MixtureLoader(Loader):
         return replace(_join(batches, count), samples=np.arange(first, first + count, dtype=np.int64))
 
     def will_need(self, samples: Indices) -> None:
-        """Ask the kernel to read these samples of the run (n,), in ascending order, into the page cache.
+        """Ask the kernel to read the tokens of some samples into the page cache. Does not wait for it.
 
-        Does not wait for it. Each source requests its own samples.
+        samples (n,): their numbers in the run, ascending. Each source requests its own samples.
         """
         steps = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
         assigned = [self.mixture.assign(int(step[0]), len(step)) for step in steps]
@@ -242,7 +248,7 @@ class MixtureLoader(Loader):
         return sum(map(lambda loader, at, size: loader.used_labels(at, size), self.loaders, firsts, counts))
 
     def val_available(self) -> int:
-        """Return how many validation windows all sources have together."""
+        """Return how many validation windows (seq_len + 1 tokens) all sources have together."""
         return sum(loader.val_available() for loader in self.loaders)
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:
@@ -284,7 +290,11 @@ class MixtureLoader(Loader):
 
 
 def _join(batches: list[tuple[Indices, Batch]], count: int) -> Batch:
-    """Join batches into one of `count` rows. Each comes with the numbers that its rows get in the result."""
+    """Join the batches of several sources into one Batch of `count` rows.
+
+    batches: pairs of row numbers and a Batch; the batch's rows go to these rows of the result. The caller must set
+    `samples` and `global_used` of the result.
+    """
     first = batches[0][1]
     # Some sources may be uint16 and others uint32: the batch gets the wider type.
     dtype = np.result_type(*(batch.tokens.dtype for _, batch in batches))

@@ -114,10 +114,11 @@ class Permutation:
 
 
 class Order:
-    """Maps sample k to a window of a stream of `tokens` tokens.
+    """Maps sample k to a window (seq_len + 1 consecutive tokens) of a stream of `tokens` tokens.
 
-    windows: the number of windows in an epoch. source: the number of the dataset in a mixture, which gives each dataset
-    its own order. Raises DataError if the stream is shorter than one window.
+    seed, shuffle: determine the order (see the top of this file). source: the number of the dataset in a mixture, which
+    gives each dataset its own order. The attribute `windows` is the number of windows in an epoch. Raises DataError if
+    the stream is shorter than one window.
     """
 
     def __init__(self, tokens: int, seq_len: int, seed: int, shuffle: Shuffle = "blocks", source: int = 0):
@@ -134,9 +135,9 @@ class Order:
         self._chunk = lru_cache(maxsize=4)(self._starts_of_chunk)
 
     def starts(self, first: int, count: int) -> Indices:
-        """Return the places of the first tokens of samples first .. first + count - 1, (count,), read-only.
+        """Return, for samples first .. first + count - 1, the number of the first token in the stream, (count,).
 
-        Sample k is in epoch k // windows. count must be at least 1.
+        The array is read-only. Sample k is in epoch k // windows. count must be at least 1.
         """
         parts = []
         while count > 0:
@@ -147,7 +148,10 @@ class Order:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def starts_of(self, samples: Indices) -> Indices:
-        """Return the places of the first tokens of these samples (n,), (n,). Fastest if the samples are in order."""
+        """Return the number, in the stream, of the first token of each of `samples` (n,), (n,).
+
+        Fastest if the samples are close together.
+        """
         epochs, slots = np.divmod(samples, self.windows)
         out = np.empty_like(samples)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1) if len(samples) else ():
@@ -171,7 +175,11 @@ class Order:
         return sample // self.windows
 
     def _starts_of_chunk(self, epoch: int, chunk: int) -> Indices:
-        """Return the places of the first tokens of the samples in one chunk of CHUNK slots of an epoch."""
+        """Return the number, in the stream, of the first token of each sample in part of an epoch, (n,), read-only.
+
+        The part is number `chunk` of the parts of CHUNK samples into which the epoch is divided; the last part may be
+        shorter.
+        """
         slots = np.arange(chunk * CHUNK, min(self.windows, (chunk + 1) * CHUNK), dtype=np.int64)
         starts = self._epoch(epoch).offset + self.seq_len * self._epoch(epoch)(slots)
         starts.flags.writeable = False  # callers get slices of this cached array
@@ -230,7 +238,7 @@ class _Epoch:
         return window
 
     def slots_of(self, windows: Indices) -> Indices:
-        """Return the slot of each window, (n,) for windows (n,): the inverse of calling the epoch."""
+        """Return the slot of each window: numbers of slots (n,) for numbers of windows (n,). Inverse of __call__."""
         if self._flat is not None:
             return self._flat.inverse(windows)
         block, inside = np.divmod(windows, self._block)
@@ -251,7 +259,7 @@ class _Epoch:
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 
     def _draw(self, purpose: bytes, n: int) -> int:
-        """Return a pseudo-random number in 0 .. n-1 that depends on the order, the epoch and `purpose` only."""
+        """Return a pseudo-random number in 0 .. n-1 that depends on seed, source, epoch and `purpose` only."""
         digest = hashlib.blake2b(self._prefix + purpose, digest_size=16).digest()
         return int.from_bytes(digest, "little") % n
 

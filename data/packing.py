@@ -72,7 +72,7 @@ class PackingPlan:
 
     @property
     def nbytes(self) -> int:
-        """Return the number of bytes that the arrays take."""
+        """Return the number of bytes of memory that the four arrays of the plan take."""
         return sum(array.nbytes for array in (self.starts, self.lengths, self.first_piece, self.padding))
 
 
@@ -125,9 +125,10 @@ class _OpenRows:
         self.pieces: list[tuple[int, int, int, int]] = []  # document, offset in it, tokens, row
 
     def best_fit(self, lengths: Indices) -> list[int]:
-        """Place documents of these lengths (n,), the longest first. Return the numbers of those that do not fit.
+        """Place documents of these lengths (n,), in tokens, the longest first, each into the fullest row that has room.
 
-        Documents of equal length are placed together, which is faster than one by one.
+        Set `placed` to the numbers of the placed documents and `rows` to their rows. Return the numbers of those that
+        do not fit. Documents of equal length are placed together, which is faster than one by one.
         """
         order = np.argsort(-lengths, kind="stable")
         sizes, counts = np.unique(lengths, return_counts=True)
@@ -164,9 +165,10 @@ class _OpenRows:
         return [row for row in rows for _ in range(per_row)]
 
     def fill(self, lengths: Indices, left: list[int], split: bool) -> None:
-        """Fill the gaps of the rows, the largest first, with the documents `left` that did not fit into any row.
+        """Fill the room that is left in the rows with documents that fit into no row, and add them to `pieces`.
 
-        split: continue a document in the next gap; otherwise only its beginning is used.
+        The row with the most room is filled first. lengths (n,): of all documents, in tokens. left: the numbers of
+        those that fit into no row. split: continue a document in the next row; otherwise only its beginning is used.
         """
         holes = [(room, row) for room in range(len(self._by_room) - 1, 0, -1) for row in self._by_room[room]]
         at, used = 0, 0
@@ -184,7 +186,7 @@ class _OpenRows:
 
 
 class PlanCache:
-    """A cache for the plans of all loaders of a process. Any number of threads may use it at the same time.
+    """A cache for PackingPlans that all loaders of a process share. Any number of threads may use it at once.
 
     If the plans exceed limit_bytes, those that were not used for the longest time are dropped.
     """
@@ -194,7 +196,7 @@ class PlanCache:
         self._plans: OrderedDict[tuple[int, int], PackingPlan] = OrderedDict()
 
     def get(self, key: tuple[int, int], make: Callable[[], PackingPlan]) -> PackingPlan:
-        """Return the plan of a window. key: the number of the loader and of the window.
+        """Return the plan for one window of documents. key: the number of the loader and the number of the window.
 
         If the plan is not in the cache, call make() and keep its result.
         """
@@ -242,7 +244,10 @@ class PackedLoader(Loader):
         )  # fmt: skip
 
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
-        """Count the rows of every window of documents, and return the number of rows in an epoch."""
+        """Count the rows of every window of 16,384 documents, and return the number of rows in an epoch.
+
+        seed, shuffle, source: as in Loader. Raises DataError if the split is too short for one row.
+        """
         dataset, documents = self.dataset, self.dataset.documents(self.split)
         hashes = " ".join(shard.idx_xxh3_128 for shard in dataset.manifest.shards)
         self._key = f"{dataset.fingerprint} {hashes} {self.split}: windows of {WINDOW_DOCUMENTS} documents"
@@ -261,7 +266,7 @@ class PackedLoader(Loader):
         return int(self._first_row[-1])
 
     def _window_rows(self) -> Indices:
-        """Return the number of rows of each window, (windows,)."""
+        """Return the number of rows into which each window of 16,384 documents is packed, (windows,)."""
         if self.packing == "best_fit":
             return -(-np.diff(self._first_token, append=self.dataset.tokens(self.split)) // self.seq_len)
         kept = derived_array(
@@ -272,7 +277,7 @@ class PackedLoader(Loader):
         return (kept * SPARE).astype(np.int64) // self.seq_len
 
     def _plan(self, window: int) -> PackingPlan:
-        """Return the packing of a window, from the cache if it is there."""
+        """Return which tokens are in which row, for the window of documents with this number. Plans are cached."""
         return PLANS.get((self._number, window), lambda: self._new_plan(window))
 
     def _new_plan(self, window: int) -> PackingPlan:
@@ -298,7 +303,10 @@ class PackedLoader(Loader):
         return _PackedEpoch(self._rows, self.seq_len, self._prefix + struct.pack("<Q", epoch))
 
     def rows_of(self, first: int, count: int) -> Indices:
-        """Return the rows that samples first .. first + count - 1 are, (count,), numbered through all windows."""
+        """Return the number of the row that each of samples first .. first + count - 1 is, (count,).
+
+        Rows are numbered from 0 through all windows of documents.
+        """
         parts = []
         while count > 0:
             epoch, slot = divmod(first, self.samples_per_epoch)
@@ -309,16 +317,19 @@ class PackedLoader(Loader):
         return np.concatenate(parts)
 
     def _pieces(self, row: int) -> tuple[Indices, Indices]:
-        """Return the pieces of a row: place of the first label in the stream, and length, (pieces,) each."""
+        """Return the pieces of documents in row number `row`: where each begins, and its length, (pieces,) each.
+
+        A piece begins at the token, with that number in the split's stream, which is its first label.
+        """
         window = int(np.searchsorted(self._first_row, row, side="right")) - 1
         plan, inside = self._plan(window), row - int(self._first_row[window])
         pieces = slice(int(plan.first_piece[inside]), int(plan.first_piece[inside + 1]))
         return plan.starts[pieces], plan.lengths[pieces]
 
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
-        """Return, for each of `count` samples, the parts of the split's stream that are its labels.
+        """Return, for samples first .. first + count - 1, which tokens of the split's stream are their labels.
 
-        A part is (first token, number of tokens).
+        Each sample gets a list of (number of the first token in the stream, number of tokens).
         """
         rows = [self._pieces(row) for row in self.rows_of(first, count).tolist()]
         return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]
@@ -352,7 +363,7 @@ class PackedLoader(Loader):
         return count * self.seq_len - padding
 
     def read(self, first: int, count: int) -> Batch:
-        """Return samples first .. first + count - 1 of the run as a Batch of packed rows, without `global_used`."""
+        """Return samples first .. first + count - 1 of the run as a Batch of packed rows. `global_used` is not set."""
         eot_id, width = self.dataset.eot_id, self.seq_len
         tokens = np.full((count, width), eot_id, dtype=self.dataset.dtype)
         targets = np.full((count, width), eot_id, dtype=self.dataset.dtype)
@@ -419,7 +430,10 @@ class _PackedEpoch:
         return self._windows[order], positions - self._first[order]
 
     def slots_of(self, window: int, rows: Indices) -> Indices:
-        """Return the slots that have rows number `rows` (n,) of a window, (n,): the inverse of calling the epoch."""
+        """Return which samples of the epoch, counted from 0, are rows number `rows` (n,) of a window, (n,).
+
+        window: its number. This is the inverse of __call__.
+        """
         first_row = int(self._first[int(np.flatnonzero(self._windows == window)[0])])
         if not len(rows):
             return rows
@@ -429,9 +443,9 @@ class _PackedEpoch:
         return first_slot + self._permute(group).inverse(first_row + rows - first_slot)
 
     def padding(self, first: int, last: int, plan: Callable[[int], PackingPlan]) -> int:
-        """Return the number of positions without a label in the rows of slots first .. last - 1.
+        """Return the number of positions without a label in the rows of samples first .. last - 1 of the epoch.
 
-        plan: returns the plan of a window.
+        plan: returns the PackingPlan of the window of documents with a given number.
         """
         groups = np.searchsorted(self._first_slot, [first, last - 1], side="right") - 1
         total = 0
@@ -442,7 +456,11 @@ class _PackedEpoch:
         return total
 
     def _padded_rows(self, group: int, plan: Callable[[int], PackingPlan]) -> tuple[Indices, Indices]:
-        """Return the slots of a group whose rows have padding, ascending, and the padding of each row, (n,) each."""
+        """Return which samples of the epoch, among those of one group, have padding, and how much, (n,) each.
+
+        Samples are counted from 0 in the epoch and ascend. Padding is the number of positions without a label. plan:
+        returns the PackingPlan of the window of documents with a given number.
+        """
         orders = np.flatnonzero(
             (self._first_slot[group] <= self._first[:-1]) & (self._first[:-1] < self._first_slot[group + 1])
         )
@@ -466,7 +484,7 @@ def make_loader(
     document_mask: bool = False,
     source: int = 0,
 ) -> Loader:
-    """Return the loader of the split train for `data.packing`: "stream", "best_fit" or "bos_aligned".
+    """Return a loader of the split train. packing: "stream" (windows of the stream), "best_fit" or "bos_aligned".
 
     The other arguments, and the exceptions, are those of Loader. Raises UsageError for another packing.
     """

@@ -115,7 +115,7 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Remove the files that were used longest ago, until `size` more bytes fit into the limit."""
+        """Remove the files of the cache that were used longest ago, until `size` more bytes fit into its limit."""
         with lock_file(self.folder / ".lock"):
             files = [(path.stat(), path) for path in self.folder.glob("*/*") if path.suffix in (".bin", ".idx")]
             total = sum(stat.st_size for stat, _ in files) + size
@@ -163,7 +163,10 @@ class RemoteDataset(TokenDataset):
         super().__init__(self.url)
 
     def _open(self, path: str | Path) -> Path:
-        """Fetch the manifest and the tokenizer, and return the local folder. Shards are fetched later."""
+        """Fetch the manifest and the tokenizer, and return the local folder. Shards are fetched later.
+
+        Raises DataError if the manifest cannot be fetched and is not in the cache.
+        """
         url_folder = self._cache_dir / "urls" / f"{xxhash.xxh3_64_hexdigest(self.url.encode())}"
         url_folder.mkdir(parents=True, exist_ok=True)
         with lock_file(url_folder / ".lock"):
@@ -191,7 +194,7 @@ class RemoteDataset(TokenDataset):
         return [description]
 
     def _remote(self, name: str) -> IO[bytes]:
-        """Open a file of the dataset on its server."""
+        """Open a file of the dataset on its server for reading. name: in the dataset's folder, as "train-00000.bin"."""
         import fsspec
 
         filesystem, root = fsspec.core.url_to_fs(self.url)
@@ -199,12 +202,15 @@ class RemoteDataset(TokenDataset):
         return stream
 
     def _read(self, name: str) -> bytes:
-        """Return the content of a file of the dataset on its server."""
+        """Return the content of a file of the dataset on its server. name: in that folder, as "manifest.json"."""
         with self._remote(name) as stream:
             return stream.read()
 
     def _fetch(self, shard: Shard, suffix: str) -> Path:
-        """Return the path of a shard's file in the cache. Fetch it first if needed."""
+        """Return the local path of a shard's file. Fetch the file first if the cache does not have it.
+
+        suffix: ".bin" or ".idx". Raises DataError if no correct copy arrives.
+        """
         name = shard.name + suffix
         size_and_hash = (
             (shard.bin_bytes, shard.bin_xxh3_128) if suffix == ".bin" else (shard.idx_bytes, shard.idx_xxh3_128)
@@ -228,9 +234,10 @@ class RemoteDataset(TokenDataset):
         return tokens
 
     def _remember(self, name: str, tokens: Tokens) -> None:
-        """Keep a shard mapped. If the mapped shards exceed the limit of the cache, unmap the oldest ones.
+        """Keep the mapped tokens of the shard `name`, so that later reads find them.
 
-        Unmapping frees the disk space of files that were removed from the cache.
+        If all mapped shards exceed the limit of the cache, unmap the oldest ones. That frees the disk space of files
+        that were removed from the cache.
         """
         # Change a copy and assign it at the end, because other threads read self._maps without a lock.
         maps = dict(self._maps)
@@ -240,12 +247,15 @@ class RemoteDataset(TokenDataset):
         self._maps = maps
 
     def _map_index(self, shard: Shard, scattered: bool = False) -> Index:
-        """Open the index of a shard. Fetch it first if needed."""
+        """Map the .idx file of a shard into memory, and return its contents. Fetch the file first if needed.
+
+        scattered: tell the kernel that it will be read at scattered places.
+        """
         self._fetch(shard, ".idx")
         return super()._map_index(shard, scattered)
 
     def _start_ahead(self, shards: list[Shard]) -> None:
-        """Start the thread that fetches these shards ahead, unless it has been started before."""
+        """Start a thread that fetches these shards in order before they are read, unless it has been started before."""
         if self._ahead is None:
             self._ahead = threading.Thread(
                 target=self._fetch_ahead, args=(shards,), name="packspeed-fetch", daemon=True
@@ -253,7 +263,10 @@ class RemoteDataset(TokenDataset):
             self._ahead.start()
 
     def _fetch_ahead(self, shards: list[Shard]) -> None:
-        """Fetch shards in order, until they fill half of the cache. A failed shard is skipped: its reader retries."""
+        """Fetch shards into the cache, in order, until they fill half of it.
+
+        If a shard cannot be fetched, it is skipped here, and fetched again when it is read.
+        """
         fetched = 0
         for shard in shards:
             fetched += shard.bin_bytes

@@ -19,7 +19,7 @@ from packspeed.data.text.tokenizer import load_from_dataset
 
 
 def sources_of(loader: Loader) -> list[Loader]:
-    """Return the loaders of the datasets: one per source of a mixture, or just this loader."""
+    """Return the loaders of the datasets: for a mixture one per dataset, otherwise just `loader`."""
     return loader.loaders if isinstance(loader, MixtureLoader) else [loader]
 
 
@@ -65,7 +65,10 @@ def steps_of(loader: Loader, source: int, shard: str, index: int, steps: int) ->
 
 
 def _origin(loader: Loader, sample: int) -> tuple[int, int]:
-    """Return the number of the source of a sample of the run, and the sample's number in that source."""
+    """Return (number of the dataset in the mixture, number of the sample in that dataset) for a sample of the run.
+
+    Without a mixture the dataset is number 0.
+    """
     if not isinstance(loader, MixtureLoader):
         return 0, sample
     source, number = loader.mixture.assign(sample, 1)
@@ -73,7 +76,10 @@ def _origin(loader: Loader, sample: int) -> tuple[int, int]:
 
 
 def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> Iterator[dict[str, Any]]:
-    """Yield a record for each document in tokens start .. start + length - 1 of a split's stream; see audit_step."""
+    """Yield a record for each document, or part of one, in tokens start .. start + length - 1 of a split's stream.
+
+    A record has shard, index (the document's number in it), first_token (of the part, in the document) and tokens.
+    """
     at = start
     while at < start + length:
         span = dataset.document_at(split, at)
@@ -107,7 +113,10 @@ def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[
 
 
 def _label_span(loader: Loader, shard: str, index: int) -> tuple[int, int]:
-    """Return (place of the first token, length) of a document, given by its shard and its number in it."""
+    """Return (first token in the stream of the split, length in tokens with EOT) of a document.
+
+    shard: a name, as "train-00000". index: the document's number in it. Raises UsageError if there is none.
+    """
     number, _ = _number(loader.dataset, loader.split, shard, index)
     starts, lengths = loader.dataset.document_spans(loader.split, number, 1)
     return int(starts[0]), int(lengths[0])

@@ -40,7 +40,10 @@ Ints = npt.NDArray[np.integer[Any]]
 
 
 def read_llmc(path: str, tokenizer: Tokenizer) -> Iterator[Run]:
-    """Yield the documents of an llm.c file. Raises DataError if the header contradicts the size of the file."""
+    """Yield the documents of an llm.c file, many at a time, as (their tokens with EOT, their lengths).
+
+    Raises DataError if the header contradicts the size of the file, or if an id is outside the vocabulary.
+    """
     size = os.path.getsize(path)
     magic, version, tokens = np.fromfile(path, dtype="<i4", count=3).tolist() if size >= 12 else (20240520, 0, 0)
     known_version, dtype = LLMC[magic]
@@ -55,9 +58,10 @@ def read_llmc(path: str, tokenizer: Tokenizer) -> Iterator[Run]:
 
 
 def read_npy(path: str, tokenizer: Tokenizer) -> Iterator[Run]:
-    """Yield the documents of an .npy file. The rows of a matrix are joined to one stream of tokens.
+    """Yield the documents of an .npy file, many at a time, as (their tokens with EOT, their lengths).
 
-    Raises DataError if the file is damaged or does not contain integers.
+    The rows of a matrix are joined to one stream of tokens. Raises DataError if the file is damaged, does not contain
+    integers, or has an id outside the vocabulary.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -75,7 +79,7 @@ def read_npy(path: str, tokenizer: Tokenizer) -> Iterator[Run]:
 
 
 def read_headerless(path: str, tokenizer: Tokenizer, dtype: str | None) -> Iterator[Run]:
-    """Yield the documents of a file without a header, such as nanoGPT's.
+    """Yield the documents of a file without a header, such as nanoGPT's, as (tokens with EOT, lengths) of many.
 
     dtype: the type of the tokens; None: detect it. Raises DataError if the type cannot be detected, or if an id is
     outside the vocabulary.
@@ -115,7 +119,7 @@ def _guess_dtype(path: str, tokenizer: Tokenizer) -> str:
 
 
 def _as_ids(raw: Ints, dtype: str) -> Ints:
-    """Return bytes (n,) as numbers of a type. A rest that is shorter than one number is left out."""
+    """Return bytes (n,) as little-endian numbers of type `dtype`. An incomplete number at the end is left out."""
     little_endian = np.dtype(dtype).newbyteorder("<")
     return raw[: len(raw) // little_endian.itemsize * little_endian.itemsize].view(little_endian)
 
@@ -146,7 +150,7 @@ def map_tokens(path: str, dtype: str, offset: int = 0) -> Ints:
 
 
 def _pieces(path: str, tokens: Ints, tokenizer: Tokenizer) -> Iterator[Tokens]:
-    """Yield the tokens of a file in pieces of PIECE_TOKENS, with their ids checked."""
+    """Yield the tokens of a file in pieces of 4 million. Raises DataError if an id is outside the vocabulary."""
     for first in range(0, len(tokens), PIECE_TOKENS):
         yield checked(tokens[first : first + PIECE_TOKENS], path, tokenizer, first)
 
@@ -168,9 +172,10 @@ def checked(tokens: Ints, path: str, tokenizer: Tokenizer, first: int) -> Tokens
 
 
 def cut_at_eot(pieces: Iterator[Tokens], eot_id: int) -> Iterator[Run]:
-    """Join pieces of a stream of tokens and yield its documents, with EOT at their end and without empty ones.
+    """Join pieces of a stream of tokens, and yield its documents, many at a time, as (tokens with EOT, lengths).
 
-    EOT may be before or after the documents of the stream, because it only separates them.
+    EOT may be before or after the documents of the stream, because it only separates them. Empty documents are left
+    out.
     """
     held = list[Tokens]()
     for piece in pieces:

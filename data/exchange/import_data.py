@@ -94,7 +94,10 @@ def _copied(
 
 
 def _documents(path: str, tokenizer: Tokenizer, options: ImportOptions) -> Iterator[flat.Run]:
-    """Yield the documents of one file or folder. Each ends with EOT, and its ids are in the vocabulary."""
+    """Yield the documents of a token file or folder, many at a time, as (tokens with EOT, lengths).
+
+    Raises UsageError if it is not in a known format, and DataError if it is damaged or an id is outside the vocabulary.
+    """
     kind = detect(path)
     if kind == "nanogpt":
         return flat.read_headerless(path, tokenizer, options.dtype)
@@ -113,7 +116,10 @@ def _documents(path: str, tokenizer: Tokenizer, options: ImportOptions) -> Itera
 
 
 def _manifest(names: list[str], tokenizer: Tokenizer, tokenizer_file: str, dtype: str, shards: list[Shard]) -> Manifest:
-    """Return the manifest of an imported dataset. Raises DataError if there are no tokens."""
+    """Return the manifest of an imported dataset. Raises DataError if there are no shards.
+
+    names: the files that were imported. tokenizer_file: the name of the tokenizer's file in the dataset's folder.
+    """
     if not shards:
         raise DataError(f"There are no tokens in {', '.join(names)}. Check the paths.")
     fingerprint = xxhash.xxh3_128_hexdigest("".join(shard.bin_xxh3_128 for shard in shards).encode())
@@ -126,7 +132,7 @@ def _manifest(names: list[str], tokenizer: Tokenizer, tokenizer_file: str, dtype
 
 
 def _linked(train: Sequence[str], val: Sequence[str], folder: Path, tokenizer: Tokenizer) -> tuple[str, list[Shard]]:
-    """Link all Megatron pairs. Return the type of the tokens and the shards.
+    """Make one shard of symbolic links for each Megatron pair. Return the type of the tokens and the shards.
 
     Raises UsageError if a pair cannot be linked or if the pairs have different types.
     """
@@ -171,7 +177,7 @@ def _link(path: str, folder: Path, name: str, split: str, tokenizer: Tokenizer) 
 
 
 def _mds_documents(path: str, tokenizer: Tokenizer, append_eot: bool) -> Iterator[flat.Run]:
-    """Yield the documents of an MDS dataset.
+    """Yield the documents of an MDS dataset, many at a time, as (tokens with EOT, lengths).
 
     llm-foundry fills samples with several documents, so the samples are joined to one stream, which EOT separates into
     documents. With append_eot each sample is a document, and EOT is added to it.

@@ -84,7 +84,10 @@ def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
 
 
 def _content(folder: Path, shard: dict[str, Any]) -> bytes:
-    """Return the bytes of a shard. If there is only a compressed file, decompress it."""
+    """Return the bytes of a shard, decompressed if there is only a compressed file. shard: its entry in index.json.
+
+    Raises UsageError if the compression is not zstd, and ValueError if the entry or the file is wrong.
+    """
     packed = shard.get("zip_data")
     for info in (shard["raw_data"], packed):
         # index.json is from another program: a basename with a path in it could name any file of this machine.
@@ -163,7 +166,7 @@ def write_mds(folder: Path, documents: Iterable[Tokens], dtype: str) -> None:
 
 
 def _encode(tokens: Tokens) -> bytes:
-    """Return the bytes of the sample for one document: the size of its only column, the header, the values."""
+    """Return a document as an MDS sample: the bytes of its only column (uint32), the array's shape, the token ids."""
     code = next(code for code, dtype in enumerate(SHAPE_DTYPES) if len(tokens) <= np.iinfo(dtype).max)
     shape = np.array([len(tokens)], SHAPE_DTYPES[code]).tobytes()
     value = bytes([4 + code]) + shape + tokens.tobytes()
@@ -171,7 +174,7 @@ def _encode(tokens: Tokens) -> bytes:
 
 
 def _write_shard(folder: Path, number: int, samples: list[bytes], dtype: str) -> dict[str, Any]:
-    """Write one shard, and return its entry for index.json."""
+    """Write shard.NUMBER.mds from encoded samples, and return its entry for index.json. dtype: of the tokens."""
     columns = {
         "column_encodings": [f"ndarray:{dtype}"],
         "column_names": ["tokens"],

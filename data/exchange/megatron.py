@@ -99,10 +99,11 @@ def _boundary_problem(boundaries: npt.NDArray[np.int64], sequences: int) -> str:
 
 
 def read_documents(prefix: str, tokenizer: Tokenizer, append_eot: bool) -> Iterator[Run]:
-    """Yield the documents of a pair, a few million tokens at a time. Empty documents are left out.
+    """Yield the documents of the pair PREFIX.bin and PREFIX.idx, many at a time, as (tokens with EOT, lengths).
 
-    append_eot: add EOT to documents that do not end with it (Megatron's --append-eod is optional). Raises DataError if
-    an id is outside the vocabulary, or if a document does not end with EOT and append_eot is not set.
+    append_eot: add EOT to documents that do not end with it (Megatron's --append-eod is optional). Empty documents are
+    left out. Raises DataError if an id is outside the vocabulary, or if a document does not end with EOT and append_eot
+    is not set.
     """
     pair, eot_id = read_pair(prefix), tokenizer.eot_id
     for first, end in pair.pieces():

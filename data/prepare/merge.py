@@ -42,7 +42,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass
 class MergeCounts:
-    """The counts of a merge."""
+    """How many documents a merge kept and dropped, and the sum of their hashes."""
 
     documents: int = 0  # documents kept
     duplicates: int = 0  # documents dropped because they equal an earlier one
@@ -111,9 +111,9 @@ class Merge:
         return True
 
     def split(self, train: ShardWriter, val: ShardWriter, val_fraction: float) -> MergeCounts:
-        """Write every document to train or, if its hash is below val_fraction of the range, to val. Return the counts.
+        """Write every document to train or, for a share of about val_fraction, to val. Return the counts of the merge.
 
-        The writers stay open.
+        A document goes to val if the first 64 bits of its hash are below val_fraction * 2**64. The writers stay open.
         """
         # The hash is uniform over 64 bits, so this bound selects val_fraction of the documents.
         bound = np.uint64(min(2**64 - 1, int(val_fraction * 2**64)))
@@ -125,14 +125,14 @@ class Merge:
         return self.counts
 
     def copy(self, writer: ShardWriter) -> MergeCounts:
-        """Write every document to one split, and return the counts. The writer stays open."""
+        """Write every document to one split, and return how many were kept and dropped. The writer stays open."""
         for run in self.runs():
             self._count(run.table)
             _copy(run, slice(None), writer)
         return self.counts
 
     def count(self) -> MergeCounts:
-        """Return the counts without writing any document."""
+        """Return how many documents would be kept and dropped, without writing any."""
         for run in self.runs():
             self._count(run.table)
         return self.counts
@@ -188,7 +188,7 @@ class Merge:
             yield _join(held)
 
     def _count(self, table: Table) -> None:
-        """Add the documents in a table to the counts, and their hashes to the hash of the dataset."""
+        """Add the documents in a table (n,), and the sum of their hashes, to `counts`."""
         self.counts.documents += len(table)
         self.counts.hash_sum += _sum(table["low"]) + (_sum(table["high"]) << 64)
 

@@ -77,7 +77,7 @@ def _locked(folder: Path, overwrite: bool, shared: bool) -> FileLock:
 
 
 def _check_contents(folder: Path, overwrite: bool) -> None:
-    """Raise UsageError if a folder contains files of others, or a dataset and `overwrite` is not set."""
+    """Raise UsageError if a folder has files that prepare did not write, or a dataset and `overwrite` is not set."""
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not OWN_FILES.fullmatch(name)]
     if foreign or (names and not {MANIFEST, temporary(folder / MANIFEST).name, FOLDER} & set(names)):
@@ -103,9 +103,10 @@ def _clean(folder: Path, created: bool) -> str:
 
 
 def clear_folder(folder: Path, keep_units: bool) -> None:
-    """Remove the files of a dataset, but not the lock file and, if keep_units, not the finished units.
+    """Remove the files that prepare wrote into a folder, except the lock file.
 
-    The manifest is removed first, so that the remaining files never look like a complete dataset.
+    keep_units: also keep the finished units and the tokenizer. The manifest is removed first, so that the remaining
+    files never look like a complete dataset.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in folder.iterdir():

@@ -289,7 +289,7 @@ class _Preparation:
         return [receipt for receipt in receipts if receipt is not None]
 
     def _check_bad(self, bad: int) -> int:
-        """Return the number of bad documents. Raises DataError if it is more than skip_bad allows."""
+        """Return `bad`, the number of bad documents so far. Raises DataError if it is more than skip_bad allows."""
         if bad > self.options.skip_bad:
             raise DataError(
                 f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows fewer. Raise --skip-bad, "
@@ -355,12 +355,12 @@ class _Preparation:
         return manifest
 
     def _merge(self, units: range) -> Merge:
-        """Return the Merge of a range of units: all of the split train, or all of val."""
+        """Return the Merge for a range of units, by number: all units of the split train, or all of val."""
         options = self.options
         return Merge(self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, self.finished.wait)
 
     def _passed_over(self) -> list[str]:
-        """Return the files that were found but skipped, with reasons: first those skipped because of their names."""
+        """Return the files that were found but skipped, as `NAME: REASON`: first those skipped by their names."""
         passed_over = self.sources.passed_over + self.val_sources.passed_over
         passed_over += [name for receipt in self._receipts() for name in receipt.passed_over]
         return [printable(name) for name in passed_over]

@@ -42,7 +42,7 @@ class ProgressMeter:
         self.now.bytes_done = self.old_bytes
 
     def _count(self, counts: Counts) -> None:
-        """Add counts to the state that is shown."""
+        """Add documents, bytes of text and tokens to the totals in `now`."""
         for field in dataclasses.fields(Counts):
             setattr(self.now, field.name, getattr(self.now, field.name) + getattr(counts, field.name))
 
@@ -61,6 +61,9 @@ class ProgressMeter:
             self.report(now)
 
     def finished(self, receipt: Receipt) -> None:
-        """Count a unit as finished."""
+        """Count a unit as finished: add the average size of a unit to the bytes that are done.
+
+        receipt: the unit's receipt, which is not used.
+        """
         self.now.bytes_done = min(self.now.bytes_total, self.now.bytes_done + int(self.unit_bytes))
         self.open_bytes = 0

@@ -67,7 +67,7 @@ class ShardWriter:
             data, lengths = data[size:], lengths[fills:]
 
     def copy(self, data: npt.NDArray[np.uint8], offsets_bytes: Offsets, lengths: Lengths) -> None:
-        """Copy documents out of the bytes of a file.
+        """Write documents that are parts of `data`, the bytes of another file.
 
         offsets_bytes (n,): where each document begins in `data`. lengths (n,): in tokens, with EOT.
         """
@@ -83,7 +83,10 @@ class ShardWriter:
         self._write(chunks, np.array([tokens], dtype=np.int64))
 
     def _write(self, chunks: Iterable[bytes | memoryview], lengths: Lengths) -> None:
-        """Write documents to the current shard, and finish it if it is full. Only the last document may fill it."""
+        """Write documents to the current shard, and finish the shard if it is full. Only the last document may fill it.
+
+        chunks: their bytes, in any pieces. lengths (n,): of the documents in tokens, with EOT.
+        """
         if int(lengths.max()) > LONGEST_TOKENS:
             raise DataError(
                 f"A document has {lengths.max()} tokens, but an index file allows at most {LONGEST_TOKENS}. Split the "

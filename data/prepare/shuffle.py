@@ -33,9 +33,10 @@ KEYED = np.dtype([("key", "<u8"), ("offset", "<i8"), ("document", DOCUMENT)])
 def shuffled(
     documents: Iterable[tuple[npt.NDArray[np.int64], DocumentRun]], seed: int, itemsize: int, folder: Path
 ) -> Iterator[DocumentRun]:
-    """Yield all documents sorted by key, one run per bucket.
+    """Yield all documents in an order that depends on `seed` and their numbers only, one run per bucket.
 
-    documents: runs, each with the numbers (n,) of its documents. folder: where the temporary files go.
+    documents: runs, each with the numbers (n,) of its documents. itemsize: bytes per token. folder: where the temporary
+    files go.
     """
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
@@ -54,7 +55,11 @@ def _write_buckets(
     itemsize: int,
     names: list[tuple[Path, Path]],
 ) -> None:
-    """Write the documents to buckets: their tokens to the first file of names[bucket], KEYED rows to the second."""
+    """Distribute the documents to 256 pairs of files by the first byte of their sort keys.
+
+    The tokens go to the first file of names[bucket], a row of dtype KEYED per document to the second. The other
+    arguments are those of `shuffled`.
+    """
     bytes_written = [0] * BUCKETS
     with ExitStack() as stack:
         files = [[stack.enter_context(open(name, "wb", BUCKET_BUFFER_BYTES)) for name in pair] for pair in names]

@@ -23,7 +23,7 @@ CHARACTER_TOKENS = 64  # more than the tokens of any character
 def split_tail(
     merge: Merge, tokenizer: Tokenizer, dtype: str, train: ShardWriter, val: ShardWriter, val_fraction: float
 ) -> MergeCounts:
-    """Write the last `val_fraction` of all tokens to `val` and those before them to `train`. Return the counts."""
+    """Write the last `val_fraction` of all tokens to `val` and those before to `train`. Return the merge's counts."""
     counted = merge.count()
     tokens = sum(int(run.table["tokens"].sum()) for run in merge.runs())
     remaining = int(tokens * (1 - val_fraction))  # how many more tokens go to train
@@ -43,17 +43,17 @@ def split_tail(
 
 
 def _part(run: DocumentRun, start: int, size: int) -> Iterator[bytes | memoryview]:
-    """`size` bytes of a run's file from `start` on, about a megabyte at a time."""
+    """Yield `size` bytes of a run's file, from byte `start` on, about a megabyte at a time."""
     return gathered(run.data, np.array([start]), np.array([start + size]))
 
 
 def _between_characters(
     run: DocumentRun, start: int, length: int, cut: int, dtype: np.dtype[np.unsignedinteger], tokenizer: Tokenizer
 ) -> int:
-    """Return the number of the first token of a document, from `cut` on, that begins a character.
+    """Return the number of the first token of a document, from number `cut` on, that begins a character.
 
-    start: where the document begins in the file, in bytes. length: in tokens, which is returned if there is no such
-    token.
+    start: where the document begins in the file, in bytes. length: of the document in tokens, which is returned if
+    there is no such token.
     """
     if cut == 0 or cut >= length - 1:
         return 0 if cut == 0 else length

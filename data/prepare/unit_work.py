@@ -106,7 +106,7 @@ class UnitWorker:
     def _encoded(self, unit: Unit, tally: Tally, table: list[bytes]) -> Iterator[tuple[Tokens, Counts]]:
         """Yield the tokens (n,) and the counts of about a megabyte of text at a time.
 
-        table: gets the rows of the documents that end in that text, as bytes.
+        table: gets a row of dtype DOCUMENT, as bytes, for each document that ends in that text.
         """
         open_document = _OpenDocument()
         checked = False
@@ -166,7 +166,7 @@ class _OpenDocument:
 
 
 def _add(total: Counts, counts: Counts) -> None:
-    """Add counts to a total, in place."""
+    """Add each field of `counts` to that of `total`, in place."""
     for field in dataclasses.fields(Counts):
         setattr(total, field.name, getattr(total, field.name) + getattr(counts, field.name))
 

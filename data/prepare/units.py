@@ -56,7 +56,10 @@ Table = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class DocumentRun:
-    """Documents in a mapped file: its bytes, where each begins in them, (n,), and their DOCUMENT rows, (n,)."""
+    """Documents in a mapped file: its bytes, where each begins in them, (n,), and a table, (n,).
+
+    The table has the dtype DOCUMENT: a document's number of tokens, and its 128-bit hash in two halves.
+    """
 
     data: npt.NDArray[np.uint8]
     offsets_bytes: npt.NDArray[np.int64]
@@ -139,7 +142,7 @@ class JobFile(TypedDict):
 
 
 def plan_units(sources: Sequence[Source], first: int = 0) -> tuple[list[Unit], str]:
-    """Divide sources into units, numbered from `first`. Return them and a hash for Job.state.
+    """Divide sources into units, numbered from `first`. Return them, and a hash that changes if a file changes.
 
     Raises DataError if a file cannot be read.
     """
@@ -199,7 +202,10 @@ def _parts(source: Source) -> Iterator[tuple[Source, int]]:
 
 
 def _line_ends(source: Source, size: int) -> Iterator[int]:
-    """Yield byte offsets, about every UNIT_BYTES, at which lines end. A longer line is not divided."""
+    """Yield byte offsets, about 32 MiB apart, at which lines of a file end. A longer line is not divided.
+
+    size: of the file in bytes, which is the last offset.
+    """
     end = 0
     with open_source(source) as stream:
         while end < size:
@@ -215,9 +221,9 @@ def _line_ends(source: Source, size: int) -> Iterator[int]:
 
 
 def _grouped(source: Source, sizes: Sequence[int]) -> Iterator[tuple[Source, int]]:
-    """Yield (part, size in bytes) for ranges of row groups or batches that have about UNIT_BYTES.
+    """Yield (part of a source, size in bytes) for consecutive row groups or batches of about 32 MiB together.
 
-    sizes: the bytes of each row group or batch.
+    sizes: the bytes of each row group (parquet) or batch (arrow) of the source.
     """
     start, size = 0, 0
     for i, part_bytes in enumerate(sizes):
@@ -228,7 +234,10 @@ def _grouped(source: Source, sizes: Sequence[int]) -> Iterator[tuple[Source, int
 
 
 def save_job(folder: Path, job: Job) -> None:
-    """Write job.json into a folder of units, unless it exists. Raises UsageError if it has another job."""
+    """Write a job as job.json into a folder of units, unless that file exists.
+
+    Raises UsageError if the file that exists describes another job.
+    """
     path = folder / JOB
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -260,7 +269,7 @@ def load_job(folder: Path) -> Job:
 
 
 def _read_job(path: Path) -> JobFile:
-    """Read the list of units, as save_job has written it. Raises DataError as _read_json does."""
+    """Return the content of a job.json. Raises DataError if the file cannot be read."""
     raw: JobFile = _read_json(path)
     return raw
 

@@ -53,7 +53,7 @@ class WorkerPool:
             worker.communicate()
 
     def do(self, units: Sequence[Unit], report: ReportCounts) -> Iterator[tuple[int, Receipt]]:
-        """Process units on all workers. Yield (number, receipt) of each when it is finished.
+        """Encode units on all workers. Yield (number, receipt) of each unit when it is finished.
 
         report: called with the counts of each message. Raises DataError if a worker reports an error or ends.
         """

@@ -29,7 +29,7 @@ class Document:
 
 @dataclass
 class Tally:
-    """Counts the documents and lists the files that were skipped."""
+    """Counts the documents that were skipped, and lists the files that were skipped."""
 
     skip_bad: int = 0  # how many bad documents may be skipped
     bad: int = 0  # bad documents so far
@@ -61,8 +61,10 @@ class TextKeys:
 
     The key `meta.text` means the key `text` inside the object `meta`, unless the record has a key of that very name. If
     there are several keys, their texts are joined by an empty line; keys that the record lacks are left out.
-    take: like `text`, but faster. For a record without a text it raises LookupError, TypeError or ValueError, or
-    returns None; the caller should then call `text` to get the reason.
+
+    The attribute `take` is a function of a record that returns its text, which is faster than `text` if there is one
+    key without a dot. If the record has no text, it returns None or another value, or raises LookupError or TypeError.
+    The caller should then call `text`, which checks the record and says what is wrong.
     """
 
     def __init__(self, keys: str | Sequence[str]):
@@ -97,7 +99,10 @@ class TextKeys:
 
 
 def _values(record: Mapping[str, Any], key: str) -> list[Any]:
-    """Return the value under a key of a record as a list of one, or an empty list. A key inside null is null."""
+    """Return [the value under a key of a record], or [] if the record lacks the key.
+
+    The key `a.b` means `b` inside the object `a`. If `a` is null, the value is null too.
+    """
     if key in record:
         return [record[key]]
     head, dot, rest = key.partition(".")
@@ -112,9 +117,10 @@ def _values(record: Mapping[str, Any], key: str) -> list[Any]:
 def documents_of(
     value: Any, keys: TextKeys, source: str, position: int, where: str | Callable[[], str], tally: Tally
 ) -> Iterator[Document]:
-    """Yield the document of a parsed record, in pieces if it is long, or nothing if it was counted as null or bad.
+    """Yield the document of a parsed record, in pieces if it is long; nothing if its text is null or the record is bad.
 
-    where: the record's place for an error message, or a function that returns it. Raises DataError like Tally.refuse.
+    `tally` counts null and bad records. where: the record's place for an error message, or a function that returns it.
+    Raises DataError if there are more bad records than the tally allows.
     """
     if not isinstance(value, dict):
         tally.refuse(where, f"expected a JSON object, found {type(value).__name__}")

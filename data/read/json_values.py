@@ -59,7 +59,10 @@ def split_values(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | Iterato
 
 
 def _value(text: _Text) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
-    """Yield (byte offset, value) for the value that begins at the cursor."""
+    """Yield one pair (byte offset, value): the JSON value at the place where `text` is, not parsed.
+
+    A value above 64 MiB is an iterator of chunks, which must be used before the next value.
+    """
     offset, parts, held, size = text.offset, text.value(), list[bytes](), 0
     for part in parts:
         held.append(part)
@@ -73,13 +76,13 @@ def _value(text: _Text) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
 
 
 def _expect_end(text: _Text) -> None:
-    """Raise ValueError unless only blanks are left."""
+    """Raise ValueError if anything but white space follows the array of a JSON file."""
     if text.skip_blank():
         raise ValueError(f"there is more text after the end of the array, at byte {text.offset}")
 
 
 class _Text:
-    """A cursor that moves forward over a stream of chunks. `offset` is its position in bytes."""
+    """A place that moves forward through a JSON file, which is given as chunks. `offset` is the place in bytes."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self._chunks, self._held, self._at, self._before = chunks, b"", 0, 0
@@ -101,7 +104,7 @@ class _Text:
         return self._held[self._at : self._at + 1]
 
     def take(self) -> None:
-        """Move past the next byte."""
+        """Move past the next byte. Does nothing at the end of the stream."""
         self._at += len(self.peek())
 
     def skip_blank(self) -> bytes:
@@ -115,7 +118,10 @@ class _Text:
         return b""
 
     def value(self) -> Iterator[bytes]:
-        """Yield the value that begins here, in chunks, and move past it. Raises ValueError if the file ends inside."""
+        """Yield the bytes of the JSON value that begins here, in chunks, and move past it.
+
+        Raises ValueError if the file ends inside the value.
+        """
         first = self.peek()
         if first not in b'"{[' or not first:
             yield from self._word()

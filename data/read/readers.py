@@ -39,9 +39,10 @@ from packspeed.data.read.warc import read_warc
 
 
 def read_documents(sources: Iterable[Source], text_keys: str | Sequence[str], tally: Tally) -> Iterator[Document]:
-    """Yield the documents of all sources. text_keys: where records have their text. tally: counts what is skipped.
+    """Yield the documents of all sources. text_keys: the keys under which records have their text.
 
-    Raises DataError if a file cannot be read, or if there are more bad documents than the tally allows.
+    tally: counts the documents that are skipped. Raises DataError if a file cannot be read, or if there are more bad
+    documents than the tally allows.
     """
     keys = TextKeys(text_keys)
     for source in sources:
@@ -98,7 +99,11 @@ def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
 
 
 def _refuse_text(source: Source, error: UnicodeDecodeError, where: str, head: bytes, tally: Tally) -> None:
-    """Skip a file that is not UTF-8 if it was found in a folder; refuse it if the user gave it by name."""
+    """Skip a file that is not UTF-8 if it was found in a folder; count it as bad if the user gave it by name.
+
+    where: the place of the wrong byte. head: the first bytes of the file. Raises DataError if there are more bad
+    documents than the tally allows.
+    """
     if source.found:
         tally.pass_over(source, "not UTF-8 text")
         return
@@ -126,7 +131,7 @@ def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Decode chunks of UTF-8, which may divide characters. Raises UnicodeDecodeError."""
+    """Decode chunks of UTF-8, which may divide characters. Raises UnicodeDecodeError if they are not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for chunk in chunks:
         yield decoder.decode(chunk)
@@ -152,7 +157,7 @@ def _read_json(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Documen
 
 
 def _is_no_record(value: bytes | Iterator[bytes], keys: TextKeys) -> bool:
-    """Return whether a value is a JSON object without any of the text keys."""
+    """Return whether a JSON value, not parsed, is an object without any of the text keys."""
     if not isinstance(value, bytes):
         return False
     try:
@@ -167,7 +172,10 @@ def _is_no_record(value: bytes | Iterator[bytes], keys: TextKeys) -> bool:
 def _read_records(
     source: Source, values: Iterator[tuple[int, bytes | Iterator[bytes]]], keys: TextKeys, tally: Tally
 ) -> Iterator[Document]:
-    """Yield one document per value, which is a line or an element of an array. Empty lines are ignored."""
+    """Yield one document per line of a file, or per element of a JSON array. Empty lines are ignored.
+
+    values: pairs of byte offset and line or element; those above 64 MiB are iterators of chunks.
+    """
     take = keys.take
     for offset, line in values:
         if not isinstance(line, bytes):

@@ -58,7 +58,7 @@ def looks_binary(head: bytes) -> bool:
 
 
 def _head(source: Source) -> bytes:
-    """Return the first CHUNK_BYTES of a source, decompressed, without a byte order mark."""
+    """Return at least the first megabyte of a source, or all of it, decompressed, without a byte order mark."""
     head = b""
     for chunk in read_chunks(source):
         head += chunk
@@ -79,7 +79,7 @@ def _kind(source: Source, head: bytes) -> str:
 
 
 def _begins_with_lines(head: bytes) -> bool:
-    """Return whether the first line is a JSON object and another line follows it."""
+    """Return whether the first line of `head` (the start of a file) is a JSON object and another line follows it."""
     line, _, rest = head.lstrip().partition(b"\n")
     if not rest.strip():
         return False

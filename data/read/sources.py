@@ -81,11 +81,11 @@ def find_sources(
     outside: Path | None = None,
     unknown: str = "",
 ) -> SourceList:
-    """Return the sources for the user's arguments `specs`.
+    """Return the sources for the user's arguments `specs`: files, folders, globs, URLs and names of Hub datasets.
 
-    include, exclude: see above. outside: files in this folder are left out. unknown: the format (one of
-    formats.CHOICES) of files whose names do not reveal it; "": skip such files. Raises UsageError if a path does not
-    exist or contains nothing to read.
+    include, exclude: glob patterns that select files of folders and globs by their path below the folder. outside:
+    files in this folder are left out. unknown: the format (one of formats.CHOICES) of files whose names do not reveal
+    it; "": skip such files. Raises UsageError if a path does not exist or contains nothing to read.
     """
     if unknown and unknown not in CHOICES:
         raise UsageError(f"--format {unknown}: choose among {', '.join(CHOICES)}.")
@@ -106,7 +106,10 @@ def printable(name: str) -> str:
 
 
 class _Search:
-    """Collects the sources of all arguments in `result`."""
+    """Finds the files for the user's arguments, one call of `add` each, and collects them in `result`.
+
+    The arguments of the class are those of find_sources.
+    """
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str], outside: Path | None, unknown: str):
         self.include, self.exclude, self.unknown = include, exclude, unknown
@@ -114,7 +117,7 @@ class _Search:
         self.result = SourceList()
 
     def add(self, spec: str) -> None:
-        """Add the sources of one argument. Raises UsageError if it does not exist."""
+        """Add the files of one argument: a path, glob, URL, Hub name or `-`. Raises UsageError if it does not exist."""
         if spec == STDIN:
             self._add_named(spec)
         elif is_url(spec):
@@ -212,7 +215,11 @@ class _Search:
                 self.result.sources.append(self._source(name, found=True))
 
     def _reason(self, name: str, has_records: bool, remote: bool) -> str:
-        """Return why a file in a folder is not read, or "" if it is read."""
+        """Return why a file in a folder is not read, or "" if it is read.
+
+        has_records: whether the folder has files of records, such as jsonl or parquet. remote: whether it is in a
+        store.
+        """
         base, kind = os.path.basename(name), format_of(name).kind
         if not remote and not os.path.isfile(name):
             return "a broken link" if os.path.islink(name) else "not a regular file"
@@ -232,12 +239,12 @@ class _Search:
         return Source(name, self.unknown or kind if kind == "unknown" else kind, found, compression=compression)
 
     def _wanted(self, path: str) -> bool:
-        """Return whether --include and --exclude select a path."""
+        """Return whether --include and --exclude select a file. path: its path below the folder that is searched."""
         chosen = not self.include or any(fnmatchcase(path, pattern) for pattern in self.include)
         return chosen and not any(fnmatchcase(path, pattern) for pattern in self.exclude)
 
     def _is_outside(self, name: str) -> bool:
-        """Return whether a path is the excluded folder `outside` or is in it."""
+        """Return whether a path is the folder `outside`, whose files are left out, or is in it."""
         if self.outside is None or is_url(name):
             return False
         path = Path(name).resolve()

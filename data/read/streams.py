@@ -58,7 +58,10 @@ def open_source(source: Source) -> IO[bytes]:
 
 @contextlib.contextmanager
 def local_copy(source: Source) -> Iterator[Source]:
-    """Yield the source. If it is an http(s) URL, download it first; the copy is removed at the end of the block."""
+    """Yield the source. If it is an http(s) URL, download it first and yield a Source with the path of the copy.
+
+    The copy is removed at the end of the `with` block.
+    """
     if source.copy or not source.name.startswith(DOWNLOADED):
         yield source
         return
@@ -109,7 +112,7 @@ def _plain(raw: IO[bytes], source: Source) -> Iterator[bytes]:
 
 
 def _decompressed(raw: IO[bytes], compression: str) -> Iterator[bytes]:
-    """Yield the decompressed content of a file in chunks."""
+    """Yield the decompressed content of a file in chunks. compression: "gzip", "zstd", "xz" or "bz2"."""
     if compression == "zstd":
         yield from _joined(_zstd_pieces(raw))
         return
@@ -119,7 +122,7 @@ def _decompressed(raw: IO[bytes], compression: str) -> Iterator[bytes]:
 
 
 def _zstd_pieces(raw: IO[bytes]) -> Iterator[bytes]:
-    """Yield the decompressed content of a zstd file, in small pieces. Raises _DamagedError.
+    """Yield the decompressed content of a zstd file in small pieces. Raises _DamagedError if it is damaged or cut off.
 
     Frames are decompressed one by one, because the library's own reader accepts a file that ends inside a frame.
     """

@@ -188,7 +188,11 @@ def _content(column: Any, row: int) -> Any:
 
 
 def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], object]) -> Iterator[Document]:
-    """Yield a long text in pieces, decoded a megabyte at a time. A first pass checks that all of it is UTF-8."""
+    """Yield the document in one row, whose text is long, in pieces. buffer: the text in UTF-8.
+
+    It is decoded a megabyte at a time, and first once without a result: raises UnicodeDecodeError if it is not UTF-8.
+    release: called from time to time to release memory that was read.
+    """
 
     def decoded() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()

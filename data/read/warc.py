@@ -70,7 +70,11 @@ def _header(stream: IO[bytes], source: Source) -> dict[str, str] | None:
 def _document(
     stream: IO[bytes], size: int, source: Source, header: dict[str, str], number: int, tally: Tally
 ) -> Iterator[Document]:
-    """Yield the text of a record of `size` bytes, in pieces if it is long. Bad text counts in `tally`."""
+    """Yield the text of a record of `size` bytes, in pieces if it is long.
+
+    A text that is not UTF-8 is counted in `tally` as a bad document and skipped. Raises DataError if there are more of
+    them than the tally allows, or if a text above 16 MiB is not UTF-8. number: of the record, among those with text.
+    """
     where = f"{source.name}, record {header.get('warc-target-uri') or header.get('warc-record-id', 'without a name')}"
     if size >= LONG_TEXT_BYTES:
         try:
@@ -99,7 +103,7 @@ def _body(stream: IO[bytes], size: int, source: Source) -> Iterator[bytes]:
 
 
 def _decoded(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Decode chunks of UTF-8, which may divide characters. Raises UnicodeDecodeError."""
+    """Decode chunks of UTF-8, which may divide characters. Raises UnicodeDecodeError if they are not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for chunk in chunks:
         yield decoder.decode(chunk)

@@ -12,7 +12,7 @@ CHUNK_BYTES = 2**22
 
 
 class FileHash(TypedDict):
-    """Size and hash of one file, as dataset and checkpoint manifests store them."""
+    """The size of a file in bytes, and its xxh3-128 as 32 hex digits."""
 
     bytes: int
     xxh3_128: str

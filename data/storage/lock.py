@@ -25,7 +25,10 @@ class LockHeldError(Exception):
 
 
 class FileLock:
-    """A lock that this process holds until `release`, the end of a `with` block or the end of the process."""
+    """A lock that this process holds until `release`, the end of a `with` block or the end of the process.
+
+    file: the descriptor of the open lock file.
+    """
 
     def __init__(self, file: int):
         self._file: int | None = file
@@ -85,7 +88,10 @@ def lock_file(
 def _acquire(
     file: int, operation: int, path: Path, timeout_s: float, on_wait: Callable[[str], None] | None, required: bool
 ) -> None:
-    """Lock an open file (a descriptor). Arguments and exceptions as in `lock_file`."""
+    """Lock the open file `file` (a descriptor). operation: fcntl.LOCK_EX or LOCK_SH.
+
+    path: for the message. The other arguments, and the exceptions, are those of lock_file.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         try:

@@ -222,9 +222,9 @@ def _value(hint: Any, raw: object, where: str) -> Any:
 
 
 def _is_possible(value: object) -> bool:
-    """Return whether a parsed value is an int64 >= 0, a finite float, a text that UTF-8 can encode, or another type.
+    """Return False for an int outside 0 .. 2**63 - 1, a float that is not finite, or a text that UTF-8 cannot encode.
 
-    JSON allows larger integers, NaN, and halves of surrogate pairs in texts.
+    JSON allows all of them. Return True for every other value.
     """
     if isinstance(value, int):
         return 0 <= value < 2**63
@@ -240,7 +240,10 @@ def _short(value: object) -> str:
 
 
 def _check(manifest: Manifest, path: Path) -> None:
-    """Raise DataError if a file name leads outside the folder or if numbers contradict each other."""
+    """Raise DataError if a manifest names a file outside its folder, or if its numbers contradict each other.
+
+    path: the manifest.json, for the message.
+    """
     problem = ""
     tokenizer = manifest.tokenizer
     if manifest.dtype not in ("uint16", "uint32"):
@@ -287,7 +290,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_size(path: str, expected: int) -> None:
-    """Raise DataError if a file is missing or has another size."""
+    """Raise DataError if the file `path` is missing or its size is not `expected` bytes."""
     try:
         size = os.stat(path).st_size
     except FileNotFoundError as error:

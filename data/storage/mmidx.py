@@ -112,7 +112,7 @@ def read_headers(paths: Sequence[str]) -> list[bytes]:
 
 
 def unreadable(path: str | Path, error: OSError) -> DataError:
-    """Return the error to raise if the operating system cannot read a file."""
+    """Return the error to raise if the operating system cannot read a file. It names the file and the reason."""
     return DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions and the disk.")
 
 

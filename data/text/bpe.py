@@ -56,7 +56,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> J
 
 
 def _write(trained: tokenizers.Tokenizer, out: Path) -> JsonTokenizer:
-    """Write the three files of a trained tokenizer. The .json file is written last: if it exists, all three exist."""
+    """Write a trained tokenizer to NAME.tiktoken, NAME.tiktoken.json and `out` (NAME.json), and return it.
+
+    NAME.json is written last: if it exists, all three exist.
+    """
     content = trained.to_str(pretty=True).encode("utf-8") + b"\n"
     tokenizer = JsonTokenizer(out.stem, content)
     ranks_file = format_ranks(tokenizer.byte_ranks())

@@ -264,7 +264,10 @@ def _content(
     decoder: dict[str, Any],
     normalizer: dict[str, Any] | None = None,
 ) -> bytes:
-    """Return the content of a tokenizer.json with these parts."""
+    """Return a tokenizer.json, as JSON in UTF-8, that has these parts and no other.
+
+    added: its `added_tokens`.
+    """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     spec = {
         "version": "1.0",
@@ -281,7 +284,7 @@ def _content(
 
 
 def _by_transformers(folder: str) -> str:
-    """Return the sentence that tells the user how to make a tokenizer.json with transformers."""
+    """Return a sentence that tells the user how to make a tokenizer.json from `folder` with transformers."""
     return (
         'Make a tokenizer.json: python -c "import transformers as t; t.AutoTokenizer.from_pretrained('
         f"{folder!r}).save_pretrained('tokenizer')\", then give --tokenizer tokenizer."

@@ -90,12 +90,18 @@ class Encoder:
         return self._with_bos(np.concatenate(pieces), np.array([len(ids) for ids in pieces], dtype=np.int64), begins)
 
     def _complete(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Return the ids of complete documents with EOT after each, and the number of ids of each."""
+        """Return the ids of all texts with EOT after each, (sum of lengths,), and the number of ids of each, (texts,).
+
+        texts: complete documents in UTF-8.
+        """
         encoded = self.fast.encode(texts) if self.fast is not None else None
         return encoded if encoded is not None else self._reference(texts)
 
     def _reference(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Return the same as `_complete`, but computed by the tokenizer itself and not by gigatoken."""
+        """Return what `_complete` returns, computed by the tokenizer itself and not by gigatoken.
+
+        That is the ids of all texts with EOT after each, and the number of ids of each.
+        """
         decoded = [text.decode("utf-8") for text in texts]
         if not self.tokenizer.splits_at_words and max(map(len, decoded), default=0) > LONG_CHARACTERS:
             ids = [self._long(text) for text in decoded]
@@ -105,14 +111,17 @@ class Encoder:
         return np.concatenate(arrays), np.array([len(document) + 1 for document in ids], dtype=np.int64)
 
     def _long(self, text: str) -> npt.NDArray[np.uint32]:
-        """Return the ids of one text. A long one is encoded in windows, which takes less memory and time."""
+        """Return the ids of one text (n,), without EOT. A text above 2**19 characters is encoded in windows."""
         if len(text) <= LONG_CHARACTERS:
             return self.tokenizer.encode_batch([text])[0]
         long_text = LongText(self.tokenizer)
         return np.concatenate([long_text.add(text), long_text.end()])
 
     def _piece(self, text: str, last: bool) -> npt.NDArray[np.uint32]:
-        """Return those ids of a document that are final after one more piece, with EOT after the last piece."""
+        """Add the next piece of a document. Return the document's ids (n,), not returned before, that are now final.
+
+        last: whether the piece ends the document; then EOT is the last id.
+        """
         if self._open is None:
             if last:
                 return np.concatenate([self._long(text), self._eot])
@@ -126,7 +135,10 @@ class Encoder:
     def _with_bos(
         self, tokens: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], begins: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Return the ids and lengths with BOS inserted before those texts that begin a document, if there is a BOS."""
+        """Return the ids and lengths of texts with BOS inserted, or unchanged if the tokenizer has no BOS.
+
+        begins (texts,): whether a text begins a document; BOS is inserted before these texts only.
+        """
         if self.tokenizer.bos_id is None:
             return tokens, lengths
         starts = np.cumsum(lengths) - lengths
@@ -163,7 +175,7 @@ class _Gigatoken:
         self._first_bytes = _resident_bytes()
 
     def _load(self) -> Any:
-        """Load the tokenizer into gigatoken, which reads BPE ranks only from a file."""
+        """Return the tokenizer as gigatoken's own class, which reads BPE ranks only from a file."""
         import gigatoken
 
         with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +187,8 @@ class _Gigatoken:
     def encode(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]] | None:
         """Return the ids of complete documents with EOT after each, and the number of ids of each.
 
-        Return None if a text contains the mark. Uses one thread, because work units run in parallel processes.
+        Return None if a text contains MARK, the string that separates the documents. Uses one thread, because work
+        units run in parallel processes.
         """
         mark = MARK.encode()
         joined = mark.join([*texts, b""])

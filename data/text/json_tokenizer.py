@@ -92,7 +92,7 @@ class JsonTokenizer:
         return [self._checked_ids(encoding) for encoding in encoded]
 
     def spans(self, text: str) -> Spans:
-        """Return the tokens of a text and their positions (see long_text.py)."""
+        """Return the tokens of a text, with where each begins and ends in characters (see Spans in long_text.py)."""
         with _library_errors(self.name, "used"):
             encoding = self._plain.encode(text, add_special_tokens=False)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
@@ -145,7 +145,10 @@ class JsonTokenizer:
         return "tokenizer.json"
 
     def _eot(self, tokens: DocumentTokens) -> str:
-        """Return the name of the end-of-text token. Raises DataError, or UsageError if the user named a wrong one."""
+        """Return the end-of-text token's name: the one in `tokens`, or else the first of EOT_NAMES in the vocabulary.
+
+        Raises DataError if there is none, and UsageError if the user named a token that the vocabulary lacks.
+        """
         name = _first(EOT_NAMES, self._ids) if tokens.eot is None else self._known(tokens.eot)
         if name is not None:
             return name
@@ -170,7 +173,7 @@ class JsonTokenizer:
         return name
 
     def _choice(self, option: str) -> str:
-        """Return a sentence that lists the special tokens which `option` could name."""
+        """Return a sentence for an error message that lists the special tokens. option: the option to name one."""
         special = [token["content"] for token in self._spec.get("added_tokens") or [] if token.get("special")]
         return f"Name one by {option}{': ' + ', '.join(special[:12]) if special else ''}."
 
@@ -204,7 +207,10 @@ class JsonTokenizer:
         return unknown if isinstance(unknown, int) else -1
 
     def _checked_ids(self, encoding: tokenizers.Encoding) -> npt.NDArray[np.uint32]:
-        """Return the file's ids for a result of the library. Raises DataError if a text gave a special token."""
+        """Return the ids, as tokenizer.json numbers them, of a text that the tokenizers library has encoded, (n,).
+
+        Raises DataError if one of them is a special token.
+        """
         ids = np.array(encoding.ids, dtype=np.uint32)
         if self._file_ids is not None:
             ids = self._file_ids[ids]
@@ -235,7 +241,7 @@ class JsonTokenizer:
 
     @cached_property
     def _library_ids(self) -> dict[int, int]:
-        """Return {id in the file: id in the library}, for decoding."""
+        """Return {id in tokenizer.json: id in the tokenizers library}, for decoding."""
         return {self._ids[name]: library for name, library in self._full.get_vocab(with_added_tokens=True).items()}
 
     @cached_property
@@ -272,7 +278,7 @@ def _bytes_inside(token: str) -> bytes:
 
 
 def _parse(name: str, content: bytes) -> dict[str, Any]:
-    """Return the content of a tokenizer.json. Raises DataError if it is none."""
+    """Return the content of a tokenizer.json as a dict. Raises DataError if it is no JSON object with a `model`."""
     try:
         spec = json.loads(content)
         if isinstance(spec, dict) and isinstance(spec["model"], dict):
@@ -362,7 +368,7 @@ def _ids_of_the_file(name: str, spec: dict[str, Any], full: tokenizers.Tokenizer
 
 
 def _file_ids(plain: tokenizers.Tokenizer, ids: dict[str, int]) -> npt.NDArray[np.uint32] | None:
-    """Return an array that has the id in the file at the index of each id in the library, or None if all are equal."""
+    """Return an array: index = id in the tokenizers library, value = id in tokenizer.json; None if all are equal."""
     vocabulary = plain.get_vocab(with_added_tokens=True)
     different = {library: ids[token] for token, library in vocabulary.items() if ids.get(token, library) != library}
     if not different:
@@ -394,12 +400,12 @@ def _hide_in_model(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def _hidden(token: str, names: set[str]) -> str:
-    """Return a name that no text contains for a special token, and the token itself for others."""
+    """Return a replacement that no text contains if `token` is one of `names`, otherwise the token itself."""
     return f"\0packspeed: the special token {token}\0" if token in names else token
 
 
 def _first(names: Sequence[str], ids: dict[str, int]) -> str | None:
-    """Return the first of the names that the vocabulary has, or None."""
+    """Return the first of `names` that is a token in `ids` ({token: id}), or None if there is none."""
     return next((name for name in names if name in ids), None)
 
 

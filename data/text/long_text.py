@@ -58,7 +58,10 @@ class Spans:
         return Spans(self.ids, self.starts + characters, self.ends + characters, self.word_begins)
 
     def equal(self, tokens: slice, other: Spans, others: slice) -> bool:
-        """Return whether the tokens in a slice equal those in a slice of another window, at the same positions."""
+        """Return whether the tokens in the slice `tokens` equal those in the slice `others` of `other`.
+
+        Their ids, positions and beginnings of words must all be equal.
+        """
         fields = (field.name for field in dataclasses.fields(self))
         return all(np.array_equal(getattr(self, name)[tokens], getattr(other, name)[others]) for name in fields)
 
@@ -76,21 +79,21 @@ class Rules:
 
 
 class SpanTokenizer(Protocol):
-    """The part of a tokenizer's interface that LongText needs."""
+    """The part of a tokenizer's interface that LongText needs, which encodes a long text in windows."""
 
     @property
     def rules(self) -> Rules | None:
         """Return how far the tokenizer looks ahead, or None if that is not known: then texts are encoded at once."""
 
     def spans(self, text: str) -> Spans:
-        """Return the tokens of a text and their positions."""
+        """Return the tokens of a text, with where each begins and ends in characters."""
 
 
 class LongText:
     """Encodes one text that arrives in parts: call `add` for each part and then `end`.
 
-    Together the results are the ids of the complete text. `_text` is what is not final yet; positions count from its
-    start.
+    All their results, joined, are the ids of the complete text. `_text` is the text from the start of the last encoded
+    window on, or all of it before the first window. Positions count from the start of `_text`, in characters.
     """
 
     def __init__(self, tokenizer: SpanTokenizer):
@@ -101,35 +104,41 @@ class LongText:
         self._first = 0  # the number of the window's first token that was not returned yet
 
     def add(self, part: str) -> Ids:
-        """Add the next part of the text, and return those ids (n,) that are final and were not returned before."""
+        """Add the next part of the text. Return the ids (n,), not returned before, that no later part can change."""
         self._text += part
         return np.concatenate([*self._advance(), np.empty(0, np.uint32)])
 
     def end(self) -> Ids:
-        """Return the remaining ids (n,) after the last part."""
+        """Return the remaining ids (n,) of the text. Call it once, after the last part was added."""
         done = list(self._advance())
         return np.concatenate([*done, *self._last_window()])
 
     def _advance(self) -> Iterator[Ids]:
-        """Encode as many complete windows as there is text for, and yield the ids that become final."""
+        """Encode as many complete windows as there is text for, and yield the ids that no later text can change."""
         if self._rules is None:
             return
         while len(self._text) >= self._next_end(WINDOW_CHARACTERS):
             yield self._encode_to(self._next_end(WINDOW_CHARACTERS))
 
     def _last_window(self) -> Iterator[Ids]:
-        """Yield the ids of the rest of the text."""
+        """Encode the text that no window has covered yet, and yield all ids that were not returned before."""
         if self._window is None or len(self._text) > self._window_end:
             yield self._encode_to(len(self._text))
         if self._window is not None:
             yield self._window.ids[self._first :]
 
     def _next_end(self, characters: int) -> int:
-        """Return where the next window ends. After windows had to be joined, the next ones are longer."""
+        """Return where in `_text` the next window ends: at least `characters` after the end of the last window.
+
+        After windows had to be joined, the next ones are longer.
+        """
         return self._window_end + max(characters, self._window_end - WINDOW_CHARACTERS - OVERLAP_CHARACTERS)
 
     def _encode_to(self, end: int) -> Ids:
-        """Encode the next window, which ends at `end`. Return the ids of the window before it, up to the cut."""
+        """Encode the next window, up to position `end` of `_text`. Return the ids of the window before, up to the cut.
+
+        The cut is a place that both windows share. Returns no ids for the first window, or if there is no safe cut.
+        """
         if self._window is None:
             self._window, self._window_end = self._tokenizer.spans(self._text[:end]), end
             return np.empty(0, np.uint32)
@@ -148,9 +157,10 @@ class LongText:
         return done
 
     def _cut(self, window: Spans, following: Spans, begin: int) -> tuple[int, int] | None:
-        """Return the number of the first token after the cut in each window, or None if there is no safe cut.
+        """Return the number of the first token after a safe cut, in each of two windows that overlap, or None.
 
-        begin: where the part shared by both windows begins. The cut is near the middle of that part.
+        begin: the position at which the part that both windows share begins. The cut is near the middle of that part.
+        None: there is no safe cut.
         """
         quarter = OVERLAP_CHARACTERS // 4
         low, high = begin + quarter, begin + 3 * quarter
@@ -175,7 +185,7 @@ _LETTER_THEN_SPACE = re.compile(r"[^\W\d_].*?\s", re.DOTALL)
 
 
 def _inside(spans: Spans, low: int, high: int) -> slice:
-    """Return the slice of the tokens that begin and end between two positions."""
+    """Return the slice of the tokens that begin and end between the positions low and high, in characters."""
     first = int(np.searchsorted(spans.starts, low))
     end = int(np.searchsorted(spans.ends, high, side="right"))
     return slice(first, max(first, end))
@@ -191,9 +201,9 @@ GPT2_REPETITIONS = 8  # unbounded repetitions in GPT-2's pattern, which the comp
 
 
 def rules_of(spec: dict[str, Any]) -> Rules | None:
-    """Return the Rules of a tokenizer, or None if it may look at any distance, so that texts cannot be cut.
+    """Return how far a tokenizer looks ahead in a text, or None if it may look at any distance.
 
-    spec: the parsed tokenizer.json.
+    spec: the parsed tokenizer.json. If the result is None, texts cannot be cut into windows.
     """
     if any(len(token["content"]) > OVERLAP_CHARACTERS // 8 for token in spec.get("added_tokens") or []):
         return None
@@ -206,7 +216,10 @@ def rules_of(spec: dict[str, Any]) -> Rules | None:
 
 
 def _repetitions_in(component: dict[str, Any]) -> int | None:
-    """Return the number of unbounded repetitions in a component's expression, or None if that is not known."""
+    """Return the number of unbounded repetitions (`+`, `*`) in a component's regular expression, or None if unknown.
+
+    component: a normalizer or a pre-tokenizer of a tokenizer.json.
+    """
     kind, pattern = component.get("type"), component.get("pattern")
     if kind in ("Split", "Replace") and isinstance(pattern, dict):
         return repetitions(pattern["Regex"]) if "Regex" in pattern else 1
@@ -214,7 +227,7 @@ def _repetitions_in(component: dict[str, Any]) -> int | None:
 
 
 def _components(component: object) -> Iterator[dict[str, Any]]:
-    """Yield the components of a normalizer or pre-tokenizer; those of a sequence one by one."""
+    """Yield the components of a normalizer or pre-tokenizer of a tokenizer.json; those of a sequence one by one."""
     if component is None:
         return
     if not isinstance(component, dict):  # the library also accepts the fields as a list; that counts as unknown

@@ -58,9 +58,10 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 class TiktokenTokenizer:
-    """A tokenizer whose vocabulary is in tiktoken's format. tiktoken encodes.
+    """A tokenizer whose vocabulary is in tiktoken's format. The library tiktoken encodes.
 
-    ranks_file: the content of a .tiktoken file. Raises DataError if the ids contradict the ranks.
+    ranks_file: the content of a .tiktoken file. pattern: the regular expression that splits text into words. Raises
+    DataError if eot_id, bos_id or vocab_size contradicts the ranks.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class TiktokenTokenizer:
         return Rules(counted, cuts_words=True) if counted is not None else None
 
     def spans(self, text: str) -> Spans:
-        """Return the tokens of a text and their positions (see long_text.py)."""
+        """Return the tokens of a text, with where each begins and ends in characters (see Spans in long_text.py)."""
         import regex
 
         ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
@@ -161,7 +162,7 @@ class BytesTokenizer:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32) for text in texts]
 
     def spans(self, text: str) -> Spans:
-        """Return the bytes of a text and their positions (see long_text.py)."""
+        """Return the UTF-8 bytes of a text, with the positions in characters at which each begins and ends."""
         counts = [len(character.encode("utf-8")) for character in text]
         starts = np.repeat(np.arange(len(text)), counts)
         return Spans(self.encode_batch([text])[0], starts, starts + 1, np.diff(starts, prepend=-1) > 0)
@@ -217,7 +218,10 @@ def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
 
 
 def _ranks_by_line(content: bytes, name: str) -> Iterator[tuple[bytes, int]]:
-    """Yield (bytes of a token, rank) line by line. Used for unusual files, and to find the line of an error."""
+    """Yield (bytes of a token, rank) from a .tiktoken file, line by line. Raises DataError that names a malformed line.
+
+    This is slow, and is used only for files that parse_ranks cannot read at once. name: the tokenizer's name.
+    """
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             token, rank = line.split()

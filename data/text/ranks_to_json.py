@@ -117,9 +117,9 @@ def ruby(pattern: str) -> str:
 
 
 def _checked(content: bytes, tokenizer: TiktokenTokenizer) -> bytes:
-    """Return `content`, a tokenizer.json made from a tokenizer, if both give the same ids.
+    """Return `content`, a tokenizer.json that was made from `tokenizer`, if both give the same ids.
 
-    They are compared on PROBE and on a text of all tokens. Raises DataError if the ids differ.
+    They are compared on a sample text and on a text of all tokens. Raises DataError if the ids differ.
     """
     import tokenizers
 

@@ -35,7 +35,10 @@ class DocumentTokens:
 
 
 def read_document_tokens(folder: Path) -> DocumentTokens:
-    """Return the tokens that the files in a folder name. Raises DataError if one of the files is damaged."""
+    """Return which tokens end and begin documents, according to the config files of a Hugging Face model in a folder.
+
+    Raises DataError if one of the files is damaged.
+    """
     eot: str | int | None = None
     bos: str | int | None = None
     source = ""

@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
         """Return how far the tokenizer looks ahead in a text (see long_text.py), or None if that is not known."""
 
     def spans(self, text: str) -> Spans:
-        """Return the tokens of a text and their positions (see long_text.py)."""
+        """Return the tokens of a text, with where each begins and ends in characters (see Spans in long_text.py)."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without EOT. Special tokens in it are encoded as ordinary characters."""
@@ -120,7 +120,10 @@ def _load_ranks(spec: str, path: Path) -> Tokenizer:
 
 
 def _load_json(file: Path, tokens: DocumentTokens, name: str) -> JsonTokenizer:
-    """Load a tokenizer.json, or a file that is converted to one. name: the tokenizer's name."""
+    """Load a tokenizer.json, or convert a SentencePiece .model or a vocab.json (beside its merges.txt) to one.
+
+    tokens: what ends and begins documents; None in it: what the file says. name: the tokenizer's name.
+    """
     if file.name == "vocab.json":
         return JsonTokenizer(name, from_vocabulary(file, tokens), tokens)
     if file.suffix == ".model":
@@ -134,7 +137,10 @@ def _load_json(file: Path, tokens: DocumentTokens, name: str) -> JsonTokenizer:
 
 
 def _chosen(named: DocumentTokens, eot_token: str | None, bos: bool, bos_token: str | None) -> DocumentTokens:
-    """Return the tokens that end and begin documents: those of the user's options, otherwise those in the files."""
+    """Return the tokens that end and begin documents: those that the user gives, or else those in `named`.
+
+    named: what the files of the tokenizer say. The other arguments are those of load_tokenizer.
+    """
     add_bos = bos or bos_token is not None
     tokens = dataclasses.replace(named, add_bos=add_bos, bos=bos_token if bos_token is not None else named.bos)
     return dataclasses.replace(tokens, eot=eot_token, source="") if eot_token is not None else tokens
@@ -178,7 +184,10 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def load_tokenizer_file(path: Path) -> Tokenizer:
-    """Load a .tiktoken or .json file that exists, together with the settings in the files that belong to it."""
+    """Load a tokenizer from a .tiktoken or .json file that exists, with the settings in the files beside it.
+
+    Those are NAME.tiktoken.json for a .tiktoken file, and tokenizer_config.json and others for a .json file.
+    """
     if path.suffix == ".json":
         return _load_json(path, read_document_tokens(path.parent), path.stem)
     content = path.read_bytes()
@@ -195,7 +204,7 @@ def load_tokenizer_file(path: Path) -> Tokenizer:
 
 
 def _read_extra(path: Path) -> dict[str, Any]:
-    """Return the content of a .tiktoken.json file: what a .tiktoken file lacks.
+    """Return the content of a NAME.tiktoken.json file: pattern, eot_id, vocab_size and perhaps bos_id.
 
     Raises UsageError if the file does not exist, and DataError if it is damaged.
     """
