@@ -56,7 +56,9 @@ COMMANDS = {
     "rehearse": Target(
         "rehearse:rehearse", "Rehearse a cluster job on this machine: tiny model, CPU ranks, optional faults."
     ),
-    "train": Target("train:train", "Train on this machine: check both files, then run deepspeed launch/train.py."),
+    "train": Target(
+        "train:train", "Train on this machine: check the configuration, then run deepspeed launch/train.py."
+    ),
     "reshard": Target(
         "reshard:reshard", "Convert a checkpoint now, so that it resumes without delay in another layout."
     ),

@@ -36,7 +36,10 @@ def bench(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="Precisions of the implementations to compare with, a list from fp32,autocast,bf16."),
+        typer.Option(
+            help="With --compare or --nanogpt: precisions of the other implementations, from fp32,autocast,bf16. "
+            "Default: fp32 if the run's precision is fp32 or auto, otherwise all three."
+        ),
     ] = None,
     profile: Annotated[
         Path | None,

@@ -26,7 +26,9 @@ def import_data(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the dataset to, new or empty.")],
-    tokenizer: Annotated[str, typer.Option(help="The tokenizer with which the tokens were made.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="The tokenizer with which the tokens were made: a name or a file, as for prepare.")
+    ],
     val: Annotated[
         list[str] | None, typer.Option(metavar="PATH", help="Files for the validation split (repeatable).")
     ] = None,

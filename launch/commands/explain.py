@@ -19,7 +19,7 @@ def explain(
     overrides: Overrides = None,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Assume this number of ranks. Default: one per GPU, or one if there is no GPU."),
+        typer.Option(min=1, help="Assume this number of ranks. Default: as many as packspeed train would start here."),
     ] = None,
     json_output: Json = False,
 ) -> None:

@@ -60,14 +60,14 @@ def launch(
         typer.Option(
             "--env",
             metavar="NAME[=VALUE]",
-            help="Set this variable on every host, with this value or the value here. Variables such as NCCL_*, "
-            "CUDA_*, OMP_* and HF_* are set anyway (repeatable).",
+            help="Set this variable on every host, to this value or to the one in this shell. Variables such as "
+            "NCCL_*, CUDA_*, OMP_* and HF_* are set anyway (repeatable).",
         ),
     ] = None,
     launcher: Annotated[
         str,
         typer.Option(
-            help="How to start the ranks: ssh (supervised and restarted), or DeepSpeed's pdsh or openmpi (neither)."
+            help="How to start the ranks: ssh, or DeepSpeed's pdsh or openmpi, which are neither watched nor restarted."
         ),
     ] = "ssh",
     max_restarts: Annotated[

@@ -20,7 +20,9 @@ def prove(
     ranks: LocalRanks = None,
     other_ranks: Annotated[
         int | None,
-        typer.Option(help="The run is also resumed with this number of ranks. Default: half of --ranks, or 2 for 1."),
+        typer.Option(
+            help="The run is also resumed with this number of ranks. Default: half of --ranks, or 2 if --ranks is 1."
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed that chooses when to kill which processes. Default: random.")

@@ -24,8 +24,9 @@ def rehearse(
     fault: Annotated[
         list[str] | None,
         typer.Option(
-            help="A fault to inject after a step: kill:RANK@STEP, freeze:RANK@STEP, cut:HOST@STEP (all processes die), "
-            "fill:SECONDS@STEP (full disk), delay:MS@STEP or slow:MBIT@STEP (network). Repeatable."
+            help="A fault to inject after a step: kill:RANK@STEP, freeze:RANK@STEP, cut:HOST@STEP (all processes of a "
+            "host die), fill:SECONDS@STEP (the disk is full for so long), delay:MS@STEP (each network packet takes "
+            "longer) or slow:MBIT@STEP (the network has only this many Mbit/s). Repeatable."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 24,
@@ -34,7 +35,7 @@ def rehearse(
 ) -> None:
     """Rehearse a cluster job on this machine: tiny model, CPU ranks, optional faults.
 
-    Hosts, ranks and checkpoints are those of the real job.
+    The hosts are simulated. Samples per step and ZeRO stage are those of the run file.
     """
     check_seconds(hang_s)
     sets = rehearsal.shrink(run_file, overrides or [], steps)

@@ -15,7 +15,7 @@ from packspeed.launch.config.loading import load_run_file
 def train(
     run_file: RunFileArgument, overrides: Overrides = None, fresh: Fresh = False, ranks: LocalRanks = None
 ) -> None:
-    """Train on this machine: check both files, then run deepspeed launch/train.py.
+    """Train on this machine: check the configuration, then run deepspeed launch/train.py.
 
     If the run was stopped or has crashed, the same command resumes it.
     """
