@@ -99,10 +99,10 @@ VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 @functools.cache
 def varlen_attention() -> VarlenAttention | None:
-    """Return flash attention within documents without a mask, if this torch has it (since 2.10), else None.
+    """Return flash attention for packed documents, which needs no mask, if this torch has it (since 2.10), else None.
 
-    The function maps q (N, H, D), k and v (N, h, D), where h divides H, the documents' ends and the longest document's
-    tokens to (N, H, D). N = B * T tokens.
+    The result is a function of q (N, H, D), k and v (N, h, D), where h divides H, Documents.ends and the number of
+    tokens in the longest document. It returns (N, H, D). N = B * T tokens.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

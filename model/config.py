@@ -158,7 +158,7 @@ def num_non_embedding_parameters(config: GPTConfig) -> int:
 
 
 def largest_parameter(config: GPTConfig) -> int:
-    """Elements of the largest parameter of the built model: the vocabulary's, or a matrix of a block."""
+    """Return the number of elements of the largest parameter of GPT(config), with the padding rows of the embedding."""
     d, gate_and_up = config.d_model, 2 if config.mlp == "swiglu" else 1
     heads = config.n_head + 2 * config.kv_heads
     widths = (config.padded_vocab_size, config.max_seq_len if config.position == "learned" else 0)

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Compute F.embedding(tokens, weight): (...) int64 and (V, C) to (..., C)."""
+    """Return F.embedding(tokens, weight), (..., C), for token ids (...) int64 and a weight (V, C).
+
+    On CPUs, the gradient of a 16-bit weight is added up in fp32.
+    """
     if weight.is_cpu and weight.element_size() < 4:
         out: Tensor = _WideGradient.apply(tokens, weight)  # type: ignore[no-untyped-call]
         return out
@@ -31,7 +34,10 @@ class _WideGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        """Add up in fp32 only the rows of tokens that occur, so that no fp32 copy of the table exists."""
+        """Return the weight's gradient, (V, C), in the dtype of grad (..., C).
+
+        Only the rows of tokens that occur are added up in fp32, so that no fp32 copy of the table exists.
+        """
         occurring, place = torch.unique(ctx.saved_tensors[0], return_inverse=True)
         sums = torch.zeros(occurring.numel(), grad.size(-1), device=grad.device)
         sums.index_add_(0, place.flatten(), grad.reshape(-1, grad.size(-1)).float())

@@ -47,7 +47,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels)
 
 
 def product(a: Factor, b: Factor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool) -> Tensor:
-    """Return a (N, K) times b (M, K) transposed, plus bias (M,): (N, M) in dtype.
+    """Return a b^T + bias, (N, M) in dtype, for 8-bit factors a (N, K) and b (M, K) with their scalars, and bias (M,).
 
     fast_sums: on Hopper GPUs, let the tensor cores add with fewer bits than fp32, which is faster.
     """
@@ -66,7 +66,10 @@ def scaled_mm(a: Factor, b: Factor, bias: Tensor | None, dtype: torch.dtype, fas
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """Backward keeps x in 8 bits, and the original weight, which ZeRO-3 frees and gathers again."""
+    """F.linear with 8-bit products.
+
+    For the backward pass it saves x in 8 bits, and the original weight, which ZeRO-3 frees and gathers again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Tensor:

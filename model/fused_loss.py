@@ -45,13 +45,17 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Multiply the saved gradients by the incoming scalar, in place: copies would be as large as the head."""
+        """Multiply the saved gradients by the scalar `grad`, in place: copies would be as large as the head."""
         d_x, d_weight = ctx.saved_tensors
         return d_x.mul_(grad), _scale(d_weight, grad, ctx.dtype), None, None, None, None
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Split rows (N, ...) into chunks whose logits, (rows of the chunk, padded V), fit into the byte limits above."""
+    """Split rows (N, ...) into chunks whose logits, (rows of the chunk, padded V), are within the limit of the device.
+
+    The limits are CPU_CHUNK_BYTES and GPU_CHUNK_BYTES. weight: the head's, (padded V, C). On CPUs there is only one
+    chunk if a second one would take more memory than it saves.
+    """
     size = rows.size(0) * weight.size(0) * weight.element_size()
     count = -(-size // (CPU_CHUNK_BYTES if rows.is_cpu else GPU_CHUNK_BYTES))
     if rows.is_cpu and weight.element_size() == 2 and size <= CPU_CHUNK_BYTES + SUM_BYTES * weight.numel():
@@ -61,7 +65,10 @@ def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a @ b. Products of 16-bit tensors are summed in fp32."""
+    """Return total + a @ b, in the memory of total if possible; a @ b if total is None.
+
+    Products of 16-bit tensors are summed in fp32.
+    """
     if a.element_size() == 2 and _gemm_returns_fp32(a.device):
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -88,7 +95,7 @@ def _gemm_returns_fp32(device: torch.device) -> bool:
 
 
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return factor times the gradient, rounded once, to dtype; in place if it has that dtype."""
+    """Return factor times the gradient in dtype. The gradient may be overwritten."""
     if gradient.dtype == dtype:
         return gradient.mul_(factor)
     scaled = torch.empty_like(gradient, dtype=dtype)
@@ -105,8 +112,9 @@ def head_loss(
     """Return the sum over N tokens of the cross entropy in nats, a scalar in fp32.
 
     x (N, C): the input of the head. weight (padded V, C): of the head; rows from vocab_size on are padding. labels
-    (N,): labels below 0 are ignored. kernels: computes the losses of a chunk, see kernels.py. z_loss: see above.
-    If x or weight require a gradient, it is computed here and not in the backward pass.
+    (N,): labels below 0 are ignored. kernels: computes the losses of a chunk, see kernels.py. z_loss: adds z_loss *
+    log(sum exp logits)^2 for each token. If x or weight require gradients, these are computed here and not in the
+    backward pass.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         loss: Tensor = _HeadLoss.apply(x, weight, labels, vocab_size, z_loss, kernels)  # type: ignore[no-untyped-call]

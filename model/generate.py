@@ -52,9 +52,10 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def mask(self, new: int) -> Tensor | None:
-        """Return a mask (B, 1, new, length + new), true if a new token may attend to a token; None without padding.
+        """Return a mask (B, 1, new, length + new), true if one of the next `new` tokens may attend to a token.
 
-        A padding token attends to itself only: without any token, its softmax would be NaN.
+        Returns None without padding. A padding token attends to itself only: without any token, its softmax would be
+        NaN.
         """
         if self.padding is None:
             return None
@@ -101,8 +102,8 @@ def generate(
 ) -> Tensor:
     """Continue B prompts of equal length, tokens (B, T) int64, and return prompts with continuations, (B, T + new).
 
-    Row i uses seed + i. on_token: called after each step with the new token of every row, (B,). The other arguments,
-    and the exceptions, are those of `stream`.
+    Row i draws with the seed `seed` + i. on_token: called after each step with the new token of every row, (B,). The
+    other arguments, and the exceptions, are those of `stream`.
     """
     columns = [tokens]
     for column in stream(
@@ -200,7 +201,10 @@ class _Window:
         return logits[:, 0].float().cpu()
 
     def _all_tokens(self) -> tuple[Tensor, Tensor]:
-        """Clear the cache. Return the tokens that the model sees, padded on the left, and positions: (B, T) each."""
+        """Clear the cache. Return the tokens that the model sees, padded on the left, and their positions: (B, T) each.
+
+        Positions count from 0 at the first token of a row that the model sees.
+        """
         windows = [row[first:] for row, first in zip(self.rows, self.first, strict=True)]
         width = max(map(len, windows))
         padding = torch.tensor([width - len(row) for row in windows])

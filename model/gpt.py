@@ -87,7 +87,7 @@ class Linear(nn.Linear):
     fp8_kernels: str | None = None  # with fp8, the value of model.kernels; use_fp8 sets it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x times the weight, plus the bias: (..., out) for x (..., in)."""
+        """Return F.linear(x, weight, bias): (..., out) for x (..., in)."""
         if self.fp8_kernels is not None and self.training:
             return fp8_linear(x, self.weight, self.bias, choose(self.fp8_kernels, x.device))
         return linear(x, self.weight, self.bias)
@@ -97,7 +97,7 @@ class Embedding(nn.Embedding):
     """nn.Embedding, but computed by embedding() in embedding.py: on CPUs it adds up 16-bit gradients in fp32."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map (...) int64 to (..., C)."""
+        """Return the rows of the weight for these ids: (..., C) for tokens (...) int64."""
         return embedding(tokens, self.weight)
 
 
@@ -140,9 +140,10 @@ class Attention(nn.Module):
         return out
 
     def _heads(self, qkv: Tensor, rope: Tensor | None, kernels: Kernels) -> list[Tensor]:
-        """Return queries, keys and values, (B, T, heads, D) each: parts of qkv, which is overwritten if it can be.
+        """Return queries, keys and values, (B, T, heads, D) each, of qkv (B, T, all heads, D), after QK-norm and RoPE.
 
-        A separate copy of the rotated queries and keys would keep qkv in memory beside it, for the values.
+        rope: the result of rope_table; None: no RoPE. qkv may be overwritten: with a separate copy of the rotated
+        queries and keys, qkv would stay in memory for the values.
         """
         if rope is not None and self.q_norm is None:
             return list(kernels.rotate(qkv, rope, self.heads))
@@ -401,8 +402,8 @@ class NoInit(TorchFunctionMode):
 def use_fp8(model: GPT, skip_blocks: int) -> None:
     """Make the linear layers of all blocks but the first and last `skip_blocks` multiply in 8 bits while they train.
 
-    The head, the embedding and the model in eval mode stay as they are: a validation loss is of the weights that are
-    exported, and does not depend on the batches that it is computed in.
+    The head and the embedding never do, nor does the model in eval mode. So a validation loss is that of the weights
+    that are exported, and does not depend on the batches in which it is computed.
     """
     for block in model.blocks[skip_blocks : len(model.blocks) - skip_blocks]:
         for module in block.modules():

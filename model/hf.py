@@ -24,7 +24,7 @@ Family = Literal["gpt2", "llama", "qwen2", "qwen3"]
 
 
 class Weight(NamedTuple):
-    """One of our weights, and the transformers weights that are stacked row after row to form it."""
+    """One weight of our GPT, and the transformers weights that are stacked row after row to form it."""
 
     ours: str  # our name
     theirs: tuple[str, ...]  # transformers' names
@@ -39,7 +39,10 @@ class Weight(NamedTuple):
         return {name: size[::-1] if self.transposed else size for name, size in zip(self.theirs, sizes, strict=True)}
 
     def split(self, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Split our weight and yield (transformers' name, value). Padding rows are left out."""
+        """Split `ours`, the value of our weight, and yield (transformers' name, value as transformers stores it).
+
+        Padding rows are left out.
+        """
         for name, part in zip(self.theirs, torch.split(ours[: sum(self.rows)], list(self.rows)), strict=True):
             yield name, (part.t() if self.transposed else part).contiguous()
 
@@ -134,7 +137,7 @@ def canonical_names(stored: Iterable[str], config: GPTConfig) -> dict[str, str]:
 
 
 def full_names(stored: Iterable[str], config: GPTConfig) -> dict[str, str]:
-    """Return {transformers' full name: name in the file} for all weights in a file; see canonical_names.
+    """Return {transformers' full name: name in the file} for all weights in a file; `stored` as in canonical_names.
 
     Constants that older files store with the weights are left out.
     """
@@ -157,7 +160,7 @@ def weight_table(config: GPTConfig) -> list[Weight]:
 
 
 def hf_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Return {transformers' name: shape} of every tensor that an exported file has. It has no tied lm_head."""
+    """Return {transformers' name: shape} of every tensor that an exported file has. A tied lm_head is left out."""
     table = [weight for weight in weight_table(config) if not (config.tie_embeddings and weight.ours == HEAD)]
     shapes = {name: shape for weight in table for name, shape in weight.shapes.items()}
     return shapes | {name: (size,) for name, size in zero_biases(config).items()}
@@ -174,9 +177,9 @@ def zero_biases(config: GPTConfig) -> dict[str, int]:
 
 
 def _gpt2_modules(config: GPTConfig) -> list[tuple[str, str, int, int | None, Layer]]:
-    """Return (our name, transformers' name of the bias, rows, columns, kind of layer) of each layer with a bias.
+    """Return (our name, transformers' name of the bias, rows, columns, kind) of each layer that has a bias in GPT-2.
 
-    columns is None if the weight is a vector.
+    rows, columns: the shape of our weight; columns is None if the weight is a vector. kind: see GPTConfig.has_bias.
     """
     d, ff = config.d_model, config.ff_width
     modules: list[tuple[str, str, int, int | None, Layer]] = [("norm", "transformer.ln_f.bias", d, None, "norm")]

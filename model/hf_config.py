@@ -133,7 +133,7 @@ def from_hf_config(raw: Mapping[str, Any]) -> GPTConfig:
 
 
 def _refuse(raw: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise ValueError if a key of raw has a value other than those listed for it in `wanted`."""
+    """Raise ValueError if a key of raw, a config.json, has a value other than those listed for it in `wanted`."""
     for name, valid in wanted.items():
         if name in raw and raw[name] not in valid:
             raise ValueError(f"{name} = {raw[name]!r}: our model supports only {' or '.join(map(repr, valid))}.")
@@ -203,7 +203,7 @@ def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
 
 
 def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """Return the base of RoPE's angles, read from the key that transformers reads it from.
+    """Return the base of RoPE's angles from raw, a config.json, at the key that transformers reads it from.
 
     Raises ValueError unless the file describes plain RoPE: not scaled, the same in all layers, on all channels.
     """
@@ -221,9 +221,9 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
 
 
 def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention"]:
-    """Return the value of GPTConfig.bias. In Mistral and Qwen2 it is fixed; Llama and Qwen3 have keys for it.
+    """Return the value of GPTConfig.bias for raw, a config.json whose model_type is `kind`.
 
-    Raises ValueError if only the MLP has biases.
+    In Mistral and Qwen2 it is fixed; Llama and Qwen3 have keys for it. Raises ValueError if only the MLP has biases.
     """
     if kind in ("mistral", "qwen2"):
         return "qkv" if kind == "qwen2" else False
@@ -238,7 +238,10 @@ def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention
 
 
 def _check_window(raw: Mapping[str, Any], kind: str) -> None:
-    """Raise ValueError if attention is limited to a sliding window that is shorter than the longest sequence."""
+    """Raise ValueError if raw, a config.json, has a sliding window that is shorter than the longest sequence.
+
+    kind: its model_type.
+    """
     if _has_window(raw, kind) and _integer(raw, "sliding_window") < _integer(raw, "max_position_embeddings"):
         raise ValueError(
             f"sliding_window = {raw['sliding_window']} is shorter than max_position_embeddings = "
@@ -247,7 +250,11 @@ def _check_window(raw: Mapping[str, Any], kind: str) -> None:
 
 
 def _has_window(raw: Mapping[str, Any], kind: str) -> bool:
-    """Return whether any layer has a sliding window. Llama never has one: transformers ignores the keys for it."""
+    """Return whether any layer has a sliding window by raw, a config.json whose model_type is `kind`.
+
+    Llama never has one: transformers ignores the keys for it. Raises ValueError if layer_types lists anything but full
+    attention.
+    """
     if kind == "llama" or raw["sliding_window"] is None:
         return False
     if kind == "mistral":

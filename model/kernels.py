@@ -34,28 +34,29 @@ class Kernels(Protocol):
     def add_norm(
         self, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return x + branch and its norm."""
+        """Return (x + branch, its norm), or (x, its norm) if branch is None."""
 
     def rotate(self, x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
-        """Split x (B, T, H, D), which may be overwritten, and apply RoPE to the first two parts."""
+        """Split x (B, T, H, D), which may be overwritten, into parts of `heads` heads; apply RoPE to the first two."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Return causal attention, as attention.attend does."""
 
     def activate(self, x: Tensor, kind: str) -> Tensor:
-        """Return the nonlinearity of the MLP: kind is gelu, gelu_tanh or swiglu."""
+        """Apply the nonlinearity of the MLP to x: kind is gelu, gelu_tanh or swiglu."""
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
-        """Round a matrix to 8 bits. Return the copies and their unit, as reference_ops.quantise does."""
+        """Round a matrix to an 8-bit dtype. Return copies and their unit, which reference_ops.quantise explains."""
 
     def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-        """Return the cross entropy of each row. If with_gradient, overwrite the logits with their gradient."""
+        """Return the cross entropy of each row, in nats. If with_gradient, overwrite the logits with their gradient."""
 
 
 def resolve(name: str, device: str) -> str:
-    """Return the kernels in use if the run file has `model.kernels: name`; auto becomes triton, native or eager.
+    """Return the name of the kernels that are used if the run file has `model.kernels: name`.
 
-    device: a device type of torch, as "cuda" or "cpu". Raises ValueError if triton or native cannot run on it.
+    This is `name`, except that auto becomes triton, native or eager. device: a device type of torch, as "cuda" or
+    "cpu". Raises ValueError if triton or native is requested but cannot run on it.
     """
     if name == "auto":
         if device == "cuda":

@@ -106,7 +106,10 @@ def _compile(command: list[str]) -> None:
 
 
 def _call(name: str, x: Tensor, *arguments: Any) -> None:
-    """Call the C++ function `name` in its version for the dtype of x. Tensors are passed as pointers to their data."""
+    """Call the C++ function `name` in its version for the dtype of x, with x and the arguments.
+
+    Tensors are passed as pointers to their data.
+    """
     function = getattr(build(), f"{name}_{SUFFIX[x.dtype]}")
     function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in (x, *arguments)))
 
@@ -159,7 +162,10 @@ def _turn(x: Tensor, rope: Tensor, sign: float, out: Tensor) -> None:
 
 
 class _Rotate(torch.autograd.Function):
-    """Overwrites x, and returns views of it: attention saves them, and the linear layer does not need its output."""
+    """RoPE for queries and keys. Overwrites x and returns views of it: queries, keys and values.
+
+    Attention saves these. The linear layer that has computed x does not need it in its backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rope: Tensor, heads: list[int]) -> tuple[Tensor, ...]:
@@ -172,7 +178,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Write the gradients of the parts into one tensor."""
+        """Return the gradient of x in one tensor: those of queries and keys, rotated back, and that of the values."""
         (rope,), first = ctx.saved_tensors, grads[0]
         d_x = first.new_empty((*first.shape[:2], sum(ctx.heads), first.size(3)))
         for i, (grad, part) in enumerate(zip(grads, torch.split(d_x, ctx.heads, dim=2), strict=True)):

@@ -65,9 +65,9 @@ def activate(x: Tensor, kind: str) -> Tensor:
 def quantise(matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
     """Round a matrix to an 8-bit floating-point dtype. Return contiguous 8-bit copies, and their unit as the last item.
 
-    straight: return a copy in the layout of the matrix. transposed: return a transposed copy. A copy times the unit is
-    the matrix, rounded. The unit is an fp32 scalar: the smallest power of two with which no element is out of range,
-    or NaN if an element is NaN or infinite.
+    straight: return a copy in the layout of the matrix. transposed: return a transposed copy, after the other one. The
+    unit is the fp32 scalar by which a copy is multiplied to give the matrix, rounded: the smallest power of two with
+    which no element is out of range, or NaN if an element is NaN or infinite.
     """
     largest = torch.linalg.vector_norm(matrix, float("inf")).float()
     ratio = torch.finfo(dtype).max / largest.clamp(min=SMALLEST)

@@ -24,7 +24,7 @@ SMALLEST = tl.constexpr(2.0**-100)  # as in reference_ops.quantise
 
 @triton.jit
 def largest_magnitude(matrix, largest, count, BLOCK: tl.constexpr):
-    """Set `largest` to the maximum of itself and the magnitudes of BLOCK elements.
+    """Set `largest` to the maximum of itself and the magnitudes of BLOCK of the `count` elements of the matrix.
 
     `largest` is an int32 with the bits of an fp32 number, because integers have an atomic maximum. The bits of numbers
     >= 0, read as integers, have the same order as the numbers, and NaN is the largest.
@@ -39,7 +39,11 @@ def round_tiles(
     matrix, largest, straight, transposed, unit, rows, columns, top,
     STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Round one tile and write it into the copies that exist. top: the largest number of the 8-bit format."""
+    """Round one tile of the matrix to 8 bits and write it into `straight` and `transposed`, if these are wanted.
+
+    largest: the result of largest_magnitude. top: the largest number of the 8-bit format. One of the programs also
+    writes the unit of reference_ops.quantise.
+    """
     bits = tl.load(largest)
     magnitude = bits.to(tl.float32, bitcast=True)
     ratio = tl.div_rn(top, tl.maximum(magnitude, SMALLEST))

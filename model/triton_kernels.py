@@ -69,7 +69,10 @@ def norm_forward(
 
 @triton.jit
 def norm_inputs(total, d_out, c, inside, mean, scale):
-    """Return the normalised values of a row, and the gradients of the norm's outputs, at the columns c."""
+    """Return (total - mean) * scale and d_out, the gradient of the norm's output, at the columns c of a row.
+
+    total and d_out point to the beginning of the row. inside: which columns exist.
+    """
     value = tl.load(total + c, inside, 0.0).to(tl.float32)
     return tl.where(inside, value - mean, 0.0) * scale, tl.load(d_out + c, inside, 0.0).to(tl.float32)
 
@@ -154,7 +157,7 @@ def rotate_heads(
 
 @triton.jit
 def gelu_parts(x, TANH: tl.constexpr):
-    """Return GELU(x) / x and the derivative of GELU."""
+    """Return GELU(x) / x and the derivative of GELU at x. TANH: approximate GELU by tanh."""
     if TANH:
         # (1 + tanh(u)) / 2 = sigmoid(2 u)
         share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
@@ -205,7 +208,7 @@ def activation_backward(x, d_out, d_x, width, KIND: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def row_logits(start, c, vocab_size, padded):
-    """Return the logits of a row at the columns c, -inf in the padding.
+    """Return the logits of the row that begins at `start` at the columns c, -inf in the padding.
 
     The load is masked at a multiple of 128 and not at vocab_size, so that it can read 128 bits at a time.
     """
@@ -301,7 +304,10 @@ def add_norm(
 
 
 def _rotate(x: Tensor, rope: Tensor, out: Tensor, sign: float) -> None:
-    """Rotate x (B, T, H, D) and write the result to out, which may be x. The last stride of both must be 1."""
+    """Rotate x (B, T, H, D) by `sign` times the angles of rope (gpt.rope_table), and write the result to out.
+
+    out may be x. The last stride of both must be 1.
+    """
     batch, length, heads, width = x.shape
     half = triton.next_power_of_2(width // 2)
     block = min(triton.next_power_of_2(heads), max(1, HEAD_TILE // half))
@@ -324,7 +330,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return one tensor with the gradients of queries, keys and values, which the linear layer's backward reads."""
+        """Return the gradient of x in one tensor: those of queries and keys, rotated back, and that of the values."""
         (rope,), first = ctx.saved_tensors, grads[0]
         d_x = first.new_empty((*first.shape[:2], sum(ctx.heads), first.size(3)))
         for i, (grad, part) in enumerate(zip(grads, torch.split(d_x, ctx.heads, dim=2), strict=True)):
