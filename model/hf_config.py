@@ -136,7 +136,9 @@ def _refuse(raw: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) -> No
     """Raise ValueError if a key of raw, a config.json, has a value other than those listed for it in `wanted`."""
     for name, valid in wanted.items():
         if name in raw and raw[name] not in valid:
-            raise ValueError(f"{name} = {raw[name]!r}: our model supports only {' or '.join(map(repr, valid))}.")
+            raise ValueError(
+                f"{name} = {raw[name]!r}: Packspeed's model supports only {' or '.join(map(repr, valid))}."
+            )
 
 
 def _integer(raw: Mapping[str, Any], name: str) -> int:
@@ -214,7 +216,7 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
     # Older files have `type` instead of `rope_type`. A nested object holds the parameters of one kind of layer.
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"
     if not plain or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{key} = {rope}: our model supports only plain RoPE, without scaling.")
+        raise ValueError(f"{key} = {rope}: Packspeed's model supports only plain RoPE, without scaling.")
     for source in (rope, raw):
         _refuse(source, {"partial_rotary_factor": (None, 1.0)})
     return _number({"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10_000.0))}, "rope_theta")
@@ -231,8 +233,8 @@ def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention
     mlp = kind == "llama" and _flag(raw, "mlp_bias")
     if mlp and not attention:
         raise ValueError(
-            "mlp_bias = True with attention_bias = False: our model cannot have biases in the MLP without biases in "
-            "attention."
+            "mlp_bias = True with attention_bias = False: Packspeed's model cannot have biases in the MLP without "
+            "biases in attention."
         )
     return True if mlp else "attention" if attention else False
 
@@ -245,7 +247,7 @@ def _check_window(raw: Mapping[str, Any], kind: str) -> None:
     if _has_window(raw, kind) and _integer(raw, "sliding_window") < _integer(raw, "max_position_embeddings"):
         raise ValueError(
             f"sliding_window = {raw['sliding_window']} is shorter than max_position_embeddings = "
-            f"{raw['max_position_embeddings']}: in our model a token attends to all earlier tokens."
+            f"{raw['max_position_embeddings']}: in Packspeed's model a token attends to all earlier tokens."
         )
 
 
@@ -261,7 +263,7 @@ def _has_window(raw: Mapping[str, Any], kind: str) -> bool:
         return True
     if (types := raw["layer_types"]) is not None:
         if not isinstance(types, list) or any(name != "full_attention" for name in types):
-            raise ValueError(f"layer_types = {str(types)[:100]}: our model supports only full_attention.")
+            raise ValueError(f"layer_types = {str(types)[:100]}: Packspeed's model supports only full_attention.")
         return False
     if not raw["use_sliding_window"]:
         return False
