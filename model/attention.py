@@ -32,7 +32,7 @@ class Documents:
 
     @classmethod
     def of(cls, lengths: list[int], tokens: Tensor) -> Documents:
-        """Return the Documents for a batch of tokens (B, T). The copy to the GPU is asynchronous.
+        """Return the Documents for a batch of tokens (B, T). The copy of `ends` to the GPU is asynchronous.
 
         Raises ValueError if a length is negative or if the lengths do not add up to B * T. The kernels do not check
         this, and would read and write outside the batch.

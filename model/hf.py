@@ -66,7 +66,7 @@ class Weight(NamedTuple):
 
 
 def family(config: GPTConfig) -> Family:
-    """Return the transformers family that computes the same as our model with this config.
+    """Return the transformers family ("gpt2", "llama", "qwen2" or "qwen3") that computes the same as GPT(config).
 
     Raises ValueError if there is none. The message lists the fields that no family supports.
     """

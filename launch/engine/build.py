@@ -219,7 +219,8 @@ def model_on(
 
     The weights are the same bits as if all were drawn in fp32 on the CPU and then cast. But only one parameter at a
     time is in host memory, because the fp32 weights of a 7B model on eight ranks would take 216 GB. Without a seed, the
-    weights are zeros. A collective: every rank must call it.
+    weights are zeros. `beat` (Topology.beat) is called for each parameter that is drawn. A collective: every rank
+    must call it.
     """
     model = gpt_without_weights(config).to(dtype).to_empty(device=device)
     if config.tie_embeddings:  # to_empty makes two tensors of one

@@ -82,7 +82,7 @@ class Topology:
     def on_rank0(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0, and return its result on every rank.
 
-        A collective: every rank must call it. If it raises OSError or UserError, every rank raises that error.
+        A collective: every rank must call it. If `function` raises OSError or UserError, every rank raises that error.
         """
         outcome: list[T] = []
         error: OSError | UserError | None = None

@@ -64,7 +64,7 @@ Tensors = list[torch.Tensor]
 
 
 class Stage12Optimizer(ScaledOptimizer, Protocol):
-    """The attributes of DeepSpeed's optimizer for ZeRO stages 1 and 2 that the hook reads or sets."""
+    """The attributes of DeepSpeed's optimizer for ZeRO stages 1 and 2 that GradientNormHook reads or sets."""
 
     dp_process_group: torch.distributed.ProcessGroup
     check_grad_overflow: bool  # whether an invalid norm drops a step in bf16
@@ -76,7 +76,7 @@ class Stage12Optimizer(ScaledOptimizer, Protocol):
 
 
 class Stage3Optimizer(ScaledOptimizer, Protocol):
-    """The attributes of DeepSpeed's optimizer for ZeRO stage 3 that the hook reads."""
+    """The attributes of DeepSpeed's optimizer for ZeRO stage 3 that GradientNormHook reads."""
 
     use_muon: bool
     clip_grad: float  # limit of the norm; 0: no clipping
@@ -133,7 +133,7 @@ class GradientNormHook:
         self._agreement = agreement
 
     def read_agreement(self) -> list[float]:
-        """Return the numbers given to `agree`. Waits for the device, unless the norm was read before."""
+        """Return the numbers given to `agree` as floats. Waits for the device, unless the norm was read before."""
         if self._agreed is None:
             assert self._agreement is not None, "call agree() first"
             self._agreed = self._agreement.tolist()
