@@ -276,7 +276,8 @@ class Checkpointer:
             ) from None
 
     def _publish(self, step: int, manifest: Manifest, hashes: list[dict[str, FileHash]]) -> str | None:
-        """On rank 0: write packspeed.json, rename the folder, replace `latest`, start to delete what has expired.
+        """On rank 0: write packspeed.json, rename the temporary folder, replace `latest`, and start to delete expired
+        checkpoints.
 
         `hashes` has, for each rank, the hashes of the files that it wrote. Returns the error as text, or None.
         """

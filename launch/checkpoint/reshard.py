@@ -65,7 +65,7 @@ class OptimizerScalars(TypedDict):
 
 
 class ReshardedManifest(OptimizerScalars):
-    """The content of universal/packspeed.json."""
+    """The content of universal/packspeed.json, the manifest of the converted copy of a checkpoint."""
 
     format_version: int
     step: int

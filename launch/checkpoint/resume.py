@@ -104,7 +104,9 @@ def run_identity(
 
 
 def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
-    """Return the identity with the class names of DeepSpeed's optimizer wrapper and of the optimizer inside it."""
+    """Return a copy of `identity` whose layout has the class names of DeepSpeed's optimizer wrapper and of the
+    optimizer inside it.
+    """
     optimizers = [type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__]
     return {**identity, "layout": {**identity["layout"], "optimizers": optimizers}}
 
@@ -119,7 +121,7 @@ class Resumption(NamedTuple):
 
 
 def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
-    """Find the checkpoint in `folder` from which the run resumes (checks 1 to 3).
+    """Find the checkpoint in `folder` from which the run resumes (checks 1 to 3 of the list at the top).
 
     A collective: every rank must call it. On every rank, raises UserError if there are checkpoints but none is
     complete, and ConfigError if they belong to another run.
@@ -129,7 +131,10 @@ def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log
 
 
 def _resumption(folder: Path, newest: Path | None, damaged: list[Path], identity: RunIdentity) -> Resumption:
-    """Return what find_checkpoint returns, given the result of newest_complete. Raises its errors. Called on rank 0."""
+    """Return how the run resumes, given `newest`, its newest complete checkpoint, and the newer `damaged` ones.
+
+    Raises the errors of find_checkpoint, which calls this on rank 0.
+    """
     if newest is None:
         if (folder / step_folder(0)).is_dir():  # step 0 is always an import; without it, weights would be random
             raise UserError(f"{folder}: the imported weights are damaged. Import them again.")
@@ -193,7 +198,10 @@ def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> 
 
 
 def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> None:
-    """Raise ConfigError if the dataset or the version of the sample order differs from the checkpoint's (check 3)."""
+    """Raise ConfigError if the dataset or the version of the sample order differs from the checkpoint's.
+
+    This is check 3 of the list at the top.
+    """
     if saved["dataset_fingerprint"] != identity["dataset_fingerprint"] and "datasets" in saved:
         raise ConfigError(
             f"{checkpoint} was trained with another dataset: "
@@ -242,7 +250,7 @@ def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
 
 
 def check_loadable(checkpoint: Path, engine: Engine) -> None:
-    """Raise UserError if the optimizer's state is on NVMe, because then it cannot be loaded (check 4).
+    """Raise UserError if the optimizer's state is on NVMe, because then it cannot be loaded (check 4 at the top).
 
     DeepSpeed 0.19 names swapped files after memory addresses of the process that wrote them. A resumed process would
     not find them, and would continue with a fresh optimizer state.
@@ -255,7 +263,10 @@ def check_loadable(checkpoint: Path, engine: Engine) -> None:
 
 
 def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
-    """Return whether DeepSpeed can load the checkpoint's files directly (check 5). Imported weights have no layout."""
+    """Return whether DeepSpeed can load the checkpoint's files directly (check 5 of the list at the top).
+
+    Imported weights have no layout, so for them the result is False.
+    """
     return "layout" in saved and _shape_of_files(saved["layout"]) == _shape_of_files(identity["layout"])
 
 
@@ -271,7 +282,7 @@ def _shape_of_files(layout: Mapping[str, object]) -> dict[str, object]:
 
 
 def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: Mapping[str, object]) -> None:
-    """Raise UserError if engine.load_checkpoint has loaded nothing, or the state of another step (check 6).
+    """Raise UserError if engine.load_checkpoint has loaded nothing, or the state of another step (check 6 at the top).
 
     `loaded_from` and `client_state` are the values that engine.load_checkpoint returned.
     """
@@ -287,7 +298,8 @@ def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, clie
 
 
 def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Probe) -> str:
-    """Compare the probe of the save with the probe that was repeated `now` (check 7). Returns a line to log.
+    """Compare the probe in the checkpoint's manifest `saved` with `now`, the probe that the resumed run has computed.
+    Returns a line to log.
 
     A probe is the loss of a few samples. The two must agree within 1e-5 in fp32, within 2e-3 in 16-bit precisions with
     the same layout, and within 2e-2 in 16-bit precisions with another layout or precision. Otherwise, or if the samples

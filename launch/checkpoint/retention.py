@@ -40,8 +40,8 @@ class Retention:
     """Deletes expired checkpoints in a thread of rank 0, while training continues.
 
     It remembers the validation loss of every checkpoint that it has read. As long as the manifest's size and times stay
-    the same, the file is not read again: reading 200 manifests of 1,024 ranks takes a second. After a crash, the next
-    save deletes what is left.
+    the same, the file is not read again: reading 200 manifests of 1,024 ranks takes a second. If a crash interrupts a
+    deletion, the next save continues it.
     """
 
     def __init__(self, folder: Path, section: CheckpointSection) -> None:
@@ -65,7 +65,9 @@ class Retention:
             self._thread = None
 
     def val_loss(self, checkpoint: Path) -> float | None:
-        """Return the validation loss of a checkpoint, as read_val_loss does, but read each manifest only once."""
+        """Return the validation loss of a checkpoint, as read_val_loss does, but read a manifest again only if it has
+        changed.
+        """
         try:
             stat = os.stat(checkpoint / MANIFEST)
         except OSError:
@@ -122,10 +124,11 @@ def expired_checkpoints(
 def rewind_target(
     folder: Path, before: int, section: CheckpointSection, topology: Topology | None = None
 ) -> int | None:
-    """Return the step of the newest complete scheduled checkpoint before step `before`.
+    """Return the step of the newest complete checkpoint before step `before` whose step is a multiple of
+    checkpoint.every_steps.
 
-    If no scheduled one is complete, return the newest complete checkpoint before that step; None if there is none. With
-    a topology this is a collective: every rank must call it. Raises UserError if the folder cannot be read.
+    If none of these is complete, return the newest complete checkpoint before that step; None if there is none. With a
+    topology this is a collective: every rank must call it. Raises UserError if the folder cannot be read.
     """
     earlier = [path for path in checkpoints_in(folder, topology) if step_of(path) < before]
     scheduled = [path for path in earlier if _is_multiple(path, section.every_steps)]

@@ -27,7 +27,7 @@ ALIKE_BYTES = 2**20  # sizes that differ by less count as equal when the files a
 
 
 class _Contents(NamedTuple):
-    """What rank 0 finds in a checkpoint without reading its files."""
+    """The files that a checkpoint's manifest lists, and the damage that rank 0 finds without reading them."""
 
     listed: dict[str, FileHash]
     damage: list[str]  # a manifest that cannot be read, or files that it does not list

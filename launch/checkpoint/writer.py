@@ -48,14 +48,14 @@ class SafeWriter:
     """
 
     def __init__(self, on_load: Callable[[], object] = int) -> None:
-        """`on_load` is called before each file is loaded."""
+        """`on_load` is called before `load` reads a file."""
         self._on_load = on_load
         self._copies: dict[str, list[torch.Tensor]] = {}  # file name -> tensors of the last copy, for reuse
         self.begin(copy=False)
 
     def begin(self, copy: bool) -> None:
-        """Start a new checkpoint. If `copy` is True, copies are written, so that training may change the state
-        meanwhile.
+        """Start a new checkpoint. If `copy` is True, copies of the state are written, so that training may change the
+        state meanwhile.
         """
         self.copy = copy
         self.files: dict[str, FileHash] = {}  # file name -> hash, for files that are written completely

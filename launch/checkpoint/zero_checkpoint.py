@@ -57,8 +57,8 @@ _MADV_PAGEOUT = 21  # linux/mman.h, since Linux 5.4
 
 @dataclass(frozen=True)
 class _Selection:
-    """Which tensors to read: those with these keys (None: all) of every `workers`-th parameter, from number `worker`
-    on.
+    """Which tensors full_tensors yields: those with these `keys` (None: all) of every `workers`-th parameter, from
+    number `worker` on.
     """
 
     keys: Sequence[str] | None
@@ -125,8 +125,9 @@ def zero_states(checkpoint: Path) -> list[ZeroState]:
 
 
 def inner_optimizer_state(state: ZeroState) -> StateDict:
-    """Return the state_dict of the optimizer inside ZeRO's: {"state": {group: {key: flat tensor}}, "param_groups":
-    [...]}.
+    """Return the state_dict of the optimizer inside DeepSpeed's ZeRO optimizer, given one rank's `state`.
+
+    Its form is {"state": {group: {key: flat tensor}}, "param_groups": [...]}.
     """
     return dict(state["optimizer_state_dict"] if "fp32_flat_groups" in state else state["base_optimizer_state"])
 
@@ -209,7 +210,7 @@ def _model_states(checkpoint: Path) -> StateDict:
 
 
 def _rank_of(path: Path) -> int:
-    """Return the rank in a file name, or 0 if the name has none."""
+    """Return the rank in the name of one of DeepSpeed's checkpoint files, or 0 if the name has none."""
     match = re.search(r"zero_pp_rank_(\d+)", path.name)
     return int(match[1]) if match else 0
 

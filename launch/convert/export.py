@@ -42,7 +42,7 @@ SHARD_BYTES = 2 * 10**9
 
 
 class ExportResult(TypedDict):
-    """What an export has written."""
+    """The output of `packspeed export --json`: what was written."""
 
     checkpoint: str
     path: str

@@ -30,8 +30,9 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def read_config(source: Path) -> GPTConfig:
-    """Read config.json. Raises ConfigError if it is damaged, or if Packspeed's model lacks one of the features in
-    it.
+    """Return the model's configuration in config.json of the model folder `source`.
+
+    Raises ConfigError if the file is damaged, or if Packspeed's model lacks one of the features in it.
     """
     path = source / CONFIG
     try:
@@ -55,8 +56,9 @@ class WeightFiles:
     """All tensors of a model folder. The files stay open and memory-mapped until `stack` is closed."""
 
     def __init__(self, source: Path, stack: ExitStack) -> None:
-        """Open the files. Raises UserError if a file is missing or damaged, and ConfigError if there is no supported
-        file.
+        """Open the weight files of the model folder `source`.
+
+        Raises UserError if a file is missing or damaged, and ConfigError if there is no supported file.
         """
         self.source = source
         self._files: dict[str, tuple[Path, Any]] = {}  # tensor -> its file

@@ -53,7 +53,7 @@ RUN_FILE = "run.yaml"
 
 
 class ImportResult(TypedDict):
-    """What an import has written."""
+    """The output of `packspeed import --json`: what was written."""
 
     source: str
     path: str
@@ -65,9 +65,10 @@ class ImportResult(TypedDict):
 
 
 def import_hf(source: Path, out: Path, data: str | None = None) -> ImportResult:
-    """Import a folder that transformers' save_pretrained has written. `out` is the new run folder, `data` its dataset.
+    """Import a folder that transformers' save_pretrained has written. `out` is the new run folder.
 
-    Raises ConfigError if Packspeed's model lacks one of its features.
+    `data` is the dataset on which the run will train, or None. Raises ConfigError if Packspeed's model lacks a feature
+    of the source's model.
     """
     config = read_config(source)
     with ExitStack() as stack:
@@ -77,9 +78,10 @@ def import_hf(source: Path, out: Path, data: str | None = None) -> ImportResult:
 
 
 def import_nanogpt(source: Path, out: Path, data: str | None = None) -> ImportResult:
-    """Import a ckpt.pt that nanoGPT's train.py has written. `out` is the new run folder, `data` its dataset.
+    """Import a ckpt.pt that nanoGPT's train.py has written. `out` is the new run folder.
 
-    Raises ConfigError or UserError if it cannot be read or its weights do not match its config.
+    `data` is the dataset on which the run will train, or None. Raises ConfigError or UserError if the file cannot be
+    read or its weights do not match its config.
     """
     try:
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)

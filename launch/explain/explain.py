@@ -43,7 +43,7 @@ class Explanation:
     findings: list[Finding]
 
     def as_dict(self) -> JsonObject:
-        """Return the output of --json. There, the key of the findings is "problems"."""
+        """Return the output of `packspeed explain --json`. There, the key of the findings is "problems"."""
         facts = dataclasses.asdict(self)
         facts["problems"] = facts.pop("findings")
         return facts

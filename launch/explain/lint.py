@@ -67,12 +67,12 @@ class Case:
 
     @property
     def zero(self) -> JsonObject:
-        """The zero_optimization block of the JSON, or an empty dict."""
+        """The block zero_optimization of the DeepSpeed JSON, or an empty dict if there is none."""
         return block(self.ds, "zero_optimization")
 
     @property
     def stage(self) -> int:
-        """The ZeRO stage; 0 if it is not a number."""
+        """The ZeRO stage in the DeepSpeed JSON; 0 if it is missing or is not a number."""
         stage = self.zero.get("stage", 0)
         return stage if isinstance(stage, int) else 0
 

@@ -136,7 +136,7 @@ def keys_of(section: type[Section], prefix: str) -> Iterator[Key]:
 
 
 def _section_in(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """Return (the section class that a field contains or None, whether the field is a list of them)."""
+    """Return (the section class in a field's annotation or None, whether the field is a list of such sections)."""
     if typing.get_origin(annotation) is None:
         is_block = isinstance(annotation, type) and issubclass(annotation, Section)
         return (annotation, False) if is_block else (None, False)
@@ -148,7 +148,7 @@ def _section_in(annotation: Any) -> tuple[type[Section] | None, bool]:
 
 
 def _type_and_allowed(field: FieldInfo) -> tuple[str, str]:
-    """Return (the type of a field in words, the allowed values)."""
+    """Return (the type of a run-file field in words, its allowed values as text; empty if there is no limit)."""
     kinds: list[str] = []
     allowed: list[str] = []
 

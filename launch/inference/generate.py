@@ -29,7 +29,7 @@ BATCH_ROWS = 32  # number of continuations that are generated at the same time
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are sampled."""
+    """How `packspeed generate` samples tokens, and at most how many."""
 
     max_new_tokens: int = 200
     temperature: float = 0.8  # 0: always take the most likely token

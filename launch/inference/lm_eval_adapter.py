@@ -120,7 +120,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     @torch.inference_mode()
     def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
-        """Return (log-likelihood of the continuation, whether greedy decoding gives the continuation) for each pair.
+        """Return (log-likelihood of the continuation in nats, whether greedy decoding gives it) for each (context,
+        continuation).
 
         If a context does not fit into max_seq_len, its beginning is cut off. Rows are padded on the right, where
         padding does not change the result of a causal model.

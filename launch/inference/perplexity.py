@@ -197,7 +197,7 @@ def _evaluate(
 
 
 def _batches(windows: Iterator[Span], rows: int) -> Iterator[list[Span]]:
-    """Group consecutive windows of equal length into batches of up to `rows`."""
+    """Group consecutive windows of equal length into batches of up to `rows` windows."""
     batch: list[Span] = []
     for window in windows:
         # The last window may be shorter than the others.

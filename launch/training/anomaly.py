@@ -111,7 +111,7 @@ class AnomalyDetector:
         }
 
     def load(self, state: JsonObject) -> None:
-        """Restore the state that `state` returned."""
+        """Restore the detector's state from `state`, a result of the method `state`."""
         self.losses, self.norms = (deque(state[key], maxlen=self.section.window) for key in ("losses", "norms"))
         self.dropped_batches, self.vetoes_in_a_row = state["skipped_batches"], state["in_a_row"]
         self.records = list(state["records"])

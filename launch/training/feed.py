@@ -21,14 +21,17 @@ from packspeed.launch.training.micro_batch import MicroBatch, micro_batches
 
 @dataclasses.dataclass(frozen=True)
 class StagedBatch:
-    """This rank's rows of one step, on the device."""
+    """This rank's rows of the batch of one step, as micro batches on the device."""
 
     micro_batches: list[MicroBatch]
     hash: int  # of the rows, see Batch.hash
 
 
 class Feed:
-    """Iterates over (batch number, StagedBatch) of a Prefetcher. `rows` is the number of rows per micro batch."""
+    """Iterates over the batches of a Prefetcher, prepared for training: yields (batch number, StagedBatch).
+
+    `rows` is the number of rows per micro batch.
+    """
 
     def __init__(self, batches: Prefetcher, rows: int, device: torch.device) -> None:
         self._batches, self._rows, self._device = batches, rows, device
@@ -42,7 +45,7 @@ class Feed:
         return staged or self._prepare(*next(self._batches))
 
     def stage(self) -> None:
-        """Prepare the next batch if it has been read from disk already.
+        """Copy the next batch to the device as micro batches, if it has been read from disk already.
 
         Never waits; errors of the prefetcher are not raised here.
         """

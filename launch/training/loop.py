@@ -42,9 +42,10 @@ from packspeed.launch.training.trainer import StepResult, Trainer
 
 
 def fit(trainer: Trainer, start_step: int) -> str | None:
-    """Train from `start_step` to the end of the run. A collective: every rank must call it.
+    """Train the steps after step `start_step` to the end of the run. A collective: every rank must call it.
 
-    Returns None, or the name of the signal that stopped the run. Raises UserError on every rank if the run has failed.
+    Returns None if the run has finished, or the name of the signal that stopped it. Raises UserError on every rank if
+    the run has failed.
     """
     # If one rank collects garbage in the middle of a step, all ranks wait for it. So Python's collector is off, and
     # runs only after evaluations and checkpoints.
@@ -68,9 +69,9 @@ def fit(trainer: Trainer, start_step: int) -> str | None:
 
 
 def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
-    """Train from `start_step` until the run ends, a signal stops it, or an anomaly rewinds it to an earlier step.
+    """Train the steps after `start_step` until the run ends, a signal stops it, or an anomaly rewinds it.
 
-    Returns (the step to continue from, whether to stop).
+    Returns (the step to continue from, which is an earlier one after a rewind; whether to stop).
     """
     run, topology, detector, metrics = trainer.run, trainer.topology, trainer.detector, trainer.metrics
     last_step = run.train.total_steps

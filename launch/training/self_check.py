@@ -14,8 +14,8 @@ PROBE_ROWS = 8
 
 @torch.no_grad()
 def probe(trainer: Trainer, step: int) -> Probe:
-    """Return the loss of the first PROBE_ROWS samples of the batch of `step`, with the current weights and without
-    dropout.
+    """Return the mean loss of the first 8 (PROBE_ROWS) samples of the batch of `step`, with the current weights and
+    without dropout.
 
     A collective: every rank must call it. Checkpoints contain the result. A resumed run repeats it, so changed data,
     code or weights are detected. Nothing is trained.

@@ -118,7 +118,8 @@ def start_training(
 
 
 def train_to_end(trainer: Trainer, step: int) -> int:
-    """Run the training loop from `step` on, and write the final state to status.json even if it raises.
+    """Train the steps after `step`. At the end, write the state "finished", "stopped" or "failed" to status.json, even
+    if training raises.
 
     A collective. Returns the exit code: 0 if the run has finished, EXIT_STOPPED if a signal has stopped it.
     """

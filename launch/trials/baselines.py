@@ -38,7 +38,7 @@ class Baseline:
 
 
 class BaselineLoop:
-    """Trains a baseline in a plain loop: forward, backward, clip, step.
+    """Trains a baseline, a model to compare with, in a plain loop: forward, backward, clip, step.
 
     Uses DistributedDataParallel if there are several ranks.
     """

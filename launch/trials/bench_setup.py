@@ -36,7 +36,7 @@ class BenchJob(TypedDict):
 
 
 class TrainingLoop(Protocol):
-    """The interface of a training loop that can be measured."""
+    """The interface of a training loop that `packspeed bench` can measure."""
 
     marks: PhaseMarks
 

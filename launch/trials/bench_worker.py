@@ -55,7 +55,7 @@ GEMM_SECONDS = 0.1  # how long to measure matrix products, per precision and rou
 
 
 class Round(TypedDict):
-    """Seconds per step in one round, measured on rank 0."""
+    """Seconds per step, averaged over one round of steps, measured on rank 0."""
 
     step_s: float  # wall time
     cpu_s: float  # CPU time of the process
@@ -63,7 +63,7 @@ class Round(TypedDict):
 
 
 class Result(TypedDict):
-    """The content of round-N.json."""
+    """The content of round-N.json, which rank 0 writes after it has measured round N."""
 
     device: str
     precision: str
@@ -168,9 +168,10 @@ def best_gemms(setup: BenchSetup, best: dict[str, float]) -> dict[str, float]:
 
 
 def work(setup: BenchSetup, folder: Path) -> None:
-    """Build the training loop, warm it up, and measure a round whenever start-N appears. It never returns.
+    """Build the training loop, warm it up, and measure a round whenever `packspeed bench` makes the file start-N in
+    `folder`.
 
-    It ends with an exception, when the process that started it has ended or when something fails.
+    It never returns. It ends with an exception, when the process that started it has ended or when something fails.
     """
     base_gib = setup.topology.gather(_peak_memory_gib(setup))
     loop = make_loop(setup)

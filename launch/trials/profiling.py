@@ -18,9 +18,9 @@ NAME_WIDTH = 52
 
 
 def profile_round(loop: TrainingLoop, steps: int, prefix: Path, rank: int, device: torch.device) -> None:
-    """Take `steps` steps under the profiler, and write PREFIX-rankN.json and, on rank 0, the table PREFIX.txt.
+    """Take `steps` steps of the loop under torch's profiler, and write the trace PREFIX-rankN.json of this rank.
 
-    Every rank must call it.
+    Rank 0 also writes the table PREFIX.txt. Every rank must call it.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

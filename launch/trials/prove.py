@@ -133,9 +133,10 @@ def plan_proof(
 
 
 def _other_ranks(run: RunFile, ranks: int) -> int | None:
-    """Return the default number of ranks for the second resume: half as many as `ranks`, or 2 if `ranks` is 1.
+    """Return the default number of ranks for the second resume: half of `ranks`, or 2 if `ranks` is 1.
 
-    Returns None if this machine has only one GPU, or if no other number divides the global batch.
+    It is lower if that does not divide the global batch. Returns None if no other number does, or if `ranks` is 1 and
+    this machine has only one GPU.
     """
     if ranks == 1 and launcher.local_accelerators() == 1:
         return None
@@ -256,7 +257,7 @@ def _last_step(metrics: Path) -> int:
 
 
 def _resume(plan: ProofPlan, name: str, ranks: int, killed: str, say: Say) -> ResumeResult:
-    """Finish the killed run `name` with `ranks` ranks, and return its comparison with the run `alone`.
+    """Finish the killed run `name` with `ranks` ranks, and return its comparison with the uninterrupted run.
 
     `killed` describes the kill.
     """

@@ -52,7 +52,7 @@ QDISCS = {"delay": "netem delay {}ms", "slow": "tbf rate {}mbit burst 256kb late
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One fault, parsed from KIND:TARGET@STEP."""
+    """One fault of a rehearsal, parsed from KIND:TARGET@STEP."""
 
     kind: str  # kill, freeze, cut, fill, delay or slow
     target: str  # a rank, a host name, or a number of seconds, milliseconds or Mbit/s
@@ -78,7 +78,8 @@ def parse_fault(text: str, hosts: list[Host]) -> Fault:
 def shrink(run_file: Path, overrides: list[str], steps: int) -> list[str]:
     """Return the overrides plus those that make the model and the samples small and the run `steps` steps long.
 
-    Samples per step, ZeRO stage, gradient accumulation and checkpoints remain those of the run file.
+    Settings that would not fit, such as the intervals of checkpoints and evaluations, are adapted. Samples per step,
+    ZeRO stage and gradient accumulation remain those of the run file.
     """
     run = load_run_file(run_file, overrides)
     small = [f"model.{field}" for field in SHRUNK]
