@@ -159,7 +159,7 @@ class LocalRanks:
         return code if code is not None else self.launcher.wait()
 
     def ask_to_save(self) -> bool:
-        """Send SIGTERM to the ranks, but not to the launcher. They save and exit with 75, and so does the launcher.
+        """Send SIGTERM to this host's ranks, but not to DeepSpeed's launcher. Both then exit with 75 (saved, stopped).
 
         Returns False if the launcher has not started any rank yet, so that no process can be asked.
         """
@@ -173,8 +173,9 @@ class LocalRanks:
         return bool(ranks or self.processes)
 
     def report_deaths(self) -> None:
-        """Send a RankDeath for every rank that has ended since the last call, and update the peak memory of the
-        others.
+        """Send the supervisor a RankDeath for every rank of this host that has ended since the last call.
+
+        Also updates the peak memory of the ranks that still run.
         """
         # Search until every rank has been seen, and not longer, because a search is slow on a busy host.
         if len(self.processes) < self.rank_count and time.monotonic() - self.searched_at > 1:
@@ -210,8 +211,9 @@ def _zombie_status(pid: int) -> int | None:
 
 
 def launch_processes(launch_id: str) -> list[psutil.Process]:
-    """Return all processes of a launch on this host except this one, recognised by the launch id in their
-    environment.
+    """Return all processes on this host that have this launch id in their environment, except the current one.
+
+    The variable is PACKSPEED_LAUNCH_ID.
     """
     processes = []
     for process in psutil.process_iter():
@@ -224,7 +226,7 @@ def launch_processes(launch_id: str) -> list[psutil.Process]:
 
 
 def launch_ranks(launch_id: str) -> dict[int, psutil.Process]:
-    """Return the rank processes of a launch on this host: {rank: process}."""
+    """Return {rank: process} for the ranks on this host that have this launch id in their environment."""
     ranks = {}
     for process in launch_processes(launch_id):
         try:
@@ -240,7 +242,7 @@ def launch_ranks(launch_id: str) -> dict[int, psutil.Process]:
 
 
 def kill_launch(launch_id: str) -> list[int]:
-    """Kill every process of a launch on this host, and return their process ids."""
+    """Kill every process on this host that has this launch id in its environment, and return the process ids."""
     victims = launch_processes(launch_id)
     for process in victims:
         try:
@@ -284,7 +286,7 @@ def join_ring(request: RingRequest) -> dict[str, object]:
 
 
 def host_facts(request: FactsRequest) -> HostFacts:
-    """Return the facts that the launch plan and the doctor need about this host. Takes 0.4 s of one core."""
+    """Return what the launch plan and the doctor need to know about this host. Takes 0.4 s of one core."""
     from packspeed.launch.cluster.hosts import address_of, local_route
 
     cwd, peer = Path(request["cwd"]), request.get("peer")
@@ -325,7 +327,7 @@ def accelerators() -> list[str]:
 
 
 def _compiled_ops() -> list[str]:
-    """Return the names of DeepSpeed's ops that are compiled on this host."""
+    """Return the names of DeepSpeed's ops that torch has compiled on this host: its .so files in the cache."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     return sorted({file.stem for file in root.glob("**/*.so")})
 

@@ -67,7 +67,11 @@ Log = Callable[[str], None]
 
 @dataclasses.dataclass
 class LaunchOptions:
-    """How to launch a run: hosts, environment, restarts. What to train is in the run file."""
+    """How to launch a run: hosts, environment, restarts. What to train is in the run file.
+
+    `port` is the rendezvous port, or 0 for a free one. After `hang_s` seconds without progress the run counts as hung.
+    Hosts that were dropped are asked every `take_back_s` seconds, or never if it is 0.
+    """
 
     hosts: list[Host]
     env: dict[str, str]
@@ -113,7 +117,10 @@ class Outcome:
 
 
 class Attempt:
-    """The agents of one launch plan. Creating the object starts them; then call `watch` and `end`, once each."""
+    """One start of the ranks on all hosts of a plan. Creating the object starts an agent on each host.
+
+    Then call `watch` and `end`, once each.
+    """
 
     def __init__(
         self, plan: LaunchPlan, options: LaunchOptions, logs: Path, script: Path, arguments: Sequence[str]
@@ -146,7 +153,7 @@ class Attempt:
             })  # fmt: skip
 
     def _start_agent(self, host: Host, request: RunRequest) -> None:
-        """Start the agent of a host, send it the `run` request, and read its output in a thread."""
+        """Start the agent of a host, send it `request`, and read its output in a thread."""
         agent = subprocess.Popen(
             self.options.agent_command(host), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
@@ -231,8 +238,9 @@ class Attempt:
     # --- verdict ------------------------------------------------------------------------------------------------------
 
     def _verdict(self) -> Outcome:
-        """Wait up to SETTLE_S for reports of other hosts, then return the outcome with the first failure as its
-        cause.
+        """Return how the attempt ended, after a rank or an agent has failed. The first failure is the cause.
+
+        Waits up to SETTLE_S before, because the first report to arrive is not always the first failure.
         """
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline and self.running():

@@ -61,9 +61,10 @@ def hang_report(
     host_of: Mapping[int, str],
     now: float,
 ) -> list[str]:
-    """Return lines of text: the blocking ranks with their stacks, and where the others wait.
+    """Return lines of text about a hung run: the ranks for which the others wait, with their stacks.
 
-    `now` is the time in seconds since the epoch. The other arguments are those of blocking_ranks.
+    The last lines say where the others wait. `now` is the time in seconds since the epoch. The other arguments are
+    those of blocking_ranks.
     """
     blocking = blocking_ranks(beats, states, unreachable, host_of)
     lines = []

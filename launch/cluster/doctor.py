@@ -70,7 +70,7 @@ class Finding(TypedDict):
 
 @final
 class FailedHost(TypedDict):
-    """The entry of a report for a host that did not answer."""
+    """The entry in Report.hosts for a host that did not answer."""
 
     error: str
     clock_s: float
@@ -173,7 +173,7 @@ def compare(hosts: list[Host], replies: Replies[HostFacts], run: RunFile | None,
 
 
 def _value(fact: HostFacts, what: Compared) -> str:
-    """Return a fact about a host as text, so that hosts can be compared."""
+    """Return the fact `what` of a host as JSON text, so that hosts can be compared."""
     return _json(fact[what])
 
 

@@ -31,7 +31,7 @@ MAX_BYTES = 2**17  # longest variable (Linux's limit for one string), and larges
 
 
 def forwarded_environment(extra: list[str], files: bool = True) -> dict[str, str]:
-    """Return the variables that every host gets: {name: value}.
+    """Return the environment variables that the ranks on every host get: {name: value}.
 
     `extra` has the values of the --env options; if `files` is False, .deepspeed_env files are ignored. Raises
     ConfigError for an invalid name or a value that is too long.

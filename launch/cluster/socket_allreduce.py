@@ -92,7 +92,7 @@ class Coordinator:
             self._write(self.streams[0], rank)
 
     def _accept_all(self, master: str, port: int) -> Iterator[socket.socket]:
-        """Accept the connections of all other hosts and yield their sockets.
+        """On the first host: accept the connections of all other hosts and yield their sockets.
 
         Raises RingError with the ranks that do not connect within MEET_S.
         """
@@ -112,9 +112,9 @@ class Coordinator:
         self.streams = [streams[rank] for rank in sorted(streams)]
 
     def exchange(self, value: Value) -> list[Value]:
-        """Return the values of all ranks, in the order of ranks. Every rank must call it, so it is also a barrier.
+        """Send `value` to all ranks, and return the values of all, in the order of ranks.
 
-        Values are sent as JSON: a tuple arrives as a list.
+        Every rank must call it, so it is also a barrier. Values are sent as JSON: a tuple arrives as a list.
         """
         if self.rank == 0:
             values = [value, *(json.loads(stream.readline()) for stream in self.streams)]

@@ -47,7 +47,7 @@ MUST_MATCH: tuple[Literal["python", "versions", "commit"], ...] = ("python", "ve
 
 
 class StoppedError(Exception):
-    """A signal arrived while the supervisor was asking hosts or waiting, so that no rank was running."""
+    """The supervisor got a signal while no rank was running: it was asking hosts, or waiting before a restart."""
 
 
 class Supervisor:
@@ -211,9 +211,10 @@ class Supervisor:
         )
 
     def _ask_dropped_hosts(self, attempt: Attempt) -> None:
-        """Ask the dropped hosts every `take_back_s` seconds while an attempt runs. Runs in a thread.
+        """Ask hosts that are no longer used every `take_back_s` seconds whether they can be used again.
 
-        When all of them are usable, ask the ranks to save and stop; `supervise` then restarts with all hosts.
+        Runs in a thread during an attempt. When all of them can be used, it asks the ranks to save and stop;
+        `supervise` then restarts with all hosts.
         """
         while attempt is self.attempt and attempt.running():
             time.sleep(self.options.take_back_s)

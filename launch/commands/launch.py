@@ -105,7 +105,8 @@ def launch(
 ) -> None:
     """Train on the hosts of a hostfile; restart after failures.
 
-    The exit codes are those of packspeed train. 1 also means that the run failed after its last restart.
+    Exit codes: 0 finished, 1 failed (also after the last restart), 2 wrong usage or config, 75 saved and stopped by a
+    signal (repeat the command to continue).
     """
     sets = overrides or []
     run = load_run_file(run_file, sets)

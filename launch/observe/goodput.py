@@ -61,7 +61,7 @@ class AccountDict(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """The wall time of a run by bucket, from the start of rank 0's first process to its last record."""
+    """The wall time of a run, divided into buckets (kinds of work), from its first start to its last record."""
 
     seconds: dict[str, float]  # bucket -> seconds, for every name in BUCKETS
     lives: list[EndedLife]

@@ -81,7 +81,7 @@ def _scaled(points_px: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return the font of a size in SVG units."""
+    """Return Pillow's default font. `size` is in SVG units."""
     return ImageFont.load_default(size * PX)
 
 

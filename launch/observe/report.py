@@ -138,7 +138,7 @@ def can_change_the_loss(key: str) -> bool:
 
 
 def report(folders: Sequence[Path], out: Path) -> tuple[list[Run], list[str]]:
-    """Write the page about the runs in `folders` to `out`. Returns the runs, and notes about what could not be read.
+    """Write an HTML page about the runs in `folders` to `out`. Returns (runs, notes about what could not be read).
 
     Raises UserError if none of the runs can be read, or if `out` cannot be written.
     """
@@ -170,10 +170,10 @@ def write_pngs(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def write_output(path: Path, content: bytes, option: str) -> None:
-    """Write content to a path that the user has chosen with `option`.
+    """Write content to a path that the user has chosen with `option`, such as "--out FILE".
 
-    A regular file is replaced in one step; to a device or a pipe the content is written directly. Raises UserError if
-    that fails.
+    A regular file is replaced in one step; to a device or a pipe the content is written directly. Raises UserError,
+    which names the option, if that fails.
     """
     target = Path(os.path.realpath(path))
     try:

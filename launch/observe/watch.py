@@ -139,7 +139,7 @@ def _positive(config: dict[str, Any], section: str, key: str) -> int:
 
 
 def show_notes(notes: Iterable[str], shown: Container[str] = ()) -> None:
-    """Print the notes to stderr, except those in `shown`."""
+    """Print notes about damaged files to stderr, except those in `shown`, which were printed before."""
     for note in notes:
         if note not in shown:
             with contextlib.suppress(OSError):  # the command must still work if stderr cannot be written

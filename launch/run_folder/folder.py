@@ -45,7 +45,7 @@ LOCK_WAIT_S = 60.0  # how long to wait for the lock, because a killed launch nee
 
 
 class Device(Protocol):
-    """The part of torch.device that is used here. This package does not import torch."""
+    """The part of torch.device that this module needs. This package does not import torch."""
 
     @property
     def type(self) -> str:
@@ -53,7 +53,7 @@ class Device(Protocol):
 
 
 class Ranks(Protocol):
-    """The part of engine.distributed.Topology that is used here."""
+    """The processes of a run: the part of engine.distributed.Topology that this module needs."""
 
     @property
     def rank(self) -> int:
@@ -212,7 +212,7 @@ def write_configs(folder: Path, config: Mapping[str, Any], ds_config: Mapping[st
 
 
 def record_changes(folder: Path, changes: Sequence[SettingChange]) -> None:
-    """Append the settings that a resume has changed to settings.jsonl.
+    """Append `changes`, the settings that a resume has changed, to settings.jsonl, one line for each.
 
     Lines that the file has already are not added again.
     """
@@ -240,7 +240,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this checkout, with -dirty if files were changed; None outside git."""
+    """Return the commit of the checkout of Packspeed, with -dirty if files were changed; None outside git."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=10)

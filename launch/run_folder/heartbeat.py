@@ -110,13 +110,13 @@ class Heartbeat:
 
 
 def _local_path(launch_id: str, rank: int | str) -> Path:
-    """Return the file in the memory of this host that has the newest heartbeat of a rank of a launch."""
+    """Return the file that has the newest heartbeat of a rank of a launch on this host: in /dev/shm if that exists."""
     memory = Path("/dev/shm")
     return (memory if memory.is_dir() else Path(tempfile.gettempdir())) / f"packspeed-{launch_id}-{rank}.beat"
 
 
 def remove_local_beats(launch_id: str) -> None:
-    """Remove the heartbeats of all ranks of a launch from the memory of this host."""
+    """Remove the files of _local_path for all ranks of a launch on this host."""
     pattern = _local_path(launch_id, "*")
     for path in pattern.parent.glob(pattern.name):
         path.unlink(missing_ok=True)

@@ -89,7 +89,10 @@ class PhaseTimer:
             self.open(path)
 
     def open(self, path: Path) -> None:
-        """Record this life in goodput.jsonl from now on. If the file cannot be opened, the time is only added up."""
+        """From now on, record the seconds of this process in goodput.jsonl (`path`), in a line of its own.
+
+        If the file cannot be opened, the seconds are only added up.
+        """
         with contextlib.suppress(OSError):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             # Start after the last complete line. An incomplete line, left by a power cut, is overwritten.
@@ -125,16 +128,16 @@ class PhaseTimer:
         self.record()
 
     def shares(self) -> dict[str, float]:
-        """Return {bucket: share of this life so far}, up to the last change of phase. The shares add up to 1."""
+        """Return {bucket: its share of this process's time}, up to the last change of phase. They add up to 1."""
         total = sum(self.seconds.values()) or 1.0
         return {name: value / total for name, value in self.seconds.items()}
 
     def _compute_s(self) -> float:
-        """Return the seconds of compute and communication so far."""
+        """Return the seconds of compute and communication together, up to the last change of phase."""
         return self.seconds["compute"] + self.seconds["communication"]
 
     def record(self, ended: str | None = None) -> None:
-        """Overwrite this life's line in goodput.jsonl. `ended` is None, finished, stopped or failed.
+        """Overwrite this process's line in goodput.jsonl. `ended` is None, finished, stopped or failed.
 
         Errors, such as a full disk, are ignored: they must not end the run.
         """
@@ -151,7 +154,7 @@ class PhaseTimer:
             os.pwrite(self._file, json.dumps(self._life).ljust(LINE_BYTES - 1).encode() + b"\n", self._offset)
 
     def close(self, state: str) -> None:
-        """End the life with a last record. `state` is finished, stopped or failed."""
+        """Write the last record of this process, and close the file. `state` is finished, stopped or failed."""
         self.enter("other")
         self.record(state)
         if self._file >= 0:

@@ -191,7 +191,7 @@ def _checks(line_type: type[Any]) -> tuple[list[tuple[str, Check]], tuple[str, .
 
 
 def _check(value_type: Any, unit: str) -> Check:
-    """Return a function that tells whether a value has a type and is within the limits of a unit."""
+    """Return a function that tells whether a value has a type and is within the limits of a unit (LIMITS)."""
     low, high = LIMITS.get(unit, OTHER_LIMITS)
     if isinstance(value_type, types.UnionType):
         members = [_check(member, unit) for member in get_args(value_type)]
@@ -236,7 +236,7 @@ def _plain(value: Any, level: int = 0) -> Any:
 
 
 def is_readable(path: Path, notes: list[str]) -> bool:
-    """Return whether the path is a regular file. If it is something else, add a note; a missing file needs no note."""
+    """Return whether a path is a regular file. If it is not, add a note; but a missing file needs no note."""
     return os.path.isfile(path) or read_file(path, notes) is not None
 
 
