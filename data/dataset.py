@@ -46,7 +46,7 @@ class DatasetDescription(TypedDict):
 
 @dataclass(frozen=True)
 class DocumentSpan:
-    """The place of a document in a dataset."""
+    """Where a document is in a dataset: in which shard, and at which tokens of the split's stream."""
 
     shard: str  # name, as "train-00000"
     index: int  # number of the document in its shard, from 0
@@ -161,7 +161,8 @@ class TokenDataset:
     def will_need(self, split: str, ranges: Starts) -> None:
         """Ask the kernel to read parts of a split's stream into the page cache. Does not wait for it.
 
-        ranges (n, 2): first token and length of each part. A part is cut at the end of its shard. Errors are ignored.
+        ranges (n, 2): number of the first token, and number of tokens, of each part. What is beyond the shard of the
+        first token is left out. Errors are ignored.
         """
         shards = np.searchsorted(self._starts[split], ranges[:, 0], side="right") - 1
         for shard in sorted(set(shards.tolist())):
@@ -333,7 +334,7 @@ class TokenDataset:
         return self._maps[name]
 
     def _map_tokens(self, path: Path) -> Tokens:
-        """Map a .bin file into memory and return its tokens. Raises OSError."""
+        """Map a .bin file into memory and return its token ids, (n,). Raises OSError if it cannot be read."""
         return map_file(path, self.scattered).view(self.dtype)
 
 

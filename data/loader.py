@@ -109,7 +109,7 @@ class Batch:
         return total % 2**32
 
     def cut(self, rows: int) -> Iterator[Batch]:
-        """Yield this batch as micro batches of `rows` rows each."""
+        """Yield this batch as micro batches of `rows` rows each; the last one may have fewer."""
         ends = None if self.documents is None else np.cumsum(self.documents)
         for first in range(0, len(self.tokens), rows):
             micro, documents = slice(first, first + rows), None
@@ -143,7 +143,10 @@ def document_positions(inputs: Tokens, eot_id: int) -> tuple[npt.NDArray[np.int3
 
 
 def count_from_starts(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Return 0, 1, 2 ... for each of n adjacent parts, as one array (sum of lengths,). starts and lengths are (n,)."""
+    """Return positions that count 0, 1, 2 ... from the start of each of n adjacent parts, (sum of lengths,).
+
+    starts, lengths (n,): where each part begins, and how many positions it has.
+    """
     positions = np.arange(int(starts[-1] + lengths[-1]), dtype=np.int32)
     positions -= np.repeat(starts.astype(np.int32), lengths)
     return positions
@@ -235,7 +238,7 @@ class Loader:
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
     def samples_with(self, start: int, length: int, samples: int) -> npt.NDArray[np.int64]:
-        """Return those of samples 0 .. samples - 1 that have a label in a part of the stream, (n,), ascending.
+        """Return those of samples 0 .. samples - 1 that have a label in a part of the split's stream, (n,), ascending.
 
         The part is tokens start .. start + length - 1. The order is inverted, so the cost grows with the number of
         epochs and not with the number of samples.
@@ -245,7 +248,10 @@ class Loader:
         return np.sort(found[found < samples])
 
     def _samples_in(self, epoch: int, start: int, length: int) -> npt.NDArray[np.int64]:
-        """Return the samples of an epoch that have a label among tokens start .. start + length - 1, (n,), unsorted."""
+        """Return the samples of epoch number `epoch` that have a label in a part of the split's stream, (n,), unsorted.
+
+        The part is tokens start .. start + length - 1. Samples are counted from the start of the first epoch.
+        """
         return self.order.samples_at(epoch, start, start + length)
 
     def _add_documents(self, batch: Batch) -> Batch:
@@ -278,7 +284,10 @@ class Loader:
         return self.used_labels(step * self.global_batch, self.global_batch)
 
     def used_labels(self, first: int, count: int) -> int:
-        """Return the number of labels in samples first .. first + count - 1 that are not padding."""
+        """Return the number of labels in samples first .. first + count - 1 that are not padding.
+
+        Here that is all of them, because only packed rows (packing.py) have padding.
+        """
         return count * self.seq_len
 
     def batch_hash(self, step: int) -> str:
@@ -298,10 +307,10 @@ class Loader:
         return step * self.global_batch / self.samples_per_epoch
 
     def val_windows(self, windows: int) -> npt.NDArray[np.int64]:
-        """Return the places of the first tokens of `windows` validation windows, (windows,).
+        """Return where each of `windows` validation windows begins: a number of a token in the split val, (windows,).
 
-        They are in order, spread evenly over the split val, and the same on every call. All are multiples of seq_len,
-        so no token is predicted twice. Raises DataError if the split has fewer windows.
+        They ascend, are spread evenly over the split, and are the same on every call. All are multiples of seq_len, so
+        no token is predicted twice. Raises DataError if the split has fewer windows.
         """
         available = self.val_available()
         if not 1 <= windows <= available:
@@ -365,7 +374,7 @@ class Prefetcher:
     def take_if_ready(self) -> tuple[int, Batch] | None:
         """Return the next (step, batch) if it has been read already, otherwise None, without waiting.
 
-        If the thread has failed, return None; the next call of `next` raises its error.
+        If the thread that reads has failed, return None; the next call of `next` raises its error.
         """
         if self._seen or self._closed.is_set():
             return None

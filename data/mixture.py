@@ -57,7 +57,7 @@ class MixtureStage:
 
 
 class SourceReport(TypedDict):
-    """How much a run has read of one source."""
+    """How much a run has read of one dataset of a mixture: samples, tokens and epochs (passes over it)."""
 
     path: str
     weight: float
@@ -113,7 +113,7 @@ class Mixture:
         return [before + count for before, count in zip(stage.given, counts, strict=True)]
 
     def assign(self, first: int, count: int) -> tuple[Indices, Indices]:
-        """Return the sources of samples first .. first + count - 1, and their numbers in these sources, (count,) each.
+        """Return, for samples first .. first + count - 1 of the run, the source and the number in it, (count,) each.
 
         The numbers of the samples of one source are consecutive.
         """
@@ -127,7 +127,7 @@ class Mixture:
         return np.concatenate(sources), np.concatenate(numbers)
 
     def _new_block(self, block: int) -> tuple[Indices, Indices]:
-        """Return, for each sample of a block, its source and its number within that source, (BLOCK,) each."""
+        """Return, for each sample of a block of 4,096, its source and its number within that source, (4096,) each."""
         # Each source gets its number of samples in this block; then a keyed permutation shuffles them.
         begin, end = self.counts(block), self.counts(block + 1)
         sizes = np.array(end, dtype=np.int64) - np.array(begin, dtype=np.int64)
@@ -153,7 +153,7 @@ class Mixture:
         return block * BLOCK + int(np.flatnonzero((sources == source) & (numbers == number))[0])
 
     def stage_of(self, sample: int) -> int:
-        """Return the index of the stage that is in force at a sample of the run."""
+        """Return the index of the stage whose weights apply to sample number `sample` of the run."""
         return bisect_right(self._first_blocks, sample // BLOCK) - 1
 
 
@@ -272,7 +272,7 @@ class MixtureLoader(Loader):
     def report(self, samples: int) -> list[SourceReport]:
         """Return, for each source, how much of it the first `samples` samples of the run read.
 
-        The weight in the result is that of the first stage.
+        The weight that is reported is that of the first stage.
         """
         block, rest = divmod(samples, BLOCK)
         given = np.array(self.mixture.counts(block))

@@ -58,7 +58,7 @@ Words = npt.NDArray[np.uint64]
 
 
 class Permutation:
-    """A pseudo-random permutation of 0 .. n-1 that is determined by a key and computed for arrays of indices."""
+    """A pseudo-random permutation of 0 .. n-1 that is determined by `key`, and computed for arrays of numbers."""
 
     def __init__(self, n: int, key: bytes):
         self.n = n
@@ -90,7 +90,7 @@ class Permutation:
         return value.astype(np.int64)
 
     def _encrypt(self, value: Words) -> Words:
-        """Return the image of each value under the Feistel network: a permutation of 0 .. 2**bits - 1."""
+        """Return the image of each value under a Feistel network, which permutes 0 .. 2**bits - 1."""
         low_bits, high_bits = self._low_bits, self._high_bits
         high, low = value >> np.uint64(low_bits), value & _ones(low_bits)
         for key in self._keys:
@@ -162,7 +162,8 @@ class Order:
     def samples_at(self, epoch: int, first: int, last: int) -> Indices:
         """Return the samples of an epoch that have a label among tokens first .. last - 1 of the stream, (n,).
 
-        The permutations are inverted, so the cost does not depend on the length of the stream.
+        Samples are counted from the start of the first epoch. The permutations are inverted, so the cost does not
+        depend on the length of the stream.
         """
         of_epoch = self._epoch(epoch)
         # The labels of window w are tokens offset + w * seq_len + 1 .. offset + (w + 1) * seq_len.
@@ -223,7 +224,7 @@ class _Epoch:
         return out
 
     def _in_group(self, group: int, slots: Indices) -> Indices:
-        """Return the numbers of the windows in slots (n,) that all belong to one group, (n,)."""
+        """Return the number of the window in each slot, (n,) for slots (n,), which must all be in group `group`."""
         first = self._first_slot[group]
         position = first + self._permute_group(group)(slots - first)  # windows in the order of the permuted blocks
         # The last block has fewer windows than the others. Add the difference to all positions after it, so that the
@@ -254,7 +255,7 @@ class _Epoch:
         return slots
 
     def _permute_group(self, group: int) -> Permutation:
-        """Return the permutation of the windows within a group."""
+        """Return the permutation of the slots within group number `group`, counted from the group's first slot."""
         size = int(self._first_slot[group + 1] - self._first_slot[group])
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 

@@ -335,10 +335,10 @@ class PackedLoader(Loader):
         return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]
 
     def _samples_in(self, epoch: int, start: int, length: int) -> Indices:
-        """Return the samples of one epoch that have a label in a document, (n,), unsorted.
+        """Return the samples of an epoch that have a label in a document, (n,), unsorted.
 
-        start, length: the document's first token in the split's stream, and its length. Only the window of documents
-        that contains it is packed.
+        Samples are counted from the start of the first epoch. start, length: the number of the document's first token
+        in the split's stream, and its length in tokens. Only the window of documents that contains it is packed.
         """
         window = int(np.searchsorted(self._first_token, start, side="right")) - 1
         plan = self._plan(window)
@@ -386,9 +386,9 @@ class PackedLoader(Loader):
         return Batch(tokens, samples, targets, used, 0, positions, documents)
 
     def _read_piece(self, inputs: Tokens, labels: Tokens, start: int) -> None:
-        """Fill the labels with the stream's tokens from `start` on, and the inputs with those from start - 1 on.
+        """Fill `labels` (n,) with tokens start .. start + n - 1 of the split's stream, `inputs` (n,) with those before.
 
-        inputs[0] must be EOT already: it is kept if start is 0.
+        So inputs[i] is token start - 1 + i. inputs[0] must be EOT already, which is kept if start is 0.
         """
         self.dataset.read_into(labels, self.split, start)
         inputs[1:] = labels[:-1]
@@ -416,7 +416,7 @@ class _PackedEpoch:
         self._padded = lru_cache(maxsize=8)(self._padded_rows)
 
     def _new_permutation(self, group: int) -> Permutation:
-        """Return the permutation of the rows within a group of windows."""
+        """Return the permutation of the rows of a group of windows, counted from the group's first row."""
         size = int(self._first_slot[group + 1] - self._first_slot[group])
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 

@@ -89,16 +89,19 @@ def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> It
 
 
 def _text(dataset: TokenDataset, split: str, document: dict[str, Any]) -> str:
-    """Return the decoded text of the part of a document that a record of audit_step describes, without EOT."""
+    """Return the decoded text of one part of a document, without EOT.
+
+    document: a record of audit_step, which says which part. split: "train" or "val".
+    """
     _, first = _number(dataset, split, document["shard"], document["index"])
     tokens = dataset.read(split, first + document["first_token"], document["tokens"])
     return load_from_dataset(dataset.path).decode(tokens[tokens != dataset.eot_id].tolist())
 
 
 def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[int, int]:
-    """Return the number of a document in its split, and the place of its first token in the split's stream.
+    """Return the number of a document in its split, and that of its first token in the split's stream, from 0.
 
-    Raises UsageError if the shard or the document does not exist.
+    shard: a name, as "train-00000". index: the document's number in it. Raises UsageError if there is none.
     """
     before = 0
     for candidate in dataset.manifest.shards:

@@ -100,7 +100,11 @@ def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: VerifyR
 
 
 def _check_tokens(path: Path, shard: Shard, manifest: Manifest, index: Index, report: VerifyReport) -> None:
-    """Compare the hash of a .bin file, and check its token ids and EOTs, 16 MiB at a time. Problems are reported."""
+    """Read a .bin file in pieces of 16 MiB, and add its problems to the report.
+
+    A problem is a hash that differs from the manifest's, an id outside the vocabulary, or an EOT that is not exactly at
+    the end of each document in the index.
+    """
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     eot_id, vocab_size = manifest.tokenizer.eot_id, manifest.tokenizer.vocab_size
     ends = index.offsets_bytes // dtype.itemsize + index.lengths - 1

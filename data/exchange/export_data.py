@@ -37,7 +37,10 @@ def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int
 
 
 def _export_nanogpt(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """Write a split as one file of token ids without a header. Returns [its path]."""
+    """Write a split as one file of token ids without a header. Returns a list with its path.
+
+    shard_tokens is not used: nanoGPT has one file per split.
+    """
     with open(folder / f"{split}.bin", "wb") as stream:
         for shard in dataset.manifest.shards:
             if shard.split == split:
@@ -47,7 +50,10 @@ def _export_nanogpt(dataset: TokenDataset, split: str, folder: Path, shard_token
 
 
 def _export_megatron(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """Write one .bin and .idx pair for the complete split, as Megatron's --data-path expects. Return both paths."""
+    """Write a split as one pair of .bin and .idx, as Megatron's --data-path expects. Return both paths.
+
+    shard_tokens is not used.
+    """
     (binary,) = _export_nanogpt(dataset, split, folder, shard_tokens)
     name = f"{split}_text_document"
     os.replace(binary, folder / f"{name}.bin")
@@ -60,7 +66,7 @@ def _export_megatron(dataset: TokenDataset, split: str, folder: Path, shard_toke
 
 
 def _export_llmc(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """Write the files of a split in llm.c's format, and return their paths.
+    """Write a split as files of shard_tokens tokens in llm.c's format, and return their paths.
 
     In llm.c EOT is before each document and not after it, so the stream of tokens is shifted by one.
     """
@@ -82,7 +88,10 @@ def _export_llmc(dataset: TokenDataset, split: str, folder: Path, shard_tokens: 
 
 
 def _export_mds(dataset: TokenDataset, split: str, folder: Path, shard_tokens: int) -> list[Path]:
-    """Write a split as an MDS dataset, one sample per document. Returns [its folder]."""
+    """Write a split as an MDS dataset, one sample per document. Returns a list with its folder.
+
+    shard_tokens is not used.
+    """
     documents = sum(shard.documents for shard in dataset.manifest.shards if shard.split == split)
     starts, lengths = dataset.document_spans(split, 0, documents)
     spans = zip(starts.tolist(), lengths.tolist(), strict=True)

@@ -200,6 +200,6 @@ def without_empty(tokens: Tokens, eot_id: int) -> Run:
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raise UsageError if a type is given and is none of DTYPES."""
+    """Raise UsageError if a type of tokens is given and is not one of uint16, uint32, int32 and int64."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"The token type {dtype!r} does not exist: choose one of {', '.join(DTYPES)}.")

@@ -79,7 +79,10 @@ def import_data(
 def _copied(
     train: Sequence[str], val: Sequence[str], folder: Path, tokenizer: Tokenizer, options: ImportOptions
 ) -> tuple[str, list[Shard]]:
-    """Copy the documents of all files into shards. Return the type of the tokens and the shards."""
+    """Copy the documents of all files into shards in `folder`. Return (type of the tokens, shards).
+
+    The type is "uint16" if all ids of the tokenizer fit into it, otherwise "uint32".
+    """
     dtype, shards = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", list[Shard]()
     for split, paths in (("train", train), ("val", val)):
         writer = ShardWriter(folder, split, dtype, options.shard_tokens)

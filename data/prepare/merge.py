@@ -55,13 +55,13 @@ class MergeCounts:
 
 
 class FinishedUnits:
-    """The set of units that have been encoded. The thread that merges waits for them here."""
+    """The work units that have been encoded. The thread that merges their outputs waits for them here."""
 
     def __init__(self) -> None:
         self._numbers, self._changed, self._closed = set[int](), threading.Condition(), False
 
     def add(self, number: int) -> None:
-        """Mark a unit as finished."""
+        """Mark work unit `number` as finished, and wake the threads that wait for it."""
         with self._changed:
             self._numbers.add(number)
             self._changed.notify_all()
@@ -102,7 +102,10 @@ class Merge:
         self._dropped = self._duplicates() if dedup else None
 
     def few(self) -> bool:
-        """Return whether fewer than 100 documents are kept, which are too few to split them by hash."""
+        """Return whether fewer than 100 documents are kept, which are too few for a split by hash.
+
+        Waits until the units that it counts are encoded.
+        """
         documents = -self.counts.duplicates
         for unit in self.units:
             documents += self._documents(unit)
@@ -150,9 +153,9 @@ class Merge:
         return os.path.getsize(unit_path(self.folder, unit, ".docs")) // DOCUMENT.itemsize
 
     def _tables(self) -> Iterator[tuple[int, Numbers, Table]]:
-        """Yield, for each unit, its number, the numbers of its documents (n,) counted through all units, and its table.
+        """Yield (number of the unit, numbers of its documents, table) for each work unit. Waits until it is finished.
 
-        The table (n,) has the dtype DOCUMENT.
+        Documents are numbered through all units, (n,). The table (n,) has the dtype DOCUMENT: tokens and hash of each.
         """
         first = 0
         for unit in self.units:
@@ -217,7 +220,10 @@ class Merge:
         return dropped
 
     def _write_hashes(self, names: list[Path], record: np.dtype[np.void]) -> None:
-        """Write the hash and the number of each document to one of 256 files, chosen by the first byte of the hash."""
+        """Write (hash, number) of each document to one of 256 files, chosen by the first byte of the hash.
+
+        names: the files. record: the dtype of what is written.
+        """
         with ExitStack() as stack:
             files = [stack.enter_context(open(name, "wb", BUCKET_BUFFER_BYTES)) for name in names]
             held, documents = list[npt.NDArray[np.void]](), 0
@@ -234,7 +240,7 @@ class Merge:
 
 
 def _write_by_bucket(rows: npt.NDArray[np.void], files: Sequence[IO[bytes]]) -> None:
-    """Append each row to the file that the first byte of its hash chooses."""
+    """Append each row to one of 256 files, which the first byte of its hash chooses. rows (n,): high, low, number."""
     for file, chosen in zip(files, by_bucket(rows["high"]), strict=True):
         if len(chosen):
             file.write(rows[chosen].tobytes())
@@ -252,7 +258,7 @@ def _join(parts: list[tuple[Numbers, DocumentRun]]) -> tuple[Numbers, DocumentRu
 
 
 def _copy(run: DocumentRun, chosen: npt.NDArray[np.bool_] | slice, writer: ShardWriter) -> None:
-    """Copy the chosen documents of a run to a writer. `chosen` is a mask (n,) or a slice."""
+    """Copy some documents of a run to a writer. chosen: which, as a mask (n,) or a slice."""
     writer.copy(run.data, run.offsets_bytes[chosen], run.table["tokens"][chosen])
 
 

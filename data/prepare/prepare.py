@@ -70,7 +70,7 @@ LISTED_FILES = 1000  # the manifest lists at most this many files that were skip
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Options that apply when work units are merged. They do not change the tokens of a unit; see `prepare`."""
+    """Options of `prepare` that decide where documents go (split, shard, order), but do not change their tokens."""
 
     val_fraction: float = VAL_FRACTION
     shard_tokens: int = SHARD_TOKENS
@@ -79,7 +79,7 @@ class MergeOptions:
     shuffle_seed: int | None = None
 
     def check(self) -> None:
-        """Raise UsageError if a number is out of range."""
+        """Raise UsageError if val_fraction, shard_tokens or skip_bad is out of range."""
         if not 0 <= self.val_fraction < 1:
             raise UsageError(f"val_fraction must be at least 0 and less than 1, not {self.val_fraction}.")
         if self.shard_tokens < 1 or self.skip_bad < 0:
@@ -220,7 +220,10 @@ class Corpus:
 
 
 class _Preparation:
-    """One call of `prepare`: finds the sources; plans, encodes and merges the work units. Lock the folder before."""
+    """One call of `prepare`: finds the sources; plans, encodes and merges the work units.
+
+    The caller must lock the folder before it calls `plan`.
+    """
 
     def __init__(self, folder: Path, corpus: Corpus, tokenizer: str | Tokenizer, options: MergeOptions):
         self.folder, self.corpus, self.options, self.units_folder = folder, corpus, options, folder / FOLDER
@@ -232,7 +235,10 @@ class _Preparation:
         self.finished = FinishedUnits()
 
     def plan(self) -> None:
-        """Write the tokenizer and the list of work units into the folder."""
+        """Divide the sources into work units, and write the list of units and the tokenizer into the folder.
+
+        Raises UsageError if the folder has another list from an interrupted run.
+        """
         self.tokenizer_file = self.tokenizer.save(self.folder)
         train, val = (copy_streams(found.sources, self.units_folder) for found in (self.sources, self.val_sources))
         train_units, train_state = plan_units(train)
@@ -284,7 +290,7 @@ class _Preparation:
         return len(units)
 
     def _receipts(self) -> list[Receipt]:
-        """Return the receipts of all finished units, including those of other tasks."""
+        """Return the records of all work units that have been encoded completely, including those of other tasks."""
         receipts = [load_receipt(self.units_folder, unit.number) for unit in self.job.units]
         return [receipt for receipt in receipts if receipt is not None]
 

@@ -13,7 +13,7 @@ from packspeed.data.prepare.units import UNIT_BYTES, Receipt, Unit
 
 @dataclass
 class PrepareProgress:
-    """The progress so far. Work units that earlier runs of the same command finished are included."""
+    """The progress of `packspeed prepare` so far. Work that earlier runs of the same command finished is included."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -27,9 +27,9 @@ class PrepareProgress:
 
 
 class ProgressMeter:
-    """Adds up the reports of all workers, and calls `report` with the total after each.
+    """Adds up what all workers report, and calls `report` with the total after each of their reports.
 
-    units: all work units. done: the receipts of those that are finished already.
+    units: all work units. done: the receipts (counts) of those that are finished already.
     """
 
     def __init__(self, units: list[Unit], done: list[Receipt], report: Callable[[PrepareProgress], None] | None):
@@ -47,7 +47,7 @@ class ProgressMeter:
             setattr(self.now, field.name, getattr(self.now, field.name) + getattr(counts, field.name))
 
     def add(self, counts: Counts) -> None:
-        """Add what a worker has encoded since its last report."""
+        """Add what a worker has encoded since its last report to `now`, and call `report`."""
         self._count(counts)
         now, self.new_tokens = self.now, self.new_tokens + counts.tokens
         # The progress inside unfinished units is estimated from their text, for all workers together at most one unit.

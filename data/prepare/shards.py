@@ -131,7 +131,7 @@ class ShardWriter:
         return self._folder / (self._name + suffix)
 
     def _finish(self, stream: IO[bytes]) -> None:
-        """Sync the current shard, write its index, and rename both files to their final names."""
+        """Sync the current .bin file (`stream`), write its .idx file, and rename both to their final names."""
         with stream:
             sync_stream(stream)
         lengths = np.array(self._lengths, dtype=np.int32)

@@ -81,7 +81,10 @@ def _write_buckets(
 
 
 def by_bucket(keys: npt.NDArray[np.uint64]) -> list[npt.NDArray[np.intp]]:
-    """Return, for each value of a key's first byte, the indices of the keys that have it, in ascending order."""
+    """Return, for each of the 256 values of a key's first byte, the indices of the keys that have it, ascending.
+
+    keys: (n,). The result has 256 arrays.
+    """
     first_bytes = (keys >> np.uint64(56)).astype(np.uint8)
     order = np.argsort(first_bytes, kind="stable")
     return np.split(order, np.cumsum(np.bincount(first_bytes, minlength=BUCKETS))[:-1])

@@ -44,7 +44,7 @@ WRITE_BUFFER_BYTES = 2**20
 
 @dataclasses.dataclass
 class Counts:
-    """How much was encoded since the last report."""
+    """How many documents, bytes of text and tokens were encoded since the last report."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -56,10 +56,10 @@ ReportCounts = Callable[[Counts], None]
 
 
 class UnitWorker:
-    """Processes work units of one run of `prepare`, with one encoder.
+    """Encodes work units (parts of the source text) of one run of `prepare`, with one encoder.
 
-    folder: where the units' files are. skip_bad: how many bad documents each unit may skip. choice: the
-    library that encodes.
+    folder: where the units' files are. skip_bad: how many bad documents each unit may skip. choice: the library that
+    encodes.
     """
 
     def __init__(self, folder: Path, job: Job, tokenizer: Tokenizer, skip_bad: int, choice: Choice = "auto"):
@@ -67,9 +67,10 @@ class UnitWorker:
         self.encoder = Encoder(tokenizer, choice)
 
     def do(self, unit: Unit, report: ReportCounts) -> Receipt:
-        """Process one unit and return its receipt. report: called with the counts after each megabyte of text.
+        """Encode one unit, write its files and return its receipt (counts).
 
-        Raises DataError if there are too many bad documents. After an error none of the unit's files exists.
+        report: called after each megabyte of text. Raises DataError if there are too many bad documents. After an error
+        none of the unit's files exists.
         """
         tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
         path = unit_path(self.folder, unit.number, ".bin")
@@ -130,14 +131,14 @@ class UnitWorker:
 
 
 class _OpenDocument:
-    """The document whose last piece has not been read yet: its number of tokens and the hash of its bytes so far."""
+    """A document of which only some pieces have been read: the number of tokens and the hash of the bytes so far."""
 
     def __init__(self) -> None:
         self.tokens, self.hash = 0, xxhash.xxh3_128(seed=HASH_SEED)
         self.began = False
 
     def continues(self, document: Document) -> bool:
-        """Return whether an empty last piece ends a document that had text in earlier pieces."""
+        """Return whether an empty last piece ends a document that had text in earlier pieces. document: is not used."""
         return self.began
 
     def rows(self, pieces: list[Document], lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -185,7 +186,10 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def main(folder: Path, skip_bad: int, choice: Choice) -> None:
-    """Run a worker process: read numbers of units from stdin, and write messages (worker_pool.Message) to stdout."""
+    """Run a worker process for the folder of units `folder`: read numbers of units from stdin, and encode them.
+
+    Messages (worker_pool.Message) go to stdout, one JSON line each. skip_bad, choice: as in UnitWorker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
 
     def send(**message: object) -> None:

@@ -68,7 +68,10 @@ class DocumentRun:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the sources. bytes: its size in the (possibly compressed) source files; an estimate for downloads."""
+    """A work unit: a part of the sources that one process encodes.
+
+    bytes: its size in the source files, which may be compressed; an estimate for downloads.
+    """
 
     number: int
     bytes: int
@@ -77,7 +80,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The counts of a finished unit."""
+    """What was counted in a work unit. Its file exists only after the unit was encoded completely."""
 
     documents: int
     empty_documents: int
@@ -108,7 +111,7 @@ class Job:
 
 
 class SourceRecord(TypedDict):
-    """A Source as job.json stores it; see read/sources.py."""
+    """A Source (a file, URL or Hub dataset, or a part of it) as job.json stores it; see read/sources.py."""
 
     name: str
     kind: str
@@ -120,7 +123,7 @@ class SourceRecord(TypedDict):
 
 
 class UnitRecord(TypedDict):
-    """A Unit as job.json stores it."""
+    """A Unit (a part of the sources that one process encodes) as job.json stores it."""
 
     number: int
     bytes: int
@@ -176,7 +179,7 @@ def _state(source: Source) -> str:
 
 
 def _parts(source: Source) -> Iterator[tuple[Source, int]]:
-    """Yield (part of a source, size in bytes). A source that cannot be divided, or is small, is one part."""
+    """Yield (part of a source, size in bytes), about 32 MiB each. A source that cannot be divided is one part."""
     if source.kind == "hub":
         for shard in range(open_hub(source.name).num_shards):
             yield dataclasses.replace(source, start=shard, end=shard + 1), UNIT_BYTES
@@ -251,7 +254,7 @@ def save_job(folder: Path, job: Job) -> None:
 
 
 def load_job(folder: Path) -> Job:
-    """Return the job that job.json in a folder of units describes. Raises DataError if the file is damaged."""
+    """Return the job that job.json in a folder of units describes. Raises DataError if it cannot be read."""
     raw = _read_job(folder / JOB)
     return Job(
         units=[
@@ -283,7 +286,7 @@ def _read_json(path: Path) -> Any:
 
 
 def unit_path(folder: Path, number: int, suffix: str) -> Path:
-    """Return the path of a unit's file. suffix: ".bin", ".docs" or ".json"."""
+    """Return the path of a file of work unit `number`: ".bin" (tokens), ".docs" (documents) or ".json" (counts)."""
     return folder / f"{number:08d}{suffix}"
 
 
@@ -306,6 +309,6 @@ def load_receipt(folder: Path, number: int) -> Receipt | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of unfinished units from a folder of units."""
+    """Remove the temporary files (*.tmp) of units that were not finished. folder: where the units' files are."""
     for path in folder.glob(f"*{temporary(Path('x')).suffix}"):
         path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from packspeed.data.prepare.units import Receipt, Unit
 
 
 class Message(TypedDict, total=False):
-    """One JSON line of a worker. It has `ready`, or `counts`, or `done` and `receipt`, or `error` and `exit_code`."""
+    """One JSON line of a worker process: `ready`, `counts`, `done` with `receipt`, or `error` with `exit_code`."""
 
     ready: bool
     counts: dict[str, int]  # the fields of Counts since the last message
@@ -31,9 +31,9 @@ class Message(TypedDict, total=False):
 
 
 class WorkerPool:
-    """A number of worker processes, which are killed at the end of the `with` block.
+    """Worker processes that encode work units. They are killed at the end of the `with` block.
 
-    folder: where the units' files are. skip_bad, encoder: see `prepare`.
+    folder: where the units' files are. skip_bad, encoder: as in `prepare`.
     """
 
     def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str):

@@ -94,7 +94,7 @@ class TextKeys:
         return SEPARATOR.join(filter(None, texts)) if texts else None
 
     def columns(self, names: Sequence[str]) -> list[str]:
-        """Return the keys that a table with these columns has. A column `meta` provides the key `meta.text` too."""
+        """Return those of the keys that a table has. names: its columns. A column `meta` has key `meta.text` too."""
         return [key for key in self.keys if key in names or key.split(".")[0] in names]
 
 

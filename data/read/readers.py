@@ -62,7 +62,7 @@ def unreadable(source: Source, error: OSError) -> DataError:
 
 
 def _read(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """Yield the documents of a source with the reader of its format."""
+    """Yield the documents of a source whose format (`kind`) is known, with the reader of that format."""
     if source.kind == "text":
         return _read_text(source, tally)
     if source.kind == "lines":
@@ -76,7 +76,10 @@ def _read(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
 
 
 def _read_text(source: Source, tally: Tally) -> Iterator[Document]:
-    """Yield a file as one document. If it is not UTF-8 text, it is skipped, or refused if the user gave it by name."""
+    """Yield the text of a file as one document, in pieces if it is long.
+
+    A file that is not UTF-8 is skipped if it was found in a folder, and counted as bad if the user gave it by name.
+    """
     chunks = _without_mark(read_chunks(source))
     held, size = list[bytes](), 0
     for chunk in chunks:
@@ -261,7 +264,10 @@ def _hub_error(name: str, error: Exception) -> DataError:
 
 
 def _read_hub(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """Yield one document per row of those shards of a Hub dataset that `source` covers."""
+    """Yield one document per row of shards source.start .. source.end - 1 of a Hub dataset.
+
+    source: an end of -1 means the last shard. keys: where a row has its text. tally: counts skipped rows.
+    """
     stream = open_hub(source.name)
     shards = range(stream.num_shards)[source.start : source.end if source.end >= 0 else None]
     for shard in shards:

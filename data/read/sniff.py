@@ -32,9 +32,10 @@ _RECORDS = re.compile(rb'\s*(\[\s*)?\{\s*("|\})')
 
 
 def sniffed(source: Source) -> Source:
-    """Return the source with its format detected: `kind` is not "unknown", and is "lines" if a JSON file has lines.
+    """Return the source with its format detected from its first bytes, if its name does not reveal it.
 
-    Raises DataError if the source is binary data of no known format.
+    A JSON file with one object per line gets the kind "lines". Raises DataError if it is binary data of no known
+    format.
     """
     if source.kind not in ("unknown", "json"):
         return source
@@ -68,7 +69,10 @@ def _head(source: Source) -> bytes:
 
 
 def _kind(source: Source, head: bytes) -> str:
-    """Return the format that the first bytes show: a binary one, or json or text. Raises DataError for other data."""
+    """Return the format of a file that begins with `head`: a binary one, or "json" or "text".
+
+    Raises DataError if it is binary data of no known format.
+    """
     kind = next((kind for magic, kind in BINARY.items() if head.startswith(magic)), "")
     if kind and not (source.compression and kind in BINARY_FORMATS):
         return kind

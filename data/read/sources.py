@@ -189,7 +189,7 @@ class _Search:
         yield from sorted(names)
 
     def _add_from_store(self, url: str) -> None:
-        """Add the files that a URL names in a store that fsspec opens: a file, a folder or a glob."""
+        """Add the files that a URL of a store (as s3://) names: a file, the files of a folder, or those of a glob."""
         store = open_store(url)
         if store.is_file():
             self._add_named(url)
@@ -251,7 +251,7 @@ class _Search:
         return self.outside == path or self.outside in path.parents
 
     def _pass_over(self, name: str, reason: str) -> None:
-        """Record that a file is skipped."""
+        """Record in `result.passed_over` that a file is skipped, with the reason."""
         self.result.passed_over.append(f"{name}: {reason}")
 
 
@@ -277,7 +277,7 @@ class _SavedDatasets:
         return "not among the files that state.json lists"
 
     def ordered(self) -> list[str]:
-        """Return all names, with the files of a saved dataset in the order of its state.json."""
+        """Return all `names`, but the files of a saved dataset in the order in which its state.json lists them."""
 
         def key(name: str) -> tuple[PurePosixPath, int, str]:
             folder, base = os.path.split(name)

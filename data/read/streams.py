@@ -102,7 +102,7 @@ class _DamagedError(Exception):
 
 
 def _plain(raw: IO[bytes], source: Source) -> Iterator[bytes]:
-    """Yield the bytes of a file between the source's start and end."""
+    """Yield bytes source.start .. source.end - 1 of an open file in chunks. An end of -1: to the end of the file."""
     if source.start:
         raw.seek(source.start)
     left = source.end - source.start if source.end >= 0 else -1
@@ -145,7 +145,7 @@ def _zstd_pieces(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Join small pieces to chunks of at most CHUNK_BYTES, and cut larger pieces."""
+    """Join small pieces of bytes to chunks of up to a megabyte, and cut larger pieces."""
     held, size = list[bytes](), 0
     for piece in pieces:
         held.append(piece)

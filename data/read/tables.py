@@ -114,7 +114,10 @@ def _columns(source: Source, keys: TextKeys, names: list[str]) -> list[str]:
 
 
 def read_parquet(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """Yield one document per row of those row groups of a parquet file that `source` covers."""
+    """Yield one document per row of row groups source.start .. source.end - 1 of a parquet file.
+
+    An end of -1 means the last row group. keys: which columns have the text. tally: counts bad rows.
+    """
     import pyarrow.parquet
 
     with (
@@ -134,7 +137,7 @@ def read_parquet(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Docum
 
 
 def _batch_rows(group: Any) -> int:
-    """Return how many rows of a row group take about BATCH_BYTES, at most BATCH_ROWS."""
+    """Return how many rows of a parquet row group take about 16 MiB, at most 1,024."""
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(group.total_byte_size))))
 
 
@@ -208,9 +211,10 @@ def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], obj
 
 
 def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """Yield one document per row of those batches of an arrow file that `source` covers.
+    """Yield one document per row of batches source.start .. source.end - 1 of an arrow file; -1: all to the end.
 
-    The file is an IPC file or an IPC stream, which the `datasets` library writes.
+    The file is an IPC file or an IPC stream, which the `datasets` library writes. keys: which columns have the text.
+    tally: counts bad rows.
     """
     row = 0
     with _damage_named(source), _mapped(source) as pages:
@@ -297,7 +301,7 @@ def _open_arrow(pages: mmap.mmap) -> tuple[Any, Iterator[Any]]:
 
 
 def _valid_parts(batch: Any) -> Iterator[Any]:
-    """Yield a batch in parts of about BATCH_BYTES, checked. Raises ArrowInvalid if offsets lead outside the buffers."""
+    """Yield an arrow batch in parts of about 16 MiB. Raises ArrowInvalid if offsets lead outside the buffers."""
     import pyarrow
 
     rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))

@@ -26,7 +26,7 @@ LONGEST_HEADER = 2**16
 
 
 def read_warc(source: Source, tally: Tally) -> Iterator[Document]:
-    """Yield one document per record of extracted text.
+    """Yield one document per record of extracted text (conversion or plain-text resource). tally: counts bad ones.
 
     A file that has only web pages is skipped, or raises DataError if the user gave it by name. Raises DataError if the
     file is damaged.
@@ -116,7 +116,7 @@ def _damaged(source: Source, why: str) -> DataError:
 
 
 class _ChunkStream(io.RawIOBase):
-    """A readable stream over chunks of bytes."""
+    """A binary stream for reading whose content is the given chunks of bytes, one after another."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self._chunks, self._held = chunks, b""

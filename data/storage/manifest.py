@@ -103,7 +103,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of manifest.json."""
+    """The contents of the manifest.json of a dataset. dtype: of the token ids in its shards."""
 
     format: str
     version: int
@@ -263,7 +263,7 @@ def _check(manifest: Manifest, path: Path) -> None:
 
 
 def _shard_problem(shard: Shard, dtype: str) -> str:
-    """Return what contradicts itself in the description of a shard, or an empty text."""
+    """Return which of a shard's names or numbers contradict each other, as text for a message, or "" if none do."""
     if not re.fullmatch(r"(train|val)-[0-9]{5,20}", shard.name) or not shard.name.startswith(f"{shard.split}-"):
         return f"shard name {_short(shard.name)} in split {_short(shard.split)}"
     if not 0 < shard.documents <= shard.tokens <= shard.documents * LONGEST_TOKENS:

@@ -65,7 +65,10 @@ def read_file(path: Path) -> bytes:
 
 
 def hub_folder(name: str) -> Path:
-    """Download the tokenizer files of a Hub repository (owner/name) and return the local folder. Raises DataError."""
+    """Download the tokenizer files of a Hub repository (owner/name) and return the local folder.
+
+    Raises DataError if the download fails.
+    """
     import huggingface_hub
 
     try:
@@ -113,7 +116,10 @@ def from_vocabulary(file: Path, tokens: DocumentTokens) -> bytes:
 def _added_tokens(
     folder: Path, config: dict[str, Any], vocabulary: dict[str, int], tokens: DocumentTokens
 ) -> list[dict[str, Any]]:
-    """Return the `added_tokens` of the tokenizer.json for a model that has a vocab.json, sorted by id."""
+    """Return the `added_tokens` of a tokenizer.json for a model that has a vocab.json, sorted by id.
+
+    config: the content of tokenizer_config.json. tokens: EOT and BOS, which are added if the vocabulary has them.
+    """
     added = {i: {"content": c, "special": True} for c, i in read_json_object(folder / "added_tokens.json").items()}
     for token_id, token in (config.get("added_tokens_decoder") or {}).items():
         added[int(token_id)] = {"content": token["content"], "special": token.get("special") is True}

@@ -48,9 +48,10 @@ PATTERNS = {GPT2_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k"
 
 
 class Encoder:
-    """Encodes batches of texts with BOS and EOT. `name` is "gigatoken" or "tokenizer".
+    """Encodes batches of texts with BOS and EOT. Its `name` is "gigatoken" if that encodes, otherwise "tokenizer".
 
-    choice: the library to use. Raises UsageError if it is "gigatoken" and that is missing or lacks the pattern.
+    choice: the library to use. Raises UsageError if it is "gigatoken" and that is not installed or does not support the
+    tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, choice: Choice = "auto"):
@@ -221,7 +222,7 @@ def _known_ranks(tokenizer: Tokenizer) -> tuple[bytes, str] | None:
 
 
 def _head(text: bytes) -> bytes:
-    """Return the first CHECKED_BYTES of a text, without a divided character at their end."""
+    """Return the first 64 KiB of a text in UTF-8, without the part of a character that may be at their end."""
     return text[:CHECKED_BYTES].decode("utf-8", errors="ignore").encode("utf-8")
 
 

@@ -124,7 +124,10 @@ class JsonTokenizer:
         return self._full.decode(library_ids, skip_special_tokens=False)
 
     def as_ranks(self) -> tuple[bytes, str] | None:
-        """Return the content of an equivalent .tiktoken file and the pattern, or None if there is no equivalent."""
+        """Return the content of an equivalent .tiktoken file and the pattern that splits text into words.
+
+        Return None if there is no equivalent.
+        """
         return self._fast.as_ranks() if self._fast is not None else None
 
     def byte_ranks(self) -> dict[bytes, int]:
@@ -160,7 +163,10 @@ class JsonTokenizer:
         raise error(f"Tokenizer {self.name} {problem}. {self._choice('--eot-token')}")
 
     def _bos(self, tokens: DocumentTokens) -> str:
-        """Return the name of the token that begins documents. Raises UsageError if there is none, or if it is EOT."""
+        """Return the begin-of-text token's name: the one in `tokens`, or else the first of BOS_NAMES in the vocabulary.
+
+        Raises UsageError if there is none, or if it is EOT.
+        """
         name = _first(BOS_NAMES, self._ids) if tokens.bos is None else self._known(tokens.bos)
         if name is None:
             named = f"no token {tokens.bos!r}" if tokens.bos is not None else "no token that begins a text"
@@ -173,7 +179,7 @@ class JsonTokenizer:
         return name
 
     def _choice(self, option: str) -> str:
-        """Return a sentence for an error message that lists the special tokens. option: the option to name one."""
+        """Return a sentence for a message that lists the special tokens. option: which option names one."""
         special = [token["content"] for token in self._spec.get("added_tokens") or [] if token.get("special")]
         return f"Name one by {option}{': ' + ', '.join(special[:12]) if special else ''}."
 
@@ -246,7 +252,7 @@ class JsonTokenizer:
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:
-        """Return {id: bytes of the token's text}."""
+        """Return {id: the bytes that the token stands for} for the complete vocabulary."""
         added = {token["content"] for token in self._spec.get("added_tokens") or []}
         if _is_byte_level(self._spec.get("decoder")):
             return {i: _byte_level(token) if token not in added else token.encode() for token, i in self._ids.items()}

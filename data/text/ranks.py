@@ -130,7 +130,10 @@ class TiktokenTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def as_ranks(self) -> tuple[bytes, str]:
-        """Return the content of a .tiktoken file and the pattern, for encoders other than tiktoken."""
+        """Return the content of a .tiktoken file and the pattern that splits text into words.
+
+        Encoders other than tiktoken need both.
+        """
         return self._ranks_file, self.pattern
 
     def save(self, folder: Path) -> str:

@@ -86,9 +86,9 @@ def _build(ranks: dict[bytes, int], special: dict[str, int], pattern: str | None
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the pair of tokens that is merged to form each token, in order of rank.
+    """Return, for each token, the pair of tokens that is merged to form it, in order of rank.
 
-    Single bytes, and tokens that cannot be formed by merges, have no pair.
+    ranks: {bytes of a token: rank}. Single bytes, and tokens that cannot be formed by merges, have no pair.
     """
     pairs = []
     for token in sorted(ranks, key=ranks.__getitem__):

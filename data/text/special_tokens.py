@@ -67,9 +67,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _token(config: dict[str, Any], kind: str) -> str | int | None:
-    """Return the token of a kind ("eos" or "bos"): its name under `eos_token`, or else its id under `eos_token_id`.
+    """Return the token that ends ("eos") or begins ("bos") texts according to a parsed config file, or None.
 
-    Of a list of ids the first is taken. Return None if there is neither.
+    It is the name under `eos_token`, or else the id under `eos_token_id`, of a list the first.
     """
     token = config.get(f"{kind}_token")
     if isinstance(token, dict):

@@ -105,7 +105,10 @@ def load_tokenizer(
 
 
 def _load_ranks(spec: str, path: Path) -> Tokenizer:
-    """Load "bytes", a .tiktoken file or a vocabulary that tiktoken knows by name."""
+    """Load "bytes", a .tiktoken file or a vocabulary that tiktoken knows by name.
+
+    path: the same as `spec`. Raises UsageError if there is none, and DataError if it is damaged or a download fails.
+    """
     if spec == "bytes":
         return BytesTokenizer()
     if spec in ("gpt2", "r50k_base"):
@@ -147,7 +150,7 @@ def _chosen(named: DocumentTokens, eot_token: str | None, bos: bool, bos_token: 
 
 
 def _name(path: Path, spec: str) -> str:
-    """Return the name for a tokenizer: the Hub name, or the name of its folder or file."""
+    """Return the name for a tokenizer: the Hub name, or the name of its folder, or of its file without the suffix."""
     if spec.startswith(HUB):
         return spec.removeprefix(HUB)
     return path.resolve().name if path.is_dir() else path.stem
@@ -156,7 +159,7 @@ def _name(path: Path, spec: str) -> str:
 def load_from_dataset(folder: str | Path) -> Tokenizer:
     """Load the tokenizer that made a dataset from the files in the dataset's folder, without network access.
 
-    Raises DataError if the file is missing or is not the one that the manifest records.
+    Raises DataError if its file is missing or is not the one that the manifest records.
     """
     identity = load_manifest(folder).tokenizer
     path = Path(folder) / identity.file
@@ -248,7 +251,7 @@ def _from_tiktoken(name: str) -> Tokenizer:
 
 
 def _from_encoding(encoding: tiktoken.Encoding) -> Tokenizer:
-    """Return the Tokenizer of an encoding of tiktoken."""
+    """Return a Tokenizer with the vocabulary and the pattern of an encoding of the library tiktoken."""
     ranks_file = format_ranks(encoding._mergeable_ranks)
     return TiktokenTokenizer(
         encoding.name, ranks_file, encoding._pat_str, encoding.eot_token, encoding.max_token_value + 1
