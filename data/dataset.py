@@ -115,7 +115,7 @@ class TokenDataset:
     def read(self, split: str, start: int, length: int) -> Tokens:
         """Return a copy of tokens start .. start + length - 1 of a split's stream, (length,).
 
-        Raises IndexError if they are not all in the split, and DataError if an id is outside the vocabulary.
+        Raises IndexError if some of them are not in the split, and DataError if an id is outside the vocabulary.
         """
         return self.read_rows(split, [start], length).reshape(-1)
 
@@ -341,7 +341,7 @@ class TokenDataset:
 def changes(old: Sequence[DatasetDescription], new: Sequence[DatasetDescription]) -> list[str]:
     """Return the differences between the datasets of a checkpoint and the current ones, one text each, at most six.
 
-    old, new: the results of TokenDataset.describe for all datasets of a run. Empty if the tokens are the same.
+    old, new: the results of TokenDataset.describe for all datasets of a run. Return [] if the tokens are the same.
     """
     differences = [f"there were {len(old)} datasets, now {len(new)}"] if len(old) != len(new) else []
     for before, now in zip(old, new, strict=False):

@@ -58,7 +58,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Which tokens are in which row of one window of documents.
+    """Which tokens are in which row, for one window of 16,384 documents.
 
     A piece is a document or a part of one. The labels of piece i are lengths[i] tokens of the split's stream, from
     token starts[i] on. Row r has the pieces first_piece[r] .. first_piece[r + 1] - 1; first_piece is (rows + 1,).
@@ -113,8 +113,8 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
 class _OpenRows:
     """`rows` empty rows of seq_len positions to pack documents into, listed by the room that is left in them.
 
-    Bit n of `_mask` is set if some row has room for exactly n tokens, so the fullest row that fits is found by one bit
-    operation.
+    Bit n of `_mask` is set if some row has room for exactly n more tokens, so one bit operation finds the fullest row
+    that has room for a document.
     """
 
     def __init__(self, seq_len: int, rows: int):
@@ -150,7 +150,7 @@ class _OpenRows:
         return left
 
     def _take(self, room: int, size: int, count: int) -> list[int]:
-        """Put up to `count` documents of `size` tokens into rows that have exactly `room` tokens of room.
+        """Put up to `count` documents of `size` tokens each into rows that have room for exactly `room` more tokens.
 
         Return the row of each document placed.
         """

@@ -188,7 +188,10 @@ class RemoteDataset(TokenDataset):
         return folder
 
     def describe(self) -> list[DatasetDescription]:
-        """Return what a checkpoint records about this dataset, with the URL as its path."""
+        """Return a list of one: what a checkpoint stores about this dataset, with the URL as its path.
+
+        See TokenDataset.describe.
+        """
         (description,) = super().describe()
         description["path"] = self.url
         return [description]
@@ -218,7 +221,10 @@ class RemoteDataset(TokenDataset):
         return self.cache.get(f"{self.fingerprint}/{name}", *size_and_hash, lambda: self._remote(name))
 
     def _map(self, split: str, number: int) -> Tokens:
-        """Return the tokens of shard `number` of a split, mapped into memory. Fetch the shard first if needed."""
+        """Return all tokens of shard number `number` of a split, (n,), mapped into memory.
+
+        Fetch the file first if the cache does not have it.
+        """
         shards = self._shards[split]
         name = shards[number].name
         tokens = self._maps.get(name)

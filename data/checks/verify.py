@@ -76,7 +76,10 @@ def _check_tokenizer(folder: Path, manifest: Manifest, report: VerifyReport) -> 
 
 
 def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: VerifyReport) -> None:
-    """Check one shard and add its problems and sizes to the report. Raises DataError or OSError if it is unreadable."""
+    """Check the .bin and .idx file of one shard, and add their problems and sizes to the report.
+
+    Raises DataError or OSError if a file is missing, truncated or unreadable.
+    """
     shard_path, index_path = folder / f"{shard.name}.bin", folder / f"{shard.name}.idx"
     if shard_path.stat().st_size != shard.bin_bytes:
         raise DataError(

@@ -115,9 +115,10 @@ def _content(folder: Path, shard: dict[str, Any]) -> bytes:
 
 
 def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:
-    """Return the bytes of column number `wanted` of a sample.
+    """Return the bytes of column number `wanted` of a sample. sample: its bytes in the shard.
 
-    sizes: the fixed size of each column, or None. The sizes of the others are at the start of the sample.
+    sizes: for each column its fixed size in bytes, or None. The sizes of columns without a fixed one are at the start
+    of the sample.
     """
     dynamic = [i for i, size in enumerate(sizes) if not size]
     heads = dict(zip(dynamic, np.frombuffer(sample, "<u4", len(dynamic)).tolist(), strict=True))

@@ -26,9 +26,9 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 @dataclass(frozen=True)
 class MegatronPair:
-    """A .bin and .idx pair with n documents and m sequences.
+    """A pair of a .bin and an .idx file with n documents, which consist of m sequences.
 
-    tokens: all tokens, mapped into memory. documents (n + 1,), sequences (m + 1,): the place of the first token of
+    tokens: all tokens, mapped into memory. documents (n + 1,), sequences (m + 1,): the number of the first token of
     each, and the number of all tokens as the last entry.
     """
 
@@ -38,7 +38,10 @@ class MegatronPair:
     sequences: npt.NDArray[np.int64]
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """Yield ranges of documents, (first, end), that have about 4 million tokens each, or one longer document."""
+        """Yield (first, end) for ranges of documents first .. end - 1 that have about 4 million tokens.
+
+        A longer document is a range of its own.
+        """
         first, last = 0, len(self.documents) - 1
         while first < last:
             fits = int(np.searchsorted(self.documents, self.documents[first] + PIECE_TOKENS, side="right")) - 1

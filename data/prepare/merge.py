@@ -165,7 +165,7 @@ class Merge:
             first += len(table)
 
     def _in_order(self) -> Iterator[DocumentRun]:
-        """Yield the documents that are kept in the order of their units."""
+        """Yield the documents that are kept, in the order of the sources (that is, of their work units)."""
         for _, run in self._numbered():
             yield run
 

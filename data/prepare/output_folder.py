@@ -55,7 +55,10 @@ def claimed_folder(folder: Path, *, overwrite: bool = False, shared: bool = Fals
 
 
 def _locked(folder: Path, overwrite: bool, shared: bool) -> FileLock:
-    """Check a folder, lock it and return the lock. Raises UsageError if the folder cannot be used."""
+    """Check and lock the folder for a dataset, and return the lock. shared: several tasks may hold it.
+
+    overwrite: the folder may contain a dataset. Raises UsageError if it contains other files or is in use.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_contents(folder, overwrite)

@@ -185,7 +185,7 @@ def prepare_part(
 
 @dataclass(frozen=True)
 class Corpus:
-    """Which files to read and how; the fields are arguments of `prepare`."""
+    """The sources of a dataset and how to read them; the fields are arguments of `prepare`."""
 
     sources: Sequence[str]
     text_key: str | Sequence[str] = "text"
@@ -264,20 +264,19 @@ class _Preparation:
         task: tuple[int, int] = (0, 1),
         only_merge: bool = False,
     ) -> int:
-        """Encode the work units of one task that have no receipt yet, and return the number of all units of the task.
+        """Encode those work units of one task that are not finished yet. Return the number of all units of the task.
 
-        task: (task_index, task_count). Task i of n has every n-th unit, from unit i on. Units that are finished already
-        are kept from an earlier call. workers: the number of processes. progress: is called with the state from time to
-        time. Raises UsageError if only_merge is set and a unit is not finished, and DataError
-        if there are too many bad documents.
+        task: (task_index, task_count). Task i of n has every n-th unit, from unit i on. workers: the number of
+        processes. progress: called with the state from time to time. only_merge: encode nothing. Raises UsageError if
+        only_merge is set and a unit is not finished, and DataError if there are too many bad documents.
         """
         units = self.job.units[task[0] :: task[1]]
         receipts = {unit.number: load_receipt(self.units_folder, unit.number) for unit in units}
         todo = [unit for unit in units if receipts[unit.number] is None]
         if only_merge and todo:
             raise UsageError(
-                f"{len(todo)} of {len(units)} units of {self.folder} are not done (the first is {todo[0].number}). "
-                f"Run the missing tasks, then merge again."
+                f"{len(todo)} of {len(units)} work units of {self.folder} are not done (the first is number "
+                f"{todo[0].number}). Run the tasks (--task-index) that were not run or failed, then merge again."
             )
         meter = ProgressMeter(units, [r for r in receipts.values() if r], progress)
         bad = self._check_bad(sum(receipt.bad for receipt in self._receipts()))
@@ -306,7 +305,10 @@ class _Preparation:
     def _run(
         self, units: list[Unit], workers: int, encoder: Choice, meter: ProgressMeter
     ) -> Iterator[tuple[int, Receipt]]:
-        """Encode units in this process or in worker processes. Yield (number, receipt) of each when it is finished."""
+        """Encode work units in this process or, if workers > 1, in worker processes.
+
+        Yield (number of the unit, its receipt) when one is finished. meter: gets the counts for the progress.
+        """
         workers = min(workers, len(units))
         # A single worker runs in this process, which saves the 0.3 s that a worker process takes to start.
         if workers > 1:

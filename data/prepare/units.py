@@ -94,7 +94,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Job:
-    """A run of `packspeed prepare`: its work units, and everything that determines their tokens."""
+    """What one `packspeed prepare` does: its work units (parts of the sources), and what determines their tokens."""
 
     units: list[Unit]
     train_units: int  # how many units belong to the sources; those after them belong to the validation sources

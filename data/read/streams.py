@@ -211,7 +211,7 @@ class _LongLine:
 
 
 def is_stream(source: Source) -> bool:
-    """Return whether a source can be read only once and has no copy yet: standard input or a pipe."""
+    """Return whether a source can be read only once (standard input or a pipe) and has no local copy yet."""
     if source.name == STDIN:
         return not source.copy
     if source.copy or source.kind == "hub" or is_url(source.name):

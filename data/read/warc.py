@@ -93,7 +93,7 @@ def _document(
 
 
 def _body(stream: IO[bytes], size: int, source: Source) -> Iterator[bytes]:
-    """Yield the next `size` bytes of the stream in chunks. Raises DataError if there are fewer."""
+    """Yield the next `size` bytes of the stream in chunks. Raises DataError, naming the source, if there are fewer."""
     while size:
         chunk = stream.read(min(size, CHUNK_BYTES))
         if not chunk:

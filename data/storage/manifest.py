@@ -207,7 +207,10 @@ def _defaults(record: Any) -> set[str]:
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:
-    """Return a parsed JSON value as the type `hint`. Raises DataError that names the place if it is of another type."""
+    """Return a parsed JSON value, checked to be of the type `hint`. where: its place, for the message.
+
+    A dataclass is built from an object. Raises DataError if the value is of another type.
+    """
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build_record(hint, raw, where)
     if get_origin(hint) is list and isinstance(raw, list):
@@ -276,7 +279,7 @@ def _shard_problem(shard: Shard, dtype: str) -> str:
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Check that all files of a dataset exist and have the right sizes, and that each index fits its shard.
 
-    Reads 34 bytes per shard. Raises DataError.
+    Reads 34 bytes per shard. Raises DataError for the first file that is wrong.
     """
     # In groups, because all files of thousands of shards would exceed the limit of open files.
     for first in range(0, len(manifest.shards), OPEN_FILES):

@@ -198,7 +198,10 @@ class _Gigatoken:
         if len(ends) != len(texts):
             if joined.count(mark) != len(texts):
                 return None
-            raise DataError(f"gigatoken found {len(ends)} documents in {len(texts)}. Prepare with --encoder tiktoken.")
+            raise DataError(
+                f"gigatoken returned tokens with {len(ends)} document ends for {len(texts)} documents. Prepare with "
+                f"--encoder tiktoken."
+            )
         if _resident_bytes() > self._first_bytes + GROWTH_BYTES:
             self._tokenizer = None  # frees the old one first, so that two never exist at the same time
             self._tokenizer = self._load()
