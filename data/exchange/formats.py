@@ -121,7 +121,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _detect_folder(path: Path) -> SourceKind:
-    """Return the format of a folder of tokens. Raises UsageError if it cannot be imported."""
+    """Return the format of a folder of tokens ("mds"). Raises UsageError that says what it is if it is another one."""
     if _is_litdata(path):
         raise _litdata(path)
     if (path / "index.json").is_file():

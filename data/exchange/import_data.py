@@ -40,7 +40,7 @@ from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ImportOptions:
-    """The options of import_data for files that are copied and not linked."""
+    """The options of import_data that apply to token files which are copied (and not linked) into the dataset."""
 
     append_eot: bool = False  # add EOT to documents that do not end with it
     dtype: str | None = None  # of the tokens in files without a header; None: detect it

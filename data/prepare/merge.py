@@ -81,7 +81,7 @@ class FinishedUnits:
 
 
 class Merge:
-    """Merges the units with the numbers `units` in a folder of units.
+    """Merges the outputs of work units. folder: where they are. units: the numbers of these units.
 
     dtype: the type of the tokens. dedup: drop documents that equal an earlier one. shuffle_seed: shuffle the documents;
     None: keep their order. ready(number): waits until a unit is finished.
@@ -141,7 +141,7 @@ class Merge:
         return self.counts
 
     def runs(self) -> Iterator[DocumentRun]:
-        """Yield all documents that are kept, in the order that they have in the dataset."""
+        """Yield all documents that are kept, many at a time, in the order that they have in the dataset."""
         if self.shuffle_seed is None:
             yield from self._in_order()
         else:

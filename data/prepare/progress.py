@@ -13,7 +13,7 @@ from packspeed.data.prepare.units import UNIT_BYTES, Receipt, Unit
 
 @dataclass
 class PrepareProgress:
-    """The progress of `packspeed prepare` so far. Work that earlier runs of the same command finished is included."""
+    """The progress of `packspeed prepare` so far, including what earlier runs of the same command finished."""
 
     documents: int = 0
     empty_documents: int = 0

@@ -83,9 +83,10 @@ class ShardWriter:
         self._write(chunks, np.array([tokens], dtype=np.int64))
 
     def _write(self, chunks: Iterable[bytes | memoryview], lengths: Lengths) -> None:
-        """Write documents to the current shard, and finish the shard if it is full. Only the last document may fill it.
+        """Write documents to the current shard, and finish the shard if that fills it.
 
-        chunks: their bytes, in any pieces. lengths (n,): of the documents in tokens, with EOT.
+        All documents but the last must fit without filling the shard. chunks: their bytes, in any pieces. lengths (n,):
+        in tokens, with EOT.
         """
         if int(lengths.max()) > LONGEST_TOKENS:
             raise DataError(

@@ -57,7 +57,7 @@ def read_documents(sources: Iterable[Source], text_keys: str | Sequence[str], ta
 
 
 def unreadable(source: Source, error: OSError) -> DataError:
-    """Return the error to raise if a file cannot be opened or read."""
+    """Return the error to raise if a source file cannot be opened or read. It names the file and the reason."""
     return DataError(f"{source.name} cannot be read: {error.strerror or error}. Check the file.")
 
 

@@ -139,7 +139,7 @@ class _Search:
             raise UsageError(f"{spec} does not exist. Check the path; Hub datasets are written hf:owner/name.")
 
     def _add_named(self, name: str) -> None:
-        """Add a file that the user gave by name."""
+        """Add a file, a download URL or standard input (`-`) that the user gave by name."""
         self.result.sources.append(self._source(name, found=False))
 
     def _add_folder(self, folder: str) -> None:
@@ -200,7 +200,10 @@ class _Search:
         self._choose(_folder_of(url) if glob.has_magic(url) else url.rstrip("/"), names, store)
 
     def _choose(self, folder: str, names: list[str], store: Store | None = None) -> None:
-        """Add those of the files `names` below `folder` that contain text, and list the others with the reason."""
+        """Add those of the files `names` below `folder` that contain text, and record the others with the reason.
+
+        store: where the files are; None: on a local disk.
+        """
         names = [name for name in names if self._wanted(os.path.relpath(name, folder)) and not self._is_outside(name)]
         has_records = any(format_of(name).kind not in NO_RECORDS and not _is_state(name) for name in names)
         saved = _SavedDatasets(names, store)
@@ -320,7 +323,7 @@ def _dataset_folders(names: list[str], store: Store | None) -> set[str]:
 
 
 def _read(name: str, store: Store | None) -> bytes:
-    """Return up to a megabyte from the start of a file, or b"" if it cannot be read."""
+    """Return up to a megabyte from the start of a file, or b"" if it cannot be read. store: None for a local file."""
     try:
         if store is not None:
             return store.head(name, 2**20)

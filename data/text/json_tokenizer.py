@@ -84,7 +84,7 @@ class JsonTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Return the ids of several texts, one array (n,) each."""
+        """Return the ids of several texts, without EOT, one array (n,) each."""
         if self._fast is not None:
             return self._fast.encode_batch(texts)
         with _library_errors(self.name, "used"):
@@ -231,7 +231,7 @@ class JsonTokenizer:
         return ids
 
     def _no_token(self, token_id: int) -> DataError:
-        """Return the error for an id that no token has."""
+        """Return the error for an id that is not in the vocabulary, for use when ids are decoded."""
         return DataError(
             f"Tokenizer {self.name} has no token {token_id}, so it cannot decode these ids: use the tokenizer that "
             f"made them."

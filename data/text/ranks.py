@@ -94,7 +94,7 @@ class TiktokenTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Return the ids of several texts, one array (n,) each."""
+        """Return the ids of several texts, without EOT, one array (n,) each."""
         return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     @cached_property

@@ -41,7 +41,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[bytes, str]:
 
 
 def _build(ranks: dict[bytes, int], special: dict[str, int], pattern: str | None) -> bytes:
-    """Return the content of a tokenizer.json.
+    """Return the content of a tokenizer.json with a byte-level BPE.
 
     ranks: {bytes of a token: id}. special: {name: id} of special tokens. pattern: splits text into words; None: text is
     not split, which is right if the vocabulary has no merges.

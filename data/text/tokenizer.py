@@ -59,7 +59,7 @@ class Tokenizer(Protocol):
         """Return the ids of a text, without EOT. Special tokens in it are encoded as ordinary characters."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Return the ids of several texts, one array (n,) each."""
+        """Return the ids of several texts, without EOT, one array (n,) each."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the exact bytes that the ids stand for; EOT becomes its name. Raises DataError for an unknown id."""
