@@ -190,7 +190,7 @@ def test_native_kernels_are_built_once_and_by_several_at_once(tmp_path: Path, mo
 @pytest.mark.launch
 def test_without_a_compiler_auto_is_eager_and_says_so(tmp_path: Path) -> None:
     for compiler, cache, reason in (
-        ("/nowhere/c++", tmp_path, "does not start"),
+        ("/nowhere/c++", tmp_path, "cannot be started"),
         ("false", tmp_path, "cannot compile the C++ kernels"),
         ("c++", Path("/proc/nowhere"), "No such file or directory: '/proc/nowhere'"),
     ):

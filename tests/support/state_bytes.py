@@ -103,13 +103,33 @@ def measure(stage: int, precision: str, world: int) -> dict[str, float]:
     return {key: round(value / parameters, 5) for key, value in held.items()}
 
 
+def fill_with_zeros(name: str) -> None:
+    """Let torch.empty or torch.empty_like, whichever `name` is, return zeros.
+
+    A fake group writes nothing into the tensors that collectives should fill. Gradients would be whatever the memory
+    held before, and a step with a gradient that is not finite is dropped, before the optimizer has allocated its state.
+    """
+    original = getattr(torch, name)
+
+    def filled(*arguments: Any, **options: Any) -> torch.Tensor:
+        with torch.no_grad():
+            tensor: torch.Tensor = original(*arguments, **options)
+            return tensor.zero_()
+
+    setattr(torch, name, filled)
+
+
 def main() -> int:
     """Measure every stage and precision that the arguments name, in this process."""
     import many_runs
+    from deepspeed.runtime.zero import partition_parameters
 
     world, *rows = sys.argv[1:]
     many_runs.let_fp16_run()
     start_fake_group(int(world))
+    for name in ("empty", "empty_like"):
+        fill_with_zeros(name)
+    partition_parameters._orig_torch_empty = torch.empty  # where DeepSpeed keeps the function for ZeRO-3
     for row in rows:
         stage, precision = row.split(",")
         print("BYTES", json.dumps({"row": row} | measure(int(stage), precision, int(world))), flush=True)
