@@ -209,7 +209,7 @@ def _defaults(record: Any) -> set[str]:
 def _value(hint: Any, raw: object, where: str) -> Any:
     """Return a parsed JSON value, checked to be of the type `hint`. where: its place, for the message.
 
-    A dataclass is built from an object. Raises DataError if the value is of another type.
+    A dataclass is built from an object. Raises DataError if the value is of another type or impossible (_is_possible).
     """
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build_record(hint, raw, where)

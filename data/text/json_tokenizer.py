@@ -430,7 +430,11 @@ def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
 def _as_tiktoken(
     spec: dict[str, Any], plain: tokenizers.Tokenizer, eot_id: int, vocab_size: int
 ) -> TiktokenTokenizer | None:
-    """Return a tiktoken tokenizer that gives the same ids, or None unless the file has GPT-2's structure."""
+    """Return a tiktoken tokenizer that gives the same ids as `plain`, or None if there is none.
+
+    There is none if `spec`, the parsed tokenizer.json, lacks GPT-2's structure, if EOT is an ordinary token, or if the
+    two encode a test text differently.
+    """
     if not _has_gpt2_structure(spec):
         return None
     ranks = _ranks(spec)

@@ -79,7 +79,7 @@ class Rules:
 
 
 class SpanTokenizer(Protocol):
-    """The part of a tokenizer's interface that LongText needs, which encodes a long text in windows."""
+    """What LongText needs from a tokenizer in order to encode a long text window by window."""
 
     @property
     def rules(self) -> Rules | None:

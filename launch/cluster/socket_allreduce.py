@@ -172,7 +172,7 @@ def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
 
 
 def _read(connection: socket.socket, count: int) -> bytes:
-    """Read exactly `count` bytes. Raises RingError if the other host closes the connection before."""
+    """Read exactly `count` bytes. Raises RingError if the other host closes the connection first."""
     data = bytearray(count)
     _read_into(connection, memoryview(data))
     return bytes(data)

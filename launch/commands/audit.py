@@ -27,7 +27,7 @@ def audit(
         str | None,
         typer.Option(
             metavar="SHARD:INDEX",
-            help="List the steps that have read this document: its shard and its number in it, as in train-00000:17.",
+            help="List the steps that have read this document: shard and number in it, from 0, as in train-00000:17.",
         ),
     ] = None,
     source: Annotated[

@@ -81,8 +81,8 @@ def template(content: bytes) -> tuple[list[str], list[str]]:
 def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, JsonObject]:
     """Return (content of tokenizer.json, content of tokenizer_config.json) for `tokenizer`.
 
-    With them, transformers gives the ids on which the model was trained. Raises DataError if the tokenizers library
-    reads other ids from the file.
+    With them, transformers gives the ids on which the model was trained. Raises DataError if the tokenizers library,
+    with this tokenizer.json, gives a test text, EOT or BOS ids that differ from those of `tokenizer`.
     """
     content, eot = tokenizer_json(tokenizer)
     bos = None

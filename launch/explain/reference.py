@@ -208,7 +208,7 @@ def _yaml(value: Any) -> str:
 
 
 def _resume(key: str) -> str:
-    """Return the cell of a run-file key in the column "resume", such as "yes" or "no"."""
+    """Return the cell of a run-file key in the column "resume" of docs/run_file.md: "yes" if a resume may change it."""
     if key in RESUME_NOTES:
         return RESUME_NOTES[key]
     flat = {"data.sources[].weight": "data.weights"}.get(key, key.split("[]")[0])

@@ -43,8 +43,8 @@ def make_trainer(
 ) -> Trainer:
     """Return the Trainer of a run that continues after manifest["step"], where {"step": 0} means a new run.
 
-    A collective: every rank must call it. It does not change any file of the run. Once the self-check of a resume has
-    passed, open_run_files does.
+    A collective: every rank must call it. It changes no file of the run. The caller must then call open_run_files,
+    which does: on a resume, only after the self-check has passed.
     """
     step = manifest["step"]
     loader = make_loader_once(run, dataset, topology)
