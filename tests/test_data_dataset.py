@@ -110,7 +110,7 @@ def sparse_dataset(folder: Path, example: Path, tokens: int) -> None:
 
 
 def test_any_number_of_shards_is_read_without_open_files(folder: Path, tmp_path: Path) -> None:
-    sparse_dataset(tmp_path, folder, 300 * 2**28)
+    sparse_dataset(tmp_path, folder, 20 * 2**28)
     dataset, before = TokenDataset(tmp_path), len(os.listdir("/proc/self/fd"))
     for token in range(2**28 - 2, dataset.tokens("train") - 4, 2**28):
         assert dataset.read("train", token, 4).tolist() == [0, 0, 0, 0]

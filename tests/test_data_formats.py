@@ -379,6 +379,7 @@ def test_null_is_counted_apart(tmp_path: Path) -> None:
     assert (source.documents, source.null_documents, source.bad_documents) == (1, 2, 0)
 
 
+@pytest.mark.slow
 def test_repetitive_zstd_comes_in_bounded_chunks(tmp_path: Path) -> None:
     packed = zstandard.ZstdCompressor(level=19).compress(b"x" * 2**28)
     assert len(packed) < 2**15

@@ -140,6 +140,7 @@ def check_rounds(sound: Path, folder: Path, seed: int, rounds: int) -> Iterator[
             assert result == expected, (number, name)
 
 
+@pytest.mark.slow
 def test_damage_is_one_paragraph_or_changes_nothing(sound: Path, tmp_path: Path) -> None:
     messages = list(check_rounds(sound, tmp_path / "copy", seed=0, rounds=ROUNDS))
     assert len(messages) > ROUNDS / 2
@@ -150,6 +151,7 @@ def epoch_hashes(folder: Path, packing: PackedMode) -> list[str]:
     return [loader.batch_hash(step) for step in range(-(-loader.samples_per_epoch // 8))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["best_fit", "bos_aligned"])
 def test_a_flipped_byte_of_an_index_is_named_with_its_place(packing: PackedMode, sound: Path, tmp_path: Path) -> None:
     """Each byte of an index, so each field of it. None may change the curve in silence, now or after the repair."""

@@ -105,6 +105,7 @@ def test_rows_are_those_of_the_sources(folders: list[str], packing: str) -> None
             assert batch.global_used == batch.used.sum()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_ranks_and_any_resume_read_the_same(folders: list[str], data: st.DataObject) -> None:

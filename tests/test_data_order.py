@@ -136,6 +136,7 @@ def test_small_streams_are_tiled_too(tokens: int, seq_len: int, seed: int, shuff
         assert 0 <= epoch.min() <= epoch.max() <= tokens - seq_len - 1
 
 
+@pytest.mark.slow
 def test_any_access_agrees_with_reading_in_order() -> None:
     for tokens, seq_len, shuffle in ORDERS[:3]:
         order = Order(tokens, seq_len, 7, shuffle)

@@ -86,6 +86,7 @@ def test_forms_of_a_hostfile(tmp_path: Path, text: str, hosts: list[Host]) -> No
     assert read_hostfile(path) == hosts
 
 
+@pytest.mark.slow
 @given(
     content=st.one_of(
         st.binary(max_size=200), st.from_regex(r"([\w:.%\[\]-]* *(max_)?slots *= *\w*\s){1,4}").map(str.encode)

@@ -94,6 +94,7 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
     assert (generate(model, tokens, 1, top_p=1e-6)[:, -1] == ranked.indices[0]).all()
 
 
+@pytest.mark.slow
 def test_samples_follow_the_softmax() -> None:
     model = build().eval()
     tokens = prompt(1).expand(20_000, 6)

@@ -99,12 +99,14 @@ def test_compiled_blocks_give_the_eager_loss(graphs: Callable[[], int]) -> None:
     assert graphs() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_compiled_gradients(graphs: Callable[[], int]) -> None:
     assert_same(loss_and_gradients(build(kernels="compile")), loss_and_gradients(build(kernels="eager")))
     assert graphs() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_dropout_and_recomputation_need_no_graph_more(graphs: Callable[[], int]) -> None:
     fields = {"dropout": 0.2, "position": "rope", "mlp": "swiglu", "norm": "rmsnorm", "activation_checkpointing": 2}
@@ -113,6 +115,7 @@ def test_dropout_and_recomputation_need_no_graph_more(graphs: Callable[[], int])
     assert graphs() <= 2  # with and without recomputation
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_other_documents_need_no_other_graph(graphs: Callable[[], int]) -> None:
     compiled, eager = build(kernels="compile"), build(kernels="eager")

@@ -61,6 +61,7 @@ def test_each_environment_has_its_folder(root: Path, monkeypatch: pytest.MonkeyP
     assert "has one for py3-torch1, but this environment is py3-torch2" in lines_of(Builder("a"))[0]
 
 
+@pytest.mark.slow
 def test_the_reason_for_a_rebuild_is_printed(root: Path) -> None:
     ops.prepare_for_ops()
     lines_of(Builder("cflags = -O2\nrest"))
