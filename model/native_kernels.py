@@ -31,7 +31,7 @@ from torch import Tensor
 from packspeed.model.attention import Documents
 from packspeed.model.attention import attend as plain_attend
 from packspeed.model.reference_ops import activate as plain_activate
-from packspeed.model.reference_ops import add_norm, quantise
+from packspeed.model.reference_ops import add_norm, gradient_of_heads, quantise
 from packspeed.model.reference_ops import row_losses as plain_row_losses
 
 __all__ = ["activate", "add_norm", "attend", "build", "quantise", "rotate", "row_losses"]
@@ -179,14 +179,8 @@ class _Rotate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of x in one tensor: those of queries and keys, rotated back, and that of the values."""
-        (rope,), first = ctx.saved_tensors, grads[0]
-        d_x = first.new_empty((*first.shape[:2], sum(ctx.heads), first.size(3)))
-        for i, (grad, part) in enumerate(zip(grads, torch.split(d_x, ctx.heads, dim=2), strict=True)):
-            if i < 2:
-                _turn(grad, rope, -1.0, part)
-            else:
-                part.copy_(grad)
-        return d_x, None, None
+        (rope,) = ctx.saved_tensors
+        return gradient_of_heads(grads, ctx.heads, lambda grad, part: _turn(grad, rope, -1.0, part)), None, None
 
 
 def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:

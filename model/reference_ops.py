@@ -6,7 +6,7 @@ The Triton and C++ versions (triton_kernels.py, native_kernels.py) have the same
 these. With `model.kernels: eager` a run uses this file as it is, with `compile` through torch.compile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,21 @@ def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
     """
     parts = torch.split(x, list(heads), dim=2)
     return *(_rotate(part, rope) for part in parts[:2]), *parts[2:]
+
+
+def gradient_of_heads(grads: Sequence[Tensor], heads: list[int], turn_back: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """Return the gradient of the x of `rotate`, (B, T, sum of heads, D), for kernels that rotate in place.
+
+    grads: those of its results. turn_back(grad, part) writes the gradient of queries or keys, rotated back, to part.
+    """
+    first = grads[0]
+    d_x = first.new_empty((*first.shape[:2], sum(heads), first.size(3)))
+    for i, (grad, part) in enumerate(zip(grads, torch.split(d_x, heads, dim=2), strict=True)):
+        if i < 2:
+            turn_back(grad, part)
+        else:
+            part.copy_(grad)
+    return d_x
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packspeed.model.attention import attend as attend
+from packspeed.model.reference_ops import gradient_of_heads
 from packspeed.model.triton_fp8 import quantise as quantise
 
 NORM_ELEMENTS = 1 << 19  # elements that a norm's backward processes in parallel: 512 rows of 1,024 fill an H100
@@ -331,14 +332,12 @@ class _Rotate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of x in one tensor: those of queries and keys, rotated back, and that of the values."""
-        (rope,), first = ctx.saved_tensors, grads[0]
-        d_x = first.new_empty((*first.shape[:2], sum(ctx.heads), first.size(3)))
-        for i, (grad, part) in enumerate(zip(grads, torch.split(d_x, ctx.heads, dim=2), strict=True)):
-            if i < 2:
-                _rotate(grad if grad.stride(3) == 1 else grad.contiguous(), rope, part, -1.0)
-            else:
-                part.copy_(grad)
-        return d_x, None, None
+        (rope,) = ctx.saved_tensors
+
+        def turn_back(grad: Tensor, part: Tensor) -> None:
+            _rotate(grad if grad.stride(3) == 1 else grad.contiguous(), rope, part, -1.0)
+
+        return gradient_of_heads(grads, ctx.heads, turn_back), None, None
 
 
 def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:

@@ -67,7 +67,7 @@ class Format(NamedTuple):
 
 
 def format_of(name: str) -> Format:
-    """Return the format and the compression that the name of a file or a URL stands for."""
+    """Return the format and the compression of a file or a URL, by its name."""
     if not re.match(r"[a-z][a-z0-9+.-]*://", name):
         return _by_suffix(name)
     try:

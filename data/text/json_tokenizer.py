@@ -252,7 +252,7 @@ class JsonTokenizer:
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:
-        """Return {id: the bytes that the token stands for} for the complete vocabulary."""
+        """Return {id: the bytes of the token} for the complete vocabulary."""
         added = {token["content"] for token in self._spec.get("added_tokens") or []}
         if _is_byte_level(self._spec.get("decoder")):
             return {i: _byte_level(token) if token not in added else token.encode() for token, i in self._ids.items()}
@@ -263,7 +263,7 @@ class JsonTokenizer:
 def byte_of_character() -> dict[str, int]:
     """Return {character: byte} of GPT-2's table, which writes every byte as a printable character.
 
-    A printable Latin-1 character stands for its own byte. The characters from U+0100 on stand for the other 68 bytes.
+    A printable Latin-1 character represents its own byte. The characters from U+0100 on represent the other 68 bytes.
     Source: encoder.py in https://github.com/openai/gpt-2.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -103,7 +103,7 @@ class _AlwaysThere(TypedDict):
 class Manifest(_AlwaysThere, RunIdentity, TrainingState, total=False):
     """The content of packspeed.json.
 
-    Only `step` is in every manifest. {"step": 0} stands for a run without a checkpoint. The manifest of imported
+    Only `step` is in every manifest. {"step": 0} means a run without a checkpoint. The manifest of imported
     weights has no dataset, layout or training state.
     """
 

@@ -362,7 +362,7 @@ def _check_run_folder(folder: Path, token: str) -> tuple[bool | str, float]:
 def _check_port(requested: int) -> int | str:
     """Return the requested TCP port, or a free one if it is 0.
 
-    If the port is in use, return a sentence that says so.
+    If the port is in use, return a sentence with the reason.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

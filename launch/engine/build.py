@@ -75,7 +75,7 @@ def agree_on_kernels(config: GPTConfig, topology: Topology, say: Callable[[str],
 
 
 def resolve_kernels(wanted: str, say: Callable[[str], None]) -> str:
-    """Return the name of the kernels that `wanted`, the value of `model.kernels`, stands for on this device.
+    """Return the name of the kernels that `wanted`, the value of `model.kernels`, chooses on this device.
 
     Raises ConfigError if they cannot run on it. Passes the warnings of the choice to `say` as notes.
     """

@@ -3,7 +3,6 @@
 python tests/bench/loader_bench.py FOLDER         needs about 3 GB there; root, for dropping the page cache
 """
 
-import dataclasses
 import os
 import resource
 import subprocess
@@ -12,22 +11,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from bench_manifest import EOT, write_manifest
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.loader import Loader
 from packspeed.data.packing import PackedLoader
-from packspeed.data.storage.manifest import (
-    MANIFEST,
-    Manifest,
-    Shard,
-    SourceSummary,
-    SplitMethod,
-    TokenizerIdentity,
-    manifest_json,
-)
+from packspeed.data.storage.manifest import Shard
 from packspeed.data.storage.mmidx import index_bytes, write_index
 
-EOT = 50256
 SHARD_TOKENS = 2**28
 
 
@@ -53,11 +44,7 @@ def make_dataset(folder: Path, tokens: int, mean: int = 300, sparse: bool = Fals
         shards.append(
             Shard(name, "train", size, documents, 2 * size, index_bytes(documents), f"{number:032x}", "0" * 32)
         )
-    identity = TokenizerIdentity("gpt2", 50257, EOT, "", "", "gpt2.tiktoken")
-    summary = SourceSummary([], 0, 0, 0, 0, 0, "")
-    manifest = Manifest("packspeed-tokens", 1, "uint16", identity, SplitMethod("none", 0.0), summary, shards, "")
-    manifest = dataclasses.replace(manifest, fingerprint=manifest.compute_fingerprint())
-    (folder / MANIFEST).write_bytes(manifest_json(manifest))
+    write_manifest(folder, shards)
     return TokenDataset(folder)
 
 

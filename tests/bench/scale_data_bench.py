@@ -8,7 +8,6 @@ measurement runs in a separate process and prints CPU seconds, bytes or numbers 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
 import subprocess
@@ -19,19 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from bench_manifest import write_manifest
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.loader import Loader
 from packspeed.data.packing import make_loader
-from packspeed.data.storage.manifest import (
-    MANIFEST,
-    Manifest,
-    Shard,
-    SourceSummary,
-    SplitMethod,
-    TokenizerIdentity,
-    manifest_json,
-)
+from packspeed.data.storage.manifest import Shard
 from packspeed.data.storage.mmidx import write_index
 
 SHARD_TOKENS = 2**28
@@ -59,11 +51,7 @@ def make_dataset(folder: Path, shards: int) -> None:
         records.append(
             Shard(name, "train", SHARD_TOKENS, DOCUMENTS, 2 * SHARD_TOKENS, idx_bytes, f"{number:032x}", idx_hash)
         )
-    identity = TokenizerIdentity("gpt2", 50257, 50256, "", "", "gpt2.tiktoken")
-    summary = SourceSummary([], 0, 0, 0, 0, 0, "")
-    manifest = Manifest("packspeed-tokens", 1, "uint16", identity, SplitMethod("none", 0.0), summary, records, "")
-    manifest = dataclasses.replace(manifest, fingerprint=manifest.compute_fingerprint())
-    (folder / MANIFEST).write_bytes(manifest_json(manifest))
+    write_manifest(folder, records)
 
 
 def cpu_s(work: Callable[[], object]) -> str:
