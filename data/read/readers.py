@@ -184,7 +184,7 @@ def _read_records(
         if not isinstance(line, bytes):
             yield from _read_long_line(line, offset, source, keys)
             continue
-        # The fast path for good lines. All others take the slow path, which finds the reason for the error.
+        # Valid lines are read the fast way. Any other line is read the slow way, which finds the reason for the error.
         try:
             data = take(orjson.loads(line)).encode()
         except (ValueError, LookupError, TypeError, AttributeError):

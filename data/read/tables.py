@@ -149,7 +149,7 @@ def _rows(
     row: the number of its first row in the file. release: called from time to time to release memory that was read.
     """
     if batch.num_columns == 1 and keys.keys == (batch.schema.names[0],) and batch.nbytes < 2 * BATCH_BYTES:
-        # The fast path for a column of texts. All others take the slow path, which finds the reason for an error.
+        # A column of texts is read the fast way. Others are read the slow way, which finds the reason for an error.
         with contextlib.suppress(UnicodeDecodeError):
             values = batch.column(0).to_pylist()
             if all(isinstance(value, str) for value in values):

@@ -3,7 +3,7 @@
 Each key of the tree has one of these entries:
     WORKS                     DeepSpeed reads the key, and its effect is the documented one
     Refused(why, off)         the key would harm the run: it is an error, unless off(value) is true
-    Unused(why, off)          nothing reads the key in a Packspeed run: `packspeed explain` reports it, unless off(value)
+    Unused(why, off)          no Packspeed run reads the key: `packspeed explain` reports it, unless off(value)
     a tree of keys            the value is a block with these keys
     ANY                       the value is a block with any keys, and all of them work
 

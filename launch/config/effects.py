@@ -23,7 +23,7 @@ SPEED_ONLY = (
 def fixed_on_resume(key: str) -> bool:
     """Return whether a resume is refused if this key of the run file, such as "train.seed", has changed.
 
-    These keys define the model, the global batch, and the samples and their order. `data.weights` stands for the
+    These keys define the model, the global batch, and the samples and their order. `data.weights` means the
     weights of data.sources.
     """
     return key in FIXED or (key.startswith("model.") and key not in MODEL_SPEED_ONLY)

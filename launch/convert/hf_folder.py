@@ -147,8 +147,8 @@ def read_weights(
 ) -> tuple[GPTConfig, Iterator[tuple[str, torch.Tensor]], list[str]]:
     """Open the weights of a model folder. Returns (config, iterator over (name, fp32 tensor), notes for the user).
 
-    The config is changed if the output head is not tied, although config.json calls it tied. The files are open until `stack`
-    is closed. See WeightFiles.parameters for the iterator and the errors.
+    The config is changed if the output head is not tied, although config.json calls it tied. The files are open
+    until `stack` is closed. See WeightFiles.parameters for the iterator and the errors.
     """
     files = WeightFiles(source, stack)
     notes = files.notes

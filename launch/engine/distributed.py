@@ -35,7 +35,7 @@ T = TypeVar("T")  # a small object that can be pickled
 
 
 def no_beat(phase: str, collective: str = "") -> None:
-    """Do nothing. Stands for Topology.beat in a process that no supervisor watches."""
+    """Do nothing. It is Topology.beat in a process that no supervisor watches."""
 
 
 @dataclasses.dataclass(frozen=True)
