@@ -290,7 +290,7 @@ class Loader:
         """
         return count * self.seq_len
 
-    def batch_hash(self, step: int) -> str:
+    def content_hash(self, step: int) -> str:
         """Return xxh3-128 of the tokens of a step's global batch, as 32 hex digits.
 
         With packed rows it also covers the labels and the lengths of the documents.

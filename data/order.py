@@ -36,16 +36,16 @@ from packspeed.data.errors import DataError
 ORDER_VERSION = 1
 
 
-BLOCK_TOKENS = 2**17
+BLOCK_TOKENS = 2**17  # tokens of a block: what is read from one place of the disk
 
 
-GROUP_TOKENS = 2**26
+GROUP_TOKENS = 2**26  # tokens of a group, inside which windows are permuted
 
 
-CHUNK = 1024
+CHUNK = 1024  # samples whose windows are computed together
 
 
-ROUNDS = 8
+ROUNDS = 8  # of the Feistel network
 
 
 Shuffle = Literal["blocks", "full"]

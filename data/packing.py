@@ -221,8 +221,8 @@ _loader_numbers = itertools.count()
 class PackedLoader(Loader):
     """Batches of packed rows: a sample is a row. `targets`, `used`, `positions` and `documents` of a Batch are set.
 
-    packing: best_fit or bos_aligned, see the top of this file. The other arguments, and the exceptions, are those of
-    Loader; a damaged index raises DataError here.
+    packing: best_fit or bos_aligned, as explained at the top of this file. The other arguments are those of Loader. The
+    constructor reads the index files, so it also raises DataError if one of them is damaged.
     """
 
     def __init__(

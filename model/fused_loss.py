@@ -35,9 +35,10 @@ class _HeadLoss(torch.autograd.Function):
         d_x, d_weight = torch.empty_like(x), None
         for rows, label, d_rows in zip(*(_chunks(t, weight) for t in (x, labels, d_x)), strict=True):
             logits = rows @ weight.t()  # (chunk, padded V)
-            total += kernels.row_losses(logits, label, vocab_size, z_loss, True).sum()
-            torch.mm(logits, weight, out=d_rows)
-            d_weight = _add_product(d_weight, logits.t(), rows)
+            total += kernels.row_losses(logits, label, vocab_size, z_loss, with_gradient=True).sum()
+            d_logits = logits  # row_losses has overwritten the logits with their gradient
+            torch.mm(d_logits, weight, out=d_rows)
+            d_weight = _add_product(d_weight, d_logits.t(), rows)
         ctx.save_for_backward(d_x, d_weight)
         ctx.dtype = weight.dtype
         return total

@@ -26,7 +26,7 @@ class KVCache:
 
     capacity: the largest number of tokens per row. The tensors are allocated at the first append, in the dtype of the
     keys. length: the tokens per row in the cache; the model increases it once all layers have appended. padding (B,):
-    how many tokens at the start of each row are padding; None: none.
+    how many tokens at the start of each row are padding, or None if no row has any.
     """
 
     def __init__(self, n_layer: int, capacity: int, padding: Tensor | None = None) -> None:

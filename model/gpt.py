@@ -229,9 +229,10 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.d_model)) if tied is None else tied
 
     def forward(self, x: Tensor, labels: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
-        """Return the logits, (B, T, V), or if labels (B, T) are given the loss in nats, fp32, for x (B, T, C).
+        """Return the logits (B, T, V) for x (B, T, C), or the loss in nats, fp32, if labels (B, T) are given.
 
-        Labels below 0 are ignored. reduction: "mean" or "sum" over the other labels gives a scalar, "none" (B, T).
+        Labels below 0 do not count. reduction: "mean" or "sum" over the labels that count returns a scalar; "none"
+        returns the loss of each label, (B, T).
         """
         if labels is None:
             return linear(x, self.weight, None)[..., : self.vocab_size]

@@ -46,7 +46,7 @@ def batches(folder: Path) -> list[str]:
     hashes = []
     for packing in ("stream", "best_fit", "bos_aligned"):
         loader = make_loader(dataset, seq_len=32, global_batch=8, seed=1, packing=packing)
-        hashes += [loader.batch_hash(step) for step in range(loader.samples_per_epoch // 8 + 1)]
+        hashes += [loader.content_hash(step) for step in range(loader.samples_per_epoch // 8 + 1)]
     position, end = 0, dataset.tokens("train")
     while position < end:
         span = dataset.document_at("train", position)
@@ -148,7 +148,7 @@ def test_damage_is_one_paragraph_or_changes_nothing(sound: Path, tmp_path: Path)
 
 def epoch_hashes(folder: Path, packing: PackedMode) -> list[str]:
     loader = make_loader(TokenDataset(folder), seq_len=32, global_batch=8, seed=1, packing=packing)
-    return [loader.batch_hash(step) for step in range(-(-loader.samples_per_epoch // 8))]
+    return [loader.content_hash(step) for step in range(-(-loader.samples_per_epoch // 8))]
 
 
 @pytest.mark.slow

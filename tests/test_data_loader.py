@@ -94,17 +94,17 @@ def test_any_number_of_ranks_reads_the_same_global_batch(world: int, loader: Loa
         assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
         assert np.array_equal(np.concatenate([part.samples for part in parts]), whole.samples)
         joined = b"".join(part.tokens.tobytes() for part in parts)
-        assert loader.batch_hash(step) == xxhash.xxh3_128_hexdigest(joined)
+        assert loader.content_hash(step) == xxhash.xxh3_128_hexdigest(joined)
 
 
 def test_calls_in_any_order_and_thread_agree(dataset: TokenDataset, loader: Loader) -> None:
-    expected = [loader.batch_hash(step) for step in range(200)]
+    expected = [loader.content_hash(step) for step in range(200)]
     assert len(set(expected)) == 200
     fresh = Loader(TokenDataset(dataset.path), seq_len=SEQ_LEN, global_batch=24, seed=1)
     found: dict[int, str] = {}
 
     def read(steps: list[int]) -> None:
-        found.update({step: fresh.batch_hash(step) for step in steps})
+        found.update({step: fresh.content_hash(step) for step in steps})
 
     steps = random.Random(0).sample(range(200), 200)
     threads = [threading.Thread(target=read, args=(steps[i::4],)) for i in range(4)]
@@ -118,7 +118,7 @@ def test_calls_in_any_order_and_thread_agree(dataset: TokenDataset, loader: Load
 def test_seed_and_shuffle_change_the_order(dataset: TokenDataset, loader: Loader) -> None:
     other_seed = Loader(dataset, seq_len=SEQ_LEN, global_batch=24, seed=2)
     other_shuffle = Loader(dataset, seq_len=SEQ_LEN, global_batch=24, seed=1, shuffle="full")
-    assert len({each.batch_hash(0) for each in (loader, other_seed, other_shuffle)}) == 3
+    assert len({each.content_hash(0) for each in (loader, other_seed, other_shuffle)}) == 3
 
 
 def test_validation_windows_are_fixed_and_do_not_overlap(dataset: TokenDataset, loader: Loader) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packspeed.data.checks.audit import audit_step, steps_of
+from packspeed.data.checks.audit import audit_step, batches_with_document
 from packspeed.data.dataset import TokenDataset, changes
 from packspeed.data.errors import UsageError
 from packspeed.data.loader import Loader
@@ -163,9 +163,9 @@ def test_the_audit_finds_documents_and_their_steps(folders: list[str], packing: 
             assert tokenizer.decode(labels[labels != 50256].tolist()) == text
     for (source, shard, index), expected in list(seen.items())[::17]:
         number = folders.index(source) if packing == "mixture" else 0
-        assert steps_of(loader, number, shard, index, steps) == sorted(expected)
+        assert batches_with_document(loader, number, shard, index, steps) == sorted(expected)
     with pytest.raises(UsageError, match="no document 999999"):
-        steps_of(loader, 0, "train-00000", 999_999, 10)
+        batches_with_document(loader, 0, "train-00000", 999_999, 10)
 
 
 def test_changes_are_named(folders: list[str], tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_masked_stream_has_the_tokens_of_the_stream(dataset: TokenDataset) -> 
     masked = Loader(dataset, seq_len=SEQ_LEN, global_batch=8, seed=1, document_mask=True)
     batch = masked.batch(3)
     assert np.array_equal(batch.tokens, plain.batch(3).tokens)
-    assert masked.batch_hash(3) == plain.batch_hash(3)
+    assert masked.content_hash(3) == plain.content_hash(3)
     parts = list(batch.cut(2))
     assert len(parts) == 4
     for name in ("tokens", "positions", "documents", "samples", "labels"):
@@ -190,7 +190,7 @@ def test_files_beside_the_dataset_change_nothing(mode: PackedMode, dataset: Toke
 
     def hashes() -> list[str]:
         loader = packed(TokenDataset(tmp_path / "copy"), mode)
-        return [loader.batch_hash(step) for step in range(20)]
+        return [loader.content_hash(step) for step in range(20)]
 
     shutil.copytree(dataset.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".derived*"))
     expected = hashes()

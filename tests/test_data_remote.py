@@ -132,8 +132,8 @@ def test_batches_are_those_of_the_local_dataset(local: TokenDataset, server: Ser
     far = open_dataset(URL, cache_dir=tmp_path)
     assert isinstance(far, RemoteDataset)
     assert far.fingerprint == local.fingerprint
-    assert [loader(far).batch_hash(step) for step in range(20)] == [
-        loader(local).batch_hash(step) for step in range(20)
+    assert [loader(far).content_hash(step) for step in range(20)] == [
+        loader(local).content_hash(step) for step in range(20)
     ]
     assert far.document_at("train", 50_000) == local.document_at("train", 50_000)
     for path in (tmp_path / far.fingerprint).glob("*.bin"):
@@ -146,17 +146,17 @@ def test_the_cache_is_bounded(local: TokenDataset, server: Server, tmp_path: Pat
     far = RemoteDataset(URL, tmp_path, limit / 1e9)
     assert local.tokens("train") * 2 > 2 * limit
     for step in range(4):
-        assert loader(far).batch_hash(step) == loader(local).batch_hash(step)
+        assert loader(far).content_hash(step) == loader(local).content_hash(step)
         assert cached_bytes(tmp_path) <= limit + 32_000  # the thread ahead may be about to make room
 
 
 def through_a_restart(server: Server, far: TokenDataset) -> list[str]:
     """The hashes of eight batches, with kill -9 of the server after the third; it is back a second later."""
-    found = [loader(far).batch_hash(step) for step in range(3)]
+    found = [loader(far).content_hash(step) for step in range(3)]
     server.kill()
     revival = threading.Timer(1.0, server.start)
     revival.start()
-    found += [loader(far).batch_hash(step) for step in range(3, 8)]
+    found += [loader(far).content_hash(step) for step in range(3, 8)]
     revival.join()
     return found
 
@@ -164,7 +164,7 @@ def through_a_restart(server: Server, far: TokenDataset) -> list[str]:
 @pytest.mark.launch
 def test_a_run_outlives_the_server(local: TokenDataset, server: Server, tmp_path: Path) -> None:
     """Killed with -9 between two steps, back a second later: the run waits and reads the same."""
-    expected = [loader(local).batch_hash(step) for step in range(8)]
+    expected = [loader(local).content_hash(step) for step in range(8)]
     far = RemoteDataset(URL, tmp_path, 3 * 32_000 / 1e9)
     assert through_a_restart(server, far) == expected
     server.kill()
@@ -183,7 +183,7 @@ def test_other_stores(local: TokenDataset, kind: type[Server], tmp_path: Path, m
     far = open_dataset(server.dataset.format(url=server.url), cache_dir=tmp_path, cache_gb=3 * 32_000 / 1e9)
     found = through_a_restart(server, far)
     server.kill()
-    assert found == [loader(local).batch_hash(step) for step in range(8)]
+    assert found == [loader(local).content_hash(step) for step in range(8)]
 
 
 @pytest.mark.launch
@@ -204,7 +204,7 @@ def test_a_damaged_shard_is_never_used(
 
 def read_everything(cache: str, url: str, results: "multiprocessing.queues.Queue[list[str]]") -> None:
     far = RemoteDataset(url, cache)
-    results.put([loader(far).batch_hash(step) for step in range(10)])
+    results.put([loader(far).content_hash(step) for step in range(10)])
 
 
 @pytest.mark.launch
@@ -218,7 +218,7 @@ def test_processes_share_the_cache(local: TokenDataset, server: Server, tmp_path
     while not list(tmp_path.glob("*/*.bin")) and not list(tmp_path.glob("*/.*.tmp")):
         time.sleep(0.005)
     os.kill(ranks[0].pid or 0, signal.SIGKILL)
-    expected = [loader(local).batch_hash(step) for step in range(10)]
+    expected = [loader(local).content_hash(step) for step in range(10)]
     for _ in ranks[1:]:
         assert results.get(timeout=60) == expected
     for rank in ranks:

@@ -41,8 +41,8 @@ def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[s
                 yield record
 
 
-def steps_of(loader: Loader, source: int, shard: str, index: int, steps: int) -> list[int]:
-    """Return the steps 0 .. steps - 1 that train on a document, sorted.
+def batches_with_document(loader: Loader, source: int, shard: str, index: int, batches: int) -> list[int]:
+    """Return those of the batches 0 .. batches - 1 that contain a label of a document, sorted.
 
     source: the number of the dataset in the mixture, or 0. shard: a name, as "train-00000". index: the document's
     number in the shard, from 0. Raises UsageError if there is no such document.
@@ -53,7 +53,7 @@ def steps_of(loader: Loader, source: int, shard: str, index: int, steps: int) ->
         )
     source_loader = sources_of(loader)[source]
     start, length = _label_span(source_loader, shard, index)
-    samples = steps * loader.global_batch
+    samples = batches * loader.global_batch
     if not isinstance(loader, MixtureLoader):
         found = source_loader.samples_with(start, length, samples)
     else:

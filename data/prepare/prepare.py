@@ -82,10 +82,10 @@ class MergeOptions:
         """Raise UsageError if val_fraction, shard_tokens or skip_bad is out of range."""
         if not 0 <= self.val_fraction < 1:
             raise UsageError(f"val_fraction must be at least 0 and less than 1, not {self.val_fraction}.")
-        if self.shard_tokens < 1 or self.skip_bad < 0:
-            raise UsageError(
-                f"shard_tokens {self.shard_tokens} must be positive and skip_bad {self.skip_bad} not negative."
-            )
+        if self.shard_tokens < 1:
+            raise UsageError(f"shard_tokens (--shard-tokens) must be at least 1, not {self.shard_tokens}.")
+        if self.skip_bad < 0:
+            raise UsageError(f"skip_bad (--skip-bad) must be at least 0, not {self.skip_bad}.")
 
 
 def prepare(

@@ -87,7 +87,7 @@ class Checkpointer:
     ) -> None:
         self.folder, self.engine, self.topology = folder, engine, topology
         self.section, self.identity, self.log = section, identity, log
-        self.newest: int | None = None  # step of the newest complete checkpoint of this process
+        self.newest: int | None = None  # step of the complete checkpoint last saved or loaded by this process
         self.damaged: set[Path] = set()  # checkpoints that this process skipped when it resumed
         self.writer = SafeWriter(on_load=lambda: topology.beat("loading"))
         self.retention = retention.Retention(folder, section)
@@ -95,7 +95,7 @@ class Checkpointer:
         self._hosts = topology.gather(platform.node())
         # Only gloo has monitored_barrier, which names missing ranks.
         self._gloo = torch.distributed.new_group(backend="gloo") if topology.world > 1 else None
-        write_checkpoints_with(engine, self.writer)
+        write_checkpoints_with(engine, self.writer)  # from now on the engine reads and writes files by self.writer
 
     def save(self, step: int, state: TrainingState, wait: bool = True, error: str | None = None) -> None:
         """Save the checkpoint of `step`, with `state` in its manifest. A collective: every rank must call it.

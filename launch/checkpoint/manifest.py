@@ -116,7 +116,7 @@ class Manifest(_AlwaysThere, RunIdentity, TrainingState, total=False):
 
 
 def step_folder(step: int) -> str:
-    """Return the folder name of the checkpoint after `step` optimizer steps, for example "step-00000200"."""
+    """Return the folder name of the checkpoint after training step `step`, for example "step-00000200"."""
     return f"step-{step:08d}"
 
 

@@ -50,7 +50,11 @@ class Retention:
         self._losses: dict[Path, tuple[tuple[int, int, int], float | None]] = {}  # (identity of the manifest, loss)
 
     def start(self, newest: int, damaged: Collection[Path]) -> None:
-        """Start to delete expired checkpoints in a thread. See expired_checkpoints for the arguments."""
+        """Start to delete expired checkpoints in a thread.
+
+        newest: the step of the checkpoint that was saved last. damaged: the folders of checkpoints that this process
+        skipped when it resumed.
+        """
         self.wait()
         self._thread = threading.Thread(target=self._delete, args=(newest, {*damaged}), name="packspeed-expire")
         self._thread.start()

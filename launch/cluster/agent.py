@@ -2,10 +2,10 @@
 
     python -m packspeed.launch.cluster.agent        requests on stdin, answers on stdout (messages.py)
 
-ssh.py starts it, over ssh, or directly if the host is this machine. The agent answers short requests: describe the
-host, kill a launch, report the stacks of its ranks. The last request is `run`. The agent then starts DeepSpeed's node
-launcher and stays until the ranks have ended (LocalRanks). All strings from a hostfile or a run file arrive inside the
-JSON of a request, so none of them ever reaches a shell.
+ssh.py starts it for a short request and attempt.py for `run`, over ssh, or directly if the host is this machine. The
+agent answers short requests: describe the host, kill a launch, report the stacks of its ranks. The last request is
+`run`. The agent then starts DeepSpeed's node launcher and stays until the ranks have ended (LocalRanks). All strings
+from a hostfile or a run file arrive inside the JSON of a request, so none of them ever reaches a shell.
 
 The ranks never outlive the launch. If stdin closes (the supervisor has died) or nothing arrives on it for `silence_s`
 (the network is cut), the agent asks its ranks to save and stop. After GRACE_S (stdin closed) or CUT_OFF_S (silence) it
@@ -159,7 +159,8 @@ class LocalRanks:
         return code if code is not None else self.launcher.wait()
 
     def ask_to_save(self) -> bool:
-        """Send SIGTERM to this host's ranks, but not to DeepSpeed's launcher. Both then exit with 75 (saved, stopped).
+        """Send SIGTERM to this host's ranks, but not to DeepSpeed's launcher. Both then exit with 75 (saved, stopped);
+        training/signals.py has the side of the ranks.
 
         Returns False if the launcher has not started any rank yet, so that no process can be asked.
         """

@@ -81,8 +81,14 @@ def hang_report(
         lines += [f"    {line}" for line in training_stack(entry["stack"] if entry else "")]
     others = Counter(position(beat) for rank, beat in beats.items() if rank not in blocking)
     # With many ranks, list only the most common positions.
-    lines += [f"{count} other rank(s) wait in {place}" for place, count in others.most_common(4)]
-    if not blocking:
+    other = "other " if blocking else ""
+    lines += [f"{count} {other}rank(s) wait in {place}" for place, count in others.most_common(4)]
+    if not blocking and len(others) > 1:
+        lines.append(
+            "the ranks wait in different places, none of which has a majority, so no rank can be named as the cause; "
+            "perhaps they called collectives in different orders"
+        )
+    elif not blocking:
         lines.append(
             "all ranks wait in the same place, so no rank can be named as the cause; check the network between the "
             "hosts"

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from packspeed.data.checks.audit import audit_step, steps_of
+from packspeed.data.checks.audit import audit_step, batches_with_document
 from packspeed.data.errors import UsageError
 from packspeed.launch.commands.options import Json, show
 from packspeed.launch.config.json_types import JsonObject
@@ -52,7 +52,7 @@ def audit(
         shard, _, index = document.partition(":")
         if not index.isdigit():
             raise UsageError(f"--document {document}: write SHARD:INDEX, for example train-00000:17.")
-        seen = steps_of(loader, source, shard, int(index), int(batches.max(initial=-1)) + 1)
+        seen = batches_with_document(loader, source, shard, int(index), int(batches.max(initial=-1)) + 1)
         with_document = steps[np.isin(batches, seen)].tolist()
         numbers = ", ".join(map(str, with_document)) or "none"
         line = f"{document} was in {len(with_document)} of {len(steps)} steps: {numbers}"

@@ -25,7 +25,7 @@ from packspeed.launch.commands.options import (
     Python,
     RunFileArgument,
     SshConfig,
-    check_seconds,
+    refuse_nan,
 )
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
@@ -118,21 +118,21 @@ def launch(
         raise ConfigError(f"--render {render}: unknown format. Choose slurm, k8s or no_ssh.")
     if launcher not in ("ssh", "pdsh", "openmpi"):
         raise ConfigError(f"--launcher {launcher}: unknown launcher. Choose ssh, pdsh or openmpi.")
-    check_seconds(hang_s, take_back_s)
+    refuse_nan(hang_s, take_back_s)
     hosts = _hosts(run, hostfile, ranks, include, exclude)
     # Without --fresh, which moves the folder here, once: a rank would do so at every restart.
     arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
     report_env_files()
     options = LaunchOptions(
         hosts,
-        forwarded_environment(env or []),
-        Path.cwd(),
-        python,
-        ssh_config,
-        master_port,
-        max_restarts,
-        hang_s,
-        take_back_s,
+        env=forwarded_environment(env or []),
+        cwd=Path.cwd(),
+        python=python,
+        ssh_config=ssh_config,
+        port=master_port,
+        max_restarts=max_restarts,
+        hang_s=hang_s,
+        take_back_s=take_back_s,
     )
     supervisor = Supervisor(run, options, arguments, lambda line: print(line, flush=True))
     if render == "no_ssh":

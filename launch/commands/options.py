@@ -107,8 +107,8 @@ def passed_over_lines(passed_over: Sequence[str]) -> list[str]:
     )
 
 
-def check_seconds(*values: float) -> None:
-    """Raise ConfigError if a value is NaN, which the limits of an option do not exclude."""
+def refuse_nan(*values: float) -> None:
+    """Raise ConfigError if a value is NaN, which passes the smallest and largest value of an option."""
     if any(math.isnan(value) for value in values):
         raise ConfigError("--hang-seconds and --take-back take a number of seconds, not NaN.")
 

@@ -10,7 +10,7 @@ import typer
 from packspeed.launch.cluster.attempt import LaunchOptions
 from packspeed.launch.cluster.environment import forwarded_environment
 from packspeed.launch.cluster.hosts import Host
-from packspeed.launch.commands.options import HangSeconds, Overrides, RunFileArgument, check_seconds
+from packspeed.launch.commands.options import HangSeconds, Overrides, RunFileArgument, refuse_nan
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.trials import rehearse as rehearsal
@@ -37,7 +37,7 @@ def rehearse(
 
     The hosts are simulated. Samples per step and ZeRO stage are those of the run file.
     """
-    check_seconds(hang_s)
+    refuse_nan(hang_s)
     sets = rehearsal.shrink(run_file, overrides or [], steps)
     run = load_run_file(run_file, sets)
     simulated = [Host(f"host{number}", slots) for number in range(1, hosts + 1)]

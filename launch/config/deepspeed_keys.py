@@ -56,7 +56,7 @@ class Refused:
 class Unused:
     """A key without effect in a Packspeed run. `why` completes the sentence "key has no effect: ...".
 
-    off(value) is true for values, such as false, with which the user need not be told.
+    off(value) is true for values, such as false, that need no message.
     """
 
     why: str

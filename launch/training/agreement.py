@@ -1,7 +1,7 @@
 """What the ranks agree on in each step: an all-reduce of four numbers, which the CPU reads together with the gradient
 norm.
 
-    agreement = all_reduce_agreement(trainer, loss, batch_hash)     # a tensor on the device; the CPU does not wait
+    agreement = all_reduce_agreement(trainer, loss, data_hash)     # a tensor on the device; the CPU does not wait
     trainer.norm_hook.agree(agreement)
     trainer.engine.step()                                           # the hook reads it and calls judge()
     agreed = Agreement(*trainer.norm_hook.read_agreement())         # the numbers, which are on the CPU by now
@@ -28,16 +28,16 @@ class Agreement(NamedTuple):
     loss: float  # mean over the global batch, nats per token
     ranks_stopping: float  # number of ranks that a signal asked to stop
     ranks_written: float  # number of ranks that have written their files of the pending checkpoint
-    batch_hash: float  # sum of 32-bit hashes of the rows, exact in fp64
+    data_hash: float  # sum of 32-bit hashes of the rows, exact in fp64
 
 
-def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, batch_hash: int) -> torch.Tensor:
+def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, data_hash: int) -> torch.Tensor:
     """Sum every rank's share of an Agreement, and return it as an fp64 tensor (4,) on the device. A collective.
 
-    `loss` is this rank's mean loss, a scalar tensor, and `batch_hash` the hash of this rank's rows.
+    `loss` is this rank's mean loss, a scalar tensor, and `data_hash` the hash of this rank's rows.
     """
     stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
-    own = to_device(np.array([stopping, written, batch_hash], dtype=np.float64), loss.device)
+    own = to_device(np.array([stopping, written, data_hash], dtype=np.float64), loss.device)
     share = torch.cat([loss.double().view(1) / trainer.topology.dp_size, own])
     return trainer.topology.sum(share)
 

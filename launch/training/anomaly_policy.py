@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.run_folder.formats import AnomalyLine
-from packspeed.launch.training.metrics import finite
+from packspeed.launch.training.metrics import finite_or_none
 from packspeed.launch.training.saving import save_checkpoint
 from packspeed.launch.training.trainer import StepResult, Trainer
 
@@ -25,8 +25,8 @@ def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
     assert anomaly is not None
     batch_number, samples = trainer.batches_before(step - 1), trainer.run.global_batch
     record: AnomalyLine = {
-        "step": step, "reason": anomaly.reason, "policy": anomaly.policy, "loss": finite(result.loss),
-        "grad_norm": finite(result.norm), "first_sample": batch_number * samples, "samples": samples,
+        "step": step, "reason": anomaly.reason, "policy": anomaly.policy, "loss": finite_or_none(result.loss),
+        "grad_norm": finite_or_none(result.norm), "first_sample": batch_number * samples, "samples": samples,
     }  # fmt: skip
     back_to = checkpointer.rewind_target(step) if anomaly.policy == "rewind" else None
     state_before = detector.state()

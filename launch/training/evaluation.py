@@ -8,7 +8,7 @@ import time
 import torch
 
 from packspeed.data.loader import Batch
-from packspeed.launch.training.metrics import finite
+from packspeed.launch.training.metrics import finite_or_none
 from packspeed.launch.training.micro_batch import micro_batches
 from packspeed.launch.training.trainer import Trainer
 
@@ -29,7 +29,7 @@ def evaluate_and_record(trainer: Trainer, step: int) -> float | None:
         tokens = trainer.eval_windows * trainer.run.data.seq_len
         seconds = round(time.monotonic() - start, 3)
         trainer.metrics.write(
-            {"step": step, "val_loss": finite(val_loss), "val_tokens": tokens, "eval_time_s": seconds}
+            {"step": step, "val_loss": finite_or_none(val_loss), "val_tokens": tokens, "eval_time_s": seconds}
         )
     if trainer.text_sampler is not None and val_loss is not None:
         trainer.enter("evaluation")

@@ -76,9 +76,10 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
     run, topology, detector, metrics = trainer.run, trainer.topology, trainer.detector, trainer.metrics
     last_step = run.train.total_steps
     batch_numbers = trainer.batches_before(start_step), trainer.batches_before(last_step)
+    # The Prefetcher's thread (data/loader.py) reads ahead; wait_s counts the seconds that the loop waited for it.
     with Prefetcher(trainer.loader, *batch_numbers, rank=topology.dp_rank, world=topology.dp_size) as batches:
         step_start, waited_s = time.perf_counter(), 0.0
-        trainer.timer.step_done(start_step)
+        trainer.timer.step_done(start_step)  # heartbeat and goodput count from this step, also after a rewind
         trainer.enter("data")
         # 1. Batch: a pure function of run file, dataset, seed and batch number. A thread reads ahead, and the feed
         #    copies the next batch to the device during the step.
@@ -196,7 +197,7 @@ def train_step(
     return StepResult(
         loss=agreed.loss,
         norm=norm_hook.norm,
-        samples_hash=f"{int(agreed.batch_hash) % 2**32:08x}",
+        data_hash=f"{int(agreed.data_hash) % 2**32:08x}",
         stopping=agreed.ranks_stopping > 0,
         checkpoint_written=agreed.ranks_written == trainer.topology.dp_size,
         not_taken=f"fp16 overflow, loss scale now {loss_scale(engine):g}" if overflow else None,

@@ -24,7 +24,7 @@ from packspeed.launch.training.tensorboard_board import TAGS, Board
 from packspeed.launch.training.text_samples import append_to_file, as_markdown
 
 
-def finite(value: float, digits: int | None = None) -> float | None:
+def finite_or_none(value: float, digits: int | None = None) -> float | None:
     """Return the value, rounded to `digits` if given; None if it is not finite, because JSON has no NaN."""
     if value != value or value in (float("inf"), float("-inf")):
         return None

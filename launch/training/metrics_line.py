@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packspeed.launch.engine.hardware import memory_gib
 from packspeed.launch.run_folder.formats import StepLine
-from packspeed.launch.training.metrics import finite
+from packspeed.launch.training.metrics import finite_or_none
 from packspeed.launch.training.trainer import StepResult, Trainer
 
 
@@ -21,13 +21,13 @@ def metrics_line(
         "step": step,
         "tokens": step * tokens_per_step,
         "samples": trainer.batches_before(step) * trainer.run.global_batch,
-        "data_hash": result.samples_hash,
-        "loss": finite(result.loss),
+        "data_hash": result.data_hash,
+        "loss": finite_or_none(result.loss),
         "lr": lr,
-        "grad_norm": finite(result.norm),
+        "grad_norm": finite_or_none(result.norm),
         "step_time_s": round(step_time_s, 6),
         "tokens_per_s": round(tokens_per_s, 1),
-        "mfu": finite(tokens_per_s * trainer.flops_per_token / trainer.peak_flops, 5),
+        "mfu": finite_or_none(tokens_per_s * trainer.flops_per_token / trainer.peak_flops, 5),
         "data_wait_s": round(data_wait_s, 6),
         "memory_gib": memory_gib(trainer.topology.device.type),
     }

@@ -23,7 +23,7 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
     if final and checkpointer.finish() and checkpointer.newest == step:
         return  # this step was saved already, on schedule and perhaps in the background
     state: TrainingState = {
-        # For people: a resume computes it from `step` and the batches that the detector skipped (setup.make_trainer).
+        # For people: a resume computes it from `step` and the dropped batches (Trainer.batches_before).
         "cursor": {"step": step, "next_batch": trainer.batches_before(step)},
         "evaluation_pending": trainer.evaluation_pending,
         "val_loss": val_loss,

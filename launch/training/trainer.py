@@ -69,7 +69,7 @@ class StepResult:
 
     loss: float  # mean over the global batch, nats per token
     norm: float  # global L2 norm of the gradient before clipping
-    samples_hash: str  # hash of all rows of the global batch, 8 hex digits
+    data_hash: str  # hash of all rows of the global batch, 8 hex digits
     stopping: bool  # a signal asked at least one rank to stop
     checkpoint_written: bool  # every rank has written its files of the pending asynchronous checkpoint
     not_taken: str | None = None  # why the optimizer did not step: an anomaly, or an overflow in fp16

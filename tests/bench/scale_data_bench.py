@@ -155,10 +155,10 @@ def audit(packing: str) -> Callable[[Path], str]:
     """Measure the time to find those of 600,000 steps that read one document."""
 
     def measure(folder: Path) -> str:
-        from packspeed.data.checks.audit import steps_of
+        from packspeed.data.checks.audit import batches_with_document
 
         loader = loader_of(folder, packing)
-        return cpu_s(lambda: steps_of(loader, 0, "train-00001", 7, STEPS))
+        return cpu_s(lambda: batches_with_document(loader, 0, "train-00001", 7, STEPS))
 
     return measure
 

@@ -9,7 +9,8 @@ Version    DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py, runtime/zero/stage3.
            _take_model_step of runtime/engine.py.
 Upstream   github.com/deepspeedai/DeepSpeed/issues/7837 (norms differ between stages), issues/7749 (between versions),
            github.com/pytorch/pytorch/issues/151761 and 68326 (the fp32 norm on CPUs).
-The norm   engine/norms.py adds up rows of 4,096 elements in fp32 and the rows in fp64; in bf16 all of it in fp64.
+The norm   engine/norms.py: on CPUs rows of 4,096 elements in fp32, then their sums in fp64; on GPUs torch's foreach
+           norm; with bf16 weights at ZeRO 1 to 3 everything in fp64.
 Without    Losses differ between stages and numbers of ranks, grad_norm in the metrics is not comparable between them,
            and a NaN or a loss spike is detected only after the optimizer has applied it to the weights.
 
