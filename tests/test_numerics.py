@@ -16,10 +16,10 @@ from packspeed.launch.checkpoint.manifest import read_manifest, step_folder
 from packspeed.launch.checkpoint.resume import environment_changes
 from packspeed.launch.config.effects import can_change_the_loss, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.peaks import PEAKS, datasheet_peak
 from packspeed.launch.engine import hardware, numerics
 from packspeed.launch.engine.build import model_on, parameter_dtype
 from packspeed.launch.engine.distributed import Topology
-from packspeed.launch.engine.peaks import PEAKS, datasheet_peak
 from packspeed.launch.run_folder.formats import ComputeEnvironment
 from packspeed.launch.trials.prove import describe_environment, plan_proof
 from packspeed.model.config import GPTConfig

@@ -18,8 +18,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.cuda import nccl
 
+from packspeed.launch.config.peaks import datasheet_peak
 from packspeed.launch.engine.ops import device_type
-from packspeed.launch.engine.peaks import datasheet_peak
 from packspeed.launch.run_folder.formats import ComputeEnvironment
 
 if TYPE_CHECKING:

@@ -34,10 +34,10 @@ from packspeed.data.errors import PackspeedError
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.config.deepspeed_json import zero_stage
 from packspeed.launch.config.fp8 import engine_precision
+from packspeed.launch.config.peaks import datasheet_peak
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.build import build_engine
 from packspeed.launch.engine.hardware import measured_peak, memory_gib
-from packspeed.launch.engine.peaks import datasheet_peak
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.training.feed import Feed
