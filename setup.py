@@ -26,6 +26,8 @@ setup(
         "packspeed.model": ["*.cpp", "*.h"],
         "packspeed.launch.configs": ["*.yaml"],
         "packspeed.launch.cluster.templates": ["*"],
+        "packspeed.launch.planner": ["*.yaml"],
+        "packspeed.launch.planner.machines": ["*.yaml"],
         "packspeed.ds_configs": ["*.json", "*.md"],
     },
     install_requires=[

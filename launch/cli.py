@@ -48,6 +48,7 @@ COMMANDS = {
     "import": Target("convert:import_", "Make a run folder from the weights of another project, to train from there."),
     "bench": Target("bench:bench", "Measure step time, tokens/s, MFU and memory of a run on this machine."),
     "explain": Target("explain:explain", "Print every effective setting, who set it, and what is wrong with it."),
+    "plan": Target("plan:plan", "Predict memory, step time and cost of a run, with their errors."),
     "goodput": Target("observe:goodput", "Show where the wall-clock time of a run went, over all restarts."),
     "report": Target("observe:report", "Write an HTML report that compares runs; it needs no network."),
     "watch": Target("observe:watch", "Follow a run from its files, in another terminal or on another host."),

@@ -28,6 +28,7 @@ LAUNCH = {
     "cluster": {"config", "run_folder"},
     "observe": {"config", "run_folder"},
     "explain": {"config", "run_folder", "cluster"},
+    "planner": {"config", "run_folder"},
     "engine": {"config", "run_folder"},
     "checkpoint": {"config", "run_folder", "engine"},
     "inference": {"config", "checkpoint", "engine"},
@@ -39,7 +40,7 @@ LAUNCH["commands"] = set(LAUNCH)
 LAUNCH["cli"] = set(LAUNCH)
 LAUNCH["train"] = {"config", "run_folder", "engine", "training"}
 LAUNCH["node"] = LAUNCH["pod"] = {"cluster"}  # names that older rendered scripts run
-WITHOUT_TORCH = {"config", "run_folder", "cluster", "observe", "explain", "commands", "cli"}
+WITHOUT_TORCH = {"config", "run_folder", "cluster", "observe", "explain", "planner", "commands", "cli"}
 
 DATA = {
     "errors": set[str](),

@@ -1,0 +1,155 @@
+"""Calibration files: what a type of GPU can do, and how far steps stay behind it. `load_machine("h100-80gb")`.
+
+A file is YAML, one per type, in launch/planner/machines/ or in a folder of the user's (`--calibration`). Units: bytes,
+bytes per second, seconds. `factors` say how many times its ideal time a part of a step takes: 1.2 for products of
+matrices means 83% of the peak. docs/planner.md describes every key; every file names the source of its numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from packspeed.launch.config.errors import ConfigError, nearest
+from packspeed.launch.config.parsing import parse_yaml, read_text
+from packspeed.launch.config.peaks import datasheet_peak
+
+FOLDER = Path(__file__).parent / "machines"
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Factors:
+    """How many times its ideal time each part of a step takes."""
+
+    products: float  # products of matrices, against the data sheet's peak
+    products_fp8: float  # products in fp8, against the peak of bf16
+    attention: float  # attention's products of the causal half, against the peak
+    memory: float  # activations read and written, against the memory's bandwidth
+    head: float  # logits read and written, against the memory's bandwidth
+    link: float  # what collectives send inside a host and cannot hide
+    network: float  # what collectives send between hosts and cannot hide
+    stragglers: float  # added to the products for each doubling of the number of hosts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Error:
+    """The error of predictions beside measurements, as fractions: half of the rows are within the median."""
+
+    median: float
+    p90: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """One type of GPU, or this CPU, in a host with others of its type."""
+
+    name: str
+    device: str  # as torch names it; the peaks are looked up with it
+    memory: float
+    bandwidth: float  # of the memory
+    link: float  # of one GPU to the others of its host, one direction
+    network: float  # of one host to the others, one direction
+    per_host: int
+    host_memory: float  # of a host
+    host_link: float  # between a GPU and its host's memory
+    disk: float  # of one rank's writes to the run folder
+    context: float  # CUDA context and libraries, of the GPU's memory
+    margin: float  # share of the memory that the allocator loses to fragments
+    kernel: float  # seconds that the host needs to start a kernel
+    factors: Factors
+    time_error: Error
+    memory_error: Error
+    source: str
+    peaks: dict[str, float]  # FLOP/s of a precision, if not in the data sheets
+
+    def peak(self, precision: str) -> float:
+        """Return the peak FLOP/s in a precision ("fp32", "bf16", "fp16"; "fp8" gives bf16's, see Factors).
+
+        Raises ConfigError if it is neither in the file nor in the data sheets that Packspeed knows.
+        """
+        wanted = "bf16" if precision == "fp8" else precision
+        found = self.peaks.get(wanted) or datasheet_peak(self.device, wanted)
+        if not found > 0:
+            raise ConfigError(
+                f"{self.name}: no peak is known for {wanted} on {self.device}. Add `peaks: {{{wanted}: FLOP/s}}` to "
+                "its calibration file."
+            )
+        return found
+
+
+def machine_names(folder: Path | None = None) -> list[str]:
+    """Return the names of all calibration files, those in `folder` first."""
+    paths = [*(folder.glob("*.yaml") if folder and folder.is_dir() else ()), *FOLDER.glob("*.yaml")]
+    return sorted({path.stem for path in paths})
+
+
+def load_machine(name: str, calibration: Path | None = None) -> Machine:
+    """Read the calibration of a machine.
+
+    calibration: a file, which is used whatever its name, or a folder that is searched first. Raises ConfigError if
+    there is no such machine, or if a key is unknown, missing or not a number.
+    """
+    return read_machine(find_file(name, calibration))
+
+
+def find_file(name: str, calibration: Path | None) -> Path:
+    """Return the path of a machine's calibration file. Raises ConfigError if there is none."""
+    if calibration is not None and calibration.is_file():
+        return calibration
+    if calibration is not None and not calibration.is_dir():
+        raise ConfigError(f"--calibration {calibration}: neither a file nor a folder. Give one that exists.")
+    for folder in (*([calibration] if calibration else []), FOLDER):
+        path = folder / f"{name}.yaml"
+        if path.is_file():
+            return path
+    names = machine_names(calibration)
+    raise ConfigError(
+        f"no calibration file is called {name!r}{nearest(name, names)} There are: {', '.join(names)}; "
+        "cpu means this machine's CPU. Write your own as docs/planner.md describes, and give it with --calibration."
+    )
+
+
+def read_machine(path: Path) -> Machine:
+    """Read one calibration file. Raises ConfigError that names the file and the key if a value cannot be used.
+
+    A file with `like: NAME` takes every key that it lacks from the file of that name beside it.
+    """
+    data = _read(path)
+    data.setdefault("name", path.stem)
+    parts = {"factors": Factors, "time_error": Error, "memory_error": Error}
+    try:
+        values = {key: parts[key](**value) if key in parts else value for key, value in data.items()}
+        machine = Machine(**{"peaks": {}, **values})
+    except TypeError as error:
+        raise ConfigError(f"{path}: {_problem(error)} docs/planner.md lists the keys.") from None
+    for field in dataclasses.fields(machine):
+        value = getattr(machine, field.name)
+        if field.type in ("float", "int") and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"{path}: {field.name}: give a number, such as 1.5e+12.")
+    return machine
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a file's keys and values, with those of the file that `like` names below them."""
+    from packspeed.launch.config.loading import parse_numbers
+
+    parsed, _ = parse_yaml(read_text(path, "calibration file"), path)
+    data = parse_numbers(parsed)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: the top level of a calibration file is a mapping (device: ..., memory: ...).")
+    base = data.pop("like", None)
+    if base is None:
+        return data
+    beside = path.parent / f"{base}.yaml"
+    inherited = _read(beside if beside.is_file() else FOLDER / f"{base}.yaml")
+    inherited.pop("name", None)
+    return {**inherited, **data}
+
+
+def _problem(error: TypeError) -> str:
+    """Return Python's message about keyword arguments as a sentence about keys."""
+    text = str(error).partition("__init__() ")[2] or str(error)
+    text = text.replace("got an unexpected keyword argument", "unknown key").replace("keyword-only argument", "key")
+    return text.replace("missing 1 required", "missing a required") + "."

@@ -1,0 +1,115 @@
+"""What a training step computes and how it is divided: the input of every formula of the planner.
+
+    Work(model, seq_len=2048, micro_batch=8, accumulation=4, layout=Layout(ranks=64, stage=3))
+
+A layout says which share of the model, of the tokens and of the optimizer each rank has. It covers more than Packspeed
+trains (pipelines, tensor parallelism with sharded sequences), because published runs of other stacks are predicted too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from packspeed.model.config import GPTConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How ranks share a model, a sequence and an optimizer. `ranks` is a multiple of tensor * pipeline * context."""
+
+    ranks: int
+    per_host: int = 8
+    stage: int = 0  # ZeRO stage; FSDP's full shard is 3
+    tensor: int = 1
+    pipeline: int = 1
+    chunks: int = 1  # pieces of the model on each pipeline rank (interleaved schedule)
+    context: int = 1  # ranks that share a sequence
+    expert: int = 1  # ranks that share the experts of a layer
+    expert_tensor: int | None = None  # ranks that share the matrices of one expert; None: as `tensor`
+    sequence_sharded: bool = False  # tensor-parallel ranks also divide the tokens of norms and residuals
+
+    @property
+    def data(self) -> int:
+        """Return the number of data-parallel ranks, at least 1."""
+        return max(1, self.ranks // (self.tensor * self.pipeline * self.context))
+
+    @property
+    def expert_data(self) -> int:
+        """Return the number of ranks that hold the same experts, at least 1."""
+        return max(1, self.ranks // (self.pipeline * self.expert * self.expert_tensor_ranks))
+
+    @property
+    def expert_tensor_ranks(self) -> int:
+        """Return the number of ranks that share the matrices of one expert."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def hosts(self) -> int:
+        """Return the number of hosts."""
+        return -(-self.ranks // self.per_host)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The experts that replace the MLP of each layer."""
+
+    count: int
+    top_k: int  # experts that each token visits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """One optimizer step: a model, its tokens, and how ranks divide both."""
+
+    model: GPTConfig
+    seq_len: int
+    micro_batch: int  # samples per forward pass of a model replica
+    accumulation: int  # forward passes per optimizer step
+    layout: Layout
+    experts: Experts | None = None
+    precision: str = "bf16"
+    recomputed: float = 0.0  # share of the blocks that are computed again in the backward pass
+    gather_bytes: float = 4.0  # bytes per parameter that ZeRO-3 gathers in a micro batch, forward and backward
+    reduce_bytes: float = 4.0  # bytes per gradient that is sent
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of a forward pass of one model replica."""
+        return self.seq_len * self.micro_batch
+
+    @property
+    def block_products(self) -> int:
+        """Return the number of weights that multiply each token in one block."""
+        attention, mlp = self.block_matrices
+        return attention + mlp * (self.experts.top_k if self.experts else 1)
+
+    @property
+    def block_matrices(self) -> tuple[int, int]:
+        """Return the number of weights of one block's attention, and of its MLP or of one of its experts."""
+        model = self.model
+        attention = model.d_model * (2 * self.queries + 2 * self.keys)
+        return attention, model.d_model * self.ff_rows
+
+    @property
+    def queries(self) -> int:
+        """Return the channels of all query heads."""
+        return self.model.n_head * self.model.head_width
+
+    @property
+    def keys(self) -> int:
+        """Return the channels of all key heads."""
+        return self.model.kv_heads * self.model.head_width
+
+    @property
+    def ff_rows(self) -> int:
+        """Return the rows of all matrices of an MLP: 2 of its width, or 3 with a gate."""
+        return self.model.ff_width * (3 if self.model.mlp == "swiglu" else 2)
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters in matrices, with every expert."""
+        model = self.model
+        attention, mlp = self.block_matrices
+        blocks = model.n_layer * (attention + mlp * (self.experts.count if self.experts else 1))
+        tables = model.padded_vocab_size * (1 if model.tie_embeddings else 2)
+        return blocks + model.d_model * (tables + (model.max_seq_len if model.position == "learned" else 0))

@@ -1,0 +1,73 @@
+"""Fit the factors of a calibration file to published throughputs, and measure the error for model sizes held out.
+
+    python tests/tools/fit_planner.py published_throughput.csv mosaicml/llm-foundry h100-80gb
+    python tests/tools/fit_planner.py published_throughput.csv mosaicml/llm-foundry a100-40gb a100-80gb
+
+The step's time is linear in the factors, so least squares with factors of at least zero has one answer. Rows are
+weighted by the inverse root of their error (an L1 fit). Each model size is then predicted by factors that were fitted on the
+others. Prints the factors, and the median and p90 of the errors of held-out sizes.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import nnls
+
+from packspeed.launch.planner.machine import Machine, load_machine
+from packspeed.launch.planner.published import MissingColumn, SpeedRow, read_speed_row
+from packspeed.launch.planner.step_time import ideal_parts, optimizer_time
+
+NAMES = ("products", "products_fp8", "attention", "memory", "head", "link", "network", "stragglers")
+
+
+def fit(ideal: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Return the factors with the smallest sum of relative errors."""
+    relative, weights = ideal / seconds[:, None], np.ones(len(seconds))
+    for _ in range(60):
+        factors, _ = nnls(relative * weights[:, None], weights)
+        weights = 1 / np.sqrt(np.maximum(abs(relative @ factors - 1), 0.01))
+    return np.asarray(factors)
+
+
+def measured(row: SpeedRow, machine: Machine) -> float:
+    """Return the seconds of a micro batch without the optimizer's part."""
+    share = row.work.tokens * row.work.layout.data / row.work.layout.ranks
+    return share / row.tokens_per_s - optimizer_time(row.work, machine, False) / row.work.accumulation
+
+
+def quantile(values: np.ndarray, q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+
+
+def main(table: str, source: str, *machines: str) -> None:
+    rows = []
+    for line in csv.DictReader(Path(table).read_text().splitlines()):
+        try:
+            row = read_speed_row(line)
+        except MissingColumn:
+            continue
+        if line["source_repo"] == source and row.machine in machines:
+            rows.append((line["model"], row, load_machine(row.machine)))
+    ideal = np.array([[ideal_parts(row.work, machine)[name] for name in NAMES] for _, row, machine in rows])
+    seconds = np.array([measured(row, machine) for _, row, machine in rows])
+    sizes = np.array([size for size, _, _ in rows])
+    everything = fit(ideal, seconds)
+    print(len(rows), "rows;", ", ".join(f"{n}: {f:.4g}" for n, f in zip(NAMES, everything, strict=True)))
+    held_out = np.zeros(len(rows))
+    for size in sorted(set(sizes)):
+        other = sizes != size
+        held_out[~other] = abs(seconds[~other] / (ideal[~other] @ fit(ideal[other], seconds[other])) - 1)
+    print(f"held-out sizes: median {statistics.median(held_out):.2%}, p90 {quantile(held_out, 0.9):.2%}")
+    kinds = np.array([row.machine for _, row, _ in rows])
+    for name in machines if len(machines) > 1 else ():
+        one = held_out[kinds == name]
+        print(f"  {name}: {len(one)} rows, median {statistics.median(one):.2%}, p90 {quantile(one, 0.9):.2%}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
