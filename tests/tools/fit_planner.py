@@ -4,8 +4,8 @@
     python tests/tools/fit_planner.py published_throughput.csv mosaicml/llm-foundry a100-40gb a100-80gb
 
 The step's time is linear in the factors, so least squares with factors of at least zero has one answer. Rows are
-weighted by the inverse root of their error (an L1 fit). Each model size is then predicted by factors that were fitted on the
-others. Prints the factors, and the median and p90 of the errors of held-out sizes.
+weighted by the inverse root of their error (an L1 fit). Each model size is then predicted by factors that were fitted
+on the others. Prints the factors, and the median and p90 of the errors of held-out sizes.
 """
 
 from __future__ import annotations
