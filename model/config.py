@@ -3,10 +3,12 @@
 One dataclass covers the GPT-2 family (LayerNorm, learned positions, GELU, biases, tied head) and the Llama family
 (RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases). Sources of the presets: GPT-2 (Radford et al. 2019,
 https://github.com/openai/gpt-2), GPT-3 (Brown et al. 2020, table 2.1, https://arxiv.org/abs/2005.14165), TinyLlama
-(https://arxiv.org/abs/2401.02385), Llama 2 (https://arxiv.org/abs/2307.09288).
+(https://arxiv.org/abs/2401.02385), Llama 2 (https://arxiv.org/abs/2307.09288), Llama 3.1
+(https://arxiv.org/abs/2407.21783).
 """
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -22,6 +24,61 @@ BIASED: dict[bool | str, tuple[Layer, ...]] = {
     "qkv": ("qkv",),
     "attention": ("qkv", "proj"),
 }
+RopeType = Literal["linear", "dynamic", "yarn", "llama3"]
+# The keys that a type of RoPE scaling needs besides rope_type and factor, and those that it may have.
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ((), ()),
+    "dynamic": ((), ()),
+    "yarn": (
+        ("original_max_position_embeddings",),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How RoPE is stretched to a longer context, with the names of transformers' config.json; see rope.py.
+
+    Raises ValueError if a value is invalid, or if a key is missing or belongs to another rope_type.
+    """
+
+    rope_type: RopeType
+    factor: float  # how many times longer the context becomes
+    original_max_position_embeddings: int | None = None  # tokens per sequence in pre-training
+    attention_factor: float | None = None  # multiplies cosines and sines; None: from factor, mscale and mscale_all_dim
+    beta_fast: float | None = None  # rotations from which on a frequency is kept; None: 32
+    beta_slow: float | None = None  # rotations up to which a frequency is divided by factor; None: 1
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None  # whether the ends of the ramp are rounded to whole channels; None: true
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_KEYS:
+            raise ValueError(f"rope_scaling.rope_type = {self.rope_type!r}: choose one of {', '.join(ROPE_KEYS)}.")
+        if not self.factor >= 1:
+            raise ValueError(f"rope_scaling.factor = {self.factor}: give a number of at least 1.")
+        needed, allowed = ROPE_KEYS[self.rope_type]
+        for name in (name for name in self.__dataclass_fields__ if name not in ("rope_type", "factor")):
+            value = getattr(self, name)
+            if value is None and name in needed:
+                raise ValueError(f"rope_scaling.{name} is missing: {self.rope_type} needs it.")
+            if value is not None and name not in (*needed, *allowed):
+                raise ValueError(f"rope_scaling.{name} = {value!r}: {self.rope_type} has no such key.")
+            if value is not None and value is not False and not value > 0:
+                raise ValueError(f"rope_scaling.{name} = {value!r}: give a number above 0.")
+        if self.rope_type == "llama3" and not (self.low_freq_factor or 0) < (self.high_freq_factor or 0):
+            raise ValueError(
+                f"rope_scaling.low_freq_factor = {self.low_freq_factor} must be below high_freq_factor = "
+                f"{self.high_freq_factor}."
+            )
+
+    def given(self) -> dict[str, Any]:
+        """Return the keys that are not None, as a config.json has them."""
+        return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +104,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     position: Literal["learned", "rope"] = "learned"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None  # a mapping with its fields is accepted too
     mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"  # GPT-2 approximates GELU by tanh; nanoGPT is exact
     bias: bool | Literal["qkv", "attention"] = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
@@ -72,7 +130,22 @@ class GPTConfig:
             )
         if self.position == "rope" and self.head_width % 2:
             raise ValueError(f"head_dim = {self.head_width} is odd: RoPE turns pairs of channels, so make it even.")
+        self._check_rope_scaling()
         self._check_choices()
+
+    def _check_rope_scaling(self) -> None:
+        given: Any = self.rope_scaling
+        if isinstance(given, Mapping):
+            try:
+                object.__setattr__(self, "rope_scaling", RopeScaling(**given))
+            except TypeError as error:  # a missing or an unknown key
+                raise ValueError(f"rope_scaling: {str(error).partition(') ')[2]}.") from None
+        if self.rope_scaling is None:
+            return
+        if self.position != "rope":
+            raise ValueError("rope_scaling needs position = rope: learned positions cannot be stretched.")
+        if self.rope_scaling.rope_type == "dynamic" and self.head_width == 2:
+            raise ValueError("rope_scaling.rope_type = dynamic needs a head_dim above 2.")
 
     def _check_choices(self) -> None:
         choices = {
@@ -112,6 +185,15 @@ class GPTConfig:
         if self.d_ff is not None:
             return self.d_ff
         return _round_up(8 * self.d_model // 3, SWIGLU_MULTIPLE) if self.mlp == "swiglu" else 4 * self.d_model
+
+    @property
+    def longest_context(self) -> int:
+        """Return the most tokens that generation shows the model: max_seq_len, times the factor of a dynamic scaling.
+
+        With the other scalings, max_seq_len is the stretched length already.
+        """
+        dynamic = self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic"
+        return int(self.max_seq_len * self.rope_scaling.factor) if dynamic and self.rope_scaling else self.max_seq_len
 
     def has_bias(self, layer: Layer) -> bool:
         """Return whether a kind of layer has a bias.
@@ -229,6 +311,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-1b": _llama(22, 32, 4, 2048, 5632, 2048),  # TinyLlama 1.1B
     "llama-7b": _llama(32, 32, 32, 4096, 11_008, 4096),  # Llama 2 7B
     "llama-70b": _llama(80, 64, 8, 8192, 28_672, 4096),  # Llama 2 70B
+    "llama3-8b": {  # Llama 3.1 8B
+        **_llama(32, 32, 8, 4096, 14_336, 131_072),
+        "vocab_size": 128_256,
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
 }
 
 

@@ -1,8 +1,9 @@
 """Sampling from a model with a key-value (KV) cache. The result depends on (weights, prompt, settings, seed) only.
 
 The prompt is processed once. After that, each new token costs the forward pass of one token. The model sees a window of
-at most max_seq_len tokens. When the window is full, the cache is cleared and the last half of the window is processed
-again. Every token therefore sees at least half a window. Processing halves again costs about as much as generating.
+at most max_seq_len tokens (more with a dynamic RoPE scaling: GPTConfig.longest_context). When the window is full, the
+cache is cleared and the last half of the window is processed again. Every token therefore sees at least half a window.
+Processing halves again costs about as much as generating.
 
 Prompts of different lengths are padded on the left to form a batch. Positions count from the first token of each
 prompt, and a mask hides the padding. A row's random numbers are a hash of its own seed and the step
@@ -181,7 +182,7 @@ class _Window:
     """
 
     def __init__(self, model: GPT, rows: list[list[int]], room: int) -> None:
-        self.model, self.rows, self.limit = model, rows, model.config.max_seq_len
+        self.model, self.rows, self.limit = model, rows, model.config.longest_context
         self.device = model.embed.weight.device
         self.first = [max(0, len(row) - self.limit) for row in rows]
         longest = max(len(row) - first for row, first in zip(rows, self.first, strict=True))

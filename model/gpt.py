@@ -38,6 +38,7 @@ from packspeed.model.fused_loss import head_loss, head_losses
 from packspeed.model.kernels import Kernels, choose
 from packspeed.model.keyed_dropout import keyed_dropout, site_keys
 from packspeed.model.linear import is_slow, linear
+from packspeed.model.rope import rope_table_of
 
 if TYPE_CHECKING:
     from packspeed.model.generate import KVCache
@@ -60,17 +61,6 @@ class Norm(nn.Module):
         """Return (x + branch, norm(x + branch)) for x and branch (..., C); without a branch, (x, norm(x))."""
         add_norm = choose(self.kernels, x.device).add_norm
         return add_norm(x, branch, self.weight, self.bias, self.eps, self.rms)
-
-
-def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
-    """Return RoPE's cosines and sines, (2, B or 1, T, 1, width / 2) fp32, for positions (B or 1, T).
-
-    width: channels per head. theta: the base of the angles. The table is computed in each forward pass and shared by
-    all layers. It is not a buffer, because casting the model to bf16 would round it and make far positions equal.
-    """
-    channel = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[:, :, None, None] * (1.0 / theta ** (channel / width))
-    return torch.stack((angles.cos(), angles.sin()))
 
 
 def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -342,7 +332,7 @@ class GPT(nn.Module):
         x: Tensor = self.embed(tokens)
         if self.pos_embed is not None:
             return x + self.pos_embed(positions), None
-        return x, rope_table(positions, self.config.head_width, self.config.rope_theta)
+        return x, rope_table_of(self.config, positions)
 
     def _recomputes(self, layer: int) -> bool:
         """Return whether the backward pass will recompute this layer: only in training, if the config selects it."""

@@ -1,15 +1,15 @@
 """Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Mistral, Qwen2, Qwen3.
 
-If a config.json leaves a key out, transformers' default is used. A feature that our model lacks (such as scaled RoPE, a
+If a config.json leaves a key out, transformers' default is used. A feature that our model lacks (such as LongRoPE, a
 sliding window or another activation) raises a ValueError that names it; it is never ignored. Mistral without a sliding
 window computes the same as Llama, and is exported as Llama.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from packspeed.model.config import GPTConfig
+from packspeed.model.config import ROPE_KEYS, GPTConfig, RopeScaling, RopeType
 from packspeed.model.hf import family
 
 ARCHITECTURES = {
@@ -111,10 +111,19 @@ def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
             "rms_norm_eps": config.norm_eps,
             "hidden_act": "silu",
             "attention_dropout": 0.0,
-            "rope_theta": config.rope_theta,  # read by transformers 4; version 5 reads the next key
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            **_rope(config),
         }
     )
+
+
+def _rope(config: GPTConfig) -> dict[str, Any]:
+    """Return the keys for RoPE: transformers 4 reads rope_theta and rope_scaling, version 5 reads rope_parameters."""
+    scaling = {"rope_type": "default"} if config.rope_scaling is None else config.rope_scaling.given()
+    older = {} if config.rope_scaling is None else {"rope_scaling": scaling | {"rope_theta": config.rope_theta}}
+    return older | {
+        "rope_theta": config.rope_theta,
+        "rope_parameters": scaling | {"rope_theta": config.rope_theta},
+    }
 
 
 def from_hf_config(raw: Mapping[str, Any]) -> GPTConfig:
@@ -184,6 +193,7 @@ def _from_gpt2(raw: dict[str, Any]) -> GPTConfig:
 def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
     _refuse(raw, {"hidden_act": SILU})
     _check_window(raw, kind)
+    rope_theta, rope_scaling = _rope_of(raw)
     return GPTConfig(
         n_layer=_integer(raw, "num_hidden_layers"),
         n_head=_integer(raw, "num_attention_heads"),
@@ -196,7 +206,8 @@ def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
         norm="rmsnorm",
         norm_eps=_number(raw, "rms_norm_eps"),
         position="rope",
-        rope_theta=_rope_theta(raw),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
         mlp="swiglu",
         bias=_bias(raw, kind),
         qk_norm=kind == "qwen3",
@@ -204,22 +215,48 @@ def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
     )
 
 
-def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """Return the base of RoPE's angles from raw, a config.json, at the key that transformers reads it from.
+def _rope_of(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Return the base of RoPE's angles and its scaling from raw, a config.json, at the keys that transformers reads.
 
-    Raises ValueError unless the file describes plain RoPE: not scaled, the same in all layers, on all channels.
+    Raises ValueError if our model lacks the type of scaling, or if RoPE is not the same in all layers and on all
+    channels.
     """
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key) or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{key} = {str(rope)[:40]!r}: expected an object.")
     # Older files have `type` instead of `rope_type`. A nested object holds the parameters of one kind of layer.
-    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    if not plain or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{key} = {rope}: Packspeed's model supports only plain RoPE, without scaling.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", *ROPE_KEYS) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(
+            f"{key} = {rope}: Packspeed's model supports RoPE that is the same in all layers, plain or scaled by "
+            f"{', '.join(ROPE_KEYS)}."
+        )
     for source in (rope, raw):
         _refuse(source, {"partial_rotary_factor": (None, 1.0)})
-    return _number({"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10_000.0))}, "rope_theta")
+    theta = _number({"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10_000.0))}, "rope_theta")
+    try:
+        return theta, None if kind == "default" else _scaling(raw, rope, kind)
+    except ValueError as error:
+        raise ValueError(f"{key} = {rope}: {error}") from None
+
+
+def _scaling(raw: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> RopeScaling:
+    """Return the scaling that the object `rope` of raw, a config.json, describes. `kind`: its rope_type."""
+    needed, allowed = ROPE_KEYS[kind]
+    values: dict[str, Any] = {name: rope[name] for name in (*needed, *allowed) if rope.get(name) is not None}
+    if "original_max_position_embeddings" in needed:  # a key outside the object has priority in transformers
+        default = rope.get("original_max_position_embeddings", raw["max_position_embeddings"])
+        length = {"original_max_position_embeddings": raw.get("original_max_position_embeddings", default)}
+        values |= {"original_max_position_embeddings": _integer(length, "original_max_position_embeddings")}
+    for name in ("truncate",) if "truncate" in values else ():
+        values[name] = _flag(values, name)
+    for name in values.keys() - {"original_max_position_embeddings", "truncate"}:
+        values[name] = _number(values, name)
+    factor = rope.get("factor")
+    if factor is None and kind == "yarn":  # as transformers does for YaRN only
+        factor = raw["max_position_embeddings"] / values["original_max_position_embeddings"]
+    return RopeScaling(rope_type=cast(RopeType, kind), factor=_number({"factor": factor}, "factor"), **values)
 
 
 def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention"]:

@@ -154,7 +154,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
 
 
 def _turn(x: Tensor, rope: Tensor, sign: float, out: Tensor) -> None:
-    """Rotate x (B, T, H, D) by `sign` times the angles of rope (gpt.rope_table), into out, which may be x."""
+    """Rotate x (B, T, H, D) by `sign` times the angles of rope (rope.rope_table), into out, which may be x."""
     (cos, sin), (a, b), (out_a, out_b) = rope.unbind(0), x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     first, second = (a * cos).sub_(b * sin, alpha=sign), (b * cos).add_(a * sin, alpha=sign)
     out_a.copy_(first)

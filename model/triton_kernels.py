@@ -305,7 +305,7 @@ def add_norm(
 
 
 def _rotate(x: Tensor, rope: Tensor, out: Tensor, sign: float) -> None:
-    """Rotate x (B, T, H, D) by `sign` times the angles of rope (gpt.rope_table), and write the result to out.
+    """Rotate x (B, T, H, D) by `sign` times the angles of rope (rope.rope_table), and write the result to out.
 
     out may be x. The last stride of both must be 1.
     """

@@ -389,7 +389,7 @@ def test_a_damaged_import_is_refused_everywhere(runs: Workspace, tmp_path: Path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters"),
         ({"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, "rope_scaling"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "missing"),

@@ -34,6 +34,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-attention-bias": {"model_type": "llama", "attention_bias": True},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-yarn": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "rope_theta": 1e4,
+        },
+    },
     "mistral": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},

@@ -26,11 +26,11 @@ from packspeed.model.gpt import (
     is_matrix,
     is_muon_parameter,
     param_groups,
-    rope_table,
 )
 from packspeed.model.kernels import choose
 from packspeed.model.linear import linear
 from packspeed.model.reference_ops import rotate
+from packspeed.model.rope import rope_table
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 24}
 LLAMA: dict[str, Any] = {

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from packspeed.model import attention, fused_loss, gpt, triton_kernels
 from packspeed.model.config import GPTConfig, preset
 from packspeed.model.gpt import GPT
+from packspeed.model.rope import rope_table
 from support.gpu_code import KERNELS, Code, Launch, machine_code, note_launches, specialisation
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -175,7 +176,7 @@ def test_our_backward_passes_on_cuda(
         both(triton_kernels._AddNorm, x, x, weight, weight, 1e-5, False)
         both(triton_kernels._AddNorm, x, None, weight, None, 1e-5, True)
         both(triton_kernels._Activate, x, "swiglu")
-        rope = gpt.rope_table(torch.zeros(1, LENGTH, dtype=torch.int64), 8, 1e4)
+        rope = rope_table(torch.zeros(1, LENGTH, dtype=torch.int64), 8, 1e4)
         both(triton_kernels._Rotate, x.view(ROWS, LENGTH, 8, 8), rope, [4, 2, 2])
         monkeypatch.setattr(fused_loss, "GPU_CHUNK_BYTES", 1000 * 128 * 4)
         labels = torch.zeros(ROWS * LENGTH, dtype=torch.int64)

@@ -21,6 +21,11 @@ from packspeed.model.hf_config import from_hf_config, to_hf_config
 pytestmark = pytest.mark.slow  # more than `make check` has time for
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 64, "vocab_size": 500, "max_seq_len": 48}
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2-exact-gelu": {"mlp": "gelu", "d_ff": 96},
@@ -29,6 +34,12 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-tied-mqa": {"n_kv_head": 1, "head_dim": 32, "norm_eps": 1e-6},
     "llama-bias": {"n_kv_head": 2, "bias": True, "tie_embeddings": False},
     "llama-attention-bias": {"n_kv_head": 2, "bias": "attention", "tie_embeddings": False},
+    "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    "llama-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_seq_len": 20},
+    "llama-yarn": {"rope_scaling": YARN},
+    "llama-llama3": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
+    "qwen2-yarn": {"rope_scaling": YARN | {"beta_fast": 8.0, "truncate": False}, "bias": "qkv"},
+    "qwen3-yarn": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}, "qk_norm": True},
     "qwen2": {"n_kv_head": 2, "bias": "qkv", "tie_embeddings": False},
     "qwen2-tied": {"n_kv_head": 2, "bias": "qkv", "head_dim": 32},
     "qwen3": {"n_kv_head": 2, "qk_norm": True, "head_dim": 32, "tie_embeddings": False},
@@ -129,6 +140,7 @@ def test_configs_come_back(case: str) -> None:
         "mlp",
         "bias",
         "qk_norm",
+        "rope_scaling",
     ):
         assert getattr(back, name) == getattr(config, name), name
     assert (back.rope_theta, back.tie_embeddings) == (config.rope_theta, config.tie_embeddings)
@@ -184,6 +196,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"rope_scaling": {"type": "linear", "factor": 4.0}},
     {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
     {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},
+    {"rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 10, "rope_theta": 300.0}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 20},
+    {"rope_scaling": {"rope_type": "longrope", "factor": 4.0, "short_factor": [1] * 4, "long_factor": [2] * 4}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+    {"rope_parameters": {**LLAMA3, "rope_theta": 200.0}},
     {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}},
     {"rope_parameters": {"type": "default", "rope_theta": 500.0}},
     {"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 300.0},
@@ -257,7 +274,7 @@ def test_every_setting_is_computed_as_transformers_does_or_refused(kind: str) ->
             try:
                 theirs_config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(raw))
                 theirs: Any = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32).eval()
-            except (ValueError, TypeError, StrictDataclassError):  # transformers has no such model
+            except (KeyError, ValueError, TypeError, StrictDataclassError):  # transformers has no such model
                 continue
             torch.manual_seed(0)
             for p in theirs.parameters():

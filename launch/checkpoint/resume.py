@@ -221,10 +221,12 @@ def check_same_model(checkpoint: Path, old: Mapping[str, object], new: Mapping[s
     """Raise ConfigError if imported weights do not fit the run file (check 2 for imported weights).
 
     `old` and `new` are the flattened settings of the import and of the run file. Settings must be equal if they
-    determine the shape or the meaning of the weights.
+    determine the shape or the meaning of the weights. Those of RoPE may differ, because training at a longer context
+    often begins with stretched angles.
     """
-    free = ("model.dropout", "model.z_loss", *MODEL_SPEED_ONLY)
-    keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and key not in free}
+    stretched = ("model.rope_", "model.max_seq_len") if new.get("model.position") == "rope" else ()
+    free = ("model.dropout", "model.z_loss", *stretched, *MODEL_SPEED_ONLY)
+    keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and not key.startswith(free)}
     if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
         lines = "; ".join(f"{key} is {old.get(key)!r} there, {new.get(key)!r} in the run file" for key in changed)
         raise ConfigError(

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from packspeed.launch.config.errors import ConfigError, nearest
 from packspeed.launch.config.fp8 import fp8_obstacle
 from packspeed.launch.config.json_types import JsonObject
-from packspeed.model.config import PRESETS, GPTConfig
+from packspeed.model.config import PRESETS, GPTConfig, RopeType
 
 
 class Section(BaseModel):
@@ -47,6 +47,7 @@ MODEL_KEYS = {
     "norm_eps": "Number added to the variance in every norm, to avoid a division by zero.",
     "position": "Position encoding: a learned table, or rotary embeddings (RoPE) of queries and keys.",
     "rope_theta": "Base of RoPE's frequencies (theta). Unused with learned positions.",
+    "rope_scaling": "Stretching of RoPE to a longer context, with the names of transformers' config.json.",
     "mlp": "Activation of the MLP. gelu_tanh is GPT-2's approximation of gelu. swiglu has a third weight matrix.",
     "bias": "Which layers have a bias. true: all linear layers and LayerNorm. false: none. qkv: only the projections "
     "to queries, keys and values (as in Qwen2). attention: these and attention's output projection.",
@@ -63,11 +64,44 @@ MODEL_KEYS = {
 }
 
 
+class RopeScalingSection(Section):
+    """How RoPE is stretched to a longer context. The keys are those of rope_scaling in transformers' config.json."""
+
+    rope_type: RopeType = Field(
+        description="linear: divide all angles by factor. dynamic: grow theta with the length of the text, but only "
+        "beyond max_seq_len, that is, when generating. yarn: divide low frequencies only. llama3: Llama 3.1's way."
+    )
+    factor: float = Field(ge=1, description="How many times longer the context becomes.")
+    original_max_position_embeddings: int | None = Field(
+        None, ge=1, description="Tokens per sequence before the stretching. Required by yarn and llama3."
+    )
+    attention_factor: float | None = Field(
+        None, gt=0, description="yarn: multiplies cosines and sines. Default: 0.1 ln(factor) + 1."
+    )
+    beta_fast: float | None = Field(
+        None, gt=0, description="yarn: keep frequencies that make this many rotations or more. Default: 32."
+    )
+    beta_slow: float | None = Field(
+        None, gt=0, description="yarn: divide frequencies that make this many rotations or fewer. Default: 1."
+    )
+    mscale: float | None = Field(None, gt=0, description="yarn: with mscale_all_dim, changes attention_factor.")
+    mscale_all_dim: float | None = Field(None, gt=0, description="yarn: with mscale, changes attention_factor.")
+    truncate: bool | None = Field(
+        None, description="yarn: round the ends of the ramp to whole channels. Default: true."
+    )
+    low_freq_factor: float | None = Field(
+        None, gt=0, description="llama3: divide frequencies that make this many rotations or fewer. Required."
+    )
+    high_freq_factor: float | None = Field(
+        None, gt=0, description="llama3: keep frequencies that make this many rotations or more. Required."
+    )
+
+
 def _model_section() -> type[Section]:
     """Create the class of the section `model`: a preset, any fields of GPTConfig, or both (a field overrides the
     preset).
     """
-    hints = typing.get_type_hints(GPTConfig)
+    hints = {**typing.get_type_hints(GPTConfig), "rope_scaling": RopeScalingSection}
     fields: JsonObject = {
         f.name: (Union[hints[f.name], None], Field(None, description=MODEL_KEYS[f.name]))  # noqa: UP007
         for f in dataclasses.fields(GPTConfig)

@@ -192,8 +192,8 @@ def _bounds(constraints: list[Any]) -> Iterator[str]:
 
 def _default(key: str, field: FieldInfo) -> str:
     """Return the default of a run-file key as text. For keys of the section model, it is the one in GPTConfig."""
-    if key.startswith("model.") and key != "model.preset":
-        name = key.removeprefix("model.")
+    name = key.removeprefix("model.")
+    if key.startswith("model.") and name != "preset" and "." not in name:
         defaults = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
         return MODEL_DEFAULTS.get(name) or _yaml(defaults[name])
     if field.is_required():

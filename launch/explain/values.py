@@ -20,7 +20,7 @@ from packspeed.launch.config.run_file import RunFile, Section
 from packspeed.launch.explain.lenient import WrittenRunFile
 from packspeed.launch.explain.lint import Case, device
 from packspeed.launch.run_folder.folder import flatten
-from packspeed.model.config import PRESETS, GPTConfig, num_parameters
+from packspeed.model.config import PRESETS, GPTConfig, RopeScaling, num_parameters
 
 # DeepSpeed's defaults for the keys of zero_optimization.
 DEFAULTS: JsonObject = {
@@ -97,8 +97,12 @@ def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None
     for field in dataclasses.fields(GPTConfig) if model else ():
         default = None if field.default is dataclasses.MISSING else field.default
         inherited = f"preset {preset}" if preset and field.name in PRESETS.get(preset, {}) else None
-        by = written.set_by(f"model.{field.name}") or inherited or solved.get(field.name) or "default"
-        values.append(Value(f"model.{field.name}", getattr(model, field.name), default, by))
+        value = getattr(model, field.name)
+        key = f"model.{field.name}" + (".rope_type" if isinstance(value, RopeScaling) else "")
+        by = written.set_by(key) or inherited or solved.get(field.name) or "default"
+        values.append(
+            Value(f"model.{field.name}", value.given() if isinstance(value, RopeScaling) else value, default, by)
+        )
     return values
 
 

@@ -18,8 +18,9 @@ from packspeed.model import reference_ops as plain
 from packspeed.model.attention import Documents
 from packspeed.model.config import GPTConfig
 from packspeed.model.fp8_linear import fp8_linear
-from packspeed.model.gpt import GPT, init_weights, rope_table
+from packspeed.model.gpt import GPT, init_weights
 from packspeed.model.kernels import Kernels
+from packspeed.model.rope import rope_table
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")

@@ -109,8 +109,8 @@ def kernels(context: Context) -> None:
     import torch
 
     from packspeed.model import reference_ops as eager
-    from packspeed.model.gpt import rope_table
     from packspeed.model.kernels import choose
+    from packspeed.model.rope import rope_table
 
     device = torch.device("cpu" if context.cpu else "cuda")
     fast: Any = choose("auto" if context.cpu else "triton", device)
