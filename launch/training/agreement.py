@@ -37,8 +37,9 @@ def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, data_hash: int) -
     `loss` is this rank's mean loss, a scalar tensor, and `data_hash` the hash of this rank's rows.
     """
     stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
-    own = to_device(np.array([stopping, written, data_hash], dtype=np.float64), loss.device)
-    share = torch.cat([loss.double().view(1) / trainer.topology.dp_size, own])
+    counted = data_hash if trainer.topology.first_of_rows else 0
+    own = to_device(np.array([stopping, written, counted], dtype=np.float64), loss.device)
+    share = torch.cat([loss.double().view(1) / trainer.topology.world, own])
     return trainer.topology.sum(share)
 
 
