@@ -1,10 +1,11 @@
 """The configuration of a GPT, presets of published models, and formulas for the number of parameters and FLOPs.
 
 One dataclass covers the GPT-2 family (LayerNorm, learned positions, GELU, biases, tied head) and the Llama family
-(RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases). Sources of the presets: GPT-2 (Radford et al. 2019,
-https://github.com/openai/gpt-2), GPT-3 (Brown et al. 2020, table 2.1, https://arxiv.org/abs/2005.14165), TinyLlama
-(https://arxiv.org/abs/2401.02385), Llama 2 (https://arxiv.org/abs/2307.09288), Llama 3.1
-(https://arxiv.org/abs/2407.21783).
+(RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases). In both, a mixture of experts can replace the MLP (moe.py).
+Sources of the presets: GPT-2 (Radford et al. 2019, https://github.com/openai/gpt-2), GPT-3 (Brown et al. 2020, table
+2.1, https://arxiv.org/abs/2005.14165), TinyLlama (https://arxiv.org/abs/2401.02385), Llama 2
+(https://arxiv.org/abs/2307.09288), Llama 3.1 (https://arxiv.org/abs/2407.21783), Mixtral
+(https://arxiv.org/abs/2401.04088), Qwen3 (https://arxiv.org/abs/2505.09388).
 """
 
 import difflib
@@ -85,8 +86,9 @@ class RopeScaling:
 class GPTConfig:
     """Everything that determines a GPT's parameters and forward pass.
 
-    n_kv_head, head_dim and d_ff may be None. The properties kv_heads, head_width and ff_width then return the defaults
-    in use. Raises ValueError if a value is invalid or if two fields contradict each other.
+    n_kv_head, head_dim, d_ff and d_expert may be None. The properties kv_heads, head_width, ff_width and expert_width
+    then return the defaults in use. n_expert None: a dense model, in which the other keys of experts have no meaning.
+    Raises ValueError if a value is invalid or if two fields contradict each other.
     """
 
     # A run file's `model` section is validated against this class by pydantic; "forbid" rejects misspelt keys.
@@ -108,6 +110,15 @@ class GPTConfig:
     mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"  # GPT-2 approximates GELU by tanh; nanoGPT is exact
     bias: bool | Literal["qkv", "attention"] = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
+    n_expert: int | None = None  # experts per layer, of which each token uses n_expert_active; None: a dense model
+    n_expert_active: int = 2
+    n_shared_expert: int = 0  # experts that every token uses besides: one MLP of that many times d_expert channels
+    d_expert: int | None = None  # hidden channels of one expert; None: ff_width
+    first_dense: int = 0  # number of first layers that have a dense MLP
+    gate: Literal["sigmoid", "softmax"] = "sigmoid"  # turns the router's logits into scores
+    gate_normalised: bool = True  # divide the scores of a token's experts by their sum
+    gate_scale: float = 1.0  # and multiply them by this
+    balance_rate: float = 1e-3  # per step, the change of the bias that balances the experts; 0: no balancing
     tie_embeddings: bool = True
     dropout: float = 0.0  # on the embedding and on both branches of a block; needs one key per sample, keyed_dropout.py
     z_loss: float = 0.0  # adds z_loss * log(sum exp logits)^2 to the training loss of each token; PaLM uses 1e-4
@@ -115,7 +126,10 @@ class GPTConfig:
     kernels: Kernels = "auto"  # changes speed and rounding; see kernels.py
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "d_model", "vocab_size", "max_seq_len", "n_kv_head", "head_dim", "d_ff"):
+        for name in (
+            "n_layer", "n_head", "d_model", "vocab_size", "max_seq_len", "n_kv_head", "head_dim", "d_ff", "n_expert",
+            "n_expert_active", "d_expert",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: give a whole number of at least 1.")
@@ -131,6 +145,7 @@ class GPTConfig:
         if self.position == "rope" and self.head_width % 2:
             raise ValueError(f"head_dim = {self.head_width} is odd: RoPE turns pairs of channels, so make it even.")
         self._check_rope_scaling()
+        self._check_experts()
         self._check_choices()
 
     def _check_rope_scaling(self) -> None:
@@ -147,12 +162,36 @@ class GPTConfig:
         if self.rope_scaling.rope_type == "dynamic" and self.head_width == 2:
             raise ValueError("rope_scaling.rope_type = dynamic needs a head_dim above 2.")
 
+    def _check_experts(self) -> None:
+        """Raise ValueError if a key of the experts is invalid, or contradicts another key."""
+        if self.n_shared_expert < 0 or self.first_dense < 0:
+            raise ValueError("n_shared_expert and first_dense: give 0 or a number above it.")
+        if not self.balance_rate >= 0.0 or not self.gate_scale > 0.0:
+            raise ValueError("balance_rate must be at least 0, and gate_scale above 0.")
+        if self.n_expert is None:
+            if self.n_shared_expert or self.first_dense or self.d_expert is not None:
+                raise ValueError("n_shared_expert, first_dense and d_expert need n_expert, the number of experts.")
+            return
+        if self.n_expert_active > self.n_expert:
+            raise ValueError(
+                f"n_expert_active = {self.n_expert_active} is more than n_expert = {self.n_expert}: a token cannot use "
+                "more experts than there are."
+            )
+        if self.first_dense >= self.n_layer:
+            raise ValueError(
+                f"first_dense = {self.first_dense} leaves none of the n_layer = {self.n_layer} layers for experts: "
+                "lower it, or leave n_expert out."
+            )
+        if self.has_bias("mlp"):
+            raise ValueError("experts have no biases: set bias to false, qkv or attention.")
+
     def _check_choices(self) -> None:
         choices = {
             "norm": ("layernorm", "rmsnorm"),
             "position": ("learned", "rope"),
             "mlp": ("gelu", "gelu_tanh", "swiglu"),
             "bias": tuple(BIASED),
+            "gate": ("sigmoid", "softmax"),
             "kernels": get_args(Kernels),
         }
         for name, valid in choices.items():
@@ -195,6 +234,15 @@ class GPTConfig:
         dynamic = self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic"
         return int(self.max_seq_len * self.rope_scaling.factor) if dynamic and self.rope_scaling else self.max_seq_len
 
+    @property
+    def expert_width(self) -> int:
+        """Return the number of hidden channels of one expert: d_expert, or its default ff_width."""
+        return self.d_expert or self.ff_width
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether the layer of this number, from 0, has a mixture of experts instead of a dense MLP."""
+        return self.n_expert is not None and layer >= self.first_dense
+
     def has_bias(self, layer: Layer) -> bool:
         """Return whether a kind of layer has a bias.
 
@@ -216,35 +264,53 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def num_parameters(config: GPTConfig, *, padded: bool = False) -> int:
+def num_parameters(config: GPTConfig, *, padded: bool = False, active: bool = False) -> int:
     """Return the number of parameters, tied weights counted once.
 
     padded: count the padding rows of embedding and head too, as in the built model. Published counts leave them out.
+    active: of a layer's experts, count only those that one token uses.
     """
     vocab_size = config.padded_vocab_size if padded else config.vocab_size
     tables = vocab_size * (1 if config.tie_embeddings else 2)
     tables += config.max_seq_len if config.position == "learned" else 0
-    return tables * config.d_model + num_non_embedding_parameters(config)
+    return tables * config.d_model + num_non_embedding_parameters(config, active=active)
 
 
-def num_non_embedding_parameters(config: GPTConfig) -> int:
-    """Return the number of parameters of the blocks and the final norm: all but token embedding, positions and head."""
-    d, ff = config.d_model, config.ff_width
+def num_non_embedding_parameters(config: GPTConfig, *, active: bool = False) -> int:
+    """Return the number of parameters of the blocks and the final norm: all but token embedding, positions and head.
+
+    active: of a layer's experts, count only those that one token uses.
+    """
+    d = config.d_model
     queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
     attention = (d + config.has_bias("qkv")) * (queries + 2 * keys) + (queries + config.has_bias("proj")) * d
     attention += config.qk_norm * 2 * config.head_width
-    up = ff * (2 if config.mlp == "swiglu" else 1)
-    mlp = (d + config.has_bias("mlp")) * up + (ff + config.has_bias("mlp")) * d
     norm = d * (1 + config.has_bias("norm") if config.norm == "layernorm" else 1)
-    return config.n_layer * (attention + mlp + 2 * norm) + norm
+    mlps = sum(_mlp_parameters(config, layer, active) for layer in range(config.n_layer))
+    return config.n_layer * (attention + 2 * norm) + mlps + norm
+
+
+def _mlp_parameters(config: GPTConfig, layer: int, active: bool) -> int:
+    """Return the number of parameters of the MLP of a layer, or of its router and experts."""
+    d, bias, matrices = config.d_model, config.has_bias("mlp"), 2 if config.mlp == "swiglu" else 1
+    if not config.has_experts(layer):
+        return (d + bias) * config.ff_width * matrices + (config.ff_width + bias) * d
+    assert config.n_expert is not None, "has_experts"
+    experts = config.n_expert_active if active else config.n_expert
+    return config.n_expert * d + (experts + config.n_shared_expert) * (matrices + 1) * d * config.expert_width
 
 
 def largest_parameter(config: GPTConfig) -> int:
-    """Return the number of elements of the largest parameter of GPT(config), with the padding rows of the embedding."""
+    """Return the number of elements of the largest parameter of GPT(config), with the padding rows of the embedding.
+
+    One parameter has the first matrices of all experts of a layer.
+    """
     d, gate_and_up = config.d_model, 2 if config.mlp == "swiglu" else 1
     heads = config.n_head + 2 * config.kv_heads
     widths = (config.padded_vocab_size, config.max_seq_len if config.position == "learned" else 0)
-    return d * max(*widths, config.ff_width * gate_and_up, heads * config.head_width)
+    dense = config.ff_width if config.n_expert is None or config.first_dense else 0
+    widest = max(dense, max(config.n_expert or 0, config.n_shared_expert) * config.expert_width)
+    return d * max(*widths, widest * gate_and_up, heads * config.head_width)
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
@@ -254,13 +320,14 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> int:
 
         6 N + 6 V d + 6 L a T    N non-embedding parameters, V vocab_size, d d_model, L layers, a n_head * head width
 
-    A multiply-add is 2 FLOPs and backward costs twice as much as forward, so each weight costs 6. V d is the head.
+    A multiply-add is 2 FLOPs and backward costs twice as much as forward, so each weight costs 6. V d is the head. Of a
+    layer's experts, N has only those that a token uses.
     Attention's two products cost 12 L a T without a causal mask; a causal model needs half of that. Padding, recomputed
     activations, embedding look-ups and the optimizer are not counted.
     """
     head = config.vocab_size * config.d_model
     attention = config.n_layer * config.n_head * config.head_width * seq_len
-    return 6 * (num_non_embedding_parameters(config) + head + attention)
+    return 6 * (num_non_embedding_parameters(config, active=True) + head + attention)
 
 
 def _gpt2(n_layer: int, n_head: int, d_model: int, max_seq_len: int = 1024) -> dict[str, Any]:
@@ -322,6 +389,24 @@ PRESETS: dict[str, dict[str, Any]] = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
+    },
+    "mixtral-8x7b": {
+        **_llama(32, 32, 8, 4096, 14_336, 32_768),
+        "rope_theta": 1e6,
+        "n_expert": 8,
+        "gate": "softmax",
+    },
+    "qwen3-30b-a3b": {  # 30.5 G parameters, of which a token uses 3.3 G
+        **_llama(48, 32, 4, 2048, 6144, 32_768),
+        "vocab_size": 151_936,
+        "head_dim": 128,
+        "norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "qk_norm": True,
+        "n_expert": 128,
+        "n_expert_active": 8,
+        "d_expert": 768,
+        "gate": "softmax",
     },
 }
 

@@ -2,6 +2,8 @@
 
     tokens -> embedding (+ learned positions) -> n_layer x [ x + attention(norm(x)), x + mlp(norm(x)) ] -> norm -> head
 
+The MLP of a layer may be a mixture of experts (moe.py).
+
 Letters in shapes: B rows of the batch, T tokens per row, C = d_model channels, H heads of D channels, V token ids in
 the vocabulary, S tokens in the key-value cache. `x` is the residual stream, (B, T, C).
 
@@ -38,6 +40,7 @@ from packspeed.model.fused_loss import head_loss, head_losses
 from packspeed.model.kernels import Kernels, choose
 from packspeed.model.keyed_dropout import keyed_dropout, site_keys
 from packspeed.model.linear import is_slow, linear
+from packspeed.model.moe import Choice, MoE
 from packspeed.model.rope import rope_table_of
 
 if TYPE_CHECKING:
@@ -154,9 +157,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward part of a block: a linear layer, GELU or SwiGLU, and a second linear layer."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, width: int | None = None) -> None:
+        """Build an MLP of `width` hidden channels; None: ff_width."""
         super().__init__()
-        bias, width = config.has_bias("mlp"), config.ff_width
+        bias, width = config.has_bias("mlp"), width or config.ff_width
         self.up = Linear(config.d_model, width * (2 if config.mlp == "swiglu" else 1), bias=bias)
         self.proj = Linear(width, config.d_model, bias=bias)
         self.kernels, self.activation = config.kernels, config.mlp
@@ -176,7 +180,7 @@ class Block(nn.Module):
         self.attn_norm = Norm(config)
         self.attn = Attention(config, layer)
         self.mlp_norm = Norm(config)
-        self.mlp = MLP(config)
+        self.mlp = _moe(config) if config.has_experts(layer) else MLP(config)
 
     def forward(
         self,
@@ -186,23 +190,29 @@ class Block(nn.Module):
         dropout_keys: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Documents | None = None,
+        choice: Choice | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return x and the branch to add to it, (B, T, C) each, for the x and the branch of the layer before.
 
         The residual stream between two layers is x + branch. The next norm computes the sum, in its own pass over
         memory. branch: None at the first layer. dropout_keys (2, B) int64: one key per branch and sample (site_keys);
-        None: no dropout. Other arguments as in Attention.forward. Attention probabilities have no dropout, because
-        flash attention would draw it from torch's random stream.
+        None: no dropout. choice: see MoE.forward. Other arguments as in Attention.forward. Attention probabilities have
+        no dropout, because flash attention would draw it from torch's random stream.
         """
         x, normed = self.attn_norm(x, branch)
         branch = self.attn(normed, rope, cache, documents)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[0], self.dropout)
         x, normed = self.mlp_norm(x, branch)
-        branch = self.mlp(normed)
+        branch = self.mlp(normed, choice) if isinstance(self.mlp, MoE) else self.mlp(normed)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[1], self.dropout)
         return x, branch
+
+
+def _moe(config: GPTConfig) -> MoE:
+    """Return a mixture of experts, with the shared MLP if the config has one."""
+    return MoE(config, MLP(config, config.n_shared_expert * config.expert_width) if config.n_shared_expert else None)
 
 
 class Head(nn.Module):
@@ -320,7 +330,8 @@ class GPT(nn.Module):
                 if recompute and branch is not None:  # its inputs are kept: the sum takes half as much as x and branch
                     x, branch = x + branch, None
                 block_keys = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
-                inputs = (x, branch, rope, block_keys, None if recompute else cache, packed)
+                choice = Choice() if recompute and self.config.has_experts(layer) else None
+                inputs = (x, branch, rope, block_keys, None if recompute else cache, packed, choice)
                 x, branch = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
         if cache is not None:
             cache.length += tokens.size(1)

@@ -30,6 +30,8 @@ PUBLISHED = {
     "llama-1b": 1_100_048_384,
     "llama-7b": 6_738_415_616,
     "llama-70b": 68_976_648_192,
+    "mixtral-8x7b": 46_702_792_704,  # what transformers counts for mistralai/Mixtral-8x7B-v0.1
+    "qwen3-30b-a3b": 30_532_122_624,  # and for Qwen/Qwen3-30B-A3B
 }
 GPT_NEO_MISSING_BIASES = 24 * 3 * 2048
 

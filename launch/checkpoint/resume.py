@@ -59,12 +59,18 @@ OLDER_DEFAULTS = {
     "data.document_mask": False,
     "data.stages": [],
     "model.z_loss": 0.0,
+    "model.n_expert": None,
+    "model.n_expert_active": 2,
+    "model.n_shared_expert": 0,
+    "model.d_expert": None,
+    "model.first_dense": 0,
+    "model.gate": "sigmoid",
+    "model.gate_normalised": True,
+    "model.gate_scale": 1.0,
+    "model.balance_rate": 1e-3,
     "model.kernels": "auto",
     "train.deterministic": False,
     "train.fp8_skip_blocks": 1,
-    "parallel.sequence": 1,
-    "parallel.tensor": 1,
-    "parallel.expert": 1,
 }
 
 # Keys of zero_optimization that DeepSpeed's checkpoint files do not depend on.
@@ -92,9 +98,9 @@ def run_identity(
         "datasets": dataset.describe(),
         "order_version": ORDER_VERSION,
         "zero_stage": zero_stage(ds_config),
-        "dp_size": topology.layout.zero,
+        "dp_size": topology.dp_size,
         "layout": {
-            "dp_size": topology.layout.zero,
+            "dp_size": topology.dp_size,
             "zero_optimization": ds_config.get("zero_optimization") or {},
             "precision": engine_precision(resolved["train"]["precision"]),
             "optimizers": [],
@@ -179,12 +185,13 @@ def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> 
     that must not change, or if the data is different.
     """
     old, new = flatten(saved["config"]), flatten(identity["config"])
+    for settings in (old, new):
+        for key, default in OLDER_DEFAULTS.items():
+            settings.setdefault(key, default)
     if "imported" in saved:
         check_same_model(checkpoint, old, new)
         return []
     for settings in (old, new):
-        for key, default in OLDER_DEFAULTS.items():
-            settings.setdefault(key, default)
         # The weights of the sources must stay the same. Their paths may change, because fingerprints identify the data.
         settings["data.weights"] = [source["weight"] for source in settings.get("data.sources") or []]
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -228,7 +235,7 @@ def check_same_model(checkpoint: Path, old: Mapping[str, object], new: Mapping[s
     often begins with stretched angles.
     """
     stretched = ("model.rope_", "model.max_seq_len") if new.get("model.position") == "rope" else ()
-    free = ("model.dropout", "model.z_loss", *stretched, *MODEL_SPEED_ONLY)
+    free = ("model.dropout", "model.z_loss", "model.balance_rate", *stretched, *MODEL_SPEED_ONLY)
     keys = {key for key in old.keys() | new.keys() if key.startswith("model.") and not key.startswith(free)}
     if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
         lines = "; ".join(f"{key} is {old.get(key)!r} there, {new.get(key)!r} in the run file" for key in changed)

@@ -30,12 +30,6 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-NO_PIPELINE = (
-    "Packspeed has no pipeline parallelism. DeepSpeed's works with ZeRO-0 and 1 only, clips by the norm of one stage "
-    "at ZeRO-0, and names weights by stage, so that a checkpoint fits one number of stages. To divide a model among "
-    "ranks, use ZeRO-3 (deepspeed: zero3); to divide long rows, use parallel.sequence"
-)
-
 # One description per field of GPTConfig, a dataclass without descriptions. A test checks that no field is missing.
 MODEL_KEYS = {
     "n_layer": "Number of transformer blocks.",
@@ -57,6 +51,20 @@ MODEL_KEYS = {
     "mlp": "Activation of the MLP. gelu_tanh is GPT-2's approximation of gelu. swiglu has a third weight matrix.",
     "bias": "Which layers have a bias. true: all linear layers and LayerNorm. false: none. qkv: only the projections "
     "to queries, keys and values (as in Qwen2). attention: these and attention's output projection.",
+    "n_expert": "Experts per layer. They replace the MLP, and a router sends each token to n_expert_active of them, "
+    "without dropping any (docs/moe.md). Default: none, that is, a dense model.",
+    "n_expert_active": "Experts that each token uses, of those that the router chooses from.",
+    "n_shared_expert": "Experts that every token uses besides. They are one MLP of n_shared_expert * d_expert hidden "
+    "channels.",
+    "d_expert": "Hidden channels of one expert. Default: d_ff or its default.",
+    "first_dense": "Number of first layers that have a dense MLP (of d_ff hidden channels) instead of experts.",
+    "gate": "How the router turns logits into scores: sigmoid for each expert alone (DeepSeek-V3), or softmax over all "
+    "experts (Mixtral, Qwen3). Computed in fp32 in every precision.",
+    "gate_normalised": "Divide the scores of a token's experts by their sum.",
+    "gate_scale": "Factor on the weights of a token's experts (DeepSeek's routed_scaling_factor).",
+    "balance_rate": "How far each step moves the biases that balance the experts. A bias only decides which experts a "
+    "token uses. It depends on the global batch, so neither on ranks nor on micro batches. 0: no balancing, which an "
+    "export as Mixtral or Qwen3-MoE needs.",
     "qk_norm": "Apply RMSNorm to the query and the key of each head.",
     "tie_embeddings": "Use the token embedding as the weight of the output head.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
@@ -372,27 +380,6 @@ class MonitorSection(Section):
     sample_tokens: int = Field(64, ge=1, description="Tokens generated for each prompt.")
 
 
-class ParallelSection(Section):
-    """How many ranks share a row, the weights or the experts. Changes speed, memory and rounding, not the run."""
-
-    sequence: int = Field(
-        1,
-        ge=1,
-        description="Ranks that share the tokens of each row (Ulysses sequence parallelism). Activations shrink by "
-        "this factor. It must divide the number of ranks and model.n_head.",
-    )
-    tensor: int = Field(1, ge=1, description="Ranks that share the weights of each layer. Only 1 is supported.")
-    expert: int = Field(1, ge=1, description="Ranks that share the experts of each layer. Only 1 is supported.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_pipeline(cls, data: object) -> object:
-        """Raise ValueError that says what to use instead if the section asks for pipeline parallelism."""
-        if isinstance(data, dict) and "pipeline" in data:
-            raise ValueError(f"pipeline: {NO_PIPELINE}")
-        return data
-
-
 class RunFile(Section):
     """A complete run file."""
 
@@ -408,7 +395,6 @@ class RunFile(Section):
     checkpoint: CheckpointSection = Field(CheckpointSection(), description="When to save and what to keep.")
     anomalies: AnomalySection = Field(AnomalySection(), description="What to do about NaN and loss spikes.")
     monitor: MonitorSection = Field(MonitorSection(), description="What to log.")
-    parallel: ParallelSection = Field(ParallelSection(), description="How ranks share rows, weights and experts.")
     deepspeed: str = Field(
         "zero1", description="A name in ds_configs/, or a path to a DeepSpeed JSON (any value with a slash)."
     )
@@ -488,4 +474,9 @@ class RunFile(Section):
             obstacle := fp8_obstacle(config, self.data.seq_len, self.train.fp8_skip_blocks)
         ):
             raise ConfigError(f"train.precision: fp8: {obstacle}")
+        if self.train.optimizer.name == "muon" and config.n_expert is not None:
+            raise ConfigError(
+                "train.optimizer.name: muon with model.n_expert: Muon makes each parameter orthogonal as one matrix, "
+                "but a parameter holds the matrices of all experts of a layer. Use adamw."
+            )
         return config

@@ -223,6 +223,8 @@ def model_on(
     must call it.
     """
     model = gpt_without_weights(config).to(dtype).to_empty(device=device)
+    for buffer in model.buffers():  # the routers' biases
+        buffer.zero_()
     if config.tie_embeddings:  # to_empty makes two tensors of one
         model.lm_head.weight = model.embed.weight
 

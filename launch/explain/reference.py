@@ -54,8 +54,25 @@ RESUME_NOTES = {
 # GPTConfig checks these limits itself, so they are not in the schema. tests/test_reference.py tests them.
 MODEL_LIMITS = {
     **dict.fromkeys(
-        ("n_layer", "n_head", "d_model", "vocab_size", "max_seq_len", "n_kv_head", "head_dim", "d_ff"), ">= 1"
+        (
+            "n_layer",
+            "n_head",
+            "d_model",
+            "vocab_size",
+            "max_seq_len",
+            "n_kv_head",
+            "head_dim",
+            "d_ff",
+            "n_expert",
+            "n_expert_active",
+            "d_expert",
+        ),
+        ">= 1",
     ),
+    "n_shared_expert": ">= 0",
+    "first_dense": ">= 0, < n_layer",
+    "gate_scale": "> 0",
+    "balance_rate": ">= 0",
     "norm_eps": "> 0",
     "rope_theta": "> 0",
     "dropout": ">= 0, < 1",
@@ -72,6 +89,7 @@ MODEL_DEFAULTS = {
     "n_kv_head": "`n_head`",
     "head_dim": "`d_model / n_head`",
     "d_ff": "by `mlp`",
+    "d_expert": "`d_ff`",
 }
 
 
@@ -284,12 +302,6 @@ REFUSALS = {
         "The global batch cannot be divided equally over the ranks, or the micro batch does not divide a rank's share.",
         "DeepSpeed alone fails with an assertion about batch sizes.",
         "use one of the numbers that the message lists.",
-    ),
-    "layout-does-not-fit": (
-        "arXiv:2309.14509",
-        "A size of the section parallel does not divide what it must: ranks, heads, or tokens of a row.",
-        "Training does not start.",
-        "use one of the sizes that the message lists.",
     ),
     "contradiction": (
         "DeepSpeed#17, #7303",
