@@ -21,7 +21,7 @@ from packspeed.launch.checkpoint.reshard import resharded_folder
 from packspeed.launch.checkpoint.verify import find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
 from support.ranks import run_many
-from support.workspace import Workspace
+from support.workspace import EXPERTS, Workspace
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1500)]
 
@@ -53,6 +53,10 @@ def chains(folder: Path) -> dict[str, tuple[float, list[list[str]]]]:
         "dropout": (
             1e-5,
             [[x, fp32, "model.dropout=0.1"] for x in (stage["zero3_offload"], stage["zero1"], partitioned)],
+        ),
+        "experts": (
+            1e-5,
+            [[stage["zero1"], fp32, EXPERTS], [partitioned, fp32, one, EXPERTS], [stage["zero0"], fp32, EXPERTS]],
         ),
         "compiler": (1e-5, [[stage["zero1"], fp32], [f"deepspeed={torch_adam}", fp32], [stage["zero0"], fp32]]),
         "bf16": (2e-2, [[stage["zero1"], bf16], [partitioned, bf16, one], [stage["zero0"], fp32]]),
@@ -90,10 +94,10 @@ def test_the_curve_does_not_see_ranks_stages_micro_batches(workspace: Workspace,
 
 def test_train_notices_and_says_so(elastic: dict[str, str]) -> None:
     for ranks, steps in (("1 ranks", 10), ("4 ranks", 20)):
-        assert elastic[ranks].count(f"resharding step-000000{steps}") == 8
-        assert elastic[ranks].count("wrote and verified") == 8
+        assert elastic[ranks].count(f"resharding step-000000{steps}") == 9
+        assert elastic[ranks].count("wrote and verified") == 9
         assert (
-            elastic[ranks].count("self-check passed: samples of the last step have the same loss as at the save") == 8
+            elastic[ranks].count("self-check passed: samples of the last step have the same loss as at the save") == 9
         )
 
 
@@ -122,7 +126,7 @@ def test_the_conversion_is_deepspeeds_bit_for_bit(workspace: Workspace, elastic:
 
 
 def test_weights_of_all_chains_end_alike(workspace: Workspace, elastic: dict[str, str]) -> None:
-    for name in ("stages", "plain", "dropout"):
+    for name in ("stages", "plain", "dropout", "experts"):
         alone, chained = (fp32_state_dict(workspace.checkpoints(n) / "step-00000030") for n in (name, f"{name}-leg2"))
         for key, value in alone.items():
             torch.testing.assert_close(chained[key], value, atol=2e-5, rtol=1e-3)

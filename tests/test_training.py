@@ -24,7 +24,7 @@ from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.engine.norms import square_sum
 from support import TRAIN, plain_loop, prefork
 from support.ranks import environment, run_many
-from support.workspace import Workspace
+from support.workspace import EXPERTS, Workspace
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1500)]
 
@@ -47,6 +47,9 @@ def cases(folder: Path) -> dict[str, list[str]]:
         runs[f"{stage}-all"] = [f"deepspeed={path}", "train.precision=bf16", *EXTRAS]
     for stage in ("zero0", "zero1", "zero2", "zero3"):
         runs[f"{stage}-fp8"] = [*runs[f"{stage}-bf16"][:1], *FP8]
+        runs[f"{stage}-experts"] = [*runs[f"{stage}-fp32"], EXPERTS]
+    runs["experts-bf16"] = [*runs["zero3-bf16"], EXPERTS, "train.micro_batch=2"]
+    runs["experts-fp16"] = ["deepspeed=zero2", "train.precision=fp16", EXPERTS]
     runs["fp8-all"] = [*runs["zero3-fp8"], *EXTRAS]
     runs["fp16"] = ["deepspeed=zero1", "train.precision=fp16"]
     runs["muon"] = ["deepspeed=zero2", "train.optimizer.name=muon", "train.optimizer.muon_lr=0.02"]
@@ -113,6 +116,25 @@ def test_every_stage_is_a_plain_pytorch_loop(workspace: Workspace, trained: dict
         loss, weight = plain_loop.differences(workspace, f"{stage}-fp32", *expected)
         assert loss < 1e-5, stage
         assert weight < 2e-5, stage
+
+
+def test_experts_are_balanced_as_in_a_plain_pytorch_loop(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    """At every stage, on two ranks: the same losses, weights and biases of the router, and the load in the metrics."""
+    expected = plain_loop.reference(load_run_file(workspace.run_file, [EXPERTS]))
+    bias = expected[1]["blocks.1.mlp.router.bias"]
+    assert bias.unique().numel() > 2
+    for stage in STAGES[:4]:
+        loss, weight = plain_loop.differences(workspace, f"{stage}-experts", *expected)
+        assert loss < 1e-5, stage
+        assert weight < 2e-5, stage
+    for name, tolerance in (("experts-bf16", 2e-2), ("experts-fp16", 5e-3)):
+        assert workspace.losses(name) == pytest.approx(expected[0], abs=tolerance)
+        saved = fp32_state_dict(workspace.checkpoints(name) / "step-00000010")["blocks.1.mlp.router.bias"]
+        assert torch.equal((saved / 0.01).round() * 0.01, saved), "not rounded to 16 bits"
+    for line in workspace.metrics("zero1-experts"):
+        if "loss" in line:
+            assert 1.0 <= line["expert_load"] <= 3.0
+            assert line["dead_experts"] in range(7)
 
 
 def test_without_a_compiler_a_run_goes_on_and_says_so(

@@ -80,6 +80,8 @@ def full_tensors(
 ) -> Iterator[tuple[str, Tensors]]:
     """Yield (name, fp32 tensors of the parameter's shape) for every parameter. Shared parameters are yielded once.
 
+    Buffers, such as the bias of a router, are yielded in the same way. They have only "fp32".
+
     `keys` says which of "fp32", "exp_avg", ... to read; None means all. With several workers, each worker reads every
     `workers`-th parameter, from number `worker` on. Raises UserError for a damaged or incomplete checkpoint.
     """
@@ -91,6 +93,7 @@ def full_tensors(
     if not states:
         yield from _stage0_tensors(checkpoint, selection)
         return
+    yield from _buffers(checkpoint, selection)
     shapes: list[Shapes] = _model_states(checkpoint)["param_shapes"]  # one dict per parameter group
     if "fp32_flat_groups" in states[0]:
         yield from _stage3_tensors(states, shapes, selection)
@@ -225,6 +228,14 @@ def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple
         with safe_open(path, "pt") as file:
             keys = [key for key in file.keys() if selection.has_key(key)]  # noqa: SIM118  (safe_open is no dict)
             yield path.name.removesuffix(".safetensors"), {key: file.get_tensor(key) for key in keys}
+
+
+def _buffers(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
+    """Yield (name, {"fp32": value}) for every buffer, from a checkpoint of ZeRO stage 1 to 3: every rank has them."""
+    content = _model_states(checkpoint)
+    for number, name in enumerate(content.get("buffer_names") or []):
+        if selection.has_parameter(number):
+            yield name, {"fp32": content["module"][name].float()} if selection.has_key("fp32") else {}
 
 
 def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:

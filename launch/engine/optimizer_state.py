@@ -73,6 +73,9 @@ def _held_parts(engine: Engine) -> Iterator[Held]:
 def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callable[[], object] = int) -> None:
     """Load <folder>/<parameter>.safetensors into the optimizer, and update the weights that the module computes with.
 
+    The module's buffers, such as the bias of a router, are loaded too; without a file (imported weights may have none)
+    they keep their values.
+
     Each file holds full tensors of one parameter: "fp32" (the weight) and the optimizer's states, such as "exp_avg".
     `info` is {"optimizer_step": number of steps the optimizer has taken, "loss_scaler": {field: value}}. The fields are
     SCALER_FIELDS if the checkpoint was trained in fp16; otherwise there are none. `progress` is called for each
@@ -93,6 +96,10 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
                 target = held.flat.data if kind == "fp32" else _state_tensor(inner.state[held.flat], kind, held.flat)
                 part = value[held.begin : held.begin + held.count]
                 target.view(-1)[held.offset : held.offset + held.count].copy_(part)
+    for name, buffer in engine.module.named_buffers():
+        if (folder / f"{name}.safetensors").exists():
+            with safe_open(folder / f"{name}.safetensors", "pt") as file:
+                buffer.copy_(file.get_tensor("fp32"))
     if "exp_avg_sq" in kinds:
         _set_step(inner, info["optimizer_step"])
     _update_module(engine)

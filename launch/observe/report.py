@@ -282,11 +282,17 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
             loss.append(Series(run.name, x, y, run.color, faint=True))
         loss.append(Series(run.name, x, smoothed(y, window), run.color))
     val = [Series(run.name, *run.columns.values("val_loss"), run.color, dots=True) for run in runs]
+    with_experts = [run for run in runs if len(run.columns.values("expert_load")[0])]
+    experts = [
+        _chart(with_experts, "expert_load", "largest load of an expert", "over the mean"),
+        _chart(with_experts, "dead_experts", "experts without a token"),
+    ]
     return [
         Chart("training loss", loss, "nats per token"),
         Chart("validation loss", val, "nats per token"),
         _chart(runs, "grad_norm", "gradient norm", "before clipping"),
         _chart(runs, "lr", "learning rate"),
+        *(experts if with_experts else []),
     ]
 
 

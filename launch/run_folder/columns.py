@@ -25,7 +25,10 @@ from packspeed.launch.run_folder.reading import LIMITS, OTHER_LIMITS, is_readabl
 
 BLOCK_BYTES = 2**22
 # The keys of a StepLine and of an EvaluationLine that are read.
-STEP_KEYS = ("tokens", "samples", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "mfu", "memory_gib")
+STEP_KEYS = (
+    "tokens", "samples", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "mfu", "memory_gib", "expert_load",
+    "dead_experts",
+)  # fmt: skip
 EVALUATION_KEYS = ("val_loss", "val_tokens", "eval_time_s")
 
 Numbers = npt.NDArray[np.float64]

@@ -35,11 +35,13 @@ class _StepLine(TypedDict):
 
 @final
 class StepLine(_StepLine, total=False):
-    """A line of metrics.jsonl for a training step. `skipped` and `epochs` exist only if they apply."""
+    """A line of metrics.jsonl for a training step. The keys below exist only if they apply."""
 
     skipped: Annotated[str, "", "why the optimizer did not apply this step"]
     # In the order of data.sources; older versions wrote an object with the sources' paths as keys.
     epochs: Annotated[list[float] | dict[str, float], "epochs", "mixtures only: passes over each source so far"]
+    expert_load: Annotated[float, "", "experts only: largest load of an expert over its layer's mean, in any layer"]
+    dead_experts: Annotated[int, "experts", "experts that got no token of the global batch, in all layers"]
 
 
 @final

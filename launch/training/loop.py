@@ -31,9 +31,10 @@ from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.build import loss_scale, set_learning_rate
 from packspeed.launch.engine.norms import parameter_norms
 from packspeed.launch.engine.protocol import Engine
-from packspeed.launch.training.agreement import Agreement, all_reduce_agreement
+from packspeed.launch.training.agreement import SCALARS, Agreement, all_reduce_agreement
 from packspeed.launch.training.anomaly_policy import handle_veto
 from packspeed.launch.training.evaluation import evaluate_and_record
+from packspeed.launch.training.experts import balance
 from packspeed.launch.training.feed import Feed, StagedBatch
 from packspeed.launch.training.metrics_line import metrics_line
 from packspeed.launch.training.micro_batch import micro_batch_loss
@@ -77,7 +78,7 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
     last_step = run.train.total_steps
     batch_numbers = trainer.batches_before(start_step), trainer.batches_before(last_step)
     # The Prefetcher's thread (data/loader.py) reads ahead; wait_s counts the seconds that the loop waited for it.
-    with Prefetcher(trainer.loader, *batch_numbers, rank=topology.rows_rank, world=topology.rows_size) as batches:
+    with Prefetcher(trainer.loader, *batch_numbers, rank=topology.dp_rank, world=topology.dp_size) as batches:
         step_start, waited_s = time.perf_counter(), 0.0
         trainer.timer.step_done(start_step)  # heartbeat and goodput count from this step, also after a rewind
         trainer.enter("data")
@@ -177,7 +178,8 @@ def train_step(
             # 3. Agreement: before the optimizer steps, every rank learns the global loss, whether a rank must stop, and
             #    how far an asynchronous checkpoint is.
             trainer.enter("step")
-            norm_hook.agree(all_reduce_agreement(trainer, loss_sum / plan.accumulation, batch.hash))
+            agreement = all_reduce_agreement(trainer, loss_sum / plan.accumulation, batch.hash)
+            norm_hook.agree(agreement)
             if with_norms:
                 layer_norms = parameter_norms(engine)
             trainer.enter("data")
@@ -192,16 +194,19 @@ def train_step(
             engine.step()
         except Exception as error:
             raise explain_step_error(engine, error) from error
-    agreed = Agreement(*norm_hook.read_agreement())
+    agreed = Agreement.of(norm_hook.read_agreement())
     overflow = trainer.detector.anomaly is None and getattr(engine.optimizer, "overflow", False)
+    if trainer.detector.anomaly is None and not overflow:
+        balance(engine.module, agreement[SCALARS:])  # the optimizer has stepped, so the experts' biases move too
     return StepResult(
         loss=agreed.loss,
         norm=norm_hook.norm,
         data_hash=f"{int(agreed.data_hash) % 2**32:08x}",
         stopping=agreed.ranks_stopping > 0,
-        checkpoint_written=agreed.ranks_written == trainer.topology.world,
+        checkpoint_written=agreed.ranks_written == trainer.topology.dp_size,
         not_taken=f"fp16 overflow, loss scale now {loss_scale(engine):g}" if overflow else None,
         layer_norms=layer_norms,
+        expert_counts=agreed.expert_counts,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from packspeed.launch.engine.hardware import memory_gib
 from packspeed.launch.run_folder.formats import StepLine
+from packspeed.launch.training.experts import load
 from packspeed.launch.training.metrics import finite_or_none
 from packspeed.launch.training.trainer import StepResult, Trainer
 
@@ -36,4 +37,6 @@ def metrics_line(
     report = getattr(trainer.loader, "report", None)  # only a mixture's loader has one
     if report is not None:
         line["epochs"] = [row["epochs"] for row in report(line["samples"])]
+    if result.expert_counts:
+        line["expert_load"], line["dead_experts"] = load(trainer.engine.module, result.expert_counts)
     return line

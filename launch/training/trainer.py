@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -74,3 +74,4 @@ class StepResult:
     checkpoint_written: bool  # every rank has written its files of the pending asynchronous checkpoint
     not_taken: str | None = None  # why the optimizer did not step: an anomaly, or an overflow in fp16
     layer_norms: dict[str, dict[str, float]] | None = None  # result of parameter_norms, if it was asked for
+    expert_counts: Sequence[float] = ()  # see Agreement

@@ -56,8 +56,22 @@ def reference(run: RunFile) -> tuple[list[float], dict[str, torch.Tensor]]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
         adamw.step()
         adamw.zero_grad()
+        balance_experts(model)
         losses.append(loss.detach().item())
-    return losses, {name: parameter.detach() for name, parameter in named}
+    return losses, {name: value.detach() for name, value in (*named, *model.named_buffers())}
+
+
+def balance_experts(model: GPT) -> None:
+    """Move the bias of each router as docs/moe.md says, from what its layer has counted over the batch."""
+    for block in model.blocks:
+        router = getattr(block.mlp, "router", None)
+        if router is not None:
+            counts = block.mlp.counts.tolist()
+            mean = sum(counts) / len(counts)
+            for expert, count in enumerate(counts):
+                step = router.rate if count < mean else -router.rate if count > mean else 0.0
+                router.bias[expert] += step
+            block.mlp.counts = None
 
 
 def differences(space: Workspace, name: str, losses: list[float], weights: dict[str, torch.Tensor]) -> list[float]:

@@ -17,6 +17,11 @@ eval: {{every_steps: 5, windows: 5}}
 checkpoint: {{every_steps: 3}}
 monitor: {{log_every_steps: 5}}
 """
+# An override that turns the run file's model into a mixture of experts.
+EXPERTS = (
+    "model={n_layer: 2, n_head: 2, d_model: 32, bias: false, n_expert: 6, d_expert: 16, first_dense: 1, "
+    "n_shared_expert: 1, balance_rate: 0.01, activation_checkpointing: full}"
+)
 
 
 class Workspace:

@@ -1,0 +1,46 @@
+"""Balance the experts of a mixture after a step, and measure their load.
+
+Which expert got how many tokens of the global batch is part of what the ranks agree on (agreement.py). So it is the
+same for any number of ranks and micro batches, and costs no wait of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from packspeed.model import moe
+
+
+def own_counts(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
+    """Return how many tokens each expert got on this rank since the last call, (layers * experts,) fp64 on `device`.
+
+    It is empty for a dense model.
+    """
+    counts = moe.take_counts(model)
+    return torch.zeros(0, dtype=torch.float64, device=device) if counts is None else counts.flatten().double()
+
+
+def balance(model: torch.nn.Module, counts: torch.Tensor) -> None:
+    """Move the biases of all routers by one step. Does nothing for a dense model.
+
+    `counts` are those of the global batch, in the form of own_counts. Call it only if the optimizer has stepped.
+    """
+    if counts.numel():
+        moe.balance(model, counts.view(_layers(model), -1))
+
+
+def load(model: torch.nn.Module, counts: Sequence[float]) -> tuple[float, int]:
+    """Return (the largest load of an expert divided by the mean of its layer, the number of experts without a token).
+
+    Both are over all layers. `counts` has the tokens of each expert in the global batch, layer after layer.
+    """
+    n_expert = len(counts) // _layers(model)
+    layers = [counts[first : first + n_expert] for first in range(0, len(counts), n_expert)]
+    return max(max(layer) * n_expert / sum(layer) for layer in layers), sum(count == 0 for count in counts)
+
+
+def _layers(model: torch.nn.Module) -> int:
+    """Return the number of layers with experts."""
+    return sum(1 for _ in moe.moe_layers(model))
