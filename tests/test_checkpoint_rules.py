@@ -217,7 +217,7 @@ def test_every_changed_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_complete_checkpoint_does_not_begin_again(tmp_path: Path) -> None:
-    alone = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+    alone = Topology(0, 0, 1, torch.device("cpu"))
     lines: list[str] = []
     assert find_checkpoint(tmp_path / "none", alone, identity(), lines.append).checkpoint is None
     checkpoint = write_checkpoint(tmp_path, 4)

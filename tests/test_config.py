@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from packspeed.launch.config import parsing
-from packspeed.launch.config.batch import divisors_of, solve_batch
+from packspeed.launch.config.batch import divisors_of, plan_batch, solve_batch
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.layout import Layout
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.config.schedule import learning_rate
@@ -41,7 +42,7 @@ def test_shipped_run_files_load_and_their_batch_divides(path: Path) -> None:
     run = load_run_file(path)
     assert run.global_batch * run.data.seq_len == run.train.global_batch_tokens
     for ranks in (1, 2, 4):
-        assert solve_batch(run.global_batch, run.data.seq_len, ranks, run.train.micro_batch).dp_size == ranks
+        assert plan_batch(run, ranks).layout.rows == ranks
     assert run.gpt_config(257).padded_vocab_size % 128 == 0
 
 
@@ -174,7 +175,7 @@ def test_odd_overrides_get_one_paragraph(tmp_path: Path, override: str, message:
 
 
 def test_huge_batches_are_solved_or_refused_without_delay(tmp_path: Path) -> None:
-    assert solve_batch(2**36, 16, 8, "auto").micro_batch == 1024
+    assert solve_batch(2**36, 16, Layout(8), "auto").micro_batch == 1024
     with pytest.raises(ConfigError, match=r"train.global_batch_tokens: .*less than"):
         load_run_file(write(tmp_path, MINIMAL), [f"train.global_batch_tokens={2**62}"])
     for number in (1, 2, 36, 97, 1024):
@@ -238,17 +239,17 @@ def test_fp8_names_the_sizes_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_batch_solving_lists_the_nearest_choices() -> None:
-    plan = solve_batch(480, 1024, 8, "auto", max_micro_tokens=16384)
+    plan = solve_batch(480, 1024, Layout(8), "auto", max_micro_tokens=16384)
     assert (plan.micro_batch, plan.accumulation) == (15, 4)
-    assert solve_batch(480, 1024, 8, 12).accumulation == 5
+    assert solve_batch(480, 1024, Layout(8), 12).accumulation == 5
     with pytest.raises(
         ConfigError, match=r"micro_batch = 7 does not divide the 60 samples .*nearest that do: 4, 5, 6, 10;"
     ):
-        solve_batch(480, 1024, 8, 7)
+        solve_batch(480, 1024, Layout(8), 7)
     with pytest.raises(
         ConfigError, match=r"7 data-parallel ranks cannot share equally. Ranks that can: 4, 5, 6, 8; or with 7 ranks"
     ):
-        solve_batch(480, 1024, 7, "auto")
+        solve_batch(480, 1024, Layout(7), "auto")
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])

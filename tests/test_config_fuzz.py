@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.batch import plan_batch
 from packspeed.launch.config.deepspeed_json import DS_CONFIGS, load_ds_config, resolve_ds_config
 from packspeed.launch.config.deepspeed_keys import KEYS
 from packspeed.launch.config.errors import ConfigError
@@ -109,7 +109,7 @@ def check_and_resolve(run_file: Path, overrides: list[str], ranks: int) -> None:
     """What training does with both files before it imports torch."""
     run = load_run_file(run_file, overrides)
     raw = load_ds_config(run.deepspeed)
-    plan = solve_batch(run.global_batch, run.data.seq_len, ranks, run.train.micro_batch)
+    plan = plan_batch(run, ranks)
     run.gpt_config(50257)
     assert '"auto"' not in json.dumps(resolve_ds_config(run, raw, plan, "bf16"))
 

@@ -24,13 +24,14 @@ from packspeed.launch.config.deepspeed_json import (
 )
 from packspeed.launch.config.deepspeed_keys import KEYS, LEGACY, Refused, Unused, filed, unused, value_at
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.layout import Layout
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.explain.lenient import REMOVED
 from packspeed.model.config import PRESETS, GPTConfig, largest_parameter, num_parameters
 from packspeed.model.gpt import gpt_without_weights
 
-PLAN = BatchPlan(micro_batch=2, accumulation=1, dp_size=2)
+PLAN = BatchPlan(micro_batch=2, accumulation=1, layout=Layout(2))
 
 
 @pytest.fixture
@@ -636,7 +637,7 @@ def test_a_buffer_on_nvme_holds_the_largest_parameter(run: RunFile, preset: str)
     size = final["zero_optimization"]["offload_param"]["buffer_size"]
     largest = max(p.numel() for p in gpt_without_weights(model).parameters())
     assert largest_parameter(model) == largest
-    assert size == -(-largest // PLAN.dp_size)
+    assert size == -(-largest // PLAN.layout.zero)
 
 
 @pytest.mark.parametrize(("precision", "communication", "refused"), [

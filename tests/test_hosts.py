@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -153,8 +154,15 @@ def test_a_selection_that_is_wrong_is_refused(options: dict[str, str], words: st
     assert words in str(caught.value)
 
 
+def divides(samples: int) -> Callable[[int], bool]:
+    return lambda ranks: samples % ranks == 0
+
+
 def test_chosen_devices_stay_those_when_ranks_are_taken_away() -> None:
-    assert fit_slots([Host("a", 2, (1, 3)), Host("b", 2, (4, 6))], 3) == [Host("a", 2, (1, 3)), Host("b", 1, (4,))]
+    assert fit_slots([Host("a", 2, (1, 3)), Host("b", 2, (4, 6))], divides(3)) == [
+        Host("a", 2, (1, 3)),
+        Host("b", 1, (4,)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -612,10 +620,10 @@ def test_launchers_get_their_time_after_all_ranks_have_ended(
 
 def test_ranks_of_the_remaining_hosts_divide_the_batch() -> None:
     hosts = [Host("a", 2), Host("b", 2), Host("c", 1)]
-    assert fit_slots(hosts, 10) == hosts
-    assert fit_slots(hosts, 8) == [Host("a", 2), Host("b", 2)]
-    assert fit_slots(hosts, 9) == [Host("a", 2), Host("b", 1)]
-    assert fit_slots(hosts, 7) == [Host("a", 1)]
+    assert fit_slots(hosts, divides(10)) == hosts
+    assert fit_slots(hosts, divides(8)) == [Host("a", 2), Host("b", 2)]
+    assert fit_slots(hosts, divides(9)) == [Host("a", 2), Host("b", 1)]
+    assert fit_slots(hosts, divides(7)) == [Host("a", 1)]
 
 
 @pytest.mark.launch

@@ -16,6 +16,7 @@ from packspeed.launch.checkpoint.manifest import read_manifest, step_folder
 from packspeed.launch.checkpoint.resume import environment_changes
 from packspeed.launch.config.effects import can_change_the_loss, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.layout import Layout
 from packspeed.launch.config.peaks import PEAKS, datasheet_peak
 from packspeed.launch.engine import hardware, numerics
 from packspeed.launch.engine.build import model_on, parameter_dtype
@@ -259,7 +260,7 @@ def test_what_a_resume_says_of_another_environment() -> None:
 
 
 def test_the_environment_of_this_process(tmp_path: Path) -> None:
-    alone = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+    alone = Topology(0, 0, 1, torch.device("cpu"))
     found = hardware.compute_environment(alone)
     assert set(found) == set(ComputeEnvironment.__annotations__)
     assert (found["ranks"], found["ranks_per_host"], found["threads"]) == (1, [1], torch.get_num_threads())
@@ -273,7 +274,7 @@ def test_the_environment_of_this_process(tmp_path: Path) -> None:
 def test_the_hosts_of_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered = [("a", "X"), ("a", "X"), ("b", "Y")]
     monkeypatch.setattr(Topology, "gather", lambda self, value: gathered)
-    found = hardware.compute_environment(Topology(0, 3, 0, 2, 0, 3, torch.device("cpu")))
+    found = hardware.compute_environment(Topology(0, 0, 2, torch.device("cpu"), Layout(3)))
     assert (found["devices"], found["ranks"], found["ranks_per_host"]) == (["X", "Y"], 3, [2, 1])
 
 

@@ -71,6 +71,9 @@ OLDER_DEFAULTS = {
     "model.kernels": "auto",
     "train.deterministic": False,
     "train.fp8_skip_blocks": 1,
+    "parallel.sequence": 1,
+    "parallel.tensor": 1,
+    "parallel.expert": 1,
 }
 
 # Keys of zero_optimization that DeepSpeed's checkpoint files do not depend on.
@@ -98,9 +101,9 @@ def run_identity(
         "datasets": dataset.describe(),
         "order_version": ORDER_VERSION,
         "zero_stage": zero_stage(ds_config),
-        "dp_size": topology.dp_size,
+        "dp_size": topology.layout.zero,
         "layout": {
-            "dp_size": topology.dp_size,
+            "dp_size": topology.layout.zero,
             "zero_optimization": ds_config.get("zero_optimization") or {},
             "precision": engine_precision(resolved["train"]["precision"]),
             "optimizers": [],

@@ -13,6 +13,7 @@ import psutil
 
 from packspeed.launch.cluster.messages import HostFacts
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.layout import ONE_RANK, Layout
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -68,6 +69,7 @@ class LaunchPlan:
     hosts: list[PlannedHost]
     port: int
     env: dict[str, str]
+    layout: Layout = ONE_RANK  # of the ranks, for lines()
 
     @property
     def world(self) -> int:
@@ -107,6 +109,8 @@ class LaunchPlan:
         Values that may be secrets are hidden.
         """
         lines = [f"plan: {self.world} ranks on {len(self.hosts)} host(s), rendezvous at {self.master} port {self.port}"]
+        if self.layout.per_row > 1:
+            lines.append(f"  {self.layout}")
         for planned in self.hosts:
             ranks = f"ranks {planned.first_rank}-{planned.last_rank}"
             devices = f"  devices {','.join(map(str, planned.host.devices))}" if planned.host.devices else ""
@@ -146,8 +150,10 @@ def address_of(name: str) -> str:
     return addresses[0]
 
 
-def plan_launch(hosts: list[Host], facts: Mapping[str, HostFacts], env: dict[str, str]) -> LaunchPlan:
-    """Return the plan of a launch, with ranks numbered in the order of `hosts`.
+def plan_launch(
+    hosts: list[Host], facts: Mapping[str, HostFacts], env: dict[str, str], layout: Layout = ONE_RANK
+) -> LaunchPlan:
+    """Return the plan of a launch, with ranks numbered in the order of `hosts`. `layout` is that of all ranks.
 
     `facts` has each host's facts by its name. Those of the first host must contain a free port.
     """
@@ -156,4 +162,4 @@ def plan_launch(hosts: list[Host], facts: Mapping[str, HostFacts], env: dict[str
         fact = facts[host.name]
         planned.append(PlannedHost(host, rank, fact["address"], fact["interface"]))
         rank += host.slots
-    return LaunchPlan(planned, int(facts[hosts[0].name]["port"]), env)
+    return LaunchPlan(planned, int(facts[hosts[0].name]["port"]), env, layout)

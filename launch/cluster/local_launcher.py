@@ -25,6 +25,7 @@ from types import FrameType
 
 import psutil
 
+from packspeed.launch.config.batch import fits
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.heartbeat import LAUNCHER
@@ -45,10 +46,12 @@ def local_accelerators() -> int:
 def default_ranks(run: RunFile) -> int:
     """Return how many ranks to start on this machine if the user names no number.
 
-    It is the largest number, up to that of the GPUs, that divides the samples of a step; 1 without GPUs, because a
-    single rank with all cores is fastest on CPUs (LOG.md).
+    It is the largest number, up to that of the GPUs, that can share the samples of a step. Without GPUs it is the
+    smallest that the section `parallel` allows, usually 1, because a single rank with all cores is fastest on CPUs
+    (LOG.md).
     """
-    return max(n for n in range(1, (local_accelerators() or 1) + 1) if run.global_batch % n == 0)
+    smallest = run.parallel.sequence * run.parallel.tensor
+    return max((n for n in range(1, local_accelerators() + 1) if fits(run, n)), default=smallest)
 
 
 def free_port() -> int:

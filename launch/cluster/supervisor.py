@@ -36,7 +36,9 @@ from packspeed.launch.cluster.hosts import Host, LaunchPlan, plan_launch
 from packspeed.launch.cluster.local_launcher import SIGNALS, TRAIN
 from packspeed.launch.cluster.messages import TERM, HostFacts
 from packspeed.launch.cluster.ssh import Replies, ask_hosts
+from packspeed.launch.config.batch import fits
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
+from packspeed.launch.config.layout import run_layout
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.heartbeat import read_beats
 
@@ -195,11 +197,21 @@ class Supervisor:
         # If the first host was dropped, the rendezvous moves to another host. So look up routes and port again.
         if unfit:
             replies = self.ask_facts(self.hosts)
-        hosts = fit_slots(self.hosts, self.run.global_batch)
+        hosts = fit_slots(self.hosts, lambda ranks: fits(self.run, ranks))
+        if not hosts:
+            run_layout(self.run, sum(host.slots for host in self.hosts))  # raises: fewer ranks than share a row
         ranks = sum(host.slots for host in hosts)
         if ranks != sum(host.slots for host in self.hosts):
-            self.log(f"using {ranks} ranks: their number must divide the {self.run.global_batch} samples of a step")
-        return plan_launch(hosts, replies.answers, self.options.env)
+            self.log(f"using {ranks} ranks: {self._must_divide()}")
+        return plan_launch(hosts, replies.answers, self.options.env, run_layout(self.run, ranks))
+
+    def _must_divide(self) -> str:
+        """Return the reason why not every number of ranks can share the batch, for a line of the log."""
+        parallel, samples = self.run.parallel, self.run.global_batch
+        per_row = parallel.sequence * parallel.tensor
+        if per_row == 1:
+            return f"their number must divide the {samples} samples of a step"
+        return f"the number of groups of {per_row} ranks (section parallel) must divide the {samples} samples of a step"
 
     def ask_facts(self, hosts: list[Host]) -> Replies[HostFacts]:
         """Ask every host for its facts (messages.HostFacts).
@@ -277,13 +289,13 @@ def reason_to_drop(replies: Replies[HostFacts], name: str, reference: str) -> st
     return ""
 
 
-def fit_slots(hosts: list[Host], global_batch: int) -> list[Host]:
-    """Return hosts with as many ranks as possible, such that their number divides the global batch.
+def fit_slots(hosts: list[Host], possible: Callable[[int], bool]) -> list[Host]:
+    """Return hosts with as many ranks as possible: the largest number for which `possible` is true.
 
-    Ranks are removed from the last hosts first.
+    Ranks are removed from the last hosts first. The result is empty if no number is possible.
     """
     world = sum(host.slots for host in hosts)
-    ranks = max(n for n in range(1, world + 1) if global_batch % n == 0)
+    ranks = max((n for n in range(1, world + 1) if possible(n)), default=0)
     fitted, left = [], ranks
     for host in hosts:
         if left:

@@ -14,6 +14,7 @@ import typer
 from packspeed.launch.commands.options import Overrides
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
+from packspeed.launch.config.layout import Layout
 from packspeed.launch.config.loading import load_run_file
 
 
@@ -35,7 +36,7 @@ def build(
     names = [ops.SHM_COMM, ops.FUSED_ADAM] if device == "cpu" else [ops.FUSED_ADAM]
     if run_file is not None:
         run = load_run_file(run_file, overrides or [])
-        plan = solve_batch(run.global_batch, run.data.seq_len, 1, 1)
+        plan = solve_batch(run.global_batch, run.data.seq_len, Layout(), 1)
         names = ops.needed_ops(resolve_ds_config(run, load_ds_config(run.deepspeed), plan, "fp32"), device)
     missing = ops.build_ops(names, lambda line: print(line, flush=True))
     for name, why in missing.items():

@@ -11,7 +11,7 @@ from packspeed.launch.cluster.attempt import LaunchOptions
 from packspeed.launch.cluster.environment import forwarded_environment
 from packspeed.launch.cluster.hosts import Host
 from packspeed.launch.commands.options import HangSeconds, Overrides, RunFileArgument, refuse_nan
-from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.batch import plan_batch
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.trials import rehearse as rehearsal
 
@@ -41,7 +41,7 @@ def rehearse(
     sets = rehearsal.shrink(run_file, overrides or [], steps)
     run = load_run_file(run_file, sets)
     simulated = [Host(f"host{number}", slots) for number in range(1, hosts + 1)]
-    solve_batch(run.global_batch, run.data.seq_len, hosts * slots, run.train.micro_batch)
+    plan_batch(run, hosts * slots)
     faults = [rehearsal.parse_fault(text, simulated) for text in fault or []]
     rehearsal.enter_own_network(faults)
     env = forwarded_environment(files=False, extra=["DS_ACCELERATOR=cpu", "CUDA_VISIBLE_DEVICES=", "OMP_NUM_THREADS=1"])

@@ -6,7 +6,7 @@ import typer
 
 from packspeed.launch.cluster.local_launcher import default_ranks, launcher_command, run_launcher
 from packspeed.launch.commands.options import Fresh, LocalRanks, Overrides, RunFileArgument
-from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.batch import plan_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
@@ -24,7 +24,7 @@ def train(
     count = ranks if ranks is not None else default_ranks(run)
     if count < 1:
         raise ConfigError(f"--ranks {count}: give at least 1.")
-    # Check that the batch can be divided, before any rank starts. Each rank divides it again later.
-    solve_batch(run.global_batch, run.data.seq_len, count, run.train.micro_batch)
+    # Check that ranks and batch can be divided, before any rank starts. Each rank divides it again later.
+    plan_batch(run, count)
     arguments = ["--config", str(run_file), *(f"--set={o}" for o in overrides or []), *(["--fresh"] if fresh else [])]
     raise typer.Exit(run_launcher(launcher_command(count, arguments)))

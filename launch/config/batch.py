@@ -1,7 +1,11 @@
-"""Divide the global batch into micro batches, for example solve_batch(480, 1024, 8, "auto") -> BatchPlan(15, 4, 8).
+"""Divide the global batch into micro batches, for example 480 samples of 1,024 tokens over 8 ranks into 15 x 4 each.
 
-One optimizer step always uses `global_batch` samples, whatever the hardware. Each of `dp_size` data-parallel ranks gets
-an equal share and processes it in `accumulation` forward and backward passes of `micro_batch` samples. The division
+    plan_batch(run, 8)               # layout and batch of a run with 8 ranks, or ConfigError
+    solve_batch(480, 1024, Layout(8), "auto")           # BatchPlan(micro_batch=15, accumulation=4, layout=...)
+
+One optimizer step always uses `global_batch` samples, whatever the hardware. Each rank, or each group of ranks that
+work on the same rows (layout.py), gets an equal share and processes it in `accumulation` forward and backward passes of
+`micro_batch` samples. The division
 must have no remainder, because a rounded batch would change the loss. If there is one, the error lists the nearest
 numbers of ranks, batch sizes or micro batches that divide exactly.
 """
@@ -14,47 +18,67 @@ import typing
 from typing import Literal
 
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.layout import Layout, run_layout
+from packspeed.launch.config.run_file import RunFile
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """How the samples of one optimizer step are divided: global batch = micro_batch x accumulation x dp_size."""
+    """How the samples of one optimizer step are divided: global batch = micro_batch x accumulation x layout.rows."""
 
-    micro_batch: int  # samples per forward pass of a rank
+    micro_batch: int  # samples per forward pass of a rank; ranks that share rows have the same samples
     accumulation: int  # forward passes per optimizer step
-    dp_size: int  # data-parallel ranks
+    layout: Layout
+
+    @property
+    def counted_by_deepspeed(self) -> int:
+        """DeepSpeed's train_batch_size: micro_batch x accumulation x the ranks that it takes for data-parallel."""
+        return self.micro_batch * self.accumulation * self.layout.zero
+
+
+def plan_batch(run: RunFile, world: int) -> BatchPlan:
+    """Return how a run with `world` ranks divides its ranks and its batch. Raises ConfigError if it cannot."""
+    return solve_batch(run.global_batch, run.data.seq_len, run_layout(run, world), run.train.micro_batch)
+
+
+def fits(run: RunFile, world: int) -> bool:
+    """Return whether `world` ranks can share the rows of the run's global batch equally."""
+    rows, rest = divmod(world, run.parallel.sequence * run.parallel.tensor)
+    return rest == 0 and rows > 0 and run.global_batch % rows == 0
 
 
 def solve_batch(
-    global_batch: int, seq_len: int, dp_size: int, micro_batch: int | Literal["auto"], max_micro_tokens: int = 16384
+    global_batch: int, seq_len: int, layout: Layout, micro_batch: int | Literal["auto"], max_micro_tokens: int = 16384
 ) -> BatchPlan:
-    """Divide `global_batch` samples of `seq_len` tokens over `dp_size` ranks and into micro batches.
+    """Divide `global_batch` samples of `seq_len` tokens over the ranks of `layout` and into micro batches.
 
     If micro_batch is "auto", it becomes the largest divisor of a rank's share with at most `max_micro_tokens` tokens
-    per forward pass, or 1 if there is none. Raises ConfigError if the batch or the share cannot be divided; the message
-    lists the nearest valid values.
+    per rank and forward pass, or 1 if there is none. Raises ConfigError if the batch or the share cannot be divided;
+    the message lists the nearest valid values.
     """
-    if global_batch % dp_size:
-        near = sorted(sorted(divisors_of(global_batch), key=lambda n: abs(n - dp_size))[:4])
-        low = max(dp_size, global_batch // dp_size * dp_size)
+    parts = layout.rows
+    sharers = f"{parts} data-parallel ranks" if layout.per_row == 1 else f"{parts} groups of {layout.per_row} ranks"
+    if global_batch % parts:
+        near = sorted(sorted(divisors_of(global_batch), key=lambda n: abs(n - parts))[:4])
+        low = max(parts, global_batch // parts * parts)
         raise ConfigError(
             f"train.global_batch_tokens = {global_batch * seq_len} is {global_batch} samples of {seq_len} tokens, "
-            f"which {dp_size} data-parallel ranks cannot share equally. "
-            f"Ranks that can: {', '.join(map(str, near))}; or with {dp_size} ranks "
-            f"global_batch_tokens = {low * seq_len} or {(global_batch // dp_size + 1) * dp_size * seq_len}."
+            f"which {sharers} cannot share equally. "
+            f"Ranks that can: {', '.join(str(n * layout.per_row) for n in near)}; or with {layout.world} ranks "
+            f"global_batch_tokens = {low * seq_len} or {(global_batch // parts + 1) * parts * seq_len}."
         )
-    rows = global_batch // dp_size
+    rows = global_batch // parts
     divisors = divisors_of(rows)
     if micro_batch == "auto":
-        micro_batch = max(n for n in divisors if n == 1 or n * seq_len <= max_micro_tokens)
+        micro_batch = max(n for n in divisors if n == 1 or n * seq_len <= max_micro_tokens * layout.sequence)
     if micro_batch not in divisors:
         near = sorted(sorted(divisors, key=lambda n: abs(n - typing.cast("int", micro_batch)))[:4])
         raise ConfigError(
-            f"train.micro_batch = {micro_batch} does not divide the {rows} samples that each of {dp_size} "
-            f"data-parallel ranks has per step ({global_batch} / {dp_size}). "
+            f"train.micro_batch = {micro_batch} does not divide the {rows} samples that each of {sharers} "
+            f"has per step ({global_batch} / {parts}). "
             f"The nearest that do: {', '.join(map(str, near))}; or auto."
         )
-    return BatchPlan(micro_batch, rows // micro_batch, dp_size)
+    return BatchPlan(micro_batch, rows // micro_batch, layout)
 
 
 def divisors_of(number: int) -> list[int]:

@@ -244,6 +244,8 @@ def resolve_ds_config(
     final |= owned | {"optimizer": _optimizer_block(run.train.optimizer, raw.get("optimizer") or {})}
     if contradictions := list(conflicts(run, raw, owned, precision)):
         raise ConfigError("\n".join(contradictions))
+    # DeepSpeed takes ranks that share a row for data-parallel ranks, and checks the product of the three numbers.
+    final["train_batch_size"] = plan.counted_by_deepspeed
     if run.train.optimizer.name == "muon" and zero_stage(raw) == 3:
         # Muon needs the full gradient of a matrix. DeepSpeed refuses Muon with reduce_scatter at stage 3.
         final["zero_optimization"]["reduce_scatter"] = False
@@ -252,7 +254,7 @@ def resolve_ds_config(
     final.setdefault("steps_per_print", 2**31 - 1)
     board = {"enabled": run.monitor.tensorboard, "output_path": str(run.folder), "job_name": "tensorboard"}
     final["tensorboard"] = {**board, **(raw.get("tensorboard") or {})}
-    fill_defaults(final, precision, model, plan.dp_size)
+    fill_defaults(final, precision, model, plan.layout.zero)
     return final
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.run_file import NO_PIPELINE
 
 KeyTree: TypeAlias = "dict[str, KeyTree | Refused | Unused | None]"
 
@@ -72,10 +73,15 @@ def _works(names: str) -> KeyTree:
     return dict.fromkeys(names.split(), WORKS)
 
 
-NO_MODEL_PARALLELISM = (
-    "Packspeed has data parallelism only: every rank trains the complete model. Remove the key; to partition the "
-    "model's memory, use ZeRO-3."
+SEQUENCE = (
+    "the run file sets it: parallel.sequence. Remove the key here. Packspeed has its own exchange, because DeepSpeed's "
+    "scales gradients by another factor at each ZeRO stage."
 )
+TENSOR = (
+    "the run file's parallel.tensor has that place. Remove the block here. DeepSpeed's AutoTP is not used, because its "
+    "checkpoints fit one number of ranks."
+)
+EXPERT = "the run file's parallel.expert has that place. Remove the block here."
 NO_EXPORT_BY_DEEPSPEED = "checkpoints contain no 16-bit weights. `packspeed export` writes them from any checkpoint."
 OWN_LOADER = "Packspeed's own loader reads the data (section data of the run file), not DeepSpeed's."
 
@@ -94,13 +100,13 @@ KEYS: KeyTree = {
         "with false, DeepSpeed steps after every micro batch. Remove the key; the run file sets the batch.",
         unless(True),
     ),
-    "sequence_parallel_size": Refused(NO_MODEL_PARALLELISM, unless(1)),
+    "sequence_parallel_size": Refused(SEQUENCE, unless(1)),
     "disable_allgather": Unused("DeepSpeed 0.19 never reads it."),
     "zero_force_ds_cpu_optimizer": Unused("a Packspeed run always uses DeepSpeed's own optimizer.", unless(True)),
     "dataloader_drop_last": Unused(OWN_LOADER),
     "vocabulary_size": Unused("DeepSpeed uses it for a warning only. The tokenizer determines the vocabulary."),
     "use_data_before_expert_parallelism": Unused("the model has no experts."),
-    "seq_parallel_communication_data_type": Unused("there is no sequence parallelism."),
+    "seq_parallel_communication_data_type": Unused("Packspeed has its own sequence parallelism."),
     "optimizer": {**_works("type legacy_fusion"), "params": ANY},
     "scheduler": {**_works("type"), "params": ANY},
     "fp16": _works(
@@ -200,9 +206,9 @@ KEYS: KeyTree = {
         "sync_before_reduce sync_after_reduce sync_before_allgather sync_after_allgather keep_int_input_tensors "
         "keep_all_input_tensors passes"
     ),
-    "tensor_parallel": Refused(NO_MODEL_PARALLELISM, switched_off("autotp_size", 1)),
-    "expert_parallel": Refused("the model has no experts. Remove the block.", switched_off("enabled")),
-    "pipeline": Unused("there is no pipeline parallelism.", unless(False, {})),
+    "tensor_parallel": Refused(TENSOR, switched_off("autotp_size", 1)),
+    "expert_parallel": Refused(EXPERT, switched_off("enabled")),
+    "pipeline": Refused(f"{NO_PIPELINE}. Remove the block.", unless(False, {})),
     "hybrid_engine": Refused(
         "alternates training with generation for RLHF, which Packspeed does not do. Remove the block.",
         switched_off("enabled"),

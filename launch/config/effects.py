@@ -16,7 +16,7 @@ FIXED = (
 
 SPEED_ONLY = (
     "name", "runs_dir", "checkpoint.", "monitor.", "eval.", "train.micro_batch", "train.deterministic", "data.cache_",
-    "deepspeed", *MODEL_SPEED_ONLY,
+    "parallel.", "deepspeed", *MODEL_SPEED_ONLY,
 )  # fmt: skip
 
 

@@ -30,6 +30,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+NO_PIPELINE = (
+    "Packspeed has no pipeline parallelism. DeepSpeed's works with ZeRO-0 and 1 only, clips by the norm of one stage "
+    "at ZeRO-0, and names weights by stage, so that a checkpoint fits one number of stages. To divide a model among "
+    "ranks, use ZeRO-3 (deepspeed: zero3); to divide long rows, use parallel.sequence"
+)
+
 # One description per field of GPTConfig, a dataclass without descriptions. A test checks that no field is missing.
 MODEL_KEYS = {
     "n_layer": "Number of transformer blocks.",
@@ -380,6 +386,27 @@ class MonitorSection(Section):
     sample_tokens: int = Field(64, ge=1, description="Tokens generated for each prompt.")
 
 
+class ParallelSection(Section):
+    """How many ranks share a row, the weights or the experts. Changes speed, memory and rounding, not the run."""
+
+    sequence: int = Field(
+        1,
+        ge=1,
+        description="Ranks that share the tokens of each row (Ulysses sequence parallelism). Activations shrink by "
+        "this factor. It must divide the number of ranks and model.n_head.",
+    )
+    tensor: int = Field(1, ge=1, description="Ranks that share the weights of each layer. Only 1 is supported.")
+    expert: int = Field(1, ge=1, description="Ranks that share the experts of each layer. Only 1 is supported.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_pipeline(cls, data: object) -> object:
+        """Raise ValueError that says what to use instead if the section asks for pipeline parallelism."""
+        if isinstance(data, dict) and "pipeline" in data:
+            raise ValueError(f"pipeline: {NO_PIPELINE}")
+        return data
+
+
 class RunFile(Section):
     """A complete run file."""
 
@@ -395,6 +422,7 @@ class RunFile(Section):
     checkpoint: CheckpointSection = Field(CheckpointSection(), description="When to save and what to keep.")
     anomalies: AnomalySection = Field(AnomalySection(), description="What to do about NaN and loss spikes.")
     monitor: MonitorSection = Field(MonitorSection(), description="What to log.")
+    parallel: ParallelSection = Field(ParallelSection(), description="How ranks share rows, weights and experts.")
     deepspeed: str = Field(
         "zero1", description="A name in ds_configs/, or a path to a DeepSpeed JSON (any value with a slash)."
     )

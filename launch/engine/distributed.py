@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import socket
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import DsConfig
+from packspeed.launch.config.layout import ONE_RANK, Layout
 from packspeed.launch.engine.numerics import let_segments_grow, set_numerics
 from packspeed.launch.engine.ops import build_ops, device_type, do_without, needed_ops, prepare_for_ops
 from packspeed.launch.engine.patches.check import check_loaded, check_sources
@@ -40,29 +42,75 @@ def no_beat(phase: str, collective: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Rank and device of this process, and the numbers of ranks: of the run, on this host, and data-parallel.
+    """Rank and device of this process, the layout of the run's ranks, and the number of ranks on this host.
 
-    To divide samples between ranks use dp_rank and dp_size (data parallel), not rank and world.
+    To divide samples between ranks use rows_rank and rows_size, not rank and world: ranks of a sequence or tensor group
+    work on the same rows.
     """
 
     rank: int
-    world: int
     local_rank: int
     local_size: int
-    dp_rank: int
-    dp_size: int
     device: torch.device
+    layout: Layout = ONE_RANK
     beat: Callable[..., None] = no_beat  # tells the supervisor of `packspeed launch` where the rank is (Heartbeat)
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over the data-parallel ranks, in place, and return it.
+    @property
+    def world(self) -> int:
+        """Number of ranks of the run."""
+        return self.layout.world
 
-        The result has the same bits on every rank. A collective: every data-parallel rank must call it with the same
-        shape and dtype.
+    @property
+    def rows_rank(self) -> int:
+        """Which part of the batch's rows this rank reads, from 0 to rows_size - 1."""
+        return self.layout.index("rows", self.rank)
+
+    @property
+    def rows_size(self) -> int:
+        """Number of parts into which the rows of a batch are divided."""
+        return self.layout.rows
+
+    @property
+    def first_of_rows(self) -> bool:
+        """Whether this rank is the first of those that read the same rows: the one that counts them."""
+        return self.rank % self.layout.per_row == 0
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether a lower rank of its tensor group computes the same losses as this rank."""
+        return self.layout.index("tensor", self.rank) > 0
+
+    def group(self, axis: str) -> torch.distributed.ProcessGroup | None:
+        """Return this rank's process group along an axis of Layout; None, torch's name for all ranks, if it has all.
+
+        The first call for an axis makes the groups. It is a collective: every rank must make the first calls for
+        different axes in the same order. Later calls return the same group.
         """
-        if self.dp_size > 1:
+        if self.layout.size(axis) == self.world:
+            return None
+        if axis not in self._groups:
+            own = self.layout.members(axis, self.rank)
+            made = {tuple(ranks): torch.distributed.new_group(ranks) for ranks in self.layout.groups(axis)}
+            self._groups[axis] = made[tuple(own)]
+        return self._groups[axis]
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, torch.distributed.ProcessGroup]:
+        """The process groups that have been made, by axis."""
+        return {}
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks, in place, and return it.
+
+        The result has the same bits on every rank. A collective: every rank must call it with the same shape and dtype.
+        """
+        if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def sum_of_parts(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks like `sum`, but count the equal results of a tensor group once."""
+        return self.sum(values.zero_() if self.is_replica else values)
 
     def barrier(self) -> None:
         """Wait until every rank has called this. A collective."""
@@ -142,11 +190,13 @@ def start_distributed(
     timeout_s: float = 1800.0,
     deterministic: bool = True,
     beat: Callable[..., None] = no_beat,
+    layout: Layout | None = None,
 ) -> Topology:
     """Join the process group that the launcher's environment variables describe. Without a launcher, be its only rank.
 
     A collective: every rank must call it, once. `timeout_s` is how long a collective may wait before it fails.
-    `deterministic` is train.deterministic of the run. `beat` is the topology's.
+    `deterministic` is train.deterministic of the run. `beat` and `layout` are the topology's; without a layout, each
+    rank reads rows of its own.
 
     If `ds_config` (the final DeepSpeed configuration) is given, the DeepSpeed ops that it needs are compiled too. If
     one host cannot compile an op, no rank uses it: `ds_config` is changed in place to use a substitute. If there is no
@@ -178,9 +228,8 @@ def start_distributed(
         # Join the group without DeepSpeed, because ops have to be built before deepspeed.init_distributed. It uses the
         # shared-memory op at once: if one rank could not build that op, the others would wait there forever.
         torch.distributed.init_process_group(backend, timeout=timeout)
-    topology = Topology(
-        rank, world, local_rank, local_size, rank, world, torch.device(accelerator.current_device_name()), beat
-    )
+    device = torch.device(accelerator.current_device_name())
+    topology = Topology(rank, local_rank, local_size, device, layout or Layout(world), beat)
     if ds_config is not None:
         _build_ops(ds_config, topology, say)
     _start_deepspeed(backend, timeout)

@@ -8,8 +8,9 @@ rows are added in fp64: one pass over memory and no copy. patches/gradient_norm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, cast
 
 import torch
 from deepspeed import comm as dist
@@ -17,6 +18,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from packspeed.launch.engine.ops import device_type
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
+
+Group: TypeAlias = "torch.distributed.ProcessGroup | None"  # None: all ranks
 
 NORM_ROW = 4096  # number of elements that are summed in fp32, with a relative error of 1e-7
 
@@ -63,28 +66,50 @@ def _rows(flat: torch.Tensor) -> list[torch.Tensor]:
     return [matrix for matrix in matrices if matrix.numel()]
 
 
-def global_norm(
-    gradients: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None, exact: bool = False
-) -> torch.Tensor:
-    """Return the L2 norm of gradients that are distributed over the ranks of `group`, as an fp32 scalar.
+@dataclasses.dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that share the weights of each layer, for a norm over all of them.
 
-    `gradients`: those that this rank holds; no element may be on two ranks. `exact`: as in square_sum. All ranks of the
-    group must call it and get the same norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
+    A parameter that `is_split` has another part on each rank of the group, so every rank counts its part. All ranks
+    hold the other parameters in full and with the same gradient; only the rank that is `first` counts them.
+    """
+
+    group: Group
+    first: bool
+    is_split: Callable[[torch.Tensor], bool]
+
+    def counted(self, values: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return those of `values`, one per parameter, that this rank counts.
+
+        A value after that of the last parameter is left out: DeepSpeed's padding, which is zero.
+        """
+        pairs = zip(values, params, strict=False)
+        return [value for value, param in pairs if self.first or self.is_split(param)]
+
+
+def global_norm(gradients: Sequence[torch.Tensor], groups: Sequence[Group], exact: bool = False) -> torch.Tensor:
+    """Return the L2 norm of gradients that are distributed over the ranks of `groups`, as an fp32 scalar.
+
+    `gradients`: those that this rank counts; no element may be counted on two ranks. `groups`: the ZeRO group, and the
+    tensor group if there is one; the sum goes over each in turn. `exact`: as in square_sum. All ranks of the groups
+    must call it and get the same norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
     """
     total = square_sum(gradients, exact)
-    dist.all_reduce(total, group=group)
+    for group in groups:
+        dist.all_reduce(total, group=group)
     return finite_or_minus_1(total.sqrt().float())
 
 
-def offloaded_square_sum(norms: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None) -> torch.Tensor:
-    """Return the sum of the squares of gradients in host memory, over the ranks of `group`, as an fp32 scalar.
+def offloaded_square_sum(norms: Sequence[torch.Tensor], groups: Sequence[Group]) -> torch.Tensor:
+    """Return the sum of the squares of gradients in host memory, over the ranks of `groups`, as an fp32 scalar.
 
-    `norms`: the L2 norm of each gradient tensor that this rank holds, as a scalar. All ranks of the group must call it.
-    The arithmetic is DeepSpeed's: fp64 within a rank, fp32 between ranks.
+    `norms`: the L2 norm of each gradient tensor that this rank counts, as a scalar. `groups`: as in global_norm. All
+    ranks of the groups must call it. The arithmetic is DeepSpeed's: fp64 within a rank, fp32 between ranks.
     """
     squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros(())
     total = squares.float().to(device_type())
-    dist.all_reduce(total, group=group)
+    for group in groups:
+        dist.all_reduce(total, group=group)
     return total
 
 

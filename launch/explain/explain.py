@@ -25,6 +25,7 @@ from packspeed.launch.config.deepspeed_json import OWNED, resolve_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.layout import Layout, run_layout
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.explain import deepspeed_rules, run_rules  # noqa: F401  importing them fills RULES
 from packspeed.launch.explain.lenient import read_deepspeed_json, read_written, validate_leniently
@@ -60,7 +61,7 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
     run = validate_leniently(written, copy.deepcopy(written.data), findings)
     raw, ds_lines = read_deepspeed_json(run.deepspeed, findings)
     count = ranks if ranks is not None else default_ranks(run)
-    plan = _solve_batch(run, count, findings)
+    plan = _plan_batch(run, count, findings)
     precision, why = guess_precision(run.train.precision)
     tokens, vocab_size = _inspect_dataset(run, findings)
     model = _gpt_config(run, vocab_size, findings)
@@ -72,21 +73,26 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
     )  # fmt: skip
     findings += [Finding(r.name, r.kind, message, r.source) for r in RULES for message in r.check(case)]
     values = run_file_values(run, written, model, vocab_size is not None)
-    values += solved_values(run, plan, precision, why, count, model)
+    values += solved_values(run, plan, precision, why, model)
     values += memory_values(case)
     return Explanation(str(run_file), values, deepspeed_values(run, raw, final, ds_lines), _worst_first(findings))
 
 
-def _solve_batch(run: RunFile, ranks: int, findings: list[Finding]) -> BatchPlan:
-    """Divide the samples of a step among `ranks` ranks.
+def _plan_batch(run: RunFile, ranks: int, findings: list[Finding]) -> BatchPlan:
+    """Divide the ranks as the section `parallel` says, and the samples of a step among them.
 
     If that is impossible, add a finding, and return an approximate division with micro batches of one sample.
     """
+    layout = Layout(ranks)
     try:
-        return solve_batch(run.global_batch, run.data.seq_len, ranks, run.train.micro_batch)
+        layout = run_layout(run, ranks)
+    except ConfigError as error:
+        findings.append(Finding("layout-does-not-fit", "refused", str(error), "arXiv:2309.14509"))
+    try:
+        return solve_batch(run.global_batch, run.data.seq_len, layout, run.train.micro_batch)
     except ConfigError as error:
         findings.append(Finding("batch-does-not-divide", "refused", str(error), "DeepSpeed#17, #3228, #3982"))
-        return BatchPlan(1, max(1, run.global_batch // ranks), ranks)
+        return BatchPlan(1, max(1, run.global_batch // layout.rows), layout)
 
 
 def guess_precision(wanted: str) -> tuple[str, str]:

@@ -106,15 +106,14 @@ def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None
     return values
 
 
-def solved_values(
-    run: RunFile, plan: BatchPlan, precision: str, why: str, ranks: int, model: GPTConfig | None
-) -> list[Value]:
+def solved_values(run: RunFile, plan: BatchPlan, precision: str, why: str, model: GPTConfig | None) -> list[Value]:
     """Return the settings that are computed from the run file, the number of ranks and the device.
 
     `why` is the reason for the precision, and `model` the model's configuration or None.
     """
     division = (
-        f"solved: {run.global_batch} samples = {plan.micro_batch} x {plan.accumulation} accumulated x {ranks} ranks"
+        f"solved: {run.global_batch} samples = {plan.micro_batch} x {plan.accumulation} accumulated x "
+        f"{plan.layout.rows} {'ranks' if plan.layout.per_row == 1 else f'groups of {plan.layout.per_row} ranks'}"
     )
     blocks = fp8_blocks(model, run.train.fp8_skip_blocks) if model and precision == "fp8" else range(0)
     in_fp8 = f"linear layers of {len(blocks)} of {model.n_layer} blocks" if model and blocks else "none"
@@ -122,6 +121,7 @@ def solved_values(
         Value("(solved) resumes", *_resumes(run.train.deterministic)),
         Value("(solved) precision", precision, "auto", why),
         Value("(solved) in fp8", in_fp8, "none", "train.precision and train.fp8_skip_blocks"),
+        Value("(solved) ranks", str(plan.layout), None, "the section parallel"),
         Value("(solved) micro batch", plan.micro_batch, "auto", division),
         Value("(solved) accumulation", plan.accumulation, None, division),
         Value("(solved) total steps", run.train.total_steps, None, "train.steps or train.tokens"),

@@ -49,9 +49,10 @@ def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, data_hash: int) -
     `data_hash` the hash of this rank's rows. Call it once per step, because it takes the counts of the experts.
     """
     stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
-    own = to_device(np.array([stopping, written, data_hash], dtype=np.float64), loss.device)
+    counted = data_hash if trainer.topology.first_of_rows else 0
+    own = to_device(np.array([stopping, written, counted], dtype=np.float64), loss.device)
     share = torch.cat(
-        [loss.double().view(1) / trainer.topology.dp_size, own, own_counts(trainer.engine.module, loss.device)]
+        [loss.double().view(1) / trainer.topology.world, own, own_counts(trainer.engine.module, loss.device)]
     )
     return trainer.topology.sum(share)
 

@@ -53,18 +53,18 @@ def evaluate(trainer: Trainer) -> float | None:
     # One slot per window, so that the sum does not depend on which rank computed which window.
     losses = torch.zeros(windows, dtype=torch.float64)
     trainer.engine.eval()
-    for start in range(0, windows, rows * topology.dp_size):
+    for start in range(0, windows, rows * topology.rows_size):
         if trainer.any_rank_stopping():
             trainer.engine.train()
             return None
         trainer.enter("evaluation")  # again in each round, so that a supervisor sees progress in a long evaluation
-        mine = [start + topology.dp_rank * rows + row for row in range(rows)]
+        mine = [start + topology.rows_rank * rows + row for row in range(rows)]
         batch = trainer.loader.eval_batch([min(window, windows - 1) for window in mine], windows)
         for window, loss in zip(mine, row_mean_losses(trainer, batch, rows), strict=True):
             if window < windows:
                 losses[window] = loss
     trainer.engine.train()
-    return float(topology.sum(losses.to(topology.device)).mean())
+    return float(topology.sum_of_parts(losses.to(topology.device)).mean())
 
 
 def row_mean_losses(trainer: Trainer, batch: Batch, rows: int) -> torch.Tensor:

@@ -78,7 +78,7 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
     last_step = run.train.total_steps
     batch_numbers = trainer.batches_before(start_step), trainer.batches_before(last_step)
     # The Prefetcher's thread (data/loader.py) reads ahead; wait_s counts the seconds that the loop waited for it.
-    with Prefetcher(trainer.loader, *batch_numbers, rank=topology.dp_rank, world=topology.dp_size) as batches:
+    with Prefetcher(trainer.loader, *batch_numbers, rank=topology.rows_rank, world=topology.rows_size) as batches:
         step_start, waited_s = time.perf_counter(), 0.0
         trainer.timer.step_done(start_step)  # heartbeat and goodput count from this step, also after a rewind
         trainer.enter("data")
@@ -203,7 +203,7 @@ def train_step(
         norm=norm_hook.norm,
         data_hash=f"{int(agreed.data_hash) % 2**32:08x}",
         stopping=agreed.ranks_stopping > 0,
-        checkpoint_written=agreed.ranks_written == trainer.topology.dp_size,
+        checkpoint_written=agreed.ranks_written == trainer.topology.world,
         not_taken=f"fp16 overflow, loss scale now {loss_scale(engine):g}" if overflow else None,
         layer_norms=layer_norms,
         expert_counts=agreed.expert_counts,

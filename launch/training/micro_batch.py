@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from packspeed.data.loader import Batch
+from packspeed.launch.config.batch import BatchPlan
 
 if TYPE_CHECKING:
     from packspeed.launch.training.trainer import Trainer
@@ -23,7 +24,7 @@ class MicroBatch:
     """The input of one forward pass."""
 
     inputs: torch.Tensor  # (B, T) int64
-    labels: torch.Tensor  # (B, T) int64: the token after each input
+    labels: torch.Tensor  # (B, T) int64: the token after each input, or -1 without a loss
     rows: Batch  # the same rows as the loader returned them, on the host
     # Arguments of GPT.forward that restrict attention to documents: positions (B, T) and documents (lengths); or empty.
     documents: dict[str, torch.Tensor | list[int]]
@@ -44,6 +45,11 @@ def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Mic
         if part.positions is not None and part.documents is not None:
             positions = to_device(part.positions, device).long()
             documents = {"positions": positions, "documents": part.documents.tolist()}
+        if part.used is not None:
+            # Rows of packed documents can end with padding, whose labels become -1: they have no loss. `used` has the
+            # number of labels before the padding in each row.
+            counts = np.arange(labels.size(1)) < part.used[:, None]  # (B, T)
+            labels = labels.masked_fill(~to_device(counts, device), -1)
         yield MicroBatch(inputs, labels, part, documents)
 
 
@@ -53,19 +59,26 @@ def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> torch.Tensor:
     It is scaled so that its mean over all micro batches and ranks is the mean loss over all tokens of the global batch.
     """
     keys = dropout_keys(micro.rows.samples, trainer.run.train.seed, micro.inputs.device)
-    if micro.rows.used is None:
-        # Every micro batch of every rank has the same number of tokens, so the mean over its tokens needs no weight.
-        # The engine calls GPT.forward (model/gpt.py).
-        mean: torch.Tensor = trainer.engine(micro.inputs, micro.labels, dropout_keys=keys, **micro.documents)
-        return mean
-    # Rows of packed documents can end with padding, whose labels become -1: they have no loss. `used` has the number of
-    # labels before the padding in each row, and `global_used` is their number in the global batch. So the sum over this
-    # micro batch, divided by global_used, is its share of the mean loss. The factor cancels the two means that follow:
-    # over the micro batches (DeepSpeed's backward and train_step) and over the ranks.
-    counts = np.arange(micro.labels.size(1)) < micro.rows.used[:, None]  # (B, T)
-    labels = micro.labels.masked_fill(~to_device(counts, micro.labels.device), -1)
-    total: torch.Tensor = trainer.engine(micro.inputs, labels, reduction="sum", dropout_keys=keys, **micro.documents)
-    return total * (trainer.plan.accumulation * trainer.topology.dp_size / micro.rows.global_used)
+    # The engine calls GPT.forward (model/gpt.py).
+    total: torch.Tensor = trainer.engine(
+        micro.inputs, micro.labels, reduction="sum", dropout_keys=keys, **micro.documents
+    )
+    counted = micro.rows.global_used or trainer.run.train.global_batch_tokens
+    return total / tokens_per_pass(counted, trainer.plan)
+
+
+def tokens_per_pass(counted: int, plan: BatchPlan) -> float:
+    """Return the number by which the sum of a forward pass's losses is divided.
+
+    `counted` is the number of tokens of the global batch that have a loss. The result is the mean number of them per
+    forward pass. Two means follow, and with them each token weighs 1 / counted: over the micro batches (DeepSpeed's
+    backward and train_step), and over the ranks of the ZeRO group (DeepSpeed's reduction of the gradients). That holds
+    however unequally the tokens are divided between passes and ranks. Each rank sums over its own places only; a place
+    that it has attended to on another rank gets its gradient there, through the exchange.
+    The ranks of a tensor group compute the same sum, and the gradient of a weight that is whole on each of them is the
+    same there. So only one of them counts: DeepSpeed's mean does not go over them.
+    """
+    return counted / (plan.accumulation * plan.layout.zero)
 
 
 def dropout_keys(samples: np.ndarray, seed: int, device: torch.device) -> torch.Tensor:

@@ -28,13 +28,13 @@ def probe(trainer: Trainer, step: int) -> Probe:
     trainer.engine.eval()
     # Every rank runs equally many forward passes, because ZeRO-3 gathers weights in each. A rank without a row in the
     # last round computes the last row again, and its result is not counted.
-    for start in range(0, rows, topology.dp_size):
-        mine = start + topology.dp_rank
+    for start in range(0, rows, topology.rows_size):
+        mine = start + topology.rows_rank
         value = row_mean_losses(trainer, single[min(mine, rows - 1)], 1)
         if mine < rows:
             losses[mine] = value[0]
     trainer.engine.train()
-    loss = float(topology.sum(losses.to(topology.device)).mean())
+    loss = float(topology.sum_of_parts(losses.to(topology.device)).mean())
     return {"first_sample": first, "rows": rows, "samples_hash": f"{batch.hash():08x}", "loss": loss}
 
 

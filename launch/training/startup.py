@@ -12,7 +12,7 @@ from packspeed.data.dataset import TokenDataset
 from packspeed.data.mixture import MixtureData
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.checkpoint.resume import find_checkpoint, name_optimizers, resume_newest, run_identity
-from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.batch import plan_batch
 from packspeed.launch.config.deepspeed_json import muon_clipping_note, resolve_ds_config, zero_stage
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.config.fp8 import engine_precision
@@ -60,7 +60,7 @@ def start_training(
     log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
     threads = limit_threads(local_size)
     precision = resolve_precision(run.train.precision)
-    plan = solve_batch(run.global_batch, run.data.seq_len, world, run.train.micro_batch)
+    plan = plan_batch(run, world)
     config = run.gpt_config(dataset.vocab_size)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, engine_precision(precision), config)
     check_precision(precision)
@@ -70,7 +70,7 @@ def start_training(
     # Joins the process group and compiles DeepSpeed's ops.
     beat = heartbeat or no_beat
     beat("connecting")
-    topology = start_distributed(ds_config, log, deterministic=run.train.deterministic, beat=beat)
+    topology = start_distributed(ds_config, log, deterministic=run.train.deterministic, beat=beat, layout=plan.layout)
     config = agree_on_kernels(config, topology, log)
     kernels = resolve_kernels(config.kernels, log)
 
@@ -91,7 +91,7 @@ def start_training(
             f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
             f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
             f"{run.global_batch} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x "
-            f"{plan.dp_size} ranks"
+            f"{plan.layout}"
         )
 
         # Load weights, optimizer and random generators from the checkpoint.

@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar, get_args
 
 from packspeed.launch.cluster.local_launcher import default_ranks, launcher_command
-from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.batch import plan_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import JsonObject
@@ -249,7 +249,7 @@ class WorkerProcess:
             overrides.append(f"model.kernels={setting['kernels']}")
         try:  # a setting that is impossible for this run gives a row with an error; other settings are still measured
             run = load_run_file(plan.run_file, overrides)
-            solve_batch(run.global_batch, run.data.seq_len, plan.ranks, run.train.micro_batch)
+            plan_batch(run, plan.ranks)
         except ConfigError as error:
             self.error = str(error)
             return

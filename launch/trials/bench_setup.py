@@ -8,7 +8,7 @@ from typing import Protocol, TypedDict
 import torch
 
 from packspeed.data.loader import Loader, Prefetcher
-from packspeed.launch.config.batch import BatchPlan, solve_batch
+from packspeed.launch.config.batch import BatchPlan, plan_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
 from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.loading import load_run_file
@@ -103,14 +103,14 @@ class BenchSetup:
             raw["zero_optimization"] = (raw.get("zero_optimization") or {}) | {"stage": job["stage"]}
         _, world, _, local_size = launcher_environment()
         self.threads = limit_threads(local_size)
-        self.plan: BatchPlan = solve_batch(
-            self.run.global_batch, self.run.data.seq_len, world, self.run.train.micro_batch
-        )
+        self.plan: BatchPlan = plan_batch(self.run, world)
         self.ds_config = resolve_ds_config(self.run, raw, self.plan, engine_precision(self.precision), self.config)
         ours = job["loop"].startswith("packspeed")  # the others run with torch's default, which repeats no bits on GPUs
-        self.topology = start_distributed(self.ds_config, print, deterministic=ours and self.run.train.deterministic)
+        self.topology = start_distributed(
+            self.ds_config, print, deterministic=ours and self.run.train.deterministic, layout=self.plan.layout
+        )
         self.loader: Loader = make_run_loader(self.run, self.dataset)
 
     def batches(self) -> Prefetcher:
         """Return an iterator over this rank's rows of steps 0, 1, 2 ..., which reads ahead in a thread."""
-        return Prefetcher(self.loader, 0, UNLIMITED, rank=self.topology.dp_rank, world=self.topology.dp_size)
+        return Prefetcher(self.loader, 0, UNLIMITED, rank=self.topology.rows_rank, world=self.topology.rows_size)

@@ -34,7 +34,7 @@ from typing import IO, TYPE_CHECKING, TypedDict
 import psutil
 
 from packspeed.launch.cluster import local_launcher as launcher
-from packspeed.launch.config.batch import solve_batch
+from packspeed.launch.config.batch import fits, plan_batch
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
@@ -122,7 +122,7 @@ def plan_proof(
     other = other_ranks if other_ranks is not None else _other_ranks(run, count)
     for number in (count, other):
         if number is not None:
-            solve_batch(run.global_batch, run.data.seq_len, number, run.train.micro_batch)
+            plan_batch(run, number)
     shorter = [f"train.steps={steps}", f"checkpoint.every_steps={max(1, steps // 6)}", f"eval.every_steps={steps // 2}"]
     if run.train.schedule.warmup_steps >= steps:
         shorter.append(f"train.schedule.warmup_steps={steps // 3}")
@@ -135,13 +135,13 @@ def plan_proof(
 def _other_ranks(run: RunFile, ranks: int) -> int | None:
     """Return the default number of ranks for the second resume: half of `ranks`, or 2 if `ranks` is 1.
 
-    It is lower if that does not divide the global batch. Returns None if no other number does, or if `ranks` is 1 and
+    It is lower if so many cannot share the global batch. Returns None if no other number can, or if `ranks` is 1 and
     this machine has only one GPU.
     """
     if ranks == 1 and launcher.local_accelerators() == 1:
         return None
     wanted = max(1, ranks // 2) if ranks > 1 else 2
-    return next((n for n in range(wanted, 0, -1) if run.global_batch % n == 0 and n != ranks), None)
+    return next((n for n in range(wanted, 0, -1) if fits(run, n) and n != ranks), None)
 
 
 def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:

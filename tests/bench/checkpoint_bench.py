@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
+from packspeed.launch.config.layout import Layout
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine import distributed as engines
 from packspeed.launch.engine.build import build_engine
@@ -41,7 +42,7 @@ RUN = {
 def stepped_engine() -> Any:
     """Return an engine that has taken one step, so that its optimizer state exists."""
     run = RunFile.model_validate(RUN)
-    plan = solve_batch(run.global_batch, run.data.seq_len, 1, "auto")
+    plan = solve_batch(run.global_batch, run.data.seq_len, Layout(), "auto")
     ds_config = resolve_ds_config(run, load_ds_config("zero1"), plan, "fp32")
     engine = build_engine(run.gpt_config(50_257), run, ds_config)
     tokens = torch.randint(0, 50_257, (1, 257))

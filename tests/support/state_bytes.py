@@ -61,6 +61,7 @@ def measure(stage: int, precision: str, world: int) -> dict[str, float]:
     """
     from packspeed.launch.config.batch import BatchPlan
     from packspeed.launch.config.deepspeed_json import resolve_ds_config
+    from packspeed.launch.config.layout import Layout
     from packspeed.launch.config.loading import load_run_file
     from packspeed.launch.engine.build import build_engine
     from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
@@ -75,7 +76,7 @@ def measure(stage: int, precision: str, world: int) -> dict[str, float]:
     # Buckets that hold little beside the model, so that they do not count.
     raw: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 2, "allgather_bucket_size": 2}
     raw |= {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-    plan = BatchPlan(1, ACCUMULATION, world)
+    plan = BatchPlan(1, ACCUMULATION, Layout(world))
     torch_adam = {"params": {"torch_adam": True}}
     given = {"zero_optimization": raw, "optimizer": torch_adam, "fp16": {"initial_scale_power": 0}}
     ds_config = resolve_ds_config(run, given, plan, precision, config)

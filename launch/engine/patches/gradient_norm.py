@@ -46,12 +46,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from packspeed.launch.engine.norms import (
+    Group,
+    TensorGroup,
     clip_factor,
     finite_or_minus_1,
     global_norm,
@@ -97,11 +100,17 @@ class GradientNormHook:
     During engine.step() the hook stores the global L2 norm before clipping in `norm` (NaN if it is not finite) and
     calls judge(norm, agreed), where `agreed` are the numbers given to `agree`. If the result is True, the optimizer
     does not step, and `vetoed` is set. judge(None, agreed) asks about these numbers alone: the norm is not known yet,
-    or it is not finite because of an fp16 overflow.
+    or it is not finite because of an fp16 overflow. `tensor_group` says how to count parameters that are split between
+    ranks beside ZeRO; without it, the norm is that of the ZeRO group.
     """
 
-    def __init__(self, engine: Engine, judge: Callable[[float | None, Sequence[float]], bool]) -> None:
-        self.judge = judge
+    def __init__(
+        self,
+        engine: Engine,
+        judge: Callable[[float | None, Sequence[float]], bool],
+        tensor_group: TensorGroup | None = None,
+    ) -> None:
+        self.judge, self.tensor_group = judge, tensor_group
         # `exact` makes square_sum add in fp64. Then the fp32 norm has the same bits however ranks and ZeRO stage split
         # the gradients. In bf16 its last bit, through clipping, decides how weights are rounded.
         self.exact = engine.bfloat16_enabled()
@@ -163,6 +172,14 @@ class GradientNormHook:
         self._agreed = numbers[len(norms) :]
         return [torch.tensor(number, dtype=norm.dtype) for number, norm in zip(numbers, norms, strict=False)]
 
+    def _groups(self, zero_group: Group) -> list[Group]:
+        """Return the groups over which the norm is summed: the ZeRO group, and the tensor group if there is one."""
+        return [zero_group] if self.tensor_group is None else [zero_group, self.tensor_group.group]
+
+    def _counted(self, values: Tensors, params: Tensors) -> Tensors:
+        """Return those of `values`, one per parameter, that this rank counts in the norm: all without tensor group."""
+        return values if self.tensor_group is None else self.tensor_group.counted(values, params)
+
     def _patch_stages12(self, optimizer: Stage12Optimizer) -> None:
         """Patch the optimizer of ZeRO-1 and 2: its step() calls scaled_global_norm, and drops the step for -1."""
 
@@ -173,10 +190,11 @@ class GradientNormHook:
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
             # The list also contains tensors that only pad the partition. DeepSpeed's own norm skips them too.
             held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-            return global_norm(held, optimizer.dp_process_group, self.exact)
+            return global_norm(self._counted(held, params), self._groups(optimizer.dp_process_group), self.exact)
 
         def offloaded(params: Tensors) -> torch.Tensor:
-            total = offloaded_square_sum(_norms_of(optimizer, params), optimizer.dp_process_group)
+            norms = _norms_of(optimizer, self._counted(params, params))
+            total = offloaded_square_sum(norms, self._groups(optimizer.dp_process_group))
             return finite_or_minus_1(total.double().sqrt().float())  # as DeepSpeed does; at stage 3 it does not
 
         def update_scale(has_overflow: bool = False) -> None:
@@ -208,11 +226,13 @@ class GradientNormHook:
             return [torch.tensor(-1.0)] if norms is None else norms
 
         def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
-            return global_norm(gradients, optimizer._get_param_partition_group(params[0]), self.exact)
+            groups = self._groups(optimizer._get_param_partition_group(params[0]))
+            return global_norm(self._counted(gradients, params), groups, self.exact)
 
         def offloaded(params: Tensors) -> torch.Tensor:
-            group = optimizer._get_param_partition_group(params[0])
-            return finite_or_minus_1(offloaded_square_sum(_norms_of(optimizer, params), group).sqrt())
+            groups = self._groups(optimizer._get_param_partition_group(params[0]))
+            norms = _norms_of(optimizer, self._counted(params, params))
+            return finite_or_minus_1(offloaded_square_sum(norms, groups).sqrt())
 
         def overflow_check(update_scale: bool = True) -> bool:
             optimizer.overflow = False
@@ -240,7 +260,7 @@ class GradientNormHook:
         original_update = replace(optimizer, "_update_scale", update_scale)
 
     def _patch_bf16(self, optimizer: object) -> None:
-        """Patch BF16_Optimizer (Muon in bf16 at ZeRO-1). Every rank has all gradients.
+        """Patch BF16_Optimizer (Muon in bf16 at ZeRO-1). Every rank has all gradients, so no tensor group is possible.
 
         Its step() computes the norm of the list that get_grads_for_norm returns. The replacement returns a list of one
         tensor with one element, the norm itself; the norm of that list is the same number.
@@ -265,8 +285,12 @@ class GradientNormHook:
         require(engine, "clip_fp32_gradients")
 
         def take_model_step(lr_kwargs: object) -> None:
-            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-            norm = square_sum(gradients).sqrt().float()
+            held = [p for p in engine.module.parameters() if p.grad is not None]
+            gradients = [p.grad for p in held]
+            total = square_sum(self._counted(gradients, held))
+            if self.tensor_group is not None:
+                dist.all_reduce(total, group=self.tensor_group.group)
+            norm = total.sqrt().float()
             self._read_and_judge([norm])
             # The original calls clip_fp32_gradients, then optimizer.step, both replaced.
             limit = engine.gradient_clipping()

@@ -1,0 +1,155 @@
+"""Which ranks share rows of the batch, places of a row, weights and experts: the section `parallel` of the run file.
+
+    layout = run_layout(run, 8)          # Layout(world=8, sequence=2), or ConfigError with the sizes that divide
+    layout.rows                          # 4: groups of ranks that read different rows of the global batch
+    layout.members("sequence", 5)        # [4, 5]: the ranks that share the places of rank 5's rows
+
+Ranks are numbered with the tensor axis fastest, then the sequence axis, then the rows:
+
+    rank = (row group * sequence + sequence rank) * tensor + tensor rank
+
+So the ranks of a tensor group, which exchange the most, are neighbours on one host. DeepSpeed partitions and averages
+over all ranks with the same tensor rank (the axis "zero"): to it, ranks that share the places of a row are ordinary
+data-parallel ranks. The ranks of a tensor group hold different parts of the same weights and compute the same loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.run_file import RunFile
+from packspeed.model.config import GPTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The sizes of the parallel axes; `world` is the number of ranks. Every size divides what it has to divide."""
+
+    world: int = 1
+    sequence: int = 1  # ranks that share the places of the same rows
+    tensor: int = 1  # ranks that share the weights of each layer
+    expert: int = 1  # ranks that share the experts of each layer; they may read different rows
+
+    @property
+    def per_row(self) -> int:
+        """Number of ranks that work on the same rows of the batch."""
+        return self.sequence * self.tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of groups of ranks that read different rows of the batch."""
+        return self.size("rows")
+
+    @property
+    def zero(self) -> int:
+        """Number of ranks over which ZeRO partitions, and over which DeepSpeed averages gradients."""
+        return self.size("zero")
+
+    def size(self, axis: str) -> int:
+        """Return the number of ranks in a group along an axis (see `_axis`)."""
+        return self._axis(axis)[1]
+
+    def index(self, axis: str, rank: int) -> int:
+        """Return the number of `rank` within its group along an axis, from 0."""
+        stride, size = self._axis(axis)
+        return rank // stride % size
+
+    def members(self, axis: str, rank: int) -> list[int]:
+        """Return the ranks of the group along an axis to which `rank` belongs, in ascending order."""
+        stride, size = self._axis(axis)
+        first = rank - self.index(axis, rank) * stride
+        return [first + stride * number for number in range(size)]
+
+    def groups(self, axis: str) -> list[list[int]]:
+        """Return all groups along an axis, in the same order on every rank. Each rank is in one of them."""
+        return [self.members(axis, rank) for rank in range(self.world) if self.index(axis, rank) == 0]
+
+    def _axis(self, name: str) -> tuple[int, int]:
+        """Return (distance between neighbours, number of ranks) of the groups along an axis.
+
+        tensor: ranks that share weights. sequence: that share the places of rows. rows: that read different rows.
+        zero: over which ZeRO partitions. expert: that share experts. expert_copies: that hold the same experts.
+        """
+        zero = self.world // self.tensor
+        return {
+            "tensor": (1, self.tensor),
+            "sequence": (self.tensor, self.sequence),
+            "rows": (self.per_row, self.world // self.per_row),
+            "zero": (self.tensor, zero),
+            "expert": (self.tensor, self.expert),
+            "expert_copies": (self.tensor * self.expert, zero // self.expert),
+        }[name]
+
+    def __str__(self) -> str:
+        """Return the layout in words, such as "4 ranks = 2 groups of rows x 2 sequence"."""
+        axes = [f"{size} {name}" for name, size in (("sequence", self.sequence), ("tensor", self.tensor)) if size > 1]
+        rows = f"{self.rows} group{'s' if self.rows > 1 else ''} of rows"
+        experts = f", experts over {self.expert}" if self.expert > 1 else ""
+        ranks = f"{self.world} rank{'s' if self.world > 1 else ''}"
+        return (f"{ranks} = {' x '.join([rows, *axes])}" if axes else ranks) + experts
+
+
+ONE_RANK = Layout()
+
+NOT_YET = {"sequence": "sequence parallelism", "tensor": "tensor parallelism", "expert": "expert parallelism"}
+
+
+def run_layout(run: RunFile, world: int) -> Layout:
+    """Return the layout of a run with so many ranks.
+
+    Raises ConfigError if a size of the section `parallel` does not divide the ranks, the heads or the tokens of a row;
+    the message lists the sizes that do.
+    """
+    sizes = run.parallel
+    for key, name in NOT_YET.items():
+        if getattr(sizes, key) > 1:
+            raise ConfigError(f"parallel.{key} = {getattr(sizes, key)}: Packspeed has no {name}. Write 1.")
+    layout = Layout(world, sizes.sequence, sizes.tensor, sizes.expert)
+    if layout.per_row > 1:
+        _check_ranks(layout)
+    if layout.sequence > 1:
+        _check_sequence(run, layout)
+    return layout
+
+
+def _check_ranks(layout: Layout) -> None:
+    """Raise ConfigError unless the ranks can form groups of layout.per_row."""
+    if layout.world % layout.per_row == 0:
+        return
+    near = [n * layout.per_row for n in (layout.world // layout.per_row, layout.world // layout.per_row + 1) if n]
+    name, keys = str(layout.per_row), "parallel.sequence"
+    if layout.tensor > 1:
+        name, keys = f"{layout.sequence} x {layout.tensor}", "parallel.sequence x parallel.tensor"
+    raise ConfigError(
+        f"{keys} = {name} does not divide {layout.world} ranks. "
+        f"The nearest numbers of ranks that it divides: {' and '.join(map(str, near))}."
+    )
+
+
+def _check_sequence(run: RunFile, layout: Layout) -> None:
+    """Raise ConfigError unless every rank of a sequence group gets equally many heads, and at least one token.
+
+    Each rank attends with some of the heads over complete rows. Key-value heads that are fewer than the ranks are
+    repeated, so their number must divide that of the ranks or the other way round.
+    """
+    model = run.gpt_config(1)
+    if heads_fit(model, layout.tensor, layout.sequence) and layout.sequence <= run.data.seq_len:
+        return
+    limit = min(model.n_head, run.data.seq_len, layout.world)
+    possible = [n for n in range(1, limit + 1) if heads_fit(model, layout.tensor, n) and layout.world % n == 0]
+    raise ConfigError(
+        f"parallel.sequence = {layout.sequence}: the model has {model.n_head} heads and {model.kv_heads} key-value "
+        f"heads, and rows have {run.data.seq_len} tokens, which so many ranks cannot share. It must divide n_head, and "
+        f"n_kv_head must divide it or be a multiple of it. With {layout.world} ranks these sizes are possible: "
+        f"{', '.join(map(str, possible))}."
+    )
+
+
+def heads_fit(model: GPTConfig, tensor: int, sequence: int) -> bool:
+    """Return whether `tensor` x `sequence` ranks can share the model's heads equally."""
+    if model.n_head % (tensor * sequence) or model.kv_heads % tensor:
+        return False
+    keys = model.kv_heads // tensor
+    return math.gcd(keys, sequence) in (keys, sequence)
