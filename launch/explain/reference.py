@@ -303,6 +303,12 @@ REFUSALS = {
         "DeepSpeed alone fails with an assertion about batch sizes.",
         "use one of the numbers that the message lists.",
     ),
+    "layout-does-not-fit": (
+        "arXiv:2309.14509",
+        "A size of the section parallel does not divide what it must: ranks, heads, or tokens of a row.",
+        "Training does not start.",
+        "use one of the sizes that the message lists.",
+    ),
     "contradiction": (
         "DeepSpeed#17, #7303",
         "The DeepSpeed JSON sets a value that the run file sets too, but to another value.",

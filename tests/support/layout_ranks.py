@@ -80,7 +80,7 @@ def norms(topology: Topology) -> dict[str, list[float]]:
 
 
 def groups(topology: Topology) -> dict[str, bool]:
-    """{axis: whether the process group of the axis has the ranks that Layout.members names} for a layout of all axes."""
+    """{axis: whether its process group has the ranks that Layout.members names}."""
     every = Topology(topology.rank, 0, RANKS, torch.device("cpu"), Layout(RANKS, sequence=2, tensor=2))
     found = {}
     for axis in ("tensor", "sequence", "rows", "zero"):
