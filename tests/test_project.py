@@ -28,7 +28,7 @@ LAUNCH = {
     "cluster": {"config", "run_folder"},
     "observe": {"config", "run_folder"},
     "explain": {"config", "run_folder", "cluster"},
-    "planner": {"config", "run_folder"},
+    "planner": {"config", "run_folder", "cluster", "explain"},
     "engine": {"config", "run_folder"},
     "checkpoint": {"config", "run_folder", "engine"},
     "inference": {"config", "checkpoint", "engine"},

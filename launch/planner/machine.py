@@ -64,6 +64,11 @@ class Machine:
     source: str
     peaks: dict[str, float]  # FLOP/s of a precision, if not in the data sheets
 
+    @property
+    def is_cpu(self) -> bool:
+        """Return whether ranks compute on CPUs."""
+        return self.name == "cpu"
+
     def peak(self, precision: str) -> float:
         """Return the peak FLOP/s in a precision ("fp32", "bf16", "fp16"; "fp8" gives bf16's, see Factors).
 

@@ -1,0 +1,319 @@
+"""Memory of one rank of Packspeed: what it holds, and the peak of each phase of a step, in bytes by kind.
+
+    account = engine_memory(EngineSpec(model=config, seq_len=1024, micro_batch=8, ranks=64, stage=2, ...))
+    account.peak.phase, account.peak.total, account.peak.kinds
+
+Everything is a count: states by launch/config/memory.py; activations by what autograd keeps in the model's own code
+(BLOCK, measured with saved-tensor hooks, exact); buckets and copies by what DeepSpeed's optimizers allocate.
+tests/test_planner_memory.py compares it with the engine under a fake process group and with torch's profiler.
+
+Phases of a step, with W ranks, N parameters, e bytes per weight:
+
+    gather      ZeRO-3 gathers weights for the forward pass: all of them, and a flat copy of a prefetch bucket
+    forward     at its end: activations of all blocks, gradients of the head, the logits of a chunk
+    backward    at its start, with a bucket; at its end, with all gradients and the copies that a reduction makes
+    step        gradients and the optimizer's temporary tensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from packspeed.launch.config.memory import held
+from packspeed.model.config import GPTConfig, largest_parameter, num_parameters
+
+Device = Literal["cpu", "gpu"]
+CPU_CHUNK, GPU_CHUNK = 1 << 27, 1 << 31  # bytes of the logits of a chunk, model/fused_loss.py
+ALLREDUCE_BUCKET = 500_000_000  # elements that stage 0 copies for one all-reduce: DeepSpeed's default
+MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered: DeepSpeed's default
+KINDS = (
+    "weights", "gradients", "optimizer", "buckets", "gathered", "activations", "logits", "recompute", "communication",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What decides the memory of a rank. Sizes of buckets are in elements; see deepspeed_defaults.py."""
+
+    model: GPTConfig
+    seq_len: int
+    micro_batch: int
+    accumulation: int
+    ranks: int  # data-parallel ranks, among which ZeRO divides
+    stage: int
+    precision: str  # "fp32", "bf16" or "fp16"; fp8 counts as bf16
+    kernels: str = "triton"  # what model.kernels resolves to: "eager", "native", "triton" or "compile"
+    device: Device = "gpu"
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    overlap: bool = False  # gradients are reduced during the backward pass
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    adam_copies: bool = False  # torch's own AdamW, which allocates temporary tensors; fused ones do not
+    tensor: int = 1  # ranks that share the matrices
+    sequence: int = 1  # ranks that share a sample's tokens
+
+    @property
+    def tokens(self) -> float:
+        """Return the tokens of a forward pass on this rank."""
+        return self.seq_len * self.micro_batch / self.sequence
+
+    @property
+    def autocast(self) -> bool:
+        """Return whether the weights are fp32 and products are computed in 16 bits."""
+        return self.stage == 0 and self.precision != "fp32"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the bytes of a weight in the model."""
+        return 4 if self.precision == "fp32" or self.stage == 0 else 2
+
+    @property
+    def value_bytes(self) -> int:
+        """Return the bytes of most activations."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def parameters(self) -> float:
+        """Return the parameters of this rank before ZeRO divides them."""
+        return num_parameters(self.model, padded=True) / self.tensor
+
+    @property
+    def largest(self) -> float:
+        """Return the elements of the largest parameter on this rank."""
+        return largest_parameter(self.model) / self.tensor
+
+
+Kinds = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """The bytes of a rank on the device at one moment of a step, by kind."""
+
+    phase: str
+    kinds: Kinds
+
+    @property
+    def total(self) -> float:
+        """Return the sum over all kinds."""
+        return sum(self.kinds.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineMemory:
+    """The bytes of a rank: between steps and in every phase on the device, and what lies in host memory."""
+
+    kept: Kinds
+    phases: list[Phase]
+    host: Kinds
+
+    @property
+    def peak(self) -> Phase:
+        """Return the phase with the largest sum."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def engine_memory(spec: EngineSpec) -> EngineMemory:
+    """Return the account of one rank."""
+    kept, host = states(spec)
+    extra = [
+        ("gather", _gathering(spec)),
+        ("forward", _end_of_forward(spec)),
+        ("backward, its start", _start_of_backward(spec)),
+        ("backward, its end", _end_of_backward(spec)),
+        ("step", _step(spec)),
+    ]
+    return EngineMemory(kept, [Phase(name, _sum(kept, more)) for name, more in extra], host)
+
+
+def _sum(*parts: Kinds) -> Kinds:
+    """Return the sums of several accounts by kind, without empty kinds."""
+    return {kind: total for kind in KINDS if (total := sum(part.get(kind, 0.0) for part in parts))}
+
+
+def states(spec: EngineSpec) -> tuple[Kinds, Kinds]:
+    """Return what a rank holds between steps, by kind: (on the device, in host memory)."""
+    count, size, ranks = spec.parameters, spec.weight_bytes, spec.ranks
+    total = held(spec.stage, spec.precision)[0].on(ranks) * count
+    weights = size * count / (ranks if spec.stage == 3 else 1)
+    gradients = 4 * count / ranks if spec.stage == 3 else 0.0
+    kept = {"weights": weights, "gradients": gradients, "optimizer": total - weights - gradients}
+    if spec.stage == 3:
+        kept["buckets"] = 4.0 * spec.reduce_bucket
+    if not spec.offload_optimizer:
+        return kept, {}
+    host = {"optimizer": kept.pop("optimizer")}
+    if spec.stage == 3:
+        host["gradients"] = kept.pop("gradients") + 4 * count / ranks
+        if spec.offload_param:
+            host["weights"] = kept.pop("weights")
+        return kept, host
+    # Stages 1 and 2 copy each gradient by way of one buffer on either side.
+    kept |= {"gradients": size * count / ranks, "buckets": size * spec.largest}
+    host |= {"gradients": 4 * count / ranks, "buckets": size * spec.largest}
+    return kept, host
+
+
+# Bytes that autograd keeps for a token of a block: per channel of the residual stream (d), of the query heads (q), of
+# the key heads (kv, keys and values together) and of the MLP (ff). e: bytes of a value.
+
+
+def block_bytes(spec: EngineSpec) -> float:
+    """Return the bytes that the backward pass of one block needs per token."""
+    model, e = spec.model, spec.value_bytes
+    fused = spec.kernels in ("native", "triton")
+    torch_norms = spec.kernels != "triton" and model.norm == "rmsnorm" and spec.device == "cpu"
+    d = (8 + 2 * e if spec.autocast else 4 * e) + ((8 if e == 4 or spec.autocast else 12) if torch_norms else 0)
+    q = kv = 2.0 * e
+    if not fused and not spec.autocast:
+        if e == 2 and spec.device == "cpu":
+            q, kv = 10.0, 8.0  # attention in fp32
+        elif model.position == "rope":
+            q = kv = 3.0 * e
+    if model.qk_norm:
+        q, kv = (q + 8, kv + 8) if e == 4 else (q + 10, kv + 10)
+    swiglu = model.mlp == "swiglu"
+    ff = (3 if fused else 4) * e if swiglu else 2 * e
+    heads = model.n_head * model.head_width
+    keys = model.kv_heads * model.head_width
+    inner = (q * heads + kv * keys + ff * model.ff_width + 4 * model.n_head) / spec.tensor
+    dropout = 2 * model.d_model if model.dropout else 0
+    return d * model.d_model + inner + (16 if model.norm == "layernorm" else 8) + dropout
+
+
+def _blocks(spec: EngineSpec) -> tuple[float, float]:
+    """Return the bytes kept of all blocks, and of one block while it is recomputed (0 without recompute)."""
+    model, each = spec.model, block_bytes(spec) * spec.tokens
+    every = model.activation_checkpointing
+    again = 0 if every == "none" else model.n_layer if every == "full" else -(-model.n_layer // every)
+    outer = 4 if spec.autocast else spec.value_bytes
+    kept = (model.n_layer - again) * each + again * outer * model.d_model * spec.tokens
+    copies = 0.0
+    if spec.autocast:  # 16-bit copies of the weights of all products, made once in a forward pass
+        queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
+        rows = (3 if model.mlp == "swiglu" else 2) * model.ff_width + 2 * queries + 2 * keys
+        copies = 2 * model.d_model * rows * (model.n_layer - again) / spec.tensor
+    return kept + copies, each if again else 0.0
+
+
+def _embedding(spec: EngineSpec) -> float:
+    """Return the bytes kept for the embedding, RoPE's table and the last norm."""
+    model, e = spec.model, 4 if spec.autocast else spec.value_bytes
+    norm = 8 * model.d_model if model.norm == "rmsnorm" and spec.device == "cpu" else e * model.d_model
+    rope = 4 * model.head_width / spec.micro_batch if model.position == "rope" else 0
+    return (norm + rope + 20) * spec.tokens
+
+
+def _head(spec: EngineSpec) -> tuple[float, float]:
+    """Return the bytes of the head's gradients, which the forward pass computes, and of the logits of a chunk."""
+    model, e = spec.model, spec.value_bytes
+    rows = model.padded_vocab_size / spec.tensor
+    logits = spec.tokens * rows * e
+    limit = CPU_CHUNK if spec.device == "cpu" else GPU_CHUNK
+    chunks = max(1, -(-logits // limit))
+    weight = rows * model.d_model
+    if spec.device == "cpu" and e == 2 and logits <= limit + 6 * weight:
+        chunks = 1  # model/fused_loss.py: a second chunk would take more memory than it saves
+    wide = e == 2 and (spec.device == "gpu" or chunks > 1)
+    gradients = spec.tokens * model.d_model * e + weight * (4 if wide else e)
+    product = weight * e if chunks > 1 and spec.device == "cpu" and e == 2 else 0.0
+    copy = 2 * weight if spec.autocast else 0.0
+    return gradients + copy, logits / chunks + product
+
+
+def _gathered(spec: EngineSpec) -> float:
+    """Return the bytes of gathered weights: all of them if they are no more than ZeRO-3 keeps."""
+    return spec.weight_bytes * min(spec.parameters, MAX_LIVE) if spec.stage == 3 else 0.0
+
+
+def _accumulated(spec: EngineSpec) -> float:
+    """Return the bytes of gradients that an earlier micro batch of the step has left."""
+    if spec.stage == 3 or spec.accumulation == 1:
+        return 0.0
+    return held(spec.stage, spec.precision)[1].on(spec.ranks) * spec.parameters
+
+
+def _gathering(spec: EngineSpec) -> Kinds:
+    if spec.stage < 3:
+        return {}
+    tables = spec.model.padded_vocab_size * spec.model.d_model / spec.tensor
+    flat = spec.weight_bytes * min(spec.prefetch_bucket, max(0.0, spec.parameters - tables))
+    kept, _ = _blocks(spec)
+    return {
+        "gathered": _gathered(spec), "communication": flat, "activations": kept + _embedding(spec) + _head(spec)[0],
+    }  # fmt: skip
+
+
+def _end_of_forward(spec: EngineSpec) -> Kinds:
+    kept, _ = _blocks(spec)
+    gradients, logits = _head(spec)
+    rows = spec.tokens * spec.model.d_model * spec.value_bytes  # the head's input, which nothing keeps
+    return {
+        "gathered": _gathered(spec), "activations": kept + _embedding(spec) + gradients, "logits": logits + rows,
+        "gradients": _accumulated(spec),
+    }  # fmt: skip
+
+
+def _start_of_backward(spec: EngineSpec) -> Kinds:
+    """Return the larger of two moments: after the head, and in the first recomputed block."""
+    kept, block = _blocks(spec)
+    gradients, _ = _head(spec)
+    branch = spec.tokens * spec.model.d_model * spec.value_bytes
+    base = {"gathered": _gathered(spec)} | _bucket(spec)
+    base["gradients"] = max(base.get("gradients", 0.0), _accumulated(spec))
+    activations = kept + _embedding(spec)
+    if block + 3 * branch > gradients:
+        return base | {"activations": activations, "recompute": block + 3 * branch if block else gradients}
+    return base | {"activations": activations + gradients + (3 * branch if spec.value_bytes == 2 else 0.0)}
+
+
+def _bucket(spec: EngineSpec) -> Kinds:
+    """Return what DeepSpeed allocates for gradients when the backward pass begins."""
+    elements = min(spec.parameters, spec.reduce_bucket) * (2 if spec.overlap else 1)
+    if spec.stage in (0, 3):
+        return {}
+    if spec.stage == 1 and spec.weight_bytes == 2 and not spec.overlap and not spec.offload_optimizer:
+        return {"gradients": 4 * spec.parameters}  # one fp32 tensor, patches/flat_gradients.py
+    return {"buckets": spec.weight_bytes * elements}
+
+
+def _end_of_backward(spec: EngineSpec) -> Kinds:
+    """Return the gradients of all parameters and what their reduction copies, or the last recomputed block."""
+    count, e = spec.parameters, spec.weight_bytes
+    _, block = _blocks(spec)
+    branch = 4 * spec.tokens * spec.model.d_model * spec.value_bytes
+    full = min(count, spec.reduce_bucket)
+    gathered = {"gathered": _gathered(spec)}
+    if spec.stage == 3:
+        return gathered | {"recompute": block + branch, "gradients": 2.0 * e * spec.largest}
+    if spec.stage == 0:
+        copy = 4 * min(count, ALLREDUCE_BUCKET) if spec.ranks > 1 else 0.0
+        if copy > block + branch:
+            return {"gradients": 4 * count, "communication": copy}
+        return {"gradients": 4 * count, "recompute": block + branch}
+    own = held(spec.stage, spec.precision)[1].on(spec.ranks) * count
+    if spec.stage == 1 and e == 2 and not spec.overlap and not spec.offload_optimizer:
+        return {"gradients": own, "recompute": block + branch, "buckets": e * spec.largest}
+    # The bucket, the gradients that it was filled from, and for 16 bits the fp32 copy that is sent.
+    copies = {"buckets": e * full * (2 if spec.overlap else 1), "communication": (e if e == 4 else e + 4) * full}
+    if spec.offload_optimizer:
+        return copies | {"communication": e * full, "gradients": 2 * own if e == 2 else 0.0}
+    if spec.stage == 1 and spec.accumulation > 1:  # the gradients are there already
+        return copies | {"communication": 10.0 * spec.largest, "gradients": own}
+    if spec.stage == 1:
+        return copies | {"gradients": 4 * spec.largest}
+    return copies | {"gradients": own if e == 2 else 0.0}
+
+
+def _step(spec: EngineSpec) -> Kinds:
+    """Return the gradients of the optimizer's pass and its temporary tensors."""
+    share = spec.parameters / (spec.ranks if spec.stage else 1)
+    gradients = 4 * share if spec.stage < 3 else 0.0
+    if spec.stage == 1 and spec.weight_bytes == 4 and spec.ranks > 1:
+        gradients = max(gradients, 4.0 * spec.largest)
+    copies = 8 * min(share, spec.largest if spec.stage == 0 else share) if spec.adam_copies else 0.0
+    if spec.offload_optimizer:
+        return {"gradients": gradients if spec.weight_bytes == 2 and spec.stage < 3 else 0.0}
+    return {"gradients": gradients, "optimizer": copies + (4 * share if spec.stage == 3 and spec.adam_copies else 0.0)}

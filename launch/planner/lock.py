@@ -1,0 +1,119 @@
+"""The locked plan of a run: `<runs_dir>/<name>.plan.json`, which `packspeed plan --lock` writes beside the run folder.
+
+    write_lock(run, plan, raw)        the plan and what must not change: world, versions, data, DeepSpeed JSON
+    read_lock(run)                    None if there is none
+    differences(lock, ...)            sentences; empty if the run is the plan's
+
+`packspeed launch --locked` refuses a run with differences. Training compares its first steps with the plan
+(training/plan_check.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TypedDict
+
+from packspeed.data.errors import DataError
+from packspeed.data.remote import open_dataset
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.planner.plan import Plan
+from packspeed.launch.run_folder.folder import versions
+
+FORMAT = 1
+
+
+class Lock(TypedDict):
+    """The content of the file."""
+
+    format_version: int
+    ranks: int
+    versions: dict[str, str]
+    data: dict[str, str]  # path of each dataset, and a hash of its manifest
+    settings: str  # hash of the run file without its name, and of the DeepSpeed JSON
+    plan: JsonObject
+
+
+def lock_path(run: RunFile) -> Path:
+    """Return the file of a run's locked plan. It is beside the run folder, so that --fresh does not move it."""
+    return run.folder.with_name(f"{run.folder.name}.plan.json")
+
+
+def write_lock(run: RunFile, plan: Plan, raw: JsonObject) -> Path:
+    """Write the plan and the identity of the run. Returns the path."""
+    path = lock_path(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock: Lock = {
+        "format_version": FORMAT, "ranks": plan.ranks, "versions": versions(), "data": data_identity(run),
+        "settings": settings_identity(run, raw), "plan": plan.as_dict(),
+    }  # fmt: skip
+    path.write_text(json.dumps(lock, indent=2) + "\n")
+    return path
+
+
+def read_lock(run: RunFile) -> Lock | None:
+    """Return the locked plan of a run, or None. Raises ConfigError if the file is damaged or of another format."""
+    path = lock_path(run)
+    try:
+        lock: Lock = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: the locked plan cannot be read ({error}). Write it again: packspeed plan --lock."
+        ) from None
+    if not isinstance(lock, dict) or lock.get("format_version") != FORMAT or set(lock) != set(Lock.__annotations__):
+        raise ConfigError(f"{path}: the locked plan has another format. Write it again: packspeed plan --lock.")
+    return lock
+
+
+def settings_identity(run: RunFile, raw: JsonObject) -> str:
+    """Return a hash of everything in the run file and the DeepSpeed JSON that a plan depends on."""
+    values = run.model_dump(mode="json")
+    for key in ("name", "runs_dir", "monitor"):
+        values.pop(key, None)
+    return hashlib.sha256(json.dumps([values, raw], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def data_identity(run: RunFile) -> dict[str, str]:
+    """Return the path of each dataset and a hash of its manifest; "unknown" if it is not on this machine."""
+    paths = [run.data.path] if run.data.path else [source.path for source in run.data.sources or []]
+    found: dict[str, str] = {}
+    for path in paths:
+        manifest = Path(path) / "manifest.json"
+        try:
+            open_dataset(path)
+            found[path] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+        except (DataError, OSError):
+            found[path] = "unknown"
+    return found
+
+
+def differences(lock: Lock, run: RunFile, raw: JsonObject, ranks: int) -> list[str]:
+    """Return a sentence for everything in which a run is not the one that was planned."""
+    lines = []
+    if ranks != lock["ranks"]:
+        lines.append(f"it has {ranks} ranks, the plan {lock['ranks']}")
+    for name, version in versions().items():
+        if lock["versions"].get(name) != version:
+            lines.append(f"{name} is {version}, the plan was made with {lock['versions'].get(name)}")
+    if data_identity(run) != lock["data"]:
+        lines.append("its datasets are not those of the plan")
+    if settings_identity(run, raw) != lock["settings"]:
+        lines.append("its run file or DeepSpeed JSON has changed")
+    return lines
+
+
+def check_locked(run: RunFile, raw: JsonObject, ranks: int) -> None:
+    """Raise ConfigError if a run has no locked plan, or is not the one that was planned."""
+    lock = read_lock(run)
+    if lock is None:
+        raise ConfigError(f"--locked: {lock_path(run)} does not exist. Write it with packspeed plan --lock.")
+    if found := differences(lock, run, raw, ranks):
+        raise ConfigError(
+            f"--locked: this run is not the one in {lock_path(run)}: {'; '.join(found)}. Undo the change, or plan again "
+            "with packspeed plan --lock."
+        )

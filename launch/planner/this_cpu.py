@@ -1,0 +1,148 @@
+"""`--gpu cpu`: this machine's CPU, measured at first use, and remembered.
+
+    parts, peak = measure(job, run_file, overrides)      seconds of a step by part, bytes of a rank
+
+No table knows a user's CPU, so the run itself is measured: copies of it with one and two layers, and if the run
+accumulates with one and two micro batches, train for a few steps in a temporary folder (10 to 20 s each). Time and
+memory of a step are linear in the number of layers and of micro batches, so these points give the run's own. The result
+is kept in ~/.cache/packspeed/planner, by CPU, versions, model without its layers, batch and DeepSpeed configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from packspeed.launch.cluster.local_launcher import launcher_command
+from packspeed.launch.config.errors import UserError
+from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.planner.machine import GIB, Error, Factors, Machine
+from packspeed.launch.planner.plan import Job
+from packspeed.launch.run_folder.folder import versions
+
+STEPS = 8  # of a copy
+WARM_UP = 3  # steps that are not counted
+TIMEOUT_S = 600
+
+
+def this_cpu() -> Machine:
+    """Return this machine's CPU as a Machine. Its factors are never used: steps are measured."""
+    peak = float("nan")
+    return Machine(
+        name="cpu", device=platform.processor() or platform.machine(), memory=float(psutil.virtual_memory().total),
+        bandwidth=1.0, link=1.0, network=1.0, per_host=1, host_memory=float("inf"), host_link=1.0, disk=0.5e9,
+        context=0.0, margin=0.0, kernel=0.0,
+        factors=Factors(products=1, products_fp8=1, attention=1, memory=1, head=1, link=1, network=1, stragglers=0),
+        time_error=Error(median=0.05, p90=0.15), memory_error=Error(median=0.03, p90=0.10),
+        source="measured on this machine", peaks=dict.fromkeys(("fp32", "bf16", "fp16"), peak),
+    )  # fmt: skip
+
+
+def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> tuple[dict[str, float], float]:
+    """Return the seconds of a step by part, and the bytes of a rank's process.
+
+    Raises UserError if a copy of the run does not train; the message has its last lines.
+    """
+    layers, accumulation = job.model.n_layer, job.batch.accumulation
+    sizes = [(1, 1), (2, 1)] + ([(1, 2), (2, 2)] if accumulation > 1 else [])
+    found = _remembered(job, sizes) or _measure(job, run_file, overrides, sizes)
+    seconds = [point["step_s"] for point in found]
+    whole = _at(seconds, layers, accumulation)
+    once = max(0.0, _at(seconds, layers, 0)) if accumulation > 1 else 0.0
+    memory = _at([point["memory"] for point in found], layers, min(accumulation, 2))
+    return {"micro batches": whole - once, "once a step": once}, memory
+
+
+def _at(values: Sequence[float], layers: int, accumulation: int) -> float:
+    """Return a + b layers + c accumulation + d layers accumulation, through the values at (1, 1), (2, 1), (1, 2), (2, 2).
+
+    With two values, accumulation is 1.
+    """
+    first = values[0] + (layers - 1) * (values[1] - values[0])
+    if len(values) == 2:
+        return first
+    second = values[2] + (layers - 1) * (values[3] - values[2])
+    return first + (accumulation - 1) * (second - first)
+
+
+def _measure(
+    job: Job, run_file: Path, overrides: Sequence[str], sizes: Sequence[tuple[int, int]]
+) -> list[dict[str, float]]:
+    """Train a copy of the run for each (layers, micro batches of a step), and remember what they measured."""
+    found = [_train(job, run_file, overrides, *size) for size in sizes]
+    path = _cache(job, sizes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+    return found
+
+
+def _train(job: Job, run_file: Path, overrides: Sequence[str], layers: int, accumulation: int) -> dict[str, float]:
+    """Train one copy and return its seconds and bytes."""
+    batch = job.batch.micro_batch * accumulation * job.ranks * job.run.data.seq_len
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [
+            *overrides, "name=copy", f"runs_dir={folder}", f"model.n_layer={layers}", f"train.steps={STEPS}",
+            f"train.global_batch_tokens={batch}", f"train.micro_batch={job.batch.micro_batch}",
+            "train.schedule={name: constant}", "train.fp8_skip_blocks=0", "eval.every_steps=0",
+            "checkpoint.every_steps=0", "monitor.sample_prompts=[]", "monitor.log_every_steps=1000",
+        ]  # fmt: skip
+        arguments = ["--config", str(run_file), *(f"--set={text}" for text in settings)]
+        done = subprocess.run(launcher_command(job.ranks, arguments), capture_output=True, text=True, timeout=TIMEOUT_S)
+        lines = _lines(Path(folder) / "copy" / "metrics.jsonl")
+        if done.returncode or len(lines) < STEPS:
+            end = " ".join((done.stdout + done.stderr).split()[-60:])
+            raise UserError(f"{run_file}: a copy with {layers} layer(s) does not train on this CPU: {end}")
+    steps = lines[WARM_UP:]
+    return {
+        "step_s": statistics.median(float(line["step_time_s"]) for line in steps),
+        "memory": GIB * max(float(line["memory_gib"]) for line in steps),
+    }
+
+
+def _lines(path: Path) -> list[JsonObject]:
+    """Return the lines of a metrics.jsonl that belong to steps."""
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [line for line in found if "loss" in line]
+
+
+def _cache(job: Job, sizes: Sequence[tuple[int, int]]) -> Path:
+    """Return the file that remembers the copies of this job."""
+    model = {key: value for key, value in vars(job.model).items() if key != "n_layer"}
+    zero = job.ds_config.get("zero_optimization")
+    identity = [
+        model, job.run.data.seq_len, job.batch.micro_batch, job.ranks, job.precision, zero, list(sizes), versions(),
+        job.run.train.optimizer.name, _cpu_name(), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS"),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "packspeed" / "planner" / f"cpu-{digest}.json"
+
+
+def _remembered(job: Job, sizes: Sequence[tuple[int, int]]) -> list[dict[str, float]] | None:
+    """Return what was measured before, or None."""
+    try:
+        found = json.loads(_cache(job, sizes).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, list) and len(found) == len(sizes) else None
+
+
+def _cpu_name() -> str:
+    """Return the name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
