@@ -38,9 +38,7 @@ def plan(
             help="Type of the GPUs, such as h100-80gb, or cpu for this machine's CPU. docs/planner.md lists them.",
         ),
     ] = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Number of GPUs, or of ranks on the CPU. Default: 1.")
-    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of GPUs, or of ranks on the CPU.")] = 1,
     hosts: Annotated[int | None, typer.Option(min=1, help="Number of hosts. Default: as few as possible.")] = None,
     interconnect: Annotated[
         float | None,
@@ -83,14 +81,13 @@ def plan(
         raise ConfigError("give a run file and --gpu TYPE, or --evaluate FILE.csv.")
     sets = overrides or []
     run = load_run_file(run_file, sets)
-    count = ranks or 1
-    machine = _machine(gpu, calibration, count, hosts, interconnect)
+    machine = _machine(gpu, calibration, ranks, hosts, interconnect)
     if searching:
-        found = search(run, machine, count, vocabulary)
+        found = search(run, machine, ranks, vocabulary)
         _show_search(run, found, budget, write, sets, run_file, json_output)
         return
     raw = load_ds_config(run.deepspeed)
-    job = job_of(run, raw, machine, count, vocabulary)
+    job = job_of(run, raw, machine, ranks, vocabulary)
     measured = measure(job, run_file, sets) if machine.is_cpu else None
     found_plan = plan_of(job, str(run_file), measured)
     changes = [] if found_plan.fits else reductions(found_plan, run, raw, machine, vocabulary)

@@ -114,6 +114,6 @@ def check_locked(run: RunFile, raw: JsonObject, ranks: int) -> None:
         raise ConfigError(f"--locked: {lock_path(run)} does not exist. Write it with packspeed plan --lock.")
     if found := differences(lock, run, raw, ranks):
         raise ConfigError(
-            f"--locked: this run is not the one in {lock_path(run)}: {'; '.join(found)}. Undo the change, or plan again "
-            "with packspeed plan --lock."
+            f"--locked: this run is not the one in {lock_path(run)}: {'; '.join(found)}. Undo the change, or plan "
+            "again with packspeed plan --lock."
         )

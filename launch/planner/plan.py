@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packspeed.data.errors import DataError
 from packspeed.data.remote import open_dataset
-from packspeed.launch.config.batch import BatchPlan, solve_batch
+from packspeed.launch.config.batch import BatchPlan, plan_batch
 from packspeed.launch.config.deepspeed_defaults import overlaps
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config, zero_stage
 from packspeed.launch.config.fp8 import engine_precision
@@ -113,7 +113,7 @@ def job_of(run: RunFile, raw: JsonObject, machine: Machine, ranks: int, vocabula
     """Return a run file and a DeepSpeed JSON as a Job."""
     assumptions: list[str] = []
     vocabulary = vocabulary or _vocabulary(run, assumptions)
-    batch = solve_batch(run.global_batch, run.data.seq_len, ranks, run.train.micro_batch)
+    batch = plan_batch(run, ranks)
     precision = _precision(run, machine)
     model = run.gpt_config(vocabulary)
     ds_config = resolve_ds_config(run, raw, batch, engine_precision(precision), model)
@@ -149,7 +149,8 @@ def engine_spec(job: Job) -> EngineSpec:
     kernels = job.model.kernels if job.model.kernels != "auto" else "native" if cpu else "triton"
     return EngineSpec(
         model=job.model, seq_len=job.run.data.seq_len, micro_batch=job.batch.micro_batch,
-        accumulation=job.batch.accumulation, ranks=job.ranks, stage=job.stage,
+        accumulation=job.batch.accumulation, ranks=job.batch.layout.zero, tensor=job.batch.layout.tensor,
+        sequence=job.batch.layout.sequence, stage=job.stage,
         precision=engine_precision(job.precision), kernels=kernels, device="cpu" if cpu else "gpu",
         reduce_bucket=int(zero.get("reduce_bucket_size") or 500_000_000),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size") or zero.get("prefetch_bucket_size") or 50_000_000),
@@ -166,7 +167,10 @@ def work_of(job: Job) -> Work:
     return Work(
         model=job.model, seq_len=job.run.data.seq_len, micro_batch=job.batch.micro_batch,
         accumulation=job.batch.accumulation, precision=job.precision, recomputed=share,
-        layout=Layout(ranks=job.ranks, per_host=job.machine.per_host, stage=job.stage),
+        layout=Layout(
+            ranks=job.ranks, per_host=job.machine.per_host, stage=job.stage, tensor=job.batch.layout.tensor,
+            context=job.batch.layout.sequence, expert=job.batch.layout.expert,
+        ),
         gather_bytes=8.0 if job.precision == "fp32" else 4.0, reduce_bytes=4.0 if send else 2.0,
     )  # fmt: skip
 
@@ -180,8 +184,8 @@ def checkpoint_bytes(job: Job) -> float:
 def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], float] | None = None) -> Plan:
     """Return the plan of a job.
 
-    measured: the seconds of a step by part and the bytes of a rank, if they were measured on this machine (this_cpu.py). The
-    account of tensors then remains as it is, and what it does not explain is added as the kind "process".
+    measured: the seconds of a step by part and the bytes of a rank, if they were measured on this machine
+    (this_cpu.py). The account of tensors then remains as it is, and the rest of the bytes is the kind "process".
     """
     machine, run = job.machine, job.run
     account = engine_memory(engine_spec(job))
@@ -244,8 +248,8 @@ def _assumptions(job: Job) -> list[str]:
         f"{machine.network / 1e9:g} GB/s a host outside",
         f"attention: {DETERMINISTIC_ATTENTION:g} times its time, because train.deterministic is true"
         if job.run.train.deterministic else "attention: not deterministic",
-        f"kernels: {'Triton' if job.model.kernels == 'auto' else job.model.kernels}; the time of a step is calibrated on "
-        "flash attention and fused norms, so eager kernels take longer",
+        f"kernels: {'Triton' if job.model.kernels == 'auto' else job.model.kernels}; the time of a step is calibrated "
+        "on flash attention and fused norms, so eager kernels take longer",
         f"memory: {machine.context / 1e9:g} GB for CUDA, {machine.margin:.0%} lost to fragments, "
         f"{NCCL / 1e9:g} GB for NCCL; not measured with this run",
         f"checkpoints: {machine.disk / 1e9:g} GB/s for each rank, whatever their number",
@@ -286,7 +290,8 @@ def plan_lines(plan: Plan) -> list[str]:
         *table(plan.step_parts, 1.0, 4, plan.step_s),
         f"{plan.tokens_per_s:,.0f} tokens/s, MFU {plan.mfu:.1%}; {plan.steps:,} steps take {plan.days:,.2f} days, "
         f"{plan.gpu_hours:,.0f} GPU-hours",
-        f"checkpoint: {plan.checkpoint_bytes / 1e9:,.2f} GB, {plan.save_s:.3g} s to save, {plan.resume_s:.3g} s to resume",
+        f"checkpoint: {plan.checkpoint_bytes / 1e9:,.2f} GB, {plan.save_s:.3g} s to save, {plan.resume_s:.3g} s to "
+        "resume",
         "",
         "assumed:",
         *(f"  {line}" for line in plan.assumptions),

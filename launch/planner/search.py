@@ -3,20 +3,24 @@
     found = search(run, raw, machine, ranks=64)         # or the number of GPUs that a budget pays for
     found.fitting[0].plan, found.fitting[0].settings
 
-Every combination of ZeRO stage (with offload at 2 and 3), micro batch (the divisors of a rank's share) and recompute is
-planned; a plan takes 0.3 ms. Of settings that predict the same time, the one with less memory comes first. If nothing
-fits, `remedies` names changes of the run file and what each gives.
+Every combination of parallel sizes that the engine trains, ZeRO stage (with offload at 2 and 3), micro batch (the
+divisors of a rank's share) and recompute is planned; a plan takes about 2 ms. Of settings that predict the same time,
+micro batches of at least ENOUGH_TOKENS come first, then less memory. If nothing fits, `remedies` names changes of the
+run file and what each gives.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator
 
 from packspeed.launch.config.batch import divisors_of
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.layout import run_layout
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.planner.machine import GIB, Machine
 from packspeed.launch.planner.plan import Plan, job_of, plan_of
@@ -33,6 +37,8 @@ STAGES: tuple[tuple[str, JsonObject], ...] = (
     ),
 )  # fmt: skip
 MOST_TOKENS = 131_072  # of a micro batch: beyond it nothing gets faster
+ENOUGH_TOKENS = 8_192  # of a micro batch: with fewer, kernels are slower than the formulas say
+PARALLEL = (1, 2, 4, 8)  # ranks that share a sequence or the weights: those of a host, which has the fast links
 MARGIN = 0.08  # share of the memory that stays free: nine tenths of plans err by less
 
 
@@ -71,52 +77,75 @@ def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = 
     if run.global_batch % ranks:
         near = [n for n in divisors_of(run.global_batch) if n <= ranks][-3:]
         raise ConfigError(
-            f"{run.global_batch} samples of a step cannot be divided among {ranks} GPUs: use {', '.join(map(str, near))}, "
-            "or change train.global_batch_tokens."
+            f"{run.global_batch} samples of a step cannot be divided among {ranks} GPUs: use "
+            f"{', '.join(map(str, near))}, or change train.global_batch_tokens."
         )
     candidates = list(_candidates(run, machine, ranks, vocabulary))
     fitting = sorted(
         (c for c in candidates if c.fits_with_margin),
-        key=lambda c: (round(c.plan.step_s, 4), "offload" in c.settings["deepspeed"], c.plan.device_total),
-    )
+        key=lambda c: (
+            round(c.plan.step_s, 3), max(0, ENOUGH_TOKENS - c.plan.micro_batch * run.data.seq_len), c.plan.device_total,
+        ),
+    )  # fmt: skip
     return Found(len(candidates), fitting, [] if fitting else remedies(run, machine, ranks, candidates))
 
 
 def _candidates(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None) -> Iterator[Candidate]:
-    """Yield every combination of stage, recompute and micro batch with its plan."""
-    samples = run.global_batch // ranks
-    sizes = [n for n in divisors_of(samples) if n == 1 or n * run.data.seq_len <= MOST_TOKENS]
-    precision = run.train.precision
-    for name, zero in STAGES:
-        if (run.train.optimizer.name == "muon" and "offload" in name) or (ranks == 1 and name in ("zero2", "zero3")):
+    """Yield every combination of parallel sizes, stage, recompute and micro batch with its plan."""
+    for sequence, tensor in itertools.product(PARALLEL, PARALLEL):
+        if sequence * tensor > min(ranks, machine.per_host):
             continue
-        for recompute in ("none", "full"):
-            for size in sizes:
-                settings = {
-                    "deepspeed": name, "train.micro_batch": str(size), "model.activation_checkpointing": recompute,
-                }  # fmt: skip
-                job = job_of(_changed(run, size, recompute), {"zero_optimization": copy.deepcopy(zero)}, machine, ranks,
-                             vocabulary)  # fmt: skip
-                yield Candidate(
-                    settings | ({"train.precision": precision} if precision != "auto" else {}), plan_of(job)
-                )
+        parallel = {"sequence": sequence, "tensor": tensor}
+        shared = _changed(run, {"parallel": run.parallel.model_copy(update=parallel)})
+        try:
+            rows = run_layout(shared, ranks).rows
+        except ConfigError:  # it does not divide the heads, or this version does not train it
+            continue
+        if run.global_batch % rows:
+            continue
+        settings = {f"parallel.{key}": str(size) for key, size in parallel.items() if size > 1}
+        for candidate in _within(shared, machine, ranks, vocabulary, run.global_batch // rows):
+            yield Candidate(candidate.settings | settings, candidate.plan)
 
 
-def _changed(run: RunFile, micro_batch: int, recompute: str) -> RunFile:
+def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, samples: int) -> Iterator[Candidate]:
+    """Yield every combination of stage, recompute and micro batch. samples: of a rank in a step."""
+    most = MOST_TOKENS * run.parallel.sequence
+    sizes = [n for n in divisors_of(samples) if n == 1 or n * run.data.seq_len <= most]
+    for name, zero in STAGES:
+        if run.train.optimizer.name == "muon" and "offload" in name:
+            continue
+        for recompute, size in itertools.product(("none", "full"), sizes):
+            settings = {
+                "deepspeed": name, "train.micro_batch": str(size), "model.activation_checkpointing": recompute,
+            }  # fmt: skip
+            changed = _with(run, size, recompute)
+            raw = {"zero_optimization": copy.deepcopy(zero)}
+            yield Candidate(settings, plan_of(job_of(changed, raw, machine, ranks, vocabulary)))
+
+
+def _with(run: RunFile, micro_batch: int, recompute: str) -> RunFile:
     """Return a copy of a run file with another micro batch and recompute."""
-    train = run.train.model_copy(update={"micro_batch": micro_batch})
     model = run.model.model_copy(update={"activation_checkpointing": recompute})  # type: ignore[attr-defined]
-    return run.model_copy(update={"train": train, "model": model})
+    return _changed(run, {"train": run.train.model_copy(update={"micro_batch": micro_batch}), "model": model})
+
+
+def _changed(run: RunFile, sections: JsonObject) -> RunFile:
+    """Return a copy of a run file with other sections."""
+    return run.model_copy(update=sections)
 
 
 def remedies(run: RunFile, machine: Machine, ranks: int, candidates: list[Candidate]) -> list[str]:
     """Return what would make the run fit, with what each change gives, for candidates of which none fits."""
     best = min(candidates, key=lambda c: c.plan.device_total)
     free = (1 - MARGIN) * machine.memory
+    host = sum(best.plan.host_memory.values()) * machine.per_host
     lines = [
-        f"the smallest combination, {_named(best)}, needs {best.plan.device_total / GIB:.1f} GiB a GPU and "
-        f"{sum(best.plan.host_memory.values()) * machine.per_host / GIB:.0f} GiB a host; {free / GIB:.1f} GiB are usable"
+        f"the smallest combination, {_named(best)}, needs {best.plan.device_total / GIB:.1f} GiB of a GPU's "
+        f"{free / GIB:.1f} GiB, and {host / GIB:.0f} GiB of a host's {machine.host_memory / GIB:.0f} GiB"
     ]
+    if host > machine.host_memory:
+        lines.append(f"hosts with more memory, or {math.ceil(host / machine.host_memory)} times as many")
     kinds = sorted(best.plan.memory.items(), key=lambda item: -item[1])[:3]
     lines.append("its largest parts: " + ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in kinds))
     shared = sum(best.plan.memory.get(kind, 0.0) for kind in ("optimizer", "gradients", "weights"))
@@ -140,10 +169,10 @@ def reductions(plan: Plan, run: RunFile, raw: JsonObject, machine: Machine, voca
     lines = []
     changes: list[tuple[str, RunFile, JsonObject]] = []
     if plan.recompute == "none":
-        changed = _changed(run, plan.micro_batch, "full")
+        changed = _with(run, plan.micro_batch, "full")
         changes.append(("model.activation_checkpointing: full", changed, raw))
     for size in [n for n in divisors_of(plan.micro_batch) if n < plan.micro_batch][-1:]:
-        changed = _changed(run, size, plan.recompute)
+        changed = _with(run, size, plan.recompute)
         changes.append((f"train.micro_batch: {size}", changed, raw))
     for name, zero in STAGES:
         if zero["stage"] > plan.stage or "offload" in name:

@@ -105,6 +105,8 @@ def shared_state(work: Work) -> float:
         return 0.0
     if layout.stage == 3:
         return owned * (work.gather_bytes + work.reduce_bytes)
+    if layout.stage == 2:  # DeepSpeed reduces the gradients of every micro batch
+        return owned * (work.reduce_bytes + 2 / work.accumulation)
     once = 2 * work.reduce_bytes if layout.stage == 0 else 2 + work.reduce_bytes
     return owned * once / work.accumulation
 

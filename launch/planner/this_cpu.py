@@ -63,9 +63,9 @@ def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> tuple[dict[st
 
 
 def _at(values: Sequence[float], layers: int, accumulation: int) -> float:
-    """Return a + b layers + c accumulation + d layers accumulation, through the values at (1, 1), (2, 1), (1, 2), (2, 2).
+    """Return the value at so many layers and micro batches, from those at (1, 1), (2, 1), (1, 2), (2, 2).
 
-    With two values, accumulation is 1.
+    It is linear in either. With two values, there is one micro batch.
     """
     first = values[0] + (layers - 1) * (values[1] - values[0])
     if len(values) == 2:
@@ -87,7 +87,7 @@ def _measure(
 
 def _train(job: Job, run_file: Path, overrides: Sequence[str], layers: int, accumulation: int) -> dict[str, float]:
     """Train one copy and return its seconds and bytes."""
-    batch = job.batch.micro_batch * accumulation * job.ranks * job.run.data.seq_len
+    batch = job.batch.micro_batch * accumulation * job.batch.layout.rows * job.run.data.seq_len
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             *overrides, "name=copy", f"runs_dir={folder}", f"model.n_layer={layers}", f"train.steps={STEPS}",
