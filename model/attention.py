@@ -31,15 +31,18 @@ class Documents:
     ends: Tensor  # (n + 1,) int32 on the model's device: 0, then the index after the last token of each document
 
     @classmethod
-    def of(cls, lengths: list[int], tokens: Tensor) -> Documents:
+    def of(cls, lengths: list[int], tokens: Tensor, row: int | None = None) -> Documents:
         """Return the Documents for a batch of tokens (B, T). The copy of `ends` to the GPU is asynchronous.
+
+        row: T, if `tokens` has only this rank's part of each row.
 
         Raises ValueError if a length is negative or if the lengths do not add up to B * T. The kernels do not check
         this, and would read and write outside the batch.
         """
-        if sum(lengths) != tokens.numel() or min(lengths) < 0:
+        count = tokens.size(0) * (tokens.size(1) if row is None else row)
+        if sum(lengths) != count or min(lengths) < 0:
             raise ValueError(
-                f"the lengths of the documents add up to {sum(lengths)} tokens, but the batch has {tokens.numel()}: "
+                f"the lengths of the documents add up to {sum(lengths)} tokens, but the batch has {count}: "
                 "give lengths of at least 0 that cover the batch exactly."
             )
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)

@@ -38,10 +38,11 @@ from packspeed.model.embedding import embedding
 from packspeed.model.fp8_linear import fp8_linear
 from packspeed.model.fused_loss import head_loss, head_losses
 from packspeed.model.kernels import Kernels, choose
-from packspeed.model.keyed_dropout import keyed_dropout, site_keys
+from packspeed.model.keyed_dropout import keyed_dropout, mask_offset, site_keys
 from packspeed.model.linear import is_slow, linear
 from packspeed.model.moe import Choice, MoE
 from packspeed.model.rope import rope_table_of
+from packspeed.model.sequence import SequencePart
 
 if TYPE_CHECKING:
     from packspeed.model.generate import KVCache
@@ -102,6 +103,7 @@ class Attention(nn.Module):
         self.layer, self.kernels = layer, config.kernels
         # Not compiled: torch.compile would make a new graph for the document lengths of every step.
         self.attend_documents = _out_of_graphs(attend) if config.kernels == "compile" else None
+        self.attend_part = _out_of_graphs(SequencePart.attend) if config.kernels == "compile" else SequencePart.attend
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.qkv = Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.has_bias("qkv"))
@@ -115,16 +117,20 @@ class Attention(nn.Module):
         rope: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Documents | None = None,
+        sequence: SequencePart | None = None,
     ) -> Tensor:
         """Return the attention branch, (B, T, C), for the normalised residual stream x (B, T, C).
 
         rope: the result of rope_table; None with learned positions. cache: holds keys and values of the tokens before
-        x, and gets those of x. documents: tokens attend only within their own document.
+        x, and gets those of x. documents: tokens attend only within their own document. sequence: x has only these
+        places of complete rows; documents are those of complete rows.
         """
         kernels = choose(self.kernels, x.device)
         q, k, v = self._heads(self.qkv(x).view(*x.shape[:2], -1, self.head_width), rope, kernels)
         if cache is not None:
             mixed = self._generate(q, k, v, cache)
+        elif sequence is not None:
+            mixed = self.attend_part(sequence, kernels.attend, q, k, v, documents)
         elif documents is not None and self.attend_documents is not None:
             mixed = self.attend_documents(q, k, v, documents)
         else:
@@ -191,6 +197,7 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         documents: Documents | None = None,
         choice: Choice | None = None,
+        sequence: SequencePart | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return x and the branch to add to it, (B, T, C) each, for the x and the branch of the layer before.
 
@@ -200,7 +207,7 @@ class Block(nn.Module):
         no dropout, because flash attention would draw it from torch's random stream.
         """
         x, normed = self.attn_norm(x, branch)
-        branch = self.attn(normed, rope, cache, documents)
+        branch = self.attn(normed, rope, cache, documents, sequence)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[0], self.dropout)
         x, normed = self.mlp_norm(x, branch)
@@ -285,6 +292,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         reduction: Reduction = "mean",
         documents: list[int] | None = None,
+        sequence: SequencePart | None = None,
     ) -> Tensor:
         """Return the logits, (B, T, V), or if labels are given the loss in nats, fp32, for tokens (B, T) int64.
 
@@ -296,11 +304,13 @@ class GPT(nn.Module):
         cache: the keys and values of earlier tokens, for generation; the new ones are appended.
         documents: the lengths of the documents, row after row, B * T tokens in total. Tokens attend only within their
             document. Give `positions` that restart at 0 with each document.
+        sequence: this rank's part of the rows, if several ranks share their places (sequence.py). tokens, labels and
+            positions are those of the part; documents are those of complete rows. Every rank must call it.
 
         Raises ValueError if T exceeds the number of learned positions, if the lengths of the documents do not add up to
         B * T, or if the model is in training mode with dropout and dropout_keys is None.
         """
-        x = self.hidden(tokens, positions, dropout_keys, cache, documents)
+        x = self.hidden(tokens, positions, dropout_keys, cache, documents, sequence)
         out: Tensor = self.lm_head(x, labels, reduction)
         return out
 
@@ -311,19 +321,26 @@ class GPT(nn.Module):
         dropout_keys: Tensor | None = None,
         cache: KVCache | None = None,
         documents: list[int] | None = None,
+        sequence: SequencePart | None = None,
     ) -> Tensor:
         """Return the output of the final norm, (B, T, C), which the head reads. Arguments as in forward."""
         if positions is None:
-            start = 0 if cache is None else cache.length
+            start = cache.length if cache is not None else sequence.first if sequence is not None else 0
             self._check_length(start + tokens.size(1))
             positions = torch.arange(start, start + tokens.size(1), device=tokens.device).unsqueeze(0)  # (1, T)
         keys = self._active_keys(dropout_keys)
         x, rope = self._embed(tokens, positions)
         if keys is not None:  # numbers of the dropout sites: 0 after the embedding, 2 layer + 1 and + 2 in each block
             keys = site_keys(keys, torch.arange(2 * len(self.blocks) + 1, device=keys.device))
+            if sequence is not None:
+                keys = keys + mask_offset(sequence.first, self.config.d_model)
             x = keyed_dropout(x, keys[0], self.config.dropout)
         branch: Tensor | None = None
-        packed = None if documents is None else Documents.of(documents, tokens)
+        packed = (
+            None
+            if documents is None
+            else Documents.of(documents, tokens, None if sequence is None else sequence.length)
+        )
         with nullcontext() if cache is None else without_graphs(self.config):
             for layer, block in enumerate(self.blocks):
                 recompute = self._recomputes(layer)
@@ -331,7 +348,7 @@ class GPT(nn.Module):
                     x, branch = x + branch, None
                 block_keys = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
                 choice = Choice() if recompute and self.config.has_experts(layer) else None
-                inputs = (x, branch, rope, block_keys, None if recompute else cache, packed, choice)
+                inputs = (x, branch, rope, block_keys, None if recompute else cache, packed, choice, sequence)
                 x, branch = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
         if cache is not None:
             cache.length += tokens.size(1)

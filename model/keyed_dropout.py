@@ -50,6 +50,11 @@ def random_bits(keys: Tensor, length: int, width: int) -> Tensor:
     return _mix(keys.view(-1, 1, 1) + counter * GAMMA).view(torch.int16)[..., :width]  # (B, T, C)
 
 
+def mask_offset(first: int, width: int) -> int:
+    """Return what to add to a site's keys so that its masks begin at place `first` of a row with `width` channels."""
+    return _signed(first * -(-width // 4) * (GAMMA % 2**64) % 2**64)
+
+
 def keyed_dropout(x: Tensor, keys: Tensor, p: float) -> Tensor:
     """Zero each element of x (B, T, C) with probability p and scale the others by 1 / (1 - p).
 

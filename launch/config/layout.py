@@ -93,7 +93,7 @@ class Layout:
 
 ONE_RANK = Layout()
 
-NOT_YET = {"sequence": "sequence parallelism", "tensor": "tensor parallelism", "expert": "expert parallelism"}
+NOT_YET = {"tensor": "tensor parallelism", "expert": "expert parallelism"}
 
 
 def run_layout(run: RunFile, world: int) -> Layout:

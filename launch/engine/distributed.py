@@ -31,6 +31,7 @@ from packspeed.launch.engine.patches.check import check_loaded, check_sources
 from packspeed.launch.engine.patches.replace import version_notes
 from packspeed.launch.engine.patches.shared_memory import unlink_buffers
 from packspeed.launch.engine.quiet import quiet
+from packspeed.model.sequence import SequencePart
 
 Error = TypeVar("Error", str, UserError)
 T = TypeVar("T")  # a small object that can be pickled
@@ -98,6 +99,20 @@ class Topology:
     def _groups(self) -> dict[str, torch.distributed.ProcessGroup]:
         """The process groups that have been made, by axis."""
         return {}
+
+    def sequence(self, length: int) -> SequencePart | None:
+        """Return this rank's part of rows of `length` tokens; None if it has complete rows.
+
+        The first call is a collective, see `group`.
+        """
+        if self.layout.sequence == 1:
+            return None
+        group = self.group("sequence")
+
+        def exchange(received: torch.Tensor, sent: torch.Tensor, to_receive: list[int], to_send: list[int]) -> None:
+            dist.all_to_all_single(received, sent, to_receive, to_send, group=group)
+
+        return SequencePart(self.layout.index("sequence", self.rank), self.layout.sequence, length, exchange)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place, and return it.

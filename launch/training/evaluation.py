@@ -70,10 +70,11 @@ def evaluate(trainer: Trainer) -> float | None:
 def row_mean_losses(trainer: Trainer, batch: Batch, rows: int) -> torch.Tensor:
     """Return the mean loss of each row of this rank's batch, as a tensor (len(batch),) in fp64 on the CPU.
 
+    With parallel.sequence it is this rank's part of that mean; the sum over the ranks that share the row is the mean.
     `rows` is the number of rows per forward pass. Every rank must call it, with the same number of passes.
     """
     means = []
-    for micro in micro_batches(batch, rows, trainer.topology.device):
-        per_token = trainer.engine(micro.inputs, micro.labels, reduction="none", **micro.documents)  # (B, T)
-        means.append(per_token.double().mean(dim=1).cpu())
+    for micro in micro_batches(batch, rows, trainer.topology):
+        per_token = trainer.engine(micro.inputs, micro.labels, reduction="none", **micro.arguments)  # (B, T) or (B, t)
+        means.append(per_token.double().sum(dim=1).cpu() / batch.inputs.shape[1])
     return torch.cat(means)

@@ -1,6 +1,6 @@
 """Prepare batches on the device one step ahead, so that the device never waits for the CPU to prepare one.
 
-    feed = Feed(prefetcher, rows, device)
+    feed = Feed(prefetcher, rows, topology)
     number, batch = next(feed)     # waits for the data if stage() has not prepared this batch
     feed.stage()                   # while the device computes: prepare the next batch
 
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from packspeed.data.loader import Batch, Prefetcher
+from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.training.micro_batch import MicroBatch, micro_batches
 
 
@@ -33,8 +32,8 @@ class Feed:
     `rows` is the number of rows per micro batch.
     """
 
-    def __init__(self, batches: Prefetcher, rows: int, device: torch.device) -> None:
-        self._batches, self._rows, self._device = batches, rows, device
+    def __init__(self, batches: Prefetcher, rows: int, topology: Topology) -> None:
+        self._batches, self._rows, self._topology = batches, rows, topology
         self._staged: tuple[int, StagedBatch] | None = None
 
     def __iter__(self) -> Feed:
@@ -53,4 +52,4 @@ class Feed:
             self._staged = self._prepare(*following)
 
     def _prepare(self, number: int, batch: Batch) -> tuple[int, StagedBatch]:
-        return number, StagedBatch(list(micro_batches(batch, self._rows, self._device)), batch.hash())
+        return number, StagedBatch(list(micro_batches(batch, self._rows, self._topology)), batch.hash())

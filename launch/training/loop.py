@@ -84,7 +84,7 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
         trainer.enter("data")
         # 1. Batch: a pure function of run file, dataset, seed and batch number. A thread reads ahead, and the feed
         #    copies the next batch to the device during the step.
-        feed = Feed(batches, trainer.plan.micro_batch, topology.device)
+        feed = Feed(batches, trainer.plan.micro_batch, topology)
         for step, (_, batch) in enumerate(feed, start=start_step + 1):
             lr = learning_rate(step - 1, run.train)
 

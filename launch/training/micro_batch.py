@@ -14,6 +14,8 @@ import torch
 
 from packspeed.data.loader import Batch
 from packspeed.launch.config.batch import BatchPlan
+from packspeed.launch.engine.distributed import Topology
+from packspeed.model.sequence import SequencePart
 
 if TYPE_CHECKING:
     from packspeed.launch.training.trainer import Trainer
@@ -23,15 +25,17 @@ if TYPE_CHECKING:
 class MicroBatch:
     """The input of one forward pass."""
 
-    inputs: torch.Tensor  # (B, T) int64
-    labels: torch.Tensor  # (B, T) int64: the token after each input, or -1 without a loss
-    rows: Batch  # the same rows as the loader returned them, on the host
-    # Arguments of GPT.forward that restrict attention to documents: positions (B, T) and documents (lengths); or empty.
-    documents: dict[str, torch.Tensor | list[int]]
+    inputs: torch.Tensor  # (B, T) int64; with parallel.sequence (B, t), the tokens of this rank's places
+    labels: torch.Tensor  # as inputs: the token after each input, or -1 without a loss
+    rows: Batch  # the same rows as the loader returned them, on the host: complete on every rank
+    # More arguments of GPT.forward. positions (as inputs) and documents (lengths) restrict attention to documents;
+    # sequence says which places this rank has.
+    arguments: dict[str, torch.Tensor | list[int] | SequencePart]
 
 
-def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[MicroBatch]:
+def micro_batches(batch: Batch, rows: int, topology: Topology) -> Iterator[MicroBatch]:
     """Yield this rank's batch as micro batches of `rows` rows, in order, on the device."""
+    device, sequence = topology.device, topology.sequence(batch.inputs.shape[1])
     for part in batch.cut(rows):
         tokens = to_device(part.tokens, device).long()
         # Only the packings best_fit and bos_aligned have targets: their labels are not the inputs, shifted by one.
@@ -41,16 +45,20 @@ def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Mic
             inputs, labels = tokens[:, :-1], tokens[:, 1:]
         else:
             inputs, labels = tokens, to_device(part.targets, device).long()
-        documents: dict[str, torch.Tensor | list[int]] = {}
+        arguments: dict[str, torch.Tensor | list[int] | SequencePart] = {}
         if part.positions is not None and part.documents is not None:
             positions = to_device(part.positions, device).long()
-            documents = {"positions": positions, "documents": part.documents.tolist()}
+            arguments = {"positions": positions, "documents": part.documents.tolist()}
         if part.used is not None:
             # Rows of packed documents can end with padding, whose labels become -1: they have no loss. `used` has the
             # number of labels before the padding in each row.
             counts = np.arange(labels.size(1)) < part.used[:, None]  # (B, T)
             labels = labels.masked_fill(~to_device(counts, device), -1)
-        yield MicroBatch(inputs, labels, part, documents)
+        if sequence is not None:  # last: a place's label is the next token, which another rank may have
+            inputs, labels = sequence.cut(inputs), sequence.cut(labels)
+            arguments["sequence"] = sequence
+            arguments |= {key: sequence.cut(x) for key, x in arguments.items() if isinstance(x, torch.Tensor)}
+        yield MicroBatch(inputs, labels, part, arguments)
 
 
 def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> torch.Tensor:
@@ -61,7 +69,7 @@ def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> torch.Tensor:
     keys = dropout_keys(micro.rows.samples, trainer.run.train.seed, micro.inputs.device)
     # The engine calls GPT.forward (model/gpt.py).
     total: torch.Tensor = trainer.engine(
-        micro.inputs, micro.labels, reduction="sum", dropout_keys=keys, **micro.documents
+        micro.inputs, micro.labels, reduction="sum", dropout_keys=keys, **micro.arguments
     )
     counted = micro.rows.global_used or trainer.run.train.global_batch_tokens
     return total / tokens_per_pass(counted, trainer.plan)

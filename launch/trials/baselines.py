@@ -68,7 +68,7 @@ class BaselineLoop:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, train)
         self.last_loss = torch.zeros_like(self.last_loss)
-        for micro in micro_batches(batch, plan.micro_batch, self.last_loss.device):
+        for micro in micro_batches(batch, plan.micro_batch, self.setup.topology):
             self.marks("forward")
             keys = dropout_keys(micro.rows.samples, train.seed, self.last_loss.device)
             with self.autocast:

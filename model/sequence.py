@@ -1,0 +1,133 @@
+"""Sequence parallelism: the ranks of a group share the tokens (the places) of the same rows. This is Ulysses.
+
+    part = SequencePart(rank, size, length, all_to_all)
+    model(part.cut(tokens), part.cut(labels), reduction="sum", sequence=part)       # the loss of this rank's places
+
+Everything but attention works on a rank's own places. For attention, one all-to-all gives each rank all places of some
+of the heads, and a second one returns the places. Their backward passes are the other exchange, so what a place has
+contributed on another rank comes back as its gradient. Nothing else changes: the sum of the ranks' losses is the loss
+of the rows, and the sum of the ranks' gradients is its gradient, as with ranks that read different rows.
+
+If there are fewer key-value heads than ranks, a head is sent to each rank that needs it, and its gradients are added.
+Letters as in gpt.py; t is the number of places of a rank, and n the number of heads that a rank gets.
+Cost: a rank sends and receives (2 + 2 h / H) t C elements per layer and direction, in two collectives; attention itself
+has the same FLOPs on every rank. Places are divided as evenly as possible.
+Source: DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509). DeepSpeed's own classes are not used (docs/layouts.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# (received, sent, sizes of the pieces from each rank, sizes of the pieces to each rank); both tensors are flat.
+AllToAll = Callable[[Tensor, Tensor, list[int], list[int]], None]
+Attend = Callable[..., Tensor]  # an implementation of attention.attend
+
+
+@dataclass(frozen=True)
+class SequencePart:
+    """This rank's part of rows of `length` places, which it shares with size - 1 other ranks."""
+
+    rank: int
+    size: int
+    length: int
+    all_to_all: AllToAll
+
+    @property
+    def parts(self) -> list[int]:
+        """Number of places of each rank."""
+        ends = [self.length * rank // self.size for rank in range(self.size + 1)]
+        return [end - start for start, end in itertools.pairwise(ends)]
+
+    @property
+    def first(self) -> int:
+        """The first place of this rank."""
+        return self.length * self.rank // self.size
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Return this rank's places, (B, t, ...), of x (B, T, ...)."""
+        return x[:, self.first : self.first + self.parts[self.rank]]
+
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, *arguments: object) -> Tensor:
+        """Return causal attention over complete rows for this rank's places, (B, t, H, D). A collective.
+
+        q is (B, t, H, D); k and v are (B, t, h, D). attend(q, k, v, *arguments) computes it for complete rows and some
+        of the heads; `arguments`, such as documents, are those of complete rows.
+        """
+        spread = _Spread.apply(q, k, v, self)  # type: ignore[no-untyped-call]
+        mixed: Tensor = _Collect.apply(attend(*spread, *arguments), self)  # type: ignore[no-untyped-call]
+        return mixed
+
+    def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Exchange own places of all heads for all places of own heads: (B, t, heads, D) -> (B, T, n, D) each."""
+        rows, places, _, width = tensors[0].shape
+        own = [max(1, x.size(2) // self.size) for x in tensors]
+        sent = tensors[0].new_empty(self.size, rows, places, sum(own), width)
+        for x, piece, n in zip(tensors, torch.split(sent, own, dim=3), own, strict=True):
+            groups = x.size(2) // n  # fewer than the ranks if several ranks get the same head
+            heads = torch.unflatten(x, 2, (groups, n)).permute(2, 0, 1, 3, 4)
+            torch.unflatten(piece, 0, (groups, self.size // groups)).copy_(heads[:, None])
+        sizes = [rows * part * sum(own) * width for part in self.parts]
+        received = self._exchange(sent.view(-1), [sent[0].numel()] * self.size, sizes)
+        if rows > 1:  # otherwise the pieces have the right order already
+            received = torch.cat(
+                [piece.view(rows, -1, sum(own), width) for piece in torch.split(received, sizes)], dim=1
+            )
+        return list(torch.split(received.view(rows, self.length, sum(own), width), own, dim=2))
+
+    def to_places(self, tensors: Sequence[Tensor], heads: Sequence[int]) -> list[Tensor]:
+        """Exchange all places of own heads for own places of all heads: (B, T, n, D) -> (B, t, heads, D) each.
+
+        `heads` has the number of heads of each result. What several ranks send for the same head is added up.
+        """
+        rows, _, _, width = tensors[0].shape
+        own = [x.size(2) for x in tensors]
+        sizes = [rows * part * sum(own) * width for part in self.parts]
+        sent = tensors[0].new_empty(sum(sizes))
+        of_rank = zip(*(torch.split(x, self.parts, dim=1) for x in tensors), strict=True)
+        for piece, cut in zip(torch.split(sent, sizes), of_rank, strict=True):
+            torch.cat(cut, dim=2, out=piece.view(rows, -1, sum(own), width))
+        received = self._exchange(sent, sizes, [sizes[self.rank]] * self.size)
+        results, pieces = [], received.view(self.size, rows, -1, sum(own), width)
+        for x, total, n in zip(torch.split(pieces, own, dim=3), heads, own, strict=True):
+            groups = total // n
+            head = torch.unflatten(x, 0, (groups, self.size // groups))
+            head = head[:, 0] if groups == self.size else head.sum(1)
+            results.append(head.permute(1, 2, 0, 3, 4).flatten(2, 3))
+        return results
+
+    def _exchange(self, sent: Tensor, sizes_sent: list[int], sizes_received: list[int]) -> Tensor:
+        """Send the pieces of a flat tensor to the ranks, and return theirs, flat and in the order of the ranks."""
+        received = sent.new_empty(sum(sizes_received))
+        self.all_to_all(received, sent, sizes_received, sizes_sent)
+        return received
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, part: SequencePart) -> tuple[Tensor, ...]:
+        ctx.part, ctx.heads = part, [x.size(2) for x in (q, k, v)]
+        return tuple(part.to_heads([q, k, v]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ctx.part.to_places(grads, ctx.heads), None)
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, part: SequencePart) -> Tensor:
+        ctx.part = part
+        return part.to_places([mixed], [mixed.size(2) * part.size])[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.part.to_heads([grad])[0], None
