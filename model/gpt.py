@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -502,6 +502,21 @@ def is_muon_parameter(name: str) -> bool:
     See https://kellerjordan.github.io/posts/muon.
     """
     return name.startswith("blocks.") and is_matrix(name)
+
+
+def stacked_matrices(name: str, shape: Sequence[int], config: GPTConfig, split: bool) -> list[tuple[int, int]]:
+    """Return the shapes (rows, columns) of the matrices that are below each other in the matrix of this name.
+
+    With `split`, the projections to queries, keys and values are three matrices, and SwiGLU's gate and up are two. Any
+    other matrix is one, and without `split` all are.
+    """
+    rows, columns = shape
+    if split and name.endswith("attn.qkv.weight"):
+        heads = (config.n_head, config.kv_heads, config.kv_heads)
+        return [(number * config.head_width, columns) for number in heads]
+    if split and name.endswith("mlp.up.weight") and config.mlp == "swiglu":
+        return [(rows // 2, columns)] * 2
+    return [(rows, columns)]
 
 
 def param_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:

@@ -283,6 +283,12 @@ def test_what_may_change_on_resume(tmp_path: Path) -> None:
             check_same_run(tmp_path, saved(**changed), identity())
 
 
+def test_a_checkpoint_of_deepspeeds_muon_is_refused(tmp_path: Path) -> None:
+    old = {**saved()["layout"], "optimizers": ["DeepSpeedZeroOptimizer", "MuonWithAuxAdam"]}
+    with pytest.raises(UserError, match=r"trained with DeepSpeed's Muon.*start over with --fresh"):
+        check_same_run(tmp_path, saved(layout=old), identity())
+
+
 def test_imported_weights_are_checked_for_the_model_only(tmp_path: Path) -> None:
     imported: Manifest = {
         "step": 0,

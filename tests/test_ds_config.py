@@ -19,7 +19,6 @@ from packspeed.launch.config.deepspeed_json import (
     DS_CONFIGS,
     OWNED,
     load_ds_config,
-    muon_clipping_note,
     resolve_ds_config,
 )
 from packspeed.launch.config.deepspeed_keys import KEYS, LEGACY, Refused, Unused, filed, unused, value_at
@@ -489,34 +488,29 @@ def test_deepcompile_is_refused_where_deepspeed_would_go_on_without_it(device: s
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "offload", "advised"),
+    ("zero", "refused"),
     [
-        (0, "fp32", "none", "refused"),
-        (1, "bf16", "none", "refused"),
-        (1, "bf16", "cpu", "note"),
-        (1, "fp32", "none", "note"),
-        (2, "bf16", "none", "note"),
-        (3, "fp32", "none", "note"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, "device: nvme"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio below 1"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}, "super_offload"),
+        ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "zenflow"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, None),
+        ({"stage": 0}, None),
     ],
 )
-def test_muon_with_clipping_is_advised_not_to_clip(
-    tmp_path: Path, run: RunFile, stage: int, precision: str, offload: str, advised: str
-) -> None:
-    """At no stage does another stage help: DeepSpeed clips the orthogonalised update there."""
-    raw = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": offload}}}
+def test_muon_is_a_client_optimizer_of_deepspeed(run: RunFile, zero: dict[str, Any], refused: str | None) -> None:
+    """The block `optimizer` is that of the AdamW inside it, from which DeepSpeed's ops are chosen."""
     optimizer = run.train.optimizer.model_copy(update={"name": "muon"})
     muon = run.model_copy(update={"train": run.train.model_copy(update={"optimizer": optimizer})})
-    unclipped = muon.model_copy(update={"train": muon.train.model_copy(update={"grad_clip": 0.0})})
-    if advised == "refused":
-        with pytest.raises(ConfigError, match=r"Write train.grad_clip: 0"):
-            resolve_ds_config(muon, raw, PLAN, precision)
-    else:
-        note = muon_clipping_note(muon, resolve_ds_config(muon, raw, PLAN, precision), precision)
-        assert note is not None
-        assert "Write train.grad_clip: 0" in note
-    assert muon_clipping_note(unclipped, resolve_ds_config(unclipped, raw, PLAN, precision), precision) is None
-    assert muon_clipping_note(run, raw, precision) is None
-    assert muon_clipping_note(muon, {"zero_optimization": {"stage": 2, "offload_optimizer": "auto"}}, precision)
+    raw = {"zero_optimization": zero}
+    if refused:
+        with pytest.raises(ConfigError, match=rf"{refused} works with AdamW only"):
+            resolve_ds_config(muon, raw, PLAN, "fp32")
+        return
+    final = resolve_ds_config(muon, raw, PLAN, "fp32")
+    assert final["optimizer"] == resolve_ds_config(run, raw, PLAN, "fp32")["optimizer"]
+    assert final["zero_allow_untested_optimizer"] is True
+    assert final["zero_force_ds_cpu_optimizer"] is False
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_every_name_is_in_the_installed_sources_and_the_check_is_quick() -> None
 
 @pytest.mark.slow
 def test_every_method_and_function_is_in_the_loaded_classes() -> None:
-    """The same names again, by Python's own means, in what `import deepspeed` loads (Muon and op builders are not)."""
+    """The same names again, by Python's own means, in what `import deepspeed` loads (op builders are not)."""
     importlib.import_module("deepspeed")
     for internal in REGISTRY:
         module = sys.modules.get(internal.file.removesuffix(".py").replace("/", "."))

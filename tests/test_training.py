@@ -31,6 +31,11 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(1500)]
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 # A step at which DeepSpeed's running product of the betas and pow() differ in the last bit (optimizers.py).
 REWIND = 6
+MUON_STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload")
+MUON = (
+    "train.optimizer={name: muon, lr: 1e-3, muon_lr: 0.02, momentum_warmup_steps: 4, weight_decay_schedule: lr}",
+    "train.grad_clip=0.5", "model.mlp=swiglu", "model.n_kv_head=1",
+)  # fmt: skip
 FP8 = ("train.precision=fp8", "model.n_layer=3")  # the block in the middle
 EXTRAS = ("model.dropout=0.1", "train.micro_batch=2", "model.activation_checkpointing=full")
 
@@ -52,7 +57,8 @@ def cases(folder: Path) -> dict[str, list[str]]:
     runs["experts-fp16"] = ["deepspeed=zero2", "train.precision=fp16", EXPERTS]
     runs["fp8-all"] = [*runs["zero3-fp8"], *EXTRAS]
     runs["fp16"] = ["deepspeed=zero1", "train.precision=fp16"]
-    runs["muon"] = ["deepspeed=zero2", "train.optimizer.name=muon", "train.optimizer.muon_lr=0.02"]
+    for stage in MUON_STAGES:
+        runs[f"{stage}-muon"] = [*runs[f"{stage}-fp32"], *MUON]
     runs["lion"] = ["deepspeed=zero2_offload", "train.optimizer.name=lion", "train.optimizer.betas=[0.9, 0.99]"]
     torch_adam = folder / "torch_adam.json"  # what stands in for FusedAdam where that cannot be compiled
     torch_adam.write_text(
@@ -107,6 +113,23 @@ def test_every_stage_has_the_losses_of_stage_0(workspace: Workspace, trained: di
         assert losses == pytest.approx(reference, abs=tolerance)
         assert len(losses) == 10
     assert workspace.losses(f"{stage}-fp32")[0] == workspace.losses("zero0-fp32")[0], "the same initial weights"
+
+
+def test_muon_is_one_optimizer_at_every_stage(workspace: Workspace, trained: dict[str, list[str]]) -> None:
+    """Losses, norms and the movement of each matrix, with a gradient that is clipped in every step."""
+    lines = {s: [x for x in workspace.metrics(f"{s}-muon") if "loss" in x] for s in MUON_STAGES}
+    moved: dict[str, dict[str, torch.Tensor]] = {}
+    for stage in MUON_STAGES:
+        six, ten = (fp32_state_dict(workspace.checkpoints(f"{stage}-muon") / f"step-{n:08d}") for n in (6, 10))
+        moved[stage] = {name: value - six[name] for name, value in ten.items()}
+    for stage in MUON_STAGES[1:]:
+        for key in ("loss", "grad_norm"):
+            assert [x[key] for x in lines[stage]] == pytest.approx([x[key] for x in lines["zero0"]], abs=1e-4), stage
+        for name, movement in moved[stage].items():
+            torch.testing.assert_close(movement, moved["zero0"][name], atol=1e-4, rtol=0, msg=f"{stage} {name}")
+    assert all(x["grad_norm"] > 0.5 for x in lines["zero0"]), "clipped"
+    matrix = moved["zero0"]["blocks.0.mlp.proj.weight"]
+    assert 0.5 < float(matrix.norm()) / (sum(x["lr"] for x in lines["zero0"][6:]) * 20 * 32**0.5) < 1.3, "not cut"
 
 
 def test_every_stage_is_a_plain_pytorch_loop(workspace: Workspace, trained: dict[str, list[str]]) -> None:

@@ -41,6 +41,7 @@ from packspeed.launch.config.effects import MODEL_SPEED_ONLY, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.json_types import DsConfig, JsonObject
+from packspeed.launch.engine.groups import ALWAYS
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.run_folder.folder import flatten
 from packspeed.launch.run_folder.formats import ComputeEnvironment, SettingChange
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from packspeed.launch.checkpoint.checkpointer import Checkpointer
     from packspeed.launch.engine.distributed import Topology
     from packspeed.launch.engine.protocol import Engine
+
+DEEPSPEEDS_MUON = "MuonWithAuxAdam"  # the optimizer of muon runs until Packspeed had its own
 
 # Settings that checkpoints of older versions do not contain, with the values that were in effect then.
 OLDER_DEFAULTS = {
@@ -74,6 +77,16 @@ OLDER_DEFAULTS = {
     "parallel.sequence": 1,
     "parallel.tensor": 1,
     "parallel.expert": 1,
+    "train.optimizer.weight_decay_schedule": "constant",
+    "train.optimizer.embedding_lr": None,
+    "train.optimizer.head_lr": None,
+    "train.optimizer.scalar_lr": None,
+    "train.optimizer.momentum_warmup_steps": 0,
+    "train.optimizer.nesterov": True,
+    "train.optimizer.ns_steps": 5,
+    "train.optimizer.ns_coefficients": "quintic",
+    "train.optimizer.update_scale": "shape",
+    "train.optimizer.split_fused": True,
 }
 
 # Keys of zero_optimization that DeepSpeed's checkpoint files do not depend on.
@@ -117,9 +130,11 @@ def run_identity(
 
 def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
     """Return a copy of `identity` whose layout has the class names of DeepSpeed's optimizer wrapper and of the
-    optimizer inside it.
+    optimizer inside it, and the names of unusual parameter groups.
     """
     optimizers = [type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__]
+    groups = [group["name"] for group in engine.optimizer.param_groups]
+    optimizers += [name for name in groups if name not in ALWAYS]  # others do not have the same flat tensors
     return {**identity, "layout": {**identity["layout"], "optimizers": optimizers}}
 
 
@@ -194,6 +209,11 @@ def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> 
     if "imported" in saved:
         check_same_model(checkpoint, old, new)
         return []
+    if "layout" in saved and DEEPSPEEDS_MUON in saved["layout"]["optimizers"]:
+        raise UserError(
+            f"{checkpoint} was trained with DeepSpeed's Muon, whose momentum has another form than Packspeed's own. "
+            "Finish the run with the version that began it, or start over with --fresh."
+        )
     for settings in (old, new):
         # The weights of the sources must stay the same. Their paths may change, because fingerprints identify the data.
         settings["data.weights"] = [source["weight"] for source in settings.get("data.sources") or []]

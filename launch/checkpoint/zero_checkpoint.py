@@ -279,23 +279,11 @@ def _stage12_tensors(
     number = 0  # number of the parameter, counted over all groups
     for group, shape_of in enumerate(shapes):
         slices = _slices_of_ranks(states, "single_partition_of_fp32_groups", group, selection)
-        slice_size = states[0]["single_partition_of_fp32_groups"][group].numel()
-        muon_momentum = _muon_momentum(states, group) if "momentum_buffer" not in slices else None
-        momentum_start = [0] * len(states)  # where the parameter's momentum begins in each rank's tensor
         start = 0  # where the parameter begins in the flat vector
         for index, (name, shape) in enumerate(shape_of.items()):
             size = shape.numel()
-            # The ranks whose slices contain a part of this parameter.
-            ranks = range(start // slice_size, (start + size - 1) // slice_size + 1)
             if selection.has_parameter(number):
-                tensors = {key: _span(of_ranks, start, size).view(shape) for key, of_ranks in slices.items()}
-                if muon_momentum is not None and selection.has_key("momentum_buffer"):
-                    # All of these ranks have the same complete momentum. Use that of the first.
-                    first, begin = muon_momentum[ranks[0]], momentum_start[ranks[0]]
-                    tensors["momentum_buffer"] = first[begin : begin + size].float().view(shape)
-                yield name, tensors
-            for rank in ranks:
-                momentum_start[rank] += size
+                yield name, {key: _span(of_ranks, start, size).view(shape) for key, of_ranks in slices.items()}
             start += size + (paddings[group][index] if paddings else 0)
             number += 1
 
@@ -343,18 +331,6 @@ def _slices_of_ranks(
 def _is_selected(key: str, value: object, weight: torch.Tensor, selection: _Selection) -> bool:
     """Return whether `value` is a tensor with one number per weight (unlike a step count) and its key is selected."""
     return isinstance(value, torch.Tensor) and value.numel() == weight.numel() and selection.has_key(key)
-
-
-def _muon_momentum(states: list[ZeroState], group: int) -> list[torch.Tensor] | None:
-    """Return each rank's momenta of a group, one flat tensor per rank, for Muon at stages 1 and 2 without offload.
-
-    A rank's tensor has the complete momenta of all matrices of which its slice contains a part. Returns None for other
-    optimizers.
-    """
-    of_ranks = [inner_optimizer_state(state)["state"].get(group, {}) for state in states]
-    if "momentum_buffer" not in of_ranks[0]:
-        return None
-    return [inner["momentum_buffer"].flatten() for inner in of_ranks]
 
 
 def _span(slices: list[torch.Tensor], start: int, count: int) -> torch.Tensor:

@@ -162,7 +162,7 @@ OWNED = (
 
 
 def _optimizer_block(optimizer: OptimizerSection, given: JsonObject) -> JsonObject:
-    """Return DeepSpeed's `optimizer` block for the run file's optimizer.
+    """Return DeepSpeed's `optimizer` block for the run file's optimizer. For muon, it is that of its AdamW.
 
     `given` is the optimizer block of the JSON. Parameters that only the JSON has are kept.
     """
@@ -173,14 +173,8 @@ def _optimizer_block(optimizer: OptimizerSection, given: JsonObject) -> JsonObje
     }
     if optimizer.name != "lion":
         params["eps"] = optimizer.eps
-    if optimizer.name == "muon":
-        params |= {
-            "momentum": optimizer.momentum,
-            "muon_lr": optimizer.muon_lr or optimizer.lr,
-            "adam_lr": optimizer.lr,
-        }
     extra = {k: v for k, v in (given.get("params") or {}).items() if k not in params}
-    return {"type": {"adamw": "AdamW", "muon": "Muon", "lion": "Lion"}[optimizer.name], "params": {**params, **extra}}
+    return {"type": "Lion" if optimizer.name == "lion" else "AdamW", "params": {**params, **extra}}
 
 
 def _precision_blocks(precision: str, stage: int, given: JsonObject) -> JsonObject:
@@ -246,9 +240,8 @@ def resolve_ds_config(
         raise ConfigError("\n".join(contradictions))
     # DeepSpeed takes ranks that share a row for data-parallel ranks, and checks the product of the three numbers.
     final["train_batch_size"] = plan.counted_by_deepspeed
-    if run.train.optimizer.name == "muon" and zero_stage(raw) == 3:
-        # Muon needs the full gradient of a matrix. DeepSpeed refuses Muon with reduce_scatter at stage 3.
-        final["zero_optimization"]["reduce_scatter"] = False
+    if run.train.optimizer.name == "muon":  # engine/muon.py, which DeepSpeed does not know
+        final |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     final |= _precision_blocks(precision, zero_stage(raw), raw)
     # The training loop prints its own lines; DeepSpeed's reports would repeat them.
     final.setdefault("steps_per_print", 2**31 - 1)
@@ -295,41 +288,24 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
             "whatever they are, and 0.0008 in bf16 becomes 0.79. Remove it (zero_quantized_weights may stay), or train "
             "in fp16."
         )
-    if run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and not clips_after_muon(run, raw, precision):
-        yield (
-            f"{path}: Muon with train.grad_clip = {run.train.grad_clip} at ZeRO-{zero_stage(raw)} in {precision}: "
-            "here DeepSpeed clips the gradient before Muon orthogonalises it, but at most other ZeRO stages it clips "
-            "Muon's update, so the stage would change the loss. Write train.grad_clip: 0, which is right at every "
-            "stage."
-        )
+    if run.train.optimizer.name == "muon":
+        if run.parallel.tensor > 1:
+            yield "parallel.tensor above 1 works with AdamW only: Muon needs complete matrices. Set it to 1."
+        yield from _refused_with_muon(path, raw)
 
 
-def clips_after_muon(run: RunFile, ds_config: DsConfig, precision: str) -> bool:
-    """Return whether DeepSpeed would clip Muon's orthogonalised update instead of the gradient.
-
-    It does so if the optimizer is Muon and train.grad_clip is not 0, except at stage 0, and at stage 1 in bf16 without
-    offload.
-    """
-    offload = (ds_config.get("zero_optimization") or {}).get("offload_optimizer")
-    offloads = isinstance(offload, dict) and offload.get("device") in ("cpu", "nvme")
-    stage = zero_stage(ds_config)
-    before = stage == 0 or (stage == 1 and precision == "bf16" and not offloads)
-    return run.train.optimizer.name == "muon" and run.train.grad_clip > 0 and not before
-
-
-def muon_clipping_note(run: RunFile, ds_config: DsConfig, precision: str) -> str | None:
-    """Return a warning about train.grad_clip if this run would clip Muon's update, otherwise None.
-
-    `packspeed explain` and the start of training print it.
-    """
-    if not clips_after_muon(run, ds_config, precision):
-        return None
-    return (
-        f"train.grad_clip = {run.train.grad_clip:g} with Muon at ZeRO-{zero_stage(ds_config)} clips Muon's update and "
-        "not the gradient. The norm of the update grows with the model, so the matrices learn much more slowly "
-        "(update norm 0.057 instead of 1.204 in a small run). Write train.grad_clip: 0. Muon needs no clipping, "
-        "because its update does not depend on the gradient's scale."
-    )
+def _refused_with_muon(path: Path, raw: JsonObject) -> Iterator[str]:
+    """Yield a message for each setting of the JSON `raw` with which DeepSpeed needs an Adam of its own."""
+    zero = raw.get("zero_optimization") or {}
+    offload = zero.get("offload_optimizer") or {}
+    found = {
+        "zero_optimization.offload_optimizer.device: nvme": offload.get("device") == "nvme",
+        "zero_optimization.offload_optimizer.ratio below 1": offload.get("ratio", 1) != 1,
+        "zero_optimization.offload_optimizer.super_offload": bool(offload.get("super_offload")),
+        "zero_optimization.zenflow": bool(zero.get("zenflow")),
+    }
+    for setting in (name for name, given in found.items() if given):
+        yield f"{path}: {setting} works with AdamW only, not with train.optimizer.name: muon. Remove it."
 
 
 def _other_optimizer(path: Path, given: JsonObject, ours: JsonObject) -> Iterator[str]:

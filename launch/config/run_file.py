@@ -211,9 +211,52 @@ class OptimizerSection(Section):
     weight_decay: float = Field(
         0.1, ge=0, description="Decoupled weight decay: each step shrinks matrices by the factor 1 - lr * weight_decay."
     )
-    momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of Muon. Unused by adamw and lion.")
+    weight_decay_schedule: Literal["constant", "lr"] = Field(
+        "constant",
+        description="Course of the weight decay. constant: weight_decay in every step. lr: in proportion to the "
+        "learning rate, so that the factor of a step is 1 - lr^2 * weight_decay / peak.",
+    )
+    embedding_lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of the token and position embeddings. Default: optimizer.lr."
+    )
+    head_lr: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate of an output head that is not tied to the embedding. Default: optimizer.lr.",
+    )
+    scalar_lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of norms and biases. Default: optimizer.lr."
+    )
     muon_lr: float | None = Field(
         None, gt=0, description="Peak learning rate of the matrices that Muon updates. Default: optimizer.lr."
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of Muon. Unused by adamw and lion.")
+    momentum_warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="muon only: steps in which the momentum rises linearly from the smaller of 0.85 and "
+        "optimizer.momentum to optimizer.momentum.",
+    )
+    nesterov: bool = Field(
+        True, description="muon only: orthogonalise the mean of gradient and momentum instead of the momentum alone."
+    )
+    ns_steps: int = Field(
+        5, ge=1, le=20, description="muon only: number of Newton-Schulz iterations that orthogonalise an update."
+    )
+    ns_coefficients: Literal["quintic", "polar_express"] = Field(
+        "quintic",
+        description="muon only: polynomials of the iterations. quintic: Muon's own, which brings singular values to "
+        "between 0.7 and 1.2. polar_express: a better polynomial for each iteration.",
+    )
+    update_scale: Literal["shape", "rms"] = Field(
+        "shape",
+        description="muon only: factor of an orthogonal update. shape: sqrt(max(1, rows / columns)). rms: "
+        "0.2 sqrt(max(rows, columns)), with which learning rate and weight decay of AdamW fit.",
+    )
+    split_fused: bool = Field(
+        True,
+        description="muon only: orthogonalise the projections to queries, keys and values, and SwiGLU's gate and up, "
+        "as separate matrices, although each is stored as one.",
     )
 
 
@@ -280,8 +323,7 @@ class TrainSection(Section):
     grad_clip: float = Field(
         1.0,
         ge=0,
-        description="Scale the gradient down if its global norm is larger than this; 0 = off. With muon write 0, "
-        "because DeepSpeed would clip Muon's update instead of the gradient.",
+        description="Scale the gradient down if its global norm is larger than this; 0 = off.",
     )
 
     @model_validator(mode="after")

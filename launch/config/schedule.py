@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 
-from packspeed.launch.config.run_file import TrainSection
+from packspeed.launch.config.run_file import OptimizerSection, TrainSection
+
+FIRST_MOMENTUM = 0.85  # of Muon, at the beginning of its warm-up
 
 
 def learning_rate(step: int, train: TrainSection) -> float:
@@ -28,3 +30,18 @@ def learning_rate(step: int, train: TrainSection) -> float:
     progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
     shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1.0 - progress
     return schedule.min_lr + shape * (peak - schedule.min_lr)
+
+
+def weight_decay(step: int, train: TrainSection) -> float:
+    """Return the weight decay of an optimizer step, counted from 0 (train.optimizer.weight_decay_schedule)."""
+    optimizer = train.optimizer
+    if optimizer.weight_decay_schedule == "constant" or not optimizer.lr:
+        return optimizer.weight_decay
+    return optimizer.weight_decay * learning_rate(step, train) / optimizer.lr
+
+
+def momentum(step: int, optimizer: OptimizerSection) -> float:
+    """Return Muon's momentum in an optimizer step, counted from 0: it rises linearly during its warm-up."""
+    start = min(FIRST_MOMENTUM, optimizer.momentum)
+    progress = min(1.0, step / optimizer.momentum_warmup_steps) if optimizer.momentum_warmup_steps else 1.0
+    return start + (optimizer.momentum - start) * progress

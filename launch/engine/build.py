@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -22,25 +23,27 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
 from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
 from packspeed.launch.config.errors import ConfigError
-from packspeed.launch.config.json_types import DsConfig
+from packspeed.launch.config.json_types import DsConfig, JsonObject
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology, no_beat
+from packspeed.launch.engine.groups import optimizer_groups
 from packspeed.launch.engine.hardware import keep_memory
-from packspeed.launch.engine.ops import device_type
+from packspeed.launch.engine.muon import Muon
+from packspeed.launch.engine.ops import adamw_class, device_type
 from packspeed.launch.engine.patches.adam_bias import forget_bias_products, update_in_full_vectors
 from packspeed.launch.engine.patches.bf16_gradients import one_zero1, sum_gradients
 from packspeed.launch.engine.patches.device_waits import let_the_device_wait
-from packspeed.launch.engine.patches.dynamo import compile_every_shape
 from packspeed.launch.engine.patches.flat_gradients import accumulate_in_flat_tensors
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.config import GPTConfig
-from packspeed.model.gpt import GPT, NoInit, gpt_without_weights, init_weights, param_groups, use_fp8
+from packspeed.model.gpt import GPT, NoInit, gpt_without_weights, init_weights, use_fp8
 from packspeed.model.kernels import resolve
 from packspeed.model.linear import CPU_HAS_BF16
 
@@ -178,26 +181,26 @@ def build_engine(
         model = model_on(device, config, seed, parameter_dtype(ds_config), beat)
     if run.train.precision == "fp8":
         use_fp8(model, run.train.fp8_skip_blocks)
-    if run.train.optimizer.name == "muon":
-        compile_every_shape()
     engine: Engine
-    with one_zero1(run.train.optimizer.name):
+    groups = optimizer_groups(model, run.train.optimizer)
+    muon = make_muon(groups, run, ds_config) if run.train.optimizer.name == "muon" else None
+    with one_zero1():
         engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=param_groups(model, run.train.optimizer.weight_decay),
-            config=ds_config,
-            dist_init_required=False,
+            model=model, optimizer=muon, model_parameters=groups, config=ds_config, dist_init_required=False
         )
+    if muon is not None:
+        muon.locate(engine)
+    adam = muon.adam if muon is not None else engine.basic_optimizer
     if deepcompile:
         engine.compile()  # without this call DeepSpeed ignores the compile block, with a warning in each step
     keep_memory()  # not before: what building frees would be kept, too
-    forget_bias_products(engine.basic_optimizer, run.train.optimizer.betas)
+    forget_bias_products(adam, run.train.optimizer.betas)
     let_the_device_wait(engine.optimizer)
     if not deepcompile:
         sum_gradients(engine)
         accumulate_in_flat_tensors(engine)
     if engine.bfloat16_enabled() or engine.torch_autocast_enabled():
-        update_in_full_vectors(engine.basic_optimizer)
+        update_in_full_vectors(adam)
     return engine
 
 
@@ -267,10 +270,12 @@ def _partitioned_model(config: GPTConfig, seed: int | None, ds_config: DsConfig,
     return model
 
 
-def set_learning_rate(engine: Engine, lr: float, muon_scale: float) -> None:
-    """Set `lr` in every parameter group of the optimizer. The groups that Muon updates get lr * muon_scale."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr * (muon_scale if group.get("use_muon") else 1.0)
+def make_muon(groups: list[JsonObject], run: RunFile, ds_config: DsConfig) -> Muon:
+    """Return Muon for these parameter groups, with the AdamW that DeepSpeed would choose for the others."""
+    offload = ((ds_config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device", "none")
+    params = {key: value for key, value in ds_config["optimizer"]["params"].items() if key in ("lr", "betas", "eps")}
+    make = DeepSpeedCPUAdam if offload != "none" else adamw_class(ds_config)
+    return Muon(groups, functools.partial(make, **params), run.train.optimizer)
 
 
 def loss_scale(engine: Engine) -> float | None:

@@ -1,13 +1,12 @@
 """Write full tensors into a running engine at any ZeRO stage: weights, optimizer states and the loss scale.
 
 If a checkpoint was written in another layout (ZeRO stage or number of ranks), checkpoint/reshard.py first converts it
-to one file of full tensors per parameter. DeepSpeed cannot load such files for Muon, Lion or stage 0, so this module
-writes into the optimizer's own tensors. Which part of a parameter a rank holds, and where (DeepSpeed 0.19):
+to one file of full tensors per parameter. DeepSpeed cannot load such files for Lion or stage 0, so this module writes
+ into the optimizer's own tensors. Which part of a parameter a rank holds, and where (DeepSpeed 0.19):
 
   stage 0      The complete parameter. The optimizer's state has the parameter as its key.
   stages 1, 2  Elements [a, b) of the parameter, inside the flat fp32 tensor of its parameter group. The attribute
-               parameter._hp_mapping says which elements, and at which offset of the flat tensor. BF16_Optimizer (Muon
-               in bf16 at stage 1) has the same structure, but another name for the flat tensors.
+               parameter._hp_mapping says which elements, and at which offset of the flat tensor.
   stage 3      Elements [r p, (r + 1) p) on rank r, with p = ceil(numel / ranks), inside the flat fp32 tensor of its
                sub-group. optimizer.grad_position says at which offset.
 
@@ -18,7 +17,6 @@ Cost: every rank memory-maps every file and reads only the part that it holds.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,7 @@ class Held:
     count: int
 
 
-def _held_parts(engine: Engine) -> Iterator[Held]:
+def held_parts(engine: Engine) -> Iterator[Held]:
     """Yield the part of each parameter that this rank's optimizer holds, in the order of the module's parameters.
 
     At stages 1 and 2, parameters of which this rank holds nothing are left out. At stage 3 they have count 0.
@@ -64,7 +62,7 @@ def _held_parts(engine: Engine) -> Iterator[Held]:
         elif isinstance(optimizer, torch.optim.Optimizer):
             yield Held(name, parameter, 0, 0, parameter.numel())
         elif mapping is not None:
-            flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+            flats = optimizer.single_partition_of_fp32_groups
             in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
             yield Held(name, flats[mapping.param_group_index], in_flat.start, in_parameter.start, in_flat.numel)
 
@@ -84,15 +82,12 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
     wrapper: Any = engine.optimizer
     inner = engine.basic_optimizer
     kinds = set[str]()  # "fp32" and the optimizer's states: "exp_avg", "exp_avg_sq", "momentum_buffer"
-    for held in _held_parts(engine):
+    for held in held_parts(engine):
         progress()
         with safe_open(folder / f"{held.name}.safetensors", "pt") as file:
             for kind in file.keys():  # noqa: SIM118  (safe_open is no dict)
                 kinds.add(kind)
                 value = file.get_tensor(kind).view(-1)
-                if kind == "momentum_buffer" and _keeps_momentum_by_matrix(wrapper):
-                    _set_momentum_of_matrix(engine, held.name, inner.state[held.flat], value)
-                    continue
                 target = held.flat.data if kind == "fp32" else _state_tensor(inner.state[held.flat], kind, held.flat)
                 part = value[held.begin : held.begin + held.count]
                 target.view(-1)[held.offset : held.offset + held.count].copy_(part)
@@ -108,32 +103,6 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
             # A static loss scale has only the first of the fields.
             if hasattr(wrapper.loss_scaler, field):
                 setattr(wrapper.loss_scaler, field, number)
-
-
-def _keeps_momentum_by_matrix(optimizer: Any) -> bool:
-    """Return whether Muon's momentum is stored one matrix after the other: at stages 1 and 2 without offload.
-
-    Each rank then holds the complete momentum of every matrix of which it holds some elements, unlike the weights,
-    which are cut exactly (zero_checkpoint._muon_momentum).
-    """
-    return hasattr(optimizer, "params_in_partition") and not optimizer.cpu_offload
-
-
-def _set_momentum_of_matrix(engine: Engine, name: str, state: JsonObject, value: torch.Tensor) -> None:
-    """Write `value`, the full momentum of the parameter `name`, into this rank's momentum buffer of the parameter's
-    group.
-
-    The buffer contains the momentum of all matrices of the group that this rank holds, one after the other. It is
-    created if `state` has none.
-    """
-    wrapper: Any = engine.optimizer
-    parameter: Any = engine.module.get_parameter(name)
-    matrices = wrapper.params_in_partition[parameter._hp_mapping.param_group_index]
-    if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros(sum(p.numel() for p in matrices), device=parameter.device)
-    before = itertools.takewhile(lambda p: p is not parameter, matrices)
-    offset = sum(p.numel() for p in before)
-    state["momentum_buffer"][offset : offset + value.numel()].copy_(value)
 
 
 def _state_tensor(state: JsonObject, kind: str, like: torch.Tensor) -> torch.Tensor:
@@ -154,7 +123,8 @@ def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """
     for state in optimizer.state.values():
         if "exp_avg_sq" in state:
-            in_tensors = isinstance(optimizer, torch.optim.AdamW) or isinstance(state.get("step"), torch.Tensor)
+            adam = getattr(optimizer, "adam", optimizer)  # of Muon
+            in_tensors = isinstance(adam, torch.optim.AdamW) or isinstance(state.get("step"), torch.Tensor)
             state["step"] = torch.tensor(float(step), device=state["exp_avg_sq"].device) if in_tensors else step
 
 

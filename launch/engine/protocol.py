@@ -48,6 +48,7 @@ class Engine(Protocol):
     optimizer: Optimizer
     basic_optimizer: torch.optim.Optimizer  # the optimizer inside DeepSpeed's wrapper; at stage 0 `optimizer` itself
     monitor: Monitor
+    seq_data_parallel_group: torch.distributed.ProcessGroup  # the ranks that partition weights and optimizer states
     global_steps: int
     global_samples: int
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from packspeed.launch.config.deepspeed_json import muon_clipping_note
 from packspeed.launch.config.deepspeed_keys import unused
 from packspeed.launch.explain.lint import GIB, Case, block, device, rule
 
@@ -83,9 +82,6 @@ def hidden_optimizer_settings(case: Case) -> Iterator[str]:
         "betas",
         "eps",
         "weight_decay",
-        "momentum",
-        "muon_lr",
-        "adam_lr",
     }
     for key, value in block(block(case.ds, "optimizer"), "params").items():
         if key not in known and value != "auto":
@@ -140,20 +136,6 @@ def quantized_communication(case: Case) -> Iterator[str]:
             f"{' and '.join(keys)}: ZeRO++ sends weights in 8 bits and gradients in 4, which changes the loss{needs}. "
             "Remove the keys unless links are so slow that it is worth it."
         )
-
-
-@rule("loss", "Muon, kellerjordan.github.io/posts/muon; tried with DeepSpeed 0.19.8")
-def muon_update_clipped(case: Case) -> Iterator[str]:
-    """DeepSpeed clips Muon's orthogonalised update instead of the gradient.
-
-    It does so at every ZeRO stage except 0, and except 1 in bf16. The norm of the update is about the square root of
-    the number of rows of all matrices. This is far above the limit, whatever the gradient was.
-
-    Symptom: the loss falls much more slowly than with AdamW, and a higher muon_lr changes little.
-    Fix: set train.grad_clip: 0.
-    """
-    if note := muon_clipping_note(case.run, case.ds, case.precision):
-        yield note
 
 
 # ---- settings without effect ----
@@ -390,8 +372,7 @@ def scattered_gradients(case: Case) -> Iterator[str]:
     if case.stage > 0 and case.zero.get("contiguous_gradients") is False:
         also = ", and overlap_comm then has no second bucket" if case.zero.get("overlap_comm") else ""
         yield f"contiguous_gradients = false fragments the memory of gradients{also}. Remove the key (default true)."
-    muon3 = case.run.train.optimizer.name == "muon" and case.stage == 3
-    if case.stage > 0 and case.zero.get("reduce_scatter") is False and not muon3:
+    if case.stage > 0 and case.zero.get("reduce_scatter") is False:
         yield (
             "reduce_scatter = false sends all gradients to all ranks, which is twice the traffic. Remove the key "
             "(default true)."

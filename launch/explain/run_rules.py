@@ -9,6 +9,12 @@ from collections.abc import Iterator
 
 from packspeed.launch.explain.lint import Case, rule
 
+# Keys of train.optimizer that Muon alone reads.
+MUON_ONLY = (
+    "momentum", "momentum_warmup_steps", "muon_lr", "nesterov", "ns_steps", "ns_coefficients", "update_scale",
+    "split_fused",
+)  # fmt: skip
+
 
 # ---- learning rate ----
 @rule("loss")
@@ -55,7 +61,7 @@ def schedule_settings_unused(case: Case) -> Iterator[str]:
         yield f"train.schedule.decay_steps has an effect with wsd only, but the schedule is {schedule.name}. Remove it."
     if schedule.min_lr > 0 and schedule.name == "constant":
         yield "train.schedule.min_lr has no effect with the schedule constant. Remove it."
-    for key in ("momentum", "muon_lr"):
+    for key in MUON_ONLY:
         if f"train.optimizer.{key}" in case.given and optimizer.name != "muon":
             yield f"train.optimizer.{key} has an effect with muon only, not with {optimizer.name}. Remove it."
 

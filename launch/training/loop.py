@@ -28,7 +28,8 @@ import torch
 from packspeed.data.loader import Prefetcher
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.schedule import learning_rate
-from packspeed.launch.engine.build import loss_scale, set_learning_rate
+from packspeed.launch.engine.build import loss_scale
+from packspeed.launch.engine.groups import set_rates
 from packspeed.launch.engine.norms import parameter_norms
 from packspeed.launch.engine.protocol import Engine
 from packspeed.launch.training.agreement import SCALARS, Agreement, all_reduce_agreement
@@ -90,7 +91,7 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
 
             # 2 to 4. Forward and backward, agreement of the ranks, optimizer step or veto: see train_step.
             with_norms = is_due(step, run.monitor.histograms_every_steps)
-            result = train_step(trainer, batch, lr, with_norms, meanwhile=feed.stage)
+            result = train_step(trainer, batch, step - 1, with_norms, meanwhile=feed.stage)
             if result.checkpoint_written:
                 # Every rank has written its files of an asynchronous save, so nobody waits in finish(), which publishes
                 # the checkpoint.
@@ -149,19 +150,18 @@ def is_due(step: int, every_steps: int, last_step: int | None = None) -> bool:
 def train_step(
     trainer: Trainer,
     batch: StagedBatch,
-    lr: float,
+    number: int,
     with_norms: bool = False,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Compute one optimizer step over this rank's rows, and apply or veto it: parts 2 to 4 of a step. A collective.
 
-    `batch` has this rank's rows of the global batch, and `lr` is the learning rate of this step. If `with_norms` is
-    True, the gradient and weight norms of each parameter are measured too. `meanwhile` is called once, when all forward
-    and backward passes are queued on the device and the host would only wait.
+    `batch` has this rank's rows of the global batch, and `number` is the step's number, counted from 0. If `with_norms`
+    is True, the gradient and weight norms of each parameter are measured too. `meanwhile` is called once, when all
+    forward and backward passes are queued on the device and the host would only wait.
     """
     engine, plan, norm_hook = trainer.engine, trainer.plan, trainer.norm_hook
-    optimizer = trainer.run.train.optimizer
-    set_learning_rate(engine, lr, optimizer.muon_lr / optimizer.lr if optimizer.muon_lr and optimizer.lr else 1.0)
+    set_rates(engine, number, trainer.run.train)
     trainer.detector.begin_step()
     norm_hook.begin_step()
     loss_sum = torch.zeros((), device=trainer.topology.device)

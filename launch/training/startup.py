@@ -13,7 +13,7 @@ from packspeed.data.mixture import MixtureData
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.checkpoint.resume import find_checkpoint, name_optimizers, resume_newest, run_identity
 from packspeed.launch.config.batch import plan_batch
-from packspeed.launch.config.deepspeed_json import muon_clipping_note, resolve_ds_config, zero_stage
+from packspeed.launch.config.deepspeed_json import resolve_ds_config, zero_stage
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.json_types import DsConfig
@@ -65,8 +65,6 @@ def start_training(
     ds_config = resolve_ds_config(run, raw_ds_config, plan, engine_precision(precision), config)
     check_precision(precision)
     check_ds_config(ds_config, run.deepspeed)
-    if note := muon_clipping_note(run, ds_config, engine_precision(precision)):
-        log(f"note: {note}")
     # Joins the process group and compiles DeepSpeed's ops.
     beat = heartbeat or no_beat
     beat("connecting")

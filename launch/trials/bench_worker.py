@@ -109,7 +109,7 @@ class PackspeedLoop:
         trainer.enter("data")
         number, batch = next(self.feed)
         lr = learning_rate(number, trainer.run.train)
-        done = train_step(trainer, batch, lr, meanwhile=self.feed.stage)
+        done = train_step(trainer, batch, number, meanwhile=self.feed.stage)
         trainer.enter("other")
         trainer.timer.step_done(number + 1)
         trainer.detector.accept(done.loss, done.norm)

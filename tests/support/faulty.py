@@ -24,6 +24,8 @@ import torch
 from packspeed.data.loader import Loader
 from packspeed.launch.checkpoint import checkpointer as checkpoint
 from packspeed.launch.engine import build
+from packspeed.launch.engine.norms import square_sum
+from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
 from packspeed.launch.training import evaluation, loop
 from packspeed.launch.training.metrics import Metrics
 
@@ -255,8 +257,22 @@ def lost_rng(_: str) -> None:
 
 def old_zero1(_: str) -> None:
     """bf16 at ZeRO-1 has DeepSpeed's BF16_Optimizer, as before, and gradients travel in bf16."""
-    build.one_zero1 = lambda optimizer_name: contextlib.nullcontext()
+    build.one_zero1 = lambda: contextlib.nullcontext()
     build.sum_gradients = lambda engine: None
+
+    def judge(hook: Any, engine: Any) -> None:
+        """Let the detector see the norm by which this class clips."""
+
+        def get_grads_for_norm(for_clipping: bool = False) -> Any:
+            gradients = original(for_clipping)
+            if not for_clipping:
+                hook._read_and_judge([square_sum(gradients[0]).float().sqrt()])
+            return gradients
+
+        original = engine.optimizer.get_grads_for_norm
+        engine.optimizer.get_grads_for_norm = get_grads_for_norm
+
+    GradientNormHook._patch_stage0 = judge  # type: ignore[method-assign,assignment]
 
 
 def main() -> int:

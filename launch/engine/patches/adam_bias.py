@@ -29,11 +29,10 @@ VECTOR = 16  # floats in the widest vector of a CPU
 def forget_bias_products(basic_optimizer: torch.optim.Optimizer, betas: tuple[float, float]) -> None:
     """Make DeepSpeed's Adam on CPUs compute beta^t anew in each step, so that it does not depend on earlier steps.
 
-    Patches DeepSpeedCPUAdam and the CPU's FusedAdam, also inside Muon; other optimizers are left as they are. `betas`
-    are Adam's two decay rates.
+    Patches DeepSpeedCPUAdam and the CPU's FusedAdam; other optimizers are left as they are. `betas` are Adam's two
+    decay rates.
     """
-    # DeepSpeed's Muon updates the parameters that are not matrices with an Adam in `aux_optimizer`.
-    optimizer: Any = getattr(basic_optimizer, "aux_optimizer", None) or basic_optimizer
+    optimizer: Any = basic_optimizer
     param, grad, exp_avg, exp_avg_sq = (torch.zeros(1) for _ in range(4))
     lr, eps, weight_decay, bias_correction = 0.0, 1.0, 0.0, True
 

@@ -13,7 +13,6 @@ Without    bf16 losses differ by 1e-3 between 1, 2 and 3 ranks and between ZeRO-
 
 With micro batches of equal size, the loss of each is multiplied by the same number in every layout, 1 / (micro batches
 of all ranks), and what is added up has been computed from equal bits. Only the order of the fp32 sums differs.
-Muon keeps BF16_Optimizer at ZeRO-1: the other one has no fp32 gradients for it.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from packspeed.launch.engine.protocol import Engine
 
 
 @contextlib.contextmanager
-def one_zero1(optimizer_name: str) -> Iterator[None]:
+def one_zero1() -> Iterator[None]:
     """Context in which deepspeed.initialize uses for ZeRO-1 in bf16 the optimizer class that it uses in fp32.
 
-    That is DeepSpeedZeroOptimizer instead of BF16_Optimizer. With the optimizer_name "muon", nothing changes.
+    That is DeepSpeedZeroOptimizer instead of BF16_Optimizer.
     """
 
     def check(engine: object, optimizer: torch.optim.Optimizer) -> Any:
         kind = original(engine, optimizer)
-        return ZERO_OPTIMIZATION if kind == BFLOAT16 and optimizer_name != "muon" else kind
+        return ZERO_OPTIMIZATION if kind == BFLOAT16 else kind
 
     original = replace(DeepSpeedEngine, "_do_optimizer_sanity_check", check)
     try:
@@ -69,7 +68,7 @@ def sum_gradients(engine: Engine) -> None:
 
     micro_batches = engine.train_batch_size() // engine.train_micro_batch_size_per_gpu()
     original = replace(engine, "backward", backward)
-    replace(engine, "gradient_average", False)  # stage 0, and BF16_Optimizer
+    replace(engine, "gradient_average", False)  # stage 0
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         _sum_at_stage3(optimizer)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):

@@ -30,7 +30,7 @@ Views = list[tuple[int, torch.Size, bool]]  # offset in this rank's part, shape,
 def accumulate_in_flat_tensors(engine: Engine) -> None:
     """Let the ZeRO-1 optimizer of a bf16 engine add up its gradients in one fp32 tensor per parameter group.
 
-    Engines with overlap_comm, offload, Muon or a communication_data_type of 16 bits are left as they are. To be called
+    Engines with overlap_comm, offload or a communication_data_type of 16 bits are left as they are. To be called
     after sum_gradients, because the patch adds up and does not divide.
     """
     optimizer: Any = engine.optimizer

@@ -5,8 +5,8 @@ Why        DeepSpeed computes the norm in fp32 at some ZeRO stages and from fp64
            depends on how the gradients are split into tensors, so clipping would depend on the stage and the number of
            ranks. The fp64 copies take twice the gradients' memory and three times as long. Stage 0 also clips by
            another formula. And DeepSpeed has no hook that shows the norm to the caller before the optimizer steps.
-Version    DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/bf16_optimizer.py and
-           _take_model_step of runtime/engine.py.
+Version    DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py and _take_model_step of
+           runtime/engine.py.
 Upstream   github.com/deepspeedai/DeepSpeed/issues/7837 (norms differ between stages), issues/7749 (between versions),
            github.com/pytorch/pytorch/issues/151761 and 68326 (the fp32 norm on CPUs).
 The norm   engine/norms.py: on CPUs rows of 4,096 elements in fp32, then their sums in fp64; on GPUs torch's foreach
@@ -24,17 +24,15 @@ How a veto works, with the functions in the order in which they are called:
               judge(norm, agreed)    AnomalyDetector.vetoes (training/anomaly.py): True if norm or loss is not finite or
                                      is a spike
           <- an invalid norm         returned to DeepSpeed, which then drops the gradients and does not step. At stages
-                                     1 to 3 it is -1, DeepSpeed's own mark for an overflow; for BF16_Optimizer NaN.
-                                     Stage 0 has no norm function: the hook replaces optimizer.step, and skips it
+                                     1 to 3 it is -1, DeepSpeed's own mark for an overflow. Stage 0 has no norm
+                                     function: the hook replaces optimizer.step, and skips it
     train_step()                     loop: reads hook.norm, hook.read_agreement() and the detector's anomaly
 
 "Agreement" is the all-reduced loss and other numbers (training/agreement.py). This copy is the only point of a step at
 which the CPU waits for the GPU. DeepSpeed alone waits in its overflow check and whenever it reads the norm. Here it
 gets the norm in host memory, where reading costs nothing. The overflow check is left out, because a gradient that is
 not finite makes the norm not finite. In fp16 this counts as an overflow, which lowers the loss scale, and not as an
-anomaly. There are two exceptions. Muon at stage 3 updates its momentum before the norm is known, and must not add bad
-gradients to it; so the agreement is copied earlier than the norm. With an offloaded optimizer, the CPU waits for the
-gradients.
+anomaly. With an offloaded optimizer, the CPU waits for the gradients.
 
 All ranks have the same norm and the same mean loss, so all of them veto a step or none. With an offloaded optimizer
 DeepSpeed's own norms of single gradients are used, because they are in fp64 already.
@@ -47,7 +45,6 @@ from typing import Any, Protocol
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -82,7 +79,6 @@ class Stage12Optimizer(ScaledOptimizer, Protocol):
 class Stage3Optimizer(ScaledOptimizer, Protocol):
     """The attributes of DeepSpeed's optimizer for ZeRO stage 3 that GradientNormHook reads."""
 
-    use_muon: bool
     clip_grad: float  # limit of the norm; 0: no clipping
     fp32_partitioned_groups_flat: Tensors  # this rank's slices of the weights, with their gradients
     norm_for_param_grads: dict[int, torch.Tensor]  # with offload: of the gradient of each parameter, by its id
@@ -120,9 +116,7 @@ class GradientNormHook:
         self._agreed: list[float] | None = None  # the numbers of _agreement, once they are on the host
         self._scales_loss = engine.fp16_enabled()
         optimizer: Any = engine.optimizer  # DeepSpeed's classes, which have no types
-        if isinstance(optimizer, BF16_Optimizer):
-            self._patch_bf16(optimizer)
-        elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             self._patch_stage3(optimizer)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
             self._patch_stages12(optimizer)
@@ -218,7 +212,7 @@ class GradientNormHook:
     def _patch_stage3(self, optimizer: Stage3Optimizer) -> None:
         """Patch the optimizer of ZeRO-3.
 
-        Its step() checks for an overflow, then updates Muon's momentum, then calls _get_norm_groups.
+        Its step() checks for an overflow, then calls _get_norm_groups.
         """
 
         def get_norm_groups() -> list[torch.Tensor]:
@@ -236,12 +230,7 @@ class GradientNormHook:
 
         def overflow_check(update_scale: bool = True) -> bool:
             optimizer.overflow = False
-            if optimizer.use_muon:
-                # Muon must not add bad gradients to its momentum. Here only the loss is known.
-                original_check(update_scale=update_scale)
-                self.vetoed = self.judge(None, self.read_agreement())
-                optimizer.overflow = optimizer.overflow or self.vetoed
-            return bool(optimizer.overflow)
+            return False
 
         def update_scale(has_overflow: bool = False) -> None:
             if not self.vetoed:
@@ -256,26 +245,8 @@ class GradientNormHook:
         original_groups = replace(optimizer, "_get_norm_groups", get_norm_groups)
         replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
         replace(optimizer, "complete_grad_norm_calculation_for_cpu_offload", offloaded)
-        original_check = replace(optimizer, "_overflow_check_and_loss_scale_update", overflow_check)
+        replace(optimizer, "_overflow_check_and_loss_scale_update", overflow_check)
         original_update = replace(optimizer, "_update_scale", update_scale)
-
-    def _patch_bf16(self, optimizer: object) -> None:
-        """Patch BF16_Optimizer (Muon in bf16 at ZeRO-1). Every rank has all gradients, so no tensor group is possible.
-
-        Its step() computes the norm of the list that get_grads_for_norm returns. The replacement returns a list of one
-        tensor with one element, the norm itself; the norm of that list is the same number.
-        """
-
-        def get_grads_for_norm(for_clipping: bool = False) -> Tensors | tuple[Tensors, dict[str, Tensors]]:
-            if for_clipping:
-                all_gradients: Tensors = original(for_clipping)
-                return all_gradients
-            gradients, _ = original(for_clipping)  # those of experts aside: a GPT has none
-            # DeepSpeed squares it in fp32: a norm above 1.8e19 is infinite there, and the step is dropped.
-            norms = self._read_and_judge([square_sum(gradients).float().sqrt()])
-            return [torch.full((1,), float("nan")) if norms is None else norms[0].view(1)], {}
-
-        original = replace(optimizer, "get_grads_for_norm", get_grads_for_norm)
 
     def _patch_stage0(self, engine: Any) -> None:
         """Patch an engine without ZeRO.

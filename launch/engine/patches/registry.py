@@ -54,13 +54,13 @@ BLOCKING_COLLECTIVES = (
 Row = tuple[str, str, str, dict[str, str]]  # file, where, used by, {name: why}
 
 NORM, BF16, ADAM = "engine/patches/gradient_norm.py", "engine/patches/bf16_gradients.py", "engine/patches/adam_bias.py"
-WAITS = "engine/patches/device_waits.py"
+WAITS, MUON = "engine/patches/device_waits.py", "engine/muon.py"
 FLAT = "engine/patches/flat_gradients.py"
 STATE, OPS, PROTOCOL = "engine/optimizer_state.py", "engine/ops.py", "engine/protocol.py"
 WRITER, ZERO = "engine/patches/checkpoint_writer.py", "checkpoint/zero_checkpoint.py"
 
 STAGE12, STAGE3 = "deepspeed/runtime/zero/stage_1_and_2.py", "deepspeed/runtime/zero/stage3.py"
-BF16_FILE, ENGINE_FILE = "deepspeed/runtime/bf16_optimizer.py", "deepspeed/runtime/engine.py"
+ENGINE_FILE = "deepspeed/runtime/engine.py"
 CONSTANTS = "deepspeed/checkpoint/constants.py"
 
 ENGINE: tuple[Row, ...] = (
@@ -81,6 +81,7 @@ ENGINE: tuple[Row, ...] = (
         "load_checkpoint": "called: reads a checkpoint of the same layout",
         "train_batch_size": "called: to count samples",
         "train_micro_batch_size_per_gpu": "called: to count micro batches",
+        "seq_data_parallel_group": "read: the ranks that share the matrices of Muon",
         "zero_optimization_stage": "called: decides where the optimizer states are looked for",
         "zero_nvme_offload_optimizer": "called: a run with NVMe offload cannot be resumed",
         "gradient_clipping": "called: the limit for clipping at stage 0",
@@ -143,8 +144,6 @@ OPTIMIZERS: tuple[Row, ...] = (
     (STAGE12, TENSORS, NORM, {"_zero_padding": "read: marks gradients that are only padding of a partition"}),
     (STAGE12, "DeepSpeedZeroOptimizer", STATE, {
         "single_partition_of_fp32_groups": "set: this rank's slice of the weights",
-        "params_in_partition": "read: the parameters that are at least partly in the slice",
-        "cpu_offload": "read: without offload, Muon's momentum is stored as complete matrices, not as slices",
         "loss_scaler": "set: its fields, which SCALER_FIELDS in engine/optimizer_state.py lists",
         "update_lp_params()": "called: copies new fp32 weights into the module",
     }),
@@ -156,7 +155,7 @@ OPTIMIZERS: tuple[Row, ...] = (
         "get_grad_norm_direct(gradients, params, norm_type)":
             "replaced: computes the norm in the same way at every stage",
         "_overflow_check_and_loss_scale_update(update_scale)":
-            "replaced: a bad loss must veto the step before Muon updates its momentum",
+            "replaced: the norm tells an overflow, without a wait of its own",
         "_update_scale(has_overflow)": "replaced: a veto must not lower the fp16 loss scale as an overflow does",
         "unscale_and_clip_grads(sub_group_id, total_norm)": "replaced: clips by the same formula at every stage",
         "clip_grad": "read: the limit of the norm",
@@ -196,18 +195,15 @@ OPTIMIZERS: tuple[Row, ...] = (
         "_reassign_or_swap_out_partitioned_parameters(sub_group_id)": "called: copies new fp32 weights into the module",
         "checkpoint_event_epilogue()": "called: gathers the persistent parameters",
     }),
+    ("deepspeed/runtime/zero/partition_parameters.py", TENSORS, MUON, {
+        "ds_shape": "read: the shape of a partitioned parameter",
+    }),
     ("deepspeed/runtime/zero/partition_parameters.py", TENSORS, STATE, {
         "ds_numel": "read: the number of elements of a partitioned parameter",
         "partition": "called: partitions the persistent parameters",
     }),
     ("deepspeed/runtime/utils.py", MODULE, NORM, {
         "combine_grad_norm_groups(norm_groups, norm_type)": "called: combines the norms of stage 3's groups into one",
-    }),
-    (BF16_FILE, MODULE, NORM, {
-        "BF16_Optimizer": "read: tells the optimizer for bf16 with fp32 gradients, to choose its hook",
-    }),
-    (BF16_FILE, "BF16_Optimizer", NORM, {
-        "get_grads_for_norm(for_clipping)": "replaced: records the norm, and returns nan for a vetoed step",
     }),
     (ENGINE_FILE, "DeepSpeedEngine", BF16, {
         "_do_optimizer_sanity_check(basic_optimizer)": "replaced: the ZeRO-1 optimizer of fp32 for bf16",
@@ -225,7 +221,7 @@ OPTIMIZERS: tuple[Row, ...] = (
         "_fill_param_grad_accum_attribute(param)": "replaced: adds a gradient to the flat tensor",
         "reduce_gradients(pipeline_parallel)": "replaced: reduces the flat tensor in place",
         "_build_compact_grad_partition_buffer(group_idx)": "called: where each gradient is in a rank's part",
-        "_use_compact_grad_partition_buffer(group_idx)": "called: not for Muon's matrices",
+        "_use_compact_grad_partition_buffer(group_idx)": "called: whether a group has one",
         "averaged_gradients": "set: this rank's part of the sums",
         "bit16_groups": "read: the parameters of a group, in order",
         "bit16_groups_flat": "read: the size of a group with what fills it up",
@@ -244,10 +240,6 @@ OPTIMIZERS: tuple[Row, ...] = (
         "all2all_process_group": "read: ZeRO++ exchanges gradients in another way",
         "gradient_accumulation_dtype": "read: the dtype of the sums",
         "_get_param_partition_group(param)": "called: the ranks that share a gradient",
-    }),
-    (BF16_FILE, "BF16_Optimizer", STATE, {
-        "fp32_groups_flat_partition": "set: this rank's slice of the weights",
-        "update_lp_params()": "called: copies new fp32 weights into the module",
     }),
     (STAGE12, TENSORS, STATE, {"_hp_mapping": "read: the position of a parameter in the flat tensors"}),
     ("deepspeed/utils/tensor_fragment.py", "tensor_fragment", STATE, {
@@ -273,9 +265,6 @@ OPTIMIZERS: tuple[Row, ...] = (
         "multi_tensor_adam": "replaced: called with full vectors only",
         "_dummy_overflow_buf": "read: an argument of the op",
         "adam_w_mode": "read: an argument of the op",
-    }),
-    ("deepspeed/runtime/zero/muon/muon_optimizer.py", "MuonWithAuxAdam", ADAM, {
-        "aux_optimizer": "read: the Adam that updates the parameters that are not matrices",
     }),
     ("deepspeed/ops/csrc/adam/cpu_adam.cpp", TEXT, ADAM, {
         '"adam_update", &ds_adam_step': "called: the op's update",
@@ -357,10 +346,6 @@ CHECKPOINT_FILES: tuple[Row, ...] = (
 )  # fmt: skip
 
 TORCH: tuple[Row, ...] = (
-    ("torch/_dynamo/config.py", MODULE, "engine/patches/dynamo.py", {
-        "automatic_dynamic_shapes": "replaced: by False, so that each shape gets its own kernel",
-        "recompile_limit": "replaced: by a limit that allows one kernel for each shape",
-    }),
     ("torch/_C/_VariableFunctions.pyi", MODULE, "engine/norms.py", {
         "_foreach_norm": "called: computes the norms of many gradients in few launches",
     }),

@@ -1,0 +1,72 @@
+"""Parameter groups of the optimizer: who shares a learning rate, and the rates of each step.
+
+    groups = optimizer_groups(model, run.train.optimizer)
+    set_rates(engine, step, run.train)                          # before every step, from the step's number alone
+
+    matrices      the matrices of the blocks, if the optimizer is Muon: peak learning rate muon_lr
+    embedding     token and position embeddings, if embedding_lr is given
+    head          an output head that is not tied to the embedding, if head_lr is given
+    scalars       norms and biases, if scalar_lr is given
+    decay         all other matrices: optimizer.lr
+    no_decay      all other parameters: optimizer.lr
+
+Weight decay applies to matrices only. Groups without parameters are left out.
+"""
+
+from __future__ import annotations
+
+from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.run_file import OptimizerSection, TrainSection
+from packspeed.launch.config.schedule import learning_rate, momentum, weight_decay
+from packspeed.launch.engine.protocol import Engine
+from packspeed.model.gpt import GPT, is_matrix, is_muon_parameter
+
+MATRICES = "matrices"
+ALWAYS = ("decay", "no_decay")
+
+
+def peak_rates(optimizer: OptimizerSection) -> dict[str, float]:
+    """Return {name of a group: its peak learning rate} for all groups that these settings may need."""
+    own = {"embedding": optimizer.embedding_lr, "head": optimizer.head_lr, "scalars": optimizer.scalar_lr}
+    rates = {name: rate for name, rate in own.items() if rate is not None}
+    if optimizer.name == "muon":
+        rates[MATRICES] = optimizer.muon_lr or optimizer.lr
+    return rates | dict.fromkeys(ALWAYS, optimizer.lr)
+
+
+def group_of(name: str, groups: dict[str, float]) -> str:
+    """Return the group, out of those that there are, to which the parameter of this name belongs."""
+    if not is_matrix(name):
+        wanted = "scalars"
+    elif is_muon_parameter(name):
+        wanted = MATRICES
+    else:
+        wanted = "head" if name == "lm_head.weight" else "embedding"
+    return wanted if wanted in groups else ALWAYS[not is_matrix(name)]
+
+
+def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject]:
+    """Return the parameter groups for a torch optimizer, with name, parameters and weight decay. Tied weights appear
+    once.
+    """
+    rates = peak_rates(optimizer)
+    of_group: dict[str, list[object]] = {name: [] for name in rates}
+    decays = dict.fromkeys(rates, 0.0)
+    for name, parameter in model.named_parameters():
+        group = group_of(name, rates)
+        of_group[group].append(parameter)
+        decays[group] = optimizer.weight_decay if is_matrix(name) else 0.0
+    return [{"name": name, "params": of_group[name], "weight_decay": decays[name]} for name in rates if of_group[name]]
+
+
+def set_rates(engine: Engine, step: int, train: TrainSection) -> None:
+    """Set the learning rate of an optimizer step, counted from 0, in every group; the momentum of Muon's; and the
+    weight decay, unless it is constant.
+    """
+    rates, lr = peak_rates(train.optimizer), learning_rate(step, train)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * (rates[group["name"]] / train.optimizer.lr) if train.optimizer.lr else 0.0
+        if group["name"] == MATRICES:
+            group["momentum"] = momentum(step, train.optimizer)
+        if group["weight_decay"] and train.optimizer.weight_decay_schedule != "constant":
+            group["weight_decay"] = weight_decay(step, train)

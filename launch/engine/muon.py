@@ -1,0 +1,325 @@
+"""Muon for the matrices of the blocks, Adam for the rest: one optimizer that DeepSpeed partitions as it does Adam.
+
+    optimizer = Muon(groups, adam, settings)           # handed to deepspeed.initialize
+    optimizer.locate(engine)                           # afterwards: which rank holds which part of which matrix
+
+A step of Muon (https://kellerjordan.github.io/posts/muon) with the gradient G of a matrix W:
+
+    B <- m B + (1 - m) G                    momentum, element by element
+    U  = (1 - m) G + m B                    Nesterov; otherwise B
+    O  = orthogonalise(U)                   all singular values close to 1: needs the complete matrix
+    W <- W - lr decay W - lr scale O        scale: a function of the shape (update_scale)
+
+To DeepSpeed this is an optimizer of flat fp32 partitions, as Adam is. The momentum has the size of the partition and is
+stored, cut and converted like Adam's moments. DeepSpeed clips the gradient before the step, at every stage alike, so
+that clipping never cuts O. Only the third line needs other ranks. Each matrix has one owner. The owner gets the parts
+of U from all ranks, computes O, and sends the parts of O back: two all-to-all exchanges per ROUND elements of a rank.
+
+    rank 0 holds  | A A A B B |            owner of A: rank 1     A A A ->  A A A    orthogonalise    A A A ->
+    rank 1 holds  | B C C C C |            owner of B: rank 0     <-  B
+
+The owners are chosen so that all ranks compute about as long. Each matrix is multiplied alone, in the same order and by
+the same kernels whichever rank owns it, so that its update has the same bits in every layout. Products are in fp32 on
+CPUs. On GPUs they are in bf16, as in Muon's publications, because the iteration corrects its own rounding; there the
+exchanges are in bf16, too, which changes no bit. Cost for an n x m matrix, n <= m: 4 n^2 m + 2 n^3 FLOPs per iteration.
+A fused matrix (queries, keys and values; gate and up) is several matrices below each other, hence a range of elements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.run_file import OptimizerSection
+from packspeed.launch.engine.groups import MATRICES
+from packspeed.launch.engine.optimizer_state import held_parts
+from packspeed.launch.engine.protocol import Engine
+from packspeed.model.gpt import GPT, is_muon_parameter, stacked_matrices
+
+ROUND = 2**27  # elements of a rank that one exchange sends at most, unless a single matrix is larger
+EPS = 1e-7
+
+Coefficients = Sequence[tuple[float, float, float]]
+
+# Of Muon's author: the steepest polynomial at 0 whose iteration stays between 0.7 and 1.2.
+QUINTIC = ((3.4445, -4.7750, 2.0315),)
+# Polar Express (https://arxiv.org/abs/2505.16932), optimal for singular values from 1e-3 on: one polynomial per
+# iteration. The paper's safety factor of 1.01 against rounding in bf16 is applied here.
+POLAR_EXPRESS = tuple(
+    (a / 1.01, b / 1.01**3, c / 1.01**5)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.875, -1.25, 0.375),
+    )
+)
+POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
+
+
+def iteration(name: str, steps: int) -> Coefficients:
+    """Return the coefficients (a, b, c) of `steps` iterations. `name`: a key of POLYNOMIALS, whose last one repeats."""
+    known = POLYNOMIALS[name]
+    return [known[min(step, len(known) - 1)] for step in range(steps)]
+
+
+def orthogonalise(matrix: Tensor, coefficients: Coefficients) -> Tensor:
+    """Return an approximation of U V^T, for the matrix U S V^T (n, m), by Newton-Schulz iterations in its own dtype.
+
+    An iteration maps each singular value s to a s + b s^3 + c s^5. A matrix of zeros stays one.
+    """
+    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    x = x / x.norm().clamp(min=EPS)
+    for a, b, c in coefficients:
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.size(0) > matrix.size(1) else x
+
+
+def update_scale(rows: int, columns: int, kind: str) -> float:
+    """Return the factor of an orthogonal (rows, columns) update: by "shape" or by "rms".
+
+    shape: sqrt(max(1, rows / columns)), of Muon's author. rms: 0.2 sqrt(max(rows, columns)), with which the elements
+    have the root mean square 0.2 that AdamW's updates have (Moonlight, https://arxiv.org/abs/2502.16982).
+    """
+    return 0.2 * math.sqrt(max(rows, columns)) if kind == "rms" else math.sqrt(max(1.0, rows / columns))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrix:
+    """One matrix and where its elements are.
+
+    This rank's part begins at index `offset` of `flat`, a flattened tensor of the optimizer. held[r] is (first element
+    of the flattened matrix that rank r holds, number of elements).
+    """
+
+    rows: int
+    columns: int
+    flat: Tensor
+    offset: int
+    held: list[tuple[int, int]]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.rows * self.columns
+
+    @property
+    def cost(self) -> int:
+        """Multiplications of one iteration, up to a factor."""
+        short, long = sorted((self.rows, self.columns))
+        return short * short * (2 * long + short)
+
+    def span(self, rank: int) -> slice:
+        """Return which elements of the flattened matrix this rank holds."""
+        begin, count = self.held[rank]
+        return slice(begin, begin + count)
+
+    def part(self, flat: Tensor, rank: int) -> Tensor:
+        """Return a view of this rank's part in `flat`, a flattened tensor like self.flat."""
+        return flat[self.offset : self.offset + self.held[rank][1]]
+
+
+class Round:
+    """Matrices whose parts travel in the same two exchanges.
+
+    `replicated`: every rank holds all of every matrix (ZeRO-0), so that owners need no parts of others.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], rank: int, replicated: bool, group: object) -> None:
+        self.rank, self.group, self.replicated = rank, group, replicated
+        self.ranks = len(matrices[0].held)
+        self.of_owner = share_out(matrices, self.ranks)
+
+    def sent(self, matrix: Matrix, source: int, owner: int) -> int:
+        """Return how many elements of the matrix rank `source` sends to the owner."""
+        return matrix.held[source][1] if source == owner or not self.replicated else 0
+
+    def orthogonalise(
+        self, update_of: Callable[[Matrix], Tensor], function: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[Matrix, Tensor]]:
+        """Yield (matrix, this rank's part of function(update)) for every matrix, as a flat tensor. A collective.
+
+        update_of(matrix): this rank's part of the update, flat. function: from the complete update (rows, columns) to
+        a tensor of the same shape. All ranks of the group must call it, and exhaust it.
+        """
+        mine, ranks = self.of_owner[self.rank], range(self.ranks)
+        if self.ranks == 1:
+            for matrix in mine:
+                update = update_of(matrix).to(*computes_on())
+                yield matrix, function(update.view(matrix.rows, matrix.columns)).reshape(-1)
+            return
+        pairs = [(owner, matrix) for owner in ranks for matrix in self.of_owner[owner]]
+        parts = [update_of(matrix) for owner, matrix in pairs if self.sent(matrix, self.rank, owner)]
+        arrived = self._exchange(
+            parts,
+            [sum(self.sent(matrix, self.rank, owner) for matrix in self.of_owner[owner]) for owner in ranks],
+            [sum(self.sent(matrix, source, self.rank) for matrix in mine) for source in ranks],
+        )
+        complete = {matrix: arrived.new_empty(matrix.numel) for matrix in mine}
+        sizes = [self.sent(matrix, source, self.rank) for source in ranks for matrix in mine]
+        places = [(matrix, source) for source in ranks for matrix in mine]
+        for (matrix, source), part in zip(places, torch.split(arrived, sizes), strict=True):
+            if part.numel():
+                complete[matrix][matrix.span(source)] = part
+        results = {
+            matrix: function(flat.view(matrix.rows, matrix.columns)).reshape(-1) for matrix, flat in complete.items()
+        }
+        back = self._exchange(
+            [results[matrix][matrix.span(r)] for r in ranks for matrix in mine],
+            [sum(matrix.held[r][1] for matrix in mine) for r in ranks],
+            [sum(matrix.held[self.rank][1] for matrix in self.of_owner[owner]) for owner in ranks],
+        )
+        sizes = [matrix.held[self.rank][1] for _, matrix in pairs]
+        yield from zip((matrix for _, matrix in pairs), torch.split(back, sizes), strict=True)
+
+    def _exchange(self, parts: Sequence[Tensor], sent: list[int], received: list[int]) -> Tensor:
+        """Send the next sent[r] elements of `parts` to each rank r; return what arrives, received[r] from each rank."""
+        device, dtype = computes_on()
+        arrived = torch.empty(sum(received), device=device, dtype=dtype)
+        joined = torch.cat([arrived[:0], *(part.to(device, dtype) for part in parts)])
+        dist.all_to_all_single(arrived, joined, received, sent, group=self.group)
+        return arrived
+
+
+def computes_on() -> tuple[torch.device, torch.dtype]:
+    """Return the device and the dtype of the products: bf16 on an accelerator, fp32 on the CPU."""
+    device = torch.device(get_accelerator().current_device_name())
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
+    """Return the matrices that each rank owns: the costliest first, each to the rank with the least work so far."""
+    of_owner: list[list[Matrix]] = [[] for _ in range(ranks)]
+    work = [0] * ranks
+    for matrix in sorted(matrices, key=lambda matrix: -matrix.cost):
+        owner = work.index(min(work))
+        of_owner[owner].append(matrix)
+        work[owner] += matrix.cost
+    return of_owner
+
+
+def rounds(matrices: Iterable[Matrix], elements: int) -> list[list[Matrix]]:
+    """Cut the matrices into runs of at most so many elements together, or of a single larger matrix."""
+    cut: list[list[Matrix]] = []
+    room = 0
+    for matrix in matrices:
+        if not cut or matrix.numel > room:
+            cut.append([])
+            room = elements
+        cut[-1].append(matrix)
+        room -= matrix.numel
+    return cut
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the group called MATRICES, and the Adam that `adam` makes for the other groups.
+
+    `groups` are parameter groups with a name each. `settings` are those of the run file; lr, weight_decay and momentum
+    are read from the groups, because they may change from step to step.
+    """
+
+    def __init__(
+        self,
+        groups: list[JsonObject],
+        adam: Callable[[list[JsonObject]], torch.optim.Optimizer],
+        settings: OptimizerSection,
+    ) -> None:
+        self.adam = adam([group for group in groups if group["name"] != MATRICES])
+        self.settings = settings
+        self.coefficients = iteration(settings.ns_coefficients, settings.ns_steps)
+        self.rounds: dict[Tensor, list[Round]] = {}  # by the first tensor of a group that DeepSpeed updates at once
+        super().__init__(groups, {"lr": settings.lr, "momentum": settings.momentum})
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Update all groups that have parameters. A collective of the data-parallel ranks."""
+        groups = [group for group in self.param_groups if group["params"]]
+        if others := [group for group in groups if group["name"] != MATRICES]:
+            self.adam.param_groups, self.adam.state = others, self.state
+            self.adam.step()
+        for group in groups:
+            if group["name"] == MATRICES:
+                self._update_matrices(group)
+
+    def _update_matrices(self, group: JsonObject) -> None:
+        """Update the matrices of one group."""
+        updates: dict[Tensor, Tensor] = {}
+        for parameter in group["params"]:
+            state, gradient = self.state[parameter], parameter.grad
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp_(momentum, group["momentum"]) if self.settings.nesterov else momentum
+            updates[parameter] = update.view(-1)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+
+        def function(update: Tensor) -> Tensor:
+            return orthogonalise(update, self.coefficients)
+
+        for part in self.rounds[group["params"][0]]:
+            for matrix, direction in part.orthogonalise(lambda m: m.part(updates[m.flat], part.rank), function):  # noqa: B023
+                target = matrix.part(matrix.flat.data.view(-1), part.rank)
+                scale = update_scale(matrix.rows, matrix.columns, self.settings.update_scale)
+                target.add_(direction.to(target.device, target.dtype), alpha=-group["lr"] * scale)
+
+    def locate(self, engine: Engine) -> None:
+        """Find out which rank holds which part of which matrix. Call it once. A collective: every rank must call it."""
+        stage, group = engine.zero_optimization_stage(), engine.seq_data_parallel_group
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        held = {part.name: part for part in held_parts(engine)}
+        names = [name for name, _ in engine.module.named_parameters() if is_muon_parameter(name)]
+        own = [(held[name].begin, held[name].count) if name in held else (0, 0) for name in names]
+        of_ranks = gather_numbers(own, ranks, group)
+        # What DeepSpeed updates at once: all matrices, but a sub-group of them at stage 3.
+        group_of_all = next(group for group in self.param_groups if group["name"] == MATRICES)
+        first = group_of_all["params"][0] if stage < 3 else None
+        found: dict[Tensor, list[Matrix]] = {}
+        model = engine.module
+        assert isinstance(model, GPT)
+        for number, name in enumerate(names):
+            parameter = model.get_parameter(name)
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            key = held[name].flat if first is None else first
+            flat = held[name].flat if name in held else key
+            start = 0
+            for rows, columns in stacked_matrices(name, shape, model.config, self.settings.split_fused):
+                spans = [overlap(of_rank[number], start, rows * columns) for of_rank in of_ranks]
+                offset = 0
+                if name in held:
+                    offset = held[name].offset + start + spans[rank][0] - held[name].begin
+                found.setdefault(key, []).append(Matrix(rows, columns, flat, offset, spans))
+                start += rows * columns
+        self.rounds = {
+            key: [Round(part, rank, stage == 0, group) for part in rounds(matrices, ROUND * ranks)]
+            for key, matrices in found.items()
+        }
+
+
+def overlap(held: tuple[int, int], start: int, count: int) -> tuple[int, int]:
+    """Return the part of a matrix that is held, as (its first element, counted from `start`; number of elements).
+
+    The matrix is elements [start, start + count) of a parameter of which `held` is (first element, number of elements).
+    """
+    begin, end = max(held[0], start), min(held[0] + held[1], start + count)
+    return (begin - start, end - begin) if begin < end else (0, 0)
+
+
+def gather_numbers(own: list[tuple[int, int]], ranks: int, group: object) -> list[list[tuple[int, int]]]:
+    """Return the pairs of numbers of every rank of the group, which all have equally many. A collective."""
+    if ranks == 1:
+        return [own]
+    numbers = torch.tensor(own, device=get_accelerator().current_device_name()).view(-1)
+    gathered = numbers.new_empty(ranks * numbers.numel())
+    dist.all_gather_into_tensor(gathered, numbers, group=group)
+    return [[(begin, count) for begin, count in of_rank] for of_rank in gathered.view(ranks, -1, 2).tolist()]
