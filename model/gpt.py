@@ -507,16 +507,19 @@ def is_muon_parameter(name: str) -> bool:
 def stacked_matrices(name: str, shape: Sequence[int], config: GPTConfig, split: bool) -> list[tuple[int, int]]:
     """Return the shapes (rows, columns) of the matrices that are below each other in the matrix of this name.
 
-    With `split`, the projections to queries, keys and values are three matrices, and SwiGLU's gate and up are two. Any
-    other matrix is one, and without `split` all are.
+    A mixture has one matrix per expert. With `split`, the projections to queries, keys and values are three matrices,
+    and SwiGLU's gate and up are two.
     """
     rows, columns = shape
     if split and name.endswith("attn.qkv.weight"):
         heads = (config.n_head, config.kv_heads, config.kv_heads)
         return [(number * config.head_width, columns) for number in heads]
-    if split and name.endswith("mlp.up.weight") and config.mlp == "swiglu":
-        return [(rows // 2, columns)] * 2
-    return [(rows, columns)]
+    count = 1
+    if name.endswith((".mlp.up.weight", ".mlp.proj.weight")) and config.has_experts(int(name.split(".")[1])):
+        count = config.n_expert or 1
+    if split and name.endswith(".up.weight") and config.mlp == "swiglu":
+        count *= 2
+    return [(rows // count, columns)] * count
 
 
 def param_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:

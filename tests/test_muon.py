@@ -193,9 +193,14 @@ def test_work_is_shared_equally_and_in_rounds() -> None:
     assert len(rounds(matrices, 1)) == len(matrices), "a matrix larger than a round has a round of its own"
 
 
-@pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "n_kv_head": 1}, {"head_dim": 6, "n_kv_head": 2}])
+EXPERTS = {"bias": "qkv", "n_expert": 3, "d_expert": 8, "n_shared_expert": 1, "first_dense": 1}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mlp": "swiglu", "n_kv_head": 1}, {"head_dim": 6, "n_kv_head": 2}, {"mlp": "swiglu", **EXPERTS}]
+)
 def test_stacked_matrices_are_what_the_model_splits(options: dict[str, Any]) -> None:
-    config = GPTConfig(n_layer=1, n_head=4, d_model=16, vocab_size=100, max_seq_len=8, **options)
+    config = GPTConfig(n_layer=2, n_head=4, d_model=16, vocab_size=100, max_seq_len=8, **options)
     model = GPT(config)
     shapes = {name: p.shape for name, p in model.named_parameters() if is_muon_parameter(name)}
     for split in (False, True):
@@ -203,7 +208,10 @@ def test_stacked_matrices_are_what_the_model_splits(options: dict[str, Any]) -> 
             found = stacked_matrices(name, shape, config, split)
             assert sum(rows for rows, _ in found) == shape[0]
             assert {columns for _, columns in found} == {shape[1]}
-            assert split or found == [tuple(shape)]
+            stacked = "n_expert" in options and name.startswith(("blocks.1.mlp.up", "blocks.1.mlp.proj"))
+            assert split or len(found) == (3 if stacked else 1)
+            if split and options.get("mlp") == "swiglu" and name.endswith("up.weight"):
+                assert len(found) == (6 if stacked else 2)
     attention, x = model.blocks[0].attn, torch.randn(1, 3, 16)
     torch.nn.init.zeros_(attention.qkv.bias)
     mixed = attention.qkv(x).view(1, 3, -1, config.head_width)

@@ -544,9 +544,4 @@ class RunFile(Section):
             obstacle := fp8_obstacle(config, self.data.seq_len, self.train.fp8_skip_blocks)
         ):
             raise ConfigError(f"train.precision: fp8: {obstacle}")
-        if self.train.optimizer.name == "muon" and config.n_expert is not None:
-            raise ConfigError(
-                "train.optimizer.name: muon with model.n_expert: Muon makes each parameter orthogonal as one matrix, "
-                "but a parameter holds the matrices of all experts of a layer. Use adamw."
-            )
         return config
