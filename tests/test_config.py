@@ -266,6 +266,16 @@ def test_schedules_warm_up_peak_and_end(tmp_path: Path, name: str) -> None:
         assert rates[81] < 1e-3
 
 
+def test_wsd_decays_linearly_or_by_the_root(tmp_path: Path) -> None:
+    for shape, at_a_quarter in (("linear", 0.75), ("sqrt", 0.5)):
+        schedule = f"{{name: wsd, decay_steps: 40, decay: {shape}}}"
+        train = load_run_file(
+            write(tmp_path, MINIMAL.replace("steps: 10", f"steps: 100\n  schedule: {schedule}"))
+        ).train
+        rates = [learning_rate(step, train) for step in (0, 60, 70, 100)]
+        assert rates == pytest.approx([1e-3, 1e-3, at_a_quarter * 1e-3, 0.0])
+
+
 def test_schedule_equals_nanogpts_formula(tmp_path: Path) -> None:
     import math
 

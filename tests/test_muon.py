@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from packspeed.launch.config.run_file import OptimizerSection, RunFile
 from packspeed.launch.config.schedule import learning_rate, momentum, weight_decay
 from packspeed.launch.engine import muon
-from packspeed.launch.engine.groups import MATRICES, optimizer_groups
+from packspeed.launch.engine.groups import MATRICES, optimizer_groups, set_rates
 from packspeed.launch.engine.muon import Matrix, Muon, Round, iteration, orthogonalise, overlap, rounds, share_out
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, is_muon_parameter, stacked_matrices
@@ -249,6 +250,19 @@ def test_groups_have_their_own_rates(tmp_path: Path) -> None:
     assert sum(len(group["params"]) for group in groups.values()) == len(names)
     plain = optimizer_groups(model, OptimizerSection())
     assert [group["name"] for group in plain] == ["decay", "no_decay"]
+
+
+def test_a_step_sets_what_a_checkpoint_has_restored(tmp_path: Path) -> None:
+    """Loading a state_dict restores the groups' settings of the save; the run file may have others since."""
+    model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=100, max_seq_len=8))
+    run = settings_of(tmp_path, weight_decay=0.2, betas=[0.8, 0.9], eps=1e-6, muon_lr=0.02)
+    stale = {"lr": 7.0, "weight_decay": 7.0, "betas": [0.0, 0.0], "eps": 7.0, "momentum": 7.0}
+    groups = [group | stale for group in optimizer_groups(model, run.train.optimizer)]
+    set_rates(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 0, run.train)  # type: ignore[arg-type]
+    for group in groups:
+        assert group["weight_decay"] == (0.0 if group["name"] == "no_decay" else 0.2)
+        assert (group["betas"], group["eps"], group["momentum"]) == ([0.8, 0.9], 1e-6, 0.95)
+        assert group["lr"] == pytest.approx(0.02 if group["name"] == MATRICES else 1e-3)
 
 
 def test_momentum_and_weight_decay_follow_their_schedules(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ OLDER_DEFAULTS = {
     "parallel.sequence": 1,
     "parallel.tensor": 1,
     "parallel.expert": 1,
+    "train.schedule.decay": "linear",
     "train.optimizer.weight_decay_schedule": "constant",
     "train.optimizer.embedding_lr": None,
     "train.optimizer.head_lr": None,

@@ -265,13 +265,18 @@ class ScheduleSection(Section):
 
     name: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine",
-        description="Shape of the learning rate after warm-up. wsd (warm-up, stable, decay): constant, then a linear "
+        description="Shape of the learning rate after warm-up. wsd (warm-up, stable, decay): constant, then a "
         "decay at the end.",
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from near 0 to the peak.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay. Unused by constant.")
     decay_steps: int | None = Field(
         None, ge=1, description="wsd only: steps of the final decay. Default: a fifth of the run."
+    )
+    decay: Literal["linear", "sqrt"] = Field(
+        "linear",
+        description="wsd only: shape of the final decay. linear: 1 - p for the decayed part p of the decay. sqrt: "
+        "1 - sqrt(p), which falls fast at first.",
     )
 
 

@@ -2,7 +2,7 @@
 
 A resumed run uses the same rates as an uninterrupted one, because the rate depends only on the step number and the run
 file. The shapes are cosine (SGDR, arXiv:1608.03983), linear, constant, and wsd (MiniCPM, arXiv:2404.06395), which is
-constant and then decays linearly at the end. The warm-up is the same as nanoGPT's.
+constant and then decays at the end, linearly or as 1 - sqrt (arXiv:2405.18392). The warm-up is the same as nanoGPT's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def learning_rate(step: int, train: TrainSection) -> float:
     if schedule.name == "wsd":
         start = max(start, total - (schedule.decay_steps or max(1, total // 5)))
     progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
-    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1.0 - progress
+    if schedule.name == "cosine":
+        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        shape = 1.0 - (math.sqrt(progress) if schedule.name == "wsd" and schedule.decay == "sqrt" else progress)
     return schedule.min_lr + shape * (peak - schedule.min_lr)
 
 

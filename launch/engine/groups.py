@@ -23,6 +23,7 @@ from packspeed.model.gpt import GPT, is_matrix, is_muon_parameter
 
 MATRICES = "matrices"
 ALWAYS = ("decay", "no_decay")
+WITHOUT_DECAY = ("no_decay", "scalars")
 
 
 def peak_rates(optimizer: OptimizerSection) -> dict[str, float]:
@@ -51,22 +52,22 @@ def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject
     """
     rates = peak_rates(optimizer)
     of_group: dict[str, list[object]] = {name: [] for name in rates}
-    decays = dict.fromkeys(rates, 0.0)
     for name, parameter in model.named_parameters():
-        group = group_of(name, rates)
-        of_group[group].append(parameter)
-        decays[group] = optimizer.weight_decay if is_matrix(name) else 0.0
+        of_group[group_of(name, rates)].append(parameter)
+    decays = {name: 0.0 if name in WITHOUT_DECAY else optimizer.weight_decay for name in rates}
     return [{"name": name, "params": of_group[name], "weight_decay": decays[name]} for name in rates if of_group[name]]
 
 
 def set_rates(engine: Engine, step: int, train: TrainSection) -> None:
-    """Set the learning rate of an optimizer step, counted from 0, in every group; the momentum of Muon's; and the
-    weight decay, unless it is constant.
+    """Set the learning rate, weight decay and momentum of an optimizer step, counted from 0, in every group.
+
+    Betas and eps are set, too, because loading a checkpoint restores those with which it was saved, although the run
+    file may have other ones since.
     """
-    rates, lr = peak_rates(train.optimizer), learning_rate(step, train)
+    optimizer, lr = train.optimizer, learning_rate(step, train)
+    rates, decay = peak_rates(optimizer), weight_decay(step, train)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr * (rates[group["name"]] / train.optimizer.lr) if train.optimizer.lr else 0.0
-        if group["name"] == MATRICES:
-            group["momentum"] = momentum(step, train.optimizer)
-        if group["weight_decay"] and train.optimizer.weight_decay_schedule != "constant":
-            group["weight_decay"] = weight_decay(step, train)
+        group["lr"] = lr * (rates[group["name"]] / optimizer.lr) if optimizer.lr else 0.0
+        group["weight_decay"] = 0.0 if group["name"] in WITHOUT_DECAY else decay
+        present = {"betas": list(optimizer.betas), "eps": optimizer.eps, "momentum": momentum(step, optimizer)}
+        group.update({key: value for key, value in present.items() if key in group})

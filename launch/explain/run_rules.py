@@ -57,8 +57,9 @@ def schedule_settings_unused(case: Case) -> Iterator[str]:
     Fix: remove the key, or choose the schedule or optimizer that reads it.
     """
     schedule, optimizer = case.run.train.schedule, case.run.train.optimizer
-    if schedule.decay_steps is not None and schedule.name != "wsd":
-        yield f"train.schedule.decay_steps has an effect with wsd only, but the schedule is {schedule.name}. Remove it."
+    for key in ("decay_steps", "decay"):
+        if f"train.schedule.{key}" in case.given and schedule.name != "wsd":
+            yield f"train.schedule.{key} has an effect with wsd only, but the schedule is {schedule.name}. Remove it."
     if schedule.min_lr > 0 and schedule.name == "constant":
         yield "train.schedule.min_lr has no effect with the schedule constant. Remove it."
     for key in MUON_ONLY:

@@ -1,0 +1,82 @@
+"""Branch a run off a checkpoint of another run, to end it with a decay of the learning rate. The parent can go on.
+
+    runs/base/checkpoints/step-00001000            of a run with a constant learning rate
+    runs/base-decay-1000/checkpoints/step-00001000 the same files, as hard links, or copies on another file system
+    runs/base-decay-1000/metrics.jsonl             the parent's lines up to this step
+    runs/base-decay-1000/parent.json               {"run": "runs/base", "step": 1000, "decay_steps": 250}
+
+The branch is an ordinary run: it resumes from its checkpoint, with the schedule wsd. No file of a checkpoint is ever
+changed after it was written, so links are safe. If the parent deletes its checkpoint, the branch keeps the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from packspeed.data.storage.atomic import write_file
+from packspeed.launch.checkpoint.manifest import list_checkpoints, read_manifest, step_folder, step_of
+from packspeed.launch.config.errors import ConfigError, UserError
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.config.schedule import learning_rate
+from packspeed.launch.run_folder.folder import move_aside
+
+PARENT = "parent.json"
+SHARE_OF_THE_RUN = 5  # a decay takes a fifth of the branch, as with the schedule wsd
+
+
+def branch(run: RunFile, step: int, decay_steps: int | None, fresh: bool) -> list[str]:
+    """Make the run folder of a branch of `run`, unless it exists, and return the overrides of the run file for it.
+
+    The branch begins at the checkpoint of `step`. Its learning rate falls for `decay_steps` steps, by default for a
+    fifth of its steps in all. `fresh`: move an existing folder of the branch aside. Raises ConfigError if the run's
+    learning rate is not constant at this step, and UserError if there is no such checkpoint.
+    """
+    decay_steps = decay_steps or max(1, step // (SHARE_OF_THE_RUN - 1))
+    if step < 1 or learning_rate(step - 1, run.train) != run.train.optimizer.lr:
+        raise ConfigError(
+            f"--decay-from {step}: here the learning rate is not train.optimizer.lr, because of warm-up or decay. "
+            "Branch off a run with train.schedule.name: constant, after its warm-up."
+        )
+    folder = run.folder.with_name(f"{run.name}-decay-{step}")
+    if fresh and folder.exists():
+        move_aside(folder)
+    parent = {"run": str(run.folder), "step": step, "decay_steps": decay_steps}
+    if not (folder / PARENT).exists():
+        try:
+            _copy(run.folder, folder, step)
+            write_file(folder / PARENT, json.dumps(parent))
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: {error.strerror}, so the branch was not made.") from None
+    elif (existing := json.loads((folder / PARENT).read_text())) != parent:
+        raise ConfigError(f"{folder} is another branch: {existing}. Use --fresh to make it again.")
+    length = [f"train.steps={step + decay_steps}", *(["train.tokens=null"] if run.train.tokens is not None else [])]
+    return [f"name={folder.name}", *length, "train.schedule.name=wsd", f"train.schedule.decay_steps={decay_steps}"]
+
+
+def _copy(parent: Path, folder: Path, step: int) -> None:
+    """Put the parent's checkpoint of `step`, and its metrics until then, into the folder of the branch."""
+    source = parent / "checkpoints" / step_folder(step)
+    if not source.is_dir():
+        steps = ", ".join(str(step_of(path)) for path in list_checkpoints(source.parent)) or "none"
+        raise UserError(f"{source}: there is no such checkpoint. Steps with a checkpoint: {steps}.")
+    manifest = read_manifest(source)
+    target = folder / "checkpoints" / source.name
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was interrupted: it has no parent.json
+    shutil.copytree(source, target, copy_function=_link)
+    lines = b""
+    with contextlib.suppress(FileNotFoundError):
+        lines = (parent / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(lines[: manifest.get("metrics_bytes", 0)])
+
+
+def _link(source: str, target: str) -> str:
+    """Make `target` a hard link to the file `source`, or a copy if the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
