@@ -107,6 +107,9 @@ class GPTConfig:
     position: Literal["learned", "rope"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None  # a mapping with its fields is accepted too
+    sliding_window: int | None = None  # a token attends to so many tokens, itself included; None: to all before it
+    sliding_window_pattern: int | None = None  # n: every n-th layer has no window, as in Gemma 3
+    max_window_layers: int | None = None  # the first n layers have no window, as in Qwen2
     mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"  # GPT-2 approximates GELU by tanh; nanoGPT is exact
     bias: bool | Literal["qkv", "attention"] = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
@@ -146,6 +149,7 @@ class GPTConfig:
             raise ValueError(f"head_dim = {self.head_width} is odd: RoPE turns pairs of channels, so make it even.")
         self._check_rope_scaling()
         self._check_experts()
+        self._check_window()
         self._check_choices()
 
     def _check_rope_scaling(self) -> None:
@@ -184,6 +188,14 @@ class GPTConfig:
             )
         if self.has_bias("mlp"):
             raise ValueError("experts have no biases: set bias to false, qkv or attention.")
+
+    def _check_window(self) -> None:
+        for name, least in (("sliding_window", 1), ("sliding_window_pattern", 2), ("max_window_layers", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} = {value}: give a whole number of at least {least}.")
+            if value is not None and self.sliding_window is None:
+                raise ValueError(f"{name} = {value} chooses layers for a window: set sliding_window too.")
 
     def _check_choices(self) -> None:
         choices = {
@@ -242,6 +254,11 @@ class GPTConfig:
     def has_experts(self, layer: int) -> bool:
         """Return whether the layer of this number, from 0, has a mixture of experts instead of a dense MLP."""
         return self.n_expert is not None and layer >= self.first_dense
+
+    def window_of(self, layer: int) -> int | None:
+        """Return how many tokens a token attends to in this layer, itself included; None: no limit."""
+        every_nth = self.sliding_window_pattern is not None and (layer + 1) % self.sliding_window_pattern == 0
+        return None if layer < (self.max_window_layers or 0) or every_nth else self.sliding_window
 
     def has_bias(self, layer: Layer) -> bool:
         """Return whether a kind of layer has a bias.
@@ -322,11 +339,13 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> int:
 
     A multiply-add is 2 FLOPs and backward costs twice as much as forward, so each weight costs 6. V d is the head. Of a
     layer's experts, N has only those that a token uses.
-    Attention's two products cost 12 L a T without a causal mask; a causal model needs half of that. Padding, recomputed
-    activations, embedding look-ups and the optimizer are not counted.
+    Attention's two products cost 12 L a T without a causal mask; a causal model needs half of that. In a layer with a
+    window of W < T tokens, T becomes 2 W - W^2 / T: twice the number of tokens that a token attends to on average.
+    Padding, recomputed activations, embedding look-ups and the optimizer are not counted.
     """
     head = config.vocab_size * config.d_model
-    attention = config.n_layer * config.n_head * config.head_width * seq_len
+    windows = [min(config.window_of(layer) or seq_len, seq_len) for layer in range(config.n_layer)]
+    attention = config.n_head * config.head_width * sum(2 * w - w * w // seq_len for w in windows)
     return 6 * (num_non_embedding_parameters(config, active=True) + head + attention)
 
 

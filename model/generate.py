@@ -35,7 +35,8 @@ class KVCache:
         self.length = 0
         self.padding = padding
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
-        self._mask: tuple[tuple[int, int], Tensor] | None = None
+        self._mask_at: tuple[int, int] | None = None  # the (length, new) of these masks
+        self._masks: dict[int | None, Tensor] = {}  # window -> mask
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, H, T, D) of a layer and return all its keys and values, (B, H, length + T, D) each.
@@ -52,27 +53,31 @@ class KVCache:
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
-    def mask(self, new: int) -> Tensor | None:
+    def mask(self, new: int, window: int | None = None) -> Tensor | None:
         """Return a mask (B, 1, new, length + new), true if one of the next `new` tokens may attend to a token.
 
-        Returns None without padding. A padding token attends to itself only: without any token, its softmax would be
-        NaN.
+        window: how many tokens a token attends to at most; None: no limit. Returns None without padding. A padding
+        token attends to itself only: without any token, its softmax would be NaN.
         """
         if self.padding is None:
             return None
-        if self._mask is None or self._mask[0] != (self.length, new):
+        if self._mask_at != (self.length, new):
+            self._mask_at, self._masks = (self.length, new), {}
+        if window not in self._masks:
             keys = torch.arange(self.length + new, device=self.padding.device)
             queries = keys[self.length :, None]
             visible = (keys <= queries) & ((keys >= self.padding[:, None, None]) | (keys == queries))
-            self._mask = (self.length, new), visible.unsqueeze(1)
-        return self._mask[1]
+            if window is not None:
+                visible &= keys > queries - window
+            self._masks[window] = visible.unsqueeze(1)
+        return self._masks[window]
 
     def clear(self, padding: Tensor | None = None) -> None:
         """Remove all tokens, but keep the memory allocated for the next ones.
 
         padding (B,): how many of the tokens that are appended next are padding, at the start of each row; None: none.
         """
-        self.length, self.padding, self._mask = 0, padding, None
+        self.length, self.padding, self._mask_at = 0, padding, None
 
     def _allocate(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
         batch, heads, _, width = k.shape

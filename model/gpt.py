@@ -101,8 +101,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.kernels = layer, config.kernels
-        # Not compiled: torch.compile would make a new graph for the document lengths of every step.
-        self.attend_documents = _out_of_graphs(attend) if config.kernels == "compile" else None
+        self.window = config.window_of(layer)
+        # Not compiled: torch.compile would make a new graph for the document lengths of every step, and unroll windows.
+        self.attend_eagerly = _out_of_graphs(attend) if config.kernels == "compile" else None
         self.attend_part = _out_of_graphs(SequencePart.attend) if config.kernels == "compile" else SequencePart.attend
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
@@ -130,11 +131,11 @@ class Attention(nn.Module):
         if cache is not None:
             mixed = self._generate(q, k, v, cache)
         elif sequence is not None:
-            mixed = self.attend_part(sequence, kernels.attend, q, k, v, documents)
-        elif documents is not None and self.attend_documents is not None:
-            mixed = self.attend_documents(q, k, v, documents)
+            mixed = self.attend_part(sequence, kernels.attend, q, k, v, documents, self.window)
+        elif self.attend_eagerly is not None and (documents is not None or self.window is not None):
+            mixed = self.attend_eagerly(q, k, v, documents, self.window)
         else:
-            mixed = kernels.attend(q, k, v, documents)
+            mixed = kernels.attend(q, k, v, documents, self.window)
         out: Tensor = self.proj(mixed.flatten(2))  # of (B, T, H * D)
         return out
 
@@ -155,9 +156,9 @@ class Attention(nn.Module):
 
     def _generate(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """Append the new keys and values to the cache and attend to all tokens in it. q, k, v: (B, T, heads, D)."""
-        mask = cache.mask(q.size(1))
+        mask = cache.mask(q.size(1), self.window)
         k, v = cache.append(self.layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, H, S, D)
-        return attend_last(q.transpose(1, 2), k, v, mask).transpose(1, 2)
+        return attend_last(q.transpose(1, 2), k, v, mask, self.window).transpose(1, 2)
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""Conversion of weights between our GPT and transformers' GPT-2, Llama, Qwen2 and Qwen3, in both directions.
+"""Conversion of weights between our GPT and transformers' classes that hf_config.py names, in both directions.
 
 For each family a table lists our weights. A row of the table names one of our weights, the transformers weights whose
 rows it stacks, and whether transformers stores them transposed (GPT-2's Conv1D weights are (in, out)).
@@ -20,7 +20,7 @@ from packspeed.model.config import GPTConfig, Layer
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that older files store with weights
 HEAD, EMBEDDING = "lm_head.weight", "embed.weight"  # our names
-Family = Literal["gpt2", "llama", "qwen2", "qwen3"]
+Family = Literal["gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3"]
 
 
 class Weight(NamedTuple):
@@ -66,7 +66,7 @@ class Weight(NamedTuple):
 
 
 def family(config: GPTConfig) -> Family:
-    """Return the transformers family ("gpt2", "llama", "qwen2" or "qwen3") that computes the same as GPT(config).
+    """Return the transformers family, as "llama", that computes the same as GPT(config).
 
     Raises ValueError if there is none. The message lists the fields that no family supports.
     """
@@ -82,18 +82,24 @@ def family(config: GPTConfig) -> Family:
         wrong.append(f"n_kv_head = {config.n_kv_head}")
     if gpt2 and config.n_head * config.head_width != config.d_model:
         wrong.append(f"head_dim = {config.head_dim}")
+    windows = [config.window_of(layer) for layer in range(config.n_layer)]
+    if any(windows) and (gpt2 or (config.bias in (True, "attention") and not config.qk_norm)):
+        wrong.append(f"sliding_window = {config.sliding_window}")
     if wrong:
         parts = (
             "a model with learned positions is exported as GPT-2, which needs layernorm, gelu or gelu_tanh, n_kv_head "
-            "= n_head, n_head * head_dim = d_model and no qk_norm"
+            "= n_head, n_head * head_dim = d_model, no qk_norm and no sliding_window"
             if gpt2
             else "a model with rope is exported as Llama or Qwen, which need rmsnorm and swiglu; with qk_norm it is "
-            "exported as Qwen3, which also needs bias: false or attention"
+            "exported as Qwen3, which also needs bias: false or attention; with a sliding_window it is exported as "
+            "Mistral, Ministral or Qwen, which need bias: false or qkv"
         )
         raise ValueError(f"transformers has no class for a model with {', '.join(wrong)}: {parts}.")
     if gpt2:
         return "gpt2"
-    return "qwen3" if config.qk_norm else "qwen2" if config.bias == "qkv" else "llama"
+    if config.qk_norm or config.bias == "qkv":
+        return "qwen3" if config.qk_norm else "qwen2"
+    return "mistral" if all(windows) else "ministral" if any(windows) else "llama"
 
 
 def to_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Mistral, Qwen2, Qwen3.
+"""Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Mistral, Ministral, Qwen2, Qwen3.
 
-If a config.json leaves a key out, transformers' default is used. A feature that our model lacks (such as LongRoPE, a
-sliding window or another activation) raises a ValueError that names it; it is never ignored. Mistral without a sliding
-window computes the same as Llama, and is exported as Llama.
+If a config.json leaves a key out, transformers' default is used. A feature that our model lacks (such as LongRoPE or
+another activation) raises a ValueError that names it; it is never ignored. Mistral without a sliding window computes
+the same as Llama, and is exported as Llama. Ministral is Mistral with a choice of layers for the window.
 """
 
 import math
@@ -15,6 +15,8 @@ from packspeed.model.hf import family
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
@@ -25,6 +27,7 @@ GELU: dict[str, Literal["gelu", "gelu_tanh"]] = {
     "gelu_accurate": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
 }  # fmt: skip
 SILU = ("silu", "swish")
+FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
 LARGEST = 2**31  # integers in a config.json must be smaller
 # Generic names that transformers reads too -> the names that GPT-2's config.json normally has.
 GPT2_NAMES = {
@@ -53,6 +56,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2_DEFAULTS,
     "llama": LLAMA_DEFAULTS,
     "mistral": MISTRAL_DEFAULTS,
+    "ministral": MISTRAL_DEFAULTS | {"layer_types": None},
     "qwen2": QWEN2_DEFAULTS,
     "qwen3": QWEN2_DEFAULTS | {"head_dim": 128},
 }
@@ -96,7 +100,7 @@ def _gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
-    bias = {} if kind == "qwen2" else {"attention_bias": config.has_bias("qkv")}
+    bias = {"attention_bias": config.has_bias("qkv")} if kind in ("llama", "qwen3") else {}
     return (
         bias
         | ({"mlp_bias": config.has_bias("mlp")} if kind == "llama" else {})
@@ -112,8 +116,22 @@ def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             **_rope(config),
+            **_window(config, kind),
         }
     )
+
+
+def _window(config: GPTConfig, kind: str) -> dict[str, Any]:
+    """Return the keys for a sliding window; an empty dict if no layer has one."""
+    windows = [config.window_of(layer) for layer in range(config.n_layer)]
+    if not any(windows):
+        return {}
+    if kind == "mistral":
+        return {"sliding_window": config.sliding_window}
+    types = [FULL if window is None else SLIDING for window in windows]
+    # Qwen2 before transformers 4.53 knows no layer_types, but max_window_layers.
+    qwen = {"use_sliding_window": True, "max_window_layers": types.index(SLIDING)} if kind.startswith("qwen") else {}
+    return qwen | {"sliding_window": config.sliding_window, "layer_types": types}
 
 
 def _rope(config: GPTConfig) -> dict[str, Any]:
@@ -192,7 +210,6 @@ def _from_gpt2(raw: dict[str, Any]) -> GPTConfig:
 
 def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
     _refuse(raw, {"hidden_act": SILU})
-    _check_window(raw, kind)
     rope_theta, rope_scaling = _rope_of(raw)
     return GPTConfig(
         n_layer=_integer(raw, "num_hidden_layers"),
@@ -209,6 +226,7 @@ def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         mlp="swiglu",
+        **_window_of(raw, kind),
         bias=_bias(raw, kind),
         qk_norm=kind == "qwen3",
         tie_embeddings=_flag(raw, "tie_word_embeddings"),
@@ -264,7 +282,7 @@ def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention
 
     In Mistral and Qwen2 it is fixed; Llama and Qwen3 have keys for it. Raises ValueError if only the MLP has biases.
     """
-    if kind in ("mistral", "qwen2"):
+    if kind in ("mistral", "ministral", "qwen2"):
         return "qkv" if kind == "qwen2" else False
     attention = _flag(raw, "attention_bias")
     mlp = kind == "llama" and _flag(raw, "mlp_bias")
@@ -276,32 +294,52 @@ def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention
     return True if mlp else "attention" if attention else False
 
 
-def _check_window(raw: Mapping[str, Any], kind: str) -> None:
-    """Raise ValueError if raw, a config.json, has a sliding window that is shorter than the longest sequence.
+def _window_of(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the fields of GPTConfig for the sliding window of raw, a config.json; an empty dict if no layer has one.
 
-    kind: its model_type.
-    """
-    if _has_window(raw, kind) and _integer(raw, "sliding_window") < _integer(raw, "max_position_embeddings"):
-        raise ValueError(
-            f"sliding_window = {raw['sliding_window']} is shorter than max_position_embeddings = "
-            f"{raw['max_position_embeddings']}: in Packspeed's model a token attends to all earlier tokens."
-        )
-
-
-def _has_window(raw: Mapping[str, Any], kind: str) -> bool:
-    """Return whether any layer has a sliding window by raw, a config.json whose model_type is `kind`.
-
-    Llama never has one: transformers ignores the keys for it. Raises ValueError if layer_types lists anything but full
-    attention.
+    kind: its model_type. A window that is not shorter than the longest sequence counts as none. Llama never has one:
+    transformers ignores the keys for it. Raises ValueError if the layers with a window are not those of a pattern that
+    GPTConfig can express.
     """
     if kind == "llama" or raw["sliding_window"] is None:
-        return False
-    if kind == "mistral":
-        return True
-    if (types := raw["layer_types"]) is not None:
-        if not isinstance(types, list) or any(name != "full_attention" for name in types):
-            raise ValueError(f"layer_types = {str(types)[:100]}: Packspeed's model supports only full_attention.")
-        return False
+        return {}
+    types = _layer_types(raw, kind)
+    if SLIDING not in types:
+        return {}
+    window = _integer(raw, "sliding_window")
+    if window >= _integer(raw, "max_position_embeddings"):
+        return {}
+    first = types.index(SLIDING)
+    if FULL not in types[first:]:
+        return {"sliding_window": window} | ({"max_window_layers": first} if first else {})
+    every = types.index(FULL) + 1
+    if types == [FULL if (layer + 1) % every == 0 else SLIDING for layer in range(len(types))]:
+        return {"sliding_window": window, "sliding_window_pattern": every}
+    raise ValueError(
+        f"layer_types = {str(types)[:200]}: in Packspeed's model the first n layers can be without a window, or every "
+        "n-th layer."
+    )
+
+
+def _layer_types(raw: Mapping[str, Any], kind: str) -> list[str]:
+    """Return the kind of attention, FULL or SLIDING, of each layer of raw, a config.json whose model_type is `kind`."""
+    layers = _integer(raw, "num_hidden_layers")
+    types = raw.get("layer_types") if kind != "mistral" else None
+    if types is not None:
+        known = isinstance(types, list) and len(types) == layers and all(name in (FULL, SLIDING) for name in types)
+        if not known or (SLIDING in types and raw.get("use_sliding_window", True) is not True):
+            raise ValueError(
+                f"layer_types = {str(types)[:100]}: Packspeed's model supports {FULL} and {SLIDING}, one for each of "
+                "num_hidden_layers, and the second only with use_sliding_window = true."
+            )
+        return list(types)
+    if not kind.startswith("qwen"):
+        return [SLIDING] * layers
     if not raw["use_sliding_window"]:
-        return False
-    return raw["max_window_layers"] in (None, 0) or _integer(raw, "max_window_layers") < raw["num_hidden_layers"]
+        return [FULL] * layers
+    full = min(raw["max_window_layers"], layers) if _optional_count(raw, "max_window_layers") else 0
+    return [FULL] * full + [SLIDING] * (layers - full)
+
+
+def _optional_count(raw: Mapping[str, Any], name: str) -> int | None:
+    return raw[name] if raw[name] in (None, 0) else _integer(raw, name)

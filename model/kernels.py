@@ -39,7 +39,9 @@ class Kernels(Protocol):
     def rotate(self, x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
         """Split x (B, T, H, D), which may be overwritten, into parts of `heads` heads; apply RoPE to the first two."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, window: int | None = None
+    ) -> Tensor:
         """Return causal attention, as attention.attend does."""
 
     def activate(self, x: Tensor, kind: str) -> Tensor:

@@ -3,7 +3,8 @@
 // Flash attention (https://arxiv.org/abs/2205.14135) computes the scores of 64 queries and 64 keys at a time, in the
 // cache. The backward pass recomputes them from the saved logarithms of the softmax denominators. Scores are stored as
 // (key, query): each query has its own lane of a vector, so no loop has to add up the lanes of a vector. All products
-// go through add_product, which keeps a tile of the result in registers.
+// go through add_product, which keeps a tile of the result in registers. With a window, blocks without a key in it are
+// skipped: the products cost as much as (window + 127) T of them.
 //
 // A span is a sequence of tokens that attend only to each other: a row of the batch, or a document. A thread first
 // copies the tokens of a head into contiguous memory, because rows that are far apart would evict each other from the
@@ -40,18 +41,20 @@ inline void transpose(const float* from, Index width, Index padded, float* to) {
     }
 }
 
-// One step of the online softmax (https://arxiv.org/abs/1805.02867): replace scores (keys, 64) by e^(score - top).
+// One step of the online softmax (https://arxiv.org/abs/1805.02867): replace scores (keys, 64) by e^(score - top). The
+// blocks of queries and keys begin at i and j.
 // `top` and `sum` are the running maximum and the running sum of each query. `shrink` returns the factor by which the
 // results of earlier blocks must be multiplied.
-inline void soften(float* scores, Index keys, bool diagonal, float* top, float* sum, float* shrink) {
+inline void soften(const Attention& at, Index i, Index j, float* scores, Index keys, float* top, float* sum,
+                   float* shrink) {
     float before[BLOCK];
     std::memcpy(before, top, sizeof before);
     for (Index key = 0; key < keys; key++) {
         float* row = scores + key * BLOCK;
-        const Index first = diagonal ? key : 0;  // the first query that sees this key
+        const Seen seen = at.seen(i, j, key);
 #pragma omp simd
-        for (Index q = 0; q < BLOCK; q++) {
-            row[q] = q < first ? -INFINITY : row[q];
+        for (std::int32_t q = 0; q < BLOCK; q++) {
+            row[q] = q < seen.first || q >= seen.last ? -INFINITY : row[q];
             top[q] = row[q] > top[q] ? row[q] : top[q];
         }
     }
@@ -83,16 +86,17 @@ void attend_head(const Attention& at, Head<T> q, const float* keys, const float*
         transpose(query, width, padded, turned);
         std::memset(mixed, 0, BLOCK * padded * sizeof(float));
         for (Index r = 0; r < BLOCK; r++) {
-            top[r] = -INFINITY, sum[r] = 0.0f;
+            top[r] = NOTHING, sum[r] = 0.0f;
         }
-        for (Index j = 0; j <= i; j += BLOCK) {
+        const Index begin = at.first_block(i);
+        for (Index j = begin; j <= i; j += BLOCK) {
             const bool diagonal = j == i;
             const Index seen = diagonal ? rows : BLOCK;
             std::memset(scores, 0, sizeof scores);
             add_product(Left<float>{keys + j * padded, padded, 1}, turned, scores, seen, up_to(count, LANES), width, BLOCK,
                         diagonal ? RESULT_IS_UPPER : NONE);
-            soften(scores, seen, diagonal, top, sum, shrink);
-            for (Index r = 0; r < rows && j > 0; r++) {
+            soften(at, i, j, scores, seen, top, sum, shrink);
+            for (Index r = 0; r < rows && j > begin; r++) {
                 for (Index c = 0; c < padded; c++) {
                     mixed[r * padded + c] *= shrink[r];
                 }
@@ -150,7 +154,7 @@ void attend_backward_head(const Attention& at, Index length, Packed& p) {
     const Index width = at.width, padded = at.padded();
     float powers[BLOCK * BLOCK], d_scores[BLOCK * BLOCK];
     for (Index j = 0; j < length; j += BLOCK) {
-        for (Index i = j; i < length; i += BLOCK) {
+        for (Index i = j; i < at.last_query(j, length); i += BLOCK) {
             const Index count = length - i < BLOCK ? length - i : BLOCK, columns = up_to(count, LANES);
             const Index keys = up_to(length - j < BLOCK ? length - j : BLOCK, ROWS);
             const bool diagonal = i == j;
@@ -164,10 +168,10 @@ void attend_backward_head(const Attention& at, Index length, Packed& p) {
                         width, BLOCK, diagonal ? RESULT_IS_UPPER : NONE);
             for (Index c = 0; c < keys; c++) {
                 float *power = powers + c * BLOCK, *d_score = d_scores + c * BLOCK;
-                const Index first = diagonal ? c : 0;
+                const Seen seen = at.seen(i, j, c);
 #pragma omp simd
-                for (Index q = 0; q < BLOCK; q++) {
-                    power[q] = q < first ? 0.0f : exp_of(power[q] - log_sum[q]);
+                for (std::int32_t q = 0; q < BLOCK; q++) {
+                    power[q] = q < seen.first || q >= seen.last ? 0.0f : exp_of(power[q] - log_sum[q]);
                     d_score[q] = power[q] * (d_score[q] - product[q]);
                 }
             }

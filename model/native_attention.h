@@ -18,6 +18,11 @@ struct Head {
     Head from(Index token) const { return {data + token * row, row}; }
 };
 
+// A range of queries in a block. 32 bits, as wide as the floats that are compared lane by lane.
+struct Seen {
+    std::int32_t first, last;
+};
+
 // Store `count` rows of `padded` floats, times `factor`, as tokens of a head.
 template <typename T>
 inline void unpack(const float* from, Index count, Index width, Index padded, float factor, Head<T> head) {
@@ -28,10 +33,13 @@ inline void unpack(const float* from, Index count, Index width, Index padded, fl
     }
 }
 
-// The shapes of a call. `ends` has spans + 1 elements: 0, then the index after the last token of each span.
+constexpr float NOTHING = -1.0e30f;  // smaller than any score; not -INFINITY, because the difference of two is NaN
+
+// The shapes of a call. `ends` has spans + 1 elements: 0, then the index after the last token of each span. A token
+// attends to at most `window` tokens: itself and those before it.
 struct Attention {
     const std::int32_t* ends;
-    Index spans, heads, kv_heads, width;
+    Index spans, heads, kv_heads, width, window;
     int threads;
 
     Index padded() const { return up_to(width, LANES); }
@@ -45,6 +53,18 @@ struct Attention {
         }
         return up_to(length, BLOCK);
     }
+    // The first block of keys that the queries of the block at `query` attend to.
+    Index first_block(Index query) const { return query < window ? 0 : (query - window + 1) / BLOCK * BLOCK; }
+    // The index after the last query that attends to a key of the block at `key`, in a span of `length` tokens.
+    Index last_query(Index key, Index length) const {
+        const Index last = key + BLOCK - 1 + window;
+        return last < length ? last : length;
+    }
+    // In the blocks at `query` and `key`, key number k is seen by the queries from `first` to before `last`.
+    Seen seen(Index query, Index key, Index k) const {
+        const Index first = query == key ? k : 0, last = k + window - (query - key);
+        return {static_cast<std::int32_t>(first), static_cast<std::int32_t>(last < BLOCK ? last : BLOCK)};
+    }
     template <typename T>
     Head<T> head(T* data, Index row, Index index, Index token) const {
         return {data + index * width + token * row, row};
@@ -56,13 +76,13 @@ struct Attention {
 #define EXPORT_ATTENTION(T)                                                                                        \
     extern "C" void attend_##T(T* q, T* k, T* v, Index q_row, Index k_row, Index v_row, T* out, float* log_sums,   \
                                const std::int32_t* ends, Index spans, Index heads, Index kv_heads, Index width,    \
-                               int threads) {                                                                      \
-        attend({ends, spans, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out, log_sums);       \
+                               Index window, int threads) {                                                        \
+        attend({ends, spans, heads, kv_heads, width, window, threads}, q, q_row, k, k_row, v, v_row, out, log_sums);       \
     }                                                                                                              \
     extern "C" void attend_backward_##T(T* q, T* k, T* v, Index q_row, Index k_row, Index v_row, T* out,           \
                                         float* log_sums, T* d_out, T* d_q, T* d_k, T* d_v,                         \
                                         const std::int32_t* ends, Index spans, Index heads, Index kv_heads,        \
-                                        Index width, int threads) {                                                \
-        attend_backward({ends, spans, heads, kv_heads, width, threads}, q, q_row, k, k_row, v, v_row, out,         \
+                                        Index width, Index window, int threads) {                                  \
+        attend_backward({ends, spans, heads, kv_heads, width, window, threads}, q, q_row, k, k_row, v, v_row, out,         \
                         log_sums, d_out, d_q, d_k, d_v);                                                           \
     }

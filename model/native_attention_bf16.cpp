@@ -100,16 +100,17 @@ struct Rows {
 };
 
 // One step of the online softmax, as in native_attention.cpp: `powers` are e^(scale * score - top), in pairs of keys.
-inline void soften(float* scores, Index keys, bool diagonal, float scale, float* top, float* sum, float* shrink,
-                   Pair* powers) {
+inline void soften(const Attention& at, Index i, Index j, float* scores, Index keys, float* top, float* sum,
+                   float* shrink, Pair* powers) {
+    const float scale = at.scale();
     float before[BLOCK];
     std::memcpy(before, top, sizeof before);
     for (Index key = 0; key < keys; key++) {
         float* row = scores + key * BLOCK;
-        const Index first = diagonal ? key : 0;
+        const Seen seen = at.seen(i, j, key);
 #pragma omp simd
-        for (Index q = 0; q < BLOCK; q++) {
-            row[q] = q < first ? -INFINITY : scale * row[q];
+        for (std::int32_t q = 0; q < BLOCK; q++) {
+            row[q] = q < seen.first || q >= seen.last ? -INFINITY : scale * row[q];
             top[q] = row[q] > top[q] ? row[q] : top[q];
         }
     }
@@ -140,16 +141,17 @@ void attend_head(const Attention& at, Index length, const Rows& query, const Row
         const Index count = length - i < BLOCK ? length - i : BLOCK, rows = up_to(count, ROWS);
         std::memset(mixed, 0, BLOCK * padded * sizeof(float));
         for (Index r = 0; r < BLOCK; r++) {
-            top[r] = -INFINITY, sum[r] = 0.0f;
+            top[r] = NOTHING, sum[r] = 0.0f;
         }
-        for (Index j = 0; j <= i; j += BLOCK) {
+        const Index begin = at.first_block(i);
+        for (Index j = begin; j <= i; j += BLOCK) {
             const bool diagonal = j == i;
             const Index seen = diagonal ? rows : BLOCK;
             std::memset(scores, 0, sizeof scores);
             add_product(Left<Pair>{key.neighbours(j), padded / 2, 1}, query.turned_from(i), scores, seen,
                         up_to(count, LANES), padded, BLOCK, diagonal ? RESULT_IS_UPPER : NONE);
-            soften(scores, seen, diagonal, at.scale(), top, sum, shrink, powers);
-            for (Index r = 0; r < rows && j > 0; r++) {
+            soften(at, i, j, scores, seen, top, sum, shrink, powers);
+            for (Index r = 0; r < rows && j > begin; r++) {
                 for (Index c = 0; c < padded; c++) {
                     mixed[r * padded + c] *= shrink[r];
                 }
@@ -208,7 +210,7 @@ void attend_backward_head(const Attention& at, Index length, Packed& p) {
     float powers[BLOCK * BLOCK], d_scores[BLOCK * BLOCK];
     Pair powers_by_query[BLOCK * PAIRS], d_by_query[BLOCK * PAIRS], d_by_key[PAIRS * BLOCK];
     for (Index j = 0; j < length; j += BLOCK) {
-        for (Index i = j; i < length; i += BLOCK) {
+        for (Index i = j; i < at.last_query(j, length); i += BLOCK) {
             const Index count = length - i < BLOCK ? length - i : BLOCK, columns = up_to(count, LANES);
             const Index keys = up_to(length - j < BLOCK ? length - j : BLOCK, ROWS);
             const bool diagonal = i == j;
@@ -221,10 +223,10 @@ void attend_backward_head(const Attention& at, Index length, Packed& p) {
                         columns, padded, BLOCK, diagonal ? RESULT_IS_UPPER : NONE);
             for (Index c = 0; c < keys; c++) {
                 float *power = powers + c * BLOCK, *d_score = d_scores + c * BLOCK;
-                const Index first = diagonal ? c : 0;
+                const Seen seen = at.seen(i, j, c);
 #pragma omp simd
-                for (Index q = 0; q < BLOCK; q++) {
-                    power[q] = q < first ? 0.0f : exp_of(scale * power[q] - log_sum[q]);
+                for (std::int32_t q = 0; q < BLOCK; q++) {
+                    power[q] = q < seen.first || q >= seen.last ? 0.0f : exp_of(scale * power[q] - log_sum[q]);
                     d_score[q] = power[q] * (d_score[q] - product[q]);
                 }
                 pair_neighbours(power, powers_by_query + c * PAIRS);

@@ -44,6 +44,7 @@ FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared",
 )  # fmt: skip
 KINDS = ("gelu", "gelu_tanh", "swiglu")  # as in native_kernels.cpp
+NO_WINDOW = 1 << 40  # tokens: longer than any sequence
 SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -117,15 +118,16 @@ def _call(name: str, x: Tensor, *arguments: Any) -> None:
 class _Attend(torch.autograd.Function):
     """Causal attention within documents, summed in fp32, for q (N, H, D) and k, v (N, h, D), where h divides H.
 
-    ends (documents + 1,) int32: 0, then the index after the last token of each document.
+    ends (documents + 1,) int32: 0, then the index after the last token of each document. window: how many tokens a
+    token attends to at most.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, window: int) -> Tensor:
         # q, k and v are views of one matrix, so their rows have a stride. Each row must be contiguous.
         inputs = [x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v)]
         rows = [c_int64(x.stride(0)) for x in inputs]
-        ctx.shape = [c_int64(n) for n in (ends.numel() - 1, q.size(1), k.size(1), q.size(2))]
+        ctx.shape = [c_int64(n) for n in (ends.numel() - 1, q.size(1), k.size(1), q.size(2), window)]
         # log_sums, the logarithms of the softmax denominators, let backward recompute the probabilities.
         out, log_sums = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
         ctx.save_for_backward(*inputs, out, log_sums, ends)
@@ -140,16 +142,16 @@ class _Attend(torch.autograd.Function):
         gradients = [x.new_empty(x.shape) for x in inputs]
         results = out, log_sums, grad.contiguous(), *gradients
         _call("attend_backward", *inputs, *rows, *results, ends, *ctx.shape, torch.get_num_threads())
-        return *gradients, None
+        return *gradients, None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, window: int | None = None) -> Tensor:
     """Return causal attention within each row or document, summed in fp32; arguments as in attention.attend."""
     if q.dtype not in SUFFIX:
-        return plain_attend(q, k, v, documents)
+        return plain_attend(q, k, v, documents, window)
     rows, length = q.shape[:2]
     ends = torch.arange(rows + 1, dtype=torch.int32) * length if documents is None else documents.ends
-    out: Tensor = _Attend.apply(*(x.flatten(0, 1) for x in (q, k, v)), ends)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attend.apply(*(x.flatten(0, 1) for x in (q, k, v)), ends, window or NO_WINDOW)  # type: ignore[no-untyped-call]
     return out.view(q.shape)
 
 

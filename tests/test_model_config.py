@@ -89,6 +89,19 @@ def test_flops_agree_with_torchs_counter(family: str) -> None:
     assert counter.get_total_flops() == tokens.numel() * (flops_per_token(config, 32) + hidden_half - 6 * norms)
 
 
+def test_flops_with_windows() -> None:
+    """12 FLOPs per channel for each token attended to. Up to half a token is left out, as without windows."""
+    fields = {"n_layer": 6, "sliding_window": 8, "max_window_layers": 1, "sliding_window_pattern": 3}
+    config = GPTConfig(**{**SHAPE, **fields})
+    assert [config.window_of(layer) for layer in range(6)] == [None, 8, None, 8, 8, None]
+    seen = [sum(min(t + 1, window) for t in range(32)) / 32 for window in (32, 8, 32, 8, 8, 32)]
+    left_out = [0.5, 0.125, 0.5, 0.125, 0.125, 0.5]
+    weights = 6 * (num_non_embedding_parameters(config) + config.vocab_size * config.d_model)
+    assert flops_per_token(config, 32) == weights + 12 * config.d_model * (sum(seen) - sum(left_out))
+    long = GPTConfig(**{**SHAPE, "sliding_window": 32})
+    assert flops_per_token(long, 32) == flops_per_token(GPTConfig(**SHAPE), 32)
+
+
 def test_flops_of_gpt2() -> None:
     assert flops_per_token(preset("gpt2-124m"), 1024) == 6 * (85_056_000 + 50_257 * 768 + 12 * 768 * 1024)
 
@@ -121,6 +134,8 @@ def test_flops_give_the_mfu_that_llm_foundry_published(row: tuple[int, int, int,
         ({"n_head": 5}, "not a multiple of n_head = 5"),
         ({"n_kv_head": 3}, "n_kv_head = 3"),
         ({"n_layer": 0}, "n_layer = 0"),
+        ({"max_window_layers": 2}, "set sliding_window too"),
+        ({"sliding_window": 4, "sliding_window_pattern": 1}, "sliding_window_pattern = 1: give .* at least 2"),
         ({"vocab_size": -1}, "vocab_size = -1"),
         ({"position": "rope", "head_dim": 7}, "odd"),
         ({"mlp": "relu"}, "gelu, gelu_tanh, swiglu"),

@@ -27,19 +27,26 @@ def positions_of(lengths: list[int], width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_it_is_plain_attention_under_a_block_mask(kv_heads: int) -> None:
-    """Softmax over an explicit mask, values and gradients, in fp64."""
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 15, 16, 100])
+@pytest.mark.parametrize("in_documents", [True, False])
+def test_it_is_plain_attention_under_a_mask(
+    in_documents: bool, window: int | None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Softmax over an explicit mask, values and gradients, in fp64. With a window, torch's kernels get blocks."""
+    monkeypatch.setattr(attention, "WINDOW_BLOCK", 3)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(3, 16, heads, 8, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads in (4, kv_heads, kv_heads)
     )
     document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).view(3, 16)
-    mask = (document[:, :, None] == document[:, None, :]) & torch.ones(16, 16, dtype=torch.bool).tril()
+    distance = torch.arange(16)[:, None] - torch.arange(16)
+    mask = (distance >= 0) & (distance < (window or 16)) & torch.ones(3, 1, 1, dtype=torch.bool)
+    mask = mask & (document[:, :, None] == document[:, None, :]) if in_documents else mask
     queries, keys, values = (x.repeat_interleave(4 // x.size(2), dim=2).transpose(1, 2) for x in (q, k, v))
     scores = (queries @ keys.mT / 8**0.5).masked_fill(~mask[:, None], float("-inf"))
     expected = (scores.softmax(-1) @ values).transpose(1, 2)
-    found = attend(q, k, v, Documents.of(LENGTHS, q[..., 0, 0]))
+    found = attend(q, k, v, Documents.of(LENGTHS, q[..., 0, 0]) if in_documents else None, window)
     torch.testing.assert_close(found, expected)
     weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     for a, b in zip(
@@ -50,6 +57,12 @@ def test_it_is_plain_attention_under_a_block_mask(kv_heads: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+def band(length: int, left: int) -> torch.Tensor:
+    """Which tokens see which, if each sees itself and `left` before it (-1: all)."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return (distance >= 0) & ((distance <= left) if left >= 0 else True)
+
+
 def flash_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends_k: torch.Tensor, longest_q: int,
     longest_k: int, dropout: float, causal: bool, return_debug_mask: bool, **options: Any,
@@ -58,28 +71,31 @@ def flash_attention(
     assert torch.equal(ends_q, ends_k)
     assert ends_q.dtype == torch.int32
     assert longest_q == longest_k == max(ends_q.diff())
-    assert (options["window_size_left"], options["window_size_right"], causal, dropout) == (-1, 0, True, 0.0)
+    left = options["window_size_left"]
+    # torch's varlen_attn says causal only without a window; a window with nothing to the right is causal anyway
+    assert (options["window_size_right"], causal, dropout) == (0, left == -1, 0.0)
     parts = []
     for start, end in itertools.pairwise(ends_q.tolist()):
         one = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(*one, attn_mask=band(end - start, left), enable_gqa=True)
         parts.append(attended[0].transpose(0, 1))
     rest = torch.empty(0)
     return torch.cat(parts), q.new_zeros(q.size(1), q.size(0), dtype=torch.float32), rest, rest, rest
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_flash_kernel_gets_what_it_wants(kv_heads: int) -> None:
+def test_the_flash_kernel_gets_what_it_wants(kv_heads: int, window: int | None) -> None:
     """What GPUs run: torch's varlen_attn down to its kernel, for which CPUs have none, gets the same documents."""
     q, k, v = (torch.randn(3, 16, heads, 8) for heads in (4, kv_heads, kv_heads))
     documents = Documents.of(LENGTHS, q[..., 0, 0])
     library = torch.library.Library("aten", "IMPL")
     with contextlib.closing(SimpleNamespace(close=library._destroy)):
         library.impl("_flash_attention_forward", flash_attention, "CPU")
-        attend_varlen = varlen_attention()
+        attend_varlen = varlen_attention(window is not None)
         assert attend_varlen is not None
-        found = attend_varlen(*(x.flatten(0, 1) for x in (q, k, v)), documents.ends, max(LENGTHS))
-    torch.testing.assert_close(found.view(q.shape), attend(q, k, v, documents))
+        found = attend_varlen(*(x.flatten(0, 1) for x in (q, k, v)), documents.ends, max(LENGTHS), window)
+    torch.testing.assert_close(found.view(q.shape), attend(q, k, v, documents, window))
 
 
 # The arguments of torch.nn.attention.varlen.varlen_attn in the wheels on PyPI; before 2.10 there was none.
@@ -96,15 +112,21 @@ def varlen_of_release(arguments: str) -> Callable[..., torch.Tensor]:
     """A function with these arguments that computes, on CPUs, what torch documents for them."""
 
     def compute(given: dict[str, Any]) -> torch.Tensor:
-        causal = given.get("is_causal", False) or given.get("window_size") == (-1, 0)
+        left, right = given.get("window_size", (-1, -1))
+        assert given.get("is_causal", False) or right == 0
         q, k, v = given["query"], given["key"], given["value"]
         if not given.get("enable_gqa"):
             assert q.size(1) == k.size(1) == v.size(1)
         assert given["max_q"] == given["max_k"] == max(given["cu_seq_q"].diff())
         parts = []
+
+        def attended(length: int, left: int, one: Any) -> torch.Tensor:
+            found = F.scaled_dot_product_attention(*one, attn_mask=band(length, left), enable_gqa=True)
+            return found[0].transpose(0, 1)
+
         for start, end in itertools.pairwise(given["cu_seq_q"].tolist()):
             one = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-            parts.append(F.scaled_dot_product_attention(*one, is_causal=causal, enable_gqa=True)[0].transpose(0, 1))
+            parts.append(attended(end - start, left, one))
         return torch.cat(parts)
 
     namespace: dict[str, Any] = {"compute": compute}
@@ -114,15 +136,18 @@ def varlen_of_release(arguments: str) -> Callable[..., torch.Tensor]:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("release", RELEASES)
-def test_varlen_attention_of_every_release(release: str, kv_heads: int) -> None:
-    """Values and gradients, with grouped queries too."""
-    adapted = adapt_varlen(varlen_of_release(RELEASES[release]))
-    assert adapted is not None
+def test_varlen_attention_of_every_release(release: str, window: int | None, kv_heads: int) -> None:
+    """Values and gradients, with grouped queries too. Version 2.10 has no windows, so torch's other kernels attend."""
+    adapted = adapt_varlen(varlen_of_release(RELEASES[release]), windowed=window is not None)
+    assert (adapted is None) == (window is not None and release == "2.10")
+    if adapted is None:
+        return
     parts = [torch.randn(3, 16, heads, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
     documents = Documents.of(LENGTHS, parts[0][..., 0, 0])
-    found = adapted(*(x.flatten(0, 1) for x in parts), documents.ends, max(LENGTHS)).view(parts[0].shape)
-    expected = attend(*parts, documents)
+    found = adapted(*(x.flatten(0, 1) for x in parts), documents.ends, max(LENGTHS), window).view(parts[0].shape)
+    expected = attend(*parts, documents, window)
     torch.testing.assert_close(found, expected)
     weight = torch.randn(found.shape)
     for a, b in zip(*(torch.autograd.grad((x * weight).sum(), parts) for x in (found, expected)), strict=True):
@@ -180,8 +205,9 @@ def test_nothing_leaks_from_one_document_to_another(position: str, recompute: st
             assert torch.equal(before[i], after[i]) == (i != changed)
 
 
-def test_a_packed_document_is_a_document_alone() -> None:
-    model = build("rope")
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 4, "max_window_layers": 1}])
+def test_a_packed_document_is_a_document_alone(window: dict[str, Any]) -> None:
+    model = build("rope", **window)
     tokens = torch.randint(0, 97, (3, 16))
     packed = model(tokens, positions=positions_of(LENGTHS, 16), documents=LENGTHS).flatten(0, 1).split(LENGTHS)
     for part, expected in zip(tokens.flatten().split(LENGTHS), packed, strict=True):

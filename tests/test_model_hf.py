@@ -40,6 +40,11 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-llama3": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
     "qwen2-yarn": {"rope_scaling": YARN | {"beta_fast": 8.0, "truncate": False}, "bias": "qkv"},
     "qwen3-yarn": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}, "qk_norm": True},
+    "mistral": {"n_kv_head": 2, "sliding_window": 7},
+    "ministral-every-second": {"sliding_window": 7, "sliding_window_pattern": 2},
+    "ministral-after-the-first": {"sliding_window": 1, "max_window_layers": 1},
+    "qwen2-window": {"sliding_window": 30, "max_window_layers": 2, "bias": "qkv"},
+    "qwen3-window": {"sliding_window": 7, "sliding_window_pattern": 3, "bias": "attention", "qk_norm": True},
     "qwen2": {"n_kv_head": 2, "bias": "qkv", "tie_embeddings": False},
     "qwen2-tied": {"n_kv_head": 2, "bias": "qkv", "head_dim": 32},
     "qwen3": {"n_kv_head": 2, "qk_norm": True, "head_dim": 32, "tie_embeddings": False},
@@ -111,6 +116,8 @@ def test_refusals() -> None:
         ({**LLAMA, "mlp": "gelu"}, "mlp = 'gelu'"),
         ({**LLAMA, "qk_norm": True, "bias": True}, "bias = True"),
         ({**LLAMA, "qk_norm": True, "bias": "qkv"}, "bias = 'qkv'"),
+        ({"sliding_window": 8}, "sliding_window = 8"),
+        ({**LLAMA, "sliding_window": 8, "bias": "attention"}, "sliding_window = 8"),
     ],
 )
 def test_models_that_transformers_lacks_are_refused_by_field(fields: dict[str, Any], named: str) -> None:
@@ -141,6 +148,9 @@ def test_configs_come_back(case: str) -> None:
         "bias",
         "qk_norm",
         "rope_scaling",
+        "sliding_window",
+        "sliding_window_pattern",
+        "max_window_layers",
     ):
         assert getattr(back, name) == getattr(config, name), name
     assert (back.rope_theta, back.tie_embeddings) == (config.rope_theta, config.tie_embeddings)
@@ -150,11 +160,12 @@ def test_what_a_config_leaves_out_is_transformers_default() -> None:
     for kind in ("gpt2", "llama", "qwen2", "qwen3"):
         theirs = CONFIG_MAPPING[kind]().to_dict()
         assert effective(from_hf_config({"model_type": kind})) == effective(from_hf_config(theirs)), kind
-    with pytest.raises(ValueError, match="sliding_window = 4096"):  # Mistral's default
-        from_hf_config({"model_type": "mistral"})
-    theirs = CONFIG_MAPPING["mistral"](sliding_window=None).to_dict()
-    left_out = {"model_type": "mistral", "sliding_window": None}
-    assert effective(from_hf_config(left_out)) == effective(from_hf_config(theirs))
+    for kind in ("mistral", "ministral"):
+        for fields in ({}, {"sliding_window": None}):
+            theirs = CONFIG_MAPPING[kind](**fields).to_dict()
+            ours = from_hf_config({"model_type": kind, **fields})
+            assert effective(ours) == effective(from_hf_config(theirs))
+            assert ours.sliding_window == fields.get("sliding_window", 4096)
 
 
 @pytest.mark.parametrize("bias", [False, "qkv", "attention"])
@@ -169,7 +180,7 @@ def test_a_gpt2_without_some_biases_goes_out_with_zeros(bias: Any) -> None:
     torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-IMPORTED = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+IMPORTED = ("gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3")
 
 
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -214,6 +225,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"sliding_window": 40, "use_sliding_window": True, "max_window_layers": 0},
     {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["full_attention"] * 2, "max_window_layers": 0},
     {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+    {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    {
+        "sliding_window": 4,
+        "use_sliding_window": True,
+        "num_hidden_layers": 4,
+        "n_layer": 4,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    },
     {"attention_bias": True},
     {"mlp_bias": True},
     {"attention_bias": True, "mlp_bias": True},
@@ -262,6 +281,8 @@ def our_config(raw: dict[str, Any], change: dict[str, Any]) -> GPTConfig | None:
 def test_every_setting_is_computed_as_transformers_does_or_refused(kind: str) -> None:
     """A setting may be without effect in a family; then both models ignore it."""
     tiny = TINY_GPT2 if kind == "gpt2" else {"model_type": kind, **TINY_LLAMA}
+    if kind == "ministral":  # transformers' class cannot run without these two
+        tiny |= {"sliding_window": 12, "head_dim": 8}
     written = CONFIG_MAPPING[kind].from_dict(dict(tiny)).to_dict()
     equal, refused = 0, 0
     for base, changes in ((tiny, VARIANTS), (written, with_other_values(written))):
@@ -308,6 +329,8 @@ def test_every_setting_is_computed_as_transformers_does_or_refused(kind: str) ->
         ({"model_type": ["llama"]}, "model_type"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"is_causal": False}, "is_causal"),
+        ({"model_type": "qwen3", "sliding_window": 4, "layer_types": ["full_attention", "chunked"]}, "layer_types"),
+        ({"model_type": "ministral", "sliding_window": 4, "layer_types": ["full_attention"]}, "layer_types"),
         ({"model_type": "qwen2", "layer_types": 5, "use_sliding_window": 1, "sliding_window": "x"}, "layer_types"),
     ],
 )

@@ -126,6 +126,15 @@ def test_other_documents_need_no_other_graph(graphs: Callable[[], int]) -> None:
     assert seen == [seen[0]] * 3
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
+def test_a_window_is_attended_to_outside_the_graphs(graphs: Callable[[], int]) -> None:
+    """The parts before and after attention have graphs: six of the three layers would be one too many."""
+    fields = {"sliding_window": 3, "position": "rope"}
+    assert_same(*(loss_and_gradients(build(**fields, kernels=kernels)) for kernels in ("compile", "eager")))
+    assert graphs() <= 5
+
+
 @pytest.mark.usefixtures("traced_only")
 def test_generating_compiles_nothing(graphs: Callable[[], int]) -> None:
     prompt = torch.zeros(1, 2, dtype=torch.int64)

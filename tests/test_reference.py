@@ -41,6 +41,6 @@ def test_the_reference_has_every_key_once() -> None:
 @pytest.mark.parametrize(("name", "limit"), MODEL_LIMITS.items())
 def test_the_models_limits_are_those_it_checks(name: str, limit: str) -> None:
     valid = {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 100, "max_seq_len": 16}
-    outside = 0 if limit.startswith((">= 1", "> 0", "none")) else -0.1
+    outside = 0 if limit.startswith((">= 1", ">= 2", "> 0", "none")) else -0.1
     with pytest.raises(ValueError, match=name):
         GPTConfig(**{**valid, name: outside})  # type: ignore[arg-type]

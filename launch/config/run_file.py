@@ -54,6 +54,11 @@ MODEL_KEYS = {
     "position": "Position encoding: a learned table, or rotary embeddings (RoPE) of queries and keys.",
     "rope_theta": "Base of RoPE's frequencies (theta). Unused with learned positions.",
     "rope_scaling": "Stretching of RoPE to a longer context, with the names of transformers' config.json.",
+    "sliding_window": "Most tokens that a token attends to, itself included. The cost of attention then grows with the "
+    "length of a sample, and not with its square. Default: all earlier tokens.",
+    "sliding_window_pattern": "Every n-th layer attends to all earlier tokens, the others have the window, as in "
+    "Gemma 3. Default: all layers have it.",
+    "max_window_layers": "The first n layers attend to all earlier tokens, the others have the window, as in Qwen2.",
     "mlp": "Activation of the MLP. gelu_tanh is GPT-2's approximation of gelu. swiglu has a third weight matrix.",
     "bias": "Which layers have a bias. true: all linear layers and LayerNorm. false: none. qkv: only the projections "
     "to queries, keys and values (as in Qwen2). attention: these and attention's output projection.",

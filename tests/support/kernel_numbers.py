@@ -152,16 +152,29 @@ def test_row_losses(fused: Kernels, rows: int, vocab_size: int, padded: int, z_l
 @DTYPES
 @pytest.mark.parametrize("width", [1, 24, 112, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2)])
-@pytest.mark.parametrize(("shape", "lengths"), [((1, 1), None), ((2, 130), None), ((2, 100), [1, 64, 70, 63, 2])])
+@pytest.mark.parametrize(
+    ("shape", "lengths", "window"),
+    [
+        ((1, 1), None, None), ((2, 130), None, None), ((2, 100), [1, 64, 70, 63, 2], None),
+        ((1, 200), None, 1), ((1, 300), None, 65), ((1, 200), None, 100), ((2, 200), [5, 131, 64, 150, 50], 64),
+        ((1, 200), [70, 130], 500),
+    ],
+)  # fmt: skip
 def test_attend(
-    shape: tuple[int, int], lengths: list[int] | None, heads: int, kv_heads: int, width: int, dtype: torch.dtype
+    shape: tuple[int, int],
+    lengths: list[int] | None,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype,
 ) -> None:
     """q, k and v are views of one tensor, as in the model, so two tokens of a head are not adjacent in memory."""
     whole = normal(*shape, heads + 2 * kv_heads, width, dtype=dtype, device=CPU)
     documents = None if lengths is None else Documents.of(lengths, whole[..., 0, 0])
 
     def run(module: Kernels, x: Tensor) -> list[Tensor]:
-        return [module.attend(*x.split([heads, kv_heads, kv_heads], dim=2), documents)]
+        return [module.attend(*x.split([heads, kv_heads, kv_heads], dim=2), documents, window)]
 
     double = exact(whole)
     check(run(native_kernels, whole), [whole], run(plain, double), [double])
@@ -199,11 +212,12 @@ LLAMA = {
 }  # fmt: skip
 
 
+WINDOW = {**LLAMA, "qk_norm": False, "sliding_window": 5, "sliding_window_pattern": 2, "dropout": 0.1}
 VARIANT = {"mlp": "gelu", "bias": False, "z_loss": 1e-3, "dropout": 0.1, "activation_checkpointing": "full"}
 
 
 @pytest.mark.parametrize("name", FUSED)
-@pytest.mark.parametrize("fields", [{}, VARIANT, LLAMA], ids=["gpt2", "variant", "llama"])
+@pytest.mark.parametrize("fields", [{}, VARIANT, LLAMA, WINDOW], ids=["gpt2", "variant", "llama", "window"])
 def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients of the model equal those of the eager kernels to 1e-5, with several chunks of the head."""
     for chunk in ("CPU_CHUNK_BYTES", "GPU_CHUNK_BYTES"):
