@@ -80,6 +80,14 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         True,
     ),
     "C++": ({"kernels": "native", "n_kv_head": 2}, True),
+    "C++ with windows": ({"kernels": "native", "sliding_window": 10, "sliding_window_pattern": 2}, True),
+    "windows and YaRN": (
+        {
+            "sliding_window": 7,
+            "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+        },
+        False,
+    ),
 }
 
 
