@@ -24,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from packspeed.data.errors import DataError, UsageError
+from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.long_text import LongText
-from packspeed.data.text.ranks import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN
+from packspeed.data.text.ranks import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, BytesTokenizer
 from packspeed.data.text.tokenizer import Tokenizer
 
 Choice = Literal["auto", "gigatoken", "tiktoken"]
@@ -62,15 +63,19 @@ class Encoder:
                 f"gigatoken cannot encode with the tokenizer {tokenizer.name}: it is not installed (pip install "
                 f"gigatoken) or does not support this tokenizer's pattern. Omit --encoder."
             )
-        self.fast = _Gigatoken(*ranks_file, tokenizer.eot_id) if ranks_file is not None else None
-        self.name = "gigatoken" if self.fast else "tokenizer"
+        self.fast: _Gigatoken | _Bytes | None = None
+        if ranks_file is not None:
+            self.fast = _Gigatoken(*ranks_file, tokenizer.eot_id)
+        elif isinstance(tokenizer, BytesTokenizer) and choice != "tiktoken":
+            self.fast = _Bytes(tokenizer.eot_id)
+        self.name = "gigatoken" if ranks_file is not None else "tokenizer"
         self._eot = np.array([tokenizer.eot_id], dtype=np.uint32)
         self._inside = False  # whether the last text left its document unfinished
         self._open: LongText | None = None  # the unfinished document, if the tokenizer does not split at words
 
     def encode(
         self, texts: Sequence[bytes], last: Sequence[bool] | None = None
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    ) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Return the ids of all texts, (sum of lengths,), and the number of ids of each text, (texts,).
 
         texts: UTF-8. last (default: all True): whether a text ends its document; if not, the next text continues it. A
@@ -90,7 +95,7 @@ class Encoder:
         pieces = [self._piece(text.decode("utf-8"), bool(ends)) for text, ends in zip(texts, last, strict=True)]
         return self._with_bos(np.concatenate(pieces), np.array([len(ids) for ids in pieces], dtype=np.int64), begins)
 
-    def _complete(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    def _complete(self, texts: Sequence[bytes]) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Return the ids of all texts with EOT after each, (sum of lengths,), and the number of ids of each, (texts,).
 
         texts: complete documents in UTF-8.
@@ -98,7 +103,7 @@ class Encoder:
         encoded = self.fast.encode(texts) if self.fast is not None else None
         return encoded if encoded is not None else self._reference(texts)
 
-    def _reference(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    def _reference(self, texts: Sequence[bytes]) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Return what `_complete` returns, computed by the tokenizer itself and not by gigatoken.
 
         That is the ids of all texts with EOT after each, and the number of ids of each.
@@ -134,8 +139,8 @@ class Encoder:
         return ids
 
     def _with_bos(
-        self, tokens: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], begins: npt.NDArray[np.bool_]
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        self, tokens: Tokens, lengths: npt.NDArray[np.int64], begins: npt.NDArray[np.bool_]
+    ) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Return the ids and lengths of texts with BOS inserted, or unchanged if the tokenizer has no BOS.
 
         begins (texts,): whether a text begins a document; BOS is inserted before these texts only.
@@ -150,7 +155,7 @@ class Encoder:
 
         where: the place of the texts, for the message.
         """
-        if self.fast is None:
+        if not isinstance(self.fast, _Gigatoken):
             return
         sample, size = list[bytes](), 0
         for text in texts:
@@ -207,6 +212,20 @@ class _Gigatoken:
             self._tokenizer = self._load()
             self._first_bytes = max(self._first_bytes, _resident_bytes() - GROWTH_BYTES // 2)
         return ids, np.diff(ends, prepend=-1)
+
+
+class _Bytes:
+    """Encodes documents with the tokenizer `bytes`, many at a time."""
+
+    def __init__(self, eot_id: int):
+        self._eot_id = eot_id
+
+    def encode(self, texts: Sequence[bytes]) -> tuple[Tokens, npt.NDArray[np.int64]]:
+        """Return the ids of complete documents with EOT after each, and the number of ids of each."""
+        ids = np.frombuffer(b"\0".join([*texts, b""]), dtype=np.uint8).astype(np.uint16)
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
+        ids[np.cumsum(lengths) - 1] = self._eot_id
+        return ids, lengths
 
 
 def _known_ranks(tokenizer: Tokenizer) -> tuple[bytes, str] | None:
