@@ -131,10 +131,11 @@ def test_progress_counts_up_to_the_whole(tmp_path: Path) -> None:
     def report(now: PrepareProgress) -> None:
         seen.append((now.documents, now.tokens))
 
-    manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS * 3)], tmp_path / "out", val_fraction=0, progress=report)
+    source = jsonl(tmp_path / "a.jsonl", TEXTS * 40)
+    manifest = prepare([source], tmp_path / "out", "bytes", val_fraction=0, progress=report)
     assert len(seen) > 1
     assert seen == sorted(seen)
-    assert seen[-1] == (3000, manifest.split_tokens("train"))
+    assert seen[-1] == (40_000, manifest.split_tokens("train"))
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:

@@ -14,27 +14,22 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from packspeed.data.errors import DataError
-from packspeed.data.prepare.units import DOCUMENT, Job, Receipt, Unit, load_job, unit_path
-from packspeed.data.read.documents import Document, Tally
-from packspeed.data.read.readers import read_documents
+from packspeed.data.prepare.units import DOCUMENT, Job, Receipt, Table, Unit, load_job, unit_path
+from packspeed.data.read.documents import Batch, Tally
+from packspeed.data.read.readers import read_batches
 from packspeed.data.storage.atomic import WRITEBACK_BYTES, start_writeback, sync_stream, temporary, write_file
 from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.encode import Choice, Encoder
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer_file
-
-BATCH_BYTES = 2**20
-
-
-BATCH_DOCUMENTS = 1024
-
 
 HASH_SEED = 0x7061636B73706565  # never change it: it decides whether a document is in train or in val
 
@@ -111,23 +106,21 @@ class UnitWorker:
         """
         open_document = _OpenDocument()
         checked = False
-        for batch in _batches(read_documents(unit.sources, self.job.text_keys, tally)):
-            counts = Counts()
-            pieces = [d for d in batch if d.data or (d.last and open_document.continues(d))]
-            counts.empty_documents = len(batch) - len(pieces)
-            texts = [piece.data for piece in pieces]
-            if pieces and not checked:
-                self.encoder.check(texts, pieces[0].source)
+        dtype = np.dtype(self.job.dtype).newbyteorder("<")
+        for batch in read_batches(unit.sources, self.job.text_keys, tally):
+            texts, last = open_document.without_empty(batch)
+            counts = Counts(empty_documents=len(batch.texts) - len(texts))
+            if not texts:
+                yield np.empty(0, dtype), counts
+                continue
+            if not checked:
+                self.encoder.check(texts, batch.source)
                 checked = True
-            last = np.array([piece.last for piece in pieces], dtype=bool)
-            ids, lengths = np.empty(0, np.uint32), np.empty(0, np.int64)
-            if pieces:
-                ids, lengths = self.encoder.encode(texts, last.tolist())
-            tokens = ids.astype(np.dtype(self.job.dtype).newbyteorder("<"))
-            table.append(open_document.rows(pieces, lengths, last).tobytes())
-            counts.documents, counts.text_bytes = int(last.sum()), sum(map(len, texts))
-            counts.tokens = len(tokens)
-            yield tokens, counts
+            ids, lengths = self.encoder.encode(texts, last)
+            rows = open_document.rows(texts, lengths, last)
+            table.append(rows.tobytes())
+            counts.documents, counts.text_bytes, counts.tokens = len(rows), sum(map(len, texts)), len(ids)
+            yield ids.astype(dtype, copy=False), counts
 
 
 class _OpenDocument:
@@ -137,52 +130,58 @@ class _OpenDocument:
         self.tokens, self.hash = 0, xxhash.xxh3_128(seed=HASH_SEED)
         self.began = False
 
-    def continues(self, document: Document) -> bool:
-        """Return whether an empty last piece ends a document that had text in earlier pieces. document: is not used."""
-        return self.began
+    def without_empty(self, batch: Batch) -> tuple[list[bytes], list[bool]]:
+        """Return the texts of a batch, and whether each ends its document, without the empty texts.
 
-    def rows(self, pieces: list[Document], lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Return a row of dtype DOCUMENT for each document that ends in these pieces.
-
-        lengths (pieces,): tokens of each piece. last (pieces,): whether a piece ends its document.
+        An empty last piece stays if its document has text in an earlier piece.
         """
-        rows = np.zeros(int(last.sum()), dtype=DOCUMENT)
-        digests, tokens = list[bytes](), list[int]()
-        for piece, length in zip(pieces, lengths.tolist(), strict=True):
-            if piece.last and not self.began:
-                digests.append(xxhash.xxh3_128_digest(piece.data, seed=HASH_SEED))
-                tokens.append(length)
-                continue
-            self.hash.update(piece.data)
-            self.tokens += length
-            self.began = True
-            if piece.last:
-                digests.append(self.hash.digest())
-                tokens.append(self.tokens)
-                self.__init__()  # type: ignore[misc]  # reset for the next document
+        if all(batch.texts):
+            return batch.texts, batch.last
+        texts, lasts, inside = list[bytes](), list[bool](), self.began
+        for text, last in zip(batch.texts, batch.last, strict=True):
+            if text or (last and inside):
+                texts.append(text)
+                lasts.append(last)
+                inside = not last
+        return texts, lasts
+
+    def rows(self, texts: list[bytes], lengths: npt.NDArray[np.int64], last: list[bool]) -> Table:
+        """Return a row of dtype DOCUMENT for each document that ends in these texts.
+
+        lengths (texts,): tokens of each text. last (texts,): whether a text ends its document.
+        """
+        digests: list[bytes]
+        if not self.began and all(last):
+            digests = [xxhash.xxh3_128_digest(text, HASH_SEED) for text in texts]
+            tokens = lengths
+        else:
+            digests, tokens = self._ended(texts, lengths, last)
+        rows = np.empty(len(digests), dtype=DOCUMENT)
         rows["tokens"] = tokens
         halves = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
         rows["high"], rows["low"] = halves[:, 0], halves[:, 1]
         return rows
+
+    def _ended(
+        self, texts: list[bytes], lengths: npt.NDArray[np.int64], last: list[bool]
+    ) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+        """Return the hash and the number of tokens of each document that ends in these texts. Arguments: see `rows`."""
+        digests, tokens = list[bytes](), list[int]()
+        for text, length, ends in zip(texts, lengths.tolist(), last, strict=True):
+            self.hash.update(text)
+            self.tokens += length
+            self.began = True
+            if ends:
+                digests.append(self.hash.digest())
+                tokens.append(self.tokens)
+                self.__init__()  # type: ignore[misc]  # reset for the next document
+        return digests, np.array(tokens, dtype=np.int64)
 
 
 def _add(total: Counts, counts: Counts) -> None:
     """Add each field of `counts` to that of `total`, in place."""
     for field in dataclasses.fields(Counts):
         setattr(total, field.name, getattr(total, field.name) + getattr(counts, field.name))
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield lists of documents, or pieces of them, that have about a megabyte of text together."""
-    batch, size = list[Document](), 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.data)
-        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def main(folder: Path, skip_bad: int, choice: Choice) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -25,6 +25,35 @@ class Document:
     source: str  # name of its file, URL or Hub dataset
     position: int  # where it begins in the source: a byte offset (text, lines) or the number of a row
     last: bool = True  # False for every piece of a long text except the last one
+
+
+@dataclass(slots=True)
+class Batch:
+    """Consecutive documents, or pieces of long ones: their texts, without the position of each."""
+
+    texts: list[bytes] = field(default_factory=list)  # in UTF-8
+    last: list[bool] = field(default_factory=list)  # whether each text ends its document
+    source: str = ""  # name of the source of the first text
+
+    def add(self, documents: Iterable[Document]) -> None:
+        """Append documents."""
+        for document in documents:
+            self.source = self.source or document.source
+            self.texts.append(document.data)
+            self.last.append(document.last)
+
+    def complete(self) -> Batch:
+        """Mark the texts that were appended to `texts` alone as complete documents. Return the batch itself."""
+        self.last += [True] * (len(self.texts) - len(self.last))
+        return self
+
+    def joined(self, other: Batch) -> Batch:
+        """Return a batch with the documents of this one and then those of `other`. Both may be changed."""
+        if not self.texts:
+            return other
+        self.texts += other.texts
+        self.last += other.last
+        return self
 
 
 @dataclass

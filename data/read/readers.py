@@ -19,6 +19,7 @@ A line is parsed by orjson, which is three times as fast as json. If orjson refu
 from __future__ import annotations
 
 import codecs
+import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,15 +28,30 @@ from typing import Any
 import orjson
 
 from packspeed.data.errors import DataError
-from packspeed.data.read.documents import LONG_TEXT_BYTES, Document, Tally, TextKeys, documents_of
+from packspeed.data.read.documents import LONG_TEXT_BYTES, Batch, Document, Tally, TextKeys, documents_of
 from packspeed.data.read.json_values import split_values
 from packspeed.data.read.long_json import long_text
 from packspeed.data.read.sniff import looks_binary, sniffed
 from packspeed.data.read.sources import Source
 from packspeed.data.read.split_text import split_text
-from packspeed.data.read.streams import BYTE_ORDER_MARK, LONG_LINE_BYTES, local_copy, read_chunks, split_lines
+from packspeed.data.read.streams import (
+    BYTE_ORDER_MARK,
+    LONG_LINE_BYTES,
+    line_blocks,
+    local_copy,
+    read_chunks,
+    split_lines,
+)
 from packspeed.data.read.tables import read_arrow, read_csv, read_parquet
 from packspeed.data.read.warc import read_warc
+
+BATCH_BYTES = 2**19
+
+
+BATCH_DOCUMENTS = 1024
+
+
+_NO_TEXT = (ValueError, LookupError, TypeError, AttributeError)  # why a line has no text: see TextKeys.take
 
 
 def read_documents(sources: Iterable[Source], text_keys: str | Sequence[str], tally: Tally) -> Iterator[Document]:
@@ -46,14 +62,53 @@ def read_documents(sources: Iterable[Source], text_keys: str | Sequence[str], ta
     """
     keys = TextKeys(text_keys)
     for source in sources:
-        try:
-            if source.kind == "hub":
-                yield from _read_hub(source, keys, tally)
-                continue
-            with local_copy(source) as local:
-                yield from _read(sniffed(local), keys, tally)
-        except OSError as error:
-            raise unreadable(source, error) from error
+        with _local(source) as local:
+            yield from _read(local, keys, tally)
+
+
+def read_batches(sources: Iterable[Source], text_keys: str | Sequence[str], tally: Tally) -> Iterator[Batch]:
+    """Yield the documents of all sources, about a megabyte at a time. Arguments and exceptions: see read_documents.
+
+    This is faster than read_documents, which needs 2 us more for each line.
+    """
+    keys = TextKeys(text_keys)
+    held, held_bytes = Batch(), 0
+    for source in sources:
+        with _local(source) as local:
+            lines = local.kind == "lines"
+            for batch in _read_lines(local, keys, tally) if lines else _batches(_read(local, keys, tally)):
+                held = held.joined(batch)
+                held_bytes += sum(map(len, batch.texts))
+                if held_bytes >= BATCH_BYTES:
+                    yield held
+                    held, held_bytes = Batch(), 0
+    if held.texts:
+        yield held
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[Batch]:
+    """Yield batches of documents, or pieces of them, that have about a megabyte of text together."""
+    batch, size = Batch(), 0
+    for document in documents:
+        batch.add([document])
+        size += len(document.data)
+        if size >= BATCH_BYTES or len(batch.texts) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = Batch(), 0
+    yield batch
+
+
+@contextlib.contextmanager
+def _local(source: Source) -> Iterator[Source]:
+    """Yield a source with its format detected, and as a local copy if it is an http(s) URL.
+
+    An OSError in the `with` block becomes a DataError that names the source.
+    """
+    try:
+        with local_copy(source) as local:
+            yield sniffed(local)
+    except OSError as error:
+        raise unreadable(source, error) from error
 
 
 def unreadable(source: Source, error: OSError) -> DataError:
@@ -63,6 +118,8 @@ def unreadable(source: Source, error: OSError) -> DataError:
 
 def _read(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
     """Yield the documents of a source whose format (`kind`) is known, with the reader of that format."""
+    if source.kind == "hub":
+        return _read_hub(source, keys, tally)
     if source.kind == "text":
         return _read_text(source, tally)
     if source.kind == "lines":
@@ -172,6 +229,28 @@ def _is_no_record(value: bytes | Iterator[bytes], keys: TextKeys) -> bool:
         return False
 
 
+def _read_lines(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Batch]:
+    """Yield the documents of a file with one record per line: those of the lines that end in the same megabyte.
+
+    Valid lines are read here; _read_records reads all other lines, one by one.
+    """
+    take, loads = keys.take, orjson.loads
+    for offset, lines in line_blocks(read_chunks(source), source.start):
+        if not isinstance(lines, list):
+            yield from _batches(_read_records(source, iter([(offset, lines)]), keys, tally))
+            continue
+        batch, passed = Batch(source=source.name), 0
+        texts = batch.texts
+        for number, line in enumerate(lines):
+            try:
+                texts.append(take(loads(line)).encode())
+            except _NO_TEXT:
+                offset += sum(map(len, lines[passed:number]))
+                passed = number
+                batch.complete().add(_read_records(source, iter([(offset, line.removesuffix(b"\n"))]), keys, tally))
+        yield batch.complete()
+
+
 def _read_records(
     source: Source, values: Iterator[tuple[int, bytes | Iterator[bytes]]], keys: TextKeys, tally: Tally
 ) -> Iterator[Document]:
@@ -187,7 +266,7 @@ def _read_records(
         # Valid lines are read the fast way. Any other line is read the slow way, which finds the reason for the error.
         try:
             data = take(orjson.loads(line)).encode()
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except _NO_TEXT:
             if line and not line.isspace():
                 yield from _read_odd_line(line, offset, source, keys, tally)
         else:

@@ -10,6 +10,7 @@ import bz2
 import contextlib
 import dataclasses
 import gzip
+import io
 import itertools
 import lzma
 import os
@@ -164,15 +165,32 @@ def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int,
 
     A line above 64 MiB is an iterator of chunks, which must be used before the next line. offset: where chunks begin.
     """
+    for start, lines in line_blocks(chunks, offset):
+        if not isinstance(lines, list):
+            yield start, lines
+            continue
+        for line in lines:
+            yield start, line.removesuffix(b"\n")
+            start += len(line)
+
+
+def line_blocks(
+    chunks: Iterable[bytes], offset: int = 0
+) -> Iterator[tuple[int, list[bytes]] | tuple[int, Iterator[bytes]]]:
+    """Yield (byte offset of the first line, lines with their newlines) for the lines that end in each chunk.
+
+    A line above 64 MiB is an iterator of chunks, without the newline, which must be used before the next lines. offset:
+    where the chunks begin.
+    """
     chunks, pending, held = iter(chunks), list[bytes](), 0
     while (chunk := next(chunks, None)) is not None:
-        *ended, rest = chunk.split(b"\n")
-        for part in ended:
-            line = b"".join([*pending, part]) if pending else part
-            pending.clear()
-            held = 0
-            yield offset, line
-            offset += len(line) + 1
+        lines = io.BytesIO(chunk).readlines()  # three times as fast as split
+        rest = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        if lines:
+            lines[0] = b"".join([*pending, lines[0]])
+            yield offset, lines
+            offset += held + len(chunk) - len(rest)
+            pending, held = [], 0
         if rest:
             pending.append(rest)
             held += len(rest)
@@ -185,7 +203,7 @@ def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int,
             offset += long.bytes + 1
             chunks, pending, held = itertools.chain([long.rest], chunks), [], 0
     if pending:
-        yield offset, b"".join(pending)
+        yield offset, [b"".join(pending)]
 
 
 class _LongLine:
