@@ -6,13 +6,10 @@ the length that the server announced.
 
 from __future__ import annotations
 
-import http.client
-import logging
 import re
 import shutil
 import time
 from typing import IO, Any
-from urllib.parse import quote
 
 from packspeed.data.errors import DataError, UsageError
 
@@ -104,6 +101,8 @@ def open_store(url: str) -> Store:
 
     Raises UsageError if the protocol is unknown or its library is not installed, and DataError if the library fails.
     """
+    import logging
+
     import fsspec
 
     for name in QUIET_LOGGERS:
@@ -152,7 +151,9 @@ class _Passing(Exception):
 
 def _fetch(url: str, copy: IO[bytes]) -> None:
     """Download a URL once, from the start. Raises _Passing if another attempt may succeed, otherwise DataError."""
-    import urllib.request  # only here, because it takes 40 ms (ssl, email)
+    import http.client  # only here, because this and the next import take 40 ms (ssl, email)
+    import urllib.request
+    from urllib.parse import quote
 
     copy.seek(0)
     copy.truncate()
