@@ -198,6 +198,39 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.launch
+def test_forked_workers_give_the_same_bytes_and_hold_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with one thread forks its workers. After kill -9 the folder is free, although a worker still exists."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    source, out = jsonl(tmp_path / "a.jsonl", TEXTS * 4), tmp_path / "out"
+    bad = jsonl(tmp_path / "b.jsonl", TEXTS)
+    with open(bad, "a") as stream:
+        stream.write("{\n")
+    forks = "import packspeed.data.prepare.units as u, packspeed.data.prepare.worker_pool as w\n"
+    forks += "u.UNIT_BYTES = 20_000\nassert w.can_fork()\nw.subprocess = None\n"
+    code = f"try: prepare([{bad!r}], {str(tmp_path / 'bad')!r}, workers=2)\nexcept DataError as error: print(error)\n"
+    code += f"prepare([{source!r}], {str(out)!r}, workers=2)"
+    with in_process(forks + code) as process:
+        assert "b.jsonl, line 1001, byte" in process.communicate()[0]
+    expected = prepare([source], tmp_path / "one")
+    assert folder_bytes(out) == folder_bytes(tmp_path / "one")
+
+    stopped = forks + "w.serve = lambda *_: u.os.kill(u.os.getpid(), 19)\n"
+    with in_process(stopped + f"prepare([{source!r}], {str(tmp_path / 'killed')!r}, workers=2)") as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers: list[str] = []
+        while len(workers) < 2 or any(" T " not in Path(f"/proc/{worker}/stat").read_text() for worker in workers):
+            assert process.poll() is None
+            workers = children.read_text().split()
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert prepare([source], tmp_path / "killed") == expected
+    for worker in map(int, workers):
+        os.kill(worker, signal.SIGCONT)
+
+
+@pytest.mark.launch
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 at several moments; what is finished is not done again and the bytes are those of an unbroken run."""
     monkeypatch.setattr(units, "UNIT_BYTES", 20_000)

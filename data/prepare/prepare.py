@@ -15,6 +15,7 @@ size.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -29,12 +30,11 @@ from packspeed.data.prepare.output_folder import claimed_folder
 from packspeed.data.prepare.progress import PrepareProgress, ProgressMeter
 from packspeed.data.prepare.shards import ShardWriter
 from packspeed.data.prepare.tail_split import split_tail
-from packspeed.data.prepare.unit_work import UnitWorker
+from packspeed.data.prepare.unit_work import ReportCounts, UnitWorker
 from packspeed.data.prepare.units import (
     FOLDER,
     Job,
     Receipt,
-    Unit,
     load_receipt,
     plan_units,
     save_job,
@@ -63,6 +63,9 @@ SHARD_TOKENS = 2**28
 
 
 VAL_FRACTION = 0.005
+
+
+Encode = Callable[[ReportCounts], Iterator[tuple[int, Receipt]]]
 
 
 LISTED_FILES = 1000  # the manifest lists at most this many files that were skipped
@@ -138,12 +141,15 @@ def prepare(
     job = _Preparation(Path(out), Corpus(sources, text_key, include, exclude, unknown, val), tokenizer, options)
     with claimed_folder(job.folder, overwrite=overwrite), ThreadPoolExecutor(1, "packspeed-merge") as pool:
         job.plan()
-        merging = pool.submit(job.merge)
-        try:
-            # The merge waits for each unit in turn, so it copies finished units while later ones are encoded.
-            job.do(workers, encoder, progress, only_merge=only_merge)
-        finally:
-            job.finished.close()  # after an error the merge must not wait for units that will never finish
+        job.find_units(only_merge=only_merge)
+        with job.encoding(workers, encoder) as encode:
+            # The merge waits for each unit in turn, so it copies finished units while later ones are encoded. Its
+            # thread starts after the worker processes, because a process with several threads cannot be forked.
+            merging = pool.submit(job.merge)
+            try:
+                job.do(encode, progress)
+            finally:
+                job.finished.close()  # after an error the merge must not wait for units that will never finish
         return merging.result()
 
 
@@ -180,7 +186,10 @@ def prepare_part(
         raise UsageError("Several tasks cannot share standard input or a pipe. Give them a file.")
     with claimed_folder(job.folder, shared=True):
         job.plan()
-        return job.do(workers, encoder, progress, task=(task_index, task_count))
+        job.find_units(task=(task_index, task_count))
+        with job.encoding(workers, encoder) as encode:
+            job.do(encode, progress)
+        return len(job.units)
 
 
 @dataclass(frozen=True)
@@ -255,38 +264,36 @@ class _Preparation:
         )
         save_job(self.units_folder, self.job)
 
-    def do(
-        self,
-        workers: int,
-        encoder: Choice,
-        progress: Callable[[PrepareProgress], None] | None,
-        *,
-        task: tuple[int, int] = (0, 1),
-        only_merge: bool = False,
-    ) -> int:
-        """Encode those work units of one task that are not finished yet. Return the number of all units of the task.
+    def find_units(self, *, task: tuple[int, int] = (0, 1), only_merge: bool = False) -> None:
+        """Find the work units of one task, `units`, and those that are not finished yet, `todo`.
 
-        task: (task_index, task_count). Task i of n has every n-th unit, from unit i on. workers: the number of
-        processes. progress: called with the state from time to time. only_merge: encode nothing. Raises UsageError if
-        only_merge is set and a unit is not finished, and DataError if there are too many bad documents.
+        task: (task_index, task_count). Task i of n has every n-th unit, from unit i on. only_merge: nothing may be left
+        to do. Raises UsageError if only_merge is set and a unit is not finished.
         """
-        units = self.job.units[task[0] :: task[1]]
-        receipts = {unit.number: load_receipt(self.units_folder, unit.number) for unit in units}
-        todo = [unit for unit in units if receipts[unit.number] is None]
-        if only_merge and todo:
+        self.units = self.job.units[task[0] :: task[1]]
+        self.done = {unit.number: load_receipt(self.units_folder, unit.number) for unit in self.units}
+        self.todo = [unit for unit in self.units if self.done[unit.number] is None]
+        if only_merge and self.todo:
             raise UsageError(
-                f"{len(todo)} of {len(units)} work units of {self.folder} are not done (the first is number "
-                f"{todo[0].number}). Run the tasks (--task-index) that were not run or failed, then merge again."
+                f"{len(self.todo)} of {len(self.units)} work units of {self.folder} are not done (the first is number "
+                f"{self.todo[0].number}). Run the tasks (--task-index) that were not run or failed, then merge again."
             )
-        meter = ProgressMeter(units, [r for r in receipts.values() if r], progress)
+
+    def do(self, encode: Encode, progress: Callable[[PrepareProgress], None] | None) -> None:
+        """Encode the work units that are not finished yet.
+
+        encode: what `encoding` returned. progress: called with the state from time to time. Raises DataError if there
+        are too many bad documents.
+        """
+        meter = ProgressMeter(self.units, [receipt for receipt in self.done.values() if receipt], progress)
         bad = self._check_bad(sum(receipt.bad for receipt in self._receipts()))
-        for unit in units:
-            if receipts[unit.number] is not None:
-                self.finished.add(unit.number)
-        for number, receipt in self._run(todo, workers, encoder, meter):
+        for number, receipt in self.done.items():
+            if receipt is not None:
+                self.finished.add(number)
+        for number, receipt in encode(meter.add) if self.todo else ():
+            meter.finished(receipt)
             bad = self._check_bad(bad + receipt.bad)
             self.finished.add(number)
-        return len(units)
 
     def _receipts(self) -> list[Receipt]:
         """Return the records of all work units that have been encoded completely, including those of other tasks."""
@@ -302,26 +309,29 @@ class _Preparation:
             )
         return bad
 
-    def _run(
-        self, units: list[Unit], workers: int, encoder: Choice, meter: ProgressMeter
-    ) -> Iterator[tuple[int, Receipt]]:
-        """Encode work units in this process or, if workers > 1, in worker processes.
+    @contextlib.contextmanager
+    def encoding(self, workers: int, encoder: Choice) -> Iterator[Encode]:
+        """Yield a function that encodes the units in `todo`, in this process or, if workers > 1, in worker processes.
 
-        Yield (number of the unit, its receipt) when one is finished. meter: gets the counts for the progress.
+        The processes exist as long as the context. The function yields (number of the unit, its receipt) when a unit is
+        finished. Its argument is called with the counts for the progress.
         """
-        workers = min(workers, len(units))
-        # A single worker runs in this process, which saves the 0.3 s that a worker process takes to start.
+        workers = min(workers, len(self.todo))
+
+        def load() -> UnitWorker:
+            return UnitWorker(self.units_folder, self.job, self.tokenizer, self.options.skip_bad, encoder)
+
         if workers > 1:
-            with WorkerPool(self.units_folder, workers, self.options.skip_bad, encoder) as pool:
-                for number, receipt in pool.do(units, meter.add):
-                    meter.finished(receipt)
-                    yield number, receipt
-        elif units:
-            worker = UnitWorker(self.units_folder, self.job, self.tokenizer, self.options.skip_bad, encoder)
-            for unit in units:
-                receipt = worker.do(unit, meter.add)
-                meter.finished(receipt)
-                yield unit.number, receipt
+            with WorkerPool(self.units_folder, workers, self.options.skip_bad, encoder, load) as pool:
+                yield lambda report: pool.do(self.todo, report)
+        else:
+
+            def encode(report: ReportCounts) -> Iterator[tuple[int, Receipt]]:
+                worker = load()
+                for unit in self.todo:
+                    yield unit.number, worker.do(unit, report)
+
+            yield encode
 
     def merge(self) -> Manifest:
         """Wait for each unit in turn, write the shards and then the manifest, and remove the units.

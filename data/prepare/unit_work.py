@@ -2,8 +2,8 @@
 
     python -m packspeed.data.prepare.unit_work FOLDER SKIP_BAD ENCODER
 
-This command is a worker process of worker_pool.py. It reads numbers of units from stdin and writes JSON lines to
-stdout. It ends when its stdin closes, so it never outlives its parent process.
+This command is a worker process of worker_pool.py, unless that can fork one. It reads numbers of units from stdin and
+writes JSON lines to stdout. It ends when its stdin closes, so it never outlives its parent process.
 Memory: a megabyte of text or one piece of a long document, its tokens, and 24 bytes for each document of the unit.
 """
 
@@ -14,9 +14,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -184,23 +184,22 @@ def _add(total: Counts, counts: Counts) -> None:
         setattr(total, field.name, getattr(total, field.name) + getattr(counts, field.name))
 
 
-def main(folder: Path, skip_bad: int, choice: Choice) -> None:
-    """Run a worker process for the folder of units `folder`: read numbers of units from stdin, and encode them.
+def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str], out: IO[str]) -> None:
+    """Encode the units whose numbers arrive in `commands`, one per line, until it ends.
 
-    Messages (worker_pool.Message) go to stdout, one JSON line each. skip_bad, choice: as in UnitWorker.
+    folder: where the units' files are, for messages. load: returns the UnitWorker. out: gets a worker_pool.Message per
+    line, as JSON. A DataError or OSError is reported there too, and ends the work.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
 
     def send(**message: object) -> None:
-        print(json.dumps(message), flush=True)
+        print(json.dumps(message), file=out, flush=True)
 
     try:
-        job = load_job(folder)
-        tokenizer = load_tokenizer_file(folder.parent / job.tokenizer_file)
-        worker = UnitWorker(folder, job, tokenizer, skip_bad, choice)
+        worker = load()
         send(ready=True)
-        for line in sys.stdin:
-            unit = job.units[int(line)]
+        for line in commands:
+            unit = worker.job.units[int(line)]
             receipt = worker.do(unit, lambda counts: send(counts=dataclasses.asdict(counts)))
             send(done=unit.number, receipt=dataclasses.asdict(receipt))
     except DataError as error:
@@ -209,5 +208,13 @@ def main(folder: Path, skip_bad: int, choice: Choice) -> None:
         send(error=f"{folder} cannot be written: {error.strerror or error}.", exit_code=DataError.exit_code)
 
 
+def load_worker(folder: Path, skip_bad: int, choice: Choice) -> UnitWorker:
+    """Return a UnitWorker for the job that is stored in a folder of units. skip_bad, choice: as in UnitWorker."""
+    job = load_job(folder)
+    tokenizer = load_tokenizer_file(folder.parent / job.tokenizer_file)
+    return UnitWorker(folder, job, tokenizer, skip_bad, choice)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), cast(Choice, sys.argv[3]))
+    folder_, skip_bad_, choice_ = Path(sys.argv[1]), int(sys.argv[2]), cast(Choice, sys.argv[3])
+    serve(folder_, lambda: load_worker(folder_, skip_bad_, choice_), sys.stdin, sys.stdout)

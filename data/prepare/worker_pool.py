@@ -1,21 +1,27 @@
 """Worker processes that encode the work units of `packspeed prepare` in parallel.
 
-A worker is a subprocess (unit_work.py). It reads numbers of units from its stdin, and writes counts and receipts to its
-stdout. It starts in 0.3 s and ends when its stdin closes, so no worker is left if the parent is killed.
+A worker (`serve` in unit_work.py) reads numbers of units from a pipe, and writes counts and receipts to another. It
+ends when its input closes, so no worker is left if the parent is killed. If this process has a single thread, as the
+command `packspeed prepare` has, workers are forked from it and start at once. A process with several threads cannot be
+forked safely: then a worker is a new interpreter, which starts in 0.3 s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import selectors
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import IO, Any, Protocol, TypedDict
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.prepare.unit_work import Counts, ReportCounts
+from packspeed.data.prepare.unit_work import Counts, ReportCounts, UnitWorker, serve
 from packspeed.data.prepare.units import Receipt, Unit
 
 
@@ -30,18 +36,37 @@ class Message(TypedDict, total=False):
     exit_code: int
 
 
+class Worker(Protocol):
+    """A worker process: subprocess.Popen, or the same part of its interface for a forked process."""
+
+    stdin: IO[bytes] | None
+    stdout: IO[bytes] | None
+
+    def kill(self) -> None:
+        """Kill the process."""
+
+    def wait(self) -> int:
+        """Wait until the process has ended. Return its exit code, which is negative if a signal ended it."""
+
+
 class WorkerPool:
     """Worker processes that encode work units. They are killed at the end of the `with` block.
 
-    folder: where the units' files are. skip_bad, encoder: as in `prepare`.
+    folder: where the units' files are. skip_bad, encoder: as in `prepare`. load: makes a UnitWorker with these; it is
+    called once, and only if the workers are forked.
     """
 
-    def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str):
+    def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str, load: Callable[[], UnitWorker]):
+        self._workers: list[Worker] = []
+        unit_worker = load() if can_fork() else None
         command = [sys.executable, "-m", "packspeed.data.prepare.unit_work", str(folder), str(skip_bad), encoder]
-        # The pipes have no buffer: if two messages arrive together, it would hide the second one from the selector.
-        self._workers = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) for _ in range(workers)
-        ]
+        for _ in range(workers):
+            # The pipes have no buffer: if two messages arrive together, it would hide the second from the selector.
+            self._workers.append(
+                _Forked(unit_worker)
+                if unit_worker is not None and can_fork()
+                else subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            )
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -50,7 +75,10 @@ class WorkerPool:
         for worker in self._workers:
             worker.kill()
         for worker in self._workers:
-            worker.communicate()
+            for stream in (worker.stdin, worker.stdout):
+                assert stream is not None
+                stream.close()
+            worker.wait()
 
     def do(self, units: Sequence[Unit], report: ReportCounts) -> Iterator[tuple[int, Receipt]]:
         """Encode units on all workers. Yield (number, receipt) of each unit when it is finished.
@@ -78,7 +106,59 @@ class WorkerPool:
                         selector.unregister(key.fileobj)
 
 
-def _receive(worker: subprocess.Popen[bytes]) -> Message:
+def can_fork() -> bool:
+    """Return whether this process may be forked: on Linux, if it has a single thread."""
+    try:
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False
+
+
+class _Forked:
+    """A fork of this process in which `unit_worker` serves."""
+
+    def __init__(self, unit_worker: UnitWorker):
+        commands, messages = os.pipe(), os.pipe()
+        self._process = os.fork()
+        if self._process == 0:
+            _serve_and_exit(unit_worker, commands[0], messages[1])
+        self._code: int | None = None
+        os.close(commands[0])
+        os.close(messages[1])
+        self.stdin: IO[bytes] | None = open(commands[1], "wb", buffering=0)  # noqa: SIM115  (the pool closes it)
+        self.stdout: IO[bytes] | None = open(messages[0], "rb", buffering=0)  # noqa: SIM115
+
+    def kill(self) -> None:
+        if self._code is None:
+            os.kill(self._process, signal.SIGKILL)
+
+    def wait(self) -> int:
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        return self._code
+
+
+def _serve_and_exit(unit_worker: UnitWorker, commands: int, messages: int) -> None:
+    """Serve in a forked process, and end it. commands, messages: the file descriptors of its pipes."""
+    code = 1
+    try:
+        # Close the pipes of other workers, which must end with the parent, and the lock of the dataset's folder.
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor > 2 and descriptor not in (commands, messages):
+                with contextlib.suppress(OSError):  # the listing itself had one
+                    os.close(descriptor)
+        with open(commands, encoding="ascii") as lines, open(messages, "w", encoding="utf-8") as out:
+            serve(unit_worker.folder, lambda: unit_worker, lines, out)
+        code = 0
+    except BrokenPipeError:
+        pass  # the parent was killed
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # without the parent's buffers and exit functions
+
+
+def _receive(worker: Worker) -> Message:
     """Return the next message of a worker. Raises DataError if it is an error or if the worker has ended."""
     assert worker.stdout is not None
     line = worker.stdout.readline()
@@ -95,7 +175,7 @@ def _receive(worker: subprocess.Popen[bytes]) -> Message:
     return message
 
 
-def _send_unit(worker: subprocess.Popen[bytes], unit: Unit) -> None:
+def _send_unit(worker: Worker, unit: Unit) -> None:
     """Ask a worker process to encode a unit."""
     assert worker.stdin is not None
     worker.stdin.write(b"%d\n" % unit.number)
