@@ -34,7 +34,7 @@ from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer_file
 HASH_SEED = 0x7061636B73706565  # never change it: it decides whether a document is in train or in val
 
 
-WRITE_BUFFER_BYTES = 2**20
+WRITE_BUFFER_BYTES = 2**16  # larger writes, such as a batch's tokens, are not copied into the buffer
 
 
 @dataclasses.dataclass

@@ -35,10 +35,16 @@ Choice = Literal["auto", "gigatoken", "tiktoken"]
 CHECKED_BYTES = 2**16
 
 
+LATER_CHECKED_BYTES = 2**13
+
+
 LONG_CHARACTERS = 2**19  # longer texts are encoded in windows (long_text.py), if the tokenizer does not split at words
 
 
 GROWTH_BYTES = 96 * 2**20
+
+
+MEASURED_BYTES = 2**22  # memory is measured after so much text, because that takes 0.1 ms
 
 
 MARK = "\0<|packspeed: here a document ends|>\1"  # no prefix of the mark is a suffix of it, so marks cannot overlap
@@ -65,11 +71,12 @@ class Encoder:
             )
         self.fast: _Gigatoken | _Bytes | None = None
         if ranks_file is not None:
-            self.fast = _Gigatoken(*ranks_file, tokenizer.eot_id)
+            self.fast = _Gigatoken(*ranks_file, tokenizer.eot_id, tokenizer.vocab_size)
         elif isinstance(tokenizer, BytesTokenizer) and choice != "tiktoken":
             self.fast = _Bytes(tokenizer.eot_id)
         self.name = "gigatoken" if ranks_file is not None else "tokenizer"
         self._eot = np.array([tokenizer.eot_id], dtype=np.uint32)
+        self._checked = False
         self._inside = False  # whether the last text left its document unfinished
         self._open: LongText | None = None  # the unfinished document, if the tokenizer does not split at words
 
@@ -151,17 +158,19 @@ class Encoder:
         return np.insert(tokens, starts[begins], self.tokenizer.bos_id), lengths + begins
 
     def check(self, texts: Sequence[bytes], where: str) -> None:
-        """Raise DataError unless gigatoken and the tokenizer itself give the same ids for 64 KiB of these texts.
+        """Raise DataError unless gigatoken and the tokenizer itself give the same ids for the first of these texts.
 
-        where: the place of the texts, for the message.
+        64 KiB are compared in the first call, and 8 KiB in later ones, because the tokenizer itself is slow. where: the
+        place of the texts, for the message.
         """
         if not isinstance(self.fast, _Gigatoken):
             return
-        sample, size = list[bytes](), 0
+        sample, size, wanted = list[bytes](), 0, LATER_CHECKED_BYTES if self._checked else CHECKED_BYTES
+        self._checked = True
         for text in texts:
-            sample.append(text if len(text) <= CHECKED_BYTES else _head(text))
+            sample.append(text if len(text) <= wanted else _head(text, wanted))
             size += len(sample[-1])
-            if size >= CHECKED_BYTES:
+            if size >= wanted:
                 break
         # 64 KiB are enough to detect another pattern or other merges, and cost a few milliseconds.
         (tokens, lengths), expected = self._complete(sample), self._reference(sample)
@@ -175,10 +184,11 @@ class Encoder:
 class _Gigatoken:
     """A gigatoken tokenizer that is replaced by a new one when its cache of words has grown too large."""
 
-    def __init__(self, ranks_file: bytes, pattern: str, eot_id: int):
+    def __init__(self, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int):
         self._ranks_file, self._pattern, self._eot_id = ranks_file, pattern, eot_id
+        self._dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
         self._tokenizer = self._load()
-        self._first_bytes = _resident_bytes()
+        self._first_bytes, self._since = _resident_bytes(), 0
 
     def _load(self) -> Any:
         """Return the tokenizer as gigatoken's own class, which reads BPE ranks only from a file."""
@@ -190,7 +200,7 @@ class _Gigatoken:
             special = {MARK: self._eot_id}
             return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer=self._pattern, special_tokens=special)
 
-    def encode(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]] | None:
+    def encode(self, texts: Sequence[bytes]) -> tuple[Tokens, npt.NDArray[np.int64]] | None:
         """Return the ids of complete documents with EOT after each, and the number of ids of each.
 
         Return None if a text contains MARK, the string that separates the documents. Uses one thread, because work
@@ -198,7 +208,7 @@ class _Gigatoken:
         """
         mark = MARK.encode()
         joined = mark.join([*texts, b""])
-        ids: npt.NDArray[np.uint32] = self._tokenizer.encode(joined)
+        ids = self._tokenizer.encode(joined).astype(self._dtype, copy=False)
         ends = np.flatnonzero(ids == self._eot_id)
         if len(ends) != len(texts):
             if joined.count(mark) != len(texts):
@@ -207,6 +217,10 @@ class _Gigatoken:
                 f"gigatoken returned tokens with {len(ends)} document ends for {len(texts)} documents. Prepare with "
                 f"--encoder tiktoken."
             )
+        self._since += len(joined)
+        if self._since < MEASURED_BYTES:
+            return ids, np.diff(ends, prepend=-1)
+        self._since = 0
         if _resident_bytes() > self._first_bytes + GROWTH_BYTES:
             self._tokenizer = None  # frees the old one first, so that two never exist at the same time
             self._tokenizer = self._load()
@@ -243,9 +257,9 @@ def _known_ranks(tokenizer: Tokenizer) -> tuple[bytes, str] | None:
     return (ranks_file, PATTERNS[pattern]) if int(lines[-1].split()[1]) == len(lines) - 1 else None
 
 
-def _head(text: bytes) -> bytes:
-    """Return the first 64 KiB of a text in UTF-8, without the part of a character that may be at their end."""
-    return text[:CHECKED_BYTES].decode("utf-8", errors="ignore").encode("utf-8")
+def _head(text: bytes, size: int) -> bytes:
+    """Return the first `size` bytes of a text in UTF-8, without the part of a character that may be at their end."""
+    return text[:size].decode("utf-8", errors="ignore").encode("utf-8")
 
 
 def _resident_bytes() -> int:
