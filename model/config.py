@@ -126,6 +126,8 @@ class GPTConfig:
     dropout: float = 0.0  # on the embedding and on both branches of a block; needs one key per sample, keyed_dropout.py
     z_loss: float = 0.0  # adds z_loss * log(sum exp logits)^2 to the training loss of each token; PaLM uses 1e-4
     activation_checkpointing: Literal["none", "full"] | int = "none"  # "full": recompute all blocks; n: 0, n, 2n ...
+    activation_offload: bool = False  # keep the inputs of recomputed blocks in host memory; see offload.py
+    mlp_chunk: int | None = None  # tokens that an MLP processes at a time, and recomputes in the backward pass
     kernels: Kernels = "auto"  # changes speed and rounding; see kernels.py
 
     def __post_init__(self) -> None:
@@ -219,6 +221,13 @@ class GPTConfig:
         every = self.activation_checkpointing
         if every not in ("none", "full") and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"activation_checkpointing = {every!r}: choose none, full, or n >= 1 (every n-th block).")
+        if self.activation_offload and every == "none":
+            raise ValueError(
+                "activation_offload = True keeps the inputs of recomputed blocks in host memory, but no block is "
+                "recomputed: set activation_checkpointing too."
+            )
+        if self.mlp_chunk is not None and self.mlp_chunk < 1:
+            raise ValueError(f"mlp_chunk = {self.mlp_chunk}: give a whole number of tokens of at least 1.")
 
     @property
     def kv_heads(self) -> int:
@@ -330,6 +339,12 @@ def largest_parameter(config: GPTConfig) -> int:
     return d * max(*widths, widest * gate_and_up, heads * config.head_width)
 
 
+def attended_tokens(config: GPTConfig, seq_len: int) -> int:
+    """Return twice the number of tokens that a token of a sample attends to on average, summed over the layers."""
+    windows = [min(config.window_of(layer) or seq_len, seq_len) for layer in range(config.n_layer)]
+    return sum(2 * window - window * window // seq_len for window in windows)
+
+
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
     """Return the FLOPs of forward and backward per token at a sequence length. MFU (model FLOPs utilisation) uses them.
 
@@ -344,8 +359,7 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> int:
     Padding, recomputed activations, embedding look-ups and the optimizer are not counted.
     """
     head = config.vocab_size * config.d_model
-    windows = [min(config.window_of(layer) or seq_len, seq_len) for layer in range(config.n_layer)]
-    attention = config.n_head * config.head_width * sum(2 * w - w * w // seq_len for w in windows)
+    attention = config.n_head * config.head_width * attended_tokens(config, seq_len)
     return 6 * (num_non_embedding_parameters(config, active=True) + head + attention)
 
 

@@ -41,6 +41,7 @@ from packspeed.model.kernels import Kernels, choose
 from packspeed.model.keyed_dropout import keyed_dropout, mask_offset, site_keys
 from packspeed.model.linear import is_slow, linear
 from packspeed.model.moe import Choice, MoE
+from packspeed.model.offload import HostActivations
 from packspeed.model.rope import rope_table_of
 from packspeed.model.sequence import SequencePart
 
@@ -170,10 +171,25 @@ class MLP(nn.Module):
         bias, width = config.has_bias("mlp"), width or config.ff_width
         self.up = Linear(config.d_model, width * (2 if config.mlp == "swiglu" else 1), bias=bias)
         self.proj = Linear(width, config.d_model, bias=bias)
-        self.kernels, self.activation = config.kernels, config.mlp
+        self.kernels, self.activation, self.chunk = config.kernels, config.mlp, config.mlp_chunk
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the MLP's output, (B, T, C), for x (B, T, C)."""
+        """Return the MLP's output, (..., C), for x (..., C).
+
+        With model.mlp_chunk, the tokens are processed in chunks. Of a chunk, only its input is kept for the backward
+        pass, which computes the rest again. So the hidden channels, up to six times as wide as x, exist for one chunk
+        at a time.
+        """
+        if self.chunk is None or x.numel() <= self.chunk * x.size(-1):
+            return self._compute(x)
+        chunks = torch.split(x.flatten(0, -2), self.chunk)
+        if torch.is_grad_enabled():
+            parts = [checkpoint(self._compute, part, use_reentrant=False, preserve_rng_state=False) for part in chunks]
+        else:
+            parts = [self._compute(part) for part in chunks]
+        return torch.cat(parts).view(x.shape)
+
+    def _compute(self, x: Tensor) -> Tensor:
         out: Tensor = self.proj(choose(self.kernels, x.device).activate(self.up(x), self.activation))
         return out
 
@@ -342,6 +358,7 @@ class GPT(nn.Module):
             if documents is None
             else Documents.of(documents, tokens, None if sequence is None else sequence.length)
         )
+        host = HostActivations() if self.config.activation_offload else None
         with nullcontext() if cache is None else without_graphs(self.config):
             for layer, block in enumerate(self.blocks):
                 recompute = self._recomputes(layer)
@@ -350,7 +367,8 @@ class GPT(nn.Module):
                 block_keys = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
                 choice = Choice() if recompute and self.config.has_experts(layer) else None
                 inputs = (x, branch, rope, block_keys, None if recompute else cache, packed, choice, sequence)
-                x, branch = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
+                with host.keep(x) if recompute and host is not None else nullcontext():
+                    x, branch = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
         if cache is not None:
             cache.length += tokens.size(1)
         out: Tensor = self.norm(x, branch)[1]

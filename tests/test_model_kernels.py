@@ -128,6 +128,14 @@ def test_other_documents_need_no_other_graph(graphs: Callable[[], int]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
+def test_a_chunked_mlp_is_compiled_with_its_block(graphs: Callable[[], int]) -> None:
+    fields = {"mlp": "swiglu", "mlp_chunk": 12}
+    assert_same(*(loss_and_gradients(build(**fields, kernels=kernels)) for kernels in ("compile", "eager")))
+    assert graphs() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
 def test_a_window_is_attended_to_outside_the_graphs(graphs: Callable[[], int]) -> None:
     """The parts before and after attention have graphs: six of the three layers would be one too many."""
     fields = {"sliding_window": 3, "position": "rope"}

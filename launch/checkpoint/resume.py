@@ -72,6 +72,7 @@ OLDER_DEFAULTS = {
     "model.gate_scale": 1.0,
     "model.balance_rate": 1e-3,
     "model.kernels": "auto",
+    "model.activation_offload": False,
     "train.deterministic": False,
     "train.fp8_skip_blocks": 1,
     "parallel.sequence": 1,

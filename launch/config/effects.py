@@ -7,7 +7,9 @@ runs by the second. docs/run_file.md prints both. Keys are written with dots: "t
 from __future__ import annotations
 
 # Keys of the section model that change speed and memory, but not the function that the model computes.
-MODEL_SPEED_ONLY = ("model.activation_checkpointing", "model.kernels")
+MODEL_SPEED_ONLY = (
+    "model.activation_checkpointing", "model.activation_offload", "model.mlp_chunk", "model.kernels",
+)  # fmt: skip
 
 FIXED = (
     "train.seed", "train.global_batch_tokens", "train.optimizer.name", "data.seq_len", "data.shuffle", "data.packing",

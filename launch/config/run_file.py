@@ -84,6 +84,10 @@ MODEL_KEYS = {
     "1e-4.",
     "activation_checkpointing": "Recompute activations in the backward pass to save memory: none, full (in every "
     "block), or n (in every n-th block). full needs about a third more compute.",
+    "activation_offload": "Keep the inputs of recomputed blocks in host memory until the backward pass. A GPU then "
+    "holds two of them instead of one per block. Needs activation_checkpointing.",
+    "mlp_chunk": "Tokens that an MLP processes at a time. The backward pass computes each chunk again, so that hidden "
+    "channels exist for one chunk only. Costs one more forward pass of the MLPs. Default: all tokens at once.",
     "kernels": "Implementation of attention, norms and loss. auto: Triton on GPUs and C++ on CPUs if they can be "
     "built, otherwise PyTorch. Their results agree to 1e-5.",
 }

@@ -81,6 +81,7 @@ MODEL_LIMITS = {
     "dropout": ">= 0, < 1",
     "z_loss": ">= 0",
     "activation_checkpointing": "none, full, n >= 1",
+    "mlp_chunk": ">= 1",
 }
 POWERS_OF_TWO: dict[Any, str] = {2**40: "2^40", 2**63: "2^63"}  # limits that are written as powers
 MODEL_DEFAULTS = {

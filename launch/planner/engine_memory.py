@@ -75,6 +75,11 @@ class EngineSpec:
         return 4 if self.precision == "fp32" else 2
 
     @property
+    def offloads_activations(self) -> bool:
+        """Return whether the inputs of recomputed blocks are in the memory of the host, and that is another memory."""
+        return self.model.activation_offload and self.device == "gpu"
+
+    @property
     def parameters(self) -> float:
         """Return the parameters of this rank before ZeRO divides them."""
         return num_parameters(self.model, padded=True) / self.tensor
@@ -118,6 +123,8 @@ class EngineMemory:
 def engine_memory(spec: EngineSpec) -> EngineMemory:
     """Return the account of one rank."""
     kept, host = states(spec)
+    if spec.offloads_activations:
+        host = host | {"activations": _recomputed_inputs(spec)}
     extra = [
         ("gather", _gathering(spec)),
         ("forward", _end_of_forward(spec)),
@@ -174,28 +181,46 @@ def block_bytes(spec: EngineSpec) -> float:
             q = kv = 3.0 * e
     if model.qk_norm:
         q, kv = (q + 8, kv + 8) if e == 4 else (q + 10, kv + 10)
-    swiglu = model.mlp == "swiglu"
-    ff = (3 if fused else 4) * e if swiglu else 2 * e
     heads = model.n_head * model.head_width
     keys = model.kv_heads * model.head_width
-    inner = (q * heads + kv * keys + ff * model.ff_width + 4 * model.n_head) / spec.tensor
+    inner = (q * heads + kv * keys + 4 * model.n_head) / spec.tensor + hidden_bytes(spec)
     dropout = 2 * model.d_model if model.dropout else 0
     return d * model.d_model + inner + (16 if model.norm == "layernorm" else 8) + dropout
 
 
-def _blocks(spec: EngineSpec) -> tuple[float, float]:
-    """Return the bytes kept of all blocks, and of one block while it is recomputed (0 without recompute)."""
-    model, each = spec.model, block_bytes(spec) * spec.tokens
+def hidden_bytes(spec: EngineSpec) -> float:
+    """Return the bytes that the backward pass needs per token of the hidden channels of an MLP."""
+    fused = spec.kernels in ("native", "triton")
+    ff = 2 if spec.model.mlp != "swiglu" else 3 if fused else 4
+    return ff * spec.value_bytes * spec.model.ff_width / spec.tensor
+
+
+def _recomputed(model: GPTConfig) -> int:
+    """Return the number of blocks that the backward pass computes again."""
     every = model.activation_checkpointing
-    again = 0 if every == "none" else model.n_layer if every == "full" else -(-model.n_layer // every)
-    outer = 4 if spec.autocast else spec.value_bytes
-    kept = (model.n_layer - again) * each + again * outer * model.d_model * spec.tokens
+    return 0 if every == "none" else model.n_layer if every == "full" else -(-model.n_layer // every)
+
+
+def _recomputed_inputs(spec: EngineSpec, most: int | None = None) -> float:
+    """Return the bytes of the inputs of recomputed blocks; of no more than `most` of them."""
+    blocks = _recomputed(spec.model) if most is None else min(most, _recomputed(spec.model))
+    return blocks * (4 if spec.autocast else spec.value_bytes) * spec.model.d_model * spec.tokens
+
+
+def _blocks(spec: EngineSpec) -> tuple[float, float]:
+    """Return the bytes kept of all blocks, and those of a block, or of a chunk of its MLP, that is computed again."""
+    model, each, again = spec.model, block_bytes(spec) * spec.tokens, _recomputed(spec.model)
+    chunk = 0.0
+    if model.mlp_chunk is not None and model.mlp_chunk < spec.tokens:
+        each -= hidden_bytes(spec) * spec.tokens
+        chunk = hidden_bytes(spec) * model.mlp_chunk
+    kept = (model.n_layer - again) * each + _recomputed_inputs(spec, 2 if spec.offloads_activations else None)
     copies = 0.0
     if spec.autocast:  # 16-bit copies of the weights of all products, made once in a forward pass
         queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
         rows = (3 if model.mlp == "swiglu" else 2) * model.ff_width + 2 * queries + 2 * keys
         copies = 2 * model.d_model * rows * (model.n_layer - again) / spec.tensor
-    return kept + copies, each if again else 0.0
+    return kept + copies, chunk + (each if again else 0.0)
 
 
 def _embedding(spec: EngineSpec) -> float:

@@ -23,6 +23,7 @@ import math
 
 from packspeed.launch.planner.machine import Machine
 from packspeed.launch.planner.work import Work
+from packspeed.model.config import attended_tokens
 
 OPTIMIZER_EFFICIENCY = 0.8  # of the memory's bandwidth, for AdamW's pass over its state
 OPTIMIZER_BYTES = 28  # per parameter: read and write weight and two moments in fp32, read the gradient
@@ -58,9 +59,11 @@ def ideal_parts(work: Work, machine: Machine) -> dict[str, float]:
     peak, bandwidth = machine.peak(work.precision), machine.bandwidth
     share = 1 / (layout.tensor * layout.pipeline * layout.context)
     again = 1 + work.recomputed / 3
-    products = 6 * model.n_layer * work.block_products * tokens * again / peak * share
+    rows = work.block_products * again + (work.block_matrices[1] / 3 if model.mlp_chunk else 0)  # a forward more
+    products = 6 * model.n_layer * rows * tokens / peak * share
     head = 6 * model.padded_vocab_size * model.d_model * tokens / peak * share
-    attention = (7 + 2 * work.recomputed) * model.n_layer * work.seq_len * work.queries * tokens / peak * share
+    attended = attended_tokens(model, work.seq_len)
+    attention = (7 + 2 * work.recomputed) * attended * work.queries * tokens / peak * share
     # Tensor-parallel ranks divide all but the four full-width inputs and outputs of a block's products.
     widths: float = (6 + 4 * layout.tensor) * model.d_model + 3 * (work.queries + 2 * work.keys)
     widths += 1.875 * work.ff_rows * (work.experts.top_k if work.experts else 1)
