@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +15,6 @@ from typing import IO
 import boto3
 import fsspec.config
 import pytest
-from botocore.config import Config
 
 from packspeed.data import remote
 from packspeed.data.dataset import TokenDataset
@@ -25,55 +22,16 @@ from packspeed.data.errors import DataError
 from packspeed.data.loader import Loader
 from packspeed.data.prepare.prepare import prepare
 from packspeed.data.remote import RemoteDataset, ShardCache, open_dataset
+from support.stores import AWS, Server
 
 URL = "s3://bucket/tokens"
-
-
-class Server:
-    """moto's server. It keeps its objects in memory, so what was there is uploaded again after a restart."""
-
-    dataset = URL
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                break
-            except OSError:
-                assert self.process.poll() is None
-                time.sleep(0.05)
-        self.upload()
-
-    def upload(self) -> None:
-        store = boto3.client(
-            "s3", endpoint_url=self.url, region_name="us-east-1", config=Config(retries={"total_max_attempts": 10})
-        )
-        store.create_bucket(Bucket="bucket")
-        for path in self.folder.iterdir():
-            store.put_object(Bucket="bucket", Key=f"tokens/{path.name}", Body=path.read_bytes())
-        store.close()
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
 
 
 class WebServer(Server):
     """Python's own web server: a dataset on any host that serves files."""
 
     dataset = "{url}"
+    folder: Path
 
     def command(self) -> list[str]:
         return [sys.executable, "-m", "http.server", "-b", "127.0.0.1", "-d", str(self.folder), str(self.port)]
@@ -86,6 +44,7 @@ class GoogleServer(Server):
     """An emulator of Google's storage, another team's; in memory like moto's."""
 
     dataset = "gs://bucket/tokens"
+    folder: Path
 
     def command(self) -> list[str]:
         emulator = str(Path(sys.executable).with_name("gcp-storage-emulator"))
@@ -111,8 +70,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 @pytest.fixture(scope="module")
 def server(local: TokenDataset) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
-            patch.setenv(f"AWS_{name}", value)
+        for name, value in AWS.items():
+            patch.setenv(name, value)
         server = Server(local.path)
         patch.setenv("AWS_ENDPOINT_URL", server.url)
         yield server

@@ -1,0 +1,55 @@
+"""A real S3 server process on loopback, which tests kill and start again."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+
+# The environment of a client; AWS_ENDPOINT_URL is the server's `url`.
+AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+class Server:
+    """moto's server. It keeps its objects in memory, so what was there is uploaded again after a restart."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder  # its files are uploaded to s3://bucket/tokens at each start
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                break
+            except OSError:
+                assert self.process.poll() is None
+                time.sleep(0.05)
+        self.upload()
+
+    def upload(self) -> None:
+        store = boto3.client(
+            "s3", endpoint_url=self.url, region_name="us-east-1", config=Config(retries={"total_max_attempts": 10})
+        )
+        store.create_bucket(Bucket="bucket")
+        for path in self.folder.iterdir() if self.folder else ():
+            store.put_object(Bucket="bucket", Key=f"tokens/{path.name}", Body=path.read_bytes())
+        store.close()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
