@@ -44,7 +44,10 @@ from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import CheckpointSection
 from packspeed.launch.engine.patches.checkpoint_writer import write_checkpoints_with
 
+STOP_S = 60.0  # longest wait for the mirror after a signal: schedulers kill a job one or two minutes after it
+
 if TYPE_CHECKING:
+    from packspeed.launch.checkpoint.mirror import Mirror
     from packspeed.launch.engine.distributed import Topology
     from packspeed.launch.engine.protocol import Engine
 
@@ -84,7 +87,9 @@ class Checkpointer:
         section: CheckpointSection,
         identity: RunIdentity,
         log: Callable[[str], None],
+        mirror: Mirror | None = None,
     ) -> None:
+        self.mirror = mirror
         self.folder, self.engine, self.topology = folder, engine, topology
         self.section, self.identity, self.log = section, identity, log
         self.newest: int | None = None  # step of the complete checkpoint last saved or loaded by this process
@@ -164,9 +169,12 @@ class Checkpointer:
 
         # Rank 0 publishes the checkpoint. The others wait, so that no rank continues before it exists.
         if error is None:
-            hashes = self.topology.gather(self.writer.files)
+            of_ranks = self.topology.gather((self.writer.files, self.mirror.state if self.mirror else ""))
+            hashes = [files for files, _ in of_ranks]
             error = self._publish(step, manifest, hashes) if self.topology.rank == 0 else None
             error = self.topology.agree_on_error(error)
+            if self.mirror and error is None:
+                self.mirror.offer(step, [state for _, state in of_ranks])
 
         if error is not None:
             if self.topology.rank == 0:
@@ -179,6 +187,14 @@ class Checkpointer:
         self.newest = step
         self.log(f"saved {self.folder / step_folder(step)} in {time.monotonic() - start:.1f} s")
         return True
+
+    def finish_mirror(self, stopped: bool) -> None:
+        """Wait until the mirror, if there is one, has the newest checkpoint: at the end of the process.
+
+        Waits for checkpoint.timeout_s, or for STOP_S if a signal has `stopped` the run. A collective.
+        """
+        if self.mirror is not None and self.newest is not None:
+            self.mirror.finish(self.newest, min(STOP_S, self.section.timeout_s) if stopped else self.section.timeout_s)
 
     def amend(self, step: int, state: TrainingState, error: str | None = None) -> None:
         """Replace the entries in `state` in the manifest of the complete checkpoint of `step`. A collective.
@@ -299,5 +315,6 @@ class Checkpointer:
             self.damaged.discard(final)
         except OSError as error:
             return f"{error.filename or final}: {error.strerror}"
-        self.retention.start(step, self.damaged)
+        copying = {self.mirror.copying} if self.mirror else set()
+        self.retention.start(step, self.damaged, copying)
         return None

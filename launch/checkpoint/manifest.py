@@ -21,9 +21,9 @@ from packspeed.data.dataset import DatasetDescription
 from packspeed.data.storage.hashing import FileHash
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
-from packspeed.launch.run_folder.formats import ComputeEnvironment
+from packspeed.launch.run_folder.formats import CHECKPOINT_MANIFEST, ComputeEnvironment
 
-MANIFEST = "packspeed.json"
+MANIFEST = CHECKPOINT_MANIFEST
 UNIVERSAL = "universal"  # folder inside a checkpoint that reshard.py writes; it has its own manifest
 FORMAT_VERSION = 1
 OWN_HASH = "manifest_xxh3_128"  # the key whose value is the hash of all other keys

@@ -34,6 +34,7 @@ from packspeed.launch.checkpoint.manifest import (
     RunIdentity,
     read_manifest,
     step_folder,
+    step_of,
 )
 from packspeed.launch.checkpoint.verify import newest_complete
 from packspeed.launch.config.deepspeed_json import zero_stage
@@ -51,6 +52,7 @@ BITWISE_VERSIONS = ("torch", "deepspeed", "packspeed")  # of RunIdentity.version
 if TYPE_CHECKING:
     from packspeed.data.mixture import MixtureData
     from packspeed.launch.checkpoint.checkpointer import Checkpointer
+    from packspeed.launch.checkpoint.mirror import Mirror
     from packspeed.launch.engine.distributed import Topology
     from packspeed.launch.engine.protocol import Engine
 
@@ -149,13 +151,25 @@ class Resumption(NamedTuple):
     environment: list[str]  # what of the hardware and software differs, in words
 
 
-def find_checkpoint(folder: Path, topology: Topology, identity: RunIdentity, log: Callable[[str], None]) -> Resumption:
+def find_checkpoint(
+    folder: Path,
+    topology: Topology,
+    identity: RunIdentity,
+    log: Callable[[str], None],
+    mirror: Mirror | None = None,
+) -> Resumption:
     """Find the checkpoint in `folder` from which the run resumes (checks 1 to 3 of the list at the top).
 
-    A collective: every rank must call it. On every rank, raises UserError if there are checkpoints but none is
-    complete, and ConfigError if they belong to another run.
+    If the mirror has a newer complete one, fetch that into `folder`. A collective: every rank must call it.
+
+    On every rank, raises UserError if there are checkpoints but none is complete, or if they are on the mirror only and
+    cannot be fetched; and ConfigError if they belong to another run.
     """
     newest, damaged = newest_complete(folder, log, topology)
+    if mirror is not None:
+        than = -1 if newest is None else step_of(newest)
+        fetched = mirror.fetch_newer(than, lambda url, manifest: check_same_run(url, manifest, identity))
+        newest, damaged = fetched or newest, [path for path in damaged if path != fetched]
     return topology.on_rank0(lambda: _resumption(folder, newest, damaged, identity))
 
 
@@ -198,7 +212,7 @@ def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
     return manifest
 
 
-def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> list[SettingChange]:
+def check_same_run(checkpoint: Path | str, saved: Manifest, identity: RunIdentity) -> list[SettingChange]:
     """Check that the checkpoint belongs to this run and its data (checks 2 and 3 of this module's list).
 
     Returns the settings that have changed although the run may be resumed. Raises ConfigError if a setting has changed
@@ -232,7 +246,7 @@ def check_same_run(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> 
     return [{"step": step, "key": key, "old": old.get(key), "new": new.get(key)} for key in changed]
 
 
-def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -> None:
+def _check_same_data(checkpoint: Path | str, saved: Manifest, identity: RunIdentity) -> None:
     """Raise ConfigError if the dataset or the version of the sample order differs from the checkpoint's.
 
     This is check 3 of the list at the top.
@@ -252,7 +266,7 @@ def _check_same_data(checkpoint: Path, saved: Manifest, identity: RunIdentity) -
             )
 
 
-def check_same_model(checkpoint: Path, old: Mapping[str, object], new: Mapping[str, object]) -> None:
+def check_same_model(checkpoint: Path | str, old: Mapping[str, object], new: Mapping[str, object]) -> None:
     """Raise ConfigError if imported weights do not fit the run file (check 2 for imported weights).
 
     `old` and `new` are the flattened settings of the import and of the run file. Settings must be equal if they

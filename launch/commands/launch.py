@@ -144,9 +144,9 @@ def launch(
         if dry:
             return
     if launcher != "ssh":
-        prepare_for_launch(run.folder, fresh)
+        prepare_for_launch(run.folder, fresh, run.mirror)
         raise typer.Exit(run_remote_launcher(plan, launcher, arguments))
-    raise typer.Exit(supervisor.supervise(lambda: prepare_for_launch(run.folder, fresh)))
+    raise typer.Exit(supervisor.supervise(lambda: prepare_for_launch(run.folder, fresh, run.mirror)))
 
 
 def _hosts(run: RunFile, hostfile: Path | None, ranks: int | None, include: str, exclude: str) -> list[Host]:

@@ -387,6 +387,13 @@ class CheckpointSection(Section):
         description="Seconds to wait at a save until all ranks have arrived. After that the run fails and names the "
         "missing ranks.",
     )
+    mirror: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9+.-]*://[^/].*|^(file|local|memory):///.*",
+        description="URL of a folder to which checkpoints are copied in the background: s3://, gs://, file:// or "
+        "another that fsspec opens. The copies are in <mirror>/<name>, as many as checkpoint.keep says. A start "
+        "fetches the newest one if the run folder has no newer checkpoint.",
+    )
 
 
 class AnomalySection(Section):
@@ -516,6 +523,13 @@ class RunFile(Section):
     def folder(self) -> Path:
         """Path of the run folder: <runs_dir>/<name>."""
         return Path(self.runs_dir) / self.name
+
+    @property
+    def mirror(self) -> str | None:
+        """URL of the folder with the copies of the run's checkpoints, <checkpoint.mirror>/<name>; None if there is
+        none.
+        """
+        return f"{self.checkpoint.mirror.rstrip('/')}/{self.name}" if self.checkpoint.mirror else None
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """Return the configuration of the model.

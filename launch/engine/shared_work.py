@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch does not list it
 from torch.distributed.distributed_c10d import _get_default_store
 
 from packspeed.launch.config.errors import UserError
@@ -78,3 +79,27 @@ class SharedWork:
                     f"{', '.join(map(str, absent))}. Find out what these processes do, for example with py-spy dump, "
                     "and whether the file system answers. Then start the run again."
                 )
+
+
+class Board:
+    """Notes that threads of all ranks leave for each other without a collective, in the process group's store.
+
+    The main thread of every rank must create it, in the same order as other works; any thread may use it.
+    """
+
+    def __init__(self, topology: Topology, name: str) -> None:
+        self._key = f"packspeed/{next(_numbers)}/{name}"
+        self._store = _get_default_store() if topology.world > 1 else HashStore()
+
+    def post(self, note: str, text: str = "") -> None:
+        """Leave a note with a text. A later text of the same note replaces it."""
+        self._store.set(f"{self._key}/{note}", text)
+
+    def read(self, note: str) -> str | None:
+        """Return the text of a note, or None if no rank has left it."""
+        key = f"{self._key}/{note}"
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def count(self, note: str, add: int = 0) -> int:
+        """Add `add` to a counter, which starts at 0, and return its value."""
+        return int(self._store.add(f"{self._key}/{note}", add))

@@ -39,6 +39,7 @@ from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.formats import SettingChange, Status
+from packspeed.launch.run_folder.mirror_folder import move_mirror_aside
 from packspeed.model.config import GPTConfig
 
 LOCK_WAIT_S = 60.0  # how long to wait for the lock, because a killed launch needs some seconds to end
@@ -79,13 +80,20 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def move_aside(folder: Path) -> None:
-    """Rename an existing run folder to NAME.old-DATE-TIME."""
-    folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
+def move_aside(folder: Path, mirror: str | None = None) -> None:
+    """Rename an existing run folder to NAME.old-DATE-TIME, and before it the run's folder on `mirror`, its URL.
+
+    Raises UserError if the mirror does not answer.
+    """
+    if mirror is not None:  # first, because a run without a local folder would resume from there
+        move_mirror_aside(mirror)
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
-def prepare_for_launch(folder: Path, fresh: bool) -> None:
-    """Create the run folder's logs/ before a launch. If `fresh` is True, first rename an existing run folder.
+def prepare_for_launch(folder: Path, fresh: bool, mirror: str | None = None) -> None:
+    """Create the run folder's logs/ before a launch. If `fresh` is True, first rename an existing run folder, and that
+    on its `mirror`.
 
     Waits up to LOCK_WAIT_S if another process trains in the folder. After that it raises UserError and changes nothing.
     Also raises UserError if the folder cannot be written.
@@ -94,22 +102,22 @@ def prepare_for_launch(folder: Path, fresh: bool) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Release the lock at once, because rank 0 of the launch takes it.
         with _lock(folder):
-            if fresh and folder.exists():
-                move_aside(folder)
+            if fresh:
+                move_aside(folder, mirror)
             (folder / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(_cannot_write(folder, problem)) from problem
 
 
 @contextmanager
-def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool) -> Iterator[None]:
+def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool, mirror: str | None = None) -> Iterator[None]:
     """Create the run folder, and keep it locked during the `with` block.
 
-    If `fresh` is True, first rename an existing folder. A collective: every rank must call it, but only rank 0 accesses
-    the disk. Raises UserError on every rank if the folder cannot be written, or if another process still trains in it
-    after LOCK_WAIT_S.
+    If `fresh` is True, first rename an existing folder, and that on its `mirror`. A collective: every rank must call
+    it, but only rank 0 accesses the disk. Raises UserError on every rank if the folder cannot be written, or if another
+    process still trains in it after LOCK_WAIT_S.
     """
-    lock, error = _lock_and_create(folder, fresh) if ranks.rank == 0 else (None, None)
+    lock, error = _lock_and_create(folder, fresh, mirror) if ranks.rank == 0 else (None, None)
     error = ranks.agree_on_error(error)
     if error:
         raise UserError(error)
@@ -120,7 +128,7 @@ def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool) -> Iterator[None]
             lock.release()
 
 
-def _lock_and_create(folder: Path, fresh: bool) -> tuple[FileLock | None, str | None]:
+def _lock_and_create(folder: Path, fresh: bool, mirror: str | None) -> tuple[FileLock | None, str | None]:
     """Lock and create the run folder on rank 0. Returns (the lock or None, the error as text or None).
 
     The error is returned and not raised, so that rank 0 can send it to the other ranks.
@@ -129,8 +137,8 @@ def _lock_and_create(folder: Path, fresh: bool) -> tuple[FileLock | None, str | 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-        if fresh and folder.exists():
-            move_aside(folder)
+        if fresh:
+            move_aside(folder, mirror)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         # Check that the folder can be written now, and not at the first checkpoint.
         probe = folder / ".write-probe"

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import Annotated, TypedDict, final
 
+CHECKPOINT_MANIFEST = "packspeed.json"  # the file in a checkpoint that is written last; checkpoint/manifest.py reads it
+
 
 class _StepLine(TypedDict):
     step: Annotated[int, "steps", "completed optimizer steps, counted from 1"]

@@ -32,7 +32,9 @@ BEAT_BYTES = 256
 SHARED_S = 1.0  # time between two writes to the run folder
 
 # Phases before training, which can each take minutes; a rewind repeats some of them.
-STARTING = frozenset({"starting", "importing", "connecting", "verifying", "building", "resharding", "loading"})
+STARTING = frozenset(
+    {"starting", "importing", "connecting", "verifying", "downloading", "building", "resharding", "loading"}
+)
 
 
 class BeatLine(TypedDict):

@@ -65,6 +65,7 @@ def fit(trainer: Trainer, start_step: int) -> str | None:
         step, stopped = run_steps(trainer, step)  # returns early to rewind
     trainer.enter("checkpoint")
     trainer.checkpointer.finish()
+    trainer.checkpointer.finish_mirror(stopped)
     if stopped and (step < total or trainer.evaluation_pending):
         return trainer.stop.signal or "a signal to another rank"
     return None

@@ -72,12 +72,18 @@ def start_training(
     config = agree_on_kernels(config, topology, log)
     kernels = resolve_kernels(config.kernels, log)
 
-    with run_folder.locked_run_folder(run.folder, topology, fresh):
+    mirror = None
+    if run.mirror:  # imported here, because it loads fsspec
+        from packspeed.launch.checkpoint.mirror import Mirror
+
+        mirror = Mirror(run.mirror, run.folder / "checkpoints", run.checkpoint.keep, topology, log)
+
+    with run_folder.locked_run_folder(run.folder, topology, fresh, run.mirror):
         # Find the checkpoint to continue from. If the run cannot continue from it, the error comes before any file of
         # the run has changed.
         resolved = run_folder.resolved_config(run, config, precision)
         identity = run_identity(resolved, dataset, topology, ds_config, compute_environment(topology))
-        found = find_checkpoint(run.folder / "checkpoints", topology, identity, log)
+        found = find_checkpoint(run.folder / "checkpoints", topology, identity, log, mirror)
 
         beat("building")
         # Build the engine. Its initial weights do not depend on the ZeRO stage or the number of ranks.
@@ -94,10 +100,11 @@ def start_training(
 
         # Load weights, optimizer and random generators from the checkpoint.
         identity = name_optimizers(identity, engine)
-        checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, identity, log)
+        checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, identity, log, mirror)
         manifest = resume_newest(checkpointer, found)
         total_steps = run.train.total_steps
         if manifest["step"] >= total_steps and not manifest.get("evaluation_pending"):
+            checkpointer.finish_mirror(stopped=False)
             log(
                 f"run {run.name} is finished: {manifest['step']} of {total_steps} steps. "
                 "Raise train.steps to continue it, or start over with --fresh."
@@ -112,6 +119,8 @@ def start_training(
         if rank == 0:
             run_folder.record_changes(run.folder, found.changes)
         open_run_files(trainer, manifest)
+        if mirror and checkpointer.newest is not None:
+            mirror.catch_up(checkpointer.newest)
         return train_to_end(trainer, manifest["step"])
 
 

@@ -124,6 +124,7 @@ def plan_proof(
         if number is not None:
             plan_batch(run, number)
     shorter = [f"train.steps={steps}", f"checkpoint.every_steps={max(1, steps // 6)}", f"eval.every_steps={steps // 2}"]
+    shorter.append("checkpoint.mirror=null")
     if run.train.schedule.warmup_steps >= steps:
         shorter.append(f"train.schedule.warmup_steps={steps // 3}")
     draw = random.Random(seed)

@@ -86,7 +86,7 @@ def shrink(run_file: Path, overrides: list[str], steps: int) -> list[str]:
     seq_len = min(SEQ_LEN, run.data.seq_len)
     small += [f"data.seq_len={seq_len}", f"train.global_batch_tokens={run.global_batch * seq_len}"]
     small += [f"train.steps={steps}", f"checkpoint.every_steps={max(1, steps // 6)}", f"eval.every_steps={steps // 2}"]
-    small += [f"name={run.name}", f"runs_dir={run.folder.with_name(f'.rehearse-{run.name}')}"]
+    small += ["checkpoint.mirror=null", f"name={run.name}", f"runs_dir={run.folder.with_name(f'.rehearse-{run.name}')}"]
     if run.train.schedule.warmup_steps >= steps:
         small.append(f"train.schedule.warmup_steps={steps // 3}")
     if run.train.precision == "fp16":

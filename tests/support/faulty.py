@@ -23,9 +23,11 @@ import torch
 
 from packspeed.data.loader import Loader
 from packspeed.launch.checkpoint import checkpointer as checkpoint
+from packspeed.launch.checkpoint import mirror
 from packspeed.launch.engine import build
 from packspeed.launch.engine.norms import square_sum
 from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
+from packspeed.launch.run_folder.mirror_folder import MirrorFolder
 from packspeed.launch.training import evaluation, loop
 from packspeed.launch.training.metrics import Metrics
 
@@ -105,6 +107,68 @@ def read_only(place: str) -> None:
 
     at_step(4, close)
     at_step(8, lambda: subprocess.run(["umount", place], check=True) and None)
+
+
+def wait_for_copies(_: str) -> None:
+    """Let every save wait until its copy is on the mirror, so that each checkpoint is copied."""
+    offer = mirror.Mirror.offer
+
+    def waiting(self: Any, step: int, states: list[str]) -> None:
+        offer(self, step, states)
+        while self.copying is not None:
+            time.sleep(0.01)
+
+    mirror.Mirror.offer = waiting  # type: ignore[method-assign]
+
+
+def before_upload(action: Callable[[str], None]) -> None:
+    """Call `action` with the name, such as "step-00000002/a.pt", before a file is copied to the mirror."""
+    upload = MirrorFolder.upload
+
+    def hooked(self: Any, path: Path, name: str, progress: Any) -> None:
+        action(name)
+        upload(self, path, name, progress)
+
+    MirrorFolder.upload = hooked  # type: ignore[method-assign]
+
+
+def hold_copies(until: str) -> None:
+    """Copy no file to the mirror before the metrics line of a step is written."""
+    released: list[str] = []
+    at_step(int(until), lambda: released.append(until))
+
+    def hold(name: str) -> None:
+        while not released:
+            time.sleep(0.01)
+
+    before_upload(hold)
+
+
+def die_in_copy(step: str) -> None:
+    """End rank 0 as kill -9 does before it copies its second file of a checkpoint to the mirror."""
+    files: list[str] = []
+
+    def count(name: str) -> None:
+        files.extend([name] if name.startswith(f"step-{int(step):08d}/") else [])
+        if len(files) == 2 and os.environ["RANK"] == "0":
+            die()
+
+    before_upload(count)
+
+
+def kill_store(what: str) -> None:
+    """Kill the process of the mirror's server after the first file of a checkpoint. what: the step and the process."""
+    step, pid = what.split("@")
+    files: list[str] = []
+
+    def count(name: str) -> None:
+        if name.startswith(f"step-{int(step):08d}/"):
+            files.append(name)
+        if len(files) == 2:
+            files.append("killed")
+            os.kill(int(pid), signal.SIGKILL)
+
+    before_upload(count)
 
 
 def late_rank(rank: str) -> None:

@@ -1,0 +1,435 @@
+"""Copy complete checkpoints to a mirror while training continues, and fetch the newest one if the disk has none.
+
+The copy of a checkpoint is made by one thread per rank, after the save has published it on the disk. Each rank copies
+its share of the files (verify.shares). packspeed.json is written when the files of all ranks are there:
+
+    rank 0         remove older copy   copy own share   wait for all   packspeed.json   remove expired copies
+    other ranks    wait                copy own share   wait until rank 0 has finished
+
+The threads tell each other on a Board what is done, because a collective would make training wait. Whatever ends the
+run, a checkpoint is on the mirror completely, or without packspeed.json, and then it does not count.
+
+If a file cannot be copied, a warning is logged once, and the copy is tried again until it succeeds or a newer
+checkpoint is published. If a checkpoint is published while a copy makes progress, it is not copied, unless it is the
+last one of the process. On the way back, `fetch_newer`, all ranks share the files and compare each with its hash.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from packspeed.data.storage.atomic import sync, write_file
+from packspeed.data.storage.hashing import FileHash, hash_file
+from packspeed.launch.checkpoint.manifest import CHECKPOINT_NAME, MANIFEST, Manifest, read_manifest, step_folder
+from packspeed.launch.checkpoint.verify import shares
+from packspeed.launch.config.errors import UserError
+from packspeed.launch.run_folder.mirror_folder import MirrorFolder, reason_of
+
+if TYPE_CHECKING:
+    from packspeed.launch.engine.distributed import Topology
+    from packspeed.launch.engine.shared_work import Board
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
+POLL_S = 0.2
+FETCH_S = 600.0  # how long a start tries to reach the mirror if the disk has no complete checkpoint
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+T = TypeVar("T")
+
+
+class Mirror:
+    """The copies of a run's checkpoints on a store. Every rank makes one.
+
+    `folder` is <run>/checkpoints, and `keep` is how many copies the mirror keeps. Raises ConfigError if no installed
+    library can open `url`.
+    """
+
+    def __init__(self, url: str, folder: Path, keep: int, topology: Topology, log: Callable[[str], None]) -> None:
+        self.remote, self.folder, self.keep = MirrorFolder(url), folder, keep
+        self.topology, self.log = topology, log
+        self.newest: int | None = None  # on rank 0: step of the newest complete copy, as far as this run knows
+        self._copy: _Copy | None = None
+
+    def steps(self) -> list[int]:
+        """Return the steps of which the mirror has a packspeed.json, newest first."""
+        folders = [name.removesuffix(f"/{MANIFEST}") for name in self.remote.files() if name.endswith(f"/{MANIFEST}")]
+        return sorted((int(name[5:]) for name in folders if CHECKPOINT_NAME.fullmatch(name)), reverse=True)
+
+    # ---- to the mirror
+
+    @property
+    def copying(self) -> int | None:
+        """The step of the checkpoint that this rank copies now, or None."""
+        return self._copy.step if self._copy and self._copy.thread.is_alive() else None
+
+    @property
+    def state(self) -> str:
+        """What this rank does: "copying", "failing" if it copies and the last attempt has failed, else "idle"."""
+        if self._copy is None or self.copying is None:
+            return "idle"
+        return "failing" if self._copy.failing else "copying"
+
+    def offer(self, step: int, states: list[str]) -> None:
+        """Start to copy the complete checkpoint of `step`, unless a copy is under way and makes progress.
+
+        `states` has the `state` of every rank. Does not wait. Every rank must call it.
+        """
+        if "copying" not in states or "failing" in states:
+            self._start(step)
+
+    def catch_up(self, step: int) -> None:
+        """Start to copy the checkpoint of `step`, from which the run has resumed, unless the mirror has it. Does not
+        wait. A collective: every rank must call it.
+        """
+        if self.topology.from_rank0(self.newest is None or self.newest < step):
+            self._start(step)
+
+    def finish(self, step: int, wait_s: float) -> None:
+        """Copy the complete checkpoint of `step`, and wait up to `wait_s` seconds until the mirror has it.
+
+        If it then has not, a warning is logged. A collective: every rank must call it.
+        """
+        if self.topology.from_rank0(self.newest != step and self.copying != step):
+            self._start(step)
+        deadline = time.monotonic() + wait_s
+        while self.copying is not None and time.monotonic() < deadline:
+            self.topology.beat("uploading")
+            time.sleep(POLL_S)
+        if self._copy is not None:
+            self._copy.superseded.set()
+        if self.topology.rank == 0 and self.newest != step:
+            self.log(
+                f"WARNING: {step_folder(step)} is not in {self.remote.url} yet. {self.folder} has it, and the next "
+                "start of the run copies it."
+            )
+        self.topology.barrier()  # a launcher ends all ranks when the first one exits
+
+    def _start(self, step: int) -> None:
+        """Start the thread that copies the checkpoint of `step`, and let that of an older copy end. Every rank must
+        call it.
+        """
+        from packspeed.launch.engine.shared_work import Board  # here, because it loads DeepSpeed
+
+        if self._copy is not None:
+            self._copy.superseded.set()
+        self._copy = _Copy(self, step, Board(self.topology, "mirror"))
+
+    # ---- from the mirror
+
+    def fetch_newer(self, than: int, check: Callable[[str, Manifest], object]) -> Path | None:
+        """Fetch the newest complete checkpoint after step `than` into the run folder, and return its path.
+
+        Returns None if the mirror has none. `than` is -1 if the disk has no complete checkpoint. A damaged copy is
+        skipped, and the reason is logged. `check` is called on rank 0 with URL and manifest of a copy before its other
+        files are fetched. A collective: every rank must call it.
+
+        Raises the error of `check` on every rank, and UserError if the disk is full. If `than` is -1, also raises
+        UserError if the mirror does not answer for FETCH_S or has damaged copies only.
+        """
+        candidates = self.topology.on_rank0(lambda: self._copies_after(than))
+        for step in candidates:
+            damage = self._fetch(step, check)
+            if not damage:
+                self.newest = step
+                return self.folder / step_folder(step)
+            self.newest = None
+            self.log(f"skipping {self.remote.url}/{step_folder(step)}, which is damaged: {'; '.join(damage)}")
+        if candidates and than < 0:
+            raise UserError(
+                f"{self.remote.url}: none of its {len(candidates)} checkpoint(s) is complete (see above), and "
+                f"{self.folder} has none either. Restore the files. To start over at step 0, use --fresh."
+            )
+        return None
+
+    def _copies_after(self, than: int) -> list[int]:
+        """Return the steps after `than` of which the mirror has a copy, newest first. On rank 0.
+
+        Raises UserError if the mirror does not answer and `than` is -1. If `than` is a step, only a warning is logged.
+        """
+        try:
+            steps = _persist(self.steps, self._pause(self.remote.url, FETCH_S if than < 0 else 0.0, self._beat))
+        except UserError as error:
+            if than < 0:
+                raise
+            self.log(f"WARNING: {error} The run resumes from step {than}, the newest on the disk.")
+            return []
+        self.newest = max(steps, default=None)
+        return [step for step in steps if step > than]
+
+    def _fetch(self, step: int, check: Callable[[str, Manifest], object]) -> list[str]:
+        """Fetch the copy of `step` into the run folder. Returns what is damaged; the folder is unchanged then.
+
+        A collective. Raises the errors of fetch_newer on every rank.
+        """
+        from packspeed.launch.engine.shared_work import SharedWork  # here, because it loads DeepSpeed
+
+        name, start = step_folder(step), time.monotonic()
+        temporary = self.folder / f".{name}.tmp"
+        files, damage = self.topology.on_rank0(lambda: self._fetch_manifest(name, temporary, check))
+        if damage:
+            return damage
+        work = SharedWork(self.topology, "downloading")
+        found, error = dict[str, str](), None
+        try:
+            for file in shares(files, self.topology.world)[self.topology.rank]:
+                if problem := self._fetch_file(f"{name}/{file}", temporary / file, files[file], work.progress):
+                    found[file] = problem
+        except UserError as problem:
+            error = problem
+        work.wait()
+        if (error := self.topology.agree_on_error(error)) is not None:
+            raise error
+        damage = [line for of_rank in self.topology.gather(found) for line in of_rank.values()]
+        if not damage:
+            self.topology.on_rank0(lambda: self._publish(temporary, self.folder / name))
+            size = sum(file["bytes"] for file in files.values())
+            self.log(f"fetched {self.remote.url}/{name} ({size / 1e6:,.1f} MB) in {time.monotonic() - start:.1f} s")
+        return damage
+
+    def _fetch_manifest(
+        self, name: str, temporary: Path, check: Callable[[str, Manifest], object]
+    ) -> tuple[dict[str, FileHash], list[str]]:
+        """Fetch packspeed.json of the copy `name` into the new folder `temporary`. On rank 0.
+
+        Returns (the files that it lists, what is damaged).
+        """
+        url = f"{self.remote.url}/{name}"
+
+        def read() -> bytes:
+            try:
+                return self.remote.read(f"{name}/{MANIFEST}")
+            except FileNotFoundError:  # removed since it was listed
+                return b""
+
+        content = _persist(read, self._pause(url, FETCH_S, self._beat))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_file(temporary / MANIFEST, content)
+        try:
+            manifest = read_manifest(temporary)
+        except UserError as error:
+            return {}, [str(error)]
+        if step_folder(manifest["step"]) != name:
+            return {}, [f"{url}/{MANIFEST} is that of step {manifest['step']}"]
+        try:
+            check(url, manifest)
+        except UserError:
+            shutil.rmtree(temporary, ignore_errors=True)  # a refused start changes nothing
+            raise
+        return manifest["files"], []
+
+    def _fetch_file(self, name: str, path: Path, expected: FileHash, progress: Callable[[], object]) -> str | None:
+        """Fetch one file and compare it with its hash, twice if the first attempt is wrong. Returns what is wrong.
+
+        Raises UserError if the mirror does not answer or the disk is full.
+        """
+        url = f"{self.remote.url}/{name}"
+
+        def attempt() -> str | None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.remote.download(name, path, progress)
+                sync(path)
+            except FileNotFoundError:
+                return f"{url} is missing"
+            except OSError as error:
+                if error.errno in FULL_DISK:
+                    raise UserError(f"{path}: {error.strerror}. Make room, and start the same command again.") from None
+                raise
+            same = hash_file(path, progress) == expected
+            return None if same else f"{url} was changed: its hash is not the one in {MANIFEST}"
+
+        damage = _persist(attempt, self._pause(url, FETCH_S, progress))
+        return damage and _persist(attempt, self._pause(url, FETCH_S, progress))
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        """Rename a folder with all files of a checkpoint to its final name. On rank 0."""
+        if final.exists():  # a damaged checkpoint of the same step
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        sync(self.folder)
+        write_file(self.folder / "latest", final.name)
+
+    def _beat(self) -> None:
+        """Tell the supervisor that this rank fetches a checkpoint."""
+        self.topology.beat("downloading")
+
+    def _pause(self, url: str, longest_s: float, progress: Callable[[], object]) -> Callable[[float, str], None]:
+        """Return a function that waits after a failed attempt, and raises UserError after `longest_s` seconds."""
+        deadline = time.monotonic() + longest_s
+
+        def pause(seconds: float, reason: str) -> None:
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"{url} could not be read in {longest_s:.0f} s of attempts. The last one failed with: {reason}. "
+                    "Check the store, the credentials and checkpoint.mirror, and start the command again. With "
+                    "--set checkpoint.mirror=null the run does without."
+                )
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                progress()
+                time.sleep(POLL_S)
+
+        return pause
+
+
+class _Superseded(Exception):
+    """Ends a copy that is not wanted any more, because a newer checkpoint is copied or the process ends."""
+
+
+class _CannotCopy(Exception):
+    """Ends a copy that no further attempt could complete, because the checkpoint on the disk is damaged or gone."""
+
+
+class _Copy:
+    """The copy of one checkpoint to the mirror, made by a thread on each rank. Every rank must make it."""
+
+    def __init__(self, mirror: Mirror, step: int, board: Board) -> None:
+        self.mirror, self.step, self.board = mirror, step, board
+        self.failing = False  # whether this rank's last attempt has failed
+        self.superseded = threading.Event()
+        self._warned = False
+        # A daemon, because a store that hangs must not keep the process from ending.
+        self.thread = threading.Thread(target=self._run, name="packspeed-mirror", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        """Copy the checkpoint. Runs in a thread."""
+        try:
+            if self.mirror.topology.rank == 0:
+                self._copy_on_rank0()
+            else:
+                self._wait_until(lambda: self.board.read("cleared") is not None)
+                self._copy_share()
+                self._wait_until(lambda: self.board.read("ended") is not None)
+        except _Superseded:
+            pass
+        except (_CannotCopy, UserError) as error:
+            self._post("gave up", str(error))
+        except RuntimeError:  # from the process group's store, which ends with rank 0
+            pass
+
+    def _copy_on_rank0(self) -> None:
+        """Copy the share of rank 0, and complete the copy when the other ranks have copied theirs."""
+        mirror, name, start = self.mirror, step_folder(self.step), time.monotonic()
+        try:
+            self._persist(lambda: mirror.remote.remove(name), name)
+            self.board.post("cleared")
+            self._copy_share()
+            self._wait_until(lambda: self.board.count("copied") == mirror.topology.world)
+            manifest = mirror.folder / name / MANIFEST
+            files = read_manifest(manifest.parent)["files"]
+            present = self._persist(mirror.remote.files, name)
+            if lost := [file for file, of in files.items() if present.get(f"{name}/{file}") != of["bytes"]]:
+                raise _CannotCopy(f"the store has lost {', '.join(lost[:3])}")
+            size = sum(file["bytes"] for file in files.values())
+            self._persist(lambda: mirror.remote.write(f"{name}/{MANIFEST}", manifest.read_bytes()), MANIFEST)
+            mirror.newest = self.step
+            mirror.log(
+                f"copied {name} to {mirror.remote.url} ({size / 1e6:,.1f} MB) in {time.monotonic() - start:.1f} s"
+            )
+            self._persist(self._remove_expired, "removing older copies")
+        except (_CannotCopy, UserError) as error:
+            mirror.log(f"WARNING: {name} is not copied to {mirror.remote.url}: {error}. The next checkpoint is.")
+        finally:
+            self.board.post("ended")
+
+    def _copy_share(self) -> None:
+        """Copy this rank's share of the files."""
+        mirror, name = self.mirror, step_folder(self.step)
+        files, topology = read_manifest(mirror.folder / name)["files"], mirror.topology
+        for file in shares(files, topology.world)[topology.rank]:
+            path = mirror.folder / name / file
+
+            def attempt(path: Path = path, file: str = file) -> None:
+                if not path.exists() or hash_file(path, self._continue) != files[file]:
+                    raise _CannotCopy(f"{path} is missing or was changed")
+                mirror.remote.upload(path, f"{name}/{file}", self._continue)
+
+            self._persist(attempt, file)
+        self.board.count("copied", add=1)
+
+    def _remove_expired(self) -> None:
+        """Remove all copies from the mirror except the newest `keep` complete ones and those of later steps."""
+        mirror = self.mirror
+        kept = {step_folder(step) for step in [s for s in mirror.steps() if s <= self.step][: mirror.keep]}
+        present = {file.partition("/")[0] for file in mirror.remote.files()}
+        for name in sorted(present - kept):
+            if CHECKPOINT_NAME.fullmatch(name) and int(name[5:]) < self.step:
+                mirror.remote.remove(name)
+
+    def _persist(self, work: Callable[[], T], what: str) -> T:
+        """Return work(). If it fails, warn once and try again until it succeeds. Raises _Superseded."""
+
+        def pause(seconds: float, reason: str) -> None:
+            self.failing = True
+            self._post("failing", f"{what}: {reason}")
+            self._wait(seconds)
+
+        self._continue()
+        result = _persist(work, pause)
+        self.failing = False
+        return result
+
+    def _post(self, note: str, text: str) -> None:
+        """Tell rank 0 about a failure of this rank; on rank 0, log it."""
+        if self.mirror.topology.rank == 0:
+            self._warn(text)
+        else:
+            self.board.post(note, f"rank {self.mirror.topology.rank}: {text}")
+
+    def _warn(self, reason: str) -> None:
+        """Log on rank 0, once per checkpoint, that the copy fails."""
+        if not self._warned:
+            self._warned = True
+            self.mirror.log(
+                f"WARNING: {step_folder(self.step)} could not be copied to {self.mirror.remote.url} ({reason}). "
+                "Training continues and the copy is tried again. If this repeats, check the store, the credentials and "
+                "checkpoint.mirror."
+            )
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds. On rank 0, look at what the other ranks report.
+
+        Raises _Superseded, and on rank 0 _CannotCopy if another rank has given up.
+        """
+        while not condition():
+            if self.mirror.topology.rank == 0:
+                if reason := self.board.read("failing"):
+                    self._warn(reason)
+                if reason := self.board.read("gave up"):
+                    raise _CannotCopy(reason)
+            self._wait(POLL_S)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait. Raises _Superseded if this copy is not wanted any more."""
+        if self.superseded.wait(seconds):
+            raise _Superseded
+
+    def _continue(self) -> None:
+        """Raise _Superseded if this copy is not wanted any more."""
+        self._wait(0)
+
+
+def _persist(work: Callable[[], T], pause: Callable[[float, str], None]) -> T:
+    """Return work(). If it fails, call pause(seconds, reason), which may raise an error, and try again.
+
+    Errors that no other attempt would cure are raised at once.
+    """
+    seconds = FIRST_PAUSE_S
+    while True:
+        try:
+            return work()
+        except (_Superseded, _CannotCopy, UserError):
+            raise
+        except Exception as error:  # each store's library raises its own classes of errors
+            reason = reason_of(error)
+        pause(seconds, reason)
+        seconds = min(2 * seconds, LONGEST_PAUSE_S)
