@@ -33,7 +33,7 @@ from test_checkpoint_rules import write_checkpoint
 
 URL = "s3://bucket/far"
 STEPS = ("train.steps=10", "checkpoint.every_steps=2", "model.dropout=0.1")
-ALONE = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+ALONE = Topology(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
