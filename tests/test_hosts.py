@@ -463,7 +463,7 @@ def test_a_start_ends_only_if_no_rank_makes_progress(
     made = object.__new__(attempt.Attempt)
     made.options = LaunchOptions([], {}, Path(), hang_s=hang_s)
     made.started, made.logs, made.deaths = 0.0, Path(), []
-    made.host_of = {0: "a", 1: "a"}
+    made.host_of, made.pool, made.prepare = {0: "a", 1: "a"}, AgentPool(), False
     monkeypatch.setattr(attempt, "read_beats", read)
     monkeypatch.setattr(attempt, "time", SimpleNamespace(
         time=lambda: now[0], monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + 5)
@@ -610,7 +610,7 @@ def test_launchers_get_their_time_after_all_ranks_have_ended(
     watched: Any = object.__new__(attempt.Attempt)
     watched.started, watched.agents, watched.deaths, watched.logs = clock.now, {"a": Running()}, [], tmp_path
     watched.options, watched.host_of = attempt.LaunchOptions([], {}, tmp_path, hang_s=hang_s), {0: "a"}
-    watched.send = lambda word: None
+    watched.send, watched.pool, watched.prepare = lambda word: None, AgentPool(), False
     asked: list[float] = []
     watched._hang = lambda since: asked.append(clock.now) or attempt.Outcome("failed", 1, [], since)
     assert watched.watch().kind == "failed"

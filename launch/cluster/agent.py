@@ -2,10 +2,11 @@
 
     python -m packspeed.launch.cluster.agent        requests on stdin, answers on stdout (messages.py)
 
-ssh.py starts it for a short request and attempt.py for `run`, over ssh, or directly if the host is this machine. The
-agent answers short requests: describe the host, kill a launch, report the stacks of its ranks. The last request is
-`run`. The agent then starts DeepSpeed's node launcher and stays until the ranks have ended (LocalRanks). All strings
-from a hostfile or a run file arrive inside the JSON of a request, so none of them ever reaches a shell.
+ssh.py starts it, over ssh, or directly if the host is this machine. The agent answers short requests: describe the
+host, kill a launch, report the stacks of its ranks. After `prepare` it keeps a process with all imports done
+(warm_start.py). The last request is `run`. The agent then starts DeepSpeed's node launcher, from that process if there
+is one, and stays until the ranks have ended (LocalRanks). All strings from a hostfile or a run file arrive inside the
+JSON of a request, so none of them ever reaches a shell.
 
 The ranks never outlive the launch. If stdin closes (the supervisor has died) or nothing arrives on it for `silence_s`
 (the network is cut), the agent asks its ranks to save and stop. After GRACE_S (stdin closed) or CUT_OFF_S (silence) it
@@ -14,6 +15,7 @@ kills them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -32,17 +34,21 @@ import psutil
 from packspeed.launch.cluster import cgroup
 from packspeed.launch.cluster.local_launcher import is_rank, node_launcher_command
 from packspeed.launch.cluster.messages import (
+    BEAT,
     TERM,
     FactsRequest,
     HostFacts,
+    PrepareRequest,
     RankDeath,
     RankState,
     Request,
     RingRequest,
     RunRequest,
+    ShortRequest,
     StacksRequest,
     send_record,
 )
+from packspeed.launch.cluster.warm_start import AdoptedProcess, WarmProcess
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.run_folder.folder import git_commit
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, LAUNCHER, last_beat, remove_local_beats
@@ -64,32 +70,79 @@ def main() -> int:
 
     Returns the exit code of DeepSpeed's launcher, or 0 if there was no `run` request.
     """
-    while (line := _read_line()).endswith(b"\n"):  # without a line end, the supervisor has died while writing
-        request: Request = json.loads(line)
-        if request["do"] == "facts":
-            send_record(host_facts(request))
-        elif request["do"] == "time":
-            send_record({"time": time.time()})
-        elif request["do"] == "ring":
-            send_record(join_ring(request))
-        elif request["do"] == "kill":
-            send_record({"killed": kill_launch(request["id"])})
-        elif request["do"] == "stacks":
-            send_record(rank_states(request))
-        else:
-            return LocalRanks(request).run() & 0xFF
+    warm: WarmProcess | None = None
+    silence_s: float | None = None
+    try:
+        while (line := _read_line(silence_s)).endswith(b"\n"):  # else the supervisor has died or is not reachable
+            if line.strip() == BEAT.encode():
+                continue
+            request: Request = json.loads(line)
+            if request["do"] == "prepare":
+                hold_signals()
+                silence_s = request["silence_s"]
+                with contextlib.suppress(OSError):  # then the ranks are started as new processes
+                    os.chdir(request["cwd"])
+                    warm = WarmProcess(*launcher_of(request))
+            elif request["do"] == "run":
+                return LocalRanks(request, warm).run() & 0xFF
+            else:
+                answer(request)
+    finally:
+        if warm is not None:
+            warm.close()
     return 0
 
 
-def _read_line() -> bytes:
+def answer(request: ShortRequest) -> None:
+    """Send the answer to a short request."""
+    if request["do"] == "facts":
+        send_record(host_facts(request))
+    elif request["do"] == "time":
+        send_record({"time": time.time()})
+    elif request["do"] == "ring":
+        send_record(join_ring(request))
+    elif request["do"] == "kill":
+        send_record({"killed": kill_launch(request["id"])})
+    else:
+        send_record(rank_states(request))
+
+
+def _read_line(timeout_s: float | None) -> bytes:
     """Read a line from stdin, without a buffer because LocalRanks reads the same file descriptor later.
 
-    At the end of the file the result has no newline.
+    At the end of the file the result has no newline, and it is empty if no line begins within `timeout_s`.
     """
+    if not select.select([0], [], [], timeout_s)[0]:
+        return b""
     line = b""
     while not line.endswith(b"\n") and (byte := os.read(0, 1)):
         line += byte
     return line
+
+
+def hold_signals() -> None:
+    """Block the signals that ask a rank to stop.
+
+    Schedulers signal every process of a job, but only the supervisor decides when the ranks stop. The launcher and the
+    ranks inherit the block; the ranks lift it themselves (training/signals.py).
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+
+
+def _devices(request: RunRequest | PrepareRequest) -> list[list[int]]:
+    """Return the device numbers of every host, in the order of ranks."""
+    return [devices for count, devices in request["hosts"] for _ in range(count)]
+
+
+def launcher_of(request: RunRequest | PrepareRequest) -> tuple[list[str], dict[str, str]]:
+    """Return the command line of DeepSpeed's node launcher on this host, and its environment without the launch id."""
+    # DeepSpeed's launcher only counts the hosts and their devices, so their names are not sent.
+    world_info = {f"host-{number}": ids for number, ids in enumerate(_devices(request))}
+    command = node_launcher_command(
+        world_info, request["node_rank"], request["master"], request["port"], request["arguments"],
+        script=request["script"],
+    )  # fmt: skip
+    return command, {**os.environ, **request["env"]}
 
 
 # --- the ranks of this host -------------------------------------------------------------------------------------------
@@ -102,29 +155,24 @@ class LocalRanks:
     ends.
     """
 
-    def __init__(self, request: RunRequest) -> None:
+    def __init__(self, request: RunRequest, warm: WarmProcess | None = None) -> None:
+        """Start the launcher: from `warm`, if that process is usable, else as a new process."""
         self.launch_id = request["id"]
         self.silence_s = request["silence_s"]
-        # DeepSpeed's launcher only counts the hosts and their devices, so their names are not sent.
-        devices = [devices for count, devices in request["hosts"] for _ in range(count)]
-        world_info = {f"host-{number}": ids for number, ids in enumerate(devices)}
-        self.rank_count = len(devices[request["node_rank"]])
+        self.rank_count = len(_devices(request)[request["node_rank"]])
         self.cgroups = cgroup.groups()
         self.oom_kills_before = cgroup.oom_kills(self.cgroups)
         self.peak_bytes: dict[int, int] = {}  # rank -> peak resident memory
         self.processes: dict[int, psutil.Process] = {}  # the ranks that have been seen so far
         self.ended: set[int] = set()
         self.searched_at = 0.0
-        # Schedulers signal every process of a job, but only the supervisor decides when the ranks stop. The launcher
-        # and the ranks inherit the block; the ranks lift it themselves (training/signals.py).
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+        hold_signals()
         os.chdir(request["cwd"])
-        command = node_launcher_command(
-            world_info, request["node_rank"], request["master"], request["port"], request["arguments"],
-            script=request["script"],
-        )  # fmt: skip
-        env = {**os.environ, **request["env"], LAUNCH_ID: self.launch_id, LAUNCHER: str(os.getpid())}
-        self.launcher = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+        command, env = launcher_of(request)
+        env |= {LAUNCH_ID: self.launch_id, LAUNCHER: str(os.getpid())}
+        self.launcher: AdoptedProcess | subprocess.Popen[bytes] = (
+            warm and warm.start_launcher(command, env)
+        ) or subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def run(self) -> int:
         """Watch until DeepSpeed's node launcher ends, then kill the processes that are left.

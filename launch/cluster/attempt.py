@@ -1,7 +1,8 @@
 """One attempt of a launch: start an agent on every planned host, watch them, and find out how the attempt ended.
 
     start            Attempt(...)         one agent per host; each starts DeepSpeed's node launcher (agent.LocalRanks)
-    watch            Attempt.watch        reads reports of dead ranks, exit codes of agents, heartbeats of ranks
+    watch            Attempt.watch        reads reports of dead ranks, exit codes of agents, heartbeats of ranks. When
+                                          training has begun, it makes the agents of the next attempt get ready
     verdict          _verdict, _hang      an Outcome: its kind, its cause in words, the time of the fault
     end              Attempt.end          kills all processes of the attempt on every host that answers
 
@@ -40,23 +41,27 @@ from packspeed.launch.cluster.messages import (
     KillRequest,
     RankDeath,
     RankState,
+    Request,
     RunRequest,
     StacksRequest,
 )
-from packspeed.launch.cluster.ssh import agent_command, ask_hosts
+from packspeed.launch.cluster.ssh import AgentPool, agent_command
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
 from packspeed.launch.run_folder.heartbeat import SHARED_S, Beat, read_beats
 
 START_S = 900.0  # longest time without progress while a rank starts: imports, op builds, loading a checkpoint
 
 
-SETTLE_S = 2.0  # how long to wait for the reports of other hosts after the first sign of a failure
+SETTLE_S = 2.0  # how long to wait for the reports of other hosts after the first sign of a failure, if it is no kill
 
 
 ENDING_S = 60.0  # how long DeepSpeed's launchers may take, on a busy host, to notice that all ranks have ended
 
 
 SILENCE_S = 20.0  # an agent to which nothing was sent for so long assumes that the network is cut
+
+
+SPARE_SILENCE_S = 180.0  # the same for an agent that waits for the next attempt; longer than the pause between attempts
 
 
 LOST = 255  # ssh's own exit code
@@ -82,6 +87,7 @@ class LaunchOptions:
     max_restarts: int = 0
     hang_s: float = 600.0
     take_back_s: float = 0.0
+    warm: bool = True  # whether hosts keep a process with all imports done, from which the next attempt starts
     pretend: bool = False  # all hosts are simulated on this machine (rehearse.py)
 
     def agent_command(self, host: Host) -> list[str]:
@@ -117,19 +123,28 @@ class Outcome:
 
 
 class Attempt:
-    """One start of the ranks on all hosts of a plan. Creating the object starts an agent on each host.
+    """One start of the ranks on all hosts of a plan. Creating the object starts the ranks on each host.
 
     Then call `watch` and `end`, once each.
     """
 
     def __init__(
-        self, plan: LaunchPlan, options: LaunchOptions, logs: Path, script: Path, arguments: Sequence[str]
+        self,
+        plan: LaunchPlan,
+        options: LaunchOptions,
+        logs: Path,
+        script: Path,
+        arguments: Sequence[str],
+        pool: AgentPool,
+        prepare: bool = False,
     ) -> None:
-        """Start the agents. `script` is the program that every rank runs, with `arguments`.
+        """Start the ranks. `script` is the program that every rank runs, with `arguments`.
 
-        `logs` is the folder for the logs and heartbeats of the ranks.
+        `logs` is the folder for the logs and heartbeats of the ranks. The agents are taken from `pool`, which then has
+        none for these hosts. If `prepare` is True, `watch` makes new ones in `pool` get ready for another attempt.
         """
-        self.plan, self.options = plan, options
+        self.plan, self.options, self.pool = plan, options, pool
+        self.prepare = prepare
         self.logs = logs
         self.host_of = plan.host_of_ranks()
         self.deaths: list[RankDeath] = []
@@ -143,40 +158,47 @@ class Attempt:
         # Each host has its own launch id. Hosts can be on the same machine (network namespaces, pods) and see each
         # other's processes, and killing the processes of one host must not kill those of another.
         self.launch_ids = {planned.host.name: f"{uuid.uuid4().hex}-{i}" for i, planned in enumerate(plan.hosts)}
-        self.agents: dict[str, subprocess.Popen[bytes]] = {}
+        self.agents: dict[str, subprocess.Popen[str]] = {}
+        self.requests: dict[str, RunRequest] = {}
         for node_rank, planned in enumerate(plan.hosts):
-            self._start_agent(planned.host, {
+            self.requests[planned.host.name] = {
                 "do": "run", "id": self.launch_ids[planned.host.name], "cwd": str(options.cwd),
                 "env": {**planned.network_env, **plan.env}, "hosts": plan.device_groups, "node_rank": node_rank,
                 "master": plan.master, "port": plan.port, "script": str(script), "arguments": list(arguments),
                 "silence_s": SILENCE_S,
-            })  # fmt: skip
+            }  # fmt: skip
+            self._start(planned.host)
 
-    def _start_agent(self, host: Host, request: RunRequest) -> None:
-        """Start the agent of a host, send it `request`, and read its output in a thread."""
-        agent = subprocess.Popen(
-            self.options.agent_command(host), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        self.agents[host.name] = agent
-        self._write(agent, json.dumps(request))
+    def _start(self, host: Host) -> None:
+        """Make the agent of a host start its ranks, and read its output in a thread."""
+        connection = self.pool.take(host)
+        connection.runs = True
+        connection.write(json.dumps(self.requests[host.name]))
+        agent = self.agents[host.name] = connection.process
         threading.Thread(target=self._read, args=(agent,), daemon=True).start()
 
+    def _prepare_next(self) -> None:
+        """Start the agents of the next attempt, and make them get ready for it."""
+        requests: dict[str, Request] = {
+            host: {**request, "do": "prepare", "silence_s": SPARE_SILENCE_S} for host, request in self.requests.items()
+        }
+        self.pool.send(requests, [planned.host for planned in self.plan.hosts])
+
     @staticmethod
-    def _write(agent: subprocess.Popen[bytes], line: str) -> None:
+    def _write(agent: subprocess.Popen[str], line: str) -> None:
         """Write a line to an agent's stdin. Does nothing if the agent has ended."""
         assert agent.stdin is not None
         with contextlib.suppress(OSError, ValueError):  # if the agent has ended, `watch` sees its exit code
-            agent.stdin.write(line.encode() + b"\n")
+            agent.stdin.write(f"{line}\n")
             agent.stdin.flush()
 
-    def _read(self, agent: subprocess.Popen[bytes]) -> None:
+    def _read(self, agent: subprocess.Popen[str]) -> None:
         """Collect an agent's records, and print the output of its ranks, until it exits.
 
         Runs in one thread per host.
         """
         assert agent.stdout is not None
-        for raw in agent.stdout:
-            line = raw.decode(errors="replace")
+        for line in agent.stdout:
             if not line.startswith(RECORD):
                 print(line, end="", file=self.console, flush=True)
                 continue
@@ -208,6 +230,7 @@ class Attempt:
             # Show the agents that the supervisor is alive. Without these messages they stop their ranks.
             if time.monotonic() - sent_at > 2:
                 self.send(BEAT)
+                self.pool.beat()
                 sent_at = time.monotonic()
 
             # A rank died, or an agent failed: ssh exits with 255 within ten seconds after its host is gone. A death
@@ -226,6 +249,9 @@ class Attempt:
                     beat_counts, progress_at = new_counts, time.time()
                     starts = len(beats) < len(self.host_of) or any(beat.starting for beat in beats.values())
                     patience_s = start_s if starts else self.options.hang_s
+                    if self.prepare and not starts:
+                        self._prepare_next()
+                        self.prepare = False
                     ranks_have_ended = False
 
             # No progress: a hang if ranks are alive. If all have ended, their launchers get ENDING_S to notice.
@@ -240,10 +266,11 @@ class Attempt:
     def _verdict(self) -> Outcome:
         """Return how the attempt ended, after a rank or an agent has failed. The first failure is the cause.
 
-        Waits up to SETTLE_S before, because the first report to arrive is not always the first failure.
+        Waits up to SETTLE_S before, because the first report to arrive is not always the first failure. A rank that was
+        killed needs no wait: it is the cause, and the others cannot save any more.
         """
         deadline = time.monotonic() + SETTLE_S
-        while time.monotonic() < deadline and self.running():
+        while time.monotonic() < deadline and self.running() and not any(map(diagnosis.was_killed, self.deaths)):
             time.sleep(0.05)
         deaths = sorted(self.deaths, key=lambda death: death["at"])
         codes = {host: agent.poll() for host, agent in self.agents.items()}
@@ -311,7 +338,7 @@ class Attempt:
         def request(host: Host) -> StacksRequest:
             return {"do": "stacks", "id": self.launch_ids[host.name], "logs": logs}
 
-        replies = ask_hosts(hosts, request, dict[str, RankState], self.options.agent_command, timeout_s=15)
+        replies = self.pool.ask(hosts, request, dict[str, RankState], timeout_s=15)
         states = {int(rank): state for answer in replies.answers.values() for rank, state in answer.items()}
         now = time.time()
         if not states and not replies.errors:
@@ -337,7 +364,10 @@ class Attempt:
         # A lost host may still be alive, if only its sshd has died. It then answers within seconds.
         for lost, timeout_s in ((False, 15.0), (True, 4.0)):
             hosts = [planned.host for planned in self.plan.hosts if (planned.host.name in self.lost) is lost]
-            silent += ask_hosts(hosts, request, KillAnswer, self.options.agent_command, timeout_s).errors
+            if lost:
+                for host in hosts:
+                    self.pool.forget(host.name)  # another connection to a lost host is no better
+            silent += self.pool.ask(hosts, request, KillAnswer, timeout_s).errors
         for name in silent:
             log(f"{name} does not answer. Its agent stops the ranks there after {SILENCE_S:.0f} s without messages")
         for agent in self.agents.values():

@@ -325,8 +325,8 @@ def measure_torch(options: LaunchOptions, hosts: list[Host], facts: Mapping[str,
     Returns ({"torch all-reduce": Gbit/s}, no finding), or ({}, one finding) if it fails.
     """
     plan = plan_launch(hosts, facts, options.env)
-    with tempfile.TemporaryDirectory() as logs:
-        attempt = Attempt(plan, options, Path(logs), TORCH_ALLREDUCE, [])
+    with tempfile.TemporaryDirectory() as logs, AgentPool(options.agent_command) as pool:
+        attempt = Attempt(plan, options, Path(logs), TORCH_ALLREDUCE, [], pool)
         outcome = attempt.watch()
         attempt.end(lambda line: None)
     if not attempt.bandwidths:

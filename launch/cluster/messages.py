@@ -5,7 +5,8 @@
     agent -> supervisor   on the agent's stdout: RECORD followed by JSON. Every other line is output of a rank
 
 ssh.py sends the short requests (facts, time, ring, stacks, kill) and waits for one answer to each. attempt.py sends
-`run` and reads records until the agent exits. agent.py receives all of them.
+`prepare`, to the agents of the next attempt, and `run`, and reads records until the agent exits. agent.py receives all
+of them. An agent that waits for its attempt ignores BEAT.
 """
 
 from __future__ import annotations
@@ -77,10 +78,9 @@ class KillRequest(TypedDict):
     id: str
 
 
-class RunRequest(TypedDict):
-    """Request: start this host's ranks and watch them until they end. There is no answer; RankDeath records follow."""
+class _Ranks(TypedDict):
+    """What `prepare` and `run` say about the ranks of a host."""
 
-    do: Literal["run"]
     id: str  # PACKSPEED_LAUNCH_ID of every process of this attempt on this host
     cwd: str
     env: dict[str, str]
@@ -93,10 +93,25 @@ class RunRequest(TypedDict):
     silence_s: float  # if nothing arrives on stdin for so long, the agent assumes that the network is cut
 
 
+class RunRequest(_Ranks):
+    """Request: start this host's ranks and watch them until they end. There is no answer; RankDeath records follow."""
+
+    do: Literal["run"]
+
+
+class PrepareRequest(_Ranks):
+    """Request: get ready for a `run` that starts ranks like those that this host has now. There is no answer.
+
+    After `silence_s` without messages the agent exits.
+    """
+
+    do: Literal["prepare"]
+
+
 ShortRequest = FactsRequest | TimeRequest | RingRequest | StacksRequest | KillRequest
 
 
-Request = ShortRequest | RunRequest
+Request = ShortRequest | PrepareRequest | RunRequest
 
 
 # --- answers and records ----------------------------------------------------------------------------------------------

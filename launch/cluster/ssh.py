@@ -14,16 +14,15 @@ import json
 import shlex
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
 from packspeed.launch.cluster.hosts import Host
-from packspeed.launch.cluster.messages import RECORD, ShortRequest, TimeAnswer, TimeRequest
+from packspeed.launch.cluster.messages import BEAT, RECORD, Request, ShortRequest, TimeAnswer, TimeRequest
 
 OPTIONS = [
     word
@@ -80,11 +79,12 @@ def ask_hosts(
 class AgentPool:
     """One running agent per host, for any number of requests. A context manager, which ends the agents.
 
-    `command` gives the command line that starts the agent of a host.
+    `command` gives the command line that starts the agent of a host. If `again` is True, a request whose agent has
+    ended meanwhile is sent once more, to a new agent.
     """
 
-    def __init__(self, command: Callable[[Host], list[str]] = agent_command) -> None:
-        self.command = command
+    def __init__(self, command: Callable[[Host], list[str]] = agent_command, again: bool = False) -> None:
+        self.command, self.again = command, again
         self.connections: dict[str, AgentConnection] = {}
         self.closed = False
 
@@ -123,16 +123,51 @@ class AgentPool:
 
         Starts the agent of the host if none is running.
         """
+        used = host.name in self.connections
         try:
-            # Each host's first request starts its agent; this runs in one thread per host.
-            if host.name not in self.connections:
-                self.connections[host.name] = AgentConnection(self.command(host))
+            connection = self._connection(host)
         except OSError as error:
             return {"error": f"{self.command(host)[0]}: {error.strerror}"}
-        connection = self.connections[host.name]
         if self.closed:
             connection.process.kill()
-        return connection.ask(request, timeout_s)
+        reply = connection.ask(request, timeout_s)
+        if "error" in reply and self.again:
+            self.forget(host.name)
+            if used and not connection.timed_out and not self.closed:
+                return self._ask_one(host, request, timeout_s)
+        return reply
+
+    def _connection(self, host: Host) -> AgentConnection:
+        """Return the connection to the agent of a host, which is started if none is running. May raise OSError."""
+        # Each host's first request starts its agent; this runs in one thread per host.
+        connection = self.connections.get(host.name)
+        if connection is None or (self.again and connection.process.poll() is not None):
+            self.forget(host.name)
+            connection = self.connections[host.name] = AgentConnection(self.command(host))
+        return connection
+
+    def take(self, host: Host) -> AgentConnection:
+        """Return the connection to the agent of a host, and keep it no longer. May raise OSError."""
+        connection = self._connection(host)
+        del self.connections[host.name]
+        return connection
+
+    def forget(self, name: str) -> None:
+        """Kill the local end of the connection to a host, if there is one. The next request starts a new agent."""
+        if connection := self.connections.pop(name, None):
+            connection.process.kill()
+            connection.close()
+
+    def send(self, requests: Mapping[str, Request], hosts: Sequence[Host]) -> None:
+        """Send every host its request, by its name, and wait for nothing."""
+        for host in hosts:
+            with contextlib.suppress(OSError):
+                self._connection(host).write(json.dumps(requests[host.name]))
+
+    def beat(self) -> None:
+        """Tell all agents that the supervisor is alive."""
+        for connection in self.connections.values():
+            connection.write(BEAT)
 
     def clock_skews(self, hosts: Sequence[Host]) -> dict[str, float]:
         """Return {host: lower bound of the error of its clock}, in seconds; positive if it is ahead.
@@ -169,11 +204,33 @@ class AgentConnection:
     """A running agent, started with `command`. It answers requests until the connection is closed."""
 
     def __init__(self, command: list[str]) -> None:
-        self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (open until `close`)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, errors="replace"
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
         self.timed_out = False
+        self.runs = False  # whether it watches ranks, so that what it writes to stderr is theirs
+        self.errors = ""  # what it has written to stderr before
+        self._reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._reader.start()
+
+    def _read_errors(self) -> None:
+        """Collect what the agent writes to stderr, or print it if the agent watches ranks. Runs in a thread."""
+        assert self.process.stderr is not None
+        with contextlib.suppress(OSError, ValueError):  # closed by `close`
+            for line in self.process.stderr:
+                if self.runs:
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+                else:
+                    self.errors += line
+
+    def write(self, line: str) -> None:
+        """Send a line to the agent. Does nothing if the agent has ended."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # if the pipe is broken, the exit code explains it better
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
 
     def ask(self, request: ShortRequest, timeout_s: float) -> dict[str, object]:
         """Send a request and return the answer, or {"error": why} if the agent ends or gives no answer within
@@ -181,16 +238,13 @@ class AgentConnection:
 
         After a timeout the agent is killed.
         """
-        assert self.process.stdin is not None
         assert self.process.stdout is not None
         # Reading from a pipe has no timeout. The timer kills the process, which ends the loop below.
         timer = threading.Timer(timeout_s, self._time_out)
         timer.start()
         other_output = ""  # lines that are not an answer, such as those of a login shell
         try:
-            with contextlib.suppress(OSError, ValueError):  # if the pipe is broken, stderr explains it better
-                self.process.stdin.write(json.dumps(request) + "\n")
-                self.process.stdin.flush()
+            self.write(json.dumps(request))
             for line in self.process.stdout:
                 if line.startswith(RECORD):
                     return dict(json.loads(line[len(RECORD) :]))
@@ -201,8 +255,8 @@ class AgentConnection:
         if self.timed_out:
             return {"error": f"no answer within {timeout_s:.0f} s"}
         code = self.process.wait()
-        self.stderr.seek(0)
-        text = (self.stderr.read().strip() or other_output.strip() or f"exit code {code}").splitlines()
+        self._reader.join(CLOSE_S)
+        text = (self.errors.strip() or other_output.strip() or f"exit code {code}").splitlines()
         return {"error": _with_advice(" ".join(text[-3:]))}
 
     def _time_out(self) -> None:
@@ -225,7 +279,10 @@ class AgentConnection:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.stderr.close()
+        assert self.process.stderr is not None
+        self._reader.join(CLOSE_S)
+        if not self._reader.is_alive():  # else another process has it open, and closing would wait for the reader
+            self.process.stderr.close()
 
 
 def _with_advice(error: str) -> str:

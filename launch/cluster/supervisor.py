@@ -12,6 +12,10 @@ following happens, in this order and these modules:
     6. supervisor.py   The next attempt starts. train.py resumes from the newest complete checkpoint, which it converts
                        if the number of ranks has changed. The dropped host is asked again every `take_back_s` seconds.
 
+While an attempt trains, the agents of the next one wait already: Attempt.watch has started them (ssh.AgentPool), and
+each keeps a process with all imports done (warm_start.py). Events 2 and 4 ask these agents, and event 6 makes them
+start the ranks. If one of them has ended, a new agent takes its place.
+
 A lock keeps two attempts out of one run folder (run_folder/folder.py). Rank 0 holds it, and rank 0 of the next attempt
 waits for it up to 60 s (LOCK_WAIT_S). It works between hosts if the shared file system supports flock, as NFS does.
 Without such support there is no lock, and only event 3 separates the attempts.
@@ -34,8 +38,8 @@ from typing import Literal
 from packspeed.launch.cluster.attempt import LOST, Attempt, LaunchOptions, Log, Outcome
 from packspeed.launch.cluster.hosts import Host, LaunchPlan, plan_launch
 from packspeed.launch.cluster.local_launcher import SIGNALS, TRAIN
-from packspeed.launch.cluster.messages import TERM, HostFacts
-from packspeed.launch.cluster.ssh import Replies, ask_hosts
+from packspeed.launch.cluster.messages import TERM, FactsRequest, HostFacts
+from packspeed.launch.cluster.ssh import AgentPool, Replies, ask_hosts
 from packspeed.launch.config.batch import fits
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
 from packspeed.launch.config.layout import run_layout
@@ -57,7 +61,7 @@ class Supervisor:
 
         plan -> start -> watch -> verdict -> end -> record -> done | give up | restart with the hosts that are left
           ^                                                                          |
-          +---------------------------- pause of 1, 2, 4 ... 60 s -------------------+
+          +---------------- pause of 1, 2, 4 ... 60 s, or none after progress -------+
 
     `hosts` are used by the next attempt. `dropped` are hosts that failed a check and may be used again later.
     """
@@ -69,6 +73,7 @@ class Supervisor:
         self.signals = 0
         self.interruptible = False  # whether a signal ends the launch immediately, because no rank is running
         self.attempt: Attempt | None = None
+        self.pool: AgentPool | None = None  # the agents of the next attempt, while `supervise` runs
         self._all_back = threading.Event()  # set if all dropped hosts are usable again
 
     def supervise(self, before_start: Callable[[], None] = lambda: None) -> int:
@@ -79,12 +84,13 @@ class Supervisor:
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         try:
-            return self._supervise(before_start)
+            with AgentPool(self.options.agent_command, again=True) as self.pool:
+                return self._supervise(before_start, self.pool)
         except StoppedError:
             self.log(f"stopped while no rank was running. To continue, repeat the command (exit code {EXIT_STOPPED})")
             return EXIT_STOPPED
 
-    def _supervise(self, before_start: Callable[[], None]) -> int:
+    def _supervise(self, before_start: Callable[[], None], pool: AgentPool) -> int:
         """The loop over attempts of `supervise`. Raises StoppedError if a signal arrives while no rank is running."""
         fault: Outcome | None = None
         restarts, last_step, started = 0, -1, False
@@ -100,7 +106,11 @@ class Supervisor:
 
             # Start an agent on every host. Two threads run during the attempt: one reports how long the recovery took,
             # the other asks the dropped hosts.
-            attempt = self.attempt = Attempt(plan, self.options, self.run.folder / "logs", TRAIN, self.arguments)
+            may_restart = restarts < self.options.max_restarts or bool(self.dropped and self.options.take_back_s)
+            attempt = self.attempt = Attempt(
+                plan, self.options, self.run.folder / "logs", TRAIN, self.arguments, pool,
+                prepare=self.options.warm and may_restart,
+            )  # fmt: skip
             if self.signals:
                 attempt.send(TERM)  # a signal arrived while the agents were being started
             if fault is not None:
@@ -141,9 +151,11 @@ class Supervisor:
                 self.log(f"giving up: the run has failed at step {step} twice")
                 return 1
 
-            # Restart after a pause, in which a host may become usable again.
-            restarts, last_step, fault = restarts + 1, step, outcome
-            pause_s = min(60.0, 2.0 ** (restarts - 1))
+            # Restart after a pause, in which a host may become usable again. No pause is needed if the run has got
+            # further than before and no host was lost.
+            restarts, fault = restarts + 1, outcome
+            pause_s = 0.0 if step > max(last_step, 0) and outcome.kind != "lost" else min(60.0, 2.0 ** (restarts - 1))
+            last_step = step
             self.log(f"restart {restarts} of {self.options.max_restarts} in {pause_s:.0f} s")
             with self._may_be_interrupted():
                 time.sleep(pause_s)
@@ -178,7 +190,7 @@ class Supervisor:
         If `first` is True, an unusable host raises ConfigError instead, because the hostfile is probably wrong. Also
         raises ConfigError if no host is usable.
         """
-        replies = self.ask_facts(self.hosts)
+        replies = self.ask_facts(self.hosts, self.pool)
         unfit = {
             host.name: reason
             for host in self.hosts
@@ -189,6 +201,8 @@ class Supervisor:
             raise ConfigError("\n  ".join(["these hosts cannot be used:", *reasons]))
         for name, reason in unfit.items():
             self.log(f"continuing without {name}: {reason}")
+            if self.pool is not None:
+                self.pool.forget(name)
         self.dropped += [host for host in self.hosts if host.name in unfit]
         self.hosts = [host for host in self.hosts if host.name not in unfit]
         if not self.hosts:
@@ -196,7 +210,7 @@ class Supervisor:
 
         # If the first host was dropped, the rendezvous moves to another host. So look up routes and port again.
         if unfit:
-            replies = self.ask_facts(self.hosts)
+            replies = self.ask_facts(self.hosts, self.pool)
         hosts = fit_slots(self.hosts, lambda ranks: fits(self.run, ranks))
         if not hosts:
             run_layout(self.run, sum(host.slots for host in self.hosts))  # raises: fewer ranks than share a row
@@ -213,14 +227,18 @@ class Supervisor:
             return f"their number must divide the {samples} samples of a step"
         return f"the number of groups of {per_row} ranks (section parallel) must divide the {samples} samples of a step"
 
-    def ask_facts(self, hosts: list[Host]) -> Replies[HostFacts]:
-        """Ask every host for its facts (messages.HostFacts).
+    def ask_facts(self, hosts: list[Host], pool: AgentPool | None = None) -> Replies[HostFacts]:
+        """Ask every host for its facts (messages.HostFacts), with the agents of `pool` or with new ones.
 
         The first host is also asked whether the rendezvous port is free; if the port is 0, it chooses one.
         """
-        return ask_hosts(
-            hosts, lambda host: self.options.facts_request(host, hosts), HostFacts, self.options.agent_command
-        )
+
+        def request(host: Host) -> FactsRequest:
+            return self.options.facts_request(host, hosts)
+
+        if pool is None:
+            return ask_hosts(hosts, request, HostFacts, self.options.agent_command)
+        return pool.ask(hosts, request, HostFacts)
 
     def _ask_dropped_hosts(self, attempt: Attempt) -> None:
         """Ask hosts that are no longer used every `take_back_s` seconds whether they can be used again.

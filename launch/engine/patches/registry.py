@@ -55,6 +55,7 @@ Row = tuple[str, str, str, dict[str, str]]  # file, where, used by, {name: why}
 
 NORM, BF16, ADAM = "engine/patches/gradient_norm.py", "engine/patches/bf16_gradients.py", "engine/patches/adam_bias.py"
 WAITS, MUON = "engine/patches/device_waits.py", "engine/muon.py"
+LAUNCHER = "engine/patches/node_launcher.py"
 FLAT = "engine/patches/flat_gradients.py"
 STATE, OPS, PROTOCOL = "engine/optimizer_state.py", "engine/ops.py", "engine/protocol.py"
 WRITER, ZERO = "engine/patches/checkpoint_writer.py", "checkpoint/zero_checkpoint.py"
@@ -345,6 +346,17 @@ CHECKPOINT_FILES: tuple[Row, ...] = (
     ("deepspeed/runtime/zero/config.py", MODULE, ZERO, {"ZeroStageEnum": "format: an object inside *_optim_states.pt"}),
 )  # fmt: skip
 
+NODE_LAUNCHER: tuple[Row, ...] = (
+    ("deepspeed/launcher/launch.py", MODULE, LAUNCHER, {
+        "main()": "called: starts the ranks of a host and watches them",
+    }),
+    ("deepspeed/launcher/launch.py", TEXT, LAUNCHER, {
+        "process = subprocess.Popen(cmd, env=current_env)": "replaced: subprocess, by an object that forks ranks",
+        "cmd.append(sys.executable) cmd.append(\"-u\")": "read: ranks are forked if their command starts so",
+        "process.poll()": "read: the launcher reads from a rank only this, pid and returncode",
+    }),
+)  # fmt: skip
+
 TORCH: tuple[Row, ...] = (
     ("torch/_C/_VariableFunctions.pyi", MODULE, "engine/norms.py", {
         "_foreach_norm": "called: computes the norms of many gradients in few launches",
@@ -358,6 +370,9 @@ TORCH: tuple[Row, ...] = (
     ("torch/utils/_pytree.py", MODULE, "checkpoint/writer.py", {"tree_map": "called: copies nested states"}),
     ("torch/distributed/distributed_c10d.py", MODULE, "engine/shared_work.py", {
         "_get_default_store()": "called: the store of the process group, in which the ranks count their progress",
+    }),
+    ("torch/cuda/__init__.py", MODULE, "engine/preload.py", {
+        "_is_in_bad_fork": "called: tells a forked process that its parent had initialised CUDA",
     }),
     ("torch/distributed/c10d_logger.py", MODULE, "engine/quiet.py", {
         "_exception_logger": "read: the module that a deprecation warning names as its origin",
@@ -373,4 +388,4 @@ def _internals(*tables: tuple[Row, ...]) -> Iterator[Internal]:
                 yield Internal(file, where, name, used_by, why)
 
 
-REGISTRY = tuple(_internals(ENGINE, OPTIMIZERS, BUILDERS, CHECKPOINT_FILES, TORCH))
+REGISTRY = tuple(_internals(ENGINE, OPTIMIZERS, BUILDERS, CHECKPOINT_FILES, NODE_LAUNCHER, TORCH))

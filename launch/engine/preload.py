@@ -1,0 +1,61 @@
+"""Import everything that a rank imports, in a process that will be forked, and check that it can be forked.
+
+A fork copies one thread and no device. So the importing process must have no other thread, because a copied lock or
+thread pool whose threads are missing blocks forever, and it must not have used CUDA, whose driver refuses a forked
+child.
+
+    import          starts no thread of OpenMP; numpy's OpenBLAS starts some, and ends them before a fork by itself
+    CUDA            DeepSpeed asks torch whether there are GPUs. With NVML_CHECK torch asks NVML, which starts nothing
+
+Both are checked (why_not_forkable), not only assumed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+# Modules of other packages that a run imports only when it uses them.
+LATE = (
+    "deepspeed.launcher.launch", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # torch.compile, with which it decorates a function, imports inductor
+    "torch.utils.tensorboard",
+)  # fmt: skip
+NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch reads it when it looks for GPUs
+
+
+def preload(*names: str) -> None:
+    """Import the modules `names` and LATE, and compute what every run computes from the installed packages.
+
+    Changes os.environ.
+    """
+    os.environ[NVML_CHECK] = "1"
+    for name in (*names, *LATE):
+        importlib.import_module(name)
+    import cpuinfo
+
+    from packspeed.launch.engine.ops import prepare_for_ops
+    from packspeed.launch.engine.patches.check import check_loaded, check_sources
+
+    check_sources()
+    check_loaded()
+    prepare_for_ops()
+    cpuinfo.get_cpu_info()  # takes a second, and prepare_for_ops has made it remember the result
+
+
+def why_not_forkable() -> str:
+    """Return why this process must not be forked, or an empty string if it may be.
+
+    Forks a child that tries.
+    """
+    import torch
+
+    child = os.fork()
+    if child == 0:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    status = os.waitpid(child, 0)[1]
+    if status or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return "importing has initialised CUDA"
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    return f"{threads} threads are running" if threads > 1 else ""
