@@ -36,6 +36,7 @@ from typing import NoReturn
 
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, LAUNCHER
 
+COLD = "ranks are started as new processes"  # begins the reason why this process does not serve
 ROOM = "PACKSPEED_ROOM"  # a variable whose value only makes room for the environment of a rank
 
 # Variables that the launch sets anew for every attempt or rank, and that are read only after the start.
@@ -86,8 +87,9 @@ class Warm:
 
     def load(self) -> None:
         """Import everything. What the imports print is discarded. Exits if this process must not be forked."""
-        if any(_is_foreign(name) for name in ("sitecustomize", "usercustomize")):
-            sys.exit()
+        for name in ("sitecustomize", "usercustomize"):
+            if _is_foreign(name):
+                sys.exit(f"{COLD}: Python runs {sys.modules[name].__file__} in each of them")
         kept = [os.dup(stream) for stream in (1, 2)]
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
@@ -95,12 +97,13 @@ class Warm:
         from packspeed.launch.engine.preload import preload, why_not_forkable
 
         preload("packspeed.launch.training.startup", "packspeed.model.native_kernels")
-        if why_not_forkable():
-            sys.exit()
+        why = why_not_forkable()
         for stream, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, stream)
             os.close(copy)
         os.close(nowhere)
+        if why:
+            sys.exit(f"{COLD}: {why}")
         self.files = {file: stamp(file) for file in loaded_files()}
         gc.collect()
         gc.freeze()  # a collection in a rank would otherwise write to, and so copy, the pages of all these objects
@@ -124,7 +127,7 @@ class Warm:
     def start_rank(self, command: list[str], env: dict[str, str]) -> ForkedRank | subprocess.Popen[bytes]:
         """Fork a rank, or start it as a new process if a fork could give something else. Raises InRankError in it."""
         if why := self.why_cold(command, env):
-            print(f"rank {env.get('RANK')} is started as a new process: {why}", file=sys.stderr, flush=True)
+            print(f"rank {env.get('RANK')}: {COLD}: {why}", file=sys.stderr, flush=True)
             return subprocess.Popen(command, env=env)
         if pid := os.fork():
             return ForkedRank(pid)

@@ -96,7 +96,7 @@ def test_a_warm_restart_gives_the_same_metrics(workspace: Workspace) -> None:
     assert launch.wait(400) == 0, text.read_text()
     output = text.read_text()
     assert "restart 1 of 1 in 0 s" in output
-    assert "as a new process" not in output
+    assert warm.COLD not in output
     assert workspace.curve("restarted") == workspace.curve("undisturbed")
 
 

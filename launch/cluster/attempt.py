@@ -158,7 +158,7 @@ class Attempt:
         # Each host has its own launch id. Hosts can be on the same machine (network namespaces, pods) and see each
         # other's processes, and killing the processes of one host must not kill those of another.
         self.launch_ids = {planned.host.name: f"{uuid.uuid4().hex}-{i}" for i, planned in enumerate(plan.hosts)}
-        self.agents: dict[str, subprocess.Popen[str]] = {}
+        self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self.requests: dict[str, RunRequest] = {}
         for node_rank, planned in enumerate(plan.hosts):
             self.requests[planned.host.name] = {
@@ -172,7 +172,7 @@ class Attempt:
     def _start(self, host: Host) -> None:
         """Make the agent of a host start its ranks, and read its output in a thread."""
         connection = self.pool.take(host)
-        connection.runs = True
+        connection.print_errors()
         connection.write(json.dumps(self.requests[host.name]))
         agent = self.agents[host.name] = connection.process
         threading.Thread(target=self._read, args=(agent,), daemon=True).start()
@@ -185,20 +185,21 @@ class Attempt:
         self.pool.send(requests, [planned.host for planned in self.plan.hosts])
 
     @staticmethod
-    def _write(agent: subprocess.Popen[str], line: str) -> None:
+    def _write(agent: subprocess.Popen[bytes], line: str) -> None:
         """Write a line to an agent's stdin. Does nothing if the agent has ended."""
         assert agent.stdin is not None
         with contextlib.suppress(OSError, ValueError):  # if the agent has ended, `watch` sees its exit code
-            agent.stdin.write(f"{line}\n")
+            agent.stdin.write(line.encode() + b"\n")
             agent.stdin.flush()
 
-    def _read(self, agent: subprocess.Popen[str]) -> None:
+    def _read(self, agent: subprocess.Popen[bytes]) -> None:
         """Collect an agent's records, and print the output of its ranks, until it exits.
 
         Runs in one thread per host.
         """
         assert agent.stdout is not None
-        for line in agent.stdout:
+        for raw in agent.stdout:
+            line = raw.decode(errors="replace")
             if not line.startswith(RECORD):
                 print(line, end="", file=self.console, flush=True)
                 continue

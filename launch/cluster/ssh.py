@@ -205,31 +205,35 @@ class AgentConnection:
 
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-            start_new_session=True,
-        )  # fmt: skip
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
         self.timed_out = False
-        self.runs = False  # whether it watches ranks, so that what it writes to stderr is theirs
-        self.errors = ""  # what it has written to stderr before
+        self.errors = ""  # what the agent has written to stderr, until `print_errors`
+        self._print = False
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
         self._reader.start()
 
     def _read_errors(self) -> None:
-        """Collect what the agent writes to stderr, or print it if the agent watches ranks. Runs in a thread."""
+        """Collect or print what the agent writes to stderr, until it ends. Runs in a thread."""
         assert self.process.stderr is not None
-        with contextlib.suppress(OSError, ValueError):  # closed by `close`
-            for line in self.process.stderr:
-                if self.runs:
-                    sys.stderr.write(line)
-                    sys.stderr.flush()
+        with self.process.stderr as lines:
+            for raw in lines:
+                line = raw.decode(errors="replace")
+                if self._print:
+                    print(line, end="", file=sys.stderr, flush=True)
                 else:
                     self.errors += line
+
+    def print_errors(self) -> None:
+        """Print what the agent has written to stderr, and what it will write: its ranks write there too."""
+        self._print = True
+        print(self.errors, end="", file=sys.stderr, flush=True)
 
     def write(self, line: str) -> None:
         """Send a line to the agent. Does nothing if the agent has ended."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError, ValueError):  # if the pipe is broken, the exit code explains it better
-            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
 
     def ask(self, request: ShortRequest, timeout_s: float) -> dict[str, object]:
@@ -245,7 +249,8 @@ class AgentConnection:
         other_output = ""  # lines that are not an answer, such as those of a login shell
         try:
             self.write(json.dumps(request))
-            for line in self.process.stdout:
+            for raw in self.process.stdout:
+                line = raw.decode(errors="replace")
                 if line.startswith(RECORD):
                     return dict(json.loads(line[len(RECORD) :]))
                 other_output += line
@@ -279,10 +284,6 @@ class AgentConnection:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        assert self.process.stderr is not None
-        self._reader.join(CLOSE_S)
-        if not self._reader.is_alive():  # else another process has it open, and closing would wait for the reader
-            self.process.stderr.close()
 
 
 def _with_advice(error: str) -> str:
