@@ -39,9 +39,9 @@ from packspeed.launch.cluster.messages import (
     FactsRequest,
     KillAnswer,
     KillRequest,
+    PrepareRequest,
     RankDeath,
     RankState,
-    Request,
     RunRequest,
     StacksRequest,
 )
@@ -62,6 +62,9 @@ SILENCE_S = 20.0  # an agent to which nothing was sent for so long assumes that 
 
 
 SPARE_SILENCE_S = 180.0  # the same for an agent that waits for the next attempt; longer than the pause between attempts
+
+
+RENEW_S = 60.0  # time between two looks for agents of the next attempt that have ended
 
 
 LOST = 255  # ssh's own exit code
@@ -178,11 +181,12 @@ class Attempt:
         threading.Thread(target=self._read, args=(agent,), daemon=True).start()
 
     def _prepare_next(self) -> None:
-        """Start the agents of the next attempt, and make them get ready for it."""
-        requests: dict[str, Request] = {
-            host: {**request, "do": "prepare", "silence_s": SPARE_SILENCE_S} for host, request in self.requests.items()
-        }
-        self.pool.send(requests, [planned.host for planned in self.plan.hosts])
+        """Start the agents of the next attempt that are not running, and make them get ready for it."""
+        requests: list[tuple[Host, PrepareRequest]] = []
+        for planned in self.plan.hosts:
+            request = self.requests[planned.host.name]
+            requests.append((planned.host, {**request, "do": "prepare", "silence_s": SPARE_SILENCE_S}))
+        self.pool.prepare(requests)
 
     @staticmethod
     def _write(agent: subprocess.Popen[bytes], line: str) -> None:
@@ -225,6 +229,7 @@ class Attempt:
         beat_counts: dict[int, int] = {}
         start_s = max(self.options.hang_s, START_S)
         progress_at, patience_s, sent_at, read_at = self.started, start_s, 0.0, 0.0
+        prepare_at = 0.0
         ranks_have_ended = False  # so the attempt waits only for the launchers
         while True:
             time.sleep(0.2)
@@ -250,9 +255,9 @@ class Attempt:
                     beat_counts, progress_at = new_counts, time.time()
                     starts = len(beats) < len(self.host_of) or any(beat.starting for beat in beats.values())
                     patience_s = start_s if starts else self.options.hang_s
-                    if self.prepare and not starts:
+                    if self.prepare and not starts and time.monotonic() > prepare_at:
                         self._prepare_next()
-                        self.prepare = False
+                        prepare_at = time.monotonic() + RENEW_S
                     ranks_have_ended = False
 
             # No progress: a hang if ranks are alive. If all have ended, their launchers get ENDING_S to notice.

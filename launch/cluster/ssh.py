@@ -16,13 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
 from packspeed.launch.cluster.hosts import Host
-from packspeed.launch.cluster.messages import BEAT, RECORD, Request, ShortRequest, TimeAnswer, TimeRequest
+from packspeed.launch.cluster.messages import BEAT, RECORD, PrepareRequest, ShortRequest, TimeAnswer, TimeRequest
 
 OPTIONS = [
     word
@@ -158,11 +158,13 @@ class AgentPool:
             connection.process.kill()
             connection.close()
 
-    def send(self, requests: Mapping[str, Request], hosts: Sequence[Host]) -> None:
-        """Send every host its request, by its name, and wait for nothing."""
-        for host in hosts:
-            with contextlib.suppress(OSError):
-                self._connection(host).write(json.dumps(requests[host.name]))
+    def prepare(self, requests: Sequence[tuple[Host, PrepareRequest]]) -> None:
+        """Start an agent on every host that has none, and send it its request. Waits for nothing."""
+        for host, request in requests:
+            connection = self.connections.get(host.name)
+            if connection is None or connection.process.poll() is not None:
+                with contextlib.suppress(OSError):
+                    self._connection(host).write(json.dumps(request))
 
     def beat(self) -> None:
         """Tell all agents that the supervisor is alive."""

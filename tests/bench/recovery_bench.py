@@ -3,8 +3,8 @@
     python tests/bench/recovery_bench.py FOLDER [--other CHECKOUT] [--rounds 3]        needs root and sshd
 
 The hosts are network namespaces of this machine with one rank each. Rank 1 gets SIGKILL while it trains. Both builds
-run in turn, with the same Python environment, and the last line gives the ratio of the medians. The kill waits until no
-process that prepares a restart (launch/warm.py) computes any more.
+run in turn, with the same Python environment, and the last line gives the ratio of the medians. The kill waits until
+the processes that prepare a restart (launch/warm.py) have imported everything.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -48,21 +46,10 @@ def step_lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
-def warm_seconds(cluster: Cluster) -> float:
-    """Return the CPU seconds of all processes that prepare a restart."""
-    seconds = 0.0
-    for name in cluster.names:
-        for pid in cluster.pids(name, "warm.py"):
-            with contextlib.suppress(psutil.Error):
-                seconds += sum(psutil.Process(pid).cpu_times()[:2])
-    return seconds
-
-
-def quiet(cluster: Cluster) -> bool:
-    """Return whether no process that prepares a restart computes, after two seconds in which to begin."""
-    before = warm_seconds(cluster)
-    time.sleep(2)
-    return warm_seconds(cluster) == before
+def imported(cluster: Cluster) -> bool:
+    """Return whether no host imports for a restart any more (launch/warm.py), after six seconds in which to begin."""
+    time.sleep(6)
+    return not any(cluster.pids(name, "warm.py importing") for name in cluster.names)
 
 
 @contextlib.contextmanager
@@ -91,7 +78,7 @@ def measure(cluster: Cluster, space: Workspace, checkout: Path, name: str) -> tu
     run = space.folder / "runs" / name
     with launched(cluster, space, name) as (process, output):
         wait_for(lambda: len(step_lines(run / "metrics.jsonl")) > 20, process, output)
-        wait_for(lambda: quiet(cluster), process, output)
+        wait_for(lambda: imported(cluster), process, output)
         pid = json.loads((run / "logs" / "rank-1.beat").read_text())["pid"]
         killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
