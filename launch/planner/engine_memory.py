@@ -53,6 +53,7 @@ class EngineSpec:
     adam_copies: bool = False  # torch's own AdamW, which allocates temporary tensors; fused ones do not
     tensor: int = 1  # ranks that share the matrices
     sequence: int = 1  # ranks that share a sample's tokens
+    expert: int = 1  # ranks that share the experts of a layer
 
     @property
     def tokens(self) -> float:
@@ -82,6 +83,12 @@ class EngineSpec:
     @property
     def parameters(self) -> float:
         """Return the parameters of this rank before ZeRO divides them."""
+        elsewhere = expert_parameters(self.model) * (1 - 1 / self.expert)
+        return (num_parameters(self.model, padded=True) - elsewhere) / self.tensor
+
+    @property
+    def divided(self) -> float:
+        """Return the parameters that ZeRO divides among `ranks`: those of all ranks that share experts."""
         return num_parameters(self.model, padded=True) / self.tensor
 
     @property
@@ -143,7 +150,9 @@ def _sum(*parts: Kinds) -> Kinds:
 def states(spec: EngineSpec) -> tuple[Kinds, Kinds]:
     """Return what a rank holds between steps, by kind: (on the device, in host memory)."""
     count, size, ranks = spec.parameters, spec.weight_bytes, spec.ranks
-    total = held(spec.stage, spec.precision)[0].on(ranks) * count
+    table = held(spec.stage, spec.precision)[0]
+    total = table.complete * count + table.shared * spec.divided / ranks
+    count = count if spec.stage < 3 else spec.divided
     weights = size * count / (ranks if spec.stage == 3 else 1)
     gradients = 4 * count / ranks if spec.stage == 3 else 0.0
     kept = {"weights": weights, "gradients": gradients, "optimizer": total - weights - gradients}
@@ -189,10 +198,24 @@ def block_bytes(spec: EngineSpec) -> float:
 
 
 def hidden_bytes(spec: EngineSpec) -> float:
-    """Return the bytes that the backward pass needs per token of the hidden channels of an MLP."""
+    """Return the bytes that the backward pass needs per token of an MLP or its experts, the mean over the blocks."""
+    model, e = spec.model, spec.value_bytes
     fused = spec.kernels in ("native", "triton")
-    ff = 2 if spec.model.mlp != "swiglu" else 3 if fused else 4
-    return ff * spec.value_bytes * spec.model.ff_width / spec.tensor
+    ff = (2 if model.mlp != "swiglu" else 3 if fused else 4) * e / spec.tensor  # per hidden channel
+    if model.n_expert is None:
+        return ff * model.ff_width
+    router = (4 * model.n_expert) if e == 4 else (6 * model.n_expert + 2 * model.d_model)
+    experts = model.n_expert_active * (2 * e * model.d_model + ff * model.expert_width + 32) + router
+    experts += ff * model.n_shared_expert * model.expert_width
+    sparse = (model.n_layer - model.first_dense) / model.n_layer
+    return sparse * experts + (1 - sparse) * ff * model.ff_width
+
+
+def expert_parameters(model: GPTConfig) -> int:
+    """Return the parameters of all experts that tokens choose from, without routers and shared experts."""
+    matrices = 3 if model.mlp == "swiglu" else 2
+    count = (model.n_layer - model.first_dense) * (model.n_expert or 0)
+    return count * matrices * model.d_model * model.expert_width
 
 
 def _recomputed(model: GPTConfig) -> int:

@@ -164,7 +164,7 @@ def _judge_speed(rows: Iterable[Row], calibration: Path | None = None) -> Evalua
             excluded.append((number, "calibrates the other rows of its stack"))
             continue
         error = corrections.get(found.stack, 1.0) / ratio - 1
-        kind = "moe" if found.work.experts else "dense"
+        kind = "moe" if found.work.model.n_expert else "dense"
         judged.append(Judged("time", row["source_repo"], row["gpu"], kind, number, error))
     return Evaluation(judged, excluded)
 

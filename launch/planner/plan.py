@@ -150,7 +150,7 @@ def engine_spec(job: Job) -> EngineSpec:
     return EngineSpec(
         model=job.model, seq_len=job.run.data.seq_len, micro_batch=job.batch.micro_batch,
         accumulation=job.batch.accumulation, ranks=job.batch.layout.zero, tensor=job.batch.layout.tensor,
-        sequence=job.batch.layout.sequence, stage=job.stage,
+        sequence=job.batch.layout.sequence, expert=job.batch.layout.expert, stage=job.stage,
         precision=engine_precision(job.precision), kernels=kernels, device="cpu" if cpu else "gpu",
         reduce_bucket=int(zero.get("reduce_bucket_size") or 500_000_000),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size") or zero.get("prefetch_bucket_size") or 50_000_000),

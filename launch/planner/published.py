@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from packspeed.launch.planner.work import Experts, Layout, Work
+from packspeed.launch.planner.work import Layout, Work
 from packspeed.model.config import GPTConfig, preset
 
 Row = dict[str, str]
@@ -60,7 +60,7 @@ SHAPES: dict[str, GPTConfig] = {
     "llama3-70b": _llama3(80, 8192, 28_672),
     "llama3.1-70b": _llama3(80, 8192, 28_672),
     "llama3.1-405b": _llama3(126, 16_384, 53_248),
-    "mixtral-8x7b": _llama3(32, 4096, 14_336, vocab=32_000),
+    "mixtral-8x7b": dataclasses.replace(_llama3(32, 4096, 14_336, vocab=32_000), n_expert=8, n_expert_active=2),
     "qwen3-8b": _llama3(36, 4096, 12_288, vocab=151_936),
     "olmo2-7b": _llama3(32, 4096, 11_008, vocab=100_352, kv_heads=32),
     "gpt2": preset("gpt2-124m"),
@@ -68,7 +68,6 @@ SHAPES: dict[str, GPTConfig] = {
     "gpt2-large": preset("gpt2-774m"),
     "gpt2-xl": preset("gpt2-1.5b"),
 }  # fmt: skip
-EXPERTS = {"mixtral-8x7b": Experts(count=8, top_k=2)}
 
 # The first pattern found in the column `gpu` names the calibration file.
 GPUS = {
@@ -84,12 +83,12 @@ def read_speed_row(row: Row) -> SpeedRow:
     """Return a row of a throughput table as a step and its measured speed. Raises MissingColumn."""
     words = row["parallelism"]
     machine = gpu_machine(row["gpu"])
-    model, experts = published_model(row["model"])
+    model = published_model(row["model"])
     seq_len, ranks = _number(row, "seq_len"), _number(row, "n_gpus")
     if not row["precision"]:
         raise MissingColumn("precision: empty")
     layout = published_layout(words, ranks)
-    if layout.expert > 1 and experts is None:
+    if layout.expert > 1 and model.n_expert is None:
         raise MissingColumn("number of experts: the table does not give it")
     # A pipeline divides a batch into single samples. Otherwise only ZeRO-3, which gathers weights in every micro batch,
     # needs to know its size.
@@ -99,7 +98,7 @@ def read_speed_row(row: Row) -> SpeedRow:
     offload = "offload" in words.lower() and "act_cpu_offload=False" not in words
     work = Work(
         model=dataclasses.replace(model, max_seq_len=max(seq_len, 1)) if model.position == "learned" else model,
-        seq_len=seq_len, micro_batch=micro_batch, accumulation=accumulation, layout=layout, experts=experts,
+        seq_len=seq_len, micro_batch=micro_batch, accumulation=accumulation, layout=layout,
         precision=published_precision(row["precision"]), recomputed=published_recompute(words),
         gather_bytes=2.0 if "SHARD_GRAD_OP" in words else 4.0, reduce_bytes=2.0 if "mp_mode=PURE" in words else 4.0,
     )  # fmt: skip
@@ -116,19 +115,19 @@ def gpu_machine(gpu: str) -> str:
     raise MissingColumn("gpu: " + (f"{gpu!r} is no GPU with a calibration file" if gpu else "empty"))
 
 
-def published_model(name: str) -> tuple[GPTConfig, Experts | None]:
+def published_model(name: str) -> GPTConfig:
     """Return the shape of a model that is known by name, or whose name has it: "GPT-7.1B (L30 h4096 a32 vocab131072)".
 
     Raises MissingColumn if neither is so.
     """
     known = SHAPES.get(name.lower())
     if known is not None:
-        return known, EXPERTS.get(name.lower())
+        return known
     layers, width = re.search(r"\bL(\d+)\b", name), re.search(r"\bh(\d+)\b", name)
     if layers is None or width is None or "moe" in name.lower() or re.search(r"\d+x\d+b", name.lower()):
         raise MissingColumn("model: the name does not give layers and widths, and no published shape has that name")
     vocab = re.search(r"vocab(\d+)", name)
-    return _model(int(layers[1]), int(width[1]), 128, int(vocab[1]) if vocab else 50_257), None
+    return _model(int(layers[1]), int(width[1]), 128, int(vocab[1]) if vocab else 50_257)
 
 
 def published_layout(words: str, ranks: int) -> Layout:

@@ -59,14 +59,14 @@ def ideal_parts(work: Work, machine: Machine) -> dict[str, float]:
     peak, bandwidth = machine.peak(work.precision), machine.bandwidth
     share = 1 / (layout.tensor * layout.pipeline * layout.context)
     again = 1 + work.recomputed / 3
-    rows = work.block_products * again + (work.block_matrices[1] / 3 if model.mlp_chunk else 0)  # a forward more
+    rows = work.block_products * again + (model.d_model * work.ff_rows / 3 if model.mlp_chunk else 0)  # a forward more
     products = 6 * model.n_layer * rows * tokens / peak * share
     head = 6 * model.padded_vocab_size * model.d_model * tokens / peak * share
     attended = attended_tokens(model, work.seq_len)
     attention = (7 + 2 * work.recomputed) * attended * work.queries * tokens / peak * share
     # Tensor-parallel ranks divide all but the four full-width inputs and outputs of a block's products.
     widths: float = (6 + 4 * layout.tensor) * model.d_model + 3 * (work.queries + 2 * work.keys)
-    widths += 1.875 * work.ff_rows * (work.experts.top_k if work.experts else 1)
+    widths += 1.875 * work.ff_rows
     eight_bit = work.precision == "fp8"
     return {
         "products": head + (0 if eight_bit else products),
@@ -88,7 +88,8 @@ def sends(work: Work) -> float:
     again = 1 + work.recomputed / 2
     tensor = 8 * blocks * activation * again * _others(layout.tensor)
     context = 8 * blocks * activation / layout.tensor * _others(layout.context)
-    experts = 4 * blocks * activation * (work.experts.top_k if work.experts else 0) * _others(layout.expert)
+    chosen = model.n_expert_active if model.n_expert else 0
+    experts = 4 * blocks * activation * chosen * _others(layout.expert)
     return shared_state(work) * _others(layout.data * layout.context) + tensor + context + experts
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from packspeed.model.config import GPTConfig
+from packspeed.model.config import GPTConfig, num_parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,6 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experts:
-    """The experts that replace the MLP of each layer."""
-
-    count: int
-    top_k: int  # experts that each token visits
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
     """One optimizer step: a model, its tokens, and how ranks divide both."""
 
@@ -66,7 +58,6 @@ class Work:
     micro_batch: int  # samples per forward pass of a model replica
     accumulation: int  # forward passes per optimizer step
     layout: Layout
-    experts: Experts | None = None
     precision: str = "bf16"
     recomputed: float = 0.0  # share of the blocks that are computed again in the backward pass
     gather_bytes: float = 4.0  # bytes per parameter that ZeRO-3 gathers in a micro batch, forward and backward
@@ -78,17 +69,9 @@ class Work:
         return self.seq_len * self.micro_batch
 
     @property
-    def block_products(self) -> int:
-        """Return the number of weights that multiply each token in one block."""
-        attention, mlp = self.block_matrices
-        return attention + mlp * (self.experts.top_k if self.experts else 1)
-
-    @property
-    def block_matrices(self) -> tuple[int, int]:
-        """Return the number of weights of one block's attention, and of its MLP or of one of its experts."""
-        model = self.model
-        attention = model.d_model * (2 * self.queries + 2 * self.keys)
-        return attention, model.d_model * self.ff_rows
+    def block_products(self) -> float:
+        """Return the weights that multiply each token in a block, the mean over the blocks."""
+        return self.model.d_model * (2 * self.queries + 2 * self.keys + self.ff_rows)
 
     @property
     def queries(self) -> int:
@@ -101,15 +84,20 @@ class Work:
         return self.model.kv_heads * self.model.head_width
 
     @property
-    def ff_rows(self) -> int:
-        """Return the rows of all matrices of an MLP: 2 of its width, or 3 with a gate."""
-        return self.model.ff_width * (3 if self.model.mlp == "swiglu" else 2)
+    def ff_rows(self) -> float:
+        """Return the rows of the matrices of an MLP that each token uses, the mean over the blocks.
+
+        An MLP has 2 matrices, or 3 with a gate.
+        """
+        model = self.model
+        matrices = 3 if model.mlp == "swiglu" else 2
+        if model.n_expert is None:
+            return matrices * model.ff_width
+        used = (model.n_expert_active + model.n_shared_expert) * model.expert_width
+        sparse = (model.n_layer - model.first_dense) / model.n_layer
+        return matrices * (sparse * used + (1 - sparse) * model.ff_width)
 
     @property
     def parameters(self) -> int:
-        """Return the number of parameters in matrices, with every expert."""
-        model = self.model
-        attention, mlp = self.block_matrices
-        blocks = model.n_layer * (attention + mlp * (self.experts.count if self.experts else 1))
-        tables = model.padded_vocab_size * (1 if model.tie_embeddings else 2)
-        return blocks + model.d_model * (tables + (model.max_seq_len if model.position == "learned" else 0))
+        """Return the number of parameters, with every expert."""
+        return num_parameters(self.model, padded=True)
