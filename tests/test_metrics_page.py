@@ -12,6 +12,7 @@ from packspeed.launch.run_folder.formats import (
     AnomalyLine,
     EvaluationLine,
     Life,
+    PlanResult,
     Sample,
     SamplesLine,
     SettingChange,
@@ -50,7 +51,7 @@ def table(line_type: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "line_type", [StepLine, EvaluationLine, Life, SamplesLine, Sample, AnomalyLine, SettingChange, Status]
+    "line_type", [StepLine, EvaluationLine, Life, SamplesLine, Sample, AnomalyLine, SettingChange, Status, PlanResult]
 )
 def test_the_page_has_the_table_of_every_format(line_type: Any) -> None:
     assert table(line_type) in PAGE

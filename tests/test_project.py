@@ -33,7 +33,7 @@ LAUNCH = {
     "checkpoint": {"config", "run_folder", "engine"},
     "inference": {"config", "checkpoint", "engine"},
     "convert": {"config", "run_folder", "checkpoint", "inference"},
-    "training": {"config", "run_folder", "engine", "checkpoint", "observe"},
+    "training": {"config", "run_folder", "planner", "engine", "checkpoint", "observe"},
     "trials": {"config", "run_folder", "cluster", "engine", "checkpoint", "training"},
 }
 LAUNCH["commands"] = set(LAUNCH)

@@ -31,6 +31,7 @@ from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.planner.lock import check_locked
 from packspeed.launch.run_folder.folder import prepare_for_launch
 
 
@@ -106,6 +107,10 @@ def launch(
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes, for --render slurm or k8s.")] = 1,
     image: Annotated[str, typer.Option(help="Container image, for --render k8s.")] = "packspeed:latest",
+    locked: Annotated[
+        bool,
+        typer.Option("--locked", help="Refuse to start if the run is not the one that packspeed plan --lock planned."),
+    ] = False,
     dry: Annotated[
         bool, typer.Option("--plan", help="Start nothing. Print which ranks would run on which host.")
     ] = False,
@@ -117,7 +122,7 @@ def launch(
     """
     sets = overrides or []
     run = load_run_file(run_file, sets)
-    load_ds_config(run.deepspeed)
+    raw = load_ds_config(run.deepspeed)
     if render in ("slurm", "k8s"):
         print(_scheduler_job(render, run_file, sets, nodes, ranks or default_ranks(run), env or [], image))
         return
@@ -127,6 +132,8 @@ def launch(
         raise ConfigError(f"--launcher {launcher}: unknown launcher. Choose ssh, pdsh or openmpi.")
     refuse_nan(hang_s, take_back_s)
     hosts = _hosts(run, hostfile, ranks, include, exclude)
+    if locked:
+        check_locked(run, raw, sum(host.slots for host in hosts))
     # Without --fresh, which moves the folder here, once: a rank would do so at every restart.
     arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
     report_env_files()

@@ -30,8 +30,10 @@ from packspeed.launch.observe.png import draw_png
 from packspeed.launch.run_folder.columns import Columns, read_columns
 from packspeed.launch.run_folder.folder import flatten
 from packspeed.launch.run_folder.formats import (
+    PLAN_FILE,
     AnomalyLine,
     Environment,
+    PlanResult,
     SamplesLine,
     Status,
 )
@@ -77,6 +79,7 @@ class Run:
     anomalies: list[AnomalyLine]
     account: Account | None
     notes: list[str]
+    plan: PlanResult | None = None
     color: str = COLORS[0]
 
 
@@ -90,7 +93,8 @@ def read_run(folder: Path, color: str = COLORS[0]) -> Run:
         read_object(folder / "environment.json", Environment, notes),
         read_object(folder / "status.json", Status, notes), columns,
         read_lines(folder / "samples.jsonl", SamplesLine, notes),
-        read_lines(folder / "anomalies.jsonl", AnomalyLine, notes), account(folder, notes), notes, color,
+        read_lines(folder / "anomalies.jsonl", AnomalyLine, notes), account(folder, notes), notes,
+        read_object(folder / PLAN_FILE, PlanResult, notes) if (folder / PLAN_FILE).exists() else None, color,
     )  # fmt: skip
     if not (run.config or any(map(len, columns.numbers.values())) or run.account):
         reason = " ".join(notes) or "config.yaml is missing."
@@ -201,6 +205,7 @@ def page(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
         ("Training", _charts(training_charts(runs))),
         ("What differs", _differences(runs) if len(runs) > 1 else ""),
         ("Throughput and memory", _charts(speed_charts(runs))),
+        ("Plan", "".join(_plan(run, len(runs) > 1) for run in runs if run.plan)),
         ("Goodput", "".join(_goodput(run, len(runs) > 1) for run in runs if run.account)),
         ("Samples", "".join(_samples(run, len(runs) > 1) for run in runs if run.samples)),
         ("Anomalies", "".join(_anomalies(run) for run in runs if run.anomalies)),
@@ -314,6 +319,28 @@ def _chart(runs: Sequence[Run], key: str, title: str, unit: str = "") -> Chart:
 def _charts(charts: Sequence[Chart]) -> str:
     """Return the charts side by side, as HTML."""
     return f'<div class="charts">{"".join(line_chart(chart) for chart in charts)}</div>'
+
+
+def _plan(run: Run, named: bool) -> str:
+    """Return the HTML of a run's locked plan beside what its first steps measured. `named` adds the run's name."""
+    plan = run.plan
+    assert plan is not None
+    names = {"step_time_s": "step time, s", "memory_gib": "memory of rank 0, GiB"}
+    rows = [
+        (names[key], f"{plan['planned'][key]:.4g}", f"{plan['measured'][key]:.4g}", f"{plan['error'][key]:+.1%}",
+         f"{plan['bar'][key]:.0%}")
+        for key in names
+    ]  # fmt: skip
+    parts = [(name, f"{value:.4g} s", "") for name, value in plan["planned_step_s"].items() if value]
+    parts += [(name, f"{value:.3f} GiB", "") for name, value in plan["planned_memory_gib"].items() if value]
+    parts += [(name, "", f"{value:.1%} of the time") for name, value in plan["measured_shares"].items() if value]
+    parts += [(name, "", f"{value:.3f} GiB") for name, value in plan["measured_memory_gib"].items()]
+    head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
+    return (
+        f"{head}<p>The first {plan['steps']} steps of the newest process beside the locked plan.</p>"
+        f"{_table(('', 'planned', 'measured', 'error', 'nine tenths within'), rows)}"
+        f"{_table(('part or kind', 'planned', 'measured'), parts)}"
+    )
 
 
 def _goodput(run: Run, named: bool) -> str:

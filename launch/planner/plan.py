@@ -30,6 +30,7 @@ from packspeed.launch.planner.step_time import StepTime, step_time
 from packspeed.launch.planner.work import Layout, Work
 from packspeed.model.config import PRESETS, GPTConfig, flops_per_token, num_parameters
 
+OUTSIDE_TENSORS = ("communication buffers", "allocator margin", "CUDA context")  # kinds that torch's count leaves out
 NCCL = 0.4e9  # bytes of NCCL's buffers on a GPU, assumed; none with one rank
 FALLBACK_VOCABULARY = 50_257
 DETERMINISTIC_ATTENTION = 1.3  # train.deterministic: attention takes this much longer; docs/run_file.md has its source
@@ -225,9 +226,8 @@ def _device_memory(job: Job, account: EngineMemory, measured: float | None) -> d
     if job.machine.is_cpu:
         memory |= account.host
         return memory | {"process": (measured or 0.0) - sum(memory.values())} if measured else memory
-    nccl = NCCL if job.ranks > 1 else 0.0
-    memory["communication"] = memory.get("communication", 0.0) + nccl
-    return memory | {"allocator margin": tensors * job.machine.margin, "CUDA context": job.machine.context}
+    outside = (NCCL if job.ranks > 1 else 0.0, tensors * job.machine.margin, job.machine.context)
+    return memory | dict(zip(OUTSIDE_TENSORS, outside, strict=True))
 
 
 def _time(job: Job) -> StepTime:

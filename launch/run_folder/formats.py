@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Annotated, TypedDict, final
 
 CHECKPOINT_MANIFEST = "packspeed.json"  # the file in a checkpoint that is written last; checkpoint/manifest.py reads it
+PLAN_FILE = "plan.json"  # a PlanResult
 
 
 class _StepLine(TypedDict):
@@ -44,6 +45,23 @@ class StepLine(_StepLine, total=False):
     epochs: Annotated[list[float] | dict[str, float], "epochs", "mixtures only: passes over each source so far"]
     expert_load: Annotated[float, "", "experts only: largest load of an expert over its layer's mean, in any layer"]
     dead_experts: Annotated[int, "experts", "experts that got no token of the global batch, in all layers"]
+    planned_step_time_s: Annotated[float, "seconds", "step time of the locked plan, in the first 20 steps of a process"]
+    planned_memory_gib: Annotated[float, "GiB", "memory of the locked plan, to compare with memory_gib"]
+
+
+@final
+class PlanResult(TypedDict):
+    """plan.json: the first steps of the newest process beside the locked plan."""
+
+    steps: Annotated[int, "steps", "number of steps that were measured"]
+    planned: Annotated[dict[str, float], "", "step_time_s and memory_gib of the plan"]
+    measured: Annotated[dict[str, float], "", "the same, measured: median and largest after five steps"]
+    error: Annotated[dict[str, float], "share", "measured / planned - 1"]
+    bar: Annotated[dict[str, float], "share", "nine tenths of plans are within this error"]
+    planned_step_s: Annotated[dict[str, float], "seconds", "planned step time by part"]
+    measured_shares: Annotated[dict[str, float], "share", "wall time of the process so far by kind of work"]
+    planned_memory_gib: Annotated[dict[str, float], "GiB", "planned memory by kind"]
+    measured_memory_gib: Annotated[dict[str, float], "GiB", "what a GPU's allocator reports by kind; empty on CPUs"]
 
 
 @final

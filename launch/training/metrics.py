@@ -20,6 +20,7 @@ from packspeed.launch.engine.protocol import Monitor
 from packspeed.launch.run_folder.folder import say
 from packspeed.launch.run_folder.formats import AnomalyLine, MetricsLine, Sample
 from packspeed.launch.run_folder.metrics_file import discard_after
+from packspeed.launch.training.plan_check import PlanCheck
 from packspeed.launch.training.tensorboard_board import TAGS, Board
 from packspeed.launch.training.text_samples import append_to_file, as_markdown
 
@@ -44,6 +45,7 @@ class Metrics:
         self.monitor = monitor
         self.total_steps, self.log_every_steps = run.train.total_steps, run.monitor.log_every_steps
         self.followers: list[Callable[[MetricsLine], None]] = []  # functions that get every line: the live panel
+        self.plan_check: PlanCheck | None = None
         self.shares: Callable[[], dict[str, float]] = dict  # returns {kind of work: share of wall time} (PhaseTimer)
         self._waiting: list[str] = []  # lines that could not be written yet, because the disk was full
         self._anomalies_written = -1  # number of lines in anomalies.jsonl; -1: unknown
@@ -89,6 +91,8 @@ class Metrics:
         Evaluations, the first and the last step, and every monitor.log_every_steps-th step are also sent to DeepSpeed's
         monitor and printed.
         """
+        if self.plan_check is not None and "loss" in line:
+            self.plan_check.see(line)
         self._waiting.append(json.dumps(line) + "\n")
         if error := self._write_waiting():
             say(f"WARNING: metrics.jsonl: {error}. {len(self._waiting)} line(s) are kept in memory until it works.")

@@ -23,6 +23,7 @@ from packspeed.launch.run_folder.phase_timer import FILE, PhaseTimer
 from packspeed.launch.training.agreement import judge_by
 from packspeed.launch.training.anomaly import AnomalyDetector
 from packspeed.launch.training.metrics import Metrics
+from packspeed.launch.training.plan_check import plan_check
 from packspeed.launch.training.signals import StopSignal
 from packspeed.launch.training.text_samples import TextSampler
 from packspeed.launch.training.trainer import Trainer
@@ -110,4 +111,8 @@ def open_run_files(trainer: Trainer, manifest: Manifest) -> None:
         trainer.timer.open(trainer.run.folder / FILE)
         trainer.metrics = Metrics(trainer.run, trainer.engine.monitor, manifest["step"], manifest.get("metrics_bytes"))
         trainer.metrics.shares = trainer.timer.shares
+        topology = trainer.topology
+        trainer.metrics.plan_check = plan_check(
+            trainer.run, topology.world, trainer.timer.shares, topology.device.type, trainer.log
+        )
         trainer.metrics.write_anomalies(trainer.detector.records)

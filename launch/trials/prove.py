@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from packspeed.launch.checkpoint.manifest import Manifest
 
 # Keys of metrics.jsonl that are measured, and may differ between two equal runs.
-MEASURED_KEYS = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s", "eval_time_s", "memory_gib"}
+MEASURED_KEYS = {
+    "step_time_s", "tokens_per_s", "mfu", "data_wait_s", "eval_time_s", "memory_gib", "planned_step_time_s",
+    "planned_memory_gib",
+}  # fmt: skip
 # How much a loss may differ if the number of ranks differs, because sums are then rounded in another order.
 TOLERANCE, TOLERANCE_16_BIT = 1e-5, 2e-2
 VICTIMS = ("one rank", "all ranks", "the launcher")

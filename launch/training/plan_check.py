@@ -1,0 +1,116 @@
+"""Compare the first steps of a run with its locked plan (`packspeed plan --lock`), and keep the result.
+
+    metrics.plan_check = plan_check(run, ranks, ...)      None without a locked plan of this run
+
+The lines of the first STEPS steps of a process carry the planned values (planned_step_time_s, planned_memory_gib)
+beside the measured ones, and so does TensorBoard. After them, `plan.json` in the run folder gets both, with the shares
+of the time by phase and the allocator's own numbers, and a warning is printed if a value is outside the plan's error
+bar. The first steps of a process compile kernels and allocate memory, so WARM_UP of them do not count.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from packspeed.launch.config.deepspeed_json import load_ds_config
+from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.planner.lock import Lock, differences, read_lock
+from packspeed.launch.planner.machine import GIB
+from packspeed.launch.planner.plan import OUTSIDE_TENSORS
+from packspeed.launch.run_folder.formats import PLAN_FILE, PlanResult, StepLine
+
+STEPS, WARM_UP = 20, 5
+
+
+class PlanCheck:
+    """Follows the first steps of a run on rank 0, and compares them with the plan of `lock`."""
+
+    def __init__(
+        self, lock: Lock, folder: Path, shares: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
+    ) -> None:
+        """shares: returns {kind of work: share of the wall time}. device: "cpu" or "cuda"."""
+        self.plan, self.path, self.shares, self.device, self.log = lock["plan"], folder / PLAN_FILE, shares, device, log
+        self.planned = {"step_time_s": float(self.plan["step_s"]), "memory_gib": measurable_gib(self.plan)}
+        self.seconds: list[float] = []
+        self.memory: list[float] = []
+
+    def see(self, line: StepLine) -> None:
+        """Add the planned values to the line of one of the first steps. With the last of them, write the result."""
+        if len(self.seconds) >= STEPS:
+            return
+        line["planned_step_time_s"] = round(self.planned["step_time_s"], 6)
+        line["planned_memory_gib"] = round(self.planned["memory_gib"], 3)
+        self.seconds.append(line["step_time_s"])
+        self.memory.append(line["memory_gib"])
+        if len(self.seconds) == STEPS:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Write plan.json, and warn about values outside the error bar."""
+        measured = {"step_time_s": statistics.median(self.seconds[WARM_UP:]), "memory_gib": max(self.memory[WARM_UP:])}
+        bars = {"step_time_s": self.plan["errors"]["time"]["p90"], "memory_gib": self.plan["errors"]["memory"]["p90"]}
+        result: PlanResult = {
+            "steps": STEPS, "planned": self.planned, "measured": measured,
+            "error": {key: measured[key] / self.planned[key] - 1 for key in measured}, "bar": bars,
+            "planned_step_s": self.plan["step_parts"], "measured_shares": self.shares(),
+            "planned_memory_gib": {kind: size / GIB for kind, size in self.plan["memory"].items()},
+            "measured_memory_gib": device_memory(self.device),
+        }  # fmt: skip
+        try:
+            self.path.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            self.log(f"WARNING: {self.path}: {error.strerror}. The comparison with the plan is not kept.")
+        report_errors(result, self.log)
+
+
+def plan_check(
+    run: RunFile, ranks: int, shares: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
+) -> PlanCheck | None:
+    """Return the check of a run with a locked plan, or None. For rank 0.
+
+    If the plan cannot be read, or is not of this run, a note says why, and nothing is compared.
+    """
+    try:
+        lock = read_lock(run)
+        if lock is None:
+            return None
+        found = differences(lock, run, load_ds_config(run.deepspeed), ranks)
+    except ConfigError as error:
+        found = [str(error)]
+    if found or lock is None:
+        log(f"note: nothing is compared with the locked plan: {'; '.join(found)}")
+        return None
+    return PlanCheck(lock, run.folder, shares, device, log)
+
+
+def report_errors(result: PlanResult, log: Callable[[str], None]) -> None:
+    """Print one line for each value of the plan: a warning if it is outside its bar."""
+    for key, words, unit in (("step_time_s", "step time", "s"), ("memory_gib", "memory", "GiB")):
+        error, bar = result["error"][key], result["bar"][key]
+        log(
+            f"{'WARNING: ' if abs(error) > bar else ''}plan: {words} {result['measured'][key]:.4g} {unit}, planned "
+            f"{result['planned'][key]:.4g} ({error:+.1%}; nine tenths of plans are within {bar:.0%})"
+        )
+
+
+def measurable_gib(plan: JsonObject) -> float:
+    """Return the GiB of a plan that metrics.jsonl measures: on a GPU those of tensors, on a CPU the process."""
+    return sum(float(size) for kind, size in plan["memory"].items() if kind not in OUTSIDE_TENSORS) / GIB
+
+
+def device_memory(device: str) -> dict[str, float]:
+    """Return what the device's allocator measures, in GiB; nothing on a CPU."""
+    if device != "cuda":
+        return {}
+    statistics_of = torch.cuda.memory_stats()
+    names = {"peak allocated": "allocated_bytes.all.peak", "peak reserved": "reserved_bytes.all.peak"}
+    free, total = torch.cuda.mem_get_info()
+    found = {name: statistics_of.get(key, 0) / GIB for name, key in names.items()}
+    return found | {"used on the device": (total - free) / GIB}

@@ -1,0 +1,122 @@
+"""Bytes of a CPU step, measured: what an engine holds, and the peak of its tensors, under torch's fake process group.
+
+    python tests/support/step_memory.py WORLD CASE ...      prints one JSON object for each CASE
+
+A CASE is STAGE,PRECISION,FAMILY,RECOMPUTE,OFFLOAD,ACCUMULATION, such as 2,bf16,llama,full,no,1. Tensors that live
+between steps are counted as in state_bytes.py, and what a step allocates by torch's profiler. The run is a list of
+settings that launch/planner reads too, so both see the same buckets.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from support.state_bytes import fill_with_zeros, live_bytes, start_fake_group
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt": {"n_layer": 3, "n_head": 4, "d_model": 128},
+    "llama": {
+        "n_layer": 3, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 384, "position": "rope", "mlp": "swiglu",
+        "norm": "rmsnorm", "bias": False, "tie_embeddings": False,
+    },
+    "moe": {
+        "n_layer": 2, "n_head": 4, "d_model": 128, "d_expert": 128, "n_expert": 4, "position": "rope", "mlp": "swiglu",
+        "norm": "rmsnorm", "bias": False,
+    },
+}  # fmt: skip
+SEQ_LEN, MICRO_BATCH, VOCABULARY = 128, 4, 1024
+
+
+def run_values(case: str, world: int) -> dict[str, Any]:
+    """A case as the content of a run file."""
+    _, precision, family, recompute, _, accumulation = case.split(",")
+    model = FAMILIES[family] | {"kernels": "eager", "activation_checkpointing": recompute}
+    tokens = SEQ_LEN * MICRO_BATCH * int(accumulation) * world
+    train = {"steps": 2, "global_batch_tokens": tokens, "micro_batch": MICRO_BATCH, "precision": precision}
+    return {
+        "name": "bytes", "runs_dir": "/nowhere", "model": model, "train": train | {"optimizer": {"lr": 1e-3}},
+        "data": {"path": "/nowhere", "seq_len": SEQ_LEN},
+    }  # fmt: skip
+
+
+def deepspeed_values(case: str) -> dict[str, Any]:
+    """A case as the content of a DeepSpeed JSON."""
+    stage, *_, offload, _ = case.split(",")
+    zero: dict[str, Any] = {"stage": int(stage)}
+    if stage == "3":
+        zero["stage3_param_persistence_threshold"] = 0
+    if offload == "yes":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    adam = {} if offload == "yes" else {"optimizer": {"params": {"torch_adam": True}}}
+    return {"zero_optimization": zero, "fp16": {"initial_scale_power": 0}, **adam}
+
+
+def allocated(function: Callable[[], None]) -> tuple[int, int]:
+    """Call a function. Returns the peak and the end of what it allocates minus what it frees, in bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events: Any = profiled.profiler
+    sizes = sorted((e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]")
+    now = peak = 0
+    for _, size in sizes:
+        now += size
+        peak = max(peak, now)
+    return peak, now
+
+
+def measure(case: str, world: int) -> dict[str, float]:
+    """Bytes between two steps (`kept`) and at the peak of a step (`peak`)."""
+    from packspeed.launch.config.batch import plan_batch
+    from packspeed.launch.config.deepspeed_json import resolve_ds_config
+    from packspeed.launch.config.run_file import RunFile
+    from packspeed.launch.engine.build import build_engine
+    from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
+
+    run = RunFile.model_validate(run_values(case, world))
+    plan, config = plan_batch(run, world), run.gpt_config(VOCABULARY)
+    gc.collect()
+    before = live_bytes()
+    ds_config = resolve_ds_config(run, deepspeed_values(case), plan, case.split(",")[1], config)
+    engine = build_engine(config, run, ds_config)
+    hook = GradientNormHook(engine, lambda norm, agreed: False)
+
+    def step() -> None:
+        for _ in range(plan.accumulation):
+            tokens = torch.randint(0, VOCABULARY, (MICRO_BATCH, SEQ_LEN))
+            loss = engine(tokens, tokens)
+            engine.backward(loss)
+            del loss
+            hook.agree(torch.zeros(1, dtype=torch.float64))
+            engine.step()
+
+    step()
+    gc.collect()
+    kept = live_bytes() - before
+    peak, _ = allocated(step)
+    return {"kept": kept, "peak": kept + peak}
+
+
+def main() -> int:
+    """Measure every case that the arguments name. Each has a process of its own, because engines leave tensors."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    world, *cases = sys.argv[1:]
+    start_fake_group(int(world))
+    for name in ("empty", "empty_like"):
+        fill_with_zeros(name)
+    partition_parameters._orig_torch_empty = torch.empty
+    for case in cases:
+        print("BYTES", json.dumps({"case": case} | measure(case, int(world))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
