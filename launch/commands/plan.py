@@ -20,7 +20,7 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.planner.evaluate import evaluate
 from packspeed.launch.planner.lock import write_lock
 from packspeed.launch.planner.machine import GIB, Machine, load_machine
-from packspeed.launch.planner.plan import Plan, job_of, plan_lines, plan_of
+from packspeed.launch.planner.plan import Plan, job_of, percent, plan_lines, plan_of
 from packspeed.launch.planner.search import Candidate, Found, reductions, search
 from packspeed.launch.planner.this_cpu import measure, this_cpu
 from packspeed.launch.planner.write import write_run_file
@@ -143,6 +143,6 @@ def _line(candidate: Candidate) -> str:
     plan: Plan = candidate.plan
     words = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in candidate.settings.items())
     return (
-        f"  {plan.step_s:9.4g} s/step  {plan.tokens_per_s:12,.0f} tokens/s  MFU {plan.mfu:5.1%}  "
+        f"  {plan.step_s:9.4g} s/step  {plan.tokens_per_s:12,.0f} tokens/s  MFU {percent(plan.mfu):>5}  "
         f"{plan.device_total / GIB:6.1f} GiB  {plan.days:8.2f} days  {plan.gpu_hours:10,.0f} GPU-hours   {words}"
     )

@@ -84,7 +84,7 @@ class Plan:
     step_parts: dict[str, float]
     step_s: float
     tokens_per_s: float  # all ranks together
-    mfu: float
+    mfu: float | None  # None on CPUs, whose peak is not known
     steps: int
     days: float
     gpu_hours: float
@@ -205,7 +205,8 @@ def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], floa
         job.batch.micro_batch, job.batch.accumulation, str(job.model.activation_checkpointing),
         num_parameters(job.model, padded=True), memory, account.peak.phase,
         {phase.phase: phase.total for phase in account.phases}, account.host, total, machine.memory, fits,
-        parts, step_s, tokens_per_s, flops / machine.peak(job.precision), steps, steps * step_s / 86_400,
+        parts, step_s, tokens_per_s, None if machine.is_cpu else flops / machine.peak(job.precision), steps,
+        steps * step_s / 86_400,
         steps * step_s * job.ranks / 3_600, size, disk, 2 * disk,
         {"memory": dataclasses.asdict(machine.memory_error), "time": dataclasses.asdict(machine.time_error)},
         [*job.assumptions, *_assumptions(job)],
@@ -262,6 +263,11 @@ def _assumptions(job: Job) -> list[str]:
     return lines
 
 
+def percent(share: float | None) -> str:
+    """Return a share as text, "-" for None."""
+    return "-" if share is None else f"{share:.1%}"
+
+
 def plan_lines(plan: Plan) -> list[str]:
     """Return a plan as text for a terminal."""
 
@@ -288,7 +294,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"step, seconds: {plan.step_s:.4g}; half of plans are within {time['median']:.0%}, nine tenths within "
         f"{time['p90']:.0%}",
         *table(plan.step_parts, 1.0, 4, plan.step_s),
-        f"{plan.tokens_per_s:,.0f} tokens/s, MFU {plan.mfu:.1%}; {plan.steps:,} steps take {plan.days:,.2f} days, "
+        f"{plan.tokens_per_s:,.0f} tokens/s, MFU {percent(plan.mfu)}; {plan.steps:,} steps take {plan.days:,.2f} days, "
         f"{plan.gpu_hours:,.0f} GPU-hours",
         f"checkpoint: {plan.checkpoint_bytes / 1e9:,.2f} GB, {plan.save_s:.3g} s to save, {plan.resume_s:.3g} s to "
         "resume",
