@@ -25,6 +25,7 @@ from packspeed.model.config import GPTConfig, largest_parameter, num_parameters
 
 Device = Literal["cpu", "gpu"]
 CPU_CHUNK, GPU_CHUNK = 1 << 27, 1 << 31  # bytes of the logits of a chunk, model/fused_loss.py
+CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 26  # logits whose losses are computed together, model/reference_ops.py
 ALLREDUCE_BUCKET = 500_000_000  # elements that stage 0 copies for one all-reduce: DeepSpeed's default
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered: DeepSpeed's default
 KINDS = (
@@ -295,26 +296,43 @@ def _gathering(spec: EngineSpec) -> Kinds:
 
 
 def _end_of_forward(spec: EngineSpec) -> Kinds:
+    """Return the larger of two moments of a chunk of logits: while its losses, and while its products are computed."""
     kept, _ = _blocks(spec)
     gradients, logits = _head(spec)
     rows = spec.tokens * spec.model.d_model * spec.value_bytes  # the head's input, which nothing keeps
+    losses, weight = _losses(spec), gradients - rows  # the weight's gradient comes after the first losses
     return {
-        "gathered": _gathered(spec), "activations": kept + _embedding(spec) + gradients, "logits": logits + rows,
-        "gradients": _accumulated(spec),
+        "gathered": _gathered(spec), "activations": kept + _embedding(spec) + rows + (0 if losses > weight else weight),
+        "logits": logits + rows + (losses if losses > weight else 0), "gradients": _accumulated(spec),
     }  # fmt: skip
+
+
+def _losses(spec: EngineSpec) -> float:
+    """Return the bytes that the losses of a chunk need beside its logits: two blocks in fp32, three for 16 bits."""
+    if spec.kernels in ("native", "triton"):
+        return 0.0
+    block = CPU_BLOCK if spec.device == "cpu" else GPU_BLOCK
+    return 4 * min(block, spec.tokens * spec.model.padded_vocab_size) * (2 if spec.value_bytes == 4 else 3)
+
+
+def _passing(spec: EngineSpec) -> float:
+    """Return the bytes of gradients of activations in the backward pass of one block."""
+    wide = spec.value_bytes == 2 and spec.device == "cpu"  # attention in fp32
+    return (5 if wide else 4) * spec.tokens * spec.model.d_model * spec.value_bytes
 
 
 def _start_of_backward(spec: EngineSpec) -> Kinds:
     """Return the larger of two moments: after the head, and in the first recomputed block."""
     kept, block = _blocks(spec)
     gradients, _ = _head(spec)
-    branch = spec.tokens * spec.model.d_model * spec.value_bytes
     base = {"gathered": _gathered(spec)} | _bucket(spec)
     base["gradients"] = max(base.get("gradients", 0.0), _accumulated(spec))
-    activations = kept + _embedding(spec)
-    if block + 3 * branch > gradients:
-        return base | {"activations": activations, "recompute": block + 3 * branch if block else gradients}
-    return base | {"activations": activations + gradients + (3 * branch if spec.value_bytes == 2 else 0.0)}
+    activations, passing = kept + _embedding(spec), _passing(spec)
+    tied = spec.model.padded_vocab_size * spec.model.d_model / spec.tensor if spec.model.tie_embeddings else 0
+    waiting = tied * spec.value_bytes  # the head's part of a tied embedding's gradient
+    if block and block + passing + waiting > gradients:
+        return base | {"activations": activations + waiting, "recompute": block + passing}
+    return base | {"activations": activations + gradients + (0 if block else passing)}
 
 
 def _bucket(spec: EngineSpec) -> Kinds:
@@ -331,7 +349,7 @@ def _end_of_backward(spec: EngineSpec) -> Kinds:
     """Return the gradients of all parameters and what their reduction copies, or the last recomputed block."""
     count, e = spec.parameters, spec.weight_bytes
     _, block = _blocks(spec)
-    branch = 4 * spec.tokens * spec.model.d_model * spec.value_bytes
+    branch = _passing(spec)
     full = min(count, spec.reduce_bucket)
     gathered = {"gathered": _gathered(spec)}
     if spec.stage == 3:
