@@ -20,6 +20,7 @@ from packspeed.launch.planner.plan import make_plan, plan_lines
 from packspeed.launch.planner.search import search
 from packspeed.launch.planner.step_time import step_time
 from packspeed.launch.planner.work import Layout, Work
+from packspeed.launch.training.plan_check import PlanCheck
 from packspeed.model.config import preset
 from support import ROOT
 
@@ -283,3 +284,25 @@ def test_a_locked_run_is_refused_if_it_is_not_the_plans(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ConfigError, match="Write it again"):
         check_locked(run, raw, 8)
+
+
+def test_the_first_steps_are_compared_with_the_plan(tmp_path: Path) -> None:
+    plan = {
+        "step_s": 0.5, "step_parts": {"products": 0.4}, "memory": {"weights": 2**30, "CUDA context": 2**29},
+        "errors": {"time": {"p90": 0.1}, "memory": {"p90": 0.1}},
+    }  # fmt: skip
+    said: list[str] = []
+    spent = {"compute": 0.0}
+    lock: Any = {"plan": plan}
+    check = PlanCheck(lock, tmp_path, lambda: spent, "cpu", said.append)
+    lines: list[Any] = [{"step_time_s": 9.0 if n < 5 else 0.52, "memory_gib": 1.3} for n in range(22)]
+    for line in lines:
+        spent["compute"] += 0.5
+        check.see(line)
+    result = json.loads((tmp_path / "plan.json").read_text())
+    assert result["measured"] == {"step_time_s": 0.52, "memory_gib": 1.3}
+    assert result["planned"] == {"step_time_s": 0.5, "memory_gib": 1.0}, "torch does not count CUDA's context"
+    assert result["measured_step_s"] == {"compute": 0.5}
+    assert [line.startswith("WARNING") for line in said] == [False, True], said
+    assert lines[19]["planned_step_time_s"] == 0.5
+    assert "planned_step_time_s" not in lines[20]

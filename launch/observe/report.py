@@ -333,7 +333,7 @@ def _plan(run: Run, named: bool) -> str:
     ]  # fmt: skip
     parts = [(name, f"{value:.4g} s", "") for name, value in plan["planned_step_s"].items() if value]
     parts += [(name, f"{value:.3f} GiB", "") for name, value in plan["planned_memory_gib"].items() if value]
-    parts += [(name, "", f"{value:.1%} of the time") for name, value in plan["measured_shares"].items() if value]
+    parts += [(name, "", f"{value:.4g} s") for name, value in plan["measured_step_s"].items()]
     parts += [(name, "", f"{value:.3f} GiB") for name, value in plan["measured_memory_gib"].items()]
     head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
     return (

@@ -59,7 +59,7 @@ class PlanResult(TypedDict):
     error: Annotated[dict[str, float], "share", "measured / planned - 1"]
     bar: Annotated[dict[str, float], "share", "nine tenths of plans are within this error"]
     planned_step_s: Annotated[dict[str, float], "seconds", "planned step time by part"]
-    measured_shares: Annotated[dict[str, float], "share", "wall time of the process so far by kind of work"]
+    measured_step_s: Annotated[dict[str, float], "seconds", "measured step time by kind of work, the mean"]
     planned_memory_gib: Annotated[dict[str, float], "GiB", "planned memory by kind"]
     measured_memory_gib: Annotated[dict[str, float], "GiB", "what a GPU's allocator reports by kind; empty on CPUs"]
 

@@ -3,8 +3,8 @@
     metrics.plan_check = plan_check(run, ranks, ...)      None without a locked plan of this run
 
 The lines of the first STEPS steps of a process carry the planned values (planned_step_time_s, planned_memory_gib)
-beside the measured ones, and so does TensorBoard. After them, `plan.json` in the run folder gets both, with the shares
-of the time by phase and the allocator's own numbers, and a warning is printed if a value is outside the plan's error
+beside the measured ones, and so does TensorBoard. After them, `plan.json` in the run folder gets both, with the
+seconds of a step by kind of work and the allocator's own numbers, and a warning is printed if a value is outside the plan's error
 bar. The first steps of a process compile kernels and allocate memory, so WARM_UP of them do not count.
 """
 
@@ -33,10 +33,11 @@ class PlanCheck:
     """Follows the first steps of a run on rank 0, and compares them with the plan of `lock`."""
 
     def __init__(
-        self, lock: Lock, folder: Path, shares: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
+        self, lock: Lock, folder: Path, spent: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
     ) -> None:
-        """shares: returns {kind of work: share of the wall time}. device: "cpu" or "cuda"."""
-        self.plan, self.path, self.shares, self.device, self.log = lock["plan"], folder / PLAN_FILE, shares, device, log
+        """spent: returns {kind of work: seconds of this process so far}. device: "cpu" or "cuda"."""
+        self.plan, self.path, self.spent, self.device, self.log = lock["plan"], folder / PLAN_FILE, spent, device, log
+        self.warm: dict[str, float] = {}  # the seconds at the end of the warm-up
         self.planned = {"step_time_s": float(self.plan["step_s"]), "memory_gib": measurable_gib(self.plan)}
         self.seconds: list[float] = []
         self.memory: list[float] = []
@@ -49,8 +50,16 @@ class PlanCheck:
         line["planned_memory_gib"] = round(self.planned["memory_gib"], 3)
         self.seconds.append(line["step_time_s"])
         self.memory.append(line["memory_gib"])
+        if len(self.seconds) == WARM_UP:
+            self.warm = dict(self.spent())
         if len(self.seconds) == STEPS:
             self._finish()
+
+    def _each_step(self) -> dict[str, float]:
+        """Return the mean seconds of a step by kind of work, after the warm-up."""
+        steps = STEPS - WARM_UP
+        each = {kind: (seconds - self.warm.get(kind, 0.0)) / steps for kind, seconds in self.spent().items()}
+        return {kind: round(seconds, 6) for kind, seconds in each.items() if seconds > 0}
 
     def _finish(self) -> None:
         """Write plan.json, and warn about values outside the error bar."""
@@ -59,7 +68,7 @@ class PlanCheck:
         result: PlanResult = {
             "steps": STEPS, "planned": self.planned, "measured": measured,
             "error": {key: measured[key] / self.planned[key] - 1 for key in measured}, "bar": bars,
-            "planned_step_s": self.plan["step_parts"], "measured_shares": self.shares(),
+            "planned_step_s": self.plan["step_parts"], "measured_step_s": self._each_step(),
             "planned_memory_gib": {kind: size / GIB for kind, size in self.plan["memory"].items()},
             "measured_memory_gib": device_memory(self.device),
         }  # fmt: skip
@@ -71,7 +80,7 @@ class PlanCheck:
 
 
 def plan_check(
-    run: RunFile, ranks: int, shares: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
+    run: RunFile, ranks: int, spent: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
 ) -> PlanCheck | None:
     """Return the check of a run with a locked plan, or None. For rank 0.
 
@@ -87,7 +96,7 @@ def plan_check(
     if found or lock is None:
         log(f"note: nothing is compared with the locked plan: {'; '.join(found)}")
         return None
-    return PlanCheck(lock, run.folder, shares, device, log)
+    return PlanCheck(lock, run.folder, spent, device, log)
 
 
 def report_errors(result: PlanResult, log: Callable[[str], None]) -> None:

@@ -113,6 +113,6 @@ def open_run_files(trainer: Trainer, manifest: Manifest) -> None:
         trainer.metrics.shares = trainer.timer.shares
         topology = trainer.topology
         trainer.metrics.plan_check = plan_check(
-            trainer.run, topology.world, trainer.timer.shares, topology.device.type, trainer.log
+            trainer.run, topology.world, lambda: trainer.timer.seconds, topology.device.type, trainer.log
         )
         trainer.metrics.write_anomalies(trainer.detector.records)
