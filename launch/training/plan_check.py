@@ -3,8 +3,8 @@
     metrics.plan_check = plan_check(run, ranks, ...)      None without a locked plan of this run
 
 The lines of the first STEPS steps of a process carry the planned values (planned_step_time_s, planned_memory_gib)
-beside the measured ones, and so does TensorBoard. After them, `plan.json` in the run folder gets both, with the
-seconds of a step by kind of work and the allocator's own numbers, and a warning is printed if a value is outside the plan's error
+beside the measured ones, and so does TensorBoard. After them, `plan.json` in the run folder gets both, with the seconds
+of a step by kind of work and the allocator's own numbers. A warning is printed if a value is outside the plan's error
 bar. The first steps of a process compile kernels and allocate memory, so WARM_UP of them do not count.
 """
 
