@@ -51,6 +51,12 @@ SOLVED = {
 }
 
 
+HEAD = (
+    "model/fused_loss.py; DeepSpeed's TiledFusedLogitsLoss is not used, because it ignores factors on the loss, as "
+    "1 / accumulation (docs/long_context.md)"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Value:
     """One effective setting. `set_by` says who set it: a file and its line, --set, or the default."""
@@ -124,6 +130,7 @@ def solved_values(run: RunFile, plan: BatchPlan, precision: str, why: str, model
         Value("(solved) ranks", str(plan.layout), None, "the section parallel"),
         Value("(solved) micro batch", plan.micro_batch, "auto", division),
         Value("(solved) accumulation", plan.accumulation, None, division),
+        Value("(solved) loss of the head", "in chunks", None, HEAD),
         Value("(solved) total steps", run.train.total_steps, None, "train.steps or train.tokens"),
     ]
 

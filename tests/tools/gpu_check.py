@@ -183,7 +183,7 @@ def kernels(context: Context) -> None:
 
 
 def varlen(context: Context) -> None:
-    """Attention inside documents against one call per document in fp32, and twice the same bits."""
+    """Attention inside documents, with and without a window, against a call per document in fp32, and twice."""
     import torch
     from torch.nn import functional as F
 
@@ -195,9 +195,10 @@ def varlen(context: Context) -> None:
     generator = torch.Generator(device=device).manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    for dtype, (batch, length, heads, kv_heads, width) in itertools.product(
-        (torch.bfloat16, torch.float32) if context.cpu else (torch.bfloat16, torch.float16), shapes
+    for dtype, (batch, length, heads, kv_heads, width), share in itertools.product(
+        (torch.bfloat16, torch.float32) if context.cpu else (torch.bfloat16, torch.float16), shapes, (None, 8)
     ):
+        window = None if share is None else length // share
         inputs = [
             torch.randn(batch, length, n, width, generator=generator, device=device).to(dtype)
             for n in (heads, kv_heads, kv_heads)
@@ -207,18 +208,25 @@ def varlen(context: Context) -> None:
             lengths.append(min(1 + 37 * len(lengths) ** 2 % length, length - sum(lengths) % length))
         documents = Documents.of(lengths, inputs[0][..., 0, 0])
 
-        def each(q: Any, k: Any, v: Any, lengths: list[int] = lengths) -> Any:
+        def band(length: int, window: int | None = window) -> Any:
+            ones = torch.ones(length, length, dtype=torch.bool, device=device)
+            return None if window is None else ones.tril().triu(1 - window)
+
+        def each(q: Any, k: Any, v: Any, lengths: list[int] = lengths, band: Callable[[int], Any] = band) -> Any:
             parts = zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True)
             rows = [
                 F.scaled_dot_product_attention(
-                    *(x.transpose(0, 1)[None] for x in part), is_causal=True, enable_gqa=q.size(2) != k.size(2)
+                    *(x.transpose(0, 1)[None] for x in part),
+                    attn_mask=(mask := band(part[0].size(0))),
+                    is_causal=mask is None,
+                    enable_gqa=q.size(2) != k.size(2),
                 )[0].transpose(0, 1)
                 for part in parts
             ]
             return torch.cat(rows).view(q.shape)
 
         attend = choose("auto", device).attend
-        run = lambda: outputs_and_gradients(lambda q, k, v: attend(q, k, v, documents), inputs, dtype)  # noqa: E731, B023
+        run = lambda: outputs_and_gradients(lambda q, k, v: attend(q, k, v, documents, window), inputs, dtype)  # noqa: E731, B023
         first, again = run(), run()
         expected = outputs_and_gradients(each, [x.float() for x in inputs], dtype)
         error = max(distance(a, b.double()) for a, b in zip(first, expected, strict=True))
@@ -227,7 +235,7 @@ def varlen(context: Context) -> None:
         native = not context.cpu and varlen_attention() is not None
         context.say(
             error < (1e-4 if dtype == torch.float32 else 2e-2) and same,
-            f"varlen {(batch, length, heads, kv_heads, width)} {str(dtype)[6:]}",
+            f"varlen {(batch, length, heads, kv_heads, width)} {str(dtype)[6:]} window {window or 'none'}",
             one_call=native, **rounded(figures),
         )  # fmt: skip
 
@@ -375,8 +383,10 @@ def waits(context: Context) -> None:
 
 
 def offload(context: Context) -> None:
-    """Optimizer, and at stage 3 weights, in host memory."""
+    """Optimizer, at stage 3 weights, and inputs of recomputed blocks in host memory. The last changes no bit."""
     base = train(context, "on-device")
+    sets = ("model.activation_checkpointing=full", "model.activation_offload=true")
+    compare(context, "offload activations", train(context, "activations", *sets), base, 0.0)
     for name in ("zero2_offload", "zero3_offload"):
         compare(context, f"offload {name}", train(context, name, f"deepspeed={name}"), base, 0.05)
 
