@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ SHARD_TOKENS = 2**28
 VAL_FRACTION = 0.005
 
 
-Encode = Callable[[ReportCounts], Iterator[tuple[int, Receipt]]]
+Encode = Callable[[ReportCounts], Generator[tuple[int, Receipt], None, None]]
 
 
 LISTED_FILES = 1000  # the manifest lists at most this many files that were skipped
@@ -290,10 +290,11 @@ class _Preparation:
         for number, receipt in self.done.items():
             if receipt is not None:
                 self.finished.add(number)
-        for number, receipt in encode(meter.add) if self.todo else ():
-            meter.finished(receipt)
-            bad = self._check_bad(bad + receipt.bad)
-            self.finished.add(number)
+        with contextlib.closing(encode(meter.add)) as finished:
+            for number, receipt in finished:
+                meter.finished(receipt)
+                bad = self._check_bad(bad + receipt.bad)
+                self.finished.add(number)
 
     def _receipts(self) -> list[Receipt]:
         """Return the records of all work units that have been encoded completely, including those of other tasks."""
@@ -326,12 +327,26 @@ class _Preparation:
                 yield lambda report: pool.do(self.todo, report)
         else:
 
-            def encode(report: ReportCounts) -> Iterator[tuple[int, Receipt]]:
-                worker = load()
-                for unit in self.todo:
-                    yield unit.number, worker.do(unit, report)
+            def encode(report: ReportCounts) -> Generator[tuple[int, Receipt], None, None]:
+                if not self.todo:
+                    return
+                worker, finishing = load(), None
+                with ThreadPoolExecutor(1, "packspeed-unit") as disk:
+                    for unit in self.todo:
+                        finish = worker.encode(unit, report)
+                        if finishing is not None:
+                            yield finishing.result()
+                        finishing = disk.submit(self._finish, unit.number, finish)
+                    if finishing is not None:
+                        yield finishing.result()
 
             yield encode
+
+    def _finish(self, number: int, finish: Callable[[], Receipt]) -> tuple[int, Receipt]:
+        """Finish a unit, and let the merge use it at once. Return its number and receipt."""
+        receipt = finish()
+        self.finished.add(number)
+        return number, receipt
 
     def merge(self) -> Manifest:
         """Wait for each unit in turn, write the shards and then the manifest, and remove the units.

@@ -9,12 +9,14 @@ Memory: a megabyte of text or one piece of a long document, its tokens, and 24 b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, cast
 
@@ -26,7 +28,14 @@ from packspeed.data.errors import DataError
 from packspeed.data.prepare.units import DOCUMENT, Job, Receipt, Table, Unit, load_job, unit_path
 from packspeed.data.read.documents import Batch, Tally
 from packspeed.data.read.readers import read_batches
-from packspeed.data.storage.atomic import WRITEBACK_BYTES, start_writeback, sync_stream, temporary, write_file
+from packspeed.data.storage.atomic import (
+    WRITEBACK_BYTES,
+    rename_temporary,
+    start_writeback,
+    sync,
+    temporary,
+    write_file,
+)
 from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.encode import Choice, Encoder
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer_file
@@ -61,34 +70,24 @@ class UnitWorker:
         self.folder, self.job, self.skip_bad = folder, job, skip_bad
         self.encoder = Encoder(tokenizer, choice)
 
-    def do(self, unit: Unit, report: ReportCounts) -> Receipt:
-        """Encode one unit, write its files and return its receipt (counts).
+    def encode(self, unit: Unit, report: ReportCounts) -> Callable[[], Receipt]:
+        """Encode one unit into temporary files. Return a function that finishes the unit and returns its receipt.
 
-        report: called after each megabyte of text. Raises DataError if there are too many bad documents. After an error
-        none of the unit's files exists.
+        That function waits for the disk, so it should run in another thread while the next unit is encoded. report:
+        called after each megabyte of text. Raises DataError if there are too many bad documents. After an error none of
+        the unit's files exists.
         """
         tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
-        path = unit_path(self.folder, unit.number, ".bin")
-        table_path = temporary(unit_path(self.folder, unit.number, ".docs"))
-        try:
-            with open(temporary(path), "wb", buffering=WRITE_BUFFER_BYTES) as stream, open(table_path, "wb") as rows:
+        paths = [unit_path(self.folder, unit.number, suffix) for suffix in (".bin", ".docs")]
+        with _removed_after_error(paths):
+            with open(temporary(paths[0]), "wb", buffering=WRITE_BUFFER_BYTES) as stream:
                 for tokens, counts in self._encoded(unit, tally, table):
                     stream.write(tokens.data)
                     if stream.tell() // WRITEBACK_BYTES > total.tokens * tokens.itemsize // WRITEBACK_BYTES:
                         start_writeback(stream.fileno())
                     _add(total, counts)
                     report(counts)
-                rows.write(b"".join(table))
-                for file in (stream, rows):
-                    sync_stream(file)
-            # Writing the receipt syncs the folder, which makes these names durable. If a crash keeps the receipt but
-            # loses a name, load_receipt notices that the file is missing.
-            os.replace(table_path, unit_path(self.folder, unit.number, ".docs"))
-            os.replace(temporary(path), path)
-        except BaseException:
-            temporary(path).unlink(missing_ok=True)
-            table_path.unlink(missing_ok=True)
-            raise
+            temporary(paths[1]).write_bytes(b"".join(table))
         receipt = Receipt(
             bad=tally.bad,
             null=tally.null,
@@ -96,8 +95,19 @@ class UnitWorker:
             bin_bytes=total.tokens * np.dtype(self.job.dtype).itemsize,
             **dataclasses.asdict(total),
         )
-        write_file(unit_path(self.folder, unit.number, ".json"), json.dumps(dataclasses.asdict(receipt)).encode())
-        return receipt
+
+        def finish() -> Receipt:
+            # Writing the receipt syncs the folder, which makes these names durable. If a crash keeps the receipt but
+            # loses a name, load_receipt notices that the file is missing.
+            with _removed_after_error(paths):
+                for path in paths:
+                    sync(temporary(path))
+                for path in paths:
+                    rename_temporary(path)
+            write_file(unit_path(self.folder, unit.number, ".json"), json.dumps(dataclasses.asdict(receipt)).encode())
+            return receipt
+
+        return finish
 
     def _encoded(self, unit: Unit, tally: Tally, table: list[bytes]) -> Iterator[tuple[Tokens, Counts]]:
         """Yield the tokens (n,) and the counts of about a megabyte of text at a time.
@@ -178,6 +188,17 @@ class _OpenDocument:
         return digests, np.array(tokens, dtype=np.int64)
 
 
+@contextlib.contextmanager
+def _removed_after_error(paths: Sequence[Path]) -> Iterator[None]:
+    """A context after which, if it ends with an error, the temporary files of `paths` do not exist."""
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            temporary(path).unlink(missing_ok=True)
+        raise
+
+
 def _add(total: Counts, counts: Counts) -> None:
     """Add each field of `counts` to that of `total`, in place."""
     for field in dataclasses.fields(Counts):
@@ -188,24 +209,37 @@ def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str],
     """Encode the units whose numbers arrive in `commands`, one per line, until it ends.
 
     folder: where the units' files are, for messages. load: returns the UnitWorker. out: gets a worker_pool.Message per
-    line, as JSON. A DataError or OSError is reported there too, and ends the work.
+    line, as JSON. A DataError or OSError is reported there too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
+    sending = threading.Lock()
 
     def send(**message: object) -> None:
-        print(json.dumps(message), file=out, flush=True)
+        with sending:
+            print(json.dumps(message), file=out, flush=True)
 
-    try:
+    @contextlib.contextmanager
+    def errors_sent() -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            send(error=str(error), exit_code=error.exit_code)
+        except OSError as error:
+            send(error=f"{folder} cannot be written: {error.strerror or error}.", exit_code=DataError.exit_code)
+
+    def finish(number: int, finish_unit: Callable[[], Receipt]) -> None:
+        with errors_sent():
+            send(done=number, receipt=dataclasses.asdict(finish_unit()))
+
+    with errors_sent(), ThreadPoolExecutor(1, "packspeed-unit") as disk:
         worker = load()
         send(ready=True)
         for line in commands:
             unit = worker.job.units[int(line)]
-            receipt = worker.do(unit, lambda counts: send(counts=dataclasses.asdict(counts)))
-            send(done=unit.number, receipt=dataclasses.asdict(receipt))
-    except DataError as error:
-        send(error=str(error), exit_code=error.exit_code)
-    except OSError as error:
-        send(error=f"{folder} cannot be written: {error.strerror or error}.", exit_code=DataError.exit_code)
+            disk.submit(
+                finish, unit.number, worker.encode(unit, lambda counts: send(counts=dataclasses.asdict(counts)))
+            )
+            send(ready=True)
 
 
 def load_worker(folder: Path, skip_bad: int, choice: Choice) -> UnitWorker:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, TypedDict
 
@@ -28,7 +28,7 @@ from packspeed.data.prepare.units import Receipt, Unit
 class Message(TypedDict, total=False):
     """One JSON line of a worker process: `ready`, `counts`, `done` with `receipt`, or `error` with `exit_code`."""
 
-    ready: bool
+    ready: bool  # to encode the next unit, while the last one is being synced to the disk
     counts: dict[str, int]  # the fields of Counts since the last message
     done: int  # number of the finished unit
     receipt: dict[str, Any]  # the fields of Receipt
@@ -80,7 +80,7 @@ class WorkerPool:
                 stream.close()
             worker.wait()
 
-    def do(self, units: Sequence[Unit], report: ReportCounts) -> Iterator[tuple[int, Receipt]]:
+    def do(self, units: Sequence[Unit], report: ReportCounts) -> Generator[tuple[int, Receipt], None, None]:
         """Encode units on all workers. Yield (number, receipt) of each unit when it is finished.
 
         report: called with the counts of each message. Raises DataError if a worker reports an error or ends.
@@ -95,15 +95,12 @@ class WorkerPool:
                     message = _receive(key.data)
                     if "counts" in message:
                         report(Counts(**message["counts"]))
-                        continue
-                    if "receipt" in message:
+                    elif "receipt" in message:
                         busy -= 1
                         yield message["done"], Receipt(**message["receipt"])
-                    if waiting:
+                    elif waiting:
                         busy += 1
                         _send_unit(key.data, waiting.pop())
-                    else:
-                        selector.unregister(key.fileobj)
 
 
 def can_fork() -> bool:
