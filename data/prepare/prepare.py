@@ -35,12 +35,14 @@ from packspeed.data.prepare.units import (
     FOLDER,
     Job,
     Receipt,
+    Unit,
     load_receipt,
     plan_units,
     save_job,
 )
 from packspeed.data.prepare.worker_pool import WorkerPool
 from packspeed.data.read.documents import TextKeys
+from packspeed.data.read.formats import BINARY_FORMATS
 from packspeed.data.read.sources import SourceList, find_sources, printable
 from packspeed.data.read.stores import is_url
 from packspeed.data.read.streams import copy_streams, is_stream
@@ -60,6 +62,9 @@ from packspeed.data.text.encode import Choice
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_TOKENS = 2**28
+
+
+SMALL_BYTES = 2**17  # tiktoken encodes them in 0.03 s; gigatoken loads in 0.06 s
 
 
 VAL_FRACTION = 0.005
@@ -228,6 +233,14 @@ class Corpus:
         return train, val
 
 
+def _is_small(units: Sequence[Unit]) -> bool:
+    """Return whether units have so little text that loading gigatoken takes longer than encoding them with tiktoken."""
+    readable = all(
+        source.kind not in BINARY_FORMATS and not source.compression for unit in units for source in unit.sources
+    )
+    return readable and sum(unit.bytes for unit in units) <= SMALL_BYTES
+
+
 class _Preparation:
     """One call of `prepare`: finds the sources; plans, encodes and merges the work units.
 
@@ -318,6 +331,8 @@ class _Preparation:
         finished. Its argument is called with the counts for the progress.
         """
         workers = min(workers, len(self.todo))
+        if encoder == "auto" and _is_small(self.todo):
+            encoder = "tiktoken"
 
         def load() -> UnitWorker:
             return UnitWorker(self.units_folder, self.job, self.tokenizer, self.options.skip_bad, encoder)
