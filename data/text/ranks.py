@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,10 @@ import numpy.typing as npt
 from packspeed.data.errors import DataError
 from packspeed.data.storage.atomic import write_file
 from packspeed.data.text.long_text import Rules, Spans, repetitions
+
+if TYPE_CHECKING:
+    import tiktoken
+
 
 EOT = "<|endoftext|>"
 
@@ -67,13 +72,21 @@ class TiktokenTokenizer:
     def __init__(
         self, name: str, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int, bos_id: int | None = None
     ):
-        import tiktoken
-
         self.name, self.pattern, self.eot_id, self.vocab_size = name, pattern, eot_id, vocab_size
         self.bos_id = bos_id
         self.sha256 = hashlib.sha256(ranks_file).hexdigest()
         self._ranks_file = ranks_file
-        ranks = parse_ranks(ranks_file, name)
+        self.splits_at_words = pattern in (GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN)
+        if self.sha256 != GPT2_SHA256:  # GPT-2's ranks need no check, so they are loaded when they are used first
+            _ = self._encoding
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        """Return tiktoken's encoder. Raises DataError if eot_id, bos_id or vocab_size contradicts the ranks."""
+        import tiktoken
+
+        name, eot_id, bos_id, vocab_size = self.name, self.eot_id, self.bos_id, self.vocab_size
+        ranks = parse_ranks(self._ranks_file, name)
         if eot_id in ranks.values() or max(eot_id, *ranks.values()) >= vocab_size:
             raise DataError(
                 f"Tokenizer {name}: end-of-text id {eot_id} and vocabulary size {vocab_size} do not fit its "
@@ -85,8 +98,7 @@ class TiktokenTokenizer:
                 f"end-of-text id. Correct it in the .tiktoken.json file beside the ranks."
             )
         special = {EOT: eot_id} | ({BOS: bos_id} if bos_id is not None else {})
-        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.splits_at_words = pattern in (GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN)
+        return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. Special tokens in it are encoded as ordinary characters."""
