@@ -129,6 +129,7 @@ def main() -> None:
         try:
             app()
         finally:
+            gc.freeze()  # spares the interpreter a search for garbage when it exits
             sys.stdout.flush()  # a full disk or a closed pipe must raise here, not when the interpreter exits
     except PackspeedError as error:
         print(f"error: {error}", file=sys.stderr)

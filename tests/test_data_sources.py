@@ -5,8 +5,9 @@ import gzip
 import http.server
 import json
 import os
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 import zstandard
 
 from packspeed.data.errors import DataError, UsageError
+from packspeed.data.read import readers, streams
 from packspeed.data.read.documents import Document, Tally
-from packspeed.data.read.readers import read_documents
+from packspeed.data.read.readers import read_batches, read_documents
 from packspeed.data.read.sources import find_sources
 from packspeed.data.read.streams import CHUNK_BYTES
 
@@ -66,6 +68,35 @@ def test_positions_find_the_documents_again(tmp_path: Path) -> None:
         line = lines.read_bytes()[document.position :].split(b"\n")[0]
         assert json.loads(line)["text"] == document.data.decode()
     assert [document.position for document in read(parquet)] == list(range(len(TEXTS)))
+
+
+def test_batches_hold_the_documents_that_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of every kind in any order, and chunks that end anywhere. An error is the same too."""
+    monkeypatch.setattr(streams, "LONG_LINE_BYTES", 2000)
+    monkeypatch.setattr(readers, "BATCH_BYTES", 500)
+    good = [json.dumps({"text": text, "id": i}).encode() for i, text in enumerate(TEXTS)]
+    odd = [b"", b"  ", b"\r", b'{"text": null}', b'{"text": "nan", "x": NaN}', b'{"text": "crlf"}\r']
+    bad = [b"{", b'{"text": 1}', b'{"other": ""}', b'{"text": "\xff"}', b"[1]", b'{"text": "\\ud800"}', b'"\x01"']
+    rng, path = random.Random(0), tmp_path / "a.jsonl"
+
+    def outcome(read_all: Callable[[Tally], list[tuple[bytes, bool]]], skip_bad: int) -> object:
+        tally = Tally(skip_bad)
+        try:
+            return read_all(tally), tally
+        except DataError as error:
+            return str(error)
+
+    for case in range(50):
+        monkeypatch.setattr(streams, "CHUNK_BYTES", rng.choice([7, 300, 2**20]))
+        lines = rng.choices([*good, *odd, *(bad if case % 3 else [])], k=rng.randrange(40))
+        path.write_bytes(b"\n".join(lines) + rng.choice([b"", b"\n"]))
+        sources, skip_bad = find_sources([str(path)]).sources, rng.choice([0, 3, 99])
+        one_by_one = outcome(lambda t: [(d.data, d.last) for d in read_documents(sources, "text", t)], skip_bad)  # noqa: B023
+        batches = outcome(
+            lambda t: [pair for b in read_batches(sources, "text", t) for pair in zip(b.texts, b.last, strict=True)],  # noqa: B023
+            skip_bad,
+        )
+        assert batches == one_by_one, lines
 
 
 def test_lines_longer_than_a_chunk_and_without_a_last_newline(tmp_path: Path) -> None:

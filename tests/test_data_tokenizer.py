@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import tiktoken.load
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.prepare.prepare import prepare
 from packspeed.data.text.bpe import train_tokenizer
+from packspeed.data.text.encode import Encoder
 from packspeed.data.text.json_tokenizer import JsonTokenizer
 from packspeed.data.text.ranks import EOT, GPT2_SHA256
 from packspeed.data.text.tokenizer import Tokenizer, load_from_dataset, load_tokenizer
@@ -234,3 +236,14 @@ def test_training_time_imports_are_light() -> None:
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bytes_are_encoded_many_at_a_time_as_one_by_one() -> None:
+    """The fast way of the tokenizer `bytes` against the tokenizer itself, with pieces of documents."""
+    rng, tokenizer = random.Random(0), load_tokenizer("bytes")
+    fast, slow = Encoder(tokenizer), Encoder(tokenizer, "tiktoken")
+    for _ in range(50):
+        texts = [rng.choice(["", "a", "\0", "漢字 🎉", "x" * 300]).encode() for _ in range(rng.randrange(1, 20))]
+        last = [rng.random() < 0.7 for _ in texts]
+        for mine, theirs in zip(fast.encode(texts, last), slow.encode(texts, last), strict=True):
+            assert np.array_equal(mine, theirs)

@@ -4,6 +4,7 @@
 
 nanogpt: datasets.load_dataset, map with tiktoken's encode_ordinary in one process, write through np.memmap
          (https://github.com/karpathy/nanoGPT, data/openwebtext/prepare.py).
+packspeed: with one worker, with two, and with tiktoken alone; `start` prepares a file with one short line.
 megatron: json.loads, tiktoken, one IndexedDatasetBuilder.add_document per document, one process
          (https://github.com/NVIDIA/Megatron-LM, tools/preprocess_data.py).
 """
@@ -77,38 +78,47 @@ def ranks() -> object:
     )
 
 
-def timed(name: str, command: list[str]) -> float:
-    """Run a command. Print its wall time and its CPU time, which other work on the machine disturbs less."""
+def timed(name: str, command: list[str]) -> tuple[float, float]:
+    """Run a command. Print and return its wall time and its CPU time, which other work on the machine disturbs less."""
     began, before = time.perf_counter(), os.times()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wall_s, after = time.perf_counter() - began, os.times()
     cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
     print(f"{name:<28} {wall_s:8.2f} s, {cpu_s:.2f} s of CPU", flush=True)
-    return wall_s
+    return wall_s, cpu_s
+
+
+OURS = {  # options of `packspeed prepare`
+    "packspeed": ["--verify"],
+    "packspeed, 2 workers": ["--verify", "--workers", "2"],
+    "packspeed, tiktoken alone": ["--verify", "--encoder", "tiktoken"],
+    "start": [],
+}
 
 
 def main(folder: Path, megabytes: float) -> None:
-    """Run all four recipes twice, in turn, and print the better time of each."""
-    source = folder / "corpus.jsonl"
+    """Run all recipes twice, in turn, and print the better times of each."""
+    source, short = folder / "corpus.jsonl", folder / "short.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
+    short.write_text('{"text": "hello"}\n')
     if not source.exists():
         make_corpus(source, int(megabytes * 1e6))
     print(f"{os.path.getsize(source) / 1e6:.0f} MB of jsonl")
-    ours = [str(Path(sys.executable).parent / "packspeed")]
-    best: dict[str, float] = {}
+    prepare = [str(Path(sys.executable).parent / "packspeed"), "prepare"]
+    wall, cpu = dict[str, float](), dict[str, float]()
     for turn in range(2):
-        for name in ("packspeed", "packspeed, tiktoken alone", "nanogpt", "megatron"):
+        for name in (*OURS, "nanogpt", "megatron"):
             out = folder / f"out-{name.replace(' ', '-').replace(',', '')}-{turn}"
             out.mkdir()
             command = [sys.executable, __file__, name, str(source), str(out)]
-            if name.startswith("packspeed"):
-                encoder = "tiktoken" if "tiktoken" in name else "auto"
-                command = [*ours, "prepare", str(source), "--out", str(out), "--encoder", encoder, "--verify"]
-            best[name] = min(best.get(name, 1e9), timed(name, command))
+            if name in OURS:
+                command = [*prepare, str(short if name == "start" else source), "--out", str(out), *OURS[name]]
+            wall_s, cpu_s = timed(name, command)
+            wall[name], cpu[name] = min(wall.get(name, 1e9), wall_s), min(cpu.get(name, 1e9), cpu_s)
             shutil.rmtree(out)
-    for name in ("nanogpt", "megatron"):
-        fast, slow = (best[name] / best[each] for each in ("packspeed", "packspeed, tiktoken alone"))
-        print(f"{name} / packspeed {fast:.1f}, with tiktoken alone {slow:.2f}")
+    for name in ("nanogpt", "megatron", "packspeed"):
+        ratios = (f"{each} {wall[name] / wall[each]:.2f} (CPU {cpu[name] / cpu[each]:.2f})" for each in OURS)
+        print(f"{name} / ours: {'; '.join(ratios)}")
 
 
 if __name__ == "__main__":
