@@ -70,9 +70,10 @@ check: lint
 check-pythons:
 	$(PYTHON) tests/tools/check_pythons.py
 
-# The table of ds_configs/README.md again, or that of your own run file: make invariance RUN=my.yaml STEPS=50
+# The tables of ds_configs/README.md and docs/layouts.md again, or those of your run file: make invariance RUN=my.yaml
+# STEPS=50. Some rows only, printed: make invariance ONLY="SP2 zero1" STEPS=50
 invariance: $(VENV)/.installed-dev
-	$(BIN)/python tests/tools/invariance.py $(RUN) --steps $(STEPS)
+	$(BIN)/python tests/tools/invariance.py $(RUN) --steps $(STEPS) --only "$(ONLY)"
 
 # On a machine with a GPU, in under ten minutes: make gpu-check, with nanoGPT beside it: make gpu-check NANOGPT=path
 gpu-check: $(VENV)/.installed-dev

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -29,8 +30,16 @@ def cosine_lr(step: int, train: TrainSection) -> float:
     return low + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (peak - low)
 
 
-def reference(run: RunFile) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train as a run file says, in plain PyTorch. Return the loss of every step and the final weights by name."""
+class Curve(NamedTuple):
+    """What a reference has measured in every step."""
+
+    losses: list[float]
+    norms: list[float]  # of the gradient, before clipping
+    hashes: list[str]  # of the batch, as data_hash in metrics.jsonl
+
+
+def reference(run: RunFile) -> tuple[Curve, dict[str, torch.Tensor]]:
+    """Train as a run file says, in plain PyTorch. Return the curve and the final weights by name."""
     dataset, train = open_data(run), run.train
     loader, optimizer = make_run_loader(run, dataset), train.optimizer
     assert optimizer.name == "adamw", "the reference knows AdamW"
@@ -42,7 +51,7 @@ def reference(run: RunFile) -> tuple[list[float], dict[str, torch.Tensor]]:
         {"params": [p for name, p in named if not is_matrix(name)], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
-    losses = []
+    curve = Curve([], [], [])
     for step in range(train.total_steps):
         for group in adamw.param_groups:
             group["lr"] = cosine_lr(step, train)
@@ -52,13 +61,14 @@ def reference(run: RunFile) -> tuple[list[float], dict[str, torch.Tensor]]:
         logits = model(tokens[:, :-1], dropout_keys=keys)
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        if train.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or math.inf)
         adamw.step()
         adamw.zero_grad()
         balance_experts(model)
-        losses.append(loss.detach().item())
-    return losses, {name: value.detach() for name, value in (*named, *model.named_buffers())}
+        curve.losses.append(loss.detach().item())
+        curve.norms.append(norm.item())
+        curve.hashes.append(f"{batch.hash():08x}")
+    return curve, {name: value.detach() for name, value in (*named, *model.named_buffers())}
 
 
 def balance_experts(model: GPT) -> None:
@@ -74,10 +84,15 @@ def balance_experts(model: GPT) -> None:
             block.mlp.counts = None
 
 
-def differences(space: Workspace, name: str, losses: list[float], weights: dict[str, torch.Tensor]) -> list[float]:
-    """Return the largest difference of a loss, and of a final weight, between a finished run and the reference."""
-    mine = space.losses(name)
-    assert len(mine) == len(losses), name
-    final = fp32_state_dict(space.checkpoints(name) / f"step-{len(losses):08d}")
-    distance = max(float((final[key].detach() - value).abs().max()) for key, value in weights.items())
-    return [max(abs(a - b) for a, b in zip(mine, losses, strict=True)), distance]
+def differences(space: Workspace, name: str, curve: Curve, weights: dict[str, torch.Tensor]) -> list[float]:
+    """Return the largest difference of a loss, of a gradient norm (relative) and of a final weight between a finished
+    run and the reference. Raises AssertionError if they have read different batches.
+    """
+    mine = [line for line in space.metrics(name) if "loss" in line]
+    assert [line["data_hash"] for line in mine] == curve.hashes, name
+    final = fp32_state_dict(space.checkpoints(name) / f"step-{len(mine):08d}")
+    return [
+        max(abs(line["loss"] - loss) for line, loss in zip(mine, curve.losses, strict=True)),
+        max(abs(line["grad_norm"] / norm - 1) for line, norm in zip(mine, curve.norms, strict=True)),
+        max(float((final[key].detach() - value).abs().max()) for key, value in weights.items()),
+    ]

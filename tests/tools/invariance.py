@@ -1,12 +1,17 @@
-"""Make the invariance table: train one run file in many layouts and compare each run with a plain PyTorch loop.
+"""Make the invariance tables: train one run file in many layouts and compare each run with a plain PyTorch loop.
 
-    make invariance                          the tests' small GPT on Python's sources; updates ds_configs/README.md
-    make invariance RUN=my.yaml STEPS=50     your model and dataset; prints the table
+    make invariance                          the tests' small GPT on Python's sources; updates the two pages
+    make invariance RUN=my.yaml STEPS=50     your model and dataset; prints the tables
+    make invariance ONLY="fp32 SP2 zero1" STEPS=50         prints the rows whose name contains this regular expression
 
-The reference is support/plain_loop.py. In bf16, whose numbers are 60,000 times coarser, and in fp8 a second column
-compares runs with each other: with micro batches of equal size, bf16 runs are one curve, whatever the stage and the
-number of ranks. fp8 rows are left out if the model's sizes do not fit it.
-Cost: one launch for each number of ranks (1 to 4) and one with two threads, about 75 runs.
+The first table, in ds_configs/README.md, is over ranks, ZeRO stages and micro batches. The second, in docs/layouts.md,
+is over the sizes of the section `parallel`; its model has dropout and two key-value heads.
+
+The reference is support/plain_loop.py. Every row must have read its batches, or the tool stops. In bf16, whose numbers
+are 60,000 times coarser, and in fp8 another column compares runs with each other: with micro batches of equal size,
+bf16 runs are one curve, whatever the stage and the number of ranks. fp8 rows are left out if the model's sizes do not
+fit it.
+Cost: one launch for each number of ranks (1 to 4) and one with two threads, about 95 runs.
 """
 
 from __future__ import annotations
@@ -17,15 +22,19 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from packspeed.launch.config.batch import fits
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.layout import heads_fit
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import open_data
+from packspeed.launch.config.run_file import RunFile
 from support import ROOT
 from support.plain_loop import differences, reference
 from support.ranks import run_many
@@ -33,6 +42,9 @@ from support.workspace import Workspace, make_workspace
 
 MARKS = "<!-- the invariance table: make invariance -->", "<!-- its end -->"
 PLACE = ROOT / "ds_configs" / "README.md"
+PARALLEL_MARKS = "<!-- the table of parallel sizes: make invariance -->", "<!-- its end -->"
+PARALLEL_PLACE = ROOT / "docs" / "layouts.md"
+SHARED_ROWS = ["model.n_head=4", "model.n_kv_head=2", "model.position=rope", "model.dropout=0.1"]
 GLOBAL_BATCH_TOKENS = 384  # 12 samples of 32 tokens: for any number of ranks up to 4
 ONE_CURVE = ("zero1", "zero2", "zero3")
 EVERY_STAGE = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -47,20 +59,32 @@ class Layout:
     stage: str
     micro: int
     threads: int = 1  # per rank
+    sequence: int = 1
 
     @property
     def name(self) -> str:
         """Name of the run."""
         return "-".join(map(str, dataclasses.astuple(self)))
 
-    def row(self, global_batch: int, loss: float, weight: float, from_first: float | None) -> str:
+    @property
+    def sizes(self) -> str:
+        """The number of ranks, or the sizes of the axes: SP2 x DP2 is 2 groups of 2 ranks that share rows."""
+        if self.sequence == 1:
+            return f"{self.ranks}, {self.threads} threads" if self.threads > 1 else str(self.ranks)
+        groups = self.ranks // self.sequence
+        return f"SP{self.sequence} x DP{groups}" if groups > 1 else f"SP{self.sequence}"
+
+    @property
+    def label(self) -> str:
+        """What --only searches in."""
+        return f"{self.precision} {self.sizes} {self.stage} {self.micro}"
+
+    def row(self, global_batch: int, loss: float, norm: float, weight: float, from_first: float | None) -> str:
         """The line of the table."""
-        threads = f", {self.threads} threads" if self.threads > 1 else ""
-        cut = f"{self.micro} x {global_batch // self.ranks // self.micro}"
+        cut = f"{self.micro} x {global_batch // (self.ranks // self.sequence) // self.micro}"
         apart = "" if from_first is None else f"{from_first:.1e}"
-        return (
-            f"| {self.precision} | {self.ranks}{threads} | {self.stage} | {cut} | {loss:.1e} | {weight:.1e} | {apart} |"
-        )
+        head = f"| {self.precision} | {self.sizes} | {self.stage} | {cut} |"
+        return f"{head} {loss:.1e} | {norm:.1e} | {weight:.1e} | {apart} |"
 
 
 def layouts(global_batch: int, with_fp8: bool) -> list[Layout]:
@@ -81,24 +105,42 @@ def layouts(global_batch: int, with_fp8: bool) -> list[Layout]:
     return [*dict.fromkeys(found), Layout("bf16", 1, "zero1", 1, threads=2)]
 
 
-def table(space: Workspace, sets: list[str]) -> list[str]:
+def parallel_layouts(run: RunFile) -> list[Layout]:
+    """Every run of the second table that the model and the batch allow."""
+    found = []
+    for ranks, sequence in ((2, 2), (4, 2), (4, 4)):
+        if not (fits(run_with(run, sequence), ranks) and heads_fit(run.gpt_config(1), 1, sequence)):
+            continue
+        rows = run.global_batch * sequence // ranks
+        found += [Layout("fp32", ranks, f"zero{stage}", rows, sequence=sequence) for stage in range(4)]
+        found += [Layout("fp32", ranks, "zero1", 1, sequence=sequence)]
+        found += [Layout("bf16", ranks, stage, 1, sequence=sequence) for stage in ONE_CURVE]
+    return sorted(found, key=lambda row: row.ranks)
+
+
+def run_with(run: RunFile, sequence: int) -> RunFile:
+    """Return the run with this parallel.sequence."""
+    return run.model_copy(update={"parallel": run.parallel.model_copy(update={"sequence": sequence})})
+
+
+def table(space: Workspace, sets: list[str], every: list[Layout]) -> list[str]:
     """Train in every layout, and return the lines of the table."""
     run = load_run_file(space.run_file, [*sets, "train.precision=fp32"])
-    losses, weights = reference(run)
+    curve, weights = reference(run)
     zero3 = space.folder / "zero3_all.json"
     zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     lines = [
         "| precision | ranks | DeepSpeed configuration | micro batch x accumulation | largest difference of a loss "
-        "| of a weight | of a loss from the first row of bf16 or fp8 |",
-        "|---|---|---|---|---|---|---|",
+        "| of a gradient norm (relative) | of a weight | of a loss from the first row of bf16 or fp8 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     first: dict[str, list[float]] = {}
-    every = layouts(run.global_batch, fits_fp8(space, sets))
     for (ranks, threads), group in itertools.groupby(every, lambda row: (row.ranks, row.threads)):
         rows, commands = list(group), []
         for row in rows:
             config = zero3 if row.stage == "zero3" else row.stage
             own = [f"train.precision={row.precision}", f"deepspeed={config}", f"train.micro_batch={row.micro}"]
+            own += [f"parallel.sequence={row.sequence}"] if row.sequence > 1 else []
             commands.append(space.arguments(row.name, *sets, *own, f"runs_dir={space.folder}/runs"))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         folder = space.folder / f"ranks{ranks}-{threads}"
@@ -111,7 +153,7 @@ def table(space: Workspace, sets: list[str]) -> list[str]:
                 mine = space.losses(row.name)
                 pairs = zip(mine, first.setdefault(row.precision, mine), strict=True)
                 from_first = max(abs(a - b) for a, b in pairs)
-            lines.append(row.row(run.global_batch, *differences(space, row.name, losses, weights), from_first))
+            lines.append(row.row(run.global_batch, *differences(space, row.name, curve, weights), from_first))
             print(lines[-1], flush=True)
     return lines
 
@@ -126,19 +168,20 @@ def fits_fp8(space: Workspace, sets: list[str]) -> bool:
     return True
 
 
-def publish(lines: list[str], steps: int) -> None:
-    """Write the table between the two comments for it in ds_configs/README.md."""
-    before, _, rest = PLACE.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
+def publish(page: Path, marks: tuple[str, str], lines: list[str], steps: int) -> None:
+    """Write the table between the two comments for it in a page."""
+    before, _, rest = page.read_text().partition(marks[0])
+    after = rest.partition(marks[1])[2]
     head = f"{steps} steps, loss from {math.log(257):.2f} nats, learning rate 1e-3, weights of about 0.02:"
-    PLACE.write_text(before + "\n".join([MARKS[0], head, "", *lines, "", MARKS[1]]) + after)
+    page.write_text(before + "\n".join([marks[0], head, "", *lines, "", marks[1]]) + after)
 
 
 def main() -> int:
-    """Make the table for the run file in the arguments, or for the small run file of the tests."""
+    """Make the tables for the run file in the arguments, or for the small run file of the tests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_file", nargs="?", help="your run file; default: the tests' small one")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", default="", help="a regular expression: only the rows whose name contains it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="invariance-") as folder:
         space = Workspace(Path(folder)) if args.run_file else make_workspace(Path(folder))
@@ -150,10 +193,19 @@ def main() -> int:
             "checkpoint.every_steps=0",
             "train.schedule.warmup_steps=2",
         ]
-        own = [f"train.global_batch_tokens={GLOBAL_BATCH_TOKENS}", "train.fp8_skip_blocks=0"]
-        lines = table(space, sets if args.run_file else [*sets, *own])
-    if not args.run_file:
-        publish(lines, args.steps)
+        if not args.run_file:
+            sets += [f"train.global_batch_tokens={GLOBAL_BATCH_TOKENS}", "train.fp8_skip_blocks=0"]
+        run = load_run_file(space.run_file, sets)
+        shared = load_run_file(space.run_file, [*sets, *([] if args.run_file else SHARED_ROWS)])
+        for page, marks, more, every in (
+            (PLACE, MARKS, [], layouts(run.global_batch, fits_fp8(space, sets))),
+            (PARALLEL_PLACE, PARALLEL_MARKS, SHARED_ROWS, parallel_layouts(shared)),
+        ):
+            chosen = [row for row in every if re.search(args.only, row.label)]
+            if chosen:
+                lines = table(space, [*sets, *([] if args.run_file else more)], chosen)
+                if not args.run_file and not args.only:
+                    publish(page, marks, lines, args.steps)
     return 0
 
 
