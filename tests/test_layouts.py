@@ -13,7 +13,7 @@ from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.layout import Layout
 from packspeed.launch.config.loading import load_run_file
 from support import ROOT
-from support.ranks import forked
+from support.ranks import forked, run_many
 from support.workspace import Workspace
 
 
@@ -81,3 +81,77 @@ def test_sizes_that_do_not_exist_yet_are_refused(workspace: Workspace) -> None:
     with pytest.raises(ConfigError, match=r"parallel: pipeline: Packspeed has no pipeline parallelism.*use ZeRO-3"):
         load_run_file(workspace.run_file, ["parallel.pipeline=2"])
     assert not fits(load_run_file(workspace.run_file, ["parallel.sequence=2"]), 3)
+
+
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do(workspace: Workspace) -> None:
+    def layout(ranks: int, *sets: str) -> Layout:
+        return plan_batch(load_run_file(workspace.run_file, list(sets)), ranks).layout
+
+    six = ("model.n_head=6", "model.n_kv_head=2", "model.d_model=48")
+    assert layout(4, *six, "parallel.sequence=2") == Layout(4, sequence=2)
+    assert layout(6, *six, "parallel.sequence=6").rows == 1
+    for ranks, sets, words in (
+        (3, ("parallel.sequence=2",), "parallel.sequence = 2 does not divide 3 ranks.*that it divides: 2 and 4"),
+        (1, ("parallel.sequence=2",), "does not divide 1 ranks.*that it divides: 2"),
+        (4, ("parallel.sequence=4",), "2 heads.*With 4 ranks these sizes are possible: 1, 2"),
+        (6, (*six, "parallel.sequence=3"), "6 heads and 2 key-value heads.*these sizes are possible: 1, 2, 6"),
+        (2, ("data.seq_len=1", "parallel.sequence=2"), "rows have 1 tokens.*these sizes are possible: 1"),
+        (2, ("train.precision=fp8", "data.seq_len=16", "train.fp8_skip_blocks=0", "parallel.sequence=2"), "8 tokens"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            layout(ranks, *sets)
+
+
+LAYOUT_RUN = (
+    "train.steps=12",
+    "checkpoint={every_steps: 6, keep: 9}",
+    "eval.every_steps=6",
+    "data.packing=best_fit",
+    "model={n_head: 4, n_kv_head: 2, position: rope, qk_norm: true, dropout: 0.1, d_model: 32, n_layer: 2}",
+    "train.micro_batch=1",
+)
+
+
+@pytest.fixture(scope="module")
+def curves(workspace: Workspace) -> str:
+    """One run on four ranks: alone as DP4 and as SP2 x DP2; from step 6 of the latter on in three layouts.
+
+    Returns the output of the resumed runs.
+    """
+    zero3 = workspace.folder / "layouts_zero3.json"
+    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    alone = [("dp4", ()), ("sp2xdp2", ("parallel.sequence=2",))]
+    runs = [workspace.arguments(name, *LAYOUT_RUN, *sets) for name, sets in alone]
+    codes, output = run_many(workspace.folder / "layouts", runs, ranks=4)
+    assert codes == [0, 0], output[-6000:]
+    on = [
+        ("on-sp2xdp2", ("parallel.sequence=2",)),
+        ("on-dp4", ()),
+        ("on-sp4", ("parallel.sequence=4", f"deepspeed={zero3}", "model.activation_checkpointing=full")),
+    ]
+    for name, _ in on:
+        workspace.rewind("sp2xdp2", name, step=6)
+    runs = [workspace.arguments(name, *LAYOUT_RUN, *sets) for name, sets in on]
+    codes, output = run_many(workspace.folder / "layouts-on", runs, ranks=4)
+    assert codes == [0, 0, 0], output[-6000:]
+    return output
+
+
+@pytest.mark.launch
+def test_every_layout_has_the_same_curve(workspace: Workspace, curves: str) -> None:
+    """Packed documents, dropout and two key-value heads; each resumed at step 6."""
+    alone = workspace.curve("dp4")
+    for name in ("sp2xdp2", "on-sp2xdp2", "on-dp4", "on-sp4"):
+        for a, b in zip(alone, workspace.curve(name), strict=True):
+            for key, tolerance in (("loss", 1e-5), ("val_loss", 1e-5), ("grad_norm", 1e-4)):
+                assert b.get(key) == pytest.approx(a.get(key), abs=tolerance), (name, a["step"])
+            assert a.get("data_hash") == b.get("data_hash"), (name, a["step"])
+
+
+@pytest.mark.launch
+def test_a_layout_resumes_bit_for_bit_and_needs_no_conversion_to_other_rows(workspace: Workspace, curves: str) -> None:
+    assert workspace.curve("on-sp2xdp2") == workspace.curve("sp2xdp2")
+    assert curves.count("resharding step-00000006") == 1, "for SP4 at ZeRO-3 only"
+    assert curves.count("self-check passed") == 3
+    changes = [json.loads(line) for line in (workspace.folder / "runs" / "on-dp4" / "settings.jsonl").open()]
+    assert {"step": 6, "key": "parallel.sequence", "old": 2, "new": 1} in changes

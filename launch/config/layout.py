@@ -20,7 +20,7 @@ import math
 
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.run_file import RunFile
-from packspeed.model.config import GPTConfig
+from packspeed.model.config import FP8_MULTIPLE, GPTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,22 +129,31 @@ def _check_ranks(layout: Layout) -> None:
 
 
 def _check_sequence(run: RunFile, layout: Layout) -> None:
-    """Raise ConfigError unless every rank of a sequence group gets equally many heads, and at least one token.
+    """Raise ConfigError unless every rank of a sequence group gets equally many heads, and enough tokens.
 
     Each rank attends with some of the heads over complete rows. Key-value heads that are fewer than the ranks are
-    repeated, so their number must divide that of the ranks or the other way round.
+    repeated, so their number must divide that of the ranks or the other way round. In fp8, matrix products need a
+    multiple of 16 tokens.
     """
-    model = run.gpt_config(1)
-    if heads_fit(model, layout.tensor, layout.sequence) and layout.sequence <= run.data.seq_len:
-        return
-    limit = min(model.n_head, run.data.seq_len, layout.world)
-    possible = [n for n in range(1, limit + 1) if heads_fit(model, layout.tensor, n) and layout.world % n == 0]
-    raise ConfigError(
-        f"parallel.sequence = {layout.sequence}: the model has {model.n_head} heads and {model.kv_heads} key-value "
-        f"heads, and rows have {run.data.seq_len} tokens, which so many ranks cannot share. It must divide n_head, and "
-        f"n_kv_head must divide it or be a multiple of it. With {layout.world} ranks these sizes are possible: "
-        f"{', '.join(map(str, possible))}."
-    )
+    model, length = run.gpt_config(1), run.data.seq_len
+
+    def possible(size: int) -> bool:
+        return heads_fit(model, layout.tensor, size) and length >= size and layout.world % size == 0
+
+    if not possible(layout.sequence):
+        sizes = [size for size in range(1, layout.world + 1) if possible(size)]
+        raise ConfigError(
+            f"parallel.sequence = {layout.sequence}: the model has {model.n_head} heads and {model.kv_heads} key-value "
+            f"heads, and rows have {length} tokens, which so many ranks cannot share. It must divide model.n_head, and "
+            f"model.n_kv_head must divide it or be a multiple of it. With {layout.world} ranks these sizes are "
+            f"possible: {', '.join(map(str, sizes))}."
+        )
+    if run.train.precision == "fp8" and length % (layout.sequence * FP8_MULTIPLE):
+        raise ConfigError(
+            f"parallel.sequence = {layout.sequence} with train.precision: fp8 leaves {length / layout.sequence:g} "
+            f"tokens of a row to a rank, but GPUs multiply in fp8 only if that is a multiple of {FP8_MULTIPLE}. Make "
+            f"data.seq_len a multiple of {layout.sequence * FP8_MULTIPLE}, or use bf16."
+        )
 
 
 def heads_fit(model: GPTConfig, tensor: int, sequence: int) -> bool:
