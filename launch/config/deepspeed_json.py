@@ -281,6 +281,11 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
         enabled = (raw.get(name) or {}).get("enabled", expected)
         if enabled != expected:
             yield f"{path}: {name}.enabled = {enabled!r}, but train.precision is {precision}. Remove {name} here."
+    if run.parallel.sequence > 1 and (raw.get("compile") or {}).get("deepcompile") is True:
+        yield (
+            f"{path}: compile.deepcompile with parallel.sequence = {run.parallel.sequence} is not supported. Remove "
+            "the compile block; to compile the model, set model.kernels: compile in the run file."
+        )
     quantized = (raw.get("zero_optimization") or {}).get("zero_quantized_gradients") is True
     if quantized and precision != "fp16" and raw.get("communication_data_type") != "fp16":
         yield (
