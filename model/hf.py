@@ -8,6 +8,11 @@ export removes them. An export of a GPT-2 without biases adds zero biases, becau
 RoPE needs no permutation: all families rotate the channel pairs (i, i + D/2), as we do. Qwen2 is Llama with biases on
 queries, keys and values. Qwen3 is Llama with a norm on the queries and keys of each head. hf_config.py converts the
 configurations.
+
+With experts, our model computes what three families compute: Mixtral and Qwen3-MoE (softmax) and GLM-4-MoE, which has
+the experts of DeepSeek-V3 (sigmoid, shared experts, a bias that chooses) and the attention of Llama or Qwen3. Our model
+lacks DeepSeek's own attention, which keeps compressed keys and values (MLA). In the files of all three, each expert has
+its own matrices; ours stack them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,11 +25,17 @@ from packspeed.model.config import GPTConfig, Layer
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that older files store with weights
 HEAD, EMBEDDING = "lm_head.weight", "embed.weight"  # our names
-Family = Literal["gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3"]
+CHOOSING_BIAS = "e_score_correction_bias"  # transformers' name of a router's bias, which it keeps in fp32
+Family = Literal[
+    "gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "glm4_moe"
+]  # fmt: skip
 
 
 class Weight(NamedTuple):
-    """One weight of our GPT, and the transformers weights that are stacked row after row to form it."""
+    """One weight of our GPT, and the transformers weights that are stacked row after row to form it.
+
+    Without a transformers weight, it is the bias of a router in a family that has none, and must be 0.
+    """
 
     ours: str  # our name
     theirs: tuple[str, ...]  # transformers' names
@@ -43,6 +54,11 @@ class Weight(NamedTuple):
 
         Padding rows are left out.
         """
+        if not self.theirs and ours.any():
+            raise ValueError(
+                f"{self.ours} is not 0, but the class of transformers for this model has no bias that chooses experts. "
+                "Train with model.balance_rate: 0, or with model.gate: sigmoid, which is exported as GLM-4-MoE."
+            )
         for name, part in zip(self.theirs, torch.split(ours[: sum(self.rows)], list(self.rows)), strict=True):
             yield name, (part.t() if self.transposed else part).contiguous()
 
@@ -51,6 +67,8 @@ class Weight(NamedTuple):
 
         get(name): returns a transformers weight. Raises ValueError if its shape is not the one that the config implies.
         """
+        if not self.theirs:
+            return torch.zeros(config.n_expert or 0)
         parts = []
         for name, shape in self.shapes.items():
             part = get(name)
@@ -70,14 +88,14 @@ def family(config: GPTConfig) -> Family:
 
     Raises ValueError if there is none. The message lists the fields that no family supports.
     """
+    if config.n_expert is not None:
+        return _family_with_experts(config)
     gpt2 = config.position == "learned"
     wanted: dict[str, tuple[object, ...]] = {"norm": ("layernorm",), "mlp": ("gelu", "gelu_tanh"), "qk_norm": (False,)}
     if not gpt2:
         wanted = {"norm": ("rmsnorm",), "mlp": ("swiglu",)}
         wanted |= {"bias": (False, "attention")} if config.qk_norm else {}
-    wrong = [
-        f"{name} = {getattr(config, name)!r}" for name, valid in wanted.items() if getattr(config, name) not in valid
-    ]
+    wrong = _unsupported(config, wanted)
     if gpt2 and config.kv_heads != config.n_head:
         wrong.append(f"n_kv_head = {config.n_kv_head}")
     if gpt2 and config.n_head * config.head_width != config.d_model:
@@ -100,6 +118,39 @@ def family(config: GPTConfig) -> Family:
     if config.qk_norm or config.bias == "qkv":
         return "qwen3" if config.qk_norm else "qwen2"
     return "mistral" if all(windows) else "ministral" if any(windows) else "llama"
+
+
+def _family_with_experts(config: GPTConfig) -> Family:
+    """Return the result of `family` for a model with experts."""
+    kind: Family = "glm4_moe" if config.gate == "sigmoid" else "qwen3_moe" if config.qk_norm else "mixtral"
+    wanted: dict[str, tuple[object, ...]] = {"position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",)}
+    if kind == "glm4_moe":
+        wanted |= {"bias": (False, "qkv")}
+    else:
+        wanted |= {"n_shared_expert": (0,), "gate_scale": (1.0,), "balance_rate": (0.0,)}
+        wanted |= {"bias": (False, "attention") if kind == "qwen3_moe" else (False,)}
+    if kind == "mixtral":
+        wanted |= {"first_dense": (0,), "gate_normalised": (True,)}
+    wrong = _unsupported(config, wanted)
+    windows = [config.window_of(layer) for layer in range(config.n_layer)]
+    if any(windows) and (kind == "glm4_moe" or not all(windows)):
+        wrong.append(f"sliding_window = {config.sliding_window}")
+    if wrong:
+        needs = "; ".join(f"{name}: {' or '.join(str(x) for x in valid)}" for name, valid in wanted.items())
+        raise ValueError(
+            f"transformers has no class for a model with {', '.join(wrong)}: with n_expert, a model with gate: sigmoid "
+            "is exported as GLM-4-MoE, with softmax and qk_norm as Qwen3-MoE, with softmax alone as Mixtral. This one "
+            f"would be {kind}, which needs {needs}; a sliding_window is for "
+            "Mixtral and Qwen3-MoE, in all layers."
+        )
+    return kind
+
+
+def _unsupported(config: GPTConfig, wanted: Mapping[str, tuple[object, ...]]) -> list[str]:
+    """Return the fields of the config, as "name = value", whose value is not among those in `wanted`."""
+    return [
+        f"{name} = {getattr(config, name)!r}" for name, valid in wanted.items() if getattr(config, name) not in valid
+    ]
 
 
 def to_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
@@ -230,9 +281,14 @@ def _llama_table(config: GPTConfig) -> list[Weight]:
         linear: list[tuple[str, tuple[str, ...], tuple[int, ...], int, Layer]] = [
             ("attn.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (queries, keys, keys), d, "qkv"),
             ("attn.proj", ("self_attn.o_proj",), (d,), queries, "proj"),
-            ("mlp.up", ("mlp.gate_proj", "mlp.up_proj"), (ff, ff), d, "mlp"),
-            ("mlp.proj", ("mlp.down_proj",), (d,), ff, "mlp"),
         ]
+        if config.has_experts(layer):
+            table += _expert_weights(config, f"{ours}.mlp", theirs)
+        else:
+            linear += [
+                ("mlp.up", ("mlp.gate_proj", "mlp.up_proj"), (ff, ff), d, "mlp"),
+                ("mlp.proj", ("mlp.down_proj",), (d,), ff, "mlp"),
+            ]
         for name, parts, rows, columns, biased in linear:
             names = [f"{theirs}.{part}" for part in parts]
             table.append(Weight(f"{ours}.{name}.weight", tuple(f"{x}.weight" for x in names), rows, columns))
@@ -242,4 +298,29 @@ def _llama_table(config: GPTConfig) -> list[Weight]:
         if config.qk_norm:
             norms += [(f"attn.{x}_norm", f"self_attn.{x}_norm", config.head_width) for x in "qk"]
         table += [Weight(f"{ours}.{a}.weight", (f"{theirs}.{b}.weight",), (size,)) for a, b, size in norms]
+    return table
+
+
+def _expert_weights(config: GPTConfig, ours: str, theirs: str) -> list[Weight]:
+    """Return the Weights of a layer's router and experts. ours, theirs: the prefixes of the names."""
+    assert config.n_expert is not None, "a dense layer"
+    kind, d, width, experts = family(config), config.d_model, config.expert_width, range(config.n_expert)
+    prefix = f"{theirs}.block_sparse_moe" if kind == "mixtral" else f"{theirs}.mlp"
+    gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    gates_and_ups = tuple(f"{prefix}.experts.{e}.{part}.weight" for e in experts for part in (gate, up))
+    downs = tuple(f"{prefix}.experts.{e}.{down}.weight" for e in experts)
+    table = [
+        Weight(f"{ours}.router.weight", (f"{prefix}.gate.weight",), (config.n_expert,), d),
+        Weight(f"{ours}.up.weight", gates_and_ups, (width,) * len(gates_and_ups), d),
+        Weight(f"{ours}.proj.weight", downs, (d,) * len(downs), width),
+    ]
+    if kind == "glm4_moe":
+        table.append(Weight(f"{ours}.router.bias", (f"{prefix}.gate.{CHOOSING_BIAS}",), (config.n_expert,)))
+    else:
+        table.append(Weight(f"{ours}.router.bias", (), ()))
+    if config.n_shared_expert:
+        shared, width = f"{prefix}.shared_experts", config.n_shared_expert * width
+        parts = (f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight")
+        table.append(Weight(f"{ours}.shared.up.weight", parts, (width, width), d))
+        table.append(Weight(f"{ours}.shared.proj.weight", (f"{shared}.down_proj.weight",), (d,), width))
     return table

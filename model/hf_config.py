@@ -1,4 +1,5 @@
-"""Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Mistral, Ministral, Qwen2, Qwen3.
+"""Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Mistral, Ministral, Qwen2, Qwen3, and
+Mixtral, Qwen3-MoE, GLM-4-MoE.
 
 If a config.json leaves a key out, transformers' default is used. A feature that our model lacks (such as LongRoPE or
 another activation) raises a ValueError that names it; it is never ignored. Mistral without a sliding window computes
@@ -19,6 +20,9 @@ ARCHITECTURES = {
     "ministral": "MinistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
 # transformers' names of the activations that our model has. Several names mean the same function.
 GELU: dict[str, Literal["gelu", "gelu_tanh"]] = {
@@ -52,6 +56,22 @@ QWEN2_DEFAULTS = LLAMA_DEFAULTS | {
     "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
     "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
 }  # fmt: skip
+MIXTRAL_DEFAULTS = LLAMA_DEFAULTS | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+QWEN3_MOE_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
+    "num_key_value_heads": 4, "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+    "decoder_sparse_step": 1, "mlp_only_layers": None, "moe_intermediate_size": 768, "num_experts_per_tok": 8,
+    "num_experts": 128, "norm_topk_prob": False,
+}  # fmt: skip
+GLM4_MOE_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 151552, "intermediate_size": 10944, "num_hidden_layers": 46, "num_attention_heads": 96,
+    "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 8, "n_shared_experts": 1, "n_routed_experts": 128, "routed_scaling_factor": 1.0,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True, "use_qk_norm": False,
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2_DEFAULTS,
     "llama": LLAMA_DEFAULTS,
@@ -59,7 +79,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ministral": MISTRAL_DEFAULTS | {"layer_types": None},
     "qwen2": QWEN2_DEFAULTS,
     "qwen3": QWEN2_DEFAULTS | {"head_dim": 128},
+    "mixtral": MIXTRAL_DEFAULTS,
+    "qwen3_moe": QWEN3_MOE_DEFAULTS,
+    "glm4_moe": GLM4_MOE_DEFAULTS,
 }
+# Types whose attention keeps a compressed key and value.
+LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2")
 
 
 def to_hf_config(config: GPTConfig, bos_id: int, eos_ids: list[int], dtype: str) -> dict[str, Any]:
@@ -81,7 +106,7 @@ def to_hf_config(config: GPTConfig, bos_id: int, eos_ids: list[int], dtype: str)
         "initializer_range": 0.02,
         "use_cache": True,
     }
-    return common | (_gpt2(config) if kind == "gpt2" else _llama(config, kind))
+    return common | (_gpt2(config) if kind == "gpt2" else _llama(config, kind)) | _expert_keys(config, kind)
 
 
 def _gpt2(config: GPTConfig) -> dict[str, Any]:
@@ -100,7 +125,7 @@ def _gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
-    bias = {"attention_bias": config.has_bias("qkv")} if kind in ("llama", "qwen3") else {}
+    bias = {} if kind in ("mistral", "ministral", "qwen2", "mixtral") else {"attention_bias": config.has_bias("qkv")}
     return (
         bias
         | ({"mlp_bias": config.has_bias("mlp")} if kind == "llama" else {})
@@ -126,12 +151,45 @@ def _window(config: GPTConfig, kind: str) -> dict[str, Any]:
     windows = [config.window_of(layer) for layer in range(config.n_layer)]
     if not any(windows):
         return {}
-    if kind == "mistral":
+    if kind in ("mistral", "mixtral"):
         return {"sliding_window": config.sliding_window}
     types = [FULL if window is None else SLIDING for window in windows]
     # Qwen2 before transformers 4.53 knows no layer_types, but max_window_layers.
     qwen = {"use_sliding_window": True, "max_window_layers": types.index(SLIDING)} if kind.startswith("qwen") else {}
     return qwen | {"sliding_window": config.sliding_window, "layer_types": types}
+
+
+def _expert_keys(config: GPTConfig, kind: str) -> dict[str, Any]:
+    """Return the keys for experts in a config.json whose model_type is `kind`; none for a dense model."""
+    if config.n_expert is None:
+        return {}
+    if kind == "mixtral":
+        return {
+            "intermediate_size": config.expert_width,
+            "num_local_experts": config.n_expert,
+            "num_experts_per_tok": config.n_expert_active,
+            "sliding_window": config.sliding_window,
+        }
+    common = {
+        "moe_intermediate_size": config.expert_width,
+        "num_experts_per_tok": config.n_expert_active,
+        "norm_topk_prob": config.gate_normalised,
+    }
+    if kind == "qwen3_moe":
+        dense = list(range(config.first_dense))
+        return common | {"num_experts": config.n_expert, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+    return common | {
+        "n_routed_experts": config.n_expert,
+        "n_shared_experts": config.n_shared_expert,
+        "routed_scaling_factor": config.gate_scale,
+        "first_k_dense_replace": config.first_dense,
+        "n_group": 1,
+        "topk_group": 1,
+        "use_qk_norm": config.qk_norm,
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": 1.0,
+        "rope_parameters": _rope(config)["rope_parameters"] | {"partial_rotary_factor": 1.0},
+    }
 
 
 def _rope(config: GPTConfig) -> dict[str, Any]:
@@ -151,7 +209,10 @@ def from_hf_config(raw: Mapping[str, Any]) -> GPTConfig:
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise ValueError(f"model_type = {kind!r}: only models of the types {', '.join(DEFAULTS)} can be imported.")
+        latent = "its latent attention (MLA) is not that of Packspeed's model; " if kind in LATENT else ""
+        raise ValueError(
+            f"model_type = {kind!r}: {latent}only models of the types {', '.join(DEFAULTS)} can be imported."
+        )
     _refuse(raw, {"quantization_config": (None,), "is_causal": (None, True)})
     if kind == "gpt2":
         raw = {GPT2_NAMES.get(name, name): value for name, value in raw.items()}
@@ -173,6 +234,10 @@ def _integer(raw: Mapping[str, Any], name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < LARGEST:
         raise ValueError(f"{name} = {str(value)[:40]!r}: expected a whole number from 1 to {LARGEST - 1}.")
     return value
+
+
+def _count(raw: Mapping[str, Any], name: str) -> int:
+    return 0 if raw[name] == 0 else _integer(raw, name)
 
 
 def _optional_integer(raw: Mapping[str, Any], name: str) -> int | None:
@@ -210,6 +275,8 @@ def _from_gpt2(raw: dict[str, Any]) -> GPTConfig:
 
 def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
     _refuse(raw, {"hidden_act": SILU})
+    if kind == "glm4_moe" and (raw.get("rope_parameters") or {}).get("partial_rotary_factor") is None:
+        raw.setdefault("partial_rotary_factor", 0.5)
     rope_theta, rope_scaling = _rope_of(raw)
     return GPTConfig(
         n_layer=_integer(raw, "num_hidden_layers"),
@@ -228,9 +295,50 @@ def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
         mlp="swiglu",
         **_window_of(raw, kind),
         bias=_bias(raw, kind),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe") or (kind == "glm4_moe" and _flag(raw, "use_qk_norm")),
         tie_embeddings=_flag(raw, "tie_word_embeddings"),
+        **_experts(raw, kind),
     )
+
+
+def _experts(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the fields of GPTConfig for the experts that raw, a config.json whose model_type is `kind`, describes.
+
+    Mixtral and Qwen3-MoE have no bias that chooses experts, so their balance_rate is 0: it would add one.
+    """
+    softmax: dict[str, Any] = {"gate": "softmax", "balance_rate": 0.0}
+    if kind == "mixtral":
+        active = _integer(raw, "num_experts_per_tok")
+        return softmax | {"n_expert": _integer(raw, "num_local_experts"), "n_expert_active": active}
+    if kind not in ("qwen3_moe", "glm4_moe"):
+        return {}
+    common = {
+        "n_expert_active": _integer(raw, "num_experts_per_tok"),
+        "d_expert": _integer(raw, "moe_intermediate_size"),
+        "gate_normalised": _flag(raw, "norm_topk_prob"),
+    }
+    if kind == "qwen3_moe":
+        _refuse(raw, {"decoder_sparse_step": (1,)})
+        dense = raw["mlp_only_layers"] or []
+        if dense != list(range(len(dense))):
+            raise ValueError(
+                f"mlp_only_layers = {str(dense)[:100]}: in Packspeed's model only the first layers can be dense."
+            )
+        # transformers 5 writes num_local_experts, version 4 num_experts.
+        n_expert = _integer(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts")
+        return softmax | common | {"n_expert": n_expert, "first_dense": len(dense)}
+    _refuse(raw, {"n_group": (1,), "topk_group": (1,)})
+    if _count(raw, "first_k_dense_replace") >= raw["num_hidden_layers"]:
+        raise ValueError(
+            f"first_k_dense_replace = {raw['first_k_dense_replace']} leaves none of the num_hidden_layers = "
+            f"{raw['num_hidden_layers']} layers for experts."
+        )
+    return common | {
+        "n_expert": _integer(raw, "n_routed_experts"),
+        "n_shared_expert": _count(raw, "n_shared_experts"),
+        "first_dense": _count(raw, "first_k_dense_replace"),
+        "gate_scale": _number(raw, "routed_scaling_factor"),
+    }
 
 
 def _rope_of(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -280,9 +388,10 @@ def _scaling(raw: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> Rope
 def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention"]:
     """Return the value of GPTConfig.bias for raw, a config.json whose model_type is `kind`.
 
-    In Mistral and Qwen2 it is fixed; Llama and Qwen3 have keys for it. Raises ValueError if only the MLP has biases.
+    In Mistral, Mixtral and Qwen2 it is fixed; the others have keys for it. Raises ValueError if only the MLP has
+    biases.
     """
-    if kind in ("mistral", "ministral", "qwen2"):
+    if kind in ("mistral", "ministral", "mixtral", "qwen2"):
         return "qkv" if kind == "qwen2" else False
     attention = _flag(raw, "attention_bias")
     mlp = kind == "llama" and _flag(raw, "mlp_bias")
@@ -291,17 +400,19 @@ def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention
             "mlp_bias = True with attention_bias = False: Packspeed's model cannot have biases in the MLP without "
             "biases in attention."
         )
+    if kind == "glm4_moe":
+        return "qkv" if attention else False
     return True if mlp else "attention" if attention else False
 
 
 def _window_of(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the fields of GPTConfig for the sliding window of raw, a config.json; an empty dict if no layer has one.
 
-    kind: its model_type. A window that is not shorter than the longest sequence counts as none. Llama never has one:
-    transformers ignores the keys for it. Raises ValueError if the layers with a window are not those of a pattern that
-    GPTConfig can express.
+    kind: its model_type. A window that is not shorter than the longest sequence counts as none. Llama and GLM-4-MoE
+    never have one: transformers ignores the keys for it. Raises ValueError if the layers with a window are not those of
+    a pattern that GPTConfig can express.
     """
-    if kind == "llama" or raw["sliding_window"] is None:
+    if kind in ("llama", "glm4_moe") or raw["sliding_window"] is None:
         return {}
     types = _layer_types(raw, kind)
     if SLIDING not in types:
@@ -324,7 +435,7 @@ def _window_of(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _layer_types(raw: Mapping[str, Any], kind: str) -> list[str]:
     """Return the kind of attention, FULL or SLIDING, of each layer of raw, a config.json whose model_type is `kind`."""
     layers = _integer(raw, "num_hidden_layers")
-    types = raw.get("layer_types") if kind != "mistral" else None
+    types = raw.get("layer_types") if kind not in ("mistral", "mixtral", "qwen3_moe") else None
     if types is not None:
         known = isinstance(types, list) and len(types) == layers and all(name in (FULL, SLIDING) for name in types)
         if not known or (SLIDING in types and raw.get("use_sliding_window", True) is not True):
@@ -333,6 +444,8 @@ def _layer_types(raw: Mapping[str, Any], kind: str) -> list[str]:
                 "num_hidden_layers, and the second only with use_sliding_window = true."
             )
         return list(types)
+    if kind == "qwen3_moe":
+        return [SLIDING if raw["use_sliding_window"] else FULL] * layers
     if not kind.startswith("qwen"):
         return [SLIDING] * layers
     if not raw["use_sliding_window"]:

@@ -49,6 +49,12 @@ MODELS = {  # run -> (its DeepSpeed file, what it trains, the class that it expo
     "out-llama-bias": ("zero2_offload", LLAMA.replace("bias: false", "bias: true") + ", d_ff: 96}", "LlamaForCausalLM"),
     "out-qwen2": ("zero1", LLAMA.replace("bias: false", "bias: qkv") + "}", "Qwen2ForCausalLM"),
     "out-qwen3": ("zero3", LLAMA + ", qk_norm: true, head_dim: 16, vocab_size: 300}", "Qwen3ForCausalLM"),
+    "out-glm4": (
+        "zero3",
+        LLAMA + ", n_expert: 4, d_expert: 32, n_shared_expert: 1, first_dense: 1, balance_rate: 0.3, vocab_size: 300}",
+        "Glm4MoeForCausalLM",
+    ),
+    "out-mixtral": ("zero0", LLAMA + ", n_expert: 4, gate: softmax, balance_rate: 0}", "MixtralForCausalLM"),
 }
 BIG = "model={n_layer: 8, n_head: 4, d_model: 256}"  # 26 MB of fp32 weights, at most 1 MB in a matrix
 STAGES = ("zero0", "zero1", "zero2", "zero3")

@@ -21,6 +21,9 @@ from packspeed.launch.convert.export import export_hf
 from packspeed.launch.convert.import_weights import import_hf
 from packspeed.launch.inference.generate import SamplingSettings, TextGenerator
 from packspeed.launch.inference.load_model import find_checkpoint, load_model
+from packspeed.model.config import GPTConfig
+from packspeed.model.gpt import GPT
+from packspeed.model.hf import CHOOSING_BIAS, to_hf_state_dict
 from support.commands import runs_cli
 
 pytestmark = pytest.mark.slow  # more than `make check` has time for
@@ -46,7 +49,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "mistral": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
-}
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0], "head_dim": 16,
+        "attention_bias": True,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+        "n_shared_experts": 2, "routed_scaling_factor": 1.8, "use_qk_norm": True, "attention_bias": True,
+        "num_mtp_layers": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+    },
+    "glm4_moe-plain": {
+        "model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
+        "first_k_dense_replace": 0, "norm_topk_prob": False, "partial_rotary_factor": 1.0, "num_mtp_layers": 0,
+    },
+}  # fmt: skip
 
 
 def save_model(folder: Path, kind: str = "llama", **fields: Any) -> Any:
@@ -57,6 +75,9 @@ def save_model(folder: Path, kind: str = "llama", **fields: Any) -> Any:
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith(CHOOSING_BIAS):
+            torch.nn.init.normal_(buffer, std=0.1)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -92,8 +113,49 @@ def test_weights_come_in_and_go_out_bit_for_bit(tmp_path: Path, kind: str) -> No
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert_same_logits(tmp_path / "run", load(tmp_path / "out"))
-    family = "llama" if kind == "mistral" else kind.split("-")[0]
+    family = "llama" if kind == "mistral" else kind.split("-")[0].replace("_", "")
     assert found["architecture"].lower() == f"{family}forcausallm"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "glm4_moe", "glm4_moe-plain"])
+def test_gradients_of_experts_equal_transformers(tmp_path: Path, kind: str) -> None:
+    """Theirs are saved in the place of the weights, so that both are compared under the names in files."""
+    theirs = save_model(tmp_path / "hf", kind)
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    ours, _ = load_model(find_checkpoint(tmp_path / "run"))
+    ours.requires_grad_(True)
+    window = torch.randint(0, 300, (3, 33))
+    logits = theirs(window[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()).backward()
+    ours(window[:, :-1], window[:, 1:]).backward()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(p.grad)
+    theirs.save_pretrained(tmp_path / "gradients")
+    gradients = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    biases = {n: torch.zeros_like(b) for n, b in ours.named_buffers()}
+    mapped = to_hf_state_dict(gradients | biases, ours.config)
+    for name, gradient in load_file(tmp_path / "gradients" / "model.safetensors").items():
+        if not name.endswith(CHOOSING_BIAS):
+            torch.testing.assert_close(mapped[name], gradient, rtol=1e-5, atol=1e-5, msg=f"{name}: {{}}".format)
+
+
+def test_a_bias_that_the_class_lacks_is_refused() -> None:
+    shape: dict[str, Any] = {
+        "n_layer": 1,
+        "n_head": 2,
+        "d_model": 16,
+        "vocab_size": 50,
+        "max_seq_len": 8,
+        "bias": False,
+    }
+    llama: dict[str, Any] = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"}
+    config = GPTConfig(**shape, **llama, n_expert=4, gate="softmax", balance_rate=0.0)
+    model = GPT(config)
+    to_hf_state_dict(model.state_dict(), config)
+    model.blocks[0].mlp.router.bias[1] = 1e-3
+    with pytest.raises(ValueError, match=r"router\.bias is not 0"):
+        to_hf_state_dict(model.state_dict(), config)
 
 
 def edit(folder: Path, **fields: Any) -> None:

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT
-from packspeed.model.hf import from_hf_state_dict, to_hf_state_dict
+from packspeed.model.hf import CHOOSING_BIAS, from_hf_state_dict, to_hf_state_dict
 from packspeed.model.hf_config import from_hf_config, to_hf_config
 
 pytestmark = pytest.mark.slow  # more than `make check` has time for
@@ -180,13 +180,32 @@ def test_a_gpt2_without_some_biases_goes_out_with_zeros(bias: Any) -> None:
     torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-IMPORTED = ("gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3")
+IMPORTED = ("gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "glm4_moe")
+FULL_ROTATION = {"partial_rotary_factor": 1.0}  # by default, GLM-4-MoE rotates half of the channels
+
+
+def state_of_files(model: Any) -> dict[str, torch.Tensor]:
+    """The state dict of a transformers model under the names in its files, where each expert has its own matrices."""
+    state: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        layer, _, part = name.partition(".mlp.")
+        block = "block_sparse_moe" if model.config.model_type == "mixtral" else "mlp"
+        gate, up, down = ("w1", "w3", "w2") if block != "mlp" else ("gate_proj", "up_proj", "down_proj")
+        if part == "experts.gate_up_proj":
+            for e, both in enumerate(value):
+                for matrix, rows in zip((gate, up), both.chunk(2), strict=True):
+                    state[f"{layer}.{block}.experts.{e}.{matrix}.weight"] = rows
+        elif part == "experts.down_proj":
+            state |= {f"{layer}.{block}.experts.{e}.{down}.weight": rows for e, rows in enumerate(value)}
+        else:
+            state[name.replace(".mlp.", f".{block}.")] = value
+    return state
 
 
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_other_architectures_are_refused_by_name(kind: str) -> None:
     if kind in IMPORTED:
-        from_hf_config({"model_type": kind, "sliding_window": None})
+        from_hf_config({"model_type": kind, "sliding_window": None, "head_dim": 128, **FULL_ROTATION})
     else:
         with pytest.raises(ValueError, match=f"model_type = '{kind}'"):
             from_hf_config({"model_type": kind})
@@ -198,6 +217,11 @@ TINY_LLAMA: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 40, "sliding_window": None,
 }  # fmt: skip
+TINY_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "head_dim": 8},
+    "glm4_moe": {"n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, **FULL_ROTATION},
+}
 # What config.json files say beside the keys that transformers writes itself. None of these may be ignored if it counts.
 VARIANTS: list[dict[str, Any]] = [
     {"rope_theta": 500.0},
@@ -244,6 +268,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"rms_norm_eps": 0.3},
     {"pretraining_tp": 2},
     {"hidden_size": 64, "num_attention_heads": 8},
+    {"num_experts_per_tok": 3, "norm_topk_prob": True},
+    {"mlp_only_layers": [0]},
+    {"mlp_only_layers": [1]},
+    {"decoder_sparse_step": 2},
+    {"first_k_dense_replace": 0},
+    {"n_shared_experts": 3, "routed_scaling_factor": 2.5, "use_qk_norm": True},
+    {"n_group": 2, "topk_group": 1},
+    {"router_jitter_noise": 0.1, "router_aux_loss_coef": 0.5, "output_router_logits": True},
     *({"hidden_act": name} for name in ("swish", "gelu", "relu", "quick_gelu")),
     *(
         {"activation_function": name}
@@ -280,7 +312,7 @@ def our_config(raw: dict[str, Any], change: dict[str, Any]) -> GPTConfig | None:
 @pytest.mark.parametrize("kind", IMPORTED)
 def test_every_setting_is_computed_as_transformers_does_or_refused(kind: str) -> None:
     """A setting may be without effect in a family; then both models ignore it."""
-    tiny = TINY_GPT2 if kind == "gpt2" else {"model_type": kind, **TINY_LLAMA}
+    tiny = TINY_GPT2 if kind == "gpt2" else {"model_type": kind, **TINY_LLAMA, **TINY_EXPERTS.get(kind, {})}
     if kind == "ministral":  # transformers' class cannot run without these two
         tiny |= {"sliding_window": 12, "head_dim": 8}
     written = CONFIG_MAPPING[kind].from_dict(dict(tiny)).to_dict()
@@ -300,8 +332,11 @@ def test_every_setting_is_computed_as_transformers_does_or_refused(kind: str) ->
             torch.manual_seed(0)
             for p in theirs.parameters():
                 torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
+            for name, buffer in theirs.named_buffers():
+                if name.endswith(CHOOSING_BIAS):
+                    torch.nn.init.normal_(buffer, std=0.1)
             ours = GPT(config).eval()
-            ours.load_state_dict(from_hf_state_dict(theirs.state_dict(), config))
+            ours.load_state_dict(from_hf_state_dict(state_of_files(theirs), config))
             tokens = torch.randint(0, config.vocab_size, (2, 24))
             with torch.no_grad():
                 difference = (ours(tokens) - theirs(tokens).logits).abs().max().item()

@@ -32,7 +32,7 @@ from packspeed.launch.convert.hf_tokenizer import exported_tokenizer
 from packspeed.launch.convert.model_card import write_card
 from packspeed.launch.inference.load_model import end_ids, find_checkpoint, find_tokenizer
 from packspeed.model.config import GPTConfig
-from packspeed.model.hf import hf_shapes, weight_table, zero_biases
+from packspeed.model.hf import CHOOSING_BIAS, hf_shapes, weight_table, zero_biases
 from packspeed.model.hf_config import to_hf_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -137,7 +137,7 @@ def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch
     """Yield (name, fp32 tensor) of all weights under transformers' names and in its shapes.
 
     Only one parameter of the checkpoint is in memory at a time. Raises UserError if the checkpoint has a parameter that
-    a model of this `config` does not have.
+    a model of this `config` does not have, and ConfigError if transformers cannot compute with one.
     """
     table = {weight.ours: weight for weight in weight_table(config)}
     for name, states in full_tensors(checkpoint, ("fp32",)):
@@ -145,7 +145,10 @@ def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch
             raise UserError(
                 f"{checkpoint}: it contains the parameter {name}, which a model of its config does not have."
             )
-        yield from table[name].split(states["fp32"])
+        try:
+            yield from table[name].split(states["fp32"])
+        except ValueError as error:  # the model needs a bias that its class in transformers lacks
+            raise ConfigError(f"{checkpoint}: {error}") from None
     for name, size in zero_biases(config).items():
         yield name, torch.zeros(size)
 
@@ -160,10 +163,11 @@ class Shards:
     def __init__(
         self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
     ) -> None:
-        self.dtype = dtype
+        self.dtypes = {name: torch.float32 if name.endswith(CHOOSING_BIAS) else dtype for name in shapes}
         layouts = [Layout()]
-        for name, shape in shapes.items():
-            size = math.prod(shape) * dtype.itemsize
+        # Those in fp32 come first, so that each begins at a multiple of its element size.
+        for name in sorted(shapes, key=lambda name: self.dtypes[name] != torch.float32):
+            shape, size = shapes[name], math.prod(shapes[name]) * self.dtypes[name].itemsize
             if layouts[-1] and layouts[-1].end + size > shard_bytes:
                 layouts.append(Layout())
             layouts[-1][name] = shape, layouts[-1].end, layouts[-1].end + size
@@ -173,7 +177,7 @@ class Shards:
         self.names = numbered if count > 1 else ["model.safetensors"]
         self._unwritten: dict[str, tuple[Path, int, tuple[int, ...]]] = {}  # tensor -> file, offset, shape
         for file, layout in zip(self.names, layouts, strict=True):
-            header = layout.header(DTYPE_NAMES[dtype])
+            header = layout.header({name: DTYPE_NAMES[self.dtypes[name]] for name in layout})
             (folder / file).write_bytes(header)
             for name, (shape, begin, _) in layout.items():
                 self._unwritten[name] = folder / file, len(header) + begin, shape
@@ -183,7 +187,7 @@ class Shards:
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor, converted to the precision of the export.
+        """Write a tensor, converted to the precision of the export; biases that choose experts stay in fp32.
 
         Raises KeyError if it is unknown or was already written. Raises UserError if it has another shape than expected.
         """
@@ -195,7 +199,7 @@ class Shards:
             )
         with path.open("r+b") as file:
             file.seek(offset)
-            file.write(tensor.to(self.dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.to(self.dtypes[name]).contiguous().view(-1).view(torch.uint8).numpy().data)
 
     @property
     def missing(self) -> list[str]:
@@ -211,13 +215,13 @@ class Layout(dict[str, tuple[tuple[int, ...], int, int]]):
         """Size of all tensors together, in bytes."""
         return next(reversed(self.values()))[2] if self else 0
 
-    def header(self, dtype: str) -> bytes:
+    def header(self, dtypes: Mapping[str, str]) -> bytes:
         """Return the beginning of the file: eight bytes with the size of a JSON object, then that object.
 
-        `dtype` is the name that safetensors uses, such as "BF16".
+        `dtypes` has the type of each tensor under the name that safetensors uses, such as "BF16".
         """
         tensors = {
-            name: {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+            name: {"dtype": dtypes[name], "shape": list(shape), "data_offsets": [start, end]}
             for name, (shape, start, end) in self.items()
         }
         text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()

@@ -68,6 +68,9 @@ def _head(name: str, manifest: Manifest, config: GPTConfig) -> str:
         "training steps": f"{manifest['step']:,}",
         "training tokens": f"{tokens:,}",
     }
+    if config.n_expert is not None:
+        rows["experts"] = f"{config.n_expert} per layer, {config.n_expert_active} per token"
+        rows["parameters per token"] = f"{num_parameters(config, active=True):,}"
     if "imported" in manifest:
         rows["weights from"] = manifest["imported"]["source"]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
