@@ -182,7 +182,12 @@ def test_a_good_file_has_no_findings(workspace: Workspace) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_run_files_have_no_findings(path: Path) -> None:
     """Except for the missing dataset and what their hardware needs."""
-    rules = {p.rule for p in explain(path, ranks=8 if path.stem.startswith(("gpt2", "llama")) else None).findings}
+    rules = {
+        p.rule
+        for p in explain(
+            path, ranks=8 if path.stem.startswith(("gpt2", "llama", "mixtral", "moe_30b")) else None
+        ).findings
+    }
     assert rules <= {"no-dataset", "one-checkpoint", "saved-too-late", "stage2-with-accumulation"}, rules
 
 

@@ -5,7 +5,7 @@ it.
     OUT/run.yaml                                                 a run file that continues from these weights
     OUT/tokenizer/tokenizer.json                                 if the source has a tokenizer
 
-hf reads folders of GPT-2, Llama, Mistral, Qwen2 and Qwen3 models (hf_folder.py), with one parameter in memory at a
+hf reads folders of GPT-2, Llama, Mistral, Qwen2, Qwen3 and MoE models (hf_folder.py), with one parameter in memory at a
 time. nanogpt reads a ckpt.pt with weights_only, so that no code in it can run. The run folder is written under a
 temporary name and then renamed, so it exists completely or not at all. A model with a feature that Packspeed's model
 does not have is refused; the error names the feature.
