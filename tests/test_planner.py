@@ -13,10 +13,11 @@ import typer
 from packspeed.launch.commands.plan import plan as plan_command
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.planner.calibrate import write_calibration
 from packspeed.launch.planner.evaluate import MEMORY_COLUMNS, SPEED_COLUMNS, evaluate
 from packspeed.launch.planner.lock import check_locked, read_lock, write_lock
 from packspeed.launch.planner.machine import FOLDER, load_machine, machine_names
-from packspeed.launch.planner.plan import make_plan, plan_lines
+from packspeed.launch.planner.plan import make_plan, plan_lines, plan_of, read_job
 from packspeed.launch.planner.search import search
 from packspeed.launch.planner.step_time import step_time
 from packspeed.launch.planner.work import Layout, Work
@@ -195,6 +196,16 @@ def test_every_calibration_file_is_complete_and_names_its_source(tmp_path: Path)
     with pytest.raises(ConfigError, match="did you mean 'h100-80gb'"):
         load_machine("h100-80g")
     assert FOLDER.is_dir()
+
+
+def test_one_measured_step_corrects_a_calibration(tmp_path: Path) -> None:
+    job = read_job(GPT2_XL, [], load_machine("h100-80gb"), 8)
+    planned = plan_of(job).step_s
+    assert write_calibration(tmp_path / "mine.yaml", "h100-80gb", job, 1.25 * planned) == pytest.approx(1.25, rel=0.01)
+    mine = load_machine("h100-80gb", tmp_path / "mine.yaml")
+    assert make_plan(GPT2_XL, [], mine, 8).step_s == pytest.approx(1.25 * planned, rel=0.001)
+    assert mine.memory == job.machine.memory
+    assert "packspeed bench measured" in mine.source
 
 
 def test_a_step_follows_what_it_computes_and_sends() -> None:

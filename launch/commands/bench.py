@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from packspeed.launch.commands.options import LocalRanks, Overrides, RunFileArgument
+from packspeed.launch.planner.calibrate import describe, write_calibration
+from packspeed.launch.planner.machine import load_machine
+from packspeed.launch.planner.plan import read_job
 from packspeed.launch.trials import bench as benchmark
 
 
@@ -47,6 +50,16 @@ def bench(
             metavar="DIR", help="Write torch profiler traces to this folder and print the slowest operations."
         ),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Correct the planner's calibration of this type of GPU, such as h100-80gb, by the measured step.",
+        ),
+    ] = None,
+    to: Annotated[
+        Path, typer.Option(metavar="FILE.yaml", help="With --calibrate: the calibration file to write.")
+    ] = Path("calibration.yaml"),
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results to this file, as JSON.")
     ] = None,
@@ -74,3 +87,11 @@ def bench(
         json_file.write_text(json.dumps(rows, indent=1))
     if all(row["error"] for row in rows):
         raise typer.Exit(1)
+    if calibrate is not None:
+        row = next(row for row in rows if not row["error"])
+        settings = [*(overrides or []), f"train.micro_batch={row['micro_batch']}"]
+        machine = load_machine(calibrate)
+        job = read_job(run_file, settings, machine, row["ranks"])
+        print(*describe(machine, job, row["step_s"], row["memory_gib"]), sep="\n")
+        write_calibration(to, calibrate, job, row["step_s"])
+        print(f"wrote {to}")

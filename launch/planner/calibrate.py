@@ -1,0 +1,62 @@
+"""`packspeed bench --calibrate`: correct a calibration file by one measured step.
+
+    path = write_calibration(Path("mine.yaml"), "h100-80gb", job, step_s)
+
+Power limits, determinism and kernels make all parts of a step slower or faster by about the same factor. So the factors
+of the file are multiplied by (measured step / planned step). What is left is an error of a tenth (docs/planner.md,
+"Other stacks, one calibrating row each").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from packspeed.launch.planner.machine import GIB, Machine
+from packspeed.launch.planner.plan import OUTSIDE_TENSORS, Job, plan_of
+from packspeed.launch.run_folder.folder import versions
+
+CALIBRATED_ERROR = {"median": 0.08, "p90": 0.26}  # of other stacks with one calibrating row, docs/planner.md
+
+
+def correction(job: Job, step_s: float) -> float:
+    """Return by which number the factors of the job's machine have to be multiplied.
+
+    The optimizer's part, and the time for which the device waits for the host, stay as they are.
+    """
+    parts = plan_of(job).step_parts
+    fixed = parts["optimizer"] + parts["host"]
+    return max(0.0, step_s - fixed) / (sum(parts.values()) - fixed)
+
+
+def write_calibration(path: Path, base: str, job: Job, step_s: float) -> float:
+    """Write a calibration file for the machine of a measured job. Returns the correction.
+
+    base: the name of the calibration file that is corrected. step_s: the measured seconds of a step.
+    """
+    ratio, machine = correction(job, step_s), job.machine
+    factors = {name: round(value * ratio, 5) for name, value in dataclasses.asdict(machine.factors).items()}
+    installed = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("torch", "deepspeed"))
+    text = yaml.safe_dump(
+        {
+            "like": base, "factors": factors, "time_error": CALIBRATED_ERROR,
+            "source": f"{base}, with all factors times {ratio:.3f}: packspeed bench measured {step_s:.4g} s for a step "
+            f"of {job.run.name} on {job.ranks} GPU(s) of {machine.device}, {installed}.",
+        },
+        sort_keys=False, width=116,
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# Written by packspeed bench --calibrate. Use: packspeed plan --calibration {path.name}\n{text}")
+    return ratio
+
+
+def describe(machine: Machine, job: Job, step_s: float, memory_gib: float) -> list[str]:
+    """Return what the plan said beside what was measured, as text."""
+    plan = plan_of(job)
+    tensors = sum(size for kind, size in plan.memory.items() if kind not in OUTSIDE_TENSORS) / GIB
+    return [
+        f"{machine.name}: planned {plan.step_s:.4g} s a step, measured {step_s:.4g} s ({step_s / plan.step_s - 1:+.1%})",
+        f"tensors: planned {tensors:.2f} GiB, measured {memory_gib:.2f} GiB",
+    ]
