@@ -155,10 +155,10 @@ def _judge_speed(rows: Iterable[Row], calibration: Path | None = None) -> Evalua
     for number, row in enumerate(rows, 1):
         try:
             found = read_speed_row(row)
-        except MissingColumn as missing:
+            ratio = measured_over_predicted(found, machine(found.machine))
+        except (MissingColumn, ConfigError) as missing:  # ConfigError: the GPU has no such precision
             excluded.append((number, str(missing)))
             continue
-        ratio = measured_over_predicted(found, machine(found.machine))
         if row["source_repo"] != CALIBRATED_SOURCE and found.stack not in corrections:
             corrections[found.stack] = ratio
             excluded.append((number, "calibrates the other rows of its stack"))

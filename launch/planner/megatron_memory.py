@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -127,12 +128,25 @@ def read_case(row: Row) -> Case:
     for column in ("gpu", "mem_max_allocated_gib", "num_layers", "hidden", "heads", "seq_len", "micro_batch"):
         if not row[column]:
             raise MissingColumn(f"{column}: empty")
+    if row["gpu"] not in _workspaces():
+        raise MissingColumn(f"workspaces: megatron_workspaces.yaml does not know {row['gpu']!r}")
     if row["dist_optimizer"] == "True" and not row["n_gpus"]:
         raise MissingColumn("n_gpus: empty, so the optimizer's share of a rank is unknown")
     if "memory_speed" in name and row["pp"] not in ("", "1"):
         raise MissingColumn("num_layers_per_virtual_pipeline_stage: the case sets it, and the table has no such column")
     if not row["attn_backend"] and row["transformer_impl"] != "local" and row["env"] == "lts":
         raise MissingColumn("attn_backend: empty, and this environment ran the same case with two of them")
+    try:
+        return _numbers(row)
+    except (ValueError, ZeroDivisionError) as error:
+        raise MissingColumn(f"a number: {error}") from None
+
+
+def _numbers(row: Row) -> Case:
+    """Return a row as a Case. Raises ValueError if a column is not a number."""
+    for column in ("mem_max_allocated_gib", "num_layers", "hidden", "heads", "seq_len", "micro_batch"):
+        if not 0 < float(row[column]) < math.inf:
+            raise ValueError(f"{column} is {row[column]}")
     width, swiglu = int(row["hidden"]), row["swiglu"] == "True"
     heads, layout = int(row["heads"]), _layout(row)
     ff = int(float(row["ffn_hidden"] or 0)) or (int(4 * width * 2 / 3 / 64) * 64 if swiglu else 4 * width)
@@ -187,7 +201,9 @@ def _activations(case: Case) -> float:
     head = case.width // case.heads
     share = 1 / layout.tensor
     full = share if layout.sequence_sharded else 1.0
-    outer = tokens * case.width * (8 if case.width >= FULL_WIDTH else 10) * full
+    # Without dropout no masks; with tensor parallelism alone, the sums over ranks are kept as well.
+    light = case.width >= FULL_WIDTH and (layout.tensor == 1 or layout.sequence_sharded)
+    outer = tokens * case.width * (8 if light else 10) * full
     attention = tokens * head * (4 * case.heads + 4 * case.groups) * share
     mlp = tokens * case.ff * (6 if case.true("swiglu") else 4) * share
     if case.experts:

@@ -9,6 +9,7 @@ Nothing else excludes a row.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 from packspeed.launch.planner.work import Layout, Work
@@ -62,6 +63,11 @@ SHAPES: dict[str, GPTConfig] = {
     "llama3.1-405b": _llama3(126, 16_384, 53_248),
     "mixtral-8x7b": dataclasses.replace(_llama3(32, 4096, 14_336, vocab=32_000), n_expert=8, n_expert_active=2),
     "qwen3-8b": _llama3(36, 4096, 12_288, vocab=151_936),
+    "llama2-7b": _llama3(32, 4096, 11_008, vocab=32_000, kv_heads=32),
+    "llama2-13b": _llama3(40, 5120, 13_824, vocab=32_000, kv_heads=40),
+    "llama2-70b": _llama3(80, 8192, 28_672, vocab=32_000),
+    "olmo2-13b": _llama3(40, 5120, 13_824, vocab=100_352, kv_heads=40),
+    "olmo2-32b": _llama3(64, 5120, 27_648, vocab=100_352),
     "olmo2-7b": _llama3(32, 4096, 11_008, vocab=100_352, kv_heads=32),
     "gpt2": preset("gpt2-124m"),
     "gpt2-medium": preset("gpt2-355m"),
@@ -81,6 +87,14 @@ SOFTWARE = ("eager", "compile", "async", "ddp")
 
 def read_speed_row(row: Row) -> SpeedRow:
     """Return a row of a throughput table as a step and its measured speed. Raises MissingColumn."""
+    try:
+        return _speed_row(row)
+    except (ValueError, ZeroDivisionError) as error:
+        raise MissingColumn(f"a number: {error}") from None
+
+
+def _speed_row(row: Row) -> SpeedRow:
+    """Return a row as a step and its speed. Raises MissingColumn, or ValueError if a column is not a number."""
     words = row["parallelism"]
     machine = gpu_machine(row["gpu"])
     model = published_model(row["model"])
@@ -120,7 +134,7 @@ def published_model(name: str) -> GPTConfig:
 
     Raises MissingColumn if neither is so.
     """
-    known = SHAPES.get(name.lower())
+    known = SHAPES.get(name.lower().replace(" ", "-").replace("llama-", "llama"))
     if known is not None:
         return known
     layers, width = re.search(r"\bL(\d+)\b", name), re.search(r"\bh(\d+)\b", name)
@@ -172,8 +186,8 @@ def measured_tokens_per_s(row: Row, work: Work) -> float:
     if "read off" in row["parallelism"]:
         raise MissingColumn("tokens_per_s_per_gpu: the source draws a chart and states no number")
     if row["tokens_per_s_per_gpu"]:
-        return float(row["tokens_per_s_per_gpu"])
-    flops = float(row["tflops_per_gpu"] or 0) * 1e12
+        return _measured(row["tokens_per_s_per_gpu"])
+    flops = _measured(row["tflops_per_gpu"]) * 1e12 if row["tflops_per_gpu"] else 0.0
     if not flops and row["mfu_pct"]:
         raise MissingColumn("tokens_per_s_per_gpu: empty, and tables define MFU in several ways")
     if not flops:
@@ -182,6 +196,13 @@ def measured_tokens_per_s(row: Row, work: Work) -> float:
     passes = 8 if "HFU" in row["parallelism"] else 6  # 8 with the passes of the recompute
     blocks = model.n_layer * (work.block_products + work.seq_len * work.queries)
     return flops / (passes * blocks + 6 * model.padded_vocab_size * model.d_model)
+
+
+def _measured(text: str) -> float:
+    """Return a measured value. Raises ValueError if it is not a positive number."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError(f"the measured value is {text}")
+    return float(text)
 
 
 def _number(row: Row, key: str) -> int:

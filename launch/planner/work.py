@@ -28,6 +28,12 @@ class Layout:
     expert_tensor: int | None = None  # ranks that share the matrices of one expert; None: as `tensor`
     sequence_sharded: bool = False  # tensor-parallel ranks also divide the tokens of norms and residuals
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if field.name not in ("stage", "expert_tensor", "sequence_sharded") and size < 1:
+                raise ValueError(f"{field.name} = {size}: give at least 1.")
+
     @property
     def data(self) -> int:
         """Return the number of data-parallel ranks, at least 1."""
