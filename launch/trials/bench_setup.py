@@ -92,7 +92,10 @@ class BenchSetup:
 
     def __init__(self, job: BenchJob) -> None:
         self.job = job
-        self.run: RunFile = load_run_file(job["run_file"], job["overrides"])
+        ours = job["loop"].startswith("packspeed")
+        # Other loops know data parallelism only. They train the same batch, with other rows on every rank.
+        alone = [] if ours else ["parallel.sequence=1", "parallel.tensor=1", "parallel.expert=1"]
+        self.run: RunFile = load_run_file(job["run_file"], [*job["overrides"], *alone])
         self.dataset = open_data(self.run)
         self.config: GPTConfig = self.run.gpt_config(self.dataset.vocab_size)
         self.precision = resolve_precision(self.run.train.precision)
@@ -105,7 +108,7 @@ class BenchSetup:
         self.threads = limit_threads(local_size)
         self.plan: BatchPlan = plan_batch(self.run, world)
         self.ds_config = resolve_ds_config(self.run, raw, self.plan, engine_precision(self.precision), self.config)
-        ours = job["loop"].startswith("packspeed")  # the others run with torch's default, which repeats no bits on GPUs
+        # The others run with torch's default, which repeats no bits on GPUs.
         self.topology = start_distributed(
             self.ds_config, print, deterministic=ours and self.run.train.deterministic, layout=self.plan.layout
         )

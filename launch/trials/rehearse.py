@@ -40,7 +40,7 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.heartbeat import Beat, last_beat
 
 SEQ_LEN = 64  # longest samples of the rehearsal, in tokens
-SHRUNK = ("n_layer=2", "n_head=2", "n_kv_head=2", "d_model=64", "d_ff=128", f"max_seq_len={SEQ_LEN}", "kernels=eager")
+SHRUNK = ("n_layer=2", "d_ff=128", f"max_seq_len={SEQ_LEN}", "kernels=eager")
 
 FAULT = re.compile(r"(?P<kind>kill|freeze|cut|fill|delay|slow):(?P<target>[\w-]+)@(?P<step>\d+)")
 FORMS = "kill:RANK@STEP, freeze:RANK@STEP, cut:HOST@STEP, fill:SECONDS@STEP, delay:MILLISECONDS@STEP or slow:MBIT@STEP"
@@ -82,7 +82,9 @@ def shrink(run_file: Path, overrides: list[str], steps: int) -> list[str]:
     ZeRO stage and gradient accumulation remain those of the run file.
     """
     run = load_run_file(run_file, overrides)
-    small = [f"model.{field}" for field in SHRUNK]
+    heads = max(2, run.parallel.sequence * run.parallel.tensor)  # at least one for each rank that shares a row
+    shape = (*SHRUNK, f"n_head={heads}", f"n_kv_head={heads}", f"d_model={max(64, 8 * heads)}")
+    small = [f"model.{field}" for field in shape]
     seq_len = min(SEQ_LEN, run.data.seq_len)
     small += [f"data.seq_len={seq_len}", f"train.global_batch_tokens={run.global_batch * seq_len}"]
     small += [f"train.steps={steps}", f"checkpoint.every_steps={max(1, steps // 6)}", f"eval.every_steps={steps // 2}"]
