@@ -153,5 +153,6 @@ def test_a_layout_resumes_bit_for_bit_and_needs_no_conversion_to_other_rows(work
     assert workspace.curve("on-sp2xdp2") == workspace.curve("sp2xdp2")
     assert curves.count("resharding step-00000006") == 1, "for SP4 at ZeRO-3 only"
     assert curves.count("self-check passed") == 3
-    changes = [json.loads(line) for line in (workspace.folder / "runs" / "on-dp4" / "settings.jsonl").open()]
+    settings = workspace.folder / "runs" / "on-dp4" / "settings.jsonl"
+    changes = [json.loads(line) for line in settings.read_text().splitlines()]
     assert {"step": 6, "key": "parallel.sequence", "old": 2, "new": 1} in changes
