@@ -130,6 +130,8 @@ CASES: list[tuple[str, list[str], dict[str, Any] | None, int]] = [
     ("too-many-epochs", ["train.steps=20000"], None, 1),
     ("evaluation-beyond-the-data", ["eval.windows=100000"], None, 1),
     ("untrained-positions", ["model.max_seq_len=64"], None, 1),
+    ("longer-than-a-sample", ["model.sliding_window=32"], None, 1),
+    ("longer-than-a-sample", ["model.mlp_chunk=100000"], None, 1),
     ("small-micro-batches", ["train.micro_batch=1", "train.global_batch_tokens=1024"], None, 1),
     ("dropout-in-one-epoch", ["model.dropout=0.1"], None, 1),
     ("precision-of-another-time", ["train.precision=fp16"], None, 1),

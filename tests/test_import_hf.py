@@ -47,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
         },
     },
     "mistral": {},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 8},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "mixtral": {"num_local_experts": 4},

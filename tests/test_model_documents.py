@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from packspeed.model import attention
 from packspeed.model.attention import Documents, adapt_varlen, attend, varlen_attention
@@ -61,6 +63,22 @@ def band(length: int, left: int) -> torch.Tensor:
     """Which tokens see which, if each sees itself and `left` before it (-1: all)."""
     distance = torch.arange(length)[:, None] - torch.arange(length)
     return (distance >= 0) & ((distance <= left) if left >= 0 else True)
+
+
+def test_the_cost_of_a_window_grows_with_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOPs of torch's kernels, forward and backward: twice as many tokens cost twice as much, and not four times."""
+
+    monkeypatch.setattr(attention, "WINDOW_BLOCK", 16)
+
+    def flops(length: int, window: int | None) -> int:
+        q, k, v = (torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(3))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            attend(q, k, v, None, window).sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(512, 32) / flops(256, 32) < 2.2
+    assert flops(512, None) / flops(256, None) > 3.9
+    assert flops(512, 32) < 0.15 * flops(512, None)
 
 
 def flash_attention(

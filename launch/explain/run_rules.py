@@ -219,6 +219,29 @@ def untrained_positions(case: Case) -> Iterator[str]:
         )
 
 
+@rule("useless")
+def longer_than_a_sample(case: Case) -> Iterator[str]:
+    """A window is not shorter than a sample, or a chunk of the MLP not smaller than a micro batch of a rank.
+
+    Symptom: the setting changes neither loss nor memory in training.
+    Fix: lower model.sliding_window or model.mlp_chunk, or remove it.
+    """
+    model, length = case.model, case.run.data.seq_len
+    if model is None:
+        return
+    if model.sliding_window is not None and model.sliding_window >= length:
+        yield (
+            f"model.sliding_window = {model.sliding_window} is not shorter than a sample of {length} tokens, so every "
+            "token attends to all earlier ones. Lower it, or remove it."
+        )
+    tokens = case.micro_batch * length // case.run.parallel.sequence
+    if model.mlp_chunk is not None and model.mlp_chunk >= tokens:
+        yield (
+            f"model.mlp_chunk = {model.mlp_chunk} is not smaller than the {tokens} tokens of a rank's forward pass, so "
+            "nothing is divided. Lower it, or remove it."
+        )
+
+
 @rule("slow")
 def small_micro_batches(case: Case) -> Iterator[str]:
     """Many small forward passes use the device less efficiently than a few large ones.
