@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-from support.state_bytes import fill_with_zeros, live_bytes, start_fake_group
-
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {"n_layer": 3, "n_head": 4, "d_model": 128},
     "llama": {
@@ -74,6 +72,8 @@ def allocated(function: Callable[[], None]) -> tuple[int, int]:
 
 def measure(case: str, world: int) -> dict[str, float]:
     """Bytes between two steps (`kept`) and at the peak of a step (`peak`)."""
+    from state_bytes import live_bytes
+
     from packspeed.launch.config.batch import plan_batch
     from packspeed.launch.config.deepspeed_json import resolve_ds_config
     from packspeed.launch.config.run_file import RunFile
@@ -107,6 +107,7 @@ def measure(case: str, world: int) -> dict[str, float]:
 def main() -> int:
     """Measure every case that the arguments name. Each has a process of its own, because engines leave tensors."""
     from deepspeed.runtime.zero import partition_parameters
+    from state_bytes import fill_with_zeros, start_fake_group
 
     world, *cases = sys.argv[1:]
     start_fake_group(int(world))
