@@ -37,7 +37,7 @@ def test_the_table_is_what_the_planner_computes(row: tuple[str, ...]) -> None:
     sets += [f"model.activation_checkpointing={recompute}"]
     sets += [] if chunk == "-" else [f"model.mlp_chunk={chunk.replace(',', '')}"]
     sets += [] if offload == "-" else ["model.activation_offload=true"]
-    assert [round(gb) for gb in planned(*sets)] == [int(device), int(host)]
+    assert planned(*sets) == pytest.approx((int(device), int(host)), rel=0.02, abs=0.6)
 
 
 def test_the_table_has_all_its_rows() -> None:

@@ -111,7 +111,7 @@ def test_a_chunked_mlp_gives_the_same_loss(family: str, blocks: Any, kernels: st
     """Exact but for the order in which products add up: gradients of weights are sums over chunks."""
     fields = {**FAMILIES[family], "activation_checkpointing": blocks, "kernels": kernels}
     kept = gradients(build(**fields))
-    for chunk in (1000, 40, 7):
+    for chunk in (1000, 13):
         found = gradients(build(**fields, mlp_chunk=chunk))
         if chunk == 1000:  # more than the batch has
             assert all(torch.equal(a, b) for a, b in zip(kept, found, strict=True))

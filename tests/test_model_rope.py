@@ -49,6 +49,7 @@ def frequencies(config: GPTConfig, last_position: int) -> torch.Tensor:
     return torch.atan2(table[1, 0, 0, 0], table[0, 0, 0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [100, 4096, 4097, 30_000])
 @pytest.mark.parametrize("case", SCALINGS)
 def test_frequencies_equal_transformers(case: str, length: int) -> None:
