@@ -14,8 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from packspeed.launch.planner.lock import OUTSIDE_TENSORS
 from packspeed.launch.planner.machine import GIB, Machine
-from packspeed.launch.planner.plan import OUTSIDE_TENSORS, Job, plan_of
+from packspeed.launch.planner.plan import Job, plan_of
 from packspeed.launch.run_folder.folder import versions
 
 CALIBRATED_ERROR = {"median": 0.08, "p90": 0.21}  # of other stacks with one calibrating row, docs/planner.md

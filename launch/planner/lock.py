@@ -13,17 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from packspeed.data.errors import DataError
 from packspeed.data.remote import open_dataset
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import RunFile
-from packspeed.launch.planner.plan import Plan
 from packspeed.launch.run_folder.folder import versions
 
+if TYPE_CHECKING:  # training reads locks, and needs nothing else of the planner
+    from packspeed.launch.planner.plan import Plan
+
 FORMAT = 1
+OUTSIDE_TENSORS = ("communication buffers", "allocator margin", "CUDA context")  # kinds that torch's count leaves out
 
 
 class Lock(TypedDict):

@@ -25,12 +25,12 @@ from packspeed.launch.config.peaks import WITHOUT_BF16
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.explain.explain import guess_precision
 from packspeed.launch.planner.engine_memory import EngineMemory, EngineSpec, engine_memory
+from packspeed.launch.planner.lock import OUTSIDE_TENSORS
 from packspeed.launch.planner.machine import GIB, Machine
 from packspeed.launch.planner.step_time import StepTime, step_time
 from packspeed.launch.planner.work import Layout, Work
 from packspeed.model.config import PRESETS, GPTConfig, flops_per_token, num_parameters
 
-OUTSIDE_TENSORS = ("communication buffers", "allocator margin", "CUDA context")  # kinds that torch's count leaves out
 NCCL = 0.4e9  # bytes of NCCL's buffers on a GPU, assumed; none with one rank
 FALLBACK_VOCABULARY = 50_257
 DETERMINISTIC_ATTENTION = 1.3  # train.deterministic: attention takes this much longer; docs/run_file.md has its source

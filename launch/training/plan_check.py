@@ -21,12 +21,11 @@ from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import RunFile
-from packspeed.launch.planner.lock import Lock, differences, read_lock
-from packspeed.launch.planner.machine import GIB
-from packspeed.launch.planner.plan import OUTSIDE_TENSORS
+from packspeed.launch.planner.lock import OUTSIDE_TENSORS, Lock, differences, read_lock
 from packspeed.launch.run_folder.formats import PLAN_FILE, PlanResult, StepLine
 
 STEPS, WARM_UP = 20, 5
+GIB = 2**30
 
 
 class PlanCheck:
