@@ -178,3 +178,41 @@ def test_a_part_of_eight_keeps_an_eighth_of_the_activations(kernels: str, checkp
     assert complete > 10 * replicated
     twice = 4 * 3 * 1024 * config.d_model if checkpointing == "none" else 0
     assert 0.95 * complete < 8 * eighth < 1.02 * complete + twice
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_blocks_leave_the_exchange_out_of_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part is all of the row. Later steps, with other documents and another group, compile nothing."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Tensors) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: original(self, backend=backend, **more))
+    options: dict[str, Any] = {"n_layer": 2, "n_head": 2, "d_model": 16, "vocab_size": 50, "max_seq_len": 12}
+    models = [GPT(GPTConfig(**options, kernels=kernels)) for kernels in ("eager", "compile")]
+    for model in models:
+        init_weights(model, 3)
+    tokens, calls, compiled = torch.arange(12).view(1, 12), 0, []
+
+    def all_to_all(received: torch.Tensor, sent: torch.Tensor, to_receive: list[int], to_send: list[int]) -> None:
+        nonlocal calls
+        calls += 1
+        received.copy_(sent)
+
+    for lengths in ([12], [5, 7], [1, 2, 9]):
+        more: dict[str, Any] = {"positions": torch.cat([torch.arange(n) for n in lengths])[None], "documents": lengths}
+        part = SequencePart(0, 1, 12, lambda *tensors: all_to_all(*tensors))
+        losses = [
+            model(tokens, tokens, reduction="sum", **more | extra)
+            for model, extra in zip(models, ({}, {"sequence": part}), strict=True)
+        ]
+        losses[1].backward()
+        torch.testing.assert_close(losses[1], losses[0])
+        compiled.append(len(graphs))
+    assert calls == 3 * 2 * 4, "two exchanges of each block, forward and backward"
+    assert compiled[0] == compiled[2] > 0
+    assert not any("all_to_all" in graph.code for graph in graphs)
