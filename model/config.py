@@ -110,7 +110,7 @@ class GPTConfig:
     sliding_window: int | None = None  # a token attends to so many tokens, itself included; None: to all before it
     sliding_window_pattern: int | None = None  # n: every n-th layer has no window, as in Gemma 3
     max_window_layers: int | None = None  # the first n layers have no window, as in Qwen2
-    mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"  # GPT-2 approximates GELU by tanh; nanoGPT is exact
+    mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"] = "gelu_tanh"  # GPT-2 uses tanh; nanoGPT is exact; relu(x)^2
     bias: bool | Literal["qkv", "attention"] = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
     n_expert: int | None = None  # experts per layer, of which each token uses n_expert_active; None: a dense model
@@ -123,6 +123,8 @@ class GPTConfig:
     gate_scale: float = 1.0  # and multiply them by this
     balance_rate: float = 1e-3  # per step, the change of the bias that balances the experts; 0: no balancing
     tie_embeddings: bool = True
+    logit_softcap: float | None = None  # logits become c * tanh(logits / c), as in Gemma 2; None: they stay
+    zero_init_proj: bool = False  # layers that add to the residual stream start at 0: a block begins as the identity
     dropout: float = 0.0  # on the embedding and on both branches of a block; needs one key per sample, keyed_dropout.py
     z_loss: float = 0.0  # adds z_loss * log(sum exp logits)^2 to the training loss of each token; PaLM uses 1e-4
     activation_checkpointing: Literal["none", "full"] | int = "none"  # "full": recompute all blocks; n: 0, n, 2n ...
@@ -203,7 +205,7 @@ class GPTConfig:
         choices = {
             "norm": ("layernorm", "rmsnorm"),
             "position": ("learned", "rope"),
-            "mlp": ("gelu", "gelu_tanh", "swiglu"),
+            "mlp": ("gelu", "gelu_tanh", "swiglu", "relu2"),
             "bias": tuple(BIASED),
             "gate": ("sigmoid", "softmax"),
             "kernels": get_args(Kernels),
@@ -215,6 +217,8 @@ class GPTConfig:
             raise ValueError(f"dropout = {self.dropout}: give a probability of at least 0 and less than 1.")
         if not self.z_loss >= 0.0:
             raise ValueError(f"z_loss = {self.z_loss}: give 0 (none) or a small number above it, such as 1e-4.")
+        if self.logit_softcap is not None and not self.logit_softcap > 0.0:
+            raise ValueError(f"logit_softcap = {self.logit_softcap}: give a number above 0, such as 30, or none.")
         for name in ("norm_eps", "rope_theta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: give a number above 0.")

@@ -6,6 +6,7 @@ gradients are therefore ready after the forward pass, and the backward pass only
 Losses, and the sum of the weight's gradient over the chunks, are fp32.
 Source: Liger (https://arxiv.org/abs/2410.10989).
 
+The optional soft cap makes the logits c * tanh(logits / c) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
 The optional z-loss adds z_loss * log(sum exp logits)^2 per token (PaLM, https://arxiv.org/abs/2204.02311, section 5).
 Memory: the logits of a chunk take at most CPU_CHUNK_BYTES or GPU_CHUNK_BYTES.
 """
@@ -29,14 +30,22 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, z_loss: float, kernels: Kernels
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        z_loss: float,
+        softcap: float | None,
+        kernels: Kernels,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         d_x, d_weight = torch.empty_like(x), None
         for rows, label, d_rows in zip(*(_chunks(t, weight) for t in (x, labels, d_x)), strict=True):
-            logits = rows @ weight.t()  # (chunk, padded V)
+            logits = cap(rows @ weight.t(), softcap)  # (chunk, padded V)
+            slope = None if softcap is None else 1 - (logits / softcap).square()  # d capped / d logits
             total += kernels.row_losses(logits, label, vocab_size, z_loss, with_gradient=True).sum()
-            d_logits = logits  # row_losses has overwritten the logits with their gradient
+            d_logits = logits if slope is None else logits.mul_(slope)  # row_losses has left the gradient in them
             torch.mm(d_logits, weight, out=d_rows)
             d_weight = _add_product(d_weight, d_logits.t(), rows)
         ctx.save_for_backward(d_x, d_weight)
@@ -48,7 +57,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply the saved gradients by the scalar `grad`, in place: copies would be as large as the head."""
         d_x, d_weight = ctx.saved_tensors
-        return d_x.mul_(grad), _scale(d_weight, grad, ctx.dtype), None, None, None, None
+        return d_x.mul_(grad), _scale(d_weight, grad, ctx.dtype), None, None, None, None, None
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -107,26 +116,47 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled
 
 
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return softcap * tanh(logits / softcap), in place; the logits as they are if softcap is None."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
 def head_loss(
-    x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, kernels: Kernels, z_loss: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    kernels: Kernels,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return the sum over N tokens of the cross entropy in nats, a scalar in fp32.
 
     x (N, C): the input of the head. weight (padded V, C): of the head; rows from vocab_size on are padding. labels
     (N,): labels below 0 are ignored. kernels: computes the losses of a chunk, see kernels.py. z_loss: adds z_loss *
-    log(sum exp logits)^2 for each token. If x or weight require gradients, these are computed here and not in the
-    backward pass.
+    log(sum exp logits)^2 for each token. softcap: see `cap`. If x or weight require gradients, these are computed here
+    and not in the backward pass.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        loss: Tensor = _HeadLoss.apply(x, weight, labels, vocab_size, z_loss, kernels)  # type: ignore[no-untyped-call]
+        loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+            x, weight, labels, vocab_size, z_loss, softcap, kernels
+        )
         return loss
-    return head_losses(x, weight, labels, vocab_size, kernels, z_loss).sum()
+    return head_losses(x, weight, labels, vocab_size, kernels, z_loss, softcap).sum()
 
 
 @torch.no_grad()
 def head_losses(
-    x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, kernels: Kernels, z_loss: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    kernels: Kernels,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return the loss of each token in nats, (N,) fp32, without gradients. Arguments as in head_loss."""
     chunks = zip(_chunks(x, weight), _chunks(labels, weight), strict=True)
-    return torch.cat([kernels.row_losses(r @ weight.t(), label, vocab_size, z_loss, False) for r, label in chunks])
+    return torch.cat(
+        [kernels.row_losses(cap(r @ weight.t(), softcap), label, vocab_size, z_loss, False) for r, label in chunks]
+    )

@@ -163,7 +163,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward part of a block: a linear layer, GELU or SwiGLU, and a second linear layer."""
+    """The feed-forward part of a block: a linear layer, the activation (model.mlp), and a second linear layer."""
 
     def __init__(self, config: GPTConfig, width: int | None = None) -> None:
         """Build an MLP of `width` hidden channels; None: ff_width."""
@@ -248,7 +248,7 @@ class Head(nn.Module):
 
     def __init__(self, config: GPTConfig, tied: Tensor | None = None) -> None:
         super().__init__()
-        self.vocab_size, self.z_loss = config.vocab_size, config.z_loss
+        self.vocab_size, self.z_loss, self.softcap = config.vocab_size, config.z_loss, config.logit_softcap
         self.kernels = "auto" if config.kernels == "compile" else config.kernels  # only blocks are compiled
         self.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.d_model)) if tied is None else tied
 
@@ -259,7 +259,8 @@ class Head(nn.Module):
         returns the loss of each label, (B, T).
         """
         if labels is None:
-            return linear(x, self.weight, None)[..., : self.vocab_size]
+            logits = linear(x, self.weight, None)[..., : self.vocab_size]
+            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         weight, device = self.weight, x.device.type
         if torch.is_autocast_enabled(device):  # the fused loss does not cast its inputs itself
             x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
@@ -268,8 +269,8 @@ class Head(nn.Module):
         inputs = x.flatten(0, 1), weight, labels.flatten(), self.vocab_size, choose(self.kernels, x.device)
         with torch.autocast(device, enabled=False):
             if reduction == "none":
-                return head_losses(*inputs).view(labels.shape)
-            loss = head_loss(*inputs, z_loss=self.z_loss if self.training else 0.0)
+                return head_losses(*inputs, softcap=self.softcap).view(labels.shape)
+            loss = head_loss(*inputs, z_loss=self.z_loss if self.training else 0.0, softcap=self.softcap)
         return loss / (labels >= 0).sum() if reduction == "mean" else loss
 
 
@@ -493,14 +494,16 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     """Return the initial value of a parameter, in fp32 on the CPU, as in GPT-2 (Radford et al. 2019, section 2.3).
 
     Matrices are drawn from a normal distribution with standard deviation 0.02, or 0.02 / sqrt(2 n_layer) if their
-    output is added to the residual stream. The weights of norms are 1. Biases, and the padding rows of embedding and
-    head, are 0.
+    output is added to the residual stream; these are 0 with zero_init_proj. The weights of norms are 1. Biases, and the
+    padding rows of embedding and head, are 0.
     """
     if not is_matrix(name):
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     std = STD / math.sqrt(2 * config.n_layer) if name.endswith("proj.weight") else STD
+    if config.zero_init_proj and name.endswith("proj.weight"):
+        std = 0.0
     rows = config.vocab_size if name in ("embed.weight", "lm_head.weight") else shape[0]
     value = torch.zeros(shape)
     value[:rows].normal_(0.0, std, generator=generator)

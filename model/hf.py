@@ -147,7 +147,11 @@ def _family_with_experts(config: GPTConfig) -> Family:
 
 
 def _unsupported(config: GPTConfig, wanted: Mapping[str, tuple[object, ...]]) -> list[str]:
-    """Return the fields of the config, as "name = value", whose value is not among those in `wanted`."""
+    """Return the fields of the config, as "name = value", whose value is not among those in `wanted`.
+
+    No family caps the logits.
+    """
+    wanted = {**wanted, "logit_softcap": (None,)}
     return [
         f"{name} = {getattr(config, name)!r}" for name, valid in wanted.items() if getattr(config, name) not in valid
     ]

@@ -45,7 +45,7 @@ class Kernels(Protocol):
         """Return causal attention, as attention.attend does."""
 
     def activate(self, x: Tensor, kind: str) -> Tensor:
-        """Apply the nonlinearity of the MLP to x: kind is gelu, gelu_tanh or swiglu."""
+        """Apply the nonlinearity of the MLP to x: kind is gelu, gelu_tanh, relu2 or swiglu."""
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
         """Round a matrix to an 8-bit dtype. Return copies and their unit, which reference_ops.quantise explains."""

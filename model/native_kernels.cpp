@@ -34,7 +34,7 @@ inline Gelu gelu_tanh(float x) {  // (1 + tanh(u)) / 2 = sigmoid(2 u)
     return {share, share + x * share * (1.0f - share) * 1.59576912f * (1.0f + 0.134145f * x * x)};
 }
 
-enum Kind { GELU, GELU_TANH, SWIGLU };  // as in native_kernels.py
+enum Kind { GELU, GELU_TANH, SWIGLU, RELU2 };  // as in native_kernels.py
 
 template <typename T, Kind kind>
 void activate(const T* x, T* out, Index rows, Index width, int threads) {
@@ -49,6 +49,8 @@ void activate(const T* x, T* out, Index rows, Index width, int threads) {
                 const float v = load(a[i]);
                 if constexpr (kind == SWIGLU) {
                     results[i - first] = v * sigmoid(v) * load(a[width + i]);
+                } else if constexpr (kind == RELU2) {
+                    results[i - first] = v < 0.0f ? 0.0f : v * v;
                 } else {
                     results[i - first] = v * (kind == GELU ? gelu(v) : gelu_tanh(v)).share;
                 }
@@ -76,6 +78,8 @@ void activate_backward(const T* x, const T* d_out, T* d_x, Index rows, Index wid
                     const float open = sigmoid(v), up = load(a[width + i]);
                     results[i - first] = grad * up * open * (1.0f + v * (1.0f - open));
                     of_up[i - first] = grad * v * open;
+                } else if constexpr (kind == RELU2) {
+                    results[i - first] = v < 0.0f ? 0.0f : grad * 2.0f * v;
                 } else {
                     results[i - first] = grad * (kind == GELU ? gelu(v) : gelu_tanh(v)).slope;
                 }
@@ -148,14 +152,16 @@ void row_losses(T* logits, const Index* labels, float* losses, Index rows, Index
     extern "C" void activate_##T(const T* x, T* out, Index rows, Index width, int kind, int threads) {           \
         const auto chosen = kind == GELU        ? activate<T, GELU>                                              \
                             : kind == GELU_TANH ? activate<T, GELU_TANH>                                         \
-                                                : activate<T, SWIGLU>;                                           \
+                            : kind == SWIGLU    ? activate<T, SWIGLU>                                            \
+                                                : activate<T, RELU2>;                                            \
         chosen(x, out, rows, width, threads);                                                                    \
     }                                                                                                            \
     extern "C" void activate_backward_##T(const T* x, const T* d_out, T* d_x, Index rows, Index width, int kind, \
                                           int threads) {                                                         \
         const auto chosen = kind == GELU        ? activate_backward<T, GELU>                                     \
                             : kind == GELU_TANH ? activate_backward<T, GELU_TANH>                                \
-                                                : activate_backward<T, SWIGLU>;                                  \
+                            : kind == SWIGLU    ? activate_backward<T, SWIGLU>                                   \
+                                                : activate_backward<T, RELU2>;                                   \
         chosen(x, d_out, d_x, rows, width, threads);                                                             \
     }
 

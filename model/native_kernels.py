@@ -43,7 +43,7 @@ HEADERS = [Path(__file__).with_name(name) for name in ("native_numbers.h", "nati
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared",
 )  # fmt: skip
-KINDS = ("gelu", "gelu_tanh", "swiglu")  # as in native_kernels.cpp
+KINDS = ("gelu", "gelu_tanh", "swiglu", "relu2")  # as in native_kernels.cpp
 NO_WINDOW = 1 << 40  # tokens: longer than any sequence
 SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -212,7 +212,7 @@ class _Activate(torch.autograd.Function):
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh or swiglu. Shapes as in reference_ops.activate."""
+    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh, relu2 or swiglu. Shapes as in reference_ops.activate."""
     if x.dtype not in SUFFIX or x.numel() == 0:
         return plain_activate(x, kind)
     out: Tensor = _Activate.apply(x, kind)  # type: ignore[no-untyped-call]

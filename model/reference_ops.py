@@ -66,14 +66,16 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Return the nonlinearity of the MLP. kind: gelu (exact), gelu_tanh (approximated by tanh) or swiglu.
+    """Return the nonlinearity of the MLP. kind: gelu (exact), gelu_tanh (approximated by tanh), relu2 or swiglu.
 
-    The GELUs keep the shape of x. SwiGLU maps (..., 2 F) to (..., F): it multiplies the second half of the channels by
-    SiLU of the first half.
+    The GELUs and relu2, which is relu(x)^2 (Primer, https://arxiv.org/abs/2109.08668), keep the shape of x. SwiGLU maps
+    (..., 2 F) to (..., F): it multiplies the second half of the channels by SiLU of the first half.
     """
     if kind == "swiglu":
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
+    if kind == "relu2":
+        return F.relu(x).square()
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 

@@ -181,8 +181,11 @@ def activation_forward(x, out, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
         value = gate * tl.sigmoid(gate) * tl.load(place + width, inside, 0.0).to(tl.float32)
     else:
         value = tl.load(x + row * width + c, inside, 0.0).to(tl.float32)
-        share, _ = gelu_parts(value, KIND == "gelu_tanh")
-        value *= share
+        if KIND == "relu2":
+            value = tl.where(value < 0.0, 0.0, value * value)
+        else:
+            share, _ = gelu_parts(value, KIND == "gelu_tanh")
+            value *= share
     tl.store(out + row * width + c, value.to(out.dtype.element_ty), inside)
 
 
@@ -203,7 +206,11 @@ def activation_backward(x, d_out, d_x, width, KIND: tl.constexpr, BLOCK: tl.cons
         tl.store(d_x + place + width, (d * gate * open_).to(d_x.dtype.element_ty), inside)
     else:
         place = row * width + c
-        _, slope = gelu_parts(tl.load(x + place, inside, 0.0).to(tl.float32), KIND == "gelu_tanh")
+        value = tl.load(x + place, inside, 0.0).to(tl.float32)
+        if KIND == "relu2":
+            slope = tl.where(value < 0.0, 0.0, 2.0 * value)
+        else:
+            _, slope = gelu_parts(value, KIND == "gelu_tanh")
         tl.store(d_x + place, (d * slope).to(d_x.dtype.element_ty), inside)
 
 
@@ -371,7 +378,7 @@ def _tiles(out: Tensor) -> tuple[int]:
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh or swiglu. Shapes as in reference_ops.activate."""
+    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh, relu2 or swiglu. Shapes as in reference_ops.activate."""
     out: Tensor = _Activate.apply(x, kind)
     return out
 

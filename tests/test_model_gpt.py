@@ -79,9 +79,11 @@ def test_loss_is_the_cross_entropy_of_the_logits(family: str) -> None:
     assert abs(expected.mean().item() - math.log(100)) < 0.1  # an untrained model knows nothing
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, None), (0.01, None), (0.0, 1.5), (0.01, 1.5)])
 @pytest.mark.parametrize("ignored", [[], [0, 4, 5]])
-def test_head_and_loss_in_float64(z_loss: float, ignored: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_and_loss_in_float64(
+    z_loss: float, softcap: float | None, ignored: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values and gradients are those of a linear layer, F.cross_entropy and the log of the sum, whatever the cut."""
     monkeypatch.setattr("packspeed.model.fused_loss.CPU_CHUNK_BYTES", 8 * 4 * 13)
     monkeypatch.setattr("packspeed.model.reference_ops.CPU_BLOCK_ELEMENTS", 3 * 13)
@@ -89,10 +91,12 @@ def test_head_and_loss_in_float64(z_loss: float, ignored: list[int], monkeypatch
     labels = torch.randint(0, 11, (10,))
     labels[ignored] = -1
     logits = (x @ weight.t())[:, :11]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
     losses = losses + z_loss * logits.logsumexp(-1) ** 2 * (labels >= 0)
-    found = head_loss(x, weight, labels, 11, PLAIN, z_loss)
-    each = head_losses(x, weight, labels, 11, PLAIN, z_loss)
+    found = head_loss(x, weight, labels, 11, PLAIN, z_loss, softcap)
+    each = head_losses(x, weight, labels, 11, PLAIN, z_loss, softcap)
     torch.testing.assert_close(found, losses.sum())
     torch.testing.assert_close(each, losses)
     expected = torch.autograd.grad(3.0 * losses.sum(), (x, weight))
@@ -366,6 +370,22 @@ def test_init_statistics() -> None:
             assert real.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(real.mean().item()) < 5 * std / math.sqrt(real.numel()), name
             assert torch.count_nonzero(p[len(real) :]) == 0, name
+
+
+def test_a_block_that_starts_at_zero_is_the_identity() -> None:
+    model = build(zero_init_proj=True)
+    x = torch.randn(2, 3, model.config.d_model)
+    kept, branch = model.blocks[0](x)
+    assert torch.equal(kept + branch, x)
+
+
+def test_capped_logits_give_the_capped_loss() -> None:
+    model = build(logit_softcap=0.05, mlp="relu2")
+    tokens = torch.randint(0, model.config.vocab_size, (2, 9))
+    logits = model(tokens[:, :-1])
+    assert logits.abs().max().item() <= 0.05
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:]), expected)
 
 
 def test_init_depends_on_seed_and_name_alone() -> None:

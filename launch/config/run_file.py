@@ -59,7 +59,8 @@ MODEL_KEYS = {
     "sliding_window_pattern": "Every n-th layer attends to all earlier tokens, the others have the window, as in "
     "Gemma 3. Default: all layers have it.",
     "max_window_layers": "The first n layers attend to all earlier tokens, the others have the window, as in Qwen2.",
-    "mlp": "Activation of the MLP. gelu_tanh is GPT-2's approximation of gelu. swiglu has a third weight matrix.",
+    "mlp": "Activation of the MLP. gelu_tanh is GPT-2's approximation of gelu. swiglu has a third weight matrix. "
+    "relu2 is the square of ReLU, which trains small models faster.",
     "bias": "Which layers have a bias. true: all linear layers and LayerNorm. false: none. qkv: only the projections "
     "to queries, keys and values (as in Qwen2). attention: these and attention's output projection.",
     "n_expert": "Experts per layer. They replace the MLP, and a router sends each token to n_expert_active of them, "
@@ -77,6 +78,9 @@ MODEL_KEYS = {
     "token uses. It depends on the global batch, so neither on ranks nor on micro batches. 0: no balancing, which an "
     "export as Mixtral or Qwen3-MoE needs.",
     "qk_norm": "Apply RMSNorm to the query and the key of each head.",
+    "logit_softcap": "Limit c of the logits: they become c * tanh(logits / c), as in Gemma 2. Default: no limit.",
+    "zero_init_proj": "Start the layers whose output is added to the residual stream at 0, so that every block begins "
+    "as the identity. Changes the initial weights only.",
     "tie_embeddings": "Use the token embedding as the weight of the output head.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
     "depend only on the seed and on the sample's number in the run, so a resumed run uses the same masks.",

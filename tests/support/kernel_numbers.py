@@ -121,7 +121,7 @@ def test_rotate(
 
 @DTYPES
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, where a sigmoid is 0: exp is infinite
-@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "relu2", "swiglu"])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 5, 14), (2, 1030)])
 def test_activate(fused: Kernels, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (normal(*shape, dtype=dtype).detach() * 4.0).requires_grad_()
