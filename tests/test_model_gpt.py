@@ -383,7 +383,7 @@ def test_capped_logits_give_the_capped_loss() -> None:
     model = build(logit_softcap=0.05, mlp="relu2")
     tokens = torch.randint(0, model.config.vocab_size, (2, 9))
     logits = model(tokens[:, :-1])
-    assert logits.abs().max().item() <= 0.05
+    assert logits.abs().max().item() < 0.05 * (1 + 1e-6)
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:]), expected)
 
