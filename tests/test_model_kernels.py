@@ -109,7 +109,14 @@ def test_compiled_gradients(graphs: Callable[[], int]) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_dropout_and_recomputation_need_no_graph_more(graphs: Callable[[], int]) -> None:
-    fields = {"dropout": 0.2, "position": "rope", "mlp": "swiglu", "norm": "rmsnorm", "activation_checkpointing": 2}
+    fields: dict[str, Any] = {
+        "dropout": 0.2,
+        "position": "rope",
+        "mlp": "swiglu",
+        "norm": "rmsnorm",
+        "activation_checkpointing": 2,
+    }
+    fields |= {"activation_offload": True, "mlp_chunk": 20}
     compiled, eager = (loss_and_gradients(build(**fields, kernels=kernels)) for kernels in ("compile", "eager"))
     assert_same(compiled, eager)
     assert graphs() <= 2  # with and without recomputation

@@ -244,13 +244,14 @@ def activation_checkpointing_block(case: Case) -> Iterator[str]:
     """The block activation_checkpointing configures deepspeed.checkpointing, which Packspeed's model does not call.
 
     Symptom: memory use is the same as without activation checkpointing.
-    Fix: set model.activation_checkpointing in the run file.
+    Fix: set model.activation_checkpointing in the run file, and model.activation_offload for cpu_checkpointing.
     """
     if block(case.ds, "activation_checkpointing"):
         now = "" if case.run.model.activation_checkpointing else " It is off now."  # type: ignore[attr-defined]
         yield (
             "activation_checkpointing {...} configures deepspeed.checkpointing, which this model does not call, so "
-            f"nothing is recomputed. Set model.activation_checkpointing: full (or n) in the run file.{now}"
+            f"nothing is recomputed. Set model.activation_checkpointing: full (or n) in the run file, and for "
+            f"cpu_checkpointing model.activation_offload: true.{now}"
         )
 
 
