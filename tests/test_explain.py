@@ -125,6 +125,13 @@ CASES: list[tuple[str, list[str], dict[str, Any] | None, int]] = [
     ("decay-longer-than-the-run", ["train.schedule.name=wsd", "train.schedule.decay_steps=30"], None, 1),
     ("unusual-learning-rate", ["train.optimizer.lr=0.1"], None, 1),
     ("unusual-learning-rate", ["train.optimizer.betas=[0.9, 1.5]"], None, 1),
+    ("muon-rate-of-another-scale", ["train.optimizer.name=muon"], None, 1),
+    (
+        "muon-rate-of-another-scale",
+        ["train.optimizer={name: muon, muon_lr: 0.02, update_scale: rms}"],
+        None,
+        1,
+    ),
     ("no-clipping", ["train.grad_clip=0"], None, 1),
     ("not-deterministic", ["train.deterministic=false"], None, 1),
     ("too-many-epochs", ["train.steps=20000"], None, 1),

@@ -59,8 +59,15 @@ def cases(folder: Path) -> dict[str, list[str]]:
     runs["experts-fp16"] = ["deepspeed=zero2", "train.precision=fp16", EXPERTS]
     runs["fp8-all"] = [*runs["zero3-fp8"], *EXTRAS]
     runs["fp16"] = ["deepspeed=zero1", "train.precision=fp16"]
+    sub_groups = folder / "zero3_sub_groups.json"  # DeepSpeed then updates the matrices in several parts
+    sub_groups.write_text(
+        json.dumps(
+            {"zero_optimization": {**json.loads(partitioned.read_text())["zero_optimization"], "sub_group_size": 9000}}
+        )
+    )
     for stage in MUON_STAGES:
         runs[f"{stage}-muon"] = [*runs[f"{stage}-fp32"], *MUON]
+    runs["zero3-muon"][0] = f"deepspeed={sub_groups}"
     runs["lion"] = ["deepspeed=zero2_offload", "train.optimizer.name=lion", "train.optimizer.betas=[0.9, 0.99]"]
     torch_adam = folder / "torch_adam.json"  # what stands in for FusedAdam where that cannot be compiled
     torch_adam.write_text(

@@ -108,6 +108,24 @@ def unusual_learning_rate(case: Case) -> Iterator[str]:
         yield f"train.optimizer.weight_decay = {optimizer.weight_decay:g} pulls the weights to zero. 0.1 is usual."
 
 
+@rule("loss", "Muon, kellerjordan.github.io/posts/muon; Moonlight, arXiv:2502.16982")
+def muon_rate_of_another_scale(case: Case) -> Iterator[str]:
+    """The learning rate of Muon's matrices does not fit train.optimizer.update_scale.
+
+    Symptom: with shape and a rate such as AdamW's, the matrices hardly learn. With rms and a rate such as 0.02, the
+    loss diverges.
+    Fix: with shape, set train.optimizer.muon_lr to 0.01 to 0.05; with rms, leave it out, or use AdamW's rate.
+    """
+    optimizer = case.run.train.optimizer
+    rate, scale = optimizer.muon_lr or optimizer.lr, optimizer.update_scale
+    if optimizer.name == "muon" and rate > 0 and (rate < 2e-3 if scale == "shape" else rate > 1e-2):
+        usual = "0.01 to 0.05" if scale == "shape" else "that of AdamW"
+        yield (
+            f"train.optimizer.muon_lr = {rate:g} with update_scale: {scale} is unusual: {usual} is usual. Set it, or "
+            "choose the other scale."
+        )
+
+
 @rule("loss")
 def no_clipping(case: Case) -> Iterator[str]:
     """Without clipping, or with a very high limit, nothing limits the update by one bad batch.
