@@ -31,7 +31,7 @@ STEPS = (
     "eval.every_steps=15",
     "train.schedule.warmup_steps=5",
 )
-MUON = ("train.optimizer.name=muon", "train.optimizer.muon_lr=0.02")
+MUON = ("train.optimizer.name=muon", "train.optimizer.muon_lr=0.02", "train.optimizer.row_beta=0.95")
 LION = ("train.optimizer.name=lion", "train.optimizer.betas=[0.9, 0.99]", "train.optimizer.lr=1e-4")
 
 

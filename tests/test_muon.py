@@ -74,7 +74,7 @@ def test_steps_are_those_of_torchs_muon_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, scale: Any, adjust: str, nesterov: bool
 ) -> None:
     """torch computes in bf16 on every device, Packspeed on accelerators only."""
-    monkeypatch.setattr(muon, "computes_on", lambda: (torch.device("cpu"), torch.bfloat16))
+    monkeypatch.setattr(muon, "products_dtype", lambda: torch.bfloat16)
     generator = torch.Generator().manual_seed(3)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -153,15 +153,16 @@ def test_three_ranks_update_as_one(monkeypatch: pytest.MonkeyPatch, replicated: 
     def work(rank: int) -> None:
         mail.rank.value = rank
         torch.set_num_threads(threads)
-        first = 0 if replicated else [0, *cuts][rank]
         matrices = []
         for start, (rows, columns), held in zip(starts, SHAPES, places, strict=True):
             matrices.append(Matrix(rows, columns, flat, start + held[rank][0], held))
         part = Round(matrices, rank, replicated, None)
-        for matrix, direction in part.orthogonalise(
-            lambda m: m.part(flat, rank), lambda update: orthogonalise(update, iteration("quintic", 5))
-        ):
-            assert replicated or not matrix.held[rank][1] or matrix.offset >= first
+        complete = part.collect(lambda m: m.part(flat, rank), Matrix.elements, torch.float32)
+        found = {
+            m: orthogonalise(x.view(m.rows, m.columns), iteration("quintic", 5)).reshape(-1)
+            for m, x in complete.items()
+        }
+        for matrix, direction in part.distribute(found, Matrix.elements, torch.float32):
             matrix.part(results[rank], rank).copy_(direction)
 
     workers = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
@@ -178,6 +179,28 @@ def test_three_ranks_update_as_one(monkeypatch: pytest.MonkeyPatch, replicated: 
             assert torch.equal(result, torch.cat(expected)), rank
     if not replicated:
         assert torch.equal(sum(results, torch.zeros(total)), torch.cat(expected))
+
+
+def test_rows_equalise_as_published() -> None:
+    """NorMuon: O / sqrt(running mean of O^2 per row), rescaled to O's norm; in float64, over three steps."""
+    generator, beta = torch.Generator().manual_seed(6), 0.95
+    squares, mean = torch.zeros(5), torch.zeros(5, dtype=torch.float64)
+    for _ in range(3):
+        update = torch.randn(5, 7, generator=generator) * torch.arange(1, 6)[:, None]
+        found, squares = muon.equalise_rows(update, squares, beta)
+        exact = update.double()
+        mean = beta * mean + (1 - beta) * exact.square().mean(1)
+        expected = exact / mean.sqrt()[:, None]
+        torch.testing.assert_close(found.double(), expected * exact.norm() / expected.norm(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(squares.double(), mean, atol=0, rtol=1e-5)
+    assert torch.equal(muon.equalise_rows(torch.zeros(2, 2), torch.zeros(2), beta)[0], torch.zeros(2, 2))
+
+
+def test_every_row_begins_on_one_rank_and_is_known_where_it_is_touched() -> None:
+    matrix = Matrix(6, 5, torch.empty(0), 0, [(0, 7), (7, 1), (8, 0), (8, 17), (25, 5)])
+    begun = [list(range(6))[matrix.begun_rows(rank)] for rank in range(5)]
+    assert begun == [[0, 1], [], [], [2, 3, 4], [5]]
+    assert [list(range(6))[matrix.touched_rows(rank)] for rank in range(5)] == [[0, 1], [1], [], [1, 2, 3, 4], [5]]
 
 
 def test_work_is_shared_equally_and_in_rounds() -> None:

@@ -33,7 +33,8 @@ STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 REWIND = 6
 MUON_STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload")
 MUON = (
-    "train.optimizer={name: muon, lr: 1e-3, muon_lr: 0.02, momentum_warmup_steps: 4, weight_decay_schedule: lr}",
+    "train.optimizer={name: muon, lr: 1e-3, muon_lr: 0.02, momentum_warmup_steps: 4, row_beta: 0.9, "
+    "weight_decay_schedule: lr}",
     "train.grad_clip=0.5", "model.mlp=swiglu", "model.n_kv_head=1",
 )  # fmt: skip
 FP8 = ("train.precision=fp8", "model.n_layer=3")  # the block in the middle

@@ -91,6 +91,7 @@ OLDER_DEFAULTS = {
     "train.optimizer.ns_coefficients": "quintic",
     "train.optimizer.update_scale": "shape",
     "train.optimizer.split_fused": True,
+    "train.optimizer.row_beta": None,
 }
 
 # Keys of zero_optimization that DeepSpeed's checkpoint files do not depend on.

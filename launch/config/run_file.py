@@ -266,6 +266,13 @@ class OptimizerSection(Section):
         description="muon only: factor of an orthogonal update. shape: sqrt(max(1, rows / columns)). rms: "
         "0.2 sqrt(max(rows, columns)), with which learning rate and weight decay of AdamW fit.",
     )
+    row_beta: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="muon only: NorMuon. Divide the rows of an orthogonal update by the root of their mean square in "
+        "past steps, whose decay rate per step this is; 0.95 is usual. Takes 4 bytes per weight. Default: off.",
+    )
     split_fused: bool = Field(
         True,
         description="muon only: orthogonalise the projections to queries, keys and values, and SwiGLU's gate and up, "

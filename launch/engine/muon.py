@@ -14,6 +14,7 @@ To DeepSpeed this is an optimizer of flat fp32 partitions, as Adam is. The momen
 stored, cut and converted like Adam's moments. DeepSpeed clips the gradient before the step, at every stage alike, so
 that clipping never cuts O. Only the third line needs other ranks. Each matrix has one owner. The owner gets the parts
 of U from all ranks, computes O, and sends the parts of O back: two all-to-all exchanges per ROUND elements of a rank.
+NorMuon's mean square of each row takes the same ways.
 
     rank 0 holds  | A A A B B |            owner of A: rank 1     A A A ->  A A A    orthogonalise    A A A ->
     rank 1 holds  | B C C C C |            owner of B: rank 0     <-  B
@@ -86,6 +87,18 @@ def orthogonalise(matrix: Tensor, coefficients: Coefficients) -> Tensor:
     return x.T if matrix.size(0) > matrix.size(1) else x
 
 
+def equalise_rows(update: Tensor, squares: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Divide each row of an orthogonal update by the root of its mean square in past steps, and keep the update's norm.
+
+    That is NorMuon (https://arxiv.org/abs/2510.05491): some rows of an orthogonalised update are much longer than
+    others, step after step. squares (rows,) fp32: the running means, zeros at first. Returns the new update and means.
+    """
+    wide = update.float()
+    squares = squares.lerp(wide.square().mean(1), 1 - beta)
+    equal = wide / (squares.sqrt()[:, None] + EPS)
+    return (equal * (wide.norm() / equal.norm().clamp(min=EPS))).to(update.dtype), squares
+
+
 def update_scale(rows: int, columns: int, kind: str) -> float:
     """Return the factor of an orthogonal (rows, columns) update: by "shape" or by "rms".
 
@@ -120,82 +133,111 @@ class Matrix:
         short, long = sorted((self.rows, self.columns))
         return short * short * (2 * long + short)
 
-    def span(self, rank: int) -> slice:
+    def elements(self, rank: int) -> slice:
         """Return which elements of the flattened matrix this rank holds."""
         begin, count = self.held[rank]
         return slice(begin, begin + count)
+
+    def begun_rows(self, rank: int) -> slice:
+        """Return the rows whose first element this rank holds. Every row begins on exactly one rank."""
+        begin, count = self.held[rank]
+        return slice(-(-begin // self.columns), -(-(begin + count) // self.columns))
+
+    def touched_rows(self, rank: int) -> slice:
+        """Return the rows of which this rank holds an element."""
+        begin, count = self.held[rank]
+        return slice(begin // self.columns, -(-(begin + count) // self.columns)) if count else slice(0, 0)
 
     def part(self, flat: Tensor, rank: int) -> Tensor:
         """Return a view of this rank's part in `flat`, a flattened tensor like self.flat."""
         return flat[self.offset : self.offset + self.held[rank][1]]
 
 
+Spans = Callable[[Matrix, int], slice]  # Matrix.elements and the like: which numbers of a matrix a rank has
+
+
 class Round:
-    """Matrices whose parts travel in the same two exchanges.
+    """Matrices whose numbers travel together: from all ranks to the owners, and back.
 
     `replicated`: every rank holds all of every matrix (ZeRO-0), so that owners need no parts of others.
     """
 
     def __init__(self, matrices: Sequence[Matrix], rank: int, replicated: bool, group: object) -> None:
         self.rank, self.group, self.replicated = rank, group, replicated
-        self.ranks = len(matrices[0].held)
-        self.of_owner = share_out(matrices, self.ranks)
+        self.ranks = range(len(matrices[0].held))
+        self.of_owner = share_out(matrices, len(self.ranks))
+        self.mine = self.of_owner[rank]
 
-    def sent(self, matrix: Matrix, source: int, owner: int) -> int:
-        """Return how many elements of the matrix rank `source` sends to the owner."""
-        return matrix.held[source][1] if source == owner or not self.replicated else 0
+    def collect(self, part_of: Callable[[Matrix], Tensor], spans: Spans, dtype: torch.dtype) -> dict[Matrix, Tensor]:
+        """Return {own matrix: its numbers from all ranks, flat}, on the device. A collective of the group.
 
-    def orthogonalise(
-        self, update_of: Callable[[Matrix], Tensor], function: Callable[[Tensor], Tensor]
-    ) -> Iterator[tuple[Matrix, Tensor]]:
-        """Yield (matrix, this rank's part of function(update)) for every matrix, as a flat tensor. A collective.
-
-        update_of(matrix): this rank's part of the update, flat. function: from the complete update (rows, columns) to
-        a tensor of the same shape. All ranks of the group must call it, and exhaust it.
+        part_of(matrix): this rank's numbers, flat. spans(matrix, rank): which ones a rank has.
         """
-        mine, ranks = self.of_owner[self.rank], range(self.ranks)
-        if self.ranks == 1:
-            for matrix in mine:
-                update = update_of(matrix).to(*computes_on())
-                yield matrix, function(update.view(matrix.rows, matrix.columns)).reshape(-1)
-            return
-        pairs = [(owner, matrix) for owner in ranks for matrix in self.of_owner[owner]]
-        parts = [update_of(matrix) for owner, matrix in pairs if self.sent(matrix, self.rank, owner)]
+
+        def sent(matrix: Matrix, source: int, owner: int) -> slice:
+            return spans(matrix, source) if source == owner or not self.replicated else slice(0, 0)
+
         arrived = self._exchange(
-            parts,
-            [sum(self.sent(matrix, self.rank, owner) for matrix in self.of_owner[owner]) for owner in ranks],
-            [sum(self.sent(matrix, source, self.rank) for matrix in mine) for source in ranks],
+            [
+                [part_of(matrix) for matrix in of_owner if length(sent(matrix, self.rank, owner))]
+                for owner, of_owner in enumerate(self.of_owner)
+            ],
+            [[length(sent(matrix, source, self.rank)) for matrix in self.mine] for source in self.ranks],
+            dtype,
         )
-        complete = {matrix: arrived.new_empty(matrix.numel) for matrix in mine}
-        sizes = [self.sent(matrix, source, self.rank) for source in ranks for matrix in mine]
-        places = [(matrix, source) for source in ranks for matrix in mine]
-        for (matrix, source), part in zip(places, torch.split(arrived, sizes), strict=True):
-            if part.numel():
-                complete[matrix][matrix.span(source)] = part
-        results = {
-            matrix: function(flat.view(matrix.rows, matrix.columns)).reshape(-1) for matrix, flat in complete.items()
-        }
-        back = self._exchange(
-            [results[matrix][matrix.span(r)] for r in ranks for matrix in mine],
-            [sum(matrix.held[r][1] for matrix in mine) for r in ranks],
-            [sum(matrix.held[self.rank][1] for matrix in self.of_owner[owner]) for owner in ranks],
+        complete = {}
+        for matrix, parts in zip(self.mine, zip(*arrived, strict=True), strict=True):
+            if len(self.ranks) == 1:
+                complete[matrix] = parts[0]
+                continue
+            places = [sent(matrix, source, self.rank) for source in self.ranks]
+            complete[matrix] = parts[0].new_empty(max(place.stop for place in places))
+            for place, part in zip(places, parts, strict=True):
+                complete[matrix][place] = part
+        return complete
+
+    def distribute(
+        self, complete: dict[Matrix, Tensor], spans: Spans, dtype: torch.dtype
+    ) -> Iterator[tuple[Matrix, Tensor]]:
+        """Yield (matrix, this rank's numbers of it, flat) for every matrix: the inverse of collect. A collective.
+
+        complete: {own matrix: all its numbers, flat}.
+        """
+        arrived = self._exchange(
+            [[complete[matrix][spans(matrix, rank)] for matrix in self.mine] for rank in self.ranks],
+            [[length(spans(matrix, self.rank)) for matrix in of_owner] for of_owner in self.of_owner],
+            dtype,
         )
-        sizes = [matrix.held[self.rank][1] for _, matrix in pairs]
-        yield from zip((matrix for _, matrix in pairs), torch.split(back, sizes), strict=True)
+        for of_owner, parts in zip(self.of_owner, arrived, strict=True):
+            yield from zip(of_owner, parts, strict=True)
 
-    def _exchange(self, parts: Sequence[Tensor], sent: list[int], received: list[int]) -> Tensor:
-        """Send the next sent[r] elements of `parts` to each rank r; return what arrives, received[r] from each rank."""
-        device, dtype = computes_on()
-        arrived = torch.empty(sum(received), device=device, dtype=dtype)
-        joined = torch.cat([arrived[:0], *(part.to(device, dtype) for part in parts)])
-        dist.all_to_all_single(arrived, joined, received, sent, group=self.group)
-        return arrived
+    def _exchange(
+        self, parts: list[list[Tensor]], received: list[list[int]], dtype: torch.dtype
+    ) -> list[tuple[Tensor, ...]]:
+        """Send the flat tensors parts[r] to each rank r, in this dtype.
+
+        Returns what has come from each rank, in pieces of received[r] elements.
+        """
+        device = torch.device(get_accelerator().current_device_name())
+        if len(self.ranks) == 1:
+            return [tuple(part.to(device, dtype) for part in parts[0])]
+        sizes = [sum(of_rank) for of_rank in received]
+        arrived = torch.empty(sum(sizes), device=device, dtype=dtype)
+        joined = torch.cat([arrived[:0], *(part.to(device, dtype) for of_rank in parts for part in of_rank)])
+        sent = [sum(part.numel() for part in of_rank) for of_rank in parts]
+        dist.all_to_all_single(arrived, joined, sizes, sent, group=self.group)
+        pieces = torch.split(arrived, sizes)
+        return [torch.split(piece, of_rank) for piece, of_rank in zip(pieces, received, strict=True)]
 
 
-def computes_on() -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype of the products: bf16 on an accelerator, fp32 on the CPU."""
-    device = torch.device(get_accelerator().current_device_name())
-    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+def length(span: slice) -> int:
+    """Return the number of elements in a slice without a step."""
+    return int(span.stop - span.start)
+
+
+def products_dtype() -> torch.dtype:
+    """Return the dtype of the products: bf16 on an accelerator, fp32 on the CPU."""
+    return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
 
 
 def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
@@ -256,22 +298,54 @@ class Muon(torch.optim.Optimizer):
         """Update the matrices of one group."""
         updates: dict[Tensor, Tensor] = {}
         for parameter in group["params"]:
-            state, gradient = self.state[parameter], parameter.grad
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp_(momentum, group["momentum"]) if self.settings.nesterov else momentum
+            momentum = self._state_of(parameter, "momentum_buffer").lerp_(parameter.grad, 1 - group["momentum"])
+            nesterov = self.settings.nesterov
+            update = parameter.grad.lerp_(momentum, group["momentum"]) if nesterov else momentum
             updates[parameter] = update.view(-1)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-
-        def function(update: Tensor) -> Tensor:
-            return orthogonalise(update, self.coefficients)
-
         for part in self.rounds[group["params"][0]]:
-            for matrix, direction in part.orthogonalise(lambda m: m.part(updates[m.flat], part.rank), function):  # noqa: B023
+            for matrix, direction in self._directions(part, updates):
                 target = matrix.part(matrix.flat.data.view(-1), part.rank)
                 scale = update_scale(matrix.rows, matrix.columns, self.settings.update_scale)
                 target.add_(direction.to(target.device, target.dtype), alpha=-group["lr"] * scale)
+
+    def _directions(self, part: Round, updates: dict[Tensor, Tensor]) -> Iterator[tuple[Matrix, Tensor]]:
+        """Yield (matrix, this rank's part of the orthogonal update, flat), and update the means of NorMuon.
+
+        updates: {tensor of the optimizer: this rank's part of the updates, flat}. A collective.
+        """
+        rank, dtype, beta = part.rank, products_dtype(), self.settings.row_beta
+        complete = part.collect(lambda matrix: matrix.part(updates[matrix.flat], rank), Matrix.elements, dtype)
+        squares: dict[Matrix, Tensor] = {}
+        if beta is not None:
+            squares = part.collect(lambda matrix: self._row_squares(matrix, rank), Matrix.begun_rows, torch.float32)
+        for matrix, flat in complete.items():
+            direction = orthogonalise(flat.view(matrix.rows, matrix.columns), self.coefficients)
+            if beta is not None:
+                direction, squares[matrix] = equalise_rows(direction, squares[matrix], beta)
+            complete[matrix] = direction.reshape(-1)
+        yield from part.distribute(complete, Matrix.elements, dtype)
+        if beta is not None:
+            for matrix, rows in part.distribute(squares, Matrix.touched_rows, torch.float32):
+                own = matrix.part(self._state_of(matrix.flat, "row_square").view(-1), rank)
+                before = matrix.held[rank][0] % matrix.columns
+                own.copy_(rows.to(own.device).repeat_interleave(matrix.columns)[before : before + own.numel()])
+
+    def _row_squares(self, matrix: Matrix, rank: int) -> Tensor:
+        """Return the mean squares of the rows that begin on this rank.
+
+        They are stored once per element, so that a checkpoint cuts and converts them like the momentum.
+        """
+        own = matrix.part(self._state_of(matrix.flat, "row_square").view(-1), rank)
+        return own[-matrix.held[rank][0] % matrix.columns :: matrix.columns]
+
+    def _state_of(self, parameter: Tensor, name: str) -> Tensor:
+        """Return a state with the size of the parameter, zeros at first."""
+        state = self.state[parameter]
+        if name not in state:
+            state[name] = torch.zeros_like(parameter)
+        tensor: Tensor = state[name]
+        return tensor
 
     def locate(self, engine: Engine) -> None:
         """Find out which rank holds which part of which matrix. Call it once. A collective: every rank must call it."""

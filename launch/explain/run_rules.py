@@ -12,7 +12,7 @@ from packspeed.launch.explain.lint import Case, rule
 # Keys of train.optimizer that Muon alone reads.
 MUON_ONLY = (
     "momentum", "momentum_warmup_steps", "muon_lr", "nesterov", "ns_steps", "ns_coefficients", "update_scale",
-    "split_fused",
+    "split_fused", "row_beta",
 )  # fmt: skip
 
 
