@@ -542,15 +542,3 @@ def stacked_matrices(name: str, shape: Sequence[int], config: GPTConfig, split: 
     if split and name.endswith(".up.weight") and config.mlp == "swiglu":
         count *= 2
     return [(rows // count, columns)] * count
-
-
-def param_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups for a torch optimizer: "decay" with all matrices, and "no_decay" with the rest.
-
-    "decay" gets `weight_decay`, "no_decay" gets 0. Tied weights appear once.
-    """
-    named = list(model.named_parameters())
-    return [
-        {"name": "decay", "params": [p for name, p in named if is_matrix(name)], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for name, p in named if not is_matrix(name)], "weight_decay": 0.0},
-    ]

@@ -25,7 +25,6 @@ from packspeed.model.gpt import (
     init_weights,
     is_matrix,
     is_muon_parameter,
-    param_groups,
 )
 from packspeed.model.kernels import choose
 from packspeed.model.linear import linear
@@ -347,7 +346,7 @@ def test_a_wide_linear_rounds_as_bf16_does(has_bias: bool, autocast: bool, monke
 
 def test_a_few_steps_learn() -> None:
     model, (tokens, labels) = build(), batch()
-    optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(30):
         optimizer.zero_grad()
         loss = model(tokens, labels)
@@ -457,9 +456,6 @@ def test_groups_split_matrices_from_the_rest(family: str) -> None:
             and "pos_embed" not in name
         )
         assert is_muon_parameter(name) == hidden, name
-    decay, rest = param_groups(model, 0.1)
-    assert (decay["name"], decay["weight_decay"], rest["name"], rest["weight_decay"]) == ("decay", 0.1, "no_decay", 0.0)
-    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
 @pytest.mark.launch

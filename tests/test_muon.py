@@ -271,8 +271,9 @@ def test_groups_have_their_own_rates(tmp_path: Path) -> None:
     assert {names[id(p)] for p in groups["embedding"]["params"]} == {"embed.weight", "pos_embed.weight"}
     assert groups["scalars"]["weight_decay"] == 0.0
     assert sum(len(group["params"]) for group in groups.values()) == len(names)
-    plain = optimizer_groups(model, OptimizerSection())
-    assert [group["name"] for group in plain] == ["decay", "no_decay"]
+    decay, rest = optimizer_groups(model, OptimizerSection())
+    assert (decay["name"], decay["weight_decay"], rest["name"], rest["weight_decay"]) == ("decay", 0.1, "no_decay", 0.0)
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
 def test_a_step_sets_what_a_checkpoint_has_restored(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Branch a run off a checkpoint of another run, to end it with a decay of the learning rate. The parent can go on.
+"""Branch a run off a checkpoint of another run, to end it with a decay of the learning rate. The parent can continue.
 
     runs/base/checkpoints/step-00001000            of a run with a constant learning rate
     runs/base-decay-1000/checkpoints/step-00001000 the same files, as hard links, or copies on another file system

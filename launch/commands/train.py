@@ -25,7 +25,7 @@ def train(
         typer.Option(
             metavar="STEP",
             help="Branch off the run's checkpoint of this step: a new run NAME-decay-STEP, whose learning rate decays. "
-            "The run itself can go on.",
+            "The run itself can continue.",
         ),
     ] = None,
     decay_steps: Annotated[

@@ -14,16 +14,18 @@ To DeepSpeed this is an optimizer of flat fp32 partitions, as Adam is. The momen
 stored, cut and converted like Adam's moments. DeepSpeed clips the gradient before the step, at every stage alike, so
 that clipping never cuts O. Only the third line needs other ranks. Each matrix has one owner. The owner gets the parts
 of U from all ranks, computes O, and sends the parts of O back: two all-to-all exchanges per ROUND elements of a rank.
-NorMuon's mean square of each row takes the same ways.
+With NorMuon (row_beta), the mean square of each row travels in two more exchanges.
 
-    rank 0 holds  | A A A B B |            owner of A: rank 1     A A A ->  A A A    orthogonalise    A A A ->
-    rank 1 holds  | B C C C C |            owner of B: rank 0     <-  B
+                                  to the owner        orthogonalise        back
+    rank 0, slice  A A A B B      B from rank 1       owns B: B B B        B to rank 1
+    rank 1, slice  B C C C C      A A A from rank 0   owns A: A A A        A A A to rank 0
 
-The owners are chosen so that all ranks compute about as long. Each matrix is multiplied alone, in the same order and by
-the same kernels whichever rank owns it, so that its update has the same bits in every layout. Products are in fp32 on
-CPUs. On GPUs they are in bf16, as in Muon's publications, because the iteration corrects its own rounding; there the
-exchanges are in bf16, too, which changes no bit. Cost for an n x m matrix, n <= m: 4 n^2 m + 2 n^3 FLOPs per iteration.
-A fused matrix (queries, keys and values; gate and up) is several matrices below each other, hence a range of elements.
+The owners are chosen so that all ranks compute about as long. Each matrix is multiplied alone and by the same kernels,
+whichever rank owns it. So its update has the same bits in every layout with as many threads per rank. Products are in
+fp32 on CPUs. On GPUs they are in bf16, as in Muon's publications, because the iteration corrects its own rounding. The
+exchanges are in bf16 there, too, which changes no bit. Cost for an n x m matrix, n <= m: 4 n^2 m + 2 n^3 FLOPs per
+iteration; on CPUs, batched products take as long (LOG.md). A fused matrix (queries, keys and values; gate and up;
+experts) is several matrices below each other, each a range of elements.
 """
 
 from __future__ import annotations

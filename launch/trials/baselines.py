@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from packspeed.launch.config.schedule import learning_rate
+from packspeed.launch.engine.groups import optimizer_groups
 from packspeed.launch.engine.hardware import keep_memory
 from packspeed.launch.engine.ops import adamw_class
 from packspeed.launch.training.micro_batch import dropout_keys, micro_batches
 from packspeed.launch.trials.bench_setup import BenchSetup, PhaseMarks
-from packspeed.model.gpt import GPT, init_weights, param_groups
+from packspeed.model.gpt import GPT, init_weights
 
 
 @dataclasses.dataclass
@@ -100,7 +101,7 @@ def _bare(setup: BenchSetup) -> Baseline:
 
     def optimizer() -> torch.optim.Optimizer:
         options, make = train.optimizer, adamw_class(setup.ds_config)
-        return make(param_groups(gpt, options.weight_decay), lr=options.lr, betas=options.betas, eps=options.eps)
+        return make(optimizer_groups(gpt, options), lr=options.lr, betas=options.betas, eps=options.eps)
 
     return Baseline(gpt, loss, optimizer)
 
