@@ -17,7 +17,7 @@ from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict, full_te
 from packspeed.launch.config.run_file import AnomalySection
 from packspeed.launch.training.anomaly import AnomalyDetector, robust_z
 from support.ranks import run_many, train
-from support.workspace import Workspace
+from support.workspace import EXPERTS, Workspace
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
@@ -37,8 +37,8 @@ def skipped(workspace: Workspace) -> list[str]:
         "skip-zero3_offload": ["deepspeed=zero3_offload"], "skip-bf16": ["deepspeed=zero1", "train.precision=bf16"],
         "skip-fp16": ["deepspeed=zero1", "train.precision=fp16"],
         "skip-muon2": ["deepspeed=zero2", *muon], "skip-muon3": [f"deepspeed={zero3}", *muon],
-        "five": ["deepspeed=zero1", "checkpoint={every_steps: 5, keep: 9}"],
-        "six": ["deepspeed=zero1", "checkpoint={every_steps: 2, keep: 9}"],
+        "five": ["deepspeed=zero1", "checkpoint={every_steps: 5, keep: 9}", EXPERTS],
+        "six": ["deepspeed=zero1", "checkpoint={every_steps: 2, keep: 9}", EXPERTS],
     }  # fmt: skip
     arguments = [workspace.arguments(n, *FEW, "anomalies.nonfinite=skip", *sets) for n, sets in runs.items()]
     codes, output = run_many(workspace.folder / "skips", arguments, faults=NAN)
@@ -64,12 +64,14 @@ def test_every_stage_skips_the_step_on_all_ranks(workspace: Workspace, skipped: 
 
 
 def test_a_skipped_step_leaves_the_weights_alone(workspace: Workspace, skipped: list[str]) -> None:
-    """Checkpoint 6 has the weights and the moments that step 5 left, bit for bit."""
+    """Checkpoint 6 has the weights, the moments and the biases of routers that step 5 left, bit for bit."""
     places = [workspace.checkpoints(name) / f"step-{step:08d}" for name, step in (("five", 5), ("six", 6))]
     five, six = (dict(full_tensors(place)) for place in places)
     assert five.keys() == six.keys()
+    assert five["blocks.1.mlp.router.bias"]["fp32"].any()
     for name, states in five.items():
-        assert {"fp32", "exp_avg", "exp_avg_sq"} <= states.keys()
+        moments = set() if name.endswith("router.bias") else {"exp_avg", "exp_avg_sq"}
+        assert {"fp32"} | moments <= states.keys()
         assert all(torch.equal(six[name][kind], value) for kind, value in states.items()), name
 
 

@@ -1,17 +1,18 @@
 """Make the invariance tables: train one run file in many layouts and compare each run with a plain PyTorch loop.
 
-    make invariance                          the tests' small GPT on Python's sources; updates the two pages
+    make invariance                          the tests' small GPT on Python's sources; updates the three pages
     make invariance RUN=my.yaml STEPS=50     your model and dataset; prints the tables
     make invariance ONLY="fp32 SP2 zero1" STEPS=50         prints the rows whose name contains this regular expression
 
 The first table, in ds_configs/README.md, is over ranks, ZeRO stages and micro batches. The second, in docs/layouts.md,
-is over the sizes of the section `parallel`; its model has dropout and two key-value heads.
+is over the sizes of the section `parallel`; its model has dropout and two key-value heads. The third, in docs/moe.md,
+has a mixture of experts (ONLY=experts).
 
 The reference is support/plain_loop.py. Every row must have read its batches, or the tool stops. In bf16, whose numbers
 are 60,000 times coarser, and in fp8 another column compares runs with each other: with micro batches of equal size,
 bf16 runs are one curve, whatever the stage and the number of ranks. fp8 rows are left out if the model's sizes do not
 fit it.
-Cost: one launch for each number of ranks (1 to 4) and one with two threads, about 95 runs.
+Cost: one launch for each number of ranks (1 to 4) and one with two threads, about 125 runs.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ from packspeed.launch.config.run_file import RunFile
 from support import ROOT
 from support.plain_loop import differences, reference
 from support.ranks import run_many
-from support.workspace import Workspace, make_workspace
+from support.workspace import EXPERTS, Workspace, make_workspace
 
 MARKS = "<!-- the invariance table: make invariance -->", "<!-- its end -->"
 PLACE = ROOT / "ds_configs" / "README.md"
 PARALLEL_MARKS = "<!-- the table of parallel sizes: make invariance -->", "<!-- its end -->"
 PARALLEL_PLACE = ROOT / "docs" / "layouts.md"
+EXPERTS_MARKS = "<!-- the table of experts: make invariance -->", "<!-- its end -->"
+EXPERTS_PLACE = ROOT / "docs" / "moe.md"
 SHARED_ROWS = ["model.n_head=4", "model.n_kv_head=2", "model.position=rope", "model.dropout=0.1"]
 GLOBAL_BATCH_TOKENS = 384  # 12 samples of 32 tokens: for any number of ranks up to 4
 ONE_CURVE = ("zero1", "zero2", "zero3")
@@ -60,6 +63,7 @@ class Layout:
     micro: int
     threads: int = 1  # per rank
     sequence: int = 1
+    experts: bool = False
 
     @property
     def name(self) -> str:
@@ -77,7 +81,7 @@ class Layout:
     @property
     def label(self) -> str:
         """What --only searches in."""
-        return f"{self.precision} {self.sizes} {self.stage} {self.micro}"
+        return f"{self.precision} {self.sizes} {self.stage} {self.micro}{' experts' if self.experts else ''}"
 
     def row(self, global_batch: int, loss: float, norm: float, weight: float, from_first: float | None) -> str:
         """The line of the table."""
@@ -116,6 +120,18 @@ def parallel_layouts(run: RunFile) -> list[Layout]:
         found += [Layout("fp32", ranks, "zero1", 1, sequence=sequence)]
         found += [Layout("bf16", ranks, stage, 1, sequence=sequence) for stage in ONE_CURVE]
     return sorted(found, key=lambda row: row.ranks)
+
+
+def expert_layouts(global_batch: int) -> list[Layout]:
+    """Every run of the third table: on one rank, on two, and on two that share rows."""
+    found = []
+    for ranks, sequence in ((1, 1), (2, 1), (2, 2)):
+        rows = global_batch * sequence // ranks
+        found += [Layout("fp32", ranks, f"zero{stage}", rows, 1, sequence, True) for stage in range(4)]
+        found += [Layout("fp32", ranks, stage, 1, 1, sequence, True) for stage in ("zero1", "zero3")]
+        found += [Layout("bf16", ranks, stage, 1, 1, sequence, True) for stage in ONE_CURVE]
+        found += [Layout("bf16", ranks, "zero1", rows, 1, sequence, True)]
+    return found
 
 
 def run_with(run: RunFile, sequence: int) -> RunFile:
@@ -200,6 +216,7 @@ def main() -> int:
         for page, marks, more, every in (
             (PLACE, MARKS, [], layouts(run.global_batch, fits_fp8(space, sets))),
             (PARALLEL_PLACE, PARALLEL_MARKS, SHARED_ROWS, parallel_layouts(shared)),
+            (EXPERTS_PLACE, EXPERTS_MARKS, [EXPERTS], [] if args.run_file else expert_layouts(run.global_batch)),
         ):
             chosen = [row for row in every if re.search(args.only, row.label)]
             if chosen:
