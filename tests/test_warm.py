@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -49,7 +50,7 @@ def stack_start(pid: int) -> int:
 
 @pytest.mark.launch
 @pytest.mark.timeout(900)
-def test_a_warm_restart_gives_the_same_metrics(workspace: Workspace) -> None:
+def test_a_warm_restart_gives_the_same_metrics(workspace: Workspace, request: pytest.FixtureRequest) -> None:
     """Rank 1 is killed when a warm process waits: the next ranks are forks, and the run is that without a failure."""
     sets = ("train.steps=100", "checkpoint={every_steps: 20}", "eval.every_steps=0", "model.dropout=0.1")
     codes, output = run_many(workspace.folder / "undisturbed", [workspace.arguments("undisturbed", *sets)])
@@ -59,6 +60,8 @@ def test_a_warm_restart_gives_the_same_metrics(workspace: Workspace) -> None:
     command += [f"--set={text}" for text in ("name=restarted", *sets)] + ["--ranks", "2", "--max-restarts", "1"]
     with text.open("wb") as file:
         launch = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    request.addfinalizer(launch.wait)
+    request.addfinalizer(launch.kill)  # called first: a test that fails must leave no launch behind
 
     def ranks(step: int, *former: psutil.Process) -> list[psutil.Process]:
         """Both ranks, once they have done a step and are others than the former ones; until then an empty list."""
@@ -70,9 +73,11 @@ def test_a_warm_restart_gives_the_same_metrics(workspace: Workspace) -> None:
 
     def waiting() -> bool:
         """Whether a warm process has imported everything."""
-        return any(
-            process.cmdline()[3:4] == ["waiting"] for process in psutil.Process(launch.pid).children(recursive=True)
-        )
+        for process in psutil.Process(launch.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it may have ended
+                if process.cmdline()[3:4] == ["waiting"]:
+                    return True
+        return False
 
     first = wait_for(lambda: ranks(1))
     first[0].suspend()  # the run must not be finished before the warm process is ready
