@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,7 @@ def _measure(
     job: Job, run_file: Path, overrides: Sequence[str], sizes: Sequence[tuple[int, int]]
 ) -> list[dict[str, float]]:
     """Train a copy of the run for each (layers, micro batches of a step), and remember what they measured."""
+    print(f"measuring this CPU: {len(sizes)} short runs, once", file=sys.stderr, flush=True)
     found = [_train(job, run_file, overrides, *size) for size in sizes]
     path = _cache(job, sizes)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,14 @@ def _train(job: Job, run_file: Path, overrides: Sequence[str], layers: int, accu
             "checkpoint.every_steps=0", "monitor.sample_prompts=[]", "monitor.log_every_steps=1000",
         ]  # fmt: skip
         arguments = ["--config", str(run_file), *(f"--set={text}" for text in settings)]
-        done = subprocess.run(launcher_command(job.ranks, arguments), capture_output=True, text=True, timeout=TIMEOUT_S)
+        command = launcher_command(job.ranks, arguments)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"{run_file}: {STEPS} steps of a copy with {layers} layer(s) took more than {TIMEOUT_S} s on this CPU. "
+                "Plan a smaller model, or wait until the machine is idle."
+            ) from None
         lines = _lines(Path(folder) / "copy" / "metrics.jsonl")
         if done.returncode or len(lines) < STEPS:
             end = " ".join((done.stdout + done.stderr).split()[-60:])
