@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +31,10 @@ from packspeed.launch.checkpoint.resume import (
 )
 from packspeed.launch.checkpoint.retention import expired_checkpoints, rewind_target
 from packspeed.launch.checkpoint.verify import find_damage, newest_complete, shares
+from packspeed.launch.checkpoint.writer import SafeWriter
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import CheckpointSection
+from packspeed.launch.engine import optimizer_state
 from packspeed.launch.engine.distributed import Topology
 
 
@@ -352,3 +355,33 @@ def test_the_state_inside_must_be_of_the_same_step(tmp_path: Path) -> None:
         check_loaded_step(tmp_path, 5, "here", {"packspeed_step": 6})
     with pytest.raises(UserError, match="found nothing to load"):
         check_loaded_step(tmp_path, 5, None, {})
+
+
+@pytest.mark.parametrize(
+    ("groups", "held", "inner"),
+    [
+        ("fp32_flat_groups", "fp32_partitioned_groups_flat", "optimizer_state_dict"),
+        ("single_partition_of_fp32_groups", "single_partition_of_fp32_groups", "base_optimizer_state"),
+    ],
+)
+def test_a_load_maps_the_file_and_keeps_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, held: str, inner: str
+) -> None:
+    """Weights go straight into the optimizer's tensors, states into memory that the file does not share."""
+    monkeypatch.setattr(optimizer_state, "PIECE", 7)
+    weights, moment = torch.arange(20.0), torch.arange(20.0).reshape(4, 5) + 100
+    state = {"state": {0: {"exp_avg": moment, "step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.5}]}
+    path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": {groups: [weights], inner: state}, "ds_version": "0.19.8"}, path)
+
+    own = torch.zeros(20)
+    engine: Any = SimpleNamespace(optimizer=SimpleNamespace(**{held: [own]}), module=torch.nn.Linear(1, 1))
+    writer = SafeWriter(on_load=lambda content: optimizer_state.own_states(engine, content))
+    loaded = writer.load(str(path), map_location="cpu")["optimizer_state_dict"]
+    with path.open("r+b") as file:  # in place, so that what is still mapped becomes zero
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(own, weights)
+    assert loaded[groups][0].data_ptr() == own.data_ptr()
+    assert torch.equal(loaded[inner]["state"][0]["exp_avg"], moment)
+    assert loaded[inner]["state"][0]["step"] == 3
+    assert loaded[inner]["param_groups"] == [{"lr": 0.5}]

@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -42,6 +42,7 @@ from packspeed.launch.checkpoint.rng import gather_rng_states, set_rng_state
 from packspeed.launch.checkpoint.writer import SafeWriter
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import CheckpointSection
+from packspeed.launch.engine.optimizer_state import own_states
 from packspeed.launch.engine.patches.checkpoint_writer import write_checkpoints_with
 
 STOP_S = 60.0  # longest wait for the mirror after a signal: schedulers kill a job one or two minutes after it
@@ -94,7 +95,7 @@ class Checkpointer:
         self.section, self.identity, self.log = section, identity, log
         self.newest: int | None = None  # step of the complete checkpoint last saved or loaded by this process
         self.damaged: set[Path] = set()  # checkpoints that this process skipped when it resumed
-        self.writer = SafeWriter(on_load=lambda: topology.beat("loading"))
+        self.writer = SafeWriter(on_load=self._on_load)
         self.retention = retention.Retention(folder, section)
         self._pending: tuple[int, Manifest, float] | None = None  # the unfinished save: step, manifest, start time
         self._hosts = topology.gather(platform.node())
@@ -248,6 +249,11 @@ class Checkpointer:
             set_rng_state(rng["states"][index], self.topology.device)
         self.newest = manifest["step"]
         return manifest
+
+    def _on_load(self, content: Any) -> Any:
+        """Return the content of a file of a checkpoint, with the states that the optimizer keeps in its own memory."""
+        self.topology.beat("loading")
+        return own_states(self.engine, content)
 
     def _temporary(self, step: int) -> Path:
         """Return the folder into which a save of `step` writes until it is published."""

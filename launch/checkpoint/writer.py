@@ -47,8 +47,8 @@ class SafeWriter:
     times as fast.
     """
 
-    def __init__(self, on_load: Callable[[], object] = int) -> None:
-        """`on_load` is called before `load` reads a file."""
+    def __init__(self, on_load: Callable[[Any], Any] = lambda content: content) -> None:
+        """`on_load` is called with the content of each file that `load` reads, and returns what `load` returns."""
         self._on_load = on_load
         self._copies: dict[str, list[torch.Tensor]] = {}  # file name -> tensors of the last copy, for reuse
         self.begin(copy=False)
@@ -110,10 +110,10 @@ class SafeWriter:
     def load(self, path: str, map_location: Any = None) -> Any:
         """Return the object in a checkpoint file, loaded with pickle.
 
+        Tensors are mapped into memory, so that a page is read when it is used, and no copy of the file is in memory.
         Call it only for files whose hashes were verified, because unpickling can run code.
         """
-        self._on_load()
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return self._on_load(torch.load(path, map_location=map_location, weights_only=False, mmap=True))
 
     def create(self, info: object) -> None:
         """Do nothing: DeepSpeed calls it before a save, but Checkpointer makes the folder."""

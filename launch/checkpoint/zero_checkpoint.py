@@ -32,10 +32,8 @@ DeepSpeed's files are pickles. They are read with weights_only=True, so that no 
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,14 +43,12 @@ from safetensors import safe_open
 
 from packspeed.launch.checkpoint.manifest import UNIVERSAL, ImportedFrom, read_manifest
 from packspeed.launch.config.errors import UserError
+from packspeed.launch.engine.mapped_pages import release_pages
 
 Tensors = dict[str, torch.Tensor]  # "fp32" or the name of an optimizer state ("exp_avg", "momentum_buffer") -> tensor
 StateDict = dict[str, Any]  # the content of a pickle: tensors, numbers, nested dicts and lists
 ZeroState = StateDict  # the value of "optimizer_state_dict" in one rank's *_optim_states.pt
 Shapes = dict[str, torch.Size]  # parameter name -> shape, in the order of a group's flat vector
-
-_LIBC = ctypes.CDLL(None)
-_MADV_PAGEOUT = 21  # linux/mman.h, since Linux 5.4
 
 
 @dataclass(frozen=True)
@@ -265,7 +261,7 @@ def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[s
             stored = {"fp32": weight, **optimizer_tensors.get(name, {})}
             tensors = {key: value for key, value in stored.items() if _is_selected(key, value, weight, selection)}
             yield name, {key: value.float() for key, value in tensors.items()}
-            _release_pages(tensors.values())
+            release_pages(tensors.values())
 
 
 def _stage12_tensors(
@@ -346,17 +342,5 @@ def _span(slices: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
 def _concatenate(mapped: Sequence[torch.Tensor]) -> torch.Tensor:
     """Copy memory-mapped tensors into one tensor, (sum of their sizes,), and release their pages."""
     joined = torch.cat(list(mapped))
-    _release_pages(mapped)
+    release_pages(mapped)
     return joined
-
-
-def _release_pages(mapped: Iterable[torch.Tensor]) -> None:
-    """Let the kernel reclaim the pages of memory-mapped tensors. A later read loads them from the file again.
-
-    Without this, every page that was read counts as memory of this process until it ends.
-    """
-    for tensor in mapped:
-        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
-        # This never loses data, whatever kind of memory it is. Before Linux 5.4 the call fails without any effect.
-        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)

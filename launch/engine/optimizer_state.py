@@ -23,10 +23,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.utils import _pytree as pytree
 
 from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.engine.mapped_pages import release_pages
 from packspeed.launch.engine.protocol import Engine
 
+# Key of the fp32 weights in DeepSpeed's files -> attribute of the optimizer with the tensors of this rank.
+FP32_GROUPS = {
+    "fp32_flat_groups": "fp32_partitioned_groups_flat",
+    "single_partition_of_fp32_groups": "single_partition_of_fp32_groups",
+}
+PIECE = 2**22  # elements that are copied at a time
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -103,6 +111,42 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
             # A static loss scale has only the first of the fields.
             if hasattr(wrapper.loss_scaler, field):
                 setattr(wrapper.loss_scaler, field, number)
+
+
+@torch.no_grad()
+def own_states(engine: Engine, content: JsonObject) -> JsonObject:
+    """Replace memory-mapped tensors in the content of one of DeepSpeed's files, before DeepSpeed loads it.
+
+    DeepSpeed copies weights out of such a content, but on CPUs it keeps the tensors of the optimizer's states. So
+    these are copied here to memory of this process. The fp32 weights of stages 1 to 3 are copied to where the
+    optimizer holds them, and replaced by that tensor: DeepSpeed then copies it to itself. Both are copied piece by
+    piece, and the pages of the file are released, so that the file is never in memory as a whole. Returns `content`.
+    """
+    zero = content.get("optimizer_state_dict") or {}
+    holder = next(engine.module.parameters())  # at stage 0 the parameters, otherwise these fp32 weights
+    for saved, held in FP32_GROUPS.items():
+        for number, target in enumerate(getattr(engine.optimizer, held, [])):
+            holder = target
+            mapped = zero[saved][number] if number < len(zero.get(saved) or []) else None
+            if mapped is not None and (mapped.shape, mapped.dtype) == (target.shape, target.dtype):
+                zero[saved][number] = _copy_in_pieces(mapped, target.data)
+    if holder.device.type == "cpu":
+        for part, key in ((zero, "optimizer_state_dict"), (zero, "base_optimizer_state"), (content, "optimizer")):
+            if part.get(key):
+                part[key] = pytree.tree_map_only(torch.Tensor, _copy_in_pieces, part[key])
+    return content
+
+
+def _copy_in_pieces(mapped: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+    """Copy a memory-mapped tensor to `target`, or to a new tensor, and release its pages. Returns the target."""
+    target = torch.empty_like(mapped, device="cpu") if target is None else target
+    if mapped.dim() == 0 or not (mapped.is_contiguous() and target.is_contiguous()):
+        return target.copy_(mapped)
+    for start in range(0, mapped.numel(), PIECE):
+        source = mapped.view(-1)[start : start + PIECE]
+        target.view(-1)[start : start + PIECE].copy_(source)
+        release_pages([source])
+    return target
 
 
 def _state_tensor(state: JsonObject, kind: str, like: torch.Tensor) -> torch.Tensor:

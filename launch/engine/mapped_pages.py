@@ -1,0 +1,24 @@
+"""Give back the pages of memory-mapped tensors, so that reading a large file does not need as much memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterable
+
+import torch
+
+_LIBC = ctypes.CDLL(None)
+_MADV_PAGEOUT = 21  # linux/mman.h, since Linux 5.4
+
+
+def release_pages(mapped: Iterable[torch.Tensor]) -> None:
+    """Let the kernel reclaim the pages of memory-mapped tensors. A later read loads them from the file again.
+
+    Without this, every page that was read counts as memory of this process until it ends.
+    """
+    for tensor in mapped:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        # This never loses data, whatever kind of memory it is. Before Linux 5.4 the call fails without any effect.
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
