@@ -105,8 +105,13 @@ class GroupedLinear(nn.Module):
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, weight = rows.to(dtype), weight.to(dtype)
-        out: Tensor = _GroupedProduct.apply(rows, weight, ends)  # type: ignore[no-untyped-call]
-        return out
+        return grouped_linear(rows, weight, ends)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Return (n, out) for rows (n, in) and weight (E * out, in); see GroupedLinear.forward."""
+    out: Tensor = _GroupedProduct.apply(rows, weight, ends)  # type: ignore[no-untyped-call]
+    return out
 
 
 class MoE(nn.Module):

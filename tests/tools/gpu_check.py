@@ -240,6 +240,42 @@ def varlen(context: Context) -> None:
         )  # fmt: skip
 
 
+def experts(context: Context) -> None:
+    """Grouped GEMMs of experts, one of them without rows, against a loop in fp64, twice, and beside a dense GEMM."""
+    import torch
+    from torch.nn import functional as F
+
+    from packspeed.model.moe import grouped_linear
+
+    device = torch.device("cpu" if context.cpu else "cuda")
+    shapes = ((3, 64, 32, 48),) if context.cpu else ((8, 16384, 4096, 14336), (128, 32768, 2048, 768))
+    generator = torch.Generator(device=device).manual_seed(0)
+    for number, rows, inputs, outputs in shapes:
+        x = torch.randn(rows, inputs, generator=generator, device=device).bfloat16()
+        weight = torch.randn(number * outputs, inputs, generator=generator, device=device).bfloat16()
+        sizes = torch.arange(number).double().pow(1.5).div_(float(torch.arange(number).double().pow(1.5).sum()))
+        counts = (sizes * rows).floor().long()  # expert 0 has no rows
+        counts[-1] += rows - counts.sum()
+        ends = counts.cumsum(0).to(device, torch.int32)
+
+        def loop(x: Any, weight: Any, counts: Any = counts, number: int = number) -> Any:
+            parts = zip(x.split(counts.tolist()), weight.chunk(number), strict=True)
+            return torch.cat([part @ matrix.t() for part, matrix in parts])
+
+        run = lambda: outputs_and_gradients(lambda a, b: grouped_linear(a, b, ends), [x, weight], torch.bfloat16)  # noqa: E731, B023
+        dense = lambda: outputs_and_gradients(F.linear, [x, weight[:outputs]], torch.bfloat16)  # noqa: E731, B023
+        first, again = run(), run()
+        expected = outputs_and_gradients(loop, [x.double(), weight.double()], torch.bfloat16)
+        error = max(distance(a, b) for a, b in zip(first, expected, strict=True))
+        same = all(map(torch.equal, first, again))
+        figures = {
+            "error": error,
+            "repeatable": same,
+            "times_dense": milliseconds(run, device) / milliseconds(dense, device),
+        }
+        context.say(error < 1.5e-2 and same, f"experts {(number, rows, inputs, outputs)} bfloat16", **rounded(figures))
+
+
 # Training -----------------------------------------------------------------------------------------------------------
 
 RUN_FILE = """\
@@ -521,7 +557,8 @@ class Part:
 PARTS = {
     part.run.__name__: part
     for part in (
-        Part(kernels, 75), Part(varlen, 45), Part(data, 60), Part(prove, 130, True), Part(waits, 75, True),
+        Part(kernels, 75), Part(varlen, 45), Part(experts, 30), Part(data, 60), Part(prove, 130, True),
+        Part(waits, 75, True),
         Part(precisions, 75, True), Part(bench, 110, True), Part(memory, 45, True), Part(offload, 110, True),
         Part(compiled, 110, True), Part(checkpoint_copies, 30),
     )
