@@ -192,6 +192,11 @@ class GPTConfig:
             )
         if self.has_bias("mlp"):
             raise ValueError("experts have no biases: set bias to false, qkv or attention.")
+        if self.kernels == "compile" and self.activation_checkpointing != "none":
+            raise ValueError(
+                "kernels = compile with n_expert and activation_checkpointing: the recomputation of a compiled block "
+                "with experts is another graph than its forward pass. Use kernels: auto."
+            )
 
     def _check_window(self) -> None:
         for name, least in (("sliding_window", 1), ("sliding_window_pattern", 2), ("max_window_layers", 1)):

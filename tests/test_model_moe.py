@@ -228,6 +228,7 @@ def test_torchs_grouped_gemm_computes_the_same(dtype: torch.dtype, monkeypatch: 
         ({"bias": True}, "experts have no biases"),
         ({"n_expert": None}, "need n_expert"),
         ({"gate": "tanh"}, "gate = 'tanh'"),
+        ({"kernels": "compile", "activation_checkpointing": 2}, "kernels = compile with n_expert"),
     ],
 )
 def test_contradictions_are_refused(fields: dict[str, Any], message: str) -> None:
