@@ -19,6 +19,7 @@ import pytest
 from packspeed.launch.cluster import supervisor as supervising
 from packspeed.launch.cluster.attempt import LaunchOptions, Outcome
 from packspeed.launch.cluster.hosts import Host
+from packspeed.launch.cluster.ssh import Replies
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError, UserError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.run_folder import folder as run_folder
@@ -122,6 +123,28 @@ def test_a_signal_while_agents_start_reaches_them(supervisor: Made, monkeypatch:
 
     monkeypatch.setattr(supervising, "Attempt", Interrupted)
     assert supervisor().supervise() == EXIT_STOPPED
+
+
+def test_a_restart_waits_for_hosts_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failure of the network, the hosts may be back a little later. After hang_s seconds the launch gives up."""
+    monkeypatch.setattr(supervising, "ASK_AGAIN_S", 0.01)
+    run = load_run_file(ROOT / "launch/configs/quickstart.yaml", [f"runs_dir={tmp_path}"])
+    lines: list[str] = []
+    options = LaunchOptions([Host("far", 2)], {}, tmp_path, hang_s=0.05)
+    made = supervising.Supervisor(run, options, [], lines.append)
+    asked: list[int] = []
+
+    def ask(hosts: list[Host], pool: Any = None) -> Any:
+        asked.append(1)
+        return Replies({}, {"far": "no route to host"})
+
+    monkeypatch.setattr(made, "ask_facts", ask)
+    with pytest.raises(UserError, match=r"none of the hosts can be used: far: .*no route to host"):
+        made.plan(first=False)
+    assert len(asked) > 2
+    assert made.hosts == [Host("far", 2)]
+    with pytest.raises(ConfigError, match="these hosts cannot be used"):
+        made.plan(first=True)
 
 
 def test_a_refused_launch_changes_nothing(supervisor: Made) -> None:

@@ -41,12 +41,13 @@ from packspeed.launch.cluster.local_launcher import SIGNALS, TRAIN
 from packspeed.launch.cluster.messages import TERM, FactsRequest, HostFacts
 from packspeed.launch.cluster.ssh import AgentPool, Replies, ask_hosts
 from packspeed.launch.config.batch import fits
-from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
+from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError, UserError
 from packspeed.launch.config.layout import run_layout
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.heartbeat import read_beats
 
 HISTORY = "launches.jsonl"  # in the run folder: one line per attempt
+ASK_AGAIN_S = 10.0  # between two questions, if no host can be used
 
 
 MUST_MATCH: tuple[Literal["python", "versions", "commit"], ...] = ("python", "versions", "commit")
@@ -187,15 +188,24 @@ class Supervisor:
     def plan(self, first: bool) -> LaunchPlan:
         """Ask all hosts for their facts, and return a plan with the usable ones. The others are moved to `dropped`.
 
-        If `first` is True, an unusable host raises ConfigError instead, because the hostfile is probably wrong. Also
-        raises ConfigError if no host is usable.
+        If `first` is True, an unusable host raises ConfigError instead, because the hostfile is probably wrong. Later,
+        if no host is usable, they are asked again for up to `hang_s` seconds, and then UserError is raised.
         """
-        replies = self.ask_facts(self.hosts, self.pool)
-        unfit = {
-            host.name: reason
-            for host in self.hosts
-            if (reason := reason_to_drop(replies, host.name, self.hosts[0].name))
-        }
+        deadline = time.monotonic() + self.options.hang_s
+        while True:
+            replies = self.ask_facts(self.hosts, self.pool)
+            unfit = {
+                host.name: reason
+                for host in self.hosts
+                if (reason := reason_to_drop(replies, host.name, self.hosts[0].name))
+            }
+            if first or len(unfit) < len(self.hosts):
+                break
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in unfit.items())
+            if time.monotonic() > deadline:
+                raise UserError(f"none of the hosts can be used: {reasons}. Run packspeed doctor to see why.")
+            self.log(f"none of the hosts can be used now ({reasons}); asking again in {ASK_AGAIN_S:.0f} s")
+            time.sleep(ASK_AGAIN_S)
         if unfit and first:
             reasons = (f"{name}: {reason}" for name, reason in unfit.items())
             raise ConfigError("\n  ".join(["these hosts cannot be used:", *reasons]))
@@ -205,8 +215,6 @@ class Supervisor:
                 self.pool.forget(name)
         self.dropped += [host for host in self.hosts if host.name in unfit]
         self.hosts = [host for host in self.hosts if host.name not in unfit]
-        if not self.hosts:
-            raise ConfigError("none of the hosts can be used. Run packspeed doctor to see why.")
 
         # If the first host was dropped, the rendezvous moves to another host. So look up routes and port again.
         if unfit:
