@@ -47,7 +47,9 @@ class FakeAttempt:
     outcome = Outcome("died", 1, ["rank 0 was killed"], 0.0)
     sent: list[str]
 
-    def __init__(self, plan: Any, options: Any, logs: Path, script: Path, arguments: Any) -> None:
+    def __init__(
+        self, plan: Any, options: Any, logs: Path, script: Path, arguments: Any, pool: Any, prepare: bool
+    ) -> None:
         self.logs, self.started, self.sent = logs, time.time(), []
 
     def send(self, word: str) -> None:
@@ -117,8 +119,8 @@ def test_a_signal_ends_the_questions_to_hosts(supervisor: Made, number: signal.S
 
 def test_a_signal_while_agents_start_reaches_them(supervisor: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(FakeAttempt):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(supervising, "Attempt", Interrupted)
@@ -126,7 +128,7 @@ def test_a_signal_while_agents_start_reaches_them(supervisor: Made, monkeypatch:
 
 
 def test_a_restart_waits_for_hosts_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a failure of the network, the hosts may be back a little later. After hang_s seconds the launch gives up."""
+    """After a failure of the network, the hosts may be back soon. After hang_s seconds the launch gives up."""
     monkeypatch.setattr(supervising, "ASK_AGAIN_S", 0.01)
     run = load_run_file(ROOT / "launch/configs/quickstart.yaml", [f"runs_dir={tmp_path}"])
     lines: list[str] = []
