@@ -201,10 +201,10 @@ class Supervisor:
             }
             if first or len(unfit) < len(self.hosts):
                 break
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in unfit.items())
+            why = "; ".join(f"{name}: {reason}" for name, reason in unfit.items())
             if time.monotonic() > deadline:
-                raise UserError(f"none of the hosts can be used: {reasons}. Run packspeed doctor to see why.")
-            self.log(f"none of the hosts can be used now ({reasons}); asking again in {ASK_AGAIN_S:.0f} s")
+                raise UserError(f"none of the hosts can be used: {why}. Run packspeed doctor to see why.")
+            self.log(f"none of the hosts can be used now ({why}); asking again in {ASK_AGAIN_S:.0f} s")
             time.sleep(ASK_AGAIN_S)
         if unfit and first:
             reasons = (f"{name}: {reason}" for name, reason in unfit.items())
