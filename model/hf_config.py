@@ -320,6 +320,8 @@ def _experts(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if kind == "qwen3_moe":
         _refuse(raw, {"decoder_sparse_step": (1,)})
         dense = raw["mlp_only_layers"] or []
+        if not isinstance(dense, list):
+            raise ValueError(f"mlp_only_layers = {str(dense)[:40]!r}: expected a list.")
         if dense != list(range(len(dense))):
             raise ValueError(
                 f"mlp_only_layers = {str(dense)[:100]}: in Packspeed's model only the first layers can be dense."

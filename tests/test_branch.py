@@ -67,9 +67,14 @@ def test_what_is_no_branch_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step-00000030: there is no such checkpoint. Steps with a checkpoint: 40"):
         branch(run, 30, None, fresh=False)
     assert not (tmp_path / "base-decay-30").exists()
-    for other, step in ((run, 1), (run_file(tmp_path, schedule={"name": "cosine"}), 40), (run, 0)):
+    cosine = run_file(tmp_path, schedule={"name": "cosine", "warmup_steps": 39})
+    for other, step in ((run, 1), (cosine, 40), (run, 0)):
         with pytest.raises(ConfigError, match=r"the learning rate is not train.optimizer.lr"):
             branch(other, step, None, fresh=False)
+    (tmp_path / "base-decay-40").mkdir()
+    with pytest.raises(ConfigError, match=r"exists and is not a branch. Rename it"):
+        branch(run, 40, 5, fresh=False)
+    (tmp_path / "base-decay-40").rmdir()
     branch(run, 40, 5, fresh=False)
     with pytest.raises(ConfigError, match=r"another branch.*--fresh"):
         branch(run, 40, 6, fresh=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -23,6 +24,7 @@ from packspeed.launch.checkpoint.manifest import (
     read_manifest,
 )
 from packspeed.launch.checkpoint.resume import (
+    OLDER_DEFAULTS,
     check_loaded_step,
     check_same_run,
     compare_probes,
@@ -32,10 +34,12 @@ from packspeed.launch.checkpoint.resume import (
 from packspeed.launch.checkpoint.retention import expired_checkpoints, rewind_target
 from packspeed.launch.checkpoint.verify import find_damage, newest_complete, shares
 from packspeed.launch.checkpoint.writer import SafeWriter
+from packspeed.launch.config.effects import MODEL_SPEED_ONLY
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import CheckpointSection
 from packspeed.launch.engine import optimizer_state
 from packspeed.launch.engine.distributed import Topology
+from packspeed.model.config import GPTConfig
 
 
 def write_checkpoint(folder: Path, step: int, val_loss: float | None = None) -> Path:
@@ -239,6 +243,21 @@ def test_the_resharded_folder_is_no_damage(tmp_path: Path) -> None:
     (checkpoint / "universal" / "wte.safetensors").write_text("")
     (checkpoint / ".universal.lock").write_text("")
     assert find_damage(checkpoint) == []
+
+
+def test_every_newer_model_key_has_a_value_for_older_checkpoints() -> None:
+    """Without one, a run that began before the key existed would be refused as another run."""
+    first = (
+        "n_layer n_head d_model vocab_size max_seq_len n_kv_head head_dim d_ff norm norm_eps position rope_theta mlp "
+        "bias qk_norm tie_embeddings dropout activation_checkpointing"
+    )
+    newer = {field.name: field.default for field in dataclasses.fields(GPTConfig) if field.name not in first.split()}
+    wrong = {
+        name: value
+        for name, value in newer.items()
+        if value is not None and OLDER_DEFAULTS.get(f"model.{name}") != value
+    }
+    assert not {name for name in wrong if f"model.{name}" not in MODEL_SPEED_ONLY}
 
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:

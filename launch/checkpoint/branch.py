@@ -22,7 +22,7 @@ from packspeed.launch.checkpoint.manifest import list_checkpoints, read_manifest
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.config.schedule import learning_rate
-from packspeed.launch.run_folder.folder import move_aside
+from packspeed.launch.run_folder.folder import prepare_for_launch
 
 PARENT = "parent.json"
 SHARE_OF_THE_RUN = 5  # a decay takes a fifth of the branch, as with the schedule wsd
@@ -36,41 +36,49 @@ def branch(run: RunFile, step: int, decay_steps: int | None, fresh: bool) -> lis
     learning rate is not constant at this step, and UserError if there is no such checkpoint.
     """
     decay_steps = decay_steps or max(1, step // (SHARE_OF_THE_RUN - 1))
-    if step < 1 or learning_rate(step - 1, run.train) != run.train.optimizer.lr:
+    constant = run.train.schedule.name in ("constant", "wsd")
+    if step < 1 or not constant or learning_rate(step - 1, run.train) != run.train.optimizer.lr:
         raise ConfigError(
             f"--decay-from {step}: here the learning rate is not train.optimizer.lr, because of warm-up or decay. "
             "Branch off a run with train.schedule.name: constant, after its warm-up."
         )
     folder = run.folder.with_name(f"{run.name}-decay-{step}")
-    if fresh and folder.exists():
-        move_aside(folder)
+    if fresh:
+        prepare_for_launch(folder, fresh, run.model_copy(update={"name": folder.name}).mirror)
+        (folder / "logs").rmdir()
+        folder.rmdir()
     parent = {"run": str(run.folder), "step": step, "decay_steps": decay_steps}
-    if not (folder / PARENT).exists():
+    if not folder.exists():
         try:
-            _copy(run.folder, folder, step)
-            write_file(folder / PARENT, json.dumps(parent))
+            _copy(run.folder, folder, step, json.dumps(parent))
         except OSError as error:
-            raise UserError(f"{error.filename or folder}: {error.strerror}, so the branch was not made.") from None
+            raise UserError(f"{folder}: {error}, so the branch was not made.") from None
+    elif not (folder / PARENT).exists():
+        raise ConfigError(f"{folder} exists and is not a branch. Rename it, or use --fresh, which moves it aside.")
     elif (existing := json.loads((folder / PARENT).read_text())) != parent:
         raise ConfigError(f"{folder} is another branch: {existing}. Use --fresh to make it again.")
     length = [f"train.steps={step + decay_steps}", *(["train.tokens=null"] if run.train.tokens is not None else [])]
     return [f"name={folder.name}", *length, "train.schedule.name=wsd", f"train.schedule.decay_steps={decay_steps}"]
 
 
-def _copy(parent: Path, folder: Path, step: int) -> None:
-    """Put the parent's checkpoint of `step`, and its metrics until then, into the folder of the branch."""
+def _copy(parent: Path, folder: Path, step: int, origin: str) -> None:
+    """Make the folder of the branch, with the parent's checkpoint of `step`, its metrics until then, and parent.json,
+    whose content is `origin`. The folder gets its name last.
+    """
     source = parent / "checkpoints" / step_folder(step)
     if not source.is_dir():
         steps = ", ".join(str(step_of(path)) for path in list_checkpoints(source.parent)) or "none"
         raise UserError(f"{source}: there is no such checkpoint. Steps with a checkpoint: {steps}.")
     manifest = read_manifest(source)
-    target = folder / "checkpoints" / source.name
-    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was interrupted: it has no parent.json
-    shutil.copytree(source, target, copy_function=_link)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was interrupted
+    shutil.copytree(source, temporary / "checkpoints" / source.name, copy_function=_link)
     lines = b""
     with contextlib.suppress(FileNotFoundError):
         lines = (parent / "metrics.jsonl").read_bytes()
-    (folder / "metrics.jsonl").write_bytes(lines[: manifest.get("metrics_bytes", 0)])
+    (temporary / "metrics.jsonl").write_bytes(lines[: manifest.get("metrics_bytes", 0)])
+    write_file(temporary / PARENT, origin)
+    temporary.rename(folder)
 
 
 def _link(source: str, target: str) -> str:

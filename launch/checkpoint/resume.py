@@ -73,6 +73,8 @@ OLDER_DEFAULTS = {
     "model.gate_normalised": True,
     "model.gate_scale": 1.0,
     "model.balance_rate": 1e-3,
+    "model.logit_softcap": None,
+    "model.zero_init_proj": False,
     "model.kernels": "auto",
     "model.activation_offload": False,
     "train.deterministic": False,
@@ -138,6 +140,9 @@ def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
     optimizer inside it, and the names of unusual parameter groups.
     """
     optimizers = [type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__]
+    adam = getattr(engine.basic_optimizer, "adam", None)  # inside Packspeed's Muon
+    if adam is not None and type(adam).__name__ != "FusedAdam":  # the implementations store other states
+        optimizers.append(type(adam).__name__)
     groups = [group["name"] for group in engine.optimizer.param_groups]
     optimizers += [name for name in groups if name not in ALWAYS]  # others do not have the same flat tensors
     return {**identity, "layout": {**identity["layout"], "optimizers": optimizers}}

@@ -41,6 +41,8 @@ def fp8_obstacle(config: GPTConfig, seq_len: int, skip_blocks: int) -> str | Non
         "data.seq_len": seq_len,
         "model.d_model": config.d_model,
         "the MLP's width (model.d_ff)": config.ff_width,
+        "model.mlp_chunk": config.mlp_chunk or FP8_MULTIPLE,
+        "the width of the shared experts (n_shared_expert x d_expert)": config.n_shared_expert * config.expert_width,
         "the width of all query heads (n_head x head_dim)": config.n_head * config.head_width,
         "the width of queries, keys and values (heads x head_dim)": heads * config.head_width,
     }

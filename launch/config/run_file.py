@@ -279,6 +279,13 @@ class OptimizerSection(Section):
         "as separate matrices, although each is stored as one.",
     )
 
+    @model_validator(mode="after")
+    def _some_peak(self) -> OptimizerSection:
+        """Raise ValueError if a group has a learning rate although lr is 0: the schedule is a share of lr."""
+        if self.lr == 0 and (self.embedding_lr or self.head_lr or self.scalar_lr or self.muon_lr):
+            raise ValueError("train.optimizer.lr = 0 sets every learning rate to 0: give lr a value, or no other rate")
+        return self
+
 
 class ScheduleSection(Section):
     """The learning rate as a function of the step."""

@@ -55,6 +55,7 @@ class Topology:
     device: torch.device
     layout: Layout = ONE_RANK
     beat: Callable[..., None] = no_beat  # tells the supervisor of `packspeed launch` where the rank is (Heartbeat)
+    timeout: datetime.timedelta | None = None  # of collectives in the groups that `group` makes; None: torch's default
 
     @property
     def world(self) -> int:
@@ -91,7 +92,10 @@ class Topology:
             return None
         if axis not in self._groups:
             own = self.layout.members(axis, self.rank)
-            made = {tuple(ranks): torch.distributed.new_group(ranks) for ranks in self.layout.groups(axis)}
+            made = {
+                tuple(ranks): torch.distributed.new_group(ranks, timeout=self.timeout)
+                for ranks in self.layout.groups(axis)
+            }
             self._groups[axis] = made[tuple(own)]
         return self._groups[axis]
 
@@ -244,7 +248,7 @@ def start_distributed(
         # shared-memory op at once: if one rank could not build that op, the others would wait there forever.
         torch.distributed.init_process_group(backend, timeout=timeout)
     device = torch.device(accelerator.current_device_name())
-    topology = Topology(rank, local_rank, local_size, device, layout or Layout(world), beat)
+    topology = Topology(rank, local_rank, local_size, device, layout or Layout(world), beat, timeout)
     if ds_config is not None:
         _build_ops(ds_config, topology, say)
     _start_deepspeed(backend, timeout)

@@ -44,7 +44,9 @@ class StepLine(_StepLine, total=False):
     # In the order of data.sources; older versions wrote an object with the sources' paths as keys.
     epochs: Annotated[list[float] | dict[str, float], "epochs", "mixtures only: passes over each source so far"]
     expert_load: Annotated[float, "", "experts only: largest load of an expert over its layer's mean, in any layer"]
-    dead_experts: Annotated[int, "experts", "experts that got no token of the global batch, in all layers"]
+    dead_experts: Annotated[
+        int, "experts", "experts without a token of the global batch, padding included, in all layers"
+    ]
     planned_step_time_s: Annotated[float, "seconds", "step time of the locked plan, in the first 20 steps of a process"]
     planned_memory_gib: Annotated[float, "GiB", "memory of the locked plan, to compare with memory_gib"]
 
