@@ -118,6 +118,7 @@ class Warm:
         if launcher := fork_twice():
             os.write(0, json.dumps({"pid": launcher}).encode() + b"\n")
             os._exit(0)
+        self.area.show(request["command"], request["env"])  # first: a kill finds the processes of a launch by it
         if not _read_line():
             os._exit(1)
         os.setsid()
@@ -238,7 +239,6 @@ def main() -> NoReturn:
     warm = Warm()
     warm.load()
     command, env = warm.serve()
-    warm.area.show(command, env)
     from packspeed.launch.engine.patches.node_launcher import log_levels, run_node_launcher
 
     restore = log_levels()

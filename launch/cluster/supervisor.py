@@ -31,7 +31,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Literal
 
@@ -199,26 +199,19 @@ class Supervisor:
                 for host in self.hosts
                 if (reason := reason_to_drop(replies, host.name, self.hosts[0].name))
             }
-            if first or len(unfit) < len(self.hosts):
+            if not unfit:
                 break
-            why = "; ".join(f"{name}: {reason}" for name, reason in unfit.items())
-            if time.monotonic() > deadline:
-                raise UserError(f"none of the hosts can be used: {why}. Run packspeed doctor to see why.")
-            self.log(f"none of the hosts can be used now ({why}); asking again in {ASK_AGAIN_S:.0f} s")
-            time.sleep(ASK_AGAIN_S)
-        if unfit and first:
-            reasons = (f"{name}: {reason}" for name, reason in unfit.items())
-            raise ConfigError("\n  ".join(["these hosts cannot be used:", *reasons]))
-        for name, reason in unfit.items():
-            self.log(f"continuing without {name}: {reason}")
-            if self.pool is not None:
-                self.pool.forget(name)
-        self.dropped += [host for host in self.hosts if host.name in unfit]
-        self.hosts = [host for host in self.hosts if host.name not in unfit]
-
-        # If the first host was dropped, the rendezvous moves to another host. So look up routes and port again.
-        if unfit:
-            replies = self.ask_facts(self.hosts, self.pool)
+            why = [f"{name}: {reason}" for name, reason in unfit.items()]
+            if first:
+                raise ConfigError("\n  ".join(["these hosts cannot be used:", *why]))
+            if len(unfit) < len(self.hosts):
+                # The rendezvous may move to another host, so ask the rest again: routes and port may be others.
+                self._drop(unfit)
+            elif time.monotonic() < deadline:
+                self.log(f"none of the hosts can be used now ({'; '.join(why)}); asking again in {ASK_AGAIN_S:.0f} s")
+                time.sleep(ASK_AGAIN_S)
+            else:
+                raise UserError(f"none of the hosts can be used: {'; '.join(why)}. Run packspeed doctor to see why.")
         hosts = fit_slots(self.hosts, lambda ranks: fits(self.run, ranks))
         if not hosts:
             run_layout(self.run, sum(host.slots for host in self.hosts))  # raises: fewer ranks than share a row
@@ -226,6 +219,15 @@ class Supervisor:
         if ranks != sum(host.slots for host in self.hosts):
             self.log(f"using {ranks} ranks: {self._must_divide()}")
         return plan_launch(hosts, replies.answers, self.options.env, run_layout(self.run, ranks))
+
+    def _drop(self, unfit: Mapping[str, str]) -> None:
+        """Continue without these hosts, of which `unfit` has the reasons."""
+        for name, reason in unfit.items():
+            self.log(f"continuing without {name}: {reason}")
+            if self.pool is not None:
+                self.pool.forget(name)
+        self.dropped += [host for host in self.hosts if host.name in unfit]
+        self.hosts = [host for host in self.hosts if host.name not in unfit]
 
     def _must_divide(self) -> str:
         """Return the reason why not every number of ranks can share the batch, for a line of the log."""
