@@ -76,6 +76,8 @@ def test_published_speeds_are_predicted_and_rows_without_a_column_are_named(tmp_
         })  # fmt: skip
     rows.append(rows[0] | {"seq_len": ""})
     rows.append(rows[0] | {"model": "a model that nobody knows"})
+    rows.append(rows[0] | {"n_gpus": "inf"})
+    rows.append(rows[-4] | {"global_batch_tokens": "inf"})
     found = evaluate(write_table(tmp_path / "t.csv", SPEED_COLUMNS, rows)).as_dict()
     groups = {(g["source"], g["gpu"]): g for g in found["groups"]}
     assert set(found["groups"][0]) == {"what", "source", "gpu", "kind", "rows", "median", "p90", "max"}
@@ -88,6 +90,8 @@ def test_published_speeds_are_predicted_and_rows_without_a_column_are_named(tmp_
     assert whys[11].startswith("calibrates")
     assert whys[14] == "seq_len: empty"
     assert whys[15].startswith("model: ")
+    assert whys[16] == "n_gpus: 'inf' is not a number"
+    assert "infinity" in whys[17]
 
 
 # NVIDIA/Megatron-LM, tests/functional_tests/test_cases/gpt and moe: golden memory of the last rank, in GiB.
@@ -120,12 +124,13 @@ def test_megatrons_memory_is_predicted_without_a_fit(tmp_path: Path) -> None:
     rows.append(golden_row({"test_case": "gpt3_mtp", "gpu": "h100"}, 5.0))
     rows.append(golden_row({"test_case": "gpt3", "gpu": "h100", "n_gpus": "", "dist_optimizer": True}, 5.0))
     rows.append(golden_row({"test_case": "gpt3", "gpu": "h100", "attn_backend": "", "env": "lts"}, 5.0))
+    rows.append(golden_row({"test_case": "gpt3", "gpu": "h100", "n_gpus": "inf"}, 5.0))
     evaluation = evaluate(write_table(tmp_path / "t.csv", MEMORY_COLUMNS, rows))
     errors = {row.row: row.error for row in evaluation.judged}
     assert all(abs(errors[n]) < 0.02 for n in range(1, 8)), errors
     assert abs(errors[8]) < 0.05, "experts"
     assert [(row, why.partition(":")[0]) for row, why in evaluation.excluded] == [
-        (9, "mtp_num_layers"), (10, "n_gpus"), (11, "attn_backend"),
+        (9, "mtp_num_layers"), (10, "n_gpus"), (11, "attn_backend"), (12, "a number"),
     ]  # fmt: skip
 
 
@@ -164,6 +169,7 @@ model: {}
 data: {path: nowhere, seq_len: 1024}
 train: {steps: 10, global_batch_tokens: 524288, precision: bf16, optimizer: {lr: 1e-3}}
 """
+GPT2 = MINIMAL.replace("model: {}", "model: {preset: gpt2-124m}")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +202,39 @@ def test_every_calibration_file_is_complete_and_names_its_source(tmp_path: Path)
     with pytest.raises(ConfigError, match="did you mean 'h100-80gb'"):
         load_machine("h100-80g")
     assert FOLDER.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("per_host: 0", "per_host: input should be greater than or equal to 1"),
+        ("per_host: 2.5", "per_host: input should be a valid integer"),
+        ("link: 0", "link: input should be greater than 0"),
+        ("memory: .inf", "memory: input should be a finite number"),
+        ("memory: true", "memory: give a number"),
+        ("device: 5", "device: input should be a valid string"),
+        ("peaks: 5", "peaks: give a mapping"),
+        ("peaks: {bf16: -1}", "peaks.bf16: input should be greater than 0"),
+        ("factors: 1", "factors: give a mapping"),
+        ("factors: {products: a}", "factors.products: give a number"),
+        ("time_error: {median: x, p90: 0.1}", "time_error.median: give a number"),
+        ("time_error: {median: 0.1}", "time_error.p90: this key is missing"),
+        ("like: bad", "like: 'bad' names no other calibration file"),
+        ("like: worse", "like: 'bad' names no other calibration file"),
+    ],
+)
+def test_a_calibration_file_with_a_wrong_value_names_the_key(tmp_path: Path, line: str, problem: str) -> None:
+    (tmp_path / "bad.yaml").write_text(line if line.startswith("like") else f"like: h100-80gb\n{line}\n")
+    (tmp_path / "worse.yaml").write_text("like: bad\n")
+    with pytest.raises(ConfigError) as caught:
+        load_machine("bad", tmp_path)
+    assert f".yaml: {problem}" in str(caught.value)
+
+
+def test_a_calibration_file_may_correct_packspeeds_own_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "h100-80gb.yaml").write_text("like: h100-80gb\nmemory: 1e9\n")
+    machine = load_machine("h100-80gb", tmp_path)
+    assert (machine.memory, machine.link) == (1e9, load_machine("h100-80gb").link)
 
 
 def test_one_measured_step_corrects_a_calibration(tmp_path: Path) -> None:
@@ -273,7 +312,7 @@ def test_search_writes_a_run_file_that_plans_the_same(tmp_path: Path, capsys: py
 
 
 def test_a_locked_run_is_refused_if_it_is_not_the_plans(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(MINIMAL.replace("model: {}", "model: {preset: gpt2-124m}"))
+    (tmp_path / "run.yaml").write_text(GPT2)
     sets = [f"runs_dir={tmp_path}/runs"]
     run, raw = load_run_file(tmp_path / "run.yaml", sets), {"zero_optimization": {"stage": 1}}
     with pytest.raises(ConfigError, match="does not exist"):

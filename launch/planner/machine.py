@@ -9,60 +9,73 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from packspeed.launch.config.errors import ConfigError, nearest
-from packspeed.launch.config.parsing import parse_yaml, read_text
+from packspeed.launch.config.parsing import dotted, parse_yaml, read_text, shortened
 from packspeed.launch.config.peaks import datasheet_peak
 
 FOLDER = Path(__file__).parent / "machines"
 GIB = 2**30
+
+Positive = Annotated[float, Field(gt=0, strict=True)]
+NotNegative = Annotated[float, Field(ge=0, strict=True)]
+FILE = ConfigDict(extra="forbid", allow_inf_nan=False)  # of what a calibration file may contain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factors:
     """How many times its ideal time each part of a step takes."""
 
-    products: float  # products of matrices, against the data sheet's peak
-    products_fp8: float  # products in fp8, against the peak of bf16
-    attention: float  # attention's products of the causal half, against the peak
-    memory: float  # activations read and written, against the memory's bandwidth
-    head: float  # logits read and written, against the memory's bandwidth
-    link: float  # what collectives send inside a host and cannot hide
-    network: float  # what collectives send between hosts and cannot hide
-    stragglers: float  # added to the products for each doubling of the number of hosts
+    __pydantic_config__ = FILE
+
+    products: NotNegative  # products of matrices, against the data sheet's peak
+    products_fp8: NotNegative  # products in fp8, against the peak of bf16
+    attention: NotNegative  # attention's products of the causal half, against the peak
+    memory: NotNegative  # activations read and written, against the memory's bandwidth
+    head: NotNegative  # logits read and written, against the memory's bandwidth
+    link: NotNegative  # what collectives send inside a host and cannot hide
+    network: NotNegative  # what collectives send between hosts and cannot hide
+    stragglers: NotNegative  # added to the products for each doubling of the number of hosts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Error:
     """The error of predictions beside measurements, as fractions: half of the rows are within the median."""
 
-    median: float
-    p90: float
+    __pydantic_config__ = FILE
+
+    median: NotNegative
+    p90: NotNegative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
     """One type of GPU, or this CPU, in a host with others of its type."""
 
+    __pydantic_config__ = FILE
+
     name: str
     device: str  # as torch names it; the peaks are looked up with it
-    memory: float
-    bandwidth: float  # of the memory
-    link: float  # of one GPU to the others of its host, one direction
-    network: float  # of one host to the others, one direction
-    per_host: int
-    host_memory: float  # of a host
-    host_link: float  # between a GPU and its host's memory
-    disk: float  # of one rank's writes to the run folder
-    context: float  # CUDA context and libraries, of the GPU's memory
-    margin: float  # share of the memory that the allocator loses to fragments
-    kernel: float  # seconds that the host needs to start a kernel
+    memory: Positive
+    bandwidth: Positive  # of the memory
+    link: Positive  # of one GPU to the others of its host, one direction
+    network: Positive  # of one host to the others, one direction
+    per_host: Annotated[int, Field(ge=1, strict=True)]
+    host_memory: Positive  # of a host
+    host_link: Positive  # between a GPU and its host's memory
+    disk: Positive  # of one rank's writes to the run folder
+    context: NotNegative  # CUDA context and libraries, of the GPU's memory
+    margin: NotNegative  # share of the memory that the allocator loses to fragments
+    kernel: NotNegative  # seconds that the host needs to start a kernel
     factors: Factors
     time_error: Error
     memory_error: Error
     source: str
-    peaks: dict[str, float]  # FLOP/s of a precision, if not in the data sheets
+    peaks: dict[str, Positive] = dataclasses.field(default_factory=dict)  # FLOP/s by precision, beside the data sheets
 
     @property
     def is_cpu(self) -> bool:
@@ -123,21 +136,18 @@ def read_machine(path: Path) -> Machine:
     """
     data = _read(path)
     data.setdefault("name", path.stem)
-    parts = {"factors": Factors, "time_error": Error, "memory_error": Error}
     try:
-        values = {key: parts[key](**value) if key in parts else value for key, value in data.items()}
-        machine = Machine(**{"peaks": {}, **values})
-    except TypeError as error:
-        raise ConfigError(f"{path}: {_problem(error)} docs/planner.md lists the keys.") from None
-    for field in dataclasses.fields(machine):
-        value = getattr(machine, field.name)
-        if field.type in ("float", "int") and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ConfigError(f"{path}: {field.name}: give a number, such as 1.5e+12.")
-    return machine
+        return TypeAdapter(Machine).validate_python(data)
+    except ValidationError as error:
+        problems = "; ".join(map(_problem, error.errors()))
+        raise ConfigError(f"{path}: {problems}. docs/planner.md lists the keys.") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return a file's keys and values, with those of the file that `like` names below them."""
+def _read(path: Path, *above: Path) -> dict[str, Any]:
+    """Return a file's keys and values, with those of the file that `like` names below them.
+
+    above: the files that take keys from this one.
+    """
     from packspeed.launch.config.loading import parse_numbers
 
     parsed, _ = parse_yaml(read_text(path, "calibration file"), path)
@@ -147,14 +157,29 @@ def _read(path: Path) -> dict[str, Any]:
     base = data.pop("like", None)
     if base is None:
         return data
-    beside = path.parent / f"{base}.yaml"
-    inherited = _read(beside if beside.is_file() else FOLDER / f"{base}.yaml")
+    chain = (*above, path)
+    places = [folder / f"{base}.yaml" for folder in (path.parent, FOLDER)]
+    found = next((place for place in places if place.is_file() and not any(map(place.samefile, chain))), None)
+    if found is None:
+        raise ConfigError(
+            f"{path}: like: {shortened(str(base))} names no other calibration file, neither beside this one nor among "
+            f"Packspeed's own ({', '.join(machine_names())}). A file cannot take keys from itself."
+        )
+    inherited = _read(found, *chain)
     inherited.pop("name", None)
     return {**inherited, **data}
 
 
-def _problem(error: TypeError) -> str:
-    """Return Python's message about keyword arguments as a sentence about keys."""
-    text = str(error).partition("__init__() ")[2] or str(error)
-    text = text.replace("got an unexpected keyword argument", "unknown key").replace("keyword-only argument", "key")
-    return text.replace("missing 1 required", "missing a required") + "."
+PROBLEMS = {
+    "extra_forbidden": "unknown key",
+    "missing": "this key is missing",
+    "float_type": "give a number, such as 1.5e+12",
+    "dataclass_type": "give a mapping of names to numbers",
+    "dict_type": "give a mapping of names to numbers",
+}
+
+
+def _problem(error: ErrorDetails) -> str:
+    """Return pydantic's error as words: the key, and what is wrong with it."""
+    message = error["msg"]
+    return f"{dotted(error['loc'])}: {PROBLEMS.get(error['type'], message[0].lower() + message[1:])}"

@@ -138,7 +138,7 @@ def read_case(row: Row) -> Case:
         raise MissingColumn("attn_backend: empty, and this environment ran the same case with two of them")
     try:
         return _numbers(row)
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, OverflowError, ZeroDivisionError) as error:
         raise MissingColumn(f"a number: {error}") from None
 
 

@@ -89,7 +89,7 @@ def read_speed_row(row: Row) -> SpeedRow:
     """Return a row of a throughput table as a step and its measured speed. Raises MissingColumn."""
     try:
         return _speed_row(row)
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, OverflowError, ZeroDivisionError) as error:
         raise MissingColumn(f"a number: {error}") from None
 
 
@@ -209,7 +209,7 @@ def _number(row: Row, key: str) -> int:
     """Return a positive whole number from a column. Raises MissingColumn if it is none."""
     try:
         value = int(float(row[key]))
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: inf
         value = 0
     if value < 1:
         raise MissingColumn(f"{key}: " + (f"{row[key]!r} is not a number" if row[key] else "empty"))
