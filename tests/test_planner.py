@@ -18,7 +18,7 @@ from packspeed.launch.planner.evaluate import MEMORY_COLUMNS, SPEED_COLUMNS, eva
 from packspeed.launch.planner.lock import check_locked, read_lock, write_lock
 from packspeed.launch.planner.machine import FOLDER, load_machine, machine_names
 from packspeed.launch.planner.plan import make_plan, plan_lines, plan_of, read_job
-from packspeed.launch.planner.search import search
+from packspeed.launch.planner.search import reductions, search
 from packspeed.launch.planner.step_time import step_time
 from packspeed.launch.planner.work import Layout, Work
 from packspeed.launch.training.plan_check import PlanCheck
@@ -235,6 +235,33 @@ def test_a_calibration_file_may_correct_packspeeds_own_of_its_name(tmp_path: Pat
     (tmp_path / "h100-80gb.yaml").write_text("like: h100-80gb\nmemory: 1e9\n")
     machine = load_machine("h100-80gb", tmp_path)
     assert (machine.memory, machine.link) == (1e9, load_machine("h100-80gb").link)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"gpu": "h100-80gb", "interconnect": float("nan")}, "--interconnect nan"),
+        ({"gpu": "h100-80gb", "searching": True, "budget": float("nan")}, "--budget nan"),
+        ({"gpu": "cpu", "searching": True}, "--search needs a GPU type"),
+        (
+            {"gpu": "h100-80gb", "searching": True, "ranks": 8, "overrides": ["parallel.expert=2"]},
+            "parallel.expert = 2",
+        ),
+    ],
+)
+def test_options_that_no_plan_can_follow_are_refused(arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        plan_command(LLAMA_7B, **arguments)
+
+
+def test_a_reduced_micro_batch_keeps_the_recompute_of_the_run() -> None:
+    sets, machine = ["model.activation_checkpointing=2", "train.micro_batch=4"], load_machine("h100-80gb")
+    job = read_job(LLAMA_7B, sets, machine, 1, 32_000)
+    plan = plan_of(job)
+    assert not plan.fits
+    lines = reductions(plan, job.run, {"zero_optimization": {"stage": 2}}, machine, 32_000)
+    assert [line for line in lines if line.startswith("train.micro_batch: 2: ")]
+    assert [line for line in lines if line.startswith("model.activation_checkpointing: full: ")]
 
 
 def test_one_measured_step_corrects_a_calibration(tmp_path: Path) -> None:

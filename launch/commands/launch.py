@@ -130,7 +130,7 @@ def launch(
         raise ConfigError(f"--render {render}: unknown format. Choose slurm, k8s or no_ssh.")
     if launcher not in ("ssh", "pdsh", "openmpi"):
         raise ConfigError(f"--launcher {launcher}: unknown launcher. Choose ssh, pdsh or openmpi.")
-    refuse_nan(hang_s, take_back_s)
+    refuse_nan(hang_seconds=hang_s, take_back=take_back_s)
     hosts = _hosts(run, hostfile, ranks, include, exclude)
     if locked:
         check_locked(run, raw, sum(host.slots for host in hosts))

@@ -107,10 +107,11 @@ def passed_over_lines(passed_over: Sequence[str]) -> list[str]:
     )
 
 
-def refuse_nan(*values: float) -> None:
-    """Raise ConfigError if a value is NaN, which passes the smallest and largest value of an option."""
-    if any(math.isnan(value) for value in values):
-        raise ConfigError("--hang-seconds and --take-back take a number of seconds, not NaN.")
+def refuse_nan(**options: float | None) -> None:
+    """Raise ConfigError if an option is NaN, which passes the smallest and largest value. Give take_back=... ."""
+    for name, value in options.items():
+        if value is not None and math.isnan(value):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number.")
 
 
 def show(facts: Mapping[str, object], lines: Sequence[str], json_output: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from packspeed.launch.commands.options import Json, Overrides
+from packspeed.launch.commands.options import Json, Overrides, refuse_nan
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
@@ -79,6 +79,11 @@ def plan(
         return
     if run_file is None or gpu is None:
         raise ConfigError("give a run file and --gpu TYPE, or --evaluate FILE.csv.")
+    refuse_nan(interconnect=interconnect, budget=budget)
+    if searching and gpu == "cpu":
+        raise ConfigError(
+            "--search needs a GPU type, such as --gpu h100-80gb: no formula gives the time of a step on this CPU."
+        )
     sets = overrides or []
     run = load_run_file(run_file, sets)
     machine = _machine(gpu, calibration, ranks, hosts, interconnect)

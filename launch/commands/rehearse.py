@@ -37,7 +37,7 @@ def rehearse(
 
     The hosts are simulated. Samples per step and ZeRO stage are those of the run file.
     """
-    refuse_nan(hang_s)
+    refuse_nan(hang_seconds=hang_s)
     sets = rehearsal.shrink(run_file, overrides or [], steps)
     run = load_run_file(run_file, sets)
     simulated = [Host(f"host{number}", slots) for number in range(1, hosts + 1)]

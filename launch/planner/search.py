@@ -72,7 +72,7 @@ class Found:
 def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = None) -> Found:
     """Return the settings with which a run fits on so many GPUs.
 
-    Raises ConfigError if the global batch cannot be divided among them.
+    Raises ConfigError if the global batch cannot be divided among them, or if no layout can train the run.
     """
     if run.global_batch % ranks:
         near = [n for n in divisors_of(run.global_batch) if n <= ranks][-3:]
@@ -80,6 +80,8 @@ def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = 
             f"{run.global_batch} samples of a step cannot be divided among {ranks} GPUs: use "
             f"{', '.join(map(str, near))}, or change train.global_batch_tokens."
         )
+    alone = run.parallel.model_copy(update={"sequence": 1, "tensor": 1})
+    run_layout(_changed(run, {"parallel": alone}), ranks)  # raises what no other size of the two would change
     candidates = list(_candidates(run, machine, ranks, vocabulary))
     fitting = sorted(
         (c for c in candidates if c.fits_with_margin),
@@ -119,15 +121,20 @@ def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, 
             settings = {
                 "deepspeed": name, "train.micro_batch": str(size), "model.activation_checkpointing": recompute,
             }  # fmt: skip
-            changed = _with(run, size, recompute)
+            changed = _micro_batch(_recompute(run, recompute), size)
             raw = {"zero_optimization": copy.deepcopy(zero)}
             yield Candidate(settings, plan_of(job_of(changed, raw, machine, ranks, vocabulary)))
 
 
-def _with(run: RunFile, micro_batch: int, recompute: str) -> RunFile:
-    """Return a copy of a run file with another micro batch and recompute."""
+def _recompute(run: RunFile, recompute: str) -> RunFile:
+    """Return a copy of a run file with another recompute."""
     model = run.model.model_copy(update={"activation_checkpointing": recompute})  # type: ignore[attr-defined]
-    return _changed(run, {"train": run.train.model_copy(update={"micro_batch": micro_batch}), "model": model})
+    return _changed(run, {"model": model})
+
+
+def _micro_batch(run: RunFile, size: int) -> RunFile:
+    """Return a copy of a run file with another micro batch."""
+    return _changed(run, {"train": run.train.model_copy(update={"micro_batch": size})})
 
 
 def _changed(run: RunFile, sections: JsonObject) -> RunFile:
@@ -168,12 +175,10 @@ def reductions(plan: Plan, run: RunFile, raw: JsonObject, machine: Machine, voca
     """Return, for a plan that does not fit, one line for each single change: what to change and how much it gives."""
     lines = []
     changes: list[tuple[str, RunFile, JsonObject]] = []
-    if plan.recompute == "none":
-        changed = _with(run, plan.micro_batch, "full")
-        changes.append(("model.activation_checkpointing: full", changed, raw))
+    if plan.recompute != "full":
+        changes.append(("model.activation_checkpointing: full", _recompute(run, "full"), raw))
     for size in [n for n in divisors_of(plan.micro_batch) if n < plan.micro_batch][-1:]:
-        changed = _with(run, size, plan.recompute)
-        changes.append((f"train.micro_batch: {size}", changed, raw))
+        changes.append((f"train.micro_batch: {size}", _micro_batch(run, size), raw))
     for name, zero in STAGES:
         if zero["stage"] > plan.stage or "offload" in name:
             changes.append((f"deepspeed: {name}", run, {"zero_optimization": copy.deepcopy(zero)}))
