@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+from packspeed.launch.commands.plan import machine_of
 from packspeed.launch.commands.plan import plan as plan_command
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
@@ -20,6 +22,7 @@ from packspeed.launch.planner.machine import FOLDER, load_machine, machine_names
 from packspeed.launch.planner.plan import make_plan, plan_lines, plan_of, read_job
 from packspeed.launch.planner.search import reductions, search
 from packspeed.launch.planner.step_time import step_time
+from packspeed.launch.planner.this_cpu import cache_file, copy_settings
 from packspeed.launch.planner.work import Layout, Work
 from packspeed.launch.training.plan_check import PlanCheck
 from packspeed.model.config import preset
@@ -262,6 +265,52 @@ def test_a_reduced_micro_batch_keeps_the_recompute_of_the_run() -> None:
     lines = reductions(plan, job.run, {"zero_optimization": {"stage": 2}}, machine, 32_000)
     assert [line for line in lines if line.startswith("train.micro_batch: 2: ")]
     assert [line for line in lines if line.startswith("model.activation_checkpointing: full: ")]
+
+
+def test_ranks_on_this_cpu_share_its_memory(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(GPT2)
+
+    def planned(ranks: int, hosts: int | None) -> Any:
+        machine = dataclasses.replace(machine_of("cpu", None, ranks, hosts, None), memory=10e9)
+        return plan_of(read_job(tmp_path / "run.yaml", [], machine, ranks), "", ({"micro batches": 1.0}, 4e9))
+
+    assert [(planned(*n).fits, planned(*n).hosts) for n in ((1, None), (2, None), (4, None), (4, 2), (4, 4))] == [
+        (True, 1), (True, 1), (False, 1), (True, 2), (True, 4),
+    ]  # fmt: skip
+    assert planned(4, None).device_capacity == 2.5e9
+
+
+def test_a_copy_that_measures_this_cpu_writes_nothing_outside_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(GPT2 + "checkpoint: {mirror: s3://bucket/runs}\n")
+    sets = ["train.tokens=1e9"]
+    assert load_run_file(path, sets).mirror is not None
+    job = read_job(path, sets, machine_of("cpu", None, 2, None, None), 2)
+    copy = load_run_file(path, copy_settings(job, sets, f"{tmp_path}/copies", 2, 1))
+    assert copy.mirror is None
+    assert copy.folder == tmp_path / "copies" / "copy"
+    assert (copy.train.steps, copy.global_batch) == (8, 2 * job.batch.micro_batch)
+
+
+def test_what_was_measured_is_remembered_for_what_it_depends_on(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(GPT2)
+
+    def remembered(*sets: str, ranks: int = 4) -> Path:
+        job = read_job(path, ["train.micro_batch=2", *sets], machine_of("cpu", None, ranks, None, None), ranks)
+        return cache_file(job, [(1, 1), (2, 1)])
+
+    same = remembered()
+    for text in ("train.tokens=1e9", "model.n_layer=3", "train.global_batch_tokens=65536"):
+        assert remembered(text) == same, text
+    changed = [
+        remembered(text)
+        for text in (
+            "parallel.sequence=2", "train.grad_clip=0", "train.optimizer.name=lion", "data.document_mask=true",
+            "deepspeed=zero3", "model.mlp_chunk=64",
+        )
+    ]  # fmt: skip
+    assert len({same, remembered(ranks=8), *changed}) == 8
 
 
 def test_one_measured_step_corrects_a_calibration(tmp_path: Path) -> None:

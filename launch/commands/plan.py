@@ -86,7 +86,7 @@ def plan(
         )
     sets = overrides or []
     run = load_run_file(run_file, sets)
-    machine = _machine(gpu, calibration, ranks, hosts, interconnect)
+    machine = machine_of(gpu, calibration, ranks, hosts, interconnect)
     if searching:
         found = search(run, machine, ranks, vocabulary)
         _show_search(run, found, budget, write, sets, run_file, json_output)
@@ -95,7 +95,8 @@ def plan(
     job = job_of(run, raw, machine, ranks, vocabulary)
     measured = measure(job, run_file, sets) if machine.is_cpu else None
     found_plan = plan_of(job, str(run_file), measured)
-    changes = [] if found_plan.fits else reductions(found_plan, run, raw, machine, vocabulary)
+    # No formula gives the step of a changed run on this CPU.
+    changes = [] if found_plan.fits or machine.is_cpu else reductions(found_plan, run, raw, machine, vocabulary)
     if json_output:
         print(json.dumps(found_plan.as_dict() | {"changes": changes}))
     else:
@@ -109,10 +110,12 @@ def plan(
         raise typer.Exit(1)
 
 
-def _machine(gpu: str, calibration: Path | None, ranks: int, hosts: int | None, interconnect: float | None) -> Machine:
+def machine_of(
+    gpu: str, calibration: Path | None, ranks: int, hosts: int | None, interconnect: float | None
+) -> Machine:
     """Return the machine that the options describe."""
     machine = this_cpu() if gpu == "cpu" else load_machine(gpu, calibration)
-    changes: dict[str, float | int] = {}
+    changes: dict[str, float | int] = {"per_host": ranks} if machine.is_cpu else {}
     if hosts is not None:
         if ranks % hosts:
             raise ConfigError(f"--ranks {ranks} --hosts {hosts}: every host has the same number of GPUs.")

@@ -79,7 +79,7 @@ class Plan:
     phases: dict[str, float]  # bytes on the device in each phase, without margin and context
     host_memory: dict[str, float]  # of one rank, by kind
     device_total: float
-    device_capacity: float
+    device_capacity: float  # of a CPU: the rank's share of the host's memory
     fits: bool
     step_parts: dict[str, float]
     step_s: float
@@ -199,12 +199,13 @@ def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], floa
     flops = flops_per_token(job.model, run.data.seq_len) * tokens_per_s / job.ranks
     size = checkpoint_bytes(job)
     disk = size / job.ranks / machine.disk
-    fits = total <= machine.memory and sum(account.host.values()) * machine.per_host <= machine.host_memory
+    capacity = machine.memory / (machine.per_host if machine.is_cpu else 1)
+    fits = total <= capacity and sum(account.host.values()) * machine.per_host <= machine.host_memory
     return Plan(
         run_file, machine.name, job.ranks, -(-job.ranks // machine.per_host), job.stage, job.precision,
         job.batch.micro_batch, job.batch.accumulation, str(job.model.activation_checkpointing),
         num_parameters(job.model, padded=True), memory, account.peak.phase,
-        {phase.phase: phase.total for phase in account.phases}, account.host, total, machine.memory, fits,
+        {phase.phase: phase.total for phase in account.phases}, account.host, total, capacity, fits,
         parts, step_s, tokens_per_s, None if machine.is_cpu else flops / machine.peak(job.precision), steps,
         steps * step_s / 86_400,
         steps * step_s * job.ranks / 3_600, size, disk, 2 * disk,

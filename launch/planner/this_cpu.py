@@ -5,11 +5,13 @@
 No table knows a user's CPU, so the run itself is measured: copies of it with one and two layers, and if the run
 accumulates with one and two micro batches, train for a few steps in a temporary folder (10 to 20 s each). Time and
 memory of a step are linear in the number of layers and of micro batches, so these points give the run's own. The result
-is kept in ~/.cache/packspeed/planner, by CPU, versions, model without its layers, batch and DeepSpeed configuration.
+is kept in ~/.cache/packspeed/planner, by CPU, versions, model without its layers, layout, DeepSpeed JSON, and the run
+file's sections `data` and `train`, without the length of the run and the global batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,6 +26,7 @@ from pathlib import Path
 import psutil
 
 from packspeed.launch.cluster.local_launcher import launcher_command
+from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.planner.machine import GIB, Error, Factors, Machine
@@ -80,7 +83,7 @@ def _measure(
     """Train a copy of the run for each (layers, micro batches of a step), and remember what they measured."""
     print(f"measuring this CPU: {len(sizes)} short runs, once", file=sys.stderr, flush=True)
     found = [_train(job, run_file, overrides, *size) for size in sizes]
-    path = _cache(job, sizes)
+    path = cache_file(job, sizes)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found))
     return found
@@ -88,14 +91,8 @@ def _measure(
 
 def _train(job: Job, run_file: Path, overrides: Sequence[str], layers: int, accumulation: int) -> dict[str, float]:
     """Train one copy and return its seconds and bytes."""
-    batch = job.batch.micro_batch * accumulation * job.batch.layout.rows * job.run.data.seq_len
     with tempfile.TemporaryDirectory() as folder:
-        settings = [
-            *overrides, "name=copy", f"runs_dir={folder}", f"model.n_layer={layers}", f"train.steps={STEPS}",
-            f"train.global_batch_tokens={batch}", f"train.micro_batch={job.batch.micro_batch}",
-            "train.schedule={name: constant}", "train.fp8_skip_blocks=0", "eval.every_steps=0",
-            "checkpoint.every_steps=0", "monitor.sample_prompts=[]", "monitor.log_every_steps=1000",
-        ]  # fmt: skip
+        settings = copy_settings(job, overrides, folder, layers, accumulation)
         arguments = ["--config", str(run_file), *(f"--set={text}" for text in settings)]
         command = launcher_command(job.ranks, arguments)
         try:
@@ -116,6 +113,18 @@ def _train(job: Job, run_file: Path, overrides: Sequence[str], layers: int, accu
     }
 
 
+def copy_settings(job: Job, overrides: Sequence[str], folder: str, layers: int, accumulation: int) -> list[str]:
+    """Return the values of `--set` with which the run file describes one copy, which writes only to `folder`."""
+    batch = job.batch.micro_batch * accumulation * job.batch.layout.rows * job.run.data.seq_len
+    return [
+        *overrides, "name=copy", f"runs_dir={folder}", f"model.n_layer={layers}", f"train.steps={STEPS}",
+        "train.tokens=null", f"train.global_batch_tokens={batch}", f"train.micro_batch={job.batch.micro_batch}",
+        "train.schedule={name: constant}", "train.fp8_skip_blocks=0", "eval.every_steps=0",
+        "checkpoint.every_steps=0", "checkpoint.mirror=null", "monitor.sample_prompts=[]",
+        "monitor.log_every_steps=1000",
+    ]  # fmt: skip
+
+
 def _lines(path: Path) -> list[JsonObject]:
     """Return the lines of a metrics.jsonl that belong to steps."""
     try:
@@ -125,13 +134,17 @@ def _lines(path: Path) -> list[JsonObject]:
     return [line for line in found if "loss" in line]
 
 
-def _cache(job: Job, sizes: Sequence[tuple[int, int]]) -> Path:
-    """Return the file that remembers the copies of this job."""
+def cache_file(job: Job, sizes: Sequence[tuple[int, int]]) -> Path:
+    """Return the file that remembers the copies of this job.
+
+    The DeepSpeed JSON is hashed as the user wrote it, because its defaults depend on the number of layers.
+    """
     model = {key: value for key, value in vars(job.model).items() if key != "n_layer"}
-    zero = job.ds_config.get("zero_optimization")
+    train = job.run.train.model_dump(exclude={"steps", "tokens", "global_batch_tokens"})
     identity = [
-        model, job.run.data.seq_len, job.batch.micro_batch, job.ranks, job.precision, zero, list(sizes), versions(),
-        job.run.train.optimizer.name, _cpu_name(), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS"),
+        model, job.run.data.model_dump(), train, load_ds_config(job.run.deepspeed), list(sizes), versions(),
+        dataclasses.asdict(job.batch.layout), job.batch.micro_batch, job.precision,
+        _cpu_name(), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS"),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -141,7 +154,7 @@ def _cache(job: Job, sizes: Sequence[tuple[int, int]]) -> Path:
 def _remembered(job: Job, sizes: Sequence[tuple[int, int]]) -> list[dict[str, float]] | None:
     """Return what was measured before, or None."""
     try:
-        found = json.loads(_cache(job, sizes).read_text())
+        found = json.loads(cache_file(job, sizes).read_text())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, list) and len(found) == len(sizes) else None
