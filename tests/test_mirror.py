@@ -245,6 +245,31 @@ def test_a_damaged_checkpoint_is_not_copied_and_a_failing_copy_gives_way(
     assert len([line for line in lines if "step-00000002 could not be copied" in line]) == 1
 
 
+def test_a_local_store_reports_progress_and_replaces_files_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_folder, "PART_BYTES", 4)
+    (tmp_path / "near").write_bytes(b"0123456789")
+    far, parts = MirrorFolder(f"file://{tmp_path}/far"), list[int]()
+    far.upload(tmp_path / "near", "x/large", lambda: parts.append(1))
+    far.download("x/large", tmp_path / "back", lambda: parts.append(2))
+    assert parts == [1, 1, 1, 2, 2, 2]
+    assert (tmp_path / "back").read_bytes() == b"0123456789"
+
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        far.upload(tmp_path / "near", "x/large", stop)
+    assert far.files() == {"x/large": 4}
+
+    far.write("x/small", b"old")
+    (tmp_path / "open").hardlink_to(tmp_path / "far" / "x" / "small")
+    far.write("x/small", b"new")
+    assert far.read("x/small") == b"new"
+    assert (tmp_path / "open").read_bytes() == b"old", "who reads at this moment reads the old file, not a part"
+
+
 def test_fresh_moves_the_mirror_aside(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "far" / "run", 1)
     prepare_for_launch(tmp_path / "runs" / "run", fresh=False, mirror=f"file://{tmp_path}/far/run")

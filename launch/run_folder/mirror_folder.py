@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from packspeed.data.storage.atomic import start_writeback, sync, write_file
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.run_folder.formats import CHECKPOINT_MANIFEST
 
 # Stores without folders. Their libraries would make a missing bucket instead.
 WITHOUT_FOLDERS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "memory")
-PART_BYTES = 2**24  # of a multipart upload to S3
+PART_BYTES = 2**24  # of a multipart upload to S3, and of a copy to or from a local store
 PARTS_AT_ONCE = 4
 MAX_PARTS = 9_000  # S3 allows 10,000
 
@@ -33,6 +34,7 @@ class MirrorFolder:
     def __init__(self, url: str) -> None:
         """Raises ConfigError if no installed library can open `url`. Does not connect."""
         import fsspec
+        from fsspec.implementations.local import LocalFileSystem
 
         self.url = url.rstrip("/")
         try:
@@ -42,6 +44,7 @@ class MirrorFolder:
                 f"checkpoint.mirror: {self.url} cannot be opened: {error}. Correct the URL, or install the package: "
                 "s3:// needs packspeed[s3], gs:// needs packspeed[gcs]."
             ) from None
+        self._is_local = isinstance(self._store, LocalFileSystem)
 
     def files(self) -> dict[str, int]:
         """Return {name: bytes} of all files in the folder; an empty dict if there is no such folder."""
@@ -56,7 +59,10 @@ class MirrorFolder:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file, in a folder that has files already."""
+        """Write a small file, in a folder that has files already. It is there completely or not at all."""
+        if self._is_local:
+            write_file(Path(self._root, name), content)
+            return
         self._store.pipe_file(f"{self._root}/{name}", content)
 
     def upload(self, path: Path, name: str, progress: Callable[[], object] = int) -> None:
@@ -66,6 +72,11 @@ class MirrorFolder:
         raises an exception, the copy ends with it.
         """
         target = f"{self._root}/{name}"
+        if self._is_local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            _copy(path, Path(target), progress)
+            sync(Path(target))
+            return
         options: dict[str, Any] = {}
         if self._is_at("s3", "s3a"):
             part_bytes = max(PART_BYTES, path.stat().st_size // MAX_PARTS + 1)
@@ -78,6 +89,9 @@ class MirrorFolder:
 
     def download(self, name: str, path: Path, progress: Callable[[], object] = int) -> None:
         """Copy a file of the mirror to the local file `path`. `progress` is called after every part."""
+        if self._is_local:
+            _copy(Path(self._root, name), path, progress)
+            return
         self._store.get_file(f"{self._root}/{name}", str(path), callback=_progress(progress))
 
     def remove(self, checkpoint: str) -> None:
@@ -98,6 +112,15 @@ class MirrorFolder:
     def _is_at(self, *schemes: str) -> bool:
         """Return whether the URL begins with one of these schemes, such as "s3"."""
         return self.url.partition("://")[0] in schemes
+
+
+def _copy(source: Path, target: Path, progress: Callable[[], object]) -> None:
+    """Copy a local file in parts of PART_BYTES, and call `progress` after each. fsspec reports none for local files."""
+    with source.open("rb") as read, target.open("wb") as written:
+        while part := read.read(PART_BYTES):
+            written.write(part)
+            start_writeback(written.fileno())
+            progress()
 
 
 def _progress(function: Callable[[], object]) -> Any:
