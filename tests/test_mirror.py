@@ -5,6 +5,7 @@ Whatever happens, a run that resumes from the mirror equals the run that nothing
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import threading
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from packspeed.data.storage.hashing import hash_file
 from packspeed.launch.checkpoint import mirror as mirror_module
-from packspeed.launch.checkpoint.manifest import Manifest, list_checkpoints
+from packspeed.launch.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 from packspeed.launch.checkpoint.mirror import Mirror
 from packspeed.launch.checkpoint.verify import find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
@@ -243,6 +245,77 @@ def test_a_damaged_checkpoint_is_not_copied_and_a_failing_copy_gives_way(
     copied(mirror, 3)
     assert mirror.steps() == [3]
     assert len([line for line in lines if "step-00000002 could not be copied" in line]) == 1
+
+
+def save_again(folder: Path, step: int) -> None:
+    """Save `step` again, with another file of the same size."""
+    shutil.rmtree(folder / f"step-{step:08d}")
+    write_checkpoint(folder, step)
+    weights = folder / f"step-{step:08d}" / "weights.pt"
+    weights.write_bytes(b"x")
+    amend(weights.parent, files={"weights.pt": hash_file(weights)})
+
+
+def amend(checkpoint: Path, **keys: object) -> None:
+    manifest = json.loads((checkpoint / "packspeed.json").read_text())
+    (checkpoint / "packspeed.json").write_text(json.dumps({**manifest, **keys}))
+
+
+@pytest.mark.parametrize("offered", [False, True])
+def test_a_step_that_is_saved_twice_is_copied_as_one_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offered: bool
+) -> None:
+    """The second save comes after the copy of the first has read its files, and is or is not offered at once."""
+    lines: list[str] = []
+    near, far = tmp_path / "near", tmp_path / "far" / "step-00000001"
+    write_checkpoint(near, 1)
+    mirror = Mirror(f"file://{tmp_path}/far", near, 1, ALONE, lines.append)
+    upload, begun, saved = MirrorFolder.upload, threading.Event(), threading.Event()
+
+    def slow(self: MirrorFolder, path: Path, name: str, *more: object) -> None:
+        upload(self, path, name)
+        begun.set()
+        assert saved.wait(60)
+
+    monkeypatch.setattr(MirrorFolder, "upload", slow)
+    mirror.offer(1, [mirror.state])
+    assert begun.wait(60)
+    save_again(near, 1)
+    if offered:
+        mirror.offer(1, [mirror.state])
+    saved.set()
+    while mirror.copying is not None:
+        time.sleep(0.001)
+    if offered:
+        assert find_damage(far) == []
+        assert (far / "weights.pt").read_bytes() == b"x"
+        assert mirror.newest == 1
+    else:
+        assert mirror.steps() == [], "a copy of both saves does not count"
+        assert lines[-1].endswith(": it was saved again in the meantime. The next checkpoint is.")
+    saved.clear()
+    write_checkpoint(near, 2)
+    mirror.offer(2, [mirror.state])
+    mirror.offer(1, [mirror.state])
+    assert mirror.copying == 2
+    assert mirror.newest is None, "a copy of step 1 is of an earlier save"
+    saved.set()
+    mirror.finish(2, 60)
+    assert mirror.newest == 2
+
+
+def test_an_amended_manifest_is_copied_with_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "near", 1)
+    upload = MirrorFolder.upload
+
+    def amending(self: MirrorFolder, path: Path, name: str, *more: object) -> None:
+        upload(self, path, name)
+        amend(path.parent, val_loss=2.5)
+
+    monkeypatch.setattr(MirrorFolder, "upload", amending)
+    copied(Mirror(f"file://{tmp_path}/far", tmp_path / "near", 1, ALONE, print), 1)
+    assert find_damage(tmp_path / "far" / "step-00000001") == []
+    assert read_manifest(tmp_path / "far" / "step-00000001")["val_loss"] == 2.5
 
 
 def test_a_local_store_reports_progress_and_replaces_files_at_once(

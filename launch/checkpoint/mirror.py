@@ -77,11 +77,16 @@ class Mirror:
         return "failing" if self._copy.failing else "copying"
 
     def offer(self, step: int, states: list[str]) -> None:
-        """Start to copy the complete checkpoint of `step`, unless a copy is under way and makes progress.
+        """Start to copy the complete checkpoint of `step`, unless a copy of another step makes progress.
 
-        `states` has the `state` of every rank. Does not wait. Every rank must call it.
+        A copy of the same step is of an earlier save, and this one replaces it. `states` has the `state` of every rank.
+        Does not wait. Every rank must call it.
         """
-        if "copying" not in states or "failing" in states:
+        if self.newest == step:
+            self.newest = None
+        # Not `copying`: the threads of one copy end at different times, and the ranks must agree.
+        again = self._copy is not None and self._copy.step == step
+        if again or "copying" not in states or "failing" in states:
             self._start(step)
 
     def catch_up(self, step: int) -> None:
@@ -117,9 +122,11 @@ class Mirror:
         """
         from packspeed.launch.engine.shared_work import Board  # here, because it loads DeepSpeed
 
+        older = None
         if self._copy is not None:
             self._copy.superseded.set()
-        self._copy = _Copy(self, step, Board(self.topology, "mirror"))
+            older = self._copy.thread if self._copy.step == step else None
+        self._copy = _Copy(self, step, Board(self.topology, "mirror"), older)
 
     # ---- from the mirror
 
@@ -289,25 +296,31 @@ class _CannotCopy(Exception):
 
 
 class _Copy:
-    """The copy of one checkpoint to the mirror, made by a thread on each rank. Every rank must make it."""
+    """The copy of one checkpoint to the mirror, made by a thread on each rank. Every rank must make it.
 
-    def __init__(self, mirror: Mirror, step: int, board: Board) -> None:
+    `older` is this rank's thread of an earlier copy of the same step, if there was one. It could still write a file.
+    """
+
+    def __init__(self, mirror: Mirror, step: int, board: Board, older: threading.Thread | None) -> None:
         self.mirror, self.step, self.board = mirror, step, board
         self.failing = False  # whether this rank's last attempt has failed
         self.superseded = threading.Event()
         self._warned = False
         # A daemon, because a store that hangs must not keep the process from ending.
-        self.thread = threading.Thread(target=self._run, name="packspeed-mirror", daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(older,), name="packspeed-mirror", daemon=True)
         self.thread.start()
 
-    def _run(self) -> None:
-        """Copy the checkpoint. Runs in a thread."""
+    def _run(self, older: threading.Thread | None) -> None:
+        """Copy the checkpoint when the thread `older` has ended. Runs in a thread."""
+        if older is not None:
+            older.join()
         try:
+            self.board.count("ready", add=1)
             if self.mirror.topology.rank == 0:
                 self._copy_on_rank0()
             else:
                 self._wait_until(lambda: self.board.read("cleared") is not None)
-                self._copy_share()
+                self._copy_share(self._read_files())
                 self._wait_until(lambda: self.board.read("ended") is not None)
         except _Superseded:
             pass
@@ -320,17 +333,20 @@ class _Copy:
         """Copy the share of rank 0, and complete the copy when the other ranks have copied theirs."""
         mirror, name, start = self.mirror, step_folder(self.step), time.monotonic()
         try:
+            self._wait_until(lambda: self.board.count("ready") == mirror.topology.world)
+            files = self._read_files()  # before the other ranks read it
+            if mirror.newest == self.step:
+                mirror.newest = None
             self._persist(lambda: mirror.remote.remove(name), name)
             self.board.post("cleared")
-            self._copy_share()
+            self._copy_share(files)
             self._wait_until(lambda: self.board.count("copied") == mirror.topology.world)
-            manifest = mirror.folder / name / MANIFEST
-            files = read_manifest(manifest.parent)["files"]
+            manifest = self._manifest_of(files)
             present = self._persist(mirror.remote.files, name)
             if lost := [file for file, of in files.items() if present.get(f"{name}/{file}") != of["bytes"]]:
                 raise _CannotCopy(f"the store has lost {', '.join(lost[:3])}")
             size = sum(file["bytes"] for file in files.values())
-            self._persist(lambda: mirror.remote.write(f"{name}/{MANIFEST}", manifest.read_bytes()), MANIFEST)
+            self._persist(lambda: mirror.remote.write(f"{name}/{MANIFEST}", manifest), MANIFEST)
             mirror.newest = self.step
             mirror.log(
                 f"copied {name} to {mirror.remote.url} ({size / 1e6:,.1f} MB) in {time.monotonic() - start:.1f} s"
@@ -341,10 +357,26 @@ class _Copy:
         finally:
             self.board.post("ended")
 
-    def _copy_share(self) -> None:
-        """Copy this rank's share of the files."""
-        mirror, name = self.mirror, step_folder(self.step)
-        files, topology = read_manifest(mirror.folder / name)["files"], mirror.topology
+    def _read_files(self) -> dict[str, FileHash]:
+        """Return the files of the checkpoint on the disk. Raises UserError if its manifest cannot be read."""
+        return read_manifest(self.mirror.folder / step_folder(self.step))["files"]
+
+    def _manifest_of(self, files: dict[str, FileHash]) -> bytes:
+        """Return the content of the manifest on the disk. An evaluation may have amended it since the copy began.
+
+        Raises _CannotCopy if it does not list `files`: the step was saved again, and the copies may be of both saves.
+        """
+        try:
+            content = (self.mirror.folder / step_folder(self.step) / MANIFEST).read_bytes()
+        except OSError as error:
+            raise _CannotCopy(reason_of(error)) from None
+        if self._read_files() != files:  # read after `content`, which is older or the same
+            raise _CannotCopy("it was saved again in the meantime")
+        return content
+
+    def _copy_share(self, files: dict[str, FileHash]) -> None:
+        """Copy this rank's share of `files`."""
+        mirror, name, topology = self.mirror, step_folder(self.step), self.mirror.topology
         for file in shares(files, topology.world)[topology.rank]:
             path = mirror.folder / name / file
 
