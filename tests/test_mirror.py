@@ -5,6 +5,7 @@ Whatever happens, a run that resumes from the mirror equals the run that nothing
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -214,6 +215,67 @@ def test_a_refused_copy_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="far/step-00000001 belongs to another run"):
         Mirror(f"file://{tmp_path}/far", tmp_path / "disk", 1, ALONE, print).fetch_newer(-1, refuse)
     assert not list((tmp_path / "disk").iterdir())
+
+
+def test_a_mirror_with_older_copies_of_another_run_is_refused(tmp_path: Path) -> None:
+    """The disk has step 5 and the mirror step 3. If its manifest is damaged, nobody knows whose it is: a warning."""
+    lines: list[str] = []
+    write_checkpoint(tmp_path / "far", 3)
+    write_checkpoint(tmp_path / "near", 5)
+    mirror = Mirror(f"file://{tmp_path}/far", tmp_path / "near", 1, ALONE, lines.append)
+
+    def refuse(url: str, manifest: Manifest) -> None:
+        raise ConfigError(f"{url} belongs to another run")
+
+    with pytest.raises(ConfigError, match="far/step-00000003 belongs to another run"):
+        mirror.fetch_newer(5, refuse)
+    assert lines == []
+    (tmp_path / "far" / "step-00000003" / "packspeed.json").write_text("{")
+    assert mirror.fetch_newer(5, refuse) is None
+    assert lines[0].startswith(f"WARNING: file://{tmp_path}/far/step-00000003 is damaged: ")
+    assert lines[0].endswith("). The run resumes from step 5, the newest on the disk.")
+    assert [path.name for path in (tmp_path / "near").iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.parametrize("method", ["read", "download"])
+def test_a_mirror_that_lists_but_cannot_be_read_does_not_hold_up_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The disk has step 1 and the mirror step 2, whose manifest or other file cannot be read."""
+    lines: list[str] = []
+    write_checkpoint(tmp_path / "far", 2)
+    near = write_checkpoint(tmp_path / "near", 1).parent
+    mirror = Mirror(f"file://{tmp_path}/far", near, 1, ALONE, lines.append)
+    attempts: list[str] = []
+
+    def failing(self: MirrorFolder, name: str, *more: object) -> bytes:
+        attempts.append(name)
+        raise PermissionError("403")
+
+    monkeypatch.setattr(MirrorFolder, method, failing)
+    assert mirror.fetch_newer(1, lambda url, manifest: None) is None
+    assert len(attempts) == 1, "it was not tried again"
+    assert mirror.newest is None
+    assert lines[-1].startswith(f"WARNING: file://{tmp_path}/far/step-00000002")
+    assert lines[-1].endswith("The run resumes from step 1, the newest on the disk.")
+    assert [path.name for path in list_checkpoints(near)] == ["step-00000001"]
+    monkeypatch.setattr(mirror_module, "FETCH_S", 0.0)
+    with pytest.raises(UserError, match=r"could not be read .*PermissionError: 403"):
+        mirror.fetch_newer(-1, lambda url, manifest: None)
+
+
+def test_a_full_disk_ends_a_start_although_it_has_an_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "far", 2)
+    near = write_checkpoint(tmp_path / "near", 1).parent
+
+    def full(self: MirrorFolder, name: str, path: Path, *more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MirrorFolder, "download", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        Mirror(f"file://{tmp_path}/far", near, 1, ALONE, print).fetch_newer(1, lambda url, manifest: None)
 
 
 def test_a_damaged_checkpoint_is_not_copied_and_a_failing_copy_gives_way(

@@ -55,6 +55,7 @@ class Mirror:
         self.remote, self.folder, self.keep = MirrorFolder(url), folder, keep
         self.topology, self.log = topology, log
         self.newest: int | None = None  # on rank 0: step of the newest complete copy, as far as this run knows
+        self._patience_s = 0.0  # how long fetch_newer tries to reach the mirror
         self._copy: _Copy | None = None
 
     def steps(self) -> list[int]:
@@ -135,12 +136,29 @@ class Mirror:
 
         Returns None if the mirror has none. `than` is -1 if the disk has no complete checkpoint. A damaged copy is
         skipped, and the reason is logged. `check` is called on rank 0 with URL and manifest of a copy before its other
-        files are fetched. A collective: every rank must call it.
+        files are fetched, and with those of the newest copy if none is newer than `than`. A collective: every rank must
+        call it.
 
         Raises the error of `check` on every rank, and UserError if the disk is full. If `than` is -1, also raises
-        UserError if the mirror does not answer for FETCH_S or has damaged copies only.
+        UserError if the mirror cannot be read for FETCH_S or has damaged copies only. If `than` is a step and the
+        mirror cannot be read at once, only a warning is logged.
         """
-        candidates = self.topology.on_rank0(lambda: self._copies_after(than))
+        self._patience_s = FETCH_S if than < 0 else 0.0
+        try:
+            return self._fetch_newest(than, check)
+        except _CannotRead as error:
+            if than < 0:
+                raise
+            self.newest = None
+            self.log(f"WARNING: {error} The run resumes from step {than}, the newest on the disk.")
+            return None
+
+    def _fetch_newest(self, than: int, check: Callable[[str, Manifest], object]) -> Path | None:
+        """Do the work of fetch_newer. A collective.
+
+        Raises the errors of fetch_newer on every rank, and _CannotRead for any `than`.
+        """
+        candidates = self.topology.on_rank0(lambda: self._copies_after(than, check))
         for step in candidates:
             damage = self._fetch(step, check)
             if not damage:
@@ -155,20 +173,32 @@ class Mirror:
             )
         return None
 
-    def _copies_after(self, than: int) -> list[int]:
+    def _copies_after(self, than: int, check: Callable[[str, Manifest], object]) -> list[int]:
         """Return the steps after `than` of which the mirror has a copy, newest first. On rank 0.
 
-        Raises UserError if the mirror does not answer and `than` is -1. If `than` is a step, only a warning is logged.
+        Raises _CannotRead if the mirror does not answer. If all copies are older, raises the errors of _check_newest.
         """
-        try:
-            steps = _persist(self.steps, self._pause(self.remote.url, FETCH_S if than < 0 else 0.0, self._beat))
-        except UserError as error:
-            if than < 0:
-                raise
-            self.log(f"WARNING: {error} The run resumes from step {than}, the newest on the disk.")
-            return []
+        steps = _persist(self.steps, self._pause(self.remote.url, self._beat))
+        newer = [step for step in steps if step > than]
+        if steps and not newer:
+            self._check_newest(step_folder(steps[0]), check)
         self.newest = max(steps, default=None)
-        return [step for step in steps if step > than]
+        return newer
+
+    def _check_newest(self, name: str, check: Callable[[str, Manifest], object]) -> None:
+        """Check that the copy `name` belongs to this run, whose copies will expire it. On rank 0.
+
+        Raises the error of `check`, and _CannotRead if the manifest of the copy cannot be read.
+        """
+        temporary = self.folder / f".{name}.tmp"
+        try:
+            _, damage = self._fetch_manifest(name, temporary, check)
+        except OSError as error:
+            raise _CannotRead(f"{temporary}: {error.strerror}.") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if damage:
+            raise _CannotRead(f"{self.remote.url}/{name} is damaged: {damage[0].rstrip('.')}.")
 
     def _fetch(self, step: int, check: Callable[[str, Manifest], object]) -> list[str]:
         """Fetch the copy of `step` into the run folder. Returns what is damaged; the folder is unchanged then.
@@ -215,7 +245,7 @@ class Mirror:
             except FileNotFoundError:  # removed since it was listed
                 return b""
 
-        content = _persist(read, self._pause(url, FETCH_S, self._beat))
+        content = _persist(read, self._pause(url, self._beat))
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_file(temporary / MANIFEST, content)
@@ -235,7 +265,7 @@ class Mirror:
     def _fetch_file(self, name: str, path: Path, expected: FileHash, progress: Callable[[], object]) -> str | None:
         """Fetch one file and compare it with its hash, twice if the first attempt is wrong. Returns what is wrong.
 
-        Raises UserError if the mirror does not answer or the disk is full.
+        Raises _CannotRead if the mirror cannot be read, and UserError if the disk is full.
         """
         url = f"{self.remote.url}/{name}"
 
@@ -253,8 +283,8 @@ class Mirror:
             same = hash_file(path, progress) == expected
             return None if same else f"{url} was changed: its hash is not the one in {MANIFEST}"
 
-        damage = _persist(attempt, self._pause(url, FETCH_S, progress))
-        return damage and _persist(attempt, self._pause(url, FETCH_S, progress))
+        damage = _persist(attempt, self._pause(url, progress))
+        return damage and _persist(attempt, self._pause(url, progress))
 
     def _publish(self, temporary: Path, final: Path) -> None:
         """Rename a folder with all files of a checkpoint to its final name. On rank 0."""
@@ -268,16 +298,16 @@ class Mirror:
         """Tell the supervisor that this rank fetches a checkpoint."""
         self.topology.beat("downloading")
 
-    def _pause(self, url: str, longest_s: float, progress: Callable[[], object]) -> Callable[[float, str], None]:
-        """Return a function that waits after a failed attempt, and raises UserError after `longest_s` seconds."""
-        deadline = time.monotonic() + longest_s
+    def _pause(self, url: str, progress: Callable[[], object]) -> Callable[[float, str], None]:
+        """Return a function that waits after a failed attempt, and raises _CannotRead if _patience_s is over."""
+        deadline = time.monotonic() + self._patience_s
 
         def pause(seconds: float, reason: str) -> None:
             if time.monotonic() >= deadline:
-                raise UserError(
-                    f"{url} could not be read in {longest_s:.0f} s of attempts. The last one failed with: {reason}. "
-                    "Check the store, the credentials and checkpoint.mirror, and start the command again. With "
-                    "--set checkpoint.mirror=null the run does without."
+                raise _CannotRead(
+                    f"{url} could not be read in {self._patience_s:.0f} s of attempts. The last one failed with: "
+                    f"{reason}. Check the store, the credentials and checkpoint.mirror, and start the command again. "
+                    "With --set checkpoint.mirror=null the run does without."
                 )
             end = time.monotonic() + seconds
             while time.monotonic() < end:
@@ -285,6 +315,10 @@ class Mirror:
                 time.sleep(POLL_S)
 
         return pause
+
+
+class _CannotRead(UserError):
+    """The mirror does not answer, or a file on it cannot be read."""
 
 
 class _Superseded(Exception):
