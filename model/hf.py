@@ -100,8 +100,8 @@ def family(config: GPTConfig) -> Family:
         wrong.append(f"n_kv_head = {config.n_kv_head}")
     if gpt2 and config.n_head * config.head_width != config.d_model:
         wrong.append(f"head_dim = {config.head_dim}")
-    windows = [config.window_of(layer) for layer in range(config.n_layer)]
-    if any(windows) and (gpt2 or (config.bias in (True, "attention") and not config.qk_norm)):
+    some, every = _windowed(config)
+    if some and (gpt2 or (config.bias in (True, "attention") and not config.qk_norm)):
         wrong.append(f"sliding_window = {config.sliding_window}")
     if wrong:
         parts = (
@@ -117,7 +117,7 @@ def family(config: GPTConfig) -> Family:
         return "gpt2"
     if config.qk_norm or config.bias == "qkv":
         return "qwen3" if config.qk_norm else "qwen2"
-    return "mistral" if all(windows) else "ministral" if any(windows) else "llama"
+    return "mistral" if every else "ministral" if some else "llama"
 
 
 def _family_with_experts(config: GPTConfig) -> Family:
@@ -132,8 +132,8 @@ def _family_with_experts(config: GPTConfig) -> Family:
     if kind == "mixtral":
         wanted |= {"first_dense": (0,), "gate_normalised": (True,)}
     wrong = _unsupported(config, wanted)
-    windows = [config.window_of(layer) for layer in range(config.n_layer)]
-    if any(windows) and (kind == "glm4_moe" or not all(windows)):
+    some, every = _windowed(config)
+    if some and (kind == "glm4_moe" or not every):
         wrong.append(f"sliding_window = {config.sliding_window}")
     if wrong:
         needs = "; ".join(f"{name}: {' or '.join(str(x) for x in valid)}" for name, valid in wanted.items())
@@ -144,6 +144,17 @@ def _family_with_experts(config: GPTConfig) -> Family:
             "Mixtral and Qwen3-MoE, in all layers."
         )
     return kind
+
+
+def _windowed(config: GPTConfig) -> tuple[bool, bool]:
+    """Return whether some layers have a sliding window, and whether all have one.
+
+    Without a window the layers are not looked at: a config.json may claim any number of them.
+    """
+    if config.sliding_window is None:
+        return False, False
+    windows = [config.window_of(layer) is not None for layer in range(config.n_layer)]
+    return any(windows), all(windows)
 
 
 def _unsupported(config: GPTConfig, wanted: Mapping[str, tuple[object, ...]]) -> list[str]:

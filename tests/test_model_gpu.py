@@ -180,7 +180,7 @@ def test_our_backward_passes_on_cuda(
         both(triton_kernels._Rotate, x.view(ROWS, LENGTH, 8, 8), rope, [4, 2, 2])
         monkeypatch.setattr(fused_loss, "GPU_CHUNK_BYTES", 1000 * 128 * 4)
         labels = torch.zeros(ROWS * LENGTH, dtype=torch.int64)
-        both(fused_loss._HeadLoss, x.flatten(0, 1), torch.empty(128, 64), labels, 100, 0.0, triton_kernels)
+        both(fused_loss._HeadLoss, x.flatten(0, 1), torch.empty(128, 64), labels, 100, 0.0, 30.0, triton_kernels)
     assert {launch.name for launch in launches} == set(KERNELS)
 
 

@@ -94,7 +94,7 @@ def read_run(folder: Path, color: str = COLORS[0]) -> Run:
         read_object(folder / "status.json", Status, notes), columns,
         read_lines(folder / "samples.jsonl", SamplesLine, notes),
         read_lines(folder / "anomalies.jsonl", AnomalyLine, notes), account(folder, notes), notes,
-        read_object(folder / PLAN_FILE, PlanResult, notes) if (folder / PLAN_FILE).exists() else None, color,
+        read_object(folder / PLAN_FILE, PlanResult, notes) or None, color,
     )  # fmt: skip
     if not (run.config or any(map(len, columns.numbers.values())) or run.account):
         reason = " ".join(notes) or "config.yaml is missing."
