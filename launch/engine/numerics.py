@@ -28,6 +28,8 @@ DeepSpeed.
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any
 
 import torch
 
@@ -35,6 +37,7 @@ from packspeed.launch.config.errors import ConfigError
 
 WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # the first is cuBLAS's own size on Hopper
 NVLS = ("NVLS", "NVLSTree")  # NCCL's algorithms that add inside the switch, by NCCL's names
+INDUCTOR = "TORCHINDUCTOR_DETERMINISTIC"
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the only one that torch before 2.9 reads
 
 
@@ -52,10 +55,21 @@ def set_numerics(deterministic: bool, nccl: bool = False) -> None:
             raise _contradiction(
                 "NCCL_ALGO", "with this value, NCCL may add in the NVSwitch, in a different order each time"
             )
-    if deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports inductor, which takes a second
-        torch.use_deterministic_algorithms(deterministic)  # and inductor's deterministic mode, in torch that has one
+    set_torch_deterministic(deterministic)
     # In deterministic mode, torch would otherwise fill every new tensor, which costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def set_torch_deterministic(deterministic: bool) -> None:
+    """Do what torch.use_deterministic_algorithms does, without importing inductor, which takes two seconds.
+
+    Inductor reads the environment variable when it is imported.
+    """
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
+    os.environ[INDUCTOR] = str(int(deterministic))
+    config: Any = sys.modules.get("torch._inductor.config")
+    if config is not None:
+        config.deterministic = deterministic
 
 
 def keep_full_precision() -> None:

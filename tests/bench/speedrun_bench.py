@@ -1,6 +1,6 @@
 """Time `make speedrun` beside nanoGPT's train.py with its published CPU settings, whole commands, in turns.
 
-    python tests/bench/speedrun_bench.py tinyshakespeare.txt path/to/nanoGPT [--seeds 1 2 3] [--steps 250]
+    python tests/bench/speedrun_bench.py tinyshakespeare.txt path/to/nanoGPT [--seeds 1 2 3] [--steps 160]
 
 nanoGPT's folder needs data/shakespeare_char/train.bin (its prepare.py makes it). It evaluates before its first step and
 after the last; ours after the last, over all of the validation split. Ours includes the preparation of the dataset.
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("nanogpt", type=Path, nargs="?", help="leave it out to time the recipe alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=160)
     options = parser.parse_args()
     theirs, mine, losses = [], [], []
     with tempfile.TemporaryDirectory() as scratch:

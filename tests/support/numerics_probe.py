@@ -36,7 +36,8 @@ def printing(when: str, function: Any) -> Any:
     """Return `function` wrapped so that it prints the settings first. when: "group" or "model"."""
 
     def first_print(*args: Any, **kwargs: Any) -> Any:
-        print(f"at {when} {os.environ['RANK']} {json.dumps(settings())}", flush=True)
+        sys.stdout.write(f"at {when} {os.environ['RANK']} {json.dumps(settings())}\n")  # at once: two ranks print
+        sys.stdout.flush()
         return function(*args, **kwargs)
 
     return first_print
