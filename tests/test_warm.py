@@ -53,11 +53,11 @@ def stack_start(pid: int) -> int:
 def test_a_warm_restart_gives_the_same_metrics(workspace: Workspace, request: pytest.FixtureRequest) -> None:
     """Rank 1 is killed when a warm process waits: the next ranks are forks, and the run is that without a failure."""
     sets = ("train.steps=100", "checkpoint={every_steps: 20}", "eval.every_steps=0", "model.dropout=0.1")
-    codes, output = run_many(workspace.folder / "undisturbed", [workspace.arguments("undisturbed", *sets)])
+    codes, output = run_many(workspace.folder / "never_killed", [workspace.arguments("never_killed", *sets)])
     assert codes == [0], output
-    run, text = workspace.folder / "runs" / "restarted", workspace.folder / "restarted.output"
+    run, text = workspace.folder / "runs" / "warm_restart", workspace.folder / "warm_restart.output"
     command = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", "launch", str(workspace.run_file)]
-    command += [f"--set={text}" for text in ("name=restarted", *sets)] + ["--ranks", "2", "--max-restarts", "1"]
+    command += [f"--set={text}" for text in ("name=warm_restart", *sets)] + ["--ranks", "2", "--max-restarts", "1"]
     with text.open("wb") as file:
         launch = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     request.addfinalizer(launch.wait)
@@ -102,7 +102,7 @@ def test_a_warm_restart_gives_the_same_metrics(workspace: Workspace, request: py
     output = text.read_text()
     assert "restart 1 of 1 in 0 s" in output
     assert warm.COLD not in output
-    assert workspace.curve("restarted") == workspace.curve("undisturbed")
+    assert workspace.curve("warm_restart") == workspace.curve("never_killed")
 
 
 # --- the warm process and its agent -----------------------------------------------------------------------------------
