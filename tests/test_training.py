@@ -38,7 +38,7 @@ MUON = (
     "train.grad_clip=0.5", "model.mlp=swiglu", "model.n_kv_head=1",
 )  # fmt: skip
 FP8 = ("train.precision=fp8", "model.n_layer=3")  # the block in the middle
-EXTRAS = ("model.dropout=0.1", "train.micro_batch=2", "model.activation_checkpointing=full", "model.mlp_chunk=24")
+EXTRAS = ("model.dropout=0.1", "train.micro_batch=2", "model.activation_checkpointing=full", "model.mlp_chunk=32")
 OFFLOAD = ("model.activation_checkpointing=full", "model.activation_offload=true")
 
 
