@@ -34,10 +34,10 @@ import sysconfig
 from pathlib import Path
 from typing import NoReturn
 
+from packspeed.launch.cluster.warm_start import ROOM, ForkedProcess
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, LAUNCHER
 
 COLD = "ranks are started as new processes"  # begins the reason why this process does not serve
-ROOM = "PACKSPEED_ROOM"  # a variable whose value only makes room for the environment of a rank
 
 # Variables that the launch sets anew for every attempt or rank, and that are read only after the start.
 VARIABLES = frozenset({
@@ -56,22 +56,6 @@ class InRankError(Exception):
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         super().__init__(command)
         self.command, self.env = command, env
-
-
-class ForkedRank:
-    """A forked rank, with the part of subprocess.Popen's interface that the launcher uses."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        """Return the exit code, negative for a signal; None while the rank runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
 
 
 class Warm:
@@ -125,13 +109,13 @@ class Warm:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         return request["command"], request["env"]
 
-    def start_rank(self, command: list[str], env: dict[str, str]) -> ForkedRank | subprocess.Popen[bytes]:
+    def start_rank(self, command: list[str], env: dict[str, str]) -> ForkedProcess | subprocess.Popen[bytes]:
         """Fork a rank, or start it as a new process if a fork could give something else. Raises InRankError in it."""
         if why := self.why_cold(command, env):
             print(f"rank {env.get('RANK')}: {COLD}: {why}", file=sys.stderr, flush=True)
             return subprocess.Popen(command, env=env)
         if pid := os.fork():
-            return ForkedRank(pid)
+            return ForkedProcess(pid)
         raise InRankError(command, env)
 
     def why_cold(self, command: list[str], env: dict[str, str]) -> str:

@@ -39,7 +39,7 @@ LAUNCH = {
 LAUNCH["commands"] = set(LAUNCH)
 LAUNCH["cli"] = set(LAUNCH)
 LAUNCH["train"] = {"config", "run_folder", "engine", "training"}
-LAUNCH["warm"] = {"run_folder", "engine"}  # starts train.py, by its path
+LAUNCH["warm"] = {"run_folder", "engine", "cluster"}  # starts train.py, by its path
 LAUNCH["node"] = LAUNCH["pod"] = {"cluster"}  # names that older rendered scripts run
 WITHOUT_TORCH = {"config", "run_folder", "cluster", "observe", "explain", "planner", "commands", "cli"}
 

@@ -23,7 +23,7 @@ from packspeed.launch.cluster.hosts import Host
 from packspeed.launch.cluster.local_launcher import TRAIN
 from packspeed.launch.cluster.messages import KillAnswer
 from packspeed.launch.cluster.ssh import AgentPool
-from packspeed.launch.cluster.warm_start import WarmProcess
+from packspeed.launch.cluster.warm_start import ROOM, WarmProcess
 from packspeed.launch.run_folder.heartbeat import read_beats
 from support.ranks import run_many
 from support.workspace import Workspace
@@ -95,7 +95,7 @@ def test_a_warm_restart_gives_the_same_metrics(workspace: Workspace, request: py
         environ = process.environ()
         assert (environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"]) == (str(number), str(number), "2")
         assert int(environ[warm.LAUNCHER]) == psutil.Process(launcher).ppid(), "the agent has adopted the launcher"
-        assert warm.ROOM not in environ
+        assert ROOM not in environ
     for process in second:
         process.resume()
     assert launch.wait(400) == 0, text.read_text()

@@ -48,7 +48,7 @@ from packspeed.launch.cluster.messages import (
     StacksRequest,
     send_record,
 )
-from packspeed.launch.cluster.warm_start import AdoptedProcess, WarmProcess
+from packspeed.launch.cluster.warm_start import ForkedProcess, WarmProcess
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.run_folder.folder import git_commit
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, LAUNCHER, last_beat, remove_local_beats
@@ -170,7 +170,7 @@ class LocalRanks:
         os.chdir(request["cwd"])
         command, env = launcher_of(request)
         env |= {LAUNCH_ID: self.launch_id, LAUNCHER: str(os.getpid())}
-        self.launcher: AdoptedProcess | subprocess.Popen[bytes] = (
+        self.launcher: ForkedProcess | subprocess.Popen[bytes] = (
             warm and warm.start_launcher(command, env)
         ) or subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WARM = Path(__file__).resolve().parents[1] / "warm.py"
-ROOM = "PACKSPEED_ROOM"  # warm.py says what for
+ROOM = "PACKSPEED_ROOM"  # a variable whose value only makes room for the environment of a rank
 ROOM_BYTES = 4096  # for what a rank's command and environment have beyond the launcher's
 WAIT_S = 30.0  # how long a launch waits for a warm process that still imports; a new launcher needs the same imports
 PR_SET_CHILD_SUBREAPER = 36  # from Linux's prctl.h
@@ -37,7 +37,7 @@ class WarmProcess:
                 start_new_session=True,
             )  # fmt: skip
 
-    def start_launcher(self, command: Sequence[str], env: Mapping[str, str]) -> AdoptedProcess | None:
+    def start_launcher(self, command: Sequence[str], env: Mapping[str, str]) -> ForkedProcess | None:
         """Turn it into a launcher with this command line and environment, and return that; None if it has ended, or
         still imports after WAIT_S.
         """
@@ -48,7 +48,7 @@ class WarmProcess:
             answer = self._socket.recv(100)
             if not answer:
                 return None
-            launcher = AdoptedProcess(int(json.loads(answer)["pid"]))
+            launcher = ForkedProcess(int(json.loads(answer)["pid"]))
             launcher.poll()  # raises ChildProcessError if this system has no adoption
             self._socket.sendall(b"go\n")
             return launcher
@@ -65,8 +65,11 @@ class WarmProcess:
         self.process.wait()
 
 
-class AdoptedProcess:
-    """A child of this process that another process has forked. It has the part of Popen's interface that agents use."""
+class ForkedProcess:
+    """A child of this process that was forked, here or by another process.
+
+    It has the part of subprocess.Popen's interface that the agent and DeepSpeed's launcher use.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
