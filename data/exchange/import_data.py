@@ -33,6 +33,7 @@ from packspeed.data.storage.manifest import (
     SplitMethod,
     TokenizerIdentity,
     manifest_json,
+    token_dtype,
 )
 from packspeed.data.storage.mmidx import read_index
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -79,11 +80,8 @@ def import_data(
 def _copied(
     train: Sequence[str], val: Sequence[str], folder: Path, tokenizer: Tokenizer, options: ImportOptions
 ) -> tuple[str, list[Shard]]:
-    """Copy the documents of all files into shards in `folder`. Return (type of the tokens, shards).
-
-    The type is "uint16" if all ids of the tokenizer fit into it, otherwise "uint32".
-    """
-    dtype, shards = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", list[Shard]()
+    """Copy the documents of all files into shards in `folder`. Return (type of the tokens, as token_dtype, shards)."""
+    dtype, shards = token_dtype(tokenizer.vocab_size), list[Shard]()
     for split, paths in (("train", train), ("val", val)):
         writer = ShardWriter(folder, split, dtype, options.shard_tokens)
         try:

@@ -57,6 +57,7 @@ from packspeed.data.storage.manifest import (
     SplitMethod,
     TokenizerIdentity,
     manifest_json,
+    token_dtype,
 )
 from packspeed.data.text.encode import Choice
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -252,8 +253,7 @@ class _Preparation:
         self.text_keys = corpus.text_keys()
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.sources, self.val_sources = corpus.find(outside=folder)
-        # If the ids fit into 2 bytes, that halves the disk space and the bandwidth.
-        self.dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
         self.finished = FinishedUnits()
 
     def plan(self) -> None:

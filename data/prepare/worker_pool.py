@@ -122,8 +122,8 @@ class _Forked:
         self._code: int | None = None
         os.close(commands[0])
         os.close(messages[1])
-        self.stdin: IO[bytes] | None = open(commands[1], "wb", buffering=0)  # noqa: SIM115  (the pool closes it)
-        self.stdout: IO[bytes] | None = open(messages[0], "rb", buffering=0)  # noqa: SIM115
+        self.stdin: IO[bytes] | None = os.fdopen(commands[1], "wb", buffering=0)
+        self.stdout: IO[bytes] | None = os.fdopen(messages[0], "rb", buffering=0)
 
     def kill(self) -> None:
         if self._code is None:

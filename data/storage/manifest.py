@@ -130,6 +130,14 @@ class Manifest:
         return xxhash.xxh3_128_hexdigest(json.dumps([self.version, self.dtype, identity, shards]).encode())
 
 
+def token_dtype(vocab_size: int) -> str:
+    """Return the type of the tokens of such a vocabulary: "uint16" if all ids fit into it, otherwise "uint32".
+
+    Two bytes halve the disk space and the bandwidth.
+    """
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
 def manifest_json(manifest: Manifest) -> bytes:
     """Return the manifest as JSON.
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.storage.manifest import Tokens
+from packspeed.data.storage.manifest import Tokens, token_dtype
 from packspeed.data.text.long_text import LongText
 from packspeed.data.text.ranks import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, BytesTokenizer
 from packspeed.data.text.tokenizer import Tokenizer
@@ -186,7 +186,7 @@ class _Gigatoken:
 
     def __init__(self, ranks_file: bytes, pattern: str, eot_id: int, vocab_size: int):
         self._ranks_file, self._pattern, self._eot_id = ranks_file, pattern, eot_id
-        self._dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+        self._dtype = np.dtype(token_dtype(vocab_size))
         self._tokenizer = self._load()
         self._first_bytes, self._since = _resident_bytes(), 0
 
@@ -218,13 +218,12 @@ class _Gigatoken:
                 f"--encoder tiktoken."
             )
         self._since += len(joined)
-        if self._since < MEASURED_BYTES:
-            return ids, np.diff(ends, prepend=-1)
-        self._since = 0
-        if _resident_bytes() > self._first_bytes + GROWTH_BYTES:
-            self._tokenizer = None  # frees the old one first, so that two never exist at the same time
-            self._tokenizer = self._load()
-            self._first_bytes = max(self._first_bytes, _resident_bytes() - GROWTH_BYTES // 2)
+        if self._since >= MEASURED_BYTES:
+            self._since = 0
+            if _resident_bytes() > self._first_bytes + GROWTH_BYTES:
+                self._tokenizer = None  # frees the old one first, so that two never exist at the same time
+                self._tokenizer = self._load()
+                self._first_bytes = max(self._first_bytes, _resident_bytes() - GROWTH_BYTES // 2)
         return ids, np.diff(ends, prepend=-1)
 
 
