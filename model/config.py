@@ -25,6 +25,8 @@ BIASED: dict[bool | str, tuple[Layer, ...]] = {
     "qkv": ("qkv",),
     "attention": ("qkv", "proj"),
 }
+Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
+Gate = Literal["sigmoid", "softmax"]
 RopeType = Literal["linear", "dynamic", "yarn", "llama3"]
 # The keys that a type of RoPE scaling needs besides rope_type and factor, and those that it may have.
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -110,7 +112,7 @@ class GPTConfig:
     sliding_window: int | None = None  # a token attends to so many tokens, itself included; None: to all before it
     sliding_window_pattern: int | None = None  # n: every n-th layer has no window, as in Gemma 3
     max_window_layers: int | None = None  # the first n layers have no window, as in Qwen2
-    mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"] = "gelu_tanh"  # GPT-2 uses tanh; nanoGPT is exact; relu(x)^2
+    mlp: Activation = "gelu_tanh"  # GPT-2 uses tanh; nanoGPT is exact; relu(x)^2
     bias: bool | Literal["qkv", "attention"] = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
     n_expert: int | None = None  # experts per layer, of which each token uses n_expert_active; None: a dense model
@@ -118,7 +120,7 @@ class GPTConfig:
     n_shared_expert: int = 0  # experts that every token uses besides: one MLP of that many times d_expert channels
     d_expert: int | None = None  # hidden channels of one expert; None: ff_width
     first_dense: int = 0  # number of first layers that have a dense MLP
-    gate: Literal["sigmoid", "softmax"] = "sigmoid"  # turns the router's logits into scores
+    gate: Gate = "sigmoid"  # turns the router's logits into scores
     gate_normalised: bool = True  # divide the scores of a token's experts by their sum
     gate_scale: float = 1.0  # and multiply them by this
     balance_rate: float = 1e-3  # per step, the change of the bias that balances the experts; 0: no balancing
@@ -210,9 +212,9 @@ class GPTConfig:
         choices = {
             "norm": ("layernorm", "rmsnorm"),
             "position": ("learned", "rope"),
-            "mlp": ("gelu", "gelu_tanh", "swiglu", "relu2"),
+            "mlp": get_args(Activation),
             "bias": tuple(BIASED),
-            "gate": ("sigmoid", "softmax"),
+            "gate": get_args(Gate),
             "kernels": get_args(Kernels),
         }
         for name, valid in choices.items():
@@ -261,8 +263,10 @@ class GPTConfig:
 
         With the other scalings, max_seq_len is the stretched length already.
         """
-        dynamic = self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic"
-        return int(self.max_seq_len * self.rope_scaling.factor) if dynamic and self.rope_scaling else self.max_seq_len
+        scaling = self.rope_scaling
+        if scaling is None or scaling.rope_type != "dynamic":
+            return self.max_seq_len
+        return int(self.max_seq_len * scaling.factor)
 
     @property
     def expert_width(self) -> int:

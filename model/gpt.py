@@ -37,7 +37,7 @@ from packspeed.model.config import GPTConfig
 from packspeed.model.embedding import embedding
 from packspeed.model.fp8_linear import fp8_linear
 from packspeed.model.fused_loss import head_loss, head_losses
-from packspeed.model.kernels import Kernels, choose
+from packspeed.model.kernels import Kernels, choose, out_of_graphs
 from packspeed.model.keyed_dropout import keyed_dropout, mask_offset, site_keys
 from packspeed.model.linear import is_slow, linear
 from packspeed.model.moe import Choice, MoE
@@ -66,11 +66,6 @@ class Norm(nn.Module):
         """Return (x + branch, norm(x + branch)) for x and branch (..., C); without a branch, (x, norm(x))."""
         add_norm = choose(self.kernels, x.device).add_norm
         return add_norm(x, branch, self.weight, self.bias, self.eps, self.rms)
-
-
-def _out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    disabled: Callable[..., Tensor] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return disabled
 
 
 class Linear(nn.Linear):
@@ -104,8 +99,8 @@ class Attention(nn.Module):
         self.layer, self.kernels = layer, config.kernels
         self.window = config.window_of(layer)
         # Not compiled: torch.compile would make a new graph for the document lengths of every step, and unroll windows.
-        self.attend_eagerly = _out_of_graphs(attend) if config.kernels == "compile" else None
-        self.attend_part = _out_of_graphs(SequencePart.attend) if config.kernels == "compile" else SequencePart.attend
+        self.attend_eagerly = out_of_graphs(attend) if config.kernels == "compile" else None
+        self.attend_part = out_of_graphs(SequencePart.attend) if config.kernels == "compile" else SequencePart.attend
         self.head_width = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.qkv = Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.has_bias("qkv"))
@@ -499,11 +494,11 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     """
     if not is_matrix(name):
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    if config.zero_init_proj and name.endswith("proj.weight"):
+        return torch.zeros(shape)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     std = STD / math.sqrt(2 * config.n_layer) if name.endswith("proj.weight") else STD
-    if config.zero_init_proj and name.endswith("proj.weight"):
-        std = 0.0
     rows = config.vocab_size if name in ("embed.weight", "lm_head.weight") else shape[0]
     value = torch.zeros(shape)
     value[:rows].normal_(0.0, std, generator=generator)

@@ -83,6 +83,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": QWEN3_MOE_DEFAULTS,
     "glm4_moe": GLM4_MOE_DEFAULTS,
 }
+FIXED_BIAS = ("mistral", "ministral", "mixtral", "qwen2")  # types without the key attention_bias
 # Types whose attention keeps a compressed key and value.
 LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2")
 
@@ -125,7 +126,7 @@ def _gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
-    bias = {} if kind in ("mistral", "ministral", "qwen2", "mixtral") else {"attention_bias": config.has_bias("qkv")}
+    bias = {} if kind in FIXED_BIAS else {"attention_bias": config.has_bias("qkv")}
     return (
         bias
         | ({"mlp_bias": config.has_bias("mlp")} if kind == "llama" else {})
@@ -393,7 +394,7 @@ def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention
     In Mistral, Mixtral and Qwen2 it is fixed; the others have keys for it. Raises ValueError if only the MLP has
     biases.
     """
-    if kind in ("mistral", "ministral", "mixtral", "qwen2"):
+    if kind in FIXED_BIAS:
         return "qkv" if kind == "qwen2" else False
     attention = _flag(raw, "attention_bias")
     mlp = kind == "llama" and _flag(raw, "mlp_bias")

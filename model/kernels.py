@@ -18,7 +18,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -91,6 +91,12 @@ def choose(name: str, device: torch.device) -> Kernels:
     modules = {"triton": _triton_kernels, "native": _native_kernels}
     kernels = modules.get(resolve(name, device.type), lambda: None)()
     return cast(Kernels, reference_ops) if kernels is None else kernels
+
+
+def out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the function such that torch.compile leaves it out of its graphs."""
+    disabled: Callable[..., Tensor] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 # Both modules are imported at first use, because triton may be missing and native_kernels needs a C++ compiler.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from packspeed.model.config import GPTConfig
-from packspeed.model.kernels import choose
+from packspeed.model.kernels import choose, out_of_graphs
 from packspeed.model.linear import is_slow
 
 SMALLEST_SUM = 1e-20  # added to the sum of a token's scores, as DeepSeek-V3 does: sigmoids may all be 0
@@ -132,7 +132,7 @@ class MoE(nn.Module):
         self.counts: Tensor | None = None  # (E,) int64: tokens of each expert in training since take_counts
         if config.kernels == "compile":
             # The number of rows of an expert differs in every step, and torch.compile would make a graph for each.
-            self.forward = torch.compiler.disable(self.forward)  # type: ignore[no-untyped-call, method-assign]
+            self.forward = out_of_graphs(self.forward)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, choice: Choice | None = None) -> Tensor:
         """Return the output, (B, T, C), for x (B, T, C). choice: see Choice; None if x is never recomputed."""

@@ -50,7 +50,7 @@ def default_ranks(run: RunFile) -> int:
     smallest that the section `parallel` allows, usually 1, because a single rank with all cores is fastest on CPUs
     (LOG.md).
     """
-    smallest = run.parallel.sequence * run.parallel.tensor
+    smallest = run.parallel.per_row
     return max((n for n in range(1, local_accelerators() + 1) if fits(run, n)), default=smallest)
 
 

@@ -231,8 +231,7 @@ class Supervisor:
 
     def _must_divide(self) -> str:
         """Return the reason why not every number of ranks can share the batch, for a line of the log."""
-        parallel, samples = self.run.parallel, self.run.global_batch
-        per_row = parallel.sequence * parallel.tensor
+        per_row, samples = self.run.parallel.per_row, self.run.global_batch
         if per_row == 1:
             return f"their number must divide the {samples} samples of a step"
         return f"the number of groups of {per_row} ranks (section parallel) must divide the {samples} samples of a step"

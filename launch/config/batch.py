@@ -5,9 +5,8 @@
 
 One optimizer step always uses `global_batch` samples, whatever the hardware. Each rank, or each group of ranks that
 work on the same rows (layout.py), gets an equal share and processes it in `accumulation` forward and backward passes of
-`micro_batch` samples. The division
-must have no remainder, because a rounded batch would change the loss. If there is one, the error lists the nearest
-numbers of ranks, batch sizes or micro batches that divide exactly.
+`micro_batch` samples. The division must have no remainder, because a rounded batch would change the loss. If there is
+one, the error lists the nearest numbers of ranks, batch sizes or micro batches that divide exactly.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def plan_batch(run: RunFile, world: int) -> BatchPlan:
 
 def fits(run: RunFile, world: int) -> bool:
     """Return whether `world` ranks can share the rows of the run's global batch equally."""
-    rows, rest = divmod(world, run.parallel.sequence * run.parallel.tensor)
+    rows, rest = divmod(world, run.parallel.per_row)
     return rest == 0 and rows > 0 and run.global_batch % rows == 0
 
 

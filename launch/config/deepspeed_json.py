@@ -294,8 +294,6 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
             "in fp16."
         )
     if run.train.optimizer.name == "muon":
-        if run.parallel.tensor > 1:
-            yield "parallel.tensor above 1 works with AdamW only: Muon needs complete matrices. Set it to 1."
         yield from _refused_with_muon(path, raw)
 
 

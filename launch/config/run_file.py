@@ -487,6 +487,11 @@ class ParallelSection(Section):
             raise ValueError(f"pipeline: {NO_PIPELINE}")
         return data
 
+    @property
+    def per_row(self) -> int:
+        """Number of ranks that work on the same rows of the batch."""
+        return self.sequence * self.tensor
+
 
 class RunFile(Section):
     """A complete run file."""

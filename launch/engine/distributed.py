@@ -91,12 +91,10 @@ class Topology:
         if self.layout.size(axis) == self.world:
             return None
         if axis not in self._groups:
-            own = self.layout.members(axis, self.rank)
-            made = {
-                tuple(ranks): torch.distributed.new_group(ranks, timeout=self.timeout)
-                for ranks in self.layout.groups(axis)
-            }
-            self._groups[axis] = made[tuple(own)]
+            for ranks in self.layout.groups(axis):  # every rank makes every group
+                made = torch.distributed.new_group(ranks, timeout=self.timeout)
+                if self.rank in ranks:
+                    self._groups[axis] = made
         return self._groups[axis]
 
     @functools.cached_property

@@ -38,12 +38,9 @@ def peak_rates(optimizer: OptimizerSection) -> dict[str, float]:
 def group_of(name: str, groups: dict[str, float]) -> str:
     """Return the group, out of those that there are, to which the parameter of this name belongs."""
     if not is_matrix(name):
-        wanted = "scalars"
-    elif is_muon_parameter(name):
-        wanted = MATRICES
-    else:
-        wanted = "head" if name == "lm_head.weight" else "embedding"
-    return wanted if wanted in groups else ALWAYS[not is_matrix(name)]
+        return "scalars" if "scalars" in groups else "no_decay"
+    wanted = MATRICES if is_muon_parameter(name) else "head" if name == "lm_head.weight" else "embedding"
+    return wanted if wanted in groups else "decay"
 
 
 def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject]:

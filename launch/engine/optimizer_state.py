@@ -2,7 +2,7 @@
 
 If a checkpoint was written in another layout (ZeRO stage or number of ranks), checkpoint/reshard.py first converts it
 to one file of full tensors per parameter. DeepSpeed cannot load such files for Lion or stage 0, so this module writes
- into the optimizer's own tensors. Which part of a parameter a rank holds, and where (DeepSpeed 0.19):
+into the optimizer's own tensors. Which part of a parameter a rank holds, and where (DeepSpeed 0.19):
 
   stage 0      The complete parameter. The optimizer's state has the parameter as its key.
   stages 1, 2  Elements [a, b) of the parameter, inside the flat fp32 tensor of its parameter group. The attribute

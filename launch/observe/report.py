@@ -321,6 +321,11 @@ def _charts(charts: Sequence[Chart]) -> str:
     return f'<div class="charts">{"".join(line_chart(chart) for chart in charts)}</div>'
 
 
+def _heading(run: Run, named: bool) -> str:
+    """Return the run's name as an HTML heading if `named`, otherwise an empty string."""
+    return f"<h3>{html.escape(run.name)}</h3>" if named else ""
+
+
 def _plan(run: Run, named: bool) -> str:
     """Return the HTML of a run's locked plan beside what its first steps measured. `named` adds the run's name."""
     plan = run.plan
@@ -335,7 +340,7 @@ def _plan(run: Run, named: bool) -> str:
     parts += [(name, f"{value:.3f} GiB", "") for name, value in plan["planned_memory_gib"].items() if value]
     parts += [(name, "", f"{value:.4g} s") for name, value in plan["measured_step_s"].items()]
     parts += [(name, "", f"{value:.3f} GiB") for name, value in plan["measured_memory_gib"].items()]
-    head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
+    head = _heading(run, named)
     return (
         f"{head}<p>The first {plan['steps']} steps of the newest process beside the locked plan.</p>"
         f"{_table(('', 'planned', 'measured', 'error', 'nine tenths within'), rows)}"
@@ -367,7 +372,7 @@ def _goodput(run: Run, named: bool) -> str:
          life["ended"] or ("crashed" if i + 1 < len(total.lives) else "no end recorded"))
         for i, life in enumerate(total.lives)
     ]  # fmt: skip
-    head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
+    head = _heading(run, named)
     return (
         f"{head}<p>{total.goodput:.1%} of {duration(total.wall_s)} was spent computing steps that were kept. "
         f"{total.restarts} restart(s), {total.steps_lost} step(s) repeated.</p>"
@@ -389,7 +394,7 @@ def _differences(runs: Sequence[Run]) -> str:
 
 def _samples(run: Run, named: bool) -> str:
     """Return the HTML of the texts that a run has generated at its evaluations. `named` adds the run's name."""
-    head = f"<h3>{html.escape(run.name)}</h3>" if named else ""
+    head = _heading(run, named)
     newest, *older = reversed(run.samples)  # show the newest, and at most 20 older ones in a folded block
     rest = "".join(_sample(entry) for entry in older[:20])
     more = f"<details><summary>earlier ({len(older)})</summary>{rest}</details>" if older else ""

@@ -57,7 +57,7 @@ class AnomalyDetector:
         """Return whether the optimizer must not apply this step. Stores the reason in `anomaly`.
 
         `loss` is the mean over the global batch. `norm` is the global L2 norm of the gradients, NaN if it is not
-        finite, or None if only the loss is known yet.
+        finite, or None if it is not finite because of an fp16 overflow.
         """
         if self.anomaly is None:
             self.anomaly = self._find_anomaly(loss, norm)

@@ -82,7 +82,7 @@ def shrink(run_file: Path, overrides: list[str], steps: int) -> list[str]:
     ZeRO stage and gradient accumulation remain those of the run file.
     """
     run = load_run_file(run_file, overrides)
-    heads = max(2, run.parallel.sequence * run.parallel.tensor)  # at least one for each rank that shares a row
+    heads = max(2, run.parallel.per_row)  # at least one for each rank that shares a row
     shape = (*SHRUNK, f"n_head={heads}", f"n_kv_head={heads}", f"d_model={max(64, 8 * heads)}")
     small = [f"model.{field}" for field in shape]
     seq_len = min(SEQ_LEN, run.data.seq_len)

@@ -95,8 +95,8 @@ class GradientNormHook:
 
     During engine.step() the hook stores the global L2 norm before clipping in `norm` (NaN if it is not finite) and
     calls judge(norm, agreed), where `agreed` are the numbers given to `agree`. If the result is True, the optimizer
-    does not step, and `vetoed` is set. judge(None, agreed) asks about these numbers alone: the norm is not known yet,
-    or it is not finite because of an fp16 overflow. `tensor_group` says how to count parameters that are split between
+    does not step, and `vetoed` is set. judge(None, agreed) asks about these numbers alone: the norm is not finite
+    because of an fp16 overflow. `tensor_group` says how to count parameters that are split between
     ranks beside ZeRO; without it, the norm is that of the ZeRO group.
     """
 
@@ -159,8 +159,8 @@ class GradientNormHook:
         return None if self.vetoed else on_host
 
     def _to_host(self, norms: Tensors) -> Tensors:
-        """Copy scalar norms to the CPU, together with the tensor given to `agree` unless that is there already."""
-        if self._agreed is not None or self._agreement is None or norms[0].device != self._agreement.device:
+        """Copy scalar norms to the CPU, together with the tensor given to `agree`."""
+        if self._agreement is None or norms[0].device != self._agreement.device:
             return [torch.tensor(float(norm), dtype=norm.dtype) for norm in norms]
         numbers: list[float] = torch.cat([*(norm.double().view(1) for norm in norms), self._agreement]).tolist()
         self._agreed = numbers[len(norms) :]
