@@ -89,8 +89,9 @@ def full_tensors(
     if not states:
         yield from _stage0_tensors(checkpoint, selection)
         return
-    yield from _buffers(checkpoint, selection)
-    shapes: list[Shapes] = _model_states(checkpoint)["param_shapes"]  # one dict per parameter group
+    content = _model_states(checkpoint)
+    yield from _buffers(content, selection)
+    shapes: list[Shapes] = content["param_shapes"]  # one dict per parameter group
     if "fp32_flat_groups" in states[0]:
         yield from _stage3_tensors(states, shapes, selection)
     else:
@@ -226,9 +227,10 @@ def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple
             yield path.name.removesuffix(".safetensors"), {key: file.get_tensor(key) for key in keys}
 
 
-def _buffers(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
-    """Yield (name, {"fp32": value}) for every buffer, from a checkpoint of ZeRO stage 1 to 3: every rank has them."""
-    content = _model_states(checkpoint)
+def _buffers(content: StateDict, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
+    """Yield (name, {"fp32": value}) for every buffer, from rank 0's model states of ZeRO stage 1 to 3: every rank has
+    them.
+    """
     for number, name in enumerate(content.get("buffer_names") or []):
         if selection.has_parameter(number):
             yield name, {"fp32": content["module"][name].float()} if selection.has_key("fp32") else {}
