@@ -321,6 +321,5 @@ class Checkpointer:
             self.damaged.discard(final)
         except OSError as error:
             return f"{error.filename or final}: {error.strerror}"
-        copying = {self.mirror.copying} if self.mirror else set()
-        self.retention.start(step, self.damaged, copying)
+        self.retention.start(step, self.damaged, self.mirror.copying if self.mirror else None)
         return None

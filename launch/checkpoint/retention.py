@@ -49,11 +49,11 @@ class Retention:
         self._thread: threading.Thread | None = None
         self._losses: dict[Path, tuple[tuple[int, int, int], float | None]] = {}  # (identity of the manifest, loss)
 
-    def start(self, newest: int, damaged: Collection[Path], copying: Collection[int | None] = ()) -> None:
+    def start(self, newest: int, damaged: Collection[Path], copying: int | None = None) -> None:
         """Start to delete expired checkpoints in a thread.
 
         newest: the step of the checkpoint that was saved last. damaged: the folders of checkpoints that this process
-        skipped when it resumed. copying: steps whose checkpoints are kept until a later call, because they are being
+        skipped when it resumed. copying: the step whose checkpoint is kept until a later call, because it is being
         copied.
         """
         self.wait()
@@ -84,14 +84,14 @@ class Retention:
             known = self._losses[checkpoint] = (identity, read_val_loss(checkpoint))
         return known[1]
 
-    def _delete(self, newest: int, damaged: Collection[Path], copying: Collection[int | None]) -> None:
+    def _delete(self, newest: int, damaged: Collection[Path], copying: int | None) -> None:
         """Delete the expired checkpoints (see `start`). Runs in a thread.
 
         Errors are ignored, because a later save tries again.
         """
         with contextlib.suppress(OSError):
             for path in expired_checkpoints(self.folder, newest, damaged, self.section, self.val_loss):
-                if step_of(path) in copying:
+                if step_of(path) == copying:
                     continue
                 # Renamed first, so that a crash leaves no checkpoint of which some files are missing.
                 os.rename(path, path.with_name(f".{path.name}{EXPIRED}"))
