@@ -58,22 +58,20 @@ if TYPE_CHECKING:
 
 DEEPSPEEDS_MUON = "MuonWithAuxAdam"  # the optimizer of muon runs until Packspeed had its own
 
-# Settings that checkpoints of older versions do not contain, with the values that were in effect then.
+# Settings that checkpoints of older versions do not contain, with the values that were in effect then. Those that were
+# None are left out, because a missing setting compares as None.
 OLDER_DEFAULTS = {
     "data.packing": "stream",
     "data.document_mask": False,
     "data.stages": [],
     "model.z_loss": 0.0,
-    "model.n_expert": None,
     "model.n_expert_active": 2,
     "model.n_shared_expert": 0,
-    "model.d_expert": None,
     "model.first_dense": 0,
     "model.gate": "sigmoid",
     "model.gate_normalised": True,
     "model.gate_scale": 1.0,
     "model.balance_rate": 1e-3,
-    "model.logit_softcap": None,
     "model.zero_init_proj": False,
     "model.kernels": "auto",
     "model.activation_offload": False,
@@ -84,16 +82,12 @@ OLDER_DEFAULTS = {
     "parallel.expert": 1,
     "train.schedule.decay": "linear",
     "train.optimizer.weight_decay_schedule": "constant",
-    "train.optimizer.embedding_lr": None,
-    "train.optimizer.head_lr": None,
-    "train.optimizer.scalar_lr": None,
     "train.optimizer.momentum_warmup_steps": 0,
     "train.optimizer.nesterov": True,
     "train.optimizer.ns_steps": 5,
     "train.optimizer.ns_coefficients": "quintic",
     "train.optimizer.update_scale": "shape",
     "train.optimizer.split_fused": True,
-    "train.optimizer.row_beta": None,
 }
 
 # Keys of zero_optimization that DeepSpeed's checkpoint files do not depend on.
