@@ -22,7 +22,7 @@ from packspeed.launch.checkpoint.manifest import list_checkpoints, read_manifest
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.config.schedule import learning_rate
-from packspeed.launch.run_folder.folder import prepare_for_launch
+from packspeed.launch.run_folder.folder import set_aside
 
 PARENT = "parent.json"
 SHARE_OF_THE_RUN = 5  # a decay takes a fifth of the branch, as with the schedule wsd
@@ -44,9 +44,7 @@ def branch(run: RunFile, step: int, decay_steps: int | None, fresh: bool) -> lis
         )
     folder = run.folder.with_name(f"{run.name}-decay-{step}")
     if fresh:
-        prepare_for_launch(folder, fresh, run.model_copy(update={"name": folder.name}).mirror)
-        (folder / "logs").rmdir()
-        folder.rmdir()
+        set_aside(folder, run.model_copy(update={"name": folder.name}).mirror)
     parent = {"run": str(run.folder), "step": step, "decay_steps": decay_steps}
     if not folder.exists():
         try:

@@ -98,13 +98,28 @@ def prepare_for_launch(folder: Path, fresh: bool, mirror: str | None = None) -> 
     Waits up to LOCK_WAIT_S if another process trains in the folder. After that it raises UserError and changes nothing.
     Also raises UserError if the folder cannot be written.
     """
+    with _idle(folder):  # only until the folder is made, because rank 0 of the launch takes the lock
+        if fresh:
+            move_aside(folder, mirror)
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+
+
+def set_aside(folder: Path, mirror: str | None = None) -> None:
+    """Do the same as move_aside, when no process trains in the folder. Raises the errors of prepare_for_launch."""
+    with _idle(folder):
+        move_aside(folder, mirror)
+
+
+@contextmanager
+def _idle(folder: Path) -> Iterator[None]:
+    """Keep the run folder, which need not exist, locked during the `with` block.
+
+    Raises UserError if another process still trains in it after LOCK_WAIT_S, and instead of an OSError of the block.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Release the lock at once, because rank 0 of the launch takes it.
         with _lock(folder):
-            if fresh:
-                move_aside(folder, mirror)
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
+            yield
     except OSError as problem:
         raise UserError(_cannot_write(folder, problem)) from problem
 
