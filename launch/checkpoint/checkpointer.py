@@ -13,7 +13,6 @@ torch.distributed.checkpoint.
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import re
 import shutil
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from packspeed.data.storage.atomic import sync, write_file
+from packspeed.data.storage.atomic import write_file
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.launch.checkpoint import retention
 from packspeed.launch.checkpoint.manifest import (
@@ -34,8 +33,10 @@ from packspeed.launch.checkpoint.manifest import (
     RunIdentity,
     TrainingState,
     dump_manifest,
+    publish,
     read_manifest,
     step_folder,
+    temporary_folder,
 )
 from packspeed.launch.checkpoint.resume import check_loadable, check_loaded_step, has_same_layout
 from packspeed.launch.checkpoint.rng import gather_rng_states, set_rng_state
@@ -112,7 +113,7 @@ class Checkpointer:
         """
         self.finish()
         self._wait_for_all_ranks(f"saving step {step}")
-        start, temporary = time.monotonic(), self._temporary(step)
+        start, temporary = time.monotonic(), temporary_folder(self.folder, step)
         self.writer.begin(copy=self.section.async_write and not wait)
 
         # Rank 0 makes the folder before any rank writes into it. If that fails, no rank calls DeepSpeed's save, because
@@ -179,7 +180,7 @@ class Checkpointer:
 
         if error is not None:
             if self.topology.rank == 0:
-                shutil.rmtree(self._temporary(step), ignore_errors=True)
+                shutil.rmtree(temporary_folder(self.folder, step), ignore_errors=True)
             self.log(
                 f"WARNING: the checkpoint of step {step} was not saved ({error}). "
                 "Training continues; the previous checkpoint remains the newest."
@@ -255,10 +256,6 @@ class Checkpointer:
         self.topology.beat("loading")
         return own_states(self.engine, content)
 
-    def _temporary(self, step: int) -> Path:
-        """Return the folder into which a save of `step` writes until it is published."""
-        return self.folder / f".{step_folder(step)}.tmp"
-
     def _make_folder(self, temporary: Path) -> str | None:
         """Make the folder `temporary`, and remove the temporary folders of interrupted saves beside it.
 
@@ -303,7 +300,7 @@ class Checkpointer:
 
         `hashes` has, for each rank, the hashes of the files that it wrote. Returns the error as text, or None.
         """
-        final, temporary = self.folder / step_folder(step), self._temporary(step)
+        final, temporary = self.folder / step_folder(step), temporary_folder(self.folder, step)
         files = {name: file_hash for of_rank in hashes for name, file_hash in of_rank.items()}
         try:
             for path in temporary.rglob("*"):  # hash files that DeepSpeed copied without the writer: state on NVMe
@@ -313,12 +310,8 @@ class Checkpointer:
             manifest["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             manifest["files"] = dict(sorted(files.items()))
             write_file(temporary / MANIFEST, dump_manifest(manifest))
-            if final.exists():  # a damaged checkpoint of this step, which the run skipped when it resumed
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            sync(self.folder)
-            write_file(self.folder / "latest", final.name)
-            self.damaged.discard(final)
+            publish(temporary, final)
+            self.damaged.discard(final)  # which the run skipped when it resumed
         except OSError as error:
             return f"{error.filename or final}: {error.strerror}"
         self.retention.start(step, self.damaged, self.mirror.copying if self.mirror else None)

@@ -1,4 +1,4 @@
-"""packspeed.json, the manifest of a checkpoint: its keys, reading and writing it.
+"""packspeed.json, the manifest of a checkpoint: its keys, reading and writing it; and the names of checkpoints.
 
     checkpoints/step-00000200/packspeed.json     written last, so a folder without it is an unfinished save
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, cast
@@ -18,6 +19,7 @@ from typing import TypedDict, cast
 import xxhash
 
 from packspeed.data.dataset import DatasetDescription
+from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import FileHash
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
@@ -123,6 +125,23 @@ def step_folder(step: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """Return the step of a checkpoint folder: the inverse of step_folder."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def temporary_folder(folder: Path, step: int) -> Path:
+    """Return the folder in <run>/checkpoints that has the files of the checkpoint of `step` until it is published."""
+    return folder / f".{step_folder(step)}.tmp"
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a folder with all files of a checkpoint to its final name, and make `latest` beside it name it.
+
+    A damaged checkpoint of that name is replaced.
+    """
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    sync(final.parent)
+    write_file(final.parent / "latest", final.name)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

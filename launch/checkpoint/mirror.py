@@ -17,7 +17,6 @@ last one of the process. On the way back, `fetch_newer`, all ranks share the fil
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import threading
 import time
@@ -27,7 +26,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import FileHash, hash_file
-from packspeed.launch.checkpoint.manifest import CHECKPOINT_NAME, MANIFEST, Manifest, read_manifest, step_folder
+from packspeed.launch.checkpoint.manifest import (
+    CHECKPOINT_NAME,
+    MANIFEST,
+    Manifest,
+    publish,
+    read_manifest,
+    step_folder,
+    temporary_folder,
+)
 from packspeed.launch.checkpoint.verify import shares
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.run_folder.mirror_folder import MirrorFolder, reason_of
@@ -181,16 +188,16 @@ class Mirror:
         steps = _persist(self.steps, self._pause(self.remote.url, self._beat))
         newer = [step for step in steps if step > than]
         if steps and not newer:
-            self._check_newest(step_folder(steps[0]), check)
+            self._check_newest(steps[0], check)
         self.newest = max(steps, default=None)
         return newer
 
-    def _check_newest(self, name: str, check: Callable[[str, Manifest], object]) -> None:
-        """Check that the copy `name` belongs to this run, whose copies will expire it. On rank 0.
+    def _check_newest(self, step: int, check: Callable[[str, Manifest], object]) -> None:
+        """Check that the copy of `step` belongs to this run, whose copies will expire it. On rank 0.
 
         Raises the error of `check`, and _CannotRead if the manifest of the copy cannot be read.
         """
-        temporary = self.folder / f".{name}.tmp"
+        name, temporary = step_folder(step), temporary_folder(self.folder, step)
         try:
             _, damage = self._fetch_manifest(name, temporary, check)
         except OSError as error:
@@ -208,7 +215,7 @@ class Mirror:
         from packspeed.launch.engine.shared_work import SharedWork  # here, because it loads DeepSpeed
 
         name, start = step_folder(step), time.monotonic()
-        temporary = self.folder / f".{name}.tmp"
+        temporary = temporary_folder(self.folder, step)
         files, damage = self.topology.on_rank0(lambda: self._fetch_manifest(name, temporary, check))
         if damage:
             return damage
@@ -225,7 +232,7 @@ class Mirror:
             raise error
         damage = [line for of_rank in self.topology.gather(found) for line in of_rank.values()]
         if not damage:
-            self.topology.on_rank0(lambda: self._publish(temporary, self.folder / name))
+            self.topology.on_rank0(lambda: publish(temporary, self.folder / name))
             size = sum(file["bytes"] for file in files.values())
             self.log(f"fetched {self.remote.url}/{name} ({size / 1e6:,.1f} MB) in {time.monotonic() - start:.1f} s")
         return damage
@@ -285,14 +292,6 @@ class Mirror:
 
         damage = _persist(attempt, self._pause(url, progress))
         return damage and _persist(attempt, self._pause(url, progress))
-
-    def _publish(self, temporary: Path, final: Path) -> None:
-        """Rename a folder with all files of a checkpoint to its final name. On rank 0."""
-        if final.exists():  # a damaged checkpoint of the same step
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        sync(self.folder)
-        write_file(self.folder / "latest", final.name)
 
     def _beat(self) -> None:
         """Tell the supervisor that this rank fetches a checkpoint."""
