@@ -20,7 +20,7 @@ import errno
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,6 +33,7 @@ from packspeed.launch.checkpoint.manifest import (
     publish,
     read_manifest,
     step_folder,
+    step_of,
     temporary_folder,
 )
 from packspeed.launch.checkpoint.verify import shares
@@ -67,8 +68,7 @@ class Mirror:
 
     def steps(self) -> list[int]:
         """Return the steps of which the mirror has a packspeed.json, newest first."""
-        folders = [name.removesuffix(f"/{MANIFEST}") for name in self.remote.files() if name.endswith(f"/{MANIFEST}")]
-        return sorted((int(name[5:]) for name in folders if CHECKPOINT_NAME.fullmatch(name)), reverse=True)
+        return complete_steps(self.remote.files())
 
     # ---- to the mirror
 
@@ -220,17 +220,17 @@ class Mirror:
         if damage:
             return damage
         work = SharedWork(self.topology, "downloading")
-        found, error = dict[str, str](), None
+        found, error = list[str](), None
         try:
             for file in shares(files, self.topology.world)[self.topology.rank]:
                 if problem := self._fetch_file(f"{name}/{file}", temporary / file, files[file], work.progress):
-                    found[file] = problem
+                    found.append(problem)
         except UserError as problem:
             error = problem
         work.wait()
         if (error := self.topology.agree_on_error(error)) is not None:
             raise error
-        damage = [line for of_rank in self.topology.gather(found) for line in of_rank.values()]
+        damage = [line for of_rank in self.topology.gather(found) for line in of_rank]
         if not damage:
             self.topology.on_rank0(lambda: publish(temporary, self.folder / name))
             size = sum(file["bytes"] for file in files.values())
@@ -314,6 +314,12 @@ class Mirror:
                 time.sleep(POLL_S)
 
         return pause
+
+
+def complete_steps(files: Iterable[str]) -> list[int]:
+    """Return the steps of the checkpoints of which a packspeed.json is among `files`, newest first."""
+    folders = [path.parent for path in map(Path, files) if path.name == MANIFEST]
+    return sorted((step_of(path) for path in folders if CHECKPOINT_NAME.fullmatch(str(path))), reverse=True)
 
 
 class _CannotRead(UserError):
@@ -423,12 +429,12 @@ class _Copy:
 
     def _remove_expired(self) -> None:
         """Remove all copies from the mirror except the newest `keep` complete ones and those of later steps."""
-        mirror = self.mirror
-        kept = {step_folder(step) for step in [s for s in mirror.steps() if s <= self.step][: mirror.keep]}
-        present = {file.partition("/")[0] for file in mirror.remote.files()}
+        files = self.mirror.remote.files()
+        kept = {step_folder(step) for step in [s for s in complete_steps(files) if s <= self.step][: self.mirror.keep]}
+        present = {file.partition("/")[0] for file in files}
         for name in sorted(present - kept):
-            if CHECKPOINT_NAME.fullmatch(name) and int(name[5:]) < self.step:
-                mirror.remote.remove(name)
+            if CHECKPOINT_NAME.fullmatch(name) and step_of(Path(name)) < self.step:
+                self.mirror.remote.remove(name)
 
     def _persist(self, work: Callable[[], T], what: str) -> T:
         """Return work(). If it fails, warn once and try again until it succeeds. Raises _Superseded."""
