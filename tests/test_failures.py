@@ -204,6 +204,30 @@ def test_a_checkpoint_is_read_without_running_what_it_pickles(tmp_path: Path) ->
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize(("owner", "allowed"), [("deepspeed", True), ("collections", False)])
+def test_members_of_enumerations_are_read_from_every_python(tmp_path: Path, owner: str, allowed: bool) -> None:
+    """Python 3.11.2, Debian 12's, pickles them as getattr(class, name), which is refused for other classes."""
+    from collections import OrderedDict
+
+    import torch
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from packspeed.launch.checkpoint.zero_checkpoint import read_safely
+    from packspeed.launch.config.errors import UserError
+
+    class Member:
+        def __reduce__(self) -> tuple[object, ...]:
+            return getattr, (ZeroStageEnum, "weights") if owner == "deepspeed" else (OrderedDict, "fromkeys")
+
+    path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": {"zero_stage": Member()}}, path)
+    if allowed:
+        assert read_safely(path)["optimizer_state_dict"]["zero_stage"].state == ("weights",)
+    else:
+        with pytest.raises(UserError, match="cannot be read"):
+            read_safely(path)
+
+
 def wait_for_step(path: Path, step: int, process: subprocess.Popen[str] | prefork.Processes) -> None:
     """Wait until metrics.jsonl has a line for `step`."""
     end = time.monotonic() + 300

@@ -32,6 +32,7 @@ DeepSpeed's files are pickles. They are read with weights_only=True, so that no 
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -188,12 +189,20 @@ _DEEPSPEED_CLASSES = (
 )
 
 
+def _member(owner: type, name: str) -> _Opaque:
+    """Replaces getattr in a pickle. Python 3.11.0 to 3.11.3 pickle members of enumerations as getattr(class, name)."""
+    if not issubclass(owner, _Opaque):
+        raise pickle.UnpicklingError(f"getattr of {owner} is not allowed")
+    return owner(name)
+
+
 def read_safely(path: Path) -> StateDict:
     """Load a file with torch.load, weights_only and mmap. Objects of DeepSpeed's classes become _Opaque.
 
     Raises UserError if the file is damaged or contains an object of any other class.
     """
     substitutes: list[Any] = [(type(name.rpartition(".")[2], (_Opaque,), {}), name) for name in _DEEPSPEED_CLASSES]
+    substitutes.append((_member, "builtins.getattr"))
     try:
         with torch.serialization.safe_globals(substitutes):
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
