@@ -299,7 +299,7 @@ def test_the_doctor_names_a_host_whose_ports_are_closed(cluster: Cluster, worksp
 
 
 BREAKS = {  # what is wrong on node2 -> a shell line in its own mount namespace, and the words of the finding
-    "python": ("mount --bind /usr/bin/python3 {python}", "python:"),
+    "python": ("sed -i 's|^SetEnv|& PYTHONPATH={folder}/other-python|' /etc/ssh/sshd_config", "python:"),
     "package": ("mount --bind {folder}/METADATA {numpy}", "versions:"),
     "clock": ("sed -i 's|^SetEnv|& LD_PRELOAD={faketime} FAKETIME=+30s|' /etc/ssh/sshd_config", "the clock here by +"),
     "dataset": ("mount --bind {folder}/broken-other {folder}/tokens", "differs from that of the other hosts"),
@@ -322,9 +322,12 @@ def props(workspace: Workspace) -> dict[str, Path]:
     number = next(n for n, line in enumerate(text) if line.startswith("Version:"))
     (workspace.folder / "METADATA").write_text("\n".join([*text[:number], "Version: 1.0.0", *text[number + 1 :]]))
     (workspace.folder / "runs").mkdir(exist_ok=True)
+    other = workspace.folder / "other-python"  # a machine may have one Python only, so this one states another version
+    other.mkdir()
+    (other / "sitecustomize.py").write_text("import sys\nsys.version = '3.9.1' + sys.version.lstrip('0123456789.')\n")
     faketime = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     return {
-        "folder": workspace.folder, "numpy": metadata, "python": Path(sys.executable).resolve(), "faketime": faketime,
+        "folder": workspace.folder, "numpy": metadata, "faketime": faketime,
     }  # fmt: skip
 
 
