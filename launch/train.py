@@ -9,11 +9,14 @@ imported, so that a typing error is reported in a fraction of a second.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from packspeed.data.errors import PackspeedError
 from packspeed.data.storage.open_files import raise_open_file_limit
@@ -88,5 +91,20 @@ def _train(args: argparse.Namespace) -> int:
         return start_training(run, ds_config, dataset, args.fresh, log_filter, heartbeat)
 
 
+def _exit(code: int) -> NoReturn:
+    """End the process with this exit code, after the functions that were registered for its exit.
+
+    The destructors of C++ libraries do not run. Rarely, one of them found a thread of its library still running and
+    aborted the process, so that a scheduler counted a finished run as failed.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())
