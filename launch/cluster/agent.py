@@ -207,8 +207,8 @@ class LocalRanks:
         return code if code is not None else self.launcher.wait()
 
     def ask_to_save(self) -> bool:
-        """Send SIGTERM to this host's ranks, but not to DeepSpeed's launcher. Both then exit with 75 (saved, stopped);
-        training/signals.py has the side of the ranks.
+        """Send SIGTERM to this host's ranks, but not to DeepSpeed's launcher. Both then exit with 75 (saved, stopped).
+        training/signals.py handles the signal in the ranks.
 
         Returns False if the launcher has not started any rank yet, so that no process can be asked.
         """

@@ -143,8 +143,8 @@ class Attempt:
     ) -> None:
         """Start the ranks. `script` is the program that every rank runs, with `arguments`.
 
-        `logs` is the folder for the logs and heartbeats of the ranks. The agents are taken from `pool`, which then has
-        none for these hosts. If `prepare` is True, `watch` makes new ones in `pool` get ready for another attempt.
+        `logs` is the folder for the logs and heartbeats of the ranks. The agents of these hosts are taken out of
+        `pool`. If `prepare` is True, `watch` starts new agents in `pool` and makes them get ready for the next attempt.
         """
         self.plan, self.options, self.pool = plan, options, pool
         self.prepare = prepare

@@ -267,8 +267,8 @@ def _finding(host: str, what: str, do: str) -> Finding:
 def measure_links(pool: AgentPool, hosts: list[Host], facts: Mapping[str, HostFacts]) -> Bandwidth:
     """Measure the network between neighbours in a ring over all hosts, and an all-reduce around it.
 
-    Returns (rates in Gbit/s, findings). A host's rate is that of the better of its two links; the key "all-reduce" has
-    that of the all-reduce. `facts` has the addresses of the hosts and the port.
+    Returns (rates in Gbit/s, findings). The rates are {host: rate of the better of its two links, "all-reduce": rate of
+    the all-reduce}. `facts` has the addresses of the hosts and the port.
     """
     first = facts[hosts[0].name]
     ranks = {host.name: rank for rank, host in enumerate(hosts)}

@@ -7,8 +7,8 @@
     4. all-reduce  A vector is reduced around the ring (reduce-scatter, then all-gather), and its sum is checked. The
                    slower the slowest link, the shorter the vector.
 
-It takes about 2 s. The rate of the all-reduce is bytes of the vector per second, as on each host, in Gbit/s.
-Ring all-reduce: Patarasu and Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002
+It takes about 2 s. The rate of the all-reduce is the size of the vector divided by the time, in Gbit/s. Ring
+all-reduce: Patarasu and Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class AgentPool:
         return connection
 
     def take(self, host: Host) -> AgentConnection:
-        """Return the connection to the agent of a host, and keep it no longer. May raise OSError."""
+        """Return the connection to the agent of a host, and remove it from the pool. May raise OSError."""
         connection = self._connection(host)
         del self.connections[host.name]
         return connection

@@ -230,7 +230,7 @@ class Supervisor:
         self.hosts = [host for host in self.hosts if host.name not in unfit]
 
     def _must_divide(self) -> str:
-        """Return the reason why not every number of ranks can share the batch, for a line of the log."""
+        """Return a clause for the log: what the number of ranks must divide so that they can share the batch."""
         per_row, samples = self.run.parallel.per_row, self.run.global_batch
         if per_row == 1:
             return f"their number must divide the {samples} samples of a step"

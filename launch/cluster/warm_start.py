@@ -1,7 +1,8 @@
-"""The warm process of an agent: it has imported everything, and becomes DeepSpeed's node launcher in moments.
+"""The warm process of an agent: it has imported torch and DeepSpeed, and becomes DeepSpeed's node launcher quickly.
 
-launch/warm.py says what this process does, and when ranks are started as new processes nevertheless. Here is the
-agent's side: start it, ask it for a launcher, and treat that launcher like a child that subprocess.Popen has started.
+launch/warm.py is the program of this process, and says when ranks are started as new processes nevertheless. This
+module is the agent's side: it starts the process, asks it to become a launcher, and treats that launcher like a child
+that subprocess.Popen has started.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class WarmProcess:
     """A process that waits with all imports done. Use it once: it becomes a launcher, or it is closed."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        """Start it. `command` is about as long as that of the launcher, and `env` is the environment of the ranks."""
+        """Start the process. `env` is the environment of the ranks. `command` must be about as long as the launcher's
+        command line, which later replaces it."""
         self._socket, theirs = socket.socketpair()
         room = " " * (len(" ".join(command)) + ROOM_BYTES)
         with theirs:
@@ -38,8 +40,8 @@ class WarmProcess:
             )  # fmt: skip
 
     def start_launcher(self, command: Sequence[str], env: Mapping[str, str]) -> ForkedProcess | None:
-        """Turn it into a launcher with this command line and environment, and return that; None if it has ended, or
-        still imports after WAIT_S.
+        """Turn the process into a launcher with this command line and environment, and return the launcher. Returns
+        None if the process has ended, or has not finished its imports after WAIT_S.
         """
         self._socket.settimeout(WAIT_S)
         adopt_orphans(True)  # so that the launcher, whose parent exits at once, becomes a child of this process
@@ -91,6 +93,6 @@ class ForkedProcess:
 
 
 def adopt_orphans(adopt: bool) -> None:
-    """Let this process become the parent of descendants whose parent exits, or stop that."""
+    """Make this process the new parent of descendants whose parent exits; with False, no longer."""
     with contextlib.suppress(AttributeError, OSError):  # a system without prctl
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)

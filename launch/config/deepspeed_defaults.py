@@ -1,6 +1,6 @@
-"""What a run sets in the DeepSpeed JSON where the JSON says nothing, because DeepSpeed's own default is wrong for it.
+"""Packspeed's defaults for keys that the DeepSpeed JSON leaves out, because DeepSpeed's own are wrong for a run.
 
-    fill_defaults(final, precision, model, ranks)           # in place; a key that the JSON has stays as it is
+    fill_defaults(final, precision, model, ranks)           # in place; keys that the JSON has are not changed
 
 communication_data_type       DeepSpeed sends gradients in the precision of the weights. In bf16 that rounds the fp32
                               sums of the micro batches before they are added up, even with one rank, and the loss
@@ -25,7 +25,8 @@ NVME_BUFFER = 1_000_000  # elements: the smallest buffer for a parameter on its 
 
 
 def fill_defaults(final: JsonObject, precision: str, model: GPTConfig | None, ranks: int) -> None:
-    """Add Packspeed's defaults to `final`, a DeepSpeed configuration, in place. Keys that it has stay as they are.
+    """Add Packspeed's defaults to `final`, a DeepSpeed configuration, in place. Keys that it already has are not
+    changed.
 
     precision: "fp32", "bf16" or "fp16". ranks: data-parallel ranks. Without a model, the sizes of buckets and buffers,
     which depend on it, are left to DeepSpeed.
@@ -61,9 +62,10 @@ def overlaps(zero: JsonObject) -> bool:
 
 
 def bucket_sizes(parameters: int, stage: int, overlap: bool) -> JsonObject:
-    """Return {key of `zero_optimization`: elements per bucket} for a model of so many parameters at a ZeRO stage.
+    """Return {key of `zero_optimization`: elements per bucket} for a model with `parameters` parameters.
 
-    overlap: whether gradients are reduced during the backward pass. The sizes are even numbers, as DeepSpeed wants.
+    stage: the ZeRO stage. overlap: whether gradients are reduced during the backward pass. The sizes are even numbers,
+    as DeepSpeed requires.
     """
     every = min(BUCKET, parameters + parameters % 2)
     part = max(SMALLEST_BUCKET, parameters // BUCKETS_IN_BACKWARD // 2 * 2)

@@ -162,7 +162,8 @@ OWNED = (
 
 
 def _optimizer_block(optimizer: OptimizerSection, given: JsonObject) -> JsonObject:
-    """Return DeepSpeed's `optimizer` block for the run file's optimizer. For muon, it is that of its AdamW.
+    """Return DeepSpeed's `optimizer` block for the run file's optimizer. With muon, the block describes the AdamW that
+    updates the parameters outside Muon's matrices.
 
     `given` is the optimizer block of the JSON. Parameters that only the JSON has are kept.
     """
@@ -223,8 +224,8 @@ def resolve_ds_config(
     """Return the final DeepSpeed configuration: the JSON plus the keys that the run file sets, without any "auto".
 
     `raw` is the checked JSON (load_ds_config) and `precision` is "fp32", "bf16" or "fp16". Raises ConfigError if the
-    JSON contradicts the run file. The message names both values.
-    What neither sets gets the defaults of deepspeed_defaults.py. `model` is for those that depend on its size.
+    JSON contradicts the run file. The message names both values. If neither file sets a key of deepspeed_defaults.py,
+    it gets the default there. `model` is needed for the defaults that depend on its size.
     """
     raw = _without_auto(without_refused_keys(raw))
     final = {key: copy.deepcopy(value) for key, value in raw.items() if key not in OWNED}
@@ -298,7 +299,8 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
 
 
 def _refused_with_muon(path: Path, raw: JsonObject) -> Iterator[str]:
-    """Yield a message for each setting of the JSON `raw` with which DeepSpeed needs an Adam of its own."""
+    """Yield a message for each setting of the JSON `raw` that works only with one of DeepSpeed's own Adam
+    optimizers."""
     zero = raw.get("zero_optimization") or {}
     offload = zero.get("offload_optimizer") or {}
     found = {

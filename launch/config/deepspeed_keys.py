@@ -46,7 +46,7 @@ def switched_off(switch: str, *harmless: object) -> Callable[[Any], bool]:
 class Refused:
     """A key of a DeepSpeed JSON that is an error in a run. `why` completes the error "key: ..." and says what to do.
 
-    off(value) is true for values that do no harm, such as false; with them the key is accepted.
+    off(value) is true for harmless values, such as false; the key is accepted with these.
     """
 
     why: str

@@ -1,10 +1,10 @@
 """Bytes per parameter that a rank holds for weights, gradients and AdamW's two moments, without offload.
 
-    held_bytes(2, "bf16", 8)          (3.5, 0.5): between steps, and for gradients until the step has taken them
+    held_bytes(2, "bf16", 8)          (3.5, 0.5): always, and for gradients until the end of the step
 
-Measured, not derived: tests/test_memory.py compares both numbers with DeepSpeed's engine on 8 and 1,024 ranks, and the
-table of ds_configs/README.md with these. Activations, buckets (deepspeed_defaults.py) and what a kernel or collective
-needs for a moment come on top.
+The numbers were measured. tests/test_memory.py compares them with DeepSpeed's engine on 8 and 1,024 ranks, and with the
+table in ds_configs/README.md. They do not include activations, buckets (deepspeed_defaults.py) and the temporary memory
+of kernels and collectives.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import NamedTuple
 class Held(NamedTuple):
     """A rank's memory in bytes per parameter of the model: `complete` + `shared` / ranks.
 
-    `complete` is for what every rank has in full, `shared` for what ZeRO divides between the ranks.
+    `complete`: bytes that every rank holds for each parameter. `shared`: bytes that ZeRO divides between the ranks.
     """
 
     complete: float
     shared: float
 
     def on(self, ranks: int) -> float:
-        """Return the bytes per parameter of the model on one rank of so many."""
+        """Return the bytes per parameter of the model on each of `ranks` ranks."""
         return self.complete + self.shared / ranks
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ BIT16_WEIGHTS = {
 
 
 def held(stage: int, precision: str) -> tuple[Held, Held]:
-    """Return (what a rank holds between steps, what the gradients of a step add to it), without offload.
+    """Return (memory that a rank always holds, memory that the gradients of a step add), without offload.
 
     stage: the ZeRO stage. precision: "fp32", "bf16" or "fp16".
     """
@@ -57,7 +57,7 @@ def held(stage: int, precision: str) -> tuple[Held, Held]:
 
 
 def held_bytes(stage: int, precision: str, ranks: int) -> tuple[float, float]:
-    """Return the two numbers of `held` as bytes per parameter of the model on one rank of so many."""
+    """Return the two results of `held` as bytes per parameter of the model on each of `ranks` ranks."""
     kept, gradients = held(stage, precision)
     return kept.on(ranks), gradients.on(ranks)
 

@@ -228,14 +228,14 @@ def _parse_hjson(text: str, place: Path | str, json_error: json.JSONDecodeError)
 
 
 def _integer(digits: str) -> int:
-    """Return the integer that these digits write. Raises OverflowError if it does not fit into 64 bits."""
+    """Return the integer with these digits. Raises OverflowError if it does not fit into 64 bits."""
     if len(digits) > MAX_DIGITS or abs(int(digits)) >= 2**63:
         raise OverflowError(f"{shortened(digits)} is not a 64-bit integer")
     return int(digits)
 
 
 def _float(digits: str) -> float:
-    """Return the float that these digits write. Raises OverflowError if there are more than MAX_DIGITS characters."""
+    """Return the float with these digits. Raises OverflowError if there are more than MAX_DIGITS characters."""
     if len(digits) > MAX_DIGITS:
         raise OverflowError(f"{shortened(digits)} has more than {MAX_DIGITS} digits")
     return float(digits)

@@ -2,7 +2,7 @@
 
     datasheet_peak("NVIDIA H100 80GB HBM3", "bf16")        # 989e12
 
-The values are those without sparsity, and for products whose sums are kept in fp32, as in torch. For fp32 it is the
+The values are for dense matrices (no sparsity) and for products that add up in fp32, as torch's do. For fp32 it is the
 speed without tensor cores, because runs compute fp32 in fp32 and not in TF32 (numerics.py). Sources: data sheets and
 architecture papers of NVIDIA and AMD; for the A10G, AWS.
 """

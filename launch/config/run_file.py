@@ -281,7 +281,8 @@ class OptimizerSection(Section):
 
     @model_validator(mode="after")
     def _some_peak(self) -> OptimizerSection:
-        """Raise ValueError if a group has a learning rate although lr is 0: the schedule is a share of lr."""
+        """Raise ValueError if a parameter group has a learning rate although lr is 0, because the schedule scales
+        lr."""
         if self.lr == 0 and (self.embedding_lr or self.head_lr or self.scalar_lr or self.muon_lr):
             raise ValueError("train.optimizer.lr = 0 sets every learning rate to 0: give lr a value, or no other rate")
         return self
@@ -468,7 +469,8 @@ class MonitorSection(Section):
 
 
 class ParallelSection(Section):
-    """How many ranks share a row, the weights or the experts. Changes speed, memory and rounding, not the run."""
+    """How many ranks share a row, the weights or the experts. Changes speed, memory and rounding, but not what is
+    computed."""
 
     sequence: int = Field(
         1,

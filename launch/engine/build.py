@@ -4,9 +4,9 @@
 
 The initial weights are the same bits at every ZeRO stage and with any number of ranks: init_weights (model/gpt.py)
 draws each parameter from a seed that depends on its name. Each rank draws some of the matrices and sends them to the
-others. At stages 0 to 2 it writes straight into the device. At stage 3 it runs under deepspeed.zero.GatheredParameters.
-If a checkpoint will be loaded, nothing is drawn.
-The folder patches/ describes what Packspeed changes inside DeepSpeed afterwards.
+others. At stages 0 to 2 init_weights writes directly to the device. At stage 3 it runs under
+deepspeed.zero.GatheredParameters. If a checkpoint will be loaded, nothing is drawn. The folder patches/ describes what
+Packspeed changes inside DeepSpeed afterwards.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class Topology:
         return self.layout.index("tensor", self.rank) > 0
 
     def group(self, axis: str) -> torch.distributed.ProcessGroup | None:
-        """Return this rank's process group along an axis of Layout; None, torch's name for all ranks, if it has all.
+        """Return this rank's process group along an axis of Layout. None, which torch reads as all ranks, if it has
+        all.
 
         The first call for an axis makes the groups. It is a collective: every rank must make the first calls for
         different axes in the same order. Later calls return the same group.

@@ -36,7 +36,7 @@ def peak_rates(optimizer: OptimizerSection) -> dict[str, float]:
 
 
 def group_of(name: str, groups: dict[str, float]) -> str:
-    """Return the group, out of those that there are, to which the parameter of this name belongs."""
+    """Return the group of the parameter called `name`, one of the keys of `groups`."""
     if not is_matrix(name):
         return "scalars" if "scalars" in groups else "no_decay"
     wanted = MATRICES if is_muon_parameter(name) else "head" if name == "lm_head.weight" else "embedding"
@@ -58,8 +58,8 @@ def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject
 def set_rates(engine: Engine, step: int, train: TrainSection) -> None:
     """Set the learning rate, weight decay and momentum of an optimizer step, counted from 0, in every group.
 
-    Betas and eps are set, too, because loading a checkpoint restores those with which it was saved, although the run
-    file may have other ones since.
+    Betas and eps are set too: loading a checkpoint restores the values of the save, but the run file may have changed
+    since then.
     """
     optimizer, lr = train.optimizer, learning_rate(step, train)
     rates, decay = peak_rates(optimizer), weight_decay(step, train)

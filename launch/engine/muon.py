@@ -21,11 +21,11 @@ With NorMuon (row_beta), the mean square of each row travels in two more exchang
     rank 1, slice  B C C C C      A A A from rank 0   owns A: A A A        A A A to rank 0
 
 The owners are chosen so that all ranks compute about as long. Each matrix is multiplied alone and by the same kernels,
-whichever rank owns it. So its update has the same bits in every layout with as many threads per rank. Products are in
-fp32 on CPUs. On GPUs they are in bf16, as in Muon's publications, because the iteration corrects its own rounding. The
-exchanges are in bf16 there, too, which changes no bit. Cost for an n x m matrix, n <= m: 4 n^2 m + 2 n^3 FLOPs per
-iteration; on CPUs, batched products take as long (LOG.md). A fused matrix (queries, keys and values; gate and up;
-experts) is several matrices below each other, each a range of elements.
+whichever rank owns it. So its update has the same bits in every layout that has the same number of threads per rank.
+Products are in fp32 on CPUs. On GPUs they are in bf16, as in Muon's publications, because the iteration corrects its
+own rounding. The exchanges are in bf16 there, too, which changes no bit. Cost for an n x m matrix, n <= m: 4 n^2 m + 2
+n^3 FLOPs per iteration; on CPUs, batched products take as long (LOG.md). A fused matrix (queries, keys and values; gate
+and up; experts) is several matrices below each other, each a range of elements.
 """
 
 from __future__ import annotations
@@ -71,15 +71,17 @@ POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 
 
 def iteration(name: str, steps: int) -> Coefficients:
-    """Return the coefficients (a, b, c) of `steps` iterations. `name`: a key of POLYNOMIALS, whose last one repeats."""
+    """Return the coefficients (a, b, c) of each of `steps` iterations. `name` is a key of POLYNOMIALS; if that has
+    fewer, its last coefficients are repeated."""
     known = POLYNOMIALS[name]
     return [known[min(step, len(known) - 1)] for step in range(steps)]
 
 
 def orthogonalise(matrix: Tensor, coefficients: Coefficients) -> Tensor:
-    """Return an approximation of U V^T, for the matrix U S V^T (n, m), by Newton-Schulz iterations in its own dtype.
+    """Return an approximation of U V^T, if U S V^T is the singular value decomposition of `matrix` (n, m).
 
-    An iteration maps each singular value s to a s + b s^3 + c s^5. A matrix of zeros stays one.
+    Computed by Newton-Schulz iterations in the matrix's dtype. An iteration maps each singular value s to a s + b s^3 +
+    c s^5. A zero matrix stays zero.
     """
     x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
     x = x / x.norm().clamp(min=EPS)
@@ -90,10 +92,11 @@ def orthogonalise(matrix: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 def equalise_rows(update: Tensor, squares: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Divide each row of an orthogonal update by the root of its mean square in past steps, and keep the update's norm.
+    """Divide each row of an orthogonalised update by its root mean square over past steps, and keep the update's norm.
 
     That is NorMuon (https://arxiv.org/abs/2510.05491): some rows of an orthogonalised update are much longer than
-    others, step after step. squares (rows,) fp32: the running means, zeros at first. Returns the new update and means.
+    others, step after step. squares (rows,) fp32: the running mean of the squares of each row, 0 before the first step.
+    beta: its decay rate. Returns (the new update, the new running means).
     """
     wide = update.float()
     squares = squares.lerp(wide.square().mean(1), 1 - beta)
@@ -102,10 +105,10 @@ def equalise_rows(update: Tensor, squares: Tensor, beta: float) -> tuple[Tensor,
 
 
 def update_scale(rows: int, columns: int, kind: str) -> float:
-    """Return the factor of an orthogonal (rows, columns) update: by "shape" or by "rms".
+    """Return the factor by which an orthogonalised (rows, columns) update is multiplied. `kind`: "shape" or "rms".
 
-    shape: sqrt(max(1, rows / columns)), of Muon's author. rms: 0.2 sqrt(max(rows, columns)), with which the elements
-    have the root mean square 0.2 that AdamW's updates have (Moonlight, https://arxiv.org/abs/2502.16982).
+    shape: sqrt(max(1, rows / columns)), as Muon's author proposed. rms: 0.2 sqrt(max(rows, columns)), with which the
+    elements have the root mean square 0.2 that AdamW's updates have (Moonlight, https://arxiv.org/abs/2502.16982).
     """
     return 0.2 * math.sqrt(max(rows, columns)) if kind == "rms" else math.sqrt(max(1.0, rows / columns))
 
@@ -131,7 +134,7 @@ class Matrix:
 
     @property
     def cost(self) -> int:
-        """Multiplications of one iteration, up to a factor."""
+        """Multiplications of one iteration, up to a constant factor: only ratios of costs matter."""
         short, long = sorted((self.rows, self.columns))
         return short * short * (2 * long + short)
 
@@ -159,9 +162,9 @@ Spans = Callable[[Matrix, int], slice]  # Matrix.elements and the like: which nu
 
 
 class Round:
-    """Matrices whose numbers travel together: from all ranks to the owners, and back.
+    """Matrices whose elements are exchanged together: sent from all ranks to the owners, and back.
 
-    `replicated`: every rank holds all of every matrix (ZeRO-0), so that owners need no parts of others.
+    `replicated`: every rank holds every matrix completely (ZeRO-0), so nothing is sent to the owners.
     """
 
     def __init__(self, matrices: Sequence[Matrix], rank: int, replicated: bool, group: object) -> None:
@@ -171,9 +174,11 @@ class Round:
         self.mine = self.of_owner[rank]
 
     def collect(self, part_of: Callable[[Matrix], Tensor], spans: Spans, dtype: torch.dtype) -> dict[Matrix, Tensor]:
-        """Return {own matrix: its numbers from all ranks, flat}, on the device. A collective of the group.
+        """Return {matrix that this rank owns: its elements from all ranks, as a flat tensor on the device}. A
+        collective.
 
-        part_of(matrix): this rank's numbers, flat. spans(matrix, rank): which ones a rank has.
+        part_of(matrix): the elements that this rank holds, as a flat tensor. spans(matrix, rank): which elements a rank
+        holds.
         """
 
         def sent(matrix: Matrix, source: int, owner: int) -> slice:
@@ -201,9 +206,9 @@ class Round:
     def distribute(
         self, complete: dict[Matrix, Tensor], spans: Spans, dtype: torch.dtype
     ) -> Iterator[tuple[Matrix, Tensor]]:
-        """Yield (matrix, this rank's numbers of it, flat) for every matrix: the inverse of collect. A collective.
+        """Yield (matrix, flat tensor of this rank's elements) for every matrix: the inverse of collect. A collective.
 
-        complete: {own matrix: all its numbers, flat}.
+        complete: {matrix that this rank owns: flat tensor of all its elements}. spans: as in collect.
         """
         arrived = self._exchange(
             [[complete[matrix][spans(matrix, rank)] for matrix in self.mine] for rank in self.ranks],
@@ -218,7 +223,7 @@ class Round:
     ) -> list[tuple[Tensor, ...]]:
         """Send the flat tensors parts[r] to each rank r, in this dtype.
 
-        Returns what has come from each rank, in pieces of received[r] elements.
+        Returns what each rank r has sent to this one, split into tensors with received[r] elements each.
         """
         device = torch.device(get_accelerator().current_device_name())
         if len(self.ranks) == 1:
@@ -254,7 +259,8 @@ def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
 
 
 def rounds(matrices: Iterable[Matrix], elements: int) -> list[list[Matrix]]:
-    """Cut the matrices into runs of at most so many elements together, or of a single larger matrix."""
+    """Cut the list of matrices into lists of at most `elements` elements each. A larger matrix gets a list of its
+    own."""
     cut: list[list[Matrix]] = []
     room = 0
     for matrix in matrices:
@@ -312,9 +318,9 @@ class Muon(torch.optim.Optimizer):
                 target.add_(direction.to(target.device, target.dtype), alpha=-group["lr"] * scale)
 
     def _directions(self, part: Round, updates: dict[Tensor, Tensor]) -> Iterator[tuple[Matrix, Tensor]]:
-        """Yield (matrix, this rank's part of the orthogonal update, flat), and update the means of NorMuon.
+        """Yield (matrix, flat tensor of this rank's part of its update), and update NorMuon's running means.
 
-        updates: {tensor of the optimizer: this rank's part of the updates, flat}. A collective.
+        updates: {flattened tensor of the optimizer: the updates before they are orthogonalised}. A collective.
         """
         rank, dtype, beta = part.rank, products_dtype(), self.settings.row_beta
         complete = part.collect(lambda matrix: matrix.part(updates[matrix.flat], rank), Matrix.elements, dtype)
@@ -383,16 +389,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def overlap(held: tuple[int, int], start: int, count: int) -> tuple[int, int]:
-    """Return the part of a matrix that is held, as (its first element, counted from `start`; number of elements).
+    """Return which elements of a matrix a rank holds: (first element, counted from `start`; number of elements).
 
-    The matrix is elements [start, start + count) of a parameter of which `held` is (first element, number of elements).
+    The matrix is elements [start, start + count) of a parameter. `held` is (first element, number of elements) of the
+    part of that parameter that the rank holds.
     """
     begin, end = max(held[0], start), min(held[0] + held[1], start + count)
     return (begin - start, end - begin) if begin < end else (0, 0)
 
 
 def gather_numbers(own: list[tuple[int, int]], ranks: int, group: object) -> list[list[tuple[int, int]]]:
-    """Return the pairs of numbers of every rank of the group, which all have equally many. A collective."""
+    """Return the list of pairs of each rank of the group. All ranks must pass the same number of pairs. A
+    collective."""
     if ranks == 1:
         return [own]
     numbers = torch.tensor(own, device=get_accelerator().current_device_name()).view(-1)

@@ -70,8 +70,9 @@ def _rows(flat: torch.Tensor) -> list[torch.Tensor]:
 class TensorGroup:
     """The ranks that share the weights of each layer, for a norm over all of them.
 
-    A parameter that `is_split` has another part on each rank of the group, so every rank counts its part. All ranks
-    hold the other parameters in full and with the same gradient; only the rank that is `first` counts them.
+    is_split(parameter) is true if each rank of the group holds another part of the parameter; every rank then counts
+    its part. All ranks hold the other parameters completely, with the same gradient, so only the `first` rank counts
+    them.
     """
 
     group: Group

@@ -321,7 +321,7 @@ def _is_open_somewhere(path: Path) -> bool:
 def _diagnosis(builder: OpBuilder, error: BaseException) -> str:
     """Return why a build failed: a sentence that says what to install, then the last lines of the compiler's output.
 
-    builder: that of the op. error: what the build has raised.
+    `builder` is the builder of the op, and `error` what the build has raised.
     """
     text = str(error)
     advice = "see the log above"

@@ -1,8 +1,8 @@
 """Import everything that a rank imports, in a process that will be forked, and check that it can be forked.
 
-A fork copies one thread and no device. So the importing process must have no other thread, because a copied lock or
-thread pool whose threads are missing blocks forever, and it must not have used CUDA, whose driver refuses a forked
-child.
+A fork copies only the calling thread, and no state of a GPU. So the importing process must have no other thread,
+because a copied lock or thread pool whose threads are missing blocks forever, and it must not have used CUDA, whose
+driver refuses a forked child.
 
     import          starts no thread of OpenMP; numpy's OpenBLAS starts some, and ends them before a fork by itself
     CUDA            DeepSpeed asks torch whether there are GPUs. With NVML_CHECK torch asks NVML, which starts nothing
@@ -26,9 +26,9 @@ NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch reads it when it looks for
 
 
 def preload(*names: str) -> None:
-    """Import the modules `names` and LATE, and compute what every run computes from the installed packages.
+    """Import the modules `names` and LATE, and check the installed packages as every run does at its start.
 
-    Changes os.environ.
+    Sets environment variables of this process.
     """
     os.environ[NVML_CHECK] = "1"
     for name in (*names, *LATE):
@@ -47,7 +47,7 @@ def preload(*names: str) -> None:
 def why_not_forkable() -> str:
     """Return why this process must not be forked, or an empty string if it may be.
 
-    Forks a child that tries.
+    Forks a child process to find out whether CUDA would refuse it.
     """
     import torch
 

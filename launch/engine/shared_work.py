@@ -7,8 +7,8 @@
     work.wait()             # returns when every rank has called it
 
 A collective fails when the process group's timeout (30 minutes) ends, even if the slowest rank still makes progress.
-This wait fails only if no rank at all has made progress for SILENCE_S. It counts in the store with which the process
-group was started, a server in rank 0. Cost: one request per rank and second.
+This wait fails only if no rank at all has made progress for SILENCE_S. Progress is counted in the store with which the
+process group was started, a server in rank 0. Cost: one request per rank and second.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class SharedWork:
 class Board:
     """Notes that threads of all ranks leave for each other without a collective, in the process group's store.
 
-    The main thread of every rank must create it, in the same order as other works; any thread may use it.
+    The main thread of every rank must create it. All ranks must create their Board and SharedWork objects in the same
+    order. Any thread may use it.
     """
 
     def __init__(self, topology: Topology, name: str) -> None:

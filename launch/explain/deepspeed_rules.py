@@ -477,7 +477,7 @@ def nvme_cannot_resume(case: Case) -> Iterator[str]:
 
 @rule("useless", "docs/config-json: tensorboard")
 def monitor_elsewhere(case: Case) -> Iterator[str]:
-    """A tensorboard block in the JSON takes precedence over the run file.
+    """A tensorboard block in the JSON overrides the run file.
 
     Symptom: TensorBoard shows no events of the run.
     Fix: remove output_path, job_name and enabled from the block.

@@ -144,7 +144,7 @@ def no_clipping(case: Case) -> Iterator[str]:
 
 @rule("unsafe", "NVIDIA/Megatron-LM --deterministic-mode")
 def not_deterministic(case: Case) -> Iterator[str]:
-    """Without train.deterministic, GPUs may add the same numbers in another order each time.
+    """Without train.deterministic, GPUs may add the same numbers in a different order each time.
 
     Symptom: on GPUs a resumed run differs from the uninterrupted one by rounding, which grows with the steps.
     Fix: remove train.deterministic: false, unless you need the speed.
@@ -239,7 +239,8 @@ def untrained_positions(case: Case) -> Iterator[str]:
 
 @rule("useless")
 def longer_than_a_sample(case: Case) -> Iterator[str]:
-    """A window is not shorter than a sample, or a chunk of the MLP not smaller than a micro batch of a rank.
+    """model.sliding_window is not shorter than a sample, or model.mlp_chunk is not smaller than the micro batch of a
+    rank.
 
     Symptom: the setting changes neither loss nor memory in training.
     Fix: lower model.sliding_window or model.mlp_chunk, or remove it.

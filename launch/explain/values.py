@@ -68,7 +68,7 @@ class Value:
 
 
 def run_file_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None, has_dataset: bool) -> list[Value]:
-    """Return every setting of the run file, in the order of the schema.
+    """Return every setting of the run file, in the order in which the schema lists them.
 
     `model` is the model's configuration, if it is valid; `has_dataset` says whether the vocabulary size comes from a
     dataset.

@@ -54,7 +54,7 @@ class Columns:
 def read_columns(folder: Path, notes: list[str]) -> Columns:
     """Return the numbers of metrics.jsonl in a run folder.
 
-    If a step has several lines, the last one counts. What is damaged is added to `notes`.
+    If a step has several lines, the last one counts. For damaged lines, a note is added to `notes`.
     """
     path = folder / "metrics.jsonl"
     undamaged = _read_undamaged(path) if is_readable(path, notes) else None

@@ -105,7 +105,7 @@ def prepare_for_launch(folder: Path, fresh: bool, mirror: str | None = None) -> 
 
 
 def set_aside(folder: Path, mirror: str | None = None) -> None:
-    """Do the same as move_aside, when no process trains in the folder. Raises the errors of prepare_for_launch."""
+    """Wait until no process trains in the folder, then call move_aside. Raises the errors of prepare_for_launch."""
     with _idle(folder):
         move_aside(folder, mirror)
 
@@ -114,7 +114,8 @@ def set_aside(folder: Path, mirror: str | None = None) -> None:
 def _idle(folder: Path) -> Iterator[None]:
     """Keep the run folder, which need not exist, locked during the `with` block.
 
-    Raises UserError if another process still trains in it after LOCK_WAIT_S, and instead of an OSError of the block.
+    Raises UserError if another process still trains in it after LOCK_WAIT_S. An OSError in the block becomes a
+    UserError.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

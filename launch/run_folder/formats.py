@@ -53,7 +53,7 @@ class StepLine(_StepLine, total=False):
 
 @final
 class PlanResult(TypedDict):
-    """plan.json: the first steps of the newest process beside the locked plan."""
+    """plan.json: the first steps of the newest process, compared with the locked plan."""
 
     steps: Annotated[int, "steps", "number of steps that were measured"]
     planned: Annotated[dict[str, float], "", "step_time_s and memory_gib of the plan"]

@@ -1,13 +1,13 @@
 """The files that each rank of `packspeed launch` writes for its supervisor: heartbeat, output and stacks.
 
-    logs/rank-3.beat     one line of BEAT_BYTES, overwritten once a second if the rank has entered another phase
+    logs/rank-3.beat     one line of BEAT_BYTES, overwritten at most once a second, if the phase has changed
     logs/rank-3.log      stdout and stderr of the rank; rank 0 also prints to the console
     logs/rank-3.stack    the stacks of all threads, which faulthandler writes on SIGUSR2
 
-The run folder is usually on a disk that all hosts share, hence once a second. A file in the memory of the rank's own
-host has every change of phase and every collective, so that its agent can report where a dead rank was (last_beat).
-Collectives are known only on CPUs. On GPUs, where they are asynchronous, only phases are known.
-Cost: 8 us per change of phase. A step has about ten.
+The run folder is usually on a disk that all hosts share, so it is written at most once a second. A file in the memory
+of the rank's own host has every change of phase and every collective, so that its agent can report where a dead rank
+was (last_beat). Collectives are known only on CPUs. On GPUs, where they are asynchronous, only phases are known. Cost:
+8 us per change of phase. A step has about ten.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes the heartbeats of this process, which is `rank`, to its file in `logs`, from its start on.
+    """Writes the heartbeats of this process, rank number `rank`, to its file in the folder `logs`.
 
     Once training begins, PhaseTimer (run_folder/phase_timer.py) calls it at every enter(), and sets `step`, the last
     completed step, in step_done(). Write errors, such as a full disk, are ignored.

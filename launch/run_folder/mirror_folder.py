@@ -3,8 +3,8 @@
     <checkpoint.mirror>/<name>/step-00000200/packspeed.json      written last and removed first
     <checkpoint.mirror>/<name>/step-00000200/...                 the files that it lists
 
-A checkpoint on the mirror counts only if it has packspeed.json. So it is there completely or not at all, although a
-store has no rename. checkpoint/mirror.py decides what is copied, in which direction and when.
+A checkpoint on the mirror counts only if it has packspeed.json. So a checkpoint is on the mirror completely or not at
+all, although stores cannot rename folders. checkpoint/mirror.py decides what is copied, in which direction and when.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class MirrorFolder:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file, in a folder that has files already. It is there completely or not at all."""
+        """Write a small file, in a folder that has files already. After a failure, it is there completely or not at
+        all."""
         if self._is_local:
             write_file(Path(self._root, name), content)
             return

@@ -191,7 +191,7 @@ def _checks(line_type: type[Any]) -> tuple[list[tuple[str, Check]], tuple[str, .
 
 
 def _check(value_type: Any, unit: str) -> Check:
-    """Return a function that tells whether a value has a type and is within the limits of a unit (LIMITS)."""
+    """Return a function that checks whether a value has a type and is within the limits of a unit (LIMITS)."""
     low, high = LIMITS.get(unit, OTHER_LIMITS)
     if isinstance(value_type, types.UnionType):
         members = [_check(member, unit) for member in get_args(value_type)]

@@ -34,7 +34,7 @@ class Agreement(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Agreement:
-        """Return the Agreement that the numbers of all_reduce_agreement stand for."""
+        """Return the Agreement whose fields are the elements of the tensor from all_reduce_agreement."""
         loss, stopping, written, data_hash = numbers[:SCALARS]
         return cls(loss, stopping, written, data_hash, numbers[SCALARS:])
 
@@ -46,7 +46,8 @@ def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, data_hash: int) -
     """Sum every rank's share of an Agreement, and return it as an fp64 tensor on the device. A collective.
 
     Its elements are the fields of Agreement in their order. `loss` is this rank's mean loss, a scalar tensor, and
-    `data_hash` the hash of this rank's rows. Call it once per step, because it takes the counts of the experts.
+    `data_hash` the hash of this rank's rows. Call it once per step: it also collects each expert's token count, and
+    resets it to 0.
     """
     stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
     counted = data_hash if trainer.topology.first_of_rows else 0

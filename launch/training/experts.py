@@ -1,7 +1,7 @@
 """Balance the experts of a mixture after a step, and measure their load.
 
 Which expert got how many tokens of the global batch is part of what the ranks agree on (agreement.py). So it is the
-same for any number of ranks and micro batches, and costs no wait of its own.
+same for any number of ranks and micro batches, and the CPU does not wait for the GPU once more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def own_counts(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
 
 
 def balance(model: torch.nn.Module, counts: torch.Tensor) -> None:
-    """Move the biases of all routers by one step. Does nothing for a dense model.
+    """Update the biases with which the routers balance their experts. Does nothing for a dense model.
 
     `counts` are those of the global batch, in the form of own_counts. Call it only if the optimizer has stepped.
     """

@@ -79,12 +79,13 @@ def tokens_per_pass(counted: int, plan: BatchPlan) -> float:
     """Return the number by which the sum of a forward pass's losses is divided.
 
     `counted` is the number of tokens of the global batch that have a loss. The result is the mean number of them per
-    forward pass. Two means follow, and with them each token weighs 1 / counted: over the micro batches (DeepSpeed's
-    backward and train_step), and over the ranks of the ZeRO group (DeepSpeed's reduction of the gradients). That holds
-    however unequally the tokens are divided between passes and ranks. Each rank sums over its own places only; a place
-    that it has attended to on another rank gets its gradient there, through the exchange.
-    The ranks of a tensor group compute the same sum, and the gradient of a weight that is whole on each of them is the
-    same there. So only one of them counts: DeepSpeed's mean does not go over them.
+    forward pass. The quotients are then averaged twice: over the micro batches (DeepSpeed's backward and train_step),
+    and over the ranks of the ZeRO group (DeepSpeed's reduction of the gradients). After both averages each token has
+    the weight 1 / counted, however unequally the tokens are divided between passes and ranks.
+
+    With parallel.sequence, a rank sums the losses of its own tokens only. If they attend to tokens of another rank, the
+    exchange between ranks (model/sequence.py) carries the gradients back. The ranks of a tensor group all compute the
+    same sum, and DeepSpeed does not average over them.
     """
     return counted / (plan.accumulation * plan.layout.zero)
 

@@ -42,7 +42,8 @@ class PlanCheck:
         self.memory: list[float] = []
 
     def see(self, line: StepLine) -> None:
-        """Add the planned values to the line of one of the first steps. With the last of them, write the result."""
+        """Add the planned values to `line`, if it is one of the first steps. After the last of them, write the
+        result."""
         if len(self.seconds) >= STEPS:
             return
         line["planned_step_time_s"] = round(self.planned["step_time_s"], 6)
@@ -81,9 +82,9 @@ class PlanCheck:
 def plan_check(
     run: RunFile, ranks: int, spent: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
 ) -> PlanCheck | None:
-    """Return the check of a run with a locked plan, or None. For rank 0.
+    """Return the PlanCheck of a run that has a locked plan, otherwise None. Call it on rank 0 only.
 
-    If the plan cannot be read, or is not of this run, a note says why, and nothing is compared.
+    If the plan cannot be read or belongs to another run, a note says so, and nothing is compared.
     """
     try:
         lock = read_lock(run)
@@ -109,7 +110,7 @@ def report_errors(result: PlanResult, log: Callable[[str], None]) -> None:
 
 
 def measurable_gib(plan: JsonObject) -> float:
-    """Return the GiB of a plan that metrics.jsonl measures: on a GPU those of tensors, on a CPU the process."""
+    """Return the planned GiB to compare with memory_gib in metrics.jsonl: tensors on a GPU, the process on a CPU."""
     return sum(float(size) for kind, size in plan["memory"].items() if kind not in OUTSIDE_TENSORS) / GIB
 
 

@@ -1,8 +1,8 @@
 """bf16: the same numbers in every layout. Gradients are added up in fp32, and never divided in bf16.
 
 Why        (1) DeepSpeed divides the loss by the accumulation before a backward pass, and the gradients by the number of
-           ranks after it; ZeRO-2 does so in bf16. Each division by another number than a power of two rounds all
-           gradients in another way, so the loss depends on how the batch is divided.
+           ranks after it; ZeRO-2 does so in bf16. Dividing by a number that is not a power of two rounds every
+           gradient, and differently for each number. So the loss depends on how the batch is divided.
            (2) At ZeRO-1, BF16_Optimizer keeps bf16 and fp32 gradients of all parameters on every rank, 6 bytes a
            parameter, reduces them after the backward pass only, and clips by another arithmetic than ZeRO-2 and 3.
            DeepSpeed's other ZeRO-1 optimizer adds up in fp32 as well, and frees the gradients when they are reduced.
@@ -35,7 +35,7 @@ from packspeed.launch.engine.protocol import Engine
 
 @contextlib.contextmanager
 def one_zero1() -> Iterator[None]:
-    """Context in which deepspeed.initialize uses for ZeRO-1 in bf16 the optimizer class that it uses in fp32.
+    """Context manager in which deepspeed.initialize gives bf16 runs at ZeRO-1 the optimizer class of fp32 runs.
 
     That is DeepSpeedZeroOptimizer instead of BF16_Optimizer.
     """

@@ -18,8 +18,8 @@ from packspeed.launch.engine.patches.replace import missing, require
 def mark_as_incompatible(builder_name: str) -> None:
     """Make DeepSpeed believe that this machine cannot run an op, given its builder's name ("ShareMemCommBuilder").
 
-    Holds for this process. Call it before deepspeed.init_distributed. Raises UserError if DeepSpeed's table of ops does
-    not contain the op.
+    Applies to this process only. Call it before deepspeed.init_distributed. Raises UserError if DeepSpeed's table of
+    ops does not contain the op.
     """
     name = require(get_accelerator().create_op_builder(builder_name), "NAME")
     table = require(deepspeed.ops, "__compatible_ops__")

@@ -1,4 +1,4 @@
-"""bf16 at ZeRO-1: gradients add up in one fp32 tensor, which is reduced where it is.
+"""bf16 at ZeRO-1: gradients add up in one fp32 tensor, which is reduced in place.
 
 Why        DeepSpeed's ZeRO-1 optimizer makes an fp32 tensor of each gradient. At the end of a step it copies them into
            a bucket, flattens the bucket, all-reduces the copy, and copies the result twice, also with a single rank.
@@ -30,8 +30,8 @@ Views = list[tuple[int, torch.Size, bool]]  # offset in this rank's part, shape,
 def accumulate_in_flat_tensors(engine: Engine) -> None:
     """Let the ZeRO-1 optimizer of a bf16 engine add up its gradients in one fp32 tensor per parameter group.
 
-    Engines with overlap_comm, offload or a communication_data_type of 16 bits are left as they are. To be called
-    after sum_gradients, because the patch adds up and does not divide.
+    Engines with overlap_comm, offload or a communication_data_type of 16 bits are left as they are. Call it after
+    sum_gradients, because this patch only adds gradients up and does not divide them.
     """
     optimizer: Any = engine.optimizer
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or not engine.bfloat16_enabled():

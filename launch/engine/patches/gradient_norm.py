@@ -95,9 +95,8 @@ class GradientNormHook:
 
     During engine.step() the hook stores the global L2 norm before clipping in `norm` (NaN if it is not finite) and
     calls judge(norm, agreed), where `agreed` are the numbers given to `agree`. If the result is True, the optimizer
-    does not step, and `vetoed` is set. judge(None, agreed) asks about these numbers alone: the norm is not finite
-    because of an fp16 overflow. `tensor_group` says how to count parameters that are split between
-    ranks beside ZeRO; without it, the norm is that of the ZeRO group.
+    does not step, and `vetoed` is set. judge(None, agreed) is called if the norm is not finite because of an fp16
+    overflow. `tensor_group` says which ranks share the weights of a layer (parallel.tensor), if any do.
     """
 
     def __init__(
@@ -171,7 +170,8 @@ class GradientNormHook:
         return [zero_group] if self.tensor_group is None else [zero_group, self.tensor_group.group]
 
     def _counted(self, values: Tensors, params: Tensors) -> Tensors:
-        """Return those of `values`, one per parameter, that this rank counts in the norm: all without tensor group."""
+        """Return those of `values`, one per parameter, that this rank counts in the norm. Without a tensor group, these
+        are all."""
         return values if self.tensor_group is None else self.tensor_group.counted(values, params)
 
     def _patch_stages12(self, optimizer: Stage12Optimizer) -> None:

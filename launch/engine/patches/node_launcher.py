@@ -1,12 +1,13 @@
 """Let DeepSpeed's node launcher start its ranks by a function of ours, for example one that forks them.
 
-Why        The launcher starts every rank as a new Python process, which imports torch and DeepSpeed for 4 to 10 s.
+Why        The launcher starts every rank as a new Python process, which takes 4 to 10 s to import torch and DeepSpeed.
            After a failure, all hosts wait for that. launch/warm.py forks the ranks instead.
 Version    DeepSpeed 0.19.8, launcher/launch.py.
 Upstream   No thread is known.
 Without    A restart takes 4 to 10 s longer.
 
-The environment of the ranks, their order, the end of all ranks if one fails, and exit codes remain DeepSpeed's.
+DeepSpeed's launcher still sets the environment and the order of the ranks, ends all ranks if one fails, and returns the
+exit code.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def run_node_launcher(arguments: Sequence[str], start: Start) -> None:
 
 
 def log_levels() -> Callable[[], None]:
-    """Return a function that gives DeepSpeed's logger the levels that it has now.
+    """Record the present levels of DeepSpeed's logger, and return a function that restores them.
 
     The node launcher changes them. A rank that is forked from it must have the levels of a new process.
     """
