@@ -280,6 +280,16 @@ def test_ranks_on_this_cpu_share_its_memory(tmp_path: Path) -> None:
     assert planned(4, None).device_capacity == 2.5e9
 
 
+def test_ranks_share_the_memory_of_a_host_and_no_more_than_there_are() -> None:
+    sets = ["model.preset=llama-7b", "deepspeed=zero3_offload", "data.seq_len=2048", "train.micro_batch=1"]
+    machine = dataclasses.replace(load_machine("a100-40gb"), host_memory=200e9)  # one rank needs 16 B x 6.7e9
+    assert machine.per_host == 8
+    assert make_plan(LLAMA_7B, sets, machine, 1, 32_000).fits
+    crowded = dataclasses.replace(machine, host_memory=100e9)
+    assert not make_plan(LLAMA_7B, sets, crowded, 1, 32_000).fits
+    assert make_plan(LLAMA_7B, sets, machine, 8, 32_000).fits
+
+
 def test_a_copy_that_measures_this_cpu_writes_nothing_outside_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(GPT2 + "checkpoint: {mirror: s3://bucket/runs}\n")

@@ -82,6 +82,10 @@ class Machine:
         """Return whether ranks compute on CPUs."""
         return self.name == "cpu"
 
+    def on_host(self, ranks: int) -> int:
+        """Return how many of a run's ranks share the memory of one host."""
+        return min(self.per_host, ranks)
+
     def peak(self, precision: str) -> float:
         """Return the peak FLOP/s in a precision ("fp32", "bf16", "fp16"; "fp8" gives bf16's, see Factors).
 

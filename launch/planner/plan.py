@@ -200,7 +200,8 @@ def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], floa
     size = checkpoint_bytes(job)
     disk = size / job.ranks / machine.disk
     capacity = machine.memory / (machine.per_host if machine.is_cpu else 1)
-    fits = total <= capacity and sum(account.host.values()) * machine.per_host <= machine.host_memory
+    host = sum(account.host.values()) * machine.on_host(job.ranks)
+    fits = total <= capacity and host <= machine.host_memory
     return Plan(
         run_file, machine.name, job.ranks, -(-job.ranks // machine.per_host), job.stage, job.precision,
         job.batch.micro_batch, job.batch.accumulation, str(job.model.activation_checkpointing),

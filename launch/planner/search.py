@@ -146,7 +146,7 @@ def remedies(run: RunFile, machine: Machine, ranks: int, candidates: list[Candid
     """Return what would make the run fit, with what each change gives, for candidates of which none fits."""
     best = min(candidates, key=lambda c: c.plan.device_total)
     free = (1 - MARGIN) * machine.memory
-    host = sum(best.plan.host_memory.values()) * machine.per_host
+    host = sum(best.plan.host_memory.values()) * machine.on_host(ranks)
     lines = [
         f"the smallest combination, {_named(best)}, needs {best.plan.device_total / GIB:.1f} GiB of a GPU's "
         f"{free / GIB:.1f} GiB, and {host / GIB:.0f} GiB of a host's {machine.host_memory / GIB:.0f} GiB"
