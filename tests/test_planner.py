@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
+from packspeed.data.dataset import TokenDataset
+from packspeed.data.prepare.prepare import prepare
 from packspeed.launch.commands.plan import machine_of
 from packspeed.launch.commands.plan import plan as plan_command
 from packspeed.launch.config.errors import ConfigError
@@ -420,6 +423,29 @@ def test_a_locked_run_is_refused_if_it_is_not_the_plans(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ConfigError, match="Write it again"):
         check_locked(run, raw, 8)
+
+
+def test_a_mixture_has_the_vocabulary_and_the_identity_of_its_datasets(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        prepare([str(tmp_path / f"{name}.jsonl")], tmp_path / name, tokenizer="bytes")
+
+    write("a", "some words")
+    write("b", "other words")
+    sources = f"{{sources: [{{path: {tmp_path}/a}}, {{path: {tmp_path}/b}}], seq_len: 1024}}"
+    (tmp_path / "run.yaml").write_text(MINIMAL.replace("{path: nowhere, seq_len: 1024}", sources).replace(
+        "model: {}", "model: {n_layer: 2, n_head: 2, d_model: 64}"))  # fmt: skip
+    job = read_job(tmp_path / "run.yaml", [f"runs_dir={tmp_path}/runs"], load_machine("h100-80gb"), 8)
+    assert job.model.vocab_size == TokenDataset(tmp_path / "a").vocab_size < 300
+    assert not job.assumptions
+    write_lock(job.run, plan_of(job), {})
+    manifest = tmp_path / "b" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text())))  # the same facts in another form
+    check_locked(job.run, {}, 8)
+    shutil.move(tmp_path / "b", tmp_path / "old")
+    write("b", "words")
+    with pytest.raises(ConfigError, match="its datasets are not those of the plan"):
+        check_locked(job.run, {}, 8)
 
 
 def test_the_first_steps_are_compared_with_the_plan(tmp_path: Path) -> None:

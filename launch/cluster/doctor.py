@@ -138,8 +138,7 @@ def _request(host: Host, options: LaunchOptions, run: RunFile | None, token: str
     """
     request = options.facts_request(host, options.hosts)
     if run is not None:
-        paths = [run.data.path] if run.data.path else [source.path for source in run.data.sources or []]
-        request["datasets"] = [str(path) for path in paths]
+        request["datasets"] = run.data.paths
         request["run_folder"], request["token"] = str(run.folder), token
     return request
 

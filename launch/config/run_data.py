@@ -76,7 +76,7 @@ def open_data(run: RunFile) -> TokenDataset | MixtureData:
         return open_dataset(run.data.path, **options)
     from packspeed.data.mixture import MixtureData
 
-    return MixtureData([source.path for source in run.data.sources or []], **options)
+    return MixtureData(run.data.paths, **options)
 
 
 def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader:

@@ -209,6 +209,11 @@ class DataSection(Section):
             raise ValueError(f"a stage of data.stages needs one weight for each of {len(self.sources or [])} sources")
         return self
 
+    @property
+    def paths(self) -> list[str]:
+        """Return the path or URL of every dataset that the run reads, in the order of the run file."""
+        return [self.path] if self.path is not None else [source.path for source in self.sources or []]
+
 
 class OptimizerSection(Section):
     """AdamW, Lion, or Muon for the hidden matrices with AdamW for the rest. Weight decay applies to matrices only."""

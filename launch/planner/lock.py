@@ -35,7 +35,7 @@ class Lock(TypedDict):
     format_version: int
     ranks: int
     versions: dict[str, str]
-    data: dict[str, str]  # path of each dataset, and a hash of its manifest
+    data: dict[str, str]  # fingerprint of each dataset by its path
     settings: str  # hash of the run file without its name, and of the DeepSpeed JSON
     plan: JsonObject
 
@@ -82,14 +82,11 @@ def settings_identity(run: RunFile, raw: JsonObject) -> str:
 
 
 def data_identity(run: RunFile) -> dict[str, str]:
-    """Return the path of each dataset and a hash of its manifest; "unknown" if it is not on this machine."""
-    paths = [run.data.path] if run.data.path else [source.path for source in run.data.sources or []]
+    """Return the fingerprint of each dataset by its path; "unknown" if the dataset cannot be opened here."""
     found: dict[str, str] = {}
-    for path in paths:
-        manifest = Path(path) / "manifest.json"
+    for path in run.data.paths:
         try:
-            open_dataset(path)
-            found[path] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+            found[path] = open_dataset(path, quick_check=False).fingerprint
         except (DataError, OSError):
             found[path] = "unknown"
     return found

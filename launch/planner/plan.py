@@ -9,7 +9,9 @@ division, ZeRO stage, buckets and offload.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,16 +125,24 @@ def job_of(run: RunFile, raw: JsonObject, machine: Machine, ranks: int, vocabula
 
 def _vocabulary(run: RunFile, assumptions: list[str]) -> int:
     """Return the vocabulary of the run's dataset, or one that is assumed if the dataset is not on this machine."""
-    if run.data.path is not None and "://" not in run.data.path:
-        try:
-            return int(open_dataset(run.data.path).vocab_size)
-        except (DataError, OSError):
-            pass
+    if found := _vocabulary_here(tuple(run.data.paths)):
+        return found
     model = run.model.model_dump()  # type: ignore[attr-defined]
     preset = PRESETS.get(model.get("preset") or "", {})
     size = int(model.get("vocab_size") or preset.get("vocab_size") or FALLBACK_VOCABULARY)
     assumptions.append(f"vocabulary: {size:,} tokens, because the dataset is not on this machine (--vocab changes it)")
     return size
+
+
+@functools.cache  # a search asks for every candidate
+def _vocabulary_here(paths: tuple[str, ...]) -> int | None:
+    """Return the vocabulary of a run's datasets, the largest of a mixture; None if no dataset is on this machine."""
+    sizes = []
+    for path in paths:
+        with contextlib.suppress(DataError, OSError):
+            if "://" not in path:
+                sizes.append(open_dataset(path, quick_check=False).vocab_size)
+    return max(sizes, default=None)
 
 
 def _precision(run: RunFile, machine: Machine) -> str:

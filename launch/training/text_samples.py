@@ -27,8 +27,7 @@ class TextSampler:
     """Continues the prompts of monitor.sample_prompts. The same weights give the same text on every rank."""
 
     def __init__(self, run: RunFile, config: GPTConfig, engine: Engine, device: torch.device) -> None:
-        path = run.data.path or (run.data.sources or [])[0].path
-        self.tokenizer = load_from_dataset(path)
+        self.tokenizer = load_from_dataset(run.data.paths[0])
         self.run, self.config, self.engine, self.device = run, config, engine, device
 
     @torch.no_grad()
