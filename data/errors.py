@@ -6,6 +6,11 @@ A message is one paragraph: what is wrong, where, and what to do.
 from __future__ import annotations
 
 
+def reason_of(error: BaseException) -> str:
+    """Return an error of a library, whose message may have many lines, in one line of at most about 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 class PackspeedError(Exception):
     """Base class of the errors that users can fix. Commands catch this class."""
 

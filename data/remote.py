@@ -24,7 +24,7 @@ from typing import IO, Any, TypeVar
 import xxhash
 
 from packspeed.data.dataset import DatasetDescription, TokenDataset
-from packspeed.data.errors import DataError
+from packspeed.data.errors import DataError, reason_of
 from packspeed.data.storage.atomic import sync_stream, write_file
 from packspeed.data.storage.hashing import hash_file
 from packspeed.data.storage.lock import lock_file
@@ -136,7 +136,7 @@ def retrying(work: Callable[[], Result], what: str) -> Result:
         try:
             return work()
         except Exception as error:  # each store's library raises its own classes of errors
-            reason, cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", error
+            reason, cause = reason_of(error), error
             if isinstance(error, FileNotFoundError):
                 reason = f"it was not found: {error}"
         if time.monotonic() > deadline:

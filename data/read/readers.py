@@ -27,7 +27,7 @@ from typing import Any
 
 import orjson
 
-from packspeed.data.errors import DataError
+from packspeed.data.errors import DataError, reason_of
 from packspeed.data.read.documents import LONG_TEXT_BYTES, Batch, Document, Tally, TextKeys, documents_of
 from packspeed.data.read.json_values import split_values
 from packspeed.data.read.long_json import long_text
@@ -337,8 +337,8 @@ def open_hub(name: str) -> Any:
 def _hub_error(name: str, error: Exception) -> DataError:
     """Return the error for a Hub dataset that cannot be read."""
     return DataError(
-        f"Hub dataset {name} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]}). "
-        f"Check its name, configuration and split, and the network. There is no local file of this name either."
+        f"Hub dataset {name} cannot be read ({reason_of(error)}). Check its name, configuration and split, and the "
+        "network. There is no local file of this name either."
     )
 
 

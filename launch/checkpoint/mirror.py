@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from packspeed.data.errors import reason_of
 from packspeed.data.storage.atomic import sync, write_file
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.launch.checkpoint.manifest import (
@@ -38,7 +39,7 @@ from packspeed.launch.checkpoint.manifest import (
 )
 from packspeed.launch.checkpoint.verify import shares
 from packspeed.launch.config.errors import UserError
-from packspeed.launch.run_folder.mirror_folder import MirrorFolder, reason_of
+from packspeed.launch.run_folder.mirror_folder import MirrorFolder
 
 if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology

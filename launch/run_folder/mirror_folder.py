@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from packspeed.data.errors import reason_of
 from packspeed.data.storage.atomic import start_writeback, sync, write_file
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.run_folder.formats import CHECKPOINT_MANIFEST
@@ -142,8 +143,3 @@ def move_mirror_aside(url: str) -> None:
             f"--fresh: the checkpoints in {url} could not be moved aside ({reason_of(error)}). The run folder was not "
             "changed. Check the store and the credentials, or set another checkpoint.mirror."
         ) from None
-
-
-def reason_of(error: BaseException) -> str:
-    """Return an error of a store's library in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
