@@ -45,7 +45,7 @@ from packspeed.launch.cluster.messages import (
     RunRequest,
     StacksRequest,
 )
-from packspeed.launch.cluster.ssh import AgentPool, agent_command
+from packspeed.launch.cluster.ssh import AgentPool, agent_command, write_line
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError
 from packspeed.launch.run_folder.heartbeat import SHARED_S, Beat, read_beats
 
@@ -188,14 +188,6 @@ class Attempt:
             requests.append((planned.host, {**request, "do": "prepare", "silence_s": SPARE_SILENCE_S}))
         self.pool.prepare(requests)
 
-    @staticmethod
-    def _write(agent: subprocess.Popen[bytes], line: str) -> None:
-        """Write a line to an agent's stdin. Does nothing if the agent has ended."""
-        assert agent.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # if the agent has ended, `watch` sees its exit code
-            agent.stdin.write(line.encode() + b"\n")
-            agent.stdin.flush()
-
     def _read(self, agent: subprocess.Popen[bytes]) -> None:
         """Collect an agent's records, and print the output of its ranks, until it exits.
 
@@ -216,7 +208,7 @@ class Attempt:
     def send(self, word: str) -> None:
         """Send BEAT or TERM to every agent (messages.py says what they mean)."""
         for agent in self.agents.values():
-            self._write(agent, word)
+            write_line(agent, word)
 
     def running(self) -> bool:
         """Return whether any agent of this attempt is still running."""

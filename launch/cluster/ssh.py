@@ -202,6 +202,14 @@ class AgentPool:
             connection.close(max(0.0, deadline - time.monotonic()))
 
 
+def write_line(agent: subprocess.Popen[bytes], line: str) -> None:
+    """Write a line to an agent's stdin. Does nothing if the agent has ended."""
+    assert agent.stdin is not None
+    with contextlib.suppress(OSError, ValueError):  # if the pipe is broken, the exit code explains it better
+        agent.stdin.write(line.encode() + b"\n")
+        agent.stdin.flush()
+
+
 class AgentConnection:
     """A running agent, started with `command`. It answers requests until the connection is closed."""
 
@@ -233,10 +241,7 @@ class AgentConnection:
 
     def write(self, line: str) -> None:
         """Send a line to the agent. Does nothing if the agent has ended."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # if the pipe is broken, the exit code explains it better
-            self.process.stdin.write(line.encode() + b"\n")
-            self.process.stdin.flush()
+        write_line(self.process, line)
 
     def ask(self, request: ShortRequest, timeout_s: float) -> dict[str, object]:
         """Send a request and return the answer, or {"error": why} if the agent ends or gives no answer within
