@@ -17,12 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packspeed.model.config import CPU_BLOCK_ELEMENTS, CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, SUM_BYTES
 from packspeed.model.kernels import Kernels
-from packspeed.model.reference_ops import CPU_BLOCK_ELEMENTS
-
-CPU_CHUNK_BYTES = 1 << 27  # 128 MiB: logits of 667 tokens with GPT-2's vocabulary in fp32
-SUM_BYTES = 4 + 2  # per weight, to sum the 16-bit products of several chunks on a CPU: the sum and a product
-GPU_CHUNK_BYTES = 1 << 31  # 2 GiB: 21,345 such tokens in bf16; each chunk reads and writes the weight's gradient
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -379,10 +379,7 @@ class GPT(nn.Module):
 
     def _recomputes(self, layer: int) -> bool:
         """Return whether the backward pass will recompute this layer: only in training, if the config selects it."""
-        every = self.config.activation_checkpointing
-        if every == "none" or not (self.training and torch.is_grad_enabled()):
-            return False
-        return every == "full" or layer % every == 0
+        return self.training and torch.is_grad_enabled() and self.config.recomputes(layer)
 
     def _active_keys(self, dropout_keys: Tensor | None) -> Tensor | None:
         if not self.training or self.config.dropout == 0.0:

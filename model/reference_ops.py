@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from packspeed.model.attention import attend as attend
+from packspeed.model.config import CPU_BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS
 
-CPU_BLOCK_ELEMENTS = 1 << 18  # logits per block of rows: 1 MiB in fp32, which stays in a core's L2 cache
 SMALLEST = 2.0**-100  # quantise counts a smaller largest magnitude as this, so that the scale is finite
 EXPONENT_BITS = 0x7F800000  # of fp32
-GPU_BLOCK_ELEMENTS = 1 << 26  # 256 MiB in fp32: few kernel launches, and bounded memory
 
 
 def add_norm(

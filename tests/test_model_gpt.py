@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from packspeed.model import gpt
 from packspeed.model.attention import attend_last
-from packspeed.model.config import GPTConfig
+from packspeed.model.config import CPU_CHUNK_BYTES, GPTConfig
 from packspeed.model.embedding import embedding
-from packspeed.model.fused_loss import CPU_CHUNK_BYTES, _scale, head_loss, head_losses
+from packspeed.model.fused_loss import _scale, head_loss, head_losses
 from packspeed.model.gpt import (
     GPT,
     Attention,

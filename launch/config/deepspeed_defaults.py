@@ -19,6 +19,7 @@ from packspeed.model.config import GPTConfig, largest_parameter, num_parameters
 
 BUCKET = 500_000_000  # elements: DeepSpeed's default, and the most that a bucket needs
 PREFETCH_BUCKET = 50_000_000  # elements that ZeRO-3 gathers ahead by default
+MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered by default
 BUCKETS_IN_BACKWARD = 8  # with overlap_comm: the last of them, an eighth of the traffic, has nothing to hide behind
 SMALLEST_BUCKET = 1_000_000  # elements: below it the latency of a collective costs more than its bytes
 NVME_BUFFER = 1_000_000  # elements: the smallest buffer for a parameter on its way to the disk

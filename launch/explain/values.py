@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from packspeed.launch.config.batch import BatchPlan
+from packspeed.launch.config.deepspeed_defaults import BUCKET, MAX_LIVE, PREFETCH_BUCKET
 from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
 from packspeed.launch.config.fp8 import fp8_blocks
 from packspeed.launch.config.json_types import JsonObject
@@ -24,10 +25,10 @@ from packspeed.model.config import PRESETS, GPTConfig, RopeScaling, num_paramete
 
 # DeepSpeed's defaults for the keys of zero_optimization.
 DEFAULTS: JsonObject = {
-    "stage": 0, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": 500_000_000,
-    "allgather_partitions": True, "allgather_bucket_size": 500_000_000, "round_robin_gradients": False,
-    "sub_group_size": 1_000_000_000, "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 1_000_000_000,
+    "stage": 0, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": BUCKET,
+    "allgather_partitions": True, "allgather_bucket_size": BUCKET, "round_robin_gradients": False,
+    "sub_group_size": 1_000_000_000, "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
+    "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": MAX_LIVE,
     "stage3_max_reuse_distance": 1_000_000_000, "stage3_gather_16bit_weights_on_model_save": False,
     "memory_efficient_linear": True,
     "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False,

@@ -20,14 +20,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from packspeed.launch.config.deepspeed_defaults import BUCKET, MAX_LIVE, PREFETCH_BUCKET
 from packspeed.launch.config.memory import held
-from packspeed.model.config import GPTConfig, largest_parameter, num_parameters
+from packspeed.model.config import (
+    CPU_BLOCK_ELEMENTS,
+    CPU_CHUNK_BYTES,
+    GPU_BLOCK_ELEMENTS,
+    GPU_CHUNK_BYTES,
+    SUM_BYTES,
+    GPTConfig,
+    largest_parameter,
+    num_parameters,
+)
 
 Device = Literal["cpu", "gpu"]
-CPU_CHUNK, GPU_CHUNK = 1 << 27, 1 << 31  # bytes of the logits of a chunk, model/fused_loss.py
-CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 26  # logits whose losses are computed together, model/reference_ops.py
-ALLREDUCE_BUCKET = 500_000_000  # elements that stage 0 copies for one all-reduce: DeepSpeed's default
-MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered: DeepSpeed's default
 KINDS = (
     "weights", "gradients", "optimizer", "buckets", "gathered", "activations", "logits", "recompute", "communication",
 )  # fmt: skip
@@ -46,8 +52,8 @@ class EngineSpec:
     precision: str  # "fp32", "bf16" or "fp16"; fp8 counts as bf16
     kernels: str = "triton"  # what model.kernels resolves to: "eager", "native", "triton" or "compile"
     device: Device = "gpu"
-    reduce_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
+    reduce_bucket: int = BUCKET
+    prefetch_bucket: int = PREFETCH_BUCKET
     overlap: bool = False  # gradients are reduced during the backward pass
     offload_optimizer: bool = False
     offload_param: bool = False
@@ -219,21 +225,16 @@ def expert_parameters(model: GPTConfig) -> int:
     return count * matrices * model.d_model * model.expert_width
 
 
-def _recomputed(model: GPTConfig) -> int:
-    """Return the number of blocks that the backward pass computes again."""
-    every = model.activation_checkpointing
-    return 0 if every == "none" else model.n_layer if every == "full" else -(-model.n_layer // every)
-
-
 def _recomputed_inputs(spec: EngineSpec, most: int | None = None) -> float:
     """Return the bytes of the inputs of recomputed blocks; of no more than `most` of them."""
-    blocks = _recomputed(spec.model) if most is None else min(most, _recomputed(spec.model))
+    again = spec.model.recomputed_blocks
+    blocks = again if most is None else min(most, again)
     return blocks * (4 if spec.autocast else spec.value_bytes) * spec.model.d_model * spec.tokens
 
 
 def _blocks(spec: EngineSpec) -> tuple[float, float]:
     """Return the bytes kept of all blocks, and those of a block, or of a chunk of its MLP, that is computed again."""
-    model, each, again = spec.model, block_bytes(spec) * spec.tokens, _recomputed(spec.model)
+    model, each, again = spec.model, block_bytes(spec) * spec.tokens, spec.model.recomputed_blocks
     chunk = 0.0
     if model.mlp_chunk is not None and model.mlp_chunk < spec.tokens:
         each -= hidden_bytes(spec) * spec.tokens
@@ -260,10 +261,10 @@ def _head(spec: EngineSpec) -> tuple[float, float]:
     model, e = spec.model, spec.value_bytes
     rows = model.padded_vocab_size / spec.tensor
     logits = spec.tokens * rows * e
-    limit = CPU_CHUNK if spec.device == "cpu" else GPU_CHUNK
+    limit = CPU_CHUNK_BYTES if spec.device == "cpu" else GPU_CHUNK_BYTES
     chunks = max(1, -(-logits // limit))
     weight = rows * model.d_model
-    if spec.device == "cpu" and e == 2 and logits <= limit + 6 * weight:
+    if spec.device == "cpu" and e == 2 and logits <= limit + SUM_BYTES * weight:
         chunks = 1  # model/fused_loss.py: a second chunk would take more memory than it saves
     wide = e == 2 and (spec.device == "gpu" or chunks > 1)
     gradients = spec.tokens * model.d_model * e + weight * (4 if wide else e)
@@ -311,7 +312,7 @@ def _losses(spec: EngineSpec) -> float:
     """Return the bytes that the losses of a chunk need beside its logits: two blocks in fp32, three for 16 bits."""
     if spec.kernels in ("native", "triton"):
         return 0.0
-    block = CPU_BLOCK if spec.device == "cpu" else GPU_BLOCK
+    block = CPU_BLOCK_ELEMENTS if spec.device == "cpu" else GPU_BLOCK_ELEMENTS
     return 4 * min(block, spec.tokens * spec.model.padded_vocab_size) * (2 if spec.value_bytes == 4 else 3)
 
 
@@ -355,7 +356,7 @@ def _end_of_backward(spec: EngineSpec) -> Kinds:
     if spec.stage == 3:
         return gathered | {"recompute": block + branch, "gradients": 2.0 * e * spec.largest}
     if spec.stage == 0:
-        copy = 4 * min(count, ALLREDUCE_BUCKET) if spec.ranks > 1 else 0.0
+        copy = 4 * min(count, BUCKET) if spec.ranks > 1 else 0.0
         if copy > block + branch:
             return {"gradients": 4 * count, "communication": copy}
         return {"gradients": 4 * count, "recompute": block + branch}

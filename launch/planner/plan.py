@@ -18,7 +18,7 @@ from pathlib import Path
 from packspeed.data.errors import DataError
 from packspeed.data.remote import open_dataset
 from packspeed.launch.config.batch import BatchPlan, plan_batch
-from packspeed.launch.config.deepspeed_defaults import overlaps
+from packspeed.launch.config.deepspeed_defaults import BUCKET, PREFETCH_BUCKET, overlaps
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config, zero_stage
 from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.json_types import JsonObject
@@ -163,8 +163,10 @@ def engine_spec(job: Job) -> EngineSpec:
         accumulation=job.batch.accumulation, ranks=job.batch.layout.zero, tensor=job.batch.layout.tensor,
         sequence=job.batch.layout.sequence, expert=job.batch.layout.expert, stage=job.stage,
         precision=engine_precision(job.precision), kernels=kernels, device="cpu" if cpu else "gpu",
-        reduce_bucket=int(zero.get("reduce_bucket_size") or 500_000_000),
-        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size") or zero.get("prefetch_bucket_size") or 50_000_000),
+        reduce_bucket=int(zero.get("reduce_bucket_size") or BUCKET),
+        prefetch_bucket=int(
+            zero.get("stage3_prefetch_bucket_size") or zero.get("prefetch_bucket_size") or PREFETCH_BUCKET
+        ),
         overlap=overlaps(zero) and job.stage in (1, 2), offload_optimizer=job.offloads("optimizer"),
         offload_param=job.offloads("param"),
     )  # fmt: skip
@@ -172,12 +174,11 @@ def engine_spec(job: Job) -> EngineSpec:
 
 def work_of(job: Job) -> Work:
     """Return what a step of this job computes."""
-    every = job.model.activation_checkpointing
-    share = 0.0 if every == "none" else 1.0 if every == "full" else 1 / every
     send = job.ds_config.get("communication_data_type") == "fp32" or job.precision == "fp32"
     return Work(
         model=job.model, seq_len=job.run.data.seq_len, micro_batch=job.batch.micro_batch,
-        accumulation=job.batch.accumulation, precision=job.precision, recomputed=share,
+        accumulation=job.batch.accumulation, precision=job.precision,
+        recomputed=job.model.recomputed_blocks / job.model.n_layer,
         layout=Layout(
             ranks=job.ranks, per_host=job.machine.per_host, stage=job.stage, tensor=job.batch.layout.tensor,
             context=job.batch.layout.sequence, expert=job.batch.layout.expert,
