@@ -18,11 +18,11 @@ from packspeed.launch.commands.plan import machine_of
 from packspeed.launch.commands.plan import plan as plan_command
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
-from packspeed.launch.planner.calibrate import write_calibration
+from packspeed.launch.planner.calibrate import measured_job, write_calibration
 from packspeed.launch.planner.evaluate import MEMORY_COLUMNS, SPEED_COLUMNS, evaluate
 from packspeed.launch.planner.lock import check_locked, read_lock, write_lock
 from packspeed.launch.planner.machine import FOLDER, load_machine, machine_names
-from packspeed.launch.planner.plan import make_plan, plan_lines, plan_of, read_job
+from packspeed.launch.planner.plan import engine_spec, make_plan, plan_lines, plan_of, read_job
 from packspeed.launch.planner.search import reductions, search
 from packspeed.launch.planner.step_time import step_time
 from packspeed.launch.planner.this_cpu import cache_file, copy_settings
@@ -329,11 +329,18 @@ def test_what_was_measured_is_remembered_for_what_it_depends_on(tmp_path: Path) 
 def test_one_measured_step_corrects_a_calibration(tmp_path: Path) -> None:
     job = read_job(GPT2_XL, [], load_machine("h100-80gb"), 8)
     planned = plan_of(job).step_s
-    assert write_calibration(tmp_path / "mine.yaml", "h100-80gb", job, 1.25 * planned) == pytest.approx(1.25, rel=0.01)
+    write_calibration(tmp_path / "mine.yaml", "h100-80gb", job, 1.25 * planned)
     mine = load_machine("h100-80gb", tmp_path / "mine.yaml")
     assert make_plan(GPT2_XL, [], mine, 8).step_s == pytest.approx(1.25 * planned, rel=0.001)
     assert mine.memory == job.machine.memory
     assert "packspeed bench measured" in mine.source
+
+
+def test_a_calibration_plans_what_bench_has_measured() -> None:
+    row = {"ranks": 8, "micro_batch": 2, "kernels": "eager", "stage": 3}
+    job = measured_job(GPT2_XL, ["data.seq_len=512"], load_machine("h100-80gb"), row)
+    spec = engine_spec(job)
+    assert (spec.ranks, spec.micro_batch, spec.kernels, spec.stage, spec.seq_len) == (8, 2, "eager", 3, 512)
 
 
 def test_a_step_follows_what_it_computes_and_sends() -> None:

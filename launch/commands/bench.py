@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from packspeed.launch.commands.options import LocalRanks, Overrides, RunFileArgument
-from packspeed.launch.planner.calibrate import describe, write_calibration
+from packspeed.launch.config.errors import UserError
+from packspeed.launch.planner.calibrate import describe, measured_job, write_calibration
 from packspeed.launch.planner.machine import load_machine
-from packspeed.launch.planner.plan import read_job
 from packspeed.launch.trials import bench as benchmark
 
 
@@ -88,10 +88,13 @@ def bench(
     if all(row["error"] for row in rows):
         raise typer.Exit(1)
     if calibrate is not None:
-        row = next(row for row in rows if not row["error"])
-        settings = [*(overrides or []), f"train.micro_batch={row['micro_batch']}"]
+        row = next((row for row in rows if row["who"] == "packspeed" and not row["error"]), None)
+        if row is None:
+            raise UserError(
+                f"--calibrate {calibrate}: Packspeed was not measured, as the table says. No file was written."
+            )
         machine = load_machine(calibrate)
-        job = read_job(run_file, settings, machine, row["ranks"])
+        job = measured_job(run_file, overrides or [], machine, row)
         print(*describe(machine, job, row["step_s"], row["memory_gib"]), sep="\n")
         write_calibration(to, calibrate, job, row["step_s"])
         print(f"wrote {to}")

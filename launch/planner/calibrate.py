@@ -1,6 +1,6 @@
 """`packspeed bench --calibrate`: correct a calibration file by one measured step.
 
-    path = write_calibration(Path("mine.yaml"), "h100-80gb", job, step_s)
+    write_calibration(Path("mine.yaml"), "h100-80gb", job, step_s)
 
 Power limits, determinism and kernels make all parts of a step slower or faster by about the same factor. So the factors
 of the file are multiplied by (measured step / planned step). What is left is an error of a tenth (docs/planner.md,
@@ -10,16 +10,32 @@ of the file are multiplied by (measured step / planned step). What is left is an
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from packspeed.launch.config.deepspeed_json import load_ds_config
+from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.planner.lock import OUTSIDE_TENSORS
 from packspeed.launch.planner.machine import GIB, Machine
-from packspeed.launch.planner.plan import Job, plan_of
+from packspeed.launch.planner.plan import Job, job_of, plan_of
 from packspeed.launch.run_folder.folder import versions
 
 CALIBRATED_ERROR = {"median": 0.08, "p90": 0.21}  # of other stacks with one calibrating row, docs/planner.md
+
+
+def measured_job(run_file: Path, overrides: Sequence[str], machine: Machine, row: JsonObject) -> Job:
+    """Return what a row of `packspeed bench` has measured, which may have other settings than the run file.
+
+    row: its ranks, micro_batch, kernels and stage count.
+    """
+    settings = [*overrides, f"train.micro_batch={row['micro_batch']}", f"model.kernels={row['kernels']}"]
+    run = load_run_file(run_file, settings)
+    raw = load_ds_config(run.deepspeed)
+    raw["zero_optimization"] = {**(raw.get("zero_optimization") or {}), "stage": row["stage"]}
+    return job_of(run, raw, machine, row["ranks"])
 
 
 def correction(job: Job, step_s: float) -> float:
@@ -32,8 +48,8 @@ def correction(job: Job, step_s: float) -> float:
     return max(0.0, step_s - fixed) / (sum(parts.values()) - fixed)
 
 
-def write_calibration(path: Path, base: str, job: Job, step_s: float) -> float:
-    """Write a calibration file for the machine of a measured job. Returns the correction.
+def write_calibration(path: Path, base: str, job: Job, step_s: float) -> None:
+    """Write a calibration file for the machine of a measured job.
 
     base: the name of the calibration file that is corrected. step_s: the measured seconds of a step.
     """
@@ -50,7 +66,6 @@ def write_calibration(path: Path, base: str, job: Job, step_s: float) -> float:
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# Written by packspeed bench --calibrate. Use: packspeed plan --calibration {path.name}\n{text}")
-    return ratio
 
 
 def describe(machine: Machine, job: Job, step_s: float, memory_gib: float) -> list[str]:
