@@ -115,8 +115,6 @@ def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, 
     most = MOST_TOKENS * run.parallel.sequence
     sizes = [n for n in divisors_of(samples) if n == 1 or n * run.data.seq_len <= most]
     for name, zero in STAGES:
-        if run.train.optimizer.name == "muon" and "offload" in name:
-            continue
         for recompute, size in itertools.product(("none", "full"), sizes):
             settings = {
                 "deepspeed": name, "train.micro_batch": str(size), "model.activation_checkpointing": recompute,
