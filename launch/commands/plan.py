@@ -20,7 +20,7 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.planner.evaluate import evaluate
 from packspeed.launch.planner.lock import write_lock
 from packspeed.launch.planner.machine import GIB, Machine, load_machine
-from packspeed.launch.planner.plan import Plan, job_of, percent, plan_lines, plan_of
+from packspeed.launch.planner.plan import job_of, percent, plan_lines, plan_of
 from packspeed.launch.planner.search import Candidate, Found, reductions, search
 from packspeed.launch.planner.this_cpu import measure, this_cpu
 from packspeed.launch.planner.write import write_run_file
@@ -105,7 +105,8 @@ def plan(
             print("\nto make it fit:", *(f"  {line}" for line in changes), sep="\n")
     if lock:
         path = write_lock(run, found_plan, raw)
-        print(f"wrote {path}") if not json_output else None
+        if not json_output:
+            print(f"wrote {path}")
     if not found_plan.fits:
         raise typer.Exit(1)
 
@@ -114,15 +115,14 @@ def machine_of(
     gpu: str, calibration: Path | None, ranks: int, hosts: int | None, interconnect: float | None
 ) -> Machine:
     """Return the machine that the options describe."""
-    machine = this_cpu() if gpu == "cpu" else load_machine(gpu, calibration)
-    changes: dict[str, float | int] = {"per_host": ranks} if machine.is_cpu else {}
+    machine = dataclasses.replace(this_cpu(), per_host=ranks) if gpu == "cpu" else load_machine(gpu, calibration)
     if hosts is not None:
         if ranks % hosts:
             raise ConfigError(f"--ranks {ranks} --hosts {hosts}: every host has the same number of GPUs.")
-        changes["per_host"] = ranks // hosts
+        machine = dataclasses.replace(machine, per_host=ranks // hosts)
     if interconnect is not None:
-        changes["network"] = interconnect * 1e9 / 8
-    return dataclasses.replace(machine, **changes)  # type: ignore[arg-type]
+        machine = dataclasses.replace(machine, network=interconnect * 1e9 / 8)
+    return machine
 
 
 def _show_search(
@@ -148,7 +148,7 @@ def _show_search(
 
 def _line(candidate: Candidate) -> str:
     """Return a candidate as one line of text."""
-    plan: Plan = candidate.plan
+    plan = candidate.plan
     words = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in candidate.settings.items())
     return (
         f"  {plan.step_s:9.4g} s/step  {plan.tokens_per_s:12,.0f} tokens/s  MFU {percent(plan.mfu):>5}  "

@@ -20,6 +20,7 @@ from torch.cuda import nccl
 
 from packspeed.launch.config.peaks import datasheet_peak
 from packspeed.launch.engine.ops import device_type
+from packspeed.launch.run_folder.folder import cpu_model
 from packspeed.launch.run_folder.formats import ComputeEnvironment
 
 if TYPE_CHECKING:
@@ -127,12 +128,7 @@ def compute_environment(topology: Topology) -> ComputeEnvironment:
 
 def cpu_name() -> str:
     """Return the model of this host's CPU and the instruction set that torch uses: "AMD EPYC 9654 (AVX512)"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.machine()])[0]} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def driver_version(modules: Path = Path("/sys/module")) -> str | None:

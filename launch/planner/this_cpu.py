@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.planner.machine import GIB, Error, Factors, Machine
 from packspeed.launch.planner.plan import Job
-from packspeed.launch.run_folder.folder import versions
+from packspeed.launch.run_folder.folder import cpu_model, versions
 
 STEPS = 8  # of a copy
 WARM_UP = 3  # steps that are not counted
@@ -41,7 +40,7 @@ TIMEOUT_S = 600
 def this_cpu() -> Machine:
     """Return this machine's CPU as a Machine. Its factors are never used: steps are measured."""
     return Machine(
-        name="cpu", device=platform.processor() or platform.machine(), memory=float(psutil.virtual_memory().total),
+        name="cpu", device=cpu_model(), memory=float(psutil.virtual_memory().total),
         bandwidth=1.0, link=1.0, network=1.0, per_host=1, host_memory=float("inf"), host_link=1.0, disk=0.5e9,
         context=0.0, margin=0.0, kernel=0.0,
         factors=Factors(products=1, products_fp8=1, attention=1, memory=1, head=1, link=1, network=1, stragglers=0),
@@ -144,7 +143,7 @@ def cache_file(job: Job, sizes: Sequence[tuple[int, int]]) -> Path:
     identity = [
         model, job.run.data.model_dump(), train, load_ds_config(job.run.deepspeed), list(sizes), versions(),
         dataclasses.asdict(job.batch.layout), job.batch.micro_batch, job.precision,
-        _cpu_name(), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS"),
+        cpu_model(), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS"),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -158,12 +157,3 @@ def _remembered(job: Job, sizes: Sequence[tuple[int, int]]) -> list[dict[str, fl
     except (OSError, ValueError):
         return None
     return found if isinstance(found, list) and len(found) == len(sizes) else None
-
-
-def _cpu_name() -> str:
-    """Return the name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

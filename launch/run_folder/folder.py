@@ -263,6 +263,16 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
+def cpu_model() -> str:
+    """Return the model of this host's CPU, such as "AMD EPYC 9654"; the architecture if Linux does not name it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
 def git_commit() -> str | None:
     """Return the commit of the checkout of Packspeed, with -dirty if files were changed; None outside git."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
