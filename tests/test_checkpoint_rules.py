@@ -16,6 +16,7 @@ import torch
 
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.launch.checkpoint import retention
+from packspeed.launch.checkpoint.identity import has_same_layout
 from packspeed.launch.checkpoint.manifest import (
     Manifest,
     RunIdentity,
@@ -27,9 +28,7 @@ from packspeed.launch.checkpoint.resume import (
     OLDER_DEFAULTS,
     check_loaded_step,
     check_same_run,
-    compare_probes,
     find_checkpoint,
-    has_same_layout,
 )
 from packspeed.launch.checkpoint.retention import expired_checkpoints, rewind_target
 from packspeed.launch.checkpoint.verify import find_damage, newest_complete, shares
@@ -39,6 +38,7 @@ from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import CheckpointSection
 from packspeed.launch.engine import optimizer_state
 from packspeed.launch.engine.distributed import Topology
+from packspeed.launch.training.self_check import compare_probes
 from packspeed.model.config import GPTConfig
 
 

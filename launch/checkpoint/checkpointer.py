@@ -26,6 +26,7 @@ import torch
 from packspeed.data.storage.atomic import write_file
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.launch.checkpoint import retention
+from packspeed.launch.checkpoint.identity import has_same_layout
 from packspeed.launch.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -38,7 +39,7 @@ from packspeed.launch.checkpoint.manifest import (
     step_folder,
     temporary_folder,
 )
-from packspeed.launch.checkpoint.resume import check_loadable, check_loaded_step, has_same_layout
+from packspeed.launch.checkpoint.resume import check_loadable, check_loaded_step
 from packspeed.launch.checkpoint.rng import gather_rng_states, set_rng_state
 from packspeed.launch.checkpoint.writer import SafeWriter
 from packspeed.launch.config.errors import UserError

@@ -46,7 +46,7 @@ class Layout(TypedDict):
 
 
 class RunIdentity(TypedDict, total=False):
-    """Facts about the run that wrote a checkpoint: its run file, data and software (resume.run_identity)."""
+    """Facts about the run that wrote a checkpoint: its run file, data and software (identity.run_identity)."""
 
     config: JsonObject  # the run file with all defaults
     dataset_fingerprint: str

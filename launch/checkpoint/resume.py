@@ -8,10 +8,10 @@
     3. same data     The fingerprints of the datasets and the version of the sample order are equal (check_same_run).
     4. loadable      The optimizer's state is not on NVMe (check_loadable).
     5. same layout   Ranks, ZeRO block (without bucket sizes and the like), precision and optimizer classes are equal,
-                     so DeepSpeed can load its own files. Otherwise reshard.py converts them (has_same_layout).
+                     so DeepSpeed can load its own files. Otherwise reshard.py converts them (identity.has_same_layout).
     6. same step     The state in the files belongs to the step that packspeed.json names (check_loaded_step).
     7. same loss     The probe, the loss of a few samples, has the saved value when it is computed with the loaded
-                     weights (compare_probes; training/self_check.py computes it).
+                     weights (training/self_check.py).
 
 Checks 1 to 3 run before the engine is built and before any file of the run changes. Checkpointer.load runs checks 4 to
 6. A rewind during training repeats checks 1 and 4 to 6. Checks 2 and 3 raise ConfigError (exit code 2), the others
@@ -21,36 +21,29 @@ UserError (exit code 1). docs/checkpoints.md lists what may change on a resume.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from packspeed.data.dataset import TokenDataset, changes
-from packspeed.data.order import ORDER_VERSION
+from packspeed.data.dataset import changes
+from packspeed.launch.checkpoint.identity import differences
 from packspeed.launch.checkpoint.manifest import (
     MANIFEST,
     Manifest,
-    Probe,
     RunIdentity,
     read_manifest,
     step_folder,
     step_of,
 )
 from packspeed.launch.checkpoint.verify import newest_complete
-from packspeed.launch.config.deepspeed_json import zero_stage
 from packspeed.launch.config.effects import MODEL_SPEED_ONLY, fixed_on_resume
 from packspeed.launch.config.errors import ConfigError, UserError
-from packspeed.launch.config.fp8 import engine_precision
-from packspeed.launch.config.json_types import DsConfig, JsonObject
-from packspeed.launch.engine.groups import ALWAYS
-from packspeed.launch.run_folder import folder as run_folder
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.run_folder.folder import flatten
-from packspeed.launch.run_folder.formats import ComputeEnvironment, SettingChange
+from packspeed.launch.run_folder.formats import SettingChange
 
 BITWISE_VERSIONS = ("torch", "deepspeed", "packspeed")  # of RunIdentity.versions: those that compute
 
 if TYPE_CHECKING:
-    from packspeed.data.mixture import MixtureData
     from packspeed.launch.checkpoint.checkpointer import Checkpointer
     from packspeed.launch.checkpoint.mirror import Mirror
     from packspeed.launch.engine.distributed import Topology
@@ -89,57 +82,6 @@ OLDER_DEFAULTS = {
     "train.optimizer.update_scale": "shape",
     "train.optimizer.split_fused": True,
 }
-
-# Keys of zero_optimization that DeepSpeed's checkpoint files do not depend on.
-SHAPE_NO_FILE = (
-    "reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "overlap_comm", "contiguous_gradients",
-    "reduce_scatter", "memory_efficient_linear", "max_live_parameters", "max_reuse_distance",
-)  # fmt: skip
-
-
-def run_identity(
-    resolved: JsonObject,
-    dataset: TokenDataset | MixtureData,
-    topology: Topology,
-    ds_config: DsConfig,
-    environment: ComputeEnvironment,
-) -> RunIdentity:
-    """Return the facts about this run that its checkpoints contain, and that are compared on a resume.
-
-    `resolved` is the run file with all defaults. The list of optimizer classes is empty; name_optimizers fills it once
-    the engine exists.
-    """
-    return {
-        "config": resolved,
-        "dataset_fingerprint": dataset.fingerprint,
-        "datasets": dataset.describe(),
-        "order_version": ORDER_VERSION,
-        "zero_stage": zero_stage(ds_config),
-        "dp_size": topology.layout.zero,
-        "layout": {
-            "dp_size": topology.layout.zero,
-            "zero_optimization": ds_config.get("zero_optimization") or {},
-            "precision": engine_precision(resolved["train"]["precision"]),
-            "optimizers": [],
-        },
-        "packspeed": metadata.version("packspeed"),
-        "versions": run_folder.versions(),
-        "environment": environment,
-        "commit": run_folder.git_commit(),
-    }
-
-
-def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
-    """Return a copy of `identity` whose layout has the class names of DeepSpeed's optimizer wrapper and of the
-    optimizer inside it, and the names of unusual parameter groups.
-    """
-    optimizers = [type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__]
-    adam = getattr(engine.basic_optimizer, "adam", None)  # inside Packspeed's Muon
-    if adam is not None and type(adam).__name__ != "FusedAdam":  # the implementations store other states
-        optimizers.append(type(adam).__name__)
-    groups = [group["name"] for group in engine.optimizer.param_groups]
-    optimizers += [name for name in groups if name not in ALWAYS]  # others do not have the same flat tensors
-    return {**identity, "layout": {**identity["layout"], "optimizers": optimizers}}
 
 
 class Resumption(NamedTuple):
@@ -297,7 +239,7 @@ def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
         versions = {name: run["versions"].get(name) for name in BITWISE_VERSIONS}
         return {key.replace("_", " "): value for key, value in {**run["environment"], **versions}.items()}
 
-    return _changes(all_of(saved), all_of(identity))
+    return differences(all_of(saved), all_of(identity))
 
 
 def check_loadable(checkpoint: Path, engine: Engine) -> None:
@@ -311,25 +253,6 @@ def check_loadable(checkpoint: Path, engine: Engine) -> None:
             f"{checkpoint}: a run whose optimizer is offloaded to NVMe cannot be resumed. Offload it to the CPU "
             f"instead."
         )
-
-
-def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
-    """Return whether DeepSpeed can load the checkpoint's files directly (check 5 of the list at the top).
-
-    Imported weights have no layout, so for them the result is False.
-    """
-    return "layout" in saved and _shape_of_files(saved["layout"]) == _shape_of_files(identity["layout"])
-
-
-def _shape_of_files(layout: Mapping[str, object]) -> dict[str, object]:
-    """Return `layout` without settings on which DeepSpeed's checkpoint files do not depend: the keys SHAPE_NO_FILE of
-    zero_optimization, and the buffer size of offload_param.
-    """
-    zero = cast(JsonObject, layout["zero_optimization"])
-    zero = {key: value for key, value in zero.items() if key.removeprefix("stage3_") not in SHAPE_NO_FILE}
-    if isinstance(zero.get("offload_param"), dict):
-        zero["offload_param"] = {key: value for key, value in zero["offload_param"].items() if key != "buffer_size"}
-    return {**layout, "zero_optimization": zero}
 
 
 def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: Mapping[str, object]) -> None:
@@ -346,36 +269,3 @@ def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, clie
             f"{checkpoint}: according to {MANIFEST} this is step {step}, but DeepSpeed's files are of step "
             f"{client_state['packspeed_step']}. To resume from the previous checkpoint, delete this one."
         )
-
-
-def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Probe) -> str:
-    """Compare the probe in the checkpoint's manifest `saved` with `now`, the probe that the resumed run has computed.
-    Returns a line to log.
-
-    A probe is the loss of a few samples. The two must agree within 1e-5 in fp32, within 2e-3 in 16-bit precisions with
-    the same layout, and within 2e-2 in 16-bit precisions with another layout or precision. Otherwise, or if the samples
-    differ, it raises UserError with a list of what else differs between then and now.
-    """
-    before, old, new = saved["probe"], saved["layout"], identity["layout"]
-    same_layout = _shape_of_files(old) == _shape_of_files(new)
-    tolerance = 1e-5 if {old["precision"], new["precision"]} == {"fp32"} else 2e-3 if same_layout else 2e-2
-    same_samples = now["samples_hash"] == before["samples_hash"]
-    if same_samples and abs(now["loss"] - before["loss"]) <= tolerance:
-        return f"self-check passed: samples of the last step have the same loss as at the save, {now['loss']:.6f}"
-    causes = [] if same_samples else ["the dataset returns other samples"]
-    causes += _changes(
-        {**saved["versions"], "commit": saved.get("commit"), **old},
-        {**identity["versions"], "commit": identity.get("commit"), **new},
-    )
-    raise UserError(
-        f"self-check failed: step {saved['step']} of {folder} does not resume as it was saved. The loss of "
-        f"{before['rows']} samples, from number {before['first_sample']} on, was {before['loss']:.8f} at the save and "
-        f"is {now['loss']:.8f} now (allowed difference {tolerance:g}). Possible causes: "
-        f"{'; '.join(causes) or 'only the weights or the model code'}. "
-        "Restore what has changed, or start over with --fresh."
-    )
-
-
-def _changes(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """Return a line "NAME was OLD, is NEW" for each entry of `now` whose value was another one in `then`."""
-    return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]

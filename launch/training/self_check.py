@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from packspeed.launch.checkpoint import resume
-from packspeed.launch.checkpoint.manifest import Manifest, Probe
+from packspeed.launch.checkpoint.identity import differences, has_same_layout
+from packspeed.launch.checkpoint.manifest import Manifest, Probe, RunIdentity
+from packspeed.launch.config.errors import UserError
 from packspeed.launch.training.evaluation import row_mean_losses
 from packspeed.launch.training.trainer import Trainer
 
@@ -42,9 +45,37 @@ def repeat_probe(trainer: Trainer, manifest: Manifest) -> None:
     """Compute the probe again (see `probe`), compare it with that in `manifest`, the manifest of the checkpoint that
     was just loaded, and log the result. A collective.
 
-    Raises UserError if the two probes differ (checkpoint/resume.py says by how much they may). Does nothing if the
-    manifest has no probe.
+    Raises UserError if the two probes differ by more than compare_probes allows. Does nothing if the manifest has no
+    probe.
     """
     if "probe" in manifest:
         repeated = probe(trainer, manifest["step"])
-        trainer.log(resume.compare_probes(trainer.run.folder, manifest, trainer.checkpointer.identity, repeated))
+        trainer.log(compare_probes(trainer.run.folder, manifest, trainer.checkpointer.identity, repeated))
+
+
+def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Probe) -> str:
+    """Compare the probe in the checkpoint's manifest `saved` with `now`, the probe that the resumed run has computed.
+    Returns a line to log.
+
+    A probe is the loss of a few samples. The two must agree within 1e-5 in fp32, within 2e-3 in 16-bit precisions with
+    the same layout, and within 2e-2 in 16-bit precisions with another layout or precision. Otherwise, or if the samples
+    differ, it raises UserError with a list of what else differs between then and now.
+    """
+    before, old, new = saved["probe"], saved["layout"], identity["layout"]
+    same_layout = has_same_layout(saved, identity)
+    tolerance = 1e-5 if {old["precision"], new["precision"]} == {"fp32"} else 2e-3 if same_layout else 2e-2
+    same_samples = now["samples_hash"] == before["samples_hash"]
+    if same_samples and abs(now["loss"] - before["loss"]) <= tolerance:
+        return f"self-check passed: samples of the last step have the same loss as at the save, {now['loss']:.6f}"
+    causes = [] if same_samples else ["the dataset returns other samples"]
+    causes += differences(
+        {**saved["versions"], "commit": saved.get("commit"), **old},
+        {**identity["versions"], "commit": identity.get("commit"), **new},
+    )
+    raise UserError(
+        f"self-check failed: step {saved['step']} of {folder} does not resume as it was saved. The loss of "
+        f"{before['rows']} samples, from number {before['first_sample']} on, was {before['loss']:.8f} at the save and "
+        f"is {now['loss']:.8f} now (allowed difference {tolerance:g}). Possible causes: "
+        f"{'; '.join(causes) or 'only the weights or the model code'}. "
+        "Restore what has changed, or start over with --fresh."
+    )

@@ -1,8 +1,14 @@
-"""Start a training process: everything between reading the files and the training loop, and the exit code."""
+"""Start a training process: everything between reading the files and the training loop, and the exit code.
+
+connect            precision, batch and DeepSpeed configuration; the process group
+start_training     checkpoint to continue from -> engine -> load -> checks -> files of the run
+train_to_end       the loop, and status.json
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -11,8 +17,9 @@ from pathlib import Path
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.mixture import MixtureData
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
-from packspeed.launch.checkpoint.resume import find_checkpoint, name_optimizers, resume_newest, run_identity
-from packspeed.launch.config.batch import plan_batch
+from packspeed.launch.checkpoint.identity import name_optimizers, run_identity
+from packspeed.launch.checkpoint.resume import find_checkpoint, resume_newest
+from packspeed.launch.config.batch import BatchPlan, plan_batch
 from packspeed.launch.config.deepspeed_json import resolve_ds_config, zero_stage
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.config.fp8 import engine_precision
@@ -26,8 +33,9 @@ from packspeed.launch.engine.build import (
     resolve_kernels,
     resolve_precision,
 )
-from packspeed.launch.engine.distributed import launcher_environment, no_beat, start_distributed
+from packspeed.launch.engine.distributed import Topology, launcher_environment, no_beat, start_distributed
 from packspeed.launch.engine.hardware import compute_environment, limit_threads
+from packspeed.launch.engine.protocol import Engine
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.observe.console import RunProgress, live
 from packspeed.launch.observe.goodput import read_lives
@@ -37,6 +45,7 @@ from packspeed.launch.training.loop import fit
 from packspeed.launch.training.self_check import repeat_probe
 from packspeed.launch.training.setup import make_trainer, open_run_files
 from packspeed.launch.training.trainer import Trainer
+from packspeed.model.config import GPTConfig
 
 
 def start_training(
@@ -54,24 +63,8 @@ def start_training(
     `heartbeat` tells a supervisor, if there is one, where this rank is. Raises UserError if the run cannot start or has
     failed.
     """
-    # Ranks, device, precision and batch plan. Whatever may differ between hosts, such as the kernels, is decided by all
-    # ranks together before weights are drawn.
-    rank, world, _, local_size = launcher_environment()
-    log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
-    threads = limit_threads(local_size)
-    precision = resolve_precision(run.train.precision)
-    plan = plan_batch(run, world)
-    config = run.gpt_config(dataset.vocab_size)
-    ds_config = resolve_ds_config(run, raw_ds_config, plan, engine_precision(precision), config)
-    check_precision(precision)
-    check_ds_config(ds_config, run.deepspeed)
-    # Joins the process group and compiles DeepSpeed's ops.
-    beat = heartbeat or no_beat
-    beat("connecting")
-    topology = start_distributed(ds_config, log, deterministic=run.train.deterministic, beat=beat, layout=plan.layout)
-    config = agree_on_kernels(config, topology, log)
-    kernels = resolve_kernels(config.kernels, log)
-
+    ranks = connect(run, raw_ds_config, dataset, heartbeat or no_beat)
+    topology, log = ranks.topology, ranks.log
     mirror = None
     if run.mirror:  # imported here, because it loads fsspec
         from packspeed.launch.checkpoint.mirror import Mirror
@@ -81,22 +74,13 @@ def start_training(
     with run_folder.locked_run_folder(run.folder, topology, fresh, run.mirror):
         # Find the checkpoint to continue from. If the run cannot continue from it, the error comes before any file of
         # the run has changed.
-        resolved = run_folder.resolved_config(run, config, precision)
-        identity = run_identity(resolved, dataset, topology, ds_config, compute_environment(topology))
+        resolved = run_folder.resolved_config(run, ranks.config, ranks.precision)
+        identity = run_identity(resolved, dataset, topology, ranks.ds_config, compute_environment(topology))
         found = find_checkpoint(run.folder / "checkpoints", topology, identity, log, mirror)
 
-        beat("building")
-        # Build the engine. Its initial weights do not depend on the ZeRO stage or the number of ranks.
-        log_filter.path = run.folder / "deepspeed.log" if rank == 0 else Path(os.devnull)
-        with quiet(run.folder / "deepspeed.log" if rank == 0 else None):
-            # The weights of a checkpoint replace the initial ones.
-            engine = build_engine(config, run, ds_config, draw=found.checkpoint is None, beat=beat)
-        log(
-            f"{run.name}: {dataset.tokens('train'):,} training tokens, {world} rank(s) x {threads} thread(s) on "
-            f"{topology.device.type}, {precision}, {kernels} kernels, ZeRO-{zero_stage(ds_config)}, "
-            f"{run.global_batch} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x "
-            f"{plan.layout}"
-        )
+        # Build the engine. If there is a checkpoint, its weights will replace the initial ones, so none are drawn.
+        engine = build_quietly(run, ranks, log_filter, draw=found.checkpoint is None)
+        log(f"{run.name}: {dataset.tokens('train'):,} training tokens, {ranks.describe(run)}")
 
         # Load weights, optimizer and random generators from the checkpoint.
         identity = name_optimizers(identity, engine)
@@ -111,17 +95,79 @@ def start_training(
             )
             return 0
 
-        trainer = make_trainer(run, config, dataset, engine, topology, plan, checkpointer, manifest, log, heartbeat)
+        trainer = make_trainer(
+            run, ranks.config, dataset, engine, topology, ranks.plan, checkpointer, manifest, log, heartbeat
+        )
         repeat_probe(trainer, manifest)  # check that the checkpoint still gives the loss with which it was saved
 
         # All checks have passed. From here on the files of the run change.
-        run_folder.write_configs(run.folder, resolved, ds_config, topology)
-        if rank == 0:
+        run_folder.write_configs(run.folder, resolved, ranks.ds_config, topology)
+        if topology.rank == 0:
             run_folder.record_changes(run.folder, found.changes)
         open_run_files(trainer, manifest)
         if mirror and checkpointer.newest is not None:
             mirror.catch_up(checkpointer.newest)
         return train_to_end(trainer, manifest["step"])
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectedRanks:
+    """The ranks of a run, and what they have decided together before a weight exists."""
+
+    topology: Topology
+    plan: BatchPlan
+    config: GPTConfig
+    ds_config: DsConfig  # the final DeepSpeed configuration
+    precision: str  # train.precision, with "auto" resolved
+    kernels: str  # model.kernels, with "auto" resolved
+    threads: int  # CPU threads per rank
+    beat: Callable[..., None]  # tells a supervisor what this rank does
+    log: Callable[[str], None]  # prints a line on rank 0, nothing on the others
+
+    def describe(self, run: RunFile) -> str:
+        """Return ranks, precision, kernels and batch as text."""
+        return (
+            f"{self.topology.world} rank(s) x {self.threads} thread(s) on {self.topology.device.type}, "
+            f"{self.precision}, {self.kernels} kernels, ZeRO-{zero_stage(self.ds_config)}, {run.global_batch} samples "
+            f"per step = {self.plan.micro_batch} x {self.plan.accumulation} accumulated x {self.plan.layout}"
+        )
+
+
+def connect(
+    run: RunFile, raw_ds_config: DsConfig, dataset: TokenDataset | MixtureData, beat: Callable[..., None]
+) -> ConnectedRanks:
+    """Decide precision, batch and DeepSpeed configuration, and join the process group. A collective.
+
+    If hosts may differ in something, such as the kernels, all ranks decide it together. Raises ConfigError if this
+    machine cannot train the run.
+    """
+    rank, world, _, local_size = launcher_environment()
+    log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
+    threads = limit_threads(local_size)
+    precision = resolve_precision(run.train.precision)
+    plan = plan_batch(run, world)
+    config = run.gpt_config(dataset.vocab_size)
+    ds_config = resolve_ds_config(run, raw_ds_config, plan, engine_precision(precision), config)
+    check_precision(precision)
+    check_ds_config(ds_config, run.deepspeed)
+    # Join the process group and compile DeepSpeed's ops.
+    beat("connecting")
+    topology = start_distributed(ds_config, log, deterministic=run.train.deterministic, beat=beat, layout=plan.layout)
+    config = agree_on_kernels(config, topology, log)
+    kernels = resolve_kernels(config.kernels, log)
+    return ConnectedRanks(topology, plan, config, ds_config, precision, kernels, threads, beat, log)
+
+
+def build_quietly(run: RunFile, ranks: ConnectedRanks, log_filter: DeepSpeedLogFilter, draw: bool) -> Engine:
+    """Build the engine, with DeepSpeed's output in deepspeed.log of the run folder. A collective.
+
+    If `draw` is False, no initial weights are drawn, and the caller must load a checkpoint.
+    """
+    ranks.beat("building")
+    file = run.folder / "deepspeed.log" if ranks.topology.rank == 0 else None
+    log_filter.path = file or Path(os.devnull)
+    with quiet(file):
+        return build_engine(ranks.config, run, ranks.ds_config, draw=draw, beat=ranks.beat)
 
 
 def train_to_end(trainer: Trainer, step: int) -> int:

@@ -26,7 +26,7 @@ from packspeed.launch.checkpoint import checkpointer as checkpoint
 from packspeed.launch.checkpoint import mirror
 from packspeed.launch.engine import build
 from packspeed.launch.engine.norms import square_sum
-from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
+from packspeed.launch.engine.patches import gradient_norm
 from packspeed.launch.run_folder.mirror_folder import MirrorFolder
 from packspeed.launch.training import evaluation, loop
 from packspeed.launch.training.metrics import Metrics
@@ -330,13 +330,13 @@ def old_zero1(_: str) -> None:
         def get_grads_for_norm(for_clipping: bool = False) -> Any:
             gradients = original(for_clipping)
             if not for_clipping:
-                hook._read_and_judge([square_sum(gradients[0]).float().sqrt()])
+                hook.read_and_judge([square_sum(gradients[0]).float().sqrt()])
             return gradients
 
         original = engine.optimizer.get_grads_for_norm
         engine.optimizer.get_grads_for_norm = get_grads_for_norm
 
-    GradientNormHook._patch_stage0 = judge  # type: ignore[method-assign,assignment]
+    gradient_norm._Stage0 = judge  # type: ignore[misc,assignment]
 
 
 def main() -> int:

@@ -19,8 +19,8 @@ How a veto works, with the functions in the order in which they are called:
     train_step()                     loop: hook.begin_step(), forward and backward, hook.agree(), then engine.step()
       engine.step()                  DeepSpeed: at the accumulation boundary it runs the optimizer
         optimizer.step()             DeepSpeed: computes the norm of the gradients for clipping
-          <patched norm function>    here: computes the norm instead of DeepSpeed's function and calls
-            hook._read_and_judge()   here: copies norm and agreement to the CPU, stores them for the metrics and calls
+          scaled_global_norm()       here (stage 3: get_norm_groups): adds up the norm by get_grad_norm_direct, calls
+            hook.read_and_judge()    here: copies norm and agreement to the CPU, stores them for the metrics and calls
               judge(norm, agreed)    AnomalyDetector.vetoes (training/anomaly.py): True if norm or loss is not finite or
                                      is a spike
           <- an invalid norm         returned to DeepSpeed, which then drops the gradients and does not step. At stages
@@ -114,13 +114,13 @@ class GradientNormHook:
         self._agreement: torch.Tensor | None = None
         self._agreed: list[float] | None = None  # the numbers of _agreement, once they are on the host
         self._scales_loss = engine.fp16_enabled()
-        optimizer: Any = engine.optimizer  # DeepSpeed's classes, which have no types
+        optimizer: Any = engine.optimizer  # DeepSpeed's classes have no types. The optimizer keeps the patch alive
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            self._patch_stage3(optimizer)
+            _Stage3(self, optimizer)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-            self._patch_stages12(optimizer)
+            _Stages12(self, optimizer)
         else:
-            self._patch_stage0(engine)
+            _Stage0(self, engine)
 
     def begin_step(self) -> None:
         """Forget the norm and the veto of the previous step. Call it before the first forward pass of a step."""
@@ -142,7 +142,7 @@ class GradientNormHook:
             self._agreed = self._agreement.tolist()
         return self._agreed
 
-    def _read_and_judge(self, norms: Tensors, scale: float = 1.0) -> Tensors | None:
+    def read_and_judge(self, norms: Tensors, scale: float = 1.0) -> Tensors | None:
         """Return the norms as scalars in host memory, or None if the step must be dropped: a veto or an overflow.
 
         `norms` are the norms of all parameter groups, as scalar tensors that still contain the loss scale (`scale`). A
@@ -165,115 +165,149 @@ class GradientNormHook:
         self._agreed = numbers[len(norms) :]
         return [torch.tensor(number, dtype=norm.dtype) for number, norm in zip(numbers, norms, strict=False)]
 
-    def _groups(self, zero_group: Group) -> list[Group]:
+    def groups(self, zero_group: Group) -> list[Group]:
         """Return the groups over which the norm is summed: the ZeRO group, and the tensor group if there is one."""
         return [zero_group] if self.tensor_group is None else [zero_group, self.tensor_group.group]
 
-    def _counted(self, values: Tensors, params: Tensors) -> Tensors:
-        """Return those of `values`, one per parameter, that this rank counts in the norm. Without a tensor group, these
-        are all."""
+    def counted(self, values: Tensors, params: Tensors) -> Tensors:
+        """Return those of `values`, one per parameter, that this rank counts. Without a tensor group, these are all."""
         return values if self.tensor_group is None else self.tensor_group.counted(values, params)
 
-    def _patch_stages12(self, optimizer: Stage12Optimizer) -> None:
-        """Patch the optimizer of ZeRO-1 and 2: its step() calls scaled_global_norm, and drops the step for -1."""
 
-        def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-            norms = self._read_and_judge([original_norm(norm_type)], optimizer.loss_scale)
-            return torch.tensor(-1.0) if norms is None else norms[0]
+class _ZeroPatch:
+    """Patches DeepSpeed's ZeRO optimizer for a hook.
 
-        def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
-            # The list also contains tensors that only pad the partition. DeepSpeed's own norm skips them too.
-            held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-            return global_norm(self._counted(held, params), self._groups(optimizer.dp_process_group), self.exact)
+    A method of this class or of its subclasses replaces the method of the optimizer that has the same name, up to a
+    leading underscore, and has its parameters.
+    """
 
-        def offloaded(params: Tensors) -> torch.Tensor:
-            norms = _norms_of(optimizer, self._counted(params, params))
-            total = offloaded_square_sum(norms, self._groups(optimizer.dp_process_group))
-            return finite_or_minus_1(total.double().sqrt().float())  # as DeepSpeed does; at stage 3 it does not
+    def __init__(self, hook: GradientNormHook, optimizer: ScaledOptimizer) -> None:
+        self.hook, self.optimizer = hook, optimizer
+        self._original_update_scale = replace(optimizer, "_update_scale", self.update_scale)
 
-        def update_scale(has_overflow: bool = False) -> None:
-            # The detector's veto is no overflow: the fp16 loss scale must stay as it is.
-            if not self.vetoed:
-                original_update(has_overflow)
+    def update_scale(self, has_overflow: bool = False) -> None:
+        """Adapt the fp16 loss scale, except after a veto: that is no overflow."""
+        if not self.hook.vetoed:
+            self._original_update_scale(has_overflow)
 
-        def unscale_and_clip_grads(grad_groups_flat: Tensors, total_norm: torch.Tensor) -> None:
-            _unscale_and_clip(grad_groups_flat, total_norm, optimizer.loss_scale, optimizer.clip_grad)
 
-        # replace() returns what the functions above call as original_*: they run later than these lines.
-        original_norm = replace(optimizer, "scaled_global_norm", scaled_global_norm)
-        replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
-        replace(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
-        original_update = replace(optimizer, "_update_scale", update_scale)
-        replace(optimizer, "complete_grad_norm_calculation_for_cpu_offload", offloaded)
+class _Stages12(_ZeroPatch):
+    """The patch of ZeRO-1 and 2: the optimizer's step() calls scaled_global_norm, and drops the step for -1."""
+
+    optimizer: Stage12Optimizer
+
+    def __init__(self, hook: GradientNormHook, optimizer: Stage12Optimizer) -> None:
+        super().__init__(hook, optimizer)
+        self._original_norm = replace(optimizer, "scaled_global_norm", self.scaled_global_norm)
+        for name in (
+            "get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload", "unscale_and_clip_grads",
+            "check_overflow", "update_offload_overflow_tracker",
+        ):  # fmt: skip
+            replace(optimizer, name, getattr(self, name))
         replace(optimizer, "check_grad_overflow", True)
-        replace(optimizer, "check_overflow", lambda partition_gradients=True: None)
-        replace(optimizer, "update_offload_overflow_tracker", lambda grad: None)
 
-    def _patch_stage3(self, optimizer: Stage3Optimizer) -> None:
-        """Patch the optimizer of ZeRO-3.
+    def scaled_global_norm(self, norm_type: int = 2) -> torch.Tensor:
+        """Return the norm times the loss scale, or -1 to drop the step."""
+        norms = self.hook.read_and_judge([self._original_norm(norm_type)], self.optimizer.loss_scale)
+        return torch.tensor(-1.0) if norms is None else norms[0]
 
-        Its step() checks for an overflow, then calls _get_norm_groups.
-        """
+    def get_grad_norm_direct(self, gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
+        """Return the norm of one parameter group over all ranks."""
+        # The list also contains tensors that only pad the partition. DeepSpeed's own norm skips them too.
+        held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        groups = self.hook.groups(self.optimizer.dp_process_group)
+        return global_norm(self.hook.counted(held, params), groups, self.hook.exact)
 
-        def get_norm_groups() -> list[torch.Tensor]:
-            norms = self._read_and_judge(list(original_groups()), optimizer.loss_scale)
-            return [torch.tensor(-1.0)] if norms is None else norms
+    def complete_grad_norm_calculation_for_cpu_offload(self, params: Tensors) -> torch.Tensor:
+        """Return the norm of one parameter group over all ranks, if its gradients are in host memory."""
+        norms = _norms_of(self.optimizer, self.hook.counted(params, params))
+        total = offloaded_square_sum(norms, self.hook.groups(self.optimizer.dp_process_group))
+        return finite_or_minus_1(total.double().sqrt().float())  # as DeepSpeed does; at stage 3 it does not
 
-        def get_grad_norm_direct(gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
-            groups = self._groups(optimizer._get_param_partition_group(params[0]))
-            return global_norm(self._counted(gradients, params), groups, self.exact)
+    def unscale_and_clip_grads(self, grad_groups_flat: Tensors, total_norm: torch.Tensor) -> None:
+        """Divide the gradients by the loss scale, and clip them."""
+        _unscale_and_clip(grad_groups_flat, total_norm, self.optimizer.loss_scale, self.optimizer.clip_grad)
 
-        def offloaded(params: Tensors) -> torch.Tensor:
-            groups = self._groups(optimizer._get_param_partition_group(params[0]))
-            norms = _norms_of(optimizer, self._counted(params, params))
-            return finite_or_minus_1(offloaded_square_sum(norms, groups).sqrt())
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """Do nothing: the norm shows an overflow."""
 
-        def overflow_check(update_scale: bool = True) -> bool:
-            optimizer.overflow = False
-            return False
+    def update_offload_overflow_tracker(self, grad: torch.Tensor) -> None:
+        """Do nothing: the norm shows an overflow."""
 
-        def update_scale(has_overflow: bool = False) -> None:
-            if not self.vetoed:
-                original_update(has_overflow)
 
-        def unscale_and_clip_grads(sub_group_id: int, total_norm: torch.Tensor) -> None:
-            gradient = optimizer.fp32_partitioned_groups_flat[sub_group_id].grad
-            assert gradient is not None, "step() has just filled it"
-            _unscale_and_clip([gradient], total_norm, optimizer.loss_scale, optimizer.clip_grad)
+class _Stage3(_ZeroPatch):
+    """The patch of ZeRO-3: the optimizer's step() checks for an overflow, then calls _get_norm_groups."""
 
-        replace(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
-        original_groups = replace(optimizer, "_get_norm_groups", get_norm_groups)
-        replace(optimizer, "get_grad_norm_direct", get_grad_norm_direct)
-        replace(optimizer, "complete_grad_norm_calculation_for_cpu_offload", offloaded)
-        replace(optimizer, "_overflow_check_and_loss_scale_update", overflow_check)
-        original_update = replace(optimizer, "_update_scale", update_scale)
+    optimizer: Stage3Optimizer
 
-    def _patch_stage0(self, engine: Any) -> None:
-        """Patch an engine without ZeRO.
+    def __init__(self, hook: GradientNormHook, optimizer: Stage3Optimizer) -> None:
+        super().__init__(hook, optimizer)
+        self._original_norm_groups = replace(optimizer, "_get_norm_groups", self.get_norm_groups)
+        check = self.overflow_check_and_loss_scale_update
+        replace(optimizer, "_overflow_check_and_loss_scale_update", check)
+        for name in (
+            "get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload", "unscale_and_clip_grads",
+        ):  # fmt: skip
+            replace(optimizer, name, getattr(self, name))
 
-        There DeepSpeed clips with torch's norm, then runs the plain optimizer, and has no way to drop a step.
-        """
+    def get_norm_groups(self) -> Tensors:
+        """Return the norm of each parameter group times the loss scale, or [-1] to drop the step."""
+        norms = self.hook.read_and_judge(list(self._original_norm_groups()), self.optimizer.loss_scale)
+        return [torch.tensor(-1.0)] if norms is None else norms
+
+    def get_grad_norm_direct(self, gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
+        """Return the norm of one parameter group over all ranks."""
+        groups = self.hook.groups(self.optimizer._get_param_partition_group(params[0]))
+        return global_norm(self.hook.counted(gradients, params), groups, self.hook.exact)
+
+    def complete_grad_norm_calculation_for_cpu_offload(self, params: Tensors) -> torch.Tensor:
+        """Return the norm of one parameter group over all ranks, if its gradients are in host memory."""
+        groups = self.hook.groups(self.optimizer._get_param_partition_group(params[0]))
+        norms = _norms_of(self.optimizer, self.hook.counted(params, params))
+        return finite_or_minus_1(offloaded_square_sum(norms, groups).sqrt())
+
+    def overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
+        """Report that there is no overflow: get_norm_groups finds out later."""
+        self.optimizer.overflow = False
+        return False
+
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: torch.Tensor) -> None:
+        """Divide the gradients of a sub-group by the loss scale, and clip them."""
+        gradient = self.optimizer.fp32_partitioned_groups_flat[sub_group_id].grad
+        assert gradient is not None, "step() has just filled it"
+        _unscale_and_clip([gradient], total_norm, self.optimizer.loss_scale, self.optimizer.clip_grad)
+
+
+class _Stage0:
+    """The patch of an engine without ZeRO.
+
+    There DeepSpeed clips with torch's norm, then runs the plain optimizer, and has no way to drop a step.
+    """
+
+    def __init__(self, hook: GradientNormHook, engine: Any) -> None:
+        self.hook, self.engine = hook, engine
         require(engine, "clip_fp32_gradients")
+        self._original_take_model_step = replace(engine, "_take_model_step", self.take_model_step)
+        self._original_step = replace(engine.optimizer, "step", self.step)
 
-        def take_model_step(lr_kwargs: object) -> None:
-            held = [p for p in engine.module.parameters() if p.grad is not None]
-            gradients = [p.grad for p in held]
-            total = square_sum(self._counted(gradients, held))
-            if self.tensor_group is not None:
-                dist.all_reduce(total, group=self.tensor_group.group)
-            norm = total.sqrt().float()
-            self._read_and_judge([norm])
-            # The original calls clip_fp32_gradients, then optimizer.step, both replaced.
-            limit = engine.gradient_clipping()
-            engine.clip_fp32_gradients = lambda: torch._foreach_mul_(gradients, clip_factor(norm, limit))
-            original_take(lr_kwargs)
-            del engine.clip_fp32_gradients  # it keeps the gradients in memory
+    def take_model_step(self, lr_kwargs: object) -> None:
+        """Compute and judge the norm, then let DeepSpeed clip with it and step."""
+        held = [p for p in self.engine.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in held]
+        total = square_sum(self.hook.counted(gradients, held))
+        if self.hook.tensor_group is not None:
+            dist.all_reduce(total, group=self.hook.tensor_group.group)
+        norm = total.sqrt().float()
+        self.hook.read_and_judge([norm])
+        # The original calls clip_fp32_gradients, then optimizer.step, both replaced.
+        limit = self.engine.gradient_clipping()
+        self.engine.clip_fp32_gradients = lambda: torch._foreach_mul_(gradients, clip_factor(norm, limit))
+        self._original_take_model_step(lr_kwargs)
+        del self.engine.clip_fp32_gradients  # it keeps the gradients in memory
 
-        def step(*args: object, **kwargs: object) -> object:
-            return None if self.vetoed else original_step(*args, **kwargs)
-
-        original_take = replace(engine, "_take_model_step", take_model_step)
-        original_step = replace(engine.optimizer, "step", step)
+    def step(self, *args: object, **kwargs: object) -> object:
+        """Take a step of the plain optimizer, unless it is vetoed."""
+        return None if self.hook.vetoed else self._original_step(*args, **kwargs)
 
 
 def _norms_of(optimizer: Stage12Optimizer | Stage3Optimizer, params: Tensors) -> Tensors:
