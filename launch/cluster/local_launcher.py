@@ -43,15 +43,15 @@ def local_accelerators() -> int:
     return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
 
 
-def default_ranks(run: RunFile) -> int:
+def default_ranks(run: RunFile, devices: int | None = None) -> int:
     """Return how many ranks to start on this machine if the user names no number.
 
-    It is the largest number, up to that of the GPUs, that can share the samples of a step. Without GPUs it is the
-    smallest that the section `parallel` allows, usually 1, because a single rank with all cores is fastest on CPUs
-    (LOG.md).
+    It is the largest number, up to `devices` (default: all GPUs), that can share the samples of a step. Without GPUs it
+    is the smallest that the section `parallel` allows, usually 1, because a single rank with all cores is fastest on
+    CPUs (LOG.md).
     """
-    smallest = run.parallel.per_row
-    return max((n for n in range(1, local_accelerators() + 1) if fits(run, n)), default=smallest)
+    devices = local_accelerators() if devices is None else devices
+    return max((n for n in range(1, devices + 1) if fits(run, n)), default=run.parallel.per_row)
 
 
 def free_port() -> int:
@@ -65,10 +65,14 @@ def launcher_command(ranks: int, train_args: Sequence[str], script: Path | None 
     """Return the command that starts `ranks` ranks on this machine with DeepSpeed's launcher.
 
     It equals: deepspeed --num_gpus N SCRIPT ARGUMENTS. Every rank runs `script`, by default launch/train.py, with
-    `train_args`.
+    `train_args`. If CUDA_VISIBLE_DEVICES lists numbers of GPUs, the ranks get the first of these, because with
+    --num_gpus the launcher would ignore the list.
     """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
+    chosen = all(map(str.isdecimal, listed)) and ranks <= len(listed) and any(Path("/dev").glob("nvidia[0-9]*"))
+    devices = ["--include", f"localhost:{','.join(listed[:ranks])}"] if chosen else ["--num_gpus", str(ranks)]
     return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
+        sys.executable, "-m", "deepspeed.launcher.runner", *devices, "--master_port", str(free_port()),
         "--log_level", "warning", str(script or TRAIN), *train_args,
     ]  # fmt: skip
 
