@@ -61,6 +61,7 @@ COMMANDS = {
     "train": Target(
         "train:train", "Train on this machine: check the configuration, then run deepspeed launch/train.py."
     ),
+    "sweep": Target("sweep:sweep", "Train every combination of some values and seeds, and compare the losses."),
     "reshard": Target(
         "reshard:reshard", "Convert a checkpoint now, so that it resumes without delay in another layout."
     ),
