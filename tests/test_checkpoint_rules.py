@@ -36,7 +36,7 @@ from packspeed.launch.checkpoint.writer import SafeWriter
 from packspeed.launch.config.effects import MODEL_SPEED_ONLY
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.run_file import CheckpointSection
-from packspeed.launch.engine import optimizer_state
+from packspeed.launch.engine import mapped_pages, optimizer_state
 from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.training.self_check import compare_probes
 from packspeed.model.config import GPTConfig
@@ -387,7 +387,7 @@ def test_a_load_maps_the_file_and_keeps_none_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, held: str, inner: str
 ) -> None:
     """Weights go straight into the optimizer's tensors, states into memory that the file does not share."""
-    monkeypatch.setattr(optimizer_state, "PIECE", 7)
+    monkeypatch.setattr(mapped_pages, "PIECE", 7)
     weights, moment = torch.arange(20.0), torch.arange(20.0).reshape(4, 5) + 100
     state = {"state": {0: {"exp_avg": moment, "step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.5}]}
     path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"

@@ -115,7 +115,6 @@ CASES: list[tuple[str, list[str], dict[str, Any] | None, int]] = [
         1,
     ),
     ("contradiction", [], {"torch_autocast": {"enabled": True}}, 1),
-    ("nvme-cannot-resume", [], {"zero_optimization": {"stage": 3, "offload_optimizer": NVME}}, 2),
     ("monitor-elsewhere", [], {"tensorboard": {"enabled": False}}, 1),
     ("csv-without-a-place", [], {"csv_monitor": {"enabled": True}}, 1),
     ("minimum-above-peak", ["train.schedule.min_lr=0.1"], None, 1),

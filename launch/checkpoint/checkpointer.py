@@ -46,6 +46,7 @@ from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import CheckpointSection
 from packspeed.launch.engine.optimizer_state import own_states
 from packspeed.launch.engine.patches.checkpoint_writer import write_checkpoints_with
+from packspeed.launch.engine.patches.swapped_state import keeps_state_on_nvme
 
 STOP_S = 60.0  # longest wait for the mirror after a signal: schedulers kill a job one or two minutes after it
 
@@ -115,7 +116,9 @@ class Checkpointer:
         self.finish()
         self._wait_for_all_ranks(f"saving step {step}")
         start, temporary = time.monotonic(), temporary_folder(self.folder, step)
-        self.writer.begin(copy=self.section.async_write and not wait)
+        # On NVMe the state may be larger than the memory for a copy, so it is written at once.
+        on_nvme = keeps_state_on_nvme(self.engine.optimizer)
+        self.writer.begin(copy=self.section.async_write and not wait and not on_nvme)
 
         # Rank 0 makes the folder before any rank writes into it. If that fails, no rank calls DeepSpeed's save, because
         # its barriers have no timeout.
@@ -235,7 +238,7 @@ class Checkpointer:
         """
         self.topology.beat("loading")
         manifest = read_manifest(path)
-        check_loadable(path, self.engine)
+        check_loadable(path)
         if has_same_layout(manifest, self.identity):
             loaded_from, client_state = self.engine.load_checkpoint(str(path.parent), tag=path.name)
             check_loaded_step(path, manifest["step"], loaded_from, client_state)
@@ -304,7 +307,7 @@ class Checkpointer:
         final, temporary = self.folder / step_folder(step), temporary_folder(self.folder, step)
         files = {name: file_hash for of_rank in hashes for name, file_hash in of_rank.items()}
         try:
-            for path in temporary.rglob("*"):  # hash files that DeepSpeed copied without the writer: state on NVMe
+            for path in temporary.rglob("*"):  # hash files that DeepSpeed has written without the writer
                 name = str(path.relative_to(temporary))
                 if path.is_file() and name not in files:
                     files[name] = hash_file(path)

@@ -6,7 +6,8 @@
     2. same run      Model, data order, seed, batch and optimizer are those of the run file (config/effects.py lists the
                      keys). Other settings may have changed, which is logged (check_same_run).
     3. same data     The fingerprints of the datasets and the version of the sample order are equal (check_same_run).
-    4. loadable      The optimizer's state is not on NVMe (check_loadable).
+    4. loadable      The files contain the optimizer's state. Those of runs on NVMe by older versions do not
+                     (check_loadable).
     5. same layout   Ranks, ZeRO block (without bucket sizes and the like), precision and optimizer classes are equal,
                      so DeepSpeed can load its own files. Otherwise reshard.py converts them (identity.has_same_layout).
     6. same step     The state in the files belongs to the step that packspeed.json names (check_loaded_step).
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from packspeed.launch.checkpoint.checkpointer import Checkpointer
     from packspeed.launch.checkpoint.mirror import Mirror
     from packspeed.launch.engine.distributed import Topology
-    from packspeed.launch.engine.protocol import Engine
 
 DEEPSPEEDS_MUON = "MuonWithAuxAdam"  # the optimizer of muon runs until Packspeed had its own
 
@@ -242,16 +242,12 @@ def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
     return differences(all_of(saved), all_of(identity))
 
 
-def check_loadable(checkpoint: Path, engine: Engine) -> None:
-    """Raise UserError if the optimizer's state is on NVMe, because then it cannot be loaded (check 4 at the top).
-
-    DeepSpeed 0.19 names swapped files after memory addresses of the process that wrote them. A resumed process would
-    not find them, and would continue with a fresh optimizer state.
-    """
-    if engine.zero_nvme_offload_optimizer():
+def check_loadable(checkpoint: Path) -> None:
+    """Raise UserError if an older version saved this checkpoint with its optimizer on NVMe (check 4 at the top)."""
+    if (checkpoint / "offloaded_tensors").exists():
         raise UserError(
-            f"{checkpoint}: a run whose optimizer is offloaded to NVMe cannot be resumed. Offload it to the CPU "
-            f"instead."
+            f"{checkpoint}: it cannot be resumed, because an older version of Packspeed saved it without the optimizer "
+            "state, which was on NVMe. Start over with --fresh."
         )
 
 

@@ -40,6 +40,7 @@ from packspeed.launch.engine.patches.adam_bias import forget_bias_products, upda
 from packspeed.launch.engine.patches.bf16_gradients import one_zero1, sum_gradients
 from packspeed.launch.engine.patches.device_waits import let_the_device_wait
 from packspeed.launch.engine.patches.flat_gradients import accumulate_in_flat_tensors
+from packspeed.launch.engine.patches.swapped_state import save_and_load_swapped_state
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.config import GPTConfig
@@ -196,6 +197,7 @@ def build_engine(
     keep_memory()  # not before: what building frees would be kept, too
     forget_bias_products(adam, run.train.optimizer.betas)
     let_the_device_wait(engine.optimizer)
+    save_and_load_swapped_state(engine)
     if not deepcompile:
         sum_gradients(engine)
         accumulate_in_flat_tensors(engine)

@@ -1,4 +1,4 @@
-"""Give back the pages of memory-mapped tensors, so that reading a large file does not need as much memory."""
+"""Read memory-mapped tensors and give back their pages, so that a large file does not need as much memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 _LIBC = ctypes.CDLL(None)
 _MADV_PAGEOUT = 21  # linux/mman.h, since Linux 5.4
+PIECE = 2**22  # elements that are copied at a time
 
 
 def release_pages(mapped: Iterable[torch.Tensor]) -> None:
@@ -22,3 +23,18 @@ def release_pages(mapped: Iterable[torch.Tensor]) -> None:
         end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
         # This never loses data, whatever kind of memory it is. Before Linux 5.4 the call fails without any effect.
         _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+
+
+def copy_mapped(mapped: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+    """Copy a memory-mapped tensor to `target`, or to a new tensor on the CPU, piece by piece, and release its pages.
+
+    Returns the target.
+    """
+    target = torch.empty_like(mapped, device="cpu") if target is None else target
+    if mapped.dim() == 0 or not (mapped.is_contiguous() and target.is_contiguous()):
+        return target.copy_(mapped)
+    for start in range(0, mapped.numel(), PIECE):
+        source = mapped.view(-1)[start : start + PIECE]
+        target.view(-1)[start : start + PIECE].copy_(source)
+        release_pages([source])
+    return target

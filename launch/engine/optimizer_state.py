@@ -26,7 +26,8 @@ from safetensors import safe_open
 from torch.utils import _pytree as pytree
 
 from packspeed.launch.config.json_types import JsonObject
-from packspeed.launch.engine.mapped_pages import release_pages
+from packspeed.launch.engine.mapped_pages import copy_mapped
+from packspeed.launch.engine.patches.swapped_state import in_memory, keeps_state_on_nvme
 from packspeed.launch.engine.protocol import Engine
 
 # Key of the fp32 weights in DeepSpeed's files -> attribute of the optimizer with the tensors of this rank.
@@ -34,7 +35,6 @@ FP32_GROUPS = {
     "fp32_flat_groups": "fp32_partitioned_groups_flat",
     "single_partition_of_fp32_groups": "single_partition_of_fp32_groups",
 }
-PIECE = 2**22  # elements that are copied at a time
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -75,6 +75,18 @@ def held_parts(engine: Engine) -> Iterator[Held]:
             yield Held(name, flats[mapping.param_group_index], in_flat.start, in_parameter.start, in_flat.numel)
 
 
+def _parts_in_memory(engine: Engine) -> Iterator[Held]:
+    """Yield the same as held_parts, while the tensors of each part are in memory: on NVMe, one sub-group at a time."""
+    optimizer: Any = engine.optimizer
+    if not keeps_state_on_nvme(optimizer):
+        yield from held_parts(engine)
+        return
+    parts = list(held_parts(engine))
+    for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        with in_memory(optimizer, group):
+            yield from (held for held in parts if held.flat is flat)
+
+
 @torch.no_grad()
 def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callable[[], object] = int) -> None:
     """Load <folder>/<parameter>.safetensors into the optimizer, and update the weights that the module computes with.
@@ -90,7 +102,7 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
     wrapper: Any = engine.optimizer
     inner = engine.basic_optimizer
     kinds = set[str]()  # "fp32" and the optimizer's states: "exp_avg", "exp_avg_sq", "momentum_buffer"
-    for held in held_parts(engine):
+    for held in _parts_in_memory(engine):
         progress()
         with safe_open(folder / f"{held.name}.safetensors", "pt") as file:
             for kind in file.keys():  # noqa: SIM118  (safe_open is no dict)
@@ -120,8 +132,11 @@ def own_states(engine: Engine, content: JsonObject) -> JsonObject:
     DeepSpeed copies weights out of such a content, but on CPUs it keeps the tensors of the optimizer's states. So
     these are copied here to memory of this process. The fp32 weights of stages 1 to 3 are copied to where the
     optimizer holds them, and replaced by that tensor: DeepSpeed then copies it to itself. Both are copied piece by
-    piece, and the pages of the file are released, so that the file is never in memory as a whole. Returns `content`.
+    piece, and the pages of the file are released, so that the file is never in memory as a whole. With NVMe the content
+    stays mapped, because patches/swapped_state.py copies all of it. Returns `content`.
     """
+    if keeps_state_on_nvme(engine.optimizer):
+        return content
     zero = content.get("optimizer_state_dict") or {}
     holder = next(engine.module.parameters())  # at stage 0 the parameters, otherwise these fp32 weights
     for saved, held in FP32_GROUPS.items():
@@ -129,24 +144,12 @@ def own_states(engine: Engine, content: JsonObject) -> JsonObject:
             holder = target
             mapped = zero[saved][number] if number < len(zero.get(saved) or []) else None
             if mapped is not None and (mapped.shape, mapped.dtype) == (target.shape, target.dtype):
-                zero[saved][number] = _copy_in_pieces(mapped, target.data)
+                zero[saved][number] = copy_mapped(mapped, target.data)
     if holder.device.type == "cpu":
         for part, key in ((zero, "optimizer_state_dict"), (zero, "base_optimizer_state"), (content, "optimizer")):
             if part.get(key):
-                part[key] = pytree.tree_map_only(torch.Tensor, _copy_in_pieces, part[key])
+                part[key] = pytree.tree_map_only(torch.Tensor, copy_mapped, part[key])
     return content
-
-
-def _copy_in_pieces(mapped: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-    """Copy a memory-mapped tensor to `target`, or to a new tensor, and release its pages. Returns the target."""
-    target = torch.empty_like(mapped, device="cpu") if target is None else target
-    if mapped.dim() == 0 or not (mapped.is_contiguous() and target.is_contiguous()):
-        return target.copy_(mapped)
-    for start in range(0, mapped.numel(), PIECE):
-        source = mapped.view(-1)[start : start + PIECE]
-        target.view(-1)[start : start + PIECE].copy_(source)
-        release_pages([source])
-    return target
 
 
 def _state_tensor(state: JsonObject, kind: str, like: torch.Tensor) -> torch.Tensor:
@@ -181,7 +184,8 @@ def _update_module(engine: Engine) -> None:
     if engine.zero_optimization_stage() == 3:
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            with in_memory(optimizer, group):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
         # Every rank keeps small parameters complete. Partition them, so that the gather below takes the new values.
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)

@@ -103,9 +103,6 @@ class Engine(Protocol):
     def zero_optimization_stage(self) -> int:
         """Return the ZeRO stage, 0 to 3."""
 
-    def zero_nvme_offload_optimizer(self) -> bool:
-        """Return whether the optimizer's state is offloaded to NVMe."""
-
     def gradient_clipping(self) -> float:
         """Return the limit of the gradient norm. 0 means that gradients are not clipped."""
 

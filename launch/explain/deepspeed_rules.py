@@ -461,20 +461,6 @@ def checkpoint_spread_over_hosts(case: Case) -> Iterator[str]:
         )
 
 
-@rule("unsafe", "tried with DeepSpeed 0.19.8")
-def nvme_cannot_resume(case: Case) -> Iterator[str]:
-    """DeepSpeed names its swap files after memory addresses of the process that wrote them.
-
-    Symptom: training works, but its checkpoints cannot be resumed.
-    Fix: offload to cpu, or keep runs short.
-    """
-    if device(case, "offload_optimizer") == "nvme":
-        yield (
-            "offload_optimizer.device = nvme: the run trains, but its checkpoints cannot be resumed. Offload to cpu, "
-            "or keep the run short."
-        )
-
-
 @rule("useless", "docs/config-json: tensorboard")
 def monitor_elsewhere(case: Case) -> Iterator[str]:
     """A tensorboard block in the JSON overrides the run file.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import many_runs
+import plain_aio
 import torch
 
 from packspeed.data.loader import Loader
@@ -317,6 +318,11 @@ def noise(_: str) -> None:
 def lost_rng(_: str) -> None:
     """Let a resume not restore torch's random generators."""
     checkpoint.set_rng_state = lambda saved, device: None
+
+
+def swap_by_python(_: str) -> None:
+    """No fault: let DeepSpeed swap to NVMe without its op async_io."""
+    plain_aio.plant()
 
 
 def old_zero1(_: str) -> None:

@@ -59,6 +59,7 @@ LAUNCHER = "engine/patches/node_launcher.py"
 FLAT = "engine/patches/flat_gradients.py"
 STATE, OPS, PROTOCOL = "engine/optimizer_state.py", "engine/ops.py", "engine/protocol.py"
 WRITER, ZERO = "engine/patches/checkpoint_writer.py", "checkpoint/zero_checkpoint.py"
+SWAPPED, SWAP_FILES = "engine/patches/swapped_state.py", "deepspeed/runtime/swap_tensor/optimizer_utils.py"
 
 STAGE12, STAGE3 = "deepspeed/runtime/zero/stage_1_and_2.py", "deepspeed/runtime/zero/stage3.py"
 ENGINE_FILE = "deepspeed/runtime/engine.py"
@@ -84,7 +85,6 @@ ENGINE: tuple[Row, ...] = (
         "train_micro_batch_size_per_gpu": "called: to count micro batches",
         "seq_data_parallel_group": "read: the ranks that share the matrices of Muon",
         "zero_optimization_stage": "called: decides where the optimizer states are looked for",
-        "zero_nvme_offload_optimizer": "called: a run with NVMe offload cannot be resumed",
         "gradient_clipping": "called: the limit for clipping at stage 0",
         "fp16_enabled": "called: decides whether there is a loss scale",
         "bfloat16_enabled": "called: decides the precision in which the peak FLOP/s are measured",
@@ -182,6 +182,32 @@ OPTIMIZERS: tuple[Row, ...] = (
     }),
     ("deepspeed/runtime/zero/partition_parameters.py", "NoGatherCoalescedHandle", WAITS, {
         "wait": "replaced: a single rank has nothing to wait for",
+    }),
+    (ENGINE_FILE, "DeepSpeedEngine", SWAPPED, {
+        "zero_nvme_offload_optimizer()": "replaced: no swap files are copied into checkpoints or out of them",
+    }),
+    (STAGE3, "DeepSpeedZeroOptimizer_Stage3", SWAPPED, {
+        "swap_optimizer": "read: the optimizer's state is on NVMe",
+        "params_in_nvme_and_cpu": "read: weights are on NVMe",
+        "optimizer_swapper": "read: leads to the swap files",
+        "state_dict()": "replaced: contains what is in the swap files",
+        "_rigid_load_state_dict(state_dict, load_optimizer_states)": "replaced: loads one sub-group after the other",
+        "_swappable_optimizer_subgroup(sub_group_id)": "called: whether a sub-group is on NVMe",
+        "_optimizer_states_and_gradient_swap_in(sub_group_id, timer_names)": "called: brings a sub-group into memory",
+        "_optimizer_states_and_gradient_swap_out(sub_group_id, timer_names)": "called: writes a sub-group to NVMe",
+        "dynamic_loss_scale": "set: to the checkpoint's value",
+        "overflow": "set: to the checkpoint's value",
+    }),
+    (SWAP_FILES, "OptimizerSwapper", SWAPPED, {
+        "swap_params_info": "read: the swap files of each sub-group",
+    }),
+    (SWAP_FILES, "OptimizerStateSwapInfo", SWAPPED, {
+        "tensors": "read: the weights and states of a sub-group",
+        "numel()": "called: the number of elements of each of them",
+    }),
+    (SWAP_FILES, "SwapTensorContext", SWAPPED, {
+        "compute_tensor": "read: which tensor a swap file belongs to",
+        "swap_path": "read: the path of a swap file",
     }),
     (STAGE3, "DeepSpeedZeroOptimizer_Stage3", STATE, {
         "grad_position": "read: the position of a parameter in the flat tensors",

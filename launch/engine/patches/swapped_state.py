@@ -1,0 +1,119 @@
+"""Save and load the states and weights that ZeRO-Infinity keeps on NVMe, as if they were in memory.
+
+Why        DeepSpeed puts empty tensors into a checkpoint, and copies the swap files beside it. On a load it copies
+           these back, but a new process does not know which states they have, so Adam starts again from zeros. If
+           weights are on NVMe, its load fails.
+Version    DeepSpeed 0.19.8, runtime/zero/stage3.py (state_dict, _rigid_load_state_dict) and runtime/engine.py
+           (zero_nvme_offload_optimizer, on which the copies depend).
+Upstream   github.com/deepspeedai/DeepSpeed/pull/4707 added the copies; issue 7549 reports a race between them.
+Without    A run on NVMe cannot be resumed, and its checkpoints cannot be converted to another layout.
+
+A save maps the swap files into memory and writes them to the checkpoint like all other tensors. A load swaps one
+sub-group in at a time, copies its numbers out of the checkpoint, and swaps it out. So a checkpoint has the same form as
+one of offload to the CPU, and both cost no more memory than a step. Neither may run during a step, because the swap
+files of a step are complete only at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from packspeed.launch.config.errors import UserError
+from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.engine.mapped_pages import copy_mapped
+from packspeed.launch.engine.patches.replace import replace
+from packspeed.launch.engine.protocol import Engine
+
+
+def keeps_state_on_nvme(optimizer: Any) -> bool:
+    """Return whether DeepSpeed's optimizer keeps states of the optimizer, or weights, on NVMe."""
+    return bool(getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False))
+
+
+def save_and_load_swapped_state(engine: Engine) -> None:
+    """Make the engine's checkpoints contain what is on NVMe. Does nothing if nothing is on NVMe."""
+    optimizer: Any = engine.optimizer
+    if not keeps_state_on_nvme(optimizer):
+        return
+    state_dict = optimizer.state_dict
+    replace(engine, "zero_nvme_offload_optimizer", lambda: False)  # else the engine copies swap files
+    replace(optimizer, "state_dict", lambda: _with_swapped_tensors(optimizer, state_dict()))
+
+    def load(saved: JsonObject, load_optimizer_states: bool = True) -> None:
+        _load(optimizer, saved)
+
+    replace(optimizer, "_rigid_load_state_dict", load)
+
+
+@contextlib.contextmanager
+def in_memory(optimizer: Any, group: int) -> Iterator[None]:
+    """A context in which the fp32 weights and the states of sub-group number `group` are in memory.
+
+    At its end they are written to NVMe again. `optimizer` is DeepSpeed's optimizer of stage 3. The context does nothing
+    if the sub-group is always in memory. Use it for all sub-groups in their order: a pipelined write of one sub-group
+    is complete only after the context of the next.
+    """
+    swapped = optimizer._swappable_optimizer_subgroup(group)
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_in(group)
+    yield
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_out(group)
+
+
+def _with_swapped_tensors(optimizer: Any, content: JsonObject) -> JsonObject:
+    """Return DeepSpeed's state_dict `content` with tensors mapped from the swap files for those that are empty in it.
+
+    The tensors are valid until the next step.
+    """
+    inner = content["optimizer_state_dict"]
+    flats, states = list(content["fp32_flat_groups"]), dict(inner["state"])
+    for group, flat in enumerate(flats):
+        if not optimizer._swappable_optimizer_subgroup(group):
+            continue
+        info = optimizer.optimizer_swapper.swap_params_info[flat.ds_id]
+        mapped = {
+            id(part.compute_tensor): torch.from_file(
+                part.swap_path, shared=False, size=info.numel(), dtype=part.compute_tensor.dtype
+            )
+            for part in info.tensors
+        }
+        flats[group] = mapped[id(flat)]
+        if group in states:
+            states[group] = {key: mapped.get(id(value), value) for key, value in states[group].items()}
+    return {**content, "fp32_flat_groups": flats, "optimizer_state_dict": {**inner, "state": states}}
+
+
+@torch.no_grad()
+def _load(optimizer: Any, saved: JsonObject) -> None:
+    """Load `saved`, a state_dict from a file of a checkpoint. A collective: every rank must call it.
+
+    Raises UserError if the file has other numbers of elements than this run.
+    """
+    for name in ("loss_scaler", "dynamic_loss_scale", "overflow"):
+        setattr(optimizer, name, saved[name])
+    inner = saved["optimizer_state_dict"]
+    for own, other in zip(optimizer.optimizer.param_groups, inner["param_groups"], strict=True):
+        own.update({key: value for key, value in other.items() if key != "params"})
+    optimizer._partition_all_parameters()
+    for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        with in_memory(optimizer, group):
+            weights = saved["fp32_flat_groups"][group]
+            if weights.numel() != flat.numel():
+                raise UserError(
+                    f"the file of this rank has {weights.numel():,} weights in sub-group {group}, and this run has "
+                    f"{flat.numel():,}. Resume with the DeepSpeed configuration with which it was saved."
+                )
+            copy_mapped(weights, flat.data)
+            state = optimizer.optimizer.state[flat]
+            for key, value in inner["state"].get(group, {}).items():
+                if isinstance(value, torch.Tensor):
+                    known = state.get(key)
+                    value = copy_mapped(value, known.data if known is not None else None)
+                    value = value if known is None else known
+                state[key] = value
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
