@@ -48,7 +48,7 @@ class DatasetDescription(TypedDict):
 class DocumentSpan:
     """Where a document is in a dataset: in which shard, and at which tokens of the split's stream."""
 
-    shard: str  # name, as "train-00000"
+    shard: str  # name, such as "train-00000"
     index: int  # number of the document in its shard, from 0
     start: int  # number of its first token in the stream of its split
     tokens: int  # length in tokens, EOT included
@@ -94,7 +94,8 @@ class TokenDataset:
         return Path(path)
 
     def describe(self) -> list[DatasetDescription]:
-        """Return a list of one: the path, fingerprint, tokenizer and shards of this dataset, which a checkpoint stores.
+        """Return a list with one entry: path, fingerprint, tokenizer and shards of this dataset, which a checkpoint
+        stores.
 
         `changes` compares two such lists.
         """
@@ -161,8 +162,8 @@ class TokenDataset:
     def will_need(self, split: str, ranges: Starts) -> None:
         """Ask the kernel to read parts of a split's stream into the page cache. Does not wait for it.
 
-        ranges (n, 2): number of the first token, and number of tokens, of each part. What is beyond the shard of the
-        first token is left out. Errors are ignored.
+        ranges (n, 2): number of the first token, and number of tokens, of each part. A part is cut off at the end of
+        the shard in which it begins. Errors are ignored.
         """
         shards = np.searchsorted(self._starts[split], ranges[:, 0], side="right") - 1
         for shard in sorted(set(shards.tolist())):

@@ -139,7 +139,7 @@ class Mixture:
         return source, number
 
     def sample_of(self, source: int, number: int) -> int | None:
-        """Return which sample of the run is sample `number` of a source, or None if the source never gets so many.
+        """Return which sample of the run is sample `number` of a source, or None if the source never gets that many.
 
         A source's count never decreases from block to block, so the block is found by bisection.
         """

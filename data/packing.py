@@ -82,7 +82,7 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
     starts, lengths (n,): place of the first token, and length with EOT, of each document. A document of at least
     seq_len tokens is cut into pieces of seq_len tokens and a remainder. best_fit packs all pieces; bos_aligned packs
     the first and discards the others. If the rows have no room for a piece: best_fit splits it over the gaps that are
-    left, bos_aligned puts its beginning into one gap. What then still has no room is in no row. With best_fit and
+    left, bos_aligned puts its beginning into one gap. A piece that still has no room is in no row. With best_fit and
     rows = ceil(tokens / seq_len) everything has room.
     """
     # Documents that are at least as long as a row provide full rows.
@@ -303,7 +303,7 @@ class PackedLoader(Loader):
         return _PackedEpoch(self._rows, self.seq_len, self._prefix + struct.pack("<Q", epoch))
 
     def rows_of(self, first: int, count: int) -> Indices:
-        """Return the number of the row that each of samples first .. first + count - 1 is, (count,).
+        """Return which row each of samples first .. first + count - 1 is: the numbers of the rows, (count,).
 
         Rows are numbered from 0 through all windows of documents.
         """
@@ -319,7 +319,7 @@ class PackedLoader(Loader):
     def _pieces(self, row: int) -> tuple[Indices, Indices]:
         """Return the pieces of documents in row number `row`: where each begins, and its length, (pieces,) each.
 
-        A piece begins at the token, with that number in the split's stream, which is its first label.
+        A piece begins at its first label, which is counted from the start of the split's stream.
         """
         window = int(np.searchsorted(self._first_row, row, side="right")) - 1
         plan, inside = self._plan(window), row - int(self._first_row[window])
@@ -396,7 +396,7 @@ class PackedLoader(Loader):
             self.dataset.read_into(inputs[:1], self.split, start - 1)
 
     def discarded(self) -> float:
-        """Return the share of the split's tokens that are a label in no row, and so are never trained on."""
+        """Return the share of the split's tokens that are in no row as a label, so that no step trains on them."""
         return max(0.0, 1 - self.samples_per_epoch * self.seq_len / self.dataset.tokens(self.split))
 
 

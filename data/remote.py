@@ -188,7 +188,7 @@ class RemoteDataset(TokenDataset):
         return folder
 
     def describe(self) -> list[DatasetDescription]:
-        """Return a list of one: what a checkpoint stores about this dataset, with the URL as its path.
+        """Return a list with one entry: what a checkpoint stores about this dataset, with the URL as its path.
 
         See TokenDataset.describe.
         """
@@ -197,7 +197,7 @@ class RemoteDataset(TokenDataset):
         return [description]
 
     def _remote(self, name: str) -> IO[bytes]:
-        """Open a file of the dataset on its server for reading. name: in the dataset's folder, as "train-00000.bin"."""
+        """Open a file of the dataset on its server for reading. name: of the file, such as "train-00000.bin"."""
         import fsspec
 
         filesystem, root = fsspec.core.url_to_fs(self.url)
@@ -205,7 +205,7 @@ class RemoteDataset(TokenDataset):
         return stream
 
     def _read(self, name: str) -> bytes:
-        """Return the content of a file of the dataset on its server. name: in that folder, as "manifest.json"."""
+        """Return the content of a file of the dataset on its server. name: of the file, such as "manifest.json"."""
         with self._remote(name) as stream:
             return stream.read()
 

@@ -1,8 +1,8 @@
-"""Wait with everything imported, then become DeepSpeed's node launcher, whose ranks are forked from this process.
+"""Import torch and DeepSpeed and wait; then become DeepSpeed's node launcher, whose ranks are forked from this process.
 
 The agent of a host (cluster/agent.py) starts this program while the run trains. If an attempt fails, the next one needs
-no imports: they take 4 to 10 s in the launcher and as long again in its ranks. One process per host serves all ranks:
-memory that they only read exists once.
+no imports: they would take 4 to 10 s in the launcher, and the same time again in its ranks. One process per host serves
+all ranks: memory that they only read exists once.
 
     agent -> here     on stdin, a socket: {"command": the command line of the launcher, "env": its environment}
     here -> agent     {"pid": N}, the launcher, which is then a child of the agent (it is forked twice)
@@ -59,7 +59,7 @@ class InRankError(Exception):
 
 
 class Warm:
-    """This process: what it was started with, and what it has loaded since."""
+    """The waiting process: its environment at the start, and the modules that it has loaded since."""
 
     def __init__(self) -> None:
         # End with the agent. A process that is forked from this one does not inherit the setting.
@@ -110,7 +110,9 @@ class Warm:
         return request["command"], request["env"]
 
     def start_rank(self, command: list[str], env: dict[str, str]) -> ForkedProcess | subprocess.Popen[bytes]:
-        """Fork a rank, or start it as a new process if a fork could give something else. Raises InRankError in it."""
+        """Fork a rank, or start it as a new process if the fork could behave differently. In the fork, raises
+        InRankError.
+        """
         if why := self.why_cold(command, env):
             print(f"rank {env.get('RANK')}: {COLD}: {why}", file=sys.stderr, flush=True)
             return subprocess.Popen(command, env=env)
@@ -142,7 +144,7 @@ class ProcessArea:
         self.arguments, self.variables = [(int(fields[n]), int(fields[n + 1])) for n in (45, 47)]
 
     def show(self, command: list[str], env: dict[str, str]) -> None:
-        """Make `env` the environment of this process, and show it and `command` in /proc. What is too long is cut off.
+        """Make `env` the environment of this process, and show it and `command` in /proc, cut off if they are too long.
 
         The variables that identify a rank come first.
         """

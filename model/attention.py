@@ -1,11 +1,10 @@
 """Causal attention with torch's kernels. The C++ and Triton versions (see kernels.py) are tested against this file.
 
 A token attends to all earlier tokens of its row. If documents are given, it attends only to the earlier tokens of its
-own document, and with a window only to the last of them. Training needs no padding mask: in a packed row the padding
-comes after all tokens, so causal attention never reads it. Generation pads prompts on the left and passes a mask to
-`attend_last`.
-Sources: FlashAttention (https://arxiv.org/abs/2205.14135), grouped-query attention (https://arxiv.org/abs/2305.13245),
-sliding windows (https://arxiv.org/abs/2310.06825).
+own document, and with a window only to the last `window` tokens of these. Training needs no padding mask: in a packed
+row the padding comes after all tokens, so causal attention never reads it. Generation pads prompts on the left and
+passes a mask to `attend_last`. Sources: FlashAttention (https://arxiv.org/abs/2205.14135), grouped-query attention
+(https://arxiv.org/abs/2305.13245), sliding windows (https://arxiv.org/abs/2310.06825).
 """
 
 from __future__ import annotations
@@ -66,8 +65,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, 
     """Return causal attention within each row, or within each document if given, (B, T, H, D).
 
     q is (B, T, H, D). k and v are (B, T, h, D), where h divides H: each key-value head serves H / h query heads.
-    window: a token attends to at most so many tokens, itself included; None: to all before it. With a window the cost
-    grows with T, and not with its square.
+    window: the largest number of tokens that a token attends to, itself included; None: no limit. With a window the
+    cost grows with T instead of its square.
     """
     if window is not None and window >= q.size(1):
         window = None
@@ -84,8 +83,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, 
 def _attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Return causal attention to the last `window` tokens, in blocks of queries; shapes as in attend_last, with S = T.
 
-    Each block gets copies of the keys and values in its window. Copies, because the gradient of a slice is as large as
-    the tensor that was sliced.
+    Each block gets copies of the keys and values in its window, and not slices, because the gradient of a slice is as
+    large as the tensor that was sliced.
     """
     queries, keys, values = (torch.split(x, WINDOW_BLOCK, dim=2) for x in (q, k, v))
     before = -(-(window - 1) // WINDOW_BLOCK)  # blocks before a block of queries that are in the window of one of them
@@ -149,9 +148,9 @@ def _flash_runs(device: torch.device, width: int) -> bool:
 def varlen_attention(windowed: bool = False) -> VarlenAttention | None:
     """Return flash attention for packed documents, which needs no mask, if this torch has it (since 2.10), else None.
 
-    The result is a function of q (N, H, D), k and v (N, h, D), where h divides H, Documents.ends, the number of
-    tokens in the longest document, and the window or None. It returns (N, H, D). N = B * T tokens.
-    windowed: whether it will be called with a window, which torch has since 2.11.
+    The result is a function of q (N, H, D), k and v (N, h, D), where h divides H, Documents.ends, the number of tokens
+    in the longest document, and the window or None. It returns (N, H, D). N = B * T tokens. windowed: whether it will
+    be called with a window, which needs torch 2.11 or newer.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -96,8 +96,8 @@ class GPTConfig:
     """Everything that determines a GPT's parameters and forward pass.
 
     n_kv_head, head_dim, d_ff and d_expert may be None. The properties kv_heads, head_width, ff_width and expert_width
-    then return the defaults in use. n_expert None: a dense model, in which the other keys of experts have no meaning.
-    Raises ValueError if a value is invalid or if two fields contradict each other.
+    then return the defaults in use. If n_expert is None, the model is dense, and the other keys of experts are not
+    used. Raises ValueError if a value is invalid or if two fields contradict each other.
     """
 
     # A run file's `model` section is validated against this class by pydantic; "forbid" rejects misspelt keys.
@@ -266,7 +266,8 @@ class GPTConfig:
 
     @property
     def longest_context(self) -> int:
-        """Return the most tokens that generation shows the model: max_seq_len, times the factor of a dynamic scaling.
+        """Return the largest number of tokens that the model sees in generation: max_seq_len, times the factor of a
+        dynamic scaling.
 
         With the other scalings, max_seq_len is the stretched length already.
         """
@@ -359,7 +360,7 @@ def _mlp_parameters(config: GPTConfig, layer: int, active: bool) -> int:
 def largest_parameter(config: GPTConfig) -> int:
     """Return the number of elements of the largest parameter of GPT(config), with the padding rows of the embedding.
 
-    One parameter has the first matrices of all experts of a layer.
+    With experts, it may be the parameter that stacks the first matrices of all experts of a layer.
     """
     d, gate_and_up = config.d_model, 2 if config.mlp == "swiglu" else 1
     heads = config.n_head + 2 * config.kv_heads

@@ -12,8 +12,8 @@ devices convert the 8-bit values to fp32 and multiply these: the same numbers, e
 Scales are powers of two. Then scaling is exact, and an element is rounded to the same value with any scale, unless it
 is below the format's smallest normal number (2^-14 of the largest magnitude for e4m3, 2^-29 for e5m2). So if the same
 batch is divided into other micro batches, almost all elements are rounded alike. With a scale that maps the largest
-magnitude to the format's largest number, every element would be rounded differently (LOG.md). The price is up to one
-power of two of range.
+magnitude to the format's largest number, every element would be rounded differently (LOG.md). In exchange, up to one
+power of two of the range is unused.
 
 If a factor contains NaN or infinity, the complete product is NaN, so the anomaly detector notices it.
 Sources: FP8 formats (https://arxiv.org/abs/2209.05433); tensorwise scaling as in torchao's float8 training.

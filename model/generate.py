@@ -3,7 +3,7 @@
 The prompt is processed once. After that, each new token costs the forward pass of one token. The model sees a window of
 at most max_seq_len tokens (more with a dynamic RoPE scaling: GPTConfig.longest_context). When the window is full, the
 cache is cleared and the last half of the window is processed again. Every token therefore sees at least half a window.
-Processing halves again costs about as much as generating.
+Processing these halves again costs about as much as the generation itself.
 
 Prompts of different lengths are padded on the left to form a batch. Positions count from the first token of each
 prompt, and a mask hides the padding. A row's random numbers are a hash of its own seed and the step
@@ -142,7 +142,7 @@ def stream(
 ) -> Iterator[Column]:
     """Continue prompts (lists of token ids, of any lengths) and yield one new token for every row at a time.
 
-    max_new_tokens: the most tokens to add to each row.
+    max_new_tokens: the largest number of tokens to add to each row.
     temperature: divides the logits; at 0 the most likely token is taken.
     top_k: sample from the k most likely tokens; None: from all.
     top_p: sample from the fewest tokens whose probabilities add up to at least top_p; None: from all.

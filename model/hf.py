@@ -84,7 +84,7 @@ class Weight(NamedTuple):
 
 
 def family(config: GPTConfig) -> Family:
-    """Return the transformers family, as "llama", that computes the same as GPT(config).
+    """Return the transformers family, such as "llama", that computes the same as GPT(config).
 
     Raises ValueError if there is none. The message lists the fields that no family supports.
     """

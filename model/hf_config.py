@@ -91,9 +91,8 @@ LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k
 def to_hf_config(config: GPTConfig, bos_id: int, eos_ids: list[int], dtype: str) -> dict[str, Any]:
     """Return the contents of a config.json with which transformers computes the same as GPT(config).
 
-    bos_id: the token that begins a text. eos_ids: the tokens that end one. dtype: the type of the
-    weights, as "float32".
-    Raises ValueError if no family of transformers computes the same.
+    bos_id: the token that begins a text. eos_ids: the tokens that end one. dtype: the type of the weights, such as
+    "float32". Raises ValueError if no family of transformers computes the same.
     """
     kind = family(config)
     common = {
@@ -204,7 +203,7 @@ def _rope(config: GPTConfig) -> dict[str, Any]:
 
 
 def from_hf_config(raw: Mapping[str, Any]) -> GPTConfig:
-    """Return the GPTConfig for the parsed contents of a config.json. Its dropout is 0 whatever the file says.
+    """Return the GPTConfig for the parsed contents of a config.json. Its dropout is always 0.
 
     Raises ValueError if a value is invalid or if the file uses a feature that our model lacks.
     """

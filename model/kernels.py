@@ -48,7 +48,7 @@ class Kernels(Protocol):
         """Apply the nonlinearity of the MLP to x: kind is gelu, gelu_tanh, relu2 or swiglu."""
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
-        """Round a matrix to an 8-bit dtype. Return copies and their unit, which reference_ops.quantise explains."""
+        """Round a matrix to an 8-bit dtype; see reference_ops.quantise for arguments and result."""
 
     def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
         """Return the cross entropy of each row, in nats. If with_gradient, overwrite the logits with their gradient."""
@@ -57,7 +57,7 @@ class Kernels(Protocol):
 def resolve(name: str, device: str) -> str:
     """Return the name of the kernels that are used if the run file has `model.kernels: name`.
 
-    This is `name`, except that auto becomes triton, native or eager. device: a device type of torch, as "cuda" or
+    This is `name`, except that auto becomes triton, native or eager. device: a device type of torch, such as "cuda" or
     "cpu". Raises ValueError if triton or native is requested but cannot run on it.
     """
     if name == "auto":
@@ -94,7 +94,7 @@ def choose(name: str, device: torch.device) -> Kernels:
 
 
 def out_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function such that torch.compile leaves it out of its graphs."""
+    """Return the function, wrapped so that torch.compile leaves it out of its graphs."""
     disabled: Callable[..., Tensor] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled
 

@@ -4,11 +4,12 @@
     with host.keep(x):
         x = checkpoint(block, x, ...)            # use_reentrant=False: it saves x for the backward pass
 
-Recomputation (model.activation_checkpointing) keeps one tensor (B, T, C) per block. With offload, a GPU has only that
-of the block at work and that of the next: the input of a block is copied to pinned host memory while the block
-computes, and the backward pass fetches the input of a block while it recomputes the block above. Both copies run on a
-stream of their own. On CPUs the same code copies to other memory, which saves nothing and serves the tests. The bits of
-a run do not change. Cost: B T C numbers per block and direction over the bus to the host, beside the computation.
+Recomputation (model.activation_checkpointing) keeps one tensor (B, T, C) per block. With offload, a GPU holds only the
+input of the current block and of the next one: the input of a block is copied to pinned host memory while the block
+computes, and the backward pass fetches the input of a block while it recomputes the following block. Both copies run on
+a stream of their own. On CPUs the same code makes a second copy in host memory, which saves nothing and is for tests
+only. The bits of a run do not change. Cost: B T C numbers per block and direction over the bus to the host, during the
+computation.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class HostActivations:
 
     @contextmanager
     def keep(self, x: Tensor) -> Iterator[None]:
-        """Offload x if autograd saves it inside the context. Other tensors, as RoPE's table, stay on the device."""
+        """Offload x if autograd saves it inside the context. Other tensors, such as RoPE's table, stay on the
+        device.
+        """
         place, shape = x.data_ptr(), x.shape
         del x  # the hooks below live as long as the graph, and must not keep it
 

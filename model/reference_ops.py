@@ -36,8 +36,8 @@ def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
     """Split x (B, T, H, D) into parts of `heads` heads and apply RoPE to the first two: queries and keys, not values.
 
     Each channel pair (i, i + D/2) is rotated by the angle of its position. rope (2, B or 1, T, 1, D/2): cosines and
-    sines from rope.rope_table. Computed in fp32 and rounded to x's dtype.
-    The caller gives x away: kernels may overwrite it, so that the parts need no memory of their own.
+    sines from rope.rope_table. Computed in fp32 and rounded to x's dtype. Kernels may overwrite x, so that the parts
+    need no additional memory. The caller must not use x afterwards.
     """
     parts = torch.split(x, list(heads), dim=2)
     return *(_rotate(part, rope) for part in parts[:2]), *parts[2:]

@@ -71,7 +71,7 @@ def attention_factor(scaling: RopeScaling) -> float:
 
 
 def _dynamic(exponents: Tensor, width: int, theta: float, factor: float, ratio: Tensor) -> Tensor:
-    """Return the frequencies (B, 1, 1, width / 2) for rows that are ratio (B, 1, 1, 1) times as long as max_seq_len."""
+    """Return the frequencies (B, 1, 1, width / 2). ratio (B, 1, 1, 1): length of each row / max_seq_len."""
     base = theta * (factor * ratio - (factor - 1)) ** (width / (width - 2))
     frequencies: Tensor = 1.0 / base**exponents
     return frequencies
@@ -82,7 +82,7 @@ def _yarn(plain: Tensor, width: int, theta: float, scaling: RopeScaling) -> Tens
     length = scaling.original_max_position_embeddings or 1
 
     def channel_of(rotations: float) -> float:
-        """Return the channel that makes so many rotations over the pre-training length."""
+        """Return the channel pair that makes `rotations` rotations over the pre-training length."""
         return width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = (channel_of(beta) for beta in (scaling.beta_fast or 32, scaling.beta_slow or 1))

@@ -4,9 +4,9 @@
     model(part.cut(tokens), part.cut(labels), reduction="sum", sequence=part)       # the loss of this rank's places
 
 Everything but attention works on a rank's own places. For attention, one all-to-all gives each rank all places of some
-of the heads, and a second one returns the places. Their backward passes are the other exchange, so what a place has
-contributed on another rank comes back as its gradient. Nothing else changes: the sum of the ranks' losses is the loss
-of the rows, and the sum of the ranks' gradients is its gradient, as with ranks that read different rows.
+of the heads, and a second one returns the places. The backward pass of each is the other exchange. So the gradients of
+a place from all ranks are returned to the rank that holds it. Nothing else differs from ranks that read different rows:
+the sum of the ranks' losses is the loss of the rows, and the sum of the ranks' gradients is its gradient.
 
 If there are fewer key-value heads than ranks, a head is sent to each rank that needs it, and its gradients are added.
 Letters as in gpt.py; t is the number of places of a rank, and n the number of heads that a rank gets.
@@ -65,7 +65,9 @@ class SequencePart:
         return mixed
 
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Exchange own places of all heads for all places of own heads: (B, t, heads, D) -> (B, T, n, D) each."""
+        """Send this rank's places of all heads, and receive all places of this rank's heads: (B, t, heads, D) -> (B, T,
+        n, D) each.
+        """
         rows, places, _, width = tensors[0].shape
         own = [max(1, x.size(2) // self.size) for x in tensors]
         sent = tensors[0].new_empty(self.size, rows, places, sum(own), width)
@@ -82,9 +84,11 @@ class SequencePart:
         return list(torch.split(received.view(rows, self.length, sum(own), width), own, dim=2))
 
     def to_places(self, tensors: Sequence[Tensor], heads: Sequence[int]) -> list[Tensor]:
-        """Exchange all places of own heads for own places of all heads: (B, T, n, D) -> (B, t, heads, D) each.
+        """Send all places of this rank's heads, and receive this rank's places of all heads: (B, T, n, D) -> (B, t,
+        heads, D) each.
 
-        `heads` has the number of heads of each result. What several ranks send for the same head is added up.
+        `heads` has the number of heads of each result. If several ranks send values for the same head, these are added
+        up.
         """
         rows, _, _, width = tensors[0].shape
         own = [x.size(2) for x in tensors]
@@ -103,7 +107,9 @@ class SequencePart:
         return results
 
     def _exchange(self, sent: Tensor, sizes_sent: list[int], sizes_received: list[int]) -> Tensor:
-        """Send the pieces of a flat tensor to the ranks, and return theirs, flat and in the order of the ranks."""
+        """Send one piece of a flat tensor to each rank. Return the pieces from all ranks as a flat tensor, in their
+        order.
+        """
         received = sent.new_empty(sum(sizes_received))
         self.all_to_all(received, sent, sizes_received, sizes_sent)
         return received

@@ -228,8 +228,8 @@ def test_fp8_names_the_sizes_that_do_not_fit(tmp_path: Path) -> None:
     config()
     config("model.n_layer=1", "train.fp8_skip_blocks=0")
     for overrides, message in (
-        (["model.n_layer=2"], r"no block of 2 is left if train\.fp8_skip_blocks = 1 .* at most 0"),
-        (["train.fp8_skip_blocks=2"], r"no block of 3 is left .* at most 1"),
+        (["model.n_layer=2"], r"all 2 blocks stay in bf16 with train\.fp8_skip_blocks = 1 .* at most 0"),
+        (["train.fp8_skip_blocks=2"], r"all 3 blocks stay in bf16 .* at most 1"),
         (["model.d_model=40"], r"model\.d_model = 40, .*query heads \(n_head x head_dim\) = 40, .* = 120\."),
         (["model.d_ff=100"], r"all sizes are multiples of 16, but the MLP's width \(model\.d_ff\) = 100\. Change"),
         (["model.max_seq_len=64", "data.seq_len=4"], r"but data\.seq_len = 4\."),

@@ -44,7 +44,7 @@ def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[s
 def batches_with_document(loader: Loader, source: int, shard: str, index: int, batches: int) -> list[int]:
     """Return those of the batches 0 .. batches - 1 that contain a label of a document, sorted.
 
-    source: the number of the dataset in the mixture, or 0. shard: a name, as "train-00000". index: the document's
+    source: the number of the dataset in the mixture, or 0. shard: a name such as "train-00000". index: the document's
     number in the shard, from 0. Raises UsageError if there is no such document.
     """
     if not 0 <= source < len(sources_of(loader)):
@@ -101,7 +101,7 @@ def _text(dataset: TokenDataset, split: str, document: dict[str, Any]) -> str:
 def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[int, int]:
     """Return the number of a document in its split, and that of its first token in the split's stream, from 0.
 
-    shard: a name, as "train-00000". index: the document's number in it. Raises UsageError if there is none.
+    shard: a name such as "train-00000". index: the document's number in it. Raises UsageError if there is none.
     """
     before = 0
     for candidate in dataset.manifest.shards:
@@ -118,7 +118,7 @@ def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[
 def _label_span(loader: Loader, shard: str, index: int) -> tuple[int, int]:
     """Return (first token in the stream of the split, length in tokens with EOT) of a document.
 
-    shard: a name, as "train-00000". index: the document's number in it. Raises UsageError if there is none.
+    shard: a name such as "train-00000". index: the document's number in it. Raises UsageError if there is none.
     """
     number, _ = _number(loader.dataset, loader.split, shard, index)
     starts, lengths = loader.dataset.document_spans(loader.split, number, 1)

@@ -1,4 +1,4 @@
-"""`packspeed inspect` for datasets: a summary from the manifest. Of the files only the sizes are checked."""
+"""`packspeed inspect` for datasets: a summary from the manifest. Only the sizes of the files are checked."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def megatron_prefix(path: str) -> str | None:
 def detect(path: str) -> SourceKind:
     """Return the format of a file, a folder or a Megatron prefix, detected from names and first bytes.
 
-    Raises UsageError if it is in none of the formats. The message says what it is and how to convert it.
+    Raises UsageError if it has none of the formats. The message says what the file is and how to convert it.
     """
     if megatron_prefix(path) is not None:
         return "megatron"
@@ -121,7 +121,9 @@ def _is_text(head: bytes) -> bool:
 
 
 def _detect_folder(path: Path) -> SourceKind:
-    """Return the format of a folder of tokens ("mds"). Raises UsageError that says what it is if it is another one."""
+    """Return the format of a folder of tokens ("mds"). If it has none of the formats, raises UsageError that says what
+    it is.
+    """
     if _is_litdata(path):
         raise _litdata(path)
     if (path / "index.json").is_file():

@@ -153,7 +153,7 @@ def _linked(train: Sequence[str], val: Sequence[str], folder: Path, tokenizer: T
 def _link(path: str, folder: Path, name: str, split: str, tokenizer: Tokenizer) -> tuple[str, Shard]:
     """Make a shard of symbolic links to a Megatron pair. Return the type of its tokens and the shard.
 
-    name: the name of the shard, as "train-00000". Raises UsageError if the pair cannot be linked.
+    name: the name of the shard, such as "train-00000". Raises UsageError if the pair cannot be linked.
     """
     prefix = megatron_prefix(path)
     if prefix is None:

@@ -128,7 +128,7 @@ def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:
 
 
 def _decode(value: bytes, encoding: str) -> npt.NDArray[np.uint32]:
-    """Return the token ids (n,) of one value. encoding: how its column is stored, as "ndarray:int32".
+    """Return the token ids (n,) of one value. encoding: how its column is stored, such as "ndarray:int32".
 
     Raises ValueError if the encoding is another one or if the values are not token ids.
     """

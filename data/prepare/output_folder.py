@@ -1,4 +1,5 @@
-"""The folder that `prepare` writes to. Files of others are never overwritten, and incomplete files are removed.
+"""The folder that `prepare` writes to. Files that it did not write are never overwritten, and incomplete files are
+removed.
 
 A file lock prevents two runs of `prepare` from using the same folder. Only the tasks of one run (`--task-index`) may
 share it. After a failure the finished work units are kept and everything else is removed. If no unit is finished, the

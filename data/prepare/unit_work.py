@@ -2,9 +2,9 @@
 
     python -m packspeed.data.prepare.unit_work FOLDER SKIP_BAD ENCODER
 
-This command is a worker process of worker_pool.py, unless that can fork one. It reads numbers of units from stdin and
-writes JSON lines to stdout. It ends when its stdin closes, so it never outlives its parent process.
-Memory: a megabyte of text or one piece of a long document, its tokens, and 24 bytes for each document of the unit.
+worker_pool.py starts this command as a worker process if it cannot fork one. It reads numbers of units from stdin and
+writes JSON lines to stdout. It ends when its stdin closes, so it never outlives its parent process. Memory: a megabyte
+of text or one piece of a long document, its tokens, and 24 bytes for each document of the unit.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class _OpenDocument:
 
 @contextlib.contextmanager
 def _removed_after_error(paths: Sequence[Path]) -> Iterator[None]:
-    """A context after which, if it ends with an error, the temporary files of `paths` do not exist."""
+    """A context that removes the temporary files of `paths` if it ends with an error."""
     try:
         yield
     except BaseException:

@@ -169,7 +169,7 @@ def plan_units(sources: Sequence[Source], first: int = 0) -> tuple[list[Unit], s
 
 
 def _state(source: Source) -> str:
-    """Return a text that changes if the source changes: its name with size and time of change, or its store's stamp."""
+    """Return a text that changes if the source changes: its name, size and time of change, or Store.stamp."""
     if source.kind == "hub" or source.name.startswith(DOWNLOADED) or source.copy:
         return json.dumps([source.name, source.copy])
     if is_url(source.name):

@@ -112,7 +112,7 @@ def can_fork() -> bool:
 
 
 class _Forked:
-    """A fork of this process in which `unit_worker` serves."""
+    """A forked process in which `unit_worker` encodes units."""
 
     def __init__(self, unit_worker: UnitWorker):
         commands, messages = os.pipe(), os.pipe()
@@ -136,7 +136,9 @@ class _Forked:
 
 
 def _serve_and_exit(unit_worker: UnitWorker, commands: int, messages: int) -> None:
-    """Serve in a forked process, and end it. commands, messages: the file descriptors of its pipes."""
+    """Encode units in a forked process until no more arrive, then end it. commands, messages: file descriptors of
+    pipes.
+    """
     code = 1
     try:
         # Close the pipes of other workers, which must end with the parent, and the lock of the dataset's folder.

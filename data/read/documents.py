@@ -43,7 +43,9 @@ class Batch:
             self.last.append(document.last)
 
     def complete(self) -> Batch:
-        """Mark the texts that were appended to `texts` alone as complete documents. Return the batch itself."""
+        """Mark the texts that were appended only to `texts`, and not by `add`, as complete documents. Return the
+        batch.
+        """
         self.last += [True] * (len(self.texts) - len(self.last))
         return self
 
@@ -88,8 +90,8 @@ class Tally:
 class TextKeys:
     """Finds the text of a record under the keys of `--text-key`.
 
-    The key `meta.text` means the key `text` inside the object `meta`, unless the record has a key of that very name. If
-    there are several keys, their texts are joined by an empty line; keys that the record lacks are left out.
+    The key `meta.text` means the key `text` inside the object `meta`, unless the record has a key with exactly this
+    name. If there are several keys, their texts are joined by an empty line; keys that the record lacks are left out.
 
     The attribute `take` is a function of a record that returns its text, which is faster than `text` if there is one
     key without a dot. If the record has no text, it returns None or another value, or raises LookupError or TypeError.

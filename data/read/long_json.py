@@ -24,7 +24,7 @@ _STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 def long_text(parts: Iterable[bytes], text_key: str) -> Iterator[str]:
     """Yield the text under `text_key` in slices. parts: the record, in chunks of bytes.
 
-    The key `a.b` means the key `b` inside the object `a`, unless the record has a key of that very name. Raises
+    The key `a.b` means the key `b` inside the object `a`, unless the record has a key with exactly this name. Raises
     ValueError if the JSON is malformed, and LookupError if the key is missing or has no text.
     """
     scanner = _Scanner(iter(parts))

@@ -189,7 +189,9 @@ class _Search:
         yield from sorted(names)
 
     def _add_from_store(self, url: str) -> None:
-        """Add the files that a URL of a store (as s3://) names: a file, the files of a folder, or those of a glob."""
+        """Add the files that a URL of a store (such as s3://) names: a file, the files of a folder, or those of a
+        glob.
+        """
         store = open_store(url)
         if store.is_file():
             self._add_named(url)

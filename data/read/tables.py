@@ -1,9 +1,9 @@
 """Read the rows of tables as documents: csv, tsv, parquet and arrow.
 
-csv follows RFC 4180 strictly: a quote that is not closed, or a row that has not as many fields as the header, is bad.
-Memory: for csv one row (at most 64 MiB per line and 16 million characters per field); for parquet one page of the file
-(usually a megabyte) and a batch of about 16 MiB. Arrow files are mapped into memory, and the pages are released after
-every 16 MiB of text.
+csv follows RFC 4180 strictly: a quote that is not closed, or a row with another number of fields than the header, is
+bad. Memory: for csv one row (at most 64 MiB per line and 16 million characters per field); for parquet one page of the
+file (usually a megabyte) and a batch of about 16 MiB. Arrow files are mapped into memory, and the pages are released
+after every 16 MiB of text.
 """
 
 from __future__ import annotations

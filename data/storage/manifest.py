@@ -89,7 +89,9 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.bin` file with tokens and its `.idx` file. `name` is their name without the suffix, as "train-00000"."""
+    """One `.bin` file with tokens and its `.idx` file. `name` is their name without the suffix, such as
+    "train-00000".
+    """
 
     name: str
     split: str
@@ -184,7 +186,8 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def build_record(record: type[Record], raw: object, where: str) -> Record:
-    """Build a dataclass from parsed JSON. Fields with a default may be missing; no others may, and none may be added.
+    """Build a dataclass from parsed JSON. Fields with a default may be missing. Other missing fields and unknown fields
+    are errors.
 
     where: names the place in the message. Raises DataError if a field is missing or unknown or has the wrong type.
     """

@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> J
 def _write(trained: tokenizers.Tokenizer, out: Path) -> JsonTokenizer:
     """Write a trained tokenizer to NAME.tiktoken, NAME.tiktoken.json and `out` (NAME.json), and return it.
 
-    NAME.json is written last: if it exists, all three exist.
+    NAME.json is written last, so if it exists, the other two exist too.
     """
     content = trained.to_str(pretty=True).encode("utf-8") + b"\n"
     tokenizer = JsonTokenizer(out.stem, content)

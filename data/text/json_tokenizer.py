@@ -1,10 +1,10 @@
 """Tokenizers from `tokenizer.json` files, the format of Hugging Face's tokenizers library.
 
-A text gets the ids that the library gives it, with three exceptions that training needs:
+A text is encoded to the ids that the library returns, with three exceptions that training needs:
 
-- A text never gives a special token. The library has a switch for that (`encode_special_tokens`), but a special token
-  in the vocabulary of a Unigram or WordLevel model matches text all the same. Such an entry gets another name that no
-  text contains.
+- Encoding a text never returns a special token. The library has a switch for that (`encode_special_tokens`), but a
+  special token in the vocabulary of a Unigram or WordLevel model still matches text. Such an entry is renamed to a
+  string that no text contains.
 - An added token has the id that the file gives it. The library ignores these ids and numbers added tokens one after
   another. If the file has a gap between its ids (Kimi's has one), the library's ids are not those that the model was
   trained with.

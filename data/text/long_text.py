@@ -70,8 +70,8 @@ class Spans:
 class Rules:
     """How far a tokenizer looks ahead in a text, which decides where the text may be cut.
 
-    repetitions: the most unbounded repetitions (`+`, `*`) in one of its regular expressions. cuts_words: whether it
-    splits the text into words first.
+    repetitions: the largest number of unbounded repetitions (`+`, `*`) in one of its regular expressions. cuts_words:
+    whether it splits the text into words first.
     """
 
     repetitions: int

@@ -69,7 +69,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _token(config: dict[str, Any], kind: str) -> str | int | None:
     """Return the token that ends ("eos") or begins ("bos") texts according to a parsed config file, or None.
 
-    It is the name under `eos_token`, or else the id under `eos_token_id`, of a list the first.
+    It is the name under `eos_token`, or else the id under `eos_token_id`; if that is a list, its first id.
     """
     token = config.get(f"{kind}_token")
     if isinstance(token, dict):

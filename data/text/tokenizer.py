@@ -7,7 +7,8 @@
     long_text.py         encodes texts of any length in windows
     encode.py            encodes batches of texts, with gigatoken if possible
 
-A text never gives a special token: if a document contains the characters `<|endoftext|>`, they are ordinary text.
+Encoding a text never returns a special token: if a document contains the characters `<|endoftext|>`, they are ordinary
+text.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _load_ranks(spec: str, path: Path) -> Tokenizer:
 def _load_json(file: Path, tokens: DocumentTokens, name: str) -> JsonTokenizer:
     """Load a tokenizer.json, or convert a SentencePiece .model or a vocab.json (beside its merges.txt) to one.
 
-    tokens: what ends and begins documents; None in it: what the file says. name: the tokenizer's name.
+    tokens: the tokens that end and begin documents; if one is None, the file names it. name: the tokenizer's name.
     """
     if file.name == "vocab.json":
         return JsonTokenizer(name, from_vocabulary(file, tokens), tokens)

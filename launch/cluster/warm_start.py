@@ -30,7 +30,8 @@ class WarmProcess:
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Start the process. `env` is the environment of the ranks. `command` must be about as long as the launcher's
-        command line, which later replaces it."""
+        command line, which later replaces it.
+        """
         self._socket, theirs = socket.socketpair()
         room = " " * (len(" ".join(command)) + ROOM_BYTES)
         with theirs:

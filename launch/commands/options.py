@@ -109,7 +109,8 @@ def passed_over_lines(passed_over: Sequence[str]) -> list[str]:
 
 def refuse_nan(**options: float | None) -> None:
     """Raise ConfigError if an option is NaN, which typer's limits (min, max) do not refuse. Each argument is named
-    after its option: take_back=value for --take-back."""
+    after its option: take_back=value for --take-back.
+    """
     for name, value in options.items():
         if value is not None and math.isnan(value):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number.")

@@ -300,7 +300,8 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
 
 def _refused_with_muon(path: Path, raw: JsonObject) -> Iterator[str]:
     """Yield a message for each setting of the JSON `raw` that works only with one of DeepSpeed's own Adam
-    optimizers."""
+    optimizers.
+    """
     zero = raw.get("zero_optimization") or {}
     offload = zero.get("offload_optimizer") or {}
     found = {

@@ -33,8 +33,8 @@ def fp8_obstacle(config: GPTConfig, seq_len: int, skip_blocks: int) -> str | Non
     """
     if not fp8_blocks(config, skip_blocks):
         return (
-            f"no block of {config.n_layer} is left if train.fp8_skip_blocks = {skip_blocks} at either end stay in "
-            f"bf16: lower it to at most {(config.n_layer - 1) // 2}, or use bf16."
+            f"all {config.n_layer} blocks stay in bf16 with train.fp8_skip_blocks = {skip_blocks} at each end: "
+            f"lower it to at most {(config.n_layer - 1) // 2}, or use bf16."
         )
     heads = config.n_head + 2 * config.kv_heads
     widths = {

@@ -54,8 +54,8 @@ MODEL_KEYS = {
     "position": "Position encoding: a learned table, or rotary embeddings (RoPE) of queries and keys.",
     "rope_theta": "Base of RoPE's frequencies (theta). Unused with learned positions.",
     "rope_scaling": "Stretching of RoPE to a longer context, with the names of transformers' config.json.",
-    "sliding_window": "Most tokens that a token attends to, itself included. The cost of attention then grows with the "
-    "length of a sample, and not with its square. Default: all earlier tokens.",
+    "sliding_window": "Largest number of tokens that a token attends to, itself included. The cost of attention "
+    "then grows with the length of a sample, and not with its square. Default: all earlier tokens.",
     "sliding_window_pattern": "Every n-th layer attends to all earlier tokens, the others have the window, as in "
     "Gemma 3. Default: all layers have it.",
     "max_window_layers": "The first n layers attend to all earlier tokens, the others have the window, as in Qwen2.",
@@ -66,8 +66,8 @@ MODEL_KEYS = {
     "n_expert": "Experts per layer. They replace the MLP, and a router sends each token to n_expert_active of them, "
     "without dropping any (docs/moe.md). Default: none, that is, a dense model.",
     "n_expert_active": "Experts that each token uses, of those that the router chooses from.",
-    "n_shared_expert": "Experts that every token uses besides. They are one MLP of n_shared_expert * d_expert hidden "
-    "channels.",
+    "n_shared_expert": "Experts that every token uses in addition. They are one MLP of n_shared_expert * d_expert "
+    "hidden channels.",
     "d_expert": "Hidden channels of one expert. Default: d_ff or its default.",
     "first_dense": "Number of first layers that have a dense MLP (of d_ff hidden channels) instead of experts.",
     "gate": "How the router turns logits into scores: sigmoid for each expert alone (DeepSeek-V3), or softmax over all "
@@ -84,8 +84,8 @@ MODEL_KEYS = {
     "tie_embeddings": "Use the token embedding as the weight of the output head.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
     "depend only on the seed and on the sample's number in the run, so a resumed run uses the same masks.",
-    "z_loss": "Weight of the term log(sum exp logits)^2 that is added to the training loss of each token. PaLM used "
-    "1e-4.",
+    "z_loss": "Coefficient of the term log(sum exp logits)^2 that is added to the training loss of each token. PaLM "
+    "used 1e-4.",
     "activation_checkpointing": "Recompute activations in the backward pass to save memory: none, full (in every "
     "block), or n (in every n-th block). full needs about a third more compute.",
     "activation_offload": "Keep the inputs of recomputed blocks in host memory until the backward pass. A GPU then "
@@ -104,9 +104,9 @@ class RopeScalingSection(Section):
         description="linear: divide all angles by factor. dynamic: grow theta with the length of the text, but only "
         "beyond max_seq_len, that is, when generating. yarn: divide low frequencies only. llama3: Llama 3.1's way."
     )
-    factor: float = Field(ge=1, description="How many times longer the context becomes.")
+    factor: float = Field(ge=1, description="Factor by which the context becomes longer.")
     original_max_position_embeddings: int | None = Field(
-        None, ge=1, description="Tokens per sequence before the stretching. Required by yarn and llama3."
+        None, ge=1, description="Context length in tokens before it is stretched. Required by yarn and llama3."
     )
     attention_factor: float | None = Field(
         None, gt=0, description="yarn: multiplies cosines and sines. Default: 0.1 ln(factor) + 1."
@@ -117,8 +117,10 @@ class RopeScalingSection(Section):
     beta_slow: float | None = Field(
         None, gt=0, description="yarn: divide frequencies that make this many rotations or fewer. Default: 1."
     )
-    mscale: float | None = Field(None, gt=0, description="yarn: with mscale_all_dim, changes attention_factor.")
-    mscale_all_dim: float | None = Field(None, gt=0, description="yarn: with mscale, changes attention_factor.")
+    mscale: float | None = Field(
+        None, gt=0, description="yarn: attention_factor is computed from mscale and mscale_all_dim."
+    )
+    mscale_all_dim: float | None = Field(None, gt=0, description="yarn: see mscale.")
     truncate: bool | None = Field(
         None, description="yarn: round the ends of the ramp to whole channels. Default: true."
     )
@@ -174,7 +176,7 @@ class DataSection(Section):
         None, min_length=1, description="Datasets of a weighted mixture. Give either this or data.path."
     )
     stages: list[StageSection] = Field(
-        [], description="Changes of the sources' weights during the run, in ascending order of from_tokens."
+        [], description="Changes of the sources' weights during the run, by ascending from_tokens."
     )
     seq_len: int = Field(
         ge=1,
@@ -231,8 +233,8 @@ class OptimizerSection(Section):
     )
     weight_decay_schedule: Literal["constant", "lr"] = Field(
         "constant",
-        description="Course of the weight decay. constant: weight_decay in every step. lr: in proportion to the "
-        "learning rate, so that the factor of a step is 1 - lr^2 * weight_decay / peak.",
+        description="How the weight decay changes during the run. constant: weight_decay in every step. lr: in "
+        "proportion to the learning rate, so that the factor of a step is 1 - lr^2 * weight_decay / peak.",
     )
     embedding_lr: float | None = Field(
         None, gt=0, description="Peak learning rate of the token and position embeddings. Default: optimizer.lr."
@@ -268,15 +270,17 @@ class OptimizerSection(Section):
     )
     update_scale: Literal["shape", "rms"] = Field(
         "shape",
-        description="muon only: factor of an orthogonal update. shape: sqrt(max(1, rows / columns)). rms: "
-        "0.2 sqrt(max(rows, columns)), with which learning rate and weight decay of AdamW fit.",
+        description="muon only: factor by which an orthogonalised update is multiplied. shape: "
+        "sqrt(max(1, rows / columns)). rms: 0.2 sqrt(max(rows, columns)), so that AdamW's learning rate and weight "
+        "decay fit.",
     )
     row_beta: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="muon only: NorMuon. Divide the rows of an orthogonal update by the root of their mean square in "
-        "past steps, whose decay rate per step this is; 0.95 is usual. Takes 4 bytes per weight. Default: off.",
+        description="muon only: NorMuon. Divide each row of an orthogonalised update by a running root mean square of "
+        "this row over past steps. The value is the decay rate of the running mean per step; 0.95 is usual. Takes 4 "
+        "bytes per weight. Default: off.",
     )
     split_fused: bool = Field(
         True,
@@ -287,7 +291,8 @@ class OptimizerSection(Section):
     @model_validator(mode="after")
     def _some_peak(self) -> OptimizerSection:
         """Raise ValueError if a parameter group has a learning rate although lr is 0, because the schedule scales
-        lr."""
+        lr.
+        """
         if self.lr == 0 and (self.embedding_lr or self.head_lr or self.scalar_lr or self.muon_lr):
             raise ValueError("train.optimizer.lr = 0 sets every learning rate to 0: give lr a value, or no other rate")
         return self
@@ -308,7 +313,7 @@ class ScheduleSection(Section):
     )
     decay: Literal["linear", "sqrt"] = Field(
         "linear",
-        description="wsd only: shape of the final decay. linear: 1 - p for the decayed part p of the decay. sqrt: "
+        description="wsd only: shape of the final decay, of which p is the elapsed fraction. linear: 1 - p. sqrt: "
         "1 - sqrt(p), which falls fast at first.",
     )
 
@@ -475,7 +480,8 @@ class MonitorSection(Section):
 
 class ParallelSection(Section):
     """How many ranks share a row, the weights or the experts. Changes speed, memory and rounding, but not what is
-    computed."""
+    computed.
+    """
 
     sequence: int = Field(
         1,

@@ -72,7 +72,8 @@ POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 
 def iteration(name: str, steps: int) -> Coefficients:
     """Return the coefficients (a, b, c) of each of `steps` iterations. `name` is a key of POLYNOMIALS; if that has
-    fewer, its last coefficients are repeated."""
+    fewer, its last coefficients are repeated.
+    """
     known = POLYNOMIALS[name]
     return [known[min(step, len(known) - 1)] for step in range(steps)]
 
@@ -260,7 +261,8 @@ def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
 
 def rounds(matrices: Iterable[Matrix], elements: int) -> list[list[Matrix]]:
     """Cut the list of matrices into lists of at most `elements` elements each. A larger matrix gets a list of its
-    own."""
+    own.
+    """
     cut: list[list[Matrix]] = []
     room = 0
     for matrix in matrices:
@@ -400,7 +402,8 @@ def overlap(held: tuple[int, int], start: int, count: int) -> tuple[int, int]:
 
 def gather_numbers(own: list[tuple[int, int]], ranks: int, group: object) -> list[list[tuple[int, int]]]:
     """Return the list of pairs of each rank of the group. All ranks must pass the same number of pairs. A
-    collective."""
+    collective.
+    """
     if ranks == 1:
         return [own]
     numbers = torch.tensor(own, device=get_accelerator().current_device_name()).view(-1)

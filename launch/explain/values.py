@@ -146,7 +146,7 @@ def memory_values(case: Case) -> list[Value]:
         return []
     each = sum(held_bytes(case.stage, case.precision, case.ranks))
     size = each * num_parameters(case.model, padded=True) / 1e9
-    why = f"solved: {each:.4g} bytes a parameter; activations and buckets come on top"
+    why = f"solved: {each:.4g} bytes a parameter; activations and buckets are added"
     return [Value("(solved) memory per rank", f"{size:.3g} GB", None, why)]
 
 

@@ -123,7 +123,7 @@ def _ended(life: Life) -> EndedLife:
 def account(folder: Path, notes: list[str] | None = None) -> Account | None:
     """Add up the seconds of all starts of a run per bucket. Returns None if goodput.jsonl has no line.
 
-    What is wrong with the files in `folder` is added to `notes`.
+    For damaged files in `folder`, a note is added to `notes`.
     """
     notes = [] if notes is None else notes
     lives = read_lives(folder, notes)
@@ -159,7 +159,7 @@ def account(folder: Path, notes: list[str] | None = None) -> Account | None:
 
 
 def _move_lost(seconds: dict[str, float], bucket: str, amount: float) -> None:
-    """Move `amount` seconds from a bucket to the bucket `lost`, but not more than the first has. Changes `seconds`."""
+    """Move `amount` seconds from a bucket to the bucket `lost`, but not more than the bucket has. Changes `seconds`."""
     amount = min(amount, seconds[bucket])
     seconds[bucket] -= amount
     seconds["lost"] += amount

@@ -84,7 +84,7 @@ class Run:
 
 
 def read_run(folder: Path, color: str = COLORS[0]) -> Run:
-    """Read a run folder. Raises UserError if nothing in it can be read. `color` is that of its curves."""
+    """Read a run folder. Raises UserError if nothing in it can be read. `color` is the colour of its curves."""
     notes: list[str] = []
     config = read_tree(folder / "config.yaml", notes)
     columns = read_columns(folder, notes)
@@ -327,7 +327,7 @@ def _heading(run: Run, named: bool) -> str:
 
 
 def _plan(run: Run, named: bool) -> str:
-    """Return the HTML of a run's locked plan beside what its first steps measured. `named` adds the run's name."""
+    """Return the HTML that compares a run's locked plan with its first steps. `named` adds the run's name."""
     plan = run.plan
     assert plan is not None
     names = {"step_time_s": "step time, s", "memory_gib": "memory of rank 0, GiB"}
@@ -342,7 +342,7 @@ def _plan(run: Run, named: bool) -> str:
     parts += [(name, "", f"{value:.3f} GiB") for name, value in plan["measured_memory_gib"].items()]
     head = _heading(run, named)
     return (
-        f"{head}<p>The first {plan['steps']} steps of the newest process beside the locked plan.</p>"
+        f"{head}<p>The first {plan['steps']} steps of the newest process, compared with the locked plan.</p>"
         f"{_table(('', 'planned', 'measured', 'error', 'nine tenths within'), rows)}"
         f"{_table(('part or kind', 'planned', 'measured'), parts)}"
     )

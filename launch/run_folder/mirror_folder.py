@@ -61,7 +61,8 @@ class MirrorFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, in a folder that has files already. After a failure, it is there completely or not at
-        all."""
+        all.
+        """
         if self._is_local:
             write_file(Path(self._root, name), content)
             return

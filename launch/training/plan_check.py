@@ -43,7 +43,8 @@ class PlanCheck:
 
     def see(self, line: StepLine) -> None:
         """Add the planned values to `line`, if it is one of the first steps. After the last of them, write the
-        result."""
+        result.
+        """
         if len(self.seconds) >= STEPS:
             return
         line["planned_step_time_s"] = round(self.planned["step_time_s"], 6)

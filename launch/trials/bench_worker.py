@@ -280,7 +280,9 @@ def _write_error(error_file: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """Measure what job.json says, whose path is on the command line, until this process is killed."""
+    """Measure the training loop that job.json describes, until this process is killed. The command line has its
+    path.
+    """
     path = next(Path(word) for word in sys.argv[1:] if word.endswith(".json"))
     with _write_error(path.with_name("error")), DeepSpeedLogFilter(), quiet(path.with_suffix(".log")):
         job: BenchJob = json.loads(path.read_text())

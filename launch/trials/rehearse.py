@@ -1,9 +1,9 @@
 """`packspeed rehearse`: test a cluster job on this machine before you use the cluster.
 
-Equal to the real job are DeepSpeed's configuration, the hosts and ranks, the samples per step, gradient accumulation,
-checkpoints, and the supervisor of `packspeed launch`. Different are the ranks, which run on CPUs, the model, which has
-two narrow layers, and the samples, which are short. Every simulated host has its own agent, so its processes are
-started, watched and killed as on a real host.
+DeepSpeed's configuration, the hosts and ranks, the samples per step, gradient accumulation, checkpoints, and the
+supervisor of `packspeed launch` are those of the real job. But the ranks run on CPUs, the model has two narrow layers,
+and the samples are short. Every simulated host has its own agent, so its processes are started, watched and killed as
+on a real host.
 
 A fault is injected once all ranks have done a step:
     kill:3@12      after step 12, rank 3 is killed

@@ -156,7 +156,7 @@ OPTIMIZERS: tuple[Row, ...] = (
         "get_grad_norm_direct(gradients, params, norm_type)":
             "replaced: computes the norm in the same way at every stage",
         "_overflow_check_and_loss_scale_update(update_scale)":
-            "replaced: the norm tells an overflow, without a wait of its own",
+            "replaced: the norm shows an overflow, without a further wait",
         "_update_scale(has_overflow)": "replaced: a veto must not lower the fp16 loss scale as an overflow does",
         "unscale_and_clip_grads(sub_group_id, total_norm)": "replaced: clips by the same formula at every stage",
         "clip_grad": "read: the limit of the norm",
