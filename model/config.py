@@ -34,6 +34,7 @@ BIASED: dict[bool | str, tuple[Layer, ...]] = {
 }
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
 Gate = Literal["sigmoid", "softmax"]
+Recompute = Literal["none", "full"] | int
 RopeType = Literal["linear", "dynamic", "yarn", "llama3"]
 # The keys that a type of RoPE scaling needs besides rope_type and factor, and those that it may have.
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -136,7 +137,7 @@ class GPTConfig:
     zero_init_proj: bool = False  # layers that add to the residual stream start at 0: a block begins as the identity
     dropout: float = 0.0  # on the embedding and on both branches of a block; needs one key per sample, keyed_dropout.py
     z_loss: float = 0.0  # adds z_loss * log(sum exp logits)^2 to the training loss of each token; PaLM uses 1e-4
-    activation_checkpointing: Literal["none", "full"] | int = "none"  # "full": recompute all blocks; n: 0, n, 2n ...
+    activation_checkpointing: Recompute = "none"  # "full": recompute all blocks; n: 0, n, 2n ...
     activation_offload: bool = False  # keep the inputs of recomputed blocks in host memory; see offload.py
     mlp_chunk: int | None = None  # tokens that an MLP processes at a time, and recomputes in the backward pass
     kernels: Kernels = "auto"  # changes speed and rounding; see kernels.py

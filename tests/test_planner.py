@@ -17,6 +17,7 @@ from packspeed.data.prepare.prepare import prepare
 from packspeed.launch.commands.plan import machine_of
 from packspeed.launch.commands.plan import plan as plan_command
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.layout import NOT_YET
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.planner.calibrate import measured_job, write_calibration
 from packspeed.launch.planner.evaluate import MEMORY_COLUMNS, SPEED_COLUMNS, evaluate
@@ -362,7 +363,8 @@ def test_a_step_follows_what_it_computes_and_sends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("run_file", "preset_name", "ranks"), [(GPT2_XL, None, 8), (LLAMA_7B, None, 64), (LLAMA_7B, "llama-70b", 512)]
+    ("run_file", "preset_name", "ranks"),
+    [(GPT2_XL, None, 8), (LLAMA_7B, None, 64), (LLAMA_7B, "llama-70b", 512), (LLAMA_7B, "llama-70b", 1024)],
 )
 def test_a_search_finds_what_an_expert_would(run_file: Path, preset_name: str | None, ranks: int) -> None:
     run = load_run_file(run_file, [f"model.preset={preset_name}"] if preset_name else [])
@@ -379,6 +381,11 @@ def test_a_search_finds_what_an_expert_would(run_file: Path, preset_name: str | 
     assert 0.25 < best.plan.mfu < 0.6
     stages = {None: "zero1", "llama-70b": "zero3"}
     assert best.settings["deepspeed"] == stages[preset_name]
+    recompute = {8: "none", 64: "none", 512: "full", 1024: "2"}  # of 1,024 GPUs each has the memory for half
+    assert best.settings["model.activation_checkpointing"] == recompute[ranks]
+    parallel = {key for candidate in found.fitting for key in candidate.settings if key.startswith("parallel.")}
+    assert not parallel & {f"parallel.{axis}" for axis in NOT_YET}
+    assert ("parallel.sequence" in parallel) == (ranks > 8), "GPT-2 1.5B has 25 heads"
 
 
 def test_what_does_not_fit_names_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:

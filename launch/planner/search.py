@@ -4,40 +4,33 @@
     found.fitting[0].plan, found.fitting[0].settings
 
 Every combination of parallel sizes that the engine trains, ZeRO stage (with offload at 2 and 3), micro batch (the
-divisors of a rank's share) and recompute is planned; a plan takes about 2 ms. Of settings that predict the same time,
-micro batches of at least ENOUGH_TOKENS come first, then less memory. If nothing fits, `remedies` names changes of the
-run file and what each gives.
+divisors of a rank's share) and recompute (no block, every second one, all) is planned; a plan takes about 1 ms. Of
+settings that predict the same time, micro batches of at least ENOUGH_TOKENS come first, then less memory. If nothing
+fits, `remedies` names changes of the run file and what each gives.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
 
 from packspeed.launch.config.batch import divisors_of
+from packspeed.launch.config.deepspeed_json import load_ds_config, zero_stage
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import JsonObject
-from packspeed.launch.config.layout import run_layout
+from packspeed.launch.config.layout import NOT_YET, run_layout
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.planner.machine import GIB, Machine
 from packspeed.launch.planner.plan import Plan, job_of, plan_of
+from packspeed.model.config import Recompute
 
-STAGES: tuple[tuple[str, JsonObject], ...] = (
-    ("zero1", {"stage": 1}),
-    ("zero2", {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True}),
-    ("zero3", {"stage": 3, "overlap_comm": True, "contiguous_gradients": True}),
-    ("zero2_offload", {"stage": 2, "contiguous_gradients": True, "offload_optimizer": {"device": "cpu"}}),
-    (
-        "zero3_offload",
-        {"stage": 3, "contiguous_gradients": True, "offload_optimizer": {"device": "cpu"},
-         "offload_param": {"device": "cpu"}},
-    ),
-)  # fmt: skip
+STAGES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")  # files in ds_configs/
+RECOMPUTES: tuple[Recompute, ...] = ("none", 2, "full")
 MOST_TOKENS = 131_072  # of a micro batch: beyond it nothing gets faster
 ENOUGH_TOKENS = 8_192  # of a micro batch: with fewer, kernels are slower than the formulas say
+AXES = ("sequence", "tensor", "expert")  # of the section `parallel`
 PARALLEL = (1, 2, 4, 8)  # ranks that share a sequence or the weights: those of a host, which has the fast links
 MARGIN = 0.08  # share of the memory that stays free: nine tenths of plans err by less
 
@@ -80,8 +73,8 @@ def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = 
             f"{run.global_batch} samples of a step cannot be divided among {ranks} GPUs: use "
             f"{', '.join(map(str, near))}, or change train.global_batch_tokens."
         )
-    alone = run.parallel.model_copy(update={"sequence": 1, "tensor": 1})
-    run_layout(_changed(run, {"parallel": alone}), ranks)  # raises what no other size of the two would change
+    alone = run.parallel.model_copy(update={axis: 1 for axis in AXES if axis not in NOT_YET})
+    run_layout(_changed(run, {"parallel": alone}), ranks)  # raises what no other size would change
     candidates = list(_candidates(run, machine, ranks, vocabulary))
     fitting = sorted(
         (c for c in candidates if c.fits_with_margin),
@@ -94,14 +87,11 @@ def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = 
 
 def _candidates(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None) -> Iterator[Candidate]:
     """Yield every combination of parallel sizes, stage, recompute and micro batch with its plan."""
-    for sequence, tensor in itertools.product(PARALLEL, PARALLEL):
-        if sequence * tensor > min(ranks, machine.per_host):
-            continue
-        parallel = {"sequence": sequence, "tensor": tensor}
+    for parallel in _parallel_sizes(run, machine.on_host(ranks)):
         shared = _changed(run, {"parallel": run.parallel.model_copy(update=parallel)})
         try:
             rows = run_layout(shared, ranks).rows
-        except ConfigError:  # it does not divide the heads, or this version does not train it
+        except ConfigError:  # a size does not divide the heads, the tokens or the experts
             continue
         if run.global_batch % rows:
             continue
@@ -110,21 +100,31 @@ def _candidates(run: RunFile, machine: Machine, ranks: int, vocabulary: int | No
             yield Candidate(candidate.settings | settings, candidate.plan)
 
 
+def _parallel_sizes(run: RunFile, most: int) -> Iterator[dict[str, int]]:
+    """Yield the sizes of the axes that this version trains and this model has, for at most `most` ranks together."""
+    axes = [axis for axis in AXES if axis not in NOT_YET and (axis != "expert" or run.gpt_config(1).n_expert)]
+    for sizes in itertools.product(PARALLEL, repeat=len(axes)):
+        parallel = dict(zip(axes, sizes, strict=True))
+        shared = parallel.get("sequence", 1) * parallel.get("tensor", 1)
+        if max(shared, parallel.get("expert", 1)) <= most:
+            yield parallel
+
+
 def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, samples: int) -> Iterator[Candidate]:
     """Yield every combination of stage, recompute and micro batch. samples: of a rank in a step."""
     most = MOST_TOKENS * run.parallel.sequence
     sizes = [n for n in divisors_of(samples) if n == 1 or n * run.data.seq_len <= most]
-    for name, zero in STAGES:
-        for recompute, size in itertools.product(("none", "full"), sizes):
+    for name in STAGES:
+        raw = load_ds_config(name)
+        for recompute, size in itertools.product(RECOMPUTES, sizes):
             settings = {
-                "deepspeed": name, "train.micro_batch": str(size), "model.activation_checkpointing": recompute,
+                "deepspeed": name, "train.micro_batch": str(size), "model.activation_checkpointing": str(recompute),
             }  # fmt: skip
             changed = _micro_batch(_recompute(run, recompute), size)
-            raw = {"zero_optimization": copy.deepcopy(zero)}
             yield Candidate(settings, plan_of(job_of(changed, raw, machine, ranks, vocabulary)))
 
 
-def _recompute(run: RunFile, recompute: str) -> RunFile:
+def _recompute(run: RunFile, recompute: Recompute) -> RunFile:
     """Return a copy of a run file with another recompute."""
     model = run.model.model_copy(update={"activation_checkpointing": recompute})  # type: ignore[attr-defined]
     return _changed(run, {"model": model})
@@ -177,11 +177,12 @@ def reductions(plan: Plan, run: RunFile, raw: JsonObject, machine: Machine, voca
         changes.append(("model.activation_checkpointing: full", _recompute(run, "full"), raw))
     for size in [n for n in divisors_of(plan.micro_batch) if n < plan.micro_batch][-1:]:
         changes.append((f"train.micro_batch: {size}", _micro_batch(run, size), raw))
-    for name, zero in STAGES:
-        if zero["stage"] > plan.stage or "offload" in name:
-            changes.append((f"deepspeed: {name}", run, {"zero_optimization": copy.deepcopy(zero)}))
+    for name in STAGES:
+        other_stage = load_ds_config(name)
+        if zero_stage(other_stage) > plan.stage or "offload" in name:
+            changes.append((f"deepspeed: {name}", run, other_stage))
     for words, changed, json in changes:
-        other = plan_of(job_of(changed, copy.deepcopy(json), machine, plan.ranks, vocabulary))
+        other = plan_of(job_of(changed, json, machine, plan.ranks, vocabulary))
         less = plan.device_total - other.device_total
         if less > 0:
             slower = other.step_s / plan.step_s - 1
