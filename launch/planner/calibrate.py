@@ -18,7 +18,7 @@ import yaml
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
-from packspeed.launch.planner.lock import OUTSIDE_TENSORS
+from packspeed.launch.planner.lock import tensor_bytes
 from packspeed.launch.planner.machine import GIB, Machine
 from packspeed.launch.planner.plan import Job, job_of, plan_of
 from packspeed.launch.run_folder.folder import versions
@@ -71,7 +71,7 @@ def write_calibration(path: Path, base: str, job: Job, step_s: float) -> None:
 def describe(machine: Machine, job: Job, step_s: float, memory_gib: float) -> list[str]:
     """Return what the plan said beside what was measured, as text."""
     plan = plan_of(job)
-    tensors = sum(size for kind, size in plan.memory.items() if kind not in OUTSIDE_TENSORS) / GIB
+    tensors = tensor_bytes(plan.memory) / GIB
     return [
         f"{machine.name}: planned {plan.step_s:.4g} s a step, measured {step_s:.4g} s "
         f"({step_s / plan.step_s - 1:+.1%})",

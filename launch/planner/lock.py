@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -27,6 +28,14 @@ if TYPE_CHECKING:  # training reads locks, and needs nothing else of the planner
 
 FORMAT = 1
 OUTSIDE_TENSORS = ("communication buffers", "allocator margin", "CUDA context")  # kinds that torch's count leaves out
+
+
+def tensor_bytes(memory: Mapping[str, float]) -> float:
+    """Return the bytes of a plan's memory that torch counts on a GPU; on a CPU, all of the process.
+
+    memory: bytes by kind, such as Plan.memory.
+    """
+    return sum(size for kind, size in memory.items() if kind not in OUTSIDE_TENSORS)
 
 
 class Lock(TypedDict):

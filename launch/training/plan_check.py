@@ -19,9 +19,8 @@ import torch
 
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
-from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import RunFile
-from packspeed.launch.planner.lock import OUTSIDE_TENSORS, Lock, differences, read_lock
+from packspeed.launch.planner.lock import Lock, differences, read_lock, tensor_bytes
 from packspeed.launch.run_folder.formats import PLAN_FILE, PlanResult, StepLine
 
 STEPS, WARM_UP = 20, 5
@@ -37,7 +36,10 @@ class PlanCheck:
         """spent: returns {kind of work: seconds of this process so far}. device: "cpu" or "cuda"."""
         self.plan, self.path, self.spent, self.device, self.log = lock["plan"], folder / PLAN_FILE, spent, device, log
         self.warm: dict[str, float] = {}  # the seconds at the end of the warm-up
-        self.planned = {"step_time_s": float(self.plan["step_s"]), "memory_gib": measurable_gib(self.plan)}
+        self.planned = {
+            "step_time_s": float(self.plan["step_s"]),
+            "memory_gib": tensor_bytes(self.plan["memory"]) / GIB,
+        }
         self.seconds: list[float] = []
         self.memory: list[float] = []
 
@@ -108,11 +110,6 @@ def report_errors(result: PlanResult, log: Callable[[str], None]) -> None:
             f"{'WARNING: ' if abs(error) > bar else ''}plan: {words} {result['measured'][key]:.4g} {unit}, planned "
             f"{result['planned'][key]:.4g} ({error:+.1%}; nine tenths of plans are within {bar:.0%})"
         )
-
-
-def measurable_gib(plan: JsonObject) -> float:
-    """Return the planned GiB to compare with memory_gib in metrics.jsonl: tensors on a GPU, the process on a CPU."""
-    return sum(float(size) for kind, size in plan["memory"].items() if kind not in OUTSIDE_TENSORS) / GIB
 
 
 def device_memory(device: str) -> dict[str, float]:
