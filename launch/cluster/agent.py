@@ -84,7 +84,7 @@ def main() -> int:
                     os.chdir(request["cwd"])
                     warm = WarmProcess(*launcher_of(request))
             elif request["do"] == "run":
-                return LocalRanks(request, warm).run() & 0xFF
+                return LocalRanks(request, warm).run() & 0xFF  # diagnosis.describe_exit explains codes of signals
             else:
                 answer(request)
     finally:

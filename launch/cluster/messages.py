@@ -90,7 +90,7 @@ class _Ranks(TypedDict):
     port: int
     script: str
     arguments: list[str]
-    silence_s: float  # if nothing arrives on stdin for so long, the agent assumes that the network is cut
+    silence_s: float  # if nothing arrives on stdin for this long, the agent assumes that the network is cut
 
 
 class RunRequest(_Ranks):

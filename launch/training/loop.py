@@ -162,7 +162,7 @@ def train_step(
     forward and backward passes are queued on the device and the host would only wait.
     """
     engine, plan, norm_hook = trainer.engine, trainer.plan, trainer.norm_hook
-    set_rates(engine, number, trainer.run.train)
+    set_rates(engine, number, trainer.run.train)  # learning rate, weight decay and momentum of this step
     trainer.detector.begin_step()
     norm_hook.begin_step()
     loss_sum = torch.zeros((), device=trainer.topology.device)
@@ -198,7 +198,8 @@ def train_step(
     agreed = Agreement.of(norm_hook.read_agreement())
     overflow = trainer.detector.anomaly is None and getattr(engine.optimizer, "overflow", False)
     if trainer.detector.anomaly is None and not overflow:
-        balance(engine.module, agreement[SCALARS:])  # the optimizer has stepped, so the experts' biases move too
+        # The optimizer has stepped, so the experts' biases move too. The agreement ends with the experts' token counts.
+        balance(engine.module, agreement[SCALARS:])
     return StepResult(
         loss=agreed.loss,
         norm=norm_hook.norm,

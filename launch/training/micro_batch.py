@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class MicroBatch:
     """The input of one forward pass."""
 
-    inputs: torch.Tensor  # (B, T) int64; with parallel.sequence (B, t), the tokens of this rank's places
+    inputs: torch.Tensor  # (B, T) int64; with parallel.sequence (B, t), this rank's part of each row
     labels: torch.Tensor  # as inputs: the token after each input, or -1 without a loss
     rows: Batch  # the same rows as the loader returned them, on the host: complete on every rank
     # More arguments of GPT.forward. positions (as inputs) and documents (lengths) restrict attention to documents;
-    # sequence says which places this rank has.
+    # sequence says which part of each row this rank has.
     arguments: dict[str, torch.Tensor | list[int] | SequencePart]
 
 
@@ -54,7 +54,7 @@ def micro_batches(batch: Batch, rows: int, topology: Topology) -> Iterator[Micro
             # number of labels before the padding in each row.
             counts = np.arange(labels.size(1)) < part.used[:, None]  # (B, T)
             labels = labels.masked_fill(~to_device(counts, device), -1)
-        if sequence is not None:  # last: a place's label is the next token, which another rank may have
+        if sequence is not None:  # last, because the label of a token is the next one, which another rank may have
             inputs, labels = sequence.cut(inputs), sequence.cut(labels)
             arguments["sequence"] = sequence
             arguments |= {key: sequence.cut(x) for key, x in arguments.items() if isinstance(x, torch.Tensor)}

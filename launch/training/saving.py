@@ -23,12 +23,12 @@ def save_checkpoint(trainer: Trainer, step: int, val_loss: float | None, final: 
     if final and checkpointer.finish() and checkpointer.newest == step:
         return  # this step was saved already, on schedule and perhaps in the background
     state: TrainingState = {
-        # For people: a resume computes it from `step` and the dropped batches (Trainer.batches_before).
+        # Only for people who read the manifest: a resume computes it (Trainer.batches_before).
         "cursor": {"step": step, "next_batch": trainer.batches_before(step)},
         "evaluation_pending": trainer.evaluation_pending,
         "val_loss": val_loss,
         "probe": probe(trainer, step),  # a resume repeats it (self_check.py)
-        "guard": trainer.detector.state(),
+        "guard": trainer.detector.state(),  # the window of past losses and norms, and the vetoed steps
     }
     # The metrics are written to disk first, so that after a power cut no checkpoint is newer than its metrics line.
     metrics_error = None

@@ -26,17 +26,17 @@ class Trainer:
     """The settings of the run, the engine, and the objects that measure, judge and save its steps."""
 
     run: RunFile
-    topology: Topology
-    engine: Engine
-    plan: BatchPlan
-    loader: Loader
+    topology: Topology  # rank and device of this process, and collectives outside the engine
+    engine: Engine  # DeepSpeed's engine around the GPT
+    plan: BatchPlan  # how the batch is divided: micro_batch rows x accumulation passes x groups of ranks
+    loader: Loader  # returns the rows of any batch, given its number
     eval_windows: int  # validation windows per evaluation; 0: the dataset has no validation split
-    metrics: Metrics | None  # None until open_run_files is called, and always on ranks other than 0
-    checkpointer: Checkpointer
-    stop: StopSignal
+    metrics: Metrics | None  # writes metrics.jsonl; None until open_run_files is called, and on ranks other than 0
+    checkpointer: Checkpointer  # saves and loads checkpoints
+    stop: StopSignal  # whether a signal asked this rank to stop
     detector: AnomalyDetector  # decides from loss and gradient norm whether a step is bad
     norm_hook: GradientNormHook  # computes the norm inside engine.step(), and vetoes the update if the detector says so
-    timer: PhaseTimer
+    timer: PhaseTimer  # measures the wall time of each phase, for packspeed goodput
     flops_per_token: float  # model FLOPs of one training step, per token
     peak_flops: float  # FLOP/s of all ranks together
     log: Callable[[str], None]  # prints a line on rank 0, nothing on the others
