@@ -136,7 +136,7 @@ class Warm:
 class ProcessArea:
     """The memory of this process in which the kernel looks for its command line and its environment (/proc).
 
-    Both are where they were at the start of the process, and cannot grow.
+    Both keep the places and sizes that they had at the start of the process, so longer ones are cut off.
     """
 
     def __init__(self) -> None:

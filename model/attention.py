@@ -46,7 +46,7 @@ class Documents:
     def of(cls, lengths: list[int], tokens: Tensor, row: int | None = None) -> Documents:
         """Return the Documents for a batch of tokens (B, T). The copy of `ends` to the GPU is asynchronous.
 
-        row: T, if `tokens` has only this rank's part of each row.
+        row: the length of complete rows, if `tokens` has only this rank's part of each row; otherwise None.
 
         Raises ValueError if a length is negative or if the lengths do not add up to B * T. The kernels do not check
         this, and would read and write outside the batch.

@@ -117,7 +117,7 @@ class GPTConfig:
     position: Literal["learned", "rope"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None  # a mapping with its fields is accepted too
-    sliding_window: int | None = None  # a token attends to so many tokens, itself included; None: to all before it
+    sliding_window: int | None = None  # tokens that a token attends to, itself included; None: all before it
     sliding_window_pattern: int | None = None  # n: every n-th layer has no window, as in Gemma 3
     max_window_layers: int | None = None  # the first n layers have no window, as in Qwen2
     mlp: Activation = "gelu_tanh"  # GPT-2 uses tanh; nanoGPT is exact; relu(x)^2
@@ -372,7 +372,7 @@ def largest_parameter(config: GPTConfig) -> int:
 
 
 def attended_tokens(config: GPTConfig, seq_len: int) -> int:
-    """Return twice the number of tokens that a token of a sample attends to on average, summed over the layers."""
+    """Return twice the mean number of tokens that a token of a sample attends to, summed over the layers."""
     windows = [min(config.window_of(layer) or seq_len, seq_len) for layer in range(config.n_layer)]
     return sum(2 * window - window * window // seq_len for window in windows)
 

@@ -56,7 +56,7 @@ class Weight(NamedTuple):
         """
         if not self.theirs and ours.any():
             raise ValueError(
-                f"{self.ours} is not 0, but the class of transformers for this model has no bias that chooses experts. "
+                f"{self.ours} is not 0, but the class of transformers for this model has no bias in its routers.  "
                 "Train with model.balance_rate: 0, or with model.gate: sigmoid, which is exported as GLM-4-MoE."
             )
         for name, part in zip(self.theirs, torch.split(ours[: sum(self.rows)], list(self.rows)), strict=True):

@@ -304,7 +304,8 @@ def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
 def _experts(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the fields of GPTConfig for the experts that raw, a config.json whose model_type is `kind`, describes.
 
-    Mixtral and Qwen3-MoE have no bias that chooses experts, so their balance_rate is 0: it would add one.
+    Mixtral and Qwen3-MoE have no biases in their routers, so balance_rate is 0: with another value, training would add
+    some.
     """
     softmax: dict[str, Any] = {"gate": "softmax", "balance_rate": 0.0}
     if kind == "mixtral":

@@ -133,7 +133,7 @@ class Manifest:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Return the type of the tokens of such a vocabulary: "uint16" if all ids fit into it, otherwise "uint32".
+    """Return the type of the tokens for a vocabulary of this size: "uint16" if all ids fit into it, otherwise "uint32".
 
     Two bytes halve the disk space and the bandwidth.
     """

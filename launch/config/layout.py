@@ -97,7 +97,7 @@ NOT_YET = {"tensor": "tensor parallelism", "expert": "expert parallelism"}
 
 
 def run_layout(run: RunFile, world: int) -> Layout:
-    """Return the layout of a run with so many ranks.
+    """Return the layout of a run with `world` ranks.
 
     Raises ConfigError if a size of the section `parallel` does not divide the ranks, the heads or the tokens of a row;
     the message lists the sizes that do.

@@ -187,7 +187,7 @@ class Shards:
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor, converted to the precision of the export; biases that choose experts stay in fp32.
+        """Write a tensor, converted to the precision of the export; the biases of routers stay in fp32.
 
         Raises KeyError if it is unknown or was already written. Raises UserError if it has another shape than expected.
         """

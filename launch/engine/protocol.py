@@ -26,7 +26,7 @@ class Optimizer(Protocol):
 
 
 class ScaledOptimizer(Optimizer, Protocol):
-    """One of DeepSpeed's ZeRO-1, 2 and 3 optimizers, which have a loss scale (1.0 unless the precision is fp16)."""
+    """DeepSpeed's optimizer for ZeRO-1, 2 or 3, which has a loss scale (1.0 unless the precision is fp16)."""
 
     loss_scale: float
     overflow: bool  # whether the last step was dropped because its gradients overflowed or were vetoed

@@ -356,7 +356,7 @@ def huge_buckets(case: Case) -> Iterator[str]:
             yield (
                 f"zero_optimization.{key} = {size:g} elements needs up to {size * element_bytes * twice / GIB:.1f} GiB "
                 f"of "
-                "buffers per rank. Write 2e8 to 5e8, which is as fast."
+                "buffers per rank. Write 2e8 to 5e8, which is equally fast."
             )
 
 

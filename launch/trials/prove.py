@@ -139,8 +139,8 @@ def plan_proof(
 def _other_ranks(run: RunFile, ranks: int) -> int | None:
     """Return the default number of ranks for the second resume: half of `ranks`, or 2 if `ranks` is 1.
 
-    It is lower if so many cannot share the global batch. Returns None if no other number can, or if `ranks` is 1 and
-    this machine has only one GPU.
+    It is lower if that number cannot share the global batch. Returns None if no other number can, or if `ranks` is 1
+    and this machine has only one GPU.
     """
     if ranks == 1 and launcher.local_accelerators() == 1:
         return None

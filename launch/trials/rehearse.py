@@ -118,7 +118,8 @@ def enter_own_network(faults: list[Fault]) -> None:
 
 
 def slow_down(kind: str, amount: str) -> None:
-    """Delay or throttle the loopback device. `kind` is a key of QDISCS, and `amount` is in ms or Mbit/s.
+    """Delay or throttle the loopback device. `kind` is a key of QDISCS ("delay" or "slow"), and `amount` is in ms or
+    Mbit/s.
 
     Raises ConfigError that names the kernel module if the kernel lacks it.
     """

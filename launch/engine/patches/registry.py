@@ -77,7 +77,7 @@ ENGINE: tuple[Row, ...] = (
         "forward": "called: every micro batch",
         "backward": "called: every micro batch",
         "step": "called: every micro batch",
-        "is_gradient_accumulation_boundary": "called: tells whether this micro batch is the last of its step",
+        "is_gradient_accumulation_boundary": "called: whether this micro batch is the last of its step",
         "compile": "called: starts DeepCompile, which DeepSpeed does not start by itself",
         "save_checkpoint": "called: writes every rank's part of a checkpoint",
         "load_checkpoint": "called: reads a checkpoint of the same layout",
@@ -127,7 +127,7 @@ ENGINE: tuple[Row, ...] = (
 )  # fmt: skip
 
 OPTIMIZERS: tuple[Row, ...] = (
-    (STAGE12, MODULE, NORM, {"DeepSpeedZeroOptimizer": "read: tells an optimizer of stage 1 or 2, to choose its hook"}),
+    (STAGE12, MODULE, NORM, {"DeepSpeedZeroOptimizer": "read: the class of stages 1 and 2, to choose the patch"}),
     (STAGE12, "DeepSpeedZeroOptimizer", NORM, {
         "scaled_global_norm(norm_type)": "replaced: records the norm, and returns -1 for a vetoed step",
         "get_grad_norm_direct(gradients, params, norm_type)":
@@ -149,7 +149,7 @@ OPTIMIZERS: tuple[Row, ...] = (
         "update_lp_params()": "called: copies new fp32 weights into the module",
     }),
     (STAGE3, MODULE, NORM, {
-        "DeepSpeedZeroOptimizer_Stage3": "read: tells an optimizer of stage 3, to choose its hook",
+        "DeepSpeedZeroOptimizer_Stage3": "read: the class of stage 3, to choose the patch",
     }),
     (STAGE3, "DeepSpeedZeroOptimizer_Stage3", NORM, {
         "_get_norm_groups()": "replaced: records the norm, and returns -1 for a vetoed step",
@@ -168,10 +168,10 @@ OPTIMIZERS: tuple[Row, ...] = (
         "_get_param_partition_group(param)": "called: returns the ranks over which a gradient is partitioned",
     }),
     (STAGE3, "DeepSpeedZeroOptimizer_Stage3", WAITS, {
-        "offload_optimizer": "read: offloaded gradients are left alone",
-        "offload_param": "read: offloaded weights are left alone",
+        "offload_optimizer": "read: whether gradients are offloaded; these are not patched",
+        "offload_param": "read: whether weights are offloaded; these are not patched",
         "reduce_and_partition_stream": "read: its synchronize() becomes a wait of the current stream",
-        "parameter_offload": "read: leads to the stream that gathers weights",
+        "parameter_offload": "read: to find the stream that gathers weights",
         "_post_step(timer_names)": "replaced: streams wait instead of the host",
     }),
     ("deepspeed/runtime/zero/parameter_offload.py", "DeepSpeedZeRoOffload", WAITS, {
@@ -189,7 +189,7 @@ OPTIMIZERS: tuple[Row, ...] = (
     (STAGE3, "DeepSpeedZeroOptimizer_Stage3", SWAPPED, {
         "swap_optimizer": "read: the optimizer's state is on NVMe",
         "params_in_nvme_and_cpu": "read: weights are on NVMe",
-        "optimizer_swapper": "read: leads to the swap files",
+        "optimizer_swapper": "read: to find the swap files",
         "state_dict()": "replaced: contains what is in the swap files",
         "_rigid_load_state_dict(state_dict, load_optimizer_states)": "replaced: loads one sub-group after the other",
         "_swappable_optimizer_subgroup(sub_group_id)": "called: whether a sub-group is on NVMe",
@@ -239,7 +239,7 @@ OPTIMIZERS: tuple[Row, ...] = (
     }),
     (STAGE12, "DeepSpeedZeroOptimizer", BF16, {
         "gradient_average": "set: gradients are added up, not averaged",
-        "zenflow": "read: its gradients are averaged in code of its own",
+        "zenflow": "read: whether ZenFlow is on, which averages gradients itself",
     }),
     (STAGE12, MODULE, FLAT, {"GradPartitionBufferGroup": "called: holds a rank's part and its gradients"}),
     (STAGE12, "GradPartitionBufferGroup", FLAT, {"_view_specs": "read: where each gradient is in a rank's part"}),
@@ -248,15 +248,15 @@ OPTIMIZERS: tuple[Row, ...] = (
         "_fill_param_grad_accum_attribute(param)": "replaced: adds a gradient to the flat tensor",
         "reduce_gradients(pipeline_parallel)": "replaced: reduces the flat tensor in place",
         "_build_compact_grad_partition_buffer(group_idx)": "called: where each gradient is in a rank's part",
-        "_use_compact_grad_partition_buffer(group_idx)": "called: whether a group has one",
+        "_use_compact_grad_partition_buffer(group_idx)": "called: whether a group has such a buffer",
         "averaged_gradients": "set: this rank's part of the sums",
         "bit16_groups": "read: the parameters of a group, in order",
-        "bit16_groups_flat": "read: the size of a group with what fills it up",
-        "use_grad_accum_attribute": "read: ZeRO-1 that adds up in another precision than the weights'",
-        "overlap_comm": "read: gradients are then reduced during the backward pass",
-        "communication_data_type": "read: the flat tensor is reduced in fp32 only",
-        "round_robin_gradients": "read: another order of the parameters",
-        "parameter_alignment": "read: gaps between the parameters",
+        "bit16_groups_flat": "read: the size of a group with its padding",
+        "use_grad_accum_attribute": "read: whether ZeRO-1 adds up in another precision than the weights'",
+        "overlap_comm": "read: whether gradients are reduced during the backward pass",
+        "communication_data_type": "read: must be fp32, in which the flat tensor is reduced",
+        "round_robin_gradients": "read: whether the parameters have another order",
+        "parameter_alignment": "read: whether there are gaps between the parameters",
     }),
     (STAGE3, TEXT, BF16, {  # Python puts the class before names that begin with two underscores
         "def __avg_scatter_grads(self, params_to_reduce: List[Parameter], communication_data_type: torch.dtype)":
@@ -264,7 +264,7 @@ OPTIMIZERS: tuple[Row, ...] = (
     }),
     (STAGE3, "DeepSpeedZeroOptimizer_Stage3", BF16, {
         "_gradient_averaging_world_size(params, partition_world_size)": "replaced: no division by the ranks",
-        "all2all_process_group": "read: ZeRO++ exchanges gradients in another way",
+        "all2all_process_group": "read: whether ZeRO++ exchanges the gradients",
         "gradient_accumulation_dtype": "read: the dtype of the sums",
         "_get_param_partition_group(param)": "called: the ranks that share a gradient",
     }),
@@ -398,7 +398,7 @@ TORCH: tuple[Row, ...] = (
         "_get_default_store()": "called: the store of the process group, in which the ranks count their progress",
     }),
     ("torch/cuda/__init__.py", MODULE, "engine/preload.py", {
-        "_is_in_bad_fork": "called: tells a forked process that its parent had initialised CUDA",
+        "_is_in_bad_fork": "called: whether the parent of a forked process had initialised CUDA",
     }),
     ("torch/distributed/c10d_logger.py", MODULE, "engine/quiet.py", {
         "_exception_logger": "read: the module that a deprecation warning names as its origin",
