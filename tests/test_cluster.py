@@ -178,6 +178,35 @@ def test_a_host_that_is_cut_off_is_left_out_and_taken_back(
     assert kinds[1:] == [("stopped", 2), ("finished", 3)], "node3 came back while the others trained"
 
 
+def test_a_resume_is_proved_over_two_hosts(cluster: Cluster, workspace: Workspace) -> None:
+    """Both ranks are killed, each by a shell on its own host, and resumed. Seed 5 chooses all ranks."""
+    words = [
+        PACKSPEED,
+        "prove",
+        str(workspace.run_file),
+        "--set",
+        "name=two-hosts",
+        "--seed",
+        "5",
+        "--other-ranks",
+        "0",
+    ]
+    done = subprocess.run(
+        cluster.inside("node1", *words, "--json", "--hostfile", str(cluster.hostfile([1, 1]))),
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=workspace.folder, capture_output=True, text=True, timeout=800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"]
+    assert len(found["environment"]["ranks_per_host"]) == 2
+    (same,) = found["legs"]
+    assert same["killed"].startswith("all ranks killed (-9) after step ")
+    assert (same["ranks"], same["samples_equal"]) == (2, True)
+    assert same["losses_differ_by"] == same["weights_differ_by"] == 0.0
+    assert same["resumed_from"]
+    assert not [pid for name in cluster.names for pid in cluster.pids(name, "train.py")]
+
+
 def test_a_frozen_rank_is_named(cluster: Cluster, workspace: Workspace, reference: None) -> None:
     launch = Launch(cluster, workspace, "frozen", [1, 2], "--max-restarts", "1", "--hang-seconds", "6")
     launch.wait_for(lambda: launch.step() >= 25)

@@ -53,11 +53,18 @@ def agent_command(host: Host, python: str = sys.executable, ssh_config: Path | N
 
     `python` is the interpreter on that host, and the remote shell gets it quoted. `ssh_config` replaces ~/.ssh/config.
     """
-    agent = [python, "-m", "packspeed.launch.cluster.agent"]
+    return host_command(host, [python, "-m", "packspeed.launch.cluster.agent"], ssh_config)
+
+
+def host_command(host: Host, words: Sequence[str], ssh_config: Path | None = None) -> list[str]:
+    """Return the command line that runs the command `words` on a host: over ssh, or directly if it is this machine.
+
+    `ssh_config` replaces ~/.ssh/config.
+    """
     if host.local:
-        return agent
+        return list(words)
     config = ["-F", str(ssh_config)] if ssh_config else []
-    return ["ssh", "-T", *config, *OPTIONS, "--", host.name, shlex.join(agent)]
+    return ["ssh", "-T", *config, *OPTIONS, "--", host.name, shlex.join(words)]
 
 
 def ask_hosts(

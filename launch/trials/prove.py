@@ -13,6 +13,8 @@ folder. There are three runs:
 Equal bits need the same model of GPU, number of ranks per host and in all, and versions of torch, cuDNN, NCCL and the
 driver. The proof prints those that it was made with, and every checkpoint records them.
 
+With a hostfile, `packspeed launch` trains these runs on its hosts (prove_places.py). `other` uses the first of them.
+
 Cost: four launches and 2.5 times the steps.
 """
 
@@ -40,6 +42,7 @@ from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.formats import ComputeEnvironment
+from packspeed.launch.trials.prove_places import VICTIMS, OverHosts, Place, ThisMachine, process_tree
 
 if TYPE_CHECKING:
     from packspeed.launch.checkpoint.manifest import Manifest
@@ -51,9 +54,7 @@ MEASURED_KEYS = {
 }  # fmt: skip
 # How much a loss may differ if the number of ranks differs, because sums are then rounded in another order.
 TOLERANCE, TOLERANCE_16_BIT = 1e-5, 2e-2
-VICTIMS = ("one rank", "all ranks", "the launcher")
 POLL_S = 0.002  # how often to check whether the step of the kill is done; a small model needs milliseconds per step
-KILL_TIMEOUT_S = 600.0  # how long to wait until the launcher notices that its ranks are dead
 
 Say = Callable[[str], None]
 Line = JsonObject  # a line of metrics.jsonl without MEASURED_KEYS
@@ -98,6 +99,7 @@ class ProofPlan:
     other_ranks: int | None  # number of ranks of the second resume; None: there is no second resume
     kill_at: int  # kill once this step is in metrics.jsonl
     victim: str  # one of VICTIMS
+    place: Place = dataclasses.field(default_factory=ThisMachine)
 
     def arguments(self, name: str) -> list[str]:
         """Return the arguments of train.py for the run called `name` ("alone", "same" or "other")."""
@@ -106,11 +108,18 @@ class ProofPlan:
 
 
 def plan_proof(
-    run_file: Path, overrides: Sequence[str], steps: int, ranks: int | None, other_ranks: int | None, seed: int
+    run_file: Path,
+    overrides: Sequence[str],
+    steps: int,
+    ranks: int | None,
+    other_ranks: int | None,
+    seed: int,
+    hosts: OverHosts | None = None,
 ) -> ProofPlan:
     """Shorten the run to `steps` steps, and choose the step and the victim of the kill at random from `seed`.
 
-    `ranks` and `other_ranks` have defaults if they are None. Raises ConfigError if there are too few steps, if the
+    `ranks` and `other_ranks` have defaults if they are None; with `hosts`, the default of `ranks` is their slots. If
+    `other_ranks` is 0, there is no second resume. Raises ConfigError if there are too few steps, if the
     global batch cannot be divided among the ranks, or if the run file gives up bitwise resumes.
     """
     run = load_run_file(run_file, overrides)
@@ -121,11 +130,13 @@ def plan_proof(
         )
     if steps < 6:
         raise ConfigError(f"--steps {steps}: give at least 6, so that there are steps before and after the kill.")
-    count = ranks if ranks is not None else launcher.default_ranks(run)
-    other = other_ranks if other_ranks is not None else _other_ranks(run, count)
+    count = ranks if ranks is not None else hosts.slots if hosts else launcher.default_ranks(run)
+    other = (other_ranks or None) if other_ranks is not None else _other_ranks(run, count)
     for number in (count, other):
         if number is not None:
             plan_batch(run, number)
+            if hosts:
+                hosts.first(number)  # raises: too few slots
     shorter = [f"train.steps={steps}", f"checkpoint.every_steps={max(1, steps // 6)}", f"eval.every_steps={steps // 2}"]
     shorter.append("checkpoint.mirror=null")
     if run.train.schedule.warmup_steps >= steps:
@@ -133,7 +144,9 @@ def plan_proof(
     draw = random.Random(seed)
     kill_at, victim = draw.randrange(2, max(3, steps * 2 // 3)), draw.choice(VICTIMS)
     folder = run.folder.with_name(f".prove-{run.name}")
-    return ProofPlan(run_file, [*overrides, *shorter], folder, steps, count, other, kill_at, victim)
+    return ProofPlan(
+        run_file, [*overrides, *shorter], folder, steps, count, other, kill_at, victim, hosts or ThisMachine()
+    )
 
 
 def _other_ranks(run: RunFile, ranks: int) -> int | None:
@@ -189,23 +202,15 @@ def _launched(plan: ProofPlan, name: str, ranks: int) -> Iterator[psutil.Popen]:
         try:
             yield process
         finally:
-            for member in _process_tree(process):
+            for member in process_tree(process):
                 with suppress(psutil.NoSuchProcess):
                     member.kill()
 
 
 def _start(plan: ProofPlan, name: str, ranks: int, log: IO[str]) -> psutil.Popen:
-    """Start DeepSpeed's launcher for the run `name` ("alone", "same" or "other"), with its output in `log`."""
-    command = launcher.launcher_command(ranks, plan.arguments(name))
+    """Start the launcher for the run `name` ("alone", "same" or "other"), with its output in `log`."""
+    command = plan.place.command(ranks, plan.arguments(name), plan.folder)
     return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def _process_tree(process: psutil.Popen) -> list[psutil.Process]:
-    """Return a process and all its descendants, or an empty list if the process has ended."""
-    try:
-        return [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _finish(plan: ProofPlan, name: str, ranks: int) -> int:
@@ -223,24 +228,22 @@ def _train_and_kill(plan: ProofPlan, name: str, say: Say) -> str:
 
     Returns a description of the kill. Raises UserError if the run ends before it can be killed.
     """
-    with _launched(plan, name, plan.ranks) as process:
-        metrics = plan.folder / name / "metrics.jsonl"
-        ranks: list[psutil.Process] = []
+    run_folder = plan.folder / name
+    metrics = run_folder / "metrics.jsonl"
+    with (
+        _launched(plan, name, plan.ranks) as process,
+        plan.place.victims(process, plan.ranks, run_folder) as victims,
+    ):
         while _last_step(metrics) < plan.kill_at:
-            # Find the ranks while they start. Later would be too late: the search takes longer than a few steps.
-            if len(ranks) < plan.ranks:
-                tree, ranks = _process_tree(process), launcher.ranks_below(process.pid)
+            victims.find()
             if process.poll() is not None:
                 raise UserError(
                     f"the run ended before it could be killed after step {plan.kill_at}: {_last_error(plan, name)}. "
                     f"Its log: {_log_file(plan, name)}"
                 )
             time.sleep(POLL_S)
-        victims = {"one rank": ranks[-1:], "all ranks": ranks, "the launcher": [p for p in tree if p not in ranks]}
-        for victim in victims[plan.victim]:
-            with suppress(psutil.NoSuchProcess):
-                victim.kill()
-        psutil.wait_procs(tree, timeout=KILL_TIMEOUT_S)
+        victims.kill(plan.victim)
+        victims.wait()
         if _last_step(metrics) >= plan.steps:
             raise UserError(
                 f"the run finished before {plan.victim} could be killed. Repeat the command with more --steps."
