@@ -460,7 +460,8 @@ def init_weights(
 
     The ranks share the drawing: each draws every `ranks`-th matrix, all at the same time, and holds one at a time.
     materialise(p, source): returns a context in which parameter p is complete and can be written, and which at its end
-    gives every rank what rank `source` has written. With several ranks it is a collective.
+    gives every rank what rank `source` has written. With several ranks it is a collective. If the context gives a
+        tensor on rank `source`, the complete value is written there: the ranks then keep parts of it.
     """
     # The shapes of another model, because ZeRO-3's partitions have none.
     shapes = {name: parameter.shape for name, parameter in gpt_without_weights(model.config).named_parameters()}
@@ -475,11 +476,11 @@ def init_weights(
                 for own_name in matrices[number + rank :][:1]:
                     own = initial_value(own_name, shapes[own_name], model.config, seed)
             number += 1
-        with torch.no_grad(), materialise(parameter, source):
+        with torch.no_grad(), materialise(parameter, source) as complete:
             if rank == source:
                 value = own if is_matrix(name) else initial_value(name, shapes[name], model.config, seed)
                 assert value is not None
-                parameter.copy_(value)
+                (parameter if complete is None else complete).copy_(value)
 
 
 def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from packspeed.model.config import GPTConfig
+from packspeed.model.expert_parts import ExpertPart, Route
 from packspeed.model.kernels import choose, out_of_graphs
 from packspeed.model.linear import is_slow
 
@@ -45,6 +46,7 @@ class Choice:
 
     def __init__(self) -> None:
         self.experts: Tensor | None = None  # (N, K) int64
+        self.route: Route | None = None  # where the rows went, if ranks share the experts
 
 
 class Router(nn.Module):
@@ -117,8 +119,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 class MoE(nn.Module):
     """The feed-forward part of a block with experts.
 
-    shared: the MLP that every token uses besides, of the width n_shared_expert * d_expert; or None.
+    shared: the MLP that every token uses besides, of the width n_shared_expert * d_expert; or None. `part` is set by
+    share_experts if this rank has only some of the experts: every rank of the group must then call each pass.
     """
+
+    part: ExpertPart | None = None
 
     def __init__(self, config: GPTConfig, shared: nn.Module | None) -> None:
         super().__init__()
@@ -147,11 +152,30 @@ class MoE(nn.Module):
             self.counts = counts if self.counts is None else self.counts + counts
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         rows: Tensor = _Send.apply(flat, order, inverse)  # type: ignore[no-untyped-call]
-        ends = ends.to(torch.int32)
-        hidden = choose(self.kernels, x.device).activate(self.up(rows, ends), self.activation)
-        out: Tensor = _Collect.apply(self.proj(hidden, ends), weights, order, inverse)  # type: ignore[no-untyped-call]
+        if self.part is None:
+            rows = self._compute(rows, ends)
+        else:
+            route = self._route(self.part, ends, choice)
+            rows = route.to_tokens(self._compute(route.to_experts(rows), route.ends))
+        out: Tensor = _Collect.apply(rows, weights, order, inverse)  # type: ignore[no-untyped-call]
         y = out.view_as(x)
         return y if self.shared is None else y + self.shared(x)
+
+    def _compute(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Return the experts' results, (n, C), for rows (n, C) that are sorted by expert. ends: the end of each one."""
+        ends = ends.to(torch.int32)
+        hidden = choose(self.kernels, rows.device).activate(self.up(rows, ends), self.activation)
+        out: Tensor = self.proj(hidden, ends)
+        return out
+
+    def _route(self, part: ExpertPart, ends: Tensor, choice: Choice | None) -> Route:
+        """Return the route of the rows: that of the forward pass if this is its recomputation. A collective."""
+        if choice is not None and choice.route is not None:
+            return choice.route
+        route = part.route(ends.diff(prepend=ends.new_zeros(1)))
+        if choice is not None:
+            choice.route = route
+        return route
 
 
 class _Send(torch.autograd.Function):
@@ -268,7 +292,7 @@ def _has_grouped_gemm(rows: Tensor, *widths: int) -> bool:
 
     That is the case for bf16 on GPUs, if the rows of all matrices are aligned to 16 bytes.
     """
-    if not rows.is_cuda or rows.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+    if not rows.is_cuda or rows.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm") or not rows.size(0):
         return False
     return all(width % 8 == 0 for width in widths)
 
@@ -276,6 +300,21 @@ def _has_grouped_gemm(rows: Tensor, *widths: int) -> bool:
 def moe_layers(model: nn.Module) -> Iterator[MoE]:
     """Yield the layers with experts, in the order of the blocks."""
     return (module for module in model.modules() if isinstance(module, MoE))
+
+
+def share_experts(model: nn.Module, part: ExpertPart) -> None:
+    """Leave this rank's experts in each layer of a model on the meta device, whose weights are not drawn yet."""
+    for layer in moe_layers(model):
+        layer.part = part
+        for linear in (layer.up, layer.proj):
+            linear.weight = nn.Parameter(part.of(linear.weight.data).clone())
+
+
+def is_expert_parameter(name: str, config: GPTConfig) -> bool:
+    """Return whether the parameter of this name has the rows of all experts of a layer, below each other."""
+    if not name.endswith((".mlp.up.weight", ".mlp.proj.weight")):
+        return False
+    return config.has_experts(int(name.split(".")[1]))
 
 
 def take_counts(model: nn.Module) -> Tensor | None:

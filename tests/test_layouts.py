@@ -74,10 +74,9 @@ def test_process_groups_have_the_ranks_of_their_axis(measured: dict[str, Any]) -
 
 
 def test_sizes_that_do_not_exist_yet_are_refused(workspace: Workspace) -> None:
-    for key in ("tensor", "expert"):
-        run = load_run_file(workspace.run_file, [f"parallel.{key}=2"])
-        with pytest.raises(ConfigError, match=rf"parallel.{key} = 2: Packspeed has no {key} parallelism"):
-            plan_batch(run, 4)
+    run = load_run_file(workspace.run_file, ["parallel.tensor=2"])
+    with pytest.raises(ConfigError, match=r"parallel.tensor = 2: Packspeed has no tensor parallelism"):
+        plan_batch(run, 4)
     with pytest.raises(ConfigError, match=r"parallel: pipeline: Packspeed has no pipeline parallelism.*use ZeRO-3"):
         load_run_file(workspace.run_file, ["parallel.pipeline=2"])
     assert not fits(load_run_file(workspace.run_file, ["parallel.sequence=2"]), 3)

@@ -26,6 +26,7 @@ import torch
 from packspeed.data.storage.atomic import write_file
 from packspeed.data.storage.hashing import FileHash, hash_file
 from packspeed.launch.checkpoint import retention
+from packspeed.launch.checkpoint.expert_files import own_experts
 from packspeed.launch.checkpoint.identity import has_same_layout
 from packspeed.launch.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -44,7 +45,7 @@ from packspeed.launch.checkpoint.rng import gather_rng_states, set_rng_state
 from packspeed.launch.checkpoint.writer import SafeWriter
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.run_file import CheckpointSection
-from packspeed.launch.engine.optimizer_state import own_states
+from packspeed.launch.engine.optimizer_state import own_states, update_module
 from packspeed.launch.engine.patches.checkpoint_writer import write_checkpoints_with
 from packspeed.launch.engine.patches.swapped_state import keeps_state_on_nvme
 
@@ -131,6 +132,8 @@ class Checkpointer:
                 )
             except OSError as problem:
                 self.writer.error = f"{temporary}: {problem.strerror}"
+            if (experts := own_experts(self.engine, self.topology)) is not None:
+                self.writer.save(experts[1], str(temporary / experts[0]))
 
         # Build the manifest now, apart from the hashes of the files: it must describe the state before training
         # continues.
@@ -242,6 +245,8 @@ class Checkpointer:
         if has_same_layout(manifest, self.identity):
             loaded_from, client_state = self.engine.load_checkpoint(str(path.parent), tag=path.name)
             check_loaded_step(path, manifest["step"], loaded_from, client_state)
+            if self.topology.layout.expert > 1:  # DeepSpeed has given every rank the experts of rank 0
+                update_module(self.engine)
         else:
             # Imported here, because it loads safetensors and most runs do not need it.
             from packspeed.launch.checkpoint import reshard

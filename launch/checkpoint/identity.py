@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.order import ORDER_VERSION
-from packspeed.launch.checkpoint.manifest import Manifest, RunIdentity
+from packspeed.launch.checkpoint.manifest import Layout, Manifest, RunIdentity
 from packspeed.launch.config.deepspeed_json import zero_stage
 from packspeed.launch.config.fp8 import engine_precision
 from packspeed.launch.config.json_types import DsConfig, JsonObject
@@ -46,6 +46,14 @@ def run_identity(
     `resolved` is the run file with all defaults. The list of optimizer classes is empty; name_optimizers fills it once
     the engine exists.
     """
+    layout: Layout = {
+        "dp_size": topology.layout.zero,
+        "zero_optimization": ds_config.get("zero_optimization") or {},
+        "precision": engine_precision(resolved["train"]["precision"]),
+        "optimizers": [],
+    }
+    if topology.layout.expert > 1:
+        layout["expert"] = topology.layout.expert
     return {
         "config": resolved,
         "dataset_fingerprint": dataset.fingerprint,
@@ -53,12 +61,7 @@ def run_identity(
         "order_version": ORDER_VERSION,
         "zero_stage": zero_stage(ds_config),
         "dp_size": topology.layout.zero,
-        "layout": {
-            "dp_size": topology.layout.zero,
-            "zero_optimization": ds_config.get("zero_optimization") or {},
-            "precision": engine_precision(resolved["train"]["precision"]),
-            "optimizers": [],
-        },
+        "layout": layout,
         "packspeed": metadata.version("packspeed"),
         "versions": run_folder.versions(),
         "environment": environment,
@@ -84,6 +87,8 @@ def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
 
     Imported weights have no layout, so for them the result is False.
     """
+    if saved.get("layout", {}).get("expert", 1) > 1 and identity["zero_stage"] == 0:
+        return False  # DeepSpeed would give every rank the experts of rank 0
     return "layout" in saved and _shape_of_files(saved["layout"]) == _shape_of_files(identity["layout"])
 
 

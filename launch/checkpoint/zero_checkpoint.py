@@ -18,6 +18,8 @@ the fp32 weights.
                    | w1 w1 w1 w1 w2 w2 | w2 w2 w3 w3 w3 -- |       w2 is in both files, -- is padding
                          rank 0               rank 1
 
+               If n ranks share the experts, rank r has those of number r mod n, in a group whose flat vector is cut
+               into R / n slices. The complete parameter has the rows of all n vectors, one below the other.
                mp_rank_00_model_states.pt["param_shapes"] has names and shapes in that order.
   stage 3      zero_pp_rank_<r>_..._optim_states.pt. Each parameter is cut into R equal slices of p = ceil(numel / R)
                elements. File r has, for each group, slice r of every parameter, concatenated. With two ranks:
@@ -25,6 +27,7 @@ the fp32 weights.
                    rank 0  | w1 w1 | w2 w2 | w3 w3 |
                    rank 1  | w1 w1 | w2 w2 | w3 -- |
 
+               At stage 0, experts_<number>.pt has the experts of each rank but the first (expert_files.py).
   imported     No files of DeepSpeed, but universal/<parameter>.safetensors (convert/import_weights.py)
 
 DeepSpeed's files are pickles. They are read with weights_only=True, so that no code in them can run.
@@ -42,6 +45,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from packspeed.launch.checkpoint.expert_files import expert_files, join_experts
 from packspeed.launch.checkpoint.manifest import UNIVERSAL, ImportedFrom, read_manifest
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.engine.mapped_pages import release_pages
@@ -262,6 +266,7 @@ def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[s
             )
         numbered = content["optimizer"]["state"]
         optimizer_tensors = {name: numbered.get(number, {}) for number, name in enumerate(order)}
+    others = [read_safely(path) for path in expert_files(checkpoint)]
     shared = dict(content.get("shared_params") or {})
     seen_storage = set[int]()
     for number, (name, weight) in enumerate(content["module"].items()):
@@ -271,7 +276,7 @@ def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[s
         if selection.has_parameter(number):
             stored = {"fp32": weight, **optimizer_tensors.get(name, {})}
             tensors = {key: value for key, value in stored.items() if _is_selected(key, value, weight, selection)}
-            yield name, {key: value.float() for key, value in tensors.items()}
+            yield name, join_experts(name, {key: value.float() for key, value in tensors.items()}, others)
             release_pages(tensors.values())
 
 
@@ -283,14 +288,23 @@ def _stage12_tensors(
     Each parameter is a span of its group's flat vector, of which each rank has a slice.
     """
     paddings = states[0].get("param_alignment_paddings")  # [group][parameter]: number of unused elements after it
+    counts = states[0]["partition_count"]  # [group]: number of slices of a flat vector
     number = 0  # number of the parameter, counted over all groups
     for group, shape_of in enumerate(shapes):
-        slices = _slices_of_ranks(states, "single_partition_of_fp32_groups", group, selection)
+        parts = len(states) // counts[group]  # more than 1 for experts that ranks share
+        of_parts = [
+            _slices_of_ranks(states[part::parts], "single_partition_of_fp32_groups", group, selection)
+            for part in range(parts)
+        ]
         start = 0  # where the parameter begins in the flat vector
         for index, (name, shape) in enumerate(shape_of.items()):
             size = shape.numel()
             if selection.has_parameter(number):
-                yield name, {key: _span(of_ranks, start, size).view(shape) for key, of_ranks in slices.items()}
+                rows = [
+                    {key: _span(of_ranks, start, size).view(shape) for key, of_ranks in slices.items()}
+                    for slices in of_parts
+                ]
+                yield name, rows[0] if parts == 1 else {key: torch.cat([part[key] for part in rows]) for key in rows[0]}
             start += size + (paddings[group][index] if paddings else 0)
             number += 1
 

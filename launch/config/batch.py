@@ -41,9 +41,10 @@ def plan_batch(run: RunFile, world: int) -> BatchPlan:
 
 
 def fits(run: RunFile, world: int) -> bool:
-    """Return whether `world` ranks can share the rows of the run's global batch equally."""
+    """Return whether `world` ranks can share the rows of the run's global batch, and its experts, equally."""
     rows, rest = divmod(world, run.parallel.per_row)
-    return rest == 0 and rows > 0 and run.global_batch % rows == 0
+    experts_fit = world // run.parallel.tensor % run.parallel.expert == 0
+    return rest == 0 and rows > 0 and run.global_batch % rows == 0 and experts_fit
 
 
 def solve_batch(

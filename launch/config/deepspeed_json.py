@@ -296,6 +296,8 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
         )
     if run.train.optimizer.name == "muon":
         yield from _refused_with_muon(path, raw)
+    if run.parallel.expert > 1:
+        yield from _refused_with_experts(path, raw, run.parallel.expert)
 
 
 def _refused_with_muon(path: Path, raw: JsonObject) -> Iterator[str]:
@@ -312,6 +314,25 @@ def _refused_with_muon(path: Path, raw: JsonObject) -> Iterator[str]:
     }
     for setting in (name for name, given in found.items() if given):
         yield f"{path}: {setting} works with AdamW only, not with train.optimizer.name: muon. Remove it."
+
+
+def _refused_with_experts(path: Path, raw: JsonObject, expert: int) -> Iterator[str]:
+    """Yield a message for each setting of the JSON `raw` with which ranks cannot share experts."""
+    zero = raw.get("zero_optimization") or {}
+    if zero_stage(raw) == 3:
+        yield (
+            f"{path}: ZeRO-3 with parallel.expert = {expert} is not supported, because it would partition each rank's "
+            "experts over ranks that have other ones. Write deepspeed: zero1 or zero2, or parallel.expert: 1."
+        )
+    found = {
+        "zero_optimization.reduce_scatter: false": zero.get("reduce_scatter") is False,
+        "zero_optimization.load_from_fp32_weights: false": zero.get("load_from_fp32_weights") is False,
+        "zero_optimization.zenflow": bool(zero.get("zenflow")),
+        "compile.deepcompile": (raw.get("compile") or {}).get("deepcompile") is True,
+        "prescale_gradients": raw.get("prescale_gradients") is True,
+    }
+    for setting in (name for name, given in found.items() if given):
+        yield f"{path}: {setting} does not work with parallel.expert = {expert}. Remove it."
 
 
 def _other_optimizer(path: Path, given: JsonObject, ours: JsonObject) -> Iterator[str]:

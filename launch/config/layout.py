@@ -93,7 +93,7 @@ class Layout:
 
 ONE_RANK = Layout()
 
-NOT_YET = {"tensor": "tensor parallelism", "expert": "expert parallelism"}
+NOT_YET = {"tensor": "tensor parallelism"}
 
 
 def run_layout(run: RunFile, world: int) -> Layout:
@@ -111,6 +111,8 @@ def run_layout(run: RunFile, world: int) -> Layout:
         _check_ranks(layout)
     if layout.sequence > 1:
         _check_sequence(run, layout)
+    if layout.expert > 1:
+        _check_experts(run, layout)
     return layout
 
 
@@ -153,6 +155,27 @@ def _check_sequence(run: RunFile, layout: Layout) -> None:
             f"parallel.sequence = {layout.sequence} with train.precision: fp8 leaves {length / layout.sequence:g} "
             f"tokens of a row to a rank, but GPUs multiply in fp8 only if that is a multiple of {FP8_MULTIPLE}. Make "
             f"data.seq_len a multiple of {layout.sequence * FP8_MULTIPLE}, or use bf16."
+        )
+
+
+def _check_experts(run: RunFile, layout: Layout) -> None:
+    """Raise ConfigError unless the ranks can share the experts of each layer equally, with this optimizer."""
+    model, key = run.gpt_config(1), f"parallel.expert = {layout.expert}"
+    if model.n_expert is None:
+        raise ConfigError(f"{key}: the model has no experts (model.n_expert). Write 1.")
+    if layout.tensor > 1:
+        raise ConfigError(f"{key} with parallel.tensor = {layout.tensor} is not supported. Write 1 for one of them.")
+    if run.train.optimizer.name == "muon":
+        raise ConfigError(
+            f"{key}: Muon needs complete matrices, and exchanges parts of them between all ranks. Write 1, or use "
+            "train.optimizer.name: adamw."
+        )
+    if model.n_expert % layout.expert or layout.zero % layout.expert:
+        common = math.gcd(model.n_expert, layout.zero)
+        sizes = [size for size in range(1, common + 1) if common % size == 0]
+        raise ConfigError(
+            f"{key} must divide the {model.n_expert} experts of a layer and the {layout.zero} ranks. These sizes do: "
+            f"{', '.join(map(str, sizes))}."
         )
 
 

@@ -32,6 +32,7 @@ from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import DsConfig, JsonObject
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology, no_beat
+from packspeed.launch.engine.experts import expert_part, mark_experts
 from packspeed.launch.engine.groups import optimizer_groups
 from packspeed.launch.engine.hardware import keep_memory
 from packspeed.launch.engine.muon import Muon
@@ -39,14 +40,17 @@ from packspeed.launch.engine.ops import adamw_class, device_type
 from packspeed.launch.engine.patches.adam_bias import forget_bias_products, update_in_full_vectors
 from packspeed.launch.engine.patches.bf16_gradients import one_zero1, sum_gradients
 from packspeed.launch.engine.patches.device_waits import let_the_device_wait
+from packspeed.launch.engine.patches.expert_groups import experts_in, keep_own_checkpoints
 from packspeed.launch.engine.patches.flat_gradients import accumulate_in_flat_tensors
 from packspeed.launch.engine.patches.swapped_state import save_and_load_swapped_state
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.config import GPTConfig
+from packspeed.model.expert_parts import ExpertPart, part_of
 from packspeed.model.gpt import GPT, NoInit, gpt_without_weights, init_weights, use_fp8
 from packspeed.model.kernels import resolve
 from packspeed.model.linear import CPU_HAS_BF16
+from packspeed.model.moe import share_experts
 
 
 def resolve_precision(wanted: str) -> str:
@@ -159,13 +163,18 @@ def wants_deepcompile(ds_config: DsConfig, device: str) -> bool:
 
 
 def build_engine(
-    config: GPTConfig, run: RunFile, ds_config: DsConfig, draw: bool = True, beat: Callable[..., None] = no_beat
+    config: GPTConfig,
+    run: RunFile,
+    ds_config: DsConfig,
+    draw: bool = True,
+    beat: Callable[..., None] = no_beat,
+    topology: Topology | None = None,
 ) -> Engine:
     """Build the GPT, initialise its weights, wrap it in a DeepSpeedEngine and patch the engine's optimizer.
 
     `ds_config` is the final DeepSpeed configuration of this run. If `draw` is False, the weights have no meaning, and
-    the caller must load a checkpoint. `beat` tells a supervisor what this rank does (Topology.beat). A collective:
-    every rank must call it.
+    the caller must load a checkpoint. `beat` tells a supervisor what this rank does (Topology.beat). `topology` is
+    needed if ranks share the experts (parallel.expert). A collective: every rank must call it.
     """
     seed = run.train.seed if draw else None
     deepcompile = wants_deepcompile(ds_config, device_type())
@@ -175,20 +184,26 @@ def build_engine(
     # call at the same time, one of them can round differently in that one call, and a resumed run then differs in the
     # last bit of its first gradient. So a single thread makes the first call here.
     torch.zeros(64).exp_()
+    experts = expert_part(topology)
     if zero_stage(ds_config) == 3:
         model = _partitioned_model(config, seed, ds_config, beat)
     else:
         device = torch.device(get_accelerator().current_device_name())
-        model = model_on(device, config, seed, parameter_dtype(ds_config), beat)
+        model = model_on(device, config, seed, parameter_dtype(ds_config), beat, experts)
     if run.train.precision == "fp8":
         use_fp8(model, run.train.fp8_skip_blocks)
     engine: Engine
     groups = optimizer_groups(model, run.train.optimizer)
     muon = make_muon(groups, run, ds_config) if run.train.optimizer.name == "muon" else None
-    with one_zero1():
+    divided = (
+        contextlib.nullcontext() if experts is None or topology is None else experts_in(topology.group("expert_copies"))
+    )
+    with one_zero1(), divided:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=muon, model_parameters=groups, config=ds_config, dist_init_required=False
         )
+    if experts is not None:
+        keep_own_checkpoints(engine)
     if muon is not None:
         muon.locate(engine)
     adam = muon.adam if muon is not None else engine.basic_optimizer
@@ -218,25 +233,38 @@ def parameter_dtype(ds_config: DsConfig) -> torch.dtype:
 
 
 def model_on(
-    device: torch.device, config: GPTConfig, seed: int | None, dtype: torch.dtype, beat: Callable[..., None] = no_beat
+    device: torch.device,
+    config: GPTConfig,
+    seed: int | None,
+    dtype: torch.dtype,
+    beat: Callable[..., None] = no_beat,
+    experts: ExpertPart | None = None,
 ) -> GPT:
     """Return the GPT with its initial weights on `device`, in `dtype`, for ZeRO stages 0 to 2.
 
     The weights are the same bits as if all were drawn in fp32 on the CPU and then cast. But only one parameter at a
     time is in host memory, because the fp32 weights of a 7B model on eight ranks would take 216 GB. Without a seed, the
-    weights are zeros. `beat` (Topology.beat) is called for each parameter that is drawn. A collective: every rank
-    must call it.
+    weights are zeros. `beat` (Topology.beat) is called for each parameter that is drawn. With `experts`, the model has
+    this rank's experts only. A collective: every rank must call it.
     """
-    model = gpt_without_weights(config).to(dtype).to_empty(device=device)
+    model = gpt_without_weights(config)
+    if experts is not None:
+        share_experts(model, experts)
+    model = model.to(dtype).to_empty(device=device)
     for buffer in model.buffers():  # the routers' biases
         buffer.zero_()
     if config.tie_embeddings:  # to_empty makes two tensors of one
         model.lm_head.weight = model.embed.weight
+    if experts is not None:
+        mark_experts(model, experts)
 
     @contextlib.contextmanager
-    def sent_from(parameter: torch.nn.Parameter, source: int) -> Iterator[None]:
+    def sent_from(parameter: torch.nn.Parameter, source: int) -> Iterator[torch.Tensor | None]:
         beat("building")
-        yield
+        if (part := part_of(parameter)) is not None:
+            yield from _sent_in_parts(parameter, part, source)
+            return
+        yield None
         if _rank_and_world()[1] > 1:
             dist.broadcast(parameter.data, source)
 
@@ -246,6 +274,19 @@ def model_on(
     else:
         init_weights(model, seed, sent_from, *_rank_and_world())
     return model
+
+
+def _sent_in_parts(parameter: torch.nn.Parameter, part: ExpertPart, source: int) -> Iterator[torch.Tensor | None]:
+    """Yield, on rank `source`, a tensor for the complete parameter; then give every rank its part. A collective."""
+    is_source = dist.get_rank() == source
+    rows, columns = parameter.shape
+    complete = parameter.new_empty(part.size * rows, columns) if is_source else None
+    yield complete
+    for number in range(part.size):
+        piece = torch.empty_like(parameter) if complete is None else complete[number * rows : (number + 1) * rows]
+        dist.broadcast(piece.data, source)
+        if number == part.rank:
+            parameter.data.copy_(piece)
 
 
 def _rank_and_world() -> tuple[int, int]:

@@ -9,6 +9,7 @@
     scalars       norms and biases, if scalar_lr is given
     decay         all other matrices: optimizer.lr
     no_decay      all other parameters: optimizer.lr
+    experts       the matrices of experts, if ranks share them (engine/experts.py): as decay
 
 Weight decay applies to matrices only. Groups without parameters are left out.
 """
@@ -22,6 +23,7 @@ from packspeed.launch.engine.protocol import Engine
 from packspeed.model.gpt import GPT, is_matrix, is_muon_parameter
 
 MATRICES = "matrices"
+EXPERTS = "experts"
 ALWAYS = ("decay", "no_decay")
 WITHOUT_DECAY = ("no_decay", "scalars")
 
@@ -32,7 +34,7 @@ def peak_rates(optimizer: OptimizerSection) -> dict[str, float]:
     rates = {name: rate for name, rate in own.items() if rate is not None}
     if optimizer.name == "muon":
         rates[MATRICES] = optimizer.muon_lr or optimizer.lr
-    return rates | dict.fromkeys(ALWAYS, optimizer.lr)
+    return rates | dict.fromkeys((*ALWAYS, EXPERTS), optimizer.lr)
 
 
 def group_of(name: str, groups: dict[str, float]) -> str:
@@ -50,9 +52,11 @@ def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject
     rates = peak_rates(optimizer)
     of_group: dict[str, list[object]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
-        of_group[group_of(name, rates)].append(parameter)
+        shared_out = not getattr(parameter, "allreduce", True)  # by mark_experts
+        of_group[EXPERTS if shared_out else group_of(name, rates)].append(parameter)
     decays = {name: 0.0 if name in WITHOUT_DECAY else optimizer.weight_decay for name in rates}
-    return [{"name": name, "params": of_group[name], "weight_decay": decays[name]} for name in rates if of_group[name]]
+    groups = [{"name": name, "params": of_group[name], "weight_decay": decays[name]} for name in rates]
+    return [{**group, "moe": True} if group["name"] == EXPERTS else group for group in groups if group["params"]]
 
 
 def set_rates(engine: Engine, step: int, train: TrainSection) -> None:

@@ -128,19 +128,26 @@ def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def parameter_norms(engine: Engine) -> dict[str, dict[str, float]]:
+def parameter_norms(engine: Engine, experts: TensorGroup | None = None) -> dict[str, dict[str, float]]:
     """Return the L2 norms of each parameter's gradient and weight: {"gradient": {name: norm}, "weight": {name: norm}}.
 
     Call it on every rank (a collective at every ZeRO stage) after the last backward pass and before the optimizer step.
     The gradients are averaged over the global batch and not clipped yet. Gathers one parameter at a time, so a rank
-    never holds more than one complete parameter.
+    never holds more than one complete parameter. `experts`: the ranks that share experts, if any do.
     """
+
+    def norm(tensor: torch.Tensor, parameter: torch.Tensor) -> float:
+        squares = square_sum([tensor])
+        if experts is not None and experts.is_split(parameter):
+            dist.all_reduce(squares, group=experts.group)
+        return float(squares.sqrt())
+
     scale = cast(ScaledOptimizer, engine.optimizer).loss_scale if engine.fp16_enabled() else 1.0
     norms: dict[str, dict[str, float]] = {"gradient": {}, "weight": {}}
     for name, parameter in engine.module.named_parameters():
         gradient = safe_get_full_grad(parameter)
         weight = safe_get_full_fp32_param(parameter)
         if gradient is not None:
-            norms["gradient"][name] = float(square_sum([gradient]).sqrt()) / scale
-        norms["weight"][name] = float(square_sum([parameter if weight is None else weight]).sqrt())
+            norms["gradient"][name] = norm(gradient, parameter) / scale
+        norms["weight"][name] = norm(parameter if weight is None else weight, parameter)
     return norms

@@ -29,6 +29,7 @@ from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.engine.mapped_pages import copy_mapped
 from packspeed.launch.engine.patches.swapped_state import in_memory, keeps_state_on_nvme
 from packspeed.launch.engine.protocol import Engine
+from packspeed.model.expert_parts import part_of
 
 # Key of the fp32 weights in DeepSpeed's files -> attribute of the optimizer with the tensors of this rank.
 FP32_GROUPS = {
@@ -104,10 +105,12 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
     kinds = set[str]()  # "fp32" and the optimizer's states: "exp_avg", "exp_avg_sq", "momentum_buffer"
     for held in _parts_in_memory(engine):
         progress()
+        experts = part_of(engine.module.get_parameter(held.name))
         with safe_open(folder / f"{held.name}.safetensors", "pt") as file:
             for kind in file.keys():  # noqa: SIM118  (safe_open is no dict)
                 kinds.add(kind)
-                value = file.get_tensor(kind).view(-1)
+                complete = file.get_tensor(kind)
+                value = (complete if experts is None else experts.of(complete)).reshape(-1)
                 target = held.flat.data if kind == "fp32" else _state_tensor(inner.state[held.flat], kind, held.flat)
                 part = value[held.begin : held.begin + held.count]
                 target.view(-1)[held.offset : held.offset + held.count].copy_(part)
@@ -117,7 +120,7 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
                 buffer.copy_(file.get_tensor("fp32"))
     if "exp_avg_sq" in kinds:
         _set_step(inner, info["optimizer_step"])
-    _update_module(engine)
+    update_module(engine)
     if engine.fp16_enabled():
         for field, number in info["loss_scaler"].items():
             # A static loss scale has only the first of the fields.
@@ -175,7 +178,7 @@ def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             state["step"] = torch.tensor(float(step), device=state["exp_avg_sq"].device) if in_tensors else step
 
 
-def _update_module(engine: Engine) -> None:
+def update_module(engine: Engine) -> None:
     """Copy the optimizer's fp32 weights into the weights that the module computes with, as an optimizer step would do.
 
     A collective at stage 3.

@@ -29,6 +29,7 @@ from packspeed.data.loader import Prefetcher
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.build import loss_scale
+from packspeed.launch.engine.experts import expert_norm_group
 from packspeed.launch.engine.groups import set_rates
 from packspeed.launch.engine.norms import parameter_norms
 from packspeed.launch.engine.protocol import Engine
@@ -182,7 +183,7 @@ def train_step(
             agreement = all_reduce_agreement(trainer, loss_sum / plan.accumulation, batch.hash)
             norm_hook.agree(agreement)
             if with_norms:
-                layer_norms = parameter_norms(engine)
+                layer_norms = parameter_norms(engine, expert_norm_group(trainer.topology))
             trainer.enter("data")
             meanwhile()
         # 4. Step or veto. Before the last micro batch, engine.step() only counts. At the last one it reduces the

@@ -14,6 +14,7 @@ from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.config.run_data import make_run_loader
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology
+from packspeed.launch.engine.experts import expert_norm_group
 from packspeed.launch.engine.hardware import peak_flops
 from packspeed.launch.engine.patches.collectives import time_collectives
 from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
@@ -59,6 +60,8 @@ def make_trainer(
     if topology.device.type == "cpu":
         time_collectives(timer)
 
+    # ZeRO's own groups count each part of the experts once.
+    without_zero = expert_norm_group(topology) if engine.zero_optimization_stage() == 0 else None
     detector = AnomalyDetector(run.anomalies)
     if "guard" in manifest:
         detector.load(manifest["guard"])
@@ -74,7 +77,7 @@ def make_trainer(
         checkpointer=checkpointer,
         stop=StopSignal(),
         detector=detector,
-        norm_hook=GradientNormHook(engine, judge_by(detector)),
+        norm_hook=GradientNormHook(engine, judge_by(detector), without_zero),
         timer=timer,
         flops_per_token=flops_per_token(config, run.data.seq_len),
         peak_flops=peak_flops(topology, engine),

@@ -89,7 +89,7 @@ class PackspeedLoop:
     def __init__(self, setup: BenchSetup) -> None:
         run, topology = setup.run, setup.topology
         with run_folder.locked_run_folder(run.folder, topology, fresh=False):
-            engine = build_engine(setup.config, run, setup.ds_config)
+            engine = build_engine(setup.config, run, setup.ds_config, topology=topology)
             run_folder.write_configs(
                 run.folder, run_folder.resolved_config(run, setup.config, setup.precision), setup.ds_config, topology
             )

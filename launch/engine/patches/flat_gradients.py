@@ -78,9 +78,10 @@ def accumulate_in_flat_tensors(engine: Engine) -> None:
             whole = flat.pop(group)
             whole[end:].zero_()  # what fills up the last rank's part
             part = whole
-            if (ranks := dist.get_world_size(group=optimizer.dp_process_group)) > 1:
+            sharers = optimizer.real_dp_process_group[group]  # of experts, the ranks that hold the same ones
+            if (ranks := dist.get_world_size(group=sharers)) > 1:
                 part = torch.empty(whole.numel() // ranks, dtype=whole.dtype, device=whole.device)
-                dist.reduce_scatter_tensor(part, whole, group=optimizer.dp_process_group)
+                dist.reduce_scatter_tensor(part, whole, group=sharers)
             tensors = [part[start : start + math.prod(shape)].view(shape) for start, shape, _ in views[group]]
             for tensor, (_, _, padding) in zip(tensors, views[group], strict=True):
                 if padding:

@@ -57,6 +57,7 @@ NORM, BF16, ADAM = "engine/patches/gradient_norm.py", "engine/patches/bf16_gradi
 WAITS, MUON = "engine/patches/device_waits.py", "engine/muon.py"
 LAUNCHER = "engine/patches/node_launcher.py"
 FLAT = "engine/patches/flat_gradients.py"
+EXPERT_GROUPS = "engine/patches/expert_groups.py"
 STATE, OPS, PROTOCOL = "engine/optimizer_state.py", "engine/ops.py", "engine/protocol.py"
 WRITER, ZERO = "engine/patches/checkpoint_writer.py", "checkpoint/zero_checkpoint.py"
 SWAPPED, SWAP_FILES = "engine/patches/swapped_state.py", "deepspeed/runtime/swap_tensor/optimizer_utils.py"
@@ -250,6 +251,7 @@ OPTIMIZERS: tuple[Row, ...] = (
         "_build_compact_grad_partition_buffer(group_idx)": "called: where each gradient is in a rank's part",
         "_use_compact_grad_partition_buffer(group_idx)": "called: whether a group has such a buffer",
         "averaged_gradients": "set: this rank's part of the sums",
+        "real_dp_process_group": "read: the ranks that share the gradients of a group",
         "bit16_groups": "read: the parameters of a group, in order",
         "bit16_groups_flat": "read: the size of a group with its padding",
         "use_grad_accum_attribute": "read: whether ZeRO-1 adds up in another precision than the weights'",
@@ -267,6 +269,23 @@ OPTIMIZERS: tuple[Row, ...] = (
         "all2all_process_group": "read: whether ZeRO++ exchanges the gradients",
         "gradient_accumulation_dtype": "read: the dtype of the sums",
         "_get_param_partition_group(param)": "called: the ranks that share a gradient",
+    }),
+    (ENGINE_FILE, "DeepSpeedEngine", EXPERT_GROUPS, {
+        "_configure_distributed_model(model)": "replaced: also says that the model has experts",
+        "has_moe_layers": "set: only where gradients and partitions depend on it",
+        "buffered_allreduce_fallback(grads, elements_per_buffer)": "replaced: stage 0 reduces experts in their group",
+    }),
+    (STAGE12, "DeepSpeedZeroOptimizer", EXPERT_GROUPS, {
+        "has_moe_layers": "replaced: the norm is not averaged again",
+    }),
+    ("deepspeed/utils/groups.py", MODULE, EXPERT_GROUPS, {
+        "_get_expert_data_parallel_group_dict()": "called: gets the ranks that hold the same experts",
+    }),
+    ("deepspeed/moe/utils.py", TEXT, "engine/experts.py", {
+        'hasattr(param, "allreduce") and not param.allreduce': "set: marks the parameters of experts",
+    }),
+    (STAGE12, TEXT, "engine/groups.py", {
+        "'moe' in group and group['moe']": "set: marks the optimizer group of experts",
     }),
     (STAGE12, TENSORS, STATE, {"_hp_mapping": "read: the position of a parameter in the flat tensors"}),
     ("deepspeed/utils/tensor_fragment.py", "tensor_fragment", STATE, {

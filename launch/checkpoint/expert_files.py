@@ -1,0 +1,53 @@
+"""The experts of other ranks in a checkpoint of ZeRO-0: experts_<number>.pt.
+
+    experts_01.pt     {"weights": {parameter: its rows}, "states": {parameter: {"exp_avg": ..., ...}}}
+
+At stage 0 only rank 0 writes DeepSpeed's file, with its own experts. If ranks share the experts (parallel.expert), the
+first rank that has the experts of number n, n > 0, writes this file beside it. At stages 1 and 2 each rank's own file
+has all that is needed (zero_checkpoint.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from packspeed.model.expert_parts import part_of
+
+if TYPE_CHECKING:
+    from packspeed.launch.engine.distributed import Topology
+    from packspeed.launch.engine.protocol import Engine
+
+PATTERN = "experts_*.pt"
+
+
+def expert_files(checkpoint: Path) -> list[Path]:
+    """Return the files of experts in a checkpoint, in the order of the ranks that wrote them."""
+    return sorted(checkpoint.glob(PATTERN), key=lambda path: int(path.stem.removeprefix("experts_")))
+
+
+def own_experts(engine: Engine, topology: Topology) -> tuple[str, dict[str, Any]] | None:
+    """Return (name, content) of the file of experts that this rank writes, or None if it writes none."""
+    number = topology.layout.index("expert", topology.rank)
+    if engine.zero_optimization_stage() > 0 or number == 0 or topology.rank != number:
+        return None
+    mine = {name: weight for name, weight in engine.module.named_parameters() if part_of(weight) is not None}
+    states = engine.basic_optimizer.state
+    content = {
+        "weights": {name: weight.detach() for name, weight in mine.items()},
+        "states": {name: dict(states.get(weight, {})) for name, weight in mine.items()},
+    }
+    return f"experts_{number:02d}.pt", content
+
+
+def join_experts(
+    name: str, tensors: dict[str, torch.Tensor], others: Sequence[dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a parameter with the rows of all ranks. `others`: the files' contents, in order."""
+    if not others or name not in others[0]["weights"]:
+        return tensors
+    of_ranks = [{"fp32": other["weights"][name], **other["states"][name]} for other in others]
+    return {key: torch.cat([first, *(rank[key].float() for rank in of_ranks)]) for key, first in tensors.items()}

@@ -1,0 +1,128 @@
+"""Expert parallelism: the ranks of a group share the experts of each layer, and send each other the rows of tokens.
+
+    part = ExpertPart(rank, size, all_to_all)
+    share_experts(model, part)      # a model without weights: each layer keeps the rows of n_expert / size experts
+
+    rank 0, tokens a b    a: 0 2    b: 1 2        has experts 0 1, gets    a from 0, b from 0, c from 1
+    rank 1, tokens c d    c: 0 3    d: 2 3        has experts 2 3, gets    a b from 0, c d d from 1
+
+A layer sorts the rows of its tokens by expert, as without a group. Experts of a rank have consecutive numbers, so the
+rows for a rank are consecutive too. The ranks exchange the counts first, then the rows, and later the results in the
+other direction. The backward pass of each exchange is the other one. No row is dropped, and ranks may get any number
+of rows, also none. An expert sees the rows of rank 0 first, then those of rank 1, each in the order of tokens.
+
+So the gradient of an expert, on the rank that has it, is the sum over all tokens of the group. Everything else in the
+model is that of the rank's own tokens.
+Cost: an exchange moves up to K rows of C channels per token, twice in the forward and twice in the backward pass. The
+host waits for the counts once per layer and pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packspeed.model.sequence import AllToAll
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """This rank's part of the experts of each layer, which it shares with size - 1 other ranks."""
+
+    rank: int
+    size: int
+    all_to_all: AllToAll
+
+    def of(self, complete: Tensor) -> Tensor:
+        """Return the rows of this rank's experts in a complete matrix of all experts, (E * out, in)."""
+        return complete.chunk(self.size)[self.rank]
+
+    def route(self, counts: Tensor) -> Route:
+        """Return where rows go if this rank has counts[e] rows for expert e, (E,) int64. A collective of the group."""
+        experts = counts.numel() // self.size
+        arriving = torch.empty_like(counts)
+        self.all_to_all(arriving, counts, [experts] * self.size, [experts] * self.size)
+        by_rank = arriving.view(self.size, experts)  # from each rank, rows for each of this rank's experts
+        sent, received = torch.stack((counts.view_as(by_rank).sum(1), by_rank.sum(1))).tolist()
+        expert = torch.arange(experts, device=counts.device).repeat(self.size).repeat_interleave(arriving)
+        order = expert.sort(stable=True).indices
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        return Route(self, sent, received, order, inverse, by_rank.sum(0).cumsum(0))
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send sent[r] rows of `rows`, (n, C), to each rank r in turn, and return the rows that arrive, by rank."""
+        width = rows.size(1)
+        arrived = rows.new_empty(sum(received), width)
+        sizes = [[number * width for number in numbers] for numbers in (received, sent)]
+        self.all_to_all(arrived.view(-1), rows.contiguous().view(-1), *sizes)
+        return arrived
+
+
+def part_of(parameter: torch.Tensor) -> ExpertPart | None:
+    """Return which part of a complete parameter this one is; None if it is complete."""
+    part: ExpertPart | None = getattr(parameter, "expert_part", None)
+    return part
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Which rows of one pass through a layer travel between the ranks.
+
+    sent, received: number of rows to and from each rank. order: numbers of the arrived rows, sorted by expert;
+    inverse: where each of them is in that order. ends: (experts of this rank,), as in GroupedLinear.
+    """
+
+    part: ExpertPart
+    sent: list[int]
+    received: list[int]
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+
+    def to_experts(self, rows: Tensor) -> Tensor:
+        """Send rows (n, C), sorted by expert, to the ranks of their experts. Returns those that arrive, sorted.
+
+        A collective of the group, in the backward pass too.
+        """
+        arrived: Tensor = _ToExperts.apply(rows, self)  # type: ignore[no-untyped-call]
+        return arrived
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """Send the results of the experts back: the inverse of to_experts, and a collective as well."""
+        back: Tensor = _ToTokens.apply(rows, self)  # type: ignore[no-untyped-call]
+        return back
+
+    def there(self, rows: Tensor) -> Tensor:
+        """Do what to_experts does, without a graph."""
+        return self.part.exchange(rows, self.sent, self.received)[self.order]
+
+    def back(self, rows: Tensor) -> Tensor:
+        """Do what to_tokens does, without a graph."""
+        return self.part.exchange(rows[self.inverse], self.received, self.sent)
+
+
+class _ToExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return route.there(rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.route.back(grad), None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return route.back(rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.route.there(grad), None
