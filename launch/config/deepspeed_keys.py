@@ -105,7 +105,7 @@ KEYS: KeyTree = {
     "zero_force_ds_cpu_optimizer": Unused("a Packspeed run always uses DeepSpeed's own optimizer.", unless(True)),
     "dataloader_drop_last": Unused(OWN_LOADER),
     "vocabulary_size": Unused("DeepSpeed uses it for a warning only. The tokenizer determines the vocabulary."),
-    "use_data_before_expert_parallelism": Unused("Packspeed has no expert parallelism."),
+    "use_data_before_expert_parallelism": Unused("Packspeed has its own expert parallelism."),
     "seq_parallel_communication_data_type": Unused("Packspeed has its own sequence parallelism."),
     "optimizer": {**_works("type legacy_fusion"), "params": ANY},
     "scheduler": {**_works("type"), "params": ANY},

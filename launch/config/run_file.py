@@ -490,7 +490,12 @@ class ParallelSection(Section):
         "this factor. It must divide the number of ranks and model.n_head.",
     )
     tensor: int = Field(1, ge=1, description="Ranks that share the weights of each layer. Only 1 is supported.")
-    expert: int = Field(1, ge=1, description="Ranks that share the experts of each layer. Only 1 is supported.")
+    expert: int = Field(
+        1,
+        ge=1,
+        description="Ranks that share the experts of each layer, at ZeRO 0 to 2. It must divide the number of ranks "
+        "and model.n_expert.",
+    )
 
     @model_validator(mode="before")
     @classmethod

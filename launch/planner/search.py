@@ -73,7 +73,7 @@ def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = 
             f"{run.global_batch} samples of a step cannot be divided among {ranks} GPUs: use "
             f"{', '.join(map(str, near))}, or change train.global_batch_tokens."
         )
-    alone = run.parallel.model_copy(update={axis: 1 for axis in AXES if axis not in NOT_YET})
+    alone = run.parallel.model_copy(update=dict.fromkeys(_axes(run), 1))
     run_layout(_changed(run, {"parallel": alone}), ranks)  # raises what no other size would change
     candidates = list(_candidates(run, machine, ranks, vocabulary))
     fitting = sorted(
@@ -100,9 +100,14 @@ def _candidates(run: RunFile, machine: Machine, ranks: int, vocabulary: int | No
             yield Candidate(candidate.settings | settings, candidate.plan)
 
 
+def _axes(run: RunFile) -> list[str]:
+    """Return the axes that this version trains and this model has."""
+    return [axis for axis in AXES if axis not in NOT_YET and (axis != "expert" or run.gpt_config(1).n_expert)]
+
+
 def _parallel_sizes(run: RunFile, most: int) -> Iterator[dict[str, int]]:
     """Yield the sizes of the axes that this version trains and this model has, for at most `most` ranks together."""
-    axes = [axis for axis in AXES if axis not in NOT_YET and (axis != "expert" or run.gpt_config(1).n_expert)]
+    axes = _axes(run)
     for sizes in itertools.product(PARALLEL, repeat=len(axes)):
         parallel = dict(zip(axes, sizes, strict=True))
         shared = parallel.get("sequence", 1) * parallel.get("tensor", 1)
@@ -116,6 +121,8 @@ def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, 
     sizes = [n for n in divisors_of(samples) if n == 1 or n * run.data.seq_len <= most]
     for name in STAGES:
         raw = load_ds_config(name)
+        if run.parallel.expert > 1 and zero_stage(raw) == 3:  # refused
+            continue
         for recompute, size in itertools.product(RECOMPUTES, sizes):
             settings = {
                 "deepspeed": name, "train.micro_batch": str(size), "model.activation_checkpointing": str(recompute),

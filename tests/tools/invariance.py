@@ -64,6 +64,7 @@ class Layout:
     threads: int = 1  # per rank
     sequence: int = 1
     experts: bool = False
+    expert: int = 1
 
     @property
     def name(self) -> str:
@@ -72,7 +73,10 @@ class Layout:
 
     @property
     def sizes(self) -> str:
-        """The number of ranks, or the sizes of the axes: SP2 x DP2 is 2 groups of 2 ranks that share rows."""
+        """The number of ranks, or the sizes of the axes: SP2 x DP2 is 2 groups of 2 that share rows (EP2: experts)."""
+        if self.expert > 1:
+            copies = self.ranks // self.expert
+            return f"EP{self.expert} x DP{copies}" if copies > 1 else f"EP{self.expert}"
         if self.sequence == 1:
             return f"{self.ranks}, {self.threads} threads" if self.threads > 1 else str(self.ranks)
         groups = self.ranks // self.sequence
@@ -123,7 +127,7 @@ def parallel_layouts(run: RunFile) -> list[Layout]:
 
 
 def expert_layouts(global_batch: int) -> list[Layout]:
-    """Every run of the third table: on one rank, on two, and on two that share rows."""
+    """Every run of the third table: on one rank, on two, on two that share rows, and on ranks that share experts."""
     found = []
     for ranks, sequence in ((1, 1), (2, 1), (2, 2)):
         rows = global_batch * sequence // ranks
@@ -131,6 +135,11 @@ def expert_layouts(global_batch: int) -> list[Layout]:
         found += [Layout("fp32", ranks, stage, 1, 1, sequence, True) for stage in ("zero1", "zero3")]
         found += [Layout("bf16", ranks, stage, 1, 1, sequence, True) for stage in ONE_CURVE]
         found += [Layout("bf16", ranks, "zero1", rows, 1, sequence, True)]
+    for ranks in (2, 4):
+        rows = global_batch // ranks
+        found += [Layout("fp32", ranks, f"zero{stage}", rows, experts=True, expert=2) for stage in range(3)]
+        found += [Layout("fp32", ranks, "zero2", 1, experts=True, expert=2)]
+        found += [Layout("bf16", ranks, stage, 1, experts=True, expert=2) for stage in ("zero1", "zero2")]
     return found
 
 
@@ -157,6 +166,7 @@ def table(space: Workspace, sets: list[str], every: list[Layout]) -> list[str]:
             config = zero3 if row.stage == "zero3" else row.stage
             own = [f"train.precision={row.precision}", f"deepspeed={config}", f"train.micro_batch={row.micro}"]
             own += [f"parallel.sequence={row.sequence}"] if row.sequence > 1 else []
+            own += [f"parallel.expert={row.expert}"] if row.expert > 1 else []
             commands.append(space.arguments(row.name, *sets, *own, f"runs_dir={space.folder}/runs"))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         folder = space.folder / f"ranks{ranks}-{threads}"
