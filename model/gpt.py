@@ -119,8 +119,8 @@ class Attention(nn.Module):
         """Return the attention branch, (B, T, C), for the normalised residual stream x (B, T, C).
 
         rope: the result of rope_table; None with learned positions. cache: holds keys and values of the tokens before
-        x, and gets those of x. documents: tokens attend only within their own document. sequence: x has only these
-        places of complete rows; documents are those of complete rows.
+        x, and gets those of x. documents: tokens attend only within their own document. sequence: this rank's part of
+        the rows, if several ranks share them: x has only its tokens, but documents are those of complete rows.
         """
         kernels = choose(self.kernels, x.device)
         q, k, v = self._heads(self.qkv(x).view(*x.shape[:2], -1, self.head_width), rope, kernels)
@@ -317,7 +317,7 @@ class GPT(nn.Module):
         cache: the keys and values of earlier tokens, for generation; the new ones are appended.
         documents: the lengths of the documents, row after row, B * T tokens in total. Tokens attend only within their
             document. Give `positions` that restart at 0 with each document.
-        sequence: this rank's part of the rows, if several ranks share their places (sequence.py). tokens, labels and
+        sequence: this rank's part of the rows, if several ranks share their tokens (sequence.py). tokens, labels and
             positions are those of the part; documents are those of complete rows. Every rank must call it.
 
         Raises ValueError if T exceeds the number of learned positions, if the lengths of the documents do not add up to
@@ -403,7 +403,7 @@ def without_graphs(config: GPTConfig) -> AbstractContextManager[Any]:
     """Return a context in which compiled blocks run eagerly and no graph is compiled.
 
     Use it to generate text. Every step has a new length, and compiling a graph for it would take longer than running
-    it. After eight lengths torch would compile no more, and training would continue without graphs, too.
+    it. After eight lengths torch would stop compiling, and training would then run without graphs too.
     """
     return torch.compiler.set_stance("force_eager") if config.kernels == "compile" else nullcontext()
 

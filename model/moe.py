@@ -1,6 +1,6 @@
 """Mixture of experts: a router sends each token to n_expert_active of n_expert small MLPs. No token is ever dropped.
 
-    scores = sigmoid or softmax of (router weight @ x)              in fp32, whatever the precision of the run
+    scores = sigmoid or softmax of (router weight @ x)              in fp32, in every precision
     choice = the n_expert_active experts with the largest scores + bias
     y      = sum over the choice of weight * expert(x), + shared expert(x)
 
@@ -65,7 +65,7 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(config.n_expert, dtype=torch.int32).float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Move and cast the module as torch does, but never cast the bias: it only follows to the device."""
+        """Move and cast the module as torch does, but only move the bias and never cast it."""
         bias = self.bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.bias.dtype != bias.dtype:
@@ -119,7 +119,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 class MoE(nn.Module):
     """The feed-forward part of a block with experts.
 
-    shared: the MLP that every token uses besides, of the width n_shared_expert * d_expert; or None. `part` is set by
+    shared: the MLP that every token uses in addition, of width n_shared_expert * d_expert; or None. `part` is set by
     share_experts if this rank has only some of the experts: every rank of the group must then call each pass.
     """
 
@@ -332,7 +332,7 @@ def take_counts(model: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def balance(model: nn.Module, counts: Tensor) -> None:
-    """Move the biases of all routers one step: up for experts that got fewer tokens than the mean, down for more.
+    """Update the biases of all routers: raise those of experts with fewer tokens than the mean, lower the others.
 
     counts: (layers, E), tokens of each expert in the global batch, equal on all ranks.
     """

@@ -54,7 +54,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="Correct the planner's calibration of this type of GPU, such as h100-80gb, by the measured step.",
+            help="Correct the planner's calibration of this type of GPU, such as h100-80gb, with the measured time.",
         ),
     ] = None,
     to: Annotated[

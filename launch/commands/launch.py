@@ -72,7 +72,10 @@ def launch(
         ),
     ] = "ssh",
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Restart at most this often after a failure, on the hosts that still answer.")
+        int,
+        typer.Option(
+            min=0, help="Largest number of restarts after failures. A restart uses the hosts that still answer."
+        ),
     ] = 0,
     hang_s: HangSeconds = 600,
     take_back_s: Annotated[
@@ -89,7 +92,7 @@ def launch(
         bool,
         typer.Option(
             "--warm-start/--no-warm-start",
-            help="Keep a process on every host that has imported everything, so that a restart takes seconds less.",
+            help="Keep a process with all imports done on every host, so that a restart takes seconds less.",
         ),
     ] = True,
     master_port: Annotated[
@@ -109,7 +112,9 @@ def launch(
     image: Annotated[str, typer.Option(help="Container image, for --render k8s.")] = "packspeed:latest",
     locked: Annotated[
         bool,
-        typer.Option("--locked", help="Refuse to start if the run is not the one that packspeed plan --lock planned."),
+        typer.Option(
+            "--locked", help="Refuse to start if the run differs from the plan that packspeed plan --lock wrote."
+        ),
     ] = False,
     dry: Annotated[
         bool, typer.Option("--plan", help="Start nothing. Print which ranks would run on which host.")
@@ -134,7 +139,7 @@ def launch(
     hosts = _hosts(run, hostfile, ranks, include, exclude)
     if locked:
         check_locked(run, raw, sum(host.slots for host in hosts))
-    # Without --fresh, which moves the folder here, once: a rank would do so at every restart.
+    # --fresh is not passed on: this process moves the folder aside once, a rank would do so at every restart.
     arguments = ["--config", str(run_file.resolve()), *(f"--set={text}" for text in sets)]
     report_env_files()
     options = LaunchOptions(

@@ -91,7 +91,7 @@ HangSeconds = Annotated[
         "--hang-seconds",
         min=1,
         max=LONGEST_S,
-        help="If no rank makes progress for this many seconds, the run counts as hung and has failed.",
+        help="Treat the run as hung, and so as failed, if no rank makes progress for this many seconds.",
     ),
 ]
 

@@ -42,30 +42,39 @@ def plan(
     hosts: Annotated[int | None, typer.Option(min=1, help="Number of hosts. Default: as few as possible.")] = None,
     interconnect: Annotated[
         float | None,
-        typer.Option(min=0.001, metavar="GBIT", help="Gbit/s between hosts, of all adapters of a host together."),
+        typer.Option(
+            min=0.001, metavar="GBIT", help="Network speed between hosts in Gbit/s, all adapters of a host together."
+        ),
     ] = None,
     vocabulary: Annotated[
-        int | None, typer.Option("--vocab", min=1, help="Tokens of the vocabulary, if the dataset is elsewhere.")
+        int | None,
+        typer.Option("--vocab", min=1, help="Size of the vocabulary, if the dataset is not on this machine."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="A calibration file, or a folder with some. docs/planner.md describes them.")
+        Path | None, typer.Option(help="A calibration file, or a folder of them. docs/planner.md describes them.")
     ] = None,
     searching: Annotated[
-        bool, typer.Option("--search", help="List the settings that fit, fastest first, instead of the run file's own.")
+        bool,
+        typer.Option(
+            "--search", help="Instead of planning the run file's own settings, list those that fit, fastest first."
+        ),
     ] = False,
     budget: Annotated[
         float | None,
         typer.Option(min=0, metavar="GPU-HOURS", help="With --search: at most this many GPU-hours for the run."),
     ] = None,
     write: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="With --search: write the run file with the best settings.")
+        Path | None, typer.Option(metavar="FILE.yaml", help="With --search: write a run file with the best settings.")
     ] = None,
     lock: Annotated[
-        bool, typer.Option("--lock", help="Write the plan beside the run folder, so that training is compared with it.")
+        bool,
+        typer.Option("--lock", help="Write the plan next to the run folder; training then compares itself with it."),
     ] = False,
     table: Annotated[
         Path | None,
-        typer.Option("--evaluate", metavar="FILE.csv", help="Predict every row of a published table and compare."),
+        typer.Option(
+            "--evaluate", metavar="FILE.csv", help="Predict every row of this table of published results, and compare."
+        ),
     ] = None,
     json_output: Json = False,
 ) -> None:

@@ -25,12 +25,12 @@ def rehearse(
         list[str] | None,
         typer.Option(
             help="A fault to inject after a step: kill:RANK@STEP, freeze:RANK@STEP, cut:HOST@STEP (all processes of a "
-            "host die), fill:SECONDS@STEP (the disk is full for so long), delay:MS@STEP (each network packet takes "
+            "host die), fill:SECONDS@STEP (the disk is full for this time), delay:MS@STEP (each network packet takes "
             "longer) or slow:MBIT@STEP (the network has only this many Mbit/s). Repeatable."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 24,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Restart at most this often after a failure.")] = 3,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Largest number of restarts after failures.")] = 3,
     hang_s: HangSeconds = 20,
 ) -> None:
     """Rehearse a cluster job on this machine: tiny model, CPU ranks, optional faults.

@@ -3,8 +3,8 @@
     write_calibration(Path("mine.yaml"), "h100-80gb", job, step_s)
 
 Power limits, determinism and kernels make all parts of a step slower or faster by about the same factor. So the factors
-of the file are multiplied by (measured step / planned step). What is left is an error of a tenth (docs/planner.md,
-"Other stacks, one calibrating row each").
+of the file are multiplied by (measured step / planned step). The corrected plan is still off by about a tenth
+(docs/planner.md, "Other stacks, one calibrating row each").
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def measured_job(run_file: Path, overrides: Sequence[str], machine: Machine, row
 
 
 def correction(job: Job, step_s: float) -> float:
-    """Return by which number the factors of the job's machine have to be multiplied.
+    """Return the number by which the factors of the job's machine must be multiplied.
 
-    The optimizer's part, and the time for which the device waits for the host, stay as they are.
+    The time of the optimizer, and the time for which the device waits for the host, are not corrected.
     """
     parts = plan_of(job).step_parts
     fixed = parts["optimizer"] + parts["host"]
@@ -69,7 +69,7 @@ def write_calibration(path: Path, base: str, job: Job, step_s: float) -> None:
 
 
 def describe(machine: Machine, job: Job, step_s: float, memory_gib: float) -> list[str]:
-    """Return what the plan said beside what was measured, as text."""
+    """Return lines of text that compare the plan with the measured step time and memory."""
     plan = plan_of(job)
     tensors = tensor_bytes(plan.memory) / GIB
     return [

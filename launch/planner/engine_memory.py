@@ -41,7 +41,9 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """What decides the memory of a rank. Sizes of buckets are in elements; see deepspeed_defaults.py."""
+    """The settings on which the memory of a rank depends. Sizes of buckets are in elements; see
+    deepspeed_defaults.py.
+    """
 
     model: GPTConfig
     seq_len: int
@@ -64,7 +66,7 @@ class EngineSpec:
 
     @property
     def tokens(self) -> float:
-        """Return the tokens of a forward pass on this rank."""
+        """Return the number of tokens in one forward pass of this rank."""
         return self.seq_len * self.micro_batch / self.sequence
 
     @property
@@ -74,33 +76,35 @@ class EngineSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """Return the bytes of a weight in the model."""
+        """Return the bytes per weight with which the model computes."""
         return 4 if self.precision == "fp32" or self.stage == 0 else 2
 
     @property
     def value_bytes(self) -> int:
-        """Return the bytes of most activations."""
+        """Return the bytes per element of most activations."""
         return 4 if self.precision == "fp32" else 2
 
     @property
     def offloads_activations(self) -> bool:
-        """Return whether the inputs of recomputed blocks are in the memory of the host, and that is another memory."""
+        """Return whether the inputs of recomputed blocks are moved to host memory. On a CPU, that would save
+        nothing.
+        """
         return self.model.activation_offload and self.device == "gpu"
 
     @property
     def parameters(self) -> float:
-        """Return the parameters of this rank before ZeRO divides them."""
+        """Return the number of parameters of this rank before ZeRO divides them."""
         elsewhere = expert_parameters(self.model) * (1 - 1 / self.expert)
         return (num_parameters(self.model, padded=True) - elsewhere) / self.tensor
 
     @property
     def divided(self) -> float:
-        """Return the parameters that ZeRO divides among `ranks`: those of all ranks that share experts."""
+        """Return the number of parameters that ZeRO divides among `ranks`: those of all ranks that share experts."""
         return num_parameters(self.model, padded=True) / self.tensor
 
     @property
     def largest(self) -> float:
-        """Return the elements of the largest parameter on this rank."""
+        """Return the number of elements of the largest parameter on this rank."""
         return largest_parameter(self.model) / self.tensor
 
 
@@ -109,7 +113,7 @@ Kinds = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """The bytes of a rank on the device at one moment of a step, by kind."""
+    """The device memory of a rank in one phase of a step: bytes by kind (weights, activations, ...)."""
 
     phase: str
     kinds: Kinds
@@ -122,7 +126,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class EngineMemory:
-    """The bytes of a rank: between steps and in every phase on the device, and what lies in host memory."""
+    """The memory of a rank in bytes: on the device between steps and in every phase of a step, and in host memory."""
 
     kept: Kinds
     phases: list[Phase]
@@ -135,7 +139,7 @@ class EngineMemory:
 
 
 def engine_memory(spec: EngineSpec) -> EngineMemory:
-    """Return the account of one rank."""
+    """Return the memory of one rank."""
     kept, host = states(spec)
     if spec.offloads_activations:
         host = host | {"activations": _recomputed_inputs(spec)}
@@ -150,12 +154,12 @@ def engine_memory(spec: EngineSpec) -> EngineMemory:
 
 
 def _sum(*parts: Kinds) -> Kinds:
-    """Return the sums of several accounts by kind, without empty kinds."""
+    """Add up dicts of bytes by kind. Kinds with 0 bytes are left out."""
     return {kind: total for kind in KINDS if (total := sum(part.get(kind, 0.0) for part in parts))}
 
 
 def states(spec: EngineSpec) -> tuple[Kinds, Kinds]:
-    """Return what a rank holds between steps, by kind: (on the device, in host memory)."""
+    """Return the bytes that a rank holds between steps, by kind: (on the device, in host memory)."""
     count, size, ranks = spec.parameters, spec.weight_bytes, spec.ranks
     table = held(spec.stage, spec.precision)[0]
     total = table.complete * count + table.shared * spec.divided / ranks
@@ -184,7 +188,7 @@ def states(spec: EngineSpec) -> tuple[Kinds, Kinds]:
 
 
 def block_bytes(spec: EngineSpec) -> float:
-    """Return the bytes that the backward pass of one block needs per token."""
+    """Return the bytes per token that the forward pass of one block keeps for its backward pass."""
     model, e = spec.model, spec.value_bytes
     fused = spec.kernels in ("native", "triton")
     torch_norms = spec.kernels != "triton" and model.norm == "rmsnorm" and spec.device == "cpu"
@@ -205,7 +209,7 @@ def block_bytes(spec: EngineSpec) -> float:
 
 
 def hidden_bytes(spec: EngineSpec) -> float:
-    """Return the bytes that the backward pass needs per token of an MLP or its experts, the mean over the blocks."""
+    """Return the bytes per token that the backward pass needs of an MLP or its experts, as a mean over the blocks."""
     model, e = spec.model, spec.value_bytes
     fused = spec.kernels in ("native", "triton")
     ff = (2 if model.mlp != "swiglu" else 3 if fused else 4) * e / spec.tensor  # per hidden channel
@@ -219,21 +223,21 @@ def hidden_bytes(spec: EngineSpec) -> float:
 
 
 def expert_parameters(model: GPTConfig) -> int:
-    """Return the parameters of all experts that tokens choose from, without routers and shared experts."""
+    """Return the number of parameters of all experts, without routers and shared experts."""
     matrices = 3 if model.mlp == "swiglu" else 2
     count = (model.n_layer - model.first_dense) * (model.n_expert or 0)
     return count * matrices * model.d_model * model.expert_width
 
 
 def _recomputed_inputs(spec: EngineSpec, most: int | None = None) -> float:
-    """Return the bytes of the inputs of recomputed blocks; of no more than `most` of them."""
+    """Return the bytes of the inputs of recomputed blocks, or of the inputs of `most` blocks if there are more."""
     again = spec.model.recomputed_blocks
     blocks = again if most is None else min(most, again)
     return blocks * (4 if spec.autocast else spec.value_bytes) * spec.model.d_model * spec.tokens
 
 
 def _blocks(spec: EngineSpec) -> tuple[float, float]:
-    """Return the bytes kept of all blocks, and those of a block, or of a chunk of its MLP, that is computed again."""
+    """Return (bytes that all blocks keep, bytes while one block, or a chunk of its MLP, is recomputed)."""
     model, each, again = spec.model, block_bytes(spec) * spec.tokens, spec.model.recomputed_blocks
     chunk = 0.0
     if model.mlp_chunk is not None and model.mlp_chunk < spec.tokens:
@@ -257,7 +261,7 @@ def _embedding(spec: EngineSpec) -> float:
 
 
 def _head(spec: EngineSpec) -> tuple[float, float]:
-    """Return the bytes of the head's gradients, which the forward pass computes, and of the logits of a chunk."""
+    """Return (bytes of the head's gradients, which the forward pass computes; bytes of the logits of a chunk)."""
     model, e = spec.model, spec.value_bytes
     rows = model.padded_vocab_size / spec.tensor
     logits = spec.tokens * rows * e
@@ -274,12 +278,12 @@ def _head(spec: EngineSpec) -> tuple[float, float]:
 
 
 def _gathered(spec: EngineSpec) -> float:
-    """Return the bytes of gathered weights: all of them if they are no more than ZeRO-3 keeps."""
+    """Return the bytes of weights that ZeRO-3 has gathered: all weights, up to its limit."""
     return spec.weight_bytes * min(spec.parameters, MAX_LIVE) if spec.stage == 3 else 0.0
 
 
 def _accumulated(spec: EngineSpec) -> float:
-    """Return the bytes of gradients that an earlier micro batch of the step has left."""
+    """Return the bytes of gradients that earlier micro batches of the step have accumulated."""
     if spec.stage == 3 or spec.accumulation == 1:
         return 0.0
     return held(spec.stage, spec.precision)[1].on(spec.ranks) * spec.parameters
@@ -297,7 +301,9 @@ def _gathering(spec: EngineSpec) -> Kinds:
 
 
 def _end_of_forward(spec: EngineSpec) -> Kinds:
-    """Return the larger of two moments of a chunk of logits: while its losses, and while its products are computed."""
+    """Return the memory at the end of the forward pass: while the losses of a chunk are computed, or while its products
+    are, whichever is larger.
+    """
     kept, _ = _blocks(spec)
     gradients, logits = _head(spec)
     rows = spec.tokens * spec.model.d_model * spec.value_bytes  # the head's input, which nothing keeps
@@ -309,7 +315,9 @@ def _end_of_forward(spec: EngineSpec) -> Kinds:
 
 
 def _losses(spec: EngineSpec) -> float:
-    """Return the bytes that the losses of a chunk need beside its logits: two blocks in fp32, three for 16 bits."""
+    """Return the bytes that computing the losses of a chunk needs in addition to its logits: two blocks in fp32, three
+    in 16 bits.
+    """
     if spec.kernels in ("native", "triton"):
         return 0.0
     block = CPU_BLOCK_ELEMENTS if spec.device == "cpu" else GPU_BLOCK_ELEMENTS
@@ -317,13 +325,15 @@ def _losses(spec: EngineSpec) -> float:
 
 
 def _passing(spec: EngineSpec) -> float:
-    """Return the bytes of gradients of activations in the backward pass of one block."""
+    """Return the bytes of the gradients of activations during the backward pass of one block."""
     wide = spec.value_bytes == 2 and spec.device == "cpu"  # attention in fp32
     return (5 if wide else 4) * spec.tokens * spec.model.d_model * spec.value_bytes
 
 
 def _start_of_backward(spec: EngineSpec) -> Kinds:
-    """Return the larger of two moments: after the head, and in the first recomputed block."""
+    """Return the memory at the start of the backward pass: after the head or in the first recomputed block, whichever
+    is larger.
+    """
     kept, block = _blocks(spec)
     gradients, _ = _head(spec)
     base = {"gathered": _gathered(spec)} | _bucket(spec)
@@ -337,7 +347,7 @@ def _start_of_backward(spec: EngineSpec) -> Kinds:
 
 
 def _bucket(spec: EngineSpec) -> Kinds:
-    """Return what DeepSpeed allocates for gradients when the backward pass begins."""
+    """Return the bytes that DeepSpeed allocates for gradients when the backward pass begins."""
     elements = min(spec.parameters, spec.reduce_bucket) * (2 if spec.overlap else 1)
     if spec.stage in (0, 3):
         return {}
@@ -347,7 +357,9 @@ def _bucket(spec: EngineSpec) -> Kinds:
 
 
 def _end_of_backward(spec: EngineSpec) -> Kinds:
-    """Return the gradients of all parameters and what their reduction copies, or the last recomputed block."""
+    """Return the memory at the end of the backward pass: all gradients and the copies of their reduction, or the last
+    recomputed block, whichever is larger.
+    """
     count, e = spec.parameters, spec.weight_bytes
     _, block = _blocks(spec)
     branch = _passing(spec)
@@ -375,7 +387,7 @@ def _end_of_backward(spec: EngineSpec) -> Kinds:
 
 
 def _step(spec: EngineSpec) -> Kinds:
-    """Return the gradients of the optimizer's pass and its temporary tensors."""
+    """Return the memory in the optimizer's step: gradients and temporary tensors."""
     share = spec.parameters / (spec.ranks if spec.stage else 1)
     gradients = 4 * share if spec.stage < 3 else 0.0
     if spec.stage == 1 and spec.weight_bytes == 4 and spec.ranks > 1:

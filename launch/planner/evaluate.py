@@ -4,9 +4,10 @@
     evaluation.as_dict()         {"groups": [...], "excluded": [...]}
 
 Two kinds of tables are known by their columns: memory of Megatron-LM's tests (mem_max_allocated_gib) and throughputs
-(tokens_per_s_per_gpu). The error of a row is |predicted / measured - 1|. Rows of the source that the calibration was
-fitted on are predicted as they are. Other stacks differ in kernels, power limits and determinism, which tables do not
-list, so the first row of each stack calibrates the others: it gives one factor, and it is not judged.
+(tokens_per_s_per_gpu). The error of a row is |predicted / measured - 1|. If the calibration was fitted on a source, its
+rows are predicted without a correction. Other stacks differ in kernels, power limits and determinism, which tables do
+not list, so the first row of each stack calibrates the others: it gives the factor by which the predictions of the
+others are multiplied, and its own error is not counted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ UNSTATED_BACKEND = " (attention backend not stated: flash assumed)"
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """One row of a table with its error, as a fraction with sign."""
+    """A row of a table and the error of its prediction, as a fraction: positive if the prediction is too high."""
 
     what: str  # "memory" or "time"
     source: str
@@ -58,13 +59,13 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Every row that was judged, and every other row with the reason."""
+    """All rows whose error counts, and all other rows with the reason."""
 
     judged: list[Judged]
     excluded: list[tuple[int, str]]
 
     def groups(self) -> list[Group]:
-        """Return the errors by what was predicted, source, GPU and kind."""
+        """Return the errors, grouped by what was predicted, by source, GPU and kind."""
         errors: dict[tuple[str, str, str, str], list[float]] = collections.defaultdict(list)
         for row in self.judged:
             errors[row.what, row.source, row.gpu, row.kind].append(abs(row.error))
@@ -92,7 +93,7 @@ class Evaluation:
 
 
 def summary(errors: Sequence[float]) -> tuple[int, float, float, float]:
-    """Return (number, median, 90th percentile, maximum) of some errors; nan without any."""
+    """Return (number, median, 90th percentile, maximum) of some errors; nan if there are none."""
     if not errors:
         return 0, float("nan"), float("nan"), float("nan")
     ranked = sorted(errors)
@@ -131,7 +132,7 @@ SPEED_COLUMNS = {
 
 
 def _judge_memory(rows: Iterable[Row]) -> Evaluation:
-    """Compare the peak of every row of a table of Megatron's memory."""
+    """Predict the peak memory of every row of a table of Megatron's tests."""
     judged, excluded = [], []
     for number, row in enumerate(rows, 1):
         try:
@@ -147,7 +148,7 @@ def _judge_memory(rows: Iterable[Row]) -> Evaluation:
 
 
 def _judge_speed(rows: Iterable[Row], calibration: Path | None = None) -> Evaluation:
-    """Compare the step time of every row of a table of throughputs."""
+    """Predict the step time of every row of a table of throughputs."""
     judged: list[Judged] = []
     excluded: list[tuple[int, str]] = []
     corrections: dict[tuple[str, ...], float] = {}
@@ -170,7 +171,7 @@ def _judge_speed(rows: Iterable[Row], calibration: Path | None = None) -> Evalua
 
 
 def measured_over_predicted(row: SpeedRow, machine: Machine) -> float:
-    """Return the measured seconds of a step over the predicted ones."""
+    """Return the measured seconds of a step, divided by the predicted ones."""
     seconds = step_time(row.work, machine, offload_optimizer=row.offload).total
     return tokens_per_second(row.work, seconds) / row.tokens_per_s
 

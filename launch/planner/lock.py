@@ -1,8 +1,8 @@
-"""The locked plan of a run: `<runs_dir>/<name>.plan.json`, which `packspeed plan --lock` writes beside the run folder.
+"""The locked plan of a run: `<runs_dir>/<name>.plan.json`, which `packspeed plan --lock` writes next to the run folder.
 
     write_lock(run, plan, raw)        the plan and what must not change: world, versions, data, DeepSpeed JSON
     read_lock(run)                    None if there is none
-    differences(lock, ...)            sentences; empty if the run is the plan's
+    differences(lock, ...)            sentences; empty if the run is as planned
 
 `packspeed launch --locked` refuses a run with differences. Training compares its first steps with the plan
 (training/plan_check.py).
@@ -50,7 +50,9 @@ class Lock(TypedDict):
 
 
 def lock_path(run: RunFile) -> Path:
-    """Return the file of a run's locked plan. It is beside the run folder, so that --fresh does not move it."""
+    """Return the file of a run's locked plan. It is next to the run folder and not in it, so that --fresh does not move
+    it.
+    """
     return run.folder.with_name(f"{run.folder.name}.plan.json")
 
 
@@ -102,7 +104,7 @@ def data_identity(run: RunFile) -> dict[str, str]:
 
 
 def differences(lock: Lock, run: RunFile, raw: JsonObject, ranks: int) -> list[str]:
-    """Return a sentence for everything in which a run is not the one that was planned."""
+    """Return one sentence for each difference between a run and the one that was planned."""
     lines = []
     if ranks != lock["ranks"]:
         lines.append(f"it has {ranks} ranks, the plan {lock['ranks']}")

@@ -1,6 +1,6 @@
-"""Calibration files: what a type of GPU can do, and how far steps stay behind it. `load_machine("h100-80gb")`.
+"""Calibration files: what a type of GPU can do, and how much slower training is. `load_machine("h100-80gb")`.
 
-A file is YAML, one per type, in launch/planner/machines/ or in a folder of the user's (`--calibration`). Units: bytes,
+A file is YAML, one per type, in launch/planner/machines/ or in a folder of your own (`--calibration`). Units: bytes,
 bytes per second, seconds. `factors` say how many times its ideal time a part of a step takes: 1.2 for products of
 matrices means 83% of the peak. docs/planner.md describes every key; every file names the source of its numbers.
 """
@@ -28,7 +28,7 @@ FILE = ConfigDict(extra="forbid", allow_inf_nan=False)  # of what a calibration 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factors:
-    """How many times its ideal time each part of a step takes."""
+    """The time of each part of a step, divided by its ideal time."""
 
     __pydantic_config__ = FILE
 
@@ -44,7 +44,7 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Error:
-    """The error of predictions beside measurements, as fractions: half of the rows are within the median."""
+    """Errors of predictions compared with measurements, as fractions: half of the rows are within `median`."""
 
     __pydantic_config__ = FILE
 
@@ -110,8 +110,8 @@ def machine_names(folder: Path | None = None) -> list[str]:
 def load_machine(name: str, calibration: Path | None = None) -> Machine:
     """Read the calibration of a machine.
 
-    calibration: a file, which is used whatever its name, or a folder that is searched first. Raises ConfigError if
-    there is no such machine, or if a key is unknown, missing or not a number.
+    calibration: a file, which is used even if its name differs from `name`, or a folder that is searched first. Raises
+    ConfigError if there is no such machine, or if a key is unknown, missing or not a number.
     """
     return read_machine(find_file(name, calibration))
 
@@ -136,7 +136,7 @@ def find_file(name: str, calibration: Path | None) -> Path:
 def read_machine(path: Path) -> Machine:
     """Read one calibration file. Raises ConfigError that names the file and the key if a value cannot be used.
 
-    A file with `like: NAME` takes every key that it lacks from the file of that name beside it.
+    A file with `like: NAME` takes every key that it lacks from NAME.yaml in the same folder.
     """
     data = _read(path)
     data.setdefault("name", path.stem)
@@ -148,7 +148,7 @@ def read_machine(path: Path) -> Machine:
 
 
 def _read(path: Path, *above: Path) -> dict[str, Any]:
-    """Return a file's keys and values, with those of the file that `like` names below them.
+    """Return a file's keys and values. Keys that it lacks are taken from the file that `like` names.
 
     above: the files that take keys from this one.
     """

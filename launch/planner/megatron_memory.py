@@ -12,8 +12,8 @@ Every term but the last is a count of bytes, with no constant that was fitted:
     workspace     what CUDA libraries allocate through torch (cuBLAS, Transformer Engine): one number for each GPU,
                   megatron_workspaces.yaml
 
-Rows lack some settings that decide memory. UNTOLD lists the words of a test case's name that announce one; such rows
-raise MissingColumn, as do rows whose own columns are empty.
+Rows lack some settings that decide memory. UNTOLD lists the words of a test case's name that announce one;
+MissingColumn is raised for such rows, and for rows in which a needed column is empty.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ UNTOLD = {
     "modelopt": "what ModelOpt changes",
     "inference": "the batch of an inference",
     "grpo": "the batch of GRPO",
-    "reruns": "the state of the rerun machine",
+    "reruns": "the state of the rerun state machine",
     "tp_overlap": "the buffers of overlapped tensor parallelism",
     "deepseek": "the first dense layers and the shared experts",
 }
@@ -67,13 +67,13 @@ class MegatronMemory:
 
     @property
     def peak(self) -> float:
-        """Return the sum: what torch.cuda.max_memory_allocated gives."""
+        """Return the sum over all kinds, to compare with torch.cuda.max_memory_allocated."""
         return self.states + self.activations + self.logits + self.workspace
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A test case of Megatron: its columns as numbers, with Megatron's defaults for those that its file leaves out."""
+    """A test case of Megatron: its columns as numbers. Columns that its file leaves out have Megatron's defaults."""
 
     row: Row
     layout: Layout
@@ -98,22 +98,22 @@ class Case:
 
     @property
     def tokens(self) -> float:
-        """Return the tokens of a micro batch on one rank."""
+        """Return the number of tokens of a micro batch on one rank."""
         return self.seq_len / self.layout.context * self.micro_batch
 
     @property
     def rank_layers(self) -> float:
-        """Return the layers of a pipeline rank."""
+        """Return the number of layers of a pipeline rank."""
         return self.layers / self.layout.pipeline
 
     @property
     def attention_weights(self) -> int:
-        """Return the weights of one layer's attention."""
+        """Return the number of weights in the attention of one layer."""
         return self.width * (2 * self.width + 2 * self.groups * (self.width // self.heads))
 
     @property
     def mlp_weights(self) -> int:
-        """Return the weights of one layer's MLP, or of one expert."""
+        """Return the number of weights in the MLP of one layer, or in one expert."""
         return self.width * self.ff * (3 if self.true("swiglu") else 2)
 
 
@@ -159,7 +159,9 @@ def _numbers(row: Row) -> Case:
 
 
 def _layout(row: Row) -> Layout:
-    """Return the ranks' layout. Virtual stages and the experts' tensor ranks have no column, only words of the name."""
+    """Return the ranks' layout. For virtual stages and the tensor ranks of experts there is no column; they are read
+    from the name of the test case.
+    """
     tensor, pipeline, context, expert = (int(float(row[key] or 1)) for key in ("tp", "pp", "cp", "ep"))
     name = row["test_case"]
     stage_layers = re.search(r"vp(\d)", name)

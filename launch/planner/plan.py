@@ -3,8 +3,8 @@
     plan = make_plan(Path("my.yaml"), [], machine, ranks=64)
     plan.as_dict()                    what `packspeed plan --json` prints
 
-Loads no torch. The run file and its DeepSpeed JSON are read as training reads them, so a plan is of the same batch
-division, ZeRO stage, buckets and offload.
+Loads no torch. The run file and its DeepSpeed JSON are read as training reads them, so the plan has the batch division,
+ZeRO stage, buckets and offload of the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DETERMINISTIC_ATTENTION = 1.3  # train.deterministic: attention takes this much 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run file as the planner reads it, on a machine: what training would solve."""
+    """A run file for a machine, with everything that training would compute from both before it starts."""
 
     run: RunFile
     machine: Machine
@@ -64,7 +64,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run is expected to need, per rank and in total. Bytes and seconds."""
+    """The predicted memory (bytes), time (seconds) and cost of a run."""
 
     run_file: str
     machine: str
@@ -154,7 +154,7 @@ def _precision(run: RunFile, machine: Machine) -> str:
 
 
 def engine_spec(job: Job) -> EngineSpec:
-    """Return what decides the memory of a rank of this job."""
+    """Return the settings of this job on which the memory of a rank depends."""
     zero = job.ds_config.get("zero_optimization") or {}
     cpu = job.machine.is_cpu
     kernels = job.model.kernels if job.model.kernels != "auto" else "native" if cpu else "triton"
@@ -188,7 +188,7 @@ def work_of(job: Job) -> Work:
 
 
 def checkpoint_bytes(job: Job) -> float:
-    """Return the bytes of a checkpoint: fp32 weights and moments, and the model's own weights beside them."""
+    """Return the bytes of a checkpoint: fp32 weights, moments, and the weights in the model's precision."""
     own = 0 if job.stage in (0, 3) else 4 if job.precision == "fp32" else 2
     return num_parameters(job.model, padded=True) * (12.1 + own)
 
@@ -197,7 +197,7 @@ def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], floa
     """Return the plan of a job.
 
     measured: the seconds of a step by part and the bytes of a rank, if they were measured on this machine
-    (this_cpu.py). The account of tensors then remains as it is, and the rest of the bytes is the kind "process".
+    (this_cpu.py). The computed memory of tensors is kept, and the rest of the measured bytes gets the kind "process".
     """
     machine, run = job.machine, job.run
     account = engine_memory(engine_spec(job))
@@ -234,7 +234,7 @@ def make_plan(
 
 
 def _device_memory(job: Job, account: EngineMemory, measured: float | None) -> dict[str, float]:
-    """Return the bytes on the device at the peak by kind, with what is outside tensors."""
+    """Return the bytes on the device at the peak by kind, including memory outside tensors."""
     memory = dict(account.peak.kinds)
     tensors = account.peak.total
     if job.machine.is_cpu:
@@ -245,14 +245,14 @@ def _device_memory(job: Job, account: EngineMemory, measured: float | None) -> d
 
 
 def _time(job: Job) -> StepTime:
-    """Return the predicted time of a step, with what train.deterministic costs."""
+    """Return the predicted time of a step, including the cost of train.deterministic."""
     parts = step_time(work_of(job), job.machine, offload_optimizer=job.offloads("optimizer"))
     slower = DETERMINISTIC_ATTENTION if job.run.train.deterministic and not job.machine.is_cpu else 1.0
     return dataclasses.replace(parts, attention=parts.attention * slower)
 
 
 def _assumptions(job: Job) -> list[str]:
-    """Return what the numbers depend on and the run file does not say."""
+    """Return the assumptions of the plan: facts that the run file does not contain."""
     machine = job.machine
     if machine.is_cpu:
         return ["time and memory: measured here with one- and two-layer copies of the model, nothing else running"]
@@ -266,7 +266,7 @@ def _assumptions(job: Job) -> list[str]:
         "on flash attention and fused norms, so eager kernels take longer",
         f"memory: {machine.context / 1e9:g} GB for CUDA, {machine.margin:.0%} lost to fragments, "
         f"{NCCL / 1e9:g} GB for NCCL; not measured with this run",
-        f"checkpoints: {machine.disk / 1e9:g} GB/s for each rank, whatever their number",
+        f"checkpoints: {machine.disk / 1e9:g} GB/s for each rank, for any number of ranks",
         "data: batches are read ahead and never waited for",
     ]  # fmt: skip
     if job.model.dropout:

@@ -3,7 +3,7 @@
 A throughput table has the columns model, gpu, n_gpus, seq_len, micro_batch, global_batch_tokens, precision, parallelism
 (words such as "FSDP FULL_SHARD; grad_accum=4; act_ckpt=True" or "TP8 PP2 DP48") and a measured value:
 tokens_per_s_per_gpu or tflops_per_gpu. `read_speed_row` raises MissingColumn if a row lacks one that the formulas need.
-Nothing else excludes a row.
+No other rows are excluded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MissingColumn(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class SpeedRow:
-    """A published throughput, and the step that it belongs to."""
+    """A published throughput, and the training step that it measured."""
 
     work: Work
     machine: str
@@ -130,9 +130,10 @@ def gpu_machine(gpu: str) -> str:
 
 
 def published_model(name: str) -> GPTConfig:
-    """Return the shape of a model that is known by name, or whose name has it: "GPT-7.1B (L30 h4096 a32 vocab131072)".
+    """Return the shape of a model, which is either known by its name or contained in it: "GPT-7.1B (L30 h4096 a32
+    vocab131072)".
 
-    Raises MissingColumn if neither is so.
+    Raises MissingColumn otherwise.
     """
     known = SHAPES.get(name.lower().replace(" ", "-").replace("llama-", "llama"))
     if known is not None:
@@ -206,7 +207,7 @@ def _measured(text: str) -> float:
 
 
 def _number(row: Row, key: str) -> int:
-    """Return a positive whole number from a column. Raises MissingColumn if it is none."""
+    """Return the positive whole number in a column. Raises MissingColumn if there is none."""
     try:
         value = int(float(row[key]))
     except (ValueError, OverflowError):  # OverflowError: inf

@@ -6,7 +6,7 @@
 Every combination of parallel sizes that the engine trains, ZeRO stage (with offload at 2 and 3), micro batch (the
 divisors of a rank's share) and recompute (no block, every second one, all) is planned; a plan takes about 1 ms. Of
 settings that predict the same time, micro batches of at least ENOUGH_TOKENS come first, then less memory. If nothing
-fits, `remedies` names changes of the run file and what each gives.
+fits, `remedies` lists changes of the run file and how much memory each saves.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Found:
 
 
 def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = None) -> Found:
-    """Return the settings with which a run fits on so many GPUs.
+    """Return the settings with which a run fits on `ranks` GPUs.
 
     Raises ConfigError if the global batch cannot be divided among them, or if no layout can train the run.
     """
@@ -132,23 +132,25 @@ def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, 
 
 
 def _recompute(run: RunFile, recompute: Recompute) -> RunFile:
-    """Return a copy of a run file with another recompute."""
+    """Return a copy of a run file with this value of model.activation_checkpointing."""
     model = run.model.model_copy(update={"activation_checkpointing": recompute})  # type: ignore[attr-defined]
     return _changed(run, {"model": model})
 
 
 def _micro_batch(run: RunFile, size: int) -> RunFile:
-    """Return a copy of a run file with another micro batch."""
+    """Return a copy of a run file with this micro batch."""
     return _changed(run, {"train": run.train.model_copy(update={"micro_batch": size})})
 
 
 def _changed(run: RunFile, sections: JsonObject) -> RunFile:
-    """Return a copy of a run file with other sections."""
+    """Return a copy of a run file with these sections instead of its own."""
     return run.model_copy(update=sections)
 
 
 def remedies(run: RunFile, machine: Machine, ranks: int, candidates: list[Candidate]) -> list[str]:
-    """Return what would make the run fit, with what each change gives, for candidates of which none fits."""
+    """Return lines of text: changes that would make the run fit, and how much memory each saves. None of `candidates`
+    fits.
+    """
     best = min(candidates, key=lambda c: c.plan.device_total)
     free = (1 - MARGIN) * machine.memory
     host = sum(best.plan.host_memory.values()) * machine.on_host(ranks)
@@ -177,7 +179,7 @@ def _named(candidate: Candidate) -> str:
 
 
 def reductions(plan: Plan, run: RunFile, raw: JsonObject, machine: Machine, vocabulary: int | None) -> list[str]:
-    """Return, for a plan that does not fit, one line for each single change: what to change and how much it gives."""
+    """Return one line for each single change to a plan that does not fit: the change, and how much memory it saves."""
     lines = []
     changes: list[tuple[str, RunFile, JsonObject]] = []
     if plan.recompute != "full":

@@ -54,7 +54,7 @@ class StepTime:
 
 
 def ideal_parts(work: Work, machine: Machine) -> dict[str, float]:
-    """Return the ideal seconds of one micro batch on one GPU by the names of Factors."""
+    """Return the ideal seconds of one micro batch on one GPU, by the names in Factors."""
     model, layout, tokens = work.model, work.layout, work.tokens
     peak, bandwidth = machine.peak(work.precision), machine.bandwidth
     share = 1 / (layout.tensor * layout.pipeline * layout.context)
@@ -81,7 +81,7 @@ def ideal_parts(work: Work, machine: Machine) -> dict[str, float]:
 
 
 def sends(work: Work) -> float:
-    """Return the bytes that one GPU sends in a micro batch, whatever the distance."""
+    """Return the bytes that one GPU sends in a micro batch, inside its host and to other hosts."""
     layout, model = work.layout, work.model
     activation = work.tokens / layout.context * model.d_model * 2
     blocks = model.n_layer / layout.pipeline
@@ -116,7 +116,7 @@ def shared_state(work: Work) -> float:
 
 
 def _others(ranks: int) -> float:
-    """Return the share of a tensor that a collective among so many ranks sends."""
+    """Return the share of a tensor that each of `ranks` ranks sends in a collective: (ranks - 1) / ranks."""
     return (ranks - 1) / ranks
 
 
@@ -151,6 +151,6 @@ def optimizer_time(work: Work, machine: Machine, offload: bool) -> float:
 
 
 def tokens_per_second(work: Work, seconds: float) -> float:
-    """Return the tokens per second of one GPU if a step takes so many seconds."""
+    """Return the tokens per second of one GPU if a step takes `seconds`."""
     layout = work.layout
     return work.tokens * work.accumulation * layout.data / seconds / layout.ranks

@@ -65,9 +65,10 @@ def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> tuple[dict[st
 
 
 def _at(values: Sequence[float], layers: int, accumulation: int) -> float:
-    """Return the value at so many layers and micro batches, from those at (1, 1), (2, 1), (1, 2), (2, 2).
+    """Return the value at `layers` layers and `accumulation` micro batches, from `values` at (1, 1), (2, 1), (1, 2),
+    (2, 2).
 
-    It is linear in either. With two values, there is one micro batch.
+    It is linear in both. If there are only two values, they are those with one micro batch.
     """
     first = values[0] + (layers - 1) * (values[1] - values[0])
     if len(values) == 2:
@@ -151,7 +152,7 @@ def cache_file(job: Job, sizes: Sequence[tuple[int, int]]) -> Path:
 
 
 def _remembered(job: Job, sizes: Sequence[tuple[int, int]]) -> list[dict[str, float]] | None:
-    """Return what was measured before, or None."""
+    """Return the results of an earlier measurement, or None if there was none."""
     try:
         found = json.loads(cache_file(job, sizes).read_text())
     except (OSError, ValueError):
