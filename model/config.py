@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from packspeed.model.mup import MuP
+
 VOCAB_MULTIPLE = 128  # GEMMs are fastest on full tiles, and tensor-parallel ranks can split the rows evenly
 FP8_MULTIPLE = 16  # sizes of a product in 8 bits are multiples of it: torch._scaled_mm refuses others
 SWIGLU_MULTIPLE = 256  # Llama's `multiple_of`
@@ -135,6 +137,7 @@ class GPTConfig:
     tie_embeddings: bool = True
     logit_softcap: float | None = None  # logits become c * tanh(logits / c), as in Gemma 2; None: they stay
     zero_init_proj: bool = False  # layers that add to the residual stream start at 0: a block begins as the identity
+    mup: MuP | None = None  # scale the model, see mup.py; a mapping with the fields of MuP is accepted too
     dropout: float = 0.0  # on the embedding and on both branches of a block; needs one key per sample, keyed_dropout.py
     z_loss: float = 0.0  # adds z_loss * log(sum exp logits)^2 to the training loss of each token; PaLM uses 1e-4
     activation_checkpointing: Recompute = "none"  # "full": recompute all blocks; n: 0, n, 2n ...
@@ -162,6 +165,7 @@ class GPTConfig:
         if self.position == "rope" and self.head_width % 2:
             raise ValueError(f"head_dim = {self.head_width} is odd: RoPE turns pairs of channels, so make it even.")
         self._check_rope_scaling()
+        self._check_mup()
         self._check_experts()
         self._check_window()
         self._check_choices()
@@ -179,6 +183,16 @@ class GPTConfig:
             raise ValueError("rope_scaling needs position = rope: learned positions cannot be stretched.")
         if self.rope_scaling.rope_type == "dynamic" and self.head_width == 2:
             raise ValueError("rope_scaling.rope_type = dynamic needs a head_dim above 2.")
+
+    def _check_mup(self) -> None:
+        given: Any = self.mup
+        if isinstance(given, Mapping):
+            try:
+                object.__setattr__(self, "mup", MuP(**given))
+            except TypeError as error:  # a missing or an unknown key
+                raise ValueError(f"mup: {str(error).partition(') ')[2]}.") from None
+        if self.mup is not None and self.n_expert is not None:
+            raise ValueError("mup with n_expert: there are no rules for routers and experts. Leave one of them out.")
 
     def _check_experts(self) -> None:
         """Raise ValueError if a key of the experts is invalid, or contradicts another key."""

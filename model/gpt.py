@@ -41,6 +41,7 @@ from packspeed.model.kernels import Kernels, choose, out_of_graphs
 from packspeed.model.keyed_dropout import keyed_dropout, mask_offset, site_keys
 from packspeed.model.linear import is_slow, linear
 from packspeed.model.moe import Choice, MoE
+from packspeed.model.mup import residual_depth, scales
 from packspeed.model.offload import HostActivations
 from packspeed.model.rope import rope_table_of
 from packspeed.model.sequence import SequencePart
@@ -97,7 +98,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.kernels = layer, config.kernels
-        self.window = config.window_of(layer)
+        self.window, self.query_scale = config.window_of(layer), scales(config).query
         # Not compiled: torch.compile would make a new graph for the document lengths of every step, and unroll windows.
         self.attend_eagerly = out_of_graphs(attend) if config.kernels == "compile" else None
         self.attend_part = out_of_graphs(SequencePart.attend) if config.kernels == "compile" else SequencePart.attend
@@ -142,13 +143,18 @@ class Attention(nn.Module):
         queries and keys, qkv would stay in memory for the values.
         """
         if rope is not None and self.q_norm is None:
-            return list(kernels.rotate(qkv, rope, self.heads))
+            q, k, v = kernels.rotate(qkv, rope, self.heads)
+            return [self._scaled(q), k, v]
         q, k, v = torch.split(qkv, self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             (_, q), (_, k) = self.q_norm(q), self.k_norm(k)
             if rope is not None:
                 (q,), (k,) = (kernels.rotate(part, rope, [part.size(2)]) for part in (q, k))
-        return [q, k, v]
+        return [self._scaled(q), k, v]
+
+    def _scaled(self, q: Tensor) -> Tensor:
+        """Return the queries times muP's factor."""
+        return q if self.query_scale == 1 else q * self.query_scale
 
     def _generate(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """Append the new keys and values to the cache and attend to all tokens in it. q, k, v: (B, T, heads, D)."""
@@ -194,7 +200,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.branch_scale = config.dropout, scales(config).branch
         self.attn_norm = Norm(config)
         self.attn = Attention(config, layer)
         self.mlp_norm = Norm(config)
@@ -219,14 +225,18 @@ class Block(nn.Module):
         no dropout, because flash attention would draw it from torch's random stream.
         """
         x, normed = self.attn_norm(x, branch)
-        branch = self.attn(normed, rope, cache, documents, sequence)
+        branch = self._scaled(self.attn(normed, rope, cache, documents, sequence))
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[0], self.dropout)
         x, normed = self.mlp_norm(x, branch)
-        branch = self.mlp(normed, choice) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        branch = self._scaled(self.mlp(normed, choice) if isinstance(self.mlp, MoE) else self.mlp(normed))
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[1], self.dropout)
         return x, branch
+
+    def _scaled(self, branch: Tensor) -> Tensor:
+        """Return the branch times muP's factor."""
+        return branch if self.branch_scale == 1 else branch * self.branch_scale
 
 
 def _moe(config: GPTConfig) -> MoE:
@@ -336,7 +346,7 @@ class GPT(nn.Module):
         documents: list[int] | None = None,
         sequence: SequencePart | None = None,
     ) -> Tensor:
-        """Return the output of the final norm, (B, T, C), which the head reads. Arguments as in forward."""
+        """Return the head's input, (B, T, C): the final norm, times muP's factor. Arguments as in forward."""
         if positions is None:
             start = cache.length if cache is not None else sequence.first if sequence is not None else 0
             self._check_length(start + tokens.size(1))
@@ -368,7 +378,8 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += tokens.size(1)
         out: Tensor = self.norm(x, branch)[1]
-        return out
+        factor = scales(self.config).output
+        return out if factor == 1 else out * factor
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the embedded tokens, (B, T, C), and RoPE's table (see rope_table), or None with learned positions."""
@@ -496,7 +507,9 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
         return torch.zeros(shape)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    std = STD / math.sqrt(2 * config.n_layer) if name.endswith("proj.weight") else STD
+    std = STD / math.sqrt(2 * residual_depth(config)) if name.endswith("proj.weight") else STD
+    if name.startswith("blocks."):
+        std *= scales(config).matrix_std
     rows = config.vocab_size if name in ("embed.weight", "lm_head.weight") else shape[0]
     value = torch.zeros(shape)
     value[:rows].normal_(0.0, std, generator=generator)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from packspeed.model.config import GPTConfig, Layer
+from packspeed.model.mup import folded
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that older files store with weights
 HEAD, EMBEDDING = "lm_head.weight", "embed.weight"  # our names
@@ -173,7 +174,8 @@ def to_hf_state_dict(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dic
 
     Raises ValueError if no family of transformers computes the same as this config.
     """
-    out = {name: part for weight in weight_table(config) for name, part in weight.split(state_dict[weight.ours])}
+    ours = {weight: folded(weight.ours, state_dict[weight.ours], config) for weight in weight_table(config)}
+    out = {name: part for weight, value in ours.items() for name, part in weight.split(value)}
     like = next(iter(out.values()))
     return out | {name: like.new_zeros(size) for name, size in zero_biases(config).items()}
 

@@ -82,6 +82,8 @@ MODEL_KEYS = {
     "zero_init_proj": "Start the layers whose output is added to the residual stream at 0, so that every block begins "
     "as the identity. Changes the initial weights only.",
     "tie_embeddings": "Use the token embedding as the weight of the output head.",
+    "mup": "Scale initial weights, learning rates and the forward pass by width and depth (muP, CompleteP). The best "
+    "learning rate of a small model then stays the best of a large one (docs/recipes.md). Needs adamw or lion.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
     "depend only on the seed and on the sample's number in the run, so a resumed run uses the same masks.",
     "z_loss": "Coefficient of the term log(sum exp logits)^2 that is added to the training loss of each token. PaLM "
@@ -132,11 +134,26 @@ class RopeScalingSection(Section):
     )
 
 
+class MuPSection(Section):
+    """The shape of the small model whose settings the run has."""
+
+    base_width: int = Field(ge=1, description="model.d_model of the small model.")
+    base_depth: int | None = Field(
+        None, ge=1, description="model.n_layer of the small model. Default: nothing depends on the depth."
+    )
+    base_head_dim: int | None = Field(
+        None,
+        ge=1,
+        description="model.head_dim of the small model: attention logits are then divided by head_dim / "
+        "sqrt(base_head_dim) and not by sqrt(head_dim). Needed only if head_dim differs.",
+    )
+
+
 def _model_section() -> type[Section]:
     """Create the class of the section `model`: a preset, any fields of GPTConfig, or both (a field overrides the
     preset).
     """
-    hints = {**typing.get_type_hints(GPTConfig), "rope_scaling": RopeScalingSection}
+    hints = {**typing.get_type_hints(GPTConfig), "rope_scaling": RopeScalingSection, "mup": MuPSection}
     fields: JsonObject = {
         f.name: (Union[hints[f.name], None], Field(None, description=MODEL_KEYS[f.name]))  # noqa: UP007
         for f in dataclasses.fields(GPTConfig)
@@ -609,6 +626,11 @@ class RunFile(Section):
             config = GPTConfig(**fields)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model: {error}") from None
+        if config.mup is not None and self.train.optimizer.name == "muon":
+            raise ConfigError(
+                "model.mup with train.optimizer.name: muon: its rules are those of AdamW, and Muon's update_scale: "
+                "shape fits every width already. Remove one of the two."
+            )
         if self.train.precision == "fp8" and (
             obstacle := fp8_obstacle(config, self.data.seq_len, self.train.fp8_skip_blocks)
         ):

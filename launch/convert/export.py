@@ -34,6 +34,7 @@ from packspeed.launch.inference.load_model import end_ids, find_checkpoint, find
 from packspeed.model.config import GPTConfig
 from packspeed.model.hf import CHOOSING_BIAS, hf_shapes, weight_table, zero_biases
 from packspeed.model.hf_config import to_hf_config
+from packspeed.model.mup import folded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors files
@@ -146,7 +147,7 @@ def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch
                 f"{checkpoint}: it contains the parameter {name}, which a model of its config does not have."
             )
         try:
-            yield from table[name].split(states["fp32"])
+            yield from table[name].split(folded(name, states["fp32"], config))
         except ValueError as error:  # the model needs a bias that its class in transformers lacks
             raise ConfigError(f"{checkpoint}: {error}") from None
     for name, size in zero_biases(config).items():

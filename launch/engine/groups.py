@@ -1,17 +1,19 @@
 """Parameter groups of the optimizer: who shares a learning rate, and the rates of each step.
 
     groups = optimizer_groups(model, run.train.optimizer)
-    set_rates(engine, step, run.train)                          # before every step, from the step's number alone
+    set_rates(engine, step, run.train, scales(config))          # before every step, from the step's number alone
 
     matrices      the matrices of the blocks, if the optimizer is Muon: peak learning rate muon_lr
     embedding     token and position embeddings, if embedding_lr is given
     head          an output head that is not tied to the embedding, if head_lr is given
     scalars       norms and biases, if scalar_lr is given
+    hidden        the matrices of the blocks, if model.mup is given: optimizer.lr times muP's factor
     decay         all other matrices: optimizer.lr
     no_decay      all other parameters: optimizer.lr
     experts       the matrices of experts, if ranks share them (engine/experts.py): as decay
 
 Weight decay applies to matrices only. Groups without parameters are left out.
+With model.mup, weight decay and eps have factors, too (model/mup.py).
 """
 
 from __future__ import annotations
@@ -21,19 +23,24 @@ from packspeed.launch.config.run_file import OptimizerSection, TrainSection
 from packspeed.launch.config.schedule import learning_rate, momentum, weight_decay
 from packspeed.launch.engine.protocol import Engine
 from packspeed.model.gpt import GPT, is_matrix, is_muon_parameter
+from packspeed.model.mup import STANDARD, Scales, scales
 
 MATRICES = "matrices"
 EXPERTS = "experts"
 ALWAYS = ("decay", "no_decay")
 WITHOUT_DECAY = ("no_decay", "scalars")
+HIDDEN = "hidden"
+IN_BLOCKS = (HIDDEN, *WITHOUT_DECAY)
 
 
-def peak_rates(optimizer: OptimizerSection) -> dict[str, float]:
-    """Return {name of a group: its peak learning rate} for all groups that these settings may need."""
+def peak_rates(optimizer: OptimizerSection, factors: Scales = STANDARD) -> dict[str, float]:
+    """Return {name of a group: its peak learning rate} for all groups that these settings may need. factors: of muP."""
     own = {"embedding": optimizer.embedding_lr, "head": optimizer.head_lr, "scalars": optimizer.scalar_lr}
     rates = {name: rate for name, rate in own.items() if rate is not None}
     if optimizer.name == "muon":
         rates[MATRICES] = optimizer.muon_lr or optimizer.lr
+    if factors != STANDARD:
+        rates[HIDDEN] = optimizer.lr * factors.matrix_lr
     return rates | dict.fromkeys((*ALWAYS, EXPERTS), optimizer.lr)
 
 
@@ -41,7 +48,9 @@ def group_of(name: str, groups: dict[str, float]) -> str:
     """Return the group of the parameter called `name`, one of the keys of `groups`."""
     if not is_matrix(name):
         return "scalars" if "scalars" in groups else "no_decay"
-    wanted = MATRICES if is_muon_parameter(name) else "head" if name == "lm_head.weight" else "embedding"
+    if is_muon_parameter(name):
+        return next((group for group in (MATRICES, HIDDEN) if group in groups), "decay")
+    wanted = "head" if name == "lm_head.weight" else "embedding"
     return wanted if wanted in groups else "decay"
 
 
@@ -49,26 +58,47 @@ def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject
     """Return the parameter groups for a torch optimizer, with name, parameters and weight decay. Tied weights appear
     once.
     """
-    rates = peak_rates(optimizer)
+    factors = scales(model.config)
+    rates = peak_rates(optimizer, factors)
     of_group: dict[str, list[object]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
         shared_out = not getattr(parameter, "allreduce", True)  # by mark_experts
         of_group[EXPERTS if shared_out else group_of(name, rates)].append(parameter)
-    decays = {name: 0.0 if name in WITHOUT_DECAY else optimizer.weight_decay for name in rates}
-    groups = [{"name": name, "params": of_group[name], "weight_decay": decays[name]} for name in rates]
-    return [{**group, "moe": True} if group["name"] == EXPERTS else group for group in groups if group["params"]]
+    groups: list[JsonObject] = []
+    for name in rates:
+        if of_group[name]:
+            decay = _decay(name, optimizer.weight_decay, factors)
+            groups.append({"name": name, "params": of_group[name], "weight_decay": decay})
+            if name == EXPERTS:
+                groups[-1]["moe"] = True
+            if factors != STANDARD and optimizer.name == "adamw":
+                groups[-1]["eps"] = _eps(name, optimizer.eps, factors)
+    return groups
 
 
-def set_rates(engine: Engine, step: int, train: TrainSection) -> None:
+def _decay(group: str, weight_decay: float, factors: Scales) -> float:
+    """Return the weight decay of a group."""
+    return 0.0 if group in WITHOUT_DECAY else weight_decay * (factors.matrix_decay if group == HIDDEN else 1.0)
+
+
+def _eps(group: str, eps: float, factors: Scales) -> float:
+    """Return AdamW's eps of a group."""
+    return eps * (factors.block_eps if group in IN_BLOCKS else factors.table_eps)
+
+
+def set_rates(engine: Engine, step: int, train: TrainSection, factors: Scales = STANDARD) -> None:
     """Set the learning rate, weight decay and momentum of an optimizer step, counted from 0, in every group.
+
+    factors: those of muP.
 
     Betas and eps are set too: loading a checkpoint restores the values of the save, but the run file may have changed
     since then.
     """
     optimizer, lr = train.optimizer, learning_rate(step, train)
-    rates, decay = peak_rates(optimizer), weight_decay(step, train)
+    rates, decay = peak_rates(optimizer, factors), weight_decay(step, train)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * (rates[group["name"]] / optimizer.lr) if optimizer.lr else 0.0
-        group["weight_decay"] = 0.0 if group["name"] in WITHOUT_DECAY else decay
-        present = {"betas": list(optimizer.betas), "eps": optimizer.eps, "momentum": momentum(step, optimizer)}
+        group["weight_decay"] = _decay(group["name"], decay, factors)
+        eps = _eps(group["name"], optimizer.eps, factors)
+        present = {"betas": list(optimizer.betas), "eps": eps, "momentum": momentum(step, optimizer)}
         group.update({key: value for key, value in present.items() if key in group})

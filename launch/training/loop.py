@@ -22,6 +22,7 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
@@ -42,6 +43,8 @@ from packspeed.launch.training.metrics_line import metrics_line
 from packspeed.launch.training.micro_batch import micro_batch_loss
 from packspeed.launch.training.saving import record_evaluation, save_checkpoint
 from packspeed.launch.training.trainer import StepResult, Trainer
+from packspeed.model.gpt import GPT
+from packspeed.model.mup import scales
 
 
 def fit(trainer: Trainer, start_step: int) -> str | None:
@@ -163,7 +166,8 @@ def train_step(
     forward and backward passes are queued on the device and the host would only wait.
     """
     engine, plan, norm_hook = trainer.engine, trainer.plan, trainer.norm_hook
-    set_rates(engine, number, trainer.run.train)  # learning rate, weight decay and momentum of this step
+    # Learning rate, weight decay, eps and momentum of this step.
+    set_rates(engine, number, trainer.run.train, scales(cast(GPT, engine.module).config))
     trainer.detector.begin_step()
     norm_hook.begin_step()
     loss_sum = torch.zeros((), device=trainer.topology.device)
