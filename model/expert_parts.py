@@ -12,9 +12,8 @@ other direction. The backward pass of each exchange is the other one. No row is 
 of rows, also none. An expert sees the rows of rank 0 first, then those of rank 1, each in the order of tokens.
 
 So the gradient of an expert, on the rank that has it, is the sum over all tokens of the group. Everything else in the
-model is that of the rank's own tokens.
-Cost: an exchange moves up to K rows of C channels per token, twice in the forward and twice in the backward pass. The
-host waits for the counts once per layer and pass.
+model works on the rank's own tokens. Cost: an exchange moves up to K rows of C channels per token, twice in the forward
+and twice in the backward pass. The host waits for the counts once per layer and pass.
 """
 
 from __future__ import annotations
@@ -62,14 +61,14 @@ class ExpertPart:
 
 
 def part_of(parameter: torch.Tensor) -> ExpertPart | None:
-    """Return which part of a complete parameter this one is; None if it is complete."""
+    """Return the ExpertPart of a parameter that has only the experts of this rank; None if it is complete."""
     part: ExpertPart | None = getattr(parameter, "expert_part", None)
     return part
 
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Which rows of one pass through a layer travel between the ranks.
+    """Which rows are exchanged between the ranks in one pass through a layer.
 
     sent, received: number of rows to and from each rank. order: numbers of the arrived rows, sorted by expert;
     inverse: where each of them is in that order. ends: (experts of this rank,), as in GroupedLinear.
@@ -96,11 +95,11 @@ class Route:
         return back
 
     def there(self, rows: Tensor) -> Tensor:
-        """Do what to_experts does, without a graph."""
+        """Do the same as to_experts, but outside autograd."""
         return self.part.exchange(rows, self.sent, self.received)[self.order]
 
     def back(self, rows: Tensor) -> Tensor:
-        """Do what to_tokens does, without a graph."""
+        """Do the same as to_tokens, but outside autograd."""
         return self.part.exchange(rows[self.inverse], self.received, self.sent)
 
 

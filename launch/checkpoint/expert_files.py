@@ -3,7 +3,7 @@
     experts_01.pt     {"weights": {parameter: its rows}, "states": {parameter: {"exp_avg": ..., ...}}}
 
 At stage 0 only rank 0 writes DeepSpeed's file, with its own experts. If ranks share the experts (parallel.expert), the
-first rank that has the experts of number n, n > 0, writes this file beside it. At stages 1 and 2 each rank's own file
+first rank that has the experts of number n, n > 0, writes this file next to it. At stages 1 and 2 each rank's own file
 has all that is needed (zero_checkpoint.py).
 """
 
@@ -46,7 +46,9 @@ def own_experts(engine: Engine, topology: Topology) -> tuple[str, dict[str, Any]
 def join_experts(
     name: str, tensors: dict[str, torch.Tensor], others: Sequence[dict[str, Any]]
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a parameter with the rows of all ranks. `others`: the files' contents, in order."""
+    """Return the complete tensors of a parameter: the rows in `tensors`, then those in the files of experts. `others`:
+    the contents of these files, in the order of expert_files.
+    """
     if not others or name not in others[0]["weights"]:
         return tensors
     of_ranks = [{"fp32": other["weights"][name], **other["states"][name]} for other in others]

@@ -100,7 +100,7 @@ class RunRequest(_Ranks):
 
 
 class PrepareRequest(_Ranks):
-    """Request: get ready for a `run` that starts ranks like those that this host has now. There is no answer.
+    """Request: get ready for a `run` with the same ranks as the present attempt. There is no answer.
 
     After `silence_s` without messages the agent exits.
     """

@@ -78,10 +78,10 @@ SEQUENCE = (
     "scales gradients by another factor at each ZeRO stage."
 )
 TENSOR = (
-    "the run file's parallel.tensor has that place. Remove the block here. DeepSpeed's AutoTP is not used, because its "
+    "the run file has parallel.tensor instead. Remove the block here. DeepSpeed's AutoTP is not used, because its "
     "checkpoints fit one number of ranks."
 )
-EXPERT = "the run file's parallel.expert has that place. Remove the block here."
+EXPERT = "the run file has parallel.expert instead. Remove the block here."
 NO_EXPORT_BY_DEEPSPEED = "checkpoints contain no 16-bit weights. `packspeed export` writes them from any checkpoint."
 OWN_LOADER = "Packspeed's own loader reads the data (section data of the run file), not DeepSpeed's."
 

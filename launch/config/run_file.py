@@ -496,9 +496,7 @@ class MonitorSection(Section):
 
 
 class ParallelSection(Section):
-    """How many ranks share a row, the weights or the experts. Changes speed, memory and rounding, but not what is
-    computed.
-    """
+    """How many ranks share a row, the weights or the experts. Changes only speed, memory and rounding."""
 
     sequence: int = Field(
         1,

@@ -1,4 +1,4 @@
-"""Expert parallelism in the engine: which parameters a rank shares with whom, and what is summed over which ranks.
+"""Expert parallelism in the engine: which experts a rank has, and over which ranks their gradients are summed.
 
     part = expert_part(topology)                 # None if every rank has all experts
     ... model_on(..., part) ... mark_experts(model, part)
@@ -6,8 +6,8 @@
 
 There are two groups per rank (config/layout.py). The ranks of the axis "expert" share the experts of each layer. Those
 of "expert_copies" hold the same experts: DeepSpeed sums their gradients over these, and ZeRO partitions them there
-(patches/expert_groups.py). A gradient has the contributions of all tokens of its expert group already. So what it needs
-is the sum over the copies, divided by the number of all ranks, as for other parameters.
+(patches/expert_groups.py). The gradient of an expert already contains the contributions of all tokens of the expert
+group. So it must only be summed over the copies and divided by the number of all ranks, as for other parameters.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def expert_part(topology: Topology | None) -> ExpertPart | None:
 
 
 def mark_experts(model: GPT, part: ExpertPart) -> None:
-    """Mark the parameters of which this rank has a part, for DeepSpeed and for this program."""
+    """Mark the parameters of which this rank has only a part, for DeepSpeed and for part_of."""
     for name, parameter in model.named_parameters():
         if is_expert_parameter(name, model.config):
             # The names are DeepSpeed's, except the last.

@@ -51,7 +51,7 @@ class Place(Protocol):
     """Where the runs of a proof are trained."""
 
     def command(self, ranks: int, arguments: Sequence[str], folder: Path) -> list[str]:
-        """Return the command that trains with `ranks` ranks until its end. `arguments` are those of train.py.
+        """Return the command that trains with `ranks` ranks until the run ends. `arguments` are those of train.py.
 
         `folder` is that of the proof, for files that the command needs.
         """
@@ -127,7 +127,7 @@ class OverHosts:
         return sum(host.slots for host in self.hosts)
 
     def first(self, ranks: int) -> list[Host]:
-        """Return the hosts of the first `ranks` ranks. Raises ConfigError if there are not so many slots."""
+        """Return the hosts of the first `ranks` ranks. Raises ConfigError if there are fewer slots."""
         if ranks > self.slots:
             raise ConfigError(f"the hostfile has {self.slots} slots, which is too few for {ranks} ranks.")
         chosen: list[Host] = []
@@ -149,7 +149,9 @@ class OverHosts:
 
     @contextlib.contextmanager
     def victims(self, process: psutil.Popen, ranks: int, run_folder: Path) -> Iterator[Victims]:
-        """Return a context with the launcher and the ranks on all hosts. Their shells are ended with it."""
+        """Return a context with the launcher and the ranks on all hosts. At its end, the shells on the hosts are
+        ended.
+        """
         hosts = self.first(ranks)
         shells = {
             host.name: subprocess.Popen(

@@ -55,7 +55,7 @@ class Result:
 
     @property
     def done(self) -> bool:
-        """Return whether a repetition of the run would give the same."""
+        """Return whether the run need not be started again: it has finished or diverged."""
         return self.state in ("finished", "diverged")
 
 
@@ -80,7 +80,9 @@ def read_result(run: SweepRun) -> Result:
 
 
 def check_folders(sweep: Sweep) -> None:
-    """Raise ConfigError if a run's folder was made with other settings, or not by a sweep: its loss would mislead."""
+    """Raise ConfigError if a run's folder was made with other settings, or not by a sweep, because its loss could not
+    be compared.
+    """
     for run in sweep.runs:
         folder = run.run.folder
         if not folder.exists():

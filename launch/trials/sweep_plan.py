@@ -53,7 +53,7 @@ class SweepRun:
     ranks: int
 
     def settings(self) -> JsonObject:
-        """Return the settings that decide what the run measures, flat, with dotted keys."""
+        """Return the settings on which the result of the run depends, as one dict with dotted keys."""
         flat = flatten(self.run.model_dump(mode="json", exclude_none=True))
         return {key: value for key, value in flat.items() if can_change_the_loss(key) or key.startswith("eval.")}
 
@@ -75,8 +75,8 @@ def plan_sweep(
     """Return the sweep over all combinations of the grids (KEY=VALUE,VALUE) and seeds ("1,2,3").
 
     ranks: of each run; None: an equal share of the GPUs, or 1 on CPUs. Loads and checks the run file, the DeepSpeed
-    JSON, the dataset and the model of every run, so that none fails for a typing error hours later. Raises
-    ConfigError, which names the run, for what is wrong.
+    JSON, the dataset and the model of every run, so that none fails for a typing error hours later. If one is invalid,
+    raises ConfigError that names the run.
     """
     if not grids and seeds is None:
         raise ConfigError("give --grid KEY=VALUE,VALUE or --seeds SEED,SEED: without them there is only one run.")

@@ -35,7 +35,7 @@ def keeps_state_on_nvme(optimizer: Any) -> bool:
 
 
 def save_and_load_swapped_state(engine: Engine) -> None:
-    """Make the engine's checkpoints contain what is on NVMe. Does nothing if nothing is on NVMe."""
+    """Make the engine's checkpoints contain the states and weights on NVMe. Does nothing if there are none."""
     optimizer: Any = engine.optimizer
     if not keeps_state_on_nvme(optimizer):
         return
