@@ -51,7 +51,7 @@ def random_bits(keys: Tensor, length: int, width: int) -> Tensor:
 
 
 def mask_offset(first: int, width: int) -> int:
-    """Return what to add to a site's keys so that its masks begin at place `first` of a row with `width` channels."""
+    """Return what to add to a site's keys so that its masks begin at token `first` of a row with `width` channels."""
     return _signed(first * -(-width // 4) * (GAMMA % 2**64) % 2**64)
 
 

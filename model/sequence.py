@@ -1,17 +1,17 @@
-"""Sequence parallelism: the ranks of a group share the tokens (the places) of the same rows. This is Ulysses.
+"""Sequence parallelism: the ranks of a group share the tokens of the same rows. This is Ulysses.
 
     part = SequencePart(rank, size, length, all_to_all)
-    model(part.cut(tokens), part.cut(labels), reduction="sum", sequence=part)       # the loss of this rank's places
+    model(part.cut(tokens), part.cut(labels), reduction="sum", sequence=part)       # the loss of this rank's tokens
 
-Everything but attention works on a rank's own places. For attention, one all-to-all gives each rank all places of some
-of the heads, and a second one returns the places. The backward pass of each is the other exchange. So the gradients of
-a place from all ranks are returned to the rank that holds it. Nothing else differs from ranks that read different rows:
+Everything but attention works on a rank's own tokens. For attention, one all-to-all gives each rank all tokens for some
+of the heads, and a second one returns the results. The backward pass of each is the other exchange. So the gradients of
+a token from all ranks are returned to the rank that holds it. Nothing else differs from ranks that read different rows:
 the sum of the ranks' losses is the loss of the rows, and the sum of the ranks' gradients is its gradient.
 
 If there are fewer key-value heads than ranks, a head is sent to each rank that needs it, and its gradients are added.
-Letters as in gpt.py; t is the number of places of a rank, and n the number of heads that a rank gets.
+Letters as in gpt.py; t is the number of tokens of a rank in a row, and n the number of heads that a rank gets.
 Cost: a rank sends and receives (2 + 2 h / H) t C elements per layer and direction, in two collectives; attention itself
-has the same FLOPs on every rank. Places are divided as evenly as possible.
+has the same FLOPs on every rank. Tokens are divided as evenly as possible.
 Source: DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509). DeepSpeed's own classes are not used (docs/layouts.md).
 """
 
@@ -32,7 +32,7 @@ Attend = Callable[..., Tensor]  # an implementation of attention.attend
 
 @dataclass(frozen=True)
 class SequencePart:
-    """This rank's part of rows of `length` places, which it shares with size - 1 other ranks."""
+    """This rank's part of rows of `length` tokens, which it shares with size - 1 other ranks."""
 
     rank: int
     size: int
@@ -41,21 +41,21 @@ class SequencePart:
 
     @property
     def parts(self) -> list[int]:
-        """Number of places of each rank."""
+        """Number of tokens of each rank in a row."""
         ends = [self.length * rank // self.size for rank in range(self.size + 1)]
         return [end - start for start, end in itertools.pairwise(ends)]
 
     @property
     def first(self) -> int:
-        """The first place of this rank."""
+        """Index in the row of the first token of this rank."""
         return self.length * self.rank // self.size
 
     def cut(self, x: Tensor) -> Tensor:
-        """Return this rank's places, (B, t, ...), of x (B, T, ...)."""
+        """Return this rank's tokens, (B, t, ...), of x (B, T, ...)."""
         return x[:, self.first : self.first + self.parts[self.rank]]
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, *arguments: object) -> Tensor:
-        """Return causal attention over complete rows for this rank's places, (B, t, H, D). A collective.
+        """Return causal attention over complete rows for this rank's tokens, (B, t, H, D). A collective.
 
         q is (B, t, H, D); k and v are (B, t, h, D). attend(q, k, v, *arguments) computes it for complete rows and some
         of the heads; `arguments`, such as documents, are those of complete rows.
@@ -65,12 +65,12 @@ class SequencePart:
         return mixed
 
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Send this rank's places of all heads, and receive all places of this rank's heads: (B, t, heads, D) -> (B, T,
+        """Send this rank's tokens of all heads, and receive all tokens of this rank's heads: (B, t, heads, D) -> (B, T,
         n, D) each.
         """
-        rows, places, _, width = tensors[0].shape
+        rows, length, _, width = tensors[0].shape
         own = [max(1, x.size(2) // self.size) for x in tensors]
-        sent = tensors[0].new_empty(self.size, rows, places, sum(own), width)
+        sent = tensors[0].new_empty(self.size, rows, length, sum(own), width)
         for x, piece, n in zip(tensors, torch.split(sent, own, dim=3), own, strict=True):
             groups = x.size(2) // n  # fewer than the ranks if several ranks get the same head
             heads = torch.unflatten(x, 2, (groups, n)).permute(2, 0, 1, 3, 4)
@@ -83,8 +83,8 @@ class SequencePart:
             )
         return list(torch.split(received.view(rows, self.length, sum(own), width), own, dim=2))
 
-    def to_places(self, tensors: Sequence[Tensor], heads: Sequence[int]) -> list[Tensor]:
-        """Send all places of this rank's heads, and receive this rank's places of all heads: (B, T, n, D) -> (B, t,
+    def to_tokens(self, tensors: Sequence[Tensor], heads: Sequence[int]) -> list[Tensor]:
+        """Send all tokens of this rank's heads, and receive this rank's tokens of all heads: (B, T, n, D) -> (B, t,
         heads, D) each.
 
         `heads` has the number of heads of each result. If several ranks send values for the same head, these are added
@@ -124,14 +124,14 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.part.to_places(grads, ctx.heads), None)
+        return (*ctx.part.to_tokens(grads, ctx.heads), None)
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, part: SequencePart) -> Tensor:
         ctx.part = part
-        return part.to_places([mixed], [mixed.size(2) * part.size])[0]
+        return part.to_tokens([mixed], [mixed.size(2) * part.size])[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -12,6 +12,8 @@ the fp32 weights.
   stage 0      mp_rank_00_model_states.pt         ["module"]: name -> full weight
                                                   ["optimizer"]["state"]: number -> full states. optimizer_order in
                                                   packspeed.json says which parameter has which number
+               experts_<number>.pt                if ranks share the experts: those of each rank but the first
+                                                  (expert_files.py)
   stages 1, 2  zero_pp_rank_<r>_..._optim_states.pt, r < R. In each parameter group, all parameters are concatenated to
                one flat vector, which is padded and cut into R equal slices. File r has slice r. With two ranks:
 
@@ -26,8 +28,6 @@ the fp32 weights.
 
                    rank 0  | w1 w1 | w2 w2 | w3 w3 |
                    rank 1  | w1 w1 | w2 w2 | w3 -- |
-
-               At stage 0, experts_<number>.pt has the experts of each rank but the first (expert_files.py).
   imported     No files of DeepSpeed, but universal/<parameter>.safetensors (convert/import_weights.py)
 
 DeepSpeed's files are pickles. They are read with weights_only=True, so that no code in them can run.

@@ -1,15 +1,15 @@
-"""Which ranks share rows of the batch, places of a row, weights and experts: the section `parallel` of the run file.
+"""Which ranks share rows of the batch, tokens of a row, weights and experts: the section `parallel` of the run file.
 
     layout = run_layout(run, 8)          # Layout(world=8, sequence=2), or ConfigError with the sizes that divide
     layout.rows                          # 4: groups of ranks that read different rows of the global batch
-    layout.members("sequence", 5)        # [4, 5]: the ranks that share the places of rank 5's rows
+    layout.members("sequence", 5)        # [4, 5]: the ranks that share the tokens of rank 5's rows
 
 Ranks are numbered with the tensor axis fastest, then the sequence axis, then the rows:
 
     rank = (row group * sequence + sequence rank) * tensor + tensor rank
 
 So the ranks of a tensor group, which exchange the most, are neighbours on one host. DeepSpeed partitions and averages
-over all ranks with the same tensor rank (the axis "zero"): to it, ranks that share the places of a row are ordinary
+over all ranks with the same tensor rank (the axis "zero"): to it, ranks that share the tokens of a row are ordinary
 data-parallel ranks. The ranks of a tensor group hold different parts of the same weights and compute the same loss.
 """
 
@@ -25,10 +25,10 @@ from packspeed.model.config import FP8_MULTIPLE, GPTConfig
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sizes of the parallel axes; `world` is the number of ranks. Every size divides what it has to divide."""
+    """The sizes of the parallel axes; `world` is the number of ranks. run_layout has checked all sizes."""
 
     world: int = 1
-    sequence: int = 1  # ranks that share the places of the same rows
+    sequence: int = 1  # ranks that share the tokens of the same rows
     tensor: int = 1  # ranks that share the weights of each layer
     expert: int = 1  # ranks that share the experts of each layer; they may read different rows
 
@@ -69,7 +69,7 @@ class Layout:
     def _axis(self, name: str) -> tuple[int, int]:
         """Return (distance between neighbours, number of ranks) of the groups along an axis.
 
-        tensor: ranks that share weights. sequence: that share the places of rows. rows: that read different rows.
+        tensor: ranks that share weights. sequence: that share the tokens of rows. rows: that read different rows.
         zero: over which ZeRO partitions. expert: that share experts. expert_copies: that hold the same experts.
         """
         zero = self.world // self.tensor

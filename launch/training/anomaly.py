@@ -80,8 +80,9 @@ class AnomalyDetector:
         return None
 
     def accept(self, loss: float, norm: float) -> None:
-        """Add the loss and norm of the current step, which the optimizer has applied, to those with which later steps
-        are compared. See `vetoes` for the arguments.
+        """Add the loss and norm of the current step, which the optimizer has applied, to the window of past steps.
+
+        Later steps are compared with this window. See `vetoes` for the arguments.
         """
         self.vetoes_in_a_row = 0
         self.losses.append(loss)
