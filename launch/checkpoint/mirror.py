@@ -307,7 +307,7 @@ class Mirror:
                 raise _CannotRead(
                     f"{url} could not be read in {self._patience_s:.0f} s of attempts. The last one failed with: "
                     f"{reason}. Check the store, the credentials and checkpoint.mirror, and start the command again. "
-                    "With --set checkpoint.mirror=null the run does without."
+                    "With --set checkpoint.mirror=null the run starts without a mirror."
                 )
             end = time.monotonic() + seconds
             while time.monotonic() < end:
@@ -451,7 +451,7 @@ class _Copy:
         return result
 
     def _post(self, note: str, text: str) -> None:
-        """Tell rank 0 about a failure of this rank; on rank 0, log it."""
+        """Report a failure of this rank to rank 0. Rank 0 logs its own."""
         if self.mirror.topology.rank == 0:
             self._warn(text)
         else:

@@ -127,7 +127,7 @@ def machine_of(
     machine = dataclasses.replace(this_cpu(), per_host=ranks) if gpu == "cpu" else load_machine(gpu, calibration)
     if hosts is not None:
         if ranks % hosts:
-            raise ConfigError(f"--ranks {ranks} --hosts {hosts}: every host has the same number of GPUs.")
+            raise ConfigError(f"--ranks {ranks} --hosts {hosts}: the number of hosts must divide the number of ranks.")
         machine = dataclasses.replace(machine, per_host=ranks // hosts)
     if interconnect is not None:
         machine = dataclasses.replace(machine, network=interconnect * 1e9 / 8)

@@ -26,7 +26,8 @@ KeyTree: TypeAlias = "dict[str, KeyTree | Refused | Unused | None]"
 
 
 def unless(*harmless: object) -> Callable[[Any], bool]:
-    """Return a function that is true for null, "auto" and the `harmless` values, with which a key turns nothing on."""
+    """Return a function that is true for null, "auto" and the `harmless` values, that is, for the values with which a
+    key has no effect."""
     return lambda value: value in (None, "auto", *harmless)
 
 
@@ -233,7 +234,7 @@ LEGACY = ("bfloat16", "allgather_size")
 def filed(tree: KeyTree = KEYS, parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Refused | Unused]]:
     """Yield (path of the key, entry) for every key of the tree whose entry is Refused or Unused.
 
-    `parent` is the key path of the tree itself, with which the yielded paths begin.
+    The yielded paths begin with `parent`, the key path of the tree itself.
     """
     for key, entry in tree.items():
         if isinstance(entry, (Refused, Unused)):

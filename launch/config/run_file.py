@@ -53,7 +53,7 @@ MODEL_KEYS = {
     "norm_eps": "Number added to the variance in every norm, to avoid a division by zero.",
     "position": "Position encoding: a learned table, or rotary embeddings (RoPE) of queries and keys.",
     "rope_theta": "Base of RoPE's frequencies (theta). Unused with learned positions.",
-    "rope_scaling": "Stretching of RoPE to a longer context, with the names of transformers' config.json.",
+    "rope_scaling": "How RoPE is stretched to a longer context. The keys are those of transformers' config.json.",
     "sliding_window": "Largest number of tokens that a token attends to, itself included. The cost of attention "
     "then grows with the length of a sample, and not with its square. Default: all earlier tokens.",
     "sliding_window_pattern": "Every n-th layer attends to all earlier tokens, the others have the window, as in "

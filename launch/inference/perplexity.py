@@ -3,8 +3,8 @@ launcher.
 
 Every token of the split is predicted once; the first token is predicted from end-of-text. The text is read in windows
 of seq_len tokens, whose starts are `stride` tokens apart. If the stride is below seq_len, each token is predicted from
-at least seq_len - stride tokens, except near the beginning. If the run was trained with document masking, it is also
-used here.
+at least seq_len - stride tokens, except near the beginning. If the run was trained with document masking, the
+evaluation masks documents too.
 
     loss = nats / tokens      perplexity = exp(loss)      bits_per_byte = nats / (ln 2 * utf8_bytes)
 

@@ -272,7 +272,7 @@ def _assumptions(job: Job) -> list[str]:
     if job.model.dropout:
         lines.append("dropout: its masks are counted in memory, not in time")
     if job.offloads("optimizer"):
-        lines.append("offload: DeepSpeed's CPU Adam at 50 GB/s a host, and nothing of it hidden")
+        lines.append("offload: DeepSpeed's CPU Adam at 50 GB/s per host, not overlapped with anything")
     return lines
 
 

@@ -95,7 +95,7 @@ class Metrics:
             self.plan_check.see(line)
         self._waiting.append(json.dumps(line) + "\n")
         if error := self._write_waiting():
-            say(f"WARNING: metrics.jsonl: {error}. {len(self._waiting)} line(s) are kept in memory until it works.")
+            say(f"WARNING: metrics.jsonl: {error}. {len(self._waiting)} line(s) wait in memory.")
         for follower in self.followers:
             follower(line)
         step = line["step"]
