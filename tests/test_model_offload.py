@@ -164,7 +164,9 @@ def test_the_planner_counts_what_is_saved() -> None:
     backward = [account.phases[2].kinds for account in (full, offloaded, chunked)]
     assert backward[0]["activations"] - backward[1]["activations"] == 2 * inputs
     assert (full.host, offloaded.host) == ({}, {"activations": 4 * inputs})
-    assert backward[0]["recompute"] - backward[2]["recompute"] == hidden * (4096 - 512)
+    # Of an MLP in one piece, gradients of its hidden channels and its input; with chunks, four of the block's width.
+    gradients = 4 * (2 * 256 + 64) * 4096 - 4 * 4 * 64 * 4096
+    assert backward[0]["recompute"] - backward[2]["recompute"] == hidden * (4096 - 512) + gradients
 
 
 @pytest.mark.parametrize(

@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
+import torch
 
 from packspeed.launch.config.batch import plan_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
 from packspeed.launch.config.run_file import RunFile
-from packspeed.launch.planner.engine_memory import engine_memory, states
+from packspeed.launch.planner.engine_memory import (
+    EngineSpec,
+    block_bytes,
+    engine_memory,
+    multiplied_weights,
+    states,
+)
 from packspeed.launch.planner.machine import load_machine
 from packspeed.launch.planner.plan import Job, engine_spec, job_of
 from packspeed.launch.planner.this_cpu import this_cpu
+from packspeed.model.config import GPTConfig
+from packspeed.model.gpt import GPT
 from support import ROOT, prefork
 from support.ranks import environment
 from support.step_memory import VOCABULARY, deepspeed_values, run_values
 
-# STAGE,PRECISION,FAMILY,RECOMPUTE,OFFLOAD,ACCUMULATION. States of every stage and precision at 8 and 1,024 ranks are in
-# test_memory.py: the planner uses the same table.
+LLAMA: dict[str, Any] = {
+    "n_head": 4, "d_model": 128, "position": "rope", "mlp": "swiglu", "norm": "rmsnorm", "bias": False,
+}  # fmt: skip
+
+# STAGE,PRECISION,FAMILY,RECOMPUTE,OFFLOAD,ACCUMULATION. Without offload, states of every stage and precision at 8 and
+# 1,024 ranks are in test_memory.py, and the planner uses the same table. So these cases have the buckets, the offload,
+# and one of each recompute, family and accumulation at a stage.
 CASES = {
     8: (
         "0,fp32,gpt,none,no,1", "1,bf16,gpt,full,no,2", "2,bf16,llama,none,no,1", "3,fp32,llama,full,no,1",
         "1,bf16,moe,none,no,1",
     ),
     64: ("2,bf16,gpt,none,yes,1", "3,bf16,llama,none,yes,1"),
+    1024: ("2,fp32,llama,full,yes,2", "3,fp32,gpt,full,yes,1", "3,bf16,gpt,full,no,1"),
 }  # fmt: skip
 
 
@@ -50,6 +66,52 @@ def test_states_and_the_peak_of_a_step_are_those_of_the_engine(world: int) -> No
         assert sum(account.kept.values()) + host == pytest.approx(found[0]["kept"], rel=0.01), case
         within = 0.05 if "yes" in case else 0.03
         assert account.peak.total + host == pytest.approx(found[0]["peak"], rel=within), (case, account.peak)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt": {"n_head": 4, "d_model": 128, "bias": False, "mlp": "gelu"},
+    "llama": LLAMA | {"n_kv_head": 2, "d_ff": 384},
+    "qk_norm": LLAMA | {"n_kv_head": 1, "head_dim": 48, "d_ff": 384, "qk_norm": True},
+    "experts": LLAMA | {"n_expert": 4, "d_expert": 96},
+    "shared": LLAMA | {"n_expert": 8, "d_expert": 96, "n_expert_active": 3, "n_shared_expert": 1},
+}
+
+
+def kept_by_a_block(shape: str, precision: str) -> float:
+    """Bytes per token that autograd keeps for one more block, parameters aside. autocast: bf16 over fp32 weights."""
+    rows, length = 2, 64
+
+    def kept(layers: int) -> int:
+        model = GPT(GPTConfig(n_layer=layers, vocab_size=128, max_seq_len=length, kernels="eager", **SHAPES[shape]))
+        model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def note(saved: torch.Tensor) -> torch.Tensor:
+            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage()
+            return saved
+
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved), autocast:
+            loss = model(tokens, tokens)
+        del loss
+        return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
+
+    return (kept(2) - kept(1)) / (rows * length)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm under autocast
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_block_keeps_what_is_counted(shape: str, precision: str) -> None:
+    model = GPTConfig(n_layer=2, vocab_size=128, max_seq_len=64, kernels="eager", **SHAPES[shape])
+    spec = EngineSpec(
+        model=model, seq_len=64, micro_batch=2, accumulation=1, ranks=8, stage=0 if precision == "autocast" else 1,
+        precision="fp32" if precision == "fp32" else "bf16", kernels="eager", device="cpu",
+    )  # fmt: skip
+    copies = 2 * multiplied_weights(spec) / 128 if precision == "autocast" else 0
+    assert block_bytes(spec) + copies == pytest.approx(kept_by_a_block(shape, precision), rel=0.005)
 
 
 def test_zero_and_offload_move_memory_where_they_say() -> None:

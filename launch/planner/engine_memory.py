@@ -177,9 +177,12 @@ def states(spec: EngineSpec) -> tuple[Kinds, Kinds]:
         if spec.offload_param:
             host["weights"] = kept.pop("weights")
         return kept, host
-    # Stages 1 and 2 copy each gradient by way of one buffer on either side.
+    # Stages 1 and 2 copy each gradient by way of one buffer on either side. The host adds up the gradients of micro
+    # batches, those of every matrix that the rank has a part of.
     kept |= {"gradients": size * count / ranks, "buckets": size * spec.largest}
     host |= {"gradients": 4 * count / ranks, "buckets": size * spec.largest}
+    if spec.accumulation > 1:
+        host["gradients"] += size * max(count / ranks, spec.largest)
     return kept, host
 
 
@@ -190,22 +193,30 @@ def states(spec: EngineSpec) -> tuple[Kinds, Kinds]:
 def block_bytes(spec: EngineSpec) -> float:
     """Return the bytes per token that the forward pass of one block keeps for its backward pass."""
     model, e = spec.model, spec.value_bytes
-    fused = spec.kernels in ("native", "triton")
     torch_norms = spec.kernels != "triton" and model.norm == "rmsnorm" and spec.device == "cpu"
     d = (8 + 2 * e if spec.autocast else 4 * e) + ((8 if e == 4 or spec.autocast else 12) if torch_norms else 0)
+    dropout = 2 * model.d_model if model.dropout else 0
+    norms = d * model.d_model + (16 if model.norm == "layernorm" else 8)
+    return norms + attention_bytes(spec) + hidden_bytes(spec) + dropout
+
+
+def attention_bytes(spec: EngineSpec) -> float:
+    """Return the bytes that the backward pass needs per token of queries, keys, values and attention's result."""
+    model, e = spec.model, spec.value_bytes
     q = kv = 2.0 * e
-    if not fused and not spec.autocast:
+    if spec.kernels not in ("native", "triton") and not spec.autocast:
         if e == 2 and spec.device == "cpu":
             q, kv = 10.0, 8.0  # attention in fp32
         elif model.position == "rope":
             q = kv = 3.0 * e
+        if model.qk_norm:  # it keeps more, but nothing beside the rotated copies
+            q, kv = q - e, kv - e
     if model.qk_norm:
-        q, kv = (q + 8, kv + 8) if e == 4 else (q + 10, kv + 10)
+        q, kv = (q + 8, kv + 8) if e == 4 or spec.autocast else (q + 10, kv + 10)
     heads = model.n_head * model.head_width
     keys = model.kv_heads * model.head_width
-    inner = (q * heads + kv * keys + 4 * model.n_head) / spec.tensor + hidden_bytes(spec)
-    dropout = 2 * model.d_model if model.dropout else 0
-    return d * model.d_model + inner + (16 if model.norm == "layernorm" else 8) + dropout
+    statistics = 4 * model.n_head + (4 * (model.n_head + model.kv_heads) if model.qk_norm else 0)
+    return (q * heads + kv * keys + statistics) / spec.tensor
 
 
 def hidden_bytes(spec: EngineSpec) -> float:
@@ -215,11 +226,24 @@ def hidden_bytes(spec: EngineSpec) -> float:
     ff = (2 if model.mlp != "swiglu" else 3 if fused else 4) * e / spec.tensor  # per hidden channel
     if model.n_expert is None:
         return ff * model.ff_width
-    router = (4 * model.n_expert) if e == 4 else (6 * model.n_expert + 2 * model.d_model)
+    router = (6 if e == 2 and not spec.autocast else 4) * model.n_expert + 4
+    if e == 2:  # the router's fp32 input; a 16-bit one is kept for the shared experts only
+        router += (4 if model.n_shared_expert else 2) * model.d_model
     experts = model.n_expert_active * (2 * e * model.d_model + ff * model.expert_width + 32) + router
     experts += ff * model.n_shared_expert * model.expert_width
     sparse = (model.n_layer - model.first_dense) / model.n_layer
     return sparse * experts + (1 - sparse) * ff * model.ff_width
+
+
+def multiplied_weights(spec: EngineSpec) -> float:
+    """Return the weights of a block's products on this rank, with all of its experts, the mean over the blocks."""
+    model = spec.model
+    matrices = 3 if model.mlp == "swiglu" else 2
+    sparse = (model.n_layer - model.first_dense) / model.n_layer if model.n_expert else 0.0
+    width = (1 - sparse) * model.ff_width
+    width += sparse * ((model.n_expert or 0) / spec.expert + model.n_shared_expert) * model.expert_width
+    heads = 2 * (model.n_head + model.kv_heads) * model.head_width
+    return model.d_model * (matrices * width + heads) / spec.tensor
 
 
 def expert_parameters(model: GPTConfig) -> int:
@@ -246,18 +270,21 @@ def _blocks(spec: EngineSpec) -> tuple[float, float]:
     kept = (model.n_layer - again) * each + _recomputed_inputs(spec, 2 if spec.offloads_activations else None)
     copies = 0.0
     if spec.autocast:  # 16-bit copies of the weights of all products, made once in a forward pass
-        queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
-        rows = (3 if model.mlp == "swiglu" else 2) * model.ff_width + 2 * queries + 2 * keys
-        copies = 2 * model.d_model * rows * (model.n_layer - again) / spec.tensor
+        copies = 2 * multiplied_weights(spec) * (model.n_layer - again)
     return kept + copies, chunk + (each if again else 0.0)
 
 
 def _embedding(spec: EngineSpec) -> float:
-    """Return the bytes kept for the embedding, RoPE's table and the last norm."""
-    model, e = spec.model, 4 if spec.autocast else spec.value_bytes
-    norm = 8 * model.d_model if model.norm == "rmsnorm" and spec.device == "cpu" else e * model.d_model
+    """Return the bytes kept for the embedding and RoPE's table."""
+    model = spec.model
     rope = 4 * model.head_width / spec.micro_batch if model.position == "rope" else 0
-    return (norm + rope + 20) * spec.tokens
+    return (rope + 20) * spec.tokens
+
+
+def _last_norm(spec: EngineSpec) -> float:
+    """Return the bytes kept for the last norm."""
+    model, e = spec.model, 4 if spec.autocast else spec.value_bytes
+    return (8 if model.norm == "rmsnorm" and spec.device == "cpu" else e) * model.d_model * spec.tokens
 
 
 def _head(spec: EngineSpec) -> tuple[float, float]:
@@ -292,11 +319,14 @@ def _accumulated(spec: EngineSpec) -> float:
 def _gathering(spec: EngineSpec) -> Kinds:
     if spec.stage < 3:
         return {}
-    tables = spec.model.padded_vocab_size * spec.model.d_model / spec.tensor
-    flat = spec.weight_bytes * min(spec.prefetch_bucket, max(0.0, spec.parameters - tables))
+    flat = spec.weight_bytes * min(spec.prefetch_bucket, spec.parameters)
     kept, _ = _blocks(spec)
+    later = _last_norm(spec) + _head(spec)[0]
+    if spec.model.recomputed_blocks:  # a recomputed block frees what it has computed
+        part = max(attention_bytes(spec), hidden_bytes(spec)) + spec.value_bytes * spec.model.d_model
+        later = max(later, part * spec.tokens)
     return {
-        "gathered": _gathered(spec), "communication": flat, "activations": kept + _embedding(spec) + _head(spec)[0],
+        "gathered": _gathered(spec), "communication": flat, "activations": kept + _embedding(spec) + later,
     }  # fmt: skip
 
 
@@ -309,7 +339,8 @@ def _end_of_forward(spec: EngineSpec) -> Kinds:
     rows = spec.tokens * spec.model.d_model * spec.value_bytes  # the head's input, which nothing keeps
     losses, weight = _losses(spec), gradients - rows  # the weight's gradient comes after the first losses
     return {
-        "gathered": _gathered(spec), "activations": kept + _embedding(spec) + rows + (0 if losses > weight else weight),
+        "gathered": _gathered(spec),
+        "activations": kept + _embedding(spec) + _last_norm(spec) + rows + (0 if losses > weight else weight),
         "logits": logits + rows + (losses if losses > weight else 0), "gradients": _accumulated(spec),
     }  # fmt: skip
 
@@ -330,6 +361,16 @@ def _passing(spec: EngineSpec) -> float:
     return (5 if wide else 4) * spec.tokens * spec.model.d_model * spec.value_bytes
 
 
+def _passing_mlp(spec: EngineSpec) -> float:
+    """Return the bytes of gradients of an MLP's hidden channels, and of its input, in the backward pass."""
+    model, sparse = spec.model, spec.model.has_experts(spec.model.n_layer - 1)
+    chosen = model.n_expert_active if sparse else 0
+    width = (chosen + model.n_shared_expert) * model.expert_width if sparse else model.ff_width
+    hidden = (2 if model.mlp == "swiglu" else 1) * width / spec.tensor
+    tokens = min(spec.tokens, model.mlp_chunk or spec.tokens)
+    return (hidden + (1 + chosen) * model.d_model) * spec.value_bytes * tokens
+
+
 def _start_of_backward(spec: EngineSpec) -> Kinds:
     """Return the memory at the start of the backward pass: after the head or in the first recomputed block, whichever
     is larger.
@@ -338,12 +379,13 @@ def _start_of_backward(spec: EngineSpec) -> Kinds:
     gradients, _ = _head(spec)
     base = {"gathered": _gathered(spec)} | _bucket(spec)
     base["gradients"] = max(base.get("gradients", 0.0), _accumulated(spec))
-    activations, passing = kept + _embedding(spec), _passing(spec)
+    activations, passing = kept + _embedding(spec), max(_passing(spec), _passing_mlp(spec))
     tied = spec.model.padded_vocab_size * spec.model.d_model / spec.tensor if spec.model.tie_embeddings else 0
     waiting = tied * spec.value_bytes  # the head's part of a tied embedding's gradient
-    if block and block + passing + waiting > gradients:
+    if block and block + passing + waiting > _last_norm(spec) + gradients:
         return base | {"activations": activations + waiting, "recompute": block + passing}
-    return base | {"activations": activations + gradients + (0 if block else passing)}
+    head = activations + _last_norm(spec) + gradients
+    return base | {"activations": head + (0 if block else _passing(spec))}
 
 
 def _bucket(spec: EngineSpec) -> Kinds:
