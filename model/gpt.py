@@ -471,8 +471,8 @@ def init_weights(
 
     The ranks share the drawing: each draws every `ranks`-th matrix, all at the same time, and holds one at a time.
     materialise(p, source): returns a context in which parameter p is complete and can be written, and which at its end
-    gives every rank what rank `source` has written. With several ranks it is a collective. If the context gives a
-        tensor on rank `source`, the complete value is written there: the ranks then keep parts of it.
+    gives every rank what rank `source` has written. With several ranks it is a collective. If the context yields a
+    tensor on rank `source`, the complete value is written to that tensor, of which the ranks then keep parts.
     """
     # The shapes of another model, because ZeRO-3's partitions have none.
     shapes = {name: parameter.shape for name, parameter in gpt_without_weights(model.config).named_parameters()}

@@ -149,7 +149,8 @@ def split_values(text: str, option: str) -> list[str]:
 
 
 def _as_text(value: object) -> str:
-    """Return a text of one line that YAML reads as `value`: a string as it is, if that is read as a string."""
+    """Return one line of text that YAML reads as `value`. A string is quoted only if YAML would read it as something
+    else."""
     if isinstance(value, str):
         try:
             if parse_yaml(value, "")[0] == value:

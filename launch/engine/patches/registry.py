@@ -272,7 +272,7 @@ OPTIMIZERS: tuple[Row, ...] = (
     }),
     (ENGINE_FILE, "DeepSpeedEngine", EXPERT_GROUPS, {
         "_configure_distributed_model(model)": "replaced: also says that the model has experts",
-        "has_moe_layers": "set: only where gradients and partitions depend on it",
+        "has_moe_layers": "set: during the calls in which gradients and partitions depend on it",
         "buffered_allreduce_fallback(grads, elements_per_buffer)": "replaced: stage 0 reduces experts in their group",
     }),
     (STAGE12, "DeepSpeedZeroOptimizer", EXPERT_GROUPS, {
