@@ -61,6 +61,9 @@ COMMANDS = {
     "train": Target(
         "train:train", "Train on this machine: check the configuration, then run deepspeed launch/train.py."
     ),
+    "mup-check": Target(
+        "mup_check:mup_check", "Check that activations and their changes do not depend on the width (muP)."
+    ),
     "sweep": Target("sweep:sweep", "Train every combination of some values and seeds, and compare the losses."),
     "reshard": Target(
         "reshard:reshard", "Convert a checkpoint now, so that it resumes without delay in another layout."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +14,14 @@ import torch
 import yaml
 from torch import Tensor
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
+from packspeed.launch.cli import app
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import OptimizerSection, TrainSection
 from packspeed.launch.engine.groups import optimizer_groups, set_rates
+from packspeed.launch.trials.mup_check import exponent, widened
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights
 from packspeed.model.hf import from_hf_state_dict, to_hf_state_dict
@@ -152,6 +157,43 @@ def test_what_has_no_rules_is_refused_by_name(workspace: Workspace) -> None:
         run.gpt_config(256)
     with pytest.raises(ConfigError, match=r"unknown key 'model.mup.base_with'; did you mean 'base_width'"):
         load_run_file(workspace.run_file, ["model.mup.base_with=16"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sets", "flat"), [("model.mup={base_width: 32}", True), ("model.norm_eps=1e-5", False)])
+def test_activations_are_flat_over_the_width_with_mup_alone(
+    workspace: Workspace, sets: str, flat: bool, tmp_path: Path
+) -> None:
+    arguments = ["mup-check", str(workspace.run_file), "--set", sets, "--set", "train.optimizer.lr=3e-3", "--rows", "2"]
+    more = ["--widths", "32,64,128", "--out", str(tmp_path / "page.html"), "--json"]
+    done = CliRunner().invoke(app, [*arguments, *more])
+    assert done.exit_code == (0 if flat else 1), done.output
+    found = json.loads(done.stdout)
+    assert found["flat"] == flat
+    assert found["widths"] == [32, 64, 128]
+    names = ["block 0 attention", "block 0 mlp", "block 1 attention", "block 1 mlp"]
+    assert [layer["layer"] for layer in found["layers"]] == ["embedding", *names, "logits"]
+    for layer in found["layers"][1:]:
+        assert layer["flat"] == flat, layer
+        assert abs(layer["change_exponent"]) < 0.25 if flat else layer["change_exponent"] > 0.5, layer
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 2
+    assert ("not flat" in page) != flat
+
+
+def test_an_exponent_is_that_of_a_power_law() -> None:
+    assert exponent([32, 64, 256], [3 * w**0.7 for w in (32, 64, 256)]) == pytest.approx(0.7)
+    assert math.isnan(exponent([32, 64], [1.0, 0.0]))
+    assert math.isnan(exponent([32, 64], [1.0, math.inf]))
+
+
+def test_a_wider_model_keeps_its_heads_and_ratios() -> None:
+    config = GPTConfig(**SHAPE, **LLAMA, dropout=0.1)
+    wide = widened(config, 128)
+    assert (wide.n_head, wide.kv_heads, wide.head_width, wide.ff_width) == (8, 4, 16, 2 * config.ff_width)
+    assert wide.dropout == 0.0
+    with pytest.raises(ConfigError, match="width 80: give a multiple of 32 channels"):
+        widened(config, 80)
 
 
 @pytest.mark.launch
