@@ -46,7 +46,8 @@ class ExpertPart:
         self.all_to_all(arriving, counts, [experts] * self.size, [experts] * self.size)
         by_rank = arriving.view(self.size, experts)  # from each rank, rows for each of this rank's experts
         sent, received = torch.stack((counts.view_as(by_rank).sum(1), by_rank.sum(1))).tolist()
-        expert = torch.arange(experts, device=counts.device).repeat(self.size).repeat_interleave(arriving)
+        numbers = torch.arange(experts, device=counts.device).repeat(self.size)
+        expert = numbers.repeat_interleave(arriving, output_size=sum(received))  # of each row that arrives
         order = expert.sort(stable=True).indices
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         return Route(self, sent, received, order, inverse, by_rank.sum(0).cumsum(0))

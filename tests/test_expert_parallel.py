@@ -155,9 +155,22 @@ def test_settings_of_deepspeed_that_shared_experts_do_not_allow(workspace: Works
     plan = plan_batch(run, 2)
     with pytest.raises(ConfigError, match=r"ZeRO-3 with parallel.expert = 2.*Write deepspeed: zero1 or zero2"):
         resolve_ds_config(run, load_ds_config("zero3"), plan, "fp32")
-    zero = {"stage": 1, "reduce_scatter": False, "load_from_fp32_weights": False, "zenflow": {"topk_ratio": 0.1}}
+    zero = {
+        "stage": 1,
+        "reduce_scatter": False,
+        "load_from_fp32_weights": False,
+        "contiguous_gradients": False,
+        "zenflow": {"topk_ratio": 0.1},
+    }
     refused = {"zero_optimization": zero, "prescale_gradients": True, "compile": {"deepcompile": True}}
     with pytest.raises(ConfigError) as caught:
         resolve_ds_config(run, refused, plan, "fp32")
-    for words in ("reduce_scatter", "load_from_fp32_weights", "zenflow", "deepcompile", "prescale_gradients"):
+    for words in (
+        "reduce_scatter",
+        "contiguous_gradients",
+        "load_from_fp32_weights",
+        "zenflow",
+        "deepcompile",
+        "prescale_gradients",
+    ):
         assert words in str(caught.value)

@@ -37,6 +37,25 @@ def test_a_rank_holds_the_bytes_of_the_table(world: int) -> None:
         assert line["kept"] + line["gradients"] == pytest.approx(kept + gradients, rel=0.01), line
 
 
+@pytest.mark.launch
+@pytest.mark.timeout(900)
+def test_eight_ranks_hold_an_eighth_of_the_experts_each() -> None:
+    """Weights, optimizer states and gradients, beside what every rank holds of the other parameters."""
+    rows = ["0,fp32,8", "1,fp32,8", "2,bf16,8"]
+    done = prefork.run(STATE_BYTES, ["8", *rows], [environment()])
+    measured = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("BYTES ")]
+    assert [line["row"] for line in measured] == rows, done.stderr[-3000:]
+    for (stage, precision), line in zip(((0, "fp32"), (1, "fp32"), (2, "bf16")), measured, strict=True):
+        share = line["experts"]
+        assert share > 0.8
+        kept, _ = held_bytes(stage, precision, 8)
+        kept_of_experts, _ = held_bytes(stage, precision, 1)  # one rank has each of them
+        experts = line["kept"] - (1 - share) * kept
+        assert experts == pytest.approx(share * kept_of_experts / 8, rel=0.02), line
+        if stage < 2:
+            assert line["gradients"] == pytest.approx(4 * ((1 - share) + share / 8), rel=0.02), line
+
+
 def test_the_readme_has_the_table() -> None:
     assert f"\n\n{markdown()}\n\n" in (ROOT / "ds_configs" / "README.md").read_text()
 

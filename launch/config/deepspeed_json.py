@@ -326,6 +326,7 @@ def _refused_with_experts(path: Path, raw: JsonObject, expert: int) -> Iterator[
         )
     found = {
         "zero_optimization.reduce_scatter: false": zero.get("reduce_scatter") is False,
+        "zero_optimization.contiguous_gradients: false": zero.get("contiguous_gradients") is False,
         "zero_optimization.load_from_fp32_weights: false": zero.get("load_from_fp32_weights") is False,
         "zero_optimization.zenflow": bool(zero.get("zenflow")),
         "compile.deepcompile": (raw.get("compile") or {}).get("deepcompile") is True,

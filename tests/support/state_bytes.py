@@ -1,6 +1,8 @@
 """Bytes per parameter that one rank of many holds, measured: DeepSpeed's engine under torch's fake process group.
 
-    python tests/support/state_bytes.py WORLD [STAGE,PRECISION ...]      prints one JSON object
+    python tests/support/state_bytes.py WORLD [STAGE,PRECISION[,EXPERT] ...]      prints one JSON object
+
+With EXPERT, the model has experts, which that many ranks share.
 
 A fake group answers every collective at once and moves nothing, so that one process is rank 0 of 8 or 1,024. Tensors
 are counted by their storages: those that Python can reach, and their gradients.
@@ -8,6 +10,7 @@ are counted by their storages: those that Python can reach, and their gradients.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -26,6 +29,7 @@ model: {model}
 data: {{path: /nowhere, seq_len: 16}}
 train: {{steps: 2, global_batch_tokens: {tokens}, micro_batch: 1, precision: {precision}, optimizer: {{lr: 1e-3}}}}
 """
+EXPERTS = {"bias": "false", "n_expert": 16, "d_expert": 192, "n_expert_active": 2}
 ACCUMULATION = 2
 
 
@@ -54,35 +58,45 @@ def start_fake_group(world: int) -> None:
     deepspeed.init_distributed("gloo", verbose=False, dist_init_required=False)
 
 
-def measure(stage: int, precision: str, world: int) -> dict[str, float]:
+def measure(stage: int, precision: str, world: int, expert: int | None = None) -> dict[str, float]:
     """Bytes per parameter between steps (`kept`), and how many more once a step has its gradients (`gradients`).
 
-    `one_matrix`: the gradient of the embedding alone, in fp32.
+    `one_matrix`: the gradient of the embedding alone, in fp32. With `expert`, `experts` is the share of the parameters
+    that are those of experts, and all bytes are still per parameter of the complete model.
     """
     from packspeed.launch.config.batch import BatchPlan
     from packspeed.launch.config.deepspeed_json import resolve_ds_config
     from packspeed.launch.config.layout import Layout
     from packspeed.launch.config.loading import load_run_file
     from packspeed.launch.engine.build import build_engine
+    from packspeed.launch.engine.distributed import Topology
     from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
+    from packspeed.launch.planner.engine_memory import expert_parameters
     from packspeed.model.config import largest_parameter, num_parameters
+    from packspeed.model.moe import moe_layers
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
-        text = RUN_FILE.format(model=MODEL, tokens=16 * world * ACCUMULATION, precision=precision).replace("'", "")
+        shape = MODEL | (EXPERTS if expert else {})
+        text = RUN_FILE.format(model=shape, tokens=16 * world * ACCUMULATION, precision=precision).replace("'", "")
         path.write_text(text)
         run = load_run_file(path)
     config = run.gpt_config(2048)
     # Buckets that hold little beside the model, so that they do not count.
     raw: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 2, "allgather_bucket_size": 2}
     raw |= {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-    plan = BatchPlan(1, ACCUMULATION, Layout(world))
+    layout = Layout(world, expert=expert or 1)
+    plan = BatchPlan(1, ACCUMULATION, layout)
     torch_adam = {"params": {"torch_adam": True}}
     given = {"zero_optimization": raw, "optimizer": torch_adam, "fp16": {"initial_scale_power": 0}}
     ds_config = resolve_ds_config(run, given, plan, precision, config)
     gc.collect()
     before = live_bytes()
-    engine = build_engine(config, run, ds_config)
+    topology = Topology(0, 0, 1, torch.device("cpu"), layout)
+    engine = build_engine(config, run, ds_config, topology=topology)
+    for layer in moe_layers(engine.module):
+        if layer.part is not None:  # a fake exchange would return no counts
+            layer.part = dataclasses.replace(layer.part, all_to_all=lambda received, sent, *sizes: received.copy_(sent))
     hook = GradientNormHook(engine, lambda norm, agreed: False)
     held: dict[str, float] = {}
     for _ in range(2):
@@ -101,6 +115,8 @@ def measure(stage: int, precision: str, world: int) -> dict[str, float]:
     held["gradients"] -= held["kept"]
     held["one_matrix"] = 4 * largest_parameter(config)
     parameters = num_parameters(config, padded=True)
+    if expert:
+        held["experts"] = expert_parameters(config)
     return {key: round(value / parameters, 5) for key, value in held.items()}
 
 
@@ -132,8 +148,9 @@ def main() -> int:
         fill_with_zeros(name)
     partition_parameters._orig_torch_empty = torch.empty  # where DeepSpeed keeps the function for ZeRO-3
     for row in rows:
-        stage, precision = row.split(",")
-        print("BYTES", json.dumps({"row": row} | measure(int(stage), precision, int(world))), flush=True)
+        stage, precision, *expert = row.split(",")
+        found = measure(int(stage), precision, int(world), *map(int, expert))
+        print("BYTES", json.dumps({"row": row} | found), flush=True)
     return 0
 
 
