@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MuP:
-    """The shape of the small model whose settings fit. Raises ValueError if a number is below 1."""
+    """The width and depth of the small model whose best settings are used. Raises ValueError if a number is below 1."""
 
     base_width: int  # its d_model
     base_depth: int | None = None  # its n_layer; None: depth has no rule
@@ -48,7 +48,7 @@ class MuP:
 
 
 class Scales(NamedTuple):
-    """Factors of the rules, which multiply what the model has without muP."""
+    """The factors by which muP multiplies what the model has without it."""
 
     query: float = 1.0
     branch: float = 1.0
@@ -87,7 +87,7 @@ def residual_depth(config: GPTConfig) -> int:
 
 
 def folded(name: str, value: Tensor, config: GPTConfig) -> Tensor:
-    """Return the parameter of this name such that a model without the factors of the forward pass computes the same.
+    """Return the value of a parameter for a model that computes the same without the factors of the forward pass.
 
     The factor of the branches goes into their projections, that of the head's input into the final norm, and that of
     the queries into their rows of qkv, or into their norm if they have one.

@@ -29,9 +29,14 @@ def mup_check(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of training before the activations are measured.")] = 5,
     rows: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 4,
-    seeds: Annotated[int, typer.Option(min=1, help="Initial weights over which the results are averaged.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds for the initial weights; the results are averaged over them.")
+    ] = 3,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, max=10.0, help="Largest exponent of the width that counts as flat.")
+        float,
+        typer.Option(
+            min=0.0, max=10.0, help="Activations grow as width^e. Largest e that counts as independent of the width."
+        ),
     ] = 0.25,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with the plots (HTML).")] = None,
     json_output: Json = False,

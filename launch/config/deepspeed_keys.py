@@ -27,7 +27,8 @@ KeyTree: TypeAlias = "dict[str, KeyTree | Refused | Unused | None]"
 
 def unless(*harmless: object) -> Callable[[Any], bool]:
     """Return a function that is true for null, "auto" and the `harmless` values, that is, for the values with which a
-    key has no effect."""
+    key has no effect.
+    """
     return lambda value: value in (None, "auto", *harmless)
 
 

@@ -109,7 +109,8 @@ def prepare_for_ops() -> None:
 
 def extensions_root() -> Path:
     """Return the folder that holds one build folder per Python environment: TORCH_EXTENSIONS_DIR, or torch's
-    default."""
+    default.
+    """
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not chosen:
         return Path(cpp_extension.get_default_build_root())

@@ -75,8 +75,9 @@ def mup_check(
     """Train the model of a run file at each width, and compare its activations.
 
     widths: values of d_model; None: 1, 2, 4 and 8 times the base width, or without model.mup 1, 2, 4 and 8 times a
-    quarter of d_model. rows: samples per step. seeds: number of initial weights over which results are averaged.
-    tolerance: largest exponent that counts as flat. Raises ConfigError if the run file cannot be checked.
+    quarter of d_model. rows: samples per step. seeds: number of seeds for the initial weights, over which results are
+    averaged. tolerance: largest exponent that counts as independent of the width (flat). Raises ConfigError if the run
+    file cannot be checked.
     """
     run = load_run_file(run_file, overrides)
     if run.train.optimizer.name != "adamw":
@@ -99,8 +100,8 @@ def mup_check(
 
 
 def widened(config: GPTConfig, width: int) -> GPTConfig:
-    """Return the config with d_model = width: heads as wide as before, as many per key-value head, and the same
-    d_ff / d_model. Without dropout and recomputation.
+    """Return the config with d_model = width. The width of a head, the query heads per key-value head and d_ff /
+    d_model stay the same; dropout and recomputation are off.
 
     Raises ConfigError if the width does not consist of complete groups of heads.
     """

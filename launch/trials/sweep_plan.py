@@ -150,7 +150,8 @@ def split_values(text: str, option: str) -> list[str]:
 
 def _as_text(value: object) -> str:
     """Return one line of text that YAML reads as `value`. A string is quoted only if YAML would read it as something
-    else."""
+    else.
+    """
     if isinstance(value, str):
         try:
             if parse_yaml(value, "")[0] == value:
