@@ -137,6 +137,7 @@ class GPTConfig:
     tie_embeddings: bool = True
     logit_softcap: float | None = None  # logits become c * tanh(logits / c), as in Gemma 2; None: they stay
     zero_init_proj: bool = False  # layers that add to the residual stream start at 0: a block begins as the identity
+    residual_scale: bool = False  # a learned factor per channel of what each branch adds to the residual stream
     mup: MuP | None = None  # scale the model, see mup.py; a mapping with the fields of MuP is accepted too
     dropout: float = 0.0  # on the embedding and on both branches of a block; needs one key per sample, keyed_dropout.py
     z_loss: float = 0.0  # adds z_loss * log(sum exp logits)^2 to the training loss of each token; PaLM uses 1e-4
@@ -359,7 +360,7 @@ def num_non_embedding_parameters(config: GPTConfig, *, active: bool = False) -> 
     attention += config.qk_norm * 2 * config.head_width
     norm = d * (1 + config.has_bias("norm") if config.norm == "layernorm" else 1)
     mlps = sum(_mlp_parameters(config, layer, active) for layer in range(config.n_layer))
-    return config.n_layer * (attention + 2 * norm) + mlps + norm
+    return config.n_layer * (attention + 2 * norm + config.residual_scale * 2 * d) + mlps + norm
 
 
 def _mlp_parameters(config: GPTConfig, layer: int, active: bool) -> int:

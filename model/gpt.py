@@ -15,7 +15,8 @@ Queries, keys and values share one weight matrix, and so do SwiGLU's gate and up
 For ZeRO-3, a weight is used only in the forward of the module that owns it: DeepSpeed gathers it there.
 Sources: GPT-2 (Radford et al. 2019), RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202),
 RMSNorm (https://arxiv.org/abs/1910.07467), grouped-query attention (https://arxiv.org/abs/2305.13245),
-QK-norm (https://arxiv.org/abs/2302.05442). Cost: flops_per_token in config.py.
+QK-norm (https://arxiv.org/abs/2302.05442), residual scales
+(LayerScale, https://arxiv.org/abs/2103.17239). Cost: flops_per_token in config.py.
 """
 
 from __future__ import annotations
@@ -205,6 +206,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = Norm(config)
         self.mlp = _moe(config) if config.has_experts(layer) else MLP(config)
+        learned = config.residual_scale
+        self.attn_scale = nn.Parameter(torch.ones(config.d_model)) if learned else None
+        self.mlp_scale = nn.Parameter(torch.ones(config.d_model)) if learned else None
 
     def forward(
         self,
@@ -225,17 +229,19 @@ class Block(nn.Module):
         no dropout, because flash attention would draw it from torch's random stream.
         """
         x, normed = self.attn_norm(x, branch)
-        branch = self._scaled(self.attn(normed, rope, cache, documents, sequence))
+        branch = self._scaled(self.attn(normed, rope, cache, documents, sequence), self.attn_scale)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[0], self.dropout)
         x, normed = self.mlp_norm(x, branch)
-        branch = self._scaled(self.mlp(normed, choice) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        branch = self.mlp(normed, choice) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        branch = self._scaled(branch, self.mlp_scale)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[1], self.dropout)
         return x, branch
 
-    def _scaled(self, branch: Tensor) -> Tensor:
-        """Return the branch times muP's factor."""
+    def _scaled(self, branch: Tensor, learned: Tensor | None) -> Tensor:
+        """Return the branch times its learned scale, (C,) or None, and muP's factor."""
+        branch = branch if learned is None else branch * learned
         return branch if self.branch_scale == 1 else branch * self.branch_scale
 
 
@@ -498,8 +504,8 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     """Return the initial value of a parameter, in fp32 on the CPU, as in GPT-2 (Radford et al. 2019, section 2.3).
 
     Matrices are drawn from a normal distribution with standard deviation 0.02, or 0.02 / sqrt(2 n_layer) if their
-    output is added to the residual stream; these are 0 with zero_init_proj. The weights of norms are 1. Biases, and the
-    padding rows of embedding and head, are 0.
+    output is added to the residual stream; these are 0 with zero_init_proj. Norms and residual scales are 1.
+    Biases, and the padding rows of embedding and head, are 0.
     """
     if not is_matrix(name):
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)

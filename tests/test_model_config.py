@@ -59,6 +59,7 @@ def test_formula_counts_the_built_model(name: str) -> None:
         {"norm": "rmsnorm", "bias": "attention", "mlp": "swiglu"},
         {"norm": "rmsnorm", "bias": True, "mlp": "swiglu", "qk_norm": True, "n_kv_head": 2},
         {"head_dim": 24, "tie_embeddings": False, "d_ff": 100},
+        {"residual_scale": True},
     ],
 )
 def test_formula_counts_unusual_models(fields: dict[str, Any]) -> None:

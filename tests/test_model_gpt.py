@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from packspeed.model import gpt
+from packspeed.model import gpt, hf
 from packspeed.model.attention import attend_last
 from packspeed.model.config import CPU_CHUNK_BYTES, GPTConfig
 from packspeed.model.embedding import embedding
@@ -376,6 +376,37 @@ def test_a_block_that_starts_at_zero_is_the_identity() -> None:
     x = torch.randn(2, 3, model.config.d_model)
     kept, branch = model.blocks[0](x)
     assert torch.equal(kept + branch, x)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residual_scales_multiply_the_rows_of_the_projections(family: str) -> None:
+    """In float64: a model with scales equals one without, whose projections have them in their rows and biases."""
+    model, plain = (build(**FAMILIES[family], residual_scale=scaled).double() for scaled in (True, False))
+    tokens, labels = batch()
+    assert torch.equal(model(tokens), plain(tokens)), "the scales start at 1"
+    draw = torch.Generator().manual_seed(5)
+    weights = plain.state_dict()
+    for n, block in enumerate(model.blocks):
+        for branch in ("attn", "mlp"):
+            scale = getattr(block, f"{branch}_scale")
+            scale.data.uniform_(0.5, 2.0, generator=draw)
+            for name in (f"blocks.{n}.{branch}.proj.{kind}" for kind in ("weight", "bias")):
+                if name in weights:
+                    weights[name] = scale.data.view(-1, *[1] * (weights[name].dim() - 1)) * weights[name]
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(model(tokens), build(**FAMILIES[family]).double()(tokens))
+    model(tokens, labels).backward()
+    plain(tokens, labels).backward()
+    block, same = model.blocks[0], plain.blocks[0]
+    # A scale s of row r has d loss / d s = (row r of the plain gradient) . (row r of the weight without s).
+    expected = (same.mlp.proj.weight.grad * block.mlp.proj.weight.detach()).sum(1)
+    if same.mlp.proj.bias is not None:
+        expected = expected + same.mlp.proj.bias.grad * block.mlp.proj.bias.detach()
+    torch.testing.assert_close(block.mlp_scale.grad, expected, rtol=1e-6, atol=1e-9)
+    assert not is_matrix("blocks.0.mlp_scale"), "neither decayed nor given to Muon"
+    with pytest.raises(ValueError, match="residual_scale = True"):
+        hf.family(model.config)
 
 
 def test_capped_logits_give_the_capped_loss() -> None:

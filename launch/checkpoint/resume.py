@@ -66,6 +66,7 @@ OLDER_DEFAULTS = {
     "model.gate_scale": 1.0,
     "model.balance_rate": 1e-3,
     "model.zero_init_proj": False,
+    "model.residual_scale": False,
     "model.kernels": "auto",
     "model.activation_offload": False,
     "train.deterministic": False,

@@ -82,6 +82,8 @@ MODEL_KEYS = {
     "zero_init_proj": "Start the layers whose output is added to the residual stream at 0, so that every block begins "
     "as the identity. Changes the initial weights only.",
     "tie_embeddings": "Use the token embedding as the weight of the output head.",
+    "residual_scale": "Multiply what attention and MLP add to the residual stream by a learned factor for each "
+    "channel, which starts at 1 (LayerScale). Cannot be exported.",
     "mup": "Scale initial weights, learning rates and the forward pass by width and depth (muP, CompleteP). The best "
     "learning rate of a small model then stays the best of a large one (docs/recipes.md). Needs adamw or lion.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
