@@ -388,6 +388,25 @@ def test_a_search_finds_what_an_expert_would(run_file: Path, preset_name: str | 
     assert ("parallel.sequence" in parallel) == (ranks > 8), "GPT-2 1.5B has 25 heads"
 
 
+def test_plans_with_shared_experts_leave_out_what_is_refused() -> None:
+    """Experts fit on more GPUs than one; ZeRO-3 is proposed without sharing them only."""
+    path, machine = ROOT / "launch" / "configs" / "moe_30b.yaml", load_machine("h100-80gb")
+    found = search(load_run_file(path), machine, 64)
+    sharing = [candidate for candidate in found.fitting if "parallel.expert" in candidate.settings]
+    assert sharing
+    assert not {candidate.settings["deepspeed"] for candidate in sharing} & {"zero3", "zero3_offload"}
+    assert any(candidate.settings["deepspeed"] == "zero3" for candidate in found.fitting)
+    raw, of_size = {"zero_optimization": {"stage": 1}}, {}
+    for size in (1, 8):
+        job = read_job(path, [f"parallel.expert={size}", "deepspeed=zero1"], machine, 8, 152_000)
+        of_size[size] = plan_of(job)
+        assert any(
+            line.startswith("deepspeed: zero2") for line in reductions(of_size[size], job.run, raw, machine, 152_000)
+        )
+    assert of_size[8].memory["weights"] < of_size[1].memory["weights"] / 5
+    assert of_size[8].memory["optimizer"] == of_size[1].memory["optimizer"], "ZeRO-1 divides it by eight anyhow"
+
+
 def test_what_does_not_fit_names_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     run = load_run_file(LLAMA_7B, ["model.preset=llama-70b"])
     found = search(run, load_machine("a100-40gb"), 8)

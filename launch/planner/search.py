@@ -119,16 +119,21 @@ def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, 
     """Yield every combination of stage, recompute and micro batch. samples: of a rank in a step."""
     most = MOST_TOKENS * run.parallel.sequence
     sizes = [n for n in divisors_of(samples) if n == 1 or n * run.data.seq_len <= most]
-    for name in STAGES:
-        raw = load_ds_config(name)
-        if run.parallel.expert > 1 and zero_stage(raw) == 3:  # refused
-            continue
+    for name, raw in _stages(run):
         for recompute, size in itertools.product(RECOMPUTES, sizes):
             settings = {
                 "deepspeed": name, "train.micro_batch": str(size), "model.activation_checkpointing": str(recompute),
             }  # fmt: skip
             changed = _micro_batch(_recompute(run, recompute), size)
             yield Candidate(settings, plan_of(job_of(changed, raw, machine, ranks, vocabulary)))
+
+
+def _stages(run: RunFile) -> Iterator[tuple[str, JsonObject]]:
+    """Yield (name, content) of each of the DeepSpeed configurations STAGES that the run's layout allows."""
+    for name in STAGES:
+        raw = load_ds_config(name)
+        if run.parallel.expert == 1 or zero_stage(raw) < 3:
+            yield name, raw
 
 
 def _recompute(run: RunFile, recompute: Recompute) -> RunFile:
@@ -186,8 +191,7 @@ def reductions(plan: Plan, run: RunFile, raw: JsonObject, machine: Machine, voca
         changes.append(("model.activation_checkpointing: full", _recompute(run, "full"), raw))
     for size in [n for n in divisors_of(plan.micro_batch) if n < plan.micro_batch][-1:]:
         changes.append((f"train.micro_batch: {size}", _micro_batch(run, size), raw))
-    for name in STAGES:
-        other_stage = load_ds_config(name)
+    for name, other_stage in _stages(run):
         if zero_stage(other_stage) > plan.stage or "offload" in name:
             changes.append((f"deepspeed: {name}", run, other_stage))
     for words, changed, json in changes:
