@@ -26,7 +26,7 @@ from packspeed.launch.planner.machine import FOLDER, load_machine, machine_names
 from packspeed.launch.planner.plan import engine_spec, make_plan, plan_lines, plan_of, read_job
 from packspeed.launch.planner.search import reductions, search
 from packspeed.launch.planner.step_time import step_time
-from packspeed.launch.planner.this_cpu import cache_file, copy_settings
+from packspeed.launch.planner.this_cpu import STEPS, at, cache_file, copy_settings, copy_sizes
 from packspeed.launch.planner.work import Layout, Work
 from packspeed.launch.training.plan_check import PlanCheck
 from packspeed.model.config import preset
@@ -303,7 +303,20 @@ def test_a_copy_that_measures_this_cpu_writes_nothing_outside_its_folder(tmp_pat
     copy = load_run_file(path, copy_settings(job, sets, f"{tmp_path}/copies", 2, 1))
     assert copy.mirror is None
     assert copy.folder == tmp_path / "copies" / "copy"
-    assert (copy.train.steps, copy.global_batch) == (8, 2 * job.batch.micro_batch)
+    assert (copy.train.steps, copy.global_batch) == (STEPS, 2 * job.batch.micro_batch)
+
+
+@pytest.mark.parametrize(("layers", "accumulation"), [(12, 8), (12, 1), (2, 3), (1, 1)])
+def test_copies_give_the_run_and_the_farther_one_tames_the_noise(layers: int, accumulation: int) -> None:
+    def true(layers: int, micro_batches: int) -> float:
+        return 3 + 0.5 * layers + micro_batches * (2 + 0.25 * layers)
+
+    sizes = copy_sizes(layers, accumulation)
+    values = [true(*size) for size in sizes]
+    assert at(sizes, values, layers, accumulation) == pytest.approx(true(layers, accumulation))
+    noisy = [values[0], values[1] + 0.1, *values[2:]]
+    wrong = abs(at(sizes, noisy, layers, 1) - true(layers, 1))
+    assert wrong <= 0.4, "twelve layers from one and two would be wrong by 1.1"
 
 
 def test_what_was_measured_is_remembered_for_what_it_depends_on(tmp_path: Path) -> None:
@@ -312,10 +325,10 @@ def test_what_was_measured_is_remembered_for_what_it_depends_on(tmp_path: Path) 
 
     def remembered(*sets: str, ranks: int = 4) -> Path:
         job = read_job(path, ["train.micro_batch=2", *sets], machine_of("cpu", None, ranks, None, None), ranks)
-        return cache_file(job, [(1, 1), (2, 1)])
+        return cache_file(job, copy_sizes(job.model.n_layer, job.batch.accumulation))
 
     same = remembered()
-    for text in ("train.tokens=1e9", "model.n_layer=3", "train.global_batch_tokens=65536"):
+    for text in ("train.tokens=1e9", "model.n_layer=13", "train.global_batch_tokens=65536"):
         assert remembered(text) == same, text
     changed = [
         remembered(text)

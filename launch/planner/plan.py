@@ -255,7 +255,7 @@ def _assumptions(job: Job) -> list[str]:
     """Return the assumptions of the plan: facts that the run file does not contain."""
     machine = job.machine
     if machine.is_cpu:
-        return ["time and memory: measured here with one- and two-layer copies of the model, nothing else running"]
+        return ["time and memory: measured here with copies of the model that have fewer layers, nothing else running"]
     lines = [
         f"GPU: {machine.device} at its full power limit; a lower limit or a hot GPU lengthens every part",
         f"network: {machine.per_host} GPUs a host, {machine.link / 1e9:g} GB/s a GPU inside it, "

@@ -2,11 +2,12 @@
 
     parts, peak = measure(job, run_file, overrides)      seconds of a step by part, bytes of a rank
 
-No table knows a user's CPU, so the run itself is measured: copies of it with one and two layers, and if the run
-accumulates with one and two micro batches, train for a few steps in a temporary folder (10 to 20 s each). Time and
-memory of a step are linear in the number of layers and of micro batches, so these points give the run's own. The result
-is kept in ~/.cache/packspeed/planner, by CPU, versions, model without its layers, layout, DeepSpeed JSON, and the run
-file's sections `data` and `train`, without the length of the run and the global batch.
+No table knows a user's CPU, so the run itself is measured: copies of it with one layer and with a third of its layers,
+and if the run accumulates with one and two micro batches, train for a few steps in a temporary folder (10 to 20 s
+each). Time and memory of a step are linear in the number of layers and of micro batches, so these points give the run's
+own. The farther apart they are, the less their noise is multiplied. The result is kept in ~/.cache/packspeed/planner,
+by CPU, versions, model without its layers, sizes of the copies, layout, DeepSpeed JSON, and the run file's sections
+`data` and `train`, without the length of the run and the global batch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from packspeed.launch.planner.machine import GIB, Error, Factors, Machine
 from packspeed.launch.planner.plan import Job
 from packspeed.launch.run_folder.folder import cpu_model, versions
 
-STEPS = 8  # of a copy
+STEPS = 10  # of a copy
 WARM_UP = 3  # steps that are not counted
 TIMEOUT_S = 600
 
@@ -55,26 +56,29 @@ def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> tuple[dict[st
     Raises UserError if a copy of the run does not train; the message has its last lines.
     """
     layers, accumulation = job.model.n_layer, job.batch.accumulation
-    sizes = [(1, 1), (2, 1)] + ([(1, 2), (2, 2)] if accumulation > 1 else [])
+    sizes = copy_sizes(layers, accumulation)
     found = _remembered(job, sizes) or _measure(job, run_file, overrides, sizes)
     seconds = [point["step_s"] for point in found]
-    whole = _at(seconds, layers, accumulation)
-    once = max(0.0, _at(seconds, layers, 0)) if accumulation > 1 else 0.0
-    memory = _at([point["memory"] for point in found], layers, min(accumulation, 2))
+    whole = at(sizes, seconds, layers, accumulation)
+    once = max(0.0, at(sizes, seconds, layers, 0)) if accumulation > 1 else 0.0
+    memory = at(sizes, [point["memory"] for point in found], layers, min(accumulation, 2))
     return {"micro batches": whole - once, "once a step": once}, memory
 
 
-def _at(values: Sequence[float], layers: int, accumulation: int) -> float:
-    """Return the value at `layers` layers and `accumulation` micro batches, from `values` at (1, 1), (2, 1), (1, 2),
-    (2, 2).
+def copy_sizes(layers: int, accumulation: int) -> list[tuple[int, int]]:
+    """Return (layers, micro batches) of the copies that measure a run of so many layers and micro batches."""
+    more = max(2, layers // 3)
+    return [(count, size) for size in ((1, 2) if accumulation > 1 else (1,)) for count in (1, more)]
 
-    It is linear in both. If there are only two values, they are those with one micro batch.
+
+def at(sizes: Sequence[tuple[int, int]], values: Sequence[float], layers: int, accumulation: int) -> float:
+    """Return the value at so many layers and micro batches, from the values at `sizes`. It is linear in both.
+
+    sizes: as copy_sizes returns them. If all have one micro batch, the result is that of one micro batch.
     """
-    first = values[0] + (layers - 1) * (values[1] - values[0])
-    if len(values) == 2:
-        return first
-    second = values[2] + (layers - 1) * (values[3] - values[2])
-    return first + (accumulation - 1) * (second - first)
+    steps = (layers - 1) / (sizes[1][0] - 1)
+    first, *second = (values[n] + steps * (values[n + 1] - values[n]) for n in range(0, len(values), 2))
+    return first + sum((accumulation - 1) * (value - first) for value in second)
 
 
 def _measure(
