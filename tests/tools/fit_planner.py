@@ -10,19 +10,21 @@ on the others. Prints the factors, and the median and p90 of the errors of held-
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import statistics
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import nnls
 
-from packspeed.launch.planner.machine import Machine, load_machine
+from packspeed.launch.planner.evaluate import summary
+from packspeed.launch.planner.machine import Factors, Machine, load_machine
 from packspeed.launch.planner.published import MissingColumn, SpeedRow, read_speed_row
 from packspeed.launch.planner.step_time import ideal_parts, optimizer_time
 
-NAMES = ("products", "products_fp8", "attention", "memory", "head", "link", "network", "stragglers")
+NAMES = [field.name for field in dataclasses.fields(Factors)]
 
 
 def fit(ideal: np.ndarray, seconds: np.ndarray) -> np.ndarray:
@@ -40,19 +42,19 @@ def measured(row: SpeedRow, machine: Machine) -> float:
     return share / row.tokens_per_s - optimizer_time(row.work, machine, False) / row.work.accumulation
 
 
-def quantile(values: np.ndarray, q: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+def report(name: str, errors: np.ndarray) -> None:
+    """Print the number, median and p90 of some errors."""
+    rows, median, p90, _ = summary(errors.tolist())
+    print(f"{name}: {rows} rows, median {median:.2%}, p90 {p90:.2%}")
 
 
 def main(table: str, source: str, *machines: str) -> None:
     rows = []
     for line in csv.DictReader(Path(table).read_text().splitlines()):
-        try:
+        with contextlib.suppress(MissingColumn):
             row = read_speed_row(line)
-        except MissingColumn:
-            continue
-        if line["source_repo"] == source and row.machine in machines:
-            rows.append((line["model"], row, load_machine(row.machine)))
+            if line["source_repo"] == source and row.machine in machines:
+                rows.append((line["model"], row, load_machine(row.machine)))
     ideal = np.array([[ideal_parts(row.work, machine)[name] for name in NAMES] for _, row, machine in rows])
     seconds = np.array([measured(row, machine) for _, row, machine in rows])
     sizes = np.array([size for size, _, _ in rows])
@@ -62,11 +64,10 @@ def main(table: str, source: str, *machines: str) -> None:
     for size in sorted(set(sizes)):
         other = sizes != size
         held_out[~other] = abs(seconds[~other] / (ideal[~other] @ fit(ideal[other], seconds[other])) - 1)
-    print(f"held-out sizes: median {statistics.median(held_out):.2%}, p90 {quantile(held_out, 0.9):.2%}")
+    report("held-out sizes", held_out)
     kinds = np.array([row.machine for _, row, _ in rows])
     for name in machines if len(machines) > 1 else ():
-        one = held_out[kinds == name]
-        print(f"  {name}: {len(one)} rows, median {statistics.median(one):.2%}, p90 {quantile(one, 0.9):.2%}")
+        report(f"  {name}", held_out[kinds == name])
 
 
 if __name__ == "__main__":
