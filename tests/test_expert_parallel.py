@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,10 +14,15 @@ from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_co
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.layout import Layout
 from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.config.run_file import TrainSection
+from packspeed.launch.engine.experts import mark_experts
+from packspeed.launch.engine.groups import optimizer_groups, set_rates
+from packspeed.launch.engine.protocol import Engine
 from packspeed.model.config import GPTConfig
 from packspeed.model.expert_parts import ExpertPart
 from packspeed.model.gpt import GPT, gpt_without_weights, init_weights
 from packspeed.model.moe import is_expert_parameter, moe_layers, share_experts, take_counts
+from packspeed.model.mup import scales
 from packspeed.model.sequence import SequencePart
 from support.workspace import EXPERTS, Workspace
 from test_model_sequence import on_ranks
@@ -129,6 +135,31 @@ def test_files_of_experts_are_joined_in_order() -> None:
     assert joined["fp32"][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
     assert joined["exp_avg"].shape == (6, 3)
     assert join_experts("b", tensors, others) == tensors
+
+
+def test_shared_experts_keep_their_rate_decay_and_eps() -> None:
+    """They are a group of the optimizer of their own, for DeepSpeed."""
+    train = TrainSection.model_validate(
+        {"steps": 9, "global_batch_tokens": 8, "optimizer": {"lr": 1e-3, "embedding_lr": 2e-3, "scalar_lr": 3e-3}}
+    )
+    config = GPTConfig(**MODEL)
+
+    def settings(shared: bool) -> dict[str, tuple[float, float, float]]:
+        model, factors = gpt_without_weights(config), scales(config)
+        if shared:
+            mark_experts(model, ExpertPart(0, 2, lambda *_: None))
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = optimizer_groups(model, train.optimizer)
+        assert any(group.get("moe") for group in groups) == shared
+        engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"eps": 0.0, **group} for group in groups]))
+        set_rates(cast(Engine, engine), 5, train, factors)
+        return {
+            names[parameter]: (group["lr"], group["weight_decay"], group["eps"])
+            for group in engine.optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    assert settings(shared=True) == settings(shared=False)
 
 
 def test_sizes_of_expert_groups(workspace: Workspace) -> None:
