@@ -59,7 +59,7 @@ def size(folder: Path) -> int:
 def ours(checkpointer: Checkpointer, step: int, now: bool) -> tuple[float, float, int]:
     """Save once with Packspeed. Return seconds stalled, seconds until on disk, and bytes."""
     start = time.perf_counter()
-    checkpointer.save(step, {}, now=now)
+    checkpointer.save(step, {}, wait=now)
     stalled = time.perf_counter() - start
     assert checkpointer.finish()
     return stalled, time.perf_counter() - start, size(checkpointer.folder / f"step-{step:08d}")
