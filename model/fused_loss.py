@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from packspeed.model.config import CPU_BLOCK_ELEMENTS, CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, SUM_BYTES
-from packspeed.model.kernels import Kernels
+from packspeed.model.kernels import Losses
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -33,7 +33,7 @@ class _HeadLoss(torch.autograd.Function):
         vocab_size: int,
         z_loss: float,
         softcap: float | None,
-        kernels: Kernels,
+        kernels: Losses,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         d_x, d_weight = torch.empty_like(x), None
@@ -122,7 +122,7 @@ def head_loss(
     weight: Tensor,
     labels: Tensor,
     vocab_size: int,
-    kernels: Kernels,
+    kernels: Losses,
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
@@ -147,7 +147,7 @@ def head_losses(
     weight: Tensor,
     labels: Tensor,
     vocab_size: int,
-    kernels: Kernels,
+    kernels: Losses,
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:

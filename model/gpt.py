@@ -46,6 +46,7 @@ from packspeed.model.mup import residual_depth, scales
 from packspeed.model.offload import HostActivations
 from packspeed.model.rope import rope_table_of
 from packspeed.model.sequence import SequencePart
+from packspeed.model.tensor import ALONE, TensorPart, VocabularyLosses, own_tokens, slices
 
 if TYPE_CHECKING:
     from packspeed.model.generate import KVCache
@@ -56,9 +57,13 @@ Reduction = Literal["mean", "sum", "none"]
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension. It can add a branch to the residual stream in the same pass."""
 
-    def __init__(self, config: GPTConfig, width: int | None = None) -> None:
-        """Build a norm over d_model channels, or, for QK-norm, an RMSNorm over `width` channels of one head."""
+    def __init__(self, config: GPTConfig, width: int | None = None, tensor: TensorPart = ALONE) -> None:
+        """Build a norm over d_model channels, or, for QK-norm, an RMSNorm over `width` channels of one head.
+
+        tensor: the ranks that apply the weight to different heads.
+        """
         super().__init__()
+        self.tensor = tensor
         self.kernels, self.eps = config.kernels, config.norm_eps
         self.rms = config.norm == "rmsnorm" or width is not None
         self.weight = nn.Parameter(torch.ones(width or config.d_model))
@@ -67,7 +72,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x + branch, norm(x + branch)) for x and branch (..., C); without a branch, (x, norm(x))."""
         add_norm = choose(self.kernels, x.device).add_norm
-        return add_norm(x, branch, self.weight, self.bias, self.eps, self.rms)
+        return add_norm(x, branch, self.tensor.copy(self.weight), self.bias, self.eps, self.rms)
 
 
 class Linear(nn.Linear):
@@ -85,30 +90,55 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class RowLinear(Linear):
+    """A linear layer whose inputs are divided between the ranks of a tensor group: each has some of the channels."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, tensor: TensorPart) -> None:
+        """Build the layer of this rank. `inputs` is the number of channels of all ranks together."""
+        super().__init__(inputs // tensor.size, outputs, bias)
+        self.tensor = tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the complete layer, (..., out), for this rank's channels x (..., in / ranks)."""
+        if self.tensor.size == 1:
+            return super().forward(x)
+        out = self.tensor.sum(linear(x, self.weight, None))
+        return out if self.bias is None else out + self.bias
+
+
 class Embedding(nn.Embedding):
     """nn.Embedding, but computed by embedding() in embedding.py: on CPUs it adds up 16-bit gradients in fp32."""
 
+    def __init__(self, rows: int, width: int, tensor: TensorPart = ALONE) -> None:
+        """Build a table of `rows` rows, of which this rank of the tensor group has its share."""
+        super().__init__(rows // tensor.size, width)
+        self.tensor = tensor
+
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the rows of the weight for these ids: (..., C) for tokens (...) int64."""
-        return embedding(tokens, self.weight)
+        """Return the rows of the complete table for these ids: (..., C) for tokens (...) int64."""
+        if self.tensor.size == 1:
+            return embedding(tokens, self.weight)
+        place, mine = own_tokens(tokens, self.weight.size(0), self.tensor)
+        return self.tensor.sum(embedding(place, self.weight).masked_fill(~mine[..., None], 0.0))
 
 
 class Attention(nn.Module):
     """Causal self-attention. Several query heads may share one key-value head (grouped-query attention)."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, tensor: TensorPart = ALONE) -> None:
+        """Build the attention of a layer, with this rank's share of the heads."""
         super().__init__()
-        self.layer, self.kernels = layer, config.kernels
+        self.layer, self.kernels, self.tensor = layer, config.kernels, tensor
         self.window, self.query_scale = config.window_of(layer), scales(config).query
         # Not compiled: torch.compile would make a new graph for the document lengths of every step, and unroll windows.
         self.attend_eagerly = out_of_graphs(attend) if config.kernels == "compile" else None
         self.attend_part = out_of_graphs(SequencePart.attend) if config.kernels == "compile" else SequencePart.attend
         self.head_width = config.head_width
-        self.heads = [config.n_head, config.kv_heads, config.kv_heads]
+        self.heads = [heads // tensor.size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
         self.qkv = Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.has_bias("qkv"))
-        self.proj = Linear(config.n_head * config.head_width, config.d_model, bias=config.has_bias("proj"))
-        self.q_norm = Norm(config, config.head_width) if config.qk_norm else None
-        self.k_norm = Norm(config, config.head_width) if config.qk_norm else None
+        self.proj = RowLinear(config.n_head * config.head_width, config.d_model, config.has_bias("proj"), tensor)
+        self.q_norm = Norm(config, config.head_width, tensor) if config.qk_norm else None
+        self.k_norm = Norm(config, config.head_width, tensor) if config.qk_norm else None
 
     def forward(
         self,
@@ -125,7 +155,8 @@ class Attention(nn.Module):
         the rows, if several ranks share them: x has only its tokens, but documents are those of complete rows.
         """
         kernels = choose(self.kernels, x.device)
-        q, k, v = self._heads(self.qkv(x).view(*x.shape[:2], -1, self.head_width), rope, kernels)
+        qkv = self.qkv(self.tensor.copy(x))
+        q, k, v = self._heads(qkv.view(*x.shape[:2], -1, self.head_width), rope, kernels)
         if cache is not None:
             mixed = self._generate(q, k, v, cache)
         elif sequence is not None:
@@ -167,12 +198,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward part of a block: a linear layer, the activation (model.mlp), and a second linear layer."""
 
-    def __init__(self, config: GPTConfig, width: int | None = None) -> None:
-        """Build an MLP of `width` hidden channels; None: ff_width."""
+    def __init__(self, config: GPTConfig, width: int | None = None, tensor: TensorPart = ALONE) -> None:
+        """Build an MLP of `width` hidden channels (None: ff_width), of which this rank has its share."""
         super().__init__()
-        bias, width = config.has_bias("mlp"), width or config.ff_width
-        self.up = Linear(config.d_model, width * (2 if config.mlp == "swiglu" else 1), bias=bias)
-        self.proj = Linear(width, config.d_model, bias=bias)
+        bias, width, self.tensor = config.has_bias("mlp"), width or config.ff_width, tensor
+        self.up = Linear(config.d_model, width // tensor.size * (2 if config.mlp == "swiglu" else 1), bias=bias)
+        self.proj = RowLinear(width, config.d_model, bias, tensor)
         self.kernels, self.activation, self.chunk = config.kernels, config.mlp, config.mlp_chunk
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,6 +213,7 @@ class MLP(nn.Module):
         pass, which computes the rest again. So the hidden channels, up to six times as wide as x, exist for one chunk
         at a time.
         """
+        x = self.tensor.copy(x)
         if self.chunk is None or x.numel() <= self.chunk * x.size(-1):
             return self._compute(x)
         chunks = torch.split(x.flatten(0, -2), self.chunk)
@@ -199,13 +231,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of the model: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, tensor: TensorPart = ALONE) -> None:
         super().__init__()
         self.dropout, self.branch_scale = config.dropout, scales(config).branch
         self.attn_norm = Norm(config)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config, layer, tensor)
         self.mlp_norm = Norm(config)
-        self.mlp = _moe(config) if config.has_experts(layer) else MLP(config)
+        self.mlp = _moe(config) if config.has_experts(layer) else MLP(config, tensor=tensor)
         learned = config.residual_scale
         self.attn_scale = nn.Parameter(torch.ones(config.d_model)) if learned else None
         self.mlp_scale = nn.Parameter(torch.ones(config.d_model)) if learned else None
@@ -254,14 +286,16 @@ class Head(nn.Module):
     """The projection to the vocabulary, and the loss (fused_loss.py).
 
     tied: the embedding's Parameter, if head and embedding share it. The rows of the weight from vocab_size on are
-    padding, which gets no probability and no gradient.
+    padding, which gets no probability and no gradient. tensor: the ranks that share the rows of the weight.
     """
 
-    def __init__(self, config: GPTConfig, tied: Tensor | None = None) -> None:
+    def __init__(self, config: GPTConfig, tied: Tensor | None = None, tensor: TensorPart = ALONE) -> None:
         super().__init__()
+        self.tensor = tensor
         self.vocab_size, self.z_loss, self.softcap = config.vocab_size, config.z_loss, config.logit_softcap
         self.kernels = "auto" if config.kernels == "compile" else config.kernels  # only blocks are compiled
-        self.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.d_model)) if tied is None else tied
+        rows = config.padded_vocab_size // tensor.size
+        self.weight = nn.Parameter(torch.zeros(rows, config.d_model)) if tied is None else tied
 
     def forward(self, x: Tensor, labels: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
         """Return the logits (B, T, V) for x (B, T, C), or the loss in nats, fp32, if labels (B, T) are given.
@@ -270,14 +304,15 @@ class Head(nn.Module):
         returns the loss of each label, (B, T).
         """
         if labels is None:
-            logits = linear(x, self.weight, None)[..., : self.vocab_size]
+            logits = self.tensor.join_last(linear(x, self.weight, None))[..., : self.vocab_size]
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        weight, device = self.weight, x.device.type
+        x, weight, device = self.tensor.copy(x), self.weight, x.device.type
         if torch.is_autocast_enabled(device):  # the fused loss does not cast its inputs itself
             x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
         if is_slow(x.dtype, x.device):  # fp32 is faster here; the logits are then fp32 too
             x, weight = x.float(), weight.float()
-        inputs = x.flatten(0, 1), weight, labels.flatten(), self.vocab_size, choose(self.kernels, x.device)
+        losses = choose(self.kernels, x.device) if self.tensor.size == 1 else VocabularyLosses(self.tensor)
+        inputs = x.flatten(0, 1), weight, labels.flatten(), self.vocab_size, losses
         with torch.autocast(device, enabled=False):
             if reduction == "none":
                 return head_losses(*inputs, softcap=self.softcap).view(labels.shape)
@@ -291,16 +326,18 @@ class GPT(nn.Module):
     The constructor leaves torch's default weights; call init_weights or load_state_dict before use.
     checkpoint_fn(block, *inputs) runs the blocks that config.activation_checkpointing selects, and recomputes them in
     the backward pass. Assign another function to recompute in another way.
+    tensor: this rank's part of the matrices, if several ranks share them (tensor.py). Every rank must then call each
+    method that computes, with equal arguments.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, tensor: TensorPart = ALONE) -> None:
         super().__init__()
-        self.config = config
-        self.embed = Embedding(config.padded_vocab_size, config.d_model)
+        self.config, self.tensor = config, tensor
+        self.embed = Embedding(config.padded_vocab_size, config.d_model, tensor)
         self.pos_embed = Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer, tensor) for layer in range(config.n_layer))
         self.norm = Norm(config)
-        self.lm_head = Head(config, tied=self.embed.weight if config.tie_embeddings else None)
+        self.lm_head = Head(config, self.embed.weight if config.tie_embeddings else None, tensor)
         if config.kernels == "compile":
             # All blocks share one graph per shape. With dynamic=True, the bits of a result would depend on the shapes
             # that the graph has seen before.
@@ -425,13 +462,13 @@ def without_graphs(config: GPTConfig) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if config.kernels == "compile" else nullcontext()
 
 
-def gpt_without_weights(config: GPTConfig) -> GPT:
+def gpt_without_weights(config: GPTConfig, tensor: TensorPart = ALONE) -> GPT:
     """Return a GPT on torch's meta device, which allocates no weights. Takes about 25 ms.
 
     Then call load_state_dict(weights, assign=True), which puts the loaded tensors into the model.
     """
     with torch.device("meta"), NoInit():
-        return GPT(config)
+        return GPT(config, tensor)
 
 
 class NoInit(TorchFunctionMode):
@@ -479,6 +516,8 @@ def init_weights(
     materialise(p, source): returns a context in which parameter p is complete and can be written, and which at its end
     gives every rank what rank `source` has written. With several ranks it is a collective. If the context yields a
     tensor on rank `source`, the complete value is written to that tensor, of which the ranks then keep parts.
+    If ranks share the matrices (model.tensor), `rank` and `ranks` count those with the same part. Each draws complete
+    matrices, one at a time, and keeps its part.
     """
     # The shapes of another model, because ZeRO-3's partitions have none.
     shapes = {name: parameter.shape for name, parameter in gpt_without_weights(model.config).named_parameters()}
@@ -497,6 +536,8 @@ def init_weights(
             if rank == source:
                 value = own if is_matrix(name) else initial_value(name, shapes[name], model.config, seed)
                 assert value is not None
+                own_slices = slices(name, model.config, model.tensor.rank, model.tensor.size)
+                value = value if own_slices is None else own_slices.of(value)
                 (parameter if complete is None else complete).copy_(value)
 
 

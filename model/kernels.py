@@ -28,7 +28,14 @@ from packspeed.model import reference_ops
 from packspeed.model.attention import Documents
 
 
-class Kernels(Protocol):
+class Losses(Protocol):
+    """What computes losses from logits: a kernel module, or tensor.VocabularyLosses."""
+
+    def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
+        """Return the cross entropy of each row, in nats. If with_gradient, overwrite the logits with their gradient."""
+
+
+class Kernels(Losses, Protocol):
     """The functions of a kernel module. reference_ops.py describes their arguments and results."""
 
     def add_norm(
@@ -49,9 +56,6 @@ class Kernels(Protocol):
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
         """Round a matrix to an 8-bit dtype; see reference_ops.quantise for arguments and result."""
-
-    def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-        """Return the cross entropy of each row, in nats. If with_gradient, overwrite the logits with their gradient."""
 
 
 def resolve(name: str, device: str) -> str:
