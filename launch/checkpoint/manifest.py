@@ -33,11 +33,12 @@ RESHARDED_KEYS = {"optimizer_step", "loss_scaler"}  # keys that only the manifes
 CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)  # exactly the names that step_folder returns
 
 
-class _SharedExperts(TypedDict, total=False):
+class _SharedWeights(TypedDict, total=False):
     expert: int  # ranks that share the experts, if there are any
+    tensor: int  # ranks that share the weights of each layer; missing if each rank has complete weights
 
 
-class Layout(_SharedExperts):
+class Layout(_SharedWeights):
     """The properties that a run and a checkpoint must share for DeepSpeed to load the checkpoint's files directly.
 
     If one differs, the checkpoint is converted (reshard.py).

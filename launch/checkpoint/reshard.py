@@ -186,7 +186,7 @@ def _write_tensors(
             path = out / f"{name}.safetensors"
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
             sync(path)
-            if problem := _find_difference(name, path, tensors, computed_with.get(name)):
+            if problem := _find_difference(name, path, tensors, computed_with(name)):
                 return files, problem
             files[path.name] = hash_file(path)
             if work:

@@ -28,6 +28,10 @@ the fp32 weights.
 
                    rank 0  | w1 w1 | w2 w2 | w3 w3 |
                    rank 1  | w1 w1 | w2 w2 | w3 -- |
+
+With parallel.tensor there is such a set of files for each rank t of a tensor group, with mp_rank_<t> in the names. R
+then counts the ranks with equal t. A set has the parts of the parameters that model/tensor.slices names.
+
   imported     No files of DeepSpeed, but universal/<parameter>.safetensors (convert/import_weights.py)
 
 DeepSpeed's files are pickles. They are read with weights_only=True, so that no code in them can run.
@@ -37,7 +41,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +53,8 @@ from packspeed.launch.checkpoint.expert_files import expert_files, join_experts
 from packspeed.launch.checkpoint.manifest import UNIVERSAL, ImportedFrom, read_manifest
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.engine.mapped_pages import release_pages
+from packspeed.model.config import GPTConfig
+from packspeed.model.tensor import join
 
 Tensors = dict[str, torch.Tensor]  # "fp32" or the name of an optimizer state ("exp_avg", "momentum_buffer") -> tensor
 StateDict = dict[str, Any]  # the content of a pickle: tensors, numbers, nested dicts and lists
@@ -90,11 +96,34 @@ def full_tensors(
     if imported_from(checkpoint):
         yield from _imported_tensors(checkpoint, selection)
         return
-    states = zero_states(checkpoint)
-    if not states:
-        yield from _stage0_tensors(checkpoint, selection)
+    of_ranks = [_tensors_of(checkpoint, selection, rank) for rank in range(tensor_ranks(checkpoint))]
+    if len(of_ranks) == 1:
+        yield from of_ranks[0]
         return
-    content = _model_states(checkpoint)
+    config = _model_config(checkpoint)
+    for parts in zip(*of_ranks, strict=True):
+        name, first = parts[0]
+        yield name, {key: join(name, config, [tensors[key] for _, tensors in parts]) for key in first}
+
+
+def tensor_ranks(checkpoint: Path) -> int:
+    """Return the number of ranks that shared the weights of each layer when the checkpoint was written."""
+    manifest = read_manifest(checkpoint)
+    return manifest["layout"].get("tensor", 1) if "layout" in manifest else 1
+
+
+def _model_config(checkpoint: Path) -> GPTConfig:
+    """Return the configuration of the model in the checkpoint."""
+    return GPTConfig(**read_manifest(checkpoint)["config"]["model"])
+
+
+def _tensors_of(checkpoint: Path, selection: _Selection, tensor_rank: int) -> Iterator[tuple[str, Tensors]]:
+    """Yield the same as full_tensors, but of each parameter the part that this rank of a tensor group has."""
+    states = zero_states(checkpoint, tensor_rank)
+    if not states:
+        yield from _stage0_tensors(checkpoint, selection, tensor_rank)
+        return
+    content = _model_states(checkpoint, tensor_rank)
     yield from _buffers(content, selection)
     shapes: list[Shapes] = content["param_shapes"]  # one dict per parameter group
     if "fp32_flat_groups" in states[0]:
@@ -111,12 +140,12 @@ def fp32_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def zero_states(checkpoint: Path) -> list[ZeroState]:
-    """Return the ZeRO optimizer state of every rank, in the order of ranks; an empty list at stage 0.
+def zero_states(checkpoint: Path, tensor_rank: int = 0) -> list[ZeroState]:
+    """Return the ZeRO optimizer state of every rank with this number in its tensor group, in the order of ranks.
 
-    Raises UserError if files of ranks are missing.
+    The list is empty at stage 0. Raises UserError if files of ranks are missing.
     """
-    files = sorted(checkpoint.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+    files = sorted(checkpoint.glob(f"*zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"), key=_rank_of)
     states = [read_safely(path)["optimizer_state_dict"] for path in files]
     if states:
         count = states[0]["partition_count"]  # stages 1 and 2 have a list, one number per group
@@ -144,12 +173,19 @@ def stage0_optimizer_state(checkpoint: Path) -> StateDict:
     return dict(read_safely(checkpoint / "mp_rank_00_model_states.pt")["optimizer"])
 
 
-def module_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return the module's weights in the precision in which it computes; an empty dict at stage 3, where they are
-    partitioned.
+def module_weights(checkpoint: Path) -> Callable[[str], torch.Tensor | None]:
+    """Return a function: parameter name -> the module's weight in the precision in which it computes.
+
+    Its result is None at stage 3, where weights are partitioned.
     """
-    path = checkpoint / "mp_rank_00_model_states.pt"
-    return dict(read_safely(path)["module"]) if path.exists() else {}
+    paths = [checkpoint / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(tensor_ranks(checkpoint))]
+    modules = [read_safely(path)["module"] for path in paths if path.exists()]
+
+    def weight(name: str) -> torch.Tensor | None:
+        parts = [module[name] for module in modules if name in module]
+        return join(name, _model_config(checkpoint), parts) if len(parts) > 1 else parts[0] if parts else None
+
+    return weight
 
 
 def shared_parameters(checkpoint: Path) -> dict[str, str]:
@@ -214,9 +250,12 @@ def read_safely(path: Path) -> StateDict:
         raise UserError(f"{path}: cannot be read as a checkpoint file: {str(error).splitlines()[0]}") from None
 
 
-def _model_states(checkpoint: Path) -> StateDict:
-    """Return the content of rank 0's *_model_states.pt: weights (stages 0 to 2), shapes and shared parameters."""
-    files = sorted(checkpoint.glob("*_model_states.pt"), key=_rank_of)
+def _model_states(checkpoint: Path, tensor_rank: int = 0) -> StateDict:
+    """Return the content of the first *_model_states.pt of this rank of a tensor group.
+
+    It has weights (stages 0 to 2), shapes and shared parameters.
+    """
+    files = sorted(checkpoint.glob(f"*mp_rank_{tensor_rank:02d}_model_states.pt"), key=_rank_of)
     if not files:
         raise UserError(f"{checkpoint}: it contains no *_model_states.pt, so it is not a checkpoint.")
     return read_safely(files[0])
@@ -249,12 +288,12 @@ def _buffers(content: StateDict, selection: _Selection) -> Iterator[tuple[str, T
             yield name, {"fp32": content["module"][name].float()} if selection.has_key("fp32") else {}
 
 
-def _stage0_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
-    """Yield the same as full_tensors, from a checkpoint of ZeRO stage 0: rank 0's file has full tensors.
+def _stage0_tensors(checkpoint: Path, selection: _Selection, tensor_rank: int) -> Iterator[tuple[str, Tensors]]:
+    """Yield the same as _tensors_of, from a checkpoint of ZeRO stage 0: the first rank's file has full tensors.
 
     In it, a shared parameter is stored once and listed under several names.
     """
-    content = _model_states(checkpoint)
+    content = _model_states(checkpoint, tensor_rank)
     optimizer_tensors: dict[str, Tensors] = {}  # by parameter name
     if selection.keys is None or set(selection.keys) != {"fp32"}:
         order = read_manifest(checkpoint).get("optimizer_order")

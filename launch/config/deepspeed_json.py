@@ -287,6 +287,8 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
             f"{path}: compile.deepcompile with parallel.sequence = {run.parallel.sequence} is not supported. Remove "
             "the compile block; to compile the model, set model.kernels: compile in the run file."
         )
+    if run.parallel.tensor > 1:
+        yield from _refused_with_tensor(path, raw, f"parallel.tensor = {run.parallel.tensor}")
     quantized = (raw.get("zero_optimization") or {}).get("zero_quantized_gradients") is True
     if quantized and precision != "fp16" and raw.get("communication_data_type") != "fp16":
         yield (
@@ -298,6 +300,18 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
         yield from _refused_with_muon(path, raw)
     if run.parallel.expert > 1:
         yield from _refused_with_experts(path, raw, run.parallel.expert)
+
+
+def _refused_with_tensor(path: Path, raw: JsonObject, asked: str) -> Iterator[str]:
+    """Yield a message for everything in the JSON that works only if each rank has complete weights."""
+    zero = raw.get("zero_optimization") or {}
+    if (raw.get("compile") or {}).get("deepcompile") is True:
+        yield f"{path}: compile.deepcompile with {asked} is not supported. Remove the compile block."
+    if (zero.get("zero_hpz_partition_size") or 1) > 1 or zero.get("zero_quantized_gradients") is True:
+        yield (
+            f"{path}: zero_hpz_partition_size and zero_quantized_gradients with {asked} are not supported: DeepSpeed "
+            "makes their groups of neighbouring ranks, which have different parts of the weights. Remove them here."
+        )
 
 
 def _refused_with_muon(path: Path, raw: JsonObject) -> Iterator[str]:

@@ -20,7 +20,7 @@ import math
 
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.run_file import RunFile
-from packspeed.model.config import FP8_MULTIPLE, GPTConfig
+from packspeed.model.config import FP8_MULTIPLE, VOCAB_MULTIPLE, GPTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +93,6 @@ class Layout:
 
 ONE_RANK = Layout()
 
-NOT_YET = {"tensor": "tensor parallelism"}
-
 
 def run_layout(run: RunFile, world: int) -> Layout:
     """Return the layout of a run with `world` ranks.
@@ -103,12 +101,11 @@ def run_layout(run: RunFile, world: int) -> Layout:
     the message lists the sizes that do.
     """
     sizes = run.parallel
-    for key, name in NOT_YET.items():
-        if getattr(sizes, key) > 1:
-            raise ConfigError(f"parallel.{key} = {getattr(sizes, key)}: Packspeed has no {name}. Write 1.")
     layout = Layout(world, sizes.sequence, sizes.tensor, sizes.expert)
     if layout.per_row > 1:
         _check_ranks(layout)
+    if layout.tensor > 1:
+        _check_tensor(run, layout)
     if layout.sequence > 1:
         _check_sequence(run, layout)
     if layout.expert > 1:
@@ -121,13 +118,46 @@ def _check_ranks(layout: Layout) -> None:
     if layout.world % layout.per_row == 0:
         return
     near = [n * layout.per_row for n in (layout.world // layout.per_row, layout.world // layout.per_row + 1) if n]
-    name, keys = str(layout.per_row), "parallel.sequence"
-    if layout.tensor > 1:
-        name, keys = f"{layout.sequence} x {layout.tensor}", "parallel.sequence x parallel.tensor"
+    sizes = {"sequence": layout.sequence, "tensor": layout.tensor}
+    name = " x ".join(str(size) for size in sizes.values() if size > 1)
+    keys = " x ".join(f"parallel.{axis}" for axis, size in sizes.items() if size > 1)
     raise ConfigError(
         f"{keys} = {name} does not divide {layout.world} ranks. "
         f"The nearest numbers of ranks that it divides: {' and '.join(map(str, near))}."
     )
+
+
+def _check_tensor(run: RunFile, layout: Layout) -> None:
+    """Raise ConfigError unless the matrices can be divided evenly among the ranks of a tensor group.
+
+    Also raises it for what works with complete matrices only: experts, Muon, fp8, compiled blocks.
+    """
+    model, asked = run.gpt_config(1), f"parallel.tensor = {layout.tensor}"
+    for refused, what, use in (
+        (model.n_expert is not None, "a model with experts", "Use ZeRO-3 to divide the experts' weights."),
+        (run.train.optimizer.name == "muon", "Muon, which needs complete matrices", "Use train.optimizer.name: adamw."),
+        (
+            run.train.precision == "fp8",
+            "train.precision: fp8, whose scales are those of complete matrices",
+            "Use bf16.",
+        ),
+        (model.kernels == "compile", "model.kernels: compile", "Use auto."),
+        (model.mup is not None, "model.mup", "Leave model.mup out."),
+    ):
+        if refused:
+            raise ConfigError(f"{asked} is not supported with {what}. {use} Or write parallel.tensor: 1.")
+
+    def possible(size: int) -> bool:
+        divides = VOCAB_MULTIPLE % size == 0 == model.ff_width % size
+        return divides and heads_fit(model, size, 1) and layout.world % (size * layout.sequence) == 0
+
+    if not possible(layout.tensor):
+        sizes = [size for size in range(1, layout.world + 1) if possible(size)]
+        raise ConfigError(
+            f"{asked}: the model has {model.n_head} heads, {model.kv_heads} key-value heads and {model.ff_width} "
+            "hidden channels in the MLP, which so many ranks cannot share equally. It must be a power of 2 and divide "
+            f"all three. With {layout.world} ranks these sizes are possible: {', '.join(map(str, sizes))}."
+        )
 
 
 def _check_sequence(run: RunFile, layout: Layout) -> None:
@@ -140,7 +170,8 @@ def _check_sequence(run: RunFile, layout: Layout) -> None:
     model, length = run.gpt_config(1), run.data.seq_len
 
     def possible(size: int) -> bool:
-        return heads_fit(model, layout.tensor, size) and length >= size and layout.world % size == 0
+        divides = layout.world % (size * layout.tensor) == 0
+        return divides and heads_fit(model, layout.tensor, size) and length >= size
 
     if not possible(layout.sequence):
         sizes = [size for size in range(1, layout.world + 1) if possible(size)]

@@ -506,7 +506,13 @@ class ParallelSection(Section):
         description="Ranks that share the tokens of each row (Ulysses sequence parallelism). Activations shrink by "
         "this factor. It must divide the number of ranks and model.n_head.",
     )
-    tensor: int = Field(1, ge=1, description="Ranks that share the weights of each layer. Only 1 is supported.")
+    tensor: int = Field(
+        1,
+        ge=1,
+        description="Ranks that share the weights and heads of each layer, and the rows of the vocabulary (tensor "
+        "parallelism). Weights, optimizer states and logits shrink by this factor. It must be a power of 2 and divide "
+        "the number of ranks, model.n_head, model.n_kv_head and the MLP's hidden channels.",
+    )
     expert: int = Field(
         1,
         ge=1,

@@ -4,9 +4,9 @@
 
 The initial weights are the same bits at every ZeRO stage and with any number of ranks: init_weights (model/gpt.py)
 draws each parameter from a seed that depends on its name. Each rank draws some of the matrices and sends them to the
-others. At stages 0 to 2 init_weights writes directly to the device. At stage 3 it runs under
-deepspeed.zero.GatheredParameters. If a checkpoint will be loaded, nothing is drawn. The folder patches/ describes what
-Packspeed changes inside DeepSpeed afterwards.
+others. With parallel.tensor, it sends its part of them to the ranks with the same part. At stages 0 to 2 init_weights
+writes directly to the device. At stage 3 it runs under deepspeed.zero.GatheredParameters. If a checkpoint will be
+loaded, nothing is drawn. The folder patches/ describes what Packspeed changes inside DeepSpeed afterwards.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from packspeed.launch.engine.distributed import Topology, no_beat
 from packspeed.launch.engine.experts import expert_part, mark_experts
 from packspeed.launch.engine.groups import optimizer_groups
 from packspeed.launch.engine.hardware import keep_memory
+from packspeed.launch.engine.mpu import make_mpu
 from packspeed.launch.engine.muon import Muon
 from packspeed.launch.engine.ops import adamw_class, device_type
 from packspeed.launch.engine.patches.adam_bias import forget_bias_products, update_in_full_vectors
@@ -51,6 +52,7 @@ from packspeed.model.gpt import GPT, NoInit, gpt_without_weights, init_weights, 
 from packspeed.model.kernels import resolve
 from packspeed.model.linear import CPU_HAS_BF16
 from packspeed.model.moe import share_experts
+from packspeed.model.tensor import ALONE
 
 
 def resolve_precision(wanted: str) -> str:
@@ -163,18 +165,13 @@ def wants_deepcompile(ds_config: DsConfig, device: str) -> bool:
 
 
 def build_engine(
-    config: GPTConfig,
-    run: RunFile,
-    ds_config: DsConfig,
-    draw: bool = True,
-    beat: Callable[..., None] = no_beat,
-    topology: Topology | None = None,
+    config: GPTConfig, run: RunFile, ds_config: DsConfig, draw: bool = True, topology: Topology | None = None
 ) -> Engine:
     """Build the GPT, initialise its weights, wrap it in a DeepSpeedEngine and patch the engine's optimizer.
 
     `ds_config` is the final DeepSpeed configuration of this run. If `draw` is False, the weights have no meaning, and
-    the caller must load a checkpoint. `beat` tells a supervisor what this rank does (Topology.beat). `topology` is
-    needed if ranks share the experts (parallel.expert). A collective: every rank must call it.
+    the caller must load a checkpoint. `topology` is needed if ranks share weights or experts (parallel.tensor,
+    parallel.expert). A collective: every rank must call it.
     """
     seed = run.train.seed if draw else None
     deepcompile = wants_deepcompile(ds_config, device_type())
@@ -186,10 +183,10 @@ def build_engine(
     torch.zeros(64).exp_()
     experts = expert_part(topology)
     if zero_stage(ds_config) == 3:
-        model = _partitioned_model(config, seed, ds_config, beat)
+        model = _partitioned_model(config, seed, ds_config, topology)
     else:
         device = torch.device(get_accelerator().current_device_name())
-        model = model_on(device, config, seed, parameter_dtype(ds_config), beat, experts)
+        model = model_on(device, config, seed, parameter_dtype(ds_config), topology, experts)
     if run.train.precision == "fp8":
         use_fp8(model, run.train.fp8_skip_blocks)
     engine: Engine
@@ -200,7 +197,12 @@ def build_engine(
     )
     with one_zero1(), divided:
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=muon, model_parameters=groups, config=ds_config, dist_init_required=False
+            model=model,
+            optimizer=muon,
+            model_parameters=groups,
+            config=ds_config,
+            mpu=make_mpu(topology),
+            dist_init_required=False,
         )
     if experts is not None:
         keep_own_checkpoints(engine)
@@ -237,17 +239,17 @@ def model_on(
     config: GPTConfig,
     seed: int | None,
     dtype: torch.dtype,
-    beat: Callable[..., None] = no_beat,
+    topology: Topology | None = None,
     experts: ExpertPart | None = None,
 ) -> GPT:
     """Return the GPT with its initial weights on `device`, in `dtype`, for ZeRO stages 0 to 2.
 
     The weights are the same bits as if all were drawn in fp32 on the CPU and then cast. But only one parameter at a
     time is in host memory, because the fp32 weights of a 7B model on eight ranks would take 216 GB. Without a seed, the
-    weights are zeros. `beat` (Topology.beat) is called for each parameter that is drawn. With `experts`, the model has
-    this rank's experts only. A collective: every rank must call it.
+    weights are zeros. The topology says which ranks share weights; its `beat` is called for each parameter that is
+    drawn. With `experts`, the model has this rank's experts only. A collective: every rank must call it.
     """
-    model = gpt_without_weights(config)
+    model = gpt_without_weights(config, topology.tensor() if topology else ALONE)
     if experts is not None:
         share_experts(model, experts)
     model = model.to(dtype).to_empty(device=device)
@@ -258,6 +260,9 @@ def model_on(
     if experts is not None:
         mark_experts(model, experts)
 
+    rank, ranks = _place_among_equals(topology)
+    beat = topology.beat if topology else no_beat
+
     @contextlib.contextmanager
     def sent_from(parameter: torch.nn.Parameter, source: int) -> Iterator[torch.Tensor | None]:
         beat("building")
@@ -265,14 +270,14 @@ def model_on(
             yield from _sent_in_parts(parameter, part, source)
             return
         yield None
-        if _rank_and_world()[1] > 1:
-            dist.broadcast(parameter.data, source)
+        if len(ranks) > 1:
+            dist.broadcast(parameter.data, ranks[source], group=topology.group("zero") if topology else None)
 
     if seed is None:
         for parameter in model.parameters():
             parameter.data.zero_()
     else:
-        init_weights(model, seed, sent_from, *_rank_and_world())
+        init_weights(model, seed, sent_from, rank, len(ranks))
     return model
 
 
@@ -289,16 +294,23 @@ def _sent_in_parts(parameter: torch.nn.Parameter, part: ExpertPart, source: int)
             parameter.data.copy_(piece)
 
 
-def _rank_and_world() -> tuple[int, int]:
-    """Return (rank, number of ranks); (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def _place_among_equals(topology: Topology | None) -> tuple[int, list[int]]:
+    """Return (number of this rank among those with the same part of the weights, all of these ranks)."""
+    if topology is not None:
+        layout = topology.layout
+        return layout.index("zero", topology.rank), layout.members("zero", topology.rank)
+    return (dist.get_rank(), list(range(dist.get_world_size()))) if dist.is_initialized() else (0, [0])
 
 
-def _partitioned_model(config: GPTConfig, seed: int | None, ds_config: DsConfig, beat: Callable[..., None]) -> GPT:
-    """Return the GPT with its initial weights, partitioned over all ranks for ZeRO-3.
+def _partitioned_model(config: GPTConfig, seed: int | None, ds_config: DsConfig, topology: Topology | None) -> GPT:
+    """Return the GPT with its initial weights, partitioned for ZeRO-3 over the ranks with the same part of them.
 
     Without a seed, the weights are not set: they are whatever was in memory. A collective: every rank must call it.
     """
+
+    beat, mpu = topology.beat if topology else no_beat, make_mpu(topology)
+    group = mpu.get_data_parallel_group() if mpu else None
+    tensor = topology.tensor() if topology else ALONE
 
     def gathered(parameter: torch.nn.Parameter, source: int) -> contextlib.AbstractContextManager[None]:
         beat("building")
@@ -306,10 +318,11 @@ def _partitioned_model(config: GPTConfig, seed: int | None, ds_config: DsConfig,
         context = deepspeed.zero.GatheredParameters([parameter], modifier_rank=source)
         return context
 
-    with deepspeed.zero.Init(config_dict_or_path=ds_config), NoInit():
-        model = GPT(config)
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, data_parallel_group=group, mpu=mpu), NoInit():
+        model = GPT(config, tensor)
     if seed is not None:
-        init_weights(model, seed, gathered, *_rank_and_world())
+        rank, ranks = _place_among_equals(topology)
+        init_weights(model, seed, gathered, rank, len(ranks))
     return model
 
 

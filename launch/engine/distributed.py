@@ -32,6 +32,7 @@ from packspeed.launch.engine.patches.replace import version_notes
 from packspeed.launch.engine.patches.shared_memory import unlink_buffers
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.sequence import SequencePart
+from packspeed.model.tensor import ALONE, TensorPart
 
 Error = TypeVar("Error", str, UserError)
 T = TypeVar("T")  # a small object that can be pickled
@@ -116,6 +117,17 @@ class Topology:
             dist.all_to_all_single(received, sent, to_receive, to_send, group=group)
 
         return SequencePart(self.layout.index("sequence", self.rank), self.layout.sequence, length, exchange)
+
+    def tensor(self) -> TensorPart:
+        """Return this rank's part of the matrices. The first call is a collective, see `group`."""
+        if self.layout.tensor == 1:
+            return ALONE
+        group = self.group("tensor")
+
+        def all_reduce(values: torch.Tensor, largest: bool) -> None:
+            dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+
+        return TensorPart(self.layout.index("tensor", self.rank), self.layout.tensor, all_reduce)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place, and return it.

@@ -16,8 +16,11 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
+from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.engine.ops import device_type
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
+from packspeed.model.gpt import GPT
+from packspeed.model.tensor import is_split
 
 Group: TypeAlias = "torch.distributed.ProcessGroup | None"  # None: all ranks
 
@@ -88,6 +91,18 @@ class TensorGroup:
         return [value for value, param in pairs if self.first or self.is_split(param)]
 
 
+def tensor_group(topology: Topology, model: torch.nn.Module) -> TensorGroup | None:
+    """Return the ranks that share the weights of `model`, a GPT; None if each rank has complete weights.
+
+    The first call is a collective, see Topology.group.
+    """
+    if topology.layout.tensor == 1:
+        return None
+    config = cast(GPT, model).config
+    split = {parameter for name, parameter in model.named_parameters() if is_split(name, config)}
+    return TensorGroup(topology.group("tensor"), not topology.is_replica, split.__contains__)
+
+
 def global_norm(gradients: Sequence[torch.Tensor], groups: Sequence[Group], exact: bool = False) -> torch.Tensor:
     """Return the L2 norm of gradients that are distributed over the ranks of `groups`, as an fp32 scalar.
 
@@ -135,19 +150,22 @@ def parameter_norms(engine: Engine, experts: TensorGroup | None = None) -> dict[
     The gradients are averaged over the global batch and not clipped yet. Gathers one parameter at a time, so a rank
     never holds more than one complete parameter. `experts`: the ranks that share experts, if any do.
     """
+    scale = cast(ScaledOptimizer, engine.optimizer).loss_scale if engine.fp16_enabled() else 1.0
+    norms: dict[str, dict[str, float]] = {"gradient": {}, "weight": {}}
+    model = cast(GPT, engine.module)
 
-    def norm(tensor: torch.Tensor, parameter: torch.Tensor) -> float:
+    def norm(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> float:
         squares = square_sum([tensor])
         if experts is not None and experts.is_split(parameter):
             dist.all_reduce(squares, group=experts.group)
+        if model.tensor.size > 1 and is_split(name, model.config):
+            model.tensor.all_reduce(squares, False)
         return float(squares.sqrt())
 
-    scale = cast(ScaledOptimizer, engine.optimizer).loss_scale if engine.fp16_enabled() else 1.0
-    norms: dict[str, dict[str, float]] = {"gradient": {}, "weight": {}}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in model.named_parameters():
         gradient = safe_get_full_grad(parameter)
         weight = safe_get_full_fp32_param(parameter)
         if gradient is not None:
-            norms["gradient"][name] = norm(gradient, parameter) / scale
-        norms["weight"][name] = norm(parameter if weight is None else weight, parameter)
+            norms["gradient"][name] = norm(name, gradient, parameter) / scale
+        norms["weight"][name] = norm(name, parameter if weight is None else weight, parameter)
     return norms

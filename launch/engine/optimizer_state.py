@@ -11,7 +11,9 @@ into the optimizer's own tensors. Which part of a parameter a rank holds, and wh
                sub-group. optimizer.grad_position says at which offset.
 
 At stages 1 to 3 the optimizer's state has the flat tensor as its key. patches/registry.py lists all names used here.
-Cost: every rank memory-maps every file and reads only the part that it holds.
+With parallel.tensor, "the parameter" above is the rank's part of it, which is cut out of the complete tensor first.
+Cost: every rank memory-maps every file and reads only the part that it holds; with parallel.tensor, its rows of a
+matrix, or all columns.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -30,6 +32,8 @@ from packspeed.launch.engine.mapped_pages import copy_mapped
 from packspeed.launch.engine.patches.swapped_state import in_memory, keeps_state_on_nvme
 from packspeed.launch.engine.protocol import Engine
 from packspeed.model.expert_parts import part_of
+from packspeed.model.gpt import GPT
+from packspeed.model.tensor import slices
 
 # Key of the fp32 weights in DeepSpeed's files -> attribute of the optimizer with the tensors of this rank.
 FP32_GROUPS = {
@@ -102,15 +106,18 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
     """
     wrapper: Any = engine.optimizer
     inner = engine.basic_optimizer
+    model = cast(GPT, engine.module)
     kinds = set[str]()  # "fp32" and the optimizer's states: "exp_avg", "exp_avg_sq", "momentum_buffer"
     for held in _parts_in_memory(engine):
         progress()
         experts = part_of(engine.module.get_parameter(held.name))
         with safe_open(folder / f"{held.name}.safetensors", "pt") as file:
+            own = slices(held.name, model.config, model.tensor.rank, model.tensor.size)
             for kind in file.keys():  # noqa: SIM118  (safe_open is no dict)
                 kinds.add(kind)
                 complete = file.get_tensor(kind)
-                value = (complete if experts is None else experts.of(complete)).reshape(-1)
+                cut = experts or own
+                value = (complete if cut is None else cut.of(complete)).reshape(-1)
                 target = held.flat.data if kind == "fp32" else _state_tensor(inner.state[held.flat], kind, held.flat)
                 part = value[held.begin : held.begin + held.count]
                 target.view(-1)[held.offset : held.offset + held.count].copy_(part)

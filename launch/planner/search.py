@@ -20,7 +20,7 @@ from packspeed.launch.config.batch import divisors_of
 from packspeed.launch.config.deepspeed_json import load_ds_config, zero_stage
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import JsonObject
-from packspeed.launch.config.layout import NOT_YET, run_layout
+from packspeed.launch.config.layout import run_layout
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.planner.machine import GIB, Machine
 from packspeed.launch.planner.plan import Plan, job_of, plan_of
@@ -102,7 +102,7 @@ def _candidates(run: RunFile, machine: Machine, ranks: int, vocabulary: int | No
 
 def _axes(run: RunFile) -> list[str]:
     """Return the axes that this version trains and this model has."""
-    return [axis for axis in AXES if axis not in NOT_YET and (axis != "expert" or run.gpt_config(1).n_expert)]
+    return [axis for axis in AXES if axis != "expert" or run.gpt_config(1).n_expert]
 
 
 def _parallel_sizes(run: RunFile, most: int) -> Iterator[dict[str, int]]:

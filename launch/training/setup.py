@@ -16,6 +16,7 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.engine.experts import expert_norm_group
 from packspeed.launch.engine.hardware import peak_flops
+from packspeed.launch.engine.norms import tensor_group
 from packspeed.launch.engine.patches.collectives import time_collectives
 from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
 from packspeed.launch.engine.protocol import Engine
@@ -77,7 +78,7 @@ def make_trainer(
         checkpointer=checkpointer,
         stop=StopSignal(),
         detector=detector,
-        norm_hook=GradientNormHook(engine, judge_by(detector), without_zero),
+        norm_hook=GradientNormHook(engine, judge_by(detector), without_zero or tensor_group(topology, engine.module)),
         timer=timer,
         flops_per_token=flops_per_token(config, run.data.seq_len),
         peak_flops=peak_flops(topology, engine),

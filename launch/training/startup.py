@@ -167,7 +167,7 @@ def build_quietly(run: RunFile, ranks: ConnectedRanks, log_filter: DeepSpeedLogF
     file = run.folder / "deepspeed.log" if ranks.topology.rank == 0 else None
     log_filter.path = file or Path(os.devnull)
     with quiet(file):
-        return build_engine(ranks.config, run, ranks.ds_config, draw=draw, beat=ranks.beat, topology=ranks.topology)
+        return build_engine(ranks.config, run, ranks.ds_config, draw=draw, topology=ranks.topology)
 
 
 def train_to_end(trainer: Trainer, step: int) -> int:

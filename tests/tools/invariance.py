@@ -65,6 +65,7 @@ class Layout:
     sequence: int = 1
     experts: bool = False
     expert: int = 1
+    tensor: int = 1
 
     @property
     def name(self) -> str:
@@ -77,10 +78,15 @@ class Layout:
         if self.expert > 1:
             copies = self.ranks // self.expert
             return f"EP{self.expert} x DP{copies}" if copies > 1 else f"EP{self.expert}"
-        if self.sequence == 1:
+        if self.sequence == self.tensor == 1:
             return f"{self.ranks}, {self.threads} threads" if self.threads > 1 else str(self.ranks)
-        groups = self.ranks // self.sequence
-        return f"SP{self.sequence} x DP{groups}" if groups > 1 else f"SP{self.sequence}"
+        axes = {"TP": self.tensor, "SP": self.sequence, "DP": self.groups}
+        return " x ".join(f"{axis}{size}" for axis, size in axes.items() if size > 1)
+
+    @property
+    def groups(self) -> int:
+        """How many groups of ranks read different rows."""
+        return self.ranks // self.sequence // self.tensor
 
     @property
     def label(self) -> str:
@@ -89,7 +95,7 @@ class Layout:
 
     def row(self, global_batch: int, loss: float, norm: float, weight: float, from_first: float | None) -> str:
         """The line of the table."""
-        cut = f"{self.micro} x {global_batch // (self.ranks // self.sequence) // self.micro}"
+        cut = f"{self.micro} x {global_batch // self.groups // self.micro}"
         apart = "" if from_first is None else f"{from_first:.1e}"
         head = f"| {self.precision} | {self.sizes} | {self.stage} | {cut} |"
         return f"{head} {loss:.1e} | {norm:.1e} | {weight:.1e} | {apart} |"
@@ -116,13 +122,14 @@ def layouts(global_batch: int, with_fp8: bool) -> list[Layout]:
 def parallel_layouts(run: RunFile) -> list[Layout]:
     """Every run of the second table that the model and the batch allow."""
     found = []
-    for ranks, sequence in ((2, 2), (4, 2), (4, 4)):
-        if not (fits(run_with(run, sequence), ranks) and heads_fit(run.gpt_config(1), 1, sequence)):
+    for ranks, sequence, tensor in ((2, 2, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2), (4, 1, 2), (4, 2, 2)):
+        shared = run_with(run, sequence, tensor)
+        if not (fits(shared, ranks) and heads_fit(run.gpt_config(1), tensor, sequence)):
             continue
-        rows = run.global_batch * sequence // ranks
-        found += [Layout("fp32", ranks, f"zero{stage}", rows, sequence=sequence) for stage in range(4)]
-        found += [Layout("fp32", ranks, "zero1", 1, sequence=sequence)]
-        found += [Layout("bf16", ranks, stage, 1, sequence=sequence) for stage in ONE_CURVE]
+        rows, sizes = run.global_batch * sequence * tensor // ranks, {"sequence": sequence, "tensor": tensor}
+        found += [Layout("fp32", ranks, f"zero{stage}", rows, **sizes) for stage in range(4)]
+        found += [Layout("fp32", ranks, "zero1", 1, **sizes)]
+        found += [Layout("bf16", ranks, stage, 1, **sizes) for stage in ONE_CURVE]
     return sorted(found, key=lambda row: row.ranks)
 
 
@@ -143,9 +150,10 @@ def expert_layouts(global_batch: int) -> list[Layout]:
     return found
 
 
-def run_with(run: RunFile, sequence: int) -> RunFile:
-    """Return the run with this parallel.sequence."""
-    return run.model_copy(update={"parallel": run.parallel.model_copy(update={"sequence": sequence})})
+def run_with(run: RunFile, sequence: int, tensor: int) -> RunFile:
+    """Return the run with this parallel.sequence and parallel.tensor."""
+    sizes = {"sequence": sequence, "tensor": tensor}
+    return run.model_copy(update={"parallel": run.parallel.model_copy(update=sizes)})
 
 
 def table(space: Workspace, sets: list[str], every: list[Layout]) -> list[str]:
@@ -167,6 +175,7 @@ def table(space: Workspace, sets: list[str], every: list[Layout]) -> list[str]:
             own = [f"train.precision={row.precision}", f"deepspeed={config}", f"train.micro_batch={row.micro}"]
             own += [f"parallel.sequence={row.sequence}"] if row.sequence > 1 else []
             own += [f"parallel.expert={row.expert}"] if row.expert > 1 else []
+            own += [f"parallel.tensor={row.tensor}"] if row.tensor > 1 else []
             commands.append(space.arguments(row.name, *sets, *own, f"runs_dir={space.folder}/runs"))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         folder = space.folder / f"ranks{ranks}-{threads}"

@@ -354,6 +354,9 @@ BUILDERS: tuple[Row, ...] = (
         '"%s_%d_%s_%s", SHM_BUFFER_NAME, getuid(), addr_string, port_string': "read: the buffer's name in /dev/shm",
         '"%s_%d", shm_name_prefix, rank': "read: the buffer's name in /dev/shm",
     }),
+    ("deepspeed/utils/groups.py", MODULE, "engine/mpu.py", {
+        "mpu": "replaced: the groups of the last engine, which the next engine of a process would use",
+    }),
     ("cpuinfo/cpuinfo.py", MODULE, "engine/patches/cpu_name.py", {
         "get_cpu_info()": "replaced: its result is cached, so that it runs once per process",
     }),
