@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from packspeed.model.config import GPTConfig
-from packspeed.model.gpt import GPT, init_weights
+from packspeed.model.gpt import GPT, gpt_without_weights, init_weights
 from packspeed.model.reference_ops import row_losses
 from packspeed.model.tensor import TensorPart, VocabularyLosses, is_split, join, slices
 
@@ -146,3 +146,25 @@ def test_slices_cut_each_stacked_matrix() -> None:
     assert head.spans == [(96, 32)]
     assert all(slices(f"blocks.0.{name}", config, 1, 2) is None for name in ("attn.proj.bias", "attn_norm.weight"))
     assert slices("pos_embed.weight", config, 0, 2) is None
+
+
+def test_a_rank_of_eight_has_an_eighth_of_the_weights_and_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what every rank has in full: norms, learned positions, biases after a sum."""
+    config = GPTConfig(n_layer=2, n_head=8, d_model=64, vocab_size=1000, max_seq_len=16, tie_embeddings=False)
+    complete = {name: p.numel() for name, p in gpt_without_weights(config).named_parameters()}
+    split = sum(size for name, size in complete.items() if is_split(name, config))
+    shapes, original = list[torch.Size](), VocabularyLosses.row_losses
+
+    def recorded(losses: VocabularyLosses, logits: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
+        shapes.append(logits.shape)
+        return original(losses, logits, *more, **options)
+
+    def work(part: TensorPart) -> int:
+        model, tokens = GPT(config, part), torch.zeros(1, 16, dtype=torch.long)
+        init_weights(model, 0)
+        model(tokens, tokens, reduction="sum")
+        return sum(p.numel() for p in model.parameters())
+
+    monkeypatch.setattr(VocabularyLosses, "row_losses", recorded)
+    assert on_ranks(8, work) == [split // 8 + sum(complete.values()) - split] * 8
+    assert shapes == [(16, config.padded_vocab_size // 8)] * 8
