@@ -205,7 +205,7 @@ class TokenDataset:
         return np.concatenate(starts), np.concatenate(lengths)
 
     def document_starts(self, split: str, stride: int) -> Starts:
-        """Return, for documents 0, stride, 2 * stride ... of a split, the number of the first token in the stream.
+        """Return the positions in the stream of the first tokens of documents 0, stride, 2 * stride ... of a split.
 
         The shape is (n,). Reads two pages of the index for each document. Raises DataError if one does not begin where
         the document before it ends.

@@ -233,7 +233,7 @@ class Loader:
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
         """Return, for samples first .. first + count - 1, which tokens of the split's stream are their labels.
 
-        Each sample gets a list of (number of the first token in the stream, number of tokens).
+        Each sample gets a list of (position of the first token in the stream, number of tokens).
         """
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
@@ -307,7 +307,7 @@ class Loader:
         return step * self.global_batch / self.samples_per_epoch
 
     def val_windows(self, windows: int) -> npt.NDArray[np.int64]:
-        """Return where each of `windows` validation windows begins: a number of a token in the split val, (windows,).
+        """Return the position in the split val of the first token of each of `windows` validation windows, (windows,).
 
         They ascend, are spread evenly over the split, and are the same on every call. All are multiples of seq_len, so
         no token is predicted twice. Raises DataError if the split has fewer windows.

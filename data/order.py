@@ -124,7 +124,7 @@ class Order:
     def __init__(self, tokens: int, seq_len: int, seed: int, shuffle: Shuffle = "blocks", source: int = 0):
         if tokens < seq_len + 1:
             raise DataError(
-                f"its stream has {tokens} tokens, but one row needs seq_len + 1 = {seq_len + 1}. Prepare more text or "
+                f"the stream has {tokens} tokens, but one row needs seq_len + 1 = {seq_len + 1}. Prepare more text or "
                 f"choose a shorter seq_len."
             )
         self.tokens, self.seq_len, self.seed, self.shuffle, self.source = tokens, seq_len, seed, shuffle, source
@@ -135,9 +135,9 @@ class Order:
         self._chunk = lru_cache(maxsize=4)(self._starts_of_chunk)
 
     def starts(self, first: int, count: int) -> Indices:
-        """Return, for samples first .. first + count - 1, the number of the first token in the stream, (count,).
+        """Return the position in the stream of the first token of each of `count` samples, from number `first` on.
 
-        The array is read-only. Sample k is in epoch k // windows. count must be at least 1.
+        The array, (count,), is read-only. Sample k is in epoch k // windows. count must be at least 1.
         """
         parts = []
         while count > 0:

@@ -329,7 +329,7 @@ class PackedLoader(Loader):
     def spans(self, first: int, count: int) -> list[list[tuple[int, int]]]:
         """Return, for samples first .. first + count - 1, which tokens of the split's stream are their labels.
 
-        Each sample gets a list of (number of the first token in the stream, number of tokens).
+        Each sample gets a list of (position of the first token in the stream, number of tokens).
         """
         rows = [self._pieces(row) for row in self.rows_of(first, count).tolist()]
         return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]

@@ -53,7 +53,10 @@ class ExpertPart:
         return Route(self, sent, received, order, inverse, by_rank.sum(0).cumsum(0))
 
     def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Send sent[r] rows of `rows`, (n, C), to each rank r in turn, and return the rows that arrive, by rank."""
+        """Send the first sent[0] rows of `rows`, (n, C), to rank 0, the next sent[1] to rank 1, and so on.
+
+        Returns the received[r] rows of each rank r, in the order of the ranks.
+        """
         width = rows.size(1)
         arrived = rows.new_empty(sum(received), width)
         sizes = [[number * width for number in numbers] for numbers in (received, sent)]

@@ -79,7 +79,7 @@ def read_npy(path: str, tokenizer: Tokenizer) -> Iterator[Run]:
 
 
 def read_headerless(path: str, tokenizer: Tokenizer, dtype: str | None) -> Iterator[Run]:
-    """Yield the documents of a file without a header, such as nanoGPT's, as (tokens with EOT, lengths) of many.
+    """Yield the documents of a file without a header, such as nanoGPT's, many at a time, as (tokens with EOT, lengths).
 
     dtype: the type of the tokens; None: detect it. Raises DataError if the type cannot be detected, or if an id is
     outside the vocabulary.

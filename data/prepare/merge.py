@@ -73,7 +73,7 @@ class FinishedUnits:
             self._changed.notify_all()
 
     def wait(self, number: int) -> None:
-        """Wait until a unit is finished. Raises DataError if `close` is called before it is."""
+        """Wait until work unit `number` is encoded. Raises DataError if `close` is called first."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or number in self._numbers)
             if number not in self._numbers:
@@ -84,7 +84,7 @@ class Merge:
     """Merges the outputs of work units. folder: where they are. units: the numbers of these units.
 
     dtype: the type of the tokens. dedup: drop documents that equal an earlier one. shuffle_seed: shuffle the documents;
-    None: keep their order. ready(number): waits until a unit is finished.
+    None: keep their order. ready(number): waits until that unit is encoded.
     """
 
     def __init__(
@@ -128,7 +128,10 @@ class Merge:
         return self.counts
 
     def copy(self, writer: ShardWriter) -> MergeCounts:
-        """Write every document to one split, and return how many were kept and dropped. The writer stays open."""
+        """Write the documents that are kept to one split. Returns the numbers of kept and dropped ones.
+
+        The writer stays open.
+        """
         for run in self.runs():
             self._count(run.table)
             _copy(run, slice(None), writer)

@@ -159,7 +159,7 @@ def check_same_run(checkpoint: Path | str, saved: Manifest, identity: RunIdentit
     """Check that the checkpoint belongs to this run and its data (checks 2 and 3 of this module's list).
 
     Returns the settings that have changed although the run may be resumed. Raises ConfigError if a setting has changed
-    that must not change, or if the data is different.
+    that must not change, or if the data is different, and UserError if DeepSpeed's Muon trained it.
     """
     old, new = flatten(saved["config"]), flatten(identity["config"])
     for settings in (old, new):

@@ -445,7 +445,7 @@ class CheckpointSection(Section):
 
 
 class AnomalySection(Section):
-    """What happens if the loss or the gradient of a step is bad, before the optimizer applies it."""
+    """What to do about a step with a bad loss or gradient norm. Decided before the optimizer applies the step."""
 
     nonfinite: Literal["stop", "skip", "rewind"] = Field(
         "stop",

@@ -129,7 +129,10 @@ class WeightFiles:
         """Return the tensor of this name in fp32. Raises UserError if a value is NaN or infinite."""
         tensor = self._read(name).float()
         if not tensor.isfinite().all():
-            raise UserError(f"{self._files[name][0]}: {name} has values that are NaN or infinite. Copy it again.")
+            raise UserError(
+                f"{self._files[name][0]}: tensor {name} has values that are NaN or infinite. Copy the file again. "
+                "If that changes nothing, its source is damaged."
+            )
         return tensor
 
     def _read(self, name: str) -> torch.Tensor:

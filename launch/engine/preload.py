@@ -26,7 +26,7 @@ NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch reads it when it looks for
 
 
 def preload(*names: str) -> None:
-    """Import the modules `names` and LATE, and check the installed packages as every run does at its start.
+    """Import the modules `names` and those that a run imports late (LATE), and check the packages as every run does.
 
     Sets environment variables of this process.
     """

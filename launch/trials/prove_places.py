@@ -112,9 +112,10 @@ def process_tree(process: psutil.Popen) -> list[psutil.Process]:
 
 @dataclasses.dataclass(frozen=True)
 class OverHosts:
-    """Ranks that `packspeed launch` starts on hosts. With fewer ranks, the last slots and hosts are left out.
+    """Ranks that `packspeed launch` starts on hosts.
 
-    `python` is the interpreter on the hosts, and `ssh_config` replaces ~/.ssh/config.
+    If a trial needs fewer ranks than the hosts have slots, the last slots and hosts are unused. `python` is the
+    interpreter on the hosts, and `ssh_config` replaces ~/.ssh/config.
     """
 
     hosts: list[Host]

@@ -134,7 +134,7 @@ def _axes(grids: Sequence[str], seeds: str | None) -> dict[str, list[str]]:
 
 
 def split_values(text: str, option: str) -> list[str]:
-    """Return the values in `text`, which commas separate, each as a text that --set reads as the same value.
+    """Split `text` at its commas. Returns strings that --set parses to the values in `text`.
 
     Commas in brackets, braces and quotes belong to a value: "[0.9,0.95],[0.9,0.99]" has two. Raises ConfigError, which
     names `option`, if the text is not valid YAML, or if it has no value or an empty one.
