@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from packspeed.data.storage.hashing import FileHash, hash_file
-from packspeed.launch.checkpoint import retention
+from packspeed.launch.checkpoint import retention, tensor_file
 from packspeed.launch.checkpoint.identity import has_same_layout
 from packspeed.launch.checkpoint.manifest import (
     Manifest,
@@ -404,3 +405,34 @@ def test_a_load_maps_the_file_and_keeps_none_of_it(
     assert torch.equal(loaded[inner]["state"][0]["exp_avg"], moment)
     assert loaded[inner]["state"][0]["step"] == 3
     assert loaded[inner]["param_groups"] == [{"lr": 0.5}]
+
+
+def test_a_tensor_file_is_read_by_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors longer than a piece, transposed, with NaN, and a number."""
+    monkeypatch.setattr(tensor_file, "PIECE", 7)
+    tensors = {
+        "fp32": torch.arange(20.0).reshape(4, 5).T,
+        "exp_avg": torch.tensor([float("nan"), 1.0, -0.0]),
+        "step": torch.tensor(3.0),
+    }
+    file = tensor_file.TensorFile(tmp_path / "w.safetensors")
+    assert [file.append(key, tensor) for key, tensor in tensors.items()] == [None] * 3
+    assert file.finish() == hash_file(file.path)
+    found = load_file(file.path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key].view(torch.int32), tensors[key].contiguous().view(torch.int32)) for key in found)
+
+
+def test_a_tensor_file_notices_what_the_disk_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tensor_file.TensorFile(tmp_path / "w.safetensors")
+    other = torch.zeros(1024 + 3)
+    monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: other)
+    assert "w.safetensors: fp32, read back from the file, differs" in str(file.append("fp32", torch.ones(3)))
+
+
+def test_a_tensor_file_has_room_for_a_header_of_fixed_size(tmp_path: Path) -> None:
+    file = tensor_file.TensorFile(tmp_path / "w.safetensors")
+    for number in range(80):
+        file.append(f"state_{number}", torch.zeros(1))
+    with pytest.raises(ValueError, match="its header needs"):
+        file.finish()

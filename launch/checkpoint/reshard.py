@@ -14,7 +14,7 @@ holds in the new layout, and the module's weights are updated from them.
 DeepSpeed's format for the same purpose also uses a folder named universal, with other content. DeepSpeed's
 ds_to_universal converts Adam at stages 1 to 3; this module also converts stage 0, Muon and Lion. Tests compare both
 results where possible. Cost: one read and one write of 12 bytes per parameter (for Adam), then one read at every resume
-in another layout.
+in another layout. Memory of a rank: one full tensor and a few MB (tensor_file.py).
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from packspeed.data.storage.atomic import sync, write_file
-from packspeed.data.storage.hashing import FileHash, hash_file
+from packspeed.data.storage.hashing import FileHash
 from packspeed.data.storage.lock import lock_file
 from packspeed.launch.checkpoint.manifest import MANIFEST, UNIVERSAL, dump_manifest, read_manifest
+from packspeed.launch.checkpoint.tensor_file import PIECE, TensorFile
 from packspeed.launch.checkpoint.verify import find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import (
-    Tensors,
     full_tensors,
     inner_optimizer_state,
     module_weights,
@@ -45,6 +44,7 @@ from packspeed.launch.checkpoint.zero_checkpoint import (
     zero_states,
 )
 from packspeed.launch.config.errors import UserError
+from packspeed.launch.engine.mapped_pages import release_pages
 from packspeed.launch.engine.optimizer_state import SCALER_FIELDS, fill_engine
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 PHASE = "resharding"  # in the ranks' heartbeats
+HASH_THREADS = 4  # of a rank, for syncing and hashing its files
 LOCK_TIMEOUT_S = 30 * 24 * 3600.0  # practically none, but a finite timeout polls the lock
 
 
@@ -175,49 +176,70 @@ def _write_tensors(
     checkpoint: Path, out: Path, rank: int, ranks: int, work: SharedWork | None
 ) -> tuple[dict[str, FileHash], str | None]:
     """Convert this rank's share of the parameters: write and verify one file for every `ranks`-th parameter, from
-    number `rank` on. Calls `work.progress()` after each file.
+    number `rank` on.
 
-    Returns ({file name: hash}, the error as text or None).
+    The weights are written first, then one kind of state after the other, so that a single tensor is in memory. Calls
+    `work.progress()` after each tensor and each file. Returns ({file name: hash}, the error as text or None).
     """
-    files: dict[str, FileHash] = {}
+    files: dict[str, TensorFile] = {}
+    hashes: dict[str, FileHash] = {}
     try:
         computed_with = module_weights(checkpoint)
-        for name, tensors in full_tensors(checkpoint, worker=rank, workers=ranks):
-            path = out / f"{name}.safetensors"
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-            sync(path)
-            if problem := _find_difference(name, path, tensors, computed_with(name)):
-                return files, problem
-            files[path.name] = hash_file(path)
-            if work:
-                work.progress()
+        for key in ("fp32", *_state_keys(checkpoint)):
+            for name, tensors in full_tensors(checkpoint, (key,), worker=rank, workers=ranks):
+                if tensors:
+                    if name not in files:
+                        files[name] = TensorFile(out / f"{name}.safetensors")
+                    problem = files[name].append(key, tensors[key])
+                    if key == "fp32":
+                        problem = problem or _find_difference(name, tensors[key], computed_with(name))
+                    if problem:
+                        return hashes, problem
+                del tensors  # before the next one is joined
+                if work:
+                    work.progress()
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            for file, file_hash in zip(files.values(), threads.map(TensorFile.finish, files.values()), strict=True):
+                hashes[file.path.name] = file_hash
+                if work:
+                    work.progress()
     except OSError as error:
-        return files, f"{error.filename or out}: {error.strerror}"
+        return hashes, f"{error.filename or out}: {error.strerror}"
     except UserError as error:
-        return files, str(error)
-    except Exception as error:  # safetensors raises errors of its own for failed writes
-        return files, f"{out}: {error}"
-    return files, None
+        return hashes, str(error)
+    except Exception as error:  # of torch, which maps the written file
+        return hashes, f"{out}: {error}"
+    return hashes, None
 
 
-def _find_difference(name: str, path: Path, tensors: Tensors, computed_with: torch.Tensor | None) -> str | None:
-    """Check the file of the parameter `name`. Returns a description of the first difference, or None.
+def _state_keys(checkpoint: Path) -> list[str]:
+    """Return the names of the optimizer's states in `checkpoint` that have the size of weights, such as "exp_avg"."""
+    states = zero_states(checkpoint)
+    inner = inner_optimizer_state(states[0]) if states else stage0_optimizer_state(checkpoint)
+    found = {
+        key: None
+        for state in inner["state"].values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+    }
+    return list(found)
 
-    Every tensor in it must equal its source in `tensors`. Also, the fp32 weight, rounded, must equal `computed_with`,
-    the weight with which the module computed. DeepSpeed stores the two in different files, so this finds errors in
-    reading its format.
+
+def _find_difference(name: str, weight: torch.Tensor, computed_with: torch.Tensor | None) -> str | None:
+    """Return a description of the difference if the fp32 `weight` of the parameter `name`, rounded, is not
+    `computed_with`, the weight with which the module computed; else None.
+
+    DeepSpeed stores the two in different files, so this finds errors in reading its format.
     """
-    with safe_open(path, "pt") as file:
-        for key, tensor in tensors.items():
-            if not torch.equal(file.get_tensor(key), tensor):
-                return f"{path}: {key}, read back from the file, differs from what was written"
-        weight = file.get_tensor("fp32")
     if computed_with is None:
         return None
-    if weight.dim() == computed_with.dim():
-        weight = weight[: computed_with.size(0)] if weight.dim() else weight  # rank 0 may have a part of the experts
-    if not torch.equal(weight.to(computed_with.dtype), computed_with.view_as(weight)):
-        return f"{name}: the optimizer's fp32 weight, rounded to {computed_with.dtype}, is not the module's weight"
+    theirs = computed_with.reshape(-1)
+    ours = weight.reshape(-1)[: theirs.numel()]  # rank 0 may have a part of the experts
+    for start in range(0, ours.numel(), PIECE):
+        piece = theirs[start : start + PIECE]
+        if not torch.equal(ours[start : start + PIECE].to(piece.dtype), piece):
+            return f"{name}: the optimizer's fp32 weight, rounded to {piece.dtype}, is not the module's weight"
+        release_pages([piece])
     return None
 
 

@@ -362,11 +362,15 @@ def _stage3_tensors(
         for name, shape in shape_of.items():
             slice_size = -(-shape.numel() // len(states))
             if selection.has_parameter(number):
-                tensors: Tensors = {}
-                for key, of_ranks in slices.items():
-                    padded = _concatenate([tensor[start : start + slice_size] for tensor in of_ranks])
-                    tensors[key] = padded[: shape.numel()].view(shape)
-                yield name, tensors
+                end = start + slice_size
+                # Without a local variable for the tensors, which would keep them while the next ones are joined.
+                yield (
+                    name,
+                    {
+                        key: _concatenate([part[start:end] for part in of_ranks])[: shape.numel()].view(shape)
+                        for key, of_ranks in slices.items()
+                    },
+                )
             start += slice_size
             number += 1
 
