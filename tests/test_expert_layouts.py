@@ -12,6 +12,7 @@ import pytest
 
 from packspeed.launch.checkpoint.verify import find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
+from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.loading import load_run_file
 from support.plain_loop import differences, reference
 from support.ranks import run_many
@@ -100,4 +101,7 @@ def test_checkpoints_have_all_experts_and_are_verified(workspace: Workspace, out
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert any("experts_01.pt" in problem for problem in find_damage(checkpoint))
+    file.unlink()
+    with pytest.raises(UserError, match="it has 0 of 1 files"):
+        fp32_state_dict(checkpoint)
     file.write_bytes(content)

@@ -396,6 +396,10 @@ def test_a_search_finds_what_an_expert_would(run_file: Path, preset_name: str | 
     assert best.settings.get("parallel.tensor") == ("8" if preset_name else None)
     complete = next(candidate for candidate in found.fitting if "parallel.tensor" not in candidate.settings)
     assert complete.settings["deepspeed"] == ("zero3" if preset_name else "zero1")
+    recompute = {8: "none", 64: "none", 512: "full", 1024: "2"}  # of 1,024 GPUs each has the memory for half
+    assert complete.settings["model.activation_checkpointing"] == recompute[ranks]
+    parallel = {key for candidate in found.fitting for key in candidate.settings if key.startswith("parallel.")}
+    assert ("parallel.sequence" in parallel) == (ranks > 8), "GPT-2 1.5B has 25 heads"
 
 
 def test_plans_with_shared_experts_leave_out_what_is_refused() -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from packspeed.launch.checkpoint.manifest import read_manifest
+from packspeed.launch.config.errors import UserError
 from packspeed.model.expert_parts import part_of
 
 if TYPE_CHECKING:
@@ -25,8 +27,15 @@ PATTERN = "experts_*.pt"
 
 
 def expert_files(checkpoint: Path) -> list[Path]:
-    """Return the files of experts in a checkpoint, in the order of the ranks that wrote them."""
-    return sorted(checkpoint.glob(PATTERN), key=lambda path: int(path.stem.removeprefix("experts_")))
+    """Return the files of experts in a checkpoint of stage 0, in the order of the ranks that wrote them.
+
+    Raises UserError if one is missing.
+    """
+    files = sorted(checkpoint.glob(PATTERN), key=lambda path: int(path.stem.removeprefix("experts_")))
+    expected = (read_manifest(checkpoint)["config"].get("parallel") or {}).get("expert", 1) - 1
+    if len(files) != expected:
+        raise UserError(f"{checkpoint}: it has {len(files)} of {expected} files {PATTERN}. Restore the others.")
+    return files
 
 
 def own_experts(engine: Engine, topology: Topology) -> tuple[str, dict[str, Any]] | None:
