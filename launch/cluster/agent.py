@@ -9,8 +9,8 @@ is one, and stays until the ranks have ended (LocalRanks). All strings from a ho
 JSON of a request, so none of them ever reaches a shell.
 
 The ranks never outlive the launch. If stdin closes (the supervisor has died) or nothing arrives on it for `silence_s`
-(the network is cut), the agent asks its ranks to save and stop. After GRACE_S (stdin closed) or CUT_OFF_S (silence) it
-kills them.
+(the network is cut), the agent asks its ranks to save and stop. It kills those that still run 60 s later (GRACE_S,
+stdin closed) or 5 s later (CUT_OFF_S, silence).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def answer(request: ShortRequest) -> None:
 def _read_line(timeout_s: float | None) -> bytes:
     """Read a line from stdin, without a buffer because LocalRanks reads the same file descriptor later.
 
-    At the end of the file the result has no newline, and it is empty if no line begins within `timeout_s`.
+    At the end of the file the result has no newline. It is empty if no line begins within `timeout_s` seconds.
     """
     if not select.select([0], [], [], timeout_s)[0]:
         return b""
@@ -151,8 +151,8 @@ def launcher_of(request: RunRequest | PrepareRequest) -> tuple[list[str], dict[s
 class LocalRanks:
     """The ranks of this host in one attempt. Starts DeepSpeed's node launcher, and reports ranks that have ended.
 
-    The supervisor's side is attempt.Attempt: it sends BEAT every 2 s, and receives a RankDeath for every rank that
-    ends.
+    The supervisor's side is attempt.Attempt: it sends the word BEAT every 2 s, and receives a RankDeath for every rank
+    that ends.
     """
 
     def __init__(self, request: RunRequest, warm: WarmProcess | None = None) -> None:
@@ -207,10 +207,10 @@ class LocalRanks:
         return code if code is not None else self.launcher.wait()
 
     def ask_to_save(self) -> bool:
-        """Send SIGTERM to this host's ranks, but not to DeepSpeed's launcher. Both then exit with 75 (saved, stopped).
-        training/signals.py handles the signal in the ranks.
+        """Send SIGTERM to this host's ranks, but not to DeepSpeed's launcher. The ranks save and exit with 75, then
+        the launcher exits with 75 too. training/signals.py handles the signal in the ranks.
 
-        Returns False if the launcher has not started any rank yet, so that no process can be asked.
+        Returns False if the launcher has not started any rank yet, so that there is no process to ask.
         """
         ranks = launch_ranks(self.launch_id)
         for process in ranks.values():
@@ -335,7 +335,7 @@ def join_ring(request: RingRequest) -> dict[str, object]:
 
 
 def host_facts(request: FactsRequest) -> HostFacts:
-    """Return what the launch plan and the doctor need to know about this host. Takes 0.4 s of one core."""
+    """Return what the launch plan and `packspeed doctor` need to know about this host. Takes 0.4 s of one core."""
     from packspeed.launch.cluster.hosts import address_of, local_route
 
     cwd, peer = Path(request["cwd"]), request.get("peer")
@@ -393,7 +393,7 @@ def _fingerprint(path: str) -> str:
 
 
 def _check_run_folder(folder: Path, token: str) -> tuple[bool | str, float]:
-    """Return (True, or why the folder cannot be written; free space in GiB).
+    """Return (True or the reason why the folder cannot be written, free space in GiB).
 
     Also creates a file named after `token` in <folder>/.hosts. The doctor looks for these files to find out whether all
     hosts share the folder, and deletes them.

@@ -12,7 +12,7 @@ The kinds of outcome, and how each is recognised:
     lost               an agent's ssh exited with 255: the connection to that host broke
     died               an agent reported a rank that was killed or failed
     failed             a launcher failed although no rank was reported dead, or it did not end after its ranks
-    hung               no heartbeat changed for `hang_s` (while a rank starts: at least START_S), and ranks were alive
+    hung               no heartbeat changed for `hang_s` (while a rank starts: at least 900 s), and ranks were alive
     finished           all agents exited with 0
 """
 
@@ -78,7 +78,7 @@ class LaunchOptions:
     """How to launch a run: hosts, environment, restarts. What to train is in the run file.
 
     `port` is the rendezvous port, or 0 for a free one. After `hang_s` seconds without progress the run counts as hung.
-    Hosts that were dropped are asked every `take_back_s` seconds, or never if it is 0.
+    Every `take_back_s` seconds, hosts that were dropped are asked whether they can be used again; if it is 0, never.
     """
 
     hosts: list[Host]
@@ -117,7 +117,7 @@ class LaunchOptions:
 
 @dataclasses.dataclass
 class Outcome:
-    """How an attempt ended. `at` is the time of the fault, as far as it is known, in seconds since the epoch."""
+    """How an attempt ended. `at` is the time of the fault in seconds since the epoch, as exactly as it is known."""
 
     kind: str  # finished, stopped, refused, died, lost, hung, failed
     code: int  # exit code of the launch, if this attempt is the last
@@ -143,7 +143,7 @@ class Attempt:
     ) -> None:
         """Start the ranks. `script` is the program that every rank runs, with `arguments`.
 
-        `logs` is the folder for the logs and heartbeats of the ranks. The agents of these hosts are taken out of
+        `logs` is the folder for the logs and heartbeats of the ranks. The agents of the plan's hosts are taken out of
         `pool`. If `prepare` is True, `watch` starts new agents in `pool` and makes them get ready for the next attempt.
         """
         self.plan, self.options, self.pool = plan, options, pool
@@ -181,7 +181,7 @@ class Attempt:
         threading.Thread(target=self._read, args=(agent,), daemon=True).start()
 
     def _prepare_next(self) -> None:
-        """Start the agents of the next attempt that are not running, and make them get ready for it."""
+        """Start an agent for the next attempt on each host that has none yet, and make it get ready."""
         requests: list[tuple[Host, PrepareRequest]] = []
         for planned in self.plan.hosts:
             request = self.requests[planned.host.name]
@@ -264,8 +264,8 @@ class Attempt:
     def _verdict(self) -> Outcome:
         """Return how the attempt ended, after a rank or an agent has failed. The first failure is the cause.
 
-        Waits up to SETTLE_S before, because the first report to arrive is not always the first failure. A rank that was
-        killed needs no wait: it is the cause, and the others cannot save any more.
+        First waits up to 2 s (SETTLE_S), because the first report to arrive is not always that of the first failure. If
+        a rank was killed, does not wait: that rank is the cause, and the others cannot save any more.
         """
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline and self.running() and not any(map(diagnosis.was_killed, self.deaths)):
@@ -350,7 +350,7 @@ class Attempt:
     def end(self, log: Log) -> None:
         """Kill every process of the attempt on every host that answers.
 
-        On a host that does not answer, the agent itself stops the ranks, once it has received no message for SILENCE_S.
+        On a host that does not answer, the agent stops the ranks when it has received no message for 20 s (SILENCE_S).
         """
         for agent in self.agents.values():
             agent.kill()

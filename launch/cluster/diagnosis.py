@@ -116,7 +116,7 @@ def was_killed(death: RankDeath) -> bool:
 def was_oom_killed(death: RankDeath) -> bool:
     """Return whether the kernel's OOM killer probably ended a rank.
 
-    That is so if it has ended a process on that host since the launch, and the rank's status fits.
+    True if it has ended a process on that host since the launch, and the rank's status is SIGKILL or unknown.
     """
     return bool(death["oom_kills"]) and death["status"] in (None, -signal.SIGKILL)
 
@@ -124,7 +124,7 @@ def was_oom_killed(death: RankDeath) -> bool:
 def death_report(death: RankDeath, host_of: Mapping[int, str], beats: Mapping[int, Beat]) -> str:
     """Return a sentence about how a rank ended: its signal or exit code, and its phase and step at that time.
 
-    For SIGKILL it also has the peak memory of the ranks on that host. `beats` has the last heartbeat of each rank.
+    After SIGKILL it also names the peak memory of the ranks on that host. `beats` has the last heartbeat of each rank.
     """
     rank, status = death["died"], death["status"]
     beat = beats.get(rank)

@@ -154,7 +154,7 @@ def compare(hosts: list[Host], replies: Replies[HostFacts], run: RunFile | None,
     """
     facts = replies.answers
     findings = [
-        _finding(name, f"it did not answer: {error}", f"make `ssh {name}` work without a prompt")
+        _finding(name, f"it did not answer: {error}", f"install Packspeed there; `ssh {name}` must need no prompt")
         for name, error in replies.errors.items()
     ]
     usual = {what: _most_common([_value(fact, what) for fact in facts.values()]) for what in MUST_MATCH}
@@ -181,7 +181,7 @@ def _json(value: object) -> str:
 
 
 def _most_common(values: list[str]) -> str:
-    """Return the value that occurs most often, the first of them if there are several; "" if there is none."""
+    """Return the value that occurs most often, the first one in a tie; "" if `values` is empty."""
     return Counter(values).most_common(1)[0][0] if values else ""
 
 
@@ -292,9 +292,10 @@ def measure_links(pool: AgentPool, hosts: list[Host], facts: Mapping[str, HostFa
 
 
 def ring_failures(errors: Mapping[str, str], hosts: list[Host]) -> list[tuple[str, str]]:
-    """Return [(host, what is wrong)] if the all-reduce failed. `errors` has the error of each host that has one.
+    """Return [(host, what is wrong)] for a failed all-reduce. `errors` is {host: error} for the hosts with an error.
 
-    The hosts are those that did not reach the first one. If all did, they are those whose error names another host.
+    Names the hosts that did not reach the first host. If all reached it, names those that could not reach another host;
+    if there are none, names the first host.
     """
     error = errors[hosts[0].name]
     if error.startswith('{"late"'):

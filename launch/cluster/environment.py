@@ -1,10 +1,11 @@
 """The environment variables that the ranks get from the shell that launches them.
 
-    FORWARDED                    variables of this shell whose names match this pattern
-    ~/.deepspeed_env, ./...      NAME=VALUE lines in DeepSpeed's format; DS_ENV_FILE gives another file name
+    this shell                   variables whose names match the pattern FORWARDED, such as NCCL_... and PYTHONPATH
+    .deepspeed_env               NAME=VALUE lines in DeepSpeed's format, in the home folder and in the current folder;
+                                 DS_ENV_FILE gives another file name
     --env NAME[=VALUE]           one variable; without a value, the value in this shell
 
-If a variable is given several times, the last source of this list counts. Values are passed unchanged: no shell expands
+If a variable comes from several of these sources, the last one counts. Values are passed unchanged: no shell expands
 them.
 """
 

@@ -84,7 +84,7 @@ def _parse_line(text: str, where: str) -> Host:
 
 
 def _parse_slots(key: str, value: str, where: str) -> int:
-    """Parse the number of a setting such as slots=8. Raises ConfigError if it is not between 1 and MAX_SLOTS."""
+    """Parse the number of a setting such as slots=8. Raises ConfigError if it is not from 1 to 1024."""
     if not re.fullmatch(r"0*[1-9]\d{0,3}", value, re.ASCII) or int(value) > MAX_SLOTS:
         advice = " Remove hosts without ranks." if value.strip("0") == "" else ""
         raise ConfigError(
@@ -96,7 +96,7 @@ def _parse_slots(key: str, value: str, where: str) -> int:
 def _parse_name(name: str, where: str) -> str:
     """Return a host name unchanged, or an IPv6 address in its shortest form without brackets.
 
-    Raises ConfigError otherwise.
+    Raises ConfigError if `name` is neither.
     """
     if NAME.fullmatch(name) and len(name) <= 253:
         return name

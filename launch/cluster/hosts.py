@@ -88,7 +88,7 @@ class LaunchPlan:
 
     @property
     def device_groups(self) -> list[tuple[int, list[int]]]:
-        """How many hosts in a row have the same device numbers, and these numbers.
+        """[(n, device numbers)], in the order of ranks: n consecutive hosts that have the same device numbers.
 
         A RunRequest contains this instead of world_info, so that requests do not grow with the number of hosts.
         """
@@ -153,9 +153,10 @@ def address_of(name: str) -> str:
 def plan_launch(
     hosts: list[Host], facts: Mapping[str, HostFacts], env: dict[str, str], layout: Layout = ONE_RANK
 ) -> LaunchPlan:
-    """Return the plan of a launch, with ranks numbered in the order of `hosts`. `layout` is that of all ranks.
+    """Return the plan of a launch, with ranks numbered in the order of `hosts`.
 
-    `facts` has each host's facts by its name. Those of the first host must contain a free port.
+    `facts` is {host name: facts}; those of the first host must contain a free port. `layout` has the sizes of the
+    parallel axes over all ranks.
     """
     planned, rank = [], 0
     for host in hosts:

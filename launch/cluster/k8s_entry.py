@@ -3,7 +3,7 @@
     python -m packspeed.launch.cluster.k8s_entry --nodes 2 --ranks 8 --master NAME-0.NAME --port 29500
         -- --config RUNFILE ...
 
-The number of the node is in JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job. If a pod is
+The index of the node is in JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job. If a pod is
 evicted, Kubernetes sends SIGTERM to it. The signal is passed on to the ranks only (local_launcher.run_launcher), which
 save and exit with 75, and the pod exits with the same code.
 """
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def node_index(text: str, nodes: int) -> int:
-    """Return the node's number, 0 to nodes - 1, from the text of JOB_COMPLETION_INDEX. Raises ConfigError if it is
+    """Return the node's index, 0 to nodes - 1, from the text of JOB_COMPLETION_INDEX. Raises ConfigError if it is
     invalid.
     """
     if not text.isdecimal() or int(text) >= nodes:

@@ -36,7 +36,10 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def local_accelerators() -> int:
-    """Return the number of NVIDIA devices on this machine, or in CUDA_VISIBLE_DEVICES if set. Does not import torch."""
+    """Return the number of devices in CUDA_VISIBLE_DEVICES, or, if it is not set, of NVIDIA devices on this machine.
+
+    Does not import torch.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
@@ -47,8 +50,8 @@ def default_ranks(run: RunFile, devices: int | None = None) -> int:
     """Return how many ranks to start on this machine if the user names no number.
 
     It is the largest number, up to `devices` (default: all GPUs), that can share the samples of a step. Without GPUs it
-    is the smallest that the section `parallel` allows, usually 1, because a single rank with all cores is fastest on
-    CPUs (LOG.md).
+    is the smallest that the section `parallel` of the run file allows, usually 1, because a single rank with all cores
+    is fastest on CPUs (LOG.md).
     """
     devices = local_accelerators() if devices is None else devices
     return max((n for n in range(1, devices + 1) if fits(run, n)), default=run.parallel.per_row)

@@ -2,11 +2,11 @@
 
     supervisor -> agent   on the agent's stdin: requests, whose key `do` names their kind. After the request `run`, only
                           the words BEAT and TERM follow
-    agent -> supervisor   on the agent's stdout: RECORD followed by JSON. Every other line is output of a rank
+    agent -> supervisor   on the agent's stdout: the word RECORD, then JSON. Every other line is output of a rank
 
 ssh.py sends the short requests (facts, time, ring, stacks, kill) and waits for one answer to each. attempt.py sends
 `prepare`, to the agents of the next attempt, and `run`, and reads records until the agent exits. agent.py receives all
-of them. An agent that waits for its attempt ignores BEAT.
+of them. To an agent that waits for its attempt, BEAT only shows that the supervisor is alive.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Coordinator:
     def _accept_all(self, master: str, port: int) -> Iterator[socket.socket]:
         """On the first host: accept the connections of all other hosts and yield their sockets.
 
-        Raises RingError with the ranks that do not connect within MEET_S.
+        Raises RingError with the ranks that do not connect within 10 s (MEET_S).
         """
         streams: dict[int, TextIO] = {}
         with socket.create_server((master, port), family=_family(master), backlog=self.world) as server:
@@ -195,7 +195,7 @@ def _measure_links(
 ) -> list[float]:
     """Take part in measuring this host's two links, to the next and to the previous host in the ring.
 
-    Returns the rates of the first: [Gbit/s to the next host, Gbit/s back from it].
+    Returns the rates of the link to the next host: [Gbit/s to that host, Gbit/s back from it].
     """
     best = [0.0, 0.0]
     odd_link = world % 2 * (world - 1)  # in a ring of odd length, the last link is measured in its own turn; 0: none
@@ -212,15 +212,16 @@ def _measure_links(
 
 
 def _turn(link: int, world: int, odd_link: int) -> int:
-    """Return in which turn the link from rank `link` to the next rank is measured: 0, 1, or 2 for the odd link.
+    """Return in which turn the link from rank `link` to the next rank is measured: 0, 1, or 2 for `odd_link`.
 
-    Links of the same turn have no host in common. Two hosts have two links, measured one after the other.
+    In a ring of odd length, `odd_link` is the last link; otherwise it is 0, which means none. Links of the same turn
+    have no host in common. Two hosts have two links, measured one after the other.
     """
     return 2 if odd_link and link == odd_link else link % 2
 
 
 def _send_burst(connection: socket.socket) -> float:
-    """Send data for BURST_S seconds, at most BURST_BYTES. Returns the rate in Gbit/s that the other host measured."""
+    """Send data for 0.05 s (BURST_S), at most 8 MiB. Returns the rate in Gbit/s that the other host measured."""
     data, sent, start = bytes(CHUNK_BYTES), 0, time.perf_counter()
     while sent < BURST_BYTES and time.perf_counter() - start < BURST_S:
         connection.sendall(b"\1" + data)
@@ -249,7 +250,7 @@ def _all_reduce(
 ) -> tuple[float, bool]:
     """Sum a vector of `count` fp32 numbers over the hosts of the ring, three times.
 
-    Returns (seconds of the fastest time, whether the sum was always right).
+    Returns (seconds that the fastest of the three took, whether all sums were right).
     """
     import numpy as np
 

@@ -86,8 +86,8 @@ def ask_hosts(
 class AgentPool:
     """One running agent per host, for any number of requests. A context manager, which ends the agents.
 
-    `command` gives the command line that starts the agent of a host. If `again` is True, a request whose agent has
-    ended meanwhile is sent once more, to a new agent.
+    `command` gives the command line that starts the agent of a host. If `again` is True and an agent ends before it
+    answers a request, the request is sent once more, to a new agent.
     """
 
     def __init__(self, command: Callable[[Host], list[str]] = agent_command, again: bool = False) -> None:
@@ -166,7 +166,7 @@ class AgentPool:
             connection.close()
 
     def prepare(self, requests: Sequence[tuple[Host, PrepareRequest]]) -> None:
-        """Start an agent on every host that has none, and send it its request. Waits for nothing."""
+        """On every host that has no agent, start one and send it the host's request. Does not wait."""
         for host, request in requests:
             connection = self.connections.get(host.name)
             if connection is None or connection.process.poll() is not None:
@@ -301,7 +301,7 @@ class AgentConnection:
 
 
 def _with_advice(error: str) -> str:
-    """Return an error of ssh or the remote shell together with what to do, if that is known."""
+    """Return advice for an error of ssh or the remote shell, followed by the error; only the error if none is known."""
     for sign, advice in (
         ("Permission denied", "its sshd refuses your key: run ssh-copy-id, or set IdentityFile in ~/.ssh/config"),
         ("Host key verification failed", "its host key is not in known_hosts: connect once by hand and compare it"),

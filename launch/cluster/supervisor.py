@@ -1,7 +1,7 @@
 """`packspeed launch`: train on all usable hosts, and restart the run after a failure until it is finished.
 
-This module decides what happens; attempt.py runs one attempt, from its start to its end. When a host dies, the
-following happens, in this order and these modules:
+This module decides what happens; attempt.py runs one attempt, from its start to its end. When a host dies, these events
+follow (with the module of each):
 
     1. supervisor.py   Supervisor.supervise has planned and started an attempt, and waits in Attempt.watch.
     2. attempt.py      ssh to the host exits with 255. _verdict returns `lost`, and end kills the ranks on other hosts.
@@ -13,8 +13,8 @@ following happens, in this order and these modules:
                        if the number of ranks has changed. The dropped host is asked again every `take_back_s` seconds.
 
 While an attempt trains, the agents of the next one wait already: Attempt.watch has started them (ssh.AgentPool), and
-each keeps a process with all imports done (warm_start.py). Events 2 and 4 ask these agents, and event 6 makes them
-start the ranks. If one of them has ended, a new agent takes its place.
+each keeps a process with all imports done (warm_start.py). These agents get the requests of events 2 and 4, and start
+the ranks in event 6. If one of them has ended, a new agent takes its place.
 
 A lock keeps two attempts out of one run folder (run_folder/folder.py). Rank 0 holds it, and rank 0 of the next attempt
 waits for it up to 60 s (LOCK_WAIT_S). It works between hosts if the shared file system supports flock, as NFS does.
@@ -78,9 +78,11 @@ class Supervisor:
         self._all_back = threading.Event()  # set if all dropped hosts are usable again
 
     def supervise(self, before_start: Callable[[], None] = lambda: None) -> int:
-        """Run attempts until the run finishes, is stopped, or has used up its restarts. Returns the exit code.
+        """Run attempts until the run finishes, is stopped, is refused or must be given up. Returns the exit code.
 
-        `before_start` is called once, when all hosts have passed their checks and before anything is started.
+        It is given up if no restart is left, or if a rank exits with a code other than 1 or 255 at the same step at
+        which the previous attempt failed. `before_start` is called once, when all hosts have passed their checks and
+        before anything is started.
         """
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
@@ -164,7 +166,7 @@ class Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: ask all ranks to save and stop, or stop immediately if none is running.
 
-        The third Ctrl-C interrupts this process.
+        If two signals came before, Ctrl-C raises KeyboardInterrupt.
         """
         self.signals += 1
         if self.interruptible:
@@ -176,7 +178,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _may_be_interrupted(self) -> Iterator[None]:
-        """During the `with` block, a signal raises StoppedError; so does one that arrived shortly before."""
+        """During the `with` block, a signal raises StoppedError. Raises it at once if a signal has already arrived."""
         self.interruptible = True
         try:
             if self.signals:
@@ -188,8 +190,8 @@ class Supervisor:
     def plan(self, first: bool) -> LaunchPlan:
         """Ask all hosts for their facts, and return a plan with the usable ones. The others are moved to `dropped`.
 
-        If `first` is True, an unusable host raises ConfigError instead, because the hostfile is probably wrong. Later,
-        if no host is usable, they are asked again for up to `hang_s` seconds, and then UserError is raised.
+        If `first` is True, an unusable host raises ConfigError instead, because the hostfile is probably wrong.
+        Otherwise, if no host is usable, all are asked again for up to `hang_s` seconds, and then UserError is raised.
         """
         deadline = time.monotonic() + self.options.hang_s
         while True:
@@ -221,7 +223,7 @@ class Supervisor:
         return plan_launch(hosts, replies.answers, self.options.env, run_layout(self.run, ranks))
 
     def _drop(self, unfit: Mapping[str, str]) -> None:
-        """Continue without these hosts, of which `unfit` has the reasons."""
+        """Move hosts from `hosts` to `dropped`, and log why. `unfit` is {host name: reason}."""
         for name, reason in unfit.items():
             self.log(f"continuing without {name}: {reason}")
             if self.pool is not None:

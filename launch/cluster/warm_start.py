@@ -1,8 +1,8 @@
 """The warm process of an agent: it has imported torch and DeepSpeed, and becomes DeepSpeed's node launcher quickly.
 
-launch/warm.py is the program of this process, and says when ranks are started as new processes nevertheless. This
-module is the agent's side: it starts the process, asks it to become a launcher, and treats that launcher like a child
-that subprocess.Popen has started.
+launch/warm.py is the program of this process; it lists when ranks are started as new processes instead. This module
+is the agent's side: it starts the process, asks it to become a launcher, and wraps that launcher in an object with the
+interface of subprocess.Popen (ForkedProcess).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class WarmProcess:
 
     def start_launcher(self, command: Sequence[str], env: Mapping[str, str]) -> ForkedProcess | None:
         """Turn the process into a launcher with this command line and environment, and return the launcher. Returns
-        None if the process has ended, or has not finished its imports after WAIT_S.
+        None if the process has ended, or has not finished its imports after 30 s (WAIT_S).
         """
         self._socket.settimeout(WAIT_S)
         adopt_orphans(True)  # so that the launcher, whose parent exits at once, becomes a child of this process
@@ -94,6 +94,6 @@ class ForkedProcess:
 
 
 def adopt_orphans(adopt: bool) -> None:
-    """Make this process the new parent of descendants whose parent exits; with False, no longer."""
+    """Choose whether this process becomes the new parent of its descendants whose parent exits."""
     with contextlib.suppress(AttributeError, OSError):  # a system without prctl
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
