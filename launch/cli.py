@@ -25,7 +25,7 @@ from packspeed.data.storage.open_files import raise_open_file_limit
 
 
 class Target(NamedTuple):
-    """A command's function, as "module:function" below packspeed.launch.commands, and its line of help."""
+    """A command's function, as "module:function" in the package packspeed.launch.commands, and its line of help."""
 
     function: str
     help: str
@@ -78,7 +78,7 @@ GROUPS = {"tokenizer": "Train tokenizers.", "ops": "DeepSpeed's compiled ops."}
 
 
 class LazyCommand(TyperCommand):
-    """A command of which only the name and the line of help are known until it is used. Its module is imported then."""
+    """A command whose module is imported when it is used. Until then, only its name and its line of help are known."""
 
     def __init__(self, name: str, target: Target) -> None:
         super().__init__(name, help=target.help)

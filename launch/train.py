@@ -92,10 +92,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _exit(code: int) -> NoReturn:
-    """End the process with this exit code, after the functions that were registered for its exit.
+    """Call the functions that are registered with atexit, then end the process with the exit code `code`.
 
-    The destructors of C++ libraries do not run. Rarely, one of them found a thread of its library still running and
-    aborted the process, so that a scheduler counted a finished run as failed.
+    The destructors of C++ libraries do not run, because they can abort the process if a thread of their library is
+    still running. A scheduler would then count a finished run as failed.
     """
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

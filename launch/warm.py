@@ -1,17 +1,17 @@
 """Import torch and DeepSpeed and wait; then become DeepSpeed's node launcher, whose ranks are forked from this process.
 
 The agent of a host (cluster/agent.py) starts this program while the run trains. If an attempt fails, the next one needs
-no imports: they would take 4 to 10 s in the launcher, and the same time again in its ranks. One process per host serves
-all ranks: memory that they only read exists once.
+no imports: they would take 4 to 10 s in the launcher, and the same time again in its ranks. All ranks of a host are
+forked from one process, so they share the memory that they only read.
 
     agent -> here     on stdin, a socket: {"command": the command line of the launcher, "env": its environment}
     here -> agent     {"pid": N}, the launcher, which is then a child of the agent (it is forked twice)
     agent -> launcher "go". If the socket is closed instead, the launcher exits
 
-A rank is forked only if that gives the same as a new process. It is started as a new process if
+A rank is forked only if it then behaves as in a new process. It is started as a new process if
 
-    - a variable of its environment other than those of VARIABLES is not as it was when this process started, because
-      libraries read variables when they are loaded (OMP_NUM_THREADS, LD_PRELOAD, PYTHONPATH ...),
+    - an environment variable has another value than when this process started, because libraries read variables when
+      they are loaded (OMP_NUM_THREADS, LD_PRELOAD, PYTHONPATH ...). Those of VARIABLES, such as RANK, may differ,
     - the file of a loaded module has changed (Packspeed's modules, and the main module of every package),
     - the launcher wants another command, such as numactl (--bind_cores_to_rank).
 
@@ -51,7 +51,7 @@ Stamp = tuple[int, int, int]
 
 
 class InRankError(Exception):
-    """Raised in a forked rank, to leave the launcher's code."""
+    """Raised in a process that was just forked as a rank, to leave the code of the launcher."""
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         super().__init__(command)
@@ -136,7 +136,7 @@ class Warm:
 class ProcessArea:
     """The memory of this process in which the kernel looks for its command line and its environment (/proc).
 
-    Both keep the places and sizes that they had at the start of the process, so longer ones are cut off.
+    Their places and sizes are fixed when the process starts, so a longer command line or environment is cut off.
     """
 
     def __init__(self) -> None:
@@ -164,7 +164,7 @@ class ProcessArea:
 
 
 def _is_foreign(name: str) -> bool:
-    """Return whether a module is loaded that does not belong to the Python installation."""
+    """Return whether the module `name` is loaded and does not belong to the Python installation."""
     module = sys.modules.get(name)
     return module is not None and Path(str(module.__file__)).parent != Path(sysconfig.get_path("stdlib"))
 
@@ -185,7 +185,7 @@ def stamp(file: str) -> Stamp | None:
 
 
 def fork_twice() -> int:
-    """Fork a grandchild, whose parent exits. Returns its process id here, and 0 in it."""
+    """Fork a child that forks a grandchild and exits. Returns the grandchild's process id, or 0 in the grandchild."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -203,7 +203,7 @@ def fork_twice() -> int:
 
 
 def _read_line() -> bytes:
-    """Read one line from stdin, which is a socket. Empty if the other end is closed."""
+    """Read one line from stdin, which is a socket. Returns b"" if the other end is closed."""
     data = b""
     while not data.endswith(b"\n"):
         if not (piece := os.read(0, 65536)):
@@ -221,7 +221,7 @@ def run_rank(command: list[str]) -> None:
 
 
 def main() -> NoReturn:
-    """Load, wait, and become the launcher, or in its forked children a rank."""
+    """Import everything and wait; then run as the launcher and, in each process that it forks, as a rank."""
     warm = Warm()
     warm.load()
     command, env = warm.serve()

@@ -121,7 +121,7 @@ class AnomalyDetector:
 def robust_z(value: float, window: deque[float]) -> float:
     """Return (value - median) / (1.4826 * median absolute deviation) of a value against a window of values.
 
-    The divisor is at least SPREAD_FLOOR. Returns 0 for an empty window.
+    The divisor is at least 1e-3 (SPREAD_FLOOR). Returns 0 for an empty window.
     """
     if not window:
         return 0.0

@@ -66,14 +66,14 @@ def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
 def explain_stop(record: AnomalyLine, too_many: bool) -> str:
     """Return the text of the error that stops the run: which step and samples, why, and what to do.
 
-    `too_many` says that the limit of anomalies was reached.
+    `too_many` says whether anomalies.limit was exceeded.
     """
     last = record["first_sample"] + record["samples"] - 1
     limit = ", and there were more anomalies than anomalies.limit allows" if too_many else ""
     return (
         f"step {record['step']}: {record['reason']} (loss {record['loss']}, gradient norm {record['grad_norm']}), "
         f"samples {record['first_sample']} to {last}. The optimizer did not apply this step{limit}. `packspeed audit "
-        f"--run RUN --step {record['step']}` shows what the step has read. To continue after this batch, start again "
-        "with --set anomalies.nonfinite=skip or rewind (anomalies.spike if it is a spike), or with a lower learning "
-        "rate."
+        f"--run RUN --step {record['step']}` shows what the step has read. To continue after this batch, repeat the "
+        "command with --set anomalies.nonfinite=skip (for a spike: anomalies.spike=skip). If that is already set, "
+        "raise anomalies.limit or lower the learning rate."
     )

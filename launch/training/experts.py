@@ -1,7 +1,7 @@
 """Balance the experts of a mixture after a step, and measure their load.
 
-Which expert got how many tokens of the global batch is part of what the ranks agree on (agreement.py). So it is the
-same for any number of ranks and micro batches, and the CPU does not wait for the GPU once more.
+How many tokens of the global batch each expert got is part of what the ranks agree on (agreement.py). So the counts are
+the same for any number of ranks and micro batches, and the CPU need not wait for the GPU a second time.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def balance(model: torch.nn.Module, counts: torch.Tensor) -> None:
 
 
 def load(model: torch.nn.Module, counts: Sequence[float]) -> tuple[float, int]:
-    """Return (the largest load of an expert divided by the mean of its layer, the number of experts without a token).
+    """Return (most tokens of an expert divided by the mean of its layer's experts, number of experts without a token).
 
-    Both are over all layers. `counts` has the tokens of each expert in the global batch, layer after layer.
+    The first is the largest over all layers, the second the sum over all layers. `counts` has the tokens of each expert
+    in the global batch, layer after layer.
     """
     n_expert = len(counts) // _layers(model)
     layers = [counts[first : first + n_expert] for first in range(0, len(counts), n_expert)]

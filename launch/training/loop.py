@@ -161,7 +161,7 @@ def train_step(
 ) -> StepResult:
     """Compute one optimizer step over this rank's rows, and apply or veto it: parts 2 to 4 of a step. A collective.
 
-    `batch` has this rank's rows of the global batch, and `number` is the step's number, counted from 0. If `with_norms`
+    `batch` has this rank's rows of the global batch, and `number` is the step's index, counted from 0. If `with_norms`
     is True, the gradient and weight norms of each parameter are measured too. `meanwhile` is called once, when all
     forward and backward passes are queued on the device and the host would only wait.
     """

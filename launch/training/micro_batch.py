@@ -93,7 +93,7 @@ def tokens_per_pass(counted: int, plan: BatchPlan) -> float:
 def dropout_keys(samples: np.ndarray, seed: int, device: torch.device) -> torch.Tensor:
     """Return one int64 key per row, shape (B,), for the dropout masks.
 
-    A key depends on the seed and on the sample's number in the run (`samples`), and not on the rank that gets the row.
+    A key depends on the seed and on the sample's index in the run (`samples`), and not on the rank that gets the row.
     """
     golden, other = np.uint64(0x9E3779B97F4A7C15), 0xD1B54A32D192ED03 * (seed + 1) % 2**64
     keys = samples.astype(np.uint64) * golden ^ np.uint64(other)

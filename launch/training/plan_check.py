@@ -2,10 +2,10 @@
 
     metrics.plan_check = plan_check(run, ranks, ...)      None without a locked plan of this run
 
-The lines of the first STEPS steps of a process carry the planned values (planned_step_time_s, planned_memory_gib)
-beside the measured ones, and so does TensorBoard. After them, `plan.json` in the run folder gets both, with the seconds
-of a step by kind of work and the allocator's own numbers. A warning is printed if a value is outside the plan's error
-bar. The first steps of a process compile kernels and allocate memory, so WARM_UP of them do not count.
+For the first 20 steps of a process (STEPS), metrics.jsonl and TensorBoard get the planned values (planned_step_time_s,
+planned_memory_gib) beside the measured ones. After these steps, both are written to `plan.json` in the run folder, with
+the seconds of a step by kind of work and the allocator's own numbers. A warning is printed if a value is outside the
+plan's error bar. The first 5 steps (WARM_UP) do not count, because they compile kernels and allocate memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PlanCheck:
     def __init__(
         self, lock: Lock, folder: Path, spent: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
     ) -> None:
-        """spent: returns {kind of work: seconds of this process so far}. device: "cpu" or "cuda"."""
+        """`spent` returns {kind of work: seconds that this process has spent on it}. `device` is "cpu" or "cuda"."""
         self.plan, self.path, self.spent, self.device, self.log = lock["plan"], folder / PLAN_FILE, spent, device, log
         self.warm: dict[str, float] = {}  # the seconds at the end of the warm-up
         self.planned = {
@@ -44,9 +44,7 @@ class PlanCheck:
         self.memory: list[float] = []
 
     def see(self, line: StepLine) -> None:
-        """Add the planned values to `line`, if it is one of the first steps. After the last of them, write the
-        result.
-        """
+        """Add the planned values to `line`, if it is of one of the first 20 steps. At the 20th, write the result."""
         if len(self.seconds) >= STEPS:
             return
         line["planned_step_time_s"] = round(self.planned["step_time_s"], 6)
@@ -103,7 +101,7 @@ def plan_check(
 
 
 def report_errors(result: PlanResult, log: Callable[[str], None]) -> None:
-    """Print one line for each value of the plan: a warning if it is outside its bar."""
+    """Log the errors of the planned step time and memory, one line each: a warning if an error is outside its bar."""
     for key, words, unit in (("step_time_s", "step time", "s"), ("memory_gib", "memory", "GiB")):
         error, bar = result["error"][key], result["bar"][key]
         log(
@@ -113,7 +111,7 @@ def report_errors(result: PlanResult, log: Callable[[str], None]) -> None:
 
 
 def device_memory(device: str) -> dict[str, float]:
-    """Return what the device's allocator measures, in GiB; nothing on a CPU."""
+    """Return {name: GiB}: the peaks of torch's GPU allocator, and the memory in use on the GPU; {} on a CPU."""
     if device != "cuda":
         return {}
     statistics_of = torch.cuda.memory_stats()

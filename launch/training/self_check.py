@@ -74,7 +74,7 @@ def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Pr
     )
     raise UserError(
         f"self-check failed: step {saved['step']} of {folder} does not resume as it was saved. The loss of "
-        f"{before['rows']} samples, from number {before['first_sample']} on, was {before['loss']:.8f} at the save and "
+        f"{before['rows']} samples, from sample {before['first_sample']} on, was {before['loss']:.8f} at the save and "
         f"is {now['loss']:.8f} now (allowed difference {tolerance:g}). Possible causes: "
         f"{'; '.join(causes) or 'only the weights or the model code'}. "
         "Restore what has changed, or start over with --fresh."

@@ -47,7 +47,7 @@ def make_trainer(
     """Return the Trainer of a run that continues after manifest["step"], where {"step": 0} means a new run.
 
     A collective: every rank must call it. It changes no file of the run. The caller must then call open_run_files,
-    which does: on a resume, only after the self-check has passed.
+    which changes some; on a resume, it must do so only after the self-check has passed.
     """
     step = manifest["step"]
     loader = make_loader_once(run, dataset, topology)

@@ -38,7 +38,7 @@ _training = threading.Event()  # set when a StopSignal is made
 
 
 def stop_while_starting() -> None:
-    """End this process with EXIT_STOPPED at a signal, or when its launcher has ended, until a StopSignal is created."""
+    """Until a StopSignal is created, end this process with EXIT_STOPPED (75) at a signal, or if its launcher ends."""
     _training.clear()
     for number in SIGNALS:
         signal.signal(number, _on_signal_while_starting)
@@ -49,13 +49,13 @@ def stop_while_starting() -> None:
 
 
 def _on_signal_while_starting(number: int, frame: FrameType | None) -> None:
-    """Handler of SIGNALS until training starts: end the process with EXIT_STOPPED."""
+    """Until training starts, the handler of SIGNALS: end the process with EXIT_STOPPED."""
     _end(signal.Signals(number).name)
 
 
 def _watch_launcher_while_starting() -> None:
     # The main thread cannot do this: it may wait inside torch for other ranks, which have ended with the launcher.
-    """End the process when its launcher has ended, until training starts. Runs in a thread."""
+    """Until training starts, end the process when its launcher has ended. Runs in a thread."""
     while not _training.is_set():
         if launcher_ended():
             _end(LAUNCHER_ENDED)

@@ -60,8 +60,8 @@ def start_training(
 
     Returns the exit code of the process. A collective: every rank must call it. If `fresh` is True, an existing run
     folder is moved aside and training starts at step 0. `log_filter` is given the path of deepspeed.log.
-    `heartbeat` tells a supervisor, if there is one, where this rank is. Raises UserError if the run cannot start or has
-    failed.
+    `heartbeat` tells a supervisor, if there is one, what this rank is doing. Raises UserError if the run cannot start
+    or has failed.
     """
     ranks = connect(run, raw_ds_config, dataset, heartbeat or no_beat)
     topology, log = ranks.topology, ranks.log
@@ -112,7 +112,7 @@ def start_training(
 
 @dataclasses.dataclass(frozen=True)
 class ConnectedRanks:
-    """The ranks of a run, and what they have decided together before a weight exists."""
+    """The ranks of a run, and what they have decided together before the model is built."""
 
     topology: Topology
     plan: BatchPlan
@@ -138,8 +138,8 @@ def connect(
 ) -> ConnectedRanks:
     """Decide precision, batch and DeepSpeed configuration, and join the process group. A collective.
 
-    If hosts may differ in something, such as the kernels, all ranks decide it together. Raises ConfigError if this
-    machine cannot train the run.
+    All ranks use the same kernels, even if hosts support different ones. Raises ConfigError if this machine cannot
+    train the run.
     """
     rank, world, _, local_size = launcher_environment()
     log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None

@@ -56,9 +56,9 @@ class Trainer:
         return bool(self.topology.sum(asked) > 0)
 
     def batches_before(self, step: int) -> int:
-        """Return how many batches the run has read or dropped once `step` steps are done.
+        """Return how many batches the run has read or dropped when it has done `step` steps.
 
-        This is also the number of the next batch, counted from 0.
+        This is also the index of the next batch, counted from 0.
         """
         return step + self.detector.dropped_batches
 
