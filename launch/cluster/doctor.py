@@ -154,7 +154,11 @@ def compare(hosts: list[Host], replies: Replies[HostFacts], run: RunFile | None,
     """
     facts = replies.answers
     findings = [
-        _finding(name, f"it did not answer: {error}", f"install Packspeed there; `ssh {name}` must need no prompt")
+        _finding(
+            name,
+            f"it did not answer: {error}",
+            f"check that `ssh {name}` works without a prompt, and that Packspeed is installed there",
+        )
         for name, error in replies.errors.items()
     ]
     usual = {what: _most_common([_value(fact, what) for fact in facts.values()]) for what in MUST_MATCH}
