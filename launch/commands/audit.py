@@ -27,11 +27,12 @@ def audit(
         str | None,
         typer.Option(
             metavar="SHARD:INDEX",
-            help="List the steps that have read this document: shard and number in it, from 0, as in train-00000:17.",
+            help="List the steps that have read this document: its shard and its index there, from 0. Example: "
+            "train-00000:17.",
         ),
     ] = None,
     source: Annotated[
-        int, typer.Option(min=0, help="With --document: number of the dataset in a mixture, from 0.")
+        int, typer.Option(min=0, help="With --document: index of its dataset in the mixture, from 0.")
     ] = 0,
     json_output: Json = False,
 ) -> None:
@@ -71,5 +72,7 @@ def _describe_anomaly(entry: AnomalyLine) -> str:
 
 def _describe_document(row: JsonObject) -> str:
     """Return a line about a document that a step has read, and its text if `row` has it (--text)."""
-    line = f"sample {row['sample']}: {row['source']} {row['shard']}:{row['index']}, {row['tokens']} tokens from"
+    line = (
+        f"sample {row['sample']}: {row['source']} {row['shard']}:{row['index']}, {row['tokens']} tokens from position"
+    )
     return f"{line} {row['first_token']}" + (f"\n{row['text']}" if "text" in row else "")

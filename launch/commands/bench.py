@@ -40,7 +40,7 @@ def bench(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="With --compare or --nanogpt: precisions of the other implementations, from fp32,autocast,bf16. "
+            help="With --compare or --nanogpt: precisions of the other implementations, any of fp32,autocast,bf16. "
             "Default: fp32 if the run's precision is fp32 or auto, otherwise all three."
         ),
     ] = None,

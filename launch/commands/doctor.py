@@ -30,7 +30,7 @@ def doctor(
     ] = True,
     torch: Annotated[
         bool | None,
-        typer.Option(help="Also measure an all-reduce with torch (NCCL, gloo). Default: if all hosts have GPUs."),
+        typer.Option(help="Also measure an all-reduce with torch (NCCL, gloo). Default: only if all hosts have GPUs."),
     ] = None,
     python: Python = sys.executable,
     ssh_config: SshConfig = None,

@@ -21,7 +21,7 @@ def import_data(
         list[str],
         typer.Argument(
             metavar="PATH...",
-            help="A Megatron pair .bin/.idx without the ending, a .bin or .npy file, or a folder of MosaicML (MDS) "
+            help="A Megatron .bin/.idx pair (PATH without ending), a .bin or .npy file, or a folder of MosaicML (MDS) "
             "shards.",
         ),
     ],

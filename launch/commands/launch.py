@@ -84,7 +84,7 @@ def launch(
             "--take-back",
             min=0,
             max=LONGEST_S,
-            help="Ask hosts that were dropped after a failure every N seconds, and use them again if they answer; "
+            help="Every N seconds, ask the hosts that were dropped after a failure, and use those again that answer; "
             "0 = never.",
         ),
     ] = 0,
@@ -92,7 +92,7 @@ def launch(
         bool,
         typer.Option(
             "--warm-start/--no-warm-start",
-            help="Keep a process with all imports done on every host, so that a restart takes seconds less.",
+            help="On every host, keep a process that has done all imports, so that a restart takes seconds less.",
         ),
     ] = True,
     master_port: Annotated[
@@ -183,7 +183,7 @@ def _scheduler_job(
 ) -> str:
     """Return the text of a job that trains a run file: an sbatch script ("slurm") or Kubernetes YAML ("k8s").
 
-    `ranks` is their number per node, and `env` has the values of the --env options.
+    `ranks` is the number of ranks per node, and `env` has the values of the --env options.
     """
     report_env_files()
     name, variables = run_file.stem, forwarded_environment(env)

@@ -1,4 +1,4 @@
-"""`packspeed mup-check`: does a model's scaling by width keep the size of its activations?"""
+"""`packspeed mup-check`: check whether the size of a model's activations depends on the model's width."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def mup_check(
 ) -> None:
     """Check that activations and their changes do not depend on the width (muP).
 
-    Trains the model for a few steps at each width, in this process and on the CPU. Exit code 1: they do depend on it.
+    Trains the model for a few steps at each width, in this process and on the CPU. Exit code 1: they depend on
+    the width.
     """
     try:
         chosen = [int(text) for text in widths.split(",")] if widths is not None else None
@@ -64,7 +65,7 @@ def mup_check(
 
 
 def _number(value: object) -> object:
-    """Return a value as JSON has it: NaN and infinity become None."""
+    """Return a value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, (tuple, list)):
         return [_number(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

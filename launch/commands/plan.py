@@ -56,7 +56,7 @@ def plan(
     searching: Annotated[
         bool,
         typer.Option(
-            "--search", help="Instead of planning the run file's own settings, list those that fit, fastest first."
+            "--search", help="Instead of planning the run file's settings, list settings that fit, fastest first."
         ),
     ] = False,
     budget: Annotated[
@@ -68,7 +68,9 @@ def plan(
     ] = None,
     lock: Annotated[
         bool,
-        typer.Option("--lock", help="Write the plan next to the run folder; training then compares itself with it."),
+        typer.Option(
+            "--lock", help="Write the plan next to the run folder; training compares its first steps with it."
+        ),
     ] = False,
     table: Annotated[
         Path | None,
@@ -137,7 +139,7 @@ def machine_of(
 def _show_search(
     run: RunFile, found: Found, budget: float | None, write: Path | None, sets: list[str], run_file: Path, as_json: bool
 ) -> None:
-    """Print the result of a search, and write the best run file if that is wanted."""
+    """Print the result of a search. If `write` is given, write a run file with the best settings there."""
     fitting = [c for c in found.fitting if budget is None or c.plan.gpu_hours <= budget]
     found = dataclasses.replace(found, fitting=fitting)
     if as_json:
@@ -145,7 +147,9 @@ def _show_search(
     else:
         print(f"{len(fitting)} of {found.tried} combinations fit", *map(_line, fitting[:SHOWN]), sep="\n")
         if not fitting:
-            lines = found.remedies or ["the fastest needs more GPU-hours than the budget: shorten train.steps"]
+            lines = found.remedies or [
+                "the fastest needs more GPU-hours than --budget: raise it, or train fewer tokens"
+            ]
             print("does not fit:", *(f"  {line}" for line in lines), sep="\n")
     if write is not None and fitting:
         paths = write_run_file(run_file, sets, fitting[0], write)

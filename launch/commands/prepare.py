@@ -64,7 +64,7 @@ def prepare(
         str, typer.Option(help="Tokenizer library: auto, gigatoken or tiktoken. The tokens are the same with each.")
     ] = "auto",
     task_index: Annotated[
-        int | None, typer.Option(help="Do only one part of the work: the number of this task, from 0.")
+        int | None, typer.Option(help="Do only one part of the work: the index of this task, from 0.")
     ] = None,
     task_count: Annotated[
         int | None, typer.Option(help="With --task-index: the number of tasks that share the work and the folder.")
@@ -112,8 +112,8 @@ def prepare(
             )
             facts = {"path": str(out), "task_index": task_index, "task_count": task_count, "units": units}
             line = (
-                f"{out}: task {task_index} of {task_count} has finished {units} units. After all tasks, run prepare "
-                "with --merge."
+                f"{out}: task {task_index} of {task_count} has finished {units} work units. After all tasks, run "
+                "prepare with --merge."
             )
             show(facts, [line], json_output)
             return

@@ -32,8 +32,8 @@ def prove(
         int | None,
         typer.Option(
             min=0,
-            help="The run is also resumed with this number of ranks. Default: half of --ranks, or 2 if --ranks is 1. "
-            "0: it is not.",
+            help="Also resume the run with this number of ranks. Default: half of --ranks, or 2 if --ranks is 1. "
+            "0 = do not.",
         ),
     ] = None,
     seed: Annotated[

@@ -2,9 +2,9 @@
 
     line_chart(Chart("loss", [Series("run a", steps, losses), ...]))  ->  "<figure ...><svg ...>"
 
-Each curve is reduced to about POINTS points: the points are divided into buckets of consecutive steps, and each bucket
-keeps its lowest and its highest value, so that spikes remain visible. The page contains the values for the tooltip
-(SCRIPT). Colours are CSS variables (STYLE). Cost: one second per million points.
+Each curve is reduced to about 400 points (POINTS): its points are divided into buckets of consecutive steps, and each
+bucket keeps its lowest and its highest value, so that spikes remain visible. The page contains the values for the
+tooltip (SCRIPT). Colours are CSS variables (STYLE). Cost: one second per million points.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def short_number(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A title and the curves of one chart, whose x axis is the training step."""
+    """A title and the curves of one chart, whose x axis is usually the training step."""
 
     title: str
     series: Sequence[Series]
@@ -115,7 +115,7 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A chart with its layout in an area of WIDTH x HEIGHT: reduced curves, range of x, tick marks of the y axis."""
+    """A chart and its layout: the reduced curves, the range of the x axis and the tick marks of the y axis."""
 
     curves: Sequence[tuple[Series, list[tuple[float, float]]]]
     x_low: float
@@ -130,7 +130,7 @@ class Plot:
 
     @property
     def x_marks(self) -> list[float]:
-        """Tick marks of the x axis: round steps inside the plot."""
+        """The tick marks of the x axis: round numbers inside its range."""
         return [mark for mark in ticks(self.x_low, self.x_high) if self.x_low <= mark <= self.x_high]
 
 

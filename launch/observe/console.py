@@ -66,7 +66,7 @@ class RunProgress:
 
     @property
     def left_s(self) -> float:
-        """Estimated seconds until the last step, from the mean time of the last RECENT_STEPS steps; 0 if unknown."""
+        """Estimated seconds until the last step, from the mean time of the last 50 steps; 0 if unknown."""
         if self.last is None or not self._times:
             return 0.0
         return sum(self._times) / len(self._times) * max(0, self.total_steps - self.last["step"])

@@ -1,6 +1,6 @@
 """Draw charts as PNG files with Pillow, which TensorBoard depends on.
 
-Pillow does not smooth lines. So a chart is drawn SUPER times larger and then reduced. Cost: 0.1 s per picture.
+Pillow does not smooth lines. So a chart is drawn at twice its size (SUPER) and then reduced. Cost: 0.1 s per picture.
 """
 
 from __future__ import annotations

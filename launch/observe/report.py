@@ -132,7 +132,7 @@ def differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]
 
 
 def can_change_the_loss(key: str) -> bool:
-    """Return whether a setting can change the loss by more than rounding, that is, the order of additions.
+    """Return whether a setting can change the loss by more than rounding does (a different order of additions).
 
     `key` has dots, as in `differences`: train.steps, ds_config.fp16.enabled or environment.ranks.
     """
@@ -289,7 +289,7 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
     val = [Series(run.name, *run.columns.values("val_loss"), run.color, dots=True) for run in runs]
     with_experts = [run for run in runs if len(run.columns.values("expert_load")[0])]
     experts = [
-        _chart(with_experts, "expert_load", "largest load of an expert", "over the mean"),
+        _chart(with_experts, "expert_load", "largest load of an expert", "multiple of the mean"),
         _chart(with_experts, "dead_experts", "experts without a token"),
     ]
     return [
@@ -343,7 +343,7 @@ def _plan(run: Run, named: bool) -> str:
     head = _heading(run, named)
     return (
         f"{head}<p>The first {plan['steps']} steps of the newest process, compared with the locked plan.</p>"
-        f"{_table(('', 'planned', 'measured', 'error', 'nine tenths within'), rows)}"
+        f"{_table(('', 'planned', 'measured', 'error', 'nine tenths of plans within'), rows)}"
         f"{_table(('part or kind', 'planned', 'measured'), parts)}"
     )
 

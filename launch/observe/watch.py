@@ -104,7 +104,8 @@ class Follower:
     def _state(self, notes: list[str]) -> tuple[str, str]:
         """Return (the state in status.json, a note).
 
-        The note is empty, except if the state is "running" but the run has been silent for too long (QUIET_S).
+        The note is empty, except if the state is "running" but the run has written nothing for a minute and for
+        the time of ten steps.
         """
         damage: list[str] = []
         status = read_object(self.folder / "status.json", Status, damage)
@@ -190,8 +191,8 @@ def _follow_live(follower: Follower, poll_s: float) -> None:
 def _follow_plain(follower: Follower, poll_s: float) -> None:
     """Read a run every `poll_s` seconds until it ends, and print a line about its state.
 
-    A line is printed at the start, at the end, and after every read that has found an evaluation or a step that
-    training logs.
+    A line is printed at the start, at the end, and after every read that has found an evaluation or a step at a
+    multiple of monitor.log_every_steps.
     """
     progress = follower.progress
     show_notes(progress.notes)

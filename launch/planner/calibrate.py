@@ -27,9 +27,9 @@ CALIBRATED_ERROR = {"median": 0.08, "p90": 0.21}  # of other stacks with one cal
 
 
 def measured_job(run_file: Path, overrides: Sequence[str], machine: Machine, row: JsonObject) -> Job:
-    """Return what a row of `packspeed bench` has measured, which may have other settings than the run file.
+    """Return the job that a row of `packspeed bench` has measured. Its settings may differ from the run file's.
 
-    row: its ranks, micro_batch, kernels and stage count.
+    Of `row`, the values of ranks, micro_batch, kernels and stage are used.
     """
     settings = [*overrides, f"train.micro_batch={row['micro_batch']}", f"model.kernels={row['kernels']}"]
     run = load_run_file(run_file, settings)
@@ -73,7 +73,7 @@ def describe(machine: Machine, job: Job, step_s: float, memory_gib: float) -> li
     plan = plan_of(job)
     tensors = tensor_bytes(plan.memory) / GIB
     return [
-        f"{machine.name}: planned {plan.step_s:.4g} s a step, measured {step_s:.4g} s "
+        f"{machine.name}: planned {plan.step_s:.4g} s per step, measured {step_s:.4g} s "
         f"({step_s / plan.step_s - 1:+.1%})",
         f"tensors: planned {tensors:.2f} GiB, measured {memory_gib:.2f} GiB",
     ]

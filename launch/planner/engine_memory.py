@@ -4,10 +4,10 @@
     account.peak.phase, account.peak.total, account.peak.kinds
 
 Everything is a count: states by launch/config/memory.py; activations by what autograd keeps in the model's own code
-(BLOCK, measured with saved-tensor hooks, exact); buckets and copies by what DeepSpeed's optimizers allocate.
+(block_bytes, measured with saved-tensor hooks, exact); buckets and copies by what DeepSpeed's optimizers allocate.
 tests/test_planner_memory.py compares it with the engine under a fake process group and with torch's profiler.
 
-Phases of a step, with W ranks, N parameters, e bytes per weight:
+Phases of a step:
 
     gather      ZeRO-3 gathers weights for the forward pass: all of them, and a flat copy of a prefetch bucket
     forward     at its end: activations of all blocks, gradients of the head, the logits of a chunk
@@ -76,7 +76,7 @@ class EngineSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """Return the bytes per weight with which the model computes."""
+        """Return the bytes per weight of the model: 4 in fp32 or at ZeRO stage 0, otherwise 2."""
         return 4 if self.precision == "fp32" or self.stage == 0 else 2
 
     @property
@@ -99,7 +99,7 @@ class EngineSpec:
 
     @property
     def divided(self) -> float:
-        """Return the number of parameters that ZeRO divides among `ranks`: those of all ranks that share experts."""
+        """Return the number of parameters that ZeRO divides among `ranks`, with the experts of all these ranks."""
         return num_parameters(self.model, padded=True) / self.tensor
 
     @property
@@ -201,7 +201,7 @@ def block_bytes(spec: EngineSpec) -> float:
 
 
 def attention_bytes(spec: EngineSpec) -> float:
-    """Return the bytes that the backward pass needs per token of queries, keys, values and attention's result."""
+    """Return the bytes per token that attention keeps for the backward pass: queries, keys, values and its result."""
     model, e = spec.model, spec.value_bytes
     q = kv = 2.0 * e
     if spec.kernels not in ("native", "triton") and not spec.autocast:
@@ -220,7 +220,7 @@ def attention_bytes(spec: EngineSpec) -> float:
 
 
 def hidden_bytes(spec: EngineSpec) -> float:
-    """Return the bytes per token that the backward pass needs of an MLP or its experts, as a mean over the blocks."""
+    """Return the bytes per token that an MLP or its experts keep for the backward pass, as a mean over the blocks."""
     model, e = spec.model, spec.value_bytes
     fused = spec.kernels in ("native", "triton")
     ff = (2 if model.mlp != "swiglu" else 3 if fused else 4) * e / spec.tensor  # per hidden channel
@@ -236,7 +236,7 @@ def hidden_bytes(spec: EngineSpec) -> float:
 
 
 def multiplied_weights(spec: EngineSpec) -> float:
-    """Return the weights of a block's products on this rank, with all of its experts, the mean over the blocks."""
+    """Return the number of weights in a block's matrices on this rank, with its experts, as a mean over the blocks."""
     model = spec.model
     matrices = 3 if model.mlp == "swiglu" else 2
     sparse = (model.n_layer - model.first_dense) / model.n_layer if model.n_expert else 0.0
@@ -254,14 +254,14 @@ def expert_parameters(model: GPTConfig) -> int:
 
 
 def _recomputed_inputs(spec: EngineSpec, most: int | None = None) -> float:
-    """Return the bytes of the inputs of recomputed blocks, or of the inputs of `most` blocks if there are more."""
+    """Return the bytes of the inputs of all recomputed blocks, or of at most `most` of these blocks."""
     again = spec.model.recomputed_blocks
     blocks = again if most is None else min(most, again)
     return blocks * (4 if spec.autocast else spec.value_bytes) * spec.model.d_model * spec.tokens
 
 
 def _blocks(spec: EngineSpec) -> tuple[float, float]:
-    """Return (bytes that all blocks keep, bytes while one block, or a chunk of its MLP, is recomputed)."""
+    """Return (bytes that all blocks keep, further bytes while one block or one chunk of an MLP is recomputed)."""
     model, each, again = spec.model, block_bytes(spec) * spec.tokens, spec.model.recomputed_blocks
     chunk = 0.0
     if model.mlp_chunk is not None and model.mlp_chunk < spec.tokens:
@@ -288,7 +288,7 @@ def _last_norm(spec: EngineSpec) -> float:
 
 
 def _head(spec: EngineSpec) -> tuple[float, float]:
-    """Return (bytes of the head's gradients, which the forward pass computes; bytes of the logits of a chunk)."""
+    """Return (bytes of the head's gradients, which the forward pass computes; bytes of one chunk of the logits)."""
     model, e = spec.model, spec.value_bytes
     rows = model.padded_vocab_size / spec.tensor
     logits = spec.tokens * rows * e
@@ -305,7 +305,7 @@ def _head(spec: EngineSpec) -> tuple[float, float]:
 
 
 def _gathered(spec: EngineSpec) -> float:
-    """Return the bytes of weights that ZeRO-3 has gathered: all weights, up to its limit."""
+    """Return the bytes of gathered weights at ZeRO-3: all weights, up to its limit (stage3_max_live_parameters)."""
     return spec.weight_bytes * min(spec.parameters, MAX_LIVE) if spec.stage == 3 else 0.0
 
 
@@ -331,8 +331,8 @@ def _gathering(spec: EngineSpec) -> Kinds:
 
 
 def _end_of_forward(spec: EngineSpec) -> Kinds:
-    """Return the memory at the end of the forward pass: while the losses of a chunk are computed, or while its products
-    are, whichever is larger.
+    """Return the bytes at the end of the forward pass by kind. A chunk of logits first gives its losses, then the
+    gradient of the head's weight; the larger need of the two counts.
     """
     kept, _ = _blocks(spec)
     gradients, logits = _head(spec)
@@ -346,8 +346,8 @@ def _end_of_forward(spec: EngineSpec) -> Kinds:
 
 
 def _losses(spec: EngineSpec) -> float:
-    """Return the bytes that computing the losses of a chunk needs in addition to its logits: two blocks in fp32, three
-    in 16 bits.
+    """Return the bytes for the losses of a chunk of logits, beyond the logits. The losses are computed in blocks, and
+    two fp32 copies of a block are needed for fp32 logits, three for 16-bit ones.
     """
     if spec.kernels in ("native", "triton"):
         return 0.0

@@ -3,11 +3,11 @@
     evaluation = evaluate(Path("published_throughput.csv"))
     evaluation.as_dict()         {"groups": [...], "excluded": [...]}
 
-Two kinds of tables are known by their columns: memory of Megatron-LM's tests (mem_max_allocated_gib) and throughputs
+The columns tell which of two kinds a table is: memory of Megatron-LM's tests (mem_max_allocated_gib) and throughputs
 (tokens_per_s_per_gpu). The error of a row is |predicted / measured - 1|. If the calibration was fitted on a source, its
 rows are predicted without a correction. Other stacks differ in kernels, power limits and determinism, which tables do
-not list, so the first row of each stack calibrates the others: it gives the factor by which the predictions of the
-others are multiplied, and its own error is not counted.
+not list. So the first row of each stack (source, GPU, precision and software) calibrates its other rows: it gives the
+factor by which their predictions are multiplied, and its own error is not counted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """All rows whose error counts, and all other rows with the reason."""
+    """All rows whose error counts, and the number of each other row with the reason why it is excluded."""
 
     judged: list[Judged]
     excluded: list[tuple[int, str]]
@@ -177,6 +177,6 @@ def measured_over_predicted(row: SpeedRow, machine: Machine) -> float:
 
 
 def _short(rows: Sequence[int]) -> str:
-    """Return row numbers as text, the first ten of them."""
+    """Return the first ten row numbers as text, and how many more there are."""
     more = len(rows) - 10
     return ", ".join(map(str, rows[:10])) + (f" and {more} more" if more > 0 else "")

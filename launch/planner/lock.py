@@ -1,7 +1,7 @@
 """The locked plan of a run: `<runs_dir>/<name>.plan.json`, which `packspeed plan --lock` writes next to the run folder.
 
-    write_lock(run, plan, raw)        the plan and what must not change: world, versions, data, DeepSpeed JSON
-    read_lock(run)                    None if there is none
+    write_lock(run, plan, raw)        the plan and what must not change: ranks, versions, data, settings
+    read_lock(run)                    the locked plan; None if there is none
     differences(lock, ...)            sentences; empty if the run is as planned
 
 `packspeed launch --locked` refuses a run with differences. Training compares its first steps with the plan
@@ -39,13 +39,13 @@ def tensor_bytes(memory: Mapping[str, float]) -> float:
 
 
 class Lock(TypedDict):
-    """The content of the file."""
+    """The content of the file `<name>.plan.json`."""
 
     format_version: int
     ranks: int
     versions: dict[str, str]
     data: dict[str, str]  # fingerprint of each dataset by its path
-    settings: str  # hash of the run file without its name, and of the DeepSpeed JSON
+    settings: str  # hash of the run file and the DeepSpeed JSON, see settings_identity
     plan: JsonObject
 
 
@@ -57,7 +57,7 @@ def lock_path(run: RunFile) -> Path:
 
 
 def write_lock(run: RunFile, plan: Plan, raw: JsonObject) -> Path:
-    """Write the plan and the identity of the run. Returns the path."""
+    """Write the plan, and the ranks, versions, datasets and settings that must not change. Returns the path."""
     path = lock_path(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock: Lock = {
@@ -85,7 +85,7 @@ def read_lock(run: RunFile) -> Lock | None:
 
 
 def settings_identity(run: RunFile, raw: JsonObject) -> str:
-    """Return a hash of everything in the run file and the DeepSpeed JSON that a plan depends on."""
+    """Return a hash of the DeepSpeed JSON and of the run file, without its name, runs_dir and monitor."""
     values = run.model_dump(mode="json")
     for key in ("name", "runs_dir", "monitor"):
         values.pop(key, None)

@@ -1,8 +1,9 @@
-"""Calibration files: what a type of GPU can do, and how much slower training is. `load_machine("h100-80gb")`.
+"""Calibration files: what a type of GPU can do at best, and how much slower training is. `load_machine("h100-80gb")`.
 
 A file is YAML, one per type, in launch/planner/machines/ or in a folder of your own (`--calibration`). Units: bytes,
-bytes per second, seconds. `factors` say how many times its ideal time a part of a step takes: 1.2 for products of
-matrices means 83% of the peak. docs/planner.md describes every key; every file names the source of its numbers.
+bytes per second, seconds. `factors` give the time of each part of a step, divided by its ideal time: 1.2 for
+products of matrices means 83% of the peak. docs/planner.md describes every key; every file names the source of its
+numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Error:
-    """Errors of predictions compared with measurements, as fractions: half of the rows are within `median`."""
+    """Errors of predictions compared with measurements, as fractions: half are below `median`, 90% below `p90`."""
 
     __pydantic_config__ = FILE
 
@@ -136,7 +137,8 @@ def find_file(name: str, calibration: Path | None) -> Path:
 def read_machine(path: Path) -> Machine:
     """Read one calibration file. Raises ConfigError that names the file and the key if a value cannot be used.
 
-    A file with `like: NAME` takes every key that it lacks from NAME.yaml in the same folder.
+    A file with `like: NAME` takes every key that it lacks from NAME.yaml in the same folder, or else in
+    Packspeed's own.
     """
     data = _read(path)
     data.setdefault("name", path.stem)
@@ -184,6 +186,6 @@ PROBLEMS = {
 
 
 def _problem(error: ErrorDetails) -> str:
-    """Return pydantic's error as words: the key, and what is wrong with it."""
+    """Return an error of pydantic as text: the key, and what is wrong with its value."""
     message = error["msg"]
     return f"{dotted(error['loc'])}: {PROBLEMS.get(error['type'], message[0].lower() + message[1:])}"

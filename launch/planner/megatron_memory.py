@@ -12,8 +12,8 @@ Every term but the last is a count of bytes, with no constant that was fitted:
     workspace     what CUDA libraries allocate through torch (cuBLAS, Transformer Engine): one number for each GPU,
                   megatron_workspaces.yaml
 
-Rows lack some settings that decide memory. UNTOLD lists the words of a test case's name that announce one;
-MissingColumn is raised for such rows, and for rows in which a needed column is empty.
+Rows lack some settings that decide memory. UNTOLD lists words in the names of test cases that show that such
+a setting was used. MissingColumn is raised for these rows, and for rows in which a needed column is empty.
 """
 
 from __future__ import annotations
@@ -129,13 +129,13 @@ def read_case(row: Row) -> Case:
         if not row[column]:
             raise MissingColumn(f"{column}: empty")
     if row["gpu"] not in _workspaces():
-        raise MissingColumn(f"workspaces: megatron_workspaces.yaml does not know {row['gpu']!r}")
+        raise MissingColumn(f"workspaces: megatron_workspaces.yaml has no GPU {row['gpu']!r}")
     if row["dist_optimizer"] == "True" and not row["n_gpus"]:
-        raise MissingColumn("n_gpus: empty, so the optimizer's share of a rank is unknown")
+        raise MissingColumn("n_gpus: empty, so a rank's share of the optimizer states is unknown")
     if "memory_speed" in name and row["pp"] not in ("", "1"):
         raise MissingColumn("num_layers_per_virtual_pipeline_stage: the case sets it, and the table has no such column")
     if not row["attn_backend"] and row["transformer_impl"] != "local" and row["env"] == "lts":
-        raise MissingColumn("attn_backend: empty, and this environment ran the same case with two of them")
+        raise MissingColumn("attn_backend: empty, and the lts environment ran the same case with two backends")
     try:
         return _numbers(row)
     except (ValueError, OverflowError, ZeroDivisionError) as error:
@@ -221,7 +221,7 @@ def _activations(case: Case) -> float:
 
 @functools.cache
 def _workspaces() -> dict[str, dict[str, float]]:
-    """Return the GiB of workspaces by GPU and by circumstance."""
+    """Return the GiB of workspaces, by GPU and by kind of test case."""
     path = Path(__file__).parent / "megatron_workspaces.yaml"
     parsed, _ = parse_yaml(read_text(path, "workspaces"), path)
     return {gpu: {name: float(value) for name, value in sizes.items()} for gpu, sizes in parsed["gib"].items()}

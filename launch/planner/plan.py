@@ -93,7 +93,7 @@ class Plan:
     checkpoint_bytes: float
     save_s: float
     resume_s: float
-    errors: dict[str, dict[str, float]]  # "memory" and "time": half and nine tenths of plans are within
+    errors: dict[str, dict[str, float]]  # "memory" and "time": median and p90 of the errors of plans
     assumptions: list[str]
 
     def as_dict(self) -> JsonObject:
@@ -106,7 +106,7 @@ def read_job(
 ) -> Job:
     """Read a run file and its DeepSpeed JSON for a machine. Raises ConfigError as training would.
 
-    vocabulary: tokens of the dataset's tokenizer, if the dataset is not on this machine.
+    vocabulary: its size. None: the dataset's, or an assumed size if the dataset is not on this machine.
     """
     run = load_run_file(run_file, overrides)
     return job_of(run, load_ds_config(run.deepspeed), machine, ranks, vocabulary)
@@ -124,7 +124,9 @@ def job_of(run: RunFile, raw: JsonObject, machine: Machine, ranks: int, vocabula
 
 
 def _vocabulary(run: RunFile, assumptions: list[str]) -> int:
-    """Return the vocabulary of the run's dataset, or one that is assumed if the dataset is not on this machine."""
+    """Return the vocabulary size of the run's dataset. If the dataset is not on this machine, a size is assumed, and a
+    line about it is added to `assumptions`.
+    """
     if found := _vocabulary_here(tuple(run.data.paths)):
         return found
     model = run.model.model_dump()  # type: ignore[attr-defined]
@@ -136,7 +138,7 @@ def _vocabulary(run: RunFile, assumptions: list[str]) -> int:
 
 @functools.cache  # a search asks for every candidate
 def _vocabulary_here(paths: tuple[str, ...]) -> int | None:
-    """Return the vocabulary of a run's datasets, the largest of a mixture; None if no dataset is on this machine."""
+    """Return the largest vocabulary size of a run's datasets, or None if no dataset is on this machine."""
     sizes = []
     for path in paths:
         with contextlib.suppress(DataError, OSError):
@@ -258,8 +260,8 @@ def _assumptions(job: Job) -> list[str]:
         return ["time and memory: measured here with copies of the model that have fewer layers, nothing else running"]
     lines = [
         f"GPU: {machine.device} at its full power limit; a lower limit or a hot GPU lengthens every part",
-        f"network: {machine.per_host} GPUs a host, {machine.link / 1e9:g} GB/s a GPU inside it, "
-        f"{machine.network / 1e9:g} GB/s a host outside",
+        f"network: {machine.per_host} GPUs per host, {machine.link / 1e9:g} GB/s per GPU inside a host, "
+        f"{machine.network / 1e9:g} GB/s per host to other hosts",
         f"attention: {DETERMINISTIC_ATTENTION:g} times its time, because train.deterministic is true"
         if job.run.train.deterministic else "attention: not deterministic",
         f"kernels: {'Triton' if job.model.kernels == 'auto' else job.model.kernels}; the time of a step is calibrated "
@@ -277,7 +279,7 @@ def _assumptions(job: Job) -> list[str]:
 
 
 def percent(share: float | None) -> str:
-    """Return a share as text, "-" for None."""
+    """Return a share as text in percent, or "-" if it is None."""
     return "-" if share is None else f"{share:.1%}"
 
 
@@ -295,8 +297,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{plan.micro_batch} x {plan.accumulation} accumulated, recompute {plan.recompute}",
         "",
         f"memory of a rank, GiB: {plan.device_total / GIB:.2f} of {plan.device_capacity / GIB:.1f}, "
-        f"{'fits' if plan.fits else 'DOES NOT FIT'}; peak: {plan.peak_phase}; half of plans are within "
-        f"{memory['median']:.0%}, nine tenths within {memory['p90']:.0%}",
+        f"{'fits' if plan.fits else 'DOES NOT FIT'}; peak: {plan.peak_phase}; half of plans are off by at "
+        f"most {memory['median']:.0%}, nine tenths by at most {memory['p90']:.0%}",
         *table(plan.memory, GIB, 3, plan.device_total),
     ]
     if plan.host_memory:
@@ -304,8 +306,8 @@ def plan_lines(plan: Plan) -> list[str]:
         lines += [f"host memory of a rank, GiB: {host / GIB:.2f}", *table(plan.host_memory, GIB, 3, host)]
     lines += [
         "",
-        f"step, seconds: {plan.step_s:.4g}; half of plans are within {time['median']:.0%}, nine tenths within "
-        f"{time['p90']:.0%}",
+        f"step, seconds: {plan.step_s:.4g}; half of plans are off by at most {time['median']:.0%}, nine "
+        f"tenths by at most {time['p90']:.0%}",
         *table(plan.step_parts, 1.0, 4, plan.step_s),
         f"{plan.tokens_per_s:,.0f} tokens/s, MFU {percent(plan.mfu)}; {plan.steps:,} steps take {plan.days:,.2f} days, "
         f"{plan.gpu_hours:,.0f} GPU-hours",

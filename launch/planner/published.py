@@ -2,8 +2,8 @@
 
 A throughput table has the columns model, gpu, n_gpus, seq_len, micro_batch, global_batch_tokens, precision, parallelism
 (words such as "FSDP FULL_SHARD; grad_accum=4; act_ckpt=True" or "TP8 PP2 DP48") and a measured value:
-tokens_per_s_per_gpu or tflops_per_gpu. `read_speed_row` raises MissingColumn if a row lacks one that the formulas need.
-No other rows are excluded.
+tokens_per_s_per_gpu or tflops_per_gpu. `read_speed_row` raises MissingColumn if a row lacks a value that the formulas
+need, and accepts all other rows.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _speed_row(row: Row) -> SpeedRow:
 
 
 def gpu_machine(gpu: str) -> str:
-    """Return the name of the calibration file of a GPU in a table. Raises MissingColumn if the GPU is not named."""
+    """Return the name of the calibration file of a GPU in a table. Raises MissingColumn if there is none."""
     for pattern, name in GPUS.items():
         if pattern in gpu.lower():
             return name
@@ -159,7 +159,7 @@ def published_layout(words: str, ranks: int) -> Layout:
 
 
 def _accumulation(row: Row, layout: Layout, tokens: int) -> int:
-    """Return the micro batches per step, from the words or from the global batch. Raises MissingColumn."""
+    """Return the micro batches per step, from the column parallelism or the global batch. Raises MissingColumn."""
     if found := re.search(r"(?:grad_accum=|GAS=?)(\d+)", row["parallelism"]):
         return int(found[1])
     if layout.pipeline > 1 and re.search(r"memory is LAST rank", row["parallelism"]):
@@ -170,7 +170,7 @@ def _accumulation(row: Row, layout: Layout, tokens: int) -> int:
 
 
 def published_precision(text: str) -> str:
-    """Return "fp8", "fp16" or "bf16" for a table's precision."""
+    """Return the precision that the text names: "fp8" or "fp16"; any other text gives "bf16"."""
     lower = text.lower()
     return "fp8" if "fp8" in lower else "fp16" if "fp16" in lower else "bf16"
 
@@ -185,12 +185,12 @@ def published_recompute(words: str) -> float:
 def measured_tokens_per_s(row: Row, work: Work) -> float:
     """Return the measured tokens per second of a GPU. Raises MissingColumn if the row has no measured value."""
     if "read off" in row["parallelism"]:
-        raise MissingColumn("tokens_per_s_per_gpu: the source draws a chart and states no number")
+        raise MissingColumn("tokens_per_s_per_gpu: the source shows the value in a chart only")
     if row["tokens_per_s_per_gpu"]:
         return _measured(row["tokens_per_s_per_gpu"])
     flops = _measured(row["tflops_per_gpu"]) * 1e12 if row["tflops_per_gpu"] else 0.0
     if not flops and row["mfu_pct"]:
-        raise MissingColumn("tokens_per_s_per_gpu: empty, and tables define MFU in several ways")
+        raise MissingColumn("tokens_per_s_per_gpu: empty; mfu_pct is not used, as sources define MFU differently")
     if not flops:
         raise MissingColumn("tokens_per_s_per_gpu: empty, and so is tflops_per_gpu")
     model = work.model

@@ -1,6 +1,6 @@
 """`packspeed plan --search`: the settings of a run that fit, fastest first.
 
-    found = search(run, raw, machine, ranks=64)         # or the number of GPUs that a budget pays for
+    found = search(run, machine, ranks=64)
     found.fitting[0].plan, found.fitting[0].settings
 
 Every combination of parallel sizes that the engine trains, ZeRO stage (with offload at 2 and 3), micro batch (the
@@ -44,7 +44,7 @@ class Candidate:
 
     @property
     def fits_with_margin(self) -> bool:
-        """Return whether the plan fits and leaves MARGIN free."""
+        """Return whether the plan fits and leaves the share MARGIN of the device's memory free."""
         return self.plan.fits and self.plan.device_total <= (1 - MARGIN) * self.plan.device_capacity
 
 
@@ -57,7 +57,7 @@ class Found:
     remedies: list[str]
 
     def as_dict(self, most: int) -> JsonObject:
-        """Return the result as plain data, for JSON."""
+        """Return the result as plain data for JSON, with at most `most` candidates."""
         shown = [{"set": c.settings, "plan": c.plan.as_dict()} for c in self.fitting[:most]]
         return {"tried": self.tried, "fitting": len(self.fitting), "candidates": shown, "remedies": self.remedies}
 
@@ -70,7 +70,7 @@ def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = 
     if run.global_batch % ranks:
         near = [n for n in divisors_of(run.global_batch) if n <= ranks][-3:]
         raise ConfigError(
-            f"{run.global_batch} samples of a step cannot be divided among {ranks} GPUs: use "
+            f"{run.global_batch} samples of a step cannot be divided among {ranks} GPUs: choose --ranks from "
             f"{', '.join(map(str, near))}, or change train.global_batch_tokens."
         )
     alone = run.parallel.model_copy(update=dict.fromkeys(_axes(run), 1))
@@ -101,12 +101,12 @@ def _candidates(run: RunFile, machine: Machine, ranks: int, vocabulary: int | No
 
 
 def _axes(run: RunFile) -> list[str]:
-    """Return the axes that this version trains and this model has."""
+    """Return the keys of the section `parallel` that this model can use: expert only if it has experts."""
     return [axis for axis in AXES if axis != "expert" or run.gpt_config(1).n_expert]
 
 
 def _parallel_sizes(run: RunFile, most: int) -> Iterator[dict[str, int]]:
-    """Yield the sizes of the axes that this version trains and this model has, for at most `most` ranks together."""
+    """Yield a size for each key of `_axes`. Neither sequence x tensor nor expert is larger than `most`."""
     axes = _axes(run)
     for sizes in itertools.product(PARALLEL, repeat=len(axes)):
         parallel = dict(zip(axes, sizes, strict=True))
@@ -116,7 +116,10 @@ def _parallel_sizes(run: RunFile, most: int) -> Iterator[dict[str, int]]:
 
 
 def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, samples: int) -> Iterator[Candidate]:
-    """Yield every combination of stage, recompute and micro batch. samples: of a rank in a step."""
+    """Yield every combination of stage, recompute and micro batch.
+
+    samples: samples per step of each data-parallel replica.
+    """
     most = MOST_TOKENS * run.parallel.sequence
     sizes = [n for n in divisors_of(samples) if n == 1 or n * run.data.seq_len <= most]
     for name, raw in _stages(run):
@@ -169,7 +172,7 @@ def remedies(run: RunFile, machine: Machine, ranks: int, candidates: list[Candid
     lines.append("its largest parts: " + ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in kinds))
     shared = sum(best.plan.memory.get(kind, 0.0) for kind in ("optimizer", "gradients", "weights"))
     if best.plan.stage == 3 and shared:
-        lines.append(f"twice the GPUs: {shared / 2 / GIB:.1f} GiB less a GPU, of what ZeRO-3 divides")
+        lines.append(f"twice the GPUs: {shared / 2 / GIB:.1f} GiB less per GPU, because ZeRO-3 divides the states")
     activations = best.plan.memory.get("activations", 0.0) + best.plan.memory.get("logits", 0.0)
     lines.append(f"half of data.seq_len: up to {activations / 2 / GIB:.1f} GiB less, of activations and logits")
     if run.train.optimizer.name == "adamw":
@@ -179,7 +182,7 @@ def remedies(run: RunFile, machine: Machine, ranks: int, candidates: list[Candid
 
 
 def _named(candidate: Candidate) -> str:
-    """Return a candidate's settings as words."""
+    """Return a candidate's settings as text, such as "deepspeed zero3, micro_batch 4"."""
     return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in candidate.settings.items())
 
 

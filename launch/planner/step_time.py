@@ -13,7 +13,8 @@ batch, s of a sequence, W weights that multiply a token in a block, V rows of th
     optimizer     28 P / shards                           bytes per step
 
 Small matrices lose efficiency with 1 / d. That loss is proportional to the memory's part, so one factor covers both.
-Sends that the computation cannot cover appear in full; of the rest, a fitted share is exposed.
+Communication counts with a fitted share of its time, or with the time by which it exceeds the computation if that is
+longer.
 """
 
 from __future__ import annotations

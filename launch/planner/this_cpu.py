@@ -2,12 +2,13 @@
 
     parts, peak = measure(job, run_file, overrides)      seconds of a step by part, bytes of a rank
 
-No table knows a user's CPU, so the run itself is measured: copies of it with one layer and with a third of its layers,
-and if the run accumulates with one and two micro batches, train for a few steps in a temporary folder (10 to 20 s
-each). Time and memory of a step are linear in the number of layers and of micro batches, so these points give the run's
-own. The farther apart they are, the less their noise is multiplied. The result is kept in ~/.cache/packspeed/planner,
-by CPU, versions, model without its layers, sizes of the copies, layout, DeepSpeed JSON, and the run file's sections
-`data` and `train`, without the length of the run and the global batch.
+No table knows a user's CPU, so the run itself is measured: copies of it with one layer and with a third of its layers
+(at least two) train for a few steps in a temporary folder, 10 to 20 s each. If the run accumulates gradients, there is
+a copy with one micro batch per step and one with two, for each number of layers. Time and memory of a step are linear
+in the numbers of layers and of micro batches, so the copies' values give the run's. The farther apart the copies' sizes
+are, the less their noise is multiplied. The result is kept in ~/.cache/packspeed/planner, by CPU and threads, versions,
+model without its layers, sizes of the copies, layout, DeepSpeed JSON, and the run file's sections `data` and `train`,
+without the length of the run and the global batch.
 """
 
 from __future__ import annotations
@@ -66,15 +67,15 @@ def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> tuple[dict[st
 
 
 def copy_sizes(layers: int, accumulation: int) -> list[tuple[int, int]]:
-    """Return (layers, micro batches) of the copies that measure a run of so many layers and micro batches."""
+    """Return the (layers, micro batches) of each copy that is trained to measure a run with these two numbers."""
     more = max(2, layers // 3)
     return [(count, size) for size in ((1, 2) if accumulation > 1 else (1,)) for count in (1, more)]
 
 
 def at(sizes: Sequence[tuple[int, int]], values: Sequence[float], layers: int, accumulation: int) -> float:
-    """Return the value at so many layers and micro batches, from the values at `sizes`. It is linear in both.
+    """Return the value of a run with these layers and micro batches, linear in both, from the values of the copies.
 
-    sizes: as copy_sizes returns them. If all have one micro batch, the result is that of one micro batch.
+    sizes: as copy_sizes returns them. If all copies have one micro batch, `accumulation` is ignored.
     """
     steps = (layers - 1) / (sizes[1][0] - 1)
     first, *second = (values[n] + steps * (values[n + 1] - values[n]) for n in range(0, len(values), 2))
@@ -84,8 +85,8 @@ def at(sizes: Sequence[tuple[int, int]], values: Sequence[float], layers: int, a
 def _measure(
     job: Job, run_file: Path, overrides: Sequence[str], sizes: Sequence[tuple[int, int]]
 ) -> list[dict[str, float]]:
-    """Train a copy of the run for each (layers, micro batches of a step), and remember what they measured."""
-    print(f"measuring this CPU: {len(sizes)} short runs, once", file=sys.stderr, flush=True)
+    """Train a copy of the run for each (layers, micro batches per step). Save and return the results."""
+    print(f"measuring this CPU with {len(sizes)} short runs; later plans reuse the result", file=sys.stderr, flush=True)
     found = [_train(job, run_file, overrides, *size) for size in sizes]
     path = cache_file(job, sizes)
     path.parent.mkdir(parents=True, exist_ok=True)

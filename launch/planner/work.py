@@ -71,27 +71,27 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of a forward pass of one model replica."""
+        """Return the number of tokens in a forward pass of one model replica."""
         return self.seq_len * self.micro_batch
 
     @property
     def block_products(self) -> float:
-        """Return the weights that multiply each token in a block, the mean over the blocks."""
+        """Return the number of weights that multiply each token in a block, as a mean over the blocks."""
         return self.model.d_model * (2 * self.queries + 2 * self.keys + self.ff_rows)
 
     @property
     def queries(self) -> int:
-        """Return the channels of all query heads."""
+        """Return the number of channels of all query heads together."""
         return self.model.n_head * self.model.head_width
 
     @property
     def keys(self) -> int:
-        """Return the channels of all key heads."""
+        """Return the number of channels of all key heads together."""
         return self.model.kv_heads * self.model.head_width
 
     @property
     def ff_rows(self) -> float:
-        """Return the rows of the matrices of an MLP that each token uses, the mean over the blocks.
+        """Return the number of rows of the MLP matrices that each token uses, as a mean over the blocks.
 
         An MLP has 2 matrices, or 3 with a gate.
         """
