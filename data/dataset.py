@@ -58,7 +58,7 @@ class TokenDataset:
     """A dataset in a folder, opened for reading. Any number of threads may read at the same time.
 
     quick_check: compare the sizes of all shards and read the header of each index, which takes six system calls per
-    shard. In a run with many ranks, one rank per host should do it. Raises DataError if the manifest is missing or
+    shard. In a run with many ranks, set it on one rank per host only. Raises DataError if the manifest is missing or
     damaged, or if the quick check finds a file that is missing or has the wrong size.
     """
 
@@ -123,8 +123,8 @@ class TokenDataset:
     def read_rows(self, split: str, starts: Sequence[int], length: int) -> Tokens:
         """Return copies of `length` consecutive tokens from each position in `starts` on, (len(starts), length).
 
-        A position is the number of a token in the split's stream, from 0. Raises IndexError if some of these tokens are
-        not in the split, and DataError if an id is outside the vocabulary.
+        Positions count tokens of the split's stream, from 0. Raises IndexError if some of these tokens are not in the
+        split, and DataError if an id is outside the vocabulary.
         """
         rows = np.empty((len(starts), length), dtype=self.dtype)
         for row, start in zip(rows, starts, strict=True):
@@ -133,10 +133,10 @@ class TokenDataset:
         return rows
 
     def check_ids(self, tokens: Tokens, split: str, spans: Iterable[tuple[int, int]]) -> None:
-        """Raise DataError, with the file and the place, if one of `tokens` is outside the vocabulary.
+        """Raise DataError, which names the file and the byte, if one of `tokens` is outside the vocabulary.
 
-        spans: where in the split's stream the tokens were read, as (first token, length). The spans are read again to
-        find the place, but only if an id is wrong.
+        spans: the parts of the split's stream from which `tokens` were read, as (position of the first token, length).
+        They are read again to find the byte, but only if an id is wrong.
         """
         if not tokens.size or int(tokens.max()) < self.vocab_size:
             return
@@ -150,7 +150,7 @@ class TokenDataset:
     def _damaged_token(self, split: str, token: int, token_id: int) -> DataError:
         """Return the error for a token id that is outside the vocabulary. It names the file and the byte.
 
-        token: the number of the token in the split's stream, from 0.
+        token: the position of the token in the split's stream, from 0.
         """
         number = bisect_right(self._starts[split], token) - 1
         path, place = self.path / f"{self._shards[split][number].name}.bin", token - self._starts[split][number]
@@ -162,7 +162,7 @@ class TokenDataset:
     def will_need(self, split: str, ranges: Starts) -> None:
         """Ask the kernel to read parts of a split's stream into the page cache. Does not wait for it.
 
-        ranges (n, 2): number of the first token, and number of tokens, of each part. A part is cut off at the end of
+        ranges (n, 2): position of the first token, and number of tokens, of each part. A part is cut off at the end of
         the shard in which it begins. Errors are ignored.
         """
         shards = np.searchsorted(self._starts[split], ranges[:, 0], side="right") - 1
@@ -174,7 +174,7 @@ class TokenDataset:
                     os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def document_at(self, split: str, position: int) -> DocumentSpan:
-        """Return the document that contains token number `position` of a split's stream.
+        """Return the document that contains the token at `position` of a split's stream.
 
         An EOT belongs to the document that it ends. Raises IndexError if `position` is outside the split, and DataError
         if the index file is damaged.
@@ -194,7 +194,7 @@ class TokenDataset:
         """Return where documents first .. first + count - 1 of a split begin, and their lengths with EOT, (n,) each.
 
         Both are in tokens; positions count from the start of the split's stream. Documents are numbered through the
-        split, from 0; numbers that do not exist are left out. Raises DataError if the index files say that one of these
+        split, from 0; those that do not exist are left out. Raises DataError if the index files say that one of these
         documents does not end where the next one begins.
         """
         starts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -207,8 +207,8 @@ class TokenDataset:
     def document_starts(self, split: str, stride: int) -> Starts:
         """Return the positions in the stream of the first tokens of documents 0, stride, 2 * stride ... of a split.
 
-        The shape is (n,). Reads two pages of the index for each document. Raises DataError if one does not begin where
-        the document before it ends.
+        The shape is (n,). Reads two pages of the index for each document. Raises DataError if one of these documents
+        does not begin where the document before it ends.
         """
         firsts = [np.empty(0, np.int64)]
         for number, (shard, passed) in enumerate(zip(self._shards[split], self._documents[split], strict=False)):
@@ -250,9 +250,9 @@ class TokenDataset:
         return self._documents[split][-1]
 
     def _documents_by_shard(self, split: str, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (shard number, begin, end) for each shard that has some of documents first .. last - 1 of a split.
+        """Yield (index of the shard, begin, end) for each shard with some of documents first .. last - 1 of a split.
 
-        begin .. end - 1 are the numbers of these documents in the shard, from 0.
+        In the shard they are documents begin .. end - 1, counted from 0.
         """
         passed = self._documents[split]
         first, last = max(0, first), min(last, passed[-1])
@@ -296,7 +296,7 @@ class TokenDataset:
     def _wrong_index(self, shard: Shard, document: int | None = None) -> DataError:
         """Return the error for the .idx file of a shard that contradicts the shard.
 
-        document: the number, in the shard, of the first document that does not fit; None: it is not known.
+        document: the index, in the shard, of the first document that does not fit; None: not known.
         """
         what = "its documents do not fill the shard"
         if document is not None:

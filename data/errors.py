@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error of a library, whose message may have many lines, in one line of at most about 300 characters."""
+    """Return the class and the message of a library's error, in one line of at most about 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

@@ -65,7 +65,7 @@ AHEAD_GAP = 2
 class Batch:
     """The rows of one rank for one step. The properties `inputs` and `labels` are (rows, T) each, with T = seq_len.
 
-    samples (rows,) are the numbers of the samples, counted through the run. The other fields depend on `data.packing`
+    samples (rows,) are the indices of the samples in the run, from 0. The other fields depend on `data.packing`
     in the run file (- means None or 0):
 
         field        shape         stream                 stream + document_mask   best_fit, bos_aligned
@@ -73,7 +73,7 @@ class Batch:
         targets      (rows, T)     -                      -                        the labels
         used         (rows,)       -                      -                        labels per row before the padding
         global_used  scalar        -                      -                        sum of `used` over all ranks
-        positions    (rows, T)     -                      each token's number in its document's part of the row, int32
+        positions    (rows, T)     -                      each token's place in its document's part of the row, int32
         documents    (n,)          -                      lengths of these parts, row after row; padding is a part
     """
 
@@ -131,8 +131,8 @@ class Batch:
 def document_positions(inputs: Tokens, eot_id: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """Split rows of token ids (rows, T) at EOT into parts, because documents end there.
 
-    Return each token's number in its part, (rows, T), and the lengths of all parts, row after row, (n,). A part begins
-    at the start of each row and at each EOT: among the inputs, an EOT belongs to the document after it.
+    Return each token's position in its part, (rows, T), and the lengths of all parts, row after row, (n,). A part
+    begins at the start of each row and at each EOT: among the inputs, an EOT belongs to the document after it.
     """
     rows, width = inputs.shape
     begins = inputs == eot_id
@@ -156,8 +156,8 @@ class Loader:
     """Batches of one split whose rows are windows of its stream of tokens (`data.packing: stream`).
 
     seq_len: tokens per row. global_batch: rows per step of all ranks together. seed, shuffle: determine the order of
-    the windows (order.py). document_mask: set `positions` and `documents` in every batch. source: the number of this
-    dataset in a mixture, which gives each dataset its own order.
+    the windows (order.py). document_mask: set `positions` and `documents` in every batch. source: the index of this
+    dataset in a mixture, so that each dataset has its own order.
 
     Raises DataError if the split is too small for one row, and UsageError if an argument is invalid.
     """
@@ -188,7 +188,7 @@ class Loader:
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
         """Set up the order in which samples (rows) are read, and return the number of samples in an epoch.
 
-        source: the number of this dataset in a mixture. Raises DataError if the split is too short for one row.
+        source: the index of this dataset in a mixture. Raises DataError if the split is too short for one row.
         """
         self.dataset.scattered = True
         try:
@@ -222,7 +222,7 @@ class Loader:
     def will_need(self, samples: npt.NDArray[np.int64]) -> None:
         """Ask the kernel to read the tokens of some samples into the page cache. Does not wait for it.
 
-        samples (n,): their numbers, ascending.
+        samples (n,): their indices in the run, ascending.
         """
         # Windows that are close together are requested as one range: a disk reads a block faster than its parts.
         starts, length = np.sort(self.order.starts_of(samples)), self.seq_len + 1
@@ -238,19 +238,19 @@ class Loader:
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
     def samples_with(self, start: int, length: int, samples: int) -> npt.NDArray[np.int64]:
-        """Return those of samples 0 .. samples - 1 that have a label in a part of the split's stream, (n,), ascending.
+        """Return those of samples 0 .. samples - 1 that have a label among some tokens of the stream, (n,), ascending.
 
-        The part is tokens start .. start + length - 1. The order is inverted, so the cost grows with the number of
-        epochs and not with the number of samples.
+        The tokens are start .. start + length - 1 of the split's stream. The order is inverted, so the cost grows with
+        the number of epochs and not with the number of samples.
         """
         epochs = range(-(-samples // self.samples_per_epoch))
         found = np.concatenate([np.empty(0, np.int64), *(self._samples_in(epoch, start, length) for epoch in epochs)])
         return np.sort(found[found < samples])
 
     def _samples_in(self, epoch: int, start: int, length: int) -> npt.NDArray[np.int64]:
-        """Return the samples of epoch number `epoch` that have a label in a part of the split's stream, (n,), unsorted.
+        """Return the samples of an epoch that have a label among some tokens of the split's stream, (n,), unsorted.
 
-        The part is tokens start .. start + length - 1. Samples are counted from the start of the first epoch.
+        The tokens are start .. start + length - 1. Samples are counted from the start of the first epoch.
         """
         return self.order.samples_at(epoch, start, start + length)
 
@@ -322,7 +322,7 @@ class Loader:
         return np.arange(windows, dtype=np.int64) * available // windows * self.seq_len
 
     def val_available(self) -> int:
-        """Return how many windows of seq_len + 1 tokens, one every seq_len tokens, the split val has."""
+        """Return how many validation windows the split val has: seq_len + 1 tokens each, one every seq_len tokens."""
         return max(0, self.dataset.tokens("val") - 1) // self.seq_len
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:

@@ -3,8 +3,8 @@
 Samples are assigned to sources in blocks of 4,096. After b blocks, a source of weight w has received floor(4,096 b w)
 samples, and the source with the largest weight has received the rest. So after every block each source is within one
 sample of its share (the largest within one sample per source), and even a weight of a millionth gets its share. The
-counts need no earlier blocks. Inside a block, a keyed permutation orders the samples. If a source is exhausted, its
-next epoch begins.
+counts are computed without the blocks before. Inside a block, a keyed permutation orders the samples. If a source is
+exhausted, its next epoch begins.
 
 The weights can change during the run. A stage begins at a token, and its weights apply from the first block that starts
 at or after that token. Each source continues where it was.
@@ -67,7 +67,7 @@ class SourceReport(TypedDict):
 
 
 class Mixture:
-    """Maps sample k of the run to a source and to the number of a sample in that source.
+    """Maps sample k of the run to a source and to the index of a sample in that source.
 
     stages: (first sample, one weight per source) each; the first stage begins at sample 0. Raises UsageError if weights
     are negative or all 0, or if the stages are not sorted.
@@ -113,9 +113,9 @@ class Mixture:
         return [before + count for before, count in zip(stage.given, counts, strict=True)]
 
     def assign(self, first: int, count: int) -> tuple[Indices, Indices]:
-        """Return, for samples first .. first + count - 1 of the run, the source and the number in it, (count,) each.
+        """Return the source of each of samples first .. first + count - 1, and its index in that source, (count,) each.
 
-        The numbers of the samples of one source are consecutive.
+        The samples are counted through the run. Those of one source have consecutive, ascending indices in it.
         """
         sources, numbers = list[Indices](), list[Indices]()
         while count > 0:
@@ -127,7 +127,7 @@ class Mixture:
         return np.concatenate(sources), np.concatenate(numbers)
 
     def _new_block(self, block: int) -> tuple[Indices, Indices]:
-        """Return, for each sample of a block of 4,096, its source and its number within that source, (4096,) each."""
+        """Return, for each sample of a block of 4,096, its source and its index in that source, (4096,) each."""
         # Each source gets its number of samples in this block; then a keyed permutation shuffles them.
         begin, end = self.counts(block), self.counts(block + 1)
         sizes = np.array(end, dtype=np.int64) - np.array(begin, dtype=np.int64)
@@ -189,7 +189,7 @@ class MixtureData:
 
 
 class MixtureLoader(Loader):
-    """Batches from several datasets. stages: (first token of the run, one weight per dataset) each.
+    """Batches from several datasets. stages: (token of the run at which the stage begins, one weight per dataset) each.
 
     The other arguments, and the exceptions, are those of packing.make_loader.
     """
@@ -231,7 +231,7 @@ class MixtureLoader(Loader):
     def will_need(self, samples: Indices) -> None:
         """Ask the kernel to read the tokens of some samples into the page cache. Does not wait for it.
 
-        samples (n,): their numbers in the run, ascending. Each source requests its own samples.
+        samples (n,): their indices in the run, ascending. Each source requests its own samples.
         """
         steps = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
         assigned = [self.mixture.assign(int(step[0]), len(step)) for step in steps]
@@ -252,9 +252,10 @@ class MixtureLoader(Loader):
         return sum(loader.val_available() for loader in self.loaders)
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:
-        """Return validation windows number `indices` of a fixed set of `windows` windows, as a Batch.
+        """Return some windows of a fixed set of `windows` validation windows, as the rows of a Batch.
 
-        The set takes windows from each source in proportion to how many validation windows the source has.
+        indices: which windows of the set, from 0. The set takes windows from each source in proportion to how many
+        validation windows the source has.
         """
         # The windows of the set are numbered source after source.
         ends = np.cumsum([loader.val_available() for loader in self.loaders])
@@ -272,7 +273,7 @@ class MixtureLoader(Loader):
     def report(self, samples: int) -> list[SourceReport]:
         """Return, for each source, how much of it the first `samples` samples of the run read.
 
-        The weight that is reported is that of the first stage.
+        The reported weight of a source is its weight in the first stage.
         """
         block, rest = divmod(samples, BLOCK)
         given = np.array(self.mixture.counts(block))
@@ -292,7 +293,7 @@ class MixtureLoader(Loader):
 def _join(batches: list[tuple[Indices, Batch]], count: int) -> Batch:
     """Join the batches of several sources into one Batch of `count` rows.
 
-    batches: pairs of row numbers and a Batch; the batch's rows go to these rows of the result. The caller must set
+    batches: pairs of row indices and a Batch; the batch's rows go to these rows of the result. The caller must set
     `samples` and `global_used` of the result.
     """
     first = batches[0][1]

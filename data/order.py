@@ -18,7 +18,7 @@ Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). The key is BLAKE
 purpose), so the orders of two seeds or two epochs have nothing in common.
 
 Cost: about 0.5 us per sample, computed for 1,024 samples at a time; memory: one integer per group. If anything here
-changes, every run reads other samples. Then raise ORDER_VERSION, which checkpoints record, and keep the old version.
+changes, every run reads other samples. Then increase ORDER_VERSION, which checkpoints record, and keep the old version.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ class Permutation:
 class Order:
     """Maps sample k to a window (seq_len + 1 consecutive tokens) of a stream of `tokens` tokens.
 
-    seed, shuffle: determine the order (see the top of this file). source: the number of the dataset in a mixture, which
-    gives each dataset its own order. The attribute `windows` is the number of windows in an epoch. Raises DataError if
-    the stream is shorter than one window.
+    seed, shuffle: determine the order (see the top of this file). source: the index of the dataset in a mixture, so
+    that each dataset has its own order. The attribute `windows` is the number of windows in an epoch. Raises DataError
+    if the stream is shorter than one window.
     """
 
     def __init__(self, tokens: int, seq_len: int, seed: int, shuffle: Shuffle = "blocks", source: int = 0):
@@ -148,7 +148,7 @@ class Order:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def starts_of(self, samples: Indices) -> Indices:
-        """Return the number, in the stream, of the first token of each of `samples` (n,), (n,).
+        """Return the position in the stream of the first token of each sample, (n,) for samples (n,).
 
         Fastest if the samples are close together.
         """
@@ -176,10 +176,9 @@ class Order:
         return sample // self.windows
 
     def _starts_of_chunk(self, epoch: int, chunk: int) -> Indices:
-        """Return the number, in the stream, of the first token of each sample in part of an epoch, (n,), read-only.
+        """Return the position in the stream of the first token of each sample in part of an epoch, (n,), read-only.
 
-        The part is number `chunk` of the parts of CHUNK samples into which the epoch is divided; the last part may be
-        shorter.
+        An epoch is divided into parts of 1,024 samples, of which the last may be shorter. chunk: the index of the part.
         """
         slots = np.arange(chunk * CHUNK, min(self.windows, (chunk + 1) * CHUNK), dtype=np.int64)
         starts = self._epoch(epoch).offset + self.seq_len * self._epoch(epoch)(slots)
@@ -191,7 +190,7 @@ class Order:
 
 
 class _Epoch:
-    """The order of one epoch: maps slots to windows. Slot s of an epoch is its s-th sample; both are 0 .. windows-1."""
+    """The order of one epoch: maps slots to windows. Slot s is sample s of the epoch. Both count 0 .. windows-1."""
 
     def __init__(self, order: Order, epoch: int):
         self._prefix = struct.pack("<QqQQ", ORDER_VERSION, order.seed, order.source, epoch)
@@ -212,7 +211,7 @@ class _Epoch:
         self._first_slot = self._first_block * self._block - missing
 
     def __call__(self, slots: Indices) -> Indices:
-        """Return the number of the window in each slot, (n,) for slots (n,)."""
+        """Return the index of the window in each slot, (n,) for slots (n,)."""
         if self._flat is not None:
             return self._flat(slots)
         out = np.empty_like(slots)
@@ -224,7 +223,7 @@ class _Epoch:
         return out
 
     def _in_group(self, group: int, slots: Indices) -> Indices:
-        """Return the number of the window in each slot, (n,) for slots (n,), which must all be in group `group`."""
+        """Return the index of the window in each slot, (n,) for slots (n,), which must all be in group `group`."""
         first = self._first_slot[group]
         position = first + self._permute_group(group)(slots - first)  # windows in the order of the permuted blocks
         # The last block has fewer windows than the others. Add the difference to all positions after it, so that the
@@ -239,7 +238,7 @@ class _Epoch:
         return window
 
     def slots_of(self, windows: Indices) -> Indices:
-        """Return the slot of each window: numbers of slots (n,) for numbers of windows (n,). Inverse of __call__."""
+        """Return the slot of each window, (n,) for windows (n,). This is the inverse of __call__."""
         if self._flat is not None:
             return self._flat.inverse(windows)
         block, inside = np.divmod(windows, self._block)

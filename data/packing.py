@@ -10,11 +10,11 @@ Attention never crosses from one document to another.
 
 Documents are packed in windows of 16,384 consecutive documents. The algorithm is best-fit decreasing (Ding et al.,
 "Fewer Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830): the longest document first, each into
-the fullest row that has room. The number of rows of a window is fixed beforehand: ceil(tokens / seq_len). The few
-documents that do not fit into these rows are split over the remaining gaps (best_fit) or truncated to fit into one
-(bos_aligned). So the number of rows of a window is known without packing it, and any row can be computed by packing
-only its own window, which takes 10 to 30 ms for 5 million tokens. Rows are shuffled on two levels: windows are
-permuted, then rows inside groups of 2**25 tokens.
+the fullest row that has room. The number of rows of a window is fixed beforehand: ceil(tokens / seq_len) (best_fit), or
+rows for 98% of the tokens of documents cut to seq_len (bos_aligned). The few documents that do not fit into these rows
+are split over the remaining gaps (best_fit) or truncated to fit into one (bos_aligned). So the number of rows of a
+window is known without packing it, and any row can be computed by packing only its own window, which takes 10 to 30 ms
+for 5 million tokens. Rows are shuffled on two levels: windows are permuted, then rows inside groups of 2**25 tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PackingPlan:
 
     A piece is a document or a part of one. The labels of piece i are lengths[i] tokens of the split's stream, from
     token starts[i] on. Row r has the pieces first_piece[r] .. first_piece[r + 1] - 1; first_piece is (rows + 1,).
-    padding (rows,): the number of positions of each row without a label.
+    padding (rows,): how many positions of each row have no label.
     """
 
     starts: Indices
@@ -79,7 +79,7 @@ class PackingPlan:
 def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: PackedMode) -> PackingPlan:
     """Pack documents into `rows` rows of seq_len positions.
 
-    starts, lengths (n,): place of the first token, and length with EOT, of each document. A document of at least
+    starts, lengths (n,): position of the first token, and length with EOT, of each document. A document of at least
     seq_len tokens is cut into pieces of seq_len tokens and a remainder. best_fit packs all pieces; bos_aligned packs
     the first and discards the others. If the rows have no room for a piece: best_fit splits it over the gaps that are
     left, bos_aligned puts its beginning into one gap. A piece that still has no room is in no row. With best_fit and
@@ -127,7 +127,7 @@ class _OpenRows:
     def best_fit(self, lengths: Indices) -> list[int]:
         """Place documents of these lengths (n,), in tokens, the longest first, each into the fullest row that has room.
 
-        Set `placed` to the numbers of the placed documents and `rows` to their rows. Return the numbers of those that
+        Set `placed` to the indices of the placed documents and `rows` to their rows. Return the indices of those that
         do not fit. Documents of equal length are placed together, which is faster than one by one.
         """
         order = np.argsort(-lengths, kind="stable")
@@ -165,9 +165,9 @@ class _OpenRows:
         return [row for row in rows for _ in range(per_row)]
 
     def fill(self, lengths: Indices, left: list[int], split: bool) -> None:
-        """Fill the room that is left in the rows with documents that fit into no row, and add them to `pieces`.
+        """Fill the room left in the rows with parts of documents that fit into no row, and add the parts to `pieces`.
 
-        The row with the most room is filled first. lengths (n,): of all documents, in tokens. left: the numbers of
+        The row with the most room is filled first. lengths (n,): of all documents, in tokens. left: the indices of
         those that fit into no row. split: continue a document in the next row; otherwise only its beginning is used.
         """
         holes = [(room, row) for room in range(len(self._by_room) - 1, 0, -1) for row in self._by_room[room]]
@@ -196,7 +196,7 @@ class PlanCache:
         self._plans: OrderedDict[tuple[int, int], PackingPlan] = OrderedDict()
 
     def get(self, key: tuple[int, int], make: Callable[[], PackingPlan]) -> PackingPlan:
-        """Return the plan for one window of documents. key: the number of the loader and the number of the window.
+        """Return the plan for one window of documents. key: the id of the loader and the index of the window.
 
         If the plan is not in the cache, call make() and keep its result.
         """
@@ -277,7 +277,7 @@ class PackedLoader(Loader):
         return (kept * SPARE).astype(np.int64) // self.seq_len
 
     def _plan(self, window: int) -> PackingPlan:
-        """Return which tokens are in which row, for the window of documents with this number. Plans are cached."""
+        """Return which tokens are in which row, for one window of documents. window: its index. Plans are cached."""
         return PLANS.get((self._number, window), lambda: self._new_plan(window))
 
     def _new_plan(self, window: int) -> PackingPlan:
@@ -303,9 +303,9 @@ class PackedLoader(Loader):
         return _PackedEpoch(self._rows, self.seq_len, self._prefix + struct.pack("<Q", epoch))
 
     def rows_of(self, first: int, count: int) -> Indices:
-        """Return which row each of samples first .. first + count - 1 is: the numbers of the rows, (count,).
+        """Return the index of the row that each of samples first .. first + count - 1 is, (count,).
 
-        Rows are numbered from 0 through all windows of documents.
+        Rows are counted from 0 through all windows of documents.
         """
         parts = []
         while count > 0:
@@ -317,9 +317,9 @@ class PackedLoader(Loader):
         return np.concatenate(parts)
 
     def _pieces(self, row: int) -> tuple[Indices, Indices]:
-        """Return the pieces of documents in row number `row`: where each begins, and its length, (pieces,) each.
+        """Return the pieces of documents in a row: the position where each begins, and its length, (pieces,) each.
 
-        A piece begins at its first label, which is counted from the start of the split's stream.
+        row: its index. The position is that of the piece's first label in the split's stream.
         """
         window = int(np.searchsorted(self._first_row, row, side="right")) - 1
         plan, inside = self._plan(window), row - int(self._first_row[window])
@@ -337,8 +337,8 @@ class PackedLoader(Loader):
     def _samples_in(self, epoch: int, start: int, length: int) -> Indices:
         """Return the samples of an epoch that have a label in a document, (n,), unsorted.
 
-        Samples are counted from the start of the first epoch. start, length: the number of the document's first token
-        in the split's stream, and its length in tokens. Only the window of documents that contains it is packed.
+        Samples are counted from the start of the first epoch. start, length: the position of the document's first
+        token in the split's stream, and its length in tokens. Only the window that contains the document is packed.
         """
         window = int(np.searchsorted(self._first_token, start, side="right")) - 1
         plan = self._plan(window)
@@ -401,7 +401,7 @@ class PackedLoader(Loader):
 
 
 class _PackedEpoch:
-    """The order of one epoch: maps slot s, the s-th sample of the epoch, to a window and the number of a row in it.
+    """The order of one epoch: maps slot s, the s-th sample of the epoch, to a window and the index of a row in it.
 
     rows (windows,): the number of rows of each window. prefix: the key of this epoch's permutations.
     """
@@ -430,9 +430,9 @@ class _PackedEpoch:
         return self._windows[order], positions - self._first[order]
 
     def slots_of(self, window: int, rows: Indices) -> Indices:
-        """Return which samples of the epoch, counted from 0, are rows number `rows` (n,) of a window, (n,).
+        """Return which samples of the epoch, counted from 0, are some rows of a window, (n,).
 
-        window: its number. This is the inverse of __call__.
+        window: its index. rows (n,): their indices in the window. This is the inverse of __call__.
         """
         first_row = int(self._first[int(np.flatnonzero(self._windows == window)[0])])
         if not len(rows):
@@ -445,7 +445,7 @@ class _PackedEpoch:
     def padding(self, first: int, last: int, plan: Callable[[int], PackingPlan]) -> int:
         """Return the number of positions without a label in the rows of samples first .. last - 1 of the epoch.
 
-        plan: returns the PackingPlan of the window of documents with a given number.
+        plan(window): returns the PackingPlan of a window of documents, given its index.
         """
         groups = np.searchsorted(self._first_slot, [first, last - 1], side="right") - 1
         total = 0
@@ -456,10 +456,10 @@ class _PackedEpoch:
         return total
 
     def _padded_rows(self, group: int, plan: Callable[[int], PackingPlan]) -> tuple[Indices, Indices]:
-        """Return which samples of the epoch, among those of one group, have padding, and how much, (n,) each.
+        """Return which samples of one group of windows have padding, and how much each has, (n,) each.
 
-        Samples are counted from 0 in the epoch and ascend. Padding is the number of positions without a label. plan:
-        returns the PackingPlan of the window of documents with a given number.
+        Samples are counted from 0 in the epoch and ascend. Padding is the number of positions without a label.
+        plan(window): returns the PackingPlan of a window of documents, given its index.
         """
         orders = np.flatnonzero(
             (self._first_slot[group] <= self._first[:-1]) & (self._first[:-1] < self._first_slot[group + 1])

@@ -242,8 +242,8 @@ class RemoteDataset(TokenDataset):
     def _remember(self, name: str, tokens: Tokens) -> None:
         """Keep the mapped tokens of the shard `name`, so that later reads find them.
 
-        If all mapped shards exceed the limit of the cache, unmap the oldest ones. That frees the disk space of files
-        that were removed from the cache.
+        If the mapped shards together exceed the limit of the cache, unmap the oldest ones. That frees the disk space of
+        files that were removed from the cache.
         """
         # Change a copy and assign it at the end, because other threads read self._maps without a lock.
         maps = dict(self._maps)

@@ -78,7 +78,7 @@ def test_damaged_indices_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.idx"
     with open(path, "wb") as stream:
         write_index(stream, np.array([3, 1, 7], dtype=np.int32), "uint16")
-    with pytest.raises(DataError, match="3 documents and 4 ends, but the manifest requires 1, 8, 2 and 3"):
+    with pytest.raises(DataError, match="3 documents and 4 boundaries, but the manifest requires 1, 8, 2 and 3"):
         read_index(path, 2, "uint16")
     with pytest.raises(DataError, match="type code 8"):
         read_index(path, 3, "uint32")

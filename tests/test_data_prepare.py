@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     code = f"try: prepare([{source!r}], {str(out)!r}, 'bytes')\nexcept DataError as error: print(error)"
     with in_process(limit + code) as process:
         printed, _ = process.communicate()
-    assert f"{out} cannot be written: File too large. Nothing is left there." in printed
+    assert f"{out} cannot be written: File too large. Nothing is left there: correct the cause" in printed
     assert not out.exists()
 
 

@@ -1,7 +1,7 @@
 """`packspeed audit`: which documents a step trained on, and which steps trained on a document.
 
 Both are computed from the dataset, the seed and the batch size; no record of the run is needed. Cost: one batch per
-audited step. To find the steps of a document, the order is inverted, which takes 0.1 ms per epoch.
+audited step. To find the steps of a document, the order of samples is inverted, which takes 0.1 ms per epoch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def sources_of(loader: Loader) -> list[Loader]:
 def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[str, Any]]:
     """Yield one record for each document, or part of one, that is trained on in step `step` (from 0).
 
-    A record has sample (counted through the run), source (path), shard, index (the document's number in the shard),
-    first_token (of the part, counted from the document's start), tokens and, if text is set, text, the decoded part.
+    A record has the keys sample (its index in the run), source (path of the dataset), shard, index (of the document in
+    the shard), first_token (position in the document at which the part begins), tokens (length of the part) and, if
+    `text` is set, text (the decoded part).
     """
     first = step * loader.global_batch
     for sample in range(first, first + loader.global_batch):
@@ -42,14 +43,14 @@ def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[s
 
 
 def batches_with_document(loader: Loader, source: int, shard: str, index: int, batches: int) -> list[int]:
-    """Return those of the batches 0 .. batches - 1 that contain a label of a document, sorted.
+    """Return, in ascending order, which of batches 0 .. batches - 1 contain a label of a document.
 
-    source: the number of the dataset in the mixture, or 0. shard: a name such as "train-00000". index: the document's
-    number in the shard, from 0. Raises UsageError if there is no such document.
+    source: the index of the dataset in the mixture; 0 without a mixture. shard: a name such as "train-00000". index:
+    of the document in the shard, from 0. Raises UsageError if there is no such document.
     """
     if not 0 <= source < len(sources_of(loader)):
         raise UsageError(
-            f"There is no source {source}: the run has {len(sources_of(loader))}, numbered from 0. Give one of them."
+            f"There is no source {source}: the run has {len(sources_of(loader))} sources, numbered from 0."
         )
     source_loader = sources_of(loader)[source]
     start, length = _label_span(source_loader, shard, index)
@@ -65,9 +66,9 @@ def batches_with_document(loader: Loader, source: int, shard: str, index: int, b
 
 
 def _origin(loader: Loader, sample: int) -> tuple[int, int]:
-    """Return (number of the dataset in the mixture, number of the sample in that dataset) for a sample of the run.
+    """Return (index of the dataset in the mixture, index of the sample in that dataset) for a sample of the run.
 
-    Without a mixture the dataset is number 0.
+    sample: its index in the run. Without a mixture the index of the dataset is 0.
     """
     if not isinstance(loader, MixtureLoader):
         return 0, sample
@@ -78,7 +79,8 @@ def _origin(loader: Loader, sample: int) -> tuple[int, int]:
 def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> Iterator[dict[str, Any]]:
     """Yield a record for each document, or part of one, in tokens start .. start + length - 1 of a split's stream.
 
-    A record has shard, index (the document's number in it), first_token (of the part, in the document) and tokens.
+    A record has the keys shard, index (of the document in the shard), first_token (position in the document at which
+    the part begins) and tokens (length of the part).
     """
     at = start
     while at < start + length:
@@ -91,7 +93,7 @@ def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> It
 def _text(dataset: TokenDataset, split: str, document: dict[str, Any]) -> str:
     """Return the decoded text of one part of a document, without EOT.
 
-    document: a record of audit_step, which says which part. split: "train" or "val".
+    document: a record of `_documents`, which names the document and the part. split: "train" or "val".
     """
     _, first = _number(dataset, split, document["shard"], document["index"])
     tokens = dataset.read(split, first + document["first_token"], document["tokens"])
@@ -99,9 +101,10 @@ def _text(dataset: TokenDataset, split: str, document: dict[str, Any]) -> str:
 
 
 def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[int, int]:
-    """Return the number of a document in its split, and that of its first token in the split's stream, from 0.
+    """Return the index of a document in its split, and the position of its first token in the split's stream.
 
-    shard: a name such as "train-00000". index: the document's number in it. Raises UsageError if there is none.
+    shard: a name such as "train-00000". index: of the document in the shard. Raises UsageError if there is no such
+    document.
     """
     before = 0
     for candidate in dataset.manifest.shards:
@@ -116,9 +119,10 @@ def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[
 
 
 def _label_span(loader: Loader, shard: str, index: int) -> tuple[int, int]:
-    """Return (first token in the stream of the split, length in tokens with EOT) of a document.
+    """Return (position of its first token in the split's stream, length in tokens with EOT) of a document.
 
-    shard: a name such as "train-00000". index: the document's number in it. Raises UsageError if there is none.
+    shard: a name such as "train-00000". index: of the document in the shard. Raises UsageError if there is no such
+    document.
     """
     number, _ = _number(loader.dataset, loader.split, shard, index)
     starts, lengths = loader.dataset.document_spans(loader.split, number, 1)

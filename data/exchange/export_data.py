@@ -19,9 +19,9 @@ from packspeed.data.storage.mmidx import CODES, write_index
 def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int = 10**8) -> list[Path]:
     """Write both splits of the dataset `path` in another format into the new folder `out`. Return the files written.
 
-    shard_tokens: tokens per file, for llmc only. For mds, the results are folders. Raises UsageError if `out` is not
-    empty or if the format cannot store the ids, and DataError if the dataset is damaged or the disk is full. Nothing is
-    left in `out` after an error.
+    shard_tokens: tokens per file, for llmc only. For mds, the returned paths are folders. Raises UsageError if `out` is
+    not empty or if the format cannot store the ids, and DataError if the dataset is damaged or the disk is full.
+    Nothing is left in `out` after an error.
     """
     dataset = TokenDataset(path)
     if kind not in KINDS:

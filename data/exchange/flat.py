@@ -111,7 +111,7 @@ def _guess_dtype(path: str, tokenizer: Tokenizer) -> str:
     highest = int(_as_ids(sample, "uint16").max())
     problem = "does not contain uint32 or int64 ids inside"
     if highest >= vocab_size:
-        problem = f"contains, read as uint16, the id {highest}, and as a wider type higher ids, outside"
+        problem = f"contains the id {highest} if read as uint16 and higher ids if read as a wider type, all outside"
     raise DataError(
         f"{path} {problem} the vocabulary of {vocab_size} of tokenizer {tokenizer.name}. Give the tokenizer that made "
         f"the file, or the type of its tokens with --dtype."
@@ -158,7 +158,7 @@ def _pieces(path: str, tokens: Ints, tokenizer: Tokenizer) -> Iterator[Tokens]:
 def checked(tokens: Ints, path: str, tokenizer: Tokenizer, first: int) -> Tokens:
     """Return the tokens (n,) as uint32. Raises DataError if an id is outside the vocabulary.
 
-    path, first: the file and the number of the first token in it, for the message.
+    path, first: the file, and the position in it of the first of these tokens, for the message.
     """
     outside = (tokens < 0) | (tokens >= tokenizer.vocab_size)
     if outside.any():
@@ -200,6 +200,6 @@ def without_empty(tokens: Tokens, eot_id: int) -> Run:
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raise UsageError if a type of tokens is given and is not one of uint16, uint32, int32 and int64."""
+    """Raise UsageError if `dtype` is given and is not one of uint16, uint32, int32 and int64."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"The token type {dtype!r} does not exist: choose one of {', '.join(DTYPES)}.")

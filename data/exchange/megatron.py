@@ -28,8 +28,8 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 class MegatronPair:
     """A pair of a .bin and an .idx file with n documents, which consist of m sequences.
 
-    tokens: all tokens, mapped into memory. documents (n + 1,), sequences (m + 1,): the number of the first token of
-    each, and the number of all tokens as the last entry.
+    tokens: all tokens, mapped into memory. documents (n + 1,), sequences (m + 1,): the position of the first token of
+    each, and as the last entry the total number of tokens.
     """
 
     prefix: str
@@ -87,7 +87,10 @@ def read_pair(prefix: str) -> MegatronPair:
 
 
 def _boundary_problem(boundaries: npt.NDArray[np.int64], sequences: int) -> str:
-    """Return what is wrong with the numbers of the documents' first sequences (n + 1,), or "" if nothing is."""
+    """Return what is wrong with the list of each document's first sequence, or "" if nothing is.
+
+    boundaries (n + 1,): the index of the first sequence of each of n documents, and `sequences` as the last entry.
+    """
     if not len(boundaries):
         return "" if not sequences else f"are missing, for {sequences} sequences"
     outside = np.flatnonzero((boundaries < 0) | (boundaries > sequences))

@@ -114,7 +114,7 @@ class Merge:
         return True
 
     def split(self, train: ShardWriter, val: ShardWriter, val_fraction: float) -> MergeCounts:
-        """Write every document to train or, for a share of about val_fraction, to val. Return the counts of the merge.
+        """Write each kept document to train or, for a share of about val_fraction, to val. Return the counts.
 
         A document goes to val if the first 64 bits of its hash are below val_fraction * 2**64. The writers stay open.
         """
@@ -128,7 +128,7 @@ class Merge:
         return self.counts
 
     def copy(self, writer: ShardWriter) -> MergeCounts:
-        """Write the documents that are kept to one split. Returns the numbers of kept and dropped ones.
+        """Write the documents that are kept to one split. Return how many were kept and dropped.
 
         The writer stays open.
         """
@@ -156,9 +156,9 @@ class Merge:
         return os.path.getsize(unit_path(self.folder, unit, ".docs")) // DOCUMENT.itemsize
 
     def _tables(self) -> Iterator[tuple[int, Numbers, Table]]:
-        """Yield (number of the unit, numbers of its documents, table) for each work unit. Waits until it is finished.
+        """Yield (number of the unit, numbers of its documents, table) for each work unit, once it is finished.
 
-        Documents are numbered through all units, (n,). The table (n,) has the dtype DOCUMENT: tokens and hash of each.
+        The documents (n,) are numbered through all units. The table (n,) has the number of tokens and the hash of each.
         """
         first = 0
         for unit in self.units:
@@ -225,7 +225,7 @@ class Merge:
     def _write_hashes(self, names: list[Path], record: np.dtype[np.void]) -> None:
         """Write (hash, number) of each document to one of 256 files, chosen by the first byte of the hash.
 
-        names: the files. record: the dtype of what is written.
+        names: the files. record: the dtype of one entry.
         """
         with ExitStack() as stack:
             files = [stack.enter_context(open(name, "wb", BUCKET_BUFFER_BYTES)) for name in names]
@@ -243,7 +243,7 @@ class Merge:
 
 
 def _write_by_bucket(rows: npt.NDArray[np.void], files: Sequence[IO[bytes]]) -> None:
-    """Append each row to one of 256 files, which the first byte of its hash chooses. rows (n,): high, low, number."""
+    """Append each row to one of 256 files, which the first byte of its hash chooses. rows (n,): hash and number."""
     for file, chosen in zip(files, by_bucket(rows["high"]), strict=True):
         if len(chosen):
             file.write(rows[chosen].tobytes())

@@ -103,7 +103,7 @@ def _clean(folder: Path, created: bool) -> str:
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     if created:
         folder.rmdir()
-    return "Nothing is left there"
+    return "Nothing is left there: correct the cause, then run the command again"
 
 
 def clear_folder(folder: Path, keep_units: bool) -> None:

@@ -124,8 +124,8 @@ def prepare(
     tokenizer: a Tokenizer, or a name or path for load_tokenizer. encoder: the library that encodes, see text/encode.py.
     text_key: the key or keys of the text in records, see read/documents.py.
     val: sources of the validation split; their files are left out of `sources`.
-    val_fraction: without `val`, this fraction of the documents is validation (default 0.005), or of the tokens if there
-        are fewer than 100 documents.
+    val_fraction: the share of the documents (of the tokens, if there are fewer than 100 documents) that goes to
+        validation if `val` is not given; default 0.005.
     shard_tokens: a shard ends with the document that fills it to this many tokens.
     skip_bad: how many bad documents may be skipped. dedup: drop documents that equal an earlier one.
     shuffle_seed: shuffle the documents; None: keep their order.
@@ -143,7 +143,7 @@ def prepare(
     options = MergeOptions(val_fraction, shard_tokens, skip_bad, dedup, shuffle_seed)
     options.check()
     if workers < 1:
-        raise UsageError(f"workers {workers} must be at least 1.")
+        raise UsageError(f"workers (--workers) must be at least 1, not {workers}.")
     job = _Preparation(Path(out), Corpus(sources, text_key, include, exclude, unknown, val), tokenizer, options)
     with claimed_folder(job.folder, overwrite=overwrite), ThreadPoolExecutor(1, "packspeed-merge") as pool:
         job.plan()
@@ -295,8 +295,8 @@ class _Preparation:
     def do(self, encode: Encode, progress: Callable[[PrepareProgress], None] | None) -> None:
         """Encode the work units that are not finished yet.
 
-        encode: what `encoding` returned. progress: called with the state from time to time. Raises DataError if there
-        are too many bad documents.
+        encode: the function that `encoding` yields. progress: called with the state from time to time. Raises DataError
+        if there are too many bad documents.
         """
         meter = ProgressMeter(self.units, [receipt for receipt in self.done.values() if receipt], progress)
         bad = self._check_bad(sum(receipt.bad for receipt in self._receipts()))
@@ -318,7 +318,7 @@ class _Preparation:
         """Return `bad`, the number of bad documents so far. Raises DataError if it is more than skip_bad allows."""
         if bad > self.options.skip_bad:
             raise DataError(
-                f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows fewer. Raise --skip-bad, "
+                f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows only that many. Raise it, "
                 f"or correct the documents, and run the command again; finished units are kept."
             )
         return bad
@@ -328,7 +328,7 @@ class _Preparation:
         """Yield a function that encodes the units in `todo`, in this process or, if workers > 1, in worker processes.
 
         The processes exist as long as the context. The function yields (number of the unit, its receipt) when a unit is
-        finished. Its argument is called with the counts for the progress.
+        finished. It calls its argument with the counts for the progress.
         """
         workers = min(workers, len(self.todo))
         if encoder == "auto" and _is_small(self.todo):

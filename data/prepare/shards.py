@@ -91,7 +91,7 @@ class ShardWriter:
         if int(lengths.max()) > LONGEST_TOKENS:
             raise DataError(
                 f"A document has {lengths.max()} tokens, but an index file allows at most {LONGEST_TOKENS}. Split the "
-                f"file."
+                f"document."
             )
         if self._bin is None:
             self._open()

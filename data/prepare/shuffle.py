@@ -57,7 +57,7 @@ def _write_buckets(
 ) -> None:
     """Distribute the documents to 256 pairs of files by the first byte of their sort keys.
 
-    The tokens go to the first file of names[bucket], a row of dtype KEYED per document to the second. The other
+    The tokens go to the first file of names[bucket]; each document's key, offset and hash to the second. The other
     arguments are those of `shuffled`.
     """
     bytes_written = [0] * BUCKETS

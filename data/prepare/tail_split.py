@@ -50,10 +50,10 @@ def _part(run: DocumentRun, start: int, size: int) -> Iterator[bytes | memoryvie
 def _between_characters(
     run: DocumentRun, start: int, length: int, cut: int, dtype: np.dtype[np.unsignedinteger], tokenizer: Tokenizer
 ) -> int:
-    """Return the number of the first token of a document, from number `cut` on, that begins a character.
+    """Return the position in a document of the first token, from position `cut` on, that begins a character.
 
-    start: where the document begins in the file, in bytes. length: of the document in tokens, which is returned if
-    there is no such token.
+    start: the byte of the file at which the document begins. length: of the document in tokens; it is returned if there
+    is no such token.
     """
     if cut == 0 or cut >= length - 1:
         return 0 if cut == 0 else length

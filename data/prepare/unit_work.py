@@ -112,7 +112,7 @@ class UnitWorker:
     def _encoded(self, unit: Unit, tally: Tally, table: list[bytes]) -> Iterator[tuple[Tokens, Counts]]:
         """Yield the tokens (n,) and the counts of about a megabyte of text at a time.
 
-        table: gets a row of dtype DOCUMENT, as bytes, for each document that ends in that text.
+        table: a row (number of tokens, hash), as bytes, is appended for each document that ends in that text.
         """
         open_document = _OpenDocument()
         checked = False
@@ -156,7 +156,7 @@ class _OpenDocument:
         return texts, lasts
 
     def rows(self, texts: list[bytes], lengths: npt.NDArray[np.int64], last: list[bool]) -> Table:
-        """Return a row of dtype DOCUMENT for each document that ends in these texts.
+        """Return a row (number of tokens, hash) for each document that ends in these texts.
 
         lengths (texts,): tokens of each text. last (texts,): whether a text ends its document.
         """
@@ -206,7 +206,7 @@ def _add(total: Counts, counts: Counts) -> None:
 
 
 def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str], out: IO[str]) -> None:
-    """Encode the units whose numbers arrive in `commands`, one per line, until it ends.
+    """Encode the units whose numbers arrive in `commands`, one per line, until `commands` ends.
 
     folder: where the units' files are, for messages. load: returns the UnitWorker. out: gets a worker_pool.Message per
     line, as JSON. A DataError or OSError is reported there too.

@@ -56,9 +56,10 @@ Table = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class DocumentRun:
-    """Documents in a mapped file: its bytes, where each begins in them, (n,), and a table, (n,).
+    """n documents whose tokens are in one array of bytes, `data`, which may be mapped from a file.
 
-    The table has the dtype DOCUMENT: a document's number of tokens, and its 128-bit hash in two halves.
+    offsets_bytes (n,): where each document begins in `data`. table (n,): each document's number of tokens, and its
+    128-bit hash in two halves.
     """
 
     data: npt.NDArray[np.uint8]
@@ -205,7 +206,7 @@ def _parts(source: Source) -> Iterator[tuple[Source, int]]:
 
 
 def _line_ends(source: Source, size: int) -> Iterator[int]:
-    """Yield byte offsets, about 32 MiB apart, at which lines of a file end. A longer line is not divided.
+    """Yield byte offsets, about 32 MiB apart, at which lines of a file end. No line is divided.
 
     size: of the file in bytes, which is the last offset.
     """

@@ -37,7 +37,7 @@ class Message(TypedDict, total=False):
 
 
 class Worker(Protocol):
-    """A worker process: subprocess.Popen, or the same part of its interface for a forked process."""
+    """A worker process: the part of subprocess.Popen's interface that a forked process has too."""
 
     stdin: IO[bytes] | None
     stdout: IO[bytes] | None
@@ -83,7 +83,7 @@ class WorkerPool:
     def do(self, units: Sequence[Unit], report: ReportCounts) -> Generator[tuple[int, Receipt], None, None]:
         """Encode units on all workers. Yield (number, receipt) of each unit when it is finished.
 
-        report: called with the counts of each message. Raises DataError if a worker reports an error or ends.
+        report: called with the counts of each message. Raises the error that a worker reports; DataError if one ends.
         """
         waiting, busy = list(reversed(units)), 0
         with selectors.DefaultSelector() as selector:
@@ -158,7 +158,7 @@ def _serve_and_exit(unit_worker: UnitWorker, commands: int, messages: int) -> No
 
 
 def _receive(worker: Worker) -> Message:
-    """Return the next message of a worker. Raises DataError if it is an error or if the worker has ended."""
+    """Return the next message of a worker. Raises the error that it reports, or DataError if the worker has ended."""
     assert worker.stdout is not None
     line = worker.stdout.readline()
     if not line:

@@ -125,7 +125,7 @@ class TextKeys:
         return SEPARATOR.join(filter(None, texts)) if texts else None
 
     def columns(self, names: Sequence[str]) -> list[str]:
-        """Return those of the keys that a table has. names: its columns. A column `meta` has key `meta.text` too."""
+        """Return the keys that a table with columns `names` may have. A column `meta` may have the key `meta.text`."""
         return [key for key in self.keys if key in names or key.split(".")[0] in names]
 
 

@@ -69,7 +69,7 @@ def _head(source: Source) -> bytes:
 
 
 def _kind(source: Source, head: bytes) -> str:
-    """Return the format of a file that begins with `head`: a binary one, or "json" or "text".
+    """Return the format of a file that begins with `head`: a known binary format, "json" or "text".
 
     Raises DataError if it is binary data of no known format.
     """

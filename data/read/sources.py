@@ -170,7 +170,9 @@ class _Search:
         names = list[str]()
 
         def fail(error: OSError) -> None:
-            raise DataError(f"{error.filename} cannot be read: {error.strerror}. Correct it or exclude it.") from error
+            raise DataError(
+                f"{error.filename} cannot be read: {error.strerror}. Correct that, or give the other folders by name."
+            ) from error
 
         for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
             for name in sorted(folders):

@@ -110,7 +110,9 @@ def open_store(url: str) -> Store:
     try:
         files, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise UsageError(f"{url} cannot be opened: {_words(error)}. Install the store's fsspec library.") from error
+        raise UsageError(
+            f"{url} cannot be opened: {_words(error)}. Check the URL, or install the library that fsspec needs for it."
+        ) from error
     except Exception as error:  # missing credentials, for example
         raise store_error(url, error) from error
     return Store(url, files, path)

@@ -146,7 +146,7 @@ def _rows(
 ) -> Iterator[Document]:
     """Yield the documents of a batch of rows.
 
-    row: the number of its first row in the file. release: called from time to time to release memory that was read.
+    row: the index of the first of them in the file. release: called from time to time to release memory that was read.
     """
     if batch.num_columns == 1 and keys.keys == (batch.schema.names[0],) and batch.nbytes < 2 * BATCH_BYTES:
         # A column of texts is read the fast way. Others are read the slow way, which finds the reason for an error.
@@ -180,7 +180,7 @@ def _is_text(column_type: Any) -> bool:
 
 
 def _content(column: Any, row: int) -> Any:
-    """Return the bytes of the text in a row as a buffer, or None if the column has no content.
+    """Return the bytes of the text in a row as a buffer, or None if the column stores no text at all.
 
     Nothing is copied; a pyarrow scalar would be a copy.
     """
@@ -193,8 +193,8 @@ def _content(column: Any, row: int) -> Any:
 def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], object]) -> Iterator[Document]:
     """Yield the document in one row, whose text is long, in pieces. buffer: the text in UTF-8.
 
-    It is decoded a megabyte at a time, and first once without a result: raises UnicodeDecodeError if it is not UTF-8.
-    release: called from time to time to release memory that was read.
+    The text is decoded twice, a megabyte at a time: first only to check it, which raises UnicodeDecodeError if it is
+    not UTF-8, then to yield it. release: called from time to time to release memory that was read.
     """
 
     def decoded() -> Iterator[str]:
@@ -211,10 +211,10 @@ def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], obj
 
 
 def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
-    """Yield one document per row of batches source.start .. source.end - 1 of an arrow file; -1: all to the end.
+    """Yield one document per row of batches source.start .. source.end - 1 of an arrow file.
 
-    The file is an IPC file or an IPC stream, which the `datasets` library writes. keys: which columns have the text.
-    tally: counts bad rows.
+    An end of -1 means the last batch. The file is an IPC file or an IPC stream, which the `datasets` library writes.
+    keys: which columns have the text. tally: counts bad rows.
     """
     row = 0
     with _damage_named(source), _mapped(source) as pages:

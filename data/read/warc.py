@@ -26,7 +26,7 @@ LONGEST_HEADER = 2**16
 
 
 def read_warc(source: Source, tally: Tally) -> Iterator[Document]:
-    """Yield one document per record of extracted text (conversion or plain-text resource). tally: counts bad ones.
+    """Yield one document per record of extracted text (conversion or plain-text resource). tally: counts bad records.
 
     A file that has only web pages is skipped, or raises DataError if the user gave it by name. Raises DataError if the
     file is damaged.
@@ -73,7 +73,8 @@ def _document(
     """Yield the text of a record of `size` bytes, in pieces if it is long.
 
     A text that is not UTF-8 is counted in `tally` as a bad document and skipped. Raises DataError if there are more of
-    them than the tally allows, or if a text above 16 MiB is not UTF-8. number: of the record, among those with text.
+    them than the tally allows, or if a text above 16 MiB is not UTF-8. number: the
+    place of the record among those with text.
     """
     where = f"{source.name}, record {header.get('warc-target-uri') or header.get('warc-record-id', 'without a name')}"
     if size >= LONG_TEXT_BYTES:

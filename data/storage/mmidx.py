@@ -56,12 +56,12 @@ class Index:
     raw: npt.NDArray[np.uint8]
 
     def find(self, token: int) -> int:
-        """Return the number of the document that contains token number `token` of the shard."""
+        """Return the index of the document that contains the token at position `token` of the shard."""
         byte = token * np.dtype(self.dtype).itemsize
         return int(np.searchsorted(self.offsets_bytes, byte, side="right")) - 1
 
     def first_wrong(self, bin_bytes: int) -> int | None:
-        """Return the number of the first document that is not adjacent to the next one.
+        """Return the index of the first document that is not adjacent to the next one.
 
         Return None if all documents are adjacent and fill the .bin file of `bin_bytes` bytes.
         """
@@ -130,9 +130,9 @@ def check_header(path: str, header: bytes, documents: int, dtype: str) -> None:
         )
     _, version, code, sequences, ends = HEADER.unpack(header)
     raise DataError(
-        f"{path} has version {version}, type code {code}, {sequences} documents and {ends} ends, but the manifest "
-        f"requires 1, {CODES[dtype]}, {documents} and {documents + 1}. The file belongs to another shard: copy the "
-        f".bin and the .idx file again."
+        f"{path} has version {version}, type code {code}, {sequences} documents and {ends} boundaries, but the "
+        f"manifest requires 1, {CODES[dtype]}, {documents} and {documents + 1}. The file belongs to another shard: "
+        f"copy the .bin and the .idx file again."
     )
 
 

@@ -13,7 +13,7 @@ WANTED = 65_536
 
 
 def raise_open_file_limit() -> None:
-    """Raise the soft limit of open files to WANTED, or to the hard limit if that is lower. Never lowers it."""
+    """Raise the soft limit of open files to 65,536, or to the hard limit if that is lower. Never lowers it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -247,7 +247,7 @@ def _pair_encoding(model: Any) -> dict[str, Any]:
 
 
 def _agrees(content: bytes, reference: Any, file: Path) -> bool:
-    """Return whether a converted tokenizer gives the same ids as sentencepiece for PROBE and user-defined symbols.
+    """Return whether a converted tokenizer gives the same ids as sentencepiece for a text with user-defined symbols.
 
     Raises DataError if the tokenizers library cannot read the converted tokenizer.
     """

@@ -131,7 +131,7 @@ class Encoder:
         return np.concatenate([long_text.add(text), long_text.end()])
 
     def _piece(self, text: str, last: bool) -> npt.NDArray[np.uint32]:
-        """Add the next piece of a document. Return the document's ids (n,), not returned before, that are now final.
+        """Add the next piece of a document. Return the ids (n,) of the document that have become final.
 
         last: whether the piece ends the document; then EOT is the last id.
         """

@@ -92,8 +92,8 @@ class SpanTokenizer(Protocol):
 class LongText:
     """Encodes one text that arrives in parts: call `add` for each part and then `end`.
 
-    All their results, joined, are the ids of the complete text. `_text` is the text from the start of the last encoded
-    window on, or all of it before the first window. Positions count from the start of `_text`, in characters.
+    The results of all calls, joined, are the ids of the complete text. `_text` is the text from the start of the last
+    encoded window on, or all of it before the first window. Positions count from the start of `_text`, in characters.
     """
 
     def __init__(self, tokenizer: SpanTokenizer):
@@ -157,7 +157,7 @@ class LongText:
         return done
 
     def _cut(self, window: Spans, following: Spans, begin: int) -> tuple[int, int] | None:
-        """Return the number of the first token after a safe cut, in each of two windows that overlap, or None.
+        """Return the index of the first token after a safe cut, in each of two windows that overlap, or None.
 
         begin: the position at which the part that both windows share begins. The cut is near the middle of that part.
         None: there is no safe cut.

@@ -80,7 +80,7 @@ def load_tokenizer(
     spec: "bytes", a name that tiktoken knows, the path of a .tiktoken, tokenizer.json or SentencePiece .model file, a
         folder with one of these or with vocab.json and merges.txt, or the name of a Hub repository as hf:owner/name.
     eot_token: the token that ends documents; None: the files beside a tokenizer.json name it (special_tokens.py).
-    bos: whether to begin every document with a token. bos_token: that token; None: as for eot_token.
+    bos: whether to begin every document with a begin-of-text token. bos_token: that token; None: as for eot_token.
 
     "gpt2" needs no network. tiktoken downloads and caches its other vocabularies. Raises UsageError if the name, the
     path or a token does not exist, and DataError if a file is damaged or a download fails.
@@ -108,7 +108,7 @@ def load_tokenizer(
 def _load_ranks(spec: str, path: Path) -> Tokenizer:
     """Load "bytes", a .tiktoken file or a vocabulary that tiktoken knows by name.
 
-    path: the same as `spec`. Raises UsageError if there is none, and DataError if it is damaged or a download fails.
+    path: `spec` as a Path. Raises UsageError if it does not exist, and DataError if it is damaged or a download fails.
     """
     if spec == "bytes":
         return BytesTokenizer()
@@ -160,7 +160,7 @@ def _name(path: Path, spec: str) -> str:
 def load_from_dataset(folder: str | Path) -> Tokenizer:
     """Load the tokenizer that made a dataset from the files in the dataset's folder, without network access.
 
-    Raises DataError if its file is missing or is not the one that the manifest records.
+    Raises DataError if the tokenizer's file is missing or is not the one that the manifest records.
     """
     identity = load_manifest(folder).tokenizer
     path = Path(folder) / identity.file
