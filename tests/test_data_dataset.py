@@ -170,8 +170,8 @@ Edit = Callable[[dict[str, Any]], object]
 FORGERIES: list[tuple[str, Edit]] = [
     ("fingerprint", lambda m: m.update(fingerprint="0" * 32)),
     ("fingerprint", lambda m: m["tokenizer"].update(sha256="0" * 64)),
-    ("must be an object with exactly", lambda m: m.update(extra=1)),
-    ("must be an object with exactly", lambda m: m["shards"][0].pop("tokens")),
+    ("must be a JSON object with the keys", lambda m: m.update(extra=1)),
+    ("must be a JSON object with the keys", lambda m: m["shards"][0].pop("tokens")),
     ("tokens must be of type int, but is '5'", lambda m: m["shards"][0].update(tokens="5")),
     ("documents must be of type int, but is True", lambda m: m["shards"][0].update(documents=True)),
     ("tokens must be of type int, but is -1", lambda m: m["shards"][0].update(tokens=-1)),

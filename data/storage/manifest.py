@@ -72,7 +72,7 @@ class SourceSummary:
     """What `prepare` read.
 
     fingerprint: the sum of the documents' hashes, which does not depend on their order. passed_over: the files that
-    `prepare` found but did not use, with the reason. binary_files: the number of these files.
+    `prepare` found but did not use, with the reason, at most 1,000. binary_files: how many such files there were.
     """
 
     names: list[str]
@@ -195,8 +195,8 @@ def build_record(record: type[Record], raw: object, where: str) -> Record:
     if not isinstance(raw, dict) or not required <= set(raw) <= set(hints):
         actual = _short(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
         raise DataError(
-            f"{where} must be an object with exactly the keys {sorted(hints)}, but has {actual}. The file was edited "
-            f"or damaged: copy the dataset again."
+            f"{where} must be a JSON object with the keys {sorted(hints)}, not {actual}. The file was edited or "
+            f"damaged: copy the dataset again."
         )
     return record(**{name: _value(hint, raw[name], f"{where}: {name}") for name, hint in hints.items() if name in raw})
 
