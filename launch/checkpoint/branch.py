@@ -31,16 +31,16 @@ SHARE_OF_THE_RUN = 5  # a decay takes a fifth of the branch, as with the schedul
 def branch(run: RunFile, step: int, decay_steps: int | None, fresh: bool) -> list[str]:
     """Make the run folder of a branch of `run`, unless it exists, and return the overrides of the run file for it.
 
-    The branch begins at the checkpoint of `step`. Its learning rate falls for `decay_steps` steps, by default for a
-    fifth of its steps in all. `fresh`: move an existing folder of the branch aside. Raises ConfigError if the run's
-    learning rate is not constant at this step, and UserError if there is no such checkpoint.
+    The branch begins at the checkpoint of `step`. Its learning rate falls during the `decay_steps` steps after it, by
+    default a fifth of the branch's total steps. `fresh`: move an existing folder of the branch aside. Raises
+    ConfigError if the run's learning rate is not constant at `step`, and UserError if it has no checkpoint of `step`.
     """
     decay_steps = decay_steps or max(1, step // (SHARE_OF_THE_RUN - 1))
     constant = run.train.schedule.name in ("constant", "wsd")
     if step < 1 or not constant or learning_rate(step - 1, run.train) != run.train.optimizer.lr:
         raise ConfigError(
-            f"--decay-from {step}: here the learning rate is not train.optimizer.lr, because of warm-up or decay. "
-            "Branch off a run with train.schedule.name: constant, after its warm-up."
+            f"--decay-from {step}: at this step the learning rate is not train.optimizer.lr, because of warm-up or "
+            "decay. Branch off a run with train.schedule.name: constant, after its warm-up."
         )
     folder = run.folder.with_name(f"{run.name}-decay-{step}")
     if fresh:
@@ -60,8 +60,8 @@ def branch(run: RunFile, step: int, decay_steps: int | None, fresh: bool) -> lis
 
 
 def _copy(parent: Path, folder: Path, step: int, origin: str) -> None:
-    """Make the folder of the branch, with the parent's checkpoint of `step`, its metrics until then, and parent.json,
-    whose content is `origin`. The folder gets its name last.
+    """Make the folder of the branch, with the parent's checkpoint of `step`, its metrics up to `step`, and parent.json,
+    whose content is `origin`. The folder is written under a temporary name and renamed at the end.
     """
     source = parent / "checkpoints" / step_folder(step)
     if not source.is_dir():

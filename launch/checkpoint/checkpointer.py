@@ -198,17 +198,18 @@ class Checkpointer:
         return True
 
     def finish_mirror(self, stopped: bool) -> None:
-        """Wait until the mirror, if there is one, has the newest checkpoint: at the end of the process.
+        """At the end of the process, wait until the mirror, if there is one, has the newest checkpoint.
 
-        Waits for checkpoint.timeout_s, or for STOP_S if a signal has `stopped` the run. A collective.
+        Waits up to checkpoint.timeout_s seconds, but at most 60 if a signal has `stopped` the run. A collective.
         """
         if self.mirror is not None and self.newest is not None:
             self.mirror.finish(self.newest, min(STOP_S, self.section.timeout_s) if stopped else self.section.timeout_s)
 
     def amend(self, step: int, state: TrainingState, error: str | None = None) -> None:
-        """Replace the entries in `state` in the manifest of the complete checkpoint of `step`. A collective.
+        """In the manifest of the complete checkpoint of `step`, replace the entries that `state` has. A collective.
 
-        `error` is a reason why rank 0 cannot do it. If it fails, a warning is logged and the checkpoint is unchanged.
+        `error` is a reason why rank 0 cannot do this. After any failure, a warning is logged, and the checkpoint is
+        unchanged.
         """
         if self.topology.rank == 0 and error is None:
             path = self.folder / step_folder(step)
@@ -261,7 +262,7 @@ class Checkpointer:
         return manifest
 
     def _on_load(self, content: Any) -> Any:
-        """Return the content of a file of a checkpoint, with the states that the optimizer keeps in its own memory."""
+        """Return the content of one of DeepSpeed's checkpoint files, with its optimizer states copied (own_states)."""
         self.topology.beat("loading")
         return own_states(self.engine, content)
 

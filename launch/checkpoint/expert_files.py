@@ -2,9 +2,9 @@
 
     experts_01.pt     {"weights": {parameter: its rows}, "states": {parameter: {"exp_avg": ..., ...}}}
 
-At stage 0 only rank 0 writes DeepSpeed's file, with its own experts. If ranks share the experts (parallel.expert), the
-first rank that has the experts of number n, n > 0, writes this file next to it. At stages 1 and 2 each rank's own file
-has all that is needed (zero_checkpoint.py).
+At stage 0 only rank 0 writes DeepSpeed's file, with its own experts. If parallel.expert divides the experts among n
+ranks, each of the ranks 1 to n - 1 writes this file next to it, with its own experts; <number> is the rank. At stages 1
+and 2, DeepSpeed's files contain the experts of all ranks (zero_checkpoint.py).
 """
 
 from __future__ import annotations

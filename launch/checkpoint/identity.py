@@ -95,8 +95,8 @@ def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
 
 
 def _shape_of_files(layout: Mapping[str, object]) -> dict[str, object]:
-    """Return `layout` without settings on which DeepSpeed's checkpoint files do not depend: the keys SHAPE_NO_FILE of
-    zero_optimization, and the buffer size of offload_param.
+    """Return `layout` without settings on which DeepSpeed's checkpoint files do not depend: the keys of
+    zero_optimization in SHAPE_NO_FILE, such as bucket sizes, and the buffer size of offload_param.
     """
     zero = cast(JsonObject, layout["zero_optimization"])
     zero = {key: value for key, value in zero.items() if key.removeprefix("stage3_") not in SHAPE_NO_FILE}
@@ -106,5 +106,5 @@ def _shape_of_files(layout: Mapping[str, object]) -> dict[str, object]:
 
 
 def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """Return a line "NAME was OLD, is NEW" for each entry of `now` whose value was another one in `then`."""
+    """Return a line "NAME was OLD, is NEW" for each entry of `now` whose value differs from that in `then`."""
     return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]

@@ -34,8 +34,8 @@ CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)  # exactly t
 
 
 class _SharedWeights(TypedDict, total=False):
-    expert: int  # ranks that share the experts, if there are any
-    tensor: int  # ranks that share the weights of each layer; missing if each rank has complete weights
+    expert: int  # number of ranks that share the experts; missing if each rank has all experts
+    tensor: int  # number of ranks that share the weights of each layer; missing if each rank has complete weights
 
 
 class Layout(_SharedWeights):
@@ -138,7 +138,7 @@ def temporary_folder(folder: Path, step: int) -> Path:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a folder with all files of a checkpoint to its final name, and make `latest` beside it name it.
+    """Rename a folder with all files of a checkpoint to its final name, and write that name to `latest` beside it.
 
     A damaged checkpoint of that name is replaced.
     """
@@ -152,8 +152,8 @@ def publish(temporary: Path, final: Path) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders in <run>/checkpoints, newest first, without checking them.
 
-    Other folders are left out. Raises OSError if the folder exists but cannot be read. An empty list would mean that
-    the run has not saved yet.
+    Other folders are left out. Raises OSError if the folder exists but cannot be read, because an empty list
+    means that the run has not saved yet.
     """
     if not folder.exists():
         return []
@@ -167,7 +167,7 @@ def dump_manifest(manifest: Mapping[str, object]) -> str:
 
 
 def _hash_of(manifest: Mapping[str, object]) -> str:
-    """Return the xxh3-128 hash of a manifest without the key OWN_HASH."""
+    """Return the xxh3-128 hash of `manifest`, which must not have the key OWN_HASH yet."""
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest).encode())
 
 

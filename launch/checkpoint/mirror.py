@@ -6,8 +6,8 @@ its share of the files (verify.shares). packspeed.json is written when the files
     rank 0         remove older copy   copy own share   wait for all   packspeed.json   remove expired copies
     other ranks    wait                copy own share   wait until rank 0 has finished
 
-The threads tell each other on a Board what is done, because a collective would make training wait. Whatever ends the
-run, a checkpoint is on the mirror completely, or without packspeed.json, and then it does not count.
+The threads tell each other what is done through shared_work.Board, because a collective would make training wait.
+Whatever ends the run, a checkpoint is on the mirror completely, or it lacks packspeed.json and does not count.
 
 If a file cannot be copied, a warning is logged once, and the copy is tried again until it succeeds or a newer
 checkpoint is published. If a checkpoint is published while a copy makes progress, it is not copied, unless it is the
@@ -88,7 +88,7 @@ class Mirror:
     def offer(self, step: int, states: list[str]) -> None:
         """Start to copy the complete checkpoint of `step`, unless a copy of another step makes progress.
 
-        A copy of the same step is of an earlier save, and this one replaces it. `states` has the `state` of every rank.
+        The new copy replaces one of the same step from an earlier save. `states` has the `state` of every rank.
         Does not wait. Every rank must call it.
         """
         if self.newest == step:
@@ -108,7 +108,7 @@ class Mirror:
     def finish(self, step: int, wait_s: float) -> None:
         """Copy the complete checkpoint of `step`, and wait up to `wait_s` seconds until the mirror has it.
 
-        If it then has not, a warning is logged. A collective: every rank must call it.
+        If the mirror does not have it by then, a warning is logged. A collective: every rank must call it.
         """
         if self.topology.from_rank0(self.newest != step and self.copying != step):
             self._start(step)
@@ -126,8 +126,8 @@ class Mirror:
         self.topology.barrier()  # a launcher ends all ranks when the first one exits
 
     def _start(self, step: int) -> None:
-        """Start the thread that copies the checkpoint of `step`, and let that of an older copy end. Every rank must
-        call it.
+        """Start the thread that copies the checkpoint of `step`, and tell the thread of an older copy to end. Every
+        rank must call it.
         """
         from packspeed.launch.engine.shared_work import Board  # here, because it loads DeepSpeed
 
@@ -148,8 +148,8 @@ class Mirror:
         call it.
 
         Raises the error of `check` on every rank, and UserError if the disk is full. If `than` is -1, also raises
-        UserError if the mirror cannot be read for FETCH_S or has damaged copies only. If `than` is a step and the
-        mirror cannot be read at once, only a warning is logged.
+        UserError if the mirror cannot be read for 10 minutes or has damaged copies only. If `than` is a step and
+        the mirror cannot be read at once, only a warning is logged.
         """
         self._patience_s = FETCH_S if than < 0 else 0.0
         try:
@@ -209,9 +209,10 @@ class Mirror:
             raise _CannotRead(f"{self.remote.url}/{name} is damaged: {damage[0].rstrip('.')}.")
 
     def _fetch(self, step: int, check: Callable[[str, Manifest], object]) -> list[str]:
-        """Fetch the copy of `step` into the run folder. Returns what is damaged; the folder is unchanged then.
+        """Fetch the copy of `step` into the run folder, unless a file of the copy is damaged.
 
-        A collective. Raises the errors of fetch_newer on every rank.
+        Returns a line for each damaged file; [] if the checkpoint was fetched. A collective. Raises the errors of
+        fetch_newer on every rank.
         """
         from packspeed.launch.engine.shared_work import SharedWork  # here, because it loads DeepSpeed
 
@@ -271,7 +272,7 @@ class Mirror:
         return manifest["files"], []
 
     def _fetch_file(self, name: str, path: Path, expected: FileHash, progress: Callable[[], object]) -> str | None:
-        """Fetch one file and compare it with its hash, twice if the first attempt is wrong. Returns what is wrong.
+        """Fetch one file and compare it with its hash; if they differ, try once more. Returns what is wrong, or None.
 
         Raises _CannotRead if the mirror cannot be read, and UserError if the disk is full.
         """
@@ -299,7 +300,7 @@ class Mirror:
         self.topology.beat("downloading")
 
     def _pause(self, url: str, progress: Callable[[], object]) -> Callable[[float, str], None]:
-        """Return a function that waits after a failed attempt, and raises _CannotRead if _patience_s is over."""
+        """Return a function that waits after a failed attempt, and raises _CannotRead after _patience_s seconds."""
         deadline = time.monotonic() + self._patience_s
 
         def pause(seconds: float, reason: str) -> None:
@@ -307,7 +308,8 @@ class Mirror:
                 raise _CannotRead(
                     f"{url} could not be read in {self._patience_s:.0f} s of attempts. The last one failed with: "
                     f"{reason}. Check the store, the credentials and checkpoint.mirror, and start the command again. "
-                    "With --set checkpoint.mirror=null the run starts without a mirror."
+                    "With --set checkpoint.mirror=null the run uses no mirror: it resumes from the newest checkpoint "
+                    "on the disk, or starts at step 0 if there is none."
                 )
             end = time.monotonic() + seconds
             while time.monotonic() < end:
@@ -429,7 +431,7 @@ class _Copy:
         self.board.count("copied", add=1)
 
     def _remove_expired(self) -> None:
-        """Remove all copies from the mirror except the newest `keep` complete ones and those of later steps."""
+        """Remove copies of earlier steps from the mirror. The newest `keep` complete copies up to this step stay."""
         files = self.mirror.remote.files()
         kept = {step_folder(step) for step in [s for s in complete_steps(files) if s <= self.step][: self.mirror.keep]}
         present = {file.partition("/")[0] for file in files}
@@ -438,7 +440,10 @@ class _Copy:
                 self.mirror.remote.remove(name)
 
     def _persist(self, work: Callable[[], T], what: str) -> T:
-        """Return work(). If it fails, warn once and try again until it succeeds. Raises _Superseded."""
+        """Return work(). If it fails, warn once and try again until it succeeds.
+
+        `what` names the work in the warning. Raises _Superseded if this copy is not wanted any more.
+        """
 
         def pause(seconds: float, reason: str) -> None:
             self.failing = True
@@ -451,7 +456,7 @@ class _Copy:
         return result
 
     def _post(self, note: str, text: str) -> None:
-        """Report a failure of this rank to rank 0. Rank 0 logs its own."""
+        """Report a failure of this rank to rank 0, under the key `note`. On rank 0, log it."""
         if self.mirror.topology.rank == 0:
             self._warn(text)
         else:
@@ -493,7 +498,7 @@ class _Copy:
 def _persist(work: Callable[[], T], pause: Callable[[float, str], None]) -> T:
     """Return work(). If it fails, call pause(seconds, reason), which may raise an error, and try again.
 
-    Errors that no other attempt would cure are raised at once.
+    Errors that another attempt would not cure are raised at once.
     """
     seconds = FIRST_PAUSE_S
     while True:

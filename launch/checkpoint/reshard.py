@@ -176,10 +176,10 @@ def _write_tensors(
     checkpoint: Path, out: Path, rank: int, ranks: int, work: SharedWork | None
 ) -> tuple[dict[str, FileHash], str | None]:
     """Convert this rank's share of the parameters: write and verify one file for every `ranks`-th parameter, from
-    number `rank` on.
+    index `rank` on.
 
-    The weights are written first, then one kind of state after the other, so that a single tensor is in memory. Calls
-    `work.progress()` after each tensor and each file. Returns ({file name: hash}, the error as text or None).
+    The weights are written first, then one kind of state after the other, so that one tensor at a time is in memory.
+    Calls `work.progress()` after each tensor and each file. Returns ({file name: hash}, the error as text or None).
     """
     files: dict[str, TensorFile] = {}
     hashes: dict[str, FileHash] = {}
@@ -226,8 +226,9 @@ def _state_keys(checkpoint: Path) -> list[str]:
 
 
 def _find_difference(name: str, weight: torch.Tensor, computed_with: torch.Tensor | None) -> str | None:
-    """Return a description of the difference if the fp32 `weight` of the parameter `name`, rounded, is not
-    `computed_with`, the weight with which the module computed; else None.
+    """Compare the fp32 `weight` of the parameter `name`, rounded, with `computed_with`, the module's weight.
+
+    Returns a description of the difference, or None if they are equal or `computed_with` is None.
 
     DeepSpeed stores the two in different files, so this finds errors in reading its format.
     """

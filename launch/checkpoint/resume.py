@@ -205,7 +205,9 @@ def _check_same_data(checkpoint: Path | str, saved: Manifest, identity: RunIdent
         if then[key] != now[key]:
             raise ConfigError(
                 f"{checkpoint} was trained with {key} {then[key]}, but now it is {now[key]}, so some samples would be "
-                "skipped or repeated. Point data.path at the same dataset, or start over with --fresh."
+                "skipped or repeated. If the fingerprint differs, point data.path at the same dataset. If "
+                "order_version differs, use the version of Packspeed that saved the checkpoint. Or start over with "
+                "--fresh."
             )
 
 
@@ -244,7 +246,7 @@ def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
 
 
 def check_loadable(checkpoint: Path) -> None:
-    """Raise UserError if an older version saved this checkpoint with its optimizer on NVMe (check 4 at the top)."""
+    """Raise UserError if an older Packspeed saved this checkpoint with its optimizer on NVMe (check 4 at the top)."""
     if (checkpoint / "offloaded_tensors").exists():
         raise UserError(
             f"{checkpoint}: it cannot be resumed, because an older version of Packspeed saved it without the optimizer "

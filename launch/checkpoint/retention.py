@@ -64,7 +64,7 @@ class Retention:
     def wait(self) -> None:
         """Wait until the thread that deletes checkpoints has ended.
 
-        Call it before a checkpoint is chosen to be loaded, and at the end of the process.
+        Call it before choosing a checkpoint to load, and at the end of the process.
         """
         if self._thread is not None:
             self._thread.join()

@@ -1,7 +1,7 @@
 """Save and restore the states of torch's random generators.
 
-Training itself uses none of them, because dropout masks are computed from the seed and the sample number. But a user's
-own model or hook may.
+Training itself does not use these generators, because dropout masks are computed from the seed and the sample number.
+But a user's own model or hook may.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     hashed = file.finish()                  # the header is complete, and the file is on disk
 
 safetensors' own save_file needs all tensors at once, because the header comes first. Here the header has a fixed size:
-the format allows spaces after its JSON. A file between two calls is no safetensors file yet.
+the format allows spaces after its JSON. Before `finish`, the file is not a valid safetensors file.
 """
 
 from __future__ import annotations

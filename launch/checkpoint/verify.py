@@ -4,8 +4,8 @@
     find_damage(folder, topology)       all ranks together: each reads about bytes / ranks, and all get the same result
 
 Rank 0 reads the manifest and lists the folder. `shares` divides the files. A rank usually gets the files that DeepSpeed
-wrote for that rank: it loads them next, and then they are in the page cache of its host. One file is never divided,
-because its hash has no parts: at ZeRO stage 0, one rank reads nearly everything.
+wrote for that rank: it loads them next, and then they are in the page cache of its host. A file is never divided,
+because its hash needs all its bytes in order: at ZeRO stage 0, one rank reads nearly everything.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ Shapes = dict[str, torch.Size]  # parameter name -> shape, in the order of a gro
 @dataclass(frozen=True)
 class _Selection:
     """Which tensors full_tensors yields: those with these `keys` (None: all) of every `workers`-th parameter, from
-    number `worker` on.
+    index `worker` on.
     """
 
     keys: Sequence[str] | None
@@ -90,7 +90,7 @@ def full_tensors(
     Buffers, such as the bias of a router, are yielded in the same way. They have only "fp32".
 
     `keys` says which of "fp32", "exp_avg", ... to read; None means all. With several workers, each worker reads every
-    `workers`-th parameter, from number `worker` on. Raises UserError for a damaged or incomplete checkpoint.
+    `workers`-th parameter, from index `worker` on. Raises UserError for a damaged or incomplete checkpoint.
     """
     selection = _Selection(keys, worker, workers)
     if imported_from(checkpoint):
@@ -141,7 +141,7 @@ def fp32_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def zero_states(checkpoint: Path, tensor_rank: int = 0) -> list[ZeroState]:
-    """Return the ZeRO optimizer state of every rank with this number in its tensor group, in the order of ranks.
+    """Return the ZeRO optimizer states of the ranks whose index in their tensor group is `tensor_rank`, in rank order.
 
     The list is empty at stage 0. Raises UserError if files of ranks are missing.
     """

@@ -65,7 +65,7 @@ def export_hf(
     """Export a run's newest checkpoint, or that of `step`, into the new folder `out`. Returns what was written.
 
     `run` is a run folder or a checkpoint, and `tokenizer` replaces the run's own. Raises ConfigError if transformers
-    has no such model or the folder exists, and UserError if the checkpoint is damaged.
+    has no class for the model or `out` exists, and UserError if the checkpoint is damaged.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
@@ -108,7 +108,7 @@ def export_hf(
 def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> JsonObject:
     """Return the content of config.json, transformers' description of the model.
 
-    Raises ConfigError if transformers has no such model, or if the tokenizer has more tokens than the model.
+    Raises ConfigError if transformers has no class for the model, or if the tokenizer has more tokens than the model.
     """
     try:
         bos_id = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
@@ -138,7 +138,7 @@ def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch
     """Yield (name, fp32 tensor) of all weights under transformers' names and in its shapes.
 
     Only one parameter of the checkpoint is in memory at a time. Raises UserError if the checkpoint has a parameter that
-    a model of this `config` does not have, and ConfigError if transformers cannot compute with one.
+    a model of this `config` does not have, and ConfigError if transformers' class lacks a parameter of the model.
     """
     table = {weight.ours: weight for weight in weight_table(config)}
     for name, states in full_tensors(checkpoint, ("fp32",)):
@@ -190,7 +190,7 @@ class Shards:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor, converted to the precision of the export; the biases of routers stay in fp32.
 
-        Raises KeyError if it is unknown or was already written. Raises UserError if it has another shape than expected.
+        Raises KeyError if `name` is unknown or was already written, and UserError if the shape is not the expected one.
         """
         path, offset, shape = self._unwritten.pop(name)
         if tensor.shape != shape:

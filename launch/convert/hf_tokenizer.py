@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def read_tokenizer(source: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
     """Load the tokenizer of a model folder. Returns (tokenizer, notes for the user).
 
-    `rows` is the number of tokens of the model. The tokenizer is None if Packspeed cannot use it; a note says why.
+    `rows` is the size of the model's vocabulary. The tokenizer is None if Packspeed cannot use it; a note says why.
     """
     try:
         tokenizer = load_tokenizer(str(source))
@@ -81,8 +81,8 @@ def template(content: bytes) -> tuple[list[str], list[str]]:
 def exported_tokenizer(tokenizer: Tokenizer) -> tuple[bytes, JsonObject]:
     """Return (content of tokenizer.json, content of tokenizer_config.json) for `tokenizer`.
 
-    With them, transformers gives the ids on which the model was trained. Raises DataError if the tokenizers library,
-    with this tokenizer.json, gives a test text, EOT or BOS ids that differ from those of `tokenizer`.
+    With these files, transformers encodes text to the ids on which the model was trained. Raises DataError if the
+    tokenizers library encodes a test text, EOT or BOS to other ids than `tokenizer` does.
     """
     content, eot = tokenizer_json(tokenizer)
     bos = None
@@ -143,7 +143,7 @@ def _post_processor(spec: JsonObject, bos: str | None, bos_id: int | None) -> Js
 
 
 def _check_ids(content: bytes, tokenizer: Tokenizer, eot: str, bos: str | None) -> None:
-    """Raise DataError if the tokenizers library gives other ids than `tokenizer` for a test text, EOT or BOS."""
+    """Raise DataError if the tokenizers library encodes a test text, EOT or BOS to other ids than `tokenizer`."""
     made = _library(content)
     same = made.token_to_id(eot) == tokenizer.eot_id and (bos is None or made.token_to_id(bos) == tokenizer.bos_id)
     try:

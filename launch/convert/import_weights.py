@@ -163,8 +163,8 @@ def _write_run(
 def _write_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer) -> None:
     """Write the tokenizer into the new folder `folder`.
 
-    If the model folder `source` names several token ids that end a generated text, write them to generation_config.json
-    there.
+    If the model folder `source` names several token ids that end a generated text, write these ids to
+    generation_config.json in `folder`.
     """
     folder.mkdir()
     tokenizer.save(folder)

@@ -39,7 +39,8 @@ Integers = npt.NDArray[np.int64]
 class Columns:
     """The numbers of a run, by key. "step" has the shape (steps,) and "val_step" (evaluations,); both are ascending.
 
-    Keys in EVALUATION_KEYS have one number per evaluation, other keys one per step; NaN if a line has no number.
+    val_loss, val_tokens and eval_time_s have one number per evaluation, other keys one per step; NaN if a line has no
+    number.
     """
 
     numbers: Mapping[str, Numbers]
@@ -127,9 +128,9 @@ def _limits() -> dict[str, tuple[float, float]]:
 
 
 def batches_of_run(folder: Path, global_batch: int, notes: list[str]) -> tuple[Integers, Integers]:
-    """Return (the finished steps of a run, the number of the batch that each of them has read), both of shape (n,).
+    """Return (the finished steps of a run, the index of the batch that each of them has read), both of shape (n,).
 
-    The batch of a step is step - 1, plus the number of batches that rewinds have dropped before. If there was no
+    The index is step - 1, plus the number of batches that rewinds have dropped before. If there was no
     rewind, only the last line is read.
     """
     path = folder / "metrics.jsonl"

@@ -58,7 +58,7 @@ class Ranks(Protocol):
 
     @property
     def rank(self) -> int:
-        """Number of this process among those of the run, from 0."""
+        """Rank of this process in the run, from 0."""
 
     @property
     def world(self) -> int:
@@ -81,9 +81,9 @@ def say(line: str) -> None:
 
 
 def move_aside(folder: Path, mirror: str | None = None) -> None:
-    """Rename an existing run folder to NAME.old-DATE-TIME, and before it the run's folder on `mirror`, its URL.
+    """Rename an existing run folder to NAME.old-DATE-TIME. First rename its folder on the mirror in the same way.
 
-    Raises UserError if the mirror does not answer.
+    `mirror` is the URL of that folder, or None without a mirror. Raises UserError if the mirror does not answer.
     """
     if mirror is not None:  # first, because a run without a local folder would resume from there
         move_mirror_aside(mirror)
@@ -92,11 +92,11 @@ def move_aside(folder: Path, mirror: str | None = None) -> None:
 
 
 def prepare_for_launch(folder: Path, fresh: bool, mirror: str | None = None) -> None:
-    """Create the run folder's logs/ before a launch. If `fresh` is True, first rename an existing run folder, and that
-    on its `mirror`.
+    """Create the run folder's logs/ before a launch. If `fresh` is True, first rename an existing run folder, and
+    its folder on the mirror, whose URL is `mirror`.
 
-    Waits up to LOCK_WAIT_S if another process trains in the folder. After that it raises UserError and changes nothing.
-    Also raises UserError if the folder cannot be written.
+    Waits up to 60 s if another process trains in the folder. After that it raises UserError and
+    changes nothing. Also raises UserError if the folder cannot be written.
     """
     with _idle(folder):  # only until the folder is made, because rank 0 of the launch takes the lock
         if fresh:
@@ -114,7 +114,7 @@ def set_aside(folder: Path, mirror: str | None = None) -> None:
 def _idle(folder: Path) -> Iterator[None]:
     """Keep the run folder, which need not exist, locked during the `with` block.
 
-    Raises UserError if another process still trains in it after LOCK_WAIT_S. An OSError in the block becomes a
+    Raises UserError if another process still trains in it after 60 s. An OSError in the block becomes a
     UserError.
     """
     try:
@@ -129,9 +129,9 @@ def _idle(folder: Path) -> Iterator[None]:
 def locked_run_folder(folder: Path, ranks: Ranks, fresh: bool, mirror: str | None = None) -> Iterator[None]:
     """Create the run folder, and keep it locked during the `with` block.
 
-    If `fresh` is True, first rename an existing folder, and that on its `mirror`. A collective: every rank must call
-    it, but only rank 0 accesses the disk. Raises UserError on every rank if the folder cannot be written, or if another
-    process still trains in it after LOCK_WAIT_S.
+    If `fresh` is True, first rename an existing folder, and its folder on the mirror, whose URL is `mirror`. A
+    collective: every rank must call it, but only rank 0 accesses the disk. Raises UserError on every rank if the folder
+    cannot be written, or if another process still trains in it after 60 s.
     """
     lock, error = _lock_and_create(folder, fresh, mirror) if ranks.rank == 0 else (None, None)
     error = ranks.agree_on_error(error)
@@ -168,7 +168,7 @@ def _lock_and_create(folder: Path, fresh: bool, mirror: str | None) -> tuple[Fil
 
 
 def _cannot_write(folder: Path, problem: OSError) -> str:
-    """Return the text of the error if the run folder cannot be written."""
+    """Return the error message for a run folder that cannot be written because of `problem`."""
     return (
         f"run folder {folder.absolute()}: {problem.strerror}. "
         "Choose another folder with --set runs_dir=DIR or --set name=NAME."
@@ -179,7 +179,7 @@ def _lock(folder: Path) -> FileLock:
     """Lock <runs_dir>/.<name>.lock and return the lock.
 
     The kernel releases it when the process ends, for whatever reason. Raises UserError if another process still has the
-    lock after LOCK_WAIT_S.
+    lock after 60 s.
     """
 
     def on_wait(holder: str) -> None:
@@ -203,7 +203,7 @@ def _lock(folder: Path) -> FileLock:
 def resolved_config(run: RunFile, config: GPTConfig, precision: str) -> JsonObject:
     """Return the run file as a dict, with every default and the values of a model preset written out.
 
-    `config` is the resolved model, and `precision` the one that is used. The result is a valid run file too.
+    `config` is the resolved model, and `precision` the precision that is used. The result is a valid run file too.
     """
     out = run.model_dump(mode="json", exclude_none=True)
     out["model"] = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}

@@ -95,7 +95,7 @@ class _Life(TypedDict):
 class Life(_Life, total=False):
     """A line of goodput.jsonl: one life of rank 0's process, from its start to its end.
 
-    Overwritten while the process runs.
+    The process overwrites its line while it runs.
     """
 
     clock_step_s: Annotated[float, "seconds of the clock", "how far the host's clock was set ahead (+) or back (-)"]
@@ -127,7 +127,7 @@ class _AnomalyLine(TypedDict):
     policy: Annotated[str, "", "stop, skip or rewind, from the run file"]
     loss: Annotated[float | None, "nats per token", "loss of the vetoed step; null if it is not finite"]
     grad_norm: Annotated[float | None, "", "gradient norm of the vetoed step before clipping; null if it is not finite"]
-    first_sample: Annotated[int, "samples", "number of the first sample of the batch"]
+    first_sample: Annotated[int, "samples", "index of the first sample of the batch, from 0"]
     samples: Annotated[int, "samples", "number of samples in the batch"]
 
 

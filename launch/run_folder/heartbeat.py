@@ -1,6 +1,6 @@
 """The files that each rank of `packspeed launch` writes for its supervisor: heartbeat, output and stacks.
 
-    logs/rank-3.beat     one line of BEAT_BYTES, overwritten at most once a second, if the phase has changed
+    logs/rank-3.beat     one line of 256 bytes, overwritten at most once a second, if the phase has changed
     logs/rank-3.log      stdout and stderr of the rank; rank 0 also prints to the console
     logs/rank-3.stack    the stacks of all threads, which faulthandler writes on SIGUSR2
 
@@ -99,7 +99,7 @@ class Heartbeat:
         self._changed.set()
 
     def _copy_to_shared(self) -> None:
-        """Write each new heartbeat to the run folder, at most one per SHARED_S. Runs in a thread.
+        """Write each new heartbeat to the run folder, at most one per second. Runs in a thread.
 
         If several came in that time, only the newest is written.
         """
@@ -118,7 +118,7 @@ def _local_path(launch_id: str, rank: int | str) -> Path:
 
 
 def remove_local_beats(launch_id: str) -> None:
-    """Remove the files of _local_path for all ranks of a launch on this host."""
+    """Remove the host's own heartbeat files (_local_path) of all ranks of a launch on this host."""
     pattern = _local_path(launch_id, "*")
     for path in pattern.parent.glob(pattern.name):
         path.unlink(missing_ok=True)

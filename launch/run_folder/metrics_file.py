@@ -28,7 +28,7 @@ def parse_object(line: bytes) -> JsonObject | None:
 
 
 def read_objects(path: Path) -> tuple[list[JsonObject], int]:
-    """Read a file with one JSON object per line. Returns (the objects, the number of lines that are not one).
+    """Read a file with one JSON object per line. Returns (the objects, the number of lines that are not an object).
 
     Empty lines are not counted. A missing file has no lines.
     """
@@ -58,7 +58,7 @@ def line_start(path: Path, at: int) -> int:
 def last_line_with(path: Path, text: bytes, end: int) -> bytes | None:
     """Return the last complete line before the byte `end` that contains `text`, or None if there is none.
 
-    Reads backwards in blocks of MAX_LINE_BYTES, so it usually reads only the end of the file.
+    Reads backwards in blocks of 1 MiB, so it usually reads only the end of the file.
     """
     with path.open("rb") as file:
         tail = b""  # the start of a line whose beginning is in the block before

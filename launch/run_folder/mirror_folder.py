@@ -60,8 +60,8 @@ class MirrorFolder:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file, in a folder that has files already. After a failure, it is there completely or not at
-        all.
+        """Write a small file, in a folder that has files already. After a failure, the file is there completely or
+        not at all.
         """
         if self._is_local:
             write_file(Path(self._root, name), content)
@@ -69,7 +69,7 @@ class MirrorFolder:
         self._store.pipe_file(f"{self._root}/{name}", content)
 
     def upload(self, path: Path, name: str, progress: Callable[[], object] = int) -> None:
-        """Copy the local file `path` to the mirror, to S3 in parts of at least PART_BYTES, PARTS_AT_ONCE at a time.
+        """Copy the local file `path` to the mirror, to S3 in parts of 16 MiB or more, four at a time.
 
         On a store without folders, an interrupted copy leaves no file. `progress` is called after every part. If it
         raises an exception, the copy ends with it.
@@ -118,7 +118,7 @@ class MirrorFolder:
 
 
 def _copy(source: Path, target: Path, progress: Callable[[], object]) -> None:
-    """Copy a local file in parts of PART_BYTES, and call `progress` after each. fsspec reports none for local files."""
+    """Copy a local file in parts, and call `progress` after each. fsspec reports no progress for local files."""
     with source.open("rb") as read, target.open("wb") as written:
         while part := read.read(PART_BYTES):
             written.write(part)

@@ -102,9 +102,9 @@ class PhaseTimer:
     def enter(self, phase: str, collective: str = "") -> str:
         """Add the time since the last call to the bucket of the old phase, and switch to `phase`.
 
-        Returns the old phase. `phase` is "forward", "backward" or "step" (all count as compute), or a name in MEASURED.
-        `collective` is passed on to the listener. Cost: 1 us, and 20 us more if the last record is older than
-        RECORD_EVERY_S.
+        Returns the old phase. `phase` is "forward", "backward" or "step" (all count as compute), or a bucket in
+        MEASURED. `collective` is passed on to the listener. Cost: 1 us, and 20 us more if the last record is older than
+        a second.
         """
         if self.listener is not None:
             self.listener(phase, collective)
@@ -137,7 +137,7 @@ class PhaseTimer:
         return self.seconds["compute"] + self.seconds["communication"]
 
     def record(self, ended: str | None = None) -> None:
-        """Overwrite this process's line in goodput.jsonl. `ended` is None, finished, stopped or failed.
+        """Overwrite this process's line in goodput.jsonl. `ended` is finished, stopped or failed; None while it runs.
 
         Errors, such as a full disk, are ignored: they must not end the run.
         """
@@ -164,8 +164,8 @@ class PhaseTimer:
     def timed(self, collective: Callable[..., Any], name: str) -> Callable[..., Any]:
         """Wrap a collective so that its time counts as communication instead of compute.
 
-        Calls in other phases, and by other threads than the one that has created the timer, are not counted. `name` is
-        passed on to the listener.
+        Calls outside forward, backward and step, and by other threads than the one that has created the timer, are not
+        counted. `name` is passed on to the listener.
         """
 
         def call(*args: Any, **kwargs: Any) -> Any:

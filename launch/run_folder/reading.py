@@ -241,7 +241,7 @@ def is_readable(path: Path, notes: list[str]) -> bool:
 
 
 def _read_objects(path: Path, notes: list[str]) -> tuple[list[JsonObject], int]:
-    """Read a file with one JSON object per line. Returns (the objects, the number of lines that are not one).
+    """Read a file with one JSON object per line. Returns (the objects, the number of lines that are not an object).
 
     Returns ([], 0) if the file is missing, or cannot be read, which adds a note.
     """
