@@ -11,7 +11,7 @@ Whatever ends the run, a checkpoint is on the mirror completely, or it lacks pac
 
 If a file cannot be copied, a warning is logged once, and the copy is tried again until it succeeds or a newer
 checkpoint is published. If a checkpoint is published while a copy makes progress, it is not copied, unless it is the
-last one of the process. On the way back, `fetch_newer`, all ranks share the files and compare each with its hash.
+last one of the process. In `fetch_newer`, the ranks divide the files of a copy and compare each with its hash.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Mirror:
     def _fetch_newest(self, than: int, check: Callable[[str, Manifest], object]) -> Path | None:
         """Do the work of fetch_newer. A collective.
 
-        Raises the errors of fetch_newer on every rank, and _CannotRead for any `than`.
+        Raises the errors of fetch_newer on every rank, and _CannotRead if the mirror cannot be read.
         """
         candidates = self.topology.on_rank0(lambda: self._copies_after(than, check))
         for step in candidates:
@@ -194,7 +194,7 @@ class Mirror:
         return newer
 
     def _check_newest(self, step: int, check: Callable[[str, Manifest], object]) -> None:
-        """Check that the copy of `step` belongs to this run, whose copies will expire it. On rank 0.
+        """Check that the copy of `step` belongs to this run, which will delete it after later copies. On rank 0.
 
         Raises the error of `check`, and _CannotRead if the manifest of the copy cannot be read.
         """
@@ -395,7 +395,9 @@ class _Copy:
             )
             self._persist(self._remove_expired, "removing older copies")
         except (_CannotCopy, UserError) as error:
-            mirror.log(f"WARNING: {name} is not copied to {mirror.remote.url}: {error}. The next checkpoint is.")
+            mirror.log(
+                f"WARNING: {name} is not copied to {mirror.remote.url}: {error}. The next checkpoint will be copied."
+            )
         finally:
             self.board.post("ended")
 
