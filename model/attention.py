@@ -29,7 +29,7 @@ class VarlenAttention(Protocol):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, window: int | None = None
     ) -> Tensor:
-        """Return attention, (N, H, D)."""
+        """Return causal attention within each document, (N, H, D). See varlen_attention for the arguments."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class RopeScaling:
             )
 
     def given(self) -> dict[str, Any]:
-        """Return the keys that are not None, as a config.json has them."""
+        """Return {key: value} of the keys that are not None, with the names that a config.json uses."""
         return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
 
 
@@ -198,7 +198,7 @@ class GPTConfig:
     def _check_experts(self) -> None:
         """Raise ValueError if a key of the experts is invalid, or contradicts another key."""
         if self.n_shared_expert < 0 or self.first_dense < 0:
-            raise ValueError("n_shared_expert and first_dense: give 0 or a number above it.")
+            raise ValueError("n_shared_expert and first_dense must be at least 0.")
         if not self.balance_rate >= 0.0 or not self.gate_scale > 0.0:
             raise ValueError("balance_rate must be at least 0, and gate_scale above 0.")
         if self.n_expert is None:
@@ -282,10 +282,10 @@ class GPTConfig:
 
     @property
     def longest_context(self) -> int:
-        """Return the largest number of tokens that the model sees in generation: max_seq_len, times the factor of a
-        dynamic scaling.
+        """Return the largest number of tokens that the model sees in generation.
 
-        With the other scalings, max_seq_len is the stretched length already.
+        This is max_seq_len, or with a dynamic rope_scaling max_seq_len times its factor. With the other scalings,
+        max_seq_len is the stretched length already.
         """
         scaling = self.rope_scaling
         if scaling is None or scaling.rope_type != "dynamic":
@@ -298,7 +298,7 @@ class GPTConfig:
         return sum(map(self.recomputes, range(self.n_layer)))
 
     def recomputes(self, layer: int) -> bool:
-        """Return whether the backward pass computes the block of this number, from 0, again."""
+        """Return whether the backward pass computes the block with this index (from 0) again."""
         every = self.activation_checkpointing
         return every == "full" or (isinstance(every, int) and layer % every == 0)
 
@@ -308,7 +308,7 @@ class GPTConfig:
         return self.d_expert or self.ff_width
 
     def has_experts(self, layer: int) -> bool:
-        """Return whether the layer of this number, from 0, has a mixture of experts instead of a dense MLP."""
+        """Return whether the layer with this index (from 0) has a mixture of experts instead of a dense MLP."""
         return self.n_expert is not None and layer >= self.first_dense
 
     def window_of(self, layer: int) -> int | None:
@@ -387,7 +387,10 @@ def largest_parameter(config: GPTConfig) -> int:
 
 
 def attended_tokens(config: GPTConfig, seq_len: int) -> int:
-    """Return twice the mean number of tokens that a token of a sample attends to, summed over the layers."""
+    """Return twice the mean number of tokens that a token of a sample attends to, summed over the layers.
+
+    A layer without a window adds seq_len: a causal token attends to seq_len / 2 tokens on average.
+    """
     windows = [min(config.window_of(layer) or seq_len, seq_len) for layer in range(config.n_layer)]
     return sum(2 * window - window * window // seq_len for window in windows)
 

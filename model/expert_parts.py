@@ -1,15 +1,18 @@
 """Expert parallelism: the ranks of a group share the experts of each layer, and send each other the rows of tokens.
 
     part = ExpertPart(rank, size, all_to_all)
-    share_experts(model, part)      # a model without weights: each layer keeps the rows of n_expert / size experts
+    share_experts(model, part)      # before weights exist: each layer keeps the rows of n_expert / size experts
+
+In this example, each of the tokens a to d uses two of four experts (a: 0 2 means that token a uses experts 0 and 2):
 
     rank 0, tokens a b    a: 0 2    b: 1 2        has experts 0 1, gets    a from 0, b from 0, c from 1
     rank 1, tokens c d    c: 0 3    d: 2 3        has experts 2 3, gets    a b from 0, c d d from 1
 
 A layer sorts the rows of its tokens by expert, as without a group. Experts of a rank have consecutive numbers, so the
 rows for a rank are consecutive too. The ranks exchange the counts first, then the rows, and later the results in the
-other direction. The backward pass of each exchange is the other one. No row is dropped, and ranks may get any number
-of rows, also none. An expert sees the rows of rank 0 first, then those of rank 1, each in the order of tokens.
+other direction. The backward pass of each exchange sends gradients the opposite way. No row is dropped, and ranks may
+get any number of rows, also none. An expert sees the rows of rank 0 first, then those of rank 1, each in the order of
+tokens.
 
 So the gradient of an expert, on the rank that has it, is the sum over all tokens of the group. Everything else in the
 model works on the rank's own tokens. Cost: an exchange moves up to K rows of C channels per token, twice in the forward
@@ -40,7 +43,10 @@ class ExpertPart:
         return complete.chunk(self.size)[self.rank]
 
     def route(self, counts: Tensor) -> Route:
-        """Return where rows go if this rank has counts[e] rows for expert e, (E,) int64. A collective of the group."""
+        """Return the Route for this rank's rows. A collective of the group.
+
+        counts: (E,) int64, how many of this rank's rows each expert gets.
+        """
         experts = counts.numel() // self.size
         arriving = torch.empty_like(counts)
         self.all_to_all(arriving, counts, [experts] * self.size, [experts] * self.size)
@@ -74,8 +80,8 @@ def part_of(parameter: torch.Tensor) -> ExpertPart | None:
 class Route:
     """Which rows are exchanged between the ranks in one pass through a layer.
 
-    sent, received: number of rows to and from each rank. order: numbers of the arrived rows, sorted by expert;
-    inverse: where each of them is in that order. ends: (experts of this rank,), as in GroupedLinear.
+    sent, received: number of rows to and from each rank. order: the indices that sort the received rows by expert.
+    inverse: the position of each received row in that order. ends: as in GroupedLinear, for this rank's experts.
     """
 
     part: ExpertPart
@@ -86,7 +92,7 @@ class Route:
     ends: Tensor
 
     def to_experts(self, rows: Tensor) -> Tensor:
-        """Send rows (n, C), sorted by expert, to the ranks of their experts. Returns those that arrive, sorted.
+        """Send rows (n, C), sorted by expert, to the ranks of their experts. Return the received rows, sorted too.
 
         A collective of the group, in the backward pass too.
         """

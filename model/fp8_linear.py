@@ -36,7 +36,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels)
     """Return F.linear(x, weight, bias), (..., out), multiplied in 8 bits: x (..., in), weight (out, in), bias (out,).
 
     Under autocast all three are cast to its dtype first. On GPUs `in`, `out` and the number of rows of x must be
-    multiples of config.FP8_MULTIPLE.
+    multiples of 16.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -47,7 +47,9 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels)
 
 
 def product(a: Factor, b: Factor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool) -> Tensor:
-    """Return a b^T + bias, (N, M) in dtype, for 8-bit factors a (N, K) and b (M, K) with their scalars, and bias (M,).
+    """Return a b^T + bias, (N, M) in dtype, for 8-bit factors a (N, K) and b (M, K), and bias (M,).
+
+    Each factor is a pair: its 8-bit values, and the fp32 scalar by which they are multiplied.
 
     fast_sums: on Hopper GPUs, let the tensor cores add with fewer bits than fp32, which is faster.
     """

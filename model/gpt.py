@@ -545,7 +545,7 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     """Return the initial value of a parameter, in fp32 on the CPU, as in GPT-2 (Radford et al. 2019, section 2.3).
 
     Matrices are drawn from a normal distribution with standard deviation 0.02, or 0.02 / sqrt(2 n_layer) if their
-    output is added to the residual stream; these are 0 with zero_init_proj. Norms and residual scales are 1.
+    output is added to the residual stream; the latter are 0 with zero_init_proj. Norms and residual scales are 1.
     Biases, and the padding rows of embedding and head, are 0.
     """
     if not is_matrix(name):
@@ -580,10 +580,10 @@ def is_muon_parameter(name: str) -> bool:
 
 
 def stacked_matrices(name: str, shape: Sequence[int], config: GPTConfig, split: bool) -> list[tuple[int, int]]:
-    """Return the shapes (rows, columns) of the matrices that are below each other in the matrix of this name.
+    """Return the shapes (rows, columns) of the matrices that are stacked row-wise in the parameter of this name.
 
-    A mixture has one matrix per expert. With `split`, the projections to queries, keys and values are three matrices,
-    and SwiGLU's gate and up are two.
+    A mixture of experts has one matrix per expert. With `split`, the projections to queries, keys and values are three
+    matrices, and SwiGLU's gate and up are two.
     """
     rows, columns = shape
     if split and name.endswith("attn.qkv.weight"):

@@ -35,7 +35,7 @@ Family = Literal[
 class Weight(NamedTuple):
     """One weight of our GPT, and the transformers weights that are stacked row after row to form it.
 
-    Without a transformers weight, it is the bias of a router in a family that has none, and must be 0.
+    If there is no such weight, ours is a router's bias, which the family lacks; it must then be 0.
     """
 
     ours: str  # our name
@@ -57,7 +57,7 @@ class Weight(NamedTuple):
         """
         if not self.theirs and ours.any():
             raise ValueError(
-                f"{self.ours} is not 0, but the class of transformers for this model has no bias in its routers.  "
+                f"{self.ours} is not 0, but the class of transformers for this model has no bias in its routers. "
                 "Train with model.balance_rate: 0, or with model.gate: sigmoid, which is exported as GLM-4-MoE."
             )
         for name, part in zip(self.theirs, torch.split(ours[: sum(self.rows)], list(self.rows)), strict=True):
@@ -75,7 +75,7 @@ class Weight(NamedTuple):
             part = get(name)
             if part.shape != shape:
                 raise ValueError(
-                    f"the weight {name} has the shape {list(part.shape)}, but by the config it has {list(shape)}: the "
+                    f"the weight {name} has the shape {list(part.shape)}, but the config implies {list(shape)}: the "
                     "files belong to different models, or one is damaged."
                 )
             parts.append(part.t() if self.transposed else part)
@@ -150,7 +150,7 @@ def _family_with_experts(config: GPTConfig) -> Family:
 def _windowed(config: GPTConfig) -> tuple[bool, bool]:
     """Return whether some layers have a sliding window, and whether all have one.
 
-    Without a window the layers are not looked at: a config.json may claim any number of them.
+    If no window is set, there is no loop over the layers, because a config.json may claim any number of them.
     """
     if config.sliding_window is None:
         return False, False

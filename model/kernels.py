@@ -44,7 +44,7 @@ class Kernels(Losses, Protocol):
         """Return (x + branch, its norm), or (x, its norm) if branch is None."""
 
     def rotate(self, x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
-        """Split x (B, T, H, D), which may be overwritten, into parts of `heads` heads; apply RoPE to the first two."""
+        """Split x (B, T, H, D) into queries, keys and values, with RoPE on the first two. May overwrite x."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, window: int | None = None

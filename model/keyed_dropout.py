@@ -1,7 +1,7 @@
-"""Dropout whose mask is a hash of the sample's number, not a draw from a random number generator.
+"""Dropout whose mask is a hash of the sample's index, not a draw from a random number generator.
 
 torch's dropout draws from a generator, so its masks depend on the number of ranks, the micro batch and all earlier
-draws. Here each sample of the batch has a 64-bit key, for example a hash of the seed and the sample's number in the
+draws. Here each sample of the batch has a 64-bit key, for example a hash of the seed and the sample's index in the
 run. The key and the dropout site (a number for each place in the model that has dropout) start one SplitMix64 sequence
 of random bits per sample, and element (t, c) takes its bits from a fixed position of that sequence. So a sample has the
 same mask on any rank, in any micro batch, after any restart, and if activation checkpointing repeats the forward pass.

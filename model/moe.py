@@ -11,7 +11,8 @@ of the global batch than the mean, and falls for those that got more. So neither
 a batch is divided into micro batches and ranks. An auxiliary loss per micro batch, or a limit of tokens per expert
 that drops the rest, would depend on it.
 
-Letters in shapes: N tokens, K experts per token, E experts, C channels of the residual stream, F of an expert.
+Letters in shapes: N tokens, K experts per token, E experts, C channels of the residual stream, F hidden channels of an
+expert.
 
 The rows of all tokens are sorted by expert, and each matrix of all experts is one Parameter (E * out, in), because
 grouped GEMMs read it in this form, ZeRO-3 gathers it in one collective, the rows of one expert are contiguous, and it
@@ -73,7 +74,9 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Tensor, choice: Choice | None = None) -> tuple[Tensor, Tensor]:
-        """Return the weights (N, K) fp32, with a graph, and the numbers (N, K) int64 of the experts of x (N, C).
+        """Choose K experts for each token of x (N, C). Return their weights and their indices, (N, K) each.
+
+        Weights are fp32 and have gradients; indices are int64.
 
         choice: if it is filled, its experts are used; otherwise it is filled.
         """
@@ -101,7 +104,7 @@ class GroupedLinear(nn.Module):
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Return (n, out) for rows (n, in) that are sorted by expert.
 
-        ends: (E,) int32 on the device of rows: the number of rows of experts 0 to e.
+        ends: (E,) int32 on the device of rows. ends[e] is the number of rows of experts 0 to e together.
         """
         weight: Tensor = self.weight
         if torch.is_autocast_enabled(rows.device.type):
@@ -120,7 +123,8 @@ class MoE(nn.Module):
     """The feed-forward part of a block with experts.
 
     shared: the MLP that every token uses in addition, of width n_shared_expert * d_expert; or None. `part` is set by
-    share_experts if this rank has only some of the experts: every rank of the group must then call each pass.
+    share_experts if this rank has only some of the experts: every rank of the group must then run each
+    forward and backward pass.
     """
 
     part: ExpertPart | None = None
@@ -162,7 +166,10 @@ class MoE(nn.Module):
         return y if self.shared is None else y + self.shared(x)
 
     def _compute(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Return the experts' results, (n, C), for rows (n, C) that are sorted by expert. ends: the end of each one."""
+        """Return the experts' results, (n, C), for rows (n, C) that are sorted by expert.
+
+        ends: as in GroupedLinear, but of any integer type.
+        """
         ends = ends.to(torch.int32)
         hidden = choose(self.kernels, rows.device).activate(self.up(rows, ends), self.activation)
         out: Tensor = self.proj(hidden, ends)
@@ -181,8 +188,9 @@ class MoE(nn.Module):
 class _Send(torch.autograd.Function):
     """Repeat the row of each token once per expert, sorted by expert: (N, C) to (N * K, C).
 
-    order: the numbers of the pairs (token, expert), sorted by expert. inverse: where each pair is in that order. The
-    backward pass reads with `inverse` instead of adding with `order`, so that GPUs add up in a fixed order too.
+    order: the indices of the pairs (token, expert), sorted by expert. inverse: the position of each pair in that
+    order. The backward pass gathers with `inverse` instead of scattering with `order`, so that GPUs, too, add up in a
+    fixed order.
     """
 
     @staticmethod
@@ -223,7 +231,7 @@ class _Collect(torch.autograd.Function):
 class _GroupedProduct(torch.autograd.Function):
     """Multiply the rows of each expert with its matrix: rows (n, in), weight (E * out, in) and ends (E,) to (n, out).
 
-    It keeps the Parameter itself for the backward pass, not a view of it, because ZeRO-3 exchanges its memory.
+    It keeps the Parameter itself for the backward pass, not a view of it, because ZeRO-3 replaces its memory.
     """
 
     @staticmethod
@@ -282,7 +290,7 @@ def _multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _split(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
-    """Return the rows of each expert. ends: as in GroupedLinear. On a GPU, this waits for it."""
+    """Return the rows of each expert. ends: as in GroupedLinear. On a GPU, the host waits for the GPU."""
     borders = [0, *ends.tolist()]
     return torch.split(rows, [last - first for first, last in itertools.pairwise(borders)])
 
@@ -303,7 +311,7 @@ def moe_layers(model: nn.Module) -> Iterator[MoE]:
 
 
 def share_experts(model: nn.Module, part: ExpertPart) -> None:
-    """Leave this rank's experts in each layer of a model on the meta device, whose weights are not drawn yet."""
+    """Keep only this rank's experts in each layer of a model on the meta device, whose weights are not drawn yet."""
     for layer in moe_layers(model):
         layer.part = part
         for linear in (layer.up, layer.proj):

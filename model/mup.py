@@ -7,7 +7,7 @@ m = d_model / base_width and n = n_layer / base_depth (1 if base_depth is not gi
 | standard deviation of the blocks' matrices at the start | 0.02 | 0.02 / sqrt(m) |
 | the same, if their output is added to the residual stream | 0.02 / sqrt(2 n_layer) | 0.02 / sqrt(2 base_depth m) |
 | learning rate of the blocks' matrices | lr | lr / m |
-| weight decay of the blocks' matrices | wd | wd m, so that lr wd stays |
+| weight decay of the blocks' matrices | wd | wd m, so that lr wd stays the same |
 | eps of AdamW for the blocks, and for all norms and biases | eps | eps / (m n) |
 | eps of AdamW for embeddings and head | eps | eps / m |
 | branch that a layer adds to the residual stream | f(x) | f(x) / n |
@@ -48,7 +48,7 @@ class MuP:
 
 
 class Scales(NamedTuple):
-    """The factors by which muP multiplies what the model has without it."""
+    """muP's factors for forward values, initial weights and optimizer settings; all are 1 without muP."""
 
     query: float = 1.0
     branch: float = 1.0
@@ -87,10 +87,11 @@ def residual_depth(config: GPTConfig) -> int:
 
 
 def folded(name: str, value: Tensor, config: GPTConfig) -> Tensor:
-    """Return the value of a parameter for a model that computes the same without the factors of the forward pass.
+    """Return a parameter's value times muP's factor of the forward pass, if it has one.
 
-    The factor of the branches goes into their projections, that of the head's input into the final norm, and that of
-    the queries into their rows of qkv, or into their norm if they have one.
+    A model with these values computes the same without muP's factors. The factor of the branches goes into their
+    projections, that of the head's input into the final norm, and that of the queries into their rows of qkv, or into
+    their norm if they have one.
     """
     factors = scales(config)
     if ".proj." in name:

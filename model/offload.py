@@ -53,7 +53,7 @@ class Offloaded:
     """A tensor of which only a copy in host memory is left. The copy is made asynchronously on a GPU."""
 
     def __init__(self, x: Tensor, before: Offloaded | None) -> None:
-        """Copy x to the host. before: the tensor that was offloaded before it, and is needed after it."""
+        """Copy x to the host. before: the one offloaded just before x, which the backward pass takes after x."""
         self.device, self.before = x.device, before
         self.fetched: Tensor | None = None
         self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)

@@ -33,11 +33,11 @@ def add_norm(
 
 
 def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
-    """Split x (B, T, H, D) into parts of `heads` heads and apply RoPE to the first two: queries and keys, not values.
+    """Split x (B, T, H, D) into queries, keys and values, and apply RoPE to queries and keys.
 
-    Each channel pair (i, i + D/2) is rotated by the angle of its position. rope (2, B or 1, T, 1, D/2): cosines and
-    sines from rope.rope_table. Computed in fp32 and rounded to x's dtype. Kernels may overwrite x, so that the parts
-    need no additional memory. The caller must not use x afterwards.
+    heads: the number of heads of each of the three. Each channel pair (i, i + D/2) is rotated by the angle of its
+    position. rope (2, B or 1, T, 1, D/2): cosines and sines from rope.rope_table. Computed in fp32 and rounded to x's
+    dtype. Kernels may overwrite x, so that the parts need no additional memory. The caller must not use x afterwards.
     """
     parts = torch.split(x, list(heads), dim=2)
     return *(_rotate(part, rope) for part in parts[:2]), *parts[2:]
@@ -46,7 +46,8 @@ def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
 def gradient_of_heads(grads: Sequence[Tensor], heads: list[int], turn_back: Callable[[Tensor, Tensor], None]) -> Tensor:
     """Return the gradient of the x of `rotate`, (B, T, sum of heads, D), for kernels that rotate in place.
 
-    grads: those of its results. turn_back(grad, part) writes the gradient of queries or keys, rotated back, to part.
+    grads: the gradients of its results. turn_back(grad, part) writes the gradient of queries or keys, rotated back, to
+    part.
     """
     first = grads[0]
     d_x = first.new_empty((*first.shape[:2], sum(heads), first.size(3)))

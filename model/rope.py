@@ -78,7 +78,7 @@ def _dynamic(exponents: Tensor, width: int, theta: float, factor: float, ratio: 
 
 
 def _yarn(plain: Tensor, width: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """Return YaRN's frequencies, (width / 2,), for the unscaled ones."""
+    """Return YaRN's frequencies, (width / 2,). plain: the unscaled frequencies."""
     length = scaling.original_max_position_embeddings or 1
 
     def channel_of(rotations: float) -> float:
@@ -95,7 +95,7 @@ def _yarn(plain: Tensor, width: int, theta: float, scaling: RopeScaling) -> Tens
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
-    """Return the frequencies of Llama 3.1, (width / 2,), for the unscaled ones."""
+    """Return the frequencies of Llama 3.1, (width / 2,). plain: the unscaled frequencies."""
     length = scaling.original_max_position_embeddings or 1
     low, high = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 1.0
     rotations = length * plain / (2 * math.pi)  # over the pre-training length

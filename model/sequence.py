@@ -107,8 +107,9 @@ class SequencePart:
         return results
 
     def _exchange(self, sent: Tensor, sizes_sent: list[int], sizes_received: list[int]) -> Tensor:
-        """Send one piece of a flat tensor to each rank. Return the pieces from all ranks as a flat tensor, in their
-        order.
+        """Send one piece of a flat tensor to each rank, and return the received pieces as a flat tensor.
+
+        Both tensors are in the order of the ranks.
         """
         received = sent.new_empty(sum(sizes_received))
         self.all_to_all(received, sent, sizes_received, sizes_sent)

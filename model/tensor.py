@@ -34,7 +34,7 @@ AllReduce = Callable[[Tensor, bool], None]  # in place: the sum over the ranks, 
 
 
 def _nothing(values: Tensor, largest: bool) -> None:
-    """Be the AllReduce of a single rank."""
+    """Do nothing: the AllReduce of a single rank."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class _Sum(torch.autograd.Function):
 
 
 def own_tokens(tokens: Tensor, rows: int, part: TensorPart) -> tuple[Tensor, Tensor]:
-    """Return (rows of this rank's embedding for these token ids, whether the row is on this rank).
+    """Return, for each token id, (its row's index in this rank's embedding, whether this rank has the row).
 
-    `rows` is the number of rows of a rank. For ids of other ranks the row is one that exists.
+    `rows`: how many rows each rank has. If another rank has the row, the index is a valid one without meaning.
     """
     place = tokens - part.rank * rows
     return place.clamp(0, rows - 1), (place >= 0) & (place < rows)
@@ -110,7 +110,7 @@ def own_tokens(tokens: Tensor, rows: int, part: TensorPart) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class VocabularyLosses:
-    """The losses of logits that the ranks share: row_losses of reference_ops.py, with other arithmetic."""
+    """row_losses of reference_ops.py for logits whose vocabulary is divided between the ranks."""
 
     part: TensorPart
 
@@ -162,7 +162,7 @@ class VocabularyLosses:
 
 @dataclass(frozen=True)
 class Slices:
-    """The part of a complete parameter that one rank has: `spans` (first, number) of the dimension `dim`, in order."""
+    """The part of a complete parameter that one rank has: `spans` (first index, length) along `dim`, in order."""
 
     dim: int
     spans: list[tuple[int, int]]

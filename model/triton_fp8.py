@@ -4,7 +4,8 @@
     round_tiles         one tile per program: read, scale, round, write as it is and transposed
 
 reference_ops.quantise computes the same with torch's operations, in a dozen kernel launches and three more passes.
-GPUs have the conversion from compute capability 8.9 on. It first truncates to fp16, which is exact for a bf16 matrix.
+GPUs of compute capability 8.9 or newer have the conversion to 8 bits. It first truncates to fp16, which is
+exact for a bf16 matrix.
 """
 
 from __future__ import annotations
