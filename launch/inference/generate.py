@@ -49,7 +49,7 @@ class Continuation:
 
 
 class NumberedContinuation(TypedDict):
-    """A Continuation as JSON. `sample` is its number among the continuations of its prompt, from 0."""
+    """A Continuation as JSON. `sample` is its index (from 0) among the continuations of its prompt."""
 
     prompt: str
     text: str
@@ -189,7 +189,7 @@ def run_dialog(
 ) -> None:
     """Read prompts with `read_line` and write their continuations with `write`, until end of file or Ctrl-C.
 
-    Ctrl-C during a continuation ends only that continuation. The n-th prompt uses the seed + n - 1.
+    Ctrl-C during a continuation ends only that continuation. The n-th prompt uses the seed settings.seed + n - 1.
     """
     number = 0
     while True:

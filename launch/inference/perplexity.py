@@ -67,9 +67,9 @@ class EvaluationResult(TypedDict):
 
 @dataclass(frozen=True)
 class Span:
-    """A window over the tokens of a split, whose numbers count from 0. The model predicts tokens first to last - 1.
+    """A window over the tokens of a split. The model predicts the tokens with indices `first` to `last` - 1.
 
-    Only the losses of tokens scored to last - 1 are counted; the others are context.
+    Only the losses of tokens `scored` to `last` - 1 are counted; the earlier tokens are context. Indices begin at 0.
     """
 
     first: int

@@ -280,8 +280,9 @@ def _write_error(error_file: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """Measure the training loop that job.json describes, until this process is killed. The command line has its
-    path.
+    """Measure the training loop that job.json describes, until this process is killed.
+
+    The command line has the path of job.json.
     """
     path = next(Path(word) for word in sys.argv[1:] if word.endswith(".json"))
     with _write_error(path.with_name("error")), DeepSpeedLogFilter(), quiet(path.with_suffix(".log")):

@@ -59,7 +59,7 @@ class WidthCheck:
 
     @property
     def flat(self) -> bool:
-        """Return whether all layers are flat."""
+        """Return whether the activations of all layers are independent of the width."""
         return all(layer.flat for layer in self.layers)
 
 
@@ -118,7 +118,7 @@ def widened(config: GPTConfig, width: int) -> GPTConfig:
 
 
 def _mean_over_seeds(config: GPTConfig, run: RunFile, batches: Batches, seeds: int) -> dict[str, tuple[float, float]]:
-    """Return the results of _measure, averaged over train.seed and the seeds after it."""
+    """Return the results of _measure, averaged over the seeds train.seed, train.seed + 1, ..."""
     found = [_measure(config, run, batches, run.train.seed + n) for n in range(seeds)]
     return {
         layer: (float(np.mean([one[layer][0] for one in found])), float(np.mean([one[layer][1] for one in found])))
@@ -172,7 +172,7 @@ def _activations(model: GPT, batch: MicroBatch) -> dict[str, Tensor]:
 def _compare(
     layer: str, values: Sequence[tuple[float, float]], configs: Sequence[GPTConfig], tolerance: float
 ) -> LayerResult:
-    """Return the result of a layer, given (size, change) at each width."""
+    """Return the result of a layer, given (mean |activation|, mean |change|) at each width."""
     widths = [config.d_model for config in configs]
     sizes, changes = zip(*values, strict=True)
     of_sizes, of_changes = exponent(widths, sizes), exponent(widths, changes)

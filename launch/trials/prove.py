@@ -13,7 +13,8 @@ folder. There are three runs:
 Equal bits need the same model of GPU, number of ranks per host and in all, and versions of torch, cuDNN, NCCL and the
 driver. The proof prints those that it was made with, and every checkpoint records them.
 
-With a hostfile, `packspeed launch` trains these runs on its hosts (prove_places.py). `other` uses the first of them.
+With a hostfile, `packspeed launch` trains these runs on its hosts (prove_places.py). `other` uses the first of these
+hosts.
 
 Cost: four launches and 2.5 times the steps.
 """
@@ -118,8 +119,8 @@ def plan_proof(
 ) -> ProofPlan:
     """Shorten the run to `steps` steps, and choose the step and the victim of the kill at random from `seed`.
 
-    `ranks` and `other_ranks` have defaults if they are None; with `hosts`, the default of `ranks` is their slots. If
-    `other_ranks` is 0, there is no second resume. Raises ConfigError if there are too few steps, if the
+    `ranks` and `other_ranks` have defaults if they are None; with `hosts`, the default of `ranks` is the number of
+    their slots. If `other_ranks` is 0, there is no second resume. Raises ConfigError if there are too few steps, if the
     global batch cannot be divided among the ranks, or if the run file gives up bitwise resumes.
     """
     run = load_run_file(run_file, overrides)
@@ -152,8 +153,8 @@ def plan_proof(
 def _other_ranks(run: RunFile, ranks: int) -> int | None:
     """Return the default number of ranks for the second resume: half of `ranks`, or 2 if `ranks` is 1.
 
-    It is lower if that number cannot share the global batch. Returns None if no other number can, or if `ranks` is 1
-    and this machine has only one GPU.
+    It is lower if the global batch cannot be divided among that many ranks. Returns None if there is no such
+    number, or if `ranks` is 1 and this machine has only one GPU.
     """
     if ranks == 1 and launcher.local_accelerators() == 1:
         return None

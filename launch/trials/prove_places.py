@@ -41,10 +41,10 @@ class Victims(Protocol):
         """Look for ranks that have started since the last call. Call it often, until the kill."""
 
     def kill(self, victim: str) -> None:
-        """Kill `victim`, one of VICTIMS, with SIGKILL."""
+        """Kill `victim` ("one rank", "all ranks" or "the launcher") with SIGKILL."""
 
     def wait(self) -> None:
-        """Wait until the launcher and all ranks have ended, at most END_TIMEOUT_S."""
+        """Wait until the launcher and all ranks have ended, for 600 s at most."""
 
 
 class Place(Protocol):
@@ -59,7 +59,7 @@ class Place(Protocol):
     def victims(
         self, process: psutil.Popen, ranks: int, run_folder: Path
     ) -> contextlib.AbstractContextManager[Victims]:
-        """Return a context with the processes of the launch that `process`, the launcher, has begun."""
+        """Return a context with the processes of the launch that `process`, the launcher, has started."""
 
 
 class ThisMachine:
@@ -114,7 +114,7 @@ def process_tree(process: psutil.Popen) -> list[psutil.Process]:
 class OverHosts:
     """Ranks that `packspeed launch` starts on hosts.
 
-    If a trial needs fewer ranks than the hosts have slots, the last slots and hosts are unused. `python` is the
+    If a run needs fewer ranks than the hosts have slots, the last slots and hosts are unused. `python` is the
     interpreter on the hosts, and `ssh_config` replaces ~/.ssh/config.
     """
 
@@ -138,7 +138,7 @@ class OverHosts:
         return chosen
 
     def command(self, ranks: int, arguments: Sequence[str], folder: Path) -> list[str]:
-        """Return the command of `packspeed launch`, which restarts nothing. Writes its hostfile into `folder`."""
+        """Return the command of `packspeed launch` without restarts. Writes its hostfile into `folder`."""
         hostfile = folder / f"hosts-{ranks}"
         hostfile.write_text("".join(f"{host.name} slots={host.slots}\n" for host in self.first(ranks)))
         _, run_file, *sets = arguments  # --config FILE --set=...
@@ -170,7 +170,7 @@ class OverHosts:
 
 
 class _RemoteVictims:
-    """The launcher on this machine and its ranks on hosts. `names` has the host of each rank."""
+    """The launcher on this machine and its ranks on hosts. `names`: the host name of each rank."""
 
     def __init__(
         self, process: psutil.Popen, names: list[str], shells: Mapping[str, subprocess.Popen[str]], logs: Path
@@ -196,7 +196,7 @@ class _RemoteVictims:
                 code = shell.wait(END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 raise UserError(
-                    f"{name}: ranks are still running there {END_TIMEOUT_S:.0f} s after the kill."
+                    f"{name}: ranks are still running on this host {END_TIMEOUT_S:.0f} s after the kill."
                 ) from None
             if code:
                 raise UserError(

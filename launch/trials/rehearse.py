@@ -107,7 +107,9 @@ def enter_own_network(faults: list[Fault]) -> None:
         return
     if OWN_NETWORK not in os.environ:
         if missing := [tool for tool in ("unshare", "ip", "tc") if shutil.which(tool) is None]:
-            raise ConfigError(f"--fault {min(wanted)}: {', '.join(missing)} is missing here (util-linux, iproute2).")
+            raise ConfigError(
+                f"--fault {min(wanted)}: {', '.join(missing)} is missing. Install util-linux and iproute2."
+            )
         os.environ[OWN_NETWORK] = "1"
         again = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", *sys.argv[1:]]
         os.execvp("unshare", ["unshare", "--net", *([] if os.geteuid() == 0 else ["--map-root-user"]), *again])
@@ -121,7 +123,7 @@ def slow_down(kind: str, amount: str) -> None:
     """Delay or throttle the loopback device. `kind` is a key of QDISCS ("delay" or "slow"), and `amount` is in ms or
     Mbit/s.
 
-    Raises ConfigError that names the kernel module if the kernel lacks it.
+    Raises a ConfigError that names the kernel module if the kernel lacks it.
     """
     qdisc = QDISCS[kind].format(amount).split()
     done = subprocess.run(["tc", "qdisc", "replace", "dev", "lo", "root", *qdisc], capture_output=True, text=True)
@@ -163,7 +165,7 @@ def small_disk(folder: Path, wanted: bool) -> Iterator[None]:
 
 
 def fill_disk(folder: Path) -> None:
-    """Use all free space of the folder's file system, with a file named FILL_FILE."""
+    """Use all free space of the folder's file system, by writing a large file there."""
     with (folder / FILL_FILE).open("wb", buffering=0) as file:
         with contextlib.suppress(OSError):
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free)  # in one call: the ranks keep writing

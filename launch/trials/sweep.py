@@ -45,7 +45,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What the folder of a run says about it."""
+    """The state of a run, read from its folder."""
 
     run: SweepRun
     state: State
@@ -159,8 +159,8 @@ def _train(sweep: Sweep, waiting: list[SweepRun], received: list[int], say: Say)
 def _start(sweep: Sweep, run: SweepRun, place: int) -> subprocess.Popen[bytes]:
     """Start `packspeed train` for a run, in a session of its own, with its output in a log file beside its folder.
 
-    `place` is its number among the runs side by side: it chooses the run's GPUs. Without GPUs, runs side by side get
-    equal shares of the cores as OMP_NUM_THREADS, unless that is set.
+    `place` is its index among the runs that train at the same time; it determines the run's GPUs. Without
+    GPUs, these runs get equal shares of the cores as OMP_NUM_THREADS, unless that is set.
     """
     folder, env = run.run.folder, dict(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The rows of a sweep, the best first, and what their losses are."""
+    """The rows of a sweep, the best first, and which loss they compare (`measure`)."""
 
     measure: str
     rows: list[Row]

@@ -4,7 +4,7 @@
     [run.name for run in sweep.runs]            # lr-1e-3-seed-1, lr-1e-3-seed-2, lr-2e-3-seed-1, lr-2e-3-seed-2
 
 Each run is an ordinary run, in the folder <runs_dir>/<name>-sweep/<name of the values>. Its name depends on its own
-values only, so a grid can get more values later without a repetition of the runs that there are.
+values only, so you can later add values to a grid without repeating the existing runs.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def plan_sweep(
 
     ranks: of each run; None: an equal share of the GPUs, or 1 on CPUs. Loads and checks the run file, the DeepSpeed
     JSON, the dataset and the model of every run, so that none fails for a typing error hours later. If one is invalid,
-    raises ConfigError that names the run.
+    raises a ConfigError that names the run.
     """
     if not grids and seeds is None:
         raise ConfigError("give --grid KEY=VALUE,VALUE or --seeds SEED,SEED: without them there is only one run.")
@@ -105,14 +105,14 @@ def plan_sweep(
     most = max(run.ranks for run in runs)
     if parallel > 1 and 0 < local_accelerators() < parallel * most:
         raise ConfigError(
-            f"--parallel {parallel}: {parallel} runs of {most} rank(s) need {parallel * most} GPUs, and there are "
-            f"{local_accelerators()}. Lower --parallel or --ranks."
+            f"--parallel {parallel}: {parallel} runs of {most} rank(s) need {parallel * most} GPUs, but this machine "
+            f"has {local_accelerators()}. Lower --parallel or --ranks."
         )
     return Sweep(run_file, list(overrides), folder, parallel, runs)
 
 
 def _axes(grids: Sequence[str], seeds: str | None) -> dict[str, list[str]]:
-    """Return {key: its values as texts} of the options --grid and --seeds. Raises ConfigError if one is malformed."""
+    """Return {key: [value, ...]} from the options --grid and --seeds. Raises ConfigError if one is malformed."""
     axes: dict[str, list[str]] = {}
     for grid in grids:
         key, equals, text = grid.partition("=")
@@ -120,7 +120,10 @@ def _axes(grids: Sequence[str], seeds: str | None) -> dict[str, list[str]]:
         if not equals or not key:
             raise ConfigError(f"--grid {grid}: write it as --grid KEY.PATH=VALUE,VALUE, such as train.seed=1,2.")
         if key in OWN_KEYS:
-            raise ConfigError(f"--grid {grid}: a sweep sets {key} itself. To name the sweep, use --set name=NAME.")
+            raise ConfigError(
+                f"--grid {grid}: a sweep sets {key} itself, for each run. To choose it for the sweep, use "
+                f"--set {key}=VALUE."
+            )
         if key in axes:
             raise ConfigError(f"--grid {grid}: {key} has a grid already. Give all its values in one option.")
         axes[key] = split_values(text, f"--grid {grid}")
@@ -183,7 +186,9 @@ def _refuse_repetitions(runs: Sequence[SweepRun]) -> None:
         key = json.dumps(run.run.model_dump(mode="json", exclude={"name"}), sort_keys=True)
         if run.name in names or key in seen:
             first = run.name if run.name in names else seen[key]
-            raise ConfigError(f"the runs {first} and {run.name} of the sweep are the same run. Remove a value.")
+            raise ConfigError(
+                f"the runs {first} and {run.name} of the sweep are the same run. Remove the repeated value."
+            )
         names.add(run.name)
         seen[key] = run.name
 
