@@ -44,7 +44,7 @@ class Victims(Protocol):
         """Kill `victim` ("one rank", "all ranks" or "the launcher") with SIGKILL."""
 
     def wait(self) -> None:
-        """Wait until the launcher and all ranks have ended, for 600 s at most."""
+        """Wait until the launcher and all ranks have ended: at most 600 s for the launcher and for each host."""
 
 
 class Place(Protocol):
