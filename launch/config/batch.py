@@ -23,7 +23,10 @@ from packspeed.launch.config.run_file import RunFile
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """How the samples of one optimizer step are divided: global batch = micro_batch x accumulation x layout.rows."""
+    """How the samples of one optimizer step are divided: global batch = micro_batch x accumulation x layout.rows.
+
+    layout.rows is the number of groups of ranks that read different samples.
+    """
 
     micro_batch: int  # samples per forward pass of a rank; ranks that share rows have the same samples
     accumulation: int  # forward passes per optimizer step
@@ -31,17 +34,17 @@ class BatchPlan:
 
     @property
     def counted_by_deepspeed(self) -> int:
-        """DeepSpeed's train_batch_size: micro_batch x accumulation x the ranks that it takes for data-parallel."""
+        """DeepSpeed's train_batch_size: micro_batch x accumulation x layout.zero, its data-parallel ranks."""
         return self.micro_batch * self.accumulation * self.layout.zero
 
 
 def plan_batch(run: RunFile, world: int) -> BatchPlan:
-    """Return how a run with `world` ranks divides its ranks and its batch. Raises ConfigError if it cannot."""
+    """Return how `world` ranks form groups and divide the global batch. Raises ConfigError if they cannot."""
     return solve_batch(run.global_batch, run.data.seq_len, run_layout(run, world), run.train.micro_batch)
 
 
 def fits(run: RunFile, world: int) -> bool:
-    """Return whether `world` ranks can share the rows of the run's global batch, and its experts, equally."""
+    """Return whether `world` ranks can equally share the rows of the global batch and the experts of each layer."""
     rows, rest = divmod(world, run.parallel.per_row)
     experts_fit = world // run.parallel.tensor % run.parallel.expert == 0
     return rest == 0 and rows > 0 and run.global_batch % rows == 0 and experts_fit

@@ -29,8 +29,8 @@ def fill_defaults(final: JsonObject, precision: str, model: GPTConfig | None, ra
     """Add Packspeed's defaults to `final`, a DeepSpeed configuration, in place. Keys that it already has are not
     changed.
 
-    precision: "fp32", "bf16" or "fp16". ranks: data-parallel ranks. Without a model, the sizes of buckets and buffers,
-    which depend on it, are left to DeepSpeed.
+    precision: "fp32", "bf16" or "fp16". ranks: number of data-parallel ranks. If `model` is None, DeepSpeed chooses the
+    sizes of buckets and buffers, because Packspeed's depend on the model.
     """
     final.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     zero = final.get("zero_optimization") or {}

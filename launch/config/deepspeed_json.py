@@ -34,7 +34,7 @@ DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 def ds_config_path(name: str) -> Path:
     """Return the path of a DeepSpeed JSON: ds_configs/zero1.json for "zero1".
 
-    A name that contains a slash or ends in .json is returned as a path without a change.
+    A name that contains a slash or ends in .json is itself the path.
     """
     return Path(name) if "/" in name or name.endswith(".json") else DS_CONFIGS / f"{name}.json"
 
@@ -132,7 +132,7 @@ def bad_values(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
                 yield (
                     ("zero_optimization", old_key),
                     f"zero_optimization.{old_key} is an old key: its value must be true or false, and the block that "
-                    "has replaced it must be absent.",
+                    "replaces it (offload_optimizer or offload_param) must be absent. Remove the old key.",
                 )
     for key, value in data.items():
         if value == "auto" and key not in OWNED and not isinstance(KEYS.get(key), (Refused, Unused)):
@@ -224,8 +224,8 @@ def resolve_ds_config(
     """Return the final DeepSpeed configuration: the JSON plus the keys that the run file sets, without any "auto".
 
     `raw` is the checked JSON (load_ds_config) and `precision` is "fp32", "bf16" or "fp16". Raises ConfigError if the
-    JSON contradicts the run file. The message names both values. If neither file sets a key of deepspeed_defaults.py,
-    it gets the default there. `model` is needed for the defaults that depend on its size.
+    JSON contradicts the run file (the message names both values), and for fp16 at stage 0. Keys that neither file sets
+    get the defaults of deepspeed_defaults.py. Some of these depend on the model's size and need `model`.
     """
     raw = _without_auto(without_refused_keys(raw))
     final = {key: copy.deepcopy(value) for key, value in raw.items() if key not in OWNED}
@@ -310,7 +310,7 @@ def _refused_with_tensor(path: Path, raw: JsonObject, asked: str) -> Iterator[st
     if (zero.get("zero_hpz_partition_size") or 1) > 1 or zero.get("zero_quantized_gradients") is True:
         yield (
             f"{path}: zero_hpz_partition_size and zero_quantized_gradients with {asked} are not supported: DeepSpeed "
-            "makes their groups of neighbouring ranks, which have different parts of the weights. Remove them here."
+            "uses groups of neighbours for them, and they have different parts of the weights. Remove them here."
         )
 
 
@@ -336,7 +336,7 @@ def _refused_with_experts(path: Path, raw: JsonObject, expert: int) -> Iterator[
     if zero_stage(raw) == 3:
         yield (
             f"{path}: ZeRO-3 with parallel.expert = {expert} is not supported, because it would partition each rank's "
-            "experts over ranks that have other ones. Write deepspeed: zero1 or zero2, or parallel.expert: 1."
+            "experts over ranks that hold other experts. Write deepspeed: zero1 or zero2, or parallel.expert: 1."
         )
     found = {
         "zero_optimization.reduce_scatter: false": zero.get("reduce_scatter") is False,

@@ -71,17 +71,17 @@ ANY: KeyTree = {"*": WORKS}  # free-form: any keys
 
 
 def _works(names: str) -> KeyTree:
-    """Return {name: WORKS} for each of these names, which are separated by spaces."""
+    """Return {name: WORKS} for each word of `names`, a text with spaces between the words."""
     return dict.fromkeys(names.split(), WORKS)
 
 
 SEQUENCE = (
-    "the run file sets it: parallel.sequence. Remove the key here. Packspeed has its own exchange, because DeepSpeed's "
-    "scales gradients by another factor at each ZeRO stage."
+    "the run file sets it: parallel.sequence. Remove the key here. Packspeed has its own sequence parallelism, because "
+    "DeepSpeed's scales gradients by a different factor at each ZeRO stage."
 )
 TENSOR = (
     "the run file has parallel.tensor instead. Remove the block here. DeepSpeed's AutoTP is not used, because its "
-    "checkpoints fit one number of ranks."
+    "checkpoints can be loaded only with the number of ranks that saved them."
 )
 EXPERT = "the run file has parallel.expert instead. Remove the block here."
 NO_EXPORT_BY_DEEPSPEED = "checkpoints contain no 16-bit weights. `packspeed export` writes them from any checkpoint."
@@ -104,7 +104,7 @@ KEYS: KeyTree = {
     ),
     "sequence_parallel_size": Refused(SEQUENCE, unless(1)),
     "disable_allgather": Unused("DeepSpeed 0.19 never reads it."),
-    "zero_force_ds_cpu_optimizer": Unused("a Packspeed run always uses DeepSpeed's own optimizer.", unless(True)),
+    "zero_force_ds_cpu_optimizer": Unused("Packspeed sets it itself if the run needs it.", unless(True)),
     "dataloader_drop_last": Unused(OWN_LOADER),
     "vocabulary_size": Unused("DeepSpeed uses it for a warning only. The tokenizer determines the vocabulary."),
     "use_data_before_expert_parallelism": Unused("Packspeed has its own expert parallelism."),

@@ -19,7 +19,7 @@ def engine_precision(precision: str) -> str:
 
 
 def fp8_blocks(config: GPTConfig, skip_blocks: int) -> range:
-    """Return the numbers, from 0, of the transformer blocks whose linear layers multiply in fp8.
+    """Return the indices, from 0, of the transformer blocks whose linear layers multiply in fp8.
 
     The first and the last `skip_blocks` blocks stay in bf16.
     """
@@ -50,6 +50,6 @@ def fp8_obstacle(config: GPTConfig, seq_len: int, skip_blocks: int) -> str | Non
     if not wrong:
         return None
     return (
-        f"GPUs multiply in it only if all sizes are multiples of {FP8_MULTIPLE}, but {', '.join(wrong)}. Change that, "
-        "or use bf16."
+        f"GPUs multiply in fp8 only if all sizes are multiples of {FP8_MULTIPLE}, but {', '.join(wrong)}. Change "
+        "these sizes, or use bf16."
     )

@@ -25,7 +25,7 @@ from packspeed.model.config import FP8_MULTIPLE, VOCAB_MULTIPLE, GPTConfig
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sizes of the parallel axes; `world` is the number of ranks. run_layout has checked all sizes."""
+    """The sizes of the parallel axes; `world` is the number of ranks. run_layout checks them; this class does not."""
 
     world: int = 1
     sequence: int = 1  # ranks that share the tokens of the same rows
@@ -52,25 +52,26 @@ class Layout:
         return self._axis(axis)[1]
 
     def index(self, axis: str, rank: int) -> int:
-        """Return the number of `rank` within its group along an axis, from 0."""
+        """Return the position, from 0, of `rank` in its group along an axis (see `_axis`)."""
         stride, size = self._axis(axis)
         return rank // stride % size
 
     def members(self, axis: str, rank: int) -> list[int]:
-        """Return the ranks of the group along an axis to which `rank` belongs, in ascending order."""
+        """Return, in ascending order, the ranks of the group along an axis (see `_axis`) that contains `rank`."""
         stride, size = self._axis(axis)
         first = rank - self.index(axis, rank) * stride
         return [first + stride * number for number in range(size)]
 
     def groups(self, axis: str) -> list[list[int]]:
-        """Return all groups along an axis, in the same order on every rank. Each rank is in one of them."""
+        """Return the groups along an axis (see `_axis`), in the same order on every rank. Each rank is in one group."""
         return [self.members(axis, rank) for rank in range(self.world) if self.index(axis, rank) == 0]
 
     def _axis(self, name: str) -> tuple[int, int]:
-        """Return (distance between neighbours, number of ranks) of the groups along an axis.
+        """Return (difference between neighbouring ranks, number of ranks) of each group along an axis.
 
-        tensor: ranks that share weights. sequence: that share the tokens of rows. rows: that read different rows.
-        zero: over which ZeRO partitions. expert: that share experts. expert_copies: that hold the same experts.
+        The ranks of a group do the following. tensor: share the weights of each layer. sequence: share the tokens of
+        the same rows. rows: read different rows. zero: hold ZeRO's partitions of the same weights. expert: share the
+        experts of each layer. expert_copies: hold the same experts.
         """
         zero = self.world // self.tensor
         return {
@@ -97,8 +98,8 @@ ONE_RANK = Layout()
 def run_layout(run: RunFile, world: int) -> Layout:
     """Return the layout of a run with `world` ranks.
 
-    Raises ConfigError if a size of the section `parallel` does not divide the ranks, the heads or the tokens of a row;
-    the message lists the sizes that do.
+    Raises ConfigError if a size of the section `parallel` does not divide the number of ranks, heads or experts, or
+    is not supported with another setting; the message says which sizes are possible or what to change.
     """
     sizes = run.parallel
     layout = Layout(world, sizes.sequence, sizes.tensor, sizes.expert)
@@ -130,7 +131,7 @@ def _check_ranks(layout: Layout) -> None:
 def _check_tensor(run: RunFile, layout: Layout) -> None:
     """Raise ConfigError unless the matrices can be divided evenly among the ranks of a tensor group.
 
-    Also raises it for what works with complete matrices only: experts, Muon, fp8, compiled blocks.
+    Also raises it for what tensor parallelism does not support: experts, Muon, fp8, compiled blocks and muP.
     """
     model, asked = run.gpt_config(1), f"parallel.tensor = {layout.tensor}"
     for refused, what, use in (
@@ -155,17 +156,17 @@ def _check_tensor(run: RunFile, layout: Layout) -> None:
         sizes = [size for size in range(1, layout.world + 1) if possible(size)]
         raise ConfigError(
             f"{asked}: the model has {model.n_head} heads, {model.kv_heads} key-value heads and {model.ff_width} "
-            "hidden channels in the MLP, which so many ranks cannot share equally. It must be a power of 2 and divide "
-            f"all three. With {layout.world} ranks these sizes are possible: {', '.join(map(str, sizes))}."
+            "hidden channels in the MLP, which so many ranks cannot share equally. The size must be a power of 2 and "
+            f"divide all three. With {layout.world} ranks these sizes are possible: {', '.join(map(str, sizes))}."
         )
 
 
 def _check_sequence(run: RunFile, layout: Layout) -> None:
     """Raise ConfigError unless every rank of a sequence group gets equally many heads, and enough tokens.
 
-    Each rank attends with some of the heads over complete rows. Key-value heads that are fewer than the ranks are
-    repeated, so their number must divide that of the ranks or the other way round. In fp8, matrix products need a
-    multiple of 16 tokens.
+    Each rank attends with some of the heads over complete rows. If there are fewer key-value heads than
+    ranks, they are repeated. So one of these two numbers must divide the other. In fp8, matrix products need a multiple
+    of 16 tokens.
     """
     model, length = run.gpt_config(1), run.data.seq_len
 
@@ -190,7 +191,10 @@ def _check_sequence(run: RunFile, layout: Layout) -> None:
 
 
 def _check_experts(run: RunFile, layout: Layout) -> None:
-    """Raise ConfigError unless the ranks can share the experts of each layer equally, with this optimizer."""
+    """Raise ConfigError unless the ranks can share the experts of each layer equally.
+
+    Also raises it with Muon and with tensor parallelism, which do not work with expert parallelism.
+    """
     model, key = run.gpt_config(1), f"parallel.expert = {layout.expert}"
     if model.n_expert is None:
         raise ConfigError(f"{key}: the model has no experts (model.n_expert). Write 1.")

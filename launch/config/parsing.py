@@ -60,7 +60,7 @@ def read_text(path: Path, what: str, hint: str = ".") -> str:
 
 
 def unusable_character(text: str) -> str | None:
-    """Return the name (U+0000) of the first null or surrogate character of the text, or None if it has none.
+    """Return the name (such as U+0000) of the first null or surrogate character of the text, or None if it has none.
 
     Paths and terminals cannot contain these characters.
     """
@@ -211,7 +211,7 @@ def parse_json(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
 def _parse_hjson(text: str, place: Path | str, json_error: json.JSONDecodeError) -> Any:
     """Parse text as HJSON, after the JSON parser has failed with `json_error`.
 
-    Raises ConfigError that quotes both errors.
+    If this fails too, raises a ConfigError that quotes both errors.
     """
     import hjson  # only here: most files are JSON
 
@@ -277,9 +277,9 @@ class _KeysOfText:
                 self.keys.append((match["quoted"] if match["colon"] else match["bare"].strip("'"), line))
 
     def next_line(self, key: str) -> int | None:
-        """Return the line, from 1, of the next key of this name in the text.
+        """Return the line, from 1, of the next occurrence of `key` in the text.
 
-        Returns None if it is not among the next LOOKAHEAD keys.
+        Returns None if `key` is not among the next 50 keys (LOOKAHEAD).
         """
         for position in range(self.position, min(self.position + self.LOOKAHEAD, len(self.keys))):
             name, line = self.keys[position]

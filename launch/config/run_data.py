@@ -68,7 +68,7 @@ def loader_of_run(folder: Path) -> Loader:
 def open_data(run: RunFile) -> TokenDataset | MixtureData:
     """Open the dataset of a run, or all datasets of its mixture. Datasets at URLs are read through the local cache.
 
-    The first rank of each host checks the sizes of a dataset's shards in a folder; the other ranks do not repeat that.
+    If a dataset is in a folder, the first rank of each host checks the sizes of its shards; the other ranks do not.
     """
     options: JsonObject = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb}
     options["quick_check"] = os.environ.get("LOCAL_RANK", "0") == "0"

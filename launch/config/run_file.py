@@ -31,9 +31,10 @@ class Section(BaseModel):
 
 
 NO_PIPELINE = (
-    "Packspeed has no pipeline parallelism. DeepSpeed's works with ZeRO-0 and 1 only, clips by the norm of one stage "
-    "at ZeRO-0, and names weights by stage, so that a checkpoint fits one number of stages. To divide a model among "
-    "ranks, use ZeRO-3 (deepspeed: zero3); to divide long rows, use parallel.sequence"
+    "Packspeed has no pipeline parallelism. DeepSpeed's works with ZeRO-0 and 1 only, clips each stage by its "
+    "own norm at ZeRO-0, and names weights by stage, so that a checkpoint can be loaded only with the number of stages "
+    "that saved it. To divide a model among ranks, use ZeRO-3 (deepspeed: zero3); to divide long rows, use "
+    "parallel.sequence"
 )
 
 # One description per field of GPTConfig, a dataclass without descriptions. A test checks that no field is missing.
@@ -41,8 +42,8 @@ MODEL_KEYS = {
     "n_layer": "Number of transformer blocks.",
     "n_head": "Number of attention (query) heads.",
     "d_model": "Width of the residual stream, in channels.",
-    "vocab_size": "Tokens in the vocabulary. Default: the dataset's tokenizer. The weights are padded to a multiple of "
-    "128 rows; the padding never changes the loss.",
+    "vocab_size": "Number of tokens in the vocabulary. Default: that of the dataset's tokenizer. The weights are padded "
+    "to a multiple of 128 rows; the padding never changes the loss.",
     "max_seq_len": "Longest sequence in tokens: the number of rows of a learned position table, and the longest "
     "context when generating text. Default: data.seq_len.",
     "n_kv_head": "Number of key-value heads. If it is smaller than n_head, attention is grouped-query attention. "
@@ -65,18 +66,18 @@ MODEL_KEYS = {
     "to queries, keys and values (as in Qwen2). attention: these and attention's output projection.",
     "n_expert": "Experts per layer. They replace the MLP, and a router sends each token to n_expert_active of them, "
     "without dropping any (docs/moe.md). Default: none, that is, a dense model.",
-    "n_expert_active": "Experts that each token uses, of those that the router chooses from.",
+    "n_expert_active": "Number of experts to which the router sends each token.",
     "n_shared_expert": "Experts that every token uses in addition. They are one MLP of n_shared_expert * d_expert "
     "hidden channels.",
     "d_expert": "Hidden channels of one expert. Default: d_ff or its default.",
-    "first_dense": "Number of first layers that have a dense MLP (of d_ff hidden channels) instead of experts.",
+    "first_dense": "The first n layers have a dense MLP (of d_ff hidden channels) instead of experts.",
     "gate": "How the router turns logits into scores: sigmoid for each expert alone (DeepSeek-V3), or softmax over all "
     "experts (Mixtral, Qwen3). Computed in fp32 in every precision.",
     "gate_normalised": "Divide the scores of a token's experts by their sum.",
-    "gate_scale": "Factor on the weights of a token's experts (DeepSeek's routed_scaling_factor).",
+    "gate_scale": "Factor by which the weights of a token's experts are multiplied (DeepSeek's routed_scaling_factor).",
     "balance_rate": "How far each step moves the biases that balance the experts. A bias only decides which experts a "
-    "token uses. It depends on the global batch, so neither on ranks nor on micro batches. 0: no balancing, which an "
-    "export as Mixtral or Qwen3-MoE needs.",
+    "token uses. Biases follow the token counts of the global batch, so they depend neither on ranks nor on micro "
+    "batches. 0: no balancing, which an export as Mixtral or Qwen3-MoE needs.",
     "qk_norm": "Apply RMSNorm to the query and the key of each head.",
     "logit_softcap": "Limit c of the logits: they become c * tanh(logits / c), as in Gemma 2. Default: no limit.",
     "zero_init_proj": "Start the layers whose output is added to the residual stream at 0, so that every block begins "
@@ -87,7 +88,7 @@ MODEL_KEYS = {
     "mup": "Scale initial weights, learning rates and the forward pass by width and depth (muP, CompleteP). The best "
     "learning rate of a small model then stays the best of a large one (docs/recipes.md). Needs adamw or lion.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
-    "depend only on the seed and on the sample's number in the run, so a resumed run uses the same masks.",
+    "depend only on the seed and on the sample's position in the run, so a resumed run uses the same masks.",
     "z_loss": "Coefficient of the term log(sum exp logits)^2 that is added to the training loss of each token. PaLM "
     "used 1e-4.",
     "activation_checkpointing": "Recompute activations in the backward pass to save memory: none, full (in every "
@@ -106,7 +107,7 @@ class RopeScalingSection(Section):
 
     rope_type: RopeType = Field(
         description="linear: divide all angles by factor. dynamic: grow theta with the length of the text, but only "
-        "beyond max_seq_len, that is, when generating. yarn: divide low frequencies only. llama3: Llama 3.1's way."
+        "beyond max_seq_len, that is, when generating. yarn: divide low frequencies only. llama3: Llama 3.1's rule."
     )
     factor: float = Field(ge=1, description="Factor by which the context becomes longer.")
     original_max_position_embeddings: int | None = Field(
@@ -126,7 +127,9 @@ class RopeScalingSection(Section):
     )
     mscale_all_dim: float | None = Field(None, gt=0, description="yarn: see mscale.")
     truncate: bool | None = Field(
-        None, description="yarn: round the ends of the ramp to whole channels. Default: true."
+        None,
+        description="yarn: round the two ends of the ramp between kept and divided frequencies to whole channels. "
+        "Default: true.",
     )
     low_freq_factor: float | None = Field(
         None, gt=0, description="llama3: divide frequencies that make this many rotations or fewer. Required."
@@ -137,11 +140,11 @@ class RopeScalingSection(Section):
 
 
 class MuPSection(Section):
-    """The shape of the small model whose settings the run has."""
+    """The shape of the small model whose learning rate and other tuned settings the run uses."""
 
     base_width: int = Field(ge=1, description="model.d_model of the small model.")
     base_depth: int | None = Field(
-        None, ge=1, description="model.n_layer of the small model. Default: nothing depends on the depth."
+        None, ge=1, description="model.n_layer of the small model. Default: no scaling by depth."
     )
     base_head_dim: int | None = Field(
         None,
@@ -205,8 +208,8 @@ class DataSection(Section):
     shuffle: Literal["blocks", "full"] = Field(
         "blocks",
         description="Order of the samples in an epoch. full: a random permutation of all samples. blocks: blocks of "
-        "neighbouring samples in random order, and shuffled within each block. blocks reads the disk almost "
-        "sequentially.",
+        "neighbouring samples in random order, and the samples of each block in random order. blocks reads the disk "
+        "almost sequentially.",
     )
     packing: Literal["stream", "best_fit", "bos_aligned"] = Field(
         "stream",
@@ -313,7 +316,7 @@ class OptimizerSection(Section):
         lr.
         """
         if self.lr == 0 and (self.embedding_lr or self.head_lr or self.scalar_lr or self.muon_lr):
-            raise ValueError("train.optimizer.lr = 0 sets every learning rate to 0: give lr a value, or no other rate")
+            raise ValueError("train.optimizer.lr = 0 sets every learning rate to 0: raise lr, or remove the others")
         return self
 
 
@@ -375,10 +378,10 @@ class TrainSection(Section):
     )
     deterministic: bool = Field(
         True,
-        description="Repeat every step bit for bit on GPUs, so that a resumed run equals the uninterrupted one. "
-        "Estimated cost: attention's backward pass takes 1.2 to 2 times as long, which is 1 to 4% of a step at 1,024 "
-        "tokens per sample and 5 to 10% at 4,096; NCCL does not add inside the NVSwitch. false: resumed runs "
-        "are equal up to rounding only, and `packspeed prove` refuses the run. CPUs always repeat themselves.",
+        description="Make every step on GPUs reproducible bit for bit, so that a resumed run equals the uninterrupted "
+        "one. Estimated cost: attention's backward pass takes 1.2 to 2 times as long, which is 1 to 4% of a step at "
+        "1,024 tokens per sample and 5 to 10% at 4,096; NCCL does not add inside the NVSwitch. false: resumed runs "
+        "are equal up to rounding only, and `packspeed prove` refuses the run. CPUs are always reproducible.",
     )
     optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer and its settings.")
     schedule: ScheduleSection = Field(ScheduleSection(), description="The learning rate over the run.")
@@ -439,13 +442,13 @@ class CheckpointSection(Section):
         None,
         pattern=r"^[a-z][a-z0-9+.-]*://[^/].*|^(file|local|memory):///.*",
         description="URL of a folder to which checkpoints are copied in the background: s3://, gs://, file:// or "
-        "another that fsspec opens. The copies are in <mirror>/<name>, as many as checkpoint.keep says. A start "
-        "fetches the newest one if the run folder has no newer checkpoint.",
+        "another that fsspec opens. The copies are in <mirror>/<name>, as many as checkpoint.keep says. When the "
+        "run starts, it fetches the newest copy if the run folder has no newer checkpoint.",
     )
 
 
 class AnomalySection(Section):
-    """What to do about a step with a bad loss or gradient norm. Decided before the optimizer applies the step."""
+    """What to do about a bad loss or gradient norm. The check precedes the optimizer's update of the weights."""
 
     nonfinite: Literal["stop", "skip", "rewind"] = Field(
         "stop",
@@ -598,8 +601,8 @@ class RunFile(Section):
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """Return the configuration of the model.
 
-        A key that the run file omits comes from the preset, else from the dataset. `vocab_size` is the vocabulary size
-        of the dataset. Raises ConfigError if keys are missing or contradict each other.
+        Keys of the run file override those of the preset. `vocab_size` is the vocabulary size of the dataset; the model
+        has the same unless the run file gives another. Raises ConfigError if keys are missing or contradict each other.
         """
         given = {k: v for k, v in self.model.model_dump().items() if v is not None}  # type: ignore[attr-defined]
         name = given.pop("preset", None)
@@ -634,7 +637,7 @@ class RunFile(Section):
             raise ConfigError(f"model: {error}") from None
         if config.mup is not None and self.train.optimizer.name == "muon":
             raise ConfigError(
-                "model.mup with train.optimizer.name: muon: its rules are those of AdamW, and Muon's update_scale: "
+                "model.mup with train.optimizer.name: muon: muP's rules are for AdamW, and Muon's update_scale: "
                 "shape fits every width already. Remove one of the two."
             )
         if self.train.precision == "fp8" and (

@@ -36,7 +36,7 @@ def learning_rate(step: int, train: TrainSection) -> float:
 
 
 def weight_decay(step: int, train: TrainSection) -> float:
-    """Return the weight decay of an optimizer step, counted from 0 (train.optimizer.weight_decay_schedule)."""
+    """Return the weight decay of an optimizer step, counted from 0: constant, or in proportion to the learning rate."""
     optimizer = train.optimizer
     if optimizer.weight_decay_schedule == "constant" or not optimizer.lr:
         return optimizer.weight_decay

@@ -42,8 +42,8 @@ def low_precision_communication(case: Case) -> Iterator[str]:
         limit = " Sums above 65,504 overflow, and the step is lost." if dtype == "fp16" else ""
         yield (
             f"communication_data_type = {dtype!r} rounds gradients to 16 bits before ranks add them up: the loss then "
-            f"depends on their number and on the ZeRO stage.{limit} Remove the key: gradients travel in fp32, 4 bytes "
-            "each instead of 2."
+            f"depends on the number of ranks and the ZeRO stage.{limit} Remove the key: gradients travel in fp32, 4 "
+            "bytes each instead of 2."
         )
 
 
@@ -110,7 +110,8 @@ def fixed_loss_scale(case: Case) -> Iterator[str]:
 
 @rule("loss", "docs/config-json: zero_optimization")
 def prescaled_gradients(case: Case) -> Iterator[str]:
-    """If gradients are divided before they are summed, small ones underflow in 16 bits. ZeRO-3 refuses a factor.
+    """If gradients are divided before they are summed, small ones underflow in 16 bits. ZeRO-3 refuses
+    gradient_predivide_factor.
 
     Symptom: the loss differs from the same run at another ZeRO stage, or DeepSpeed fails at the start.
     Fix: remove prescale_gradients and gradient_predivide_factor.
@@ -118,7 +119,7 @@ def prescaled_gradients(case: Case) -> Iterator[str]:
     if case.ds.get("prescale_gradients") is True or case.ds.get("gradient_predivide_factor", 1.0) not in (1, 1.0):
         yield (
             "prescale_gradients and gradient_predivide_factor divide gradients before they are summed. Small gradients "
-            "then underflow in 16 bits, and ZeRO-3 refuses a factor. Remove both keys."
+            "then underflow in 16 bits, and ZeRO-3 refuses gradient_predivide_factor. Remove both keys."
         )
 
 

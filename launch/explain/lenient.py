@@ -32,7 +32,7 @@ from packspeed.launch.run_folder.folder import flatten
 MAX_REPAIRS = 40  # rounds of validation and repair before giving up
 
 REMOVED = {
-    "elasticity": "removed in DeepSpeed 0.19. Start again with another number of ranks: the checkpoint is converted.",
+    "elasticity": "removed in DeepSpeed 0.19. Remove the block. A run resumes with any number of ranks without it.",
     "amp": "removed in DeepSpeed 0.19. Use the run file's train.precision.",
     "curriculum_learning": "removed in DeepSpeed 0.19. Change the mixture with data.stages.",
     "sparse_attention": "removed in DeepSpeed 0.19. Remove the block.",

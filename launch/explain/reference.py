@@ -38,7 +38,8 @@ value of every key and who set it.
 
 - **Default**: "required" means that the key must be given; "preset" that model.preset can set it. A dash means unset.
 - **Resume**: whether the value may change when a stopped run is started again. If it is "no", a changed value is an
-  error. A change takes effect from the resumed step on.
+  error. A change takes effect from the resumed step on. "same tokens" and "same weights" say what must stay equal;
+  "names the run" means that another value starts another run.
 - **Loss**: whether the value can change the loss. "no" means that losses are equal up to rounding.
 """
 

@@ -121,8 +121,8 @@ def muon_rate_of_another_scale(case: Case) -> Iterator[str]:
     if optimizer.name == "muon" and rate > 0 and (rate < 2e-3 if scale == "shape" else rate > 1e-2):
         usual = "0.01 to 0.05" if scale == "shape" else "that of AdamW"
         yield (
-            f"train.optimizer.muon_lr = {rate:g} with update_scale: {scale} is unusual: {usual} is usual. Set it, or "
-            "choose the other scale."
+            f"train.optimizer.muon_lr = {rate:g} with update_scale: {scale} is unusual: {usual} is usual. Change it, "
+            "or choose the other update_scale."
         )
 
 
@@ -170,7 +170,7 @@ def too_many_epochs(case: Case) -> Iterator[str]:
         epochs = case.run.train.total_steps * case.run.train.global_batch_tokens / case.train_tokens
         if epochs > 4:
             yield (
-                f"the run reads the {case.train_tokens:,} training tokens {epochs:.1f} times, but beyond 4 times, "
+                f"the run reads the {case.train_tokens:,} training tokens {epochs:.1f} times. Beyond 4 times, "
                 "repeated tokens improve the model less and less. Use more data or fewer steps."
             )
 
@@ -199,7 +199,7 @@ def evaluation_beyond_the_data(case: Case) -> Iterator[str]:
 
 @rule("slow", "nanoGPT, model.py: vocab_size 50304")
 def uneven_vocabulary(case: Case) -> Iterator[str]:
-    """Tensor cores and fused attention are fast only if the head width is a multiple of 8 and d_model one of 64.
+    """Tensor cores and fused attention are fast only if the head width is a multiple of 8 and d_model a multiple of 64.
 
     Symptom: MFU is low.
     Fix: choose a head width divisible by 8 and a d_model divisible by 64.

@@ -1,8 +1,8 @@
 """List every effective setting of a run, with its default and who set it.
 
 Who set a value is one of: default, preset NAME, file:line, --set KEY=VALUE, dataset, or solved (computed from the
-number of ranks and the device). DEFAULTS and OTHER_DEFAULTS are those of DeepSpeed 0.19.8. tests/test_explain.py
-compares them with the installed version.
+number of ranks and the device). DEFAULTS and OTHER_DEFAULTS hold the defaults of DeepSpeed 0.19.8.
+tests/test_explain.py compares them with the installed version.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SOLVED = {
 
 
 HEAD = (
-    "model/fused_loss.py; DeepSpeed's TiledFusedLogitsLoss is not used, because it ignores factors on the loss, as "
+    "model/fused_loss.py; DeepSpeed's TiledFusedLogitsLoss is not used, because it ignores factors on the loss such as "
     "1 / accumulation (docs/long_context.md)"
 )
 
