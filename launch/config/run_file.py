@@ -42,8 +42,8 @@ MODEL_KEYS = {
     "n_layer": "Number of transformer blocks.",
     "n_head": "Number of attention (query) heads.",
     "d_model": "Width of the residual stream, in channels.",
-    "vocab_size": "Number of tokens in the vocabulary. Default: that of the dataset's tokenizer. The weights are padded "
-    "to a multiple of 128 rows; the padding never changes the loss.",
+    "vocab_size": "Number of tokens in the vocabulary. Default: that of the dataset's tokenizer. The weights are "
+    "padded to a multiple of 128 rows; the padding never changes the loss.",
     "max_seq_len": "Longest sequence in tokens: the number of rows of a learned position table, and the longest "
     "context when generating text. Default: data.seq_len.",
     "n_kv_head": "Number of key-value heads. If it is smaller than n_head, attention is grouped-query attention. "
@@ -117,10 +117,16 @@ class RopeScalingSection(Section):
         None, gt=0, description="yarn: multiplies cosines and sines. Default: 0.1 ln(factor) + 1."
     )
     beta_fast: float | None = Field(
-        None, gt=0, description="yarn: keep frequencies that make this many rotations or more. Default: 32."
+        None,
+        gt=0,
+        description="yarn: keep frequencies that make this many rotations or more over the original context. "
+        "Default: 32.",
     )
     beta_slow: float | None = Field(
-        None, gt=0, description="yarn: divide frequencies that make this many rotations or fewer. Default: 1."
+        None,
+        gt=0,
+        description="yarn: divide frequencies that make this many rotations or fewer over the original context. "
+        "Default: 1.",
     )
     mscale: float | None = Field(
         None, gt=0, description="yarn: attention_factor is computed from mscale and mscale_all_dim."
@@ -132,10 +138,16 @@ class RopeScalingSection(Section):
         "Default: true.",
     )
     low_freq_factor: float | None = Field(
-        None, gt=0, description="llama3: divide frequencies that make this many rotations or fewer. Required."
+        None,
+        gt=0,
+        description="llama3: divide frequencies that make this many rotations or fewer over the original context. "
+        "Required.",
     )
     high_freq_factor: float | None = Field(
-        None, gt=0, description="llama3: keep frequencies that make this many rotations or more. Required."
+        None,
+        gt=0,
+        description="llama3: keep frequencies that make this many rotations or more over the original context. "
+        "Required.",
     )
 
 
