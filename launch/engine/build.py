@@ -4,9 +4,9 @@
 
 The initial weights are the same bits at every ZeRO stage and with any number of ranks: init_weights (model/gpt.py)
 draws each parameter from a seed that depends on its name. Each rank draws some of the matrices and sends them to the
-others. With parallel.tensor, it sends its part of them to the ranks with the same part. At stages 0 to 2 init_weights
-writes directly to the device. At stage 3 it runs under deepspeed.zero.GatheredParameters. If a checkpoint will be
-loaded, nothing is drawn. The folder patches/ describes what Packspeed changes inside DeepSpeed afterwards.
+other ranks. With parallel.tensor, a rank sends its part of a matrix only to the ranks that hold the same part. At
+stages 0 to 2 init_weights writes directly to the device. At stage 3 it runs under deepspeed.zero.GatheredParameters. If
+a checkpoint will be loaded, nothing is drawn. The modules in patches/ say what Packspeed changes inside DeepSpeed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from packspeed.model.tensor import ALONE
 
 
 def resolve_precision(wanted: str) -> str:
-    """Return the precision to train in: `wanted` (train.precision), or if that is "auto" the best one for this device.
+    """Return the precision to train in: `wanted` (train.precision), or the best for this device if that is "auto".
 
     The best is bf16 if the device has instructions for it; otherwise fp16 on a GPU and fp32 on a CPU.
     """
@@ -72,7 +72,7 @@ def agree_on_kernels(config: GPTConfig, topology: Topology, say: Callable[[str],
 
     Returns the config unchanged if `model.kernels` resolves to the same implementation on every rank, otherwise a copy
     with kernels="eager" (torch's own operations). With different kernels, the loss of a sample would depend on the rank
-    that computes it. Prints the reason with `say`.
+    that computes it. If the kernels differ, `say` prints which rank can use which.
     """
     of_rank = topology.gather(resolve_kernels(config.kernels, say))
     if len(set(of_rank)) == 1:
@@ -87,7 +87,7 @@ def agree_on_kernels(config: GPTConfig, topology: Topology, say: Callable[[str],
 def resolve_kernels(wanted: str, say: Callable[[str], None]) -> str:
     """Return the name of the kernels that `wanted`, the value of `model.kernels`, chooses on this device.
 
-    Raises ConfigError if they cannot run on it. Passes the warnings of the choice to `say` as notes.
+    Raises ConfigError if these kernels cannot run on this device. Prints warnings about the choice with `say`.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -119,7 +119,7 @@ def check_precision(precision: str) -> None:
 def device_without_fp8() -> str | None:
     """Return the name of this process's device if it can neither multiply fp8 nor emulate it, else None.
 
-    AMD's MI300 counts as such a device, because its 8-bit formats would give other numbers.
+    AMD's MI300 counts as such a device, because its 8-bit formats differ from NVIDIA's and would give other results.
     """
     device = device_type()
     if device == "cpu":
@@ -130,11 +130,10 @@ def device_without_fp8() -> str | None:
 
 
 def check_ds_config(ds_config: DsConfig, name: str) -> None:
-    """Raise ConfigError if DeepSpeed's own classes refuse a value of the DeepSpeed configuration, for its type or its
-    limits.
+    """Raise ConfigError if DeepSpeed refuses a value of the DeepSpeed configuration, or would ignore DeepCompile.
 
-    `name` is the run file's `train.deepspeed`, which the error shows as a path. The configuration itself is not
-    changed: DeepSpeed fills in defaults, so a copy is checked.
+    `name` is the value of `train.deepspeed` in the run file; the error shows the path of that configuration. Checks a
+    copy, because DeepSpeed fills in defaults in the object that it is given.
     """
     one_rank = {key: value for key, value in copy.deepcopy(ds_config).items() if key != "train_batch_size"}
     try:
@@ -169,8 +168,8 @@ def build_engine(
 ) -> Engine:
     """Build the GPT, initialise its weights, wrap it in a DeepSpeedEngine and patch the engine's optimizer.
 
-    `ds_config` is the final DeepSpeed configuration of this run. If `draw` is False, the weights have no meaning, and
-    the caller must load a checkpoint. `topology` is needed if ranks share weights or experts (parallel.tensor,
+    `ds_config` is the final DeepSpeed configuration of this run. If `draw` is False, no initial weights are drawn,
+    and the caller must load a checkpoint. `topology` is needed if ranks share weights or experts (parallel.tensor,
     parallel.expert). A collective: every rank must call it.
     """
     seed = run.train.seed if draw else None
@@ -247,7 +246,7 @@ def model_on(
     The weights are the same bits as if all were drawn in fp32 on the CPU and then cast. But only one parameter at a
     time is in host memory, because the fp32 weights of a 7B model on eight ranks would take 216 GB. Without a seed, the
     weights are zeros. The topology says which ranks share weights; its `beat` is called for each parameter that is
-    drawn. With `experts`, the model has this rank's experts only. A collective: every rank must call it.
+    drawn. With `experts`, the model contains only this rank's experts. A collective: every rank must call it.
     """
     model = gpt_without_weights(config, topology.tensor() if topology else ALONE)
     if experts is not None:
@@ -282,7 +281,10 @@ def model_on(
 
 
 def _sent_in_parts(parameter: torch.nn.Parameter, part: ExpertPart, source: int) -> Iterator[torch.Tensor | None]:
-    """Yield, on rank `source`, a tensor for the complete parameter; then give every rank its part. A collective."""
+    """Yield an empty tensor for the complete parameter on rank `source`, None on other ranks; then send out the parts.
+
+    The caller fills the tensor. `parameter` is this rank's part, which is filled afterwards. A collective of all ranks.
+    """
     is_source = dist.get_rank() == source
     rows, columns = parameter.shape
     complete = parameter.new_empty(part.size * rows, columns) if is_source else None
@@ -295,7 +297,7 @@ def _sent_in_parts(parameter: torch.nn.Parameter, part: ExpertPart, source: int)
 
 
 def _place_among_equals(topology: Topology | None) -> tuple[int, list[int]]:
-    """Return (number of this rank among those with the same part of the weights, all of these ranks)."""
+    """Return (position of this rank in the list, list of the ranks that hold the same part of the weights)."""
     if topology is not None:
         layout = topology.layout
         return layout.index("zero", topology.rank), layout.members("zero", topology.rank)
@@ -303,9 +305,10 @@ def _place_among_equals(topology: Topology | None) -> tuple[int, list[int]]:
 
 
 def _partitioned_model(config: GPTConfig, seed: int | None, ds_config: DsConfig, topology: Topology | None) -> GPT:
-    """Return the GPT with its initial weights, partitioned for ZeRO-3 over the ranks with the same part of them.
+    """Return the GPT with its initial weights, partitioned for ZeRO-3.
 
-    Without a seed, the weights are not set: they are whatever was in memory. A collective: every rank must call it.
+    Without a seed, the weights are uninitialised memory. With tensor parallelism, the weights are partitioned over the
+    ranks that hold the same part of them. A collective: every rank must call it.
     """
 
     beat, mpu = topology.beat if topology else no_beat, make_mpu(topology)
@@ -327,7 +330,7 @@ def _partitioned_model(config: GPTConfig, seed: int | None, ds_config: DsConfig,
 
 
 def make_muon(groups: list[JsonObject], run: RunFile, ds_config: DsConfig) -> Muon:
-    """Return Muon for these parameter groups, with the AdamW that DeepSpeed would choose for the others."""
+    """Return Muon for these parameter groups. Other groups than "matrices" use DeepSpeed's AdamW."""
     offload = ((ds_config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device", "none")
     params = {key: value for key, value in ds_config["optimizer"]["params"].items() if key in ("lr", "betas", "eps")}
     make = DeepSpeedCPUAdam if offload != "none" else adamw_class(ds_config)

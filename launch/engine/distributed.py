@@ -3,8 +3,8 @@
     topology = start_distributed(ds_config, say)            # once per process; returns rank, sizes and device
 
 start_distributed does five things in this order: it checks that DeepSpeed has the internal names that Packspeed uses,
-sets how numbers are computed (numerics.py), joins the process group, compiles DeepSpeed's ops (on one rank of each
-host), and initialises DeepSpeed on that group.
+sets deterministic and full-precision computation (numerics.py), joins the process group, compiles DeepSpeed's ops (on
+one rank of each host), and initialises DeepSpeed on that group.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")  # a small object that can be pickled
 
 
 def no_beat(phase: str, collective: str = "") -> None:
-    """Do nothing. It is Topology.beat in a process that no supervisor watches."""
+    """Do nothing. Topology.beat is this function in a process that no supervisor watches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Topology:
 
     @property
     def rows_rank(self) -> int:
-        """Which part of the batch's rows this rank reads, from 0 to rows_size - 1."""
+        """Index of the part of the batch's rows that this rank reads, from 0 to rows_size - 1."""
         return self.layout.index("rows", self.rank)
 
     @property
@@ -75,7 +75,7 @@ class Topology:
 
     @property
     def first_of_rows(self) -> bool:
-        """Whether this rank is the first of those that read the same rows: the one that counts them."""
+        """Whether this rank is the first of the ranks that read the same rows. Only the first rank counts the rows."""
         return self.rank % self.layout.per_row == 0
 
     @property
@@ -84,8 +84,9 @@ class Topology:
         return self.layout.index("tensor", self.rank) > 0
 
     def group(self, axis: str) -> torch.distributed.ProcessGroup | None:
-        """Return this rank's process group along an axis of Layout. None, which torch reads as all ranks, if it has
-        all.
+        """Return this rank's process group along an axis of Layout.
+
+        Returns None, which torch takes as the group of all ranks, if the axis contains all ranks.
 
         The first call for an axis makes the groups. It is a collective: every rank must make the first calls for
         different axes in the same order. Later calls return the same group.
@@ -105,7 +106,7 @@ class Topology:
         return {}
 
     def sequence(self, length: int) -> SequencePart | None:
-        """Return this rank's part of rows of `length` tokens; None if it has complete rows.
+        """Return which tokens of a row of `length` tokens this rank processes; None if it processes complete rows.
 
         The first call is a collective, see `group`.
         """
@@ -139,7 +140,7 @@ class Topology:
         return values
 
     def sum_of_parts(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks like `sum`, but count the equal results of a tensor group once."""
+        """Sum over the ranks as `sum` does, but count the equal values of the ranks of a tensor group only once."""
         return self.sum(values.zero_() if self.is_replica else values)
 
     def barrier(self) -> None:
@@ -186,7 +187,7 @@ class Topology:
         """Return the same error on every rank: that of the lowest rank that has one, or None if no rank has one.
 
         Every rank must call it, with None if nothing went wrong. The callers can then raise together. If one rank
-        raised alone, the others would wait for it in their next collective.
+        raised alone, the other ranks would wait for it in their next collective.
         """
         return next((failed for failed in self.gather(error) if failed is not None), None)
 
@@ -224,9 +225,9 @@ def start_distributed(
 ) -> Topology:
     """Join the process group that the launcher's environment variables describe. Without a launcher, be its only rank.
 
-    A collective: every rank must call it, once. `timeout_s` is how long a collective may wait before it fails.
-    `deterministic` is train.deterministic of the run. `beat` and `layout` are the topology's; without a layout, each
-    rank reads rows of its own.
+    A collective: every rank must call it, once. A collective of the group fails if it waits longer than `timeout_s`
+    seconds. `deterministic` is train.deterministic of the run. `beat` and `layout` are stored in the returned Topology;
+    without a layout, each rank reads different rows.
 
     If `ds_config` (the final DeepSpeed configuration) is given, the DeepSpeed ops that it needs are compiled too. If
     one host cannot compile an op, no rank uses it: `ds_config` is changed in place to use a substitute. If there is no
@@ -268,9 +269,9 @@ def start_distributed(
 
 
 def _start_deepspeed(backend: str, timeout: datetime.timedelta) -> None:
-    """Initialise DeepSpeed on the process group, which is created if there is none.
+    """Initialise DeepSpeed on the process group, and create the group if there is none.
 
-    A collective; later calls do nothing. `timeout` applies to the collectives of a group that is created here.
+    A collective; later calls do nothing. `timeout` applies to collectives, if the group is created here.
     """
     if not dist.is_initialized():
         with quiet(None):

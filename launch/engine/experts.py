@@ -4,10 +4,11 @@
     ... model_on(..., part) ... mark_experts(model, part)
     part_of(parameter)                           # the same part, or None for a parameter that every rank has
 
-There are two groups per rank (config/layout.py). The ranks of the axis "expert" share the experts of each layer. Those
-of "expert_copies" hold the same experts: DeepSpeed sums their gradients over these, and ZeRO partitions them there
-(patches/expert_groups.py). The gradient of an expert already contains the contributions of all tokens of the expert
-group. So it must only be summed over the copies and divided by the number of all ranks, as for other parameters.
+Each rank belongs to two groups (config/layout.py). The ranks of the axis "expert" share the experts of each layer.
+Those of "expert_copies" hold the same experts: DeepSpeed sums the experts' gradients over these ranks, and ZeRO
+partitions the experts over them (patches/expert_groups.py). The gradient of an expert already contains the
+contributions of all tokens of the expert group. So it must only be summed over the copies, and divided by the number of
+all ranks like any other gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from packspeed.model.moe import is_expert_parameter
 
 
 def expert_part(topology: Topology | None) -> ExpertPart | None:
-    """Return this rank's part of the experts, or None if it has all. The first call is a collective of all ranks."""
+    """Return this rank's part of the experts, or None if it has all experts.
+
+    The first call is a collective of all ranks.
+    """
     if topology is None or topology.layout.expert == 1:
         return None
     group = topology.group("expert")
@@ -44,7 +48,7 @@ def mark_experts(model: GPT, part: ExpertPart) -> None:
 
 
 def expert_norm_group(topology: Topology) -> TensorGroup | None:
-    """Return how sums of squares are added up over ranks that share experts, without ZeRO; None if no ranks do."""
+    """Return the ranks that share experts, for norms of tensors that ZeRO does not partition; None if no ranks do."""
     if topology.layout.expert == 1:
         return None
     first = topology.layout.index("expert", topology.rank) == 0

@@ -1,7 +1,7 @@
-"""Parameter groups of the optimizer: who shares a learning rate, and the rates of each step.
+"""Parameter groups of the optimizer: which parameters share a learning rate, and the rates of each step.
 
     groups = optimizer_groups(model, run.train.optimizer)
-    set_rates(engine, step, run.train, scales(config))          # before every step, from the step's number alone
+    set_rates(engine, step, run.train, scales(config))          # before every step, from the step number alone
 
     matrices      the matrices of the blocks, if the optimizer is Muon: peak learning rate muon_lr
     embedding     token and position embeddings, if embedding_lr is given
@@ -10,10 +10,10 @@
     hidden        the matrices of the blocks, if model.mup is given: optimizer.lr times muP's factor
     decay         all other matrices: optimizer.lr
     no_decay      all other parameters: optimizer.lr
-    experts       the matrices of experts, if ranks share them (engine/experts.py): as decay
+    experts       the matrices of experts, if ranks share them (engine/experts.py): optimizer.lr
 
 Weight decay applies to matrices only. Groups without parameters are left out.
-With model.mup, weight decay and eps have factors, too (model/mup.py).
+With model.mup, weight decay and eps are multiplied by factors, too (model/mup.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ IN_BLOCKS = (HIDDEN, *WITHOUT_DECAY)
 
 
 def peak_rates(optimizer: OptimizerSection, factors: Scales = STANDARD) -> dict[str, float]:
-    """Return {name of a group: its peak learning rate} for all groups that these settings may need. factors: of muP."""
+    """Return {name of a group: its peak learning rate} for all groups that these settings may need.
+
+    factors: muP's factors (model/mup.py).
+    """
     own = {"embedding": optimizer.embedding_lr, "head": optimizer.head_lr, "scalars": optimizer.scalar_lr}
     rates = {name: rate for name, rate in own.items() if rate is not None}
     if optimizer.name == "muon":
@@ -45,7 +48,7 @@ def peak_rates(optimizer: OptimizerSection, factors: Scales = STANDARD) -> dict[
 
 
 def group_of(name: str, groups: dict[str, float]) -> str:
-    """Return the group of the parameter called `name`, one of the keys of `groups`."""
+    """Return the name of the group, a key of `groups`, to which the parameter called `name` belongs."""
     if not is_matrix(name):
         return "scalars" if "scalars" in groups else "no_decay"
     if is_muon_parameter(name):
@@ -55,8 +58,9 @@ def group_of(name: str, groups: dict[str, float]) -> str:
 
 
 def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject]:
-    """Return the parameter groups for a torch optimizer, with name, parameters and weight decay. Tied weights appear
-    once.
+    """Return the parameter groups for a torch optimizer, each with its name, parameters and weight decay.
+
+    Tied weights appear once.
     """
     factors = scales(model.config)
     rates = peak_rates(optimizer, factors)
@@ -77,22 +81,20 @@ def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject
 
 
 def _decay(group: str, weight_decay: float, factors: Scales) -> float:
-    """Return the weight decay of a group."""
+    """Return the weight decay of a group: 0 for groups without matrices, and with muP's factor for hidden matrices."""
     return 0.0 if group in WITHOUT_DECAY else weight_decay * (factors.matrix_decay if group == HIDDEN else 1.0)
 
 
 def _eps(group: str, eps: float, factors: Scales) -> float:
-    """Return AdamW's eps of a group."""
+    """Return AdamW's eps of a group: `eps` times muP's factor."""
     return eps * (factors.block_eps if group in IN_BLOCKS else factors.table_eps)
 
 
 def set_rates(engine: Engine, step: int, train: TrainSection, factors: Scales = STANDARD) -> None:
-    """Set the learning rate, weight decay and momentum of an optimizer step, counted from 0, in every group.
+    """Set the learning rate, weight decay and momentum for optimizer step `step` (from 0) in every parameter group.
 
-    factors: those of muP.
-
-    Betas and eps are set too: loading a checkpoint restores the values of the save, but the run file may have changed
-    since then.
+    factors: muP's factors (model/mup.py). Betas and eps are set too: loading a checkpoint restores the values of the
+    save, but the run file may have changed since then.
     """
     optimizer, lr = train.optimizer, learning_rate(step, train)
     rates, decay = peak_rates(optimizer, factors), weight_decay(step, train)

@@ -34,9 +34,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # option numbers of mallopt, from glibc's
 def limit_threads(local_size: int) -> int:
     """Divide this host's cores evenly between its ranks, and return this rank's number of threads.
 
-    `local_size` is the number of ranks on this host. Does nothing if OMP_NUM_THREADS is set. Ranks are not pinned to
-    cores, because on one socket that gains nothing (LOG.md). On several sockets use --bind_cores_to_rank of DeepSpeed's
-    launcher.
+    `local_size` is the number of ranks on this host. If OMP_NUM_THREADS is set, the number of threads is not changed.
+    Ranks are not pinned to cores, because on one socket that gains nothing (LOG.md). On several sockets use
+    --bind_cores_to_rank of DeepSpeed's launcher.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
@@ -60,10 +60,11 @@ def keep_memory() -> None:
 
 
 def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | str = "cpu") -> float:
-    """Return the FLOP/s that this process reaches in a square matrix product: the best of several within `seconds`.
+    """Measure square matrix products for `seconds` seconds, and return the FLOP/s of the fastest.
 
-    It is the peak for MFU on CPUs. All ranks of a host must measure at the same time, so that each gets its real share
-    of the machine. The factors are random numbers, because a GPU multiplies constant ones at a higher clock.
+    On CPUs this is the peak FLOP/s from which MFU is computed. All ranks of a host must measure at the same time, so
+    that each gets its real share of the machine. The matrices are random, because a GPU multiplies constant matrices at
+    a higher clock.
     """
     n = 8192 if torch.device(device).type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)  # of its own: the global ones belong to the run
@@ -132,7 +133,7 @@ def cpu_name() -> str:
 
 
 def driver_version(modules: Path = Path("/sys/module")) -> str | None:
-    """Return the version of the GPU's kernel driver; None if the kernel does not show it."""
+    """Return the version of the GPU's kernel driver; None if /sys/module does not show it."""
     for name in ("nvidia", "amdgpu"):
         with contextlib.suppress(OSError):
             return (modules / name / "version").read_text().strip()
@@ -140,8 +141,7 @@ def driver_version(modules: Path = Path("/sys/module")) -> str | None:
 
 
 def memory_gib(device_type: str) -> float:
-    """Return the memory of this process in GiB: on GPUs the peak of torch's allocations, on CPUs the resident memory
-    now.
+    """Return the memory of this process in GiB: on GPUs the peak of torch's allocations, on CPUs the current RSS.
 
     Returns 0 if the operating system does not report it.
     """

@@ -1,4 +1,4 @@
-"""Read memory-mapped tensors and give back their pages, so that a large file does not need as much memory."""
+"""Read memory-mapped tensors and release their pages, so that reading a large file needs little memory."""
 
 from __future__ import annotations
 

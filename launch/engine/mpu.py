@@ -1,10 +1,11 @@
 """Tell DeepSpeed which ranks share weights and which average gradients, in a run with tensor parallelism.
 
-DeepSpeed asks an object with these methods, which Megatron calls mpu. The object gives it the axis "zero" of the layout
-as the data-parallel group, within which DeepSpeed partitions and averages. The ranks of a tensor group write files of
-their own, mp_rank_00, mp_rank_01 and so on. The object has no methods for sequence parallelism, with which DeepSpeed
-would scale gradients by another factor at each ZeRO stage (DeepSpeed#7833). To DeepSpeed, ranks that share the places
-of rows are data-parallel ranks. DeepSpeed's norm over the tensor group is replaced (patches/gradient_norm.py).
+DeepSpeed gets the groups from an object with these methods, which Megatron calls mpu. The data-parallel group, within
+which DeepSpeed partitions and averages, is the axis "zero" of the layout. In a checkpoint, each rank of a tensor group
+has its own files, with mp_rank_00, mp_rank_01 and so on in their names. The object has no methods for sequence
+parallelism, with which DeepSpeed would scale gradients by another factor at each ZeRO stage (DeepSpeed#7833). DeepSpeed
+treats ranks that share the tokens of a row as data-parallel ranks. DeepSpeed's norm over the tensor group is replaced
+(patches/gradient_norm.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Group = torch.distributed.ProcessGroup
 
 
 class Mpu:
-    """The groups of a tensor-parallel run. Making it is a collective."""
+    """The process groups of a tensor-parallel run. Every rank must create it: its creation is a collective."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
@@ -32,11 +33,11 @@ class Mpu:
         return self.zero
 
     def get_data_parallel_rank(self) -> int:
-        """Return the number of this rank among them."""
+        """Return the index of this rank in its data-parallel group, from 0."""
         return self.topology.layout.index("zero", self.topology.rank)
 
     def get_data_parallel_world_size(self) -> int:
-        """Return their number."""
+        """Return the number of ranks in a data-parallel group."""
         return self.topology.layout.zero
 
     def get_model_parallel_group(self) -> Group:
@@ -44,11 +45,11 @@ class Mpu:
         return self.tensor
 
     def get_model_parallel_rank(self) -> int:
-        """Return the number of this rank among them."""
+        """Return the index of this rank in its tensor group, from 0."""
         return self.topology.layout.index("tensor", self.topology.rank)
 
     def get_model_parallel_world_size(self) -> int:
-        """Return their number."""
+        """Return the number of ranks in a tensor group."""
         return self.topology.layout.tensor
 
     # DeepSpeed asks for some of them by another name.
@@ -58,10 +59,10 @@ class Mpu:
 
 
 def make_mpu(topology: Topology | None) -> Mpu | None:
-    """Return the groups of a run whose ranks share weights, for deepspeed.initialize; None for other runs.
+    """Return the `mpu` argument of deepspeed.initialize: an Mpu for a tensor-parallel run, None for other runs.
 
-    DeepSpeed also keeps the object of the last engine in a global variable, and would give it to the next engine of
-    this process. So the variable is set here. A collective: every rank must call it.
+    DeepSpeed also keeps the mpu of the last engine in a global variable, and would use it for the next engine of this
+    process. So this function also sets that variable. A collective: every rank must call it.
     """
     mpu = Mpu(topology) if topology is not None and topology.layout.tensor > 1 else None
     replace(groups, "mpu", mpu)

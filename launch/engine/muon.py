@@ -23,9 +23,9 @@ With NorMuon (row_beta), the mean square of each row travels in two more exchang
 The owners are chosen so that all ranks compute about as long. Each matrix is multiplied alone and by the same kernels,
 whichever rank owns it. So its update has the same bits in every layout that has the same number of threads per rank.
 Products are in fp32 on CPUs. On GPUs they are in bf16, as in Muon's publications, because the iteration corrects its
-own rounding. The exchanges are in bf16 there, too, which changes no bit. Cost for an n x m matrix, n <= m: 4 n^2 m + 2
-n^3 FLOPs per iteration; on CPUs, batched products take as long (LOG.md). A fused matrix (queries, keys and values; gate
-and up; experts) is several matrices below each other, each a range of elements.
+own rounding. On GPUs the exchanges are in bf16, too, which changes no bit of the result. Cost for an n x m matrix, n <=
+m: 4 n^2 m + 2 n^3 FLOPs per iteration; on CPUs, batched products take as long (LOG.md). A fused matrix (queries, keys
+and values; gate and up; experts) is several matrices below each other, each a range of elements.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 
 
 def iteration(name: str, steps: int) -> Coefficients:
-    """Return the coefficients (a, b, c) of each of `steps` iterations. `name` is a key of POLYNOMIALS; if that has
-    fewer, its last coefficients are repeated.
+    """Return the coefficients (a, b, c) of each of `steps` Newton-Schulz iterations.
+
+    `name` is "quintic" or "polar_express". If that list has fewer than `steps` entries, its last one is repeated.
     """
     known = POLYNOMIALS[name]
     return [known[min(step, len(known) - 1)] for step in range(steps)]
@@ -93,9 +94,9 @@ def orthogonalise(matrix: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 def equalise_rows(update: Tensor, squares: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Divide each row of an orthogonalised update by its root mean square over past steps, and keep the update's norm.
+    """Divide each row of an orthogonalised update by the running RMS of that row, then restore the update's norm.
 
-    That is NorMuon (https://arxiv.org/abs/2510.05491): some rows of an orthogonalised update are much longer than
+    This is NorMuon (https://arxiv.org/abs/2510.05491): some rows of an orthogonalised update are much longer than
     others, step after step. squares (rows,) fp32: the running mean of the squares of each row, 0 before the first step.
     beta: its decay rate. Returns (the new update, the new running means).
     """
@@ -118,8 +119,8 @@ def update_scale(rows: int, columns: int, kind: str) -> float:
 class Matrix:
     """One matrix and where its elements are.
 
-    This rank's part begins at index `offset` of `flat`, a flattened tensor of the optimizer. held[r] is (first element
-    of the flattened matrix that rank r holds, number of elements).
+    This rank's part begins at index `offset` of `flat`, a flattened tensor of the optimizer. held[r] says which
+    elements of the flattened matrix rank r holds: (index of the first one, number of elements).
     """
 
     rows: int
@@ -135,27 +136,27 @@ class Matrix:
 
     @property
     def cost(self) -> int:
-        """Multiplications of one iteration, up to a constant factor: only ratios of costs matter."""
+        """Number of multiplications of one iteration, up to a constant factor: only ratios of costs matter."""
         short, long = sorted((self.rows, self.columns))
         return short * short * (2 * long + short)
 
     def elements(self, rank: int) -> slice:
-        """Return which elements of the flattened matrix this rank holds."""
+        """Return which elements of the flattened matrix `rank` holds."""
         begin, count = self.held[rank]
         return slice(begin, begin + count)
 
     def begun_rows(self, rank: int) -> slice:
-        """Return the rows whose first element this rank holds. Every row begins on exactly one rank."""
+        """Return the rows whose first element `rank` holds. Every row begins on exactly one rank."""
         begin, count = self.held[rank]
         return slice(-(-begin // self.columns), -(-(begin + count) // self.columns))
 
     def touched_rows(self, rank: int) -> slice:
-        """Return the rows of which this rank holds an element."""
+        """Return the rows of which `rank` holds at least one element."""
         begin, count = self.held[rank]
         return slice(begin // self.columns, -(-(begin + count) // self.columns)) if count else slice(0, 0)
 
     def part(self, flat: Tensor, rank: int) -> Tensor:
-        """Return a view of this rank's part in `flat`, a flattened tensor like self.flat."""
+        """Return a view of this rank's part of the matrix in `flat`, a tensor with the same layout as self.flat."""
         return flat[self.offset : self.offset + self.held[rank][1]]
 
 
@@ -175,11 +176,10 @@ class Round:
         self.mine = self.of_owner[rank]
 
     def collect(self, part_of: Callable[[Matrix], Tensor], spans: Spans, dtype: torch.dtype) -> dict[Matrix, Tensor]:
-        """Return {matrix that this rank owns: its elements from all ranks, as a flat tensor on the device}. A
-        collective.
+        """Collect each matrix on its owner. Return {matrix that this rank owns: flat tensor of all its elements}.
 
         part_of(matrix): the elements that this rank holds, as a flat tensor. spans(matrix, rank): which elements a rank
-        holds.
+        holds. The results are on the device. A collective.
         """
 
         def sent(matrix: Matrix, source: int, owner: int) -> slice:
@@ -222,9 +222,9 @@ class Round:
     def _exchange(
         self, parts: list[list[Tensor]], received: list[list[int]], dtype: torch.dtype
     ) -> list[tuple[Tensor, ...]]:
-        """Send the flat tensors parts[r] to each rank r, in this dtype.
+        """Send the flat tensors in parts[r] to rank r, for every r, in this dtype. A collective.
 
-        Returns what each rank r has sent to this one, split into tensors with received[r] elements each.
+        Returns one tuple per rank r: the tensors that rank r sent to this rank. Their sizes are the list received[r].
         """
         device = torch.device(get_accelerator().current_device_name())
         if len(self.ranks) == 1:
@@ -244,12 +244,15 @@ def length(span: slice) -> int:
 
 
 def products_dtype() -> torch.dtype:
-    """Return the dtype of the products: bf16 on an accelerator, fp32 on the CPU."""
+    """Return the dtype of Muon's matrix products: bf16 on an accelerator, fp32 on the CPU."""
     return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
 
 
 def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Return the matrices that each rank owns: the costliest first, each to the rank with the least work so far."""
+    """Return the list of matrices that each rank owns.
+
+    Gives away the costliest matrix first, and each matrix to the rank with the least work so far.
+    """
     of_owner: list[list[Matrix]] = [[] for _ in range(ranks)]
     work = [0] * ranks
     for matrix in sorted(matrices, key=lambda matrix: -matrix.cost):
@@ -260,8 +263,9 @@ def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
 
 
 def rounds(matrices: Iterable[Matrix], elements: int) -> list[list[Matrix]]:
-    """Cut the list of matrices into lists of at most `elements` elements each. A larger matrix gets a list of its
-    own.
+    """Cut the sequence of matrices into lists whose matrices have at most `elements` elements together.
+
+    A matrix with more elements gets a list of its own.
     """
     cut: list[list[Matrix]] = []
     room = 0
@@ -275,10 +279,11 @@ def rounds(matrices: Iterable[Matrix], elements: int) -> list[list[Matrix]]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the group called MATRICES, and the Adam that `adam` makes for the other groups.
+    """Muon for the parameter group named "matrices", and Adam for the other groups.
 
-    `groups` are parameter groups with a name each. `settings` are those of the run file; lr, weight_decay and momentum
-    are read from the groups, because they may change from step to step.
+    `groups` are torch's parameter groups, each with a "name". `adam(groups)` makes the Adam. `settings` is the section
+    train.optimizer of the run file; lr, weight_decay and momentum are read from the groups, because they may change
+    from step to step.
     """
 
     def __init__(
@@ -342,7 +347,7 @@ class Muon(torch.optim.Optimizer):
                 own.copy_(rows.to(own.device).repeat_interleave(matrix.columns)[before : before + own.numel()])
 
     def _row_squares(self, matrix: Matrix, rank: int) -> Tensor:
-        """Return the mean squares of the rows that begin on this rank.
+        """Return NorMuon's running mean squares of the rows that begin on this rank (`rank`).
 
         They are stored once per element, so that a checkpoint cuts and converts them like the momentum.
         """
@@ -350,7 +355,7 @@ class Muon(torch.optim.Optimizer):
         return own[-matrix.held[rank][0] % matrix.columns :: matrix.columns]
 
     def _state_of(self, parameter: Tensor, name: str) -> Tensor:
-        """Return a state with the size of the parameter, zeros at first."""
+        """Return the state `name` of a parameter, a tensor of the parameter's shape. At first it is zero."""
         state = self.state[parameter]
         if name not in state:
             state[name] = torch.zeros_like(parameter)
@@ -391,19 +396,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def overlap(held: tuple[int, int], start: int, count: int) -> tuple[int, int]:
-    """Return which elements of a matrix a rank holds: (first element, counted from `start`; number of elements).
+    """Return which elements of a matrix a rank holds: (index of the first in the matrix, number of elements).
 
-    The matrix is elements [start, start + count) of a parameter. `held` is (first element, number of elements) of the
-    part of that parameter that the rank holds.
+    The matrix is elements [start, start + count) of a parameter. `held` is (index of the first element, number of
+    elements) of the part of that parameter that the rank holds. Returns (0, 0) if it holds nothing of the matrix.
     """
     begin, end = max(held[0], start), min(held[0] + held[1], start + count)
     return (begin - start, end - begin) if begin < end else (0, 0)
 
 
 def gather_numbers(own: list[tuple[int, int]], ranks: int, group: object) -> list[list[tuple[int, int]]]:
-    """Return the list of pairs of each rank of the group. All ranks must pass the same number of pairs. A
-    collective.
-    """
+    """Return the lists `own` of all ranks of the group. All ranks must pass the same number of pairs. A collective."""
     if ranks == 1:
         return [own]
     numbers = torch.tensor(own, device=get_accelerator().current_device_name()).view(-1)

@@ -71,11 +71,11 @@ def _rows(flat: torch.Tensor) -> list[torch.Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that share the weights of each layer, for a norm over all of them.
+    """The ranks that share the weights (or the experts) of each layer, for a norm over all these ranks.
 
-    is_split(parameter) is true if each rank of the group holds another part of the parameter; every rank then counts
-    its part. All ranks hold the other parameters completely, with the same gradient, so only the `first` rank counts
-    them.
+    is_split(parameter) is true if each rank of the group holds a different part of the parameter; every rank then
+    counts its part. All ranks hold the other parameters completely, with the same gradient, so only the `first` rank
+    counts them.
     """
 
     group: Group
@@ -83,9 +83,9 @@ class TensorGroup:
     is_split: Callable[[torch.Tensor], bool]
 
     def counted(self, values: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return those of `values`, one per parameter, that this rank counts.
+        """Return those of `values`, one per parameter in `params`, that this rank counts.
 
-        A value after that of the last parameter is left out: DeepSpeed's padding, which is zero.
+        `values` can be longer than `params`: the rest is DeepSpeed's padding, which is zero, and is left out.
         """
         pairs = zip(values, params, strict=False)
         return [value for value, param in pairs if self.first or self.is_split(param)]
@@ -107,7 +107,7 @@ def global_norm(gradients: Sequence[torch.Tensor], groups: Sequence[Group], exac
     """Return the L2 norm of gradients that are distributed over the ranks of `groups`, as an fp32 scalar.
 
     `gradients`: those that this rank counts; no element may be counted on two ranks. `groups`: the ZeRO group, and the
-    tensor group if there is one; the sum goes over each in turn. `exact`: as in square_sum. All ranks of the groups
+    tensor group if there is one; the squares are summed over both. `exact`: as in square_sum. All ranks of the groups
     must call it and get the same norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
     """
     total = square_sum(gradients, exact)
@@ -117,7 +117,7 @@ def global_norm(gradients: Sequence[torch.Tensor], groups: Sequence[Group], exac
 
 
 def offloaded_square_sum(norms: Sequence[torch.Tensor], groups: Sequence[Group]) -> torch.Tensor:
-    """Return the sum of the squares of gradients in host memory, over the ranks of `groups`, as an fp32 scalar.
+    """Return the sum over the ranks of `groups` of the squares of offloaded gradients, as an fp32 scalar.
 
     `norms`: the L2 norm of each gradient tensor that this rank counts, as a scalar. `groups`: as in global_norm. All
     ranks of the groups must call it. The arithmetic is DeepSpeed's: fp64 within a rank, fp32 between ranks.
@@ -135,9 +135,9 @@ def finite_or_minus_1(norm: torch.Tensor) -> torch.Tensor:
 
 
 def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:
-    """Return the factor that scales gradients with the L2 norm `norm` to a norm of at most `limit`; 1 if it already is.
+    """Return the factor by which clipping multiplies gradients with the L2 norm `norm`: 1 if `norm` is at most `limit`.
 
-    Packspeed clips by this formula only: two that differ in the last bit would give two different loss curves.
+    Packspeed clips by this formula only: two formulas that differ in the last bit would give two different loss curves.
     """
     return 1.0 / ((norm + 1e-6) / limit).clamp(min=1.0)
 

@@ -4,13 +4,13 @@ Call set_numerics before the process group is created and before anything is mul
 
     set_numerics(deterministic=True, nccl=True)
 
-With train.deterministic: true, a repeated step gives the same bits on GPUs too. Without it, these could differ ("the
-flag" is torch's deterministic mode):
+With train.deterministic: true, a repeated step gives the same bits on GPUs too. Without it, the results of these
+operations could differ ("the flag" is torch's deterministic mode):
 
     attention's backward      Flash attention adds dQ in any order. With the flag the order is fixed, and cuDNN's
                               attention is not used.
-    sums over ranks           NCCL may let the NVSwitch add (NVLS, NVLSTree). Without these two, the order is that of a
-                              ring or a tree. With the flag, torch excludes NVLS but not NVLSTree.
+    sums over ranks           NCCL may let the NVSwitch add (algorithms NVLS and NVLSTree), in any order. Without
+                              them it adds along a ring or a tree. With the flag, torch excludes NVLS only.
     matrix products           cuBLAS gives the same bits each time if its workspace has a fixed size. With the flag,
                               torch requires that.
     model.kernels: compile    inductor times several reductions and uses the fastest. With the flag it times none.
@@ -63,7 +63,7 @@ def set_numerics(deterministic: bool, nccl: bool = False) -> None:
 def set_torch_deterministic(deterministic: bool) -> None:
     """Do what torch.use_deterministic_algorithms does, without importing inductor, which takes two seconds.
 
-    Inductor reads the environment variable when it is imported.
+    Also sets TORCHINDUCTOR_DETERMINISTIC, which inductor reads when it is imported.
     """
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     os.environ[INDUCTOR] = str(int(deterministic))
@@ -98,9 +98,9 @@ def may_add_in_the_switch(algorithms: str) -> bool:
 
 
 def _contradiction(variable: str, why: str) -> ConfigError:
-    """Return, not raise, the error for an environment variable that contradicts train.deterministic: true.
+    """Return (not raise) the error for an environment variable that contradicts train.deterministic: true.
 
-    `why`: a clause that says how its value does.
+    `why`: a clause that says how the variable's value contradicts it.
     """
     return ConfigError(
         f"{variable}={os.environ[variable]} contradicts train.deterministic: true: {why}. Unset {variable}, or give up "
@@ -109,7 +109,7 @@ def _contradiction(variable: str, why: str) -> ConfigError:
 
 
 def let_segments_grow() -> None:
-    """Let torch's CUDA allocator enlarge the blocks of memory that it has (expandable_segments) instead of adding more.
+    """Let torch's CUDA allocator enlarge its memory segments (expandable_segments) instead of adding new ones.
 
     Without it, memory fragments if the lengths of documents vary from step to step. Does nothing if the user has
     configured the allocator. Call it before torch's first allocation, at which torch reads the setting.

@@ -2,8 +2,8 @@
 
 DeepSpeed compiles an op with ninja at its first use, which takes half a minute to five minutes without a message.
 build_ops compiles it before training and prints a message. A build that was killed leaves a file named `lock` in
-TORCH_EXTENSIONS_DIR, and every later run waits for that file forever (github.com/pytorch/pytorch/issues/189245). If no
-process holds the file, build_ops removes it.
+TORCH_EXTENSIONS_DIR, and every later run would wait forever for that file to disappear
+(github.com/pytorch/pytorch/issues/189245). If no process holds the file, build_ops removes it.
 
 ninja compiles again if a command line changes, and the command lines contain the paths of torch and DeepSpeed. If two
 environments shared a build folder, each would therefore compile again what the other has just built. So each
@@ -83,9 +83,9 @@ def device_type() -> str:
 
 
 def adamw_class(ds_config: DsConfig) -> Callable[..., torch.optim.Optimizer]:
-    """Return the AdamW class that DeepSpeed would choose for this final configuration without offload.
+    """Return the AdamW class that DeepSpeed uses without offload, for this final DeepSpeed configuration.
 
-    Baselines that must give the same losses as a Packspeed run use it.
+    Training loops without Packspeed use it if they must give the same losses as a Packspeed run.
     """
     if ds_config["optimizer"]["params"].get("torch_adam"):
         return functools.partial(torch.optim.AdamW, fused=True)
@@ -108,8 +108,9 @@ def prepare_for_ops() -> None:
 
 
 def extensions_root() -> Path:
-    """Return the folder that holds one build folder per Python environment: TORCH_EXTENSIONS_DIR, or torch's
-    default.
+    """Return the folder that holds the build folders of all Python environments.
+
+    It is TORCH_EXTENSIONS_DIR as the user has set it, or else torch's default.
     """
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not chosen:
@@ -171,17 +172,16 @@ def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
 def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
     """Compile and load ops, given their builder names.
 
-    Returns {builder name: reason} for those that a substitute replaces. These are the ops of SUBSTITUTES that cannot be
-    built on this host. For any other op that cannot be built it raises UserError, which names the missing compiler or
-    header and quotes the end of the build's output. Raises ConfigError if DeepSpeed has no such op for this device.
-    Progress is printed with `say`.
+    Returns {builder name: reason} for the ops that cannot be built on this host but that torch or gloo can replace. If
+    any other op cannot be built, raises UserError with the likely cause and the end of the build's output. Raises
+    ConfigError if DeepSpeed has no such op for this device. Progress is printed with `say`.
     """
     prepare_for_ops()
     missing = {}
     for name in names:
         builder = get_accelerator().create_op_builder(name)
         if builder is None or "NotImplemented" in type(builder).__name__:
-            way_out = "choose another optimizer, or a DeepSpeed configuration that runs it on the CPU (zero2_offload)"
+            way_out = "choose another optimizer, or run this one on the CPU (train.deepspeed: zero2_offload)"
             raise ConfigError(
                 f"DeepSpeed has no op {name.removesuffix('Builder')} for {get_accelerator().device_name()}. "
                 f"To run without it: {WITHOUT[name] if name == QUANTIZER else way_out}."
@@ -197,10 +197,10 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
 
 
 def do_without(missing: dict[str, str], ds_config: DsConfig, say: Callable[[str], None]) -> None:
-    """Change the final DeepSpeed configuration in place so that it needs none of the missing ops ({builder name:
-    reason}).
+    """Change the final DeepSpeed configuration in place so that it needs none of the missing ops.
 
-    Raises UserError if the run's optimizer has no substitute. Prints with `say` what is used instead.
+    `missing` is {builder name: reason}. Raises UserError if the run's optimizer needs one of them without a substitute.
+    Prints with `say` what is used instead.
     """
     for name, why in missing.items():
         if name == FUSED_ADAM and ds_config["optimizer"]["type"] != "AdamW":
@@ -244,10 +244,9 @@ def _why_not_built(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _explain_rebuild(folder: Path, was_built: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Context for loading the op with the build folder `folder`: explain with `say` why it takes long, if it was built.
+    """Context manager for loading the op with the build folder `folder`. Prints with `say` why ninja compiles it again.
 
-    If the op `was_built` before and loading takes longer than REBUILD_S seconds, ninja compiles it again, and the
-    message says why.
+    The message appears if the op `was_built` before, and loading takes longer than 3 seconds because ninja compiles.
     """
     commands = _read(folder / "build.ninja")
 
@@ -284,11 +283,11 @@ def _build_folder(name: str) -> Path:
 
 
 def _wait_for_lock(lock: Path, say: Callable[[str], None], quiet_s: float = 20.0) -> None:
-    """Wait until `lock`, torch's lock file in an op's build folder, is gone. Remove it if its process is dead.
+    """Wait until `lock`, torch's lock file in an op's build folder, is gone. Remove it if its owner is dead.
 
-    The process counts as dead if no process of this host has the lock file open and nothing was written to the build
-    folder for `quiet_s` seconds. The second condition is for shared folders: processes of other hosts cannot be seen
-    here.
+    The process that made the file counts as dead if no process of this host has the lock file open and nothing was
+    written to the build folder for `quiet_s` seconds. The second condition is for shared folders: processes of other
+    hosts cannot be seen here.
     """
     waiting = False
     while lock.exists():
@@ -303,7 +302,7 @@ def _wait_for_lock(lock: Path, say: Callable[[str], None], quiet_s: float = 20.0
 
 
 def _age_s(folder: Path) -> float:
-    """Return the seconds since a file of the folder was last written."""
+    """Return how many seconds ago the most recently written file of the folder was written."""
     times = [p.stat().st_mtime for p in folder.iterdir() if p.exists()]
     return time.time() - max(times, default=0.0)
 

@@ -81,7 +81,10 @@ def held_parts(engine: Engine) -> Iterator[Held]:
 
 
 def _parts_in_memory(engine: Engine) -> Iterator[Held]:
-    """Yield the same as held_parts, while the tensors of each part are in memory: on NVMe, one sub-group at a time."""
+    """Yield what held_parts yields. While a part is in use, its tensors are in memory, even if they are kept on NVMe.
+
+    From NVMe, one sub-group at a time is loaded.
+    """
     optimizer: Any = engine.optimizer
     if not keeps_state_on_nvme(optimizer):
         yield from held_parts(engine)
@@ -96,13 +99,13 @@ def _parts_in_memory(engine: Engine) -> Iterator[Held]:
 def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callable[[], object] = int) -> None:
     """Load <folder>/<parameter>.safetensors into the optimizer, and update the weights that the module computes with.
 
-    The module's buffers, such as the bias of a router, are loaded too; without a file (imported weights may have none)
-    they keep their values.
+    Buffers of the module, such as a router's bias, are loaded too. A buffer without a file, as with imported weights,
+    keeps its value.
 
     Each file holds full tensors of one parameter: "fp32" (the weight) and the optimizer's states, such as "exp_avg".
     `info` is {"optimizer_step": number of steps the optimizer has taken, "loss_scaler": {field: value}}. The fields are
-    SCALER_FIELDS if the checkpoint was trained in fp16; otherwise there are none. `progress` is called for each
-    parameter. A collective: every rank must call it.
+    attributes of DeepSpeed's loss scaler if the checkpoint was trained in fp16; otherwise there are none. `progress` is
+    called for each parameter. A collective: every rank must call it.
     """
     wrapper: Any = engine.optimizer
     inner = engine.basic_optimizer
@@ -137,13 +140,13 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
 
 @torch.no_grad()
 def own_states(engine: Engine, content: JsonObject) -> JsonObject:
-    """Replace memory-mapped tensors in the content of one of DeepSpeed's files, before DeepSpeed loads it.
+    """Replace the memory-mapped tensors in `content`, the object in a checkpoint file, before DeepSpeed loads it.
 
-    DeepSpeed copies weights out of such a content, but on CPUs it keeps the tensors of the optimizer's states. So
-    these are copied here to memory of this process. The fp32 weights of stages 1 to 3 are copied to where the
-    optimizer holds them, and replaced by that tensor: DeepSpeed then copies it to itself. Both are copied piece by
-    piece, and the pages of the file are released, so that the file is never in memory as a whole. With NVMe the content
-    stays mapped, because patches/swapped_state.py copies all of it. Returns `content`.
+    DeepSpeed copies weights out of such an object, but on CPUs it keeps the tensors of the optimizer's states. So this
+    function copies these states to memory of this process. It copies the fp32 weights of stages 1 to 3 to the tensor
+    in which the optimizer holds them, and puts that tensor into `content`: DeepSpeed then copies it to itself. It
+    copies piece by piece and releases the pages of the file, so that the file is never in memory as a whole. With NVMe
+    nothing is replaced, because patches/swapped_state.py copies all tensors. Returns `content`.
     """
     if keeps_state_on_nvme(engine.optimizer):
         return content
@@ -163,7 +166,7 @@ def own_states(engine: Engine, content: JsonObject) -> JsonObject:
 
 
 def _state_tensor(state: JsonObject, kind: str, like: torch.Tensor) -> torch.Tensor:
-    """Return the tensor of `kind` ("exp_avg", ...) in `state`, an optimizer's state of one parameter.
+    """Return the tensor of `kind` ("exp_avg", ...) in `state`, the optimizer's state of one parameter.
 
     If there is none, add zeros shaped like `like` to `state` and return these.
     """

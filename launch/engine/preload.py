@@ -1,13 +1,14 @@
-"""Import everything that a rank imports, in a process that will be forked, and check that it can be forked.
+"""Import everything that a rank imports, in a process that will be forked, and check that the process can be forked.
 
 A fork copies only the calling thread, and no state of a GPU. So the importing process must have no other thread,
 because a copied lock or thread pool whose threads are missing blocks forever, and it must not have used CUDA, whose
 driver refuses a forked child.
 
     import          starts no thread of OpenMP; numpy's OpenBLAS starts some, and ends them before a fork by itself
-    CUDA            DeepSpeed asks torch whether there are GPUs. With NVML_CHECK torch asks NVML, which starts nothing
+    CUDA            DeepSpeed asks torch whether there are GPUs. With PYTORCH_NVML_BASED_CUDA_CHECK=1, torch asks NVML,
+                    which does not initialise CUDA
 
-Both are checked (why_not_forkable), not only assumed.
+why_not_forkable() checks both.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch reads it when it looks for
 
 
 def preload(*names: str) -> None:
-    """Import the modules `names` and those that a run imports late (LATE), and check the packages as every run does.
+    """Import the modules `names`, and those of DeepSpeed and torch that a run would import only when it uses them.
 
-    Sets environment variables of this process.
+    Also checks the installed packages as every run does, and sets environment variables of this process.
     """
     os.environ[NVML_CHECK] = "1"
     for name in (*names, *LATE):

@@ -62,7 +62,7 @@ class Engine(Protocol):
         """
 
     def step(self) -> None:
-        """Call it after each micro batch. After the last one of a step it clips the gradients and runs the optimizer.
+        """Call it after each micro batch. At the end of a step, it clips the gradients and runs the optimizer.
 
         patches/gradient_norm.py can veto that optimizer step.
         """

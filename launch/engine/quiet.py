@@ -15,7 +15,7 @@ from pathlib import Path
 
 @contextmanager
 def quiet(log: Path | None) -> Iterator[None]:
-    """Redirect stdout to the end of the file `log`, or discard it if `log` is None, as long as the context is open.
+    """Context manager that appends stdout to the file `log`, or discards stdout if `log` is None.
 
     DeepSpeed prints memory reports and other details while it starts.
     """
@@ -29,8 +29,8 @@ def quiet(log: Path | None) -> Iterator[None]:
 class DeepSpeedLogFilter(logging.Filter):
     """A context manager that sends DeepSpeed's log lines and Python's warnings to the file `path`.
 
-    Only errors appear on the screen. Until `path` is set, lines are kept in memory; if the file cannot be written, they
-    are dropped.
+    Only errors appear on the screen, or all lines if PACKSPEED_DEEPSPEED_LOG is set. Until `path` is set, lines are
+    kept in memory. If the file cannot be written, they are dropped.
     """
 
     def __init__(self) -> None:

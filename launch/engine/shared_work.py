@@ -7,7 +7,7 @@
     work.wait()             # returns when every rank has called it
 
 A collective fails when the process group's timeout (30 minutes) ends, even if the slowest rank still makes progress.
-This wait fails only if no rank at all has made progress for SILENCE_S. Progress is counted in the store with which the
+This wait fails only if no rank at all has made progress for 30 minutes. Progress is counted in the store with which the
 process group was started, a server in rank 0. Cost: one request per rank and second.
 """
 
@@ -30,7 +30,7 @@ _numbers = itertools.count()
 
 
 class SharedWork:
-    """A piece of work that all ranks share, each doing its own part. Every rank must create it and call `wait`.
+    """A piece of work of which each rank does its own part. Every rank must create this object and call `wait`.
 
     `phase` names the work in the heartbeats of the ranks and in the error.
     """
@@ -43,7 +43,7 @@ class SharedWork:
         self.progress()
 
     def progress(self) -> None:
-        """Report that this rank has done some of its part. Call it often: it sends one report per REPORT_S seconds."""
+        """Report that this rank has done some of its part. Call it often: it sends at most one report per second."""
         now = time.monotonic()
         if now - self._reported < REPORT_S:
             return
@@ -55,7 +55,7 @@ class SharedWork:
     def wait(self) -> None:
         """Wait until every rank has called this.
 
-        Raises UserError that names the ranks that are missing, if no rank has made progress for SILENCE_S seconds.
+        Raises UserError if no rank has made progress for 30 minutes. It names the ranks that have not called this.
         """
         if self._store is None:
             return
@@ -82,10 +82,10 @@ class SharedWork:
 
 
 class Board:
-    """Notes that threads of all ranks leave for each other without a collective, in the process group's store.
+    """Short texts and counters that the ranks share without a collective, in the store of the process group.
 
     The main thread of every rank must create it. All ranks must create their Board and SharedWork objects in the same
-    order. Any thread may use it.
+    order. Afterwards any thread may use the Board.
     """
 
     def __init__(self, topology: Topology, name: str) -> None:
@@ -93,14 +93,14 @@ class Board:
         self._store = _get_default_store() if topology.world > 1 else HashStore()
 
     def post(self, note: str, text: str = "") -> None:
-        """Leave a note with a text. A later text of the same note replaces it."""
+        """Store `text` under the key `note`, for all ranks. Replaces an earlier text with that key."""
         self._store.set(f"{self._key}/{note}", text)
 
     def read(self, note: str) -> str | None:
-        """Return the text of a note, or None if no rank has left it."""
+        """Return the text that a rank has posted under the key `note`, or None if none has."""
         key = f"{self._key}/{note}"
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def count(self, note: str, add: int = 0) -> int:
-        """Add `add` to a counter, which starts at 0, and return its value."""
+        """Add `add` to the counter with the key `note`, which starts at 0, and return the new value."""
         return int(self._store.add(f"{self._key}/{note}", add))

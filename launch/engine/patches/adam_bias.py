@@ -1,4 +1,4 @@
-"""DeepSpeed's Adam on CPUs: compute an update from the step number and the element alone.
+"""Make each update of DeepSpeed's Adam on CPUs depend only on the step number and on the element's own values.
 
 Why        The C++ kernel keeps beta^t as a product that it multiplies by beta in each step, in fp32. Only if the step
            number jumps, as it does after a resume, does it call pow(beta, t) instead. The two values differ in the last
@@ -58,10 +58,10 @@ def forget_bias_products(basic_optimizer: torch.optim.Optimizer, betas: tuple[fl
 
 
 def update_in_full_vectors(basic_optimizer: torch.optim.Optimizer) -> None:
-    """Let the CPU's FusedAdam update the last elements of a tensor with its vector code, too.
+    """Let FusedAdam on CPUs update the last elements of a tensor with its vector code, too.
 
-    Optimizers of other classes are left as they are. Why: elements that do not fill a vector are updated by other code,
-    which now and then rounds in another way (findings/deepspeed-cpu-adam-tail.sh). Which elements these are depends on
+    Other optimizers are left as they are. Reason: elements that do not fill a vector are updated by other code,
+    which sometimes rounds differently (findings/deepspeed-cpu-adam-tail.sh). Which elements these are depends on
     the ZeRO stage and the number of ranks, and in bf16 the last bit decides how a weight is rounded.
     """
     optimizer: Any = basic_optimizer

@@ -5,11 +5,12 @@ Why        (1) DeepSpeed divides the loss by the accumulation before a backward 
            gradient, and differently for each number. So the loss depends on how the batch is divided.
            (2) At ZeRO-1, BF16_Optimizer keeps bf16 and fp32 gradients of all parameters on every rank, 6 bytes a
            parameter, reduces them after the backward pass only, and clips by another arithmetic than ZeRO-2 and 3.
-           DeepSpeed's other ZeRO-1 optimizer adds up in fp32 as well, and frees the gradients when they are reduced.
+           DeepSpeed's other ZeRO-1 optimizer adds up in fp32 as well, and frees gradients once it has reduced them.
 Version    DeepSpeed 0.19.8: backward and _do_optimizer_sanity_check of runtime/engine.py, average_tensor of
            runtime/zero/stage_1_and_2.py, __avg_scatter_grads of runtime/zero/stage3.py.
 Upstream   github.com/deepspeedai/DeepSpeed/issues/1800 and 2352 (16-bit sums of gradients).
-Without    bf16 losses differ by 1e-3 between 1, 2 and 3 ranks and between ZeRO-1, 2 and 3; 6 bytes a parameter more.
+Without    bf16 losses differ by 1e-3 between 1, 2 and 3 ranks and between ZeRO-1, 2 and 3, and ZeRO-1
+           needs 6 more bytes per parameter.
 
 With micro batches of equal size, the loss of each is multiplied by the same number in every layout, 1 / (micro batches
 of all ranks), and what is added up has been computed from equal bits. Only the order of the fp32 sums differs.
@@ -52,7 +53,7 @@ def one_zero1() -> Iterator[None]:
 
 
 def sum_gradients(engine: Engine) -> None:
-    """Patch a bf16 engine: divide each loss by the step's micro batches (of all ranks), and only add up gradients.
+    """Patch a bf16 engine: divide each loss by the number of micro batches per step (of all ranks); sum gradients only.
 
     Engines of other precisions are left as they are, and so are those with ZenFlow, whose own reduction always divides.
     Do not call it with DeepCompile, which divides too.
@@ -77,9 +78,9 @@ def sum_gradients(engine: Engine) -> None:
 
 
 def _sum_at_stage3(optimizer: Any) -> None:
-    """Let ZeRO-3's optimizer give each rank its part of the sum of the gradients, not of their mean.
+    """Let ZeRO-3's optimizer give each rank its part of the sum of the gradients over the ranks, not of their mean.
 
-    Dividing by the number of ranks rounds, unless it is a power of two.
+    Division by the number of ranks would round the gradients, unless that number is a power of two.
     """
     # With reduce_scatter: false, and in ZeRO++'s 4-bit exchange, DeepSpeed divides by this number.
     replace(optimizer, "_gradient_averaging_world_size", lambda params, ranks: 1)
@@ -102,10 +103,10 @@ def _sum_at_stage3(optimizer: Any) -> None:
 
 
 def interleave(tensors: list[torch.Tensor], ranks: int) -> tuple[torch.Tensor, list[int]]:
-    """Cut each flattened tensor into one piece per rank, filled up with zeros; put the pieces of a rank side by side.
+    """Cut each flattened tensor into one equal, zero-padded piece per rank, and join the pieces of each rank.
 
-    Returns (pieces, sizes). Row r of `pieces`, (ranks, sum of the sizes), has rank r's piece of every tensor. `sizes`
-    has the number of elements in a piece of each tensor.
+    Returns (pieces, sizes). `pieces` has the shape (ranks, sum(sizes)); row r contains rank r's piece of every tensor.
+    sizes[i] is the number of elements in a piece of tensors[i].
     """
     sizes = [-(-tensor.numel() // ranks) for tensor in tensors]
     pieces = tensors[0].new_zeros(ranks, sum(sizes))

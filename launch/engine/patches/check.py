@@ -30,9 +30,9 @@ _ON_OBJECTS = re.compile(r"\.(\w+) *=(?!=)")
 
 @functools.cache
 def check_sources() -> None:
-    """Raise UserError if installed source files lack internal names of registry.py, or functions with its parameters.
+    """Raise UserError if installed source files lack a name of registry.py, or a function has other parameters.
 
-    The error lists all such names of one package.
+    The error lists all such names of the first package that has one.
     """
     absent = [(internal, found) for internal in REGISTRY if (found := problem(internal)) is not None]
     if absent:
@@ -56,9 +56,9 @@ def check_loaded() -> None:
 
 
 def problem(internal: Internal) -> str | None:
-    """Return what is wrong with one entry of the registry in the installed sources, or None if nothing is.
+    """Return how the installed sources differ from one entry of the registry, or None if they agree.
 
-    The name can be absent, or its function can take other parameters than the registry says.
+    The name can be absent, or the function can have other parameters than the registry says.
     """
     if internal.where == TEXT:
         source, text = _collapsed_source(internal.file), _collapsed(internal.name)
@@ -145,7 +145,7 @@ def _signature(scope: str, name: str) -> str | None:
 
 @functools.cache
 def _collapsed_source(file: str) -> str:
-    """Return the source of a file below site-packages after _collapsed. Each file is read once."""
+    """Return the source of a file below site-packages without white space (see _collapsed). Each file is read once."""
     return _collapsed(read_source(file))
 
 

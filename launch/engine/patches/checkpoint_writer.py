@@ -36,15 +36,13 @@ class CheckpointEngine(Protocol):
         """Make the folder, as os.makedirs does."""
 
     def is_decoupled(self) -> bool:
-        """Return whether another process writes the files, so that DeepSpeed must commit a save at the end of a later
-        step.
-        """
+        """Return whether another process writes the files. If so, DeepSpeed commits the save after a later step."""
 
     def preserves_storage_sharing(self) -> bool:
         """Return whether tensors that shared storage before a save still share it after a load."""
 
     def cleanup(self) -> None:
-        """Free what the writer holds, such as threads and buffers."""
+        """Free the resources of the writer, such as threads and buffers."""
 
 
 def write_checkpoints_with(engine: Engine, writer: CheckpointEngine) -> None:

@@ -18,7 +18,7 @@ from packspeed.launch.run_folder.phase_timer import PhaseTimer
 
 
 def time_collectives(timer: PhaseTimer) -> None:
-    """Make `timer` count the time inside DeepSpeed's blocking collectives as communication. For CPU ranks only."""
+    """Make `timer` count the time in DeepSpeed's blocking collectives as communication. Call it on CPU ranks only."""
     from deepspeed.comm import comm
 
     for name in BLOCKING_COLLECTIVES:

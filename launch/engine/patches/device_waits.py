@@ -3,7 +3,7 @@
 Why        After each backward pass, with overlap_comm or at stage 3, DeepSpeed stops the CPU until the gradients are
            reduced. The GPU then has nothing to do until the CPU has queued the next forward pass. At stage 3 the CPU
            also waits at the end of a step for the small weights that stay on all ranks, and with a single rank for
-           every weight. The CPU reads the result in none of these places, so it is enough that two streams of the GPU
+           every weight. In none of these places does the CPU read a result, so it is enough that two streams of the GPU
            wait for each other.
 Version    DeepSpeed 0.19.8, runtime/zero: stage_1_and_2.py, stage3.py and partition_parameters.py.
 Upstream   No thread is known.

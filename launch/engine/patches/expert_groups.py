@@ -3,14 +3,15 @@
 Why        DeepSpeed reduces experts' gradients in groups of their own if the model contains its class MoE. That class
            also switches on checkpoints in another form, which look for files by the names of DeepSpeed's own layers
            (layer_0_expert_0_...) and fail for any other model. And its norm of experts' gradients is averaged over
-           ranks afterwards, which rounds what patches/gradient_norm.py has summed over all ranks already.
+           ranks afterwards, which rounds the norm that patches/gradient_norm.py has already summed over all ranks.
 Version    DeepSpeed 0.19.8: _configure_distributed_model and buffered_allreduce_fallback of runtime/engine.py,
            _configure_moe_settings and scaled_global_norm of runtime/zero/stage_1_and_2.py, utils/groups.py.
 Upstream   No thread is known.
 Without    Every rank would average the gradients of different experts, or checkpoints of them could not be loaded.
 
-What is used of DeepSpeed: parameters with allreduce=False and group_name (engine/experts.py), an optimizer group with
-"moe": True (engine/groups.py), and the sums in the group of that name, divided by the number of all ranks.
+Packspeed uses these parts of DeepSpeed: parameters with allreduce=False and group_name (engine/experts.py), an
+optimizer group with "moe": True (engine/groups.py), and the sums in the group of that name, divided by the number of
+all ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from packspeed.launch.engine.protocol import Engine
 
 @contextlib.contextmanager
 def experts_in(copies: Group) -> Iterator[None]:
-    """Context in which deepspeed.initialize partitions experts over `copies`, the ranks that have the same ones."""
+    """Context in which deepspeed.initialize partitions experts over `copies`, the ranks that hold the same experts."""
 
     def configure(engine: Any, model: object) -> None:
         original(engine, model)
@@ -46,7 +47,7 @@ def experts_in(copies: Group) -> Iterator[None]:
 
 
 def keep_own_checkpoints(engine: Engine) -> None:
-    """Turn off the parts of DeepSpeed's MoE that an engine built in the context above does not need."""
+    """Turn off DeepSpeed's MoE checkpoints and norm in an engine that was built inside experts_in()."""
     replace(engine, "has_moe_layers", False)
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):

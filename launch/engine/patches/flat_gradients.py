@@ -1,4 +1,4 @@
-"""bf16 at ZeRO-1: gradients add up in one fp32 tensor, which is reduced in place.
+"""bf16 at ZeRO-1: gradients are added up in one fp32 tensor per parameter group, which is reduced in place.
 
 Why        DeepSpeed's ZeRO-1 optimizer makes an fp32 tensor of each gradient. At the end of a step it copies them into
            a bucket, flattens the bucket, all-reduces the copy, and copies the result twice, also with a single rank.
@@ -8,7 +8,7 @@ Version    DeepSpeed 0.19.8: process_gradients, _fill_param_grad_accum_attribute
 Upstream   No thread is known.
 Without    The numbers are the same, but steps are slower.
 
-The tensor of a parameter group exists from the first backward pass of a step to its reduction, 4 bytes per parameter.
+The tensor takes 4 bytes per parameter, from the first backward pass of a step until it is reduced.
 With overlap_comm gradients are reduced while the backward pass still runs, which this patch leaves to DeepSpeed.
 """
 

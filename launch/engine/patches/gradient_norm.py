@@ -73,7 +73,7 @@ class Stage12Optimizer(ScaledOptimizer, Protocol):
     norm_for_param_grads: dict[int, torch.Tensor]  # with offload: of the gradient of each parameter, by its id
 
     def get_param_id(self, param: torch.Tensor) -> int:
-        """Return DeepSpeed's number of the parameter."""
+        """Return the id that DeepSpeed has given to the parameter: the key of norm_for_param_grads."""
 
 
 class Stage3Optimizer(ScaledOptimizer, Protocol):
@@ -84,14 +84,14 @@ class Stage3Optimizer(ScaledOptimizer, Protocol):
     norm_for_param_grads: dict[int, torch.Tensor]  # with offload: of the gradient of each parameter, by its id
 
     def get_param_id(self, param: torch.Tensor) -> int:
-        """Return DeepSpeed's number of the parameter."""
+        """Return the id that DeepSpeed has given to the parameter: the key of norm_for_param_grads."""
 
     def _get_param_partition_group(self, param: torch.Tensor) -> torch.distributed.ProcessGroup:
         """Return the group of ranks over which the parameter is partitioned."""
 
 
 class GradientNormHook:
-    """Patches an engine so that each step's gradient norm becomes visible, and so that the step can be vetoed.
+    """Patches an engine so that each step's gradient norm can be read, and so that the step can be vetoed.
 
     During engine.step() the hook stores the global L2 norm before clipping in `norm` (NaN if it is not finite) and
     calls judge(norm, agreed), where `agreed` are the numbers given to `agree`. If the result is True, the optimizer
@@ -158,7 +158,7 @@ class GradientNormHook:
         return None if self.vetoed else on_host
 
     def _to_host(self, norms: Tensors) -> Tensors:
-        """Copy scalar norms to the CPU, together with the tensor given to `agree`."""
+        """Return scalar norms as CPU tensors. Copies the tensor given to `agree` along with them."""
         if self._agreement is None or norms[0].device != self._agreement.device:
             return [torch.tensor(float(norm), dtype=norm.dtype) for norm in norms]
         numbers: list[float] = torch.cat([*(norm.double().view(1) for norm in norms), self._agreement]).tolist()
@@ -175,10 +175,10 @@ class GradientNormHook:
 
 
 class _ZeroPatch:
-    """Patches DeepSpeed's ZeRO optimizer for a hook.
+    """Patches DeepSpeed's ZeRO optimizer for a GradientNormHook.
 
     A method of this class or of its subclasses replaces the method of the optimizer that has the same name, up to a
-    leading underscore, and has its parameters.
+    leading underscore, and takes the same parameters.
     """
 
     def __init__(self, hook: GradientNormHook, optimizer: ScaledOptimizer) -> None:
@@ -186,13 +186,13 @@ class _ZeroPatch:
         self._original_update_scale = replace(optimizer, "_update_scale", self.update_scale)
 
     def update_scale(self, has_overflow: bool = False) -> None:
-        """Adapt the fp16 loss scale, except after a veto: that is no overflow."""
+        """Adapt the fp16 loss scale, except after a veto, because a veto is no overflow."""
         if not self.hook.vetoed:
             self._original_update_scale(has_overflow)
 
 
 class _Stages12(_ZeroPatch):
-    """The patch of ZeRO-1 and 2: the optimizer's step() calls scaled_global_norm, and drops the step for -1."""
+    """The patch for ZeRO-1 and 2. The optimizer's step() calls scaled_global_norm, and drops the step if that is -1."""
 
     optimizer: Stage12Optimizer
 
@@ -229,14 +229,14 @@ class _Stages12(_ZeroPatch):
         _unscale_and_clip(grad_groups_flat, total_norm, self.optimizer.loss_scale, self.optimizer.clip_grad)
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
-        """Do nothing: the norm shows an overflow."""
+        """Do nothing: the norm itself shows an overflow, because it is not finite then."""
 
     def update_offload_overflow_tracker(self, grad: torch.Tensor) -> None:
-        """Do nothing: the norm shows an overflow."""
+        """Do nothing: the norm itself shows an overflow, because it is not finite then."""
 
 
 class _Stage3(_ZeroPatch):
-    """The patch of ZeRO-3: the optimizer's step() checks for an overflow, then calls _get_norm_groups."""
+    """The patch for ZeRO-3: the optimizer's step() checks for an overflow, then calls _get_norm_groups."""
 
     optimizer: Stage3Optimizer
 
@@ -267,7 +267,7 @@ class _Stage3(_ZeroPatch):
         return finite_or_minus_1(offloaded_square_sum(norms, groups).sqrt())
 
     def overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
-        """Report that there is no overflow: get_norm_groups finds out later."""
+        """Return False (no overflow): get_norm_groups detects an overflow later."""
         self.optimizer.overflow = False
         return False
 
@@ -279,9 +279,9 @@ class _Stage3(_ZeroPatch):
 
 
 class _Stage0:
-    """The patch of an engine without ZeRO.
+    """The patch for an engine without ZeRO.
 
-    There DeepSpeed clips with torch's norm, then runs the plain optimizer, and has no way to drop a step.
+    Without ZeRO, DeepSpeed clips with torch's norm, then runs the plain optimizer, and has no way to drop a step.
     """
 
     def __init__(self, hook: GradientNormHook, engine: Any) -> None:
@@ -291,7 +291,7 @@ class _Stage0:
         self._original_step = replace(engine.optimizer, "step", self.step)
 
     def take_model_step(self, lr_kwargs: object) -> None:
-        """Compute and judge the norm, then let DeepSpeed clip with it and step."""
+        """Compute the norm, let the hook judge it, then let DeepSpeed clip by this norm and step."""
         held = [p for p in self.engine.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in held]
         total = square_sum(self.hook.counted(gradients, held))
@@ -311,7 +311,7 @@ class _Stage0:
 
 
 def _norms_of(optimizer: Stage12Optimizer | Stage3Optimizer, params: Tensors) -> Tensors:
-    """Return the norms of these parameters' offloaded gradients, as scalars; parameters without one are left out.
+    """Return the norms of these parameters' offloaded gradients, as scalars. Parameters without a norm are left out.
 
     DeepSpeed computed them on the device before it copied the gradients to the host.
     """

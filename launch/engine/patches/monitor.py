@@ -1,7 +1,7 @@
 """Keep a run alive if DeepSpeed's monitor (TensorBoard and others) cannot write because the disk is full.
 
 Why        DeepSpeed writes events inside engine.step(). If the disk is full, TensorBoard's writer raises OSError there.
-           Its thread then fails at every later call too, even after space has become free.
+           After that, the writer fails at every later call, even once there is free space.
 Version    DeepSpeed 0.19.8, monitor/monitor.py and monitor/tensorboard.py.
 Upstream   github.com/tensorflow/tensorboard/issues/6167: since 2.12 the writer raises instead of hanging.
 Without    The run fails, although checkpoints and metrics could be written once there is space.

@@ -1,7 +1,7 @@
-"""Let DeepSpeed's node launcher start its ranks by a function of ours, for example one that forks them.
+"""Let DeepSpeed's node launcher start its ranks with a function of Packspeed, for example one that forks them.
 
 Why        The launcher starts every rank as a new Python process, which takes 4 to 10 s to import torch and DeepSpeed.
-           After a failure, all hosts wait for that. launch/warm.py forks the ranks instead.
+           After a failure, all hosts wait for these imports. launch/warm.py forks the ranks instead.
 Version    DeepSpeed 0.19.8, launcher/launch.py.
 Upstream   No thread is known.
 Without    A restart takes 4 to 10 s longer.
@@ -24,13 +24,13 @@ from packspeed.launch.engine.patches.replace import replace, require
 
 
 class StartedRank(Protocol):
-    """What the launcher needs of a rank: the interface of subprocess.Popen."""
+    """A started rank, with the part of the interface of subprocess.Popen that the launcher uses."""
 
     pid: int
     returncode: int | None
 
     def poll(self) -> int | None:
-        """Return the exit code, negative for a signal; None while the rank runs."""
+        """Return the exit code, or None while the rank runs. It is negative if a signal ended the rank."""
 
 
 Start = Callable[[list[str], dict[str, str]], StartedRank]
@@ -52,7 +52,7 @@ def run_node_launcher(arguments: Sequence[str], start: Start) -> None:
 
 
 def log_levels() -> Callable[[], None]:
-    """Record the present levels of DeepSpeed's logger, and return a function that restores them.
+    """Record the log levels of DeepSpeed's logger and its handlers, and return a function that restores them.
 
     The node launcher changes them. A rank that is forked from it must have the levels of a new process.
     """

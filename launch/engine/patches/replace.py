@@ -1,4 +1,4 @@
-"""Replace an attribute of an object of another library, or raise if the attribute does not exist.
+"""Replace an attribute of another library's object, or raise an error if the attribute does not exist.
 
     original = replace(optimizer, "scaled_global_norm", scaled_global_norm)
 

@@ -1,8 +1,8 @@
 """Save and load the states and weights that ZeRO-Infinity keeps on NVMe, as if they were in memory.
 
 Why        DeepSpeed puts empty tensors into a checkpoint, and copies the swap files beside it. On a load it copies
-           these back, but a new process does not know which states they have, so Adam starts again from zeros. If
-           weights are on NVMe, its load fails.
+           the files back, but a new process does not know which states they hold, so Adam starts again from
+           zeros. If weights are on NVMe, DeepSpeed's load fails.
 Version    DeepSpeed 0.19.8, runtime/zero/stage3.py (state_dict, _rigid_load_state_dict) and runtime/engine.py
            (zero_nvme_offload_optimizer, on which the copies depend).
 Upstream   github.com/deepspeedai/DeepSpeed/pull/4707 added the copies; issue 7549 reports a race between them.
@@ -10,8 +10,8 @@ Without    A run on NVMe cannot be resumed, and its checkpoints cannot be conver
 
 A save maps the swap files into memory and writes them to the checkpoint like all other tensors. A load swaps one
 sub-group in at a time, copies its numbers out of the checkpoint, and swaps it out. So a checkpoint has the same form as
-one of offload to the CPU, and both cost no more memory than a step. Neither may run during a step, because the swap
-files of a step are complete only at its end.
+that of a run with offload to the CPU, and neither a save nor a load needs more memory than a step. Neither may run
+during a step, because the swap files of a step are complete only at its end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from packspeed.launch.engine.protocol import Engine
 
 
 def keeps_state_on_nvme(optimizer: Any) -> bool:
-    """Return whether DeepSpeed's optimizer keeps states of the optimizer, or weights, on NVMe."""
+    """Return whether DeepSpeed's `optimizer` keeps optimizer states or weights on NVMe."""
     return bool(getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False))
 
 
@@ -51,11 +51,11 @@ def save_and_load_swapped_state(engine: Engine) -> None:
 
 @contextlib.contextmanager
 def in_memory(optimizer: Any, group: int) -> Iterator[None]:
-    """A context in which the fp32 weights and the states of sub-group number `group` are in memory.
+    """Context in which the fp32 weights and optimizer states of sub-group number `group` are in memory.
 
-    At its end they are written to NVMe again. `optimizer` is DeepSpeed's optimizer of stage 3. The context does nothing
-    if the sub-group is always in memory. Use it for all sub-groups in their order: a pipelined write of one sub-group
-    is complete only after the context of the next.
+    When the context ends, they are written to NVMe again. `optimizer` is DeepSpeed's optimizer of stage 3. The context
+    does nothing if the sub-group is always in memory. Use it for all sub-groups in their order: a pipelined write of
+    one sub-group is complete only after the context of the next.
     """
     swapped = optimizer._swappable_optimizer_subgroup(group)
     if swapped:
@@ -66,9 +66,9 @@ def in_memory(optimizer: Any, group: int) -> Iterator[None]:
 
 
 def _with_swapped_tensors(optimizer: Any, content: JsonObject) -> JsonObject:
-    """Return DeepSpeed's state_dict `content` with tensors mapped from the swap files for those that are empty in it.
+    """Return DeepSpeed's state_dict `content` with memory-mapped swap files in place of its empty tensors.
 
-    The tensors are valid until the next step.
+    The mapped tensors are valid until the next step.
     """
     inner = content["optimizer_state_dict"]
     flats, states = list(content["fp32_flat_groups"]), dict(inner["state"])
@@ -90,9 +90,9 @@ def _with_swapped_tensors(optimizer: Any, content: JsonObject) -> JsonObject:
 
 @torch.no_grad()
 def _load(optimizer: Any, saved: JsonObject) -> None:
-    """Load `saved`, a state_dict from a file of a checkpoint. A collective: every rank must call it.
+    """Load `saved`, the optimizer's state_dict from a checkpoint file. A collective: every rank must call it.
 
-    Raises UserError if the file has other numbers of elements than this run.
+    Raises UserError if a sub-group has another number of weights in the file than in this run.
     """
     for name in ("loss_scaler", "dynamic_loss_scale", "overflow"):
         setattr(optimizer, name, saved[name])
@@ -106,7 +106,7 @@ def _load(optimizer: Any, saved: JsonObject) -> None:
             if weights.numel() != flat.numel():
                 raise UserError(
                     f"the file of this rank has {weights.numel():,} weights in sub-group {group}, and this run has "
-                    f"{flat.numel():,}. Resume with the DeepSpeed configuration with which it was saved."
+                    f"{flat.numel():,}. Resume with the DeepSpeed configuration of the run that saved it."
                 )
             copy_mapped(weights, flat.data)
             state = optimizer.optimizer.state[flat]
