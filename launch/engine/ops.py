@@ -325,7 +325,7 @@ def _diagnosis(builder: OpBuilder, error: BaseException) -> str:
     `builder` is the builder of the op, and `error` what the build has raised.
     """
     text = str(error)
-    advice = "see the log above"
+    advice = "look for the cause in the lines below"
     if "ninja" in text.lower() and "required" in text.lower():
         advice = "pip install ninja"
     elif "libaio" in text or builder.name == "async_io":
