@@ -94,7 +94,7 @@ class Route:
     def to_experts(self, rows: Tensor) -> Tensor:
         """Send rows (n, C), sorted by expert, to the ranks of their experts. Return the received rows, sorted too.
 
-        A collective of the group, in the backward pass too.
+        All ranks of the expert group must call it, and its backward pass is a collective too.
         """
         arrived: Tensor = _ToExperts.apply(rows, self)  # type: ignore[no-untyped-call]
         return arrived

@@ -35,7 +35,7 @@ Family = Literal[
 class Weight(NamedTuple):
     """One weight of our GPT, and the transformers weights that are stacked row after row to form it.
 
-    If there is no such weight, ours is a router's bias, which the family lacks; it must then be 0.
+    If the list is empty, ours is a router's bias, which the transformers model lacks. All its values must then be 0.
     """
 
     ours: str  # our name

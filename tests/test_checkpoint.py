@@ -201,7 +201,7 @@ def test_other_weights_than_saved_are_noticed_on_resume(short: Workspace) -> Non
     done = train(*short.arguments("tampered", *FEW), faults="other_weights:1.01")
     assert done.returncode == 1
     assert "self-check failed: step 6" in done.stderr
-    assert "Possible causes: only the weights or the model code" in done.stderr
+    assert "Possible causes: no setting has changed, so the weights or the model code have" in done.stderr
 
 
 def test_retention_keeps_the_newest_the_scheduled_the_best(workspace: Workspace) -> None:

@@ -358,7 +358,7 @@ class _Preparation:
             yield encode
 
     def _finish(self, number: int, finish: Callable[[], Receipt]) -> tuple[int, Receipt]:
-        """Finish a unit, and let the merge use it at once. Return its number and receipt."""
+        """Finish a unit of work, and let the merge use it at once. Returns its number and receipt."""
         receipt = finish()
         self.finished.add(number)
         return number, receipt

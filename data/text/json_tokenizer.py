@@ -148,7 +148,7 @@ class JsonTokenizer:
         return "tokenizer.json"
 
     def _eot(self, tokens: DocumentTokens) -> str:
-        """Return the end-of-text token's name: the one in `tokens`, or else the first usual name in the vocabulary.
+        """Return the end-of-text token's name: the one in `tokens`, or else a common one of the vocabulary.
 
         Raises DataError if there is none, and UsageError if the user named a token that the vocabulary lacks.
         """
@@ -163,7 +163,7 @@ class JsonTokenizer:
         raise error(f"Tokenizer {self.name} {problem}. {self._choice('--eot-token')}")
 
     def _bos(self, tokens: DocumentTokens) -> str:
-        """Return the begin-of-text token's name: the one in `tokens`, or else the first usual name in the vocabulary.
+        """Return the begin-of-text token's name: the one in `tokens`, or else a common one of the vocabulary.
 
         Raises UsageError if there is none, or if it is EOT.
         """

@@ -195,7 +195,7 @@ def _job(label: str, nodes: int, max_restarts: int, pod: dict[str, object]) -> d
     """Return an Indexed Job with one pod per node.
 
     A pod that is evicted, or exits with 75 (saved and stopped), is replaced and does not count as failed. Exit code 2
-    (wrong config) fails the Job. `max_restarts` is the number of times that the complete run may crash.
+    (wrong config) fails the Job. The run as a whole may crash `max_restarts` times; the next crash fails the Job.
     """
     rules = [
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},

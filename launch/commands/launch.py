@@ -61,8 +61,8 @@ def launch(
         typer.Option(
             "--env",
             metavar="NAME[=VALUE]",
-            help="Set this variable on every host, to this value or to the one in this shell. Variables such as "
-            "NCCL_*, CUDA_*, OMP_* and HF_* are set anyway (repeatable).",
+            help="Set this variable on every host, to this value or to the one in this shell (repeatable). NCCL_*, "
+            "CUDA_*, OMP_* and HF_* are passed on anyway.",
         ),
     ] = None,
     launcher: Annotated[

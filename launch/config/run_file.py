@@ -125,7 +125,8 @@ class RopeScalingSection(Section):
     beta_slow: float | None = Field(
         None,
         gt=0,
-        description="yarn: divide frequencies that make this many rotations or fewer over the original context. "
+        description="yarn: frequencies that make at most this many rotations over the original context are "
+        "divided by `factor`. "
         "Default: 1.",
     )
     mscale: float | None = Field(
@@ -140,7 +141,8 @@ class RopeScalingSection(Section):
     low_freq_factor: float | None = Field(
         None,
         gt=0,
-        description="llama3: divide frequencies that make this many rotations or fewer over the original context. "
+        description="llama3: frequencies that make at most this many rotations over the original context are "
+        "divided by `factor`. "
         "Required.",
     )
     high_freq_factor: float | None = Field(
@@ -210,7 +212,7 @@ class DataSection(Section):
         None, min_length=1, description="Datasets of a weighted mixture. Give either this or data.path."
     )
     stages: list[StageSection] = Field(
-        [], description="Changes of the sources' weights during the run, by ascending from_tokens."
+        [], description="Changes of the sources' weights during the run, in ascending order of from_tokens."
     )
     seq_len: int = Field(
         ge=1,

@@ -112,7 +112,7 @@ class WeightFiles:
         return ((weight.ours, weight.join(lambda name: self._finite(names[name]), config)) for weight in table)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check the type and the shape of a tensor in the header of its file. Raises ConfigError if one is wrong."""
+        """Check the type and shape that a file's header states for a tensor. Raises ConfigError if one is wrong."""
         path, file = self._files[name]
         header = file.get_slice(name)
         if header.get_dtype() not in DTYPES:

@@ -86,7 +86,7 @@ def keep_full_precision() -> None:
 def may_add_in_the_switch(algorithms: str) -> bool:
     """Return whether this value of NCCL_ALGO lets NCCL choose NVLS or NVLSTree, which add in the NVSwitch.
 
-    The value is a list such as "Ring,Tree", or "^NVLS" for all others. Since NCCL 2.24 it can also have one list per
+    The value is a list such as "Ring,Tree", or "^NVLS" (all but NVLS). Since NCCL 2.24 it can also have one list per
     collective: "allreduce:ring;allgather:^nvls".
     """
     for one in algorithms.split(";"):

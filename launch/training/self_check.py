@@ -76,6 +76,6 @@ def compare_probes(folder: Path, saved: Manifest, identity: RunIdentity, now: Pr
         f"self-check failed: step {saved['step']} of {folder} does not resume as it was saved. The loss of "
         f"{before['rows']} samples, from sample {before['first_sample']} on, was {before['loss']:.8f} at the save and "
         f"is {now['loss']:.8f} now (allowed difference {tolerance:g}). Possible causes: "
-        f"{'; '.join(causes) or 'only the weights or the model code'}. "
+        f"{'; '.join(causes) or 'no setting has changed, so the weights or the model code have'}. "
         "Restore what has changed, or start over with --fresh."
     )
