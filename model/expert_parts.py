@@ -22,11 +22,11 @@ and twice in the backward pass. The host waits for the counts once per layer and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from packspeed.model.exchange import exchange
 from packspeed.model.sequence import AllToAll
 
 
@@ -55,8 +55,7 @@ class ExpertPart:
         numbers = torch.arange(experts, device=counts.device).repeat(self.size)
         expert = numbers.repeat_interleave(arriving, output_size=sum(received))  # of each row that arrives
         order = expert.sort(stable=True).indices
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        return Route(self, sent, received, order, inverse, by_rank.sum(0).cumsum(0))
+        return Route(self, sent, received, order, inverse_of(order), by_rank.sum(0).cumsum(0))
 
     def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send the first sent[0] rows of `rows`, (n, C), to rank 0, the next sent[1] to rank 1, and so on.
@@ -68,6 +67,11 @@ class ExpertPart:
         sizes = [[number * width for number in numbers] for numbers in (received, sent)]
         self.all_to_all(arrived.view(-1), rows.contiguous().view(-1), *sizes)
         return arrived
+
+
+def inverse_of(order: Tensor) -> Tensor:
+    """Return the inverse of a permutation (n,) int64: the position of each index in `order`."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
 def part_of(parameter: torch.Tensor) -> ExpertPart | None:
@@ -96,42 +100,14 @@ class Route:
 
         All ranks of the expert group must call it, and its backward pass is a collective too.
         """
-        arrived: Tensor = _ToExperts.apply(rows, self)  # type: ignore[no-untyped-call]
-        return arrived
+        return exchange(rows, self._there, self._back)
 
     def to_tokens(self, rows: Tensor) -> Tensor:
         """Send the results of the experts back: the inverse of to_experts, and a collective as well."""
-        back: Tensor = _ToTokens.apply(rows, self)  # type: ignore[no-untyped-call]
-        return back
+        return exchange(rows, self._back, self._there)
 
-    def there(self, rows: Tensor) -> Tensor:
-        """Do the same as to_experts, but outside autograd."""
+    def _there(self, rows: Tensor) -> Tensor:
         return self.part.exchange(rows, self.sent, self.received)[self.order]
 
-    def back(self, rows: Tensor) -> Tensor:
-        """Do the same as to_tokens, but outside autograd."""
+    def _back(self, rows: Tensor) -> Tensor:
         return self.part.exchange(rows[self.inverse], self.received, self.sent)
-
-
-class _ToExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return route.there(rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.back(grad), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return route.back(rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.there(grad), None

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from packspeed.model.config import GPTConfig
-from packspeed.model.expert_parts import ExpertPart, Route
+from packspeed.model.expert_parts import ExpertPart, Route, inverse_of
 from packspeed.model.kernels import choose, out_of_graphs
 from packspeed.model.linear import is_slow
 
@@ -154,7 +154,7 @@ class MoE(nn.Module):
         if self.training and not recomputed:
             counts = ends.diff(prepend=ends.new_zeros(1))
             self.counts = counts if self.counts is None else self.counts + counts
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        inverse = inverse_of(order)
         rows: Tensor = _Send.apply(flat, order, inverse)  # type: ignore[no-untyped-call]
         if self.part is None:
             rows = self._compute(rows, ends)

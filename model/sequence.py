@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packspeed.model.exchange import exchange
+
 # (received, sent, sizes of the pieces from each rank, sizes of the pieces to each rank); both tensors are flat.
 AllToAll = Callable[[Tensor, Tensor, list[int], list[int]], None]
 Attend = Callable[..., Tensor]  # an implementation of attention.attend
@@ -61,8 +63,9 @@ class SequencePart:
         of the heads; `arguments`, such as documents, are those of complete rows.
         """
         spread = _Spread.apply(q, k, v, self)  # type: ignore[no-untyped-call]
-        mixed: Tensor = _Collect.apply(attend(*spread, *arguments), self)  # type: ignore[no-untyped-call]
-        return mixed
+        mixed = attend(*spread, *arguments)
+        heads = mixed.size(2) * self.size
+        return exchange(mixed, lambda x: self.to_tokens([x], [heads])[0], lambda grad: self.to_heads([grad])[0])
 
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Send this rank's tokens of all heads, and receive all tokens of this rank's heads: (B, t, heads, D) -> (B, T,
@@ -126,15 +129,3 @@ class _Spread(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*ctx.part.to_tokens(grads, ctx.heads), None)
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mixed: Tensor, part: SequencePart) -> Tensor:
-        ctx.part = part
-        return part.to_tokens([mixed], [mixed.size(2) * part.size])[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.part.to_heads([grad])[0], None

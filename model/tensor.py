@@ -23,18 +23,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from packspeed.model.config import CPU_BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, GPTConfig
+from packspeed.model.exchange import exchange
 
 AllReduce = Callable[[Tensor, bool], None]  # in place: the sum over the ranks, or if the bool is true the largest value
 
 
 def _nothing(values: Tensor, largest: bool) -> None:
     """Do nothing: the AllReduce of a single rank."""
+
+
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,17 @@ class TensorPart:
         """Return x, which is equal on all ranks. Its gradient is the sum of what the ranks contribute."""
         if self.size == 1:
             return x
-        same: Tensor = _Copy.apply(x, self)  # type: ignore[no-untyped-call]
-        return same
+        return exchange(x, _same, self._summed)
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of the ranks' x, with the same bits on all of them."""
         if self.size == 1:
             return x
-        total: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]
+        return exchange(x, self._summed, _same)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)  # others may read x
+        self.all_reduce(total, False)
         return total
 
     def join_last(self, x: Tensor) -> Tensor:
@@ -70,33 +77,6 @@ class TensorPart:
 
 
 ALONE = TensorPart()  # has complete matrices
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: TensorPart) -> Tensor:
-        ctx.part = part
-        return x.view_as(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)  # others may read grad
-        ctx.part.all_reduce(total, False)
-        return total, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: TensorPart) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        part.all_reduce(total, False)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 def own_tokens(tokens: Tensor, rows: int, part: TensorPart) -> tuple[Tensor, Tensor]:
