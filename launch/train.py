@@ -97,9 +97,7 @@ def _exit(code: int) -> NoReturn:
     The destructors of C++ libraries do not run, because they can abort the process if a thread of their library is
     still running. A scheduler would then count a finished run as failed.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # as Python's own end does first: it ends thread pools, too
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
