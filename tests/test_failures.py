@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from packspeed.launch.checkpoint.manifest import MANIFEST, dump_manifest, read_manifest, step_folder
+from packspeed.launch.config.ports import free_port
 from support import TRAIN, prefork
 from support.ranks import deepspeed, environment, train
 from support.workspace import Workspace
@@ -226,6 +227,25 @@ def test_members_of_enumerations_are_read_from_every_python(tmp_path: Path, owne
     else:
         with pytest.raises(UserError, match="cannot be read"):
             read_safely(path)
+
+
+def test_a_rank_ends_although_a_pool_of_threads_is_open() -> None:
+    """torch's compiler keeps one. Its idle threads end only if Python tells them to."""
+    code = (
+        "import concurrent.futures, atexit, packspeed.launch.train as train\n"
+        "pool = concurrent.futures.ThreadPoolExecutor(1)\n"
+        "pool.submit(int).result()\n"
+        "atexit.register(print, 'registered')\n"
+        "train._exit(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (7, "registered\n"), done.stderr
+
+
+def test_free_ports_are_none_of_outgoing_connections() -> None:
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40
+    assert all(20_000 <= port < 32_768 for port in ports)
 
 
 def wait_for_step(path: Path, step: int, process: subprocess.Popen[str] | prefork.Processes) -> None:

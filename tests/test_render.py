@@ -25,8 +25,8 @@ import yaml
 
 from packspeed.launch.cluster import render
 from packspeed.launch.cluster.hosts import Host, LaunchPlan, PlannedHost
-from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.ports import free_port
 from support import ROOT, TRAIN
 from support.ranks import forked
 from support.workspace import Workspace

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, ImageColor
 from rich.console import Console
 
-from packspeed.launch.cluster.local_launcher import free_port
+from packspeed.launch.config.ports import free_port
 from packspeed.launch.observe.charts import COLORS, Chart, Series, lay_out, smoothed
 from packspeed.launch.observe.console import panel
 from packspeed.launch.observe.png import draw_png

@@ -19,8 +19,8 @@ import torch
 from packspeed.launch.checkpoint.manifest import list_checkpoints
 from packspeed.launch.checkpoint.verify import find_damage
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
-from packspeed.launch.cluster.local_launcher import free_port
 from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.config.ports import free_port
 from packspeed.launch.engine.norms import square_sum
 from support import TRAIN, plain_loop, prefork
 from support.ranks import environment, run_many

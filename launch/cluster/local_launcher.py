@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +26,14 @@ import psutil
 
 from packspeed.launch.config.batch import fits
 from packspeed.launch.config.errors import EXIT_STOPPED
+from packspeed.launch.config.ports import free_port
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.heartbeat import LAUNCHER
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+# The command packspeed of this environment, also if its folder is not in PATH.
+PACKSPEED = (sys.executable, "-c", "from packspeed.launch.cli import main; main()")
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -43,7 +45,11 @@ def local_accelerators() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
-    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
+    return _nvidia_devices()
+
+
+def _nvidia_devices() -> int:
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
 
 
 def default_ranks(run: RunFile, devices: int | None = None) -> int:
@@ -54,14 +60,7 @@ def default_ranks(run: RunFile, devices: int | None = None) -> int:
     is fastest on CPUs (LOG.md).
     """
     devices = local_accelerators() if devices is None else devices
-    return max((n for n in range(1, devices + 1) if fits(run, n)), default=run.parallel.per_row)
-
-
-def free_port() -> int:
-    """Return a TCP port that no process of this machine uses now, for torch's rendezvous (MASTER_PORT)."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    return max((n for n in range(1, devices + 1) if fits(run, n)), default=run.parallel.fewest_ranks)
 
 
 def launcher_command(ranks: int, train_args: Sequence[str], script: Path | None = None) -> list[str]:
@@ -72,7 +71,7 @@ def launcher_command(ranks: int, train_args: Sequence[str], script: Path | None 
     --num_gpus the launcher would ignore the list.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
-    chosen = all(map(str.isdecimal, listed)) and ranks <= len(listed) and any(Path("/dev").glob("nvidia[0-9]*"))
+    chosen = all(map(str.isdecimal, listed)) and ranks <= len(listed) and _nvidia_devices() > 0
     devices = ["--include", f"localhost:{','.join(listed[:ranks])}"] if chosen else ["--num_gpus", str(ranks)]
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", *devices, "--master_port", str(free_port()),

@@ -550,6 +550,11 @@ class ParallelSection(Section):
         """Number of ranks that work on the same rows of the batch."""
         return self.sequence * self.tensor
 
+    @property
+    def fewest_ranks(self) -> int:
+        """Smallest number of ranks that these sizes allow: groups that share experts may share rows, too."""
+        return self.tensor * math.lcm(self.sequence, self.expert)
+
 
 class RunFile(Section):
     """A complete run file."""

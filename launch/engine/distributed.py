@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import functools
 import os
-import socket
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.config.layout import ONE_RANK, Layout
+from packspeed.launch.config.ports import free_port
 from packspeed.launch.engine.numerics import let_segments_grow, set_numerics
 from packspeed.launch.engine.ops import build_ops, device_type, do_without, needed_ops, prepare_for_ops
 from packspeed.launch.engine.patches.check import check_loaded, check_sources
@@ -243,10 +243,8 @@ def start_distributed(
     prepare_for_ops()
     rank, world, local_rank, local_size = launcher_environment()
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     accelerator, timeout = get_accelerator(), datetime.timedelta(seconds=timeout_s)
     backend = accelerator.communication_backend_name()
     set_numerics(deterministic, nccl=backend == "nccl")

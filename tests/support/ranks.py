@@ -18,7 +18,7 @@ def deepspeed(
     script: Path | str, *arguments: str, ranks: int = 2, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run DeepSpeed's own launcher with `ranks` ranks on this machine and return what it printed."""
-    from packspeed.launch.cluster.local_launcher import free_port
+    from packspeed.launch.config.ports import free_port
 
     port = free_port()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
@@ -45,7 +45,7 @@ def train(*arguments: str, faults: str = "") -> subprocess.CompletedProcess[str]
 
 def forked(script: Path, *arguments: str, ranks: int, faults: str = "") -> subprocess.CompletedProcess[str]:
     """Fork the ranks that a launcher would start, with the same environment variables."""
-    from packspeed.launch.cluster.local_launcher import free_port
+    from packspeed.launch.config.ports import free_port
 
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "FAULTS": faults}
     envs = [environment(**shared, LOCAL_SIZE=str(ranks), RANK=str(n), LOCAL_RANK=str(n)) for n in range(ranks)]

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from packspeed.launch.cluster.local_launcher import free_port
+from packspeed.launch.config.ports import free_port
 from packspeed.launch.observe.report import report
 from support import ROOT
 from support.browser import browse
