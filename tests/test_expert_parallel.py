@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from packspeed.launch.checkpoint.expert_files import join_experts
+from packspeed.launch.cluster.local_launcher import default_ranks
 from packspeed.launch.config.batch import fits, plan_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
 from packspeed.launch.config.errors import ConfigError
@@ -17,7 +17,6 @@ from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import TrainSection
 from packspeed.launch.engine.experts import mark_experts
 from packspeed.launch.engine.groups import optimizer_groups, set_rates
-from packspeed.launch.engine.protocol import Engine
 from packspeed.model.config import GPTConfig
 from packspeed.model.expert_parts import ExpertPart
 from packspeed.model.gpt import GPT, gpt_without_weights, init_weights
@@ -151,15 +150,18 @@ def test_shared_experts_keep_their_rate_decay_and_eps() -> None:
         names = {parameter: name for name, parameter in model.named_parameters()}
         groups = optimizer_groups(model, train.optimizer)
         assert any(group.get("moe") for group in groups) == shared
-        engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"eps": 0.0, **group} for group in groups]))
-        set_rates(cast(Engine, engine), 5, train, factors)
+        groups = [{"eps": 0.0, **group} for group in groups]
+        set_rates(groups, 5, train, factors)
         return {
             names[parameter]: (group["lr"], group["weight_decay"], group["eps"])
-            for group in engine.optimizer.param_groups
+            for group in groups
             for parameter in group["params"]
         }
 
     assert settings(shared=True) == settings(shared=False)
+
+
+SHARED = ("parallel.expert=4", "parallel.sequence=2", "model.n_expert=8")
 
 
 def test_sizes_of_expert_groups(workspace: Workspace) -> None:
@@ -179,6 +181,13 @@ def test_sizes_of_expert_groups(workspace: Workspace) -> None:
         plan_batch(load_run_file(workspace.run_file, ["parallel.expert=2"]), 2)
     run = load_run_file(workspace.run_file, [EXPERTS, "parallel.expert=2"])
     assert [fits(run, ranks) for ranks in (1, 2, 4)] == [False, True, True]
+    assert default_ranks(run, devices=0) == 2
+    assert default_ranks(load_run_file(workspace.run_file, [EXPERTS, *SHARED]), devices=0) == 4
+    odd = load_run_file(
+        workspace.run_file, [EXPERTS, "parallel.expert=2", f"train.global_batch_tokens={9 * run.data.seq_len}"]
+    )
+    with pytest.raises(ConfigError, match="9 samples"):  # the supervisor's message if no number of ranks fits
+        plan_batch(odd, 2)
 
 
 def test_settings_of_deepspeed_that_shared_experts_do_not_allow(workspace: Workspace) -> None:

@@ -40,7 +40,7 @@ from packspeed.launch.cluster.hosts import Host, LaunchPlan, plan_launch
 from packspeed.launch.cluster.local_launcher import SIGNALS, TRAIN
 from packspeed.launch.cluster.messages import TERM, FactsRequest, HostFacts
 from packspeed.launch.cluster.ssh import AgentPool, Replies, ask_hosts
-from packspeed.launch.config.batch import fits
+from packspeed.launch.config.batch import fits, plan_batch
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError, UserError
 from packspeed.launch.config.layout import run_layout
 from packspeed.launch.config.run_file import RunFile
@@ -216,7 +216,7 @@ class Supervisor:
                 raise UserError(f"none of the hosts can be used: {'; '.join(why)}. Run packspeed doctor to see why.")
         hosts = fit_slots(self.hosts, lambda ranks: fits(self.run, ranks))
         if not hosts:
-            run_layout(self.run, sum(host.slots for host in self.hosts))  # raises: fewer ranks than share a row
+            plan_batch(self.run, sum(host.slots for host in self.hosts))  # raises: these ranks cannot share the batch
         ranks = sum(host.slots for host in hosts)
         if ranks != sum(host.slots for host in self.hosts):
             self.log(f"using {ranks} ranks: {self._must_divide()}")
