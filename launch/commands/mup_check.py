@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from packspeed.launch.commands.options import Json, Overrides, RunFileArgument
+from packspeed.launch.commands.options import Json, Overrides, RunFileArgument, show
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter
 from packspeed.launch.observe.charts import COLORS, SCRIPT, STYLE, Chart, Series, line_chart
 from packspeed.launch.observe.report import write_output
+from packspeed.launch.run_folder.folder import aligned
 
 if TYPE_CHECKING:
     from packspeed.launch.trials.mup_check import LayerResult, WidthCheck
@@ -56,11 +56,9 @@ def mup_check(
         result = check(run_file, overrides or [], chosen, steps, rows, seeds, tolerance)
     if out is not None:
         write_output(out, page(result).encode(), "--out FILE")
-    if json_output:
-        layers = [{key: _number(value) for key, value in dataclasses.asdict(x).items()} for x in result.layers]
-        print(json.dumps({"flat": result.flat, "widths": result.widths, "layers": layers}))
-    else:
-        print("\n".join([*table(result), *([f"wrote {out}"] if out else [])]))
+    layers = [{key: _number(value) for key, value in dataclasses.asdict(x).items()} for x in result.layers]
+    facts = {"flat": result.flat, "widths": result.widths, "layers": layers}
+    show(facts, [*table(result), *([f"wrote {out}"] if out else [])], json_output)
     raise typer.Exit(0 if result.flat else 1)
 
 
@@ -77,9 +75,10 @@ def table(result: WidthCheck) -> list[str]:
     for layer in result.layers:
         exponents = [f"{layer.change_exponent:+.2f}", f"{layer.size_exponent:+.2f}"]
         lines.append([layer.layer, *(f"{x:.3g}" for x in layer.change), *exponents, "" if layer.flat else "not flat"])
-    columns = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(size) for cell, size in zip(line, columns, strict=True)).rstrip() for line in lines]
-    return [*text, "flat: nothing depends on the width." if result.flat else "NOT flat: the width changes activations."]
+    return [
+        *aligned(lines),
+        "flat: nothing depends on the width." if result.flat else "NOT flat: the width changes activations.",
+    ]
 
 
 def page(result: WidthCheck) -> str:

@@ -80,6 +80,12 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line of text per row, with the cells of each column below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def move_aside(folder: Path, mirror: str | None = None) -> None:
     """Rename an existing run folder to NAME.old-DATE-TIME. First rename its folder on the mirror in the same way.
 

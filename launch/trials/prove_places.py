@@ -21,6 +21,7 @@ import psutil
 from packspeed.launch.cluster import local_launcher as launcher
 from packspeed.launch.cluster.hosts import Host
 from packspeed.launch.cluster.ssh import host_command
+from packspeed.launch.cluster.supervisor import fit_slots
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.run_folder.heartbeat import Beat, read_beats
 
@@ -131,11 +132,7 @@ class OverHosts:
         """Return the hosts of the first `ranks` ranks. Raises ConfigError if there are fewer slots."""
         if ranks > self.slots:
             raise ConfigError(f"the hostfile has {self.slots} slots, which is too few for {ranks} ranks.")
-        chosen: list[Host] = []
-        for host in self.hosts:
-            taken = min(host.slots, ranks - sum(other.slots for other in chosen))
-            chosen += [Host(host.name, taken)] if taken else []
-        return chosen
+        return fit_slots(self.hosts, lambda number: number <= ranks)
 
     def command(self, ranks: int, arguments: Sequence[str], folder: Path) -> list[str]:
         """Return the command of `packspeed launch` without restarts. Writes its hostfile into `folder`."""
@@ -143,7 +140,7 @@ class OverHosts:
         hostfile.write_text("".join(f"{host.name} slots={host.slots}\n" for host in self.first(ranks)))
         _, run_file, *sets = arguments  # --config FILE --set=...
         return [
-            sys.executable, "-c", "from packspeed.launch.cli import main; main()", "launch", run_file, *sets,
+            *launcher.PACKSPEED, "launch", run_file, *sets,
             "--hostfile", str(hostfile), "--python", self.python, "--no-warm-start",
             *(["--ssh-config", str(self.ssh_config)] if self.ssh_config else []),
         ]  # fmt: skip
@@ -189,7 +186,7 @@ class _RemoteVictims:
             self.process.kill()
 
     def wait(self) -> None:
-        self.process.wait(END_TIMEOUT_S)
+        psutil.wait_procs([self.process], timeout=END_TIMEOUT_S)
         self._send(range(len(self.names)))
         for name, shell in self.shells.items():
             try:

@@ -33,6 +33,7 @@ from pathlib import Path
 from packspeed.launch.cluster import agent
 from packspeed.launch.cluster.attempt import Attempt, LaunchOptions, Log
 from packspeed.launch.cluster.hosts import Host
+from packspeed.launch.cluster.local_launcher import PACKSPEED
 from packspeed.launch.cluster.supervisor import Supervisor
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
@@ -111,7 +112,7 @@ def enter_own_network(faults: list[Fault]) -> None:
                 f"--fault {min(wanted)}: {', '.join(missing)} is missing. Install util-linux and iproute2."
             )
         os.environ[OWN_NETWORK] = "1"
-        again = [sys.executable, "-c", "from packspeed.launch.cli import main; main()", *sys.argv[1:]]
+        again = [*PACKSPEED, *sys.argv[1:]]
         os.execvp("unshare", ["unshare", "--net", *([] if os.geteuid() == 0 else ["--map-root-user"]), *again])
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     for kind in sorted(wanted):  # try now: a missing kernel module must not stop the rehearsal at step N

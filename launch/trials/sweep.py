@@ -19,7 +19,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,17 +26,17 @@ from types import FrameType
 from typing import Literal
 
 from packspeed.data.storage.atomic import write_file
-from packspeed.launch.cluster.local_launcher import SIGNALS, local_accelerators
+from packspeed.launch.cluster.local_launcher import PACKSPEED, SIGNALS, local_accelerators
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import JsonObject
-from packspeed.launch.run_folder.folder import set_aside
+from packspeed.launch.run_folder.folder import aligned, set_aside
 from packspeed.launch.run_folder.formats import AnomalyLine, Status
 from packspeed.launch.run_folder.reading import read_lines, read_metrics, read_object
 from packspeed.launch.trials.sweep_plan import Sweep, SweepRun, Values
 
 RECORD = "sweep.json"
 POLL_S = 0.1  # seconds between two looks at the processes
-TRAIN_COMMAND = (sys.executable, "-c", "from packspeed.launch.cli import main; main()", "train")
+TRAIN_COMMAND = (*PACKSPEED, "train")
 
 State = Literal["finished", "diverged", "failed", "unfinished"]
 Say = Callable[[str], None]
@@ -115,10 +114,11 @@ def train_all(sweep: Sweep, fresh: bool, say: Say) -> bool:
             set_aside(run.run.folder, run.run.mirror)
     else:
         check_folders(sweep)
-    waiting = [run for run in sweep.runs if fresh or not read_result(run).done]
-    for run in sweep.runs:
-        if run not in waiting:
-            say(f"{run.name}: done before ({describe(read_result(run))})")
+    done = [] if fresh else [result for result in map(read_result, sweep.runs) if result.done]
+    for result in done:
+        say(f"{result.run.name}: done before ({describe(result)})")
+    finished = [result.run for result in done]
+    waiting = [run for run in sweep.runs if run not in finished]
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -136,23 +136,27 @@ def _train(sweep: Sweep, waiting: list[SweepRun], received: list[int], say: Say)
     """Start the runs in `waiting` and wait until all have ended. `received` gets the signals that arrive meanwhile."""
     running: dict[int, tuple[SweepRun, subprocess.Popen[bytes]]] = {}  # by the place among those side by side
     stopped = False
-    while running or (waiting and not stopped):
-        free = [place for place in range(sweep.parallel) if place not in running]
-        while waiting and free and not received and not stopped:
-            run, place = waiting.pop(0), free.pop(0)
-            say(f"{run.name}: started, {len(waiting)} waiting")
-            running[place] = run, _start(sweep, run, place)
-        while received:
-            number, stopped = received.pop(0), True
-            say(f"{signal.Signals(number).name}: waiting until {len(running)} run(s) have saved and stopped")
-            for _, process in running.values():
-                process.send_signal(number)
-        for place, (run, process) in list(running.items()):
-            code = process.poll()
-            if code is not None:
-                del running[place]
-                say(f"{run.name}: {describe(read_result(run))}{_reason(sweep, run) if code else ''}")
-        time.sleep(POLL_S if running else 0)
+    try:
+        while running or (waiting and not stopped):
+            free = [place for place in range(sweep.parallel) if place not in running]
+            while waiting and free and not received and not stopped:
+                run, place = waiting.pop(0), free.pop(0)
+                say(f"{run.name}: started, {len(waiting)} waiting")
+                running[place] = run, _start(sweep, run, place)
+            while received:
+                number, stopped = received.pop(0), True
+                say(f"{signal.Signals(number).name}: waiting until {len(running)} run(s) have saved and stopped")
+                for _, process in running.values():
+                    process.send_signal(number)
+            for place, (run, process) in list(running.items()):
+                code = process.poll()
+                if code is not None:
+                    del running[place]
+                    say(f"{run.name}: {describe(read_result(run))}{_reason(sweep, run) if code else ''}")
+            time.sleep(POLL_S if running else 0)
+    finally:
+        for _, process in running.values():  # only after an error: the others would train on unattended
+            process.send_signal(signal.SIGTERM)
     return not stopped
 
 
@@ -253,8 +257,7 @@ def table(comparison: Comparison) -> list[str]:
         states = [result.state for result in row.results]
         runs = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         cells.append([*row.values.values(), *shown, runs])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines = aligned(cells)
     return [f"{comparison.measure} after the last step, best first", *lines] if seeds else lines
 
 
