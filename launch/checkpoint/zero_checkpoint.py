@@ -180,10 +180,13 @@ def module_weights(checkpoint: Path) -> Callable[[str], torch.Tensor | None]:
     """
     paths = [checkpoint / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(tensor_ranks(checkpoint))]
     modules = [read_safely(path)["module"] for path in paths if path.exists()]
+    config = _model_config(checkpoint) if len(modules) > 1 else None
 
     def weight(name: str) -> torch.Tensor | None:
         parts = [module[name] for module in modules if name in module]
-        return join(name, _model_config(checkpoint), parts) if len(parts) > 1 else parts[0] if parts else None
+        if config is not None and parts:
+            return join(name, config, parts)
+        return parts[0] if parts else None
 
     return weight
 
@@ -344,6 +347,7 @@ def _stage12_tensors(
                     for slices in of_parts
                 ]
                 yield name, rows[0] if parts == 1 else {key: torch.cat([part[key] for part in rows]) for key in rows[0]}
+                del rows  # before the next ones are joined
             start += size + (paddings[group][index] if paddings else 0)
             number += 1
 
