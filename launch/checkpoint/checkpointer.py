@@ -243,10 +243,12 @@ class Checkpointer:
         self.topology.beat("loading")
         manifest = read_manifest(path)
         check_loadable(path)
-        if has_same_layout(manifest, self.identity):
+        shared_experts = self.topology.layout.expert > 1
+        # At stage 0 DeepSpeed would give every rank the experts of rank 0.
+        if has_same_layout(manifest, self.identity) and not (shared_experts and self.identity["zero_stage"] == 0):
             loaded_from, client_state = self.engine.load_checkpoint(str(path.parent), tag=path.name)
             check_loaded_step(path, manifest["step"], loaded_from, client_state)
-            if self.topology.layout.expert > 1:  # DeepSpeed has given every rank the experts of rank 0
+            if shared_experts:  # DeepSpeed has given every rank the experts of rank 0
                 update_module(self.engine)
         else:
             # Imported here, because it loads safetensors and most runs do not need it.

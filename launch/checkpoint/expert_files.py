@@ -32,7 +32,7 @@ def expert_files(checkpoint: Path) -> list[Path]:
     Raises UserError if one is missing.
     """
     files = sorted(checkpoint.glob(PATTERN), key=lambda path: int(path.stem.removeprefix("experts_")))
-    expected = (read_manifest(checkpoint)["config"].get("parallel") or {}).get("expert", 1) - 1
+    expected = read_manifest(checkpoint).get("layout", {}).get("expert", 1) - 1
     if len(files) != expected:
         raise UserError(f"{checkpoint}: it has {len(files)} of {expected} files {PATTERN}. Restore the others.")
     return files

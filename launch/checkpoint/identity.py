@@ -85,12 +85,10 @@ def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
 
 
 def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
-    """Return whether DeepSpeed can load the checkpoint's files directly (check 5 in resume.py).
+    """Return whether the checkpoint's files have the form of those of this run (check 5 in resume.py).
 
     Imported weights have no layout, so for them the result is False.
     """
-    if saved.get("layout", {}).get("expert", 1) > 1 and identity["zero_stage"] == 0:
-        return False  # DeepSpeed would give every rank the experts of rank 0
     return "layout" in saved and _shape_of_files(saved["layout"]) == _shape_of_files(identity["layout"])
 
 

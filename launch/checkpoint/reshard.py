@@ -207,7 +207,7 @@ def _write_tensors(
         return hashes, f"{error.filename or out}: {error.strerror}"
     except UserError as error:
         return hashes, str(error)
-    except Exception as error:  # of torch, which maps the written file
+    except Exception as error:  # any other, such as torch's: raised here, it would leave the other ranks waiting
         return hashes, f"{out}: {error}"
     return hashes, None
 
