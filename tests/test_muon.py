@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,7 +281,7 @@ def test_a_step_sets_what_a_checkpoint_has_restored(tmp_path: Path) -> None:
     run = settings_of(tmp_path, weight_decay=0.2, betas=[0.8, 0.9], eps=1e-6, muon_lr=0.02)
     stale = {"lr": 7.0, "weight_decay": 7.0, "betas": [0.0, 0.0], "eps": 7.0, "momentum": 7.0}
     groups = [group | stale for group in optimizer_groups(model, run.train.optimizer)]
-    set_rates(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 0, run.train)  # type: ignore[arg-type]
+    set_rates(groups, 0, run.train)
     for group in groups:
         assert group["weight_decay"] == (0.0 if group["name"] == "no_decay" else 0.2)
         assert (group["betas"], group["eps"], group["momentum"]) == ([0.8, 0.9], 1e-6, 0.95)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,7 +105,7 @@ def test_a_step_of_adamw_has_the_rates_of_the_rules(stale: bool) -> None:
     if stale:  # a checkpoint's values, which the run file no longer has
         for group in optimizer.param_groups:
             group |= {"lr": 7.0, "eps": 7.0, "weight_decay": 7.0}
-    set_rates(SimpleNamespace(optimizer=optimizer), 0, train, scales(model.config))  # type: ignore[arg-type]
+    set_rates(optimizer.param_groups, 0, train, scales(model.config))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model(tokens()[:, :-1]).logsumexp(-1).mean().backward()
     optimizer.step()

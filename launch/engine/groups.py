@@ -1,7 +1,7 @@
 """Parameter groups of the optimizer: which parameters share a learning rate, and the rates of each step.
 
     groups = optimizer_groups(model, run.train.optimizer)
-    set_rates(engine, step, run.train, scales(config))          # before every step, from the step number alone
+    set_rates(optimizer.param_groups, step, run.train, scales(config))     # before every step
 
     matrices      the matrices of the blocks, if the optimizer is Muon: peak learning rate muon_lr
     embedding     token and position embeddings, if embedding_lr is given
@@ -18,10 +18,12 @@ With model.mup, weight decay and eps are multiplied by factors, too (model/mup.p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.run_file import OptimizerSection, TrainSection
 from packspeed.launch.config.schedule import learning_rate, momentum, weight_decay
-from packspeed.launch.engine.protocol import Engine
+from packspeed.model.expert_parts import part_of
 from packspeed.model.gpt import GPT, is_matrix, is_muon_parameter
 from packspeed.model.mup import STANDARD, Scales, scales
 
@@ -66,8 +68,7 @@ def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject
     rates = peak_rates(optimizer, factors)
     of_group: dict[str, list[object]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
-        shared_out = not getattr(parameter, "allreduce", True)  # by mark_experts
-        of_group[EXPERTS if shared_out else group_of(name, rates)].append(parameter)
+        of_group[group_of(name, rates) if part_of(parameter) is None else EXPERTS].append(parameter)
     groups: list[JsonObject] = []
     for name in rates:
         if of_group[name]:
@@ -90,15 +91,15 @@ def _eps(group: str, eps: float, factors: Scales) -> float:
     return eps * (factors.block_eps if group in IN_BLOCKS else factors.table_eps)
 
 
-def set_rates(engine: Engine, step: int, train: TrainSection, factors: Scales = STANDARD) -> None:
-    """Set the learning rate, weight decay and momentum for optimizer step `step` (from 0) in every parameter group.
+def set_rates(groups: Iterable[JsonObject], step: int, train: TrainSection, factors: Scales = STANDARD) -> None:
+    """Set the learning rate, weight decay and momentum for optimizer step `step` (from 0) in the parameter groups.
 
     factors: muP's factors (model/mup.py). Betas and eps are set too: loading a checkpoint restores the values of the
     save, but the run file may have changed since then.
     """
     optimizer, lr = train.optimizer, learning_rate(step, train)
     rates, decay = peak_rates(optimizer, factors), weight_decay(step, train)
-    for group in engine.optimizer.param_groups:
+    for group in groups:
         group["lr"] = lr * (rates[group["name"]] / optimizer.lr) if optimizer.lr else 0.0
         group["weight_decay"] = _decay(group["name"], decay, factors)
         eps = _eps(group["name"], optimizer.eps, factors)

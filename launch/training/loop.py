@@ -167,7 +167,7 @@ def train_step(
     """
     engine, plan, norm_hook = trainer.engine, trainer.plan, trainer.norm_hook
     # Learning rate, weight decay, eps and momentum of this step.
-    set_rates(engine, number, trainer.run.train, scales(cast(GPT, engine.module).config))
+    set_rates(engine.optimizer.param_groups, number, trainer.run.train, scales(cast(GPT, engine.module).config))
     trainer.detector.begin_step()
     norm_hook.begin_step()
     loss_sum = torch.zeros((), device=trainer.topology.device)

@@ -10,10 +10,9 @@ Without it, changes grow with the width. Method: Yang et al. 2022 (https://arxiv
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,19 +22,16 @@ from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import make_run_loader, open_data
 from packspeed.launch.config.run_file import RunFile, ScheduleSection
+from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.engine.groups import optimizer_groups, set_rates
 from packspeed.launch.training.micro_batch import MicroBatch, micro_batches
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights
 from packspeed.model.mup import scales
 
-if TYPE_CHECKING:
-    from packspeed.launch.engine.distributed import Topology
-    from packspeed.launch.engine.protocol import Engine
-
 Batches = Sequence[MicroBatch]
 # Where micro_batches puts its tensors: one process, which has complete rows.
-ALONE = cast("Topology", SimpleNamespace(device=torch.device("cpu"), sequence=lambda length: None))
+ALONE = Topology(rank=0, local_rank=0, local_size=1, device=torch.device("cpu"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +131,7 @@ def _measure(config: GPTConfig, run: RunFile, batches: Batches, seed: int) -> di
     optimizer = torch.optim.AdamW(optimizer_groups(model, options), lr=options.lr, betas=options.betas, eps=options.eps)
     before = _activations(model, batches[-1])
     for step, batch in enumerate(batches[:-1]):
-        set_rates(cast("Engine", SimpleNamespace(optimizer=optimizer)), step, train, scales(config))
+        set_rates(optimizer.param_groups, step, train, scales(config))
         optimizer.zero_grad()
         model(batch.inputs, batch.labels, **batch.arguments).backward()
         if train.grad_clip:
@@ -156,10 +152,13 @@ def _activations(model: GPT, batch: MicroBatch) -> dict[str, Tensor]:
     for n, block in enumerate(model.blocks):
         modules |= {f"block {n} attention": cast(nn.Module, block.attn), f"block {n} mlp": cast(nn.Module, block.mlp)}
 
-    def keeps(name: str) -> object:
-        return lambda module, inputs, output: found.__setitem__(name, output.detach().clone())
+    def keeps(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            found[name] = output.detach().clone()
 
-    hooks = [module.register_forward_hook(keeps(name)) for name, module in modules.items()]  # type: ignore[arg-type]
+        return keep
+
+    hooks = [module.register_forward_hook(keeps(name)) for name, module in modules.items()]
     try:
         with torch.no_grad():
             found["logits"] = model(batch.inputs, **batch.arguments)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ def final_loss(data: torch.Tensor, width: int, lr: float, steps: int, rows: int,
     for step in range(steps):
         starts = draw.integers(0, len(data) - SEQ_LEN - 1, rows)
         batch = torch.stack([data[start : start + SEQ_LEN + 1] for start in starts.tolist()])
-        set_rates(SimpleNamespace(optimizer=optimizer), step, train, scales(config))  # type: ignore[arg-type]
+        set_rates(optimizer.param_groups, step, train, scales(config))
         optimizer.zero_grad()
         loss = model(batch[:, :-1], batch[:, 1:])
         loss.backward()
