@@ -12,6 +12,7 @@ fits, `remedies` lists changes of the run file and how much memory each saves.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -131,10 +132,16 @@ def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, 
             yield Candidate(settings, plan_of(job_of(changed, raw, machine, ranks, vocabulary)))
 
 
+@functools.cache
+def _stage(name: str) -> JsonObject:
+    """Return the content of a DeepSpeed configuration by its name. Nobody may change it."""
+    return load_ds_config(name)
+
+
 def _stages(run: RunFile) -> Iterator[tuple[str, JsonObject]]:
     """Yield (name, content) of each of the DeepSpeed configurations STAGES that the run's layout allows."""
     for name in STAGES:
-        raw = load_ds_config(name)
+        raw = _stage(name)
         if run.parallel.expert == 1 or zero_stage(raw) < 3:
             yield name, raw
 

@@ -121,7 +121,6 @@ class ConnectedRanks:
     precision: str  # train.precision, with "auto" resolved
     kernels: str  # model.kernels, with "auto" resolved
     threads: int  # CPU threads per rank
-    beat: Callable[..., None]  # tells a supervisor what this rank does
     log: Callable[[str], None]  # prints a line on rank 0, nothing on the others
 
     def describe(self, run: RunFile) -> str:
@@ -155,7 +154,7 @@ def connect(
     topology = start_distributed(ds_config, log, deterministic=run.train.deterministic, beat=beat, layout=plan.layout)
     config = agree_on_kernels(config, topology, log)
     kernels = resolve_kernels(config.kernels, log)
-    return ConnectedRanks(topology, plan, config, ds_config, precision, kernels, threads, beat, log)
+    return ConnectedRanks(topology, plan, config, ds_config, precision, kernels, threads, log)
 
 
 def build_quietly(run: RunFile, ranks: ConnectedRanks, log_filter: DeepSpeedLogFilter, draw: bool) -> Engine:
@@ -163,7 +162,7 @@ def build_quietly(run: RunFile, ranks: ConnectedRanks, log_filter: DeepSpeedLogF
 
     If `draw` is False, no initial weights are drawn, and the caller must load a checkpoint.
     """
-    ranks.beat("building")
+    ranks.topology.beat("building")
     file = run.folder / "deepspeed.log" if ranks.topology.rank == 0 else None
     log_filter.path = file or Path(os.devnull)
     with quiet(file):

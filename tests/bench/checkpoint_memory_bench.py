@@ -11,7 +11,6 @@ memory. The aim is one tensor and a few buffers; an asynchronous save copies the
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from packspeed.launch.checkpoint.mirror import Mirror
 from packspeed.launch.config.batch import solve_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config
 from packspeed.launch.config.layout import Layout
-from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.config.run_file import CheckpointSection, RunFile
 from packspeed.launch.engine import distributed as engines
 from packspeed.launch.engine.build import build_engine
 
@@ -100,15 +99,7 @@ def measure(phase: str, folder: Path, layers: int) -> int:
     engine = engine_of(layers, "zero1" if phase == "resume converted" else "zero3", "save" in phase)
     if phase == "resume converted":
         return beside(lambda: reshard.load(newest, engine, topology, log), resume=True)
-    section = RunFile.model_validate(
-        {
-            "name": "bench",
-            "model": {"n_layer": 1, "n_head": 1, "d_model": 8},
-            "data": {"path": "unused", "seq_len": 16},
-            "train": {"steps": 10, "global_batch_tokens": 16},
-            "checkpoint": {"async_write": phase == "async save", "keep": 1},
-        }
-    ).checkpoint
+    section = CheckpointSection(async_write=phase == "async save", keep=1)
     identity: Any = {"layout": {"zero_optimization": {}}}
     place = folder / "async" if phase == "async save" else checkpoints
     checkpointer = Checkpointer(place, engine, topology, section, identity, log)
@@ -134,18 +125,17 @@ def main() -> None:
     if args.phase:
         print(measure(args.phase, Path(args.folder), layers))
         return
-    folder = Path(tempfile.mkdtemp(dir=args.folder))
     parameters = layers * 12 * WIDTH**2 + LARGEST / 4
     print(f"{parameters / 1e6:.0f} M parameters; the largest tensor has {LARGEST / 1e6:.0f} MB\n")
     print("| | MB beside the model | in largest tensors |\n|---|---|---|")
-    for phase in PHASES:
-        command = [sys.executable, __file__, str(folder), "--millions", str(args.millions), "--phase", phase]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        size = int(done.stdout.splitlines()[-1])
-        print(f"| {phase} | {size / 1e6:.0f} | {size / LARGEST:.2f} |", flush=True)
-    shutil.rmtree(folder)  # made by mkdtemp above
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for phase in PHASES:
+            command = [sys.executable, __file__, folder, "--millions", str(args.millions), "--phase", phase]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            size = int(done.stdout.splitlines()[-1])
+            print(f"| {phase} | {size / 1e6:.0f} | {size / LARGEST:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from packspeed.launch.cluster.local_launcher import PACKSPEED
 from support.workspace import Workspace, make_workspace
 
 LLAMA = "position: rope, norm: rmsnorm, mlp: swiglu, bias: false"
@@ -46,7 +47,6 @@ EVERY_RUN = [
     "data.seq_len=256", "train.steps=20", "eval.every_steps=0", "checkpoint.every_steps=0",
     "monitor.log_every_steps=1000",
 ]  # fmt: skip
-PACKSPEED = [sys.executable, "-c", "from packspeed.launch.cli import main; main()"]
 
 
 def measure(space: Workspace, name: str) -> str:

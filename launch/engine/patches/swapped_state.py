@@ -39,9 +39,12 @@ def save_and_load_swapped_state(engine: Engine) -> None:
     optimizer: Any = engine.optimizer
     if not keeps_state_on_nvme(optimizer):
         return
-    state_dict = optimizer.state_dict
     replace(engine, "zero_nvme_offload_optimizer", lambda: False)  # else the engine copies swap files
-    replace(optimizer, "state_dict", lambda: _with_swapped_tensors(optimizer, state_dict()))
+
+    def state_dict() -> JsonObject:
+        return _with_swapped_tensors(optimizer, original())
+
+    original = replace(optimizer, "state_dict", state_dict)
 
     def load(saved: JsonObject, load_optimizer_states: bool = True) -> None:
         _load(optimizer, saved)
@@ -111,9 +114,5 @@ def _load(optimizer: Any, saved: JsonObject) -> None:
             copy_mapped(weights, flat.data)
             state = optimizer.optimizer.state[flat]
             for key, value in inner["state"].get(group, {}).items():
-                if isinstance(value, torch.Tensor):
-                    known = state.get(key)
-                    value = copy_mapped(value, known.data if known is not None else None)
-                    value = value if known is None else known
-                state[key] = value
+                state[key] = copy_mapped(value, state.get(key)) if isinstance(value, torch.Tensor) else value
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
