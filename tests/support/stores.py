@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import boto3
+import s3fs
 from botocore.config import Config
+
+from packspeed.launch.config.ports import free_port
 
 # The environment of a client; AWS_ENDPOINT_URL is the server's `url`.
 AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -21,9 +24,9 @@ class Server:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder  # its files are uploaded to s3://bucket/tokens at each start
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
+        # fsspec keeps clients by their arguments, without the environment: one of an earlier test has a dead address.
+        s3fs.S3FileSystem.clear_instance_cache()
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
