@@ -36,6 +36,7 @@ BIASED: dict[bool | str, tuple[Layer, ...]] = {
 }
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
 Gate = Literal["sigmoid", "softmax"]
+AttentionGate = Literal["headwise", "elementwise"]
 Recompute = Literal["none", "full"] | int
 RopeType = Literal["linear", "dynamic", "yarn", "llama3"]
 # The keys that a type of RoPE scaling needs besides rope_type and factor, and those that it may have.
@@ -125,6 +126,9 @@ class GPTConfig:
     mlp: Activation = "gelu_tanh"  # GPT-2 uses tanh; nanoGPT is exact; relu(x)^2
     bias: bool | Literal["qkv", "attention"] = True
     qk_norm: bool = False  # RMSNorm over each head's query and key
+    attention_gate: AttentionGate | None = None  # multiply each head's output, or each channel of it, by a sigmoid
+    value_residual: bool = False  # mix the first layer's values into those of all later layers, as in ResFormer
+    value_embeddings: int | None = None  # n: the last layer, and every n-th before it, add a token embedding to values
     n_expert: int | None = None  # experts per layer, of which each token uses n_expert_active; None: a dense model
     n_expert_active: int = 2
     n_shared_expert: int = 0  # experts that every token uses besides: one MLP of that many times d_expert channels
@@ -149,7 +153,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in (
             "n_layer", "n_head", "d_model", "vocab_size", "max_seq_len", "n_kv_head", "head_dim", "d_ff", "n_expert",
-            "n_expert_active", "d_expert",
+            "n_expert_active", "d_expert", "value_embeddings",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -232,12 +236,17 @@ class GPTConfig:
                 raise ValueError(f"{name} = {value} chooses layers for a window: set sliding_window too.")
 
     def _check_choices(self) -> None:
+        if self.value_residual and self.n_layer == 1:
+            raise ValueError(
+                "value_residual = True needs n_layer of at least 2: later layers get the first one's values."
+            )
         choices = {
             "norm": ("layernorm", "rmsnorm"),
             "position": ("learned", "rope"),
             "mlp": get_args(Activation),
             "bias": tuple(BIASED),
             "gate": get_args(Gate),
+            "attention_gate": (None, *get_args(AttentionGate)),
             "kernels": get_args(Kernels),
         }
         for name, valid in choices.items():
@@ -272,6 +281,24 @@ class GPTConfig:
     def head_width(self) -> int:
         """Return the number of channels of one attention head: head_dim, or its default."""
         return self.head_dim or self.d_model // self.n_head
+
+    @property
+    def qkv_heads(self) -> list[int]:
+        """Return how many heads of queries, keys and values one matrix computes, and of gates if these are elementwise.
+
+        The matrix has them below each other in this order, each with head_width rows.
+        """
+        gates = [self.n_head] if self.attention_gate == "elementwise" else []
+        return [self.n_head, self.kv_heads, self.kv_heads, *gates]
+
+    @property
+    def head_gates(self) -> int:
+        """Return the number of gates per token of a layer's heads: n_head if these are headwise, otherwise 0."""
+        return self.n_head if self.attention_gate == "headwise" else 0
+
+    def embeds_values(self, layer: int) -> bool:
+        """Return whether the layer with this index (from 0) adds a token embedding to its values."""
+        return self.value_embeddings is not None and (self.n_layer - 1 - layer) % self.value_embeddings == 0
 
     @property
     def ff_width(self) -> int:
@@ -346,21 +373,25 @@ def num_parameters(config: GPTConfig, *, padded: bool = False, active: bool = Fa
     vocab_size = config.padded_vocab_size if padded else config.vocab_size
     tables = vocab_size * (1 if config.tie_embeddings else 2)
     tables += config.max_seq_len if config.position == "learned" else 0
-    return tables * config.d_model + num_non_embedding_parameters(config, active=active)
+    values = vocab_size * config.kv_heads * config.head_width * sum(map(config.embeds_values, range(config.n_layer)))
+    return tables * config.d_model + values + num_non_embedding_parameters(config, active=active)
 
 
 def num_non_embedding_parameters(config: GPTConfig, *, active: bool = False) -> int:
-    """Return the number of parameters of the blocks and the final norm: all but token embedding, positions and head.
+    """Return the number of parameters of the blocks and the final norm: all but embeddings (of tokens, of positions, of
+    values) and head.
 
     active: of a layer's experts, count only those that one token uses.
     """
     d = config.d_model
-    queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
-    attention = (d + config.has_bias("qkv")) * (queries + 2 * keys) + (queries + config.has_bias("proj")) * d
-    attention += config.qk_norm * 2 * config.head_width
+    queries = config.n_head * config.head_width
+    attention = (d + config.has_bias("qkv")) * sum(config.qkv_heads) * config.head_width
+    attention += (queries + config.has_bias("proj")) * d + config.qk_norm * 2 * config.head_width
+    attention += d * config.head_gates
     norm = d * (1 + config.has_bias("norm") if config.norm == "layernorm" else 1)
     mlps = sum(_mlp_parameters(config, layer, active) for layer in range(config.n_layer))
-    return config.n_layer * (attention + 2 * norm + config.residual_scale * 2 * d) + mlps + norm
+    mixing = 2 * (config.n_layer - 1) if config.value_residual else 0
+    return config.n_layer * (attention + 2 * norm + config.residual_scale * 2 * d) + mlps + norm + mixing
 
 
 def _mlp_parameters(config: GPTConfig, layer: int, active: bool) -> int:
@@ -379,11 +410,11 @@ def largest_parameter(config: GPTConfig) -> int:
     With experts, it may be the parameter that stacks the first matrices of all experts of a layer.
     """
     d, gate_and_up = config.d_model, 2 if config.mlp == "swiglu" else 1
-    heads = config.n_head + 2 * config.kv_heads
     widths = (config.padded_vocab_size, config.max_seq_len if config.position == "learned" else 0)
     dense = config.ff_width if config.n_expert is None or config.first_dense else 0
     widest = max(dense, max(config.n_expert or 0, config.n_shared_expert) * config.expert_width)
-    return d * max(*widths, widest * gate_and_up, heads * config.head_width)
+    values = config.padded_vocab_size * config.kv_heads * config.head_width if config.value_embeddings else 0
+    return max(values, d * max(*widths, widest * gate_and_up, sum(config.qkv_heads) * config.head_width))
 
 
 def attended_tokens(config: GPTConfig, seq_len: int) -> int:
@@ -406,7 +437,7 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> int:
     layer's experts, N has only those that a token uses.
     Attention's two products cost 12 L a T without a causal mask; a causal model needs half of that. In a layer with a
     window of W < T tokens, T becomes 2 W - W^2 / T: twice the number of tokens that a token attends to on average.
-    Padding, recomputed activations, embedding look-ups and the optimizer are not counted.
+    Padding, recomputed activations, look-ups in embeddings and the optimizer are not counted.
     """
     head = config.vocab_size * config.d_model
     attention = config.n_head * config.head_width * attended_tokens(config, seq_len)

@@ -16,7 +16,9 @@ For ZeRO-3, a weight is used only in the forward of the module that owns it: Dee
 Sources: GPT-2 (Radford et al. 2019), RoPE (https://arxiv.org/abs/2104.09864), SwiGLU (https://arxiv.org/abs/2002.05202),
 RMSNorm (https://arxiv.org/abs/1910.07467), grouped-query attention (https://arxiv.org/abs/2305.13245),
 QK-norm (https://arxiv.org/abs/2302.05442), residual scales
-(LayerScale, https://arxiv.org/abs/2103.17239). Cost: flops_per_token in config.py.
+(LayerScale, https://arxiv.org/abs/2103.17239), attention gates (https://arxiv.org/abs/2505.06708), value residuals
+(ResFormer, https://arxiv.org/abs/2410.17897), value embeddings (https://github.com/KellerJordan/modded-nanogpt, and in
+the layers that nanochat chooses). Cost: flops_per_token in config.py.
 """
 
 from __future__ import annotations
@@ -90,6 +92,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class HeadGates(nn.Linear):
+    """The gates of a layer's attention heads: one number from 0 to 1 per head and token. Never in 8 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gates, (..., H, 1), of the normalised residual stream x (..., C)."""
+        return torch.sigmoid(linear(x, self.weight, None)).unsqueeze(-1)
+
+
 class RowLinear(Linear):
     """A linear layer whose inputs are divided between the ranks of a tensor group: each has some of the channels."""
 
@@ -133,12 +143,19 @@ class Attention(nn.Module):
         # Not compiled: torch.compile would make a new graph for the document lengths of every step, and unroll windows.
         self.attend_eagerly = out_of_graphs(attend) if config.kernels == "compile" else None
         self.attend_part = out_of_graphs(SequencePart.attend) if config.kernels == "compile" else SequencePart.attend
+        self.look_up = out_of_graphs(Embedding.__call__) if config.kernels == "compile" else Embedding.__call__
         self.head_width = config.head_width
-        self.heads = [heads // tensor.size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+        self.heads = [heads // tensor.size for heads in config.qkv_heads]
         self.qkv = Linear(config.d_model, sum(self.heads) * config.head_width, bias=config.has_bias("qkv"))
         self.proj = RowLinear(config.n_head * config.head_width, config.d_model, config.has_bias("proj"), tensor)
         self.q_norm = Norm(config, config.head_width, tensor) if config.qk_norm else None
         self.k_norm = Norm(config, config.head_width, tensor) if config.qk_norm else None
+        headwise = config.attention_gate == "headwise"
+        self.gates = HeadGates(config.d_model, self.heads[0], bias=False) if headwise else None
+        self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual and layer > 0 else None
+        self.value_embed: Embedding | None = None
+        if config.embeds_values(layer):  # a rank of the tensor group has the columns of its heads
+            self.value_embed = Embedding(config.padded_vocab_size, self.heads[1] * config.head_width)
 
     def forward(
         self,
@@ -147,16 +164,21 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         documents: Documents | None = None,
         sequence: SequencePart | None = None,
-    ) -> Tensor:
-        """Return the attention branch, (B, T, C), for the normalised residual stream x (B, T, C).
+        tokens: Tensor | None = None,
+        first_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the attention branch, (B, T, C), for the normalised residual stream x (B, T, C), and the values, (B,
+        T, h, D), of this rank's h key-value heads.
 
         rope: the result of rope_table; None with learned positions. cache: holds keys and values of the tokens before
         x, and gets those of x. documents: tokens attend only within their own document. sequence: this rank's part of
-        the rows, if several ranks share them: x has only its tokens, but documents are those of complete rows.
+        the rows, if several ranks share them: x has only its tokens, but documents are those of complete rows. tokens:
+        (B, T) int64, the ids for value embeddings. first_values: the values of the first layer, for value residuals.
         """
         kernels = choose(self.kernels, x.device)
-        qkv = self.qkv(self.tensor.copy(x))
-        q, k, v = self._heads(qkv.view(*x.shape[:2], -1, self.head_width), rope, kernels)
+        x = self.tensor.copy(x)
+        q, k, v, *gates = self._heads(self.qkv(x).view(*x.shape[:2], -1, self.head_width), rope, kernels)
+        v = self._mixed(v, tokens, first_values)
         if cache is not None:
             mixed = self._generate(q, k, v, cache)
         elif sequence is not None:
@@ -165,24 +187,37 @@ class Attention(nn.Module):
             mixed = self.attend_eagerly(q, k, v, documents, self.window)
         else:
             mixed = kernels.attend(q, k, v, documents, self.window)
-        out: Tensor = self.proj(mixed.flatten(2))  # of (B, T, H * D)
-        return out
+        if self.gates is not None:
+            mixed = mixed * self.gates(x)
+        for gate in gates:  # at most one
+            mixed = mixed * torch.sigmoid(gate)
+        return self.proj(mixed.flatten(2)), v  # of (B, T, H * D)
+
+    def _mixed(self, v: Tensor, tokens: Tensor | None, first_values: Tensor | None) -> Tensor:
+        """Return the values v (B, T, h, D) plus value embeddings and value residuals. Arguments as in forward."""
+        if self.value_embed is not None and tokens is not None:
+            v = v + self.look_up(self.value_embed, tokens).view(v.shape).to(v.dtype)
+        if self.value_mix is not None and first_values is not None:
+            own, first = self.tensor.copy(self.value_mix).unbind()
+            v = own * v + first * first_values
+        return v
 
     def _heads(self, qkv: Tensor, rope: Tensor | None, kernels: Kernels) -> list[Tensor]:
-        """Return queries, keys and values, (B, T, heads, D) each, of qkv (B, T, all heads, D), after QK-norm and RoPE.
+        """Return queries, keys, values and elementwise gates, (B, T, heads, D) each, of qkv (B, T, all heads, D).
 
+        Queries and keys are those after QK-norm and RoPE. Without elementwise gates, the list has three tensors.
         rope: the result of rope_table; None: no RoPE. qkv may be overwritten: with a separate copy of the rotated
         queries and keys, qkv would stay in memory for the values.
         """
         if rope is not None and self.q_norm is None:
-            q, k, v = kernels.rotate(qkv, rope, self.heads)
-            return [self._scaled(q), k, v]
-        q, k, v = torch.split(qkv, self.heads, dim=2)
+            q, k, *others = kernels.rotate(qkv, rope, self.heads)
+            return [self._scaled(q), k, *others]
+        q, k, *others = torch.split(qkv, self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             (_, q), (_, k) = self.q_norm(q), self.k_norm(k)
             if rope is not None:
                 (q,), (k,) = (kernels.rotate(part, rope, [part.size(2)]) for part in (q, k))
-        return [self._scaled(q), k, v]
+        return [self._scaled(q), k, *others]
 
     def _scaled(self, q: Tensor) -> Tensor:
         """Return the queries times muP's factor."""
@@ -234,6 +269,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, tensor: TensorPart = ALONE) -> None:
         super().__init__()
         self.dropout, self.branch_scale = config.dropout, scales(config).branch
+        self.gives_values = config.value_residual and layer == 0
         self.attn_norm = Norm(config)
         self.attn = Attention(config, layer, tensor)
         self.mlp_norm = Norm(config)
@@ -252,8 +288,11 @@ class Block(nn.Module):
         documents: Documents | None = None,
         choice: Choice | None = None,
         sequence: SequencePart | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return x and the branch to add to it, (B, T, C) each, for the x and the branch of the layer before.
+        tokens: Tensor | None = None,
+        first_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return x and the branch to add to it, (B, T, C) each, for the x and the branch of the layer before; and in
+        the first layer of a model with value residuals its values, otherwise None.
 
         The residual stream between two layers is x + branch. The next norm computes the sum, in its own pass over
         memory. branch: None at the first layer. dropout_keys (2, B) int64: one key per branch and sample (site_keys);
@@ -261,7 +300,8 @@ class Block(nn.Module):
         no dropout, because flash attention would draw it from torch's random stream.
         """
         x, normed = self.attn_norm(x, branch)
-        branch = self._scaled(self.attn(normed, rope, cache, documents, sequence), self.attn_scale)
+        branch, values = self.attn(normed, rope, cache, documents, sequence, tokens, first_values)
+        branch = self._scaled(branch, self.attn_scale)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[0], self.dropout)
         x, normed = self.mlp_norm(x, branch)
@@ -269,7 +309,7 @@ class Block(nn.Module):
         branch = self._scaled(branch, self.mlp_scale)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[1], self.dropout)
-        return x, branch
+        return x, branch, values if self.gives_values else None
 
     def _scaled(self, branch: Tensor, learned: Tensor | None) -> Tensor:
         """Return the branch times its learned scale, (C,) or None, and muP's factor."""
@@ -344,7 +384,7 @@ class GPT(nn.Module):
             for block in self.blocks:
                 block.compile(dynamic=False)
         # The dropout here needs no random state, so none has to be saved for the recomputation.
-        self.checkpoint_fn: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
+        self.checkpoint_fn: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = functools.partial(
             checkpoint, use_reentrant=False, preserve_rng_state=False
         )
 
@@ -408,6 +448,7 @@ class GPT(nn.Module):
             else Documents.of(documents, tokens, None if sequence is None else sequence.length)
         )
         host = HostActivations() if self.config.activation_offload else None
+        first: Tensor | None = None
         with nullcontext() if cache is None else without_graphs(self.config):
             for layer, block in enumerate(self.blocks):
                 recompute = self._recomputes(layer)
@@ -416,8 +457,11 @@ class GPT(nn.Module):
                 block_keys = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
                 choice = Choice() if recompute and self.config.has_experts(layer) else None
                 inputs = (x, branch, rope, block_keys, None if recompute else cache, packed, choice, sequence)
+                mixed_in = tokens if self.config.embeds_values(layer) else None, first
                 with host.keep(x) if recompute and host is not None else nullcontext():
-                    x, branch = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
+                    run = functools.partial(self.checkpoint_fn, block) if recompute else block
+                    x, branch, values = run(*inputs, *mixed_in)
+                first = values if layer == 0 else first
         if cache is not None:
             cache.length += tokens.size(1)
         out: Tensor = self.norm(x, branch)[1]
@@ -545,19 +589,20 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     """Return the initial value of a parameter, in fp32 on the CPU, as in GPT-2 (Radford et al. 2019, section 2.3).
 
     Matrices are drawn from a normal distribution with standard deviation 0.02, or 0.02 / sqrt(2 n_layer) if their
-    output is added to the residual stream; the latter are 0 with zero_init_proj. Norms and residual scales are 1.
-    Biases, and the padding rows of embedding and head, are 0.
+    output is added to the residual stream; the latter are 0 with zero_init_proj. Norms and residual scales are 1, the
+    factors of value residuals 1/2. Biases, and the padding rows of embeddings and head, are 0.
     """
     if not is_matrix(name):
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        return torch.full(shape, 0.0 if name.endswith("bias") else 0.5 if name.endswith("value_mix") else 1.0)
     if config.zero_init_proj and name.endswith("proj.weight"):
         return torch.zeros(shape)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     std = STD / math.sqrt(2 * residual_depth(config)) if name.endswith("proj.weight") else STD
-    if name.startswith("blocks."):
+    if is_muon_parameter(name):
         std *= scales(config).matrix_std
-    rows = config.vocab_size if name in ("embed.weight", "lm_head.weight") else shape[0]
+    of_tokens = name in ("embed.weight", "lm_head.weight") or name.endswith("value_embed.weight")
+    rows = config.vocab_size if of_tokens else shape[0]
     value = torch.zeros(shape)
     value[:rows].normal_(0.0, std, generator=generator)
     return value
@@ -572,23 +617,22 @@ def is_matrix(name: str) -> bool:
 
 
 def is_muon_parameter(name: str) -> bool:
-    """Return whether the Muon optimizer updates the parameter of this name. It updates the matrices of the blocks only.
+    """Return whether the Muon optimizer updates the parameter of this name: the blocks' matrices, except embeddings.
 
     See https://kellerjordan.github.io/posts/muon.
     """
-    return name.startswith("blocks.") and is_matrix(name)
+    return name.startswith("blocks.") and is_matrix(name) and not name.endswith("embed.weight")
 
 
 def stacked_matrices(name: str, shape: Sequence[int], config: GPTConfig, split: bool) -> list[tuple[int, int]]:
     """Return the shapes (rows, columns) of the matrices that are stacked row-wise in the parameter of this name.
 
     A mixture of experts has one matrix per expert. With `split`, the projections to queries, keys and values are three
-    matrices, and SwiGLU's gate and up are two.
+    matrices, or four with elementwise gates, and SwiGLU's gate and up are two.
     """
     rows, columns = shape
     if split and name.endswith("attn.qkv.weight"):
-        heads = (config.n_head, config.kv_heads, config.kv_heads)
-        return [(number * config.head_width, columns) for number in heads]
+        return [(number * config.head_width, columns) for number in config.qkv_heads]
     count = 1
     if name.endswith((".mlp.up.weight", ".mlp.proj.weight")) and config.has_experts(int(name.split(".")[1])):
         count = config.n_expert or 1

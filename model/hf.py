@@ -161,9 +161,10 @@ def _windowed(config: GPTConfig) -> tuple[bool, bool]:
 def _unsupported(config: GPTConfig, wanted: Mapping[str, tuple[object, ...]]) -> list[str]:
     """Return the fields of the config, as "name = value", whose value is not among those in `wanted`.
 
-    No family caps the logits or has residual scales.
+    No family caps the logits, has residual scales, or mixes anything into the values.
     """
-    wanted = {**wanted, "logit_softcap": (None,), "residual_scale": (False,)}
+    wanted = {**wanted, "logit_softcap": (None,), "residual_scale": (False,), "attention_gate": (None,)}
+    wanted |= {"value_residual": (False,), "value_embeddings": (None,)}
     return [
         f"{name} = {getattr(config, name)!r}" for name, valid in wanted.items() if getattr(config, name) not in valid
     ]

@@ -178,7 +178,11 @@ def _stacked(name: str, config: GPTConfig) -> tuple[int, list[int]] | None:
     """Return (dimension that is divided, sizes of what is stacked along it), or None for a complete parameter."""
     width, layer = config.head_width, name.removeprefix("blocks.").partition(".")[2]
     if layer.startswith("attn.qkv."):
-        return 0, [n * width for n in (config.n_head, config.kv_heads, config.kv_heads)]
+        return 0, [n * width for n in config.qkv_heads]
+    if layer == "attn.gates.weight":
+        return 0, [config.n_head]
+    if layer == "attn.value_embed.weight":
+        return 1, [config.kv_heads * width]
     if layer.startswith("mlp.up."):
         return 0, [config.ff_width] * (2 if config.mlp == "swiglu" else 1)
     if layer == "attn.proj.weight":

@@ -103,7 +103,8 @@ LAYOUT_RUN = (
     "checkpoint={every_steps: 6, keep: 9}",
     "eval.every_steps=6",
     "data.packing=best_fit",
-    "model={n_head: 4, n_kv_head: 2, position: rope, qk_norm: true, dropout: 0.1, d_model: 32, n_layer: 2}",
+    "model={n_head: 4, n_kv_head: 2, position: rope, qk_norm: true, dropout: 0.1, d_model: 32, n_layer: 2, "
+    "attention_gate: headwise, value_residual: true, value_embeddings: 1}",
     "train.micro_batch=1",
 )
 

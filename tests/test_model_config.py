@@ -12,6 +12,7 @@ from packspeed.model.config import (
     PRESETS,
     GPTConfig,
     flops_per_token,
+    largest_parameter,
     num_non_embedding_parameters,
     num_parameters,
     preset,
@@ -60,11 +61,16 @@ def test_formula_counts_the_built_model(name: str) -> None:
         {"norm": "rmsnorm", "bias": True, "mlp": "swiglu", "qk_norm": True, "n_kv_head": 2},
         {"head_dim": 24, "tie_embeddings": False, "d_ff": 100},
         {"residual_scale": True},
+        {"attention_gate": "headwise", "value_residual": True, "n_kv_head": 2},
+        {"attention_gate": "elementwise", "value_embeddings": 2, "n_layer": 3, "bias": "qkv"},
+        {"value_embeddings": 1, "head_dim": 48, "tie_embeddings": False},
     ],
 )
 def test_formula_counts_unusual_models(fields: dict[str, Any]) -> None:
     config = GPTConfig(**{**SHAPE, **fields})
-    assert num_parameters(config, padded=True) == sum(p.numel() for p in GPT(config).parameters())
+    model = GPT(config)
+    assert num_parameters(config, padded=True) == sum(p.numel() for p in model.parameters())
+    assert largest_parameter(config) == max(p.numel() for p in model.parameters())
 
 
 def test_defaults_of_what_is_left_out() -> None:
@@ -74,12 +80,13 @@ def test_defaults_of_what_is_left_out() -> None:
     assert (GPTConfig(**SHAPE).padded_vocab_size, preset("gpt2-124m").padded_vocab_size) == (128, 50_304)
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama"])
+@pytest.mark.parametrize("family", ["gpt", "llama", "headwise", "elementwise"])
 def test_flops_agree_with_torchs_counter(family: str) -> None:
     """The counter sees the whole attention square, and only where attention is plain matmuls; norms are none."""
     fields = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "tie_embeddings": False}
     config = GPTConfig(
-        **{**SHAPE, "vocab_size": 128, "bias": False, "kernels": "eager", **(fields if family == "llama" else {})}
+        **{**SHAPE, "vocab_size": 128, "bias": False, "kernels": "eager", **({} if family == "gpt" else fields)},
+        attention_gate=family if family.endswith("wise") else None,
     )
     model = GPT(config)
     tokens = torch.randint(0, 128, (3, 32))
@@ -140,6 +147,9 @@ def test_flops_give_the_mfu_that_llm_foundry_published(row: tuple[int, int, int,
         ({"vocab_size": -1}, "vocab_size = -1"),
         ({"position": "rope", "head_dim": 7}, "odd"),
         ({"mlp": "relu"}, "gelu, gelu_tanh, swiglu"),
+        ({"attention_gate": True}, "None, headwise, elementwise"),
+        ({"value_embeddings": 0}, "value_embeddings = 0"),
+        ({"value_residual": True, "n_layer": 1}, "value_residual = True"),
         ({"norm": "batchnorm"}, "layernorm, rmsnorm"),
         ({"position": "alibi"}, "learned, rope"),
         ({"dropout": 1.0}, "dropout = 1.0"),

@@ -14,7 +14,8 @@ from packspeed.model.gpt import GPT, init_weights
 SHAPE: dict[str, Any] = {"n_layer": 2, "n_head": 4, "d_model": 32, "vocab_size": 50, "max_seq_len": 20}
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "qk_norm": True}
 WINDOW: dict[str, Any] = {"sliding_window": 5, "sliding_window_pattern": 2}  # the second layer has none
-FAMILIES = {"gpt2": {}, "llama": LLAMA, "window": LLAMA | WINDOW}
+MIXED: dict[str, Any] = {"attention_gate": "headwise", "value_residual": True, "value_embeddings": 2}
+FAMILIES = {"gpt2": {}, "llama": LLAMA, "window": LLAMA | WINDOW, "mixed": LLAMA | MIXED}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -256,7 +256,7 @@ def test_attention_keeps_queries_keys_and_values_once(position: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = attention(x, rope)
+        out, _ = attention(x, rope)
     for tensor in (*attention.parameters(), *(() if rope is None else (rope,))):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     elements = (
@@ -374,7 +374,7 @@ def test_init_statistics() -> None:
 def test_a_block_that_starts_at_zero_is_the_identity() -> None:
     model = build(zero_init_proj=True)
     x = torch.randn(2, 3, model.config.d_model)
-    kept, branch = model.blocks[0](x)
+    kept, branch, _ = model.blocks[0](x)
     assert torch.equal(kept + branch, x)
 
 

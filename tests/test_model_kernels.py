@@ -150,6 +150,18 @@ def test_a_window_is_attended_to_outside_the_graphs(graphs: Callable[[], int]) -
     assert graphs() <= 5
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
+def test_gates_and_mixed_values_are_compiled(graphs: Callable[[], int]) -> None:
+    """Three graphs: the first layer mixes in no values, and recomputed layers after it have no branch to add."""
+    fields: dict[str, Any] = {"attention_gate": "headwise", "value_residual": True, "position": "rope"}
+    fields |= {"n_layer": 4, "activation_checkpointing": 2}  # blocks 0 and 2
+    assert_same(*(loss_and_gradients(build(**fields, kernels=kernels)) for kernels in ("compile", "eager")))
+    assert graphs() == 3
+    fields |= {"attention_gate": "elementwise", "value_embeddings": 2}
+    assert_same(*(loss_and_gradients(build(**fields, kernels=kernels)) for kernels in ("compile", "eager")))
+
+
 @pytest.mark.usefixtures("traced_only")
 def test_generating_compiles_nothing(graphs: Callable[[], int]) -> None:
     prompt = torch.zeros(1, 2, dtype=torch.int64)

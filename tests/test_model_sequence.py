@@ -76,10 +76,18 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "dropout": ({"dropout": 0.2}, False),
     "llama with documents": ({"n_kv_head": 2, "qk_norm": True, "mlp": "swiglu"}, True),
     "recomputed, with documents and dropout": (
-        {"n_kv_head": 1, "dropout": 0.1, "activation_checkpointing": "full", "z_loss": 1e-3},
+        {
+            "n_kv_head": 1,
+            "dropout": 0.1,
+            "activation_checkpointing": "full",
+            "z_loss": 1e-3,
+            "attention_gate": "headwise",
+            "value_residual": True,
+            "value_embeddings": 2,
+        },
         True,
     ),
-    "C++": ({"kernels": "native", "n_kv_head": 2}, True),
+    "C++": ({"kernels": "native", "n_kv_head": 2, "attention_gate": "elementwise"}, True),
     "C++ with windows": ({"kernels": "native", "sliding_window": 10, "sliding_window_pattern": 2}, True),
     "windows and YaRN": (
         {

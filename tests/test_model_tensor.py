@@ -58,8 +58,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "recomputed, dropout, soft cap": {
         "dropout": 0.1, "activation_checkpointing": "full", "logit_softcap": 5.0, "bias": "attention",
+        "attention_gate": "headwise", "value_residual": True, "value_embeddings": 1,
     },
-    "chunked MLP, C++": {"mlp_chunk": 7, "kernels": "native", "qk_norm": True, "bias": "qkv"},
+    "chunked MLP, C++": {
+        "mlp_chunk": 7, "kernels": "native", "qk_norm": True, "bias": "qkv", "attention_gate": "elementwise",
+    },
 }  # fmt: skip
 
 

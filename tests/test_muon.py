@@ -220,7 +220,13 @@ EXPERTS = {"bias": "qkv", "n_expert": 3, "d_expert": 8, "n_shared_expert": 1, "f
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mlp": "swiglu", "n_kv_head": 1}, {"head_dim": 6, "n_kv_head": 2}, {"mlp": "swiglu", **EXPERTS}]
+    "options",
+    [
+        {},
+        {"mlp": "swiglu", "n_kv_head": 1, "attention_gate": "headwise"},
+        {"head_dim": 6, "n_kv_head": 2, "attention_gate": "elementwise"},
+        {"mlp": "swiglu", **EXPERTS},
+    ],
 )
 def test_stacked_matrices_are_what_the_model_splits(options: dict[str, Any]) -> None:
     config = GPTConfig(n_layer=2, n_head=4, d_model=16, vocab_size=100, max_seq_len=8, **options)

@@ -72,6 +72,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt": {"n_head": 4, "d_model": 128, "bias": False, "mlp": "gelu"},
     "llama": LLAMA | {"n_kv_head": 2, "d_ff": 384},
     "qk_norm": LLAMA | {"n_kv_head": 1, "head_dim": 48, "d_ff": 384, "qk_norm": True},
+    "headwise": LLAMA | {"d_ff": 384, "attention_gate": "headwise"},
+    "elementwise": LLAMA | {"qk_norm": True, "attention_gate": "elementwise", "value_embeddings": 1},
     "experts": LLAMA | {"n_expert": 4, "d_expert": 96},
     "shared": LLAMA | {"n_expert": 8, "d_expert": 96, "n_expert_active": 3, "n_shared_expert": 1},
 }

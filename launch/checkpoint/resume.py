@@ -67,6 +67,7 @@ OLDER_DEFAULTS = {
     "model.balance_rate": 1e-3,
     "model.zero_init_proj": False,
     "model.residual_scale": False,
+    "model.value_residual": False,
     "model.kernels": "auto",
     "model.activation_offload": False,
     "train.deterministic": False,

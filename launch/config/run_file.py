@@ -79,6 +79,12 @@ MODEL_KEYS = {
     "token uses. Biases follow the token counts of the global batch, so they depend neither on ranks nor on micro "
     "batches. 0: no balancing, which an export as Mixtral or Qwen3-MoE needs.",
     "qk_norm": "Apply RMSNorm to the query and the key of each head.",
+    "attention_gate": "Multiply what attention returns by a sigmoid of its input, so that a token can take nothing "
+    "from others. headwise: one factor per head. elementwise: one factor per channel, as in Qwen3-Next.",
+    "value_residual": "Mix the values of the first layer into those of every later layer, with two learned factors per "
+    "layer that start at 1/2 (ResFormer). Cannot be exported.",
+    "value_embeddings": "n: the last layer, and every n-th layer before it, add an embedding of each token to its "
+    "value (2 in nanochat). Each of these layers has its own table of vocab_size rows. Cannot be exported.",
     "logit_softcap": "Limit c of the logits: they become c * tanh(logits / c), as in Gemma 2. Default: no limit.",
     "zero_init_proj": "Start the layers whose output is added to the residual stream at 0, so that every block begins "
     "as the identity. Changes the initial weights only.",

@@ -67,6 +67,7 @@ MODEL_LIMITS = {
             "n_expert",
             "n_expert_active",
             "d_expert",
+            "value_embeddings",
         ),
         ">= 1",
     ),

@@ -216,7 +216,32 @@ def attention_bytes(spec: EngineSpec) -> float:
     heads = model.n_head * model.head_width
     keys = model.kv_heads * model.head_width
     statistics = 4 * model.n_head + (4 * (model.n_head + model.kv_heads) if model.qk_norm else 0)
-    return (q * heads + kv * keys + statistics) / spec.tensor
+    return (q * heads + kv * keys + statistics) / spec.tensor + _gate_bytes(spec) + _mixed_value_bytes(spec)
+
+
+def _gate_bytes(spec: EngineSpec) -> float:
+    """Return the bytes per token that gates keep: after the sigmoid and times the heads, and before if elementwise."""
+    model, e = spec.model, spec.value_bytes
+    heads = model.n_head * model.head_width
+    if model.attention_gate == "elementwise":
+        return (2 if _attends_in_fp32(spec) else 3) * e * heads / spec.tensor
+    if model.attention_gate == "headwise":  # autocast rounds the input of the gates for them alone
+        return e * (model.n_head + heads) / spec.tensor + (e * model.d_model if spec.autocast else 0)
+    return 0.0
+
+
+def _mixed_value_bytes(spec: EngineSpec) -> float:
+    """Return the bytes per token that values keep if something was added to them, as a mean over the blocks."""
+    model = spec.model
+    if _attends_in_fp32(spec):
+        return 0.0
+    mixed = [model.embeds_values(layer) or (model.value_residual and layer > 0) for layer in range(model.n_layer)]
+    return spec.value_bytes * model.kv_heads * model.head_width / spec.tensor * sum(mixed) / model.n_layer
+
+
+def _attends_in_fp32(spec: EngineSpec) -> bool:
+    """Return whether attention keeps fp32 copies of queries, keys and values, and so not the 16-bit ones."""
+    return spec.value_bytes == 2 and spec.device == "cpu" and spec.kernels not in ("native", "triton")
 
 
 def hidden_bytes(spec: EngineSpec) -> float:
@@ -242,7 +267,7 @@ def multiplied_weights(spec: EngineSpec) -> float:
     sparse = (model.n_layer - model.first_dense) / model.n_layer if model.n_expert else 0.0
     width = (1 - sparse) * model.ff_width
     width += sparse * ((model.n_expert or 0) / spec.expert + model.n_shared_expert) * model.expert_width
-    heads = 2 * (model.n_head + model.kv_heads) * model.head_width
+    heads = (sum(model.qkv_heads) + model.n_head) * model.head_width + model.head_gates
     return model.d_model * (matrices * width + heads) / spec.tensor
 
 
@@ -268,6 +293,8 @@ def _blocks(spec: EngineSpec) -> tuple[float, float]:
         each -= hidden_bytes(spec) * spec.tokens
         chunk = hidden_bytes(spec) * model.mlp_chunk
     kept = (model.n_layer - again) * each + _recomputed_inputs(spec, 2 if spec.offloads_activations else None)
+    if model.value_residual and again:  # the first layer's values, inputs of all other blocks
+        kept += spec.value_bytes * model.kv_heads * model.head_width / spec.tensor * spec.tokens
     copies = 0.0
     if spec.autocast:  # 16-bit copies of the weights of all products, made once in a forward pass
         copies = 2 * multiplied_weights(spec) * (model.n_layer - again)

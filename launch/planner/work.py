@@ -77,7 +77,9 @@ class Work:
     @property
     def block_products(self) -> float:
         """Return the number of weights that multiply each token in a block, as a mean over the blocks."""
-        return self.model.d_model * (2 * self.queries + 2 * self.keys + self.ff_rows)
+        model = self.model
+        heads = (sum(model.qkv_heads) + model.n_head) * model.head_width + model.head_gates
+        return model.d_model * (heads + self.ff_rows)
 
     @property
     def queries(self) -> int:
