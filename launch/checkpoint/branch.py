@@ -29,11 +29,12 @@ SHARE_OF_THE_RUN = 5  # a decay takes a fifth of the branch, as with the schedul
 
 
 def branch(run: RunFile, step: int, decay_steps: int | None, fresh: bool) -> list[str]:
-    """Make the run folder of a branch of `run`, unless it exists, and return the overrides of the run file for it.
+    """Prepare a branch of `run`: a new run that begins at the checkpoint of `step` and only decays the learning rate.
 
-    The branch begins at the checkpoint of `step`. Its learning rate falls during the `decay_steps` steps after it, by
-    default a fifth of the branch's total steps. `fresh`: move an existing folder of the branch aside. Raises
-    ConfigError if the run's learning rate is not constant at `step`, and UserError if it has no checkpoint of `step`.
+    Makes the branch's run folder, unless it exists, and returns the overrides that turn the run file of `run` into that
+    of the branch, in the form of --set. The learning rate falls during the `decay_steps` steps after `step`, by default
+    a fifth of the branch's total steps. `fresh`: move an existing folder of the branch aside. Raises ConfigError if the
+    run's learning rate is not constant at `step`, and UserError if it has no checkpoint of `step`.
     """
     decay_steps = decay_steps or max(1, step // (SHARE_OF_THE_RUN - 1))
     constant = run.train.schedule.name in ("constant", "wsd")

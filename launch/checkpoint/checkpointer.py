@@ -153,16 +153,17 @@ class Checkpointer:
             self.finish()
 
     def written(self) -> bool:
-        """Return whether this rank has written all its files of a save that `finish` has not completed yet.
-
-        False if there is no such save. Not a collective.
+        """Return whether a save is pending (`finish` has not completed it yet) and this rank has written all its files.
+        Not a collective.
         """
         return self._pending is not None and self.writer.written()
 
     def finish(self) -> bool:
-        """Complete the unfinished save, if there is one. First wait until all expired checkpoints are deleted.
+        """Complete the pending save, if there is one: wait until the files of all ranks are on disk, then publish the
+        checkpoint.
 
-        Returns False if the save failed; the reason is logged. A collective.
+        Before that, wait until the thread that deletes expired checkpoints has ended. Returns False if the save failed;
+        the reason is logged. A collective: every rank must call it.
         """
         self.retention.wait()
         if self._pending is None:
@@ -198,7 +199,8 @@ class Checkpointer:
         return True
 
     def finish_mirror(self, stopped: bool) -> None:
-        """At the end of the process, wait until the mirror, if there is one, has the newest checkpoint.
+        """At the end of the process, wait until the newest checkpoint is on the mirror (checkpoint.mirror), if the run
+        has one.
 
         Waits up to checkpoint.timeout_s seconds, but at most 60 if a signal has `stopped` the run. A collective.
         """
@@ -206,7 +208,7 @@ class Checkpointer:
             self.mirror.finish(self.newest, min(STOP_S, self.section.timeout_s) if stopped else self.section.timeout_s)
 
     def amend(self, step: int, state: TrainingState, error: str | None = None) -> None:
-        """In the manifest of the complete checkpoint of `step`, replace the entries that `state` has. A collective.
+        """Replace entries in the manifest of the complete checkpoint of `step` by those in `state`. A collective.
 
         `error` is a reason why rank 0 cannot do this. After any failure, a warning is logged, and the checkpoint is
         unchanged.
@@ -225,7 +227,8 @@ class Checkpointer:
     def rewind_target(self, before: int) -> int | None:
         """Return the step of the checkpoint to which a rewind from step `before` returns, or None if there is none.
 
-        A collective: every rank must call it. retention.py says which checkpoint that is.
+        It is the newest complete checkpoint before that step that was saved on schedule (checkpoint.every_steps), or
+        else the newest complete one. A collective: every rank must call it.
         """
         self.finish()
         return retention.rewind_target(self.folder, before, self.section, self.topology)
@@ -264,7 +267,9 @@ class Checkpointer:
         return manifest
 
     def _on_load(self, content: Any) -> Any:
-        """Return the content of one of DeepSpeed's checkpoint files, with its optimizer states copied (own_states)."""
+        """Prepare the content of one of DeepSpeed's checkpoint files for DeepSpeed: own_states replaces its
+        memory-mapped tensors.
+        """
         self.topology.beat("loading")
         return own_states(self.engine, content)
 

@@ -34,12 +34,15 @@ def expert_files(checkpoint: Path) -> list[Path]:
     files = sorted(checkpoint.glob(PATTERN), key=lambda path: int(path.stem.removeprefix("experts_")))
     expected = read_manifest(checkpoint).get("layout", {}).get("expert", 1) - 1
     if len(files) != expected:
-        raise UserError(f"{checkpoint}: it has {len(files)} of {expected} files {PATTERN}. Restore the others.")
+        raise UserError(f"{checkpoint}: it has {len(files)} of {expected} files {PATTERN}. Restore the missing ones.")
     return files
 
 
 def own_experts(engine: Engine, topology: Topology) -> tuple[str, dict[str, Any]] | None:
-    """Return (name, content) of the file of experts that this rank writes, or None if it writes none."""
+    """Return (file name, content) of the experts_<number>.pt that this rank must write, or None if it writes none.
+
+    Only at ZeRO stage 0, and not on rank 0, whose experts are in DeepSpeed's file.
+    """
     number = topology.layout.index("expert", topology.rank)
     if engine.zero_optimization_stage() > 0 or number == 0 or topology.rank != number:
         return None
@@ -55,8 +58,11 @@ def own_experts(engine: Engine, topology: Topology) -> tuple[str, dict[str, Any]
 def join_experts(
     name: str, tensors: dict[str, torch.Tensor], others: Sequence[dict[str, Any]]
 ) -> dict[str, torch.Tensor]:
-    """Return the complete tensors of a parameter: the rows in `tensors`, then those in the files of experts. `others`:
-    the contents of these files, in the order of expert_files.
+    """Return the complete tensors of the parameter `name`: rank 0's rows, which `tensors` has, then those of the other
+    ranks.
+
+    `others` has the contents of the files that expert_files returns, in the same order. Parameters that are not of
+    experts are returned unchanged.
     """
     if not others or name not in others[0]["weights"]:
         return tensors

@@ -72,8 +72,8 @@ def run_identity(
 
 
 def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
-    """Return a copy of `identity` whose layout has the class names of DeepSpeed's optimizer wrapper and of the
-    optimizer inside it, and the names of unusual parameter groups.
+    """Return a copy of `identity` whose layout also has `optimizers`: the class names of DeepSpeed's optimizer wrapper
+    and of the optimizer inside it, and the names of those parameter groups that not every model has.
     """
     optimizers = [type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__]
     adam = getattr(engine.basic_optimizer, "adam", None)  # inside Packspeed's Muon
@@ -85,9 +85,10 @@ def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
 
 
 def has_same_layout(saved: Manifest, identity: RunIdentity) -> bool:
-    """Return whether the checkpoint's files have the form of those of this run (check 5 in resume.py).
+    """Return whether this run has the layout in which the checkpoint was saved, so that DeepSpeed can load its files
+    directly.
 
-    Imported weights have no layout, so for them the result is False.
+    If not, reshard.py converts them. Imported weights have no layout, so for them the result is False.
     """
     return "layout" in saved and _shape_of_files(saved["layout"]) == _shape_of_files(identity["layout"])
 

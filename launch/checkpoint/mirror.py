@@ -54,10 +54,10 @@ T = TypeVar("T")
 
 
 class Mirror:
-    """The copies of a run's checkpoints on a store. Every rank makes one.
+    """Copies a run's checkpoints to remote storage, and fetches them back. Every rank creates a Mirror.
 
-    `folder` is <run>/checkpoints, and `keep` is how many copies the mirror keeps. Raises ConfigError if no installed
-    library can open `url`.
+    `folder` is <run>/checkpoints, and `keep` is how many checkpoints stay on the mirror. Raises ConfigError if no
+    installed library can open `url`.
     """
 
     def __init__(self, url: str, folder: Path, keep: int, topology: Topology, log: Callable[[str], None]) -> None:
@@ -68,7 +68,7 @@ class Mirror:
         self._copy: _Copy | None = None
 
     def steps(self) -> list[int]:
-        """Return the steps of which the mirror has a packspeed.json, newest first."""
+        """Return the steps whose copies on the mirror have a packspeed.json, which is written last; newest first."""
         return complete_steps(self.remote.files())
 
     # ---- to the mirror
@@ -80,16 +80,19 @@ class Mirror:
 
     @property
     def state(self) -> str:
-        """What this rank does: "copying", "failing" if it copies and the last attempt has failed, else "idle"."""
+        """What this rank does: "copying", "failing" if its last attempt to copy has failed and it tries again, else
+        "idle".
+        """
         if self._copy is None or self.copying is None:
             return "idle"
         return "failing" if self._copy.failing else "copying"
 
     def offer(self, step: int, states: list[str]) -> None:
-        """Start to copy the complete checkpoint of `step`, unless a copy of another step makes progress.
+        """Start to copy the complete checkpoint of `step`, or skip it if an older checkpoint is being copied without
+        failures.
 
-        The new copy replaces one of the same step from an earlier save. `states` has the `state` of every rank.
-        Does not wait. Every rank must call it.
+        If the mirror has a checkpoint of the same step from an earlier save, it is replaced. `states` has the property
+        `state` of every rank. Does not wait. Every rank must call it.
         """
         if self.newest == step:
             self.newest = None
@@ -99,8 +102,8 @@ class Mirror:
             self._start(step)
 
     def catch_up(self, step: int) -> None:
-        """Start to copy the checkpoint of `step`, from which the run has resumed, unless the mirror has it. Does not
-        wait. A collective: every rank must call it.
+        """After a resume from the checkpoint of `step`, start to copy it, unless the mirror has it. Does not wait. A
+        collective: every rank must call it.
         """
         if self.topology.from_rank0(self.newest is None or self.newest < step):
             self._start(step)
@@ -143,13 +146,13 @@ class Mirror:
         """Fetch the newest complete checkpoint after step `than` into the run folder, and return its path.
 
         Returns None if the mirror has none. `than` is -1 if the disk has no complete checkpoint. A damaged copy is
-        skipped, and the reason is logged. `check` is called on rank 0 with URL and manifest of a copy before its other
-        files are fetched, and with those of the newest copy if none is newer than `than`. A collective: every rank must
-        call it.
+        skipped, and the reason is logged. `check(url, manifest)` raises an error if a copy belongs to another run. Rank
+        0 calls it before it fetches the other files of a copy; if no copy is newer than `than`, it calls it for the
+        newest one. A collective: every rank must call it.
 
         Raises the error of `check` on every rank, and UserError if the disk is full. If `than` is -1, also raises
-        UserError if the mirror cannot be read for 10 minutes or has damaged copies only. If `than` is a step and
-        the mirror cannot be read at once, only a warning is logged.
+        UserError if the mirror cannot be read for 10 minutes or has damaged copies only. If `than` is a step and the
+        mirror cannot be read at once, only a warning is logged.
         """
         self._patience_s = FETCH_S if than < 0 else 0.0
         try:
@@ -182,7 +185,7 @@ class Mirror:
         return None
 
     def _copies_after(self, than: int, check: Callable[[str, Manifest], object]) -> list[int]:
-        """Return the steps after `than` of which the mirror has a copy, newest first. On rank 0.
+        """On rank 0, return the steps after `than` of which the mirror has a copy, newest first.
 
         Raises _CannotRead if the mirror does not answer. If all copies are older, raises the errors of _check_newest.
         """
@@ -194,9 +197,10 @@ class Mirror:
         return newer
 
     def _check_newest(self, step: int, check: Callable[[str, Manifest], object]) -> None:
-        """Check that the copy of `step` belongs to this run, which will delete it after later copies. On rank 0.
+        """On rank 0, check that the mirror's newest checkpoint, that of `step`, was written by this run.
 
-        Raises the error of `check`, and _CannotRead if the manifest of the copy cannot be read.
+        Otherwise two runs would share the mirror, and this one would later delete the other one's checkpoints as
+        expired. Raises the error of `check`, and _CannotRead if the manifest cannot be read.
         """
         name, temporary = step_folder(step), temporary_folder(self.folder, step)
         try:
@@ -242,9 +246,9 @@ class Mirror:
     def _fetch_manifest(
         self, name: str, temporary: Path, check: Callable[[str, Manifest], object]
     ) -> tuple[dict[str, FileHash], list[str]]:
-        """Fetch packspeed.json of the copy `name` into the new folder `temporary`. On rank 0.
+        """On rank 0, fetch packspeed.json of the checkpoint folder `name` into the new folder `temporary`.
 
-        Returns (the files that it lists, what is damaged).
+        Returns (the files that the manifest lists with their hashes, a line for each thing that is damaged).
         """
         url = f"{self.remote.url}/{name}"
 
@@ -296,11 +300,15 @@ class Mirror:
         return damage and _persist(attempt, self._pause(url, progress))
 
     def _beat(self) -> None:
-        """Tell the supervisor that this rank fetches a checkpoint."""
+        """Write a heartbeat, which tells the supervisor that this rank is downloading."""
         self.topology.beat("downloading")
 
     def _pause(self, url: str, progress: Callable[[], object]) -> Callable[[float, str], None]:
-        """Return a function that waits after a failed attempt, and raises _CannotRead after _patience_s seconds."""
+        """Return a function (seconds, reason) that waits between two attempts to read `url`, and calls `progress`
+        meanwhile.
+
+        If the attempts have taken _patience_s seconds, it raises _CannotRead instead.
+        """
         deadline = time.monotonic() + self._patience_s
 
         def pause(seconds: float, reason: str) -> None:
@@ -320,7 +328,7 @@ class Mirror:
 
 
 def complete_steps(files: Iterable[str]) -> list[int]:
-    """Return the steps of the checkpoints of which a packspeed.json is among `files`, newest first."""
+    """Return the steps of the checkpoints that have their packspeed.json among `files`, newest first."""
     folders = [path.parent for path in map(Path, files) if path.name == MANIFEST]
     return sorted((step_of(path) for path in folders if CHECKPOINT_NAME.fullmatch(str(path))), reverse=True)
 
@@ -338,9 +346,10 @@ class _CannotCopy(Exception):
 
 
 class _Copy:
-    """The copy of one checkpoint to the mirror, made by a thread on each rank. Every rank must make it.
+    """Copies one checkpoint to the mirror in a thread. Every rank must create one.
 
-    `older` is this rank's thread of an earlier copy of the same step, if there was one. It could still write a file.
+    `older` is this rank's thread of an earlier copy of the same step, if there was one. The new thread waits for its
+    end, because it could still write a file.
     """
 
     def __init__(self, mirror: Mirror, step: int, board: Board, older: threading.Thread | None) -> None:
@@ -353,7 +362,7 @@ class _Copy:
         self.thread.start()
 
     def _run(self, older: threading.Thread | None) -> None:
-        """Copy the checkpoint when the thread `older` has ended. Runs in a thread."""
+        """Copy the checkpoint as soon as the thread `older` has ended. Runs in a thread."""
         if older is not None:
             older.join()
         try:
@@ -433,7 +442,7 @@ class _Copy:
         self.board.count("copied", add=1)
 
     def _remove_expired(self) -> None:
-        """Remove copies of earlier steps from the mirror. The newest `keep` complete copies up to this step stay."""
+        """Remove earlier checkpoints from the mirror. Up to this step, the newest `keep` complete ones stay."""
         files = self.mirror.remote.files()
         kept = {step_folder(step) for step in [s for s in complete_steps(files) if s <= self.step][: self.mirror.keep]}
         present = {file.partition("/")[0] for file in files}
@@ -475,7 +484,7 @@ class _Copy:
             )
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` holds. On rank 0, look at what the other ranks report.
+        """Wait until `condition()` is true. Meanwhile rank 0 logs the failures that other ranks report.
 
         Raises _Superseded, and on rank 0 _CannotCopy if another rank has given up.
         """

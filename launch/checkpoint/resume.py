@@ -6,8 +6,8 @@
     2. same run      Model, data order, seed, batch and optimizer are those of the run file (config/effects.py lists the
                      keys). Other settings may have changed, which is logged (check_same_run).
     3. same data     The fingerprints of the datasets and the version of the sample order are equal (check_same_run).
-    4. loadable      The files contain the optimizer's state. Those of runs on NVMe by older versions do not
-                     (check_loadable).
+    4. loadable      The files contain the optimizer's state. Older versions of Packspeed left it out if it was on
+                     NVMe (check_loadable).
     5. same layout   Ranks, ZeRO block (without bucket sizes and the like), precision and optimizer classes are equal,
                      so DeepSpeed can load its own files. Otherwise reshard.py converts them (identity.has_same_layout).
     6. same step     The state in the files belongs to the step that packspeed.json names (check_loaded_step).
@@ -102,7 +102,7 @@ def find_checkpoint(
     log: Callable[[str], None],
     mirror: Mirror | None = None,
 ) -> Resumption:
-    """Find the checkpoint in `folder` from which the run resumes (checks 1 to 3 of the list at the top).
+    """Find the newest complete checkpoint in `folder`, and check that it belongs to this run and its data.
 
     If the mirror has a newer complete one, fetch that into `folder`. A collective: every rank must call it.
 
@@ -157,10 +157,10 @@ def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
 
 
 def check_same_run(checkpoint: Path | str, saved: Manifest, identity: RunIdentity) -> list[SettingChange]:
-    """Check that the checkpoint belongs to this run and its data (checks 2 and 3 of this module's list).
+    """Check that the checkpoint belongs to this run and its data.
 
-    Returns the settings that have changed although the run may be resumed. Raises ConfigError if a setting has changed
-    that must not change, or if the data is different, and UserError if DeepSpeed's Muon trained it.
+    Returns the changed settings that do not prevent a resume. Raises ConfigError if a setting has changed that must not
+    change, or if the data is different, and UserError if DeepSpeed's Muon trained the checkpoint.
     """
     old, new = flatten(saved["config"]), flatten(identity["config"])
     for settings in (old, new):
@@ -191,10 +191,7 @@ def check_same_run(checkpoint: Path | str, saved: Manifest, identity: RunIdentit
 
 
 def _check_same_data(checkpoint: Path | str, saved: Manifest, identity: RunIdentity) -> None:
-    """Raise ConfigError if the dataset or the version of the sample order differs from the checkpoint's.
-
-    This is check 3 of the list at the top.
-    """
+    """Raise ConfigError if the dataset or the version of the sample order differs from the checkpoint's."""
     if saved["dataset_fingerprint"] != identity["dataset_fingerprint"] and "datasets" in saved:
         raise ConfigError(
             f"{checkpoint} was trained with another dataset: "
@@ -213,7 +210,7 @@ def _check_same_data(checkpoint: Path | str, saved: Manifest, identity: RunIdent
 
 
 def check_same_model(checkpoint: Path | str, old: Mapping[str, object], new: Mapping[str, object]) -> None:
-    """Raise ConfigError if imported weights do not fit the run file (check 2 for imported weights).
+    """Raise ConfigError if imported weights do not fit the model of the run file.
 
     `old` and `new` are the flattened settings of the import and of the run file. Settings must be equal if they
     determine the shape or the meaning of the weights. Those of RoPE may differ, because training at a longer context
@@ -231,10 +228,11 @@ def check_same_model(checkpoint: Path | str, old: Mapping[str, object], new: Map
 
 
 def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
-    """Return a line for each difference in hardware or software from the save, such as the version of torch.
+    """Return a line for each difference in hardware or software between the save and this run, such as the version of
+    torch.
 
-    Each of them can keep a resumed run from being equal bit for bit. The list is empty for checkpoints of older
-    versions, which do not record their environment.
+    Because of any of them, a resumed run may differ from an uninterrupted one in the last bits. The list is empty for
+    checkpoints of older versions, which do not record their environment.
     """
     if "environment" not in saved:
         return []
@@ -247,7 +245,9 @@ def environment_changes(saved: Manifest, identity: RunIdentity) -> list[str]:
 
 
 def check_loadable(checkpoint: Path) -> None:
-    """Raise UserError if an older Packspeed saved this checkpoint with its optimizer on NVMe (check 4 at the top)."""
+    """Raise UserError if an older Packspeed saved this checkpoint without the optimizer's state, because it was on
+    NVMe.
+    """
     if (checkpoint / "offloaded_tensors").exists():
         raise UserError(
             f"{checkpoint}: it cannot be resumed, because an older version of Packspeed saved it without the optimizer "
@@ -256,7 +256,7 @@ def check_loadable(checkpoint: Path) -> None:
 
 
 def check_loaded_step(checkpoint: Path, step: int, loaded_from: str | None, client_state: Mapping[str, object]) -> None:
-    """Raise UserError if engine.load_checkpoint has loaded nothing, or the state of another step (check 6 at the top).
+    """Raise UserError if engine.load_checkpoint has loaded nothing, or the state of another step.
 
     `loaded_from` and `client_state` are the values that engine.load_checkpoint returned.
     """

@@ -71,9 +71,7 @@ class Retention:
             self._thread = None
 
     def val_loss(self, checkpoint: Path) -> float | None:
-        """Return the validation loss of a checkpoint, as read_val_loss does, but read a manifest again only if it has
-        changed.
-        """
+        """Return the validation loss in a checkpoint's manifest, or None. An unchanged manifest is read only once."""
         try:
             stat = os.stat(checkpoint / MANIFEST)
         except OSError:
@@ -115,7 +113,8 @@ def expired_checkpoints(
     section: CheckpointSection,
     val_loss: Callable[[Path], float | None] = read_val_loss,
 ) -> list[Path]:
-    """Return the checkpoints in `folder` that none of the rules at the top of this module keeps.
+    """Return the checkpoints in `folder` that the settings in `section` do not keep (the rules are at the top of this
+    module).
 
     `newest` is the step that was saved last, and `damaged` has the checkpoints that this process skipped when it
     resumed. `val_loss` returns the validation loss of a checkpoint.

@@ -77,7 +77,9 @@ def shares(files: Mapping[str, FileHash], ranks: int) -> list[list[str]]:
 
 
 def _contents(folder: Path) -> _Contents:
-    """Return the files that a checkpoint's manifest lists, and the damage that is visible without reading them."""
+    """Read the manifest and list the folder. Returns the listed files, and the damage that is visible without reading
+    them.
+    """
     try:
         listed = read_manifest(folder)["files"]
     except UserError as error:

@@ -54,8 +54,8 @@ class SafeWriter:
         self.begin(copy=False)
 
     def begin(self, copy: bool) -> None:
-        """Start a new checkpoint. If `copy` is True, copies of the state are written, so that training may change the
-        state meanwhile.
+        """Start a new checkpoint. With `copy`, `save` copies the state before it is written, so that training may
+        change it meanwhile.
         """
         self.copy = copy
         self.files: dict[str, FileHash] = {}  # file name -> hash, for files that are written completely

@@ -107,7 +107,7 @@ def full_tensors(
 
 
 def tensor_ranks(checkpoint: Path) -> int:
-    """Return the number of ranks that shared the weights of each layer when the checkpoint was written."""
+    """Return the tensor-parallel size with which the checkpoint was written (parallel.tensor)."""
     manifest = read_manifest(checkpoint)
     return manifest["layout"].get("tensor", 1) if "layout" in manifest else 1
 
@@ -118,7 +118,11 @@ def _model_config(checkpoint: Path) -> GPTConfig:
 
 
 def _tensors_of(checkpoint: Path, selection: _Selection, tensor_rank: int) -> Iterator[tuple[str, Tensors]]:
-    """Yield the same as full_tensors, but of each parameter the part that this rank of a tensor group has."""
+    """Yield (name, fp32 tensors) for every selected parameter, from the files of one rank of each tensor-parallel
+    group.
+
+    Of a parameter that these ranks divide, the tensors have only that rank's part.
+    """
     states = zero_states(checkpoint, tensor_rank)
     if not states:
         yield from _stage0_tensors(checkpoint, selection, tensor_rank)
@@ -141,7 +145,8 @@ def fp32_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def zero_states(checkpoint: Path, tensor_rank: int = 0) -> list[ZeroState]:
-    """Return the ZeRO optimizer states of the ranks whose index in their tensor group is `tensor_rank`, in rank order.
+    """Return the ZeRO optimizer states of all ranks with index `tensor_rank` in their tensor-parallel group, in rank
+    order.
 
     The list is empty at stage 0. Raises UserError if files of ranks are missing.
     """
@@ -174,9 +179,9 @@ def stage0_optimizer_state(checkpoint: Path) -> StateDict:
 
 
 def module_weights(checkpoint: Path) -> Callable[[str], torch.Tensor | None]:
-    """Return a function: parameter name -> the module's weight in the precision in which it computes.
+    """Return a function: parameter name -> the module's weight, in the precision of the forward pass.
 
-    Its result is None at stage 3, where weights are partitioned.
+    At stage 3, where the weights are partitioned, the function returns None.
     """
     paths = [checkpoint / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(tensor_ranks(checkpoint))]
     modules = [read_safely(path)["module"] for path in paths if path.exists()]
@@ -274,7 +279,7 @@ def _rank_of(path: Path) -> int:
 
 
 def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
-    """Yield the same as full_tensors, from imported weights: one safetensors file per parameter."""
+    """Yield (name, fp32 tensors) for every selected parameter of imported weights, one file per parameter."""
     files = sorted((checkpoint / UNIVERSAL).glob("*.safetensors"))
     for path in files[selection.worker :: selection.workers]:
         with safe_open(path, "pt") as file:
@@ -283,8 +288,9 @@ def _imported_tensors(checkpoint: Path, selection: _Selection) -> Iterator[tuple
 
 
 def _buffers(content: StateDict, selection: _Selection) -> Iterator[tuple[str, Tensors]]:
-    """Yield (name, {"fp32": value}) for every buffer, from rank 0's model states of ZeRO stage 1 to 3: every rank has
-    them.
+    """Yield (name, {"fp32": value}) for every selected buffer.
+
+    `content`: the model states that rank 0 saved at ZeRO stage 1, 2 or 3. Every rank has the same buffers.
     """
     for number, name in enumerate(content.get("buffer_names") or []):
         if selection.has_parameter(number):
@@ -292,9 +298,10 @@ def _buffers(content: StateDict, selection: _Selection) -> Iterator[tuple[str, T
 
 
 def _stage0_tensors(checkpoint: Path, selection: _Selection, tensor_rank: int) -> Iterator[tuple[str, Tensors]]:
-    """Yield the same as _tensors_of, from a checkpoint of ZeRO stage 0: the first rank's file has full tensors.
+    """Yield (name, fp32 tensors) for every selected parameter at ZeRO stage 0, at which the first rank's file has full
+    tensors.
 
-    In it, a shared parameter is stored once and listed under several names.
+    In that file, a shared parameter is stored once and listed under several names.
     """
     content = _model_states(checkpoint, tensor_rank)
     optimizer_tensors: dict[str, Tensors] = {}  # by parameter name
@@ -325,9 +332,9 @@ def _stage0_tensors(checkpoint: Path, selection: _Selection, tensor_rank: int) -
 def _stage12_tensors(
     states: list[ZeroState], shapes: list[Shapes], selection: _Selection
 ) -> Iterator[tuple[str, Tensors]]:
-    """Yield the same as full_tensors, from a checkpoint of ZeRO stage 1 or 2.
+    """Yield (name, fp32 tensors) for every selected parameter at ZeRO stage 1 or 2.
 
-    Each parameter is a span of its group's flat vector, of which each rank has a slice.
+    At these stages all parameters of a group form one flat vector, and each rank's state in `states` has a slice of it.
     """
     paddings = states[0].get("param_alignment_paddings")  # [group][parameter]: number of unused elements after it
     counts = states[0]["partition_count"]  # [group]: number of slices of a flat vector
@@ -355,9 +362,10 @@ def _stage12_tensors(
 def _stage3_tensors(
     states: list[ZeroState], shapes: list[Shapes], selection: _Selection
 ) -> Iterator[tuple[str, Tensors]]:
-    """Yield the same as full_tensors, from a checkpoint of ZeRO stage 3.
+    """Yield (name, fp32 tensors) for every selected parameter at ZeRO stage 3.
 
-    Each rank has an equal slice of each parameter; the last rank's slice may end with padding.
+    At this stage each rank's state in `states` has an equal slice of each parameter; the last slice may end with
+    padding.
     """
     number = 0  # number of the parameter, counted over all groups
     for group, shape_of in enumerate(shapes):
@@ -382,10 +390,10 @@ def _stage3_tensors(
 def _slices_of_ranks(
     states: list[ZeroState], weights_key: str, group: int, selection: _Selection
 ) -> dict[str, list[torch.Tensor]]:
-    """Return {"fp32" or name of an optimizer state: [flat tensor of rank 0, of rank 1, ...]} for the selected keys of
-    parameter group number `group`.
+    """Return the flat tensors of parameter group number `group`: {"fp32" or a state such as "exp_avg": [of rank 0, of
+    rank 1, ...]}.
 
-    `weights_key` is the key under which `states` have the fp32 weights.
+    Only selected keys are read. `weights_key` is the key under which `states` have the fp32 weights.
     """
     weights = [state[weights_key][group].flatten() for state in states]
     slices = {"fp32": weights} if selection.has_key("fp32") else {}

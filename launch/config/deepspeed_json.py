@@ -303,7 +303,10 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
 
 
 def _refused_with_tensor(path: Path, raw: JsonObject, asked: str) -> Iterator[str]:
-    """Yield a message for everything in the JSON that works only if each rank has complete weights."""
+    """Yield a message for every setting of the JSON `raw` that works only if each rank has complete weights.
+
+    `asked` names the setting of the run file that divides them, such as "parallel.tensor = 2".
+    """
     zero = raw.get("zero_optimization") or {}
     if (raw.get("compile") or {}).get("deepcompile") is True:
         yield f"{path}: compile.deepcompile with {asked} is not supported. Remove the compile block."

@@ -26,8 +26,8 @@ KeyTree: TypeAlias = "dict[str, KeyTree | Refused | Unused | None]"
 
 
 def unless(*harmless: object) -> Callable[[Any], bool]:
-    """Return a function that is true for null, "auto" and the `harmless` values, that is, for the values with which a
-    key has no effect.
+    """Return a function that tells whether a key with a given value has no effect: if it is null, "auto" or in
+    `harmless`.
     """
     return lambda value: value in (None, "auto", *harmless)
 
@@ -36,9 +36,9 @@ OFF = unless(False)
 
 
 def switched_off(switch: str, *harmless: object) -> Callable[[Any], bool]:
-    """Return a function that is true for a block of a DeepSpeed JSON that turns its feature off.
+    """Return a function that tells whether a block of a DeepSpeed JSON leaves its feature off.
 
-    That is so if the block is absent, or if its key `switch` is missing, null, false, "auto" or one of `harmless`.
+    It does if the block is absent, or if its key `switch` is missing, null, false, "auto" or one of `harmless`.
     """
     off = unless(False, *harmless)
     return lambda block: off(block.get(switch)) if isinstance(block, dict) else off(block)

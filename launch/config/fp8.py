@@ -29,7 +29,7 @@ def fp8_blocks(config: GPTConfig, skip_blocks: int) -> range:
 def fp8_obstacle(config: GPTConfig, seq_len: int, skip_blocks: int) -> str | None:
     """Return why a model cannot train in fp8, as the end of an error message; None if it can.
 
-    seq_len: tokens per sample. skip_blocks: as in fp8_blocks.
+    seq_len: tokens per sample. skip_blocks: number of blocks at the start, and as many at the end, that stay in bf16.
     """
     if not fp8_blocks(config, skip_blocks):
         return (

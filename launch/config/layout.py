@@ -48,30 +48,34 @@ class Layout:
         return self.size("zero")
 
     def size(self, axis: str) -> int:
-        """Return the number of ranks in a group along an axis (see `_axis`)."""
+        """Return the number of ranks in a group along an axis such as "sequence" (`_axis` lists them)."""
         return self._axis(axis)[1]
 
     def index(self, axis: str, rank: int) -> int:
-        """Return the position, from 0, of `rank` in its group along an axis (see `_axis`)."""
+        """Return the position, from 0, of `rank` in its group along an axis such as "sequence" (`_axis` lists them)."""
         stride, size = self._axis(axis)
         return rank // stride % size
 
     def members(self, axis: str, rank: int) -> list[int]:
-        """Return, in ascending order, the ranks of the group along an axis (see `_axis`) that contains `rank`."""
+        """Return the ranks of the group that contains `rank`, in ascending order. The group is along an axis such as
+        "sequence" (`_axis` lists them).
+        """
         stride, size = self._axis(axis)
         first = rank - self.index(axis, rank) * stride
         return [first + stride * number for number in range(size)]
 
     def groups(self, axis: str) -> list[list[int]]:
-        """Return the groups along an axis (see `_axis`), in the same order on every rank. Each rank is in one group."""
+        """Return all groups along an axis such as "sequence" (`_axis` lists them), in the same order on every rank.
+        Each rank is in one group.
+        """
         return [self.members(axis, rank) for rank in range(self.world) if self.index(axis, rank) == 0]
 
     def _axis(self, name: str) -> tuple[int, int]:
         """Return (difference between neighbouring ranks, number of ranks) of each group along an axis.
 
-        The ranks of a group do the following. tensor: share the weights of each layer. sequence: share the tokens of
-        the same rows. rows: read different rows. zero: hold ZeRO's partitions of the same weights. expert: share the
-        experts of each layer. expert_copies: hold the same experts.
+        The names of the axes, and what the ranks of a group do: tensor: share the weights of each layer. sequence:
+        share the tokens of the same rows. rows: read different rows. zero: hold ZeRO's partitions of the same weights.
+        expert: share the experts of each layer. expert_copies: hold the same experts.
         """
         zero = self.world // self.tensor
         return {
@@ -115,7 +119,9 @@ def run_layout(run: RunFile, world: int) -> Layout:
 
 
 def _check_ranks(layout: Layout) -> None:
-    """Raise ConfigError unless the ranks can form groups of layout.per_row."""
+    """Raise ConfigError unless the number of ranks is a multiple of layout.per_row, the ranks that work on the same
+    rows.
+    """
     if layout.world % layout.per_row == 0:
         return
     near = [n * layout.per_row for n in (layout.world // layout.per_row, layout.world // layout.per_row + 1) if n]
@@ -129,7 +135,7 @@ def _check_ranks(layout: Layout) -> None:
 
 
 def _check_tensor(run: RunFile, layout: Layout) -> None:
-    """Raise ConfigError unless the matrices can be divided evenly among the ranks of a tensor group.
+    """Raise ConfigError unless the matrices can be divided evenly among the ranks of a tensor-parallel group.
 
     Also raises it for what tensor parallelism does not support: experts, Muon, fp8, compiled blocks and muP.
     """
@@ -162,11 +168,10 @@ def _check_tensor(run: RunFile, layout: Layout) -> None:
 
 
 def _check_sequence(run: RunFile, layout: Layout) -> None:
-    """Raise ConfigError unless every rank of a sequence group gets equally many heads, and enough tokens.
+    """Raise ConfigError unless every rank of a sequence-parallel group gets equally many heads, and enough tokens.
 
-    Each rank attends with some of the heads over complete rows. If there are fewer key-value heads than
-    ranks, they are repeated. So one of these two numbers must divide the other. In fp8, matrix products need a multiple
-    of 16 tokens.
+    Each rank attends with some of the heads over complete rows. If there are fewer key-value heads than ranks, they are
+    repeated. So one of these two numbers must divide the other. In fp8, matrix products need a multiple of 16 tokens.
     """
     model, length = run.gpt_config(1), run.data.seq_len
 

@@ -49,7 +49,8 @@ BIT16_WEIGHTS = {
 
 
 def held(stage: int, precision: str) -> tuple[Held, Held]:
-    """Return (memory that a rank always holds, memory that the gradients of a step add), without offload.
+    """Return (memory that a rank always holds, memory that the gradients of a step add), without offload, for any
+    number of ranks.
 
     stage: the ZeRO stage. precision: "fp32", "bf16" or "fp16".
     """
@@ -57,7 +58,11 @@ def held(stage: int, precision: str) -> tuple[Held, Held]:
 
 
 def held_bytes(stage: int, precision: str, ranks: int) -> tuple[float, float]:
-    """Return the two results of `held` as bytes per parameter of the model on each of `ranks` ranks."""
+    """Return (bytes that a rank always holds, bytes that the gradients of a step add) per parameter of the model,
+    without offload.
+
+    stage: the ZeRO stage. precision: "fp32", "bf16" or "fp16".
+    """
     kept, gradients = held(stage, precision)
     return kept.on(ranks), gradients.on(ranks)
 

@@ -242,7 +242,7 @@ def _float(digits: str) -> float:
 
 
 def _too_deep(text: str) -> int | None:
-    """Return the line of a JSON text's first bracket nested deeper than MAX_DEPTH, or None.
+    """Return the number of the first line that nests brackets deeper than MAX_DEPTH in a JSON text, or None.
 
     Brackets in quotes do not count.
     """

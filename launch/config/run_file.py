@@ -136,9 +136,14 @@ class RopeScalingSection(Section):
         "Default: 1.",
     )
     mscale: float | None = Field(
-        None, gt=0, description="yarn: attention_factor is computed from mscale and mscale_all_dim."
+        None,
+        gt=0,
+        description="yarn: with mscale_all_dim, the default of attention_factor becomes "
+        "(0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).",
     )
-    mscale_all_dim: float | None = Field(None, gt=0, description="yarn: see mscale.")
+    mscale_all_dim: float | None = Field(
+        None, gt=0, description="yarn: the number in the denominator of the rule for mscale."
+    )
     truncate: bool | None = Field(
         None,
         description="yarn: round the two ends of the ramp between kept and divided frequencies to whole channels. "
@@ -558,7 +563,7 @@ class ParallelSection(Section):
 
     @property
     def fewest_ranks(self) -> int:
-        """Smallest number of ranks that these sizes allow: groups that share experts may share rows, too."""
+        """Smallest number of ranks with these sizes: tensor * lcm(sequence, expert)."""
         return self.tensor * math.lcm(self.sequence, self.expert)
 
 

@@ -281,9 +281,11 @@ def model_on(
 
 
 def _sent_in_parts(parameter: torch.nn.Parameter, part: ExpertPart, source: int) -> Iterator[torch.Tensor | None]:
-    """Yield an empty tensor for the complete parameter on rank `source`, None on other ranks; then send out the parts.
+    """Yield an uninitialised tensor for the complete parameter on rank `source`, and None on the other ranks. Then send
+    each rank its part.
 
-    The caller fills the tensor. `parameter` is this rank's part, which is filled afterwards. A collective of all ranks.
+    Rank `source` fills the tensor before it resumes the generator. `parameter` is this rank's part and receives the
+    result. A collective of all ranks.
     """
     is_source = dist.get_rank() == source
     rows, columns = parameter.shape
@@ -297,7 +299,7 @@ def _sent_in_parts(parameter: torch.nn.Parameter, part: ExpertPart, source: int)
 
 
 def _place_among_equals(topology: Topology | None) -> tuple[int, list[int]]:
-    """Return (position of this rank in the list, list of the ranks that hold the same part of the weights)."""
+    """Return (index of this rank in the list, list of the ranks that hold the same part of the weights)."""
     if topology is not None:
         layout = topology.layout
         return layout.index("zero", topology.rank), layout.members("zero", topology.rank)
@@ -330,7 +332,7 @@ def _partitioned_model(config: GPTConfig, seed: int | None, ds_config: DsConfig,
 
 
 def make_muon(groups: list[JsonObject], run: RunFile, ds_config: DsConfig) -> Muon:
-    """Return Muon for these parameter groups. Other groups than "matrices" use DeepSpeed's AdamW."""
+    """Return Muon for the parameter group "matrices", with DeepSpeed's AdamW for all other groups."""
     offload = ((ds_config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device", "none")
     params = {key: value for key, value in ds_config["optimizer"]["params"].items() if key in ("lr", "betas", "eps")}
     make = DeepSpeedCPUAdam if offload != "none" else adamw_class(ds_config)

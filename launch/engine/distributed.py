@@ -39,15 +39,15 @@ T = TypeVar("T")  # a small object that can be pickled
 
 
 def no_beat(phase: str, collective: str = "") -> None:
-    """Do nothing. Topology.beat is this function in a process that no supervisor watches."""
+    """Write no heartbeat: Topology.beat in a process that no supervisor watches."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Rank and device of this process, the layout of the run's ranks, and the number of ranks on this host.
 
-    To divide samples between ranks use rows_rank and rows_size, not rank and world: ranks of a sequence or tensor group
-    work on the same rows.
+    To divide samples between ranks use rows_rank and rows_size, not rank and world: with sequence or tensor
+    parallelism, the ranks of a group work on the same samples.
     """
 
     rank: int
@@ -75,16 +75,18 @@ class Topology:
 
     @property
     def first_of_rows(self) -> bool:
-        """Whether this rank is the first of the ranks that read the same rows. Only the first rank counts the rows."""
+        """Whether this rank is the first of the ranks that read the same rows of the batch. Only the first one counts
+        them.
+        """
         return self.rank % self.layout.per_row == 0
 
     @property
     def is_replica(self) -> bool:
-        """Whether a lower rank of its tensor group computes the same losses as this rank."""
+        """Whether a lower rank of this rank's tensor-parallel group computes the same losses."""
         return self.layout.index("tensor", self.rank) > 0
 
     def group(self, axis: str) -> torch.distributed.ProcessGroup | None:
-        """Return this rank's process group along an axis of Layout.
+        """Return this rank's process group along one axis of the layout, such as "tensor" or "sequence".
 
         Returns None, which torch takes as the group of all ranks, if the axis contains all ranks.
 
@@ -102,7 +104,7 @@ class Topology:
 
     @functools.cached_property
     def _groups(self) -> dict[str, torch.distributed.ProcessGroup]:
-        """The process groups that have been made, by axis."""
+        """The process groups that `group` has made, by axis."""
         return {}
 
     def sequence(self, length: int) -> SequencePart | None:
@@ -120,7 +122,9 @@ class Topology:
         return SequencePart(self.layout.index("sequence", self.rank), self.layout.sequence, length, exchange)
 
     def tensor(self) -> TensorPart:
-        """Return this rank's part of the matrices. The first call is a collective, see `group`."""
+        """Return which part of each matrix this rank holds with tensor parallelism. The first call is a collective, see
+        `group`.
+        """
         if self.layout.tensor == 1:
             return ALONE
         group = self.group("tensor")
@@ -140,7 +144,10 @@ class Topology:
         return values
 
     def sum_of_parts(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks as `sum` does, but count the equal values of the ranks of a tensor group only once."""
+        """Sum a tensor over all ranks, in place, and return it. A collective.
+
+        The ranks of a tensor-parallel group must have equal values, which are counted once.
+        """
         return self.sum(values.zero_() if self.is_replica else values)
 
     def barrier(self) -> None:
@@ -226,8 +233,9 @@ def start_distributed(
     """Join the process group that the launcher's environment variables describe. Without a launcher, be its only rank.
 
     A collective: every rank must call it, once. A collective of the group fails if it waits longer than `timeout_s`
-    seconds. `deterministic` is train.deterministic of the run. `beat` and `layout` are stored in the returned Topology;
-    without a layout, each rank reads different rows.
+    seconds. `deterministic` is train.deterministic of the run. `beat(phase)` writes the heartbeats of this rank.
+    `layout` says which ranks work on the same samples; without it, each rank reads different ones. The returned
+    Topology keeps both.
 
     If `ds_config` (the final DeepSpeed configuration) is given, the DeepSpeed ops that it needs are compiled too. If
     one host cannot compile an op, no rank uses it: `ds_config` is changed in place to use a substitute. If there is no

@@ -40,7 +40,7 @@ def expert_part(topology: Topology | None) -> ExpertPart | None:
 
 
 def mark_experts(model: GPT, part: ExpertPart) -> None:
-    """Mark the parameters of which this rank has only a part, for DeepSpeed and for part_of."""
+    """Mark the parameters of experts for DeepSpeed, which must not average them over all ranks, and for part_of."""
     for name, parameter in model.named_parameters():
         if is_expert_parameter(name, model.config):
             # The names are DeepSpeed's, except the last.
@@ -48,7 +48,10 @@ def mark_experts(model: GPT, part: ExpertPart) -> None:
 
 
 def expert_norm_group(topology: Topology) -> TensorGroup | None:
-    """Return the ranks that share experts, for norms of tensors that ZeRO does not partition; None if no ranks do."""
+    """Return the ranks that share the experts, over which norms are summed if ZeRO does not partition the tensors.
+
+    Returns None if every rank has all experts.
+    """
     if topology.layout.expert == 1:
         return None
     first = topology.layout.index("expert", topology.rank) == 0

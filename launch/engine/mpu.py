@@ -45,11 +45,11 @@ class Mpu:
         return self.tensor
 
     def get_model_parallel_rank(self) -> int:
-        """Return the index of this rank in its tensor group, from 0."""
+        """Return the index of this rank in its tensor-parallel group, from 0."""
         return self.topology.layout.index("tensor", self.topology.rank)
 
     def get_model_parallel_world_size(self) -> int:
-        """Return the number of ranks in a tensor group."""
+        """Return the number of ranks in a tensor-parallel group."""
         return self.topology.layout.tensor
 
     # DeepSpeed asks for some of them by another name.

@@ -207,9 +207,11 @@ class Round:
     def distribute(
         self, complete: dict[Matrix, Tensor], spans: Spans, dtype: torch.dtype
     ) -> Iterator[tuple[Matrix, Tensor]]:
-        """Yield (matrix, flat tensor of this rank's elements) for every matrix: the inverse of collect. A collective.
+        """Send each rank its elements of every matrix back from the owner. Yields (matrix, flat tensor of this rank's
+        elements).
 
-        complete: {matrix that this rank owns: flat tensor of all its elements}. spans: as in collect.
+        complete: {matrix that this rank owns: flat tensor of all its elements}. spans(matrix, rank): which elements a
+        rank holds. A collective.
         """
         arrived = self._exchange(
             [[complete[matrix][spans(matrix, rank)] for matrix in self.mine] for rank in self.ranks],
@@ -281,9 +283,9 @@ def rounds(matrices: Iterable[Matrix], elements: int) -> list[list[Matrix]]:
 class Muon(torch.optim.Optimizer):
     """Muon for the parameter group named "matrices", and Adam for the other groups.
 
-    `groups` are torch's parameter groups, each with a "name". `adam(groups)` makes the Adam. `settings` is the section
-    train.optimizer of the run file; lr, weight_decay and momentum are read from the groups, because they may change
-    from step to step.
+    `groups` are torch's parameter groups, each with a "name". `adam(groups)` returns the Adam optimizer for the others.
+    `settings` is the section train.optimizer of the run file; lr, weight_decay and momentum are read from the groups,
+    because they may change from step to step.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def square_sum(tensors: Sequence[torch.Tensor], exact: bool = False) -> torch.Te
 
 
 def _exact_square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the result of square_sum with exact=True: the sum of the squares of all elements, added in fp64."""
+    """Return the sum of the squares of all elements, added in fp64."""
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else device_type())
     if total.is_cuda and tensors:
         return total + torch.stack(torch._foreach_norm(list(tensors), 2.0, torch.float64)).square().sum()
@@ -106,9 +106,10 @@ def tensor_group(topology: Topology, model: torch.nn.Module) -> TensorGroup | No
 def global_norm(gradients: Sequence[torch.Tensor], groups: Sequence[Group], exact: bool = False) -> torch.Tensor:
     """Return the L2 norm of gradients that are distributed over the ranks of `groups`, as an fp32 scalar.
 
-    `gradients`: those that this rank counts; no element may be counted on two ranks. `groups`: the ZeRO group, and the
-    tensor group if there is one; the squares are summed over both. `exact`: as in square_sum. All ranks of the groups
-    must call it and get the same norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
+    `gradients`: those that this rank counts; no element may be counted on two ranks. `groups`: the ZeRO group and, if
+    there is one, the tensor-parallel group; the squares are summed over both. `exact`: add in fp64, so that the result
+    does not depend on how the elements are split into tensors. All ranks of the groups must call it and get the same
+    norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
     """
     total = square_sum(gradients, exact)
     for group in groups:
@@ -119,8 +120,9 @@ def global_norm(gradients: Sequence[torch.Tensor], groups: Sequence[Group], exac
 def offloaded_square_sum(norms: Sequence[torch.Tensor], groups: Sequence[Group]) -> torch.Tensor:
     """Return the sum over the ranks of `groups` of the squares of offloaded gradients, as an fp32 scalar.
 
-    `norms`: the L2 norm of each gradient tensor that this rank counts, as a scalar. `groups`: as in global_norm. All
-    ranks of the groups must call it. The arithmetic is DeepSpeed's: fp64 within a rank, fp32 between ranks.
+    `norms`: the L2 norm of each gradient tensor that this rank counts, as a scalar. `groups`: the ZeRO group and, if
+    there is one, the tensor-parallel group. All ranks of the groups must call it. The arithmetic is DeepSpeed's: fp64
+    within a rank, fp32 between ranks.
     """
     squares = torch.stack(list(norms)).double().square().sum() if norms else torch.zeros(())
     total = squares.float().to(device_type())

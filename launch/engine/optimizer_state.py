@@ -81,9 +81,10 @@ def held_parts(engine: Engine) -> Iterator[Held]:
 
 
 def _parts_in_memory(engine: Engine) -> Iterator[Held]:
-    """Yield what held_parts yields. While a part is in use, its tensors are in memory, even if they are kept on NVMe.
+    """Yield the part of each parameter that this rank's optimizer holds. Its tensors are in memory until the next part
+    is requested.
 
-    From NVMe, one sub-group at a time is loaded.
+    Tensors on NVMe are loaded for that time, one sub-group after the other.
     """
     optimizer: Any = engine.optimizer
     if not keeps_state_on_nvme(optimizer):

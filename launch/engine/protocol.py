@@ -62,7 +62,8 @@ class Engine(Protocol):
         """
 
     def step(self) -> None:
-        """Call it after each micro batch. At the end of a step, it clips the gradients and runs the optimizer.
+        """Clip the gradients and run the optimizer, if the last backward pass completes a step. Call it after each
+        micro batch.
 
         patches/gradient_norm.py can veto that optimizer step.
         """

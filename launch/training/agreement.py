@@ -61,6 +61,7 @@ def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, data_hash: int) -
 def judge_by(detector: AnomalyDetector) -> Callable[[float | None, Sequence[float]], bool]:
     """Return the function `judge(norm, agreed)` for GradientNormHook: True if `detector` vetoes the step.
 
-    `norm` is as in AnomalyDetector.vetoes, and `agreed` has the numbers of an Agreement.
+    `norm` is the global gradient norm: NaN if it is not finite, None if that is an fp16 overflow. `agreed` has the
+    numbers of an Agreement.
     """
     return lambda norm, agreed: detector.vetoes(Agreement.of(agreed).loss, norm)

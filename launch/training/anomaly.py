@@ -64,7 +64,7 @@ class AnomalyDetector:
         return self.anomaly is not None
 
     def _find_anomaly(self, loss: float, norm: float | None) -> Anomaly | None:
-        """Return the anomaly of the current step, or None. See `vetoes` for the arguments."""
+        """Return the anomaly of the current step, or None. The arguments are those of `vetoes`."""
         section = self.section
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if value is not None and not math.isfinite(value):
@@ -80,9 +80,10 @@ class AnomalyDetector:
         return None
 
     def accept(self, loss: float, norm: float) -> None:
-        """Add the loss and norm of the current step, which the optimizer has applied, to the window of past steps.
+        """Add the mean loss and the gradient norm of the current step to the window with which later steps are
+        compared.
 
-        Later steps are compared with this window. See `vetoes` for the arguments.
+        Call it after the optimizer has applied the step.
         """
         self.vetoes_in_a_row = 0
         self.losses.append(loss)
@@ -93,7 +94,7 @@ class AnomalyDetector:
         """Add `entry`, which describes a vetoed step, to `records`. Returns True if there are now too many vetoes.
 
         That is the case if more than anomalies.limit steps in a row were vetoed, or if more than anomalies.limit
-        rewinds went to the same checkpoint as this one.
+        rewinds returned to the checkpoint to which `entry` rewinds.
         """
         self.records.append(entry)
         self.vetoes_in_a_row += 1

@@ -64,7 +64,7 @@ def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
 
 
 def explain_stop(record: AnomalyLine, too_many: bool) -> str:
-    """Return the text of the error that stops the run: which step and samples, why, and what to do.
+    """Return the text of the error that stops the run after a vetoed step: which step and samples, why, and what to do.
 
     `too_many` says whether anomalies.limit was exceeded.
     """

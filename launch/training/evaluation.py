@@ -70,7 +70,7 @@ def evaluate(trainer: Trainer) -> float | None:
 def row_mean_losses(trainer: Trainer, batch: Batch, rows: int) -> torch.Tensor:
     """Return the mean loss of each row of this rank's batch, as a tensor (len(batch),) in fp64 on the CPU.
 
-    With parallel.sequence it is this rank's part of that mean; the sum over the ranks that share the row is the mean.
+    With parallel.sequence, several ranks share a row; each returns its part, and the sum of the parts is the mean.
     `rows` is the number of rows per forward pass. Every rank must call it, with the same number of passes.
     """
     means = []

@@ -14,9 +14,10 @@ from packspeed.model import moe
 
 
 def own_counts(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
-    """Return how many tokens each expert got on this rank since the last call, (layers * experts,) fp64 on `device`.
+    """Return how many tokens this rank sent to each expert since the last call, as (layers * experts,) fp64 on
+    `device`.
 
-    It is empty for a dense model.
+    The tensor is empty for a dense model.
     """
     counts = moe.take_counts(model)
     return torch.zeros(0, dtype=torch.float64, device=device) if counts is None else counts.flatten().double()
@@ -25,17 +26,18 @@ def own_counts(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
 def balance(model: torch.nn.Module, counts: torch.Tensor) -> None:
     """Update the biases with which the routers balance their experts. Does nothing for a dense model.
 
-    `counts` are those of the global batch, in the form of own_counts. Call it only if the optimizer has stepped.
+    `counts` has the tokens of each expert in the global batch, layer after layer. Call it only if the optimizer has
+    stepped.
     """
     if counts.numel():
         moe.balance(model, counts.view(_layers(model), -1))
 
 
 def load(model: torch.nn.Module, counts: Sequence[float]) -> tuple[float, int]:
-    """Return (most tokens of an expert divided by the mean of its layer's experts, number of experts without a token).
+    """Return (load of the busiest expert of all layers, number of experts without a token, summed over the layers).
 
-    The first is the largest over all layers, the second the sum over all layers. `counts` has the tokens of each expert
-    in the global batch, layer after layer.
+    The load of an expert is its number of tokens, divided by the mean over the experts of its layer. `counts` has the
+    tokens of each expert in the global batch, layer after layer.
     """
     n_expert = len(counts) // _layers(model)
     layers = [counts[first : first + n_expert] for first in range(0, len(counts), n_expert)]

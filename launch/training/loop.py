@@ -159,7 +159,8 @@ def train_step(
     with_norms: bool = False,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Compute one optimizer step over this rank's rows, and apply or veto it: parts 2 to 4 of a step. A collective.
+    """Run the forward and backward passes of one step over this rank's rows, and apply the update or veto it. A
+    collective.
 
     `batch` has this rank's rows of the global batch, and `number` is the step's index, counted from 0. If `with_norms`
     is True, the gradient and weight norms of each parameter are measured too. `meanwhile` is called once, when all

@@ -61,8 +61,8 @@ class Metrics:
     def _open(self, step: int, expected_bytes: int | None) -> None:
         """Open metrics.jsonl to append the lines after `step`.
 
-        Lines of later steps, which an earlier process wrote, are moved to metrics.discarded.jsonl. See `rewind` for
-        `expected_bytes`.
+        Lines of later steps, which an earlier process wrote, are moved to metrics.discarded.jsonl. `expected_bytes` is
+        the size of metrics.jsonl at `step`, or None if it is not known.
         """
         for note in discard_after(self.path, step, expected_bytes):
             say(note)

@@ -42,11 +42,11 @@ def probe(trainer: Trainer, step: int) -> Probe:
 
 
 def repeat_probe(trainer: Trainer, manifest: Manifest) -> None:
-    """Compute the probe again (see `probe`), compare it with that in `manifest`, the manifest of the checkpoint that
-    was just loaded, and log the result. A collective.
+    """Compute the loss of the probe's samples again with the loaded weights, compare it with that in `manifest`, and
+    log the result. A collective.
 
-    Raises UserError if the two probes differ by more than compare_probes allows. Does nothing if the manifest has no
-    probe.
+    `manifest` is that of the checkpoint that was just loaded. Raises UserError if the losses differ by more than
+    compare_probes allows. Does nothing if the manifest has no probe.
     """
     if "probe" in manifest:
         repeated = probe(trainer, manifest["step"])

@@ -53,7 +53,10 @@ def make_trainer(
     loader = make_loader_once(run, dataset, topology)
     windows = min(run.eval.windows, loader.val_available())
     if windows < run.eval.windows:
-        log(f"note: the validation split has {windows} windows; eval.windows asks for {run.eval.windows}")
+        log(
+            f"note: the validation split has only {windows} windows, and each evaluation uses all of them "
+            f"(eval.windows = {run.eval.windows})"
+        )
 
     timer = PhaseTimer(None, step)
     if heartbeat:

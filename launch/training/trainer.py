@@ -56,7 +56,7 @@ class Trainer:
         return bool(self.topology.sum(asked) > 0)
 
     def batches_before(self, step: int) -> int:
-        """Return how many batches the run has read or dropped when it has done `step` steps.
+        """Return how many batches the run has trained on or dropped in its first `step` steps.
 
         This is also the index of the next batch, counted from 0.
         """

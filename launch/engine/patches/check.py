@@ -75,7 +75,7 @@ def problem(internal: Internal) -> str | None:
 
 
 def identifier(internal: Internal) -> str:
-    """Return the name of a registry entry without its parameters: `step` for the entry `step(closure)`."""
+    """Return the name in a registry entry without its parameters: `step` for the entry `step(closure)`."""
     return internal.name.partition("(")[0]
 
 
@@ -99,7 +99,8 @@ def read_source(file: str) -> str:
 def _names_of(file: str, where: str) -> tuple[frozenset[str], frozenset[str]]:
     """Return (names that the module or class defines, names that are set on instances), as found in a source file.
 
-    `where` is the name of a class, MODULE or TENSORS (registry.py).
+    `where` is the name of a class, MODULE (the module itself) or TENSORS (attributes that the file sets on other
+    objects).
     """
     scope = _scope(file, where)
     if where == MODULE:

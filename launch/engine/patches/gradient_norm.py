@@ -166,11 +166,13 @@ class GradientNormHook:
         return [torch.tensor(number, dtype=norm.dtype) for number, norm in zip(numbers, norms, strict=False)]
 
     def groups(self, zero_group: Group) -> list[Group]:
-        """Return the groups over which the norm is summed: the ZeRO group, and the tensor group if there is one."""
+        """Return the groups over which the norm is summed: the ZeRO group and, if there is one, the tensor-parallel
+        group.
+        """
         return [zero_group] if self.tensor_group is None else [zero_group, self.tensor_group.group]
 
     def counted(self, values: Tensors, params: Tensors) -> Tensors:
-        """Return those of `values`, one per parameter, that this rank counts. Without a tensor group, these are all."""
+        """Return those of `values`, one per parameter, that this rank counts. Without tensor parallelism, all."""
         return values if self.tensor_group is None else self.tensor_group.counted(values, params)
 
 
