@@ -296,11 +296,12 @@ class TokenDataset:
     def _wrong_index(self, shard: Shard, document: int | None = None) -> DataError:
         """Return the error for the .idx file of a shard that contradicts the shard.
 
-        document: the index, in the shard, of the first document that does not fit; None: not known.
+        document: the index, in the shard, of the first document that does not end where the next one begins; None: not
+        known.
         """
         what = "its documents do not fill the shard"
         if document is not None:
-            what = f"document {document} is not adjacent to the next one"
+            what = f"document {document} does not end where the next one begins"
         return DataError(
             f"{self.path / shard.name}.idx has changed: {what}. Check the dataset with packspeed verify, and copy the "
             f"file again or prepare the dataset again."
@@ -363,5 +364,5 @@ def changes(old: Sequence[DatasetDescription], new: Sequence[DatasetDescription]
 
 
 def _running_sum(sizes: Iterable[int]) -> list[int]:
-    """Return, for each size, the sum of the sizes before it, and the sum of all as the last entry."""
+    """Return the sum of the sizes before each size, and the sum of all sizes as the last entry."""
     return [0, *accumulate(sizes)]

@@ -1,8 +1,8 @@
 """Batches as a pure function: `Loader.batch(step, rank, world)` returns the same rows on every call.
 
-Here, `step` is the number of a batch, from 0. Training step n reads batch n - 1, or a later one after a rewind
-(launch/training/loop.py). PackedLoader (packing.py: best_fit and bos_aligned) and MixtureLoader (mixture.py) override
-`read` and `used_labels`; launch/config/run_data.py chooses the class.
+Here, `step` is the number of a batch, from 0. Training step n reads batch n - 1, or a later one if a rewind has skipped
+batches (launch/training/loop.py). PackedLoader (packing.py: best_fit and bos_aligned) and MixtureLoader (mixture.py)
+override `read` and `used_labels`; launch/config/run_data.py chooses the class.
 
 Samples are numbered through the run: row i of step s is sample k = s * global_batch + i, and order.py computes from k
 which part of the dataset that sample is. Rank r of w ranks reads global_batch / w rows, from row r * global_batch / w
@@ -157,7 +157,7 @@ class Loader:
 
     seq_len: tokens per row. global_batch: rows per step of all ranks together. seed, shuffle: determine the order of
     the windows (order.py). document_mask: set `positions` and `documents` in every batch. source: the index of this
-    dataset in a mixture, so that each dataset has its own order.
+    dataset in a mixture; it is part of the random key, so the datasets have different orders.
 
     Raises DataError if the split is too small for one row, and UsageError if an argument is invalid.
     """
@@ -206,7 +206,7 @@ class Loader:
     def _read_ahead(self, step: int, rank: int, world: int) -> None:
         """Ask the kernel, in a thread, to read the rows of this rank's next steps into the page cache; do not wait.
 
-        step: the current step. Does nothing while more than half of the steps of the last request are still to come.
+        step: the current step. Does nothing until half of the steps that were requested last have been reached.
         """
         steps = max(AHEAD_STEPS, min(AHEAD_TOKENS // self.seq_len, self.samples_per_epoch) // self.global_batch)
         *ranks, end = self._ahead
@@ -238,19 +238,19 @@ class Loader:
         return [[(start + 1, self.seq_len)] for start in self.order.starts(first, count).tolist()]
 
     def samples_with(self, start: int, length: int, samples: int) -> npt.NDArray[np.int64]:
-        """Return those of samples 0 .. samples - 1 that have a label among some tokens of the stream, (n,), ascending.
+        """Return which of samples 0 .. samples - 1 predict a token in start .. start + length - 1, (n,), ascending.
 
-        The tokens are start .. start + length - 1 of the split's stream. The order is inverted, so the cost grows with
-        the number of epochs and not with the number of samples.
+        Tokens are counted in the split's stream, samples in the run. The permutation of the samples is inverted, so
+        the cost grows with the number of epochs and not with the number of samples.
         """
         epochs = range(-(-samples // self.samples_per_epoch))
         found = np.concatenate([np.empty(0, np.int64), *(self._samples_in(epoch, start, length) for epoch in epochs)])
         return np.sort(found[found < samples])
 
     def _samples_in(self, epoch: int, start: int, length: int) -> npt.NDArray[np.int64]:
-        """Return the samples of an epoch that have a label among some tokens of the split's stream, (n,), unsorted.
+        """Return the samples of an epoch that predict a token in start .. start + length - 1, (n,), unsorted.
 
-        The tokens are start .. start + length - 1. Samples are counted from the start of the first epoch.
+        Tokens are counted in the split's stream, samples from the start of the first epoch.
         """
         return self.order.samples_at(epoch, start, start + length)
 

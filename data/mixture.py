@@ -3,8 +3,8 @@
 Samples are assigned to sources in blocks of 4,096. After b blocks, a source of weight w has received floor(4,096 b w)
 samples, and the source with the largest weight has received the rest. So after every block each source is within one
 sample of its share (the largest within one sample per source), and even a weight of a millionth gets its share. The
-counts are computed without the blocks before. Inside a block, a keyed permutation orders the samples. If a source is
-exhausted, its next epoch begins.
+counts are a formula of b, so no earlier block is computed. Inside a block, a keyed permutation orders the samples. If a
+source is exhausted, its next epoch begins.
 
 The weights can change during the run. A stage begins at a token, and its weights apply from the first block that starts
 at or after that token. Each source continues where it was.
@@ -115,7 +115,7 @@ class Mixture:
     def assign(self, first: int, count: int) -> tuple[Indices, Indices]:
         """Return the source of each of samples first .. first + count - 1, and its index in that source, (count,) each.
 
-        The samples are counted through the run. Those of one source have consecutive, ascending indices in it.
+        Samples are counted through the run. The indices in each source are consecutive and ascending.
         """
         sources, numbers = list[Indices](), list[Indices]()
         while count > 0:
@@ -139,9 +139,9 @@ class Mixture:
         return source, number
 
     def sample_of(self, source: int, number: int) -> int | None:
-        """Return which sample of the run is sample `number` of a source, or None if the source never gets that many.
+        """Return the index in the run of sample `number` of a source, or None if the source never gets that many.
 
-        A source's count never decreases from block to block, so the block is found by bisection.
+        The block of the sample is found by bisection.
         """
         low, high = 0, 1
         while self.counts(high)[source] <= number:
@@ -252,10 +252,10 @@ class MixtureLoader(Loader):
         return sum(loader.val_available() for loader in self.loaders)
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:
-        """Return some windows of a fixed set of `windows` validation windows, as the rows of a Batch.
+        """Return some of `windows` validation windows, which are always the same, as the rows of a Batch.
 
-        indices: which windows of the set, from 0. The set takes windows from each source in proportion to how many
-        validation windows the source has.
+        indices: which of the `windows` windows, from 0. Each source provides a number of them in proportion to how many
+        validation windows it has.
         """
         # The windows of the set are numbered source after source.
         ends = np.cumsum([loader.val_available() for loader in self.loaders])

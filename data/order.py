@@ -3,7 +3,7 @@
 A window is seq_len + 1 consecutive tokens of a split's stream: the inputs and, shifted by one, the labels. Windows
 start every seq_len tokens, and an epoch reads every window once. So within an epoch no token is predicted twice, and
 seq_len to 2 seq_len - 1 tokens at the two ends of the stream are not predicted (fewer only if the stream is shorter
-than 2 seq_len). These are other tokens in each epoch, because each epoch shifts all windows by another offset.
+than 2 seq_len). Each epoch shifts all windows by another offset, so it leaves out other tokens.
 
 shuffle "blocks" (the default) permutes windows on two levels. Reading single windows at random from a disk would fetch
 far more bytes than are used. So blocks of 2**17 consecutive tokens (256 KiB in uint16) are permuted over the complete
@@ -116,9 +116,9 @@ class Permutation:
 class Order:
     """Maps sample k to a window (seq_len + 1 consecutive tokens) of a stream of `tokens` tokens.
 
-    seed, shuffle: determine the order (see the top of this file). source: the index of the dataset in a mixture, so
-    that each dataset has its own order. The attribute `windows` is the number of windows in an epoch. Raises DataError
-    if the stream is shorter than one window.
+    seed, shuffle: determine the order (see the top of this file). source: the index of the dataset in a mixture; it is
+    part of the random key, so the datasets have different orders. The attribute `windows` is the number of windows in
+    an epoch. Raises DataError if the stream is shorter than one window.
     """
 
     def __init__(self, tokens: int, seq_len: int, seed: int, shuffle: Shuffle = "blocks", source: int = 0):
@@ -160,7 +160,7 @@ class Order:
         return out
 
     def samples_at(self, epoch: int, first: int, last: int) -> Indices:
-        """Return the samples of an epoch that have a label among tokens first .. last - 1 of the stream, (n,).
+        """Return the samples of an epoch that predict a token in first .. last - 1 of the stream, (n,).
 
         Samples are counted from the start of the first epoch. The permutations are inverted, so the cost does not
         depend on the length of the stream.
@@ -190,7 +190,7 @@ class Order:
 
 
 class _Epoch:
-    """The order of one epoch: maps slots to windows. Slot s is sample s of the epoch. Both count 0 .. windows-1."""
+    """The order of one epoch: maps slot s, the s-th sample of the epoch, to its window. Both are 0 .. windows-1."""
 
     def __init__(self, order: Order, epoch: int):
         self._prefix = struct.pack("<QqQQ", ORDER_VERSION, order.seed, order.source, epoch)
@@ -254,12 +254,12 @@ class _Epoch:
         return slots
 
     def _permute_group(self, group: int) -> Permutation:
-        """Return the permutation of the slots within group number `group`, counted from the group's first slot."""
+        """Return the permutation of the windows of a group: the blocks of 2**17 tokens that are shuffled together."""
         size = int(self._first_slot[group + 1] - self._first_slot[group])
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 
     def _draw(self, purpose: bytes, n: int) -> int:
-        """Return a pseudo-random number in 0 .. n-1 that depends on seed, source, epoch and `purpose` only."""
+        """Return a pseudo-random number in 0 .. n-1. purpose: a name for this draw; others give other numbers."""
         digest = hashlib.blake2b(self._prefix + purpose, digest_size=16).digest()
         return int.from_bytes(digest, "little") % n
 

@@ -303,9 +303,9 @@ class PackedLoader(Loader):
         return _PackedEpoch(self._rows, self.seq_len, self._prefix + struct.pack("<Q", epoch))
 
     def rows_of(self, first: int, count: int) -> Indices:
-        """Return the index of the row that each of samples first .. first + count - 1 is, (count,).
+        """Return, for samples first .. first + count - 1 of the run, the indices of their rows, (count,).
 
-        Rows are counted from 0 through all windows of documents.
+        Rows are counted from 0 in the order of the dataset's documents, before they are shuffled.
         """
         parts = []
         while count > 0:
@@ -335,7 +335,7 @@ class PackedLoader(Loader):
         return [list(zip(starts.tolist(), lengths.tolist(), strict=True)) for starts, lengths in rows]
 
     def _samples_in(self, epoch: int, start: int, length: int) -> Indices:
-        """Return the samples of an epoch that have a label in a document, (n,), unsorted.
+        """Return the samples of an epoch that train on a document, (n,), unsorted.
 
         Samples are counted from the start of the first epoch. start, length: the position of the document's first
         token in the split's stream, and its length in tokens. Only the window that contains the document is packed.
@@ -352,7 +352,7 @@ class PackedLoader(Loader):
     def used_labels(self, first: int, count: int) -> int:
         """Return the number of labels in samples first .. first + count - 1 that are not padding.
 
-        Only rows with padding are looked up, and few rows have any.
+        That is fast, because only the few rows with padding are looked up.
         """
         padding, last = 0, first + count
         while first < last:
@@ -386,9 +386,10 @@ class PackedLoader(Loader):
         return Batch(tokens, samples, targets, used, 0, positions, documents)
 
     def _read_piece(self, inputs: Tokens, labels: Tokens, start: int) -> None:
-        """Fill `labels` (n,) with tokens start .. start + n - 1 of the split's stream, `inputs` (n,) with those before.
+        """Fill `labels` (n,) with tokens start .. start + n - 1 of the split's stream, and `inputs` with those before.
 
-        So inputs[i] is token start - 1 + i. inputs[0] must be EOT already, which is kept if start is 0.
+        inputs (n,): inputs[i] becomes token start - 1 + i. If start is 0 there is no such token for inputs[0], so the
+        caller must have set it to EOT.
         """
         self.dataset.read_into(labels, self.split, start)
         inputs[1:] = labels[:-1]
@@ -396,7 +397,7 @@ class PackedLoader(Loader):
             self.dataset.read_into(inputs[:1], self.split, start - 1)
 
     def discarded(self) -> float:
-        """Return the share of the split's tokens that are in no row as a label, so that no step trains on them."""
+        """Return the share of the split's tokens (0 to 1) that are in no row, so that no step predicts them."""
         return max(0.0, 1 - self.samples_per_epoch * self.seq_len / self.dataset.tokens(self.split))
 
 
@@ -430,9 +431,9 @@ class _PackedEpoch:
         return self._windows[order], positions - self._first[order]
 
     def slots_of(self, window: int, rows: Indices) -> Indices:
-        """Return which samples of the epoch, counted from 0, are some rows of a window, (n,).
+        """Return the places in the epoch, from 0, of some rows of a window of 16,384 documents, (n,).
 
-        window: its index. rows (n,): their indices in the window. This is the inverse of __call__.
+        window: its index. rows (n,): indices of rows in the window. This is the inverse of __call__.
         """
         first_row = int(self._first[int(np.flatnonzero(self._windows == window)[0])])
         if not len(rows):
@@ -456,9 +457,9 @@ class _PackedEpoch:
         return total
 
     def _padded_rows(self, group: int, plan: Callable[[int], PackingPlan]) -> tuple[Indices, Indices]:
-        """Return which samples of one group of windows have padding, and how much each has, (n,) each.
+        """Return which samples of one group of windows have padding, ascending, and how much each has, (n,) each.
 
-        Samples are counted from 0 in the epoch and ascend. Padding is the number of positions without a label.
+        Samples are counted from 0 in the epoch. The padding of a sample is its number of positions without a label.
         plan(window): returns the PackingPlan of a window of documents, given its index.
         """
         orders = np.flatnonzero(

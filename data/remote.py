@@ -127,9 +127,9 @@ class ShardCache:
 
 
 def retrying(work: Callable[[], Result], what: str) -> Result:
-    """Return the result of work(). If it raises, try again, with growing pauses, for RETRY_S seconds.
+    """Return the result of work(). If it raises, try again with growing pauses, for RETRY_S seconds in total.
 
-    what: names the file in the message. Raises DataError, with the last reason, if all attempts fail.
+    what: the name of the file, for the message. Raises DataError with the last reason if all attempts fail.
     """
     deadline, wait_s = time.monotonic() + RETRY_S, WAIT_S
     while True:

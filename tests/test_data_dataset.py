@@ -276,7 +276,7 @@ def test_verify_lists_every_problem(folder: Path) -> None:
         "train-00001.bin has changed",
         "train-00001.bin has documents that do not end with EOT",
         "val-00000.idx has changed",
-        "val-00000.idx must list adjacent documents",
+        "val-00000.idx is wrong: document",
         "bytes.tiktoken is missing",
         "train-00002.bin is 10 bytes",
     ):

@@ -379,7 +379,7 @@ def test_bad_documents_are_counted_over_all_units(tmp_path: Path, monkeypatch: p
     source, out = str(tmp_path / "a.jsonl"), tmp_path / "out"
     with pytest.raises(DataError, match=r"a\.jsonl, line 101, byte \d+: 'text' is int"):
         prepare([source], out)
-    with pytest.raises(DataError, match="3 bad documents so far, and --skip-bad 2"):
+    with pytest.raises(DataError, match="3 bad documents so far, but --skip-bad is 2"):
         prepare([source], out, skip_bad=2)
     assert prepare([source], out, skip_bad=3, workers=2).source.bad_documents == 3  # goes on with what is finished
 
@@ -396,9 +396,9 @@ def test_bad_documents_are_counted_over_all_tasks(tmp_path: Path, monkeypatch: p
                 prepare_part([source], out, "bytes", task_index=task, task_count=2, skip_bad=skip_bad)
             except DataError as error:
                 assert skip_bad == 1
-                assert "2 bad documents so far, and --skip-bad 1" in str(error)  # noqa: PT017
+                assert "2 bad documents so far, but --skip-bad is 1" in str(error)  # noqa: PT017
     for skip_bad in (0, 1):
-        with pytest.raises(DataError, match=f"2 bad documents so far, and --skip-bad {skip_bad}"):
+        with pytest.raises(DataError, match=f"2 bad documents so far, but --skip-bad is {skip_bad}"):
             prepare([source], out, "bytes", only_merge=True, skip_bad=skip_bad)
     assert prepare([source], out, "bytes", only_merge=True, skip_bad=2).source.bad_documents == 2
 

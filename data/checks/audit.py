@@ -1,7 +1,8 @@
 """`packspeed audit`: which documents a step trained on, and which steps trained on a document.
 
 Both are computed from the dataset, the seed and the batch size; no record of the run is needed. Cost: one batch per
-audited step. To find the steps of a document, the order of samples is inverted, which takes 0.1 ms per epoch.
+audited step. Finding the steps of a document takes 0.1 ms per epoch, because the permutation of the samples can be
+inverted.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[s
 
 
 def batches_with_document(loader: Loader, source: int, shard: str, index: int, batches: int) -> list[int]:
-    """Return, in ascending order, which of batches 0 .. batches - 1 contain a label of a document.
+    """Return, in ascending order, which of batches 0 .. batches - 1 train on a token of a document.
 
     source: the index of the dataset in the mixture; 0 without a mixture. shard: a name such as "train-00000". index:
     of the document in the shard, from 0. Raises UsageError if there is no such document.
     """
     if not 0 <= source < len(sources_of(loader)):
         raise UsageError(
-            f"There is no source {source}: the run has {len(sources_of(loader))} sources, numbered from 0."
+            f"There is no source {source}: the run reads {len(sources_of(loader))} datasets (sources), numbered from 0."
         )
     source_loader = sources_of(loader)[source]
     start, length = _label_span(source_loader, shard, index)
@@ -93,7 +94,7 @@ def _documents(dataset: TokenDataset, split: str, start: int, length: int) -> It
 def _text(dataset: TokenDataset, split: str, document: dict[str, Any]) -> str:
     """Return the decoded text of one part of a document, without EOT.
 
-    document: a record of `_documents`, which names the document and the part. split: "train" or "val".
+    document: which document and which part, as a record that `_documents` yields. split: "train" or "val".
     """
     _, first = _number(dataset, split, document["shard"], document["index"])
     tokens = dataset.read(split, first + document["first_token"], document["tokens"])

@@ -92,7 +92,7 @@ def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: VerifyR
     wrong = index.first_wrong(shard.bin_bytes)
     if wrong is not None:
         report.problems.append(
-            f"{index_path} must list adjacent documents that fill the shard, but document {wrong} does not fit."
+            f"{index_path} is wrong: document {wrong} does not end where the next document begins or the shard ends."
         )
         return
     _check_tokens(shard_path, shard, manifest, index, report)

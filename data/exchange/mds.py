@@ -1,6 +1,6 @@
 """Read and write MDS, the format that MosaicML's llm-foundry trains from, without its library `streaming`.
 
-The library is not used, because it requires other versions of our dependencies.
+The library is not used, because it requires versions of packages that conflict with Packspeed's.
 
     index.json          {"version": 2, "shards": [{column_names, column_encodings, column_sizes, raw_data, ...}]}
     shard.00000.mds     uint32 n, uint32[n + 1] offsets of the samples in the file, the columns as JSON, the samples

@@ -81,10 +81,10 @@ class FinishedUnits:
 
 
 class Merge:
-    """Merges the outputs of work units. folder: where they are. units: the numbers of these units.
+    """Merges the outputs of work units into shards. folder: where the outputs are. units: the numbers of the units.
 
     dtype: the type of the tokens. dedup: drop documents that equal an earlier one. shuffle_seed: shuffle the documents;
-    None: keep their order. ready(number): waits until that unit is encoded.
+    None: keep their order. ready(number): waits until unit `number` is encoded.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class Merge:
         self._dropped = self._duplicates() if dedup else None
 
     def few(self) -> bool:
-        """Return whether fewer than 100 documents are kept, which are too few for a split by hash.
+        """Return whether fewer than 100 documents are kept: too few to choose the validation split by hash.
 
-        Waits until the units that it counts are encoded.
+        Waits for units until 100 documents are counted.
         """
         documents = -self.counts.duplicates
         for unit in self.units:
@@ -250,7 +250,7 @@ def _write_by_bucket(rows: npt.NDArray[np.void], files: Sequence[IO[bytes]]) -> 
 
 
 def _join(parts: list[tuple[Numbers, DocumentRun]]) -> tuple[Numbers, DocumentRun]:
-    """Join runs of documents into one run in memory, and their numbers. A single run is returned as it is."""
+    """Join pairs (numbers of documents, run of these documents) into one pair. A single pair is not copied."""
     if len(parts) == 1:
         return parts[0]
     numbers, runs = zip(*parts, strict=True)

@@ -92,9 +92,9 @@ def _check_contents(folder: Path, overwrite: bool) -> None:
 
 
 def _clean(folder: Path, created: bool) -> str:
-    """Remove everything except finished units after an error. Return a clause for the message that says what is left.
+    """Remove everything except finished units after an error. Return what is left, as a sentence for the message.
 
-    created: the folder was new, so it is removed if it is empty.
+    created: prepare made the folder, so remove it too if nothing is left in it.
     """
     keep_units = any((folder / FOLDER).glob("[0-9]*.json"))
     clear_folder(folder, keep_units)

@@ -278,10 +278,10 @@ class _Preparation:
         save_job(self.units_folder, self.job)
 
     def find_units(self, *, task: tuple[int, int] = (0, 1), only_merge: bool = False) -> None:
-        """Find the work units of one task, `units`, and those that are not finished yet, `todo`.
+        """Set `units` to the work units of one task, and `todo` to those of them that are not finished yet.
 
-        task: (task_index, task_count). Task i of n has every n-th unit, from unit i on. only_merge: nothing may be left
-        to do. Raises UsageError if only_merge is set and a unit is not finished.
+        task: (task_index, task_count). Task i of n has every n-th unit, from unit i on. only_merge: raise UsageError if
+        a unit is not finished.
         """
         self.units = self.job.units[task[0] :: task[1]]
         self.done = {unit.number: load_receipt(self.units_folder, unit.number) for unit in self.units}
@@ -318,8 +318,8 @@ class _Preparation:
         """Return `bad`, the number of bad documents so far. Raises DataError if it is more than skip_bad allows."""
         if bad > self.options.skip_bad:
             raise DataError(
-                f"{bad} bad documents so far, and --skip-bad {self.options.skip_bad} allows only that many. Raise it, "
-                f"or correct the documents, and run the command again; finished units are kept."
+                f"There are {bad} bad documents so far, but --skip-bad is {self.options.skip_bad}. Raise --skip-bad or "
+                f"correct the documents, and run the command again; finished units are kept."
             )
         return bad
 
@@ -327,8 +327,8 @@ class _Preparation:
     def encoding(self, workers: int, encoder: Choice) -> Iterator[Encode]:
         """Yield a function that encodes the units in `todo`, in this process or, if workers > 1, in worker processes.
 
-        The processes exist as long as the context. The function yields (number of the unit, its receipt) when a unit is
-        finished. It calls its argument with the counts for the progress.
+        The processes end with the `with` block. The function yields (number of the unit, its receipt) when a unit is
+        finished. Its argument is a callback for the progress, which gets the Counts since the last call.
         """
         workers = min(workers, len(self.todo))
         if encoder == "auto" and _is_small(self.todo):
@@ -358,7 +358,7 @@ class _Preparation:
             yield encode
 
     def _finish(self, number: int, finish: Callable[[], Receipt]) -> tuple[int, Receipt]:
-        """Finish a unit of work, and let the merge use it at once. Returns its number and receipt."""
+        """Call finish() for unit `number` and tell the merge that the unit is ready. Return (number, receipt)."""
         receipt = finish()
         self.finished.add(number)
         return number, receipt
@@ -408,7 +408,10 @@ class _Preparation:
         return Merge(self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, self.finished.wait)
 
     def _passed_over(self) -> list[str]:
-        """Return the files that were found but skipped, as `NAME: REASON`: first those skipped by their names."""
+        """Return the files that were found but skipped, as `NAME: REASON`.
+
+        Files skipped because of their names come first, then files skipped because of their contents.
+        """
         passed_over = self.sources.passed_over + self.val_sources.passed_over
         passed_over += [name for receipt in self._receipts() for name in receipt.passed_over]
         return [printable(name) for name in passed_over]

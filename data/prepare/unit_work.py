@@ -141,9 +141,9 @@ class _OpenDocument:
         self.began = False
 
     def without_empty(self, batch: Batch) -> tuple[list[bytes], list[bool]]:
-        """Return the texts of a batch, and whether each ends its document, without the empty texts.
+        """Return the texts of a batch without the empty ones, and whether each of them ends its document.
 
-        An empty last piece stays if its document has text in an earlier piece.
+        An empty last piece is kept if an earlier piece of its document has text, because it ends the document.
         """
         if all(batch.texts):
             return batch.texts, batch.last
@@ -175,7 +175,10 @@ class _OpenDocument:
     def _ended(
         self, texts: list[bytes], lengths: npt.NDArray[np.int64], last: list[bool]
     ) -> tuple[list[bytes], npt.NDArray[np.int64]]:
-        """Return the hash and the number of tokens of each document that ends in these texts. Arguments: see `rows`."""
+        """Return the hash and the number of tokens of each document that ends in these texts.
+
+        lengths (texts,): tokens of each text. last (texts,): whether a text ends its document.
+        """
         digests, tokens = list[bytes](), list[int]()
         for text, length, ends in zip(texts, lengths.tolist(), last, strict=True):
             self.hash.update(text)
@@ -208,8 +211,8 @@ def _add(total: Counts, counts: Counts) -> None:
 def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str], out: IO[str]) -> None:
     """Encode the units whose numbers arrive in `commands`, one per line, until `commands` ends.
 
-    folder: where the units' files are, for messages. load: returns the UnitWorker. out: gets a worker_pool.Message per
-    line, as JSON. A DataError or OSError is reported there too.
+    folder: where the units' files are, for messages. load: returns the UnitWorker. out: this function writes progress,
+    receipts and errors to it, one worker_pool.Message per line, as JSON.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
     sending = threading.Lock()
@@ -225,7 +228,8 @@ def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str],
         except DataError as error:
             send(error=str(error), exit_code=error.exit_code)
         except OSError as error:
-            send(error=f"{folder} cannot be written: {error.strerror or error}.", exit_code=DataError.exit_code)
+            what = f"{folder} cannot be written: {error.strerror or error}. Correct that, then run the command again."
+            send(error=what, exit_code=DataError.exit_code)
 
     def finish(number: int, finish_unit: Callable[[], Receipt]) -> None:
         with errors_sent():

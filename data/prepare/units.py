@@ -170,7 +170,10 @@ def plan_units(sources: Sequence[Source], first: int = 0) -> tuple[list[Unit], s
 
 
 def _state(source: Source) -> str:
-    """Return a text that changes if the source changes: its name, size and time of change, or Store.stamp."""
+    """Return a text that changes if the source changes: name, size and modification time, or what a store reports.
+
+    For downloads and Hub datasets it is the name only, so a change there is not noticed.
+    """
     if source.kind == "hub" or source.name.startswith(DOWNLOADED) or source.copy:
         return json.dumps([source.name, source.copy])
     if is_url(source.name):

@@ -43,9 +43,7 @@ class Batch:
             self.last.append(document.last)
 
     def complete(self) -> Batch:
-        """Mark the texts that were appended only to `texts`, and not by `add`, as complete documents. Return the
-        batch.
-        """
+        """Mark texts that a caller appended to `texts` directly, without `add`, as complete documents. Return self."""
         self.last += [True] * (len(self.texts) - len(self.last))
         return self
 

@@ -82,7 +82,7 @@ def _expect_end(text: _Text) -> None:
 
 
 class _Text:
-    """A place that moves forward through a JSON file, which is given as chunks. `offset` is the place in bytes."""
+    """A cursor that moves forward through a JSON file, given as chunks. `offset` is its position in bytes."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self._chunks, self._held, self._at, self._before = chunks, b"", 0, 0

@@ -137,7 +137,8 @@ class _Scanner:
 def _last_cut(raw: bytes) -> int:
     """Return where a slice of an encoded string may end: before its last space, or 0 if there is none.
 
-    If a long slice has no space, return the place of an ASCII character that is more than 12 bytes after any backslash.
+    If a long slice has no space, return the position of an ASCII character that no backslash precedes within 12 bytes,
+    the length of the longest escape sequence.
     """
     place = raw.rfind(b" ")
     if place > 0 or len(raw) < 4 * SLICE_BYTES:

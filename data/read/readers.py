@@ -230,9 +230,9 @@ def _is_no_record(value: bytes | Iterator[bytes], keys: TextKeys) -> bool:
 
 
 def _read_lines(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Batch]:
-    """Yield the documents of a file with one record per line: those of the lines that end in the same megabyte.
+    """Yield the documents of a file with one record per line, in batches of about a megabyte.
 
-    Valid lines are read here; _read_records reads all other lines, one by one.
+    Valid lines are parsed here; _read_records parses all others, one by one.
     """
     take, loads = keys.take, orjson.loads
     for offset, lines in line_blocks(read_chunks(source), source.start):

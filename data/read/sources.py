@@ -284,7 +284,7 @@ class _SavedDatasets:
         return "not among the files that state.json lists"
 
     def ordered(self) -> list[str]:
-        """Return all `names`, but the files of a saved dataset in the order in which its state.json lists them."""
+        """Return `names`, with the files of each saved dataset in the order in which its state.json lists them."""
 
         def key(name: str) -> tuple[PurePosixPath, int, str]:
             folder, base = os.path.split(name)

@@ -238,9 +238,9 @@ def is_stream(source: Source) -> bool:
 
 
 def copy_streams(sources: Sequence[Source], folder: Path) -> list[Source]:
-    """Copy the sources that can be read only once into a folder. Return all sources, with the paths of the copies.
+    """Copy sources that can be read only once (standard input, pipes) into a folder, and return all sources.
 
-    The name of a copy contains the hash of its content.
+    A copied source has the path of its copy in its field `copy`. The name of a copy contains the hash of its content.
     """
     copied = list[Source]()
     for source in sources:

@@ -220,7 +220,8 @@ def _defaults(record: Any) -> set[str]:
 def _value(hint: Any, raw: object, where: str) -> Any:
     """Return a parsed JSON value, checked to be of the type `hint`. where: its place, for the message.
 
-    A dataclass is built from an object. Raises DataError if the value is of another type or impossible (_is_possible).
+    If `hint` is a dataclass, it is built from the JSON object. Raises DataError if the value is of another type, a
+    number out of range or a text that UTF-8 cannot encode.
     """
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build_record(hint, raw, where)
@@ -277,7 +278,7 @@ def _check(manifest: Manifest, path: Path) -> None:
 
 
 def _shard_problem(shard: Shard, dtype: str) -> str:
-    """Return which of a shard's names or numbers contradict each other, as text for a message, or "" if none do."""
+    """Return a text that says which names or numbers of a shard contradict each other, or "" if none do."""
     if not re.fullmatch(r"(train|val)-[0-9]{5,20}", shard.name) or not shard.name.startswith(f"{shard.split}-"):
         return f"shard name {_short(shard.name)} in split {_short(shard.split)}"
     if not 0 < shard.documents <= shard.tokens <= shard.documents * LONGEST_TOKENS:

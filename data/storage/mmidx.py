@@ -61,9 +61,9 @@ class Index:
         return int(np.searchsorted(self.offsets_bytes, byte, side="right")) - 1
 
     def first_wrong(self, bin_bytes: int) -> int | None:
-        """Return the index of the first document that is not adjacent to the next one.
+        """Return the index of the first document that does not end where the next one begins, or None if all do.
 
-        Return None if all documents are adjacent and fill the .bin file of `bin_bytes` bytes.
+        The first document must begin at byte 0. The last one must end at byte `bin_bytes`, the size of the .bin file.
         """
         sizes = self.lengths.astype(np.int64) * np.dtype(self.dtype).itemsize
         wrong = (sizes <= 0) | (np.diff(self.offsets_bytes, append=bin_bytes) != sizes)

@@ -167,9 +167,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePi
 def _sentencepiece_spec(model: Any, file: Path, first: bool) -> bytes:
     """Return the content of a tokenizer.json for a SentencePiece model.
 
-    SentencePiece puts a space in front of a text. No component of the tokenizers library does that in all cases. If
-    `first`, Metaspace does it, which is wrong for a text that begins with spaces. Otherwise Prepend does it, which is
-    wrong after user-defined symbols. The caller tries both.
+    SentencePiece puts a space in front of a text. No component of the tokenizers library does that in all cases, so the
+    caller tries two. first: use Metaspace, which is wrong for a text that begins with spaces. Otherwise Prepend is
+    used, which is wrong after user-defined symbols.
     """
     trained, rules, pieces = model.trainer_spec, model.normalizer_spec, model.pieces
     if trained.model_type not in (1, 2) or not rules.escape_whitespaces or trained.treat_whitespace_as_suffix:

@@ -55,10 +55,10 @@ PATTERNS = {GPT2_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k"
 
 
 class Encoder:
-    """Encodes batches of texts with BOS and EOT. Its `name` is "gigatoken" if that encodes, otherwise "tokenizer".
+    """Encodes batches of texts with BOS and EOT. `name`: "gigatoken" if gigatoken encodes, otherwise "tokenizer".
 
-    choice: the library to use. Raises UsageError if it is "gigatoken" and that is not installed or does not support the
-    tokenizer.
+    choice: the library to use. Raises UsageError if it is "gigatoken", but gigatoken is not installed or does not
+    support the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, choice: Choice = "auto"):
@@ -111,9 +111,9 @@ class Encoder:
         return encoded if encoded is not None else self._reference(texts)
 
     def _reference(self, texts: Sequence[bytes]) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Return what `_complete` returns, computed by the tokenizer itself and not by gigatoken.
+        """Return the ids of all texts with EOT after each, and the number of ids of each, without using gigatoken.
 
-        That is the ids of all texts with EOT after each, and the number of ids of each.
+        texts: complete documents in UTF-8.
         """
         decoded = [text.decode("utf-8") for text in texts]
         if not self.tokenizer.splits_at_words and max(map(len, decoded), default=0) > LONG_CHARACTERS:

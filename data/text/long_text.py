@@ -130,7 +130,7 @@ class LongText:
     def _next_end(self, characters: int) -> int:
         """Return where in `_text` the next window ends: at least `characters` after the end of the last window.
 
-        After windows had to be joined, the next ones are longer.
+        Windows become longer if two of them had no safe cut and were joined.
         """
         return self._window_end + max(characters, self._window_end - WINDOW_CHARACTERS - OVERLAP_CHARACTERS)
 
