@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def answer(request: ShortRequest) -> None:
-    """Send the answer to a short request."""
+    """Carry out a request that starts no ranks (facts, time, ring, stacks or kill), and send the answer."""
     if request["do"] == "facts":
         send_record(host_facts(request))
     elif request["do"] == "time":

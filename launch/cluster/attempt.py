@@ -100,7 +100,7 @@ class LaunchOptions:
         return agent_command(Host("localhost", host.slots) if self.pretend else host, self.python, self.ssh_config)
 
     def facts_request(self, host: Host, hosts: list[Host]) -> FactsRequest:
-        """Return the `facts` request for `host`, one of `hosts`.
+        """Return the request that asks `host`, one of `hosts`, to describe itself.
 
         Every host looks up its network route to the first host, and the first host its route to the second. The first
         host also checks the rendezvous port.
@@ -206,7 +206,9 @@ class Attempt:
                 self.deaths.append(record)
 
     def send(self, word: str) -> None:
-        """Send BEAT or TERM to every agent (messages.py says what they mean)."""
+        """Send every agent a word: BEAT, which shows that the supervisor is alive, or TERM, which asks the ranks to
+        save and stop.
+        """
         for agent in self.agents.values():
             write_line(agent, word)
 

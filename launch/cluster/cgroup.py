@@ -42,7 +42,7 @@ def groups(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> list[Pat
 
 
 def oom_kills(folders: list[Path], vmstat: Path = Path("/proc/vmstat")) -> int:
-    """Return the number of processes that the OOM killer has ended in the first of `folders` (see groups).
+    """Return the number of processes that the OOM killer has ended in the first of `folders`, the result of `groups`.
 
     If that cgroup does not count them, return the number on this machine since it was booted.
     """

@@ -63,8 +63,9 @@ def hang_report(
 ) -> list[str]:
     """Return lines of text about a hung run: the ranks for which the others wait, with their stacks.
 
-    The last lines say where the others wait. `now` is the time in seconds since the epoch. The other arguments are
-    those of blocking_ranks.
+    The last lines say in which phase or collective the others wait. `beats` has the last heartbeat of each rank,
+    `states` the ranks of hosts that answered, `unreachable` the error of each host that did not, and `host_of` the host
+    of each rank. `now` is the time in seconds since the epoch.
     """
     blocking = blocking_ranks(beats, states, unreachable, host_of)
     lines = []
@@ -159,7 +160,7 @@ def describe_exit(code: int) -> str:
 
 
 def _memory_limit(limit: tuple[int, int, str] | None) -> str:
-    """Return the memory limit that a rank exceeded, as the end of a sentence. See cgroup.limit for the argument."""
+    """Return the memory limit that a rank exceeded, as the end of a sentence. `limit` is the result of cgroup.limit."""
     if limit is None:
         return "because the machine had no memory left (there is no cgroup limit)"
     limit_bytes, peak_bytes, path = limit

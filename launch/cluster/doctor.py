@@ -132,9 +132,10 @@ def examine(options: LaunchOptions, run: RunFile | None, bandwidth: bool, with_t
 
 
 def _request(host: Host, options: LaunchOptions, run: RunFile | None, token: str) -> FactsRequest:
-    """Return the `facts` request (messages.py) for a host.
+    """Return the request that asks a host to describe itself.
 
-    If `run` is given, it includes the run's datasets and run folder.
+    If `run` is given, the host also checks the run's datasets and its run folder, in which it creates a file named
+    after `token`.
     """
     request = options.facts_request(host, options.hosts)
     if run is not None:

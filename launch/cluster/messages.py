@@ -79,7 +79,7 @@ class KillRequest(TypedDict):
 
 
 class _Ranks(TypedDict):
-    """What `prepare` and `run` say about the ranks of a host."""
+    """What PrepareRequest and RunRequest have in common: the ranks of the host, and how to start them."""
 
     id: str  # PACKSPEED_LAUNCH_ID of every process of this attempt on this host
     cwd: str
@@ -100,7 +100,7 @@ class RunRequest(_Ranks):
 
 
 class PrepareRequest(_Ranks):
-    """Request: get ready for a `run` with the same ranks as the present attempt. There is no answer.
+    """Request: get ready to start the same ranks again in the next attempt. There is no answer.
 
     After `silence_s` without messages the agent exits.
     """
@@ -169,7 +169,7 @@ class KillAnswer(TypedDict):
 
 
 class RankState(TypedDict):
-    """One rank in the answer to `stacks`."""
+    """The state and the stack of one rank, in the answer to StacksRequest."""
 
     state: str  # state of the process, as psutil names it
     stack: str  # the stacks of all threads, as faulthandler writes them

@@ -104,7 +104,8 @@ class AgentPool:
     ) -> Replies[Answer]:
         """Send every host its request, all at the same time, and wait for the answers.
 
-        See ask_hosts for the arguments.
+        `request` makes the request for a host, and `answer` is the type of the answers (messages.py). `timeout_s` is
+        per host.
         """
         replies: Replies[Answer] = Replies({}, {})
         if not hosts:

@@ -94,7 +94,9 @@ class Supervisor:
             return EXIT_STOPPED
 
     def _supervise(self, before_start: Callable[[], None], pool: AgentPool) -> int:
-        """The loop over attempts of `supervise`. Raises StoppedError if a signal arrives while no rank is running."""
+        """Run attempts until the run ends, as `supervise` describes. Raises StoppedError if a signal arrives while no
+        rank is running.
+        """
         fault: Outcome | None = None
         restarts, last_step, started = 0, -1, False
         while True:
@@ -232,7 +234,7 @@ class Supervisor:
         self.hosts = [host for host in self.hosts if host.name not in unfit]
 
     def _must_divide(self) -> str:
-        """Return a clause for the log: what the number of ranks must divide so that they can share the batch."""
+        """Return a clause for the log that says which number of ranks can share the samples of a step."""
         per_row, samples = self.run.parallel.per_row, self.run.global_batch
         if per_row == 1:
             return f"their number must divide the {samples} samples of a step"
@@ -319,7 +321,7 @@ def reason_to_drop(replies: Replies[HostFacts], name: str, reference: str) -> st
 
 
 def fit_slots(hosts: list[Host], possible: Callable[[int], bool]) -> list[Host]:
-    """Return hosts with as many ranks as possible: the largest number for which `possible` is true.
+    """Return hosts with as many ranks as possible: the largest number n for which possible(n) is true.
 
     Ranks are removed from the last hosts first. The result is empty if no number is possible.
     """

@@ -26,7 +26,7 @@ PR_SET_CHILD_SUBREAPER = 36  # from Linux's prctl.h
 
 
 class WarmProcess:
-    """A process that waits with all imports done. Use it once: it becomes a launcher, or it is closed."""
+    """A waiting process that has imported torch and DeepSpeed. Use it once: it becomes a launcher, or it is closed."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Start the process. `env` is the environment of the ranks. `command` must be about as long as the launcher's

@@ -38,7 +38,7 @@ STARTING = frozenset(
 
 
 class BeatLine(TypedDict):
-    """A heartbeat as JSON. Beat says what the keys mean."""
+    """A heartbeat as JSON: where one rank is, and when it wrote this. The keys are the fields of Beat."""
 
     rank: int
     pid: int
@@ -52,7 +52,7 @@ class BeatLine(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-    """Where a rank is: in `phase`, and perhaps in `collective`, of the step after `step`."""
+    """A heartbeat: a rank is in `phase` of the step after `step`, and waits in `collective` unless that is empty."""
 
     rank: int
     pid: int
@@ -65,7 +65,9 @@ class Beat:
 
     @property
     def starting(self) -> bool:
-        """Whether the rank has not begun to train: it is in one of the phases of STARTING, or waits for other ranks."""
+        """Whether the rank has not begun to train: it is in a phase of the start (STARTING), or waits for ranks that
+        are.
+        """
         # A rank that waits for work shared by all ranks gives that work as its collective (engine/shared_work.py).
         return self.phase in STARTING or self.collective in STARTING
 

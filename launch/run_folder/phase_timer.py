@@ -118,8 +118,8 @@ class PhaseTimer:
     def step_done(self, step: int) -> None:
         """Note that all steps up to `step` are done.
 
-        Compute time of steps that are done counts as useful. If the process dies, only the compute time since the last
-        call counts as lost.
+        Compute time of these steps counts as useful. If the process dies, only the compute time since the last call
+        counts as lost.
         """
         self._life["step"] = step
         if self.listener is not None:
