@@ -1,9 +1,9 @@
 """The embedding that all choices of `model.kernels` use: F.embedding, but on CPUs 16-bit gradients are summed in fp32.
 
-The gradient of a token's row is a sum over all places at which the token occurs. On CPUs, torch adds these summands one
-by one in the weight's dtype. A bf16 sum stops growing when it is 256 times as large as a summand. So the gradient of a
-token that occurred 1,900 times in a micro batch of 8,192 tokens was wrong by half
-(findings/torch-bf16-embedding-gradient.sh). On GPUs, torch adds in fp32.
+The gradient of a token's row is a sum over all positions of the token. On CPUs, torch adds these summands one by one in
+the weight's dtype. A bf16 sum stops growing when it is 256 times as large as a summand. So the gradient of a token that
+occurred 1,900 times in a micro batch of 8,192 tokens was wrong by half (findings/torch-bf16-embedding-gradient.sh). On
+GPUs, torch adds in fp32.
 """
 
 from typing import Any

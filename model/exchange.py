@@ -12,7 +12,10 @@ Exchange = Callable[[Tensor], Tensor]
 
 
 def exchange(x: Tensor, there: Exchange, back: Exchange) -> Tensor:
-    """Return there(x), whose gradient reaches x by `back`. A collective in both passes if the functions are."""
+    """Return there(x), and compute the gradient of x as back(gradient of the result).
+
+    there, back: functions of a tensor, such as an all-to-all and its inverse.
+    """
     result: Tensor = _Exchange.apply(x, there, back)  # type: ignore[no-untyped-call]
     return result
 

@@ -43,7 +43,7 @@ class ExpertPart:
         return complete.chunk(self.size)[self.rank]
 
     def route(self, counts: Tensor) -> Route:
-        """Return the Route for this rank's rows. A collective of the group.
+        """Find out how many rows this rank exchanges with each other rank, and return it as a Route. A collective.
 
         counts: (E,) int64, how many of this rank's rows each expert gets.
         """
@@ -82,10 +82,11 @@ def part_of(parameter: torch.Tensor) -> ExpertPart | None:
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Which rows are exchanged between the ranks in one pass through a layer.
+    """Which rows the ranks send each other in one pass through a layer.
 
     sent, received: number of rows to and from each rank. order: the indices that sort the received rows by expert.
-    inverse: the position of each received row in that order. ends: as in GroupedLinear, for this rank's experts.
+    inverse: the position of each received row in that order. ends (this rank's experts,): ends[e] is the number of
+    received rows of this rank's experts 0 to e together.
     """
 
     part: ExpertPart
@@ -103,7 +104,7 @@ class Route:
         return exchange(rows, self._there, self._back)
 
     def to_tokens(self, rows: Tensor) -> Tensor:
-        """Send the results of the experts back: the inverse of to_experts, and a collective as well."""
+        """Send the experts' results back to the ranks of their tokens: the inverse of to_experts. A collective."""
         return exchange(rows, self._back, self._there)
 
     def _there(self, rows: Tensor) -> Tensor:

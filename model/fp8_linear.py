@@ -62,7 +62,7 @@ def product(a: Factor, b: Factor, bias: Tensor | None, dtype: torch.dtype, fast_
 
 
 def scaled_mm(a: Factor, b: Factor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool) -> Tensor:
-    """Return the same as `product`, computed by torch's GEMM for 8-bit factors on GPUs."""
+    """Return a b^T + bias in dtype, as `product` does, with torch's GEMM for 8-bit factors on GPUs."""
     (a8, a_unit), (b8, b_unit) = a, b
     return torch._scaled_mm(a8, b8.t(), a_unit, b_unit, bias=bias, out_dtype=dtype, use_fast_accum=fast_sums)
 

@@ -49,7 +49,7 @@ class Kernels(Losses, Protocol):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, window: int | None = None
     ) -> Tensor:
-        """Return causal attention, as attention.attend does."""
+        """Return causal attention within each row or document, (B, T, H, D), as attention.attend does."""
 
     def activate(self, x: Tensor, kind: str) -> Tensor:
         """Apply the nonlinearity of the MLP to x: kind is gelu, gelu_tanh, relu2 or swiglu."""

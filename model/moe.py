@@ -8,16 +8,15 @@ weight is a score, divided by the sum of the token's scores (gate_normalised) an
 only chooses. It balances the experts (Wang et al. 2024, https://arxiv.org/abs/2408.15664; DeepSeek-V3,
 https://arxiv.org/abs/2412.19437): after each optimizer step it rises by balance_rate for experts that got fewer tokens
 of the global batch than the mean, and falls for those that got more. So neither the loss nor the choice depends on how
-a batch is divided into micro batches and ranks. An auxiliary loss per micro batch, or a limit of tokens per expert
-that drops the rest, would depend on it.
+a batch is divided into micro batches and ranks. They would depend on that with an auxiliary loss per micro batch, or
+with a capacity limit that drops tokens.
 
 Letters in shapes: N tokens, K experts per token, E experts, C channels of the residual stream, F hidden channels of an
 expert.
 
-The rows of all tokens are sorted by expert, and each matrix of all experts is one Parameter (E * out, in), because
-grouped GEMMs read it in this form, ZeRO-3 gathers it in one collective, the rows of one expert are contiguous, and it
-gets a gradient in every step, even if an expert has no token. Cost: FLOPs of K experts per token, and two copies of
-K * N rows.
+The rows of all tokens are sorted by expert. The matrices of all experts are stacked in one Parameter (E * out, in):
+grouped GEMMs read it in this form, ZeRO-3 gathers it in one collective, and it gets a gradient in every step, even if
+an expert has no token. Cost: FLOPs of K experts per token, and two copies of K * N rows.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Router(nn.Module):
 
         Weights are fp32 and have gradients; indices are int64.
 
-        choice: if it is filled, its experts are used; otherwise it is filled.
+        choice: if it has the experts of an earlier forward pass, they are used again; if it is empty, it is filled.
         """
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
@@ -114,7 +113,10 @@ class GroupedLinear(nn.Module):
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Return (n, out) for rows (n, in) and weight (E * out, in); see GroupedLinear.forward."""
+    """Multiply the rows (n, in) of each expert, sorted by expert, with its part of weight (E * out, in): (n, out).
+
+    ends (E,) int32: ends[e] is the number of rows of experts 0 to e together.
+    """
     out: Tensor = _GroupedProduct.apply(rows, weight, ends)  # type: ignore[no-untyped-call]
     return out
 
@@ -168,7 +170,7 @@ class MoE(nn.Module):
     def _compute(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Return the experts' results, (n, C), for rows (n, C) that are sorted by expert.
 
-        ends: as in GroupedLinear, but of any integer type.
+        ends (E,), of any integer type: ends[e] is the number of rows of experts 0 to e together.
         """
         ends = ends.to(torch.int32)
         hidden = choose(self.kernels, rows.device).activate(self.up(rows, ends), self.activation)
@@ -176,7 +178,11 @@ class MoE(nn.Module):
         return out
 
     def _route(self, part: ExpertPart, ends: Tensor, choice: Choice | None) -> Route:
-        """Return the route of the rows: that of the forward pass if this is its recomputation. A collective."""
+        """Return which rows the ranks exchange. A recomputation reuses the Route of its forward pass. A collective.
+
+        ends (E,): ends[e] is the number of rows of experts 0 to e together. choice: stores the Route for a
+        recomputation; None: there is none.
+        """
         if choice is not None and choice.route is not None:
             return choice.route
         route = part.route(ends.diff(prepend=ends.new_zeros(1)))
@@ -209,7 +215,7 @@ class _Send(torch.autograd.Function):
 class _Collect(torch.autograd.Function):
     """Add up the weighted outputs of each token's experts: (N * K, C), sorted by expert, and weights (N, K) to (N, C).
 
-    order, inverse: as in _Send.
+    order: the indices of the pairs (token, expert), sorted by expert. inverse: the position of each pair in that order.
     """
 
     @staticmethod
@@ -253,7 +259,10 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """Return (n, out): the rows (n, in) of each expert, times its matrix in (E, in, out). ends: as in GroupedLinear."""
+    """Return (n, out): the rows (n, in) of each expert, times its matrix in (E, in, out).
+
+    ends (E,) int32: ends[e] is the number of rows of experts 0 to e together.
+    """
     if _has_grouped_gemm(rows, matrices.size(1), matrices.size(2)):
         grouped: Tensor = F.grouped_mm(rows, matrices, offs=ends)
         return grouped
@@ -266,7 +275,7 @@ def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 def grouped_outer_product(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     """Return (E, out, in): for each expert the transposed rows of grad (n, out), times its rows (n, in).
 
-    It is 0 for an expert without rows. ends: as in GroupedLinear.
+    It is 0 for an expert without rows. ends (E,) int32: ends[e] is the number of rows of experts 0 to e together.
     """
     if _has_grouped_gemm(rows, grad.size(1), rows.size(1)):
         grouped: Tensor = F.grouped_mm(grad.t(), rows, offs=ends)
@@ -290,15 +299,15 @@ def _multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _split(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
-    """Return the rows of each expert. ends: as in GroupedLinear. On a GPU, the host waits for the GPU."""
+    """Return the rows of each expert. ends[e]: rows of experts 0 to e together. The host waits for the GPU."""
     borders = [0, *ends.tolist()]
     return torch.split(rows, [last - first for first, last in itertools.pairwise(borders)])
 
 
 def _has_grouped_gemm(rows: Tensor, *widths: int) -> bool:
-    """Return whether torch multiplies these rows with all matrices, of these widths, in one kernel without a wait.
+    """Return whether torch multiplies the rows of all experts in one kernel, without a wait of the host for the GPU.
 
-    That is the case for bf16 on GPUs, if the rows of all matrices are aligned to 16 bytes.
+    widths: the input and output width of the experts' matrices. It is so for bf16 on GPUs, if both are multiples of 8.
     """
     if not rows.is_cuda or rows.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm") or not rows.size(0):
         return False
@@ -311,7 +320,7 @@ def moe_layers(model: nn.Module) -> Iterator[MoE]:
 
 
 def share_experts(model: nn.Module, part: ExpertPart) -> None:
-    """Keep only this rank's experts in each layer of a model on the meta device, whose weights are not drawn yet."""
+    """Keep only this rank's experts in each layer of a model on the meta device, before its weights are initialized."""
     for layer in moe_layers(model):
         layer.part = part
         for linear in (layer.up, layer.proj):
@@ -319,7 +328,7 @@ def share_experts(model: nn.Module, part: ExpertPart) -> None:
 
 
 def is_expert_parameter(name: str, config: GPTConfig) -> bool:
-    """Return whether the parameter of this name has the rows of all experts of a layer, below each other."""
+    """Return whether the parameter of this name stacks the matrices of all experts of a layer, (E * out, in)."""
     if not name.endswith((".mlp.up.weight", ".mlp.proj.weight")):
         return False
     return config.has_experts(int(name.split(".")[1]))

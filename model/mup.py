@@ -82,16 +82,15 @@ def scales(config: GPTConfig) -> Scales:
 
 
 def residual_depth(config: GPTConfig) -> int:
-    """Return the number of layers in the rule for the initial weights of the residual branches: sqrt(2 layers)."""
+    """Return L in the divisor sqrt(2 L) of the initial weights of residual branches: base_depth, or else n_layer."""
     return (config.mup.base_depth if config.mup else None) or config.n_layer
 
 
 def folded(name: str, value: Tensor, config: GPTConfig) -> Tensor:
-    """Return a parameter's value times muP's factor of the forward pass, if it has one.
+    """Return a parameter's value, multiplied by muP's factor of the forward pass if that applies to it.
 
-    A model with these values computes the same without muP's factors. The factor of the branches goes into their
-    projections, that of the head's input into the final norm, and that of the queries into their rows of qkv, or into
-    their norm if they have one.
+    With these values a model without muP computes the same. Projections get the factor of their branch, the final norm
+    that of the head's input, and the queries' rows of qkv, or the queries' norm if there is one, that of the queries.
     """
     factors = scales(config)
     if ".proj." in name:

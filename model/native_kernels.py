@@ -146,7 +146,10 @@ class _Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, window: int | None = None) -> Tensor:
-    """Return causal attention within each row or document, summed in fp32; arguments as in attention.attend."""
+    """Return causal attention within each row or document, (B, T, H, D), summed in fp32.
+
+    q is (B, T, H, D); k and v are (B, T, h, D), where h divides H. window: how many tokens a token attends to at most.
+    """
     if q.dtype not in SUFFIX:
         return plain_attend(q, k, v, documents, window)
     rows, length = q.shape[:2]
@@ -186,7 +189,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
-    """Split the heads of x and apply RoPE in place; see reference_ops.rotate."""
+    """Split x (B, T, H, D) into queries, keys and values with `heads` heads each, and apply RoPE to the first two.
+
+    Overwrites x. rope: from rope.rope_table.
+    """
     parts: tuple[Tensor, ...] = _Rotate.apply(x, rope, list(heads))  # type: ignore[no-untyped-call]
     return parts
 
@@ -212,7 +218,7 @@ class _Activate(torch.autograd.Function):
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh, relu2 or swiglu. Shapes as in reference_ops.activate."""
+    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh, relu2, or swiglu, which halves x's last dimension."""
     if x.dtype not in SUFFIX or x.numel() == 0:
         return plain_activate(x, kind)
     out: Tensor = _Activate.apply(x, kind)  # type: ignore[no-untyped-call]
@@ -220,7 +226,10 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return the loss of each row in nats, (N,) fp32; arguments as in reference_ops.row_losses."""
+    """Return the cross entropy of each row of logits (N, padded V) in nats, (N,) fp32; 0 if its label is below 0.
+
+    z_loss: adds z_loss * log(sum exp logits)^2 to each loss. with_gradient: overwrite the logits with their gradient.
+    """
     if logits.dtype not in SUFFIX:
         return plain_row_losses(logits, labels, vocab_size, z_loss, with_gradient)
     rows, padded = logits.shape

@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class HostActivations:
-    """The offloaded tensors of one forward pass, in the order in which the backward pass takes them back."""
+    """Offloads tensors of one forward pass, and fetches each shortly before the backward pass needs it."""
 
     def __init__(self) -> None:
         self.newest: Offloaded | None = None
@@ -53,7 +53,7 @@ class Offloaded:
     """A tensor of which only a copy in host memory is left. The copy is made asynchronously on a GPU."""
 
     def __init__(self, x: Tensor, before: Offloaded | None) -> None:
-        """Copy x to the host. before: the one offloaded just before x, which the backward pass takes after x."""
+        """Copy x to the host. before: the tensor offloaded before x, which the backward pass needs just after x."""
         self.device, self.before = x.device, before
         self.fetched: Tensor | None = None
         self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)

@@ -4,12 +4,13 @@
     model(part.cut(tokens), part.cut(labels), reduction="sum", sequence=part)       # the loss of this rank's tokens
 
 Everything but attention works on a rank's own tokens. For attention, one all-to-all gives each rank all tokens for some
-of the heads, and a second one returns the results. The backward pass of each is the other exchange. So the gradients of
-a token from all ranks are returned to the rank that holds it. Nothing else differs from ranks that read different rows:
-the sum of the ranks' losses is the loss of the rows, and the sum of the ranks' gradients is its gradient.
+of the heads, and a second one returns the results. The backward pass of each is the other exchange, so the rank that
+holds a token gets the token's gradients from all ranks. Everything else is as if the ranks read different rows: the sum
+of the ranks' losses is the loss of the rows, and the sum of the ranks' gradients is its gradient.
 
 If there are fewer key-value heads than ranks, a head is sent to each rank that needs it, and its gradients are added.
-Letters as in gpt.py; t is the number of tokens of a rank in a row, and n the number of heads that a rank gets.
+Letters in shapes: B rows, T tokens per row, t of them on a rank, H query heads, h key-value heads, n heads on a rank, D
+channels per head, C channels of the residual stream.
 Cost: a rank sends and receives (2 + 2 h / H) t C elements per layer and direction, in two collectives; attention itself
 has the same FLOPs on every rank. Tokens are divided as evenly as possible.
 Source: DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509). DeepSpeed's own classes are not used (docs/layouts.md).

@@ -5,17 +5,18 @@
 
 All ranks of a group read the same rows of the batch, and have the same residual stream with the same bits. A pair of
 matrices is divided so that nothing has to be exchanged between them: the first (queries, keys and values; the MLP's up)
-by its outputs, the second (proj) by its inputs. The ranks' products of the second are summed. Embedding and head are
-divided by rows of the vocabulary, so a rank has the logits of its own tokens only. Norms, learned positions and the
-biases that are added after a sum are complete on every rank.
+by its outputs, the second (proj) by its inputs. The products of the second are summed over the ranks. Embedding and
+head are divided by rows of the vocabulary, so a rank has the logits of its own tokens only. Norms, learned positions
+and the biases that are added after a sum are complete on every rank.
 
-Gradients follow from two operations. `copy` stands before a divided matrix: forward nothing, backward a sum, because
-each rank has the gradient from its own outputs only. `sum` stands after one: forward a sum, backward nothing. So the
-gradient of what is complete on every rank is complete and equal on every rank. QK-norm's weight is complete, but each
-rank applies it to its own heads; it goes through `copy` too.
+Two operations make the gradients right. `copy` is applied before a divided matrix. Its forward pass does nothing; its
+backward pass sums over the ranks, because each rank has the gradient from its own outputs only. `sum` is applied after
+a divided matrix: it sums in the forward pass and does nothing in the backward pass. So parameters that are complete on
+every rank get complete gradients, equal on every rank. QK-norm's weight is complete, but each rank applies it to its
+own heads, so `copy` is applied to it too.
 
-Letters as in gpt.py. Cost: two sums of (B, T, C) per layer and direction, one for the embedding, one for the head's
-input, and in the loss three numbers per token.
+Cost, for B rows of T tokens with C channels: two sums of (B, T, C) per layer and direction, one for the embedding, one
+for the head's input, and in the loss three numbers per token.
 Source: Megatron-LM (https://arxiv.org/abs/1909.08053). DeepSpeed's AutoTP is not used (docs/layouts.md).
 """
 
@@ -34,7 +35,7 @@ AllReduce = Callable[[Tensor, bool], None]  # in place: the sum over the ranks, 
 
 
 def _nothing(values: Tensor, largest: bool) -> None:
-    """Do nothing: the AllReduce of a single rank."""
+    """Do nothing: a group of one rank has nothing to reduce."""
 
 
 def _same(x: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ ALONE = TensorPart()  # has complete matrices
 def own_tokens(tokens: Tensor, rows: int, part: TensorPart) -> tuple[Tensor, Tensor]:
     """Return, for each token id, (its row's index in this rank's embedding, whether this rank has the row).
 
-    `rows`: how many rows each rank has. If another rank has the row, the index is a valid one without meaning.
+    rows: how many rows each rank has. If another rank has the row, the returned index is valid but meaningless.
     """
     place = tokens - part.rank * rows
     return place.clamp(0, rows - 1), (place >= 0) & (place < rows)
@@ -90,16 +91,16 @@ def own_tokens(tokens: Tensor, rows: int, part: TensorPart) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class VocabularyLosses:
-    """row_losses of reference_ops.py for logits whose vocabulary is divided between the ranks."""
+    """Computes the cross entropy of logits whose vocabulary is divided between the ranks."""
 
     part: TensorPart
 
     def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
         """Return the cross entropy of each row in nats, (N,) fp32, the same bits on every rank. A collective.
 
-        logits: (N, n), those of this rank's n tokens. Other arguments, and what with_gradient does to the logits, are
-        as in reference_ops.row_losses. The ranks exchange the largest logit, the sum of the exponentials and the
-        label's logit of each row.
+        logits: (N, n), those of this rank's n tokens of the vocabulary. labels, z_loss: see reference_ops.row_losses.
+        with_gradient: overwrite the logits with their gradient. The ranks exchange the largest logit, the sum of the
+        exponentials and the label's logit of each row.
         """
         rows, width = logits.shape
         own = min(width, max(0, vocab_size - self.part.rank * width))  # the last ranks have padding
@@ -155,8 +156,8 @@ class Slices:
 def slices(name: str, config: GPTConfig, rank: int, size: int) -> Slices | None:
     """Return which part of the parameter of this name rank `rank` of `size` has; None: all of it.
 
-    Projections to queries, keys and values are below each other in one matrix, and so are gate and up; each of them is
-    divided evenly.
+    The projections to queries, keys and values are stacked in one matrix, and so are gate and up. Each of these
+    projections is divided evenly.
     """
     stacked = _stacked(name, config)
     if size == 1 or stacked is None:

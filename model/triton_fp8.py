@@ -43,7 +43,7 @@ def round_tiles(
     """Round one tile of the matrix to 8 bits and write it into `straight` and `transposed`, if these are wanted.
 
     largest: the result of largest_magnitude. top: the largest number of the 8-bit format. One of the programs also
-    writes the unit of reference_ops.quantise.
+    writes `unit`, the fp32 scalar by which the 8-bit values must be multiplied.
     """
     bits = tl.load(largest)
     magnitude = bits.to(tl.float32, bitcast=True)
@@ -63,14 +63,17 @@ def round_tiles(
 
 
 def quantise(matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
-    """Round a matrix to an 8-bit dtype. Arguments and result as in reference_ops.quantise."""
+    """Round a matrix to an 8-bit dtype. Return the 8-bit copies and the fp32 scalar by which they must be multiplied.
+
+    straight: return a copy in the layout of the matrix. transposed: return a transposed copy, after the other one.
+    """
     return scaled_copies(matrix, torch.finfo(dtype).max, dtype, straight, transposed)
 
 
 def scaled_copies(
     matrix: Tensor, top: float, dtype: torch.dtype, straight: bool, transposed: bool
 ) -> tuple[Tensor, ...]:
-    """Return the result of quantise for a format whose largest number is `top`. The copies have the type `dtype`."""
+    """Round a matrix to 8 bits as `quantise` does. top: the largest number of the format. dtype: of the copies."""
     matrix, (rows, columns) = matrix.contiguous(), matrix.shape
     largest = torch.zeros((), dtype=torch.int32, device=matrix.device)
     programs = triton.cdiv(matrix.numel(), ELEMENTS)

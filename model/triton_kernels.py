@@ -306,7 +306,7 @@ class _AddNorm(torch.autograd.Function):
 def add_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return x + branch (x if branch is None) and its norm, (..., C) each; arguments as in reference_ops.add_norm."""
+    """Return x + branch (x if branch is None) and its norm, (..., C) each. rms: RMSNorm instead of LayerNorm."""
     out: Any = _AddNorm.apply(x, branch, weight, bias, eps, rms)
     return (x, out) if branch is None else out
 
@@ -348,7 +348,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
-    """Split the heads of x and apply RoPE in place. Arguments and result as in reference_ops.rotate."""
+    """Split x (B, T, H, D) into queries, keys and values with `heads` heads each, and apply RoPE to the first two.
+
+    Overwrites x. rope: from rope.rope_table.
+    """
     parts: tuple[Tensor, ...] = _Rotate.apply(x, rope.contiguous(), list(heads))
     return parts
 
@@ -378,13 +381,16 @@ def _tiles(out: Tensor) -> tuple[int]:
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh, relu2 or swiglu. Shapes as in reference_ops.activate."""
+    """Return the MLP's nonlinearity: kind is gelu, gelu_tanh, relu2, or swiglu, which halves x's last dimension."""
     out: Tensor = _Activate.apply(x, kind)
     return out
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return the loss of each row in nats, (N,) fp32; arguments as in reference_ops.row_losses."""
+    """Return the cross entropy of each row of logits (N, padded V) in nats, (N,) fp32; 0 if its label is below 0.
+
+    z_loss: adds z_loss * log(sum exp logits)^2 to each loss. with_gradient: overwrite the logits with their gradient.
+    """
     rows, padded = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(VOCAB_TILE, triton.next_power_of_2(padded))
