@@ -45,8 +45,8 @@ Value = TypeVar("Value")
 
 
 class RingError(Exception):
-    """A host cannot be reached. The text names it, or is `{"late": ranks}` for hosts that did not connect to the
-    first one.
+    """A host cannot be reached. The text names it; for hosts that did not connect to the first one, it is {"late":
+    [their ranks]} in JSON.
     """
 
 

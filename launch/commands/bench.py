@@ -54,11 +54,14 @@ def bench(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="Correct the planner's calibration of this type of GPU, such as h100-80gb, with the measured time.",
+            help="Fit the predictions of packspeed plan for this type of GPU, such as h100-80gb, to the measured time.",
         ),
     ] = None,
     to: Annotated[
-        Path, typer.Option(metavar="FILE.yaml", help="With --calibrate: the calibration file to write.")
+        Path,
+        typer.Option(
+            metavar="FILE.yaml", help="With --calibrate: the file to write, for packspeed plan --calibration."
+        ),
     ] = Path("calibration.yaml"),
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results to this file, as JSON.")

@@ -78,7 +78,10 @@ TokenizerFile = Annotated[
 
 # Options about hosts, for `launch`, `doctor` and `rehearse`
 Hostfile = Annotated[
-    Path | None, typer.Option("--hostfile", "-H", help="File with one host per line, such as: node-1 slots=8")
+    Path | None,
+    typer.Option(
+        "--hostfile", "-H", help="File with one host per line, such as: node-1 slots=8. Default: only this machine."
+    ),
 ]
 Python = Annotated[
     str, typer.Option(help="Path of the Python interpreter with Packspeed, which must be the same on every host.")

@@ -51,7 +51,11 @@ def plan(
         typer.Option("--vocab", min=1, help="Size of the vocabulary, if the dataset is not on this machine."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="A calibration file, or a folder of them. docs/planner.md describes them.")
+        Path | None,
+        typer.Option(
+            help="File that says how fast a GPU is in practice (docs/planner.md), or a folder of such files. "
+            "Default: Packspeed's own."
+        ),
     ] = None,
     searching: Annotated[
         bool,
@@ -160,7 +164,7 @@ def _show_search(
 
 
 def _line(candidate: Candidate) -> str:
-    """Return a candidate as one line of text."""
+    """Return one combination of settings as a line of text: predicted time, memory and cost, then the settings."""
     plan = candidate.plan
     words = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in candidate.settings.items())
     return (

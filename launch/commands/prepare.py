@@ -64,7 +64,7 @@ def prepare(
         str, typer.Option(help="Tokenizer library: auto, gigatoken or tiktoken. The tokens are the same with each.")
     ] = "auto",
     task_index: Annotated[
-        int | None, typer.Option(help="Index of this task, from 0, with --tasks: do only this task's part of the work.")
+        int | None, typer.Option(help="With --task-count: do only the part of the task with this index, from 0.")
     ] = None,
     task_count: Annotated[
         int | None, typer.Option(help="With --task-index: the number of tasks that share the work and the folder.")

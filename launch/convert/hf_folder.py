@@ -150,8 +150,10 @@ def read_weights(
 ) -> tuple[GPTConfig, Iterator[tuple[str, torch.Tensor]], list[str]]:
     """Open the weights of a model folder. Returns (config, iterator over (name, fp32 tensor), notes for the user).
 
-    The config is changed if the output head is not tied, although config.json calls it tied. The files are open
-    until `stack` is closed. See WeightFiles.parameters for the iterator and the errors.
+    If the files contain an output head of its own although config.json calls it tied, the returned config is not tied.
+    The iterator yields the parameters of Packspeed's model one at a time. The files are open until `stack` is closed.
+    Raises ConfigError if the weights do not match the config; the iterator raises UserError for a value that is not
+    finite.
     """
     files = WeightFiles(source, stack)
     notes = files.notes

@@ -92,8 +92,10 @@ def run_file_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | No
 
 
 def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None, has_dataset: bool) -> list[Value]:
-    """Return the settings of the section `model`; only the preset if `model` is None. See run_file_values for the
-    arguments.
+    """Return the settings of the section `model`; only the preset if `model` is None.
+
+    `model` is the model's configuration, if it is valid; `has_dataset` says whether the vocabulary size comes from a
+    dataset.
     """
     preset = run.model.preset  # type: ignore[attr-defined]
     values = [Value("model.preset", preset, None, written.set_by("model.preset") or "default")]
@@ -151,8 +153,8 @@ def memory_values(case: Case) -> list[Value]:
 
 
 def _resumes(deterministic: bool) -> tuple[str, str, str]:
-    """Return (how exactly a resumed run equals an uninterrupted one, the same for the default of train.deterministic,
-    the reason).
+    """Return the row about resumes: (how exactly a resumed run equals an uninterrupted one, how exactly it would with
+    train.deterministic: true, the reason).
     """
     exact = "bit for bit"
     if deterministic:

@@ -63,7 +63,10 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
 def _verified(checkpoint: Path) -> Path:
     """Return the checkpoint if all its files are intact. Raises UserError if it is damaged."""
     if damage := find_damage(checkpoint):
-        raise UserError(f"checkpoint {checkpoint} is damaged: {'; '.join(damage)}")
+        raise UserError(
+            f"checkpoint {checkpoint} is damaged: {'; '.join(damage).rstrip('.')}. Restore its files, or use another "
+            "checkpoint."
+        )
     return checkpoint
 
 

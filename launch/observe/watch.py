@@ -68,7 +68,9 @@ class Follower:
         return new_lines
 
     def _new_lines(self, notes: list[str]) -> Iterator[MetricsLine]:
-        """Yield the lines of metrics.jsonl that were written since the last call; at first only the last ones."""
+        """Yield the lines of metrics.jsonl that were written since the last call; at the first call only those at its
+        end.
+        """
         path = self.folder / "metrics.jsonl"
         try:
             status = path.stat()

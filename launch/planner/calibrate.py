@@ -39,7 +39,8 @@ def measured_job(run_file: Path, overrides: Sequence[str], machine: Machine, row
 
 
 def correction(job: Job, step_s: float) -> float:
-    """Return the number by which the factors of the job's machine must be multiplied.
+    """Return the number by which the factors in the machine's calibration file must be multiplied to plan a step of
+    `step_s` seconds.
 
     The time of the optimizer, and the time for which the device waits for the host, are not corrected.
     """

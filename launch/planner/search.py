@@ -107,7 +107,10 @@ def _axes(run: RunFile) -> list[str]:
 
 
 def _parallel_sizes(run: RunFile, most: int) -> Iterator[dict[str, int]]:
-    """Yield a size for each key of `_axes`. Neither sequence x tensor nor expert is larger than `most`."""
+    """Yield every combination of sizes for the keys of the section `parallel` that this model can use (`_axes`).
+
+    Neither sequence x tensor nor expert is larger than `most`.
+    """
     axes = _axes(run)
     for sizes in itertools.product(PARALLEL, repeat=len(axes)):
         parallel = dict(zip(axes, sizes, strict=True))
@@ -117,7 +120,8 @@ def _parallel_sizes(run: RunFile, most: int) -> Iterator[dict[str, int]]:
 
 
 def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, samples: int) -> Iterator[Candidate]:
-    """Yield every combination of stage, recompute and micro batch.
+    """Yield a candidate for every combination of ZeRO stage, recompute and micro batch, with the parallel sizes of
+    `run`.
 
     samples: samples per step of each data-parallel replica.
     """

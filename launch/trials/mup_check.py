@@ -81,7 +81,7 @@ def mup_check(
     dataset = open_data(run)
     config = run.gpt_config(dataset.vocab_size)
     if config.n_expert is not None:
-        raise ConfigError("model.n_expert: mup-check has no rule for experts.")
+        raise ConfigError("model.n_expert: mup-check cannot check models with experts. Remove the key.")
     base = config.mup.base_width if config.mup else max(config.d_model // 4, config.head_width)
     configs = [widened(config, width) for width in widths or [base * factor for factor in (1, 2, 4, 8)]]
     if len({model.d_model for model in configs}) < 2:

@@ -113,7 +113,7 @@ def process_tree(process: psutil.Popen) -> list[psutil.Process]:
 
 @dataclasses.dataclass(frozen=True)
 class OverHosts:
-    """Ranks that `packspeed launch` starts on hosts.
+    """Ranks that `packspeed launch` starts on the hosts of a hostfile.
 
     If a run needs fewer ranks than the hosts have slots, the last slots and hosts are unused. `python` is the
     interpreter on the hosts, and `ssh_config` replaces ~/.ssh/config.
@@ -193,7 +193,8 @@ class _RemoteVictims:
                 code = shell.wait(END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 raise UserError(
-                    f"{name}: ranks are still running on this host {END_TIMEOUT_S:.0f} s after the kill."
+                    f"{name}: ranks are still running on this host {END_TIMEOUT_S:.0f} s after the kill. "
+                    "End them before you repeat the command."
                 ) from None
             if code:
                 raise UserError(
