@@ -3,9 +3,9 @@
     python tests/bench/checkpoint_bench.py [FOLDER] [--rounds 5]
 
 One rank, the 30 M GPT (6 layers, width 384, vocabulary 50,304), fp32, ZeRO-1: weights, the optimizer's fp32 weights
-and both moments. In every round the same state is saved four times, in turn: by our synchronous save, our asynchronous
-save, DCP's save and DCP's async_save. "stalled" is the time until training can continue, "on disk" until all files are
-written. Only ours hashes and fsyncs the files.
+and both moments. In every round the same state is saved four times, in turn: by Packspeed's synchronous save, its
+asynchronous save, DCP's save and DCP's async_save. "stalled" is the time until training can continue,
+"on disk" until all files are written. Only Packspeed hashes and fsyncs the files.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def size(folder: Path) -> int:
 
 
 def ours(checkpointer: Checkpointer, step: int, now: bool) -> tuple[float, float, int]:
-    """Save once with Packspeed. Return seconds stalled, seconds until on disk, and bytes."""
+    """Save once with Packspeed. Return seconds stalled, seconds until on disk, and bytes. now: save synchronously."""
     start = time.perf_counter()
     checkpointer.save(step, {}, wait=now)
     stalled = time.perf_counter() - start

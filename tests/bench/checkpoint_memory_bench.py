@@ -2,10 +2,10 @@
 
     python tests/bench/checkpoint_memory_bench.py [FOLDER] [--millions 60]
 
-One rank, fp32. Each phase is a process of its own. "beside" is the most anonymous memory during the phase, minus what
-the process has before it. A resume creates the optimizer's states, which are no overhead, so there it is minus what
-the process has afterwards. Pages of mapped files are not counted, because the kernel takes them back when it needs
-memory. The aim is one tensor and a few buffers; an asynchronous save copies the state on purpose.
+One rank, fp32. Each phase is a process of its own. "beside the model" is the peak of anonymous memory during the phase,
+minus the anonymous memory before it. A resume creates the optimizer's states, which are no overhead, so the memory
+after it is subtracted instead. Pages of mapped files are not counted, because the kernel takes them back when it needs
+memory. The aim is one tensor and a few buffers. Only an asynchronous save needs more, because it copies the state.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ PHASES = ("save", "async save", "resume", "convert", "resume converted", "mirror
 
 
 def anonymous() -> int:
-    """Return the bytes of this process that are no pages of files."""
+    """Return the anonymous memory of this process in bytes: its memory without pages of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
 def beside(work: Callable[[], object], resume: bool = False) -> int:
-    """Do the work. Return the most anonymous memory meanwhile, minus that before it, or after it in a `resume`."""
+    """Call work(). Return its peak of anonymous memory minus that before it, or minus that after it if `resume`."""
     before, peak, done = anonymous(), [0], threading.Event()
 
     def sample() -> None:
@@ -62,7 +62,10 @@ def beside(work: Callable[[], object], resume: bool = False) -> int:
 
 
 def engine_of(layers: int, deepspeed: str, step: bool) -> Any:
-    """Return an engine of this ZeRO configuration; if `step`, one that has taken a step, so that its states exist."""
+    """Return an engine with this number of layers and DeepSpeed configuration, such as zero3.
+
+    step: let the engine take a step, so that its optimizer states exist.
+    """
     run = RunFile.model_validate(
         {
             "name": "bench",

@@ -3,8 +3,8 @@
     python tests/bench/experts_bench.py                          both, on this machine's CPUs or GPU
     python tests/bench/experts_bench.py --flips runs/moe_small   flips with the weights of a run, on its validation data
 
-The two models take turns, forward and backward. A flip is a token that another set of experts gets in a layer: in
-bf16 and not in fp32 from the same weights, or in bf16 in a batch of one row and not in the full batch.
+The forward and backward passes of the two models are timed alternately. A flip is a token for which a layer chooses
+other experts: in bf16 than in fp32 with the same weights, or in bf16 in a batch of one row than in the full batch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def step_s(model: GPT, tokens: torch.Tensor) -> float:
 
 
 def compare_steps(device: str, dtype: torch.dtype, rounds: int, width: int, experts: int, active: int) -> None:
-    """Print the ratio of a step with experts to a step of a dense model, from steps in turn."""
+    """Time steps of a model with experts and of a dense one alternately, and print the ratio of their times."""
     shape = {"n_layer": 4, "n_head": width // 64, "d_model": width, "max_seq_len": 512}
     dense = model_of(device, dtype, **shape, d_ff=2 * width)
     mixture = model_of(device, dtype, **shape, n_expert=experts, n_expert_active=active, d_expert=2 * width // active)
@@ -88,7 +88,7 @@ def choices(model: GPT, batches: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def count_flips(model: GPT, tokens: torch.Tensor, what: str) -> None:
-    """Print which share of the choices differs between fp32 and bf16, and in bf16 between two sizes of a batch."""
+    """Print the share of tokens whose experts change from fp32 to bf16, and from the full batch to single rows."""
     model.eval()
     exact = choices(model, [tokens])
     alone = choices(model, tokens.split(1))

@@ -23,7 +23,7 @@ SHARD_TOKENS = 2**28
 
 
 def make_dataset(folder: Path, tokens: int, mean: int = 300, sparse: bool = False) -> TokenDataset:
-    """Make a dataset of random tokens with documents of log-normal length. sparse: files with holes and no content."""
+    """Make a dataset of random tokens, in documents of log-normal length with mean `mean`. sparse: in sparse files."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, shards = np.random.default_rng(0), list[Shard]()
     for number in range(-(-tokens // SHARD_TOKENS)):
@@ -83,7 +83,8 @@ def drop_cache(folder: Path) -> None:
 def cold(folder: Path, which: str) -> None:
     """Measure million tokens per second from a cold file, in another process, because mapped pages cannot be dropped.
 
-    For our order six groups of 2**26 tokens are read; for flat random windows 150 batches, so that few are cached.
+    which: "ours" reads six groups of 2**26 tokens in Packspeed's order, "flat" 150 batches of random windows, which are
+    so few that hardly any of them is in the page cache.
     """
     drop_cache(folder)
     loader = Loader(TokenDataset(folder), seq_len=1024, global_batch=16, seed=1)

@@ -1,4 +1,4 @@
-"""The merge of finished units: CPU time per document in order, without duplicates and shuffled; many small units.
+"""Measure the merge of `packspeed prepare`: CPU time per document in order, with dedup, and shuffled.
 
 python tests/bench/merge_bench.py FOLDER         needs 1 GB
 """
@@ -21,7 +21,7 @@ WAYS = ("order", "dedup", "shuffle")
 
 
 def make_units(folder: Path, units: int, documents: int) -> None:
-    """Units as prepare leaves them, documents of 60 tokens on average; one in 50 is a duplicate."""
+    """Write encoded work units with `documents` documents each, of 60 tokens on average; one in 50 is a duplicate."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for unit in range(units):
@@ -34,7 +34,7 @@ def make_units(folder: Path, units: int, documents: int) -> None:
 
 
 def merge(folder: Path, way: str) -> None:
-    """Merge in this process and print CPU seconds."""
+    """Merge the units of a folder in this process, and print CPU seconds. way: order, dedup or shuffle."""
     units = sum(1 for _ in folder.glob("*.bin"))
     out = folder.parent / f"out-{way}"
     out.mkdir(exist_ok=True)
@@ -49,7 +49,7 @@ def merge(folder: Path, way: str) -> None:
 
 
 def main(folder: Path) -> None:
-    """Every way on every layout, each in a process of its own."""
+    """Measure every way on few large and on many small units, each in its own process."""
     for name, (units, documents) in LAYOUTS.items():
         units_folder = folder / name / "units"
         if not units_folder.exists():

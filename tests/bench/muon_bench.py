@@ -1,4 +1,4 @@
-"""Validation loss of variants of Muon after a few steps: python tests/bench/muon_bench.py TEXT [STEPS] [SEED ...]
+"""Compare the losses of variants of Muon after a few steps: python tests/bench/muon_bench.py TEXT [STEPS] [SEED ...]
 
 A GPT of 4 layers and 128 channels learns the characters of TEXT, 1,536 of them per step, with one thread, without
 DeepSpeed. The loss is that of the last tenth of the text. Prints a line per variant and seed.
@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make_muon(model: GPT, settings: OptimizerSection) -> Muon:
-    """Muon over complete matrices, without ranks."""
+    """Return a Muon optimizer for one process, which has complete matrices."""
     optimizer = Muon(optimizer_groups(model, settings), functools.partial(torch.optim.AdamW, lr=ADAM_LR), settings)
     matrices = []
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -48,7 +48,7 @@ def make_muon(model: GPT, settings: OptimizerSection) -> Muon:
 
 
 def windows(tokens: torch.Tensor, starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels of the windows that begin there."""
+    """Return inputs and labels, (rows, LENGTH) each, of the windows of `tokens` that begin at `starts`."""
     rows = torch.stack([tokens[start : start + LENGTH + 1] for start in starts])
     return rows[:, :-1], rows[:, 1:].contiguous()
 

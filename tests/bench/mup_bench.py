@@ -1,4 +1,4 @@
-"""Where the best learning rate is, over widths, with and without muP: python tests/bench/mup_bench.py TEXT
+"""Find the best learning rate of several widths, with and without muP: python tests/bench/mup_bench.py TEXT
 
 One model per width and learning rate, of 2 layers with heads of 32 channels, trained by AdamW for the same steps on the
 same batches of TEXT's bytes, in one process. Prints the loss of each (mean of the last tenth of the steps, over the
@@ -54,7 +54,7 @@ def final_loss(data: torch.Tensor, width: int, lr: float, steps: int, rows: int,
 
 
 def best(rates: list[float], losses: list[float]) -> float:
-    """Return the rate at the minimum of the parabola through the lowest loss and its neighbours, over log(rate)."""
+    """Return the learning rate at the minimum of a parabola in log(rate) through the lowest loss and its neighbours."""
     at = int(np.argmin(losses))
     if at in (0, len(rates) - 1) or not np.isfinite(losses[at - 1 : at + 2]).all():
         return rates[at]

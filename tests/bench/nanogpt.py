@@ -1,4 +1,4 @@
-"""Measure the step time of `make shakespeare` beside nanoGPT's own training on the same machine, in turn.
+"""Compare the step time of `make shakespeare` with that of nanoGPT's training on this machine, alternately.
 
     python tests/bench/nanogpt.py NANOGPT_CHECKOUT [--pairs 5] [--steps 300]
 

@@ -2,10 +2,10 @@
 
     python tests/bench/plan_bench.py [NAME ...]        names: see RUNS; about a minute each on 2 idle cores
 
-Each run goes the way that users go: `packspeed plan --gpu cpu --lock` trains short copies, then `packspeed train`
-compares its first 20 steps with the plan and writes plan.json. Nothing is remembered between runs. The goal is 15% of
-the time and 10% of the memory. A program that loads the machine during the copies or during the run, but not during
-both, shows as an error of the time, so run nothing beside it.
+For each run, `packspeed plan --gpu cpu --lock` trains short copies of it, then `packspeed train` compares its first 20
+steps with the plan and writes plan.json. Nothing is remembered between runs. The goal is an error of at most 15% of the
+time and 10% of the memory. Run nothing else on the machine: load during only the copies, or only the run, makes the
+error of the time larger.
 """
 
 from __future__ import annotations

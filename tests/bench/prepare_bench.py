@@ -1,4 +1,4 @@
-"""Measure `packspeed prepare` of a jsonl file beside two published recipes: complete processes with start-up.
+"""Time `packspeed prepare` and two published recipes on one jsonl file, as complete processes with start-up.
 
     python tests/bench/prepare_bench.py FOLDER [MEGABYTES=160]
 

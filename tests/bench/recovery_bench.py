@@ -1,10 +1,10 @@
-"""Measure how long a run on two hosts takes from a killed rank to its first new step, beside another checkout.
+"""Measure how long a run on two hosts takes from a killed rank to its first new step, in one or two checkouts.
 
     python tests/bench/recovery_bench.py FOLDER [--other CHECKOUT] [--rounds 3]        needs root and sshd
 
-The hosts are network namespaces of this machine with one rank each. Rank 1 gets SIGKILL while it trains. Both builds
-run in turn, with the same Python environment, and the last line gives the ratio of the medians. The kill waits until
-the processes that prepare a restart (launch/warm.py) have imported everything.
+The hosts are network namespaces of this machine with one rank each. Rank 1 gets SIGKILL while it trains. This
+checkout and --other run alternately, with the same Python environment, and the last line is the ratio of medians. The
+kill waits until the processes that prepare a restart (launch/warm.py) have imported everything.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ LIMIT_S = 180.0
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], output: Path) -> None:
-    """Wait until the condition holds. Exits with the launch's output if it ends first."""
+    """Wait until condition() is true. Exit with the output of the launch if its process ends first, or after 180 s."""
     deadline = time.monotonic() + LIMIT_S
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
-            sys.exit(f"the launch does not continue:\n{output.read_text(errors='replace')[-4000:]}")
+            sys.exit(f"the launch ended, or took too long:\n{output.read_text(errors='replace')[-4000:]}")
         time.sleep(0.01)
 
 
@@ -47,14 +47,17 @@ def step_lines(path: Path) -> list[str]:
 
 
 def imported(cluster: Cluster) -> bool:
-    """Return whether no host imports for a restart any more (launch/warm.py), after six seconds in which to begin."""
+    """Return whether on all hosts the processes that prepare a restart (launch/warm.py) have ended their imports.
+
+    Waits six seconds first, in which these processes start.
+    """
     time.sleep(6)
     return not any(cluster.pids(name, "warm.py importing") for name in cluster.names)
 
 
 @contextlib.contextmanager
 def launched(cluster: Cluster, space: Workspace, name: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A context with a running launch, and the file with what it prints."""
+    """A context in which a launch runs. Yields its process and the file with what it prints. name: of the run."""
     sets = [f"--set={text}" for text in (f"name={name}", *SETS)]
     options = ["--hostfile", str(cluster.hostfile([1, 1])), "--max-restarts", "1"]
     output = space.folder / f"{name}.output"
@@ -93,7 +96,7 @@ def main() -> None:
     """Measure both builds in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--other", type=Path, help="another checkout of Packspeed")
+    parser.add_argument("--other", type=Path, help="another checkout of Packspeed to compare with; default: none")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

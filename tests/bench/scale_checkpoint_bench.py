@@ -2,8 +2,8 @@
 
     python tests/bench/scale_checkpoint_bench.py FOLDER        needs 200 MB: the files of the checkpoints are sparse
 
-This process is rank 0 of 1 to 1,024 ranks; the others exist only as numbers. CPU seconds of this rank, and beside them
-what it costs if one process does all the work, as it did before. Last, the figures are scaled to 70 billion weights.
+This process plays rank 0 of 1 to 1,024 ranks; no other ranks exist. Prints the CPU seconds of rank 0 if all ranks share
+the work, and those of one process that does all the work. Last, the figures are scaled to 70 billion weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LARGE = GPTConfig(
 
 
 class FakeRanks(Topology):
-    """Rank 0 of many ranks that all have the same to say."""
+    """Rank 0 of many ranks, as if the other ranks sent the same values."""
 
     def from_rank0(self, value: Any) -> Any:
         """Return the value of rank 0: this one."""
@@ -53,17 +53,17 @@ class FakeRanks(Topology):
 
 
 class FakeStore:
-    """A store in which every rank has arrived."""
+    """Replaces torch's store: every key exists, as if all other ranks had arrived already."""
 
     def add(self, key: str, number: int) -> int:
-        """Return what a counter is after the addition."""
+        """Return `number`, as if the counter had been 0."""
         return number
 
     def set(self, key: str, value: str) -> None:
         """Store nothing."""
 
     def check(self, keys: list[str]) -> bool:
-        """Return that the keys are there."""
+        """Return True: all keys exist."""
         return True
 
 
@@ -75,7 +75,10 @@ def cpu_s(work: Callable[[], object]) -> float:
 
 
 def plant(folder: Path, ranks: int, total: int, step: int = 1, known: dict[int, FileHash] | None = None) -> Path:
-    """Write a checkpoint of many ranks with `total` bytes, in sparse files. `known` has hashes by size."""
+    """Write a checkpoint of `ranks` ranks with `total` bytes, in sparse files, into a sub-folder of `folder`.
+
+    known: {size: hash} of sparse files, so that each size is hashed once.
+    """
     known = {} if known is None else known
     checkpoint = folder / manifest.step_folder(step)
     checkpoint.mkdir(parents=True)
@@ -97,7 +100,7 @@ def plant(folder: Path, ranks: int, total: int, step: int = 1, known: dict[int, 
 
 
 def measure_verify(folder: Path) -> float:
-    """Print what rank 0 of N ranks reads and needs to verify the same bytes. Returns the CPU seconds per byte."""
+    """Print how much CPU rank 0 of N ranks needs to verify a checkpoint, and how much it reads. Return s per byte."""
     print(f"verify {CHECKPOINT_BYTES / 1e9:.1f} GB        one process    rank 0 of all     bytes it reads")
     per_byte = 0.0
     for ranks in RANKS:
@@ -143,13 +146,13 @@ def measure_retention(folder: Path) -> None:
 
 
 def weights_of(config: GPTConfig, ranks: int) -> int:
-    """Return how many weights are drawn one after another: of each `ranks` matrices the largest."""
+    """Return how many weights are drawn one after another if each rank draws one matrix at a time."""
     sizes = [p.numel() for name, p in gpt_without_weights(config).named_parameters() if is_matrix(name)]
     return sum(max(sizes[i : i + ranks]) for i in range(0, len(sizes), ranks))
 
 
 def measure_weights() -> float:
-    """Print what drawing the initial weights costs rank 0 of N ranks. Returns the CPU seconds per weight."""
+    """Print the CPU seconds of rank 0 of N ranks to draw the initial weights. Return the seconds per weight."""
     torch.set_num_threads(1)
     total = sum(p.numel() for p in gpt_without_weights(MODEL).parameters())
     print(f"\ninitial weights of {total / 1e6:.0f} M: CPU seconds of rank 0")

@@ -1,4 +1,4 @@
-"""Measure how the cost of a start grows with the dataset and the ranks: 1 G to 1 T tokens, 1,024 ranks.
+"""Measure how the cost to open and read a dataset grows with its size: 1 G to 1 T tokens, 1,024 ranks.
 
     python tests/bench/scale_data_bench.py FOLDER       needs 5 GB for indices, root for dropping the page cache
 
@@ -127,7 +127,7 @@ def cold_start(folder: Path) -> str:
 
 
 def read_ahead(folder: Path) -> str:
-    """Measure how many bytes one rank of 1,024 requests per byte that it uses, in 64 steps of 16 rows per rank."""
+    """Count the bytes that one rank of 1,024 requests from the kernel, and uses, in 64 steps of 16 rows."""
     asked, fadvise = 0, os.posix_fadvise
 
     def count(file: int, offset: int, size: int, advice: int) -> None:
@@ -144,7 +144,7 @@ def read_ahead(folder: Path) -> str:
 
 
 def planning(folder: Path) -> str:
-    """Measure the time for a rank's batch of 16 rows with a global batch of 16,384, after ten warm-up batches."""
+    """Measure the CPU time of ten batches of one rank (16 rows of 16,384 in the global batch), after ten others."""
     loader = loader_of(folder, "best_fit", global_batch=16 * 1024)
     for step in range(10):
         loader.batch(step, 5, 1024)
@@ -152,7 +152,7 @@ def planning(folder: Path) -> str:
 
 
 def audit(packing: str) -> Callable[[Path], str]:
-    """Measure the time to find those of 600,000 steps that read one document."""
+    """Measure the CPU time to find which of 600,000 steps train on one document."""
 
     def measure(folder: Path) -> str:
         from packspeed.data.checks.audit import batches_with_document

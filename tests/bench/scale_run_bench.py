@@ -2,7 +2,8 @@
 
     python tests/bench/scale_run_bench.py FOLDER        needs 1 GB
 
-The run was restarted 199 times. Each measurement is a separate process: CPU seconds and peak memory, with its start.
+The run was restarted 199 times. Each measurement is a separate process. Its CPU seconds and peak memory, from its start
+on, are printed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The step of parallel.sequence on N ranks beside that of data parallelism, for the same tokens, in turns.
+"""Compare a step with parallel.sequence on N ranks with a step of data parallelism on the same tokens, alternately.
 
     python tests/bench/sequence_bench.py [--ranks 2] [--seq-len 2048] [--rounds 5]       N must divide 8, the heads
 
-Both layouts train N rows per step, so each rank has seq_len tokens: one row, or its places of all rows. The compute is
-the same; what differs is the exchange, and that attention works on N rows with 8 / N heads each. Prints the ratio of
-the step times of every round, and the median. The processes of both wait in turn, so each has the machine to itself.
+Both layouts train N rows per step, so each rank has seq_len tokens: one row, or seq_len / N tokens of each row. The
+compute is the same. Sequence parallelism adds the exchange, and its attention works on N rows with 8 / N heads each.
+Prints the ratio of the step times of every round, and the median. While one layout runs, the other waits.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="per round")
-    parser.add_argument("--set", action="append", default=[], help="more overrides, such as train.precision=bf16")
+    parser.add_argument("--steps", type=int, default=2, help="steps per round; default: 2")
+    parser.add_argument(
+        "--set", action="append", default=[], help="a value of the run file, such as train.precision=bf16"
+    )
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="sequence-bench-") as name, contextlib.ExitStack() as running:

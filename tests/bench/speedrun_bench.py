@@ -1,9 +1,10 @@
-"""Time `make speedrun` beside nanoGPT's train.py with its published CPU settings, whole commands, in turns.
+"""Time `make speedrun` and nanoGPT's train.py with its published CPU settings, as complete commands, alternately.
 
     python tests/bench/speedrun_bench.py tinyshakespeare.txt path/to/nanoGPT [--seeds 1 2 3] [--steps 160]
 
-nanoGPT's folder needs data/shakespeare_char/train.bin (its prepare.py makes it). It evaluates before its first step and
-after the last; ours after the last, over all of the validation split. Ours includes the preparation of the dataset.
+nanoGPT's folder needs data/shakespeare_char/train.bin (its prepare.py makes it). nanoGPT evaluates before the first
+step and after the last one. Packspeed evaluates after the last one, over the complete validation split, and its time
+includes the preparation of the dataset.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main() -> None:
     """Print a line per seed and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
-    parser.add_argument("nanogpt", type=Path, nargs="?", help="leave it out to time the recipe alone")
+    parser.add_argument("nanogpt", type=Path, nargs="?", help="a nanoGPT checkout; default: time only Packspeed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=160)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Time of attention with a sliding window against the length of a row, in C++ and in torch's kernels.
+"""Measure the time of attention with a sliding window at several row lengths, with C++ and with torch's kernels.
 
     python tests/bench/window_bench.py [WINDOW]
 

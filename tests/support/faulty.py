@@ -1,4 +1,4 @@
-"""train.main with faults planted in this process: python tests/support/faulty.py [--local_rank=0] ARGUMENTS
+"""Run train.main with faults planted in this process: python tests/support/faulty.py [--local_rank=0] ARGUMENTS
 
 The environment variable FAULTS lists the faults as `name:argument`, separated by commas; each name is a function of
 this file. The product has no code for them. A fault patches a function of training or saving, and its effect (the kill,
@@ -53,7 +53,7 @@ def kill_at_byte(limit: str) -> None:
 
 
 def kill_at_rename(number: str) -> None:
-    """End the process at the n-th rename of a save: that of packspeed.json, the folder or `latest`, or after all."""
+    """End the process in a save after `number` renames (of packspeed.json, the folder and `latest`), or at its end."""
     replace, save, count = os.replace, checkpoint.Checkpointer.save, [0]
 
     def counted(source: Any, target: Any) -> None:
@@ -72,7 +72,7 @@ def kill_at_rename(number: str) -> None:
 
 
 def at_step(step: int, action: Callable[[], None]) -> None:
-    """Call `action` on rank 0 after it has written the metrics line of a step."""
+    """Call `action` on rank 0 once it has written the line of step `step` to metrics.jsonl."""
     write = Metrics.write
 
     def hooked(self: Any, record: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ def at_step(step: int, action: Callable[[], None]) -> None:
 
 
 def full_disk(place: str) -> None:
-    """Fill the file system of a folder after step 4, and make room again after step 8."""
+    """Fill the file system of the folder `place` after step 4, and free the space after step 8."""
     ballast = Path(place) / "ballast"
 
     def fill() -> None:
@@ -100,7 +100,7 @@ def full_disk(place: str) -> None:
 
 
 def read_only(place: str) -> None:
-    """Make the folder of the checkpoints read-only after step 4, and writable again after step 8."""
+    """Make the folder `place` read-only after step 4, and writable again after step 8."""
 
     def close() -> None:
         subprocess.run(["mount", "--bind", place, place], check=True)
@@ -134,7 +134,7 @@ def before_upload(action: Callable[[str], None]) -> None:
 
 
 def hold_copies(until: str) -> None:
-    """Copy no file to the mirror before the metrics line of a step is written."""
+    """Delay all copies to the mirror until the line of step `until` is in metrics.jsonl."""
     released: list[str] = []
     at_step(int(until), lambda: released.append(until))
 
@@ -158,7 +158,7 @@ def die_in_copy(step: str) -> None:
 
 
 def kill_store(what: str) -> None:
-    """Kill the process of the mirror's server after the first file of a checkpoint. what: the step and the process."""
+    """Kill the mirror's server once it has the first file of a checkpoint. what: `STEP@PROCESS_ID`."""
     step, pid = what.split("@")
     files: list[str] = []
 
@@ -173,7 +173,7 @@ def kill_store(what: str) -> None:
 
 
 def late_rank(rank: str) -> None:
-    """Let one rank hang for 60 s while it writes its part of a checkpoint."""
+    """Let rank `rank` hang for 60 s while it writes its part of a checkpoint."""
     write = checkpoint.SafeWriter._write
 
     def slow(self: Any, state: Any, path: str) -> None:
@@ -196,7 +196,7 @@ def slow_save(seconds: str) -> None:
 
 
 def die_after(step: str) -> None:
-    """End the process as kill -9 does once the metrics line of a step is written."""
+    """End the process as kill -9 does once the line of step `step` is in metrics.jsonl."""
     at_step(int(step), die)
 
 
@@ -270,7 +270,7 @@ def term_in_evaluation(number: str) -> None:
 
 
 def bad_samples(values: str) -> None:
-    """Change the loss of some samples. `nan@80-87`: samples 80 to 87 get NaN; `20x@80-87`: twenty times their loss."""
+    """Change the loss of each micro batch with one of some samples: `nan@80-87` to NaN, `20x@80-87` to 20 times it."""
     what, _, span = values.partition("@")
     first, last = (int(part) for part in span.split("-"))
     original = loop.micro_batch_loss
@@ -326,12 +326,12 @@ def swap_by_python(_: str) -> None:
 
 
 def old_zero1(_: str) -> None:
-    """bf16 at ZeRO-1 has DeepSpeed's BF16_Optimizer, as before, and gradients travel in bf16."""
+    """Use DeepSpeed's BF16_Optimizer for bf16 at ZeRO-1, as older versions did, and sum gradients in bf16."""
     build.one_zero1 = lambda: contextlib.nullcontext()
     build.sum_gradients = lambda engine: None
 
     def judge(hook: Any, engine: Any) -> None:
-        """Let the detector see the norm by which this class clips."""
+        """Give the anomaly detector the gradient norm by which BF16_Optimizer clips."""
 
         def get_grads_for_norm(for_clipping: bool = False) -> Any:
             gradients = original(for_clipping)

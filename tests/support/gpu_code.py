@@ -81,7 +81,7 @@ class Pointer:
 
 
 class Target:
-    """A Triton driver for a GPU that does not exist. The number of a device is its compute capability."""
+    """A Triton driver for a GPU that does not exist. It reports the compute capability as the device's number."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -98,7 +98,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Code:
-    """What machine code needs: registers per thread, bytes of stack per thread (spills), loads and stores by width."""
+    """Registers and bytes of stack (spills) per thread of machine code; its numbers of loads and stores by width."""
 
     registers: int
     stack: int
@@ -107,7 +107,7 @@ class Code:
 
 
 def specialisation(launch: Launch) -> tuple[Any, ...]:
-    """Return the properties of a launch for which Triton compiles a kernel separately, as a hashable tuple."""
+    """Return a tuple that is equal for two launches if Triton uses the same compiled kernel for both."""
 
     def kind(argument: Any) -> Any:
         if isinstance(argument, torch.Tensor):

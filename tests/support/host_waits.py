@@ -188,7 +188,7 @@ def pretend_to_be_a_gpu() -> None:
 
 
 def note_disorder() -> None:
-    """Record streams that have not waited for each other at the end of a step: the main stream and any other."""
+    """Record, at the end of a step, if the main stream and another stream have not waited for each other."""
     MAIN.uses += 1
     streams = [found for found in gc.get_objects() if isinstance(found, Stream) and found.uses and found is not MAIN]
     for stream in streams:
@@ -223,9 +223,9 @@ def _noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def train(arguments: list[str], device: str) -> tuple[int, list[list[str]]]:
-    """Train one run. Returns the exit code and the waits of its steps but the last, which ends with a checkpoint.
+    """Train one run. Return its exit code, and the host's waits in each step except the last, which saves a checkpoint.
 
-    A step is counted from the beginning of train_step to that of the next one: with metrics, without evaluation.
+    A step lasts from the start of train_step to the start of the next one: it includes metrics, but no evaluation.
     """
     from packspeed.launch.train import main
     from packspeed.launch.training import loop

@@ -1,4 +1,4 @@
-"""Compare the values and gradients of all kernels with float64, at awkward shapes; Triton's run in its interpreter.
+"""Compare the values and gradients of all kernels with float64, at awkward shapes. Triton's kernels are interpreted.
 
 Run by test_model_kernels.py in a process of its own, because triton reads TRITON_INTERPRET when it is imported; with a
 GPU, `python -m pytest tests/support/kernel_numbers.py` runs Triton's on it.
@@ -83,7 +83,7 @@ def test_add_norm(shape: tuple[int, ...], with_branch: bool, rms: bool, dtype: t
 @DTYPES
 @pytest.mark.parametrize("rms", [True, False])
 def test_add_norm_of_rows_wider_than_a_tile(rms: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several programs share a row, and several rows a program."""
+    """Several programs share one row, and each program processes several rows."""
     monkeypatch.setattr(triton_kernels, "NORM_TILE", 32)
     monkeypatch.setattr(triton_kernels, "NORM_PROGRAMS", 8)
     monkeypatch.setattr(triton_kernels, "NORM_ELEMENTS", 64)
@@ -107,7 +107,7 @@ def test_rotate(
     fused: Kernels, batch: int, length: int, heads: int, width: int, own_positions: bool, parts: int,
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Queries and keys turn, values do not; far positions; in place. Several programs share the heads of a token."""
+    """Queries and keys are rotated in place, values are not. Positions are large; programs share a token's heads."""
     monkeypatch.setattr(triton_kernels, "HEAD_TILE", 8)
     split = [heads, 2, 2][:parts]
     wide = normal(batch, length, sum(split), width, dtype=dtype)
@@ -246,7 +246,7 @@ def test_the_whole_model_is_the_eager_one(fields: dict[str, Any], name: str, mon
 @pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @DTYPES
 def test_rounding_to_8_bits(fp8: torch.dtype, dtype: torch.dtype) -> None:
-    """Equal to the reference bit for bit. Triton's interpreter converts wrongly, so torch does that there."""
+    """Results equal the reference's bit for bit. Triton's interpreter rounds wrongly, so torch rounds there."""
     layouts = (True, True), (True, False), (False, True)
     shapes = (150, 144), (128, 16), (16, 144)
     factors = (1.0, 0.0), (3e-7, 0.0), (5e30, 0.0), (0.0, 0.0), (1.0, float("nan")), (1.0, -float("inf"))
@@ -270,7 +270,7 @@ def test_rounding_to_8_bits(fp8: torch.dtype, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_linear_layer_in_8_bits(has_bias: bool) -> None:
-    """The numbers of the reference on a CPU. Here a GPU multiplies with its own GEMM, and Hopper sums in fewer bits."""
+    """The results equal the CPU reference's. A GPU uses its own GEMM, and Hopper GPUs sum in fewer bits."""
     kernels = cast(Kernels, plain) if INTERPRETED else triton_kernels
     shapes = ((4, 64, 256), (384, 256), (384,))[: 2 + has_bias]
     found, expected = [], []

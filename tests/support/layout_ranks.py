@@ -1,4 +1,4 @@
-"""What only several ranks can show of the section `parallel`. Each rank runs every check; rank 0 writes the numbers.
+"""Check the run file's section `parallel` on four ranks. Each rank runs every check; rank 0 writes the results.
 
 python tests/support/layout_ranks.py FILE         with RANK, WORLD_SIZE ... of four ranks in the environment
 """
@@ -23,7 +23,7 @@ RANKS = 4
 
 
 class Mpu:
-    """The groups of a tensor-parallel run, as DeepSpeed asks for them."""
+    """Gives DeepSpeed the process groups of a tensor-parallel run, through the interface of Megatron's mpu."""
 
     def __init__(self, topology: Topology) -> None:
         layout, rank = topology.layout, topology.rank
@@ -50,7 +50,10 @@ class TwoWeights(torch.nn.Module):
 
 
 def norms(topology: Topology) -> dict[str, list[float]]:
-    """{ZeRO stage and offload: [norm of the hook, plain norm of the mean gradient]} with 2 tensor x 2 ZeRO ranks."""
+    """Compute a gradient's norm on 2 tensor-parallel x 2 ZeRO ranks.
+
+    Return {ZeRO stage and offload: [norm that GradientNormHook finds, norm of the mean gradient in plain torch]}.
+    """
     draw = torch.Generator().manual_seed(3)
     gradients = [(torch.randn(7, 5, generator=draw), torch.randn(6, 4, generator=draw)) for _ in range(2)]
     plain = float(torch.cat([torch.stack(pair).mean(0).flatten() for pair in zip(*gradients, strict=True)]).norm())
@@ -80,7 +83,7 @@ def norms(topology: Topology) -> dict[str, list[float]]:
 
 
 def groups(topology: Topology) -> dict[str, bool]:
-    """{axis: whether its process group has the ranks that Layout.members names}."""
+    """Return {axis: whether its process group on every rank has the ranks that Layout.members names}."""
     every = Topology(topology.rank, 0, RANKS, torch.device("cpu"), Layout(RANKS, sequence=2, tensor=2))
     found = {}
     for axis in ("tensor", "sequence", "rows", "zero"):
@@ -92,7 +95,7 @@ def groups(topology: Topology) -> dict[str, bool]:
 
 
 def main(file: Path) -> None:
-    """Run every check."""
+    """Run every check, and write the results to `file` as JSON."""
     topology = start_distributed(layout=Layout(RANKS, tensor=2))
     found = {"norms": norms(topology), "groups": groups(topology)}
     if topology.rank == 0:

@@ -1,4 +1,4 @@
-"""Run train.main several times in the ranks of one real launch: a launch takes 10 s, a run only 1 s.
+"""Run train.main several times in the ranks of one launch, because a launch takes 10 s and a run only 1 s.
 
     deepspeed --num_gpus 2 tests/support/many_runs.py runs.json        runs.json: [["--config", ...], ...]
 Writes the exit codes of rank 0 to runs.json.codes.

@@ -68,7 +68,7 @@ class Cluster:
         return self
 
     def _take_place(self) -> None:
-        """Lock the first free number and store it in `place`. The kernel releases the lock when this process ends."""
+        """Lock the first cluster number that is free and store it in `place`. The lock ends with this process."""
         for place in range(PLACES):
             lock = open(f"/run/lock/packspeed-cluster-{place}", "w")  # noqa: SIM115 (held until the cluster ends)
             with contextlib.suppress(BlockingIOError):
@@ -76,7 +76,7 @@ class Cluster:
                 self._lock, self.place = lock, place
                 return
             lock.close()
-        raise RuntimeError(f"{PLACES} clusters are in use on this machine")
+        raise RuntimeError(f"all {PLACES} clusters of this machine are in use: wait until other tests end")
 
     @property
     def bridge(self) -> str:
@@ -141,7 +141,10 @@ class Cluster:
 
     @contextlib.contextmanager
     def memory_limit(self, name: str, limit_bytes: int) -> Iterator[None]:
-        """A context in which all processes that ssh starts on a host share a limit. Raises OSError without cgroups."""
+        """A context in which all processes that ssh starts on a host may use limit_bytes of memory together.
+
+        Raises OSError if this machine has no cgroups.
+        """
         group = (CGROUPS if UNIFIED else CGROUPS / "memory") / self.space(name)
         if UNIFIED:
             (CGROUPS / "cgroup.subtree_control").write_text("+memory")

@@ -33,7 +33,7 @@ def settings() -> dict[str, Any]:
 
 
 def printing(when: str, function: Any) -> Any:
-    """Return `function` wrapped so that it prints the settings first. when: "group" or "model"."""
+    """Return `function` wrapped so that it prints the settings first. when: "group" or "training"."""
 
     def first_print(*args: Any, **kwargs: Any) -> Any:
         sys.stdout.write(f"at {when} {os.environ['RANK']} {json.dumps(settings())}\n")  # at once: two ranks print

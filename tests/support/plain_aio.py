@@ -25,7 +25,7 @@ class PlainHandle:
         return self.locked[-1]
 
     def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
-        """Forget a tensor of new_cpu_locked_tensor."""
+        """Forget a tensor that new_cpu_locked_tensor returned."""
         self.locked[:] = [other for other in self.locked if other is not tensor]
         return True
 

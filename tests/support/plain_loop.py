@@ -31,7 +31,7 @@ def cosine_lr(step: int, train: TrainSection) -> float:
 
 
 class Curve(NamedTuple):
-    """What a reference has measured in every step."""
+    """Losses, gradient norms and batch hashes of all steps of the reference."""
 
     losses: list[float]
     norms: list[float]  # of the gradient, before clipping
@@ -72,7 +72,7 @@ def reference(run: RunFile) -> tuple[Curve, dict[str, torch.Tensor]]:
 
 
 def balance_experts(model: GPT) -> None:
-    """Move the bias of each router as docs/moe.md says, from what its layer has counted over the batch."""
+    """Raise the router bias of experts that got fewer tokens of the batch than the mean, lower the others'."""
     for block in model.blocks:
         router = getattr(block.mlp, "router", None)
         if router is not None:
@@ -85,8 +85,10 @@ def balance_experts(model: GPT) -> None:
 
 
 def differences(space: Workspace, name: str, curve: Curve, weights: dict[str, torch.Tensor]) -> list[float]:
-    """Return the largest difference of a loss, of a gradient norm (relative) and of a final weight between a finished
-    run and the reference. Raises AssertionError if they have read different batches.
+    """Compare a finished run with the reference: its curve and its final weights by name.
+
+    Return the largest difference of a loss, of a gradient norm (relative) and of a weight. Raises AssertionError if the
+    two have read different batches.
     """
     mine = [line for line in space.metrics(name) if "loss" in line]
     assert [line["data_hash"] for line in mine] == curve.hashes, name

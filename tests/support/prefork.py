@@ -139,7 +139,7 @@ def run(script: Path, arguments: Sequence[str], envs: Sequence[dict[str, str]]) 
 
 
 def become(request: dict[str, Any], env: dict[str, str]) -> None:
-    """Make the forked child behave like `python script arguments`."""
+    """Run the script of a request in this forked child, as `python script arguments` would in the environment `env`."""
     os.environ.clear()
     os.environ.update(env)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -1,8 +1,8 @@
-"""Bytes per parameter that one rank of many holds, measured: DeepSpeed's engine under torch's fake process group.
+"""Measure the bytes per parameter that one rank of many holds: DeepSpeed's engine with torch's fake process group.
 
     python tests/support/state_bytes.py WORLD [STAGE,PRECISION[,EXPERT] ...]      prints one JSON object
 
-With EXPERT, the model has experts, which that many ranks share.
+If EXPERT is given, the model has experts, and EXPERT ranks share them.
 
 A fake group answers every collective at once and moves nothing, so that one process is rank 0 of 8 or 1,024. Tensors
 are counted by their storages: those that Python can reach, and their gradients.
@@ -34,7 +34,7 @@ ACCUMULATION = 2
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors on the CPU, each storage once."""
+    """Return the bytes of all tensors on the CPU. Each storage is counted once."""
     storages: dict[int, int] = {}
     for found in gc.get_objects():
         if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
@@ -59,10 +59,11 @@ def start_fake_group(world: int) -> None:
 
 
 def measure(stage: int, precision: str, world: int, expert: int | None = None) -> dict[str, float]:
-    """Bytes per parameter between steps (`kept`), and how many more once a step has its gradients (`gradients`).
+    """Return bytes per parameter: `kept` between steps, and `gradients`, the bytes added when all gradients exist.
 
-    `one_matrix`: the gradient of the embedding alone, in fp32. With `expert`, `experts` is the share of the parameters
-    that are those of experts, and all bytes are still per parameter of the complete model.
+    The result also has `one_matrix`, the bytes of the embedding's gradient in fp32. expert: the number of ranks that
+    share the experts; then the result has `experts`, the share of the parameters that belong to experts. All bytes are
+    per parameter of the complete model.
     """
     from packspeed.launch.config.batch import BatchPlan
     from packspeed.launch.config.deepspeed_json import resolve_ds_config

@@ -1,4 +1,4 @@
-"""Bytes of a CPU step, measured: what an engine holds, and the peak of its tensors, under torch's fake process group.
+"""Measure the memory of a step on a CPU: bytes between steps, and the peak, with torch's fake process group.
 
     python tests/support/step_memory.py WORLD CASE ...      prints one JSON object for each CASE
 
@@ -32,7 +32,7 @@ SEQ_LEN, MICRO_BATCH, VOCABULARY = 128, 4, 1024
 
 
 def run_values(case: str, world: int) -> dict[str, Any]:
-    """A case as the content of a run file."""
+    """Return the content of the run file for a CASE (see the top of this file)."""
     _, precision, family, recompute, _, accumulation = case.split(",")
     model = FAMILIES[family] | {"kernels": "eager", "activation_checkpointing": recompute}
     tokens = SEQ_LEN * MICRO_BATCH * int(accumulation) * world
@@ -44,7 +44,7 @@ def run_values(case: str, world: int) -> dict[str, Any]:
 
 
 def deepspeed_values(case: str) -> dict[str, Any]:
-    """A case as the content of a DeepSpeed JSON."""
+    """Return the content of the DeepSpeed JSON for a CASE (see the top of this file)."""
     stage, *_, offload, _ = case.split(",")
     zero: dict[str, Any] = {"stage": int(stage)}
     if stage == "3":
@@ -56,7 +56,7 @@ def deepspeed_values(case: str) -> dict[str, Any]:
 
 
 def allocated(function: Callable[[], None]) -> tuple[int, int]:
-    """Call a function. Returns the peak and the end of what it allocates minus what it frees, in bytes."""
+    """Call a function. Return by how many bytes its allocations exceed what it frees: at the peak, and at the end."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -71,7 +71,7 @@ def allocated(function: Callable[[], None]) -> tuple[int, int]:
 
 
 def measure(case: str, world: int) -> dict[str, float]:
-    """Bytes between two steps (`kept`) and at the peak of a step (`peak`)."""
+    """Return the bytes between two steps (`kept`) and at the peak of a step (`peak`) on one of `world` ranks."""
     from state_bytes import live_bytes
 
     from packspeed.launch.config.batch import plan_batch

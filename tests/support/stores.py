@@ -20,7 +20,7 @@ AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAUL
 
 
 class Server:
-    """moto's server. It keeps its objects in memory, so what was there is uploaded again after a restart."""
+    """moto's S3 server. It keeps objects in memory, so after a restart the files of `folder` are uploaded again."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder  # its files are uploaded to s3://bucket/tokens at each start

@@ -1,7 +1,7 @@
 """Verify the checkpoints in a folder with several ranks. Each writes what it found to rank-N.json beside the folder.
 
-The collectives of this process group fail after TIMEOUT_S, and rank 1 takes longer than that to read its share of
-step 1.
+Rank 1 takes longer to read its share of step 1 than TIMEOUT_S, after which collectives fail. So the test shows that
+ranks do not wait for each other in a collective.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TIMEOUT_S = 10.0
 
 
 def main(folder: Path) -> None:
-    """Verify all checkpoints of a folder, then wait for a rank that does not come."""
+    """Verify all checkpoints of a folder. Then wait for rank 2, which arrives only after the others have given up."""
     read: list[str] = []
     beats: list[tuple[str, str]] = []
     topology = start_distributed(timeout_s=TIMEOUT_S, beat=lambda phase, waits="": beats.append((phase, waits)))

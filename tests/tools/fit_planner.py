@@ -1,11 +1,11 @@
-"""Fit the factors of a calibration file to published throughputs, and measure the error for model sizes held out.
+"""Fit the planner's factors (a calibration file) to published throughputs, and measure the error on held-out sizes.
 
     python tests/tools/fit_planner.py published_throughput.csv mosaicml/llm-foundry h100-80gb
     python tests/tools/fit_planner.py published_throughput.csv mosaicml/llm-foundry a100-40gb a100-80gb
 
-The step's time is linear in the factors, so least squares with factors of at least zero has one answer. Rows are
-weighted by the inverse root of their error (an L1 fit). Each model size is then predicted by factors that were fitted
-on the others. Prints the factors, and the median and p90 of the errors of held-out sizes.
+A factor scales the ideal time of one part of the step. The step's time is linear in the factors, so non-negative least
+squares finds them. Rows are weighted by the inverse root of their error, which makes it an L1 fit. Then each model size
+is predicted with factors fitted to the other sizes. Prints the factors, and the median and p90 of these errors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ NAMES = [field.name for field in dataclasses.fields(Factors)]
 
 
 def fit(ideal: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Return the factors with the smallest sum of relative errors."""
+    """Return the factors (parts,) with the smallest sum of relative errors of ideal @ factors.
+
+    ideal (rows, parts): the ideal seconds of each part of a step. seconds (rows,): the measured ones.
+    """
     relative, weights = ideal / seconds[:, None], np.ones(len(seconds))
     for _ in range(60):
         factors, _ = nnls(relative * weights[:, None], weights)
@@ -37,13 +40,13 @@ def fit(ideal: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 
 
 def measured(row: SpeedRow, machine: Machine) -> float:
-    """Return the seconds of a micro batch without the optimizer's part."""
+    """Return the published seconds of a step per micro batch, minus the optimizer's share."""
     share = row.work.tokens * row.work.layout.data / row.work.layout.ranks
     return share / row.tokens_per_s - optimizer_time(row.work, machine, False) / row.work.accumulation
 
 
 def report(name: str, errors: np.ndarray) -> None:
-    """Print the number, median and p90 of some errors."""
+    """Print the number, median and 90th percentile of relative errors. name: begins the line."""
     rows, median, p90, _ = summary(errors.tolist())
     print(f"{name}: {rows} rows, median {median:.2%}, p90 {p90:.2%}")
 

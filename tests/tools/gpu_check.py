@@ -1,17 +1,17 @@
-"""The first GPU run: what cannot be tested without a GPU, on one of them, in under ten minutes.
+"""Check on one GPU, in under ten minutes, what cannot be tested without a GPU.
 
     make gpu-check                                    or: python tests/tools/gpu_check.py [--nanogpt CHECKOUT]
     python tests/tools/gpu_check.py --cpu             the CPU form of every part, as `make test` runs it
     python tests/tools/gpu_check.py --only prove,waits --json
 
-Needs a checkout with its environment and one GPU, neither the internet nor root. The parts come in the order of their
-worth. Each is a process with a time limit of its own. It prints one line per check with what was measured:
+Needs a checkout with its environment and one GPU, neither the internet nor root. The most important parts run first.
+Each part is a process with its own time limit. It prints one line per check with what was measured:
 
     PASS waits zero2 x 8: 1 per step  {"ms_per_step": 61.2}
 
-FAIL: the check has failed, or its part ran out of time or ended in an error, of which the last lines follow. SKIP: the
-machine cannot do it, and the line says why. The last line is a summary; the exit code is 0 only if nothing failed. With
---json, stdout gets one object with all lines, and the lines themselves go to stderr.
+FAIL: the check has failed, or its part ran out of time or ended in an error, whose last lines follow. SKIP: this
+machine cannot run the check, and the line says why. The last line is a summary; the exit code is 0 only if nothing
+failed. With --json, stdout gets one object with all lines, and the lines themselves go to stderr.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ class Context:
 
     @property
     def patience(self) -> float:
-        """The factor of all time limits: a test on a busy CPU must not fail because it is slow."""
+        """Return the factor by which all time limits are multiplied: 5 on a CPU, which may be busy, otherwise 1."""
         return 5.0 if self.cpu else 1.0
 
     @property
     def run_file(self) -> Path:
-        """The run file of the parts that train."""
+        """Return the path of the run file that all parts that train use."""
         return self.folder / "run.yaml"
 
     def say(self, verdict: str | bool, what: str, **figures: Any) -> None:
-        """Print the line of a check. verdict: True, False or "SKIP"."""
+        """Print the line of a check. verdict: True, False or "SKIP". what: the check. figures: what was measured."""
         word = {True: "PASS", False: "FAIL"}.get(verdict, "SKIP") if isinstance(verdict, bool) else verdict
         print(word, what, json.dumps(figures, default=str), flush=True)
 
@@ -74,12 +74,12 @@ class Context:
 
 
 def distance(found: Any, expected: Any) -> float:
-    """Relative L2 distance."""
+    """Return the L2 norm of the difference, divided by the L2 norm of what was expected."""
     return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def milliseconds(function: Callable[[], Any], device: Any, repeats: int = 3) -> float:
-    """Median time of a call on the device."""
+    """Return the median time of a call in milliseconds. On a GPU the time ends when the GPU has finished."""
     import torch
 
     times = []
@@ -93,7 +93,7 @@ def milliseconds(function: Callable[[], Any], device: Any, repeats: int = 3) -> 
 
 
 def outputs_and_gradients(function: Callable[..., Any], inputs: Sequence[Any], dtype: Any) -> list[Any]:
-    """A function's outputs and the gradients of its inputs, for fixed gradients of the outputs, rounded to dtype."""
+    """Return the outputs of a function and the gradients of its inputs, for fixed output gradients rounded to dtype."""
     import torch
 
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -105,7 +105,7 @@ def outputs_and_gradients(function: Callable[..., Any], inputs: Sequence[Any], d
 
 
 def kernels(context: Context) -> None:
-    """Values, gradients and repeatability of every kernel against torch's operations in fp64, and the time of both."""
+    """Compare every kernel with torch's operations in fp64, check that equal inputs give equal bits, and time both."""
     import torch
 
     from packspeed.model import reference_ops as eager
@@ -183,7 +183,7 @@ def kernels(context: Context) -> None:
 
 
 def varlen(context: Context) -> None:
-    """Attention inside documents, with and without a window, against a call per document in fp32, and twice."""
+    """Compare attention inside documents, with and without a window, with one fp32 call per document. Run it twice."""
     import torch
     from torch.nn import functional as F
 
@@ -241,7 +241,7 @@ def varlen(context: Context) -> None:
 
 
 def experts(context: Context) -> None:
-    """Grouped GEMMs of experts, one of them without rows, against a loop in fp64, twice, and beside a dense GEMM."""
+    """Compare the experts' grouped GEMMs with a loop in fp64. Repeat them, and time a dense GEMM too."""
     import torch
     from torch.nn import functional as F
 
@@ -336,9 +336,10 @@ def train(context: Context, name: str, *sets: str, zero: dict[str, Any] | None =
 
 
 def compare(context: Context, what: str, lines: list[dict[str, Any]], base: list[dict[str, Any]], bound: float) -> None:
-    """Say whether a run trains, and stays within `bound` of the losses of another one.
+    """Print PASS if the loss of a run falls and differs from that of the run `base` by at most `bound` in every step.
 
-    Each step that fp16 skips puts the curve behind: the loss of a GPU's run falls by less than 0.5 per step.
+    lines, base: the lines of both runs' metrics.jsonl. `bound` grows by 0.5 for each step that fp16 skipped, because
+    the loss falls by less than that per step.
     """
     skipped = sum("skipped" in line for line in lines)
     bound += 0.5 * skipped
@@ -355,7 +356,7 @@ def compare(context: Context, what: str, lines: list[dict[str, Any]], base: list
 
 
 def prove(context: Context) -> None:
-    """A killed and resumed run equals an uninterrupted one, bit for bit."""
+    """Check that a killed and resumed run equals an uninterrupted one, bit for bit (`packspeed prove`)."""
     # On one GPU there is no resume with other ranks. On a CPU there is none either if nothing else divides the batch.
     odd = ["--set", "train.global_batch_tokens=224", "--set", "train.micro_batch=7"]
     # Four layers on a GPU: a checkpoint of all twelve takes longer than their steps.
@@ -370,7 +371,7 @@ def prove(context: Context) -> None:
 
 
 def precisions(context: Context) -> None:
-    """fp16 and fp8 beside bf16 and fp32."""
+    """Train in fp32, fp16 and fp8, and compare the losses with those in bf16."""
     import torch
 
     base = train(context, "bf16")
@@ -393,7 +394,7 @@ def precisions(context: Context) -> None:
 
 
 def waits(context: Context) -> None:
-    """How often the host waits for the device in a step, by support/host_waits.py: torch counts it on a GPU."""
+    """Check that the host waits for the device at most once per step, as support/host_waits.py counts it."""
     from support import host_waits
 
     if context.cpu:
@@ -419,7 +420,7 @@ def waits(context: Context) -> None:
 
 
 def offload(context: Context) -> None:
-    """Optimizer, at stage 3 weights, and inputs of recomputed blocks in host memory. The last changes no bit."""
+    """Train with optimizer and weights, or activations, in host memory. Offloading activations must change no bit."""
     base = train(context, "on-device")
     sets = ("model.activation_checkpointing=full", "model.activation_offload=true")
     compare(context, "offload activations", train(context, "activations", *sets), base, 0.0)
@@ -428,7 +429,7 @@ def offload(context: Context) -> None:
 
 
 def compiled(context: Context) -> None:
-    """torch.compile block by block, and DeepSpeed's DeepCompile."""
+    """Train with torch.compile and with DeepSpeed's DeepCompile, and compare the losses with those of neither."""
     base = train(context, "not-compiled", "train.steps=6")
     if context.cpu and shutil.which(os.environ.get("CXX", "c++")) is None:
         context.say("SKIP", "compile", why="no C++ compiler")
@@ -442,7 +443,7 @@ def compiled(context: Context) -> None:
 
 
 def memory(context: Context) -> None:
-    """Bytes per parameter that stay allocated between two steps: weights, optimizer states and buckets."""
+    """Measure the bytes per parameter between two steps: weights, optimizer states and buckets."""
     import torch
 
     from packspeed.launch.training import loop
@@ -472,7 +473,7 @@ def memory(context: Context) -> None:
 
 
 def tensor_bytes() -> int:
-    """Bytes of all tensors that Python knows, storages counted once."""
+    """Return the bytes of all tensors that Python can reach. Each storage is counted once."""
     import torch
 
     gc.unfreeze()
@@ -485,7 +486,7 @@ def tensor_bytes() -> int:
 
 
 def bench(context: Context) -> None:
-    """`packspeed bench --compare`: beside transformers' GPT-2, a bare loop and nanoGPT; MFU against both peaks."""
+    """Run `packspeed bench --compare`: speed beside transformers' GPT-2, a bare loop and nanoGPT; MFU for two peaks."""
     rows_file = context.folder / "bench.json"
     quick = (
         ["--rounds", "1", "--steps", "1", "--precision", "bf16"] if context.cpu else ["--rounds", "3", "--steps", "4"]
@@ -515,7 +516,7 @@ def bench(context: Context) -> None:
 
 
 def checkpoint_copies(context: Context) -> None:
-    """An asynchronous save copies the state exactly; on a GPU by way of pinned memory."""
+    """Check that an asynchronous save copies the state exactly. From a GPU it copies through pinned memory."""
     import torch
 
     from packspeed.launch.checkpoint.writer import snapshot
@@ -538,7 +539,7 @@ def checkpoint_copies(context: Context) -> None:
 
 
 def rounded(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures with four significant digits."""
+    """Round all floats to four significant digits."""
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in figures.items()}
 
 
@@ -576,7 +577,10 @@ class Line:
 
 
 def run_part(name: str, context: Context, left_s: float) -> tuple[list[Line], float]:
-    """Run a part in a process of its own. Returns its lines, with one that says why it failed, and its seconds."""
+    """Run a part in its own process, for at most left_s seconds. Return its lines and how many seconds it took.
+
+    If the part fails or runs out of time, its last line says so.
+    """
     limit_s, began = min(PARTS[name].limit_s * context.patience, left_s), time.monotonic()
     if limit_s < 1:
         return [Line("FAIL", name, f"{name}: out of time before it began", {})], 0.0
@@ -598,7 +602,7 @@ def run_part(name: str, context: Context, left_s: float) -> tuple[list[Line], fl
 
 
 def start(name: str, context: Context) -> Any:
-    """Start this file for one part."""
+    """Start this program again in a new process, which runs one part."""
     arguments = ["--part", name, "--folder", str(context.folder), "--nanogpt", context.nanogpt]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's deterministic mode demands it
@@ -611,14 +615,14 @@ def start(name: str, context: Context) -> Any:
 
 
 def stop(process: Any) -> tuple[str, str]:
-    """End a part with everything that it started, and return its output."""
+    """Kill the process of a part and all processes that it started. Return its (stdout, stderr)."""
     os.killpg(process.pid, signal.SIGKILL)
     out, err = process.communicate()
     return out, err
 
 
 def parse(part: str, output: str) -> Iterator[Line]:
-    """The lines of a part."""
+    """Yield the PASS, FAIL and SKIP lines in the output of a part."""
     for text in output.splitlines():
         verdict, _, rest = text.partition(" ")
         if verdict in ("PASS", "FAIL", "SKIP") and rest.endswith("}"):
@@ -627,7 +631,7 @@ def parse(part: str, output: str) -> Iterator[Line]:
 
 
 def check(names: Sequence[str], context: Context, say: Callable[[str], None]) -> tuple[list[Line], str]:
-    """Run the parts in order, on a CPU two at a time. Returns all lines, and the summary."""
+    """Run the parts in order, on a CPU two at a time, and print lines with say(). Return all lines and the summary."""
     began, lines = time.monotonic(), []
 
     def part(name: str) -> tuple[str, list[Line], float]:
@@ -653,7 +657,7 @@ def check(names: Sequence[str], context: Context, say: Callable[[str], None]) ->
 
 
 def gpu_name() -> str:
-    """What nvidia-smi calls the first GPU; torch would initialise CUDA in this process."""
+    """Return the name of the first GPU from nvidia-smi, because torch would initialise CUDA in this process."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     except OSError:
@@ -662,14 +666,14 @@ def gpu_name() -> str:
 
 
 def main() -> int:
-    """Run all parts, or in the process of a part that part."""
+    """Run all parts, or with --part only one, in this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cpu", action="store_true", help="the CPU form of every part")
-    parser.add_argument("--only", default="", help="some parts: " + ",".join(PARTS))
+    parser.add_argument("--cpu", action="store_true", help="run a small version of each part on the CPU; default: GPU")
+    parser.add_argument("--only", default="", help="comma-separated parts; default: all, " + ",".join(PARTS))
     parser.add_argument(
-        "--nanogpt", default=os.environ.get("NANOGPT", ""), help="a checkout of nanoGPT, to compare with"
+        "--nanogpt", default=os.environ.get("NANOGPT", ""), help="folder of a nanoGPT checkout to compare with"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the lines on stderr")
+    parser.add_argument("--json", action="store_true", help="print one JSON object to stdout, and the lines to stderr")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -678,7 +682,7 @@ def main() -> int:
         return 0
     names = [name for name in PARTS if not args.only or name in args.only.split(",")]
     if unknown := set(filter(None, args.only.split(","))) - set(PARTS):
-        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"--only: there is no part {', '.join(sorted(unknown))}; choose among {', '.join(PARTS)}")
     if "data" not in names and any(PARTS[name].trains for name in names):
         names.insert(0, "data")
     if importlib.util.find_spec("packspeed") is None:
@@ -686,7 +690,7 @@ def main() -> int:
             f"run it with the environment of the checkout {ROOT}: make install, then .venv/bin/python {__file__}"
         )
     if not args.cpu and gpu_name() == "no NVIDIA GPU":
-        parser.error("nvidia-smi shows no GPU here. --cpu runs the CPU form of every part")
+        parser.error("nvidia-smi shows no GPU here. Use a machine with a GPU, or add --cpu")
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         context = Context(args.cpu, Path(folder), args.nanogpt)
         lines, summary = check(

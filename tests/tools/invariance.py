@@ -8,10 +8,10 @@ The first table, in ds_configs/README.md, is over ranks, ZeRO stages and micro b
 is over the sizes of the section `parallel`; its model has dropout and two key-value heads. The third, in docs/moe.md,
 has a mixture of experts (ONLY=experts).
 
-The reference is support/plain_loop.py. Every row must have read its batches, or the tool stops. In bf16, whose numbers
-are 60,000 times coarser, and in fp8 another column compares runs with each other: with micro batches of equal size,
-bf16 runs are one curve, whatever the stage and the number of ranks. fp8 rows are left out if the model's sizes do not
-fit it.
+The reference is support/plain_loop.py. If a run has read other batches than the reference, the tool stops. bf16 rounds
+60,000 times more coarsely than fp32, so another column compares the runs in bf16, and those in fp8, with the first of
+them: with micro batches of equal size, all bf16 runs have the same losses, whatever the stage and the number of ranks.
+fp8 rows are left out if the model's sizes do not fit it.
 Cost: one launch for each number of ranks (1 to 4) and one with two threads, about 125 runs.
 """
 
@@ -55,7 +55,7 @@ EVERY_STAGE = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offlo
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One run of the table."""
+    """The settings of one run, which is one row of a table."""
 
     precision: str
     ranks: int
@@ -74,7 +74,10 @@ class Layout:
 
     @property
     def sizes(self) -> str:
-        """The number of ranks, or the sizes of the axes: SP2 x DP2 is 2 groups of 2 that share rows (EP2: experts)."""
+        """Return the number of ranks, or the sizes of the parallel axes.
+
+        SP2 x DP2: two groups of two ranks, and the ranks of a group share rows. EP2: two ranks share experts.
+        """
         if self.expert > 1:
             copies = self.ranks // self.expert
             return f"EP{self.expert} x DP{copies}" if copies > 1 else f"EP{self.expert}"
@@ -85,16 +88,20 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """How many groups of ranks read different rows."""
+        """Return how many groups of ranks read different rows of the batch."""
         return self.ranks // self.sequence // self.tensor
 
     @property
     def label(self) -> str:
-        """What --only searches in."""
+        """Return the text in which --only searches."""
         return f"{self.precision} {self.sizes} {self.stage} {self.micro}{' experts' if self.experts else ''}"
 
     def row(self, global_batch: int, loss: float, norm: float, weight: float, from_first: float | None) -> str:
-        """The line of the table."""
+        """Return this run's line of the table.
+
+        loss, norm (relative), weight: the largest differences from the reference. from_first: of a loss from the first
+        run with this precision; None in fp32.
+        """
         cut = f"{self.micro} x {global_batch // self.groups // self.micro}"
         apart = "" if from_first is None else f"{from_first:.1e}"
         head = f"| {self.precision} | {self.sizes} | {self.stage} | {cut} |"
@@ -102,7 +109,7 @@ class Layout:
 
 
 def layouts(global_batch: int, with_fp8: bool) -> list[Layout]:
-    """Every run of the table. The first in bf16 and in fp8 is what the others of its precision are compared with."""
+    """Return all runs of the first table. The first run in bf16, and in fp8, is what others are compared with too."""
     found: list[Layout] = []
     for ranks in (n for n in (1, 2, 3, 4) if global_batch % n == 0):
         rows = global_batch // ranks
@@ -120,7 +127,7 @@ def layouts(global_batch: int, with_fp8: bool) -> list[Layout]:
 
 
 def parallel_layouts(run: RunFile) -> list[Layout]:
-    """Every run of the second table that the model and the batch allow."""
+    """Return all runs of the second table (sequence, tensor) that the model and the batch allow."""
     found = []
     for ranks, sequence, tensor in ((2, 2, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2), (4, 1, 2), (4, 2, 2)):
         shared = run_with(run, sequence, tensor)
@@ -134,7 +141,7 @@ def parallel_layouts(run: RunFile) -> list[Layout]:
 
 
 def expert_layouts(global_batch: int) -> list[Layout]:
-    """Every run of the third table: on one rank, on two, on two that share rows, and on ranks that share experts."""
+    """Return runs of the third table (experts): on 1 or 2 ranks, on 2 that share rows, on 2 or 4 that share experts."""
     found = []
     for ranks, sequence in ((1, 1), (2, 1), (2, 2)):
         rows = global_batch * sequence // ranks
@@ -151,7 +158,7 @@ def expert_layouts(global_batch: int) -> list[Layout]:
 
 
 def run_with(run: RunFile, sequence: int, tensor: int) -> RunFile:
-    """Return the run with this parallel.sequence and parallel.tensor."""
+    """Return a copy of the run with these values of parallel.sequence and parallel.tensor."""
     sizes = {"sequence": sequence, "tensor": tensor}
     return run.model_copy(update={"parallel": run.parallel.model_copy(update=sizes)})
 
@@ -194,7 +201,7 @@ def table(space: Workspace, sets: list[str], every: list[Layout]) -> list[str]:
 
 
 def fits_fp8(space: Workspace, sets: list[str]) -> bool:
-    """Return whether the sizes of the model are multiples of 16, and a block is left for fp8."""
+    """Return whether fp8 accepts the model: sizes are multiples of 16, and fp8_skip_blocks leaves a block."""
     run = load_run_file(space.run_file, [*sets, "train.precision=fp8"])
     try:
         run.gpt_config(open_data(run).vocab_size)
@@ -204,7 +211,7 @@ def fits_fp8(space: Workspace, sets: list[str]) -> bool:
 
 
 def publish(page: Path, marks: tuple[str, str], lines: list[str], steps: int) -> None:
-    """Write the table between the two comments for it in a page."""
+    """Replace the text between two comments of a page, `marks`, by a table. steps: of each run, for the heading."""
     before, _, rest = page.read_text().partition(marks[0])
     after = rest.partition(marks[1])[2]
     head = f"{steps} steps, loss from {math.log(257):.2f} nats, learning rate 1e-3, weights of about 0.02:"
@@ -215,8 +222,8 @@ def main() -> int:
     """Make the tables for the run file in the arguments, or for the small run file of the tests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_file", nargs="?", help="your run file; default: the tests' small one")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--only", default="", help="a regular expression: only the rows whose name contains it")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each run; default: 200")
+    parser.add_argument("--only", default="", help="only rows that this regular expression finds, such as 'fp32 SP2'")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="invariance-") as folder:
         space = Workspace(Path(folder)) if args.run_file else make_workspace(Path(folder))
