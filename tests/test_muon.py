@@ -55,13 +55,15 @@ def test_singular_values_end_close_to_one(name: str, steps: int, low: float, hig
     assert more.tolist() == pytest.approx([1.0] * 32, abs=1e-3)
 
 
-def one_rank(parameters: list[torch.nn.Parameter], settings: OptimizerSection) -> Muon:
+def one_rank(
+    parameters: list[torch.nn.Parameter], settings: OptimizerSection, products: torch.dtype = torch.float32
+) -> Muon:
     """Muon over complete matrices, in one process without a process group."""
     groups: list[dict[str, Any]] = [
         {"name": MATRICES, "params": parameters, "weight_decay": settings.weight_decay},
         {"name": "no_decay", "params": [torch.nn.Parameter(torch.ones(3))], "weight_decay": 0.0},
     ]
-    optimizer = Muon(groups, functools.partial(torch.optim.AdamW, lr=settings.lr), settings)
+    optimizer = Muon(groups, functools.partial(torch.optim.AdamW, lr=settings.lr), settings, products)
     matrices = [Matrix(*p.shape, flat=p, offset=0, held=[(0, p.numel())]) for p in parameters]
     optimizer.rounds = {parameters[0]: [Round(matrices, 0, True, None)]}
     return optimizer
@@ -69,16 +71,13 @@ def one_rank(parameters: list[torch.nn.Parameter], settings: OptimizerSection) -
 
 @pytest.mark.parametrize(("scale", "adjust"), [("shape", "original"), ("rms", "match_rms_adamw")])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_steps_are_those_of_torchs_muon_bit_for_bit(
-    monkeypatch: pytest.MonkeyPatch, scale: Any, adjust: str, nesterov: bool
-) -> None:
-    """torch computes in bf16 on every device, Packspeed on accelerators only."""
-    monkeypatch.setattr(muon, "products_dtype", lambda: torch.bfloat16)
+def test_steps_are_those_of_torchs_muon_bit_for_bit(scale: Any, adjust: str, nesterov: bool) -> None:
+    """torch computes the products in bf16 on every device, Packspeed in bf16 runs and on accelerators."""
     generator = torch.Generator().manual_seed(3)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     settings = OptimizerSection(name="muon", lr=0.02, momentum=0.9, update_scale=scale, nesterov=nesterov)
-    a = one_rank(ours, settings)
+    a = one_rank(ours, settings, torch.bfloat16)
     b = torch.optim.Muon(
         theirs, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn=adjust, eps=muon.EPS
     )

@@ -36,7 +36,7 @@ from packspeed.launch.engine.experts import expert_part, mark_experts
 from packspeed.launch.engine.groups import optimizer_groups
 from packspeed.launch.engine.hardware import keep_memory
 from packspeed.launch.engine.mpu import make_mpu
-from packspeed.launch.engine.muon import Muon
+from packspeed.launch.engine.muon import Muon, products_dtype
 from packspeed.launch.engine.ops import adamw_class, device_type
 from packspeed.launch.engine.patches.adam_bias import forget_bias_products, update_in_full_vectors
 from packspeed.launch.engine.patches.bf16_gradients import one_zero1, sum_gradients
@@ -336,7 +336,8 @@ def make_muon(groups: list[JsonObject], run: RunFile, ds_config: DsConfig) -> Mu
     offload = ((ds_config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device", "none")
     params = {key: value for key, value in ds_config["optimizer"]["params"].items() if key in ("lr", "betas", "eps")}
     make = DeepSpeedCPUAdam if offload != "none" else adamw_class(ds_config)
-    return Muon(groups, functools.partial(make, **params), run.train.optimizer)
+    bf16_run = any((ds_config.get(block) or {}).get("enabled") for block in ("bf16", "torch_autocast"))
+    return Muon(groups, functools.partial(make, **params), run.train.optimizer, products_dtype(bf16_run))
 
 
 def loss_scale(engine: Engine) -> float | None:

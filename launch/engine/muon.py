@@ -22,10 +22,11 @@ With NorMuon (row_beta), the mean square of each row travels in two more exchang
 
 The owners are chosen so that all ranks compute about as long. Each matrix is multiplied alone and by the same kernels,
 whichever rank owns it. So its update has the same bits in every layout that has the same number of threads per rank.
-Products are in fp32 on CPUs. On GPUs they are in bf16, as in Muon's publications, because the iteration corrects its
-own rounding. On GPUs the exchanges are in bf16, too, which changes no bit of the result. Cost for an n x m matrix, n <=
-m: 4 n^2 m + 2 n^3 FLOPs per iteration; on CPUs, batched products take as long (LOG.md). A fused matrix (queries, keys
-and values; gate and up; experts) is several matrices below each other, each a range of elements.
+Products are in bf16 on GPUs and in bf16 runs, as in Muon's publications, because the iteration corrects its own
+rounding; an fp32 or fp16 run on CPUs computes them in fp32. The exchanges have the dtype of the products, which changes
+no bit of the result. Cost for an n x m matrix, n <= m: 4 n^2 m + 2 n^3 FLOPs per iteration; on CPUs, batched products
+take as long (LOG.md). A fused matrix (queries, keys and values; gate and up; experts) is several matrices below each
+other, each a range of elements.
 """
 
 from __future__ import annotations
@@ -245,9 +246,9 @@ def length(span: slice) -> int:
     return int(span.stop - span.start)
 
 
-def products_dtype() -> torch.dtype:
-    """Return the dtype of Muon's matrix products: bf16 on an accelerator, fp32 on the CPU."""
-    return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
+def products_dtype(bf16_run: bool) -> torch.dtype:
+    """Return the dtype of Muon's matrix products: bf16 on an accelerator and in a bf16 run, else fp32."""
+    return torch.bfloat16 if bf16_run or get_accelerator().device_name() != "cpu" else torch.float32
 
 
 def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
@@ -285,7 +286,8 @@ class Muon(torch.optim.Optimizer):
 
     `groups` are torch's parameter groups, each with a "name". `adam(groups)` returns the Adam optimizer for the others.
     `settings` is the section train.optimizer of the run file; lr, weight_decay and momentum are read from the groups,
-    because they may change from step to step.
+    because they may change from step to step. `products` is the dtype of the matrix products and of the exchanges
+    between ranks.
     """
 
     def __init__(
@@ -293,7 +295,9 @@ class Muon(torch.optim.Optimizer):
         groups: list[JsonObject],
         adam: Callable[[list[JsonObject]], torch.optim.Optimizer],
         settings: OptimizerSection,
+        products: torch.dtype = torch.float32,
     ) -> None:
+        self.products = products
         self.adam = adam([group for group in groups if group["name"] != MATRICES])
         self.settings = settings
         self.coefficients = iteration(settings.ns_coefficients, settings.ns_steps)
@@ -331,7 +335,7 @@ class Muon(torch.optim.Optimizer):
 
         updates: {flattened tensor of the optimizer: the updates before they are orthogonalised}. A collective.
         """
-        rank, dtype, beta = part.rank, products_dtype(), self.settings.row_beta
+        rank, dtype, beta = part.rank, self.products, self.settings.row_beta
         complete = part.collect(lambda matrix: matrix.part(updates[matrix.flat], rank), Matrix.elements, dtype)
         squares: dict[Matrix, Tensor] = {}
         if beta is not None:
