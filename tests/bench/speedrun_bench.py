@@ -1,6 +1,6 @@
 """Time `make speedrun` and nanoGPT's train.py with its published CPU settings, as complete commands, alternately.
 
-    python tests/bench/speedrun_bench.py tinyshakespeare.txt path/to/nanoGPT [--seeds 1 2 3] [--steps 160]
+    python tests/bench/speedrun_bench.py tinyshakespeare.txt path/to/nanoGPT [--seeds 1 2 3] [--recipe speedrun_char_long]
 
 nanoGPT's folder needs data/shakespeare_char/train.bin (its prepare.py makes it). nanoGPT evaluates before the first
 step and after the last one. Packspeed evaluates after the last one, over the complete validation split, and its time
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "launch" / "configs" / "speedrun_char.yaml"
+CONFIGS = ROOT / "launch" / "configs"
 NANOGPT = [
     "config/train_shakespeare_char.py",
     "--device=cpu",
@@ -46,17 +46,16 @@ def seconds(words: list[str], cwd: Path) -> tuple[float, str]:
     return time.monotonic() - start, done.stdout
 
 
-def ours(text: Path, folder: Path, seed: int, steps: int) -> tuple[float, float]:
-    """Return (seconds, validation loss) of preparing the text and training by the recipe."""
+def ours(text: Path, folder: Path, seed: int, recipe: str) -> tuple[float, float]:
+    """Return (seconds, validation loss) of preparing the text and training by the recipe, a file of launch/configs."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     packspeed = str(Path(sys.executable).with_name("packspeed"))
     prepare = [packspeed, "prepare", str(text), "--tokenizer", "bytes", "--val-fraction", "0.1", "--out", "tokens"]
-    lengths = [f"train.steps={steps}", f"train.schedule.decay_steps={steps // 2}", f"eval.every_steps={steps}"]
-    sets = ["data.path=tokens", "runs_dir=.", f"train.seed={seed}", *lengths]
-    train = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(RECIPE), *(f"--set={x}" for x in sets)]
+    sets = [f"--set={word}" for word in ("data.path=tokens", "runs_dir=.", f"train.seed={seed}")]
+    train = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(CONFIGS / f"{recipe}.yaml"), *sets]
     spent = seconds(prepare, folder)[0] + seconds(train, folder)[0]
-    lines = [json.loads(line) for line in (folder / "speedrun_char" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / recipe / "metrics.jsonl").read_text().splitlines()]
     return spent, next(line["val_loss"] for line in reversed(lines) if "val_loss" in line)
 
 
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("nanogpt", type=Path, nargs="?", help="a nanoGPT checkout; default: time only Packspeed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--recipe", default="speedrun_char")
     options = parser.parse_args()
     theirs, mine, losses = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,7 +76,7 @@ def main() -> None:
                 )
                 theirs.append(spent)
                 print(f"nanoGPT: {spent:.1f} s, {[x for x in output.splitlines() if 'val loss' in x][-1]}", flush=True)
-            spent, loss = ours(options.text.resolve(), Path(scratch) / "ours", seed, options.steps)
+            spent, loss = ours(options.text.resolve(), Path(scratch) / "ours", seed, options.recipe)
             mine.append(spent)
             losses.append(loss)
             print(f"seed {seed}: {spent:.1f} s, validation loss {loss:.4f}", flush=True)
