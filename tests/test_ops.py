@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from packspeed.data.storage.lock import lock_file
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.engine import ops
@@ -59,6 +61,23 @@ def test_each_environment_has_its_folder(root: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ops, "environment_name", lambda: "packspeed-py3-torch2")
     ops.prepare_for_ops()
     assert "has one for py3-torch1, but this environment is py3-torch2" in lines_of(Builder("a"))[0]
+
+
+def test_only_one_process_builds_an_op(root: Path) -> None:
+    """A thread in place of the other process: the lock is between open files."""
+    ops.prepare_for_ops()
+    folder = ops._build_folder("some_op")
+    folder.mkdir(parents=True, exist_ok=True)
+    other = lock_file(folder / "build.lock")
+    lines: list[str] = []
+    thread = threading.Thread(target=lambda: lines.extend(lines_of(Builder("a"))))
+    thread.start()
+    time.sleep(0.2)
+    assert not (folder / "some_op.so").exists()
+    other.release()
+    thread.join()
+    assert (folder / "some_op.so").exists()
+    assert "waiting for another process that builds in" in lines[0]
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
 from torch.utils import cpp_extension
 
+from packspeed.data.storage.lock import lock_file
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.json_types import DsConfig
 from packspeed.launch.engine.patches.compatible_ops import mark_as_incompatible
@@ -213,10 +214,27 @@ def do_without(missing: dict[str, str], ds_config: DsConfig, say: Callable[[str]
 
 
 def _build_op(builder: OpBuilder, say: Callable[[str], None]) -> None:
-    """Compile one DeepSpeed op, load it, and report the compilation with `say`. Raises whatever the builder raises."""
+    """Compile one DeepSpeed op, load it, and report the compilation with `say`. Raises whatever the builder raises.
+
+    Only one process compiles at a time: torch's own lock does not keep others from an op that is half built.
+    """
     folder = _build_folder(builder.name)
-    _wait_for_lock(folder / "lock", say)
     built = folder / f"{builder.name}.so"
+
+    def say_wait(_: str) -> None:
+        say(f"waiting for another process that builds in {folder} ...")
+
+    with (
+        contextlib.nullcontext()
+        if built.exists()
+        else lock_file(folder / "build.lock", on_wait=say_wait, required=False)
+    ):
+        _wait_for_lock(folder / "lock", say)
+        _compile_and_load(builder, folder, built, say)
+
+
+def _compile_and_load(builder: OpBuilder, folder: Path, built: Path, say: Callable[[str], None]) -> None:
+    """Load the op whose file is `built`. Compiles it first if it is missing or out of date."""
     if not built.exists():
         say(
             f"building DeepSpeed's {builder.name} with the C++ compiler (one to five minutes, once per environment): "

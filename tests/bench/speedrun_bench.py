@@ -1,6 +1,6 @@
 """Time `make speedrun` and nanoGPT's train.py with its published CPU settings, as complete commands, alternately.
 
-    python tests/bench/speedrun_bench.py tinyshakespeare.txt path/to/nanoGPT [--seeds 1 2 3] [--recipe speedrun_char_long]
+    python tests/bench/speedrun_bench.py tinyshakespeare.txt path/to/nanoGPT [--recipe speedrun_char_long]
 
 nanoGPT's folder needs data/shakespeare_char/train.bin (its prepare.py makes it). nanoGPT evaluates before the first
 step and after the last one. Packspeed evaluates after the last one, over the complete validation split, and its time
