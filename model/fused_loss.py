@@ -44,6 +44,7 @@ class _HeadLoss(torch.autograd.Function):
             d_logits = logits if slope is None else logits.mul_(slope)  # row_losses has left the gradient in them
             torch.mm(d_logits, weight, out=d_rows)
             d_weight = _add_product(d_weight, d_logits.t(), rows)
+            del logits, d_logits, slope  # before the next chunk's logits are computed
         ctx.save_for_backward(d_x, d_weight)
         ctx.dtype = weight.dtype
         return total
