@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from packspeed.model.mtp import MTP
 from packspeed.model.mup import MuP
 
 VOCAB_MULTIPLE = 128  # GEMMs are fastest on full tiles, and tensor-parallel ranks can split the rows evenly
@@ -143,6 +144,7 @@ class GPTConfig:
     zero_init_proj: bool = False  # layers that add to the residual stream start at 0: a block begins as the identity
     residual_scale: bool = False  # a learned factor per channel of what each branch adds to the residual stream
     mup: MuP | None = None  # scale the model, see mup.py; a mapping with the fields of MuP is accepted too
+    mtp: MTP | None = None  # heads that predict later tokens in training, see mtp.py; a mapping is accepted too
     dropout: float = 0.0  # on the embedding and on both branches of a block; needs one key per sample, keyed_dropout.py
     z_loss: float = 0.0  # adds z_loss * log(sum exp logits)^2 to the training loss of each token; PaLM uses 1e-4
     activation_checkpointing: Recompute = "none"  # "full": recompute all blocks; n: 0, n, 2n ...
@@ -171,6 +173,7 @@ class GPTConfig:
             raise ValueError(f"head_dim = {self.head_width} is odd: RoPE turns pairs of channels, so make it even.")
         self._check_rope_scaling()
         self._check_mup()
+        self._check_mtp()
         self._check_experts()
         self._check_window()
         self._check_choices()
@@ -198,6 +201,14 @@ class GPTConfig:
                 raise ValueError(f"mup: {str(error).partition(') ')[2]}.") from None
         if self.mup is not None and self.n_expert is not None:
             raise ValueError("mup with n_expert: there are no rules for routers and experts. Leave one of them out.")
+
+    def _check_mtp(self) -> None:
+        given: Any = self.mtp
+        if isinstance(given, Mapping):
+            try:
+                object.__setattr__(self, "mtp", MTP(**given))
+            except TypeError as error:  # a missing or an unknown key
+                raise ValueError(f"mtp: {str(error).partition(') ')[2]}.") from None
 
     def _check_experts(self) -> None:
         """Raise ValueError if a key of the experts is invalid, or contradicts another key."""
@@ -298,7 +309,8 @@ class GPTConfig:
 
     def embeds_values(self, layer: int) -> bool:
         """Return whether the layer with this index (from 0) adds a token embedding to its values."""
-        return self.value_embeddings is not None and (self.n_layer - 1 - layer) % self.value_embeddings == 0
+        before_last = max(0, self.n_layer - 1 - layer)  # 0 for the blocks of extra heads, too
+        return self.value_embeddings is not None and before_last % self.value_embeddings == 0
 
     @property
     def ff_width(self) -> int:
@@ -320,9 +332,19 @@ class GPTConfig:
         return int(self.max_seq_len * scaling.factor)
 
     @property
+    def extra_heads(self) -> int:
+        """Return the number of heads that predict later tokens in training (mtp.py): mtp.depth, or 0 without mtp."""
+        return 0 if self.mtp is None else self.mtp.depth
+
+    @property
+    def n_block(self) -> int:
+        """Return the number of blocks that training computes: n_layer, and one for each of the extra heads."""
+        return self.n_layer + self.extra_heads
+
+    @property
     def recomputed_blocks(self) -> int:
         """Return the number of blocks that the backward pass computes again."""
-        return sum(map(self.recomputes, range(self.n_layer)))
+        return sum(map(self.recomputes, range(self.n_block)))
 
     def recomputes(self, layer: int) -> bool:
         """Return whether the backward pass computes the block with this index (from 0) again."""
@@ -340,6 +362,7 @@ class GPTConfig:
 
     def window_of(self, layer: int) -> int | None:
         """Return how many tokens a token attends to in this layer, itself included; None: no limit."""
+        layer = min(layer, self.n_layer - 1)  # the blocks of extra heads are like the last layer
         every_nth = self.sliding_window_pattern is not None and (layer + 1) % self.sliding_window_pattern == 0
         return None if layer < (self.max_window_layers or 0) or every_nth else self.sliding_window
 
@@ -367,13 +390,14 @@ def _round_up(value: int, multiple: int) -> int:
 def num_parameters(config: GPTConfig, *, padded: bool = False, active: bool = False) -> int:
     """Return the number of parameters, tied weights counted once.
 
+    The blocks of extra heads (mtp.py) are counted; an exported model does not have them.
     padded: count the padding rows of embedding and head too, as in the built model. Published counts leave them out.
     active: of a layer's experts, count only those that one token uses.
     """
     vocab_size = config.padded_vocab_size if padded else config.vocab_size
     tables = vocab_size * (1 if config.tie_embeddings else 2)
     tables += config.max_seq_len if config.position == "learned" else 0
-    values = vocab_size * config.kv_heads * config.head_width * sum(map(config.embeds_values, range(config.n_layer)))
+    values = vocab_size * config.kv_heads * config.head_width * sum(map(config.embeds_values, range(config.n_block)))
     return tables * config.d_model + values + num_non_embedding_parameters(config, active=active)
 
 
@@ -389,9 +413,9 @@ def num_non_embedding_parameters(config: GPTConfig, *, active: bool = False) -> 
     attention += (queries + config.has_bias("proj")) * d + config.qk_norm * 2 * config.head_width
     attention += d * config.head_gates
     norm = d * (1 + config.has_bias("norm") if config.norm == "layernorm" else 1)
-    mlps = sum(_mlp_parameters(config, layer, active) for layer in range(config.n_layer))
-    mixing = 2 * (config.n_layer - 1) if config.value_residual else 0
-    return config.n_layer * (attention + 2 * norm + config.residual_scale * 2 * d) + mlps + norm + mixing
+    mlps = sum(_mlp_parameters(config, layer, active) for layer in range(config.n_block))
+    mixing = 2 * (config.n_block - 1) if config.value_residual else 0
+    return config.n_block * (attention + 2 * norm + config.residual_scale * 2 * d) + mlps + norm + mixing
 
 
 def _mlp_parameters(config: GPTConfig, layer: int, active: bool) -> int:
@@ -422,7 +446,7 @@ def attended_tokens(config: GPTConfig, seq_len: int) -> int:
 
     A layer without a window adds seq_len: a causal token attends to seq_len / 2 tokens on average.
     """
-    windows = [min(config.window_of(layer) or seq_len, seq_len) for layer in range(config.n_layer)]
+    windows = [min(config.window_of(layer) or seq_len, seq_len) for layer in range(config.n_block)]
     return sum(2 * window - window * window // seq_len for window in windows)
 
 
@@ -437,9 +461,10 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> int:
     layer's experts, N has only those that a token uses.
     Attention's two products cost 12 L a T without a causal mask; a causal model needs half of that. In a layer with a
     window of W < T tokens, T becomes 2 W - W^2 / T: twice the number of tokens that a token attends to on average.
+    Each extra head (mtp.py) counts as one more layer and one more head.
     Padding, recomputed activations, look-ups in embeddings and the optimizer are not counted.
     """
-    head = config.vocab_size * config.d_model
+    head = (1 + config.extra_heads) * config.vocab_size * config.d_model
     attention = config.n_head * config.head_width * attended_tokens(config, seq_len)
     return 6 * (num_non_embedding_parameters(config, active=True) + head + attention)
 

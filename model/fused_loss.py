@@ -22,7 +22,7 @@ from packspeed.model.kernels import Losses
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum the losses of all tokens. The forward pass also computes the gradients, which backward only scales."""
+    """The losses of multi_head_loss. The forward pass also computes the gradients, which backward only scales."""
 
     @staticmethod
     def forward(
@@ -34,27 +34,37 @@ class _HeadLoss(torch.autograd.Function):
         z_loss: float,
         softcap: float | None,
         kernels: Losses,
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        later: float,
+    ) -> tuple[Tensor, Tensor]:
+        losses = torch.zeros(x.size(0), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         d_x, d_weight = torch.empty_like(x), None
-        for rows, label, d_rows in zip(*(_chunks(t, weight) for t in (x, labels, d_x)), strict=True):
-            logits = cap(rows @ weight.t(), softcap)  # (chunk, padded V)
-            slope = None if softcap is None else 1 - (logits / softcap).square()  # d capped / d logits
-            total += kernels.row_losses(logits, label, vocab_size, z_loss, with_gradient=True).sum()
-            d_logits = logits if slope is None else logits.mul_(slope)  # row_losses has left the gradient in them
-            torch.mm(d_logits, weight, out=d_rows)
-            d_weight = _add_product(d_weight, d_logits.t(), rows)
-            del logits, d_logits, slope  # before the next chunk's logits are computed
+        for k, of_one in enumerate(zip(x, labels, d_x, strict=True)):
+            for rows, label, d_rows in zip(*(_chunks(t, weight) for t in of_one), strict=True):
+                logits = cap(rows @ weight.t(), softcap)  # (chunk, padded V)
+                slope = None if softcap is None else 1 - (logits / softcap).square()  # d capped / d logits
+                losses[k] += kernels.row_losses(logits, label, vocab_size, z_loss, with_gradient=True).sum()
+                d_logits = logits if slope is None else logits.mul_(slope)  # row_losses has left the gradient in them
+                torch.mm(d_logits, weight, out=d_rows)
+                if k > 0:
+                    d_rows.mul_(later)
+                d_weight = _add_product(d_weight, d_logits.t(), rows if k == 0 else rows * later)
+                del logits, d_logits, slope  # before the next chunk's logits are computed
         ctx.save_for_backward(d_x, d_weight)
         ctx.dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(losses)
+        return _weighted(losses, later), losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply the saved gradients by the scalar `grad`, in place: copies would be as large as the head."""
         d_x, d_weight = ctx.saved_tensors
-        return d_x.mul_(grad), _scale(d_weight, grad, ctx.dtype), None, None, None, None, None
+        return d_x.mul_(grad), _scale(d_weight, grad, ctx.dtype), None, None, None, None, None, None
+
+
+def _weighted(losses: Tensor, later: float) -> Tensor:
+    """Return the first of the losses (K,), plus `later` times the sum of the others."""
+    return losses[0] + later * losses[1:].sum()
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -134,12 +144,35 @@ def head_loss(
     log(sum exp logits)^2 for each token. softcap: see `cap`. If x or weight require gradients, these are computed here
     and not in the backward pass.
     """
+    return multi_head_loss(x[None], weight, labels[None], vocab_size, kernels, z_loss, softcap)[0]
+
+
+def multi_head_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    kernels: Losses,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    later: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return (losses[0] + later * the sum of the other losses, losses) of K predictions that share the head's weight.
+
+    The first is a scalar in fp32. losses (K,) has the result of head_loss for each x (N, C) in x (K, N, C) and labels
+    (N,) in labels (K, N); it has no gradient. Other arguments as in head_loss. The weight's gradient is summed over the
+    predictions, and the logits of one prediction exist at a time.
+    """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-            x, weight, labels, vocab_size, z_loss, softcap, kernels
+        both: tuple[Tensor, Tensor] = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+            x, weight, labels, vocab_size, z_loss, softcap, kernels, later
         )
-        return loss
-    return head_losses(x, weight, labels, vocab_size, kernels, z_loss, softcap).sum()
+        return both
+    losses = torch.stack([
+        head_losses(rows, weight, label, vocab_size, kernels, z_loss, softcap).sum()
+        for rows, label in zip(x, labels, strict=True)
+    ])  # fmt: skip
+    return _weighted(losses, later), losses
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from packspeed.model.attention import Documents, attend, attend_last
 from packspeed.model.config import GPTConfig
 from packspeed.model.embedding import embedding
 from packspeed.model.fp8_linear import fp8_linear
-from packspeed.model.fused_loss import head_loss, head_losses
+from packspeed.model.fused_loss import head_loss, head_losses, multi_head_loss
 from packspeed.model.kernels import Kernels, choose, out_of_graphs
 from packspeed.model.keyed_dropout import keyed_dropout, mask_offset, site_keys
 from packspeed.model.linear import is_slow, linear
@@ -333,15 +333,19 @@ class Head(nn.Module):
         super().__init__()
         self.tensor = tensor
         self.vocab_size, self.z_loss, self.softcap = config.vocab_size, config.z_loss, config.logit_softcap
+        self.later = 1.0 if config.mtp is None else config.mtp.weight / config.mtp.depth
         self.kernels = "auto" if config.kernels == "compile" else config.kernels  # only blocks are compiled
         rows = config.padded_vocab_size // tensor.size
         self.weight = nn.Parameter(torch.zeros(rows, config.d_model)) if tied is None else tied
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, reduction: Reduction = "mean"
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the logits (B, T, V) for x (B, T, C), or the loss in nats, fp32, if labels (B, T) are given.
 
         Labels below 0 do not count. reduction: "mean" or "sum" over the labels that count returns a scalar; "none"
-        returns the loss of each label, (B, T).
+        returns the loss of each label, (B, T). For x (K, B, T, C) and labels (K, B, T), those of the next token and of
+        K - 1 extra heads, return (the sum to train on, the sum of each, (K,)).
         """
         if labels is None:
             logits = self.tensor.join_last(linear(x, self.weight, None))[..., : self.vocab_size]
@@ -352,11 +356,14 @@ class Head(nn.Module):
         if is_slow(x.dtype, x.device):  # fp32 is faster here; the logits are then fp32 too
             x, weight = x.float(), weight.float()
         losses = choose(self.kernels, x.device) if self.tensor.size == 1 else VocabularyLosses(self.tensor)
-        inputs = x.flatten(0, 1), weight, labels.flatten(), self.vocab_size, losses
+        inputs = x.flatten(-3, -2), weight, labels.flatten(-2), self.vocab_size, losses
         with torch.autocast(device, enabled=False):
             if reduction == "none":
                 return head_losses(*inputs, softcap=self.softcap).view(labels.shape)
-            loss = head_loss(*inputs, z_loss=self.z_loss if self.training else 0.0, softcap=self.softcap)
+            z_loss = self.z_loss if self.training else 0.0
+            if x.dim() == 4:
+                return multi_head_loss(*inputs, z_loss=z_loss, softcap=self.softcap, later=self.later)
+            loss = head_loss(*inputs, z_loss=z_loss, softcap=self.softcap)
         return loss / (labels >= 0).sum() if reduction == "mean" else loss
 
 
@@ -375,7 +382,7 @@ class GPT(nn.Module):
         self.config, self.tensor = config, tensor
         self.embed = Embedding(config.padded_vocab_size, config.d_model, tensor)
         self.pos_embed = Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(config, layer, tensor) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer, tensor) for layer in range(config.n_block))
         self.norm = Norm(config)
         self.lm_head = Head(config, self.embed.weight if config.tie_embeddings else None, tensor)
         if config.kernels == "compile":
@@ -399,7 +406,8 @@ class GPT(nn.Module):
         reduction: Reduction = "mean",
         documents: list[int] | None = None,
         sequence: SequencePart | None = None,
-    ) -> Tensor:
+        future: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the logits, (B, T, V), or if labels are given the loss in nats, fp32, for tokens (B, T) int64.
 
         labels: (B, T) int64, the next token of each token, already shifted. Labels below 0 are ignored.
@@ -412,12 +420,18 @@ class GPT(nn.Module):
             document. Give `positions` that restart at 0 with each document.
         sequence: this rank's part of the rows, if several ranks share their tokens (sequence.py). tokens, labels and
             positions are those of the part; documents are those of complete rows. Every rank must call it.
+        future: (B, T, depth) int64, the labels of the extra heads (mtp.future_labels). The result is then (the sum to
+            train on, the sums of the losses of the next token and of each extra head, (1 + depth,), without gradient).
+            reduction must be "sum". None: the extra heads are not computed.
 
         Raises ValueError if T exceeds the number of learned positions, if the lengths of the documents do not add up to
         B * T, or if the model is in training mode with dropout and dropout_keys is None.
         """
-        x = self.hidden(tokens, positions, dropout_keys, cache, documents, sequence)
-        out: Tensor = self.lm_head(x, labels, reduction)
+        heads = 0 if future is None else self.config.extra_heads
+        x = self.hidden(tokens, positions, dropout_keys, cache, documents, sequence, heads)
+        if future is not None and labels is not None:
+            labels = torch.cat([labels[None], future.movedim(-1, 0)])
+        out: Tensor | tuple[Tensor, Tensor] = self.lm_head(x, labels, reduction)
         return out
 
     def hidden(
@@ -428,8 +442,12 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         documents: list[int] | None = None,
         sequence: SequencePart | None = None,
+        heads: int = 0,
     ) -> Tensor:
-        """Return the head's input, (B, T, C): the final norm, times muP's factor. Arguments as in forward."""
+        """Return the head's input, (B, T, C): the final norm, times muP's factor. Arguments as in forward.
+
+        heads: number of extra heads (mtp.py). If there are some, return the inputs of all heads, (1 + heads, B, T, C).
+        """
         if positions is None:
             start = cache.length if cache is not None else sequence.first if sequence is not None else 0
             self._check_length(start + tokens.size(1))
@@ -442,6 +460,8 @@ class GPT(nn.Module):
                 keys = keys + mask_offset(sequence.first, self.config.d_model)
             x = keyed_dropout(x, keys[0], self.config.dropout)
         branch: Tensor | None = None
+        beside = self.config.n_layer - 1 if heads else len(self.blocks)  # from here on, all layers read the same
+        ends = []  # the residual stream after each of these layers
         packed = (
             None
             if documents is None
@@ -450,7 +470,11 @@ class GPT(nn.Module):
         host = HostActivations() if self.config.activation_offload else None
         first: Tensor | None = None
         with nullcontext() if cache is None else without_graphs(self.config):
-            for layer, block in enumerate(self.blocks):
+            for layer, block in zip(range(self.config.n_layer + heads), self.blocks, strict=False):
+                if layer == beside:
+                    trunk = x if branch is None else x + branch
+                if layer >= beside:
+                    x, branch = trunk, None
                 recompute = self._recomputes(layer)
                 if recompute and branch is not None:  # its inputs are kept: the sum takes half as much as x and branch
                     x, branch = x + branch, None
@@ -462,9 +486,11 @@ class GPT(nn.Module):
                     run = functools.partial(self.checkpoint_fn, block) if recompute else block
                     x, branch, values = run(*inputs, *mixed_in)
                 first = values if layer == 0 else first
+                if layer >= beside:
+                    ends.append(x + branch)
         if cache is not None:
             cache.length += tokens.size(1)
-        out: Tensor = self.norm(x, branch)[1]
+        out: Tensor = self.norm(torch.stack(ends))[1] if heads else self.norm(x, branch)[1]
         factor = scales(self.config).output
         return out if factor == 1 else out * factor
 
@@ -531,10 +557,10 @@ class NoInit(TorchFunctionMode):
 def use_fp8(model: GPT, skip_blocks: int) -> None:
     """Make the linear layers of all blocks but the first and last `skip_blocks` multiply in 8 bits while they train.
 
-    The head and the embedding never do, nor does the model in eval mode. So a validation loss is that of the weights
-    that are exported, and does not depend on the batches in which it is computed.
+    Head, embedding and the blocks of extra heads (mtp.py) never do, nor does the model in eval mode. So a validation
+    loss is that of the weights that are exported, and does not depend on the batches in which it is computed.
     """
-    for block in model.blocks[skip_blocks : len(model.blocks) - skip_blocks]:
+    for block in model.blocks[skip_blocks : model.config.n_layer - skip_blocks]:
         for module in block.modules():
             if isinstance(module, Linear):
                 module.fp8_kernels = model.config.kernels

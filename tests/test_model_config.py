@@ -18,6 +18,7 @@ from packspeed.model.config import (
     preset,
 )
 from packspeed.model.gpt import GPT, gpt_without_weights
+from packspeed.model.mtp import future_labels
 
 SHAPE: dict[str, Any] = {"n_layer": 2, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 32}
 
@@ -64,6 +65,8 @@ def test_formula_counts_the_built_model(name: str) -> None:
         {"attention_gate": "headwise", "value_residual": True, "n_kv_head": 2},
         {"attention_gate": "elementwise", "value_embeddings": 2, "n_layer": 3, "bias": "qkv"},
         {"value_embeddings": 1, "head_dim": 48, "tie_embeddings": False},
+        {"mtp": {"depth": 2}, "mlp": "swiglu", "value_residual": True, "value_embeddings": 2},
+        {"mtp": {"depth": 1}, "bias": False, "n_expert": 4, "d_expert": 24, "first_dense": 1},
     ],
 )
 def test_formula_counts_unusual_models(fields: dict[str, Any]) -> None:
@@ -80,21 +83,27 @@ def test_defaults_of_what_is_left_out() -> None:
     assert (GPTConfig(**SHAPE).padded_vocab_size, preset("gpt2-124m").padded_vocab_size) == (128, 50_304)
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama", "headwise", "elementwise"])
+@pytest.mark.parametrize("family", ["gpt", "llama", "headwise", "elementwise", "mtp"])
 def test_flops_agree_with_torchs_counter(family: str) -> None:
     """The counter sees the whole attention square, and only where attention is plain matmuls; norms are none."""
     fields = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "tie_embeddings": False}
     config = GPTConfig(
         **{**SHAPE, "vocab_size": 128, "bias": False, "kernels": "eager", **({} if family == "gpt" else fields)},
         attention_gate=family if family.endswith("wise") else None,
+        mtp={"depth": 2} if family == "mtp" else None,
     )
     model = GPT(config)
     tokens = torch.randint(0, 128, (3, 32))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, tokens).backward()
-    hidden_half = 6 * config.n_layer * config.d_model * 32
+        if config.mtp is None:
+            model(tokens, tokens).backward()
+        else:
+            model(tokens, tokens, reduction="sum", future=future_labels(tokens, 2))[0].backward()
+    hidden_half = 6 * config.n_block * config.d_model * 32
     norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
-    assert counter.get_total_flops() == tokens.numel() * (flops_per_token(config, 32) + hidden_half - 6 * norms)
+    summed = 2 * config.extra_heads * config.vocab_size * config.d_model  # by addmm_, which the counter does not know
+    expected = flops_per_token(config, 32) + hidden_half - 6 * norms - summed
+    assert counter.get_total_flops() == tokens.numel() * expected
 
 
 def test_flops_with_windows() -> None:
@@ -145,6 +154,9 @@ def test_flops_give_the_mfu_that_llm_foundry_published(row: tuple[int, int, int,
         ({"max_window_layers": 2}, "set sliding_window too"),
         ({"sliding_window": 4, "sliding_window_pattern": 1}, "sliding_window_pattern = 1: give .* at least 2"),
         ({"vocab_size": -1}, "vocab_size = -1"),
+        ({"mtp": {"depth": 0}}, "mtp.depth = 0"),
+        ({"mtp": {"depth": 1, "weight": 0.0}}, "mtp.weight = 0.0"),
+        ({"mtp": {"weight": 0.5}}, "mtp: .*depth"),
         ({"position": "rope", "head_dim": 7}, "odd"),
         ({"mlp": "relu"}, "gelu, gelu_tanh, swiglu"),
         ({"attention_gate": True}, "None, headwise, elementwise"),

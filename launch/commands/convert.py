@@ -37,7 +37,7 @@ def export(
         f"{facts['path']}: {facts['architecture']} in {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB in "
         f"{len(facts['files'])} file(s), from {facts['checkpoint']}"
     )
-    show(facts, [line], json_output)
+    show(facts, [line, *(f"note: {note}" for note in facts["notes"])], json_output)
 
 
 def import_(

@@ -93,6 +93,9 @@ MODEL_KEYS = {
     "channel, which starts at 1 (LayerScale). Cannot be exported.",
     "mup": "Scale initial weights, learning rates and the forward pass by width and depth (muP, CompleteP). The best "
     "learning rate of a small model then stays the best of a large one (docs/recipes.md). Needs adamw or lion.",
+    "mtp": "Extra heads that predict the tokens after the next one, in training only. Each is a block beside the last "
+    "one (model/mtp.py). `loss` and validation loss stay those of the next token. Generation and export leave the "
+    "heads out.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
     "depend only on the seed and on the sample's position in the run, so a resumed run uses the same masks.",
     "z_loss": "Coefficient of the term log(sum exp logits)^2 that is added to the training loss of each token. PaLM "
@@ -179,11 +182,26 @@ class MuPSection(Section):
     )
 
 
+class MTPSection(Section):
+    """Extra heads that predict the tokens after the next one in training."""
+
+    depth: int = Field(
+        ge=1, description="Number of extra heads. Head k predicts the token k places after the next one."
+    )
+    weight: float = Field(
+        0.3,
+        gt=0,
+        description="Weight of the mean of the heads' losses; the next token's loss has the weight 1. DeepSeek-V3 used "
+        "0.3 and later 0.1.",
+    )
+
+
 def _model_section() -> type[Section]:
     """Create the class of the section `model`: a preset, any fields of GPTConfig, or both (a field overrides the
     preset).
     """
     hints = {**typing.get_type_hints(GPTConfig), "rope_scaling": RopeScalingSection, "mup": MuPSection}
+    hints |= {"mtp": MTPSection}
     fields: JsonObject = {
         f.name: (Union[hints[f.name], None], Field(None, description=MODEL_KEYS[f.name]))  # noqa: UP007
         for f in dataclasses.fields(GPTConfig)
@@ -669,6 +687,11 @@ class RunFile(Section):
             raise ConfigError(
                 "model.mup with train.optimizer.name: muon: muP's rules are for AdamW, and Muon's update_scale: "
                 "shape fits every width already. Remove one of the two."
+            )
+        if config.extra_heads >= self.data.seq_len:
+            raise ConfigError(
+                f"model.mtp.depth = {config.extra_heads}: in a sample of data.seq_len = {self.data.seq_len} tokens, "
+                f"the last head has no target. Give at most {self.data.seq_len - 1}."
             )
         if self.train.precision == "fp8" and (
             obstacle := fp8_obstacle(config, self.data.seq_len, self.train.fp8_skip_blocks)

@@ -14,6 +14,7 @@ is read twice, to verify and to convert it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -34,6 +35,7 @@ from packspeed.launch.inference.load_model import end_ids, find_checkpoint, find
 from packspeed.model.config import GPTConfig
 from packspeed.model.hf import CHOOSING_BIAS, hf_shapes, weight_table, zero_biases
 from packspeed.model.hf_config import to_hf_config
+from packspeed.model.mtp import is_dropped
 from packspeed.model.mup import folded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,6 +53,7 @@ class ExportResult(TypedDict):
     dtype: str
     bytes: int  # size of all tensors together
     files: list[str]  # names of the files that contain tensors
+    notes: list[str]  # what of the model was left out
 
 
 def export_hf(
@@ -73,7 +76,8 @@ def export_hf(
         raise ConfigError(f"{out} exists already. Name a folder that does not exist yet.")
     checkpoint = find_checkpoint(run, step)
     manifest = read_manifest(checkpoint)
-    config = GPTConfig(**manifest["config"]["model"])
+    trained_config = GPTConfig(**manifest["config"]["model"])
+    config = dataclasses.replace(trained_config, mtp=None)
     trained_tokenizer = find_tokenizer(manifest["config"], checkpoint, tokenizer)
     hf_config = _hf_config(checkpoint, config, trained_tokenizer, dtype)
     content, tokenizer_config = exported_tokenizer(trained_tokenizer)
@@ -102,7 +106,18 @@ def export_hf(
         "dtype": dtype,
         "bytes": shards.total_bytes,
         "files": shards.names,
+        "notes": dropped_heads(trained_config),
     }
+
+
+def dropped_heads(config: GPTConfig) -> list[str]:
+    """Return a note about the extra heads (model/mtp.py) that an export leaves out; an empty list if there are none."""
+    if config.mtp is None:
+        return []
+    return [
+        f"the {config.extra_heads} extra head(s) of model.mtp were left out, because they serve training only. The run "
+        "folder still has them."
+    ]
 
 
 def _hf_config(checkpoint: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> JsonObject:
@@ -142,6 +157,8 @@ def hf_tensors(checkpoint: Path, config: GPTConfig) -> Iterator[tuple[str, torch
     """
     table = {weight.ours: weight for weight in weight_table(config)}
     for name, states in full_tensors(checkpoint, ("fp32",)):
+        if is_dropped(name, config):
+            continue
         if name not in table:
             raise UserError(
                 f"{checkpoint}: it contains the parameter {name}, which a model of its config does not have."

@@ -30,6 +30,7 @@ from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.engine.numerics import keep_full_precision
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, gpt_without_weights
+from packspeed.model.mtp import is_dropped
 
 GENERATION = "generation_config.json"
 
@@ -73,14 +74,16 @@ def _verified(checkpoint: Path) -> Path:
 def load_model(checkpoint: Path) -> tuple[GPT, dict[str, Any]]:
     """Return the GPT of a checkpoint with fp32 weights, in evaluation mode on the CPU, and the run's configuration.
 
-    From now on, this process computes fp32 matrix products in full fp32. torch's deterministic mode is not needed,
-    because no backward pass follows.
+    Extra heads (model/mtp.py) are left out. From now on, this process computes fp32 matrix products in full fp32.
+    torch's deterministic mode is not needed, because no backward pass follows.
     """
     keep_full_precision()
     config = read_manifest(checkpoint)["config"]
     # "auto" chooses kernels for this device, which may differ from that of the training run.
-    model = gpt_without_weights(GPTConfig(**config["model"] | {"kernels": "auto"}))
-    model.load_state_dict(fp32_state_dict(checkpoint), assign=True)
+    model = gpt_without_weights(GPTConfig(**config["model"] | {"kernels": "auto", "mtp": None}))
+    weights = fp32_state_dict(checkpoint)
+    kept = {name: value for name, value in weights.items() if not is_dropped(name, model.config)}
+    model.load_state_dict(kept, assign=True)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
     return model.eval().requires_grad_(False), config

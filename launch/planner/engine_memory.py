@@ -70,6 +70,13 @@ class EngineSpec:
         return self.seq_len * self.micro_batch / self.sequence
 
     @property
+    def predictions(self) -> float:
+        """Return the number of tokens that the head predicts in one forward pass: with extra heads (model/mtp.py),
+        several for each token.
+        """
+        return self.tokens * (1 + self.model.extra_heads)
+
+    @property
     def autocast(self) -> bool:
         """Return whether the weights are fp32 and products are computed in 16 bits."""
         return self.stage == 0 and self.precision != "fp32"
@@ -235,8 +242,8 @@ def _mixed_value_bytes(spec: EngineSpec) -> float:
     model = spec.model
     if _attends_in_fp32(spec):
         return 0.0
-    mixed = [model.embeds_values(layer) or (model.value_residual and layer > 0) for layer in range(model.n_layer)]
-    return spec.value_bytes * model.kv_heads * model.head_width / spec.tensor * sum(mixed) / model.n_layer
+    mixed = [model.embeds_values(layer) or (model.value_residual and layer > 0) for layer in range(model.n_block)]
+    return spec.value_bytes * model.kv_heads * model.head_width / spec.tensor * sum(mixed) / model.n_block
 
 
 def _attends_in_fp32(spec: EngineSpec) -> bool:
@@ -256,7 +263,7 @@ def hidden_bytes(spec: EngineSpec) -> float:
         router += (4 if model.n_shared_expert else 2) * model.d_model
     experts = model.n_expert_active * (2 * e * model.d_model + ff * model.expert_width + 32) + router
     experts += ff * model.n_shared_expert * model.expert_width
-    sparse = (model.n_layer - model.first_dense) / model.n_layer
+    sparse = (model.n_block - model.first_dense) / model.n_block
     return sparse * experts + (1 - sparse) * ff * model.ff_width
 
 
@@ -264,7 +271,7 @@ def multiplied_weights(spec: EngineSpec) -> float:
     """Return the number of weights in a block's matrices on this rank, with its experts, as a mean over the blocks."""
     model = spec.model
     matrices = 3 if model.mlp == "swiglu" else 2
-    sparse = (model.n_layer - model.first_dense) / model.n_layer if model.n_expert else 0.0
+    sparse = (model.n_block - model.first_dense) / model.n_block if model.n_expert else 0.0
     width = (1 - sparse) * model.ff_width
     width += sparse * ((model.n_expert or 0) / spec.expert + model.n_shared_expert) * model.expert_width
     heads = (sum(model.qkv_heads) + model.n_head) * model.head_width + model.head_gates
@@ -274,7 +281,7 @@ def multiplied_weights(spec: EngineSpec) -> float:
 def expert_parameters(model: GPTConfig) -> int:
     """Return the number of parameters of all experts, without routers and shared experts."""
     matrices = 3 if model.mlp == "swiglu" else 2
-    count = (model.n_layer - model.first_dense) * (model.n_expert or 0)
+    count = (model.n_block - model.first_dense) * (model.n_expert or 0)
     return count * matrices * model.d_model * model.expert_width
 
 
@@ -292,12 +299,12 @@ def _blocks(spec: EngineSpec) -> tuple[float, float]:
     if model.mlp_chunk is not None and model.mlp_chunk < spec.tokens:
         each -= hidden_bytes(spec) * spec.tokens
         chunk = hidden_bytes(spec) * model.mlp_chunk
-    kept = (model.n_layer - again) * each + _recomputed_inputs(spec, 2 if spec.offloads_activations else None)
+    kept = (model.n_block - again) * each + _recomputed_inputs(spec, 2 if spec.offloads_activations else None)
     if model.value_residual and again:  # the first layer's values, inputs of all other blocks
         kept += spec.value_bytes * model.kv_heads * model.head_width / spec.tensor * spec.tokens
     copies = 0.0
     if spec.autocast:  # 16-bit copies of the weights of all products, made once in a forward pass
-        copies = 2 * multiplied_weights(spec) * (model.n_layer - again)
+        copies = 2 * multiplied_weights(spec) * (model.n_block - again)
     return kept + copies, chunk + (each if again else 0.0)
 
 
@@ -311,7 +318,7 @@ def _embedding(spec: EngineSpec) -> float:
 def _last_norm(spec: EngineSpec) -> float:
     """Return the bytes kept for the last norm."""
     model, e = spec.model, 4 if spec.autocast else spec.value_bytes
-    return (8 if model.norm == "rmsnorm" and spec.device == "cpu" else e) * model.d_model * spec.tokens
+    return (8 if model.norm == "rmsnorm" and spec.device == "cpu" else e) * model.d_model * spec.predictions
 
 
 def _head(spec: EngineSpec) -> tuple[float, float]:
@@ -324,9 +331,10 @@ def _head(spec: EngineSpec) -> tuple[float, float]:
     weight = rows * model.d_model
     if spec.device == "cpu" and e == 2 and logits <= limit + SUM_BYTES * weight:
         chunks = 1  # model/fused_loss.py: a second chunk would take more memory than it saves
-    wide = e == 2 and (spec.device == "gpu" or chunks > 1)
-    gradients = spec.tokens * model.d_model * e + weight * (4 if wide else e)
-    product = weight * e if chunks > 1 and spec.device == "cpu" and e == 2 else 0.0
+    summed = chunks > 1 or spec.model.extra_heads > 0  # the weight's gradient is a sum of several products
+    wide = e == 2 and (spec.device == "gpu" or summed)
+    gradients = spec.predictions * model.d_model * e + weight * (4 if wide else e)
+    product = weight * e if summed and spec.device == "cpu" and e == 2 else 0.0
     copy = 2 * weight if spec.autocast else 0.0
     return gradients + copy, logits / chunks + product
 
@@ -363,7 +371,7 @@ def _end_of_forward(spec: EngineSpec) -> Kinds:
     """
     kept, _ = _blocks(spec)
     gradients, logits = _head(spec)
-    rows = spec.tokens * spec.model.d_model * spec.value_bytes  # the head's input, which nothing keeps
+    rows = spec.predictions * spec.model.d_model * spec.value_bytes  # the head's input, which nothing keeps
     losses, weight = _losses(spec), gradients - rows  # the weight's gradient comes after the first losses
     return {
         "gathered": _gathered(spec),
@@ -412,7 +420,8 @@ def _start_of_backward(spec: EngineSpec) -> Kinds:
     if block and block + passing + waiting > _last_norm(spec) + gradients:
         return base | {"activations": activations + waiting, "recompute": block + passing}
     head = activations + _last_norm(spec) + gradients
-    return base | {"activations": head + (0 if block else _passing(spec))}
+    of_all = _passing(spec) * (1 + spec.model.extra_heads)  # which pass the last norm together
+    return base | {"activations": head + (0 if block else of_all)}
 
 
 def _bucket(spec: EngineSpec) -> Kinds:

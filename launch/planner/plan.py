@@ -180,7 +180,7 @@ def work_of(job: Job) -> Work:
     return Work(
         model=job.model, seq_len=job.run.data.seq_len, micro_batch=job.batch.micro_batch,
         accumulation=job.batch.accumulation, precision=job.precision,
-        recomputed=job.model.recomputed_blocks / job.model.n_layer,
+        recomputed=job.model.recomputed_blocks / job.model.n_block,
         layout=Layout(
             ranks=job.ranks, per_host=job.machine.per_host, stage=job.stage, tensor=job.batch.layout.tensor,
             context=job.batch.layout.sequence, expert=job.batch.layout.expert,

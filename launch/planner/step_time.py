@@ -61,8 +61,9 @@ def ideal_parts(work: Work, machine: Machine) -> dict[str, float]:
     share = 1 / (layout.tensor * layout.pipeline * layout.context)
     again = 1 + work.recomputed / 3
     rows = work.block_products * again + (model.d_model * work.ff_rows / 3 if model.mlp_chunk else 0)  # a forward more
-    products = 6 * model.n_layer * rows * tokens / peak * share
-    head = 6 * model.padded_vocab_size * model.d_model * tokens / peak * share
+    products = 6 * model.n_block * rows * tokens / peak * share
+    logits = (1 + model.extra_heads) * model.padded_vocab_size * tokens
+    head = 6 * logits * model.d_model / peak * share
     attended = attended_tokens(model, work.seq_len)
     attention = (7 + 2 * work.recomputed) * attended * work.queries * tokens / peak * share
     # Tensor-parallel ranks divide all but the four full-width inputs and outputs of a block's products.
@@ -73,8 +74,8 @@ def ideal_parts(work: Work, machine: Machine) -> dict[str, float]:
         "products": head + (0 if eight_bit else products),
         "products_fp8": products if eight_bit else 0.0,
         "attention": attention,
-        "memory": 2 * again * model.n_layer * tokens * widths / bandwidth * share,
-        "head": 12 * model.padded_vocab_size * tokens / bandwidth * share,
+        "memory": 2 * again * model.n_block * tokens * widths / bandwidth * share,
+        "head": 12 * logits / bandwidth * share,
         "link": sends(work) / machine.link,
         "network": sends_between_hosts(work) / machine.network,
         "stragglers": (head + products) * math.log2(layout.hosts),
@@ -85,7 +86,7 @@ def sends(work: Work) -> float:
     """Return the bytes that one GPU sends in a micro batch, inside its host and to other hosts."""
     layout, model = work.layout, work.model
     activation = work.tokens / layout.context * model.d_model * 2
-    blocks = model.n_layer / layout.pipeline
+    blocks = model.n_block / layout.pipeline
     again = 1 + work.recomputed / 2
     tensor = 8 * blocks * activation * again * _others(layout.tensor)
     context = 8 * blocks * activation / layout.tensor * _others(layout.context)
@@ -128,7 +129,7 @@ def step_time(work: Work, machine: Machine, *, offload_optimizer: bool = False) 
     attention = ideal["attention"] * factors.attention
     memory = ideal["memory"] * factors.memory + ideal["head"] * factors.head
     compute = products + attention + memory
-    started = work.model.n_layer / layout.pipeline * KERNELS_PER_BLOCK * machine.kernel
+    started = work.model.n_block / layout.pipeline * KERNELS_PER_BLOCK * machine.kernel
     host = max(0.0, started - compute)
     sent = ideal["link"] + ideal["network"]
     exposed = max(ideal["link"] * factors.link + ideal["network"] * factors.network, sent - compute)

@@ -102,7 +102,7 @@ class Work:
         if model.n_expert is None:
             return matrices * model.ff_width
         used = (model.n_expert_active + model.n_shared_expert) * model.expert_width
-        sparse = (model.n_layer - model.first_dense) / model.n_layer
+        sparse = (model.n_block - model.first_dense) / model.n_block
         return matrices * (sparse * used + (1 - sparse) * model.ff_width)
 
     @property

@@ -43,6 +43,11 @@ class StepLine(_StepLine, total=False):
     skipped: Annotated[str, "", "why the optimizer did not apply this step"]
     # In the order of data.sources; older versions wrote an object with the sources' paths as keys.
     epochs: Annotated[list[float] | dict[str, float], "epochs", "mixtures only: passes over each source so far"]
+    mtp_losses: Annotated[
+        list[float | None],
+        "nats per token",
+        "model.mtp only: loss of each extra head, the mean over its targets; null if it is not finite",
+    ]
     expert_load: Annotated[float, "", "experts only: largest load of an expert over its layer's mean, in any layer"]
     dead_experts: Annotated[
         int, "experts", "experts without a token of the global batch, padding included, in all layers"

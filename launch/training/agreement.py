@@ -1,10 +1,10 @@
 """What the ranks agree on in each step: an all-reduce of a few numbers, which the CPU reads together with the gradient
 norm.
 
-    agreement = all_reduce_agreement(trainer, loss, data_hash)      # a tensor on the device; the CPU does not wait
+    agreement = all_reduce_agreement(trainer, losses, data_hash)    # a tensor on the device; the CPU does not wait
     trainer.norm_hook.agree(agreement)
     trainer.engine.step()                                           # the hook reads it and calls judge()
-    agreed = Agreement.of(trainer.norm_hook.read_agreement())       # the numbers, which are on the CPU by now
+    agreed = Agreement.of(trainer.norm_hook.read_agreement(), extra_heads)      # the numbers, on the CPU by now
 """
 
 from __future__ import annotations
@@ -30,31 +30,34 @@ class Agreement(NamedTuple):
     ranks_stopping: float  # number of ranks that a signal asked to stop
     ranks_written: float  # number of ranks that have written their files of the pending checkpoint
     data_hash: float  # sum of 32-bit hashes of the rows, exact in fp64
+    head_losses: Sequence[float] = ()  # of the extra heads (model/mtp.py): mean over their targets, nats per token
     expert_counts: Sequence[float] = ()  # tokens of each expert, layer after layer; empty for a dense model
 
     @classmethod
-    def of(cls, numbers: Sequence[float]) -> Agreement:
-        """Return the Agreement whose fields are the elements of the tensor from all_reduce_agreement."""
+    def of(cls, numbers: Sequence[float], extra_heads: int = 0) -> Agreement:
+        """Return the Agreement for the elements of the tensor from all_reduce_agreement."""
+        first = SCALARS + extra_heads
+        losses, shares = numbers[SCALARS:first], numbers[first : first + extra_heads]
+        means = [loss / share if share else 0.0 for loss, share in zip(losses, shares, strict=True)]
         loss, stopping, written, data_hash = numbers[:SCALARS]
-        return cls(loss, stopping, written, data_hash, numbers[SCALARS:])
+        return cls(loss, stopping, written, data_hash, means, numbers[first + extra_heads :])
 
 
-SCALARS = len(Agreement._fields) - 1  # the numbers before those of the experts
+SCALARS = 4  # the numbers before those of extra heads and experts
 
 
-def all_reduce_agreement(trainer: Trainer, loss: torch.Tensor, data_hash: int) -> torch.Tensor:
+def all_reduce_agreement(trainer: Trainer, losses: torch.Tensor, data_hash: int) -> torch.Tensor:
     """Sum every rank's share of an Agreement, and return it as an fp64 tensor on the device. A collective.
 
-    Its elements are the fields of Agreement in their order. `loss` is this rank's mean loss, a scalar tensor, and
-    `data_hash` the hash of this rank's rows. Call it once per step: it also collects each expert's token count, and
-    resets it to 0.
+    Its elements are the first four fields of Agreement, then the losses of the extra heads and their shares of targets,
+    then the experts' counts. `losses` is this rank's mean of what micro_batch_loss reports, and `data_hash` the hash of
+    this rank's rows. Call it once per step: it also collects each expert's token count, and resets it to 0.
     """
     stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
     counted = data_hash if trainer.topology.first_of_rows else 0
-    own = to_device(np.array([stopping, written, counted], dtype=np.float64), loss.device)
-    share = torch.cat(
-        [loss.double().view(1) / trainer.topology.world, own, own_counts(trainer.engine.module, loss.device)]
-    )
+    own = to_device(np.array([stopping, written, counted], dtype=np.float64), losses.device)
+    loss, of_heads = torch.split(losses.double() / trainer.topology.world, [1, losses.numel() - 1])
+    share = torch.cat([loss, own, of_heads, own_counts(trainer.engine.module, losses.device)])
     return trainer.topology.sum(share)
 
 

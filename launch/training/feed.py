@@ -1,6 +1,6 @@
 """Prepare batches on the device one step ahead, so that the device never waits for the CPU to prepare one.
 
-    feed = Feed(prefetcher, rows, topology)
+    feed = Feed(prefetcher, rows, topology, config.extra_heads)
     number, batch = next(feed)     # waits for the data if stage() has not prepared this batch
     feed.stage()                   # while the device computes: prepare the next batch
 
@@ -29,11 +29,11 @@ class StagedBatch:
 class Feed:
     """Iterates over the batches of a Prefetcher, prepared for training: yields (batch number, StagedBatch).
 
-    `rows` is the number of rows per micro batch.
+    `rows` is the number of rows per micro batch. extra_heads: see micro_batches.
     """
 
-    def __init__(self, batches: Prefetcher, rows: int, topology: Topology) -> None:
-        self._batches, self._rows, self._topology = batches, rows, topology
+    def __init__(self, batches: Prefetcher, rows: int, topology: Topology, extra_heads: int = 0) -> None:
+        self._batches, self._rows, self._topology, self._extra_heads = batches, rows, topology, extra_heads
         self._staged: tuple[int, StagedBatch] | None = None
 
     def __iter__(self) -> Feed:
@@ -52,4 +52,5 @@ class Feed:
             self._staged = self._prepare(*following)
 
     def _prepare(self, number: int, batch: Batch) -> tuple[int, StagedBatch]:
-        return number, StagedBatch(list(micro_batches(batch, self._rows, self._topology)), batch.hash())
+        micro = micro_batches(batch, self._rows, self._topology, self._extra_heads)
+        return number, StagedBatch(list(micro), batch.hash())

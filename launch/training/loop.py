@@ -34,7 +34,7 @@ from packspeed.launch.engine.experts import expert_norm_group
 from packspeed.launch.engine.groups import set_rates
 from packspeed.launch.engine.norms import parameter_norms
 from packspeed.launch.engine.protocol import Engine
-from packspeed.launch.training.agreement import SCALARS, Agreement, all_reduce_agreement
+from packspeed.launch.training.agreement import Agreement, all_reduce_agreement
 from packspeed.launch.training.anomaly_policy import handle_veto
 from packspeed.launch.training.evaluation import evaluate_and_record
 from packspeed.launch.training.experts import balance
@@ -90,7 +90,7 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
         trainer.enter("data")
         # 1. Batch: a pure function of run file, dataset, seed and batch number. A thread reads ahead, and the feed
         #    copies the next batch to the device during the step.
-        feed = Feed(batches, trainer.plan.micro_batch, topology)
+        feed = Feed(batches, trainer.plan.micro_batch, topology, trainer.extra_heads)
         for step, (_, batch) in enumerate(feed, start=start_step + 1):
             lr = learning_rate(step - 1, run.train)
 
@@ -171,21 +171,21 @@ def train_step(
     set_rates(engine.optimizer.param_groups, number, trainer.run.train, scales(cast(GPT, engine.module).config))
     trainer.detector.begin_step()
     norm_hook.begin_step()
-    loss_sum = torch.zeros((), device=trainer.topology.device)
+    losses = torch.zeros(1 + 2 * trainer.extra_heads, device=trainer.topology.device)  # see micro_batch_loss
     layer_norms = None
     for micro in batch.micro_batches:
         # 2. Forward and backward. DeepSpeed's backward divides by the number of micro batches, so that the gradient
         #    is that of the mean over all tokens of the global batch.
         trainer.enter("forward")
-        loss = micro_batch_loss(trainer, micro)
+        loss, reported = micro_batch_loss(trainer, micro)
         trainer.enter("backward")
         engine.backward(loss)
-        loss_sum += loss.detach()
+        losses += reported
         if engine.is_gradient_accumulation_boundary():
             # 3. Agreement: before the optimizer steps, every rank learns the global loss, whether a rank must stop, and
             #    how far an asynchronous checkpoint is.
             trainer.enter("step")
-            agreement = all_reduce_agreement(trainer, loss_sum / plan.accumulation, batch.hash)
+            agreement = all_reduce_agreement(trainer, losses / plan.accumulation, batch.hash)
             norm_hook.agree(agreement)
             if with_norms:
                 layer_norms = parameter_norms(engine, expert_norm_group(trainer.topology))
@@ -201,11 +201,11 @@ def train_step(
             engine.step()
         except Exception as error:
             raise explain_step_error(engine, error) from error
-    agreed = Agreement.of(norm_hook.read_agreement())
+    agreed = Agreement.of(norm_hook.read_agreement(), trainer.extra_heads)
     overflow = trainer.detector.anomaly is None and getattr(engine.optimizer, "overflow", False)
     if trainer.detector.anomaly is None and not overflow:
         # The optimizer has stepped, so the experts' biases move too. The agreement ends with the experts' token counts.
-        balance(engine.module, agreement[SCALARS:])
+        balance(engine.module, agreement[agreement.numel() - len(agreed.expert_counts) :])
     return StepResult(
         loss=agreed.loss,
         norm=norm_hook.norm,
@@ -214,6 +214,7 @@ def train_step(
         checkpoint_written=agreed.ranks_written == trainer.topology.world,
         not_taken=f"fp16 overflow, loss scale now {loss_scale(engine):g}" if overflow else None,
         layer_norms=layer_norms,
+        head_losses=agreed.head_losses,
         expert_counts=agreed.expert_counts,
     )
 

@@ -101,6 +101,9 @@ class Metrics:
         step = line["step"]
         if "val_loss" in line or step % self.log_every_steps == 0 or step in (self._start_step + 1, self.total_steps):
             events = [(TAGS[key], value, step) for key, value in line.items() if key in TAGS and value is not None]
+            if "mtp_losses" in line:
+                heads = enumerate(line["mtp_losses"], start=1)
+                events += [(f"train/mtp_loss_{k}", loss, step) for k, loss in heads if loss is not None]
             events += [(f"goodput/{bucket}", share, step) for bucket, share in self.shares().items()]
             if self._monitor_broken:
                 self._renew_events()

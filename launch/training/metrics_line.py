@@ -37,6 +37,8 @@ def metrics_line(
     report = getattr(trainer.loader, "report", None)  # only a mixture's loader has one
     if report is not None:
         line["epochs"] = [row["epochs"] for row in report(line["samples"])]
+    if result.head_losses:
+        line["mtp_losses"] = [finite_or_none(loss) for loss in result.head_losses]
     if result.expert_counts:
         line["expert_load"], line["dead_experts"] = load(trainer.engine.module, result.expert_counts)
     return line

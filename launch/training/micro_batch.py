@@ -15,6 +15,7 @@ import torch
 from packspeed.data.loader import Batch
 from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.engine.distributed import Topology
+from packspeed.model.mtp import future_labels
 from packspeed.model.sequence import SequencePart
 
 if TYPE_CHECKING:
@@ -31,10 +32,14 @@ class MicroBatch:
     # More arguments of GPT.forward. positions (as inputs) and documents (lengths) restrict attention to documents;
     # sequence says which part of each row this rank has.
     arguments: dict[str, torch.Tensor | list[int] | SequencePart]
+    future: torch.Tensor | None  # (B, T, extra heads): labels further on, see future_labels (model/mtp.py)
 
 
-def micro_batches(batch: Batch, rows: int, topology: Topology) -> Iterator[MicroBatch]:
-    """Yield this rank's batch as micro batches of `rows` rows, in order, on the device."""
+def micro_batches(batch: Batch, rows: int, topology: Topology, extra_heads: int = 0) -> Iterator[MicroBatch]:
+    """Yield this rank's batch as micro batches of `rows` rows, in order, on the device.
+
+    extra_heads: for how many extra heads (model/mtp.py) the model gets labels; 0: it does not compute them.
+    """
     device, sequence = topology.device, topology.sequence(batch.inputs.shape[1])
     for part in batch.cut(rows):
         tokens = to_device(part.tokens, device).long()
@@ -46,6 +51,7 @@ def micro_batches(batch: Batch, rows: int, topology: Topology) -> Iterator[Micro
         else:
             inputs, labels = tokens, to_device(part.targets, device).long()
         arguments: dict[str, torch.Tensor | list[int] | SequencePart] = {}
+        positions = None
         if part.positions is not None and part.documents is not None:
             positions = to_device(part.positions, device).long()
             arguments = {"positions": positions, "documents": part.documents.tolist()}
@@ -54,25 +60,36 @@ def micro_batches(batch: Batch, rows: int, topology: Topology) -> Iterator[Micro
             # number of labels before the padding in each row.
             counts = np.arange(labels.size(1)) < part.used[:, None]  # (B, T)
             labels = labels.masked_fill(~to_device(counts, device), -1)
-        if sequence is not None:  # last, because the label of a token is the next one, which another rank may have
+        future = future_labels(labels, extra_heads, positions) if extra_heads else None
+        if sequence is not None:  # last, because the label of a token is a later one, which another rank may have
             inputs, labels = sequence.cut(inputs), sequence.cut(labels)
+            future = None if future is None else sequence.cut(future)
             arguments["sequence"] = sequence
             arguments |= {key: sequence.cut(x) for key, x in arguments.items() if isinstance(x, torch.Tensor)}
-        yield MicroBatch(inputs, labels, part, arguments)
+        yield MicroBatch(inputs, labels, part, arguments, future)
 
 
-def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> torch.Tensor:
-    """Return the loss of a micro batch: a scalar tensor on the device, with its graph for the backward pass.
+def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of a micro batch, a scalar with its graph for the backward pass, and what to report of it.
 
-    It is scaled so that its mean over all micro batches and ranks is the mean loss over all tokens of the global batch.
+    The second tensor has the loss of the next token, then the loss of each extra head (model/mtp.py), then the share of
+    tokens for which each extra head has a target: (1 + 2 extra heads,), on the device. Without extra heads, its only
+    element is the loss. All are scaled so that their mean over all micro batches and ranks is the mean over the tokens
+    of the global batch.
     """
     keys = dropout_keys(micro.rows.samples, trainer.run.train.seed, micro.inputs.device)
     # The engine calls GPT.forward (model/gpt.py).
-    total: torch.Tensor = trainer.engine(
-        micro.inputs, micro.labels, reduction="sum", dropout_keys=keys, **micro.arguments
+    out = trainer.engine(
+        micro.inputs, micro.labels, reduction="sum", dropout_keys=keys, future=micro.future, **micro.arguments
     )
     counted = micro.rows.global_used or trainer.run.train.global_batch_tokens
-    return total / tokens_per_pass(counted, trainer.plan)
+    per_pass = tokens_per_pass(counted, trainer.plan)
+    if micro.future is None:
+        loss: torch.Tensor = out / per_pass
+        return loss, loss.detach().view(1)
+    total, losses = out
+    targets = (micro.future >= 0).sum((0, 1))
+    return total / per_pass, torch.cat([losses, targets]) / per_pass
 
 
 def tokens_per_pass(counted: int, plan: BatchPlan) -> float:

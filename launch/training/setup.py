@@ -83,6 +83,7 @@ def make_trainer(
         detector=detector,
         norm_hook=GradientNormHook(engine, judge_by(detector), without_zero or tensor_group(topology, engine.module)),
         timer=timer,
+        extra_heads=config.extra_heads,
         flops_per_token=flops_per_token(config, run.data.seq_len),
         peak_flops=peak_flops(topology, engine),
         log=log,

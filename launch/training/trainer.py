@@ -37,6 +37,7 @@ class Trainer:
     detector: AnomalyDetector  # decides from loss and gradient norm whether a step is bad
     norm_hook: GradientNormHook  # computes the norm inside engine.step(), and vetoes the update if the detector says so
     timer: PhaseTimer  # measures the wall time of each phase, for packspeed goodput
+    extra_heads: int  # number of heads that predict later tokens (model/mtp.py)
     flops_per_token: float  # model FLOPs of one training step, per token
     peak_flops: float  # FLOP/s of all ranks together
     log: Callable[[str], None]  # prints a line on rank 0, nothing on the others
@@ -74,4 +75,5 @@ class StepResult:
     checkpoint_written: bool  # every rank has written its files of the pending asynchronous checkpoint
     not_taken: str | None = None  # why the optimizer did not step: an anomaly, or an overflow in fp16
     layer_norms: dict[str, dict[str, float]] | None = None  # result of parameter_norms, if it was asked for
+    head_losses: Sequence[float] = ()  # see Agreement
     expert_counts: Sequence[float] = ()  # see Agreement

@@ -92,7 +92,7 @@ class BaselineLoop:
 def _bare(setup: BenchSetup) -> Baseline:
     """Return Packspeed's own GPT, its loss and its optimizer as a baseline."""
     keep_memory()  # the same allocator settings as in training
-    gpt, train = GPT(setup.config), setup.run.train
+    gpt, train = GPT(dataclasses.replace(setup.config, mtp=None)), setup.run.train
     init_weights(gpt, train.seed)
 
     def loss(model: torch.nn.Module, inputs: Tensor, labels: Tensor, keys: Tensor) -> Tensor:

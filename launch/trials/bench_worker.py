@@ -100,7 +100,7 @@ class PackspeedLoop:
             open_run_files(self.trainer, {"step": 0})
         self.marks = self.trainer.timer.listener = PhaseMarks(topology.device)
         self.batches = setup.batches()
-        self.feed = Feed(self.batches, setup.plan.micro_batch, topology)
+        self.feed = Feed(self.batches, setup.plan.micro_batch, topology, setup.config.extra_heads)
         self.last_loss = float("nan")
 
     def step(self) -> None:

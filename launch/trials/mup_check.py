@@ -97,7 +97,7 @@ def mup_check(
 
 def widened(config: GPTConfig, width: int) -> GPTConfig:
     """Return the config with d_model = width. The width of a head, the query heads per key-value head and d_ff /
-    d_model stay the same; dropout and recomputation are off.
+    d_model stay the same; dropout, recomputation and extra heads are off.
 
     Raises ConfigError if the width does not consist of complete groups of heads.
     """
@@ -109,7 +109,7 @@ def widened(config: GPTConfig, width: int) -> GPTConfig:
     return dataclasses.replace(
         config, d_model=width, n_head=heads, n_kv_head=heads // per_group, head_dim=config.head_width,
         d_ff=config.ff_width * width // config.d_model, dropout=0.0, activation_checkpointing="none",
-        activation_offload=False,
+        activation_offload=False, mtp=None,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class Curve(NamedTuple):
     losses: list[float]
     norms: list[float]  # of the gradient, before clipping
     hashes: list[str]  # of the batch, as data_hash in metrics.jsonl
+    heads: list[list[float]]  # losses of extra heads (model/mtp.py)
 
 
 def reference(run: RunFile) -> tuple[Curve, dict[str, torch.Tensor]]:
@@ -51,21 +52,30 @@ def reference(run: RunFile) -> tuple[Curve, dict[str, torch.Tensor]]:
         {"params": [p for name, p in named if not is_matrix(name)], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
-    curve = Curve([], [], [])
+    curve = Curve([], [], [], [])
     for step in range(train.total_steps):
         for group in adamw.param_groups:
             group["lr"] = cosine_lr(step, train)
         batch = loader.batch(step, 0, 1)
         tokens = torch.from_numpy(batch.tokens.astype("int64"))
         keys = dropout_keys(batch.samples, train.seed, torch.device("cpu"))
-        logits = model(tokens[:, :-1], dropout_keys=keys)
-        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
+        hidden = model.hidden(tokens[:, :-1], dropout_keys=keys, heads=model.config.extra_heads)
+        all_logits = model.lm_head(hidden if model.config.mtp else hidden[None])
+        sums = []  # of the losses for the next token, then of those for tokens further on
+        for k, logits in enumerate(all_logits, start=1):
+            with_target = logits[:, : tokens.size(1) - k]
+            sums.append(functional.cross_entropy(with_target.flatten(0, 1), tokens[:, k:].flatten(), reduction="sum"))
+        loss = sums[0] / tokens[:, 1:].numel()
+        further = [part / tokens[:, 1:].numel() for part in sums[1:]]
+        weight = model.config.mtp.weight / model.config.mtp.depth if model.config.mtp else 0.0
+        (loss + weight * sum(further)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or math.inf)
         adamw.step()
         adamw.zero_grad()
         balance_experts(model)
         curve.losses.append(loss.detach().item())
+        heads = [part.item() / tokens[:, k:].numel() for k, part in enumerate(sums[1:], start=2)]
+        curve.heads.append(heads)
         curve.norms.append(norm.item())
         curve.hashes.append(f"{batch.hash():08x}")
     return curve, {name: value.detach() for name, value in (*named, *model.named_buffers())}

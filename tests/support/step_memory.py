@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm": "rmsnorm", "bias": False,
     },
 }  # fmt: skip
+FAMILIES["mtp"] = FAMILIES["llama"] | {"n_layer": 2, "mtp": {"depth": 2}}
 SEQ_LEN, MICRO_BATCH, VOCABULARY = 128, 4, 1024
 
 
@@ -79,6 +80,7 @@ def measure(case: str, world: int) -> dict[str, float]:
     from packspeed.launch.config.run_file import RunFile
     from packspeed.launch.engine.build import build_engine
     from packspeed.launch.engine.patches.gradient_norm import GradientNormHook
+    from packspeed.model.mtp import future_labels
 
     run = RunFile.model_validate(run_values(case, world))
     plan, config = plan_batch(run, world), run.gpt_config(VOCABULARY)
@@ -91,7 +93,9 @@ def measure(case: str, world: int) -> dict[str, float]:
     def step() -> None:
         for _ in range(plan.accumulation):
             tokens = torch.randint(0, VOCABULARY, (MICRO_BATCH, SEQ_LEN))
-            loss = engine(tokens, tokens)
+            more = {"reduction": "sum", "future": future_labels(tokens, config.extra_heads)} if config.mtp else {}
+            loss = engine(tokens, tokens, **more)
+            loss = loss[0] if more else loss
             engine.backward(loss)
             del loss
             hook.agree(torch.zeros(1, dtype=torch.float64))

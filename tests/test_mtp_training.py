@@ -1,0 +1,94 @@
+"""Runs with extra heads (model.mtp): one curve in every layout, bitwise resumes, and an export without the heads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
+from packspeed.launch.config.loading import load_run_file
+from packspeed.launch.convert.export import export_hf
+from packspeed.launch.inference.load_model import find_checkpoint, load_model
+from support.plain_loop import differences, reference
+from support.ranks import run_many
+from support.workspace import Workspace
+
+pytestmark = pytest.mark.launch
+
+RUN = (
+    "train.steps=6",
+    "checkpoint={every_steps: 3, keep: 9}",
+    "eval.every_steps=3",
+    "model={n_layer: 2, n_head: 2, d_model: 32, dropout: 0.1, mtp: {depth: 2, weight: 0.4}}",
+)
+
+
+@pytest.fixture(scope="module")
+def layouts(workspace: Workspace) -> dict[str, tuple[str, ...]]:
+    """Runs on two ranks, and two of them resumed from their middle: {name: overrides}."""
+    zero3 = workspace.folder / "mtp_zero3.json"
+    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    runs: dict[str, tuple[str, ...]] = {
+        "mtp-zero2": ("deepspeed=zero2_offload", "train.micro_batch=1"),
+        "mtp-zero3": (f"deepspeed={zero3}", "model.activation_checkpointing=full", "model.activation_offload=true"),
+        "mtp-sp2": ("deepspeed=zero1", "parallel.sequence=2"),
+        "mtp-tp2": ("deepspeed=zero0", "parallel.tensor=2"),
+    }
+    codes, output = run_many(
+        workspace.folder / "mtp", [workspace.arguments(name, *RUN, *sets) for name, sets in runs.items()], ranks=2
+    )
+    assert codes == [0] * len(runs), output[-6000:]
+    resumed = ("mtp-zero3", "mtp-sp2")
+    for name in resumed:
+        workspace.rewind(name, f"{name}-resumed", step=3)
+    codes, output = run_many(
+        workspace.folder / "mtp-on",
+        [workspace.arguments(f"{name}-resumed", *RUN, *runs[name]) for name in resumed],
+        ranks=2,
+    )
+    assert codes == [0, 0], output[-6000:]
+    return runs | {f"{name}-resumed": runs[name] for name in resumed}
+
+
+def test_every_layout_has_the_curve_of_a_plain_loop(workspace: Workspace, layouts: dict[str, tuple[str, ...]]) -> None:
+    curve, weights = reference(load_run_file(workspace.run_file, list(RUN)))
+    assert any(name.startswith("blocks.3.") for name in weights)
+    for name in layouts:
+        loss, norm, weight = differences(workspace, name, curve, weights)
+        assert max(loss, norm, weight / 10) < 1e-5, name
+        lines = [line for line in workspace.metrics(name) if "loss" in line]
+        for line, heads in zip(lines, curve.heads, strict=True):
+            assert line["mtp_losses"] == pytest.approx(heads, abs=1e-5), name
+
+
+def test_a_resume_keeps_the_heads_bit_for_bit(workspace: Workspace, layouts: dict[str, tuple[str, ...]]) -> None:
+    for name in layouts:
+        if name.endswith("-resumed"):
+            alone = name.removesuffix("-resumed")
+            assert workspace.curve(name) == workspace.curve(alone)
+            old, new = (fp32_state_dict(workspace.checkpoints(n) / "step-00000006") for n in (alone, name))
+            assert old.keys() == new.keys()
+            assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_generation_and_export_leave_the_heads_out(
+    workspace: Workspace, layouts: dict[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    checkpoint = find_checkpoint(workspace.folder / "runs" / "mtp-zero3")
+    facts = export_hf(checkpoint, tmp_path / "hf")
+    assert facts["notes"] == [
+        "the 2 extra head(s) of model.mtp were left out, because they serve training only. The run folder still has "
+        "them."
+    ]
+    ours, _ = load_model(checkpoint)
+    assert len(ours.blocks) == 2
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(32).view(1, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"| parameters | {sum(p.numel() for p in theirs.parameters()):,} |" in card
