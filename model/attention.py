@@ -29,7 +29,10 @@ class VarlenAttention(Protocol):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, window: int | None = None
     ) -> Tensor:
-        """Return causal attention within each document, (N, H, D). See varlen_attention for the arguments."""
+        """Return causal attention within each document, (N, H, D), for q (N, H, D) and k, v (N, h, D).
+
+        ends: Documents.ends. longest: tokens of the longest document. window: the most tokens that a token attends to.
+        """
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, 
 
 
 def _attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Return causal attention to the last `window` tokens, in blocks of queries; shapes as in attend_last, with S = T.
+    """Return causal attention to the last `window` tokens, (B, H, T, D), computed for one block of queries at a time.
+
+    q is (B, H, T, D); k and v are (B, h, T, D), where h divides H.
 
     Each block gets copies of the keys and values in its window, and not slices, because the gradient of a slice is as
     large as the tensor that was sliced.
@@ -118,7 +123,7 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, win
 
 
 def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """Attend within each document; shapes and window as in attend.
+    """Return causal attention within each document, (B, T, H, D). The arguments are those of attend.
 
     On a GPU in fp16 or bf16, one call of FlashAttention's kernel for variable lengths handles all documents. Otherwise
     a loop calls `attend` for each document. Both cost less than causal attention over the complete row.

@@ -213,9 +213,13 @@ class GPTConfig:
     def _check_experts(self) -> None:
         """Raise ValueError if a key of the experts is invalid, or contradicts another key."""
         if self.n_shared_expert < 0 or self.first_dense < 0:
-            raise ValueError("n_shared_expert and first_dense must be at least 0.")
+            raise ValueError(
+                f"n_shared_expert = {self.n_shared_expert}, first_dense = {self.first_dense}: give at least 0."
+            )
         if not self.balance_rate >= 0.0 or not self.gate_scale > 0.0:
-            raise ValueError("balance_rate must be at least 0, and gate_scale above 0.")
+            raise ValueError(
+                f"balance_rate = {self.balance_rate} must be at least 0, and gate_scale = {self.gate_scale} above 0."
+            )
         if self.n_expert is None:
             if self.n_shared_expert or self.first_dense or self.d_expert is not None:
                 raise ValueError("n_shared_expert, first_dense and d_expert need n_expert, the number of experts.")
@@ -234,8 +238,8 @@ class GPTConfig:
             raise ValueError("experts have no biases: set bias to false, qkv or attention.")
         if self.kernels == "compile" and self.activation_checkpointing != "none":
             raise ValueError(
-                "kernels = compile with n_expert and activation_checkpointing: the recomputation of a compiled block "
-                "with experts is another graph than its forward pass. Use kernels: auto."
+                "kernels = compile with n_expert and activation_checkpointing: torch would recompute a compiled block "
+                "with experts by another graph than that of its forward pass. Use kernels: auto."
             )
 
     def _check_window(self) -> None:
@@ -297,7 +301,7 @@ class GPTConfig:
     def qkv_heads(self) -> list[int]:
         """Return how many heads of queries, keys and values one matrix computes, and of gates if these are elementwise.
 
-        The matrix has them below each other in this order, each with head_width rows.
+        Their rows are stacked in the matrix in this order, head_width rows for each head.
         """
         gates = [self.n_head] if self.attention_gate == "elementwise" else []
         return [self.n_head, self.kv_heads, self.kv_heads, *gates]

@@ -194,7 +194,7 @@ class Attention(nn.Module):
         return self.proj(mixed.flatten(2)), v  # of (B, T, H * D)
 
     def _mixed(self, v: Tensor, tokens: Tensor | None, first_values: Tensor | None) -> Tensor:
-        """Return the values v (B, T, h, D) plus value embeddings and value residuals. Arguments as in forward."""
+        """Add value embeddings of `tokens` (B, T) to the values v (B, T, h, D), and mix in those of the first layer."""
         if self.value_embed is not None and tokens is not None:
             v = v + self.look_up(self.value_embed, tokens).view(v.shape).to(v.dtype)
         if self.value_mix is not None and first_values is not None:
@@ -206,8 +206,8 @@ class Attention(nn.Module):
         """Return queries, keys, values and elementwise gates, (B, T, heads, D) each, of qkv (B, T, all heads, D).
 
         Queries and keys are those after QK-norm and RoPE. Without elementwise gates, the list has three tensors.
-        rope: the result of rope_table; None: no RoPE. qkv may be overwritten: with a separate copy of the rotated
-        queries and keys, qkv would stay in memory for the values.
+        rope: the result of rope_table; None: no RoPE. qkv may be overwritten, which saves memory: a rotated copy of
+        queries and keys would exist beside qkv, which the values keep in memory.
         """
         if rope is not None and self.q_norm is None:
             q, k, *others = kernels.rotate(qkv, rope, self.heads)
@@ -291,13 +291,14 @@ class Block(nn.Module):
         tokens: Tensor | None = None,
         first_values: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return x and the branch to add to it, (B, T, C) each, for the x and the branch of the layer before; and in
-        the first layer of a model with value residuals its values, otherwise None.
+        """Return (x, branch, values): the residual stream after this layer is x + branch, (B, T, C) each.
 
-        The residual stream between two layers is x + branch. The next norm computes the sum, in its own pass over
-        memory. branch: None at the first layer. dropout_keys (2, B) int64: one key per branch and sample (site_keys);
-        None: no dropout. choice: see MoE.forward. Other arguments as in Attention.forward. Attention probabilities have
-        no dropout, because flash attention would draw it from torch's random stream.
+        The next layer's norm computes the sum, in its own pass over memory. x, branch: those that the layer before
+        returned; branch is None at the first layer. values: those of attention, in the first layer of a model with
+        value residuals; otherwise None. dropout_keys (2, B) int64: one key per branch and sample (site_keys); None: no
+        dropout. choice: the experts that a recomputation must use again (MoE.forward). Other arguments as in
+        Attention.forward. Attention probabilities have no dropout, because flash attention would draw it from torch's
+        random stream.
         """
         x, normed = self.attn_norm(x, branch)
         branch, values = self.attn(normed, rope, cache, documents, sequence, tokens, first_values)

@@ -35,7 +35,7 @@ Family = Literal[
 class Weight(NamedTuple):
     """One weight of our GPT, and the transformers weights that are stacked row after row to form it.
 
-    If the list is empty, ours is a router's bias, which the transformers model lacks. All its values must then be 0.
+    If `theirs` is empty, ours is a router's bias, which the transformers model lacks. All its values must then be 0.
     """
 
     ours: str  # our name
@@ -122,7 +122,10 @@ def family(config: GPTConfig) -> Family:
 
 
 def _family_with_experts(config: GPTConfig) -> Family:
-    """Return the result of `family` for a model with experts."""
+    """Return the transformers family that computes the same as GPT(config) with experts.
+
+    Raises ValueError if there is none.
+    """
     kind: Family = "glm4_moe" if config.gate == "sigmoid" else "qwen3_moe" if config.qk_norm else "mixtral"
     wanted: dict[str, tuple[object, ...]] = {"position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",)}
     if kind == "glm4_moe":
@@ -161,7 +164,8 @@ def _windowed(config: GPTConfig) -> tuple[bool, bool]:
 def _unsupported(config: GPTConfig, wanted: Mapping[str, tuple[object, ...]]) -> list[str]:
     """Return the fields of the config, as "name = value", whose value is not among those in `wanted`.
 
-    No family caps the logits, has residual scales, or mixes anything into the values.
+    `wanted` need not name what no family has: a cap of the logits, residual scales, attention gates, and options that
+    mix something into the values.
     """
     wanted = {**wanted, "logit_softcap": (None,), "residual_scale": (False,), "attention_gate": (None,)}
     wanted |= {"value_residual": (False,), "value_embeddings": (None,)}
@@ -206,15 +210,17 @@ def canonical_names(stored: Iterable[str], config: GPTConfig) -> dict[str, str]:
     if wanted != names.keys():
         raise ValueError(
             f"the weights do not fit the config: missing {sorted(wanted - names.keys())[:5]}, "
-            f"left over {sorted(names.keys() - wanted)[:5]} (at most five of each are listed)."
+            f"left over {sorted(names.keys() - wanted)[:5]} (at most five of each are listed). Give the "
+            "config.json and the weights of the same model."
         )
     return names
 
 
 def full_names(stored: Iterable[str], config: GPTConfig) -> dict[str, str]:
-    """Return {transformers' full name: name in the file} for all weights in a file; `stored` as in canonical_names.
+    """Return {transformers' full name: name in the file} for all weights in a file.
 
-    Constants that older files store with the weights are left out.
+    stored: the names in the file, which may lack the prefix of the full names. Constants that older files store with
+    the weights are left out.
     """
     prefix, bare = (
         ("transformer.", ("wte.", "wpe.", "h.", "ln_f."))
