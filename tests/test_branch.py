@@ -76,7 +76,7 @@ def test_what_is_no_branch_is_refused_with_the_reason(tmp_path: Path) -> None:
         branch(run, 40, 5, fresh=False)
     (tmp_path / "base-decay-40").rmdir()
     branch(run, 40, 5, fresh=False)
-    with pytest.raises(ConfigError, match=r"another branch.*--fresh"):
+    with pytest.raises(ConfigError, match=r"branched with other settings.*--fresh"):
         branch(run, 40, 6, fresh=False)
     assert branch(run, 40, 6, fresh=True)[-1] == "train.schedule.decay_steps=6"
     assert len(list(tmp_path.glob("base-decay-40.old-*"))) == 1

@@ -354,7 +354,7 @@ def test_a_step_that_is_saved_twice_is_copied_as_one_save(
         assert mirror.newest == 1
     else:
         assert mirror.steps() == [], "a copy of both saves does not count"
-        assert lines[-1].endswith(": it was saved again in the meantime. The next checkpoint will be copied.")
+        assert lines[-1].endswith(": the step was saved again during the copy. The next checkpoint will be copied.")
     saved.clear()
     write_checkpoint(near, 2)
     mirror.offer(2, [mirror.state])

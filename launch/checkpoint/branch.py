@@ -55,14 +55,17 @@ def branch(run: RunFile, step: int, decay_steps: int | None, fresh: bool) -> lis
     elif not (folder / PARENT).exists():
         raise ConfigError(f"{folder} exists and is not a branch. Rename it, or use --fresh, which moves it aside.")
     elif (existing := json.loads((folder / PARENT).read_text())) != parent:
-        raise ConfigError(f"{folder} is another branch: {existing}. Use --fresh to make it again.")
+        raise ConfigError(f"{folder} was branched with other settings: {existing}. To make it again, use --fresh.")
     length = [f"train.steps={step + decay_steps}", *(["train.tokens=null"] if run.train.tokens is not None else [])]
     return [f"name={folder.name}", *length, "train.schedule.name=wsd", f"train.schedule.decay_steps={decay_steps}"]
 
 
 def _copy(parent: Path, folder: Path, step: int, origin: str) -> None:
-    """Make the folder of the branch, with the parent's checkpoint of `step`, its metrics up to `step`, and parent.json,
-    whose content is `origin`. The folder is written under a temporary name and renamed at the end.
+    """Make the run folder `folder` of a branch from the run folder `parent`, under a temporary name that is changed at
+    the end.
+
+    It gets the checkpoint of `step`, the lines of metrics.jsonl up to `step`, and a parent.json with the content
+    `origin`.
     """
     source = parent / "checkpoints" / step_folder(step)
     if not source.is_dir():

@@ -79,7 +79,7 @@ class Probe(TypedDict):
 
 
 class TrainingState(TypedDict, total=False):
-    """The part of a manifest that the training loop adds."""
+    """The keys of a manifest that the training loop adds, such as the validation loss and the position in the data."""
 
     cursor: dict[str, int]  # {"step": 200, "next_batch": 200}; next_batch is larger after a rewind has dropped batches
     evaluation_pending: bool  # whether the run was stopped during the evaluation of this step
@@ -128,12 +128,15 @@ def step_folder(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step of a checkpoint folder: the inverse of step_folder."""
+    """Return the step of a checkpoint folder: 200 for .../step-00000200."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def temporary_folder(folder: Path, step: int) -> Path:
-    """Return the folder in <run>/checkpoints that has the files of the checkpoint of `step` until it is published."""
+    """Return the folder in which the checkpoint of `step` is written, before `publish` gives it its final name.
+
+    `folder` is <run>/checkpoints.
+    """
     return folder / f".{step_folder(step)}.tmp"
 
 
@@ -167,7 +170,7 @@ def dump_manifest(manifest: Mapping[str, object]) -> str:
 
 
 def _hash_of(manifest: Mapping[str, object]) -> str:
-    """Return the xxh3-128 hash of `manifest`, which must not have the key OWN_HASH yet."""
+    """Return the xxh3-128 hash of a manifest that does not contain its own hash yet."""
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest).encode())
 
 

@@ -165,7 +165,8 @@ class Mirror:
             return None
 
     def _fetch_newest(self, than: int, check: Callable[[str, Manifest], object]) -> Path | None:
-        """Do the work of fetch_newer. A collective.
+        """Fetch the newest complete checkpoint after step `than`, and return its path; None if the mirror has none. A
+        collective.
 
         Raises the errors of fetch_newer on every rank, and _CannotRead if the mirror cannot be read.
         """
@@ -381,7 +382,7 @@ class _Copy:
             pass
 
     def _copy_on_rank0(self) -> None:
-        """Copy the share of rank 0, and complete the copy when the other ranks have copied theirs."""
+        """Copy rank 0's share of the files, wait until the other ranks have copied theirs, and write packspeed.json."""
         mirror, name, start = self.mirror, step_folder(self.step), time.monotonic()
         try:
             self._wait_until(lambda: self.board.count("ready") == mirror.topology.world)
@@ -415,16 +416,17 @@ class _Copy:
         return read_manifest(self.mirror.folder / step_folder(self.step))["files"]
 
     def _manifest_of(self, files: dict[str, FileHash]) -> bytes:
-        """Return the content of the manifest on the disk. An evaluation may have amended it since the copy began.
+        """Return the content of packspeed.json on the disk, which an evaluation may have changed since the copy began.
 
-        Raises _CannotCopy if it does not list `files`: the step was saved again, and the copies may be of both saves.
+        Raises _CannotCopy if it does not list `files` any more: the step was saved again, so the copied files may be
+        from two different saves.
         """
         try:
             content = (self.mirror.folder / step_folder(self.step) / MANIFEST).read_bytes()
         except OSError as error:
             raise _CannotCopy(reason_of(error)) from None
         if self._read_files() != files:  # read after `content`, which is older or the same
-            raise _CannotCopy("it was saved again in the meantime")
+            raise _CannotCopy("the step was saved again during the copy")
         return content
 
     def _copy_share(self, files: dict[str, FileHash]) -> None:
@@ -497,7 +499,7 @@ class _Copy:
             self._wait(POLL_S)
 
     def _wait(self, seconds: float) -> None:
-        """Wait. Raises _Superseded if this copy is not wanted any more."""
+        """Wait for this time. Raises _Superseded if this copy is not wanted any more."""
         if self.superseded.wait(seconds):
             raise _Superseded
 

@@ -59,7 +59,7 @@ LOCK_TIMEOUT_S = 30 * 24 * 3600.0  # practically none, but a finite timeout poll
 
 
 class OptimizerScalars(TypedDict):
-    """The optimizer's state apart from tensors that have the size of the weights."""
+    """The optimizer's step count and loss scale: its state apart from tensors that have the size of the weights."""
 
     optimizer_step: int  # number of steps applied; smaller than `step` if fp16 overflows or vetoes dropped some
     loss_scaler: dict[str, float]  # fields of the fp16 loss scaler (SCALER_FIELDS); empty in other precisions
@@ -87,7 +87,8 @@ def load(checkpoint: Path, engine: Engine, topology: Topology, log: Callable[[st
 
 
 def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[[str], None]) -> Path:
-    """Return the verified universal/ folder of a checkpoint. Write it first if it is missing or damaged.
+    """Return universal/, the folder with the converted copy of a checkpoint. Write it first if it is missing or
+    damaged.
 
     A collective: every rank must call it. Without a topology, this process does all the work. Only rank 0 logs. Raises
     UserError on every rank if the conversion fails.
@@ -104,7 +105,7 @@ def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[
         if not find_damage(folder, topology):
             return folder
         if rank == 0:
-            log(f"resharding {checkpoint.name}, because its layout differs (once; writes weights and states in fp32)")
+            log(f"resharding {checkpoint.name}, because its layout differs (writes a copy in fp32, to be reused)")
 
         # If a step fails on any rank, all ranks skip the following steps.
         own_error = _make_folder(temporary) if rank == 0 else None

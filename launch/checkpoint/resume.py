@@ -118,9 +118,10 @@ def find_checkpoint(
 
 
 def _resumption(folder: Path, newest: Path | None, damaged: list[Path], identity: RunIdentity) -> Resumption:
-    """Return how the run resumes, given `newest`, its newest complete checkpoint, and the newer `damaged` ones.
+    """Return the checkpoint to resume and how this run differs from it, on rank 0.
 
-    Raises the errors of find_checkpoint, which calls this on rank 0.
+    `newest` is the newest complete checkpoint in `folder` or None, and `damaged` the newer ones. Raises the errors of
+    find_checkpoint.
     """
     if newest is None:
         if (folder / step_folder(0)).is_dir():  # step 0 is always an import; without it, weights would be random

@@ -53,8 +53,8 @@ class Retention:
         """Start to delete expired checkpoints in a thread.
 
         newest: the step of the checkpoint that was saved last. damaged: the folders of checkpoints that this process
-        skipped when it resumed. copying: the step whose checkpoint is kept until a later call, because it is being
-        copied.
+        skipped when it resumed. copying: the step of a checkpoint that is being copied to the mirror, and is therefore
+        kept until a later call.
         """
         self.wait()
         arguments = (newest, {*damaged}, copying)
@@ -83,7 +83,7 @@ class Retention:
         return known[1]
 
     def _delete(self, newest: int, damaged: Collection[Path], copying: int | None) -> None:
-        """Delete the expired checkpoints (see `start`). Runs in a thread.
+        """Delete the expired checkpoints, in a thread. The arguments are those of `start`.
 
         Errors are ignored, because a later save tries again.
         """

@@ -259,7 +259,8 @@ def read_safely(path: Path) -> StateDict:
 
 
 def _model_states(checkpoint: Path, tensor_rank: int = 0) -> StateDict:
-    """Return the content of the first *_model_states.pt of this rank of a tensor group.
+    """Return the content of the first *_model_states.pt of the ranks with index `tensor_rank` in their tensor-parallel
+    group.
 
     It has weights (stages 0 to 2), shapes and shared parameters.
     """

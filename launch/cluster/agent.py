@@ -135,7 +135,9 @@ def _devices(request: RunRequest | PrepareRequest) -> list[list[int]]:
 
 
 def launcher_of(request: RunRequest | PrepareRequest) -> tuple[list[str], dict[str, str]]:
-    """Return the command line of DeepSpeed's node launcher on this host, and its environment without the launch id."""
+    """Return the command line of DeepSpeed's node launcher on this host, and its environment without
+    PACKSPEED_LAUNCH_ID.
+    """
     # DeepSpeed's launcher only counts the hosts and their devices, so their names are not sent.
     world_info = {f"host-{number}": ids for number, ids in enumerate(_devices(request))}
     command = node_launcher_command(

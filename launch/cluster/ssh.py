@@ -232,7 +232,9 @@ class AgentConnection:
         self._reader.start()
 
     def _read_errors(self) -> None:
-        """Collect or print what the agent writes to stderr, until it ends. Runs in a thread."""
+        """Collect what the agent writes to stderr, or print it once print_errors was called. Runs in a thread until it
+        ends.
+        """
         assert self.process.stderr is not None
         with self.process.stderr as lines:
             for raw in lines:
@@ -243,7 +245,7 @@ class AgentConnection:
                     self.errors += line
 
     def print_errors(self) -> None:
-        """Print what the agent has written to stderr, and what it will write: its ranks write there too."""
+        """Print what the agent has written to stderr so far, and from now on what it and its ranks write there."""
         self._print = True
         print(self.errors, end="", file=sys.stderr, flush=True)
 

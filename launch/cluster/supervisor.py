@@ -80,8 +80,8 @@ class Supervisor:
     def supervise(self, before_start: Callable[[], None] = lambda: None) -> int:
         """Run attempts until the run finishes, is stopped, is refused or must be given up. Returns the exit code.
 
-        It is given up if no restart is left, or if a rank exits with a code other than 1 or 255 at the same step at
-        which the previous attempt failed. `before_start` is called once, when all hosts have passed their checks and
+        The run is given up if no restart is left, or if a rank exits with a code other than 1 or 255 at the same step
+        at which the previous attempt failed. `before_start` is called once, when all hosts have passed their checks and
         before anything is started.
         """
         for number in SIGNALS:

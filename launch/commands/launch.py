@@ -53,7 +53,9 @@ def launch(
     ranks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of ranks on this machine, if there is no hostfile; with --nodes, ranks per node."
+            min=1,
+            help="Number of ranks on this machine, if there is no hostfile; with --nodes, ranks per node. "
+            "Default: as many as packspeed train starts here.",
         ),
     ] = None,
     env: Annotated[

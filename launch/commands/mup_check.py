@@ -25,7 +25,10 @@ def mup_check(
     overrides: Overrides = None,
     widths: Annotated[
         str | None,
-        typer.Option(metavar="WIDTH,WIDTH", help="Values of d_model. Default: 1, 2, 4 and 8 times the base width."),
+        typer.Option(
+            metavar="WIDTH,WIDTH",
+            help="Values of d_model. Default: 1, 2, 4 and 8 times model.mup.base_width, or d_model / 4 without muP.",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of training before the activations are measured.")] = 5,
     rows: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 4,

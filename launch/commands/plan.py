@@ -43,7 +43,10 @@ def plan(
     interconnect: Annotated[
         float | None,
         typer.Option(
-            min=0.001, metavar="GBIT", help="Network speed between hosts in Gbit/s, all adapters of a host together."
+            min=0.001,
+            metavar="GBIT",
+            help="Network speed between hosts in Gbit/s, all adapters of a host together. Default: that of the "
+            "calibration file.",
         ),
     ] = None,
     vocabulary: Annotated[

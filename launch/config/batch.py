@@ -34,7 +34,11 @@ class BatchPlan:
 
     @property
     def counted_by_deepspeed(self) -> int:
-        """DeepSpeed's train_batch_size: micro_batch x accumulation x layout.zero, its data-parallel ranks."""
+        """DeepSpeed's train_batch_size: micro_batch x accumulation x layout.zero.
+
+        layout.zero is the number of ranks that DeepSpeed counts as data-parallel, including ranks that share the tokens
+        of a sample.
+        """
         return self.micro_batch * self.accumulation * self.layout.zero
 
 

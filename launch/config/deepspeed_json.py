@@ -40,7 +40,8 @@ def ds_config_path(name: str) -> Path:
 
 
 def load_ds_config(name: str) -> JsonObject:
-    """Read and check a DeepSpeed JSON, given by name or path (see ds_config_path), and return its content.
+    """Read and check a DeepSpeed JSON, and return its content. `name` is a name in ds_configs/, such as "zero2", or a
+    path.
 
     Raises one ConfigError with a line of text per problem.
     """
@@ -94,8 +95,8 @@ def modernise(data: JsonObject) -> None:
 def unknown_keys(data: JsonObject, valid: KeyTree, parent: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield (path of the key, message) for every key, at any depth, that DeepSpeed 0.19 does not know.
 
-    A key that must have a block as its value but has another value is reported too. `valid` is the tree of valid keys
-    below the key path `parent` (deepspeed_keys.KEYS at the top).
+    A key that must have a block as its value but has another value is reported too. `valid` is the tree of the keys
+    that may be below the key path `parent`: at the top level, deepspeed_keys.KEYS.
     """
     if "*" in valid:
         return

@@ -257,7 +257,7 @@ def _too_deep(text: str) -> int | None:
 class _KeysOfText:
     """Finds the line of each key of a JSON or HJSON text, because the parsers do not report lines.
 
-    Ask for the keys in the order of the text.
+    Call next_line for the keys in the order in which they are in the text.
     """
 
     TOKEN = re.compile(

@@ -12,8 +12,8 @@ from packspeed.launch.config.errors import UserError
 def free_port() -> int:
     """Return a TCP port that no process of this machine uses now, for torch's rendezvous (MASTER_PORT).
 
-    It is below 32768, from where on Linux takes the ports of outgoing connections: one of these could take the port
-    before the rendezvous does. Raises UserError if no port is found.
+    It is below 32768, because Linux gives higher ports to outgoing connections: one of these could take the port before
+    the rendezvous does. Raises UserError if no port is found.
     """
     for _ in range(100):
         with socket.socket() as probe, contextlib.suppress(OSError):  # in use: try another one

@@ -544,7 +544,7 @@ class MonitorSection(Section):
 
 
 class ParallelSection(Section):
-    """How many ranks share a row, the weights or the experts. Changes only speed, memory and rounding."""
+    """How many ranks share a sample (a row), the weights or the experts. Changes only speed, memory and rounding."""
 
     sequence: int = Field(
         1,
@@ -600,7 +600,7 @@ class RunFile(Section):
     checkpoint: CheckpointSection = Field(CheckpointSection(), description="When to save and what to keep.")
     anomalies: AnomalySection = Field(AnomalySection(), description="What to do about NaN and loss spikes.")
     monitor: MonitorSection = Field(MonitorSection(), description="What to log.")
-    parallel: ParallelSection = Field(ParallelSection(), description="How ranks share rows, weights and experts.")
+    parallel: ParallelSection = Field(ParallelSection(), description="How ranks share samples, weights and experts.")
     deepspeed: str = Field(
         "zero1", description="A name in ds_configs/, or a path to a DeepSpeed JSON (any value with a slash)."
     )

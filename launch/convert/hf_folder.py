@@ -150,10 +150,10 @@ def read_weights(
 ) -> tuple[GPTConfig, Iterator[tuple[str, torch.Tensor]], list[str]]:
     """Open the weights of a model folder. Returns (config, iterator over (name, fp32 tensor), notes for the user).
 
-    If the files contain an output head of its own although config.json calls it tied, the returned config is not tied.
-    The iterator yields the parameters of Packspeed's model one at a time. The files are open until `stack` is closed.
-    Raises ConfigError if the weights do not match the config; the iterator raises UserError for a value that is not
-    finite.
+    If config.json ties the output head to the embedding, but the files contain another head, the returned config has
+    tie_embeddings=False. The iterator yields the parameters of Packspeed's model one at a time. The files are open
+    until `stack` is closed. Raises ConfigError if the weights do not match the config; the iterator raises UserError
+    for a value that is not finite.
     """
     files = WeightFiles(source, stack)
     notes = files.notes

@@ -132,8 +132,8 @@ def device_without_fp8() -> str | None:
 def check_ds_config(ds_config: DsConfig, name: str) -> None:
     """Raise ConfigError if DeepSpeed refuses a value of the DeepSpeed configuration, or would ignore DeepCompile.
 
-    `name` is the value of `train.deepspeed` in the run file; the error shows the path of that configuration. Checks a
-    copy, because DeepSpeed fills in defaults in the object that it is given.
+    `name` is the value of `deepspeed` in the run file; the error shows the path of that configuration. Checks a copy,
+    because DeepSpeed fills in defaults in the object that it is given.
     """
     one_rank = {key: value for key, value in copy.deepcopy(ds_config).items() if key != "train_batch_size"}
     try:

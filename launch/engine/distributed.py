@@ -110,7 +110,7 @@ class Topology:
     def sequence(self, length: int) -> SequencePart | None:
         """Return which tokens of a row of `length` tokens this rank processes; None if it processes complete rows.
 
-        The first call is a collective, see `group`.
+        The first call is a collective: every rank must call it.
         """
         if self.layout.sequence == 1:
             return None
@@ -122,8 +122,9 @@ class Topology:
         return SequencePart(self.layout.index("sequence", self.rank), self.layout.sequence, length, exchange)
 
     def tensor(self) -> TensorPart:
-        """Return which part of each matrix this rank holds with tensor parallelism. The first call is a collective, see
-        `group`.
+        """Return which part of each matrix this rank holds with tensor parallelism.
+
+        The first call is a collective: every rank must call it.
         """
         if self.layout.tensor == 1:
             return ALONE

@@ -74,7 +74,8 @@ POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 def iteration(name: str, steps: int) -> Coefficients:
     """Return the coefficients (a, b, c) of each of `steps` Newton-Schulz iterations.
 
-    `name` is "quintic" or "polar_express". If that list has fewer than `steps` entries, its last one is repeated.
+    `name` chooses the list of coefficients: "quintic" or "polar_express". If the list has fewer than `steps` entries,
+    its last one is repeated.
     """
     known = POLYNOMIALS[name]
     return [known[min(step, len(known) - 1)] for step in range(steps)]
@@ -252,9 +253,9 @@ def products_dtype(bf16_run: bool) -> torch.dtype:
 
 
 def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Return the list of matrices that each rank owns.
+    """Return the list of matrices that each rank owns, that is, orthogonalises.
 
-    Gives away the costliest matrix first, and each matrix to the rank with the least work so far.
+    The costliest matrix comes first, and each goes to the rank with the least work so far.
     """
     of_owner: list[list[Matrix]] = [[] for _ in range(ranks)]
     work = [0] * ranks
@@ -266,7 +267,8 @@ def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
 
 
 def rounds(matrices: Iterable[Matrix], elements: int) -> list[list[Matrix]]:
-    """Cut the sequence of matrices into lists whose matrices have at most `elements` elements together.
+    """Cut the sequence of matrices into lists whose matrices have at most `elements` elements together, one list per
+    exchange.
 
     A matrix with more elements gets a list of its own.
     """
@@ -316,7 +318,7 @@ class Muon(torch.optim.Optimizer):
                 self._update_matrices(group)
 
     def _update_matrices(self, group: JsonObject) -> None:
-        """Update the matrices of one group."""
+        """Update the matrices of one parameter group with Muon. A collective of the data-parallel ranks."""
         updates: dict[Tensor, Tensor] = {}
         for parameter in group["params"]:
             momentum = self._state_of(parameter, "momentum_buffer").lerp_(parameter.grad, 1 - group["momentum"])
@@ -412,7 +414,9 @@ def overlap(held: tuple[int, int], start: int, count: int) -> tuple[int, int]:
 
 
 def gather_numbers(own: list[tuple[int, int]], ranks: int, group: object) -> list[list[tuple[int, int]]]:
-    """Return the lists `own` of all ranks of the group. All ranks must pass the same number of pairs. A collective."""
+    """Return the lists `own` of all `ranks` ranks of the group. All ranks must pass the same number of pairs. A
+    collective.
+    """
     if ranks == 1:
         return [own]
     numbers = torch.tensor(own, device=get_accelerator().current_device_name()).view(-1)

@@ -94,7 +94,7 @@ class TensorGroup:
 def tensor_group(topology: Topology, model: torch.nn.Module) -> TensorGroup | None:
     """Return the ranks that share the weights of `model`, a GPT; None if each rank has complete weights.
 
-    The first call is a collective, see Topology.group.
+    The first call is a collective: every rank must call it.
     """
     if topology.layout.tensor == 1:
         return None

@@ -143,11 +143,11 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
 def own_states(engine: Engine, content: JsonObject) -> JsonObject:
     """Replace the memory-mapped tensors in `content`, the object in a checkpoint file, before DeepSpeed loads it.
 
-    DeepSpeed copies weights out of such an object, but on CPUs it keeps the tensors of the optimizer's states. So this
-    function copies these states to memory of this process. It copies the fp32 weights of stages 1 to 3 to the tensor
-    in which the optimizer holds them, and puts that tensor into `content`: DeepSpeed then copies it to itself. It
-    copies piece by piece and releases the pages of the file, so that the file is never in memory as a whole. With NVMe
-    nothing is replaced, because patches/swapped_state.py copies all tensors. Returns `content`.
+    DeepSpeed copies the weights out of the loaded object, but on CPUs it keeps the loaded tensors of the optimizer's
+    states. So this function copies these states to memory of this process. It copies the fp32 weights of stages 1 to 3
+    to the tensor in which the optimizer holds them, and puts that tensor into `content`: DeepSpeed then copies it to
+    itself. It copies piece by piece and releases the pages of the file, so that the file is never in memory as a whole.
+    With NVMe nothing is replaced, because patches/swapped_state.py copies all tensors. Returns `content`.
     """
     if keeps_state_on_nvme(engine.optimizer):
         return content

@@ -30,7 +30,8 @@ _numbers = itertools.count()
 
 
 class SharedWork:
-    """A piece of work of which each rank does its own part. Every rank must create this object and call `wait`.
+    """Work of which each rank does its own part, such as reading a checkpoint. Every rank must create this object and
+    call `wait`.
 
     `phase` names the work in the heartbeats of the ranks and in the error.
     """

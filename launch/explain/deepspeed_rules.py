@@ -31,8 +31,8 @@ def low_precision_accumulation(case: Case) -> Iterator[str]:
 
 @rule("loss", "DeepSpeed#1800; LOG.md, 2026-11-29")
 def low_precision_communication(case: Case) -> Iterator[str]:
-    """Gradients are rounded to 16 bits before the ranks add them up, and each addition rounds again: 0.2% of a gradient
-    with 2 ranks, 0.8% with 64. ZeRO rounds with a single rank, too.
+    """Gradients are rounded to 16 bits before the ranks add them up, and each addition rounds again. The error is 0.2%
+    of a gradient with 2 ranks, 0.8% with 64. ZeRO rounds with a single rank, too.
 
     Symptom: the loss depends on the number of ranks and on the ZeRO stage; fp16 overflows at 65,504.
     Fix: remove communication_data_type. The default is fp32, which sends 4 bytes a gradient instead of 2.

@@ -175,7 +175,7 @@ def engine_spec(job: Job) -> EngineSpec:
 
 
 def work_of(job: Job) -> Work:
-    """Return what a step of this job computes."""
+    """Return what a step of this job computes, the input of the formulas for its time."""
     send = job.ds_config.get("communication_data_type") == "fp32" or job.precision == "fp32"
     return Work(
         model=job.model, seq_len=job.run.data.seq_len, micro_batch=job.batch.micro_batch,

@@ -52,7 +52,8 @@ def this_cpu() -> Machine:
 
 
 def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> tuple[dict[str, float], float]:
-    """Return the seconds of a step by part, and the bytes of a rank's process.
+    """Return the seconds of a step of this run by part, and the bytes of a rank's process, measured on short copies of
+    the run.
 
     Raises UserError if a copy of the run does not train; the message has its last lines.
     """

@@ -111,7 +111,10 @@ def prepare_for_launch(folder: Path, fresh: bool, mirror: str | None = None) -> 
 
 
 def set_aside(folder: Path, mirror: str | None = None) -> None:
-    """Wait until no process trains in the folder, then call move_aside. Raises the errors of prepare_for_launch."""
+    """Wait until no process trains in the run folder, then rename it, and its folder on the mirror, as move_aside does.
+
+    Raises UserError if a process still trains in it after 60 s, or if a folder cannot be renamed.
+    """
     with _idle(folder):
         move_aside(folder, mirror)
 

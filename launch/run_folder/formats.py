@@ -167,9 +167,10 @@ class Status(TypedDict):
 
 
 class ComputeEnvironment(TypedDict):
-    """What must be equal for a resumed run to equal an uninterrupted one bit for bit: `environment` in a checkpoint.
+    """What must be equal for a resumed run to equal an uninterrupted one bit for bit: the key `environment` of a
+    manifest.
 
-    The versions of DeepSpeed and torch are in `versions` of the checkpoint.
+    The versions of DeepSpeed and torch, which must be equal too, are in the manifest's key `versions`.
     """
 
     devices: list[str]  # models of the GPUs, or of the CPUs, of all ranks; each once

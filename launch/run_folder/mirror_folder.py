@@ -71,8 +71,8 @@ class MirrorFolder:
     def upload(self, path: Path, name: str, progress: Callable[[], object] = int) -> None:
         """Copy the local file `path` to the mirror, to S3 in parts of 16 MiB or more, four at a time.
 
-        On a store without folders, an interrupted copy leaves no file. `progress` is called after every part. If it
-        raises an exception, the copy ends with it.
+        On an object store, an interrupted copy leaves no file. `progress` is called after every part. If it raises an
+        exception, the copy ends with it.
         """
         target = f"{self._root}/{name}"
         if self._is_local:

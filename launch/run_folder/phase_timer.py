@@ -102,9 +102,9 @@ class PhaseTimer:
     def enter(self, phase: str, collective: str = "") -> str:
         """Add the time since the last call to the bucket of the old phase, and switch to `phase`.
 
-        Returns the old phase. `phase` is "forward", "backward" or "step" (all count as compute), or a bucket in
-        MEASURED. `collective` is passed on to the listener. Cost: 1 us, and 20 us more if the last record is older than
-        a second.
+        Returns the old phase. `phase` is "forward", "backward" or "step" (all count as compute), or another bucket,
+        such as "data" (MEASURED lists them). `collective` is passed on to the listener. Cost: 1 us, and 20 us more if
+        the last record is older than a second.
         """
         if self.listener is not None:
             self.listener(phase, collective)

@@ -122,7 +122,7 @@ def read_object(path: Path, value_type: type[T], notes: list[str]) -> T | None:
 def read_tree(path: Path, notes: list[str]) -> JsonObject:
     """Return the mapping in a JSON or YAML file as plain JSON, with strings as keys.
 
-    Returns {} if the file is missing or cannot be read; the latter is added to `notes`.
+    Returns {} if the file is missing, or if it cannot be read, which adds a note to `notes`.
     """
     content = read_file(path, notes, parsing.MAX_BYTES)
     if content is None:

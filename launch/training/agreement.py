@@ -35,7 +35,10 @@ class Agreement(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[float], extra_heads: int = 0) -> Agreement:
-        """Return the Agreement for the elements of the tensor from all_reduce_agreement."""
+        """Return the Agreement for the elements of the tensor from all_reduce_agreement.
+
+        `extra_heads` is the number of heads that predict later tokens (model/mtp.py).
+        """
         first = SCALARS + extra_heads
         losses, shares = numbers[SCALARS:first], numbers[first : first + extra_heads]
         means = [loss / share if share else 0.0 for loss, share in zip(losses, shares, strict=True)]
@@ -47,11 +50,13 @@ SCALARS = 4  # the numbers before those of extra heads and experts
 
 
 def all_reduce_agreement(trainer: Trainer, losses: torch.Tensor, data_hash: int) -> torch.Tensor:
-    """Sum every rank's share of an Agreement, and return it as an fp64 tensor on the device. A collective.
+    """Sum the numbers of an Agreement over all ranks, and return the sums as an fp64 tensor on the device. A
+    collective.
 
-    Its elements are the first four fields of Agreement, then the losses of the extra heads and their shares of targets,
-    then the experts' counts. `losses` is this rank's mean of what micro_batch_loss reports, and `data_hash` the hash of
-    this rank's rows. Call it once per step: it also collects each expert's token count, and resets it to 0.
+    Its elements are the first four fields of Agreement, then the loss of each extra head (model/mtp.py), then the share
+    of tokens for which each extra head has a target, then the experts' counts. `losses` is the second result of
+    micro_batch_loss, averaged over this rank's micro batches, and `data_hash` the hash of this rank's rows. Call it
+    once per step: it also collects each expert's token count, and resets it to 0.
     """
     stopping, written = trainer.stop.asked is not None, trainer.checkpointer.written()
     counted = data_hash if trainer.topology.first_of_rows else 0

@@ -46,7 +46,7 @@ class Feed:
     def stage(self) -> None:
         """Copy the next batch to the device as micro batches, if it has been read from disk already.
 
-        Never waits; errors of the prefetcher are not raised here.
+        Never waits, and raises no error of the prefetcher: the next next(feed) does.
         """
         if self._staged is None and (following := self._batches.take_if_ready()) is not None:
             self._staged = self._prepare(*following)

@@ -95,7 +95,7 @@ class Metrics:
             self.plan_check.see(line)
         self._waiting.append(json.dumps(line) + "\n")
         if error := self._write_waiting():
-            say(f"WARNING: metrics.jsonl: {error}. {len(self._waiting)} line(s) wait in memory.")
+            say(f"WARNING: metrics.jsonl: {error}. {len(self._waiting)} line(s) are kept in memory and written later.")
         for follower in self.followers:
             follower(line)
         step = line["step"]
@@ -155,7 +155,7 @@ class Metrics:
     def write_norms(self, step: int, norms: dict[str, dict[str, float]] | None) -> None:
         """Write histograms of gradient and weight norms at `step` to TensorBoard, if it is on.
 
-        `norms` is the result of parameter_norms, or None for a step without them.
+        `norms` is {"gradient": {parameter: norm}, "weight": {parameter: norm}}, or None for a step without norms.
         """
         if norms is not None and self._board is not None:
             try:

@@ -28,7 +28,9 @@ GIB = 2**30
 
 
 class PlanCheck:
-    """Follows the first steps of a run on rank 0, and compares them with the plan of `lock`."""
+    """Follows the first steps of a run on rank 0, and compares them with `lock`, the plan that packspeed plan --lock
+    wrote.
+    """
 
     def __init__(
         self, lock: Lock, folder: Path, spent: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
@@ -44,7 +46,7 @@ class PlanCheck:
         self.memory: list[float] = []
 
     def see(self, line: StepLine) -> None:
-        """Add the planned values to `line`, if it is of one of the first 20 steps. At the 20th, write the result."""
+        """Add the planned values to `line`, if it is of one of the first 20 steps. At the 20th, write plan.json."""
         if len(self.seconds) >= STEPS:
             return
         line["planned_step_time_s"] = round(self.planned["step_time_s"], 6)
@@ -101,7 +103,9 @@ def plan_check(
 
 
 def report_errors(result: PlanResult, log: Callable[[str], None]) -> None:
-    """Log the errors of the planned step time and memory, one line each: a warning if an error is outside its bar."""
+    """Log how far step time and memory are from the plan, one line each: a warning if an error is larger than the plan
+    allows.
+    """
     for key, words, unit in (("step_time_s", "step time", "s"), ("memory_gib", "memory", "GiB")):
         error, bar = result["error"][key], result["bar"][key]
         log(

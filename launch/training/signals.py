@@ -49,7 +49,7 @@ def stop_while_starting() -> None:
 
 
 def _on_signal_while_starting(number: int, frame: FrameType | None) -> None:
-    """Until training starts, the handler of SIGNALS: end the process with EXIT_STOPPED."""
+    """Signal handler until training starts: end the process with exit code 75 (EXIT_STOPPED)."""
     _end(signal.Signals(number).name)
 
 
@@ -89,7 +89,7 @@ class StopSignal:
         _training.set()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Handler of SIGNALS in training: store the signal's name in `signal`. At a second Ctrl-C, end the process."""
+        """Signal handler in training: store the signal's name in `signal`. At a second Ctrl-C, end the process."""
         if number == signal.SIGINT and self.signal == "SIGINT":
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)

@@ -66,7 +66,7 @@ class Trainer:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What all ranks know of a step, whether it was applied or vetoed."""
+    """What all ranks know about a step, which was applied or vetoed."""
 
     loss: float  # mean over the global batch, nats per token
     norm: float  # global L2 norm of the gradient before clipping

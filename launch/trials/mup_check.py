@@ -48,7 +48,7 @@ class LayerResult:
 
 @dataclasses.dataclass(frozen=True)
 class WidthCheck:
-    """The result of a coordinate check."""
+    """The result of a coordinate check, which tests whether activations depend on the model's width."""
 
     widths: tuple[int, ...]
     layers: list[LayerResult]
@@ -114,7 +114,7 @@ def widened(config: GPTConfig, width: int) -> GPTConfig:
 
 
 def _mean_over_seeds(config: GPTConfig, run: RunFile, batches: Batches, seeds: int) -> dict[str, tuple[float, float]]:
-    """Return the results of _measure, averaged over the seeds train.seed, train.seed + 1, ..."""
+    """Return {layer: (mean |activation|, mean |change|)}, averaged over the seeds train.seed, train.seed + 1, ..."""
     found = [_measure(config, run, batches, run.train.seed + n) for n in range(seeds)]
     return {
         layer: (float(np.mean([one[layer][0] for one in found])), float(np.mean([one[layer][1] for one in found])))
@@ -123,7 +123,10 @@ def _mean_over_seeds(config: GPTConfig, run: RunFile, batches: Batches, seeds: i
 
 
 def _measure(config: GPTConfig, run: RunFile, batches: Batches, seed: int) -> dict[str, tuple[float, float]]:
-    """Return {layer: (mean |activation|, mean |change|)} on the last batch, after one step for each of the others."""
+    """Return {layer: (mean |activation|, mean |change| since the start)} on the last batch.
+
+    Before that, the model is trained for one step on each of the other batches.
+    """
     model = GPT(config)
     init_weights(model, seed)
     train = run.train.model_copy(update={"schedule": ScheduleSection(name="constant")})

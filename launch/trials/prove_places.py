@@ -36,7 +36,7 @@ WATCH = (
 
 
 class Victims(Protocol):
-    """The processes of one launch."""
+    """The processes of one launch, of which the test kills one rank, all ranks or the launcher."""
 
     def find(self) -> None:
         """Look for ranks that have started since the last call. Call it often, until the kill."""
@@ -49,12 +49,12 @@ class Victims(Protocol):
 
 
 class Place(Protocol):
-    """Where the runs of a proof are trained."""
+    """Where the runs of a kill-and-resume test are trained: on this machine, or on the hosts of a hostfile."""
 
     def command(self, ranks: int, arguments: Sequence[str], folder: Path) -> list[str]:
         """Return the command that trains with `ranks` ranks until the run ends. `arguments` are those of train.py.
 
-        `folder` is that of the proof, for files that the command needs.
+        `folder` is the folder of the test, for files that the command needs.
         """
 
     def victims(

@@ -209,7 +209,7 @@ class Rehearsal(Supervisor):
         return attempt
 
     def _apply(self, fault: Fault, attempt: Attempt) -> None:
-        """Inject one fault (see the top of this module) into `attempt`, the running start of all ranks."""
+        """Inject one fault, such as a killed rank or a full disk, into `attempt`, the running start of all ranks."""
         if fault.kind == "fill":
             fill_disk(self.run.folder)
             threading.Timer(float(fault.target), self._free_disk).start()

@@ -53,7 +53,8 @@ def one_zero1() -> Iterator[None]:
 
 
 def sum_gradients(engine: Engine) -> None:
-    """Patch a bf16 engine: divide each loss by the number of micro batches per step (of all ranks); sum gradients only.
+    """Patch a bf16 engine: divide each loss by the micro batches per step of all ranks, so that gradients are only
+    summed.
 
     Engines of other precisions are left as they are, and so are those with ZenFlow, whose own reduction always divides.
     Do not call it with DeepCompile, which divides too.

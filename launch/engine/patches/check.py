@@ -146,7 +146,9 @@ def _signature(scope: str, name: str) -> str | None:
 
 @functools.cache
 def _collapsed_source(file: str) -> str:
-    """Return the source of a file below site-packages without white space (see _collapsed). Each file is read once."""
+    """Return the source of a file below site-packages in the form of _collapsed: without white space. Each file is read
+    once.
+    """
     return _collapsed(read_source(file))
 
 

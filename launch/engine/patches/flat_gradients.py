@@ -30,8 +30,8 @@ Views = list[tuple[int, torch.Size, bool]]  # offset in this rank's part, shape,
 def accumulate_in_flat_tensors(engine: Engine) -> None:
     """Let the ZeRO-1 optimizer of a bf16 engine add up its gradients in one fp32 tensor per parameter group.
 
-    Engines with overlap_comm, offload or a communication_data_type of 16 bits are left as they are. Call it after
-    sum_gradients, because that one makes the engine sum gradients, and this one does not divide them either.
+    Engines with overlap_comm, offload or a communication_data_type of 16 bits are left as they are. The patch never
+    divides gradients, so sum_gradients must be called before it.
     """
     optimizer: Any = engine.optimizer
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or not engine.bfloat16_enabled():

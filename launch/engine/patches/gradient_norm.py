@@ -158,7 +158,7 @@ class GradientNormHook:
         return None if self.vetoed else on_host
 
     def _to_host(self, norms: Tensors) -> Tensors:
-        """Return scalar norms as CPU tensors. Copies the tensor given to `agree` along with them."""
+        """Return scalar norms as CPU tensors. The same copy brings the numbers given to `agree` to the CPU."""
         if self._agreement is None or norms[0].device != self._agreement.device:
             return [torch.tensor(float(norm), dtype=norm.dtype) for norm in norms]
         numbers: list[float] = torch.cat([*(norm.double().view(1) for norm in norms), self._agreement]).tolist()

@@ -108,8 +108,8 @@ def _load(optimizer: Any, saved: JsonObject) -> None:
             weights = saved["fp32_flat_groups"][group]
             if weights.numel() != flat.numel():
                 raise UserError(
-                    f"the file of this rank has {weights.numel():,} weights in sub-group {group}, and this run has "
-                    f"{flat.numel():,}. Resume with the DeepSpeed configuration of the run that saved it."
+                    f"this rank's checkpoint file has {weights.numel():,} weights in sub-group {group}, and this run "
+                    f"has {flat.numel():,}. Resume with the DeepSpeed configuration of the run that saved it."
                 )
             copy_mapped(weights, flat.data)
             state = optimizer.optimizer.state[flat]
