@@ -1,0 +1,63 @@
+"""Compare a recipe with AdamW at five learning rates: python tests/bench/recipe_bench.py TOKENS [--steps 1000]
+
+TOKENS is a folder of `packspeed prepare`. The model, the data and the schedule are those of
+launch/configs/gpt_10m.yaml. AdamW trains for `--steps` steps with each learning rate, and the recipe for as many as its
+file says. Every run is a whole command on one rank. Prints the validation loss, the steps, the seconds of all steps and
+the seconds of the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "launch" / "configs" / "gpt_10m.yaml"
+ADAMW = "train.optimizer={name: adamw, lr: %s, betas: [0.9, 0.95], weight_decay: 0.1}"
+
+
+def train(name: str, folder: Path, sets: list[str]) -> float:
+    """Run the recipe with these overrides, print a line, and return the validation loss after the last step."""
+    words = [f"--set={word}" for word in (f"name={name}", f"runs_dir={folder}", "checkpoint.every_steps=0", *sets)]
+    start = time.monotonic()
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(RECIPE), *words]
+    subprocess.run(command, capture_output=True, check=True)
+    spent = time.monotonic() - start
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    loss = next(float(line["val_loss"]) for line in reversed(lines) if "val_loss" in line)
+    in_steps = sum(line["step_time_s"] for line in steps)
+    print(f"{name:<14} {loss:.4f} after {len(steps)} steps, {in_steps:.1f} s in steps, {spent:.1f} s", flush=True)
+    return loss
+
+
+def main() -> None:
+    """Train with AdamW at each learning rate, then by the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", type=Path)
+    parser.add_argument("--steps", type=int, default=1000, help="steps of AdamW")
+    parser.add_argument("--rates", nargs="+", default=["5e-4", "1e-3", "2e-3", "4e-3", "8e-3"], help="of AdamW")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of every run, such as train.seed=2")
+    options = parser.parse_args()
+    shared = [f"data.path={options.tokens.resolve()}", *options.set]
+    half = options.steps // 2
+    lengths = [
+        f"train.steps={options.steps}",
+        f"train.schedule.decay_steps={half}",
+        f"eval.every_steps={options.steps}",
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        losses = {
+            rate: train(f"adamw_{rate}", Path(scratch), [*shared, *lengths, ADAMW % rate]) for rate in options.rates
+        }
+        print(f"the best of AdamW: {min(losses.values()):.4f}", flush=True)
+        train("recipe", Path(scratch), shared)
+
+
+if __name__ == "__main__":
+    main()
