@@ -59,7 +59,9 @@ class InRankError(Exception):
 
 
 class Warm:
-    """The waiting process: its environment at the start, and the modules that it has loaded since."""
+    """The process that waits with all imports done: its environment at the start, and the modules that it has loaded
+    since.
+    """
 
     def __init__(self) -> None:
         # End with the agent. A process that is forked from this one does not inherit the setting.

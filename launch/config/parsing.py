@@ -127,7 +127,9 @@ def parse_yaml(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
             loader.dispose()
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{place}:{line}: character U+{ord(text[error.position]):04X} is not valid YAML.") from None
+        raise ConfigError(
+            f"{place}:{line}: character U+{ord(text[error.position]):04X} is not valid YAML. Remove it."
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line_of_error = f":{mark.line + 1}" if mark else ""
@@ -148,7 +150,9 @@ def _key_lines(root: yaml.Node, place: Path | str) -> dict[KeyPath, int]:
         count += 1
         line = node.start_mark.line + 1
         if node in above:
-            raise ConfigError(f"{place}:{line}: {dotted(key_path) or 'the file'} contains itself, by an alias (*name).")
+            raise ConfigError(
+                f"{place}:{line}: {dotted(key_path) or 'the file'} contains itself by an alias (*name). Remove it."
+            )
         if count > MAX_VALUES or len(above) > MAX_DEPTH:
             raise ConfigError(f"{place}:{line}: {TOO_MUCH.format(MAX_VALUES, MAX_DEPTH)}, by aliases (*name).")
         lines.setdefault(key_path, line)

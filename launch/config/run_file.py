@@ -79,8 +79,9 @@ MODEL_KEYS = {
     "token uses. Biases follow the token counts of the global batch, so they depend neither on ranks nor on micro "
     "batches. 0: no balancing, which an export as Mixtral or Qwen3-MoE needs.",
     "qk_norm": "Apply RMSNorm to the query and the key of each head.",
-    "attention_gate": "Multiply what attention returns by a sigmoid of its input, so that a token can take nothing "
-    "from others. headwise: one factor per head. elementwise: one factor per channel, as in Qwen3-Next.",
+    "attention_gate": "Multiply the output of attention by the sigmoid of a linear function of its input, so that a "
+    "token can ignore all others. headwise: one factor per head. elementwise: one factor per channel, as in "
+    "Qwen3-Next. Default: no gate.",
     "value_residual": "Mix the values of the first layer into those of every later layer, with two learned factors per "
     "layer that start at 1/2 (ResFormer). Cannot be exported.",
     "value_embeddings": "n: the last layer, and every n-th layer before it, add an embedding of each token to its "
@@ -93,9 +94,9 @@ MODEL_KEYS = {
     "channel, which starts at 1 (LayerScale). Cannot be exported.",
     "mup": "Scale initial weights, learning rates and the forward pass by width and depth (muP, CompleteP). The best "
     "learning rate of a small model then stays the best of a large one (docs/recipes.md). Needs adamw or lion.",
-    "mtp": "Extra heads that predict the tokens after the next one, in training only. Each is a block beside the last "
-    "one (model/mtp.py). `loss` and validation loss stay those of the next token. Generation and export leave the "
-    "heads out.",
+    "mtp": "Extra heads that predict the tokens after the next one, in training only. Each is one more block with the "
+    "input of the last block (model/mtp.py). `loss` and validation loss stay those of the next token. Generation and "
+    "export leave the heads out.",
     "dropout": "Dropout probability after the embedding and on both residual branches, in training only. The masks "
     "depend only on the seed and on the sample's position in the run, so a resumed run uses the same masks.",
     "z_loss": "Coefficient of the term log(sum exp logits)^2 that is added to the training loss of each token. PaLM "
@@ -355,8 +356,9 @@ class OptimizerSection(Section):
 
     @model_validator(mode="after")
     def _some_peak(self) -> OptimizerSection:
-        """Raise ValueError if a parameter group has a learning rate although lr is 0, because the schedule scales
-        lr.
+        """Raise ValueError if lr is 0 but a parameter group has its own peak learning rate.
+
+        The schedule is the rate of a step divided by lr, by which all peak rates are multiplied.
         """
         if self.lr == 0 and (self.embedding_lr or self.head_lr or self.scalar_lr or self.muon_lr):
             raise ValueError("train.optimizer.lr = 0 sets every learning rate to 0: raise lr, or remove the others")

@@ -255,7 +255,7 @@ def products_dtype(bf16_run: bool) -> torch.dtype:
 def share_out(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
     """Return the list of matrices that each rank owns, that is, orthogonalises.
 
-    The costliest matrix comes first, and each goes to the rank with the least work so far.
+    The costliest matrix is given away first, and each matrix to the rank with the least work so far.
     """
     of_owner: list[list[Matrix]] = [[] for _ in range(ranks)]
     work = [0] * ranks

@@ -216,7 +216,7 @@ def do_without(missing: dict[str, str], ds_config: DsConfig, say: Callable[[str]
 def _build_op(builder: OpBuilder, say: Callable[[str], None]) -> None:
     """Compile one DeepSpeed op, load it, and report the compilation with `say`. Raises whatever the builder raises.
 
-    Only one process compiles at a time: torch's own lock does not keep others from an op that is half built.
+    Only one process compiles at a time, because torch's own lock lets others load an op that is half built.
     """
     folder = _build_folder(builder.name)
     built = folder / f"{builder.name}.so"

@@ -71,8 +71,8 @@ class EngineSpec:
 
     @property
     def predictions(self) -> float:
-        """Return the number of tokens that the head predicts in one forward pass: with extra heads (model/mtp.py),
-        several for each token.
+        """Return the number of tokens that the output head predicts in one forward pass, including those of extra heads
+        (model.mtp).
         """
         return self.tokens * (1 + self.model.extra_heads)
 
@@ -227,7 +227,11 @@ def attention_bytes(spec: EngineSpec) -> float:
 
 
 def _gate_bytes(spec: EngineSpec) -> float:
-    """Return the bytes per token that gates keep: after the sigmoid and times the heads, and before if elementwise."""
+    """Return the bytes per token that the gates of attention (model.attention_gate) keep for the backward pass of a
+    block.
+
+    These are the sigmoids and their products with the heads; elementwise gates also keep the inputs of the sigmoids.
+    """
     model, e = spec.model, spec.value_bytes
     heads = model.n_head * model.head_width
     if model.attention_gate == "elementwise":
@@ -238,7 +242,11 @@ def _gate_bytes(spec: EngineSpec) -> float:
 
 
 def _mixed_value_bytes(spec: EngineSpec) -> float:
-    """Return the bytes per token that values keep if something was added to them, as a mean over the blocks."""
+    """Return the bytes per token that a block keeps because something is added to its values, as a mean over the
+    blocks.
+
+    That is done by model.value_residual and model.value_embeddings.
+    """
     model = spec.model
     if _attends_in_fp32(spec):
         return 0.0
@@ -247,7 +255,7 @@ def _mixed_value_bytes(spec: EngineSpec) -> float:
 
 
 def _attends_in_fp32(spec: EngineSpec) -> bool:
-    """Return whether attention keeps fp32 copies of queries, keys and values, and so not the 16-bit ones."""
+    """Return whether attention converts 16-bit queries, keys and values to fp32 and keeps only the fp32 copies."""
     return spec.value_bytes == 2 and spec.device == "cpu" and spec.kernels not in ("native", "triton")
 
 

@@ -68,15 +68,16 @@ def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> tuple[dict[st
 
 
 def copy_sizes(layers: int, accumulation: int) -> list[tuple[int, int]]:
-    """Return the (layers, micro batches) of each copy that is trained to measure a run with these two numbers."""
+    """Return (layers, micro batches per step) of each copy that is trained to measure a run of this size."""
     more = max(2, layers // 3)
     return [(count, size) for size in ((1, 2) if accumulation > 1 else (1,)) for count in (1, more)]
 
 
 def at(sizes: Sequence[tuple[int, int]], values: Sequence[float], layers: int, accumulation: int) -> float:
-    """Return the value of a run with these layers and micro batches, linear in both, from the values of the copies.
+    """Return the value (time or memory) of a run with these layers and micro batches per step.
 
-    sizes: as copy_sizes returns them. If all copies have one micro batch, `accumulation` is ignored.
+    It is linear in both numbers and extrapolated from `values`, those of the copies of the run. sizes: (layers, micro
+    batches) of each copy, as copy_sizes returns them. If all copies have one micro batch, `accumulation` is ignored.
     """
     steps = (layers - 1) / (sizes[1][0] - 1)
     first, *second = (values[n] + steps * (values[n + 1] - values[n]) for n in range(0, len(values), 2))

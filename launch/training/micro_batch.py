@@ -38,7 +38,7 @@ class MicroBatch:
 def micro_batches(batch: Batch, rows: int, topology: Topology, extra_heads: int = 0) -> Iterator[MicroBatch]:
     """Yield this rank's batch as micro batches of `rows` rows, in order, on the device.
 
-    extra_heads: for how many extra heads (model/mtp.py) the model gets labels; 0: it does not compute them.
+    extra_heads: number of heads that predict later tokens (model/mtp.py), for which the micro batches get labels.
     """
     device, sequence = topology.device, topology.sequence(batch.inputs.shape[1])
     for part in batch.cut(rows):
@@ -70,7 +70,7 @@ def micro_batches(batch: Batch, rows: int, topology: Topology, extra_heads: int 
 
 
 def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of a micro batch, a scalar with its graph for the backward pass, and what to report of it.
+    """Return (the loss of a micro batch, a scalar with its graph for the backward pass; a tensor of numbers to report).
 
     The second tensor has the loss of the next token, then the loss of each extra head (model/mtp.py), then the share of
     tokens for which each extra head has a target: (1 + 2 extra heads,), on the device. Without extra heads, its only

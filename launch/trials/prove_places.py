@@ -131,7 +131,9 @@ class OverHosts:
     def first(self, ranks: int) -> list[Host]:
         """Return the hosts of the first `ranks` ranks. Raises ConfigError if there are fewer slots."""
         if ranks > self.slots:
-            raise ConfigError(f"the hostfile has {self.slots} slots, which is too few for {ranks} ranks.")
+            raise ConfigError(
+                f"the hostfile has {self.slots} slots, too few for {ranks} ranks. Lower --ranks or --other-ranks."
+            )
         return fit_slots(self.hosts, lambda number: number <= ranks)
 
     def command(self, ranks: int, arguments: Sequence[str], folder: Path) -> list[str]:

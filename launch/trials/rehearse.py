@@ -61,7 +61,9 @@ class Fault:
 
 
 def parse_fault(text: str, hosts: list[Host]) -> Fault:
-    """Parse KIND:TARGET@STEP. Raises ConfigError if the form is wrong, or if there is no such rank or host."""
+    """Parse a fault, KIND:TARGET@STEP, such as "kill:3@12". Raises ConfigError if the form is wrong, or if there is no
+    such rank or host.
+    """
     match = FAULT.fullmatch(text)
     if match is None:
         raise ConfigError(f"--fault {text}: write {FORMS}.")
