@@ -226,7 +226,7 @@ class TokenDataset:
     def cut_tokens(self, split: str, stride: int, longest: int) -> Starts:
         """Return the number of tokens in each group of `stride` consecutive documents, (groups,).
 
-        A group is a packing window (packing.py). Of each document at most `longest` tokens are counted. Reads the
+        packing.py packs each such group into rows. Of each document at most `longest` tokens are counted. Reads the
         length of every document, 0.5 ns each. Raises DataError if the lengths of a shard's documents do not add up to
         its tokens.
         """

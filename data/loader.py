@@ -338,7 +338,7 @@ class Loader:
 class Prefetcher:
     """An iterator over (step, batch) for steps first_step .. last_step - 1 of one rank. A thread reads batches ahead.
 
-    depth: the largest number of batches that are read ahead. rank, world: as in Loader.batch. Call `close` at the end,
+    depth: the largest number of batches that are read ahead. rank: of `world` ranks. Call `close` at the end,
     or use `with`. The arrays of a batch are never reused, so the caller may keep them. If the thread fails, the
     iterator raises its error at the step that failed. wait_s: the seconds that the caller has waited for data so far.
     """

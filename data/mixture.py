@@ -67,7 +67,7 @@ class SourceReport(TypedDict):
 
 
 class Mixture:
-    """Maps sample k of the run to a source and to the index of a sample in that source.
+    """Maps sample k of the run to a source (a dataset of the mixture) and to the index of a sample in that source.
 
     stages: (first sample, one weight per source) each; the first stage begins at sample 0. Raises UsageError if weights
     are negative or all 0, or if the stages are not sorted.
@@ -184,14 +184,15 @@ class MixtureData:
         return sum(dataset.tokens(split) for dataset in self.datasets)
 
     def describe(self) -> list[DatasetDescription]:
-        """Return what a checkpoint stores about each dataset (TokenDataset.describe), one entry per dataset."""
+        """Return path, fingerprint, tokenizer and shards of each dataset, which a checkpoint stores."""
         return [description for dataset in self.datasets for description in dataset.describe()]
 
 
 class MixtureLoader(Loader):
     """Batches from several datasets. stages: (token of the run at which the stage begins, one weight per dataset) each.
 
-    The other arguments, and the exceptions, are those of packing.make_loader.
+    The other arguments are those of packing.make_loader, which makes the loader of each dataset. Raises DataError if a
+    dataset is too small for one row, and UsageError if an argument is invalid.
     """
 
     def __init__(

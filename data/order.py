@@ -254,7 +254,7 @@ class _Epoch:
         return slots
 
     def _permute_group(self, group: int) -> Permutation:
-        """Return the permutation of the windows of a group: the blocks of 2**17 tokens that are shuffled together."""
+        """Return the permutation of the windows in a group, that is, in blocks whose windows are shuffled together."""
         size = int(self._first_slot[group + 1] - self._first_slot[group])
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 

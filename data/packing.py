@@ -221,8 +221,8 @@ _loader_numbers = itertools.count()
 class PackedLoader(Loader):
     """Batches of packed rows: a sample is a row. `targets`, `used`, `positions` and `documents` of a Batch are set.
 
-    packing: best_fit or bos_aligned, as explained at the top of this file. The other arguments are those of Loader. The
-    constructor reads the index files, so it also raises DataError if one of them is damaged.
+    packing: best_fit or bos_aligned, as explained at the top of this file. seq_len: positions per row. The other
+    arguments are those of Loader. The constructor reads the index files, and raises DataError if one is damaged.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class PackedLoader(Loader):
     def _make_order(self, seed: int, shuffle: Shuffle, source: int) -> int:
         """Count the rows of every window of 16,384 documents, and return the number of rows in an epoch.
 
-        seed, shuffle, source: as in Loader. Raises DataError if the split is too short for one row.
+        seed, shuffle, source: determine the order of the rows. Raises DataError if the split is too short for one row.
         """
         dataset, documents = self.dataset, self.dataset.documents(self.split)
         hashes = " ".join(shard.idx_xxh3_128 for shard in dataset.manifest.shards)
@@ -281,7 +281,7 @@ class PackedLoader(Loader):
         return PLANS.get((self._number, window), lambda: self._new_plan(window))
 
     def _new_plan(self, window: int) -> PackingPlan:
-        """Pack a window of documents and return its plan.
+        """Pack a window of 16,384 documents, and return which tokens are in which row.
 
         Raises DataError if the documents have changed since the number of rows of the window was computed.
         """
@@ -402,7 +402,7 @@ class PackedLoader(Loader):
 
 
 class _PackedEpoch:
-    """The order of one epoch: maps slot s, the s-th sample of the epoch, to a window and the index of a row in it.
+    """The order of one epoch: maps slot s, the s-th sample of the epoch, to a window of documents and a row in it.
 
     rows (windows,): the number of rows of each window. prefix: the key of this epoch's permutations.
     """
@@ -487,7 +487,8 @@ def make_loader(
 ) -> Loader:
     """Return a loader of the split train. packing: "stream" (windows of the stream), "best_fit" or "bos_aligned".
 
-    The other arguments, and the exceptions, are those of Loader. Raises UsageError for another packing.
+    seq_len: tokens per row. global_batch: rows per step of all ranks together. The other arguments are those of Loader.
+    Raises DataError if the split is too small for one row, and UsageError if an argument is invalid.
     """
     if packing == "stream":
         return Loader(

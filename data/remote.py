@@ -46,8 +46,8 @@ Result = TypeVar("Result")
 def open_dataset(path: str | Path, quick_check: bool = True, **remote: Any) -> TokenDataset:
     """Open the dataset in a folder or behind a URL.
 
-    quick_check: see TokenDataset, for a folder. remote: options of RemoteDataset, for a URL. Raises DataError if the
-    dataset is missing, damaged or unreachable.
+    quick_check: for a folder, compare the sizes of all shards with the manifest. remote: for a URL, the arguments
+    cache_dir and cache_gb of RemoteDataset. Raises DataError if the dataset is missing, damaged or unreachable.
     """
     return RemoteDataset(str(path), **remote) if "://" in str(path) else TokenDataset(path, quick_check)
 
@@ -188,9 +188,9 @@ class RemoteDataset(TokenDataset):
         return folder
 
     def describe(self) -> list[DatasetDescription]:
-        """Return a list with one entry: what a checkpoint stores about this dataset, with the URL as its path.
+        """Return a list with one entry: URL, fingerprint, tokenizer and shards of this dataset.
 
-        See TokenDataset.describe.
+        A checkpoint stores it.
         """
         (description,) = super().describe()
         description["path"] = self.url

@@ -31,7 +31,8 @@ class VarlenAttention(Protocol):
     ) -> Tensor:
         """Return causal attention within each document, (N, H, D), for q (N, H, D) and k, v (N, h, D).
 
-        ends: Documents.ends. longest: tokens of the longest document. window: the most tokens that a token attends to.
+        ends (documents + 1,) int32: 0, then the index after the last token of each document. longest: tokens of the
+        longest document. window: the most tokens that a token attends to; None: no limit.
         """
 
 

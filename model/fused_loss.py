@@ -22,7 +22,7 @@ from packspeed.model.kernels import Losses
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The losses of multi_head_loss. The forward pass also computes the gradients, which backward only scales."""
+    """Sums the losses of all tokens for multi_head_loss. Forward also computes the gradients, which backward scales."""
 
     @staticmethod
     def forward(
@@ -157,11 +157,11 @@ def multi_head_loss(
     softcap: float | None = None,
     later: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return (losses[0] + later * the sum of the other losses, losses) of K predictions that share the head's weight.
+    """Return (total, losses) for K predictions that share the weight of the output head.
 
-    The first is a scalar in fp32. losses (K,) has the result of head_loss for each x (N, C) in x (K, N, C) and labels
-    (N,) in labels (K, N); it has no gradient. Other arguments as in head_loss. The weight's gradient is summed over the
-    predictions, and the logits of one prediction exist at a time.
+    losses (K,) fp32: the sum over N tokens of each prediction's cross entropy in nats, without gradient. x is
+    (K, N, C), labels are (K, N). total, a scalar: losses[0] + later * (sum of the other losses). The other arguments
+    are those of head_loss. The logits of only one prediction exist at a time.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         both: tuple[Tensor, Tensor] = _HeadLoss.apply(  # type: ignore[no-untyped-call]

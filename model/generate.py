@@ -108,8 +108,8 @@ def generate(
 ) -> Tensor:
     """Continue B prompts of equal length, tokens (B, T) int64, and return prompts with continuations, (B, T + new).
 
-    Row i draws with the seed `seed` + i. on_token: called after each step with the new token of every row, (B,). The
-    other arguments, and the exceptions, are those of `stream`.
+    Row i draws with the seed `seed` + i. on_token: called after each step with the new token of every row, (B,).
+    temperature (0: greedy), top_k, top_p, eot_id, and the exceptions: as in `stream`.
     """
     columns = [tokens]
     for column in stream(
@@ -238,7 +238,8 @@ def uniform(keys: Tensor, step: int) -> Tensor:
 def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor) -> Tensor:
     """Draw one token per row of logits (B, V) and return the ids, (B,) int64.
 
-    The cumulative distribution is inverted at `uniform` (B,), numbers in [0, 1). Other arguments as in `stream`.
+    uniform: (B,) random numbers in [0, 1), at which the cumulative distribution is inverted. temperature divides the
+    logits; 0: take the largest. top_k, top_p: draw from the most likely tokens only; None: from all.
     """
     if temperature == 0.0:
         return logits.argmax(-1)

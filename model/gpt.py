@@ -93,7 +93,7 @@ class Linear(nn.Linear):
 
 
 class HeadGates(nn.Linear):
-    """The gates of a layer's attention heads: one number from 0 to 1 per head and token. Never in 8 bits."""
+    """Computes a gate for each attention head and token, from 0 to 1; in fp8 training too, without 8-bit numbers."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gates, (..., H, 1), of the normalised residual stream x (..., C)."""

@@ -55,7 +55,7 @@ class Kernels(Losses, Protocol):
         """Apply the nonlinearity of the MLP to x: kind is gelu, gelu_tanh, relu2 or swiglu."""
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
-        """Round a matrix to an 8-bit dtype; see reference_ops.quantise for arguments and result."""
+        """Round a matrix to 8 bits. Return the copies (straight, transposed) and the scalar that multiplies them."""
 
 
 def resolve(name: str, device: str) -> str:

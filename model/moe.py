@@ -65,7 +65,7 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(config.n_expert, dtype=torch.int32).float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Move and cast the module as torch does, but only move the bias and never cast it."""
+        """Move and cast the module as torch does, but keep the balancing bias in fp32."""
         bias = self.bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.bias.dtype != bias.dtype:
@@ -146,7 +146,10 @@ class MoE(nn.Module):
             self.forward = out_of_graphs(self.forward)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, choice: Choice | None = None) -> Tensor:
-        """Return the output, (B, T, C), for x (B, T, C). choice: see Choice; None if x is never recomputed."""
+        """Return the output, (B, T, C), for x (B, T, C).
+
+        choice: keeps the experts of this forward pass for its recomputation; None if x is never recomputed.
+        """
         flat = x.flatten(0, 1)
         recomputed = choice is not None and choice.experts is not None
         weights, experts = self.router(flat, choice)
@@ -273,7 +276,7 @@ def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_outer_product(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """Return (E, out, in): for each expert the transposed rows of grad (n, out), times its rows (n, in).
+    """Return (E, out, in): grad^T @ rows for each expert, over its part of grad (n, out) and rows (n, in).
 
     It is 0 for an expert without rows. ends (E,) int32: ends[e] is the number of rows of experts 0 to e together.
     """

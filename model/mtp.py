@@ -2,12 +2,12 @@
 
     labels = future_labels(labels, depth)                    # (B, T, depth), for GPT.forward
 
-The heads stand beside the last block (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737). Each is one more block.
-It reads what the last block reads, and all of them share the final norm and the output head:
+The extra heads are parallel to the last block (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737). Each is one
+more block that reads what the last block reads. All share the final norm and the output head:
 
     h = the first n_layer - 1 blocks
     head(norm(last block(h)))          the next token
-    head(norm(extra block k(h)))       the token k places after it, k = 1 ... depth
+    head(norm(extra block k(h)))       the token k positions after it, k = 1 ... depth
 
 The loss to train on is L_0 + weight / depth * (L_1 + ... + L_depth). Each L is a sum over all targets, divided by the
 number of next tokens, as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, equations 24 and 25). So each target has the
@@ -15,9 +15,9 @@ same weight, however ranks and micro batches divide the batch. A position has no
 or, with document masks, outside its document. Megatron-LM does the same with packed sequences.
 
 Without the extra blocks, the model is an ordinary one of n_layer blocks. So evaluation, generation and export leave
-them out. DeepSeek's heads are a chain that also reads the embeddings of later tokens, which another rank may have.
-Parallel heads need only what a block does, so all that divides, recomputes or converts blocks works for them. Their
-parameters begin with blocks.<n_layer + k - 1>.
+them out. DeepSeek's heads are a chain that also reads the embeddings of later tokens, which may be on another rank.
+Parallel heads are ordinary blocks, so all code that divides, recomputes or converts blocks works for them. The names of
+their parameters begin with blocks.<n_layer + k - 1>.
 Cost: per head one block, and one pass of norm and output head. The logits of one head exist at a time (fused_loss.py).
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MTP:
-    """How many extra heads there are, and how much they count. Raises ValueError if a number is out of range."""
+    """The number of extra heads and the weight of their losses. Raises ValueError if a number is out of range."""
 
     depth: int  # number of extra heads
     weight: float = 0.3  # of the mean of their losses, compared with the next token's
@@ -47,11 +47,10 @@ class MTP:
 
 
 def future_labels(labels: Tensor, depth: int, positions: Tensor | None = None) -> Tensor:
-    """Return the labels of the extra heads, (B, T, depth) int64: element k - 1 is the label k positions further on.
+    """Return the labels of the extra heads, (B, T, depth) int64: element [b, t, k - 1] is labels[b, t + k], or -1.
 
-    It is -1 if there is none. labels: (B, T) int64, of complete rows; -1 if a token has none. positions: (B, T), the
-    place of each token in its document, if attention stays inside documents; then labels of other documents do not
-    count.
+    -1 means that there is no such label. labels: (B, T) int64, of complete rows. positions: (B, T), each token's position
+    in its document, if attention stays inside documents; then labels in other documents are -1 too.
     """
     length = labels.size(1)
     ahead = labels.new_full((*labels.shape, depth), -1)

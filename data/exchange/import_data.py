@@ -62,7 +62,8 @@ def import_data(
     """Make a dataset in the new folder `out` from token files, and return its manifest.
 
     train, val: the files of each split. tokenizer: the one that made the ids. link: link Megatron pairs instead of
-    copying them. Other options: see ImportOptions.
+    copying them. append_eot: add EOT to documents that do not end with it. dtype: of the tokens in files without a
+    header; None: detect it. shard_tokens: begin a new shard after this many tokens.
 
     Raises UsageError if a path does not exist or is not a token file, or if `out` is not empty. Raises DataError if a
     file is damaged, an id is outside the vocabulary or the disk is full. Nothing is left in `out` after an error.

@@ -120,9 +120,10 @@ def prepare(
 ) -> Manifest:
     """Make a dataset from the text in `sources`, write it into the folder `out`, and return its manifest.
 
-    sources, include, exclude, unknown: which files to read, see read/sources.py.
+    sources: files, folders, globs, URLs and Hub datasets. include, exclude: patterns that select files in folders.
+    unknown: the format of files whose names do not reveal it; "": skip such files in folders (read/sources.py).
     tokenizer: a Tokenizer, or a name or path for load_tokenizer. encoder: the library that encodes, see text/encode.py.
-    text_key: the key or keys of the text in records, see read/documents.py.
+    text_key: the key or keys of the text in records; "a.b" is the key b inside the object a.
     val: sources of the validation split; their files are left out of `sources`.
     val_fraction: the share of the documents (of the tokens, if there are fewer than 100 documents) that goes to
         validation if `val` is not given; default 0.005.
@@ -295,8 +296,8 @@ class _Preparation:
     def do(self, encode: Encode, progress: Callable[[PrepareProgress], None] | None) -> None:
         """Encode the work units that are not finished yet.
 
-        encode: the function that `encoding` yields. progress: called with the state from time to time. Raises DataError
-        if there are too many bad documents.
+        encode: encodes the units in `todo` and yields (number, receipt) of each; `encoding` provides it. progress:
+        called with the state from time to time. Raises DataError if there are too many bad documents.
         """
         meter = ProgressMeter(self.units, [receipt for receipt in self.done.values() if receipt], progress)
         bad = self._check_bad(sum(receipt.bad for receipt in self._receipts()))

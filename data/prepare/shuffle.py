@@ -57,8 +57,8 @@ def _write_buckets(
 ) -> None:
     """Distribute the documents to 256 pairs of files by the first byte of their sort keys.
 
-    The tokens go to the first file of names[bucket]; each document's key, offset and hash to the second. The other
-    arguments are those of `shuffled`.
+    The tokens go to the first file of names[bucket]; each document's key, offset and hash to the second. documents:
+    runs, each with the numbers (n,) of its documents. itemsize: bytes per token.
     """
     bytes_written = [0] * BUCKETS
     with ExitStack() as stack:

@@ -247,7 +247,10 @@ def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str],
 
 
 def load_worker(folder: Path, skip_bad: int, choice: Choice) -> UnitWorker:
-    """Return a UnitWorker for the job that is stored in a folder of units. skip_bad, choice: as in UnitWorker."""
+    """Return a UnitWorker for the job that is stored in a folder of units.
+
+    skip_bad: how many bad documents each unit may skip. choice: the library that encodes.
+    """
     job = load_job(folder)
     tokenizer = load_tokenizer_file(folder.parent / job.tokenizer_file)
     return UnitWorker(folder, job, tokenizer, skip_bad, choice)

@@ -52,8 +52,8 @@ class Worker(Protocol):
 class WorkerPool:
     """Worker processes that encode work units. They are killed at the end of the `with` block.
 
-    folder: where the units' files are. skip_bad, encoder: as in `prepare`. load: makes a UnitWorker with these; it is
-    called once, and only if the workers are forked.
+    folder: where the units' files are. skip_bad: how many bad documents each unit may skip. encoder: the library that
+    encodes. load: makes a UnitWorker with these settings; it is called once, and only if the workers are forked.
     """
 
     def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str, load: Callable[[], UnitWorker]):
@@ -83,7 +83,8 @@ class WorkerPool:
     def do(self, units: Sequence[Unit], report: ReportCounts) -> Generator[tuple[int, Receipt], None, None]:
         """Encode units on all workers. Yield (number, receipt) of each unit when it is finished.
 
-        report: called with the counts of each message. Raises the error that a worker reports; DataError if one ends.
+        report: called with the counts of each message. Raises the error that a worker reports, or DataError if
+        a worker process ends early.
         """
         waiting, busy = list(reversed(units)), 0
         with selectors.DefaultSelector() as selector:

@@ -123,7 +123,7 @@ class TextKeys:
         return SEPARATOR.join(filter(None, texts)) if texts else None
 
     def columns(self, names: Sequence[str]) -> list[str]:
-        """Return the keys that a table with columns `names` may have. A column `meta` may have the key `meta.text`."""
+        """Return the keys that may be in a table with columns `names`: `meta.text` may be inside a column `meta`."""
         return [key for key in self.keys if key in names or key.split(".")[0] in names]
 
 

@@ -108,7 +108,8 @@ def printable(name: str) -> str:
 class _Search:
     """Finds the files for the user's arguments, one call of `add` each, and collects them in `result`.
 
-    The arguments of the class are those of find_sources.
+    include, exclude: glob patterns that select files of folders and globs. outside: files in this folder are left out.
+    unknown: the format of files whose names do not reveal it; "": skip such files.
     """
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str], outside: Path | None, unknown: str):

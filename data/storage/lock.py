@@ -90,7 +90,8 @@ def _acquire(
 ) -> None:
     """Lock the open file `file` (a descriptor). operation: fcntl.LOCK_EX or LOCK_SH.
 
-    path: for the message. The other arguments, and the exceptions, are those of lock_file.
+    path: for the message. timeout_s: how long to wait. on_wait: called before each wait with the holder's text.
+    required: False: do nothing if the file system does not support locks. Raises LockHeldError after the timeout.
     """
     deadline = time.monotonic() + timeout_s
     while True:

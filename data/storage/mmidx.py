@@ -139,8 +139,8 @@ def check_header(path: str, header: bytes, documents: int, dtype: str) -> None:
 def read_index(path: Path, documents: int, dtype: str, scattered: bool = False) -> Index:
     """Map an .idx file into memory and return its contents.
 
-    scattered: the index is read at scattered places, see map_file. Raises DataError if the header or the size of the
-    file does not fit `documents` documents of `dtype`.
+    scattered: the file will be read at scattered places, so the kernel should not read ahead. Raises DataError if the
+    header or the size of the file does not fit `documents` documents of `dtype`.
     """
     try:
         raw = map_file(path, scattered)

@@ -179,7 +179,7 @@ class JsonTokenizer:
         return name
 
     def _choice(self, option: str) -> str:
-        """Return a sentence for a message that lists the special tokens. option: which option names one."""
+        """Return a sentence for error messages: the special tokens, and the option with which the user names one."""
         special = [token["content"] for token in self._spec.get("added_tokens") or [] if token.get("special")]
         return f"Name one by {option}{': ' + ', '.join(special[:12]) if special else ''}."
 
@@ -346,7 +346,9 @@ def _deterministic(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ids_of_the_file(name: str, spec: dict[str, Any], full: tokenizers.Tokenizer) -> dict[str, int]:
-    """Return {token: id}: for the model's vocabulary the library's ids, for added tokens the ids in the file.
+    """Return {token: id} as tokenizer.json numbers the tokens.
+
+    spec: the parsed tokenizer.json. full: the library's tokenizer, which may give added tokens other ids than the file.
 
     Raises DataError if a token has two ids or an id two tokens. Then it is not known which row of the model's embedding
     was trained for it.
