@@ -141,8 +141,8 @@ def head_loss(
 
     x (N, C): the input of the head. weight (padded V, C): of the head; rows from vocab_size on are padding. labels
     (N,): labels below 0 are ignored. kernels: computes the losses of a chunk, see kernels.py. z_loss: adds z_loss *
-    log(sum exp logits)^2 for each token. softcap: see `cap`. If x or weight require gradients, these are computed here
-    and not in the backward pass.
+    log(sum exp logits)^2 for each token. softcap: see `cap`. If x or weight require gradients, the forward pass
+    computes them already.
     """
     return multi_head_loss(x[None], weight, labels[None], vocab_size, kernels, z_loss, softcap)[0]
 

@@ -49,8 +49,8 @@ class MTP:
 def future_labels(labels: Tensor, depth: int, positions: Tensor | None = None) -> Tensor:
     """Return the labels of the extra heads, (B, T, depth) int64: element [b, t, k - 1] is labels[b, t + k], or -1.
 
-    -1 means that there is no such label. labels: (B, T) int64, of complete rows. positions: (B, T), each token's position
-    in its document, if attention stays inside documents; then labels in other documents are -1 too.
+    -1 means that there is no such label. labels: (B, T) int64, of complete rows. positions (B, T): each token's
+    position in its document, if attention stays inside documents; then labels in other documents are -1 too.
     """
     length = labels.size(1)
     ahead = labels.new_full((*labels.shape, depth), -1)

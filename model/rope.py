@@ -71,7 +71,11 @@ def attention_factor(scaling: RopeScaling) -> float:
 
 
 def _dynamic(exponents: Tensor, width: int, theta: float, factor: float, ratio: Tensor) -> Tensor:
-    """Return the frequencies (B, 1, 1, width / 2). ratio (B, 1, 1, 1): length of each row / max_seq_len."""
+    """Return the frequencies of rope_type dynamic, (B, 1, 1, width / 2), for each row's own length.
+
+    exponents (width / 2,): 2 i / width of channel pair i. ratio (B, 1, 1, 1): length of each row / max_seq_len, at
+    least 1.
+    """
     base = theta * (factor * ratio - (factor - 1)) ** (width / (width - 2))
     frequencies: Tensor = 1.0 / base**exponents
     return frequencies

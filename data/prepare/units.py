@@ -209,9 +209,9 @@ def _parts(source: Source) -> Iterator[tuple[Source, int]]:
 
 
 def _line_ends(source: Source, size: int) -> Iterator[int]:
-    """Yield byte offsets, about 32 MiB apart, at which lines of a file end. No line is divided.
+    """Yield byte offsets, about 32 MiB apart, at which lines of a file end. The last offset is the end of the file.
 
-    size: of the file in bytes, which is the last offset.
+    size: of the file in bytes.
     """
     end = 0
     with open_source(source) as stream:

@@ -80,7 +80,7 @@ def format_of(name: str) -> Format:
 
 
 def _by_suffix(name: str) -> Format:
-    """Return the format and the compression that the suffixes of a file name, such as a.jsonl.gz, stand for."""
+    """Return the format and the compression by the suffixes of a file name, such as a.jsonl.gz."""
     stem, dot, suffix = name.rsplit("/", 1)[-1].lower().rpartition(".")
     compression = COMPRESSIONS.get(dot + suffix, "")
     if compression:

@@ -51,8 +51,8 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 def read_csv(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
     """Yield one document per row of a csv or tsv file. The first row has the names of the columns.
 
-    keys: which columns have the text. tally: counts bad rows, and rows without a text; the same for the other readers
-    in this file. Raises DataError if no column has the text, or if there are more bad rows than the tally allows.
+    keys: which columns have the text. tally: counts bad rows, and rows without a text. Raises DataError if no column
+    has the text, or if there are more bad rows than the tally allows.
     """
     csv.field_size_limit(LONGEST_FIELD)
     rows = csv.reader(_csv_lines(source), delimiter=DELIMITERS[source.kind], strict=True)

@@ -101,10 +101,10 @@ class JsonTokenizer:
         return Spans(self._checked_ids(encoding), offsets[:, 0], offsets[:, 1], begins)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the bytes that the ids stand for: exact if tokens are byte-level, otherwise the decoded text in UTF-8.
+        """Decode ids to bytes: exact if tokens are byte-level, otherwise the decoded text in UTF-8.
 
-        If tokens are not byte-level, a single id gives the bytes that it has in the middle of a text, because decoders
-        remove a space at the start of a text. Raises DataError if an id is not in the vocabulary.
+        If tokens are not byte-level, decoders remove a space at the start of a text, but a single id here keeps the
+        space that it has in the middle of a text. Raises DataError if an id is not in the vocabulary.
         """
         if _is_byte_level(self._spec.get("decoder")) or len(ids) == 1:
             try:
@@ -114,7 +114,7 @@ class JsonTokenizer:
         return self.decode(ids).encode("utf-8")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text that the ids stand for. Bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids to text. Bytes that are not UTF-8 become U+FFFD."""
         if _is_byte_level(self._spec.get("decoder")):
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
         try:

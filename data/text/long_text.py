@@ -227,7 +227,7 @@ def _repetitions_in(component: dict[str, Any]) -> int | None:
 
 
 def _components(component: object) -> Iterator[dict[str, Any]]:
-    """Yield the components of a normalizer or pre-tokenizer of a tokenizer.json; those of a sequence one by one."""
+    """Yield the components of a normalizer or pre-tokenizer of a tokenizer.json. A Sequence yields its parts."""
     if component is None:
         return
     if not isinstance(component, dict):  # the library also accepts the fields as a list; that counts as unknown

@@ -128,7 +128,7 @@ class TiktokenTokenizer:
         return Spans(ids, starts, ends, begins)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the exact bytes that the ids stand for. Raises DataError if an id is not in the vocabulary."""
+        """Decode ids to the exact bytes of the text. Raises DataError if an id is not in the vocabulary."""
         try:
             return self._encoding.decode_bytes([int(i) for i in ids])
         except (KeyError, OverflowError) as error:
@@ -138,7 +138,7 @@ class TiktokenTokenizer:
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text that the ids stand for. Bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids to text. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def as_ranks(self) -> tuple[bytes, str]:
@@ -192,7 +192,7 @@ class BytesTokenizer:
         return b"".join(EOT.encode() if i == self.eot_id else bytes([i]) for i in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text that the ids stand for. Bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids to text. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> str:

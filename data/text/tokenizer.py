@@ -63,10 +63,10 @@ class Tokenizer(Protocol):
         """Return the ids of several texts, without EOT, one array (n,) each."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the exact bytes that the ids stand for; EOT becomes its name. Raises DataError for an unknown id."""
+        """Decode ids to the exact bytes of the text; EOT becomes its name. Raises DataError for an unknown id."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text that the ids stand for. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        """Decode ids to text. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
 
     def save(self, folder: Path) -> str:
         """Write the file or files that define the tokenizer into a folder, and return the name of the main file."""
