@@ -211,7 +211,7 @@ class _Epoch:
         self._first_slot = self._first_block * self._block - missing
 
     def __call__(self, slots: Indices) -> Indices:
-        """Return the index of the window in each slot, (n,) for slots (n,)."""
+        """Return the index of the window of each slot (number of a sample in the epoch), (n,) for slots (n,)."""
         if self._flat is not None:
             return self._flat(slots)
         out = np.empty_like(slots)
@@ -223,7 +223,7 @@ class _Epoch:
         return out
 
     def _in_group(self, group: int, slots: Indices) -> Indices:
-        """Return the index of the window in each slot, (n,) for slots (n,), which must all be in group `group`."""
+        """Return the index of the window of each slot, (n,) for slots (n,). group: the group that has these slots."""
         first = self._first_slot[group]
         position = first + self._permute_group(group)(slots - first)  # windows in the order of the permuted blocks
         # The last block has fewer windows than the others. Add the difference to all positions after it, so that the
@@ -238,7 +238,7 @@ class _Epoch:
         return window
 
     def slots_of(self, windows: Indices) -> Indices:
-        """Return the slot of each window, (n,) for windows (n,). This is the inverse of __call__."""
+        """Return the slot (number of the sample in the epoch) of each window, (n,). This is the inverse of __call__."""
         if self._flat is not None:
             return self._flat.inverse(windows)
         block, inside = np.divmod(windows, self._block)

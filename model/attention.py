@@ -154,9 +154,9 @@ def _flash_runs(device: torch.device, width: int) -> bool:
 def varlen_attention(windowed: bool = False) -> VarlenAttention | None:
     """Return flash attention for packed documents, which needs no mask, if this torch has it (since 2.10), else None.
 
-    The result is a function of q (N, H, D), k and v (N, h, D), where h divides H, Documents.ends, the number of tokens
-    in the longest document, and the window or None. It returns (N, H, D). N = B * T tokens. windowed: whether it will
-    be called with a window, which needs torch 2.11 or newer.
+    The result is a function of q (N, H, D), k and v (N, h, D), where h divides H, the ends of the documents, the number
+    of tokens in the longest document, and the window or None (VarlenAttention). It returns (N, H, D). N = B * T tokens.
+    windowed: whether it will be called with a window, which needs torch 2.11 or newer.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -54,7 +54,7 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How RoPE is stretched to a longer context, with the names of transformers' config.json; see rope.py.
+    """How RoPE is stretched to a longer context (rope.py), with the keys of rope_scaling in transformers' config.json.
 
     Raises ValueError if a value is invalid, or if a key is missing or belongs to another rope_type.
     """

@@ -29,7 +29,7 @@ from packspeed.model.attention import Documents
 
 
 class Losses(Protocol):
-    """What computes losses from logits: a kernel module, or tensor.VocabularyLosses."""
+    """The interface of objects that compute losses from logits: a kernel module, or tensor.VocabularyLosses."""
 
     def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
         """Return the cross entropy of each row, in nats. If with_gradient, overwrite the logits with their gradient."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MuP:
-    """The width and depth of the small model whose best settings are used. Raises ValueError if a number is below 1."""
+    """The width and depth of the small model whose settings were tuned. Raises ValueError if a number is below 1."""
 
     base_width: int  # its d_model
     base_depth: int | None = None  # its n_layer; None: depth has no rule
@@ -64,7 +64,7 @@ STANDARD = Scales()
 
 
 def scales(config: GPTConfig) -> Scales:
-    """Return the factors for a model; all are 1 without muP."""
+    """Return muP's factors for a model with this configuration; all are 1 without muP."""
     if config.mup is None:
         return STANDARD
     base = config.mup

@@ -44,13 +44,13 @@ class SequencePart:
 
     @property
     def parts(self) -> list[int]:
-        """Number of tokens of each rank in a row."""
+        """Return how many tokens of a row each rank of the group has."""
         ends = [self.length * rank // self.size for rank in range(self.size + 1)]
         return [end - start for start, end in itertools.pairwise(ends)]
 
     @property
     def first(self) -> int:
-        """Index in the row of the first token of this rank."""
+        """Return the position in the row of this rank's first token."""
         return self.length * self.rank // self.size
 
     def cut(self, x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def import_data(
 def _copied(
     train: Sequence[str], val: Sequence[str], folder: Path, tokenizer: Tokenizer, options: ImportOptions
 ) -> tuple[str, list[Shard]]:
-    """Copy the documents of all files into shards in `folder`. Return (type of the tokens, as token_dtype, shards)."""
+    """Copy the documents of all files into shards in `folder`. Return the type of the tokens and the shards."""
     dtype, shards = token_dtype(tokenizer.vocab_size), list[Shard]()
     for split, paths in (("train", train), ("val", val)):
         writer = ShardWriter(folder, split, dtype, options.shard_tokens)

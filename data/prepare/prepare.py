@@ -404,7 +404,7 @@ class _Preparation:
         return manifest
 
     def _merge(self, units: range) -> Merge:
-        """Return the Merge for a range of units, by number: all units of the split train, or all of val."""
+        """Return a Merge of the work units with these numbers: all units of the split train, or all of val."""
         options = self.options
         return Merge(self.units_folder, units, self.dtype, options.dedup, options.shuffle_seed, self.finished.wait)
 

@@ -132,7 +132,7 @@ class UnitRecord(TypedDict):
 
 
 class JobFile(TypedDict):
-    """The content of job.json: the fields of Job, and the result of Job.identity."""
+    """The content of job.json: the fields of a Job and its hash (Job.identity)."""
 
     identity: str
     units: list[UnitRecord]

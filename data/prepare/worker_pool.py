@@ -37,7 +37,7 @@ class Message(TypedDict, total=False):
 
 
 class Worker(Protocol):
-    """A worker process: the part of subprocess.Popen's interface that a forked process has too."""
+    """What forked worker processes and those started by subprocess.Popen have in common."""
 
     stdin: IO[bytes] | None
     stdout: IO[bytes] | None

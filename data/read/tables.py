@@ -85,7 +85,7 @@ def read_csv(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]
 
 
 def _csv_lines(source: Source) -> Iterator[str]:
-    """Yield the lines of a file with their newlines. Bytes that are not UTF-8 become lone surrogates (see _is_utf8)."""
+    """Yield the lines of a file with their newlines. Bytes that are not UTF-8 become lone surrogates."""
     for offset, line in split_lines(read_chunks(source)):
         if not isinstance(line, bytes):
             raise DataError(
@@ -96,7 +96,7 @@ def _csv_lines(source: Source) -> Iterator[str]:
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether a field was UTF-8 in the file: it then has no lone surrogates (see _csv_lines)."""
+    """Return whether a csv field was UTF-8 in the file. Bytes that are not have become lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -72,7 +72,8 @@ class SourceSummary:
     """What `prepare` read.
 
     fingerprint: the sum of the documents' hashes, which does not depend on their order. passed_over: the files that
-    `prepare` found but did not use, with the reason, at most 1,000. binary_files: how many such files there were.
+    `prepare` found but did not use, with the reason, at most 1,000. binary_files: how many such files there were
+    in all, text files included.
     """
 
     names: list[str]

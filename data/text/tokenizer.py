@@ -143,7 +143,8 @@ def _load_json(file: Path, tokens: DocumentTokens, name: str) -> JsonTokenizer:
 def _chosen(named: DocumentTokens, eot_token: str | None, bos: bool, bos_token: str | None) -> DocumentTokens:
     """Return the tokens that end and begin documents: those that the user gives, or else those in `named`.
 
-    named: what the files of the tokenizer say. The other arguments are those of load_tokenizer.
+    named: the tokens that the files of the tokenizer name. eot_token, bos_token: the user's, or None. bos: whether
+    every document begins with a token.
     """
     add_bos = bos or bos_token is not None
     tokens = dataclasses.replace(named, add_bos=add_bos, bos=bos_token if bos_token is not None else named.bos)

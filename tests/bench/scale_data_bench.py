@@ -164,7 +164,7 @@ def audit(packing: str) -> Callable[[Path], str]:
 
 
 def few_descriptors(folder: Path) -> str:
-    """Count the open file descriptors after reading from every shard, with a limit of 1,024."""
+    """Count the file descriptors that are open after reading from every shard. The limit is set to 1,024."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
     dataset = TokenDataset(folder)
     for token in range(0, dataset.tokens("train"), SHARD_TOKENS):

@@ -256,7 +256,7 @@ def slow_start(seconds: str) -> None:
 
 
 def term_in_evaluation(number: str) -> None:
-    """Send SIGTERM to this process in the n-th forward pass of validation."""
+    """Send SIGTERM to this process in forward pass number `number` of validation, from 1."""
     losses, count = evaluation.row_mean_losses, [0]
 
     def hooked(trainer: Any, batch: Any, rows: int) -> Any:
@@ -310,7 +310,7 @@ def off_by_one(_: str) -> None:
 
 
 def noise(_: str) -> None:
-    """Multiply the loss by a random number from torch's generator."""
+    """Multiply each loss by a random number of about 1 from torch's generator."""
     original = loop.micro_batch_loss
     loop.micro_batch_loss = lambda *arguments: original(*arguments) * (1 + 0.01 * torch.rand(()))
 

@@ -45,7 +45,7 @@ class TwoWeights(torch.nn.Module):
         self.rows = torch.nn.Parameter(torch.ones(rows, 4))
 
     def forward(self, complete: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return a loss whose gradients are the arguments."""
+        """Return a loss whose gradients with respect to the two weights are the arguments."""
         return (self.complete * complete).sum() + (self.rows * rows).sum()
 
 

@@ -117,7 +117,7 @@ def server() -> subprocess.Popen[bytes]:
 
 
 def start(script: Path, arguments: Sequence[str], envs: Sequence[dict[str, str]]) -> Processes:
-    """Run a script in one process per environment."""
+    """Start a script in one forked process per environment, and return the processes."""
     files = [tempfile.TemporaryFile("w+") for _ in ("stdout", "stderr")]  # noqa: SIM115 (read after the end)
     places = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in files]
     request = {"script": str(script), "arguments": list(arguments), "envs": list(envs), "files": places}
@@ -131,7 +131,7 @@ def start(script: Path, arguments: Sequence[str], envs: Sequence[dict[str, str]]
 
 
 def run(script: Path, arguments: Sequence[str], envs: Sequence[dict[str, str]]) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end in one process per environment."""
+    """Run a script to its end in one forked process per environment. Return exit code and output."""
     processes = start(script, arguments, envs)
     out, err = processes.communicate()
     assert processes.returncode is not None

@@ -109,7 +109,7 @@ class Layout:
 
 
 def layouts(global_batch: int, with_fp8: bool) -> list[Layout]:
-    """Return all runs of the first table. The first run in bf16, and in fp8, is what others are compared with too."""
+    """Return all runs of the first table. Later runs in bf16 and fp8 are also compared with the first one there."""
     found: list[Layout] = []
     for ranks in (n for n in (1, 2, 3, 4) if global_batch % n == 0):
         rows = global_batch // ranks
