@@ -157,8 +157,8 @@ def zero_states(checkpoint: Path, tensor_rank: int = 0) -> list[ZeroState]:
         ranks = max(count) if isinstance(count, list) else count
         if ranks != len(states):
             raise UserError(
-                f"{checkpoint}: {ranks} ranks wrote it, but it contains the files of {len(states)} only. Restore the "
-                "others."
+                f"{checkpoint}: {ranks} ranks wrote it, but it contains the files of {len(states)} only. Restore "
+                "the missing ones."
             )
     return states
 

@@ -53,7 +53,7 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         host = _parse_line(words, f"{path}, line {number}")
         if (key := host.name.lower()) in hosts:
-            raise ConfigError(f"{path}, line {number}: {host.name} is already in line {hosts[key][1]}.")
+            raise ConfigError(f"{path}, line {number}: {host.name} is already in line {hosts[key][1]}. Remove one.")
         hosts[key] = host, number
     if not hosts:
         raise ConfigError(f"{path}: the file lists no hosts. {EXAMPLE}")
@@ -79,7 +79,9 @@ def _parse_line(text: str, where: str) -> Host:
     if "slots" not in numbers:
         raise ConfigError(f"{where}: {_short(text)} is not a host: slots=N is missing. {EXAMPLE}")
     if numbers["slots"] > numbers.get("max_slots", MAX_SLOTS):
-        raise ConfigError(f"{where}: slots={numbers['slots']} is more than max_slots={numbers['max_slots']}.")
+        raise ConfigError(
+            f"{where}: slots={numbers['slots']} is more than max_slots={numbers['max_slots']}. Change one."
+        )
     return Host(_parse_name(name, where), numbers["slots"])
 
 
@@ -144,7 +146,7 @@ def select_hosts(hosts: list[Host], include: str = "", exclude: str = "") -> lis
         elif kept:
             selected.append(dataclasses.replace(host, slots=len(kept), devices=tuple(kept)))
     if not selected:
-        raise ConfigError(f"{option} {_short(text, quote=False)}: no host is left.")
+        raise ConfigError(f"{option} {_short(text, quote=False)}: no host is left to train on.")
     return selected
 
 

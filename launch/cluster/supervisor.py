@@ -153,7 +153,9 @@ class Supervisor:
                 self.log(f"giving up after {restarts} restart(s); the history is in {self.run.folder / HISTORY}")
                 return 1
             if outcome.kind == "died" and outcome.code not in (1, LOST) and step == last_step:
-                self.log(f"giving up: the run has failed at step {step} twice")
+                self.log(
+                    f"giving up: the run has failed at step {step} twice. See {attempt.logs} for what the ranks printed"
+                )
                 return 1
 
             # Restart after a pause, in which a host may become usable again. No pause is needed if the run has got

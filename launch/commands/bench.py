@@ -94,7 +94,7 @@ def bench(
         row = next((row for row in rows if row["who"] == "packspeed" and not row["error"]), None)
         if row is None:
             raise UserError(
-                f"--calibrate {calibrate}: Packspeed was not measured, as the table says. No file was written."
+                f"--calibrate {calibrate}: no file was written, because measuring Packspeed failed (see the table)."
             )
         machine = load_machine(calibrate)
         job = measured_job(run_file, overrides or [], machine, row)

@@ -199,7 +199,7 @@ def parse_json(text: str, place: Path | str) -> tuple[Any, dict[KeyPath, int]]:
     ConfigError for invalid text, duplicate keys and anything beyond the limits.
     """
     if not text.strip():  # HJSON's empty object
-        raise ConfigError(f"{place}:1: the file is empty.")
+        raise ConfigError(f"{place}:1: the file is empty. Write at least {{}}.")
     if (line := _too_deep(text)) is not None:
         raise ConfigError(f"{place}:{line}: brackets nest deeper than {MAX_DEPTH} levels.")
     try:
@@ -301,7 +301,7 @@ def _plain(raw: Any, path: KeyPath, lines: dict[KeyPath, int], keys: _KeysOfText
     if isinstance(raw, list) and not isinstance(raw, _Pairs):
         return [_plain(item, (*path, index), lines, keys, place) for index, item in enumerate(raw)]
     if isinstance(raw, str) and (character := unusable_character(raw)):
-        raise ConfigError(f"{place}: {dotted(path) or 'the file'} contains the character {character}.")
+        raise ConfigError(f"{place}: {dotted(path) or 'the file'} contains the character {character}. Remove it.")
     if not isinstance(raw, _Pairs):
         return raw
     block = {}

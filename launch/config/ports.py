@@ -19,4 +19,4 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):  # in use: try another one
             probe.bind(("", random.SystemRandom().randrange(20_000, 32_768)))  # forked processes differ, too
             return int(probe.getsockname()[1])
-    raise UserError("none of 100 TCP ports between 20000 and 32767 is free on this machine.")
+    raise UserError("none of 100 TCP ports between 20000 and 32767 is free on this machine. Repeat the command later.")

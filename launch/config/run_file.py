@@ -627,7 +627,7 @@ class RunFile(Section):
         if self.train.schedule.warmup_steps >= self.train.total_steps:
             raise ValueError(
                 f"train.schedule.warmup_steps = {self.train.schedule.warmup_steps} leaves no step of the "
-                f"run's {self.train.total_steps} for training at the full learning rate"
+                f"run's {self.train.total_steps} for training at the full learning rate; lower it"
             )
         return self
 

@@ -176,7 +176,7 @@ def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:
         )
     manifest = _final_manifest(plan)
     environment = describe_environment(manifest["environment"], manifest["versions"])
-    say(f"a resume is equal bit for bit only with the same: {environment}")
+    say(f"a resume is equal bit for bit only in the same environment: {environment}")
     killed = _train_and_kill(plan, "same", say)
     if plan.other_ranks is not None:
         shutil.copytree(plan.folder / "same", plan.folder / "other")

@@ -116,7 +116,7 @@ def train_all(sweep: Sweep, fresh: bool, say: Say) -> bool:
         check_folders(sweep)
     done = [] if fresh else [result for result in map(read_result, sweep.runs) if result.done]
     for result in done:
-        say(f"{result.run.name}: done before ({describe(result)})")
+        say(f"{result.run.name}: already done ({describe(result)})")
     finished = [result.run for result in done]
     waiting = [run for run in sweep.runs if run not in finished]
     received: list[int] = []
