@@ -417,7 +417,7 @@ def test_validation_from_sources_of_its_own(tmp_path: Path, monkeypatch: pytest.
     shuffled = prepare([source], tmp_path / "two", "bytes", val=[held_out], shuffle_seed=1, dedup=True)
     assert sorted(documents(tmp_path / "two", "val")) == sorted(TEXTS[800:])
     assert shuffled.source.duplicate_documents == 10
-    with pytest.raises(UsageError, match="either sources for validation or a fraction"):
+    with pytest.raises(UsageError, match=r"either sources for validation \(--val\) or a fraction"):
         prepare([source], tmp_path / "three", val=[held_out], val_fraction=0.1)
     with pytest.raises(UsageError, match="nothing to train on"):
         prepare([held_out], tmp_path / "three", val=[held_out])

@@ -66,11 +66,11 @@ def _check_tokenizer(folder: Path, manifest: Manifest, report: VerifyReport) -> 
     """Add a problem to the report if the tokenizer file is missing, unreadable or changed."""
     path = folder / manifest.tokenizer.file
     if not path.is_file():
-        report.problems.append(f"{path} is missing.")
+        report.problems.append(f"{path} is missing. Copy it again.")
         return
     try:
         if hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
-            report.problems.append(f"{path} has changed: its sha256 differs from the manifest's.")
+            report.problems.append(f"{path} has changed: its sha256 differs from the manifest's. Copy it again.")
     except OSError as error:
         report.problems.append(str(unreadable(path, error)))
 
@@ -88,7 +88,7 @@ def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: VerifyR
         )
     index = read_index(index_path, shard.documents, manifest.dtype)
     if xxhash.xxh3_128_hexdigest(index_path.read_bytes()) != shard.idx_xxh3_128:
-        report.problems.append(f"{index_path} has changed: its xxh3-128 differs from the manifest's.")
+        report.problems.append(f"{index_path} has changed: its xxh3-128 differs from the manifest's. Copy it again.")
     wrong = index.first_wrong(shard.bin_bytes)
     if wrong is not None:
         report.problems.append(
@@ -122,7 +122,7 @@ def _check_tokens(path: Path, shard: Shard, manifest: Manifest, index: Index, re
             ends_right = ends_right and np.array_equal(np.flatnonzero(tokens == eot_id) + seen, ends[first:last])
             seen += len(tokens)
     if digest.hexdigest() != shard.bin_xxh3_128:
-        report.problems.append(f"{path} has changed: its xxh3-128 differs from the manifest's.")
+        report.problems.append(f"{path} has changed: its xxh3-128 differs from the manifest's. Copy it again.")
     if highest >= vocab_size:
         report.problems.append(f"{path} contains token id {highest}, outside the vocabulary of {vocab_size}.")
     if not ends_right:

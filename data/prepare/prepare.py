@@ -138,7 +138,7 @@ def prepare(
     documents or the disk is full. Then there is no dataset in `out`.
     """
     if val and val_fraction is not None:
-        raise UsageError("Give either sources for validation or a fraction of the documents, not both.")
+        raise UsageError("Give either sources for validation (--val) or a fraction (--val-fraction), not both.")
     if val_fraction is None:
         val_fraction = 0.0 if val else VAL_FRACTION
     options = MergeOptions(val_fraction, shard_tokens, skip_bad, dedup, shuffle_seed)
@@ -184,7 +184,9 @@ def prepare_part(
     and `only_merge` to write the dataset. The other arguments, and the exceptions, are those of `prepare`.
     """
     if not 0 <= task_index < task_count:
-        raise UsageError(f"There is no task {task_index} among {task_count}: tasks are numbered from 0.")
+        raise UsageError(
+            f"There is no task {task_index}: --task-index is from 0 to --task-count minus 1 ({task_count - 1})."
+        )
     options = MergeOptions(skip_bad=skip_bad)
     options.check()
     corpus = Corpus(sources, text_key, include, exclude, unknown, val)
