@@ -2,9 +2,9 @@
 
 nanoGPT's files have no header, so the type of the tokens is detected. If ids are read as a wrong type, they are far
 above the vocabulary, or every second one is 0: the uint32 ids [464, 2068], read as uint16, are [464, 0, 2068, 0]. So
-the widest type in which all ids of a sample are in the vocabulary is the right one. As a second check, the file must
-contain EOT in this type. If the user gives the type (`--dtype`), only the ids are compared with the vocabulary.
-Cost: one read of the file. Memory: the longest document, or 4 million tokens.
+the widest type in which all ids that were looked at (4 MiB of the file) are in the vocabulary is the right one. As a
+second check, the file must contain EOT in this type. If the user gives the type (`--dtype`), only the ids are compared
+with the vocabulary. Cost: one read of the file. Memory: the longest document, or 4 million tokens.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ Why the result is exact:
 - Tokenizers that first split the text into words: the cut is a border between words in both windows. After a match of
   a regular expression, the next match depends only on the text that follows. So the words of the first window could be
   wrong only if the expression looked as far as the window's end. Each repetition in it reads one run of letters or one
-  run of spaces (other expressions are not accepted). So more runs than repetitions must follow the cut.
+  run of spaces (other expressions are not accepted). So after the cut, the first window must have more runs than the
+  expression has repetitions.
 - Normalizers change single characters, or look at their neighbours only.
 
 If two windows have no such border, they are joined and encoded again. If the rules of a tokenizer are not known
