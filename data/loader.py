@@ -7,7 +7,8 @@ override `read` and `used_labels`; launch/config/run_data.py chooses the class.
 Samples are numbered through the run: row i of step s is sample k = s * global_batch + i, and order.py computes from k
 which part of the dataset that sample is. Rank r of w ranks reads global_batch / w rows, from row r * global_batch / w
 on. So the global batch of a step does not depend on the number of ranks, and the state of data loading is one integer,
-the step.
+the step. If batches are smaller at the beginning of the run (train.batch_warmup), batch_sizes.py computes where step s
+begins; the samples are the same.
 
 Example: three documents `abcde`, `fgh`, `ijklmn` with one token per letter, and the end-of-text token (EOT) printed as
 `|`. The stream of the split is `abcde|fgh|ijklmn|`. With seq_len 4, global batch 2, seed 1 and two ranks:
@@ -49,6 +50,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from packspeed.data.batch_sizes import BatchSizes
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.order import Order, Shuffle
@@ -155,9 +157,10 @@ def count_from_starts(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int
 class Loader:
     """Batches of one split whose rows are windows of its stream of tokens (`data.packing: stream`).
 
-    seq_len: tokens per row. global_batch: rows per step of all ranks together. seed, shuffle: determine the order of
-    the windows (order.py). document_mask: set `positions` and `documents` in every batch. source: the index of this
-    dataset in a mixture; it is part of the random key, so the datasets have different orders.
+    seq_len: tokens per row. global_batch: rows per step of all ranks together, or BatchSizes if the number grows during
+    the run. seed, shuffle: determine the order of the windows (order.py). document_mask: set `positions` and
+    `documents` in every batch. source: the index of this dataset in a mixture; it is part of the random key, so the
+    datasets have different orders.
 
     Raises DataError if the split is too small for one row, and UsageError if an argument is invalid.
     """
@@ -171,17 +174,18 @@ class Loader:
         split: str = "train",
         *,
         seq_len: int,
-        global_batch: int,
+        global_batch: int | BatchSizes,
         seed: int,
         shuffle: Shuffle = "blocks",
         document_mask: bool = False,
         source: int = 0,
     ):
-        if seq_len < 1 or global_batch < 1:
+        if seq_len < 1 or (isinstance(global_batch, int) and global_batch < 1):
             raise UsageError(f"seq_len {seq_len} and global_batch {global_batch} must be at least 1.")
         if shuffle not in ("blocks", "full"):
             raise UsageError(f"shuffle = {shuffle!r} does not exist: choose blocks or full.")
-        self.dataset, self.split, self.seq_len, self.global_batch = dataset, split, seq_len, global_batch
+        self.dataset, self.split, self.seq_len = dataset, split, seq_len
+        self.batches = BatchSizes.of(global_batch)
         self.document_mask = document_mask
         self.samples_per_epoch = self._make_order(seed, shuffle, source)
 
@@ -208,15 +212,16 @@ class Loader:
 
         step: the current step. Does nothing until half of the steps that were requested last have been reached.
         """
-        steps = max(AHEAD_STEPS, min(AHEAD_TOKENS // self.seq_len, self.samples_per_epoch) // self.global_batch)
+        largest = self.batches.sizes[-1]
+        steps = max(AHEAD_STEPS, min(AHEAD_TOKENS // self.seq_len, self.samples_per_epoch) // largest)
         *ranks, end = self._ahead
         if ranks != [rank, world] or not step < end <= step + 2 * steps:
             end = step + 1
         if end <= step + steps // 2:
             self._ahead = (rank, world, end + steps)
-            rows = self.global_batch // world
-            firsts = np.arange(end, end + steps, dtype=np.int64) * self.global_batch + rank * rows
-            samples = (firsts[:, None] + np.arange(rows)).reshape(-1)
+            starts = self.batches.starts(np.arange(end, end + steps + 1, dtype=np.int64))
+            rows = np.diff(starts) // world
+            samples = np.repeat(starts[:-1] + rank * rows, rows) + count_from_starts(np.cumsum(rows) - rows, rows)
             threading.Thread(target=self.will_need, args=(samples,), name="packspeed-ahead", daemon=True).start()
 
     def will_need(self, samples: npt.NDArray[np.int64]) -> None:
@@ -262,26 +267,27 @@ class Loader:
         return replace(batch, positions=positions, documents=documents)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Return the rows that rank `rank` of `world` ranks trains on in a step: global_batch / world rows.
+        """Return the rows that rank `rank` of `world` ranks trains on in a step: 1 / world of its batch.
 
         Raises UsageError if the rows cannot be shared evenly, or if there is no such rank or step.
         """
-        if self.global_batch % world:
-            raise UsageError(
-                f"{world} ranks cannot share {self.global_batch} rows evenly. Choose a global batch that is a multiple "
-                f"of the number of data-parallel ranks."
-            )
         if not 0 <= rank < world or step < 0:
             raise UsageError(f"rank {rank} of {world}, step {step}: give a rank from 0 to {world - 1} and a step >= 0.")
-        rows = self.global_batch // world
-        batch = self.read(step * self.global_batch + rank * rows, rows)
+        first, of_all = self.batches.start(step), self.batches.rows(step)
+        if of_all % world:
+            raise UsageError(
+                f"{world} ranks cannot share {of_all} rows evenly. Choose a global batch that is a multiple "
+                f"of the number of data-parallel ranks."
+            )
+        rows = of_all // world
+        batch = self.read(first + rank * rows, rows)
         # Read ahead only now: otherwise the first batch would wait for rows that only later batches need.
         self._read_ahead(step, rank, world)
         return batch if batch.used is None else replace(batch, global_used=self.used(step))
 
     def used(self, step: int) -> int:
         """Return the number of labels in a step's global batch that are not padding."""
-        return self.used_labels(step * self.global_batch, self.global_batch)
+        return self.used_labels(self.batches.start(step), self.batches.rows(step))
 
     def used_labels(self, first: int, count: int) -> int:
         """Return the number of labels in samples first .. first + count - 1 that are not padding.
@@ -304,7 +310,7 @@ class Loader:
 
     def epochs(self, step: int) -> float:
         """Return how many epochs (passes over the split) are complete when `step` begins, as a fraction."""
-        return step * self.global_batch / self.samples_per_epoch
+        return self.batches.start(step) / self.samples_per_epoch
 
     def val_windows(self, windows: int) -> npt.NDArray[np.int64]:
         """Return the position in the split val of the first token of each of `windows` validation windows, (windows,).

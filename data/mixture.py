@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from packspeed.data.batch_sizes import BatchSizes
 from packspeed.data.dataset import DatasetDescription
 from packspeed.data.errors import UsageError
 from packspeed.data.loader import Batch, Loader
@@ -201,13 +202,13 @@ class MixtureLoader(Loader):
         stages: Sequence[tuple[float, Sequence[float]]],
         *,
         seq_len: int,
-        global_batch: int,
+        global_batch: int | BatchSizes,
         seed: int,
         shuffle: Shuffle = "blocks",
         packing: str = "stream",
         document_mask: bool = False,
     ):
-        self.data, self.seq_len, self.global_batch = data, seq_len, global_batch
+        self.data, self.seq_len, self.batches = data, seq_len, BatchSizes.of(global_batch)
         self.mixture = Mixture([(-(-int(token) // seq_len), weights) for token, weights in stages], seed)
         self.loaders = [
             make_loader(

@@ -31,6 +31,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from packspeed.data.batch_sizes import BatchSizes
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.loader import Batch, Loader, count_from_starts
@@ -231,7 +232,7 @@ class PackedLoader(Loader):
         split: str = "train",
         *,
         seq_len: int,
-        global_batch: int,
+        global_batch: int | BatchSizes,
         seed: int,
         packing: PackedMode = "best_fit",
         shuffle: Shuffle = "blocks",
@@ -478,7 +479,7 @@ def make_loader(
     dataset: TokenDataset,
     *,
     seq_len: int,
-    global_batch: int,
+    global_batch: int | BatchSizes,
     seed: int,
     shuffle: Shuffle = "blocks",
     packing: str = "stream",

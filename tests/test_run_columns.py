@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from packspeed.data.batch_sizes import BatchSizes
 from packspeed.launch.observe.watch import Follower
 from packspeed.launch.run_folder import columns, metrics_file
 from packspeed.launch.run_folder.columns import batches_of_run, read_columns
@@ -88,12 +89,17 @@ def test_a_missing_file_has_no_numbers(tmp_path: Path) -> None:
 
 def test_the_batch_of_each_step_follows_from_the_last_line_or_from_all(tmp_path: Path) -> None:
     write(tmp_path, run_of(100))
-    steps, batches = batches_of_run(tmp_path, 8, [])
+    steps, batches = batches_of_run(tmp_path, BatchSizes.of(8), [])
     assert steps.tolist() == list(range(1, 101))
     assert (batches == steps - 1).all()
     # A rewind after step 60 skipped two batches.
     write(tmp_path, [step_line(step, samples=8 * (step + 2 * (step > 60))) for step in range(1, 101)])
-    steps, batches = batches_of_run(tmp_path, 8, [])
+    steps, batches = batches_of_run(tmp_path, BatchSizes.of(8), [])
+    assert (batches == steps - 1 + 2 * (steps > 60)).all()
+    # The same rewind if the first 40 batches have 4 samples.
+    sizes = BatchSizes.staged([(160, 4)], 8)
+    write(tmp_path, [step_line(step, samples=sizes.start(step + 2 * (step > 60))) for step in range(1, 101)])
+    steps, batches = batches_of_run(tmp_path, sizes, [])
     assert (batches == steps - 1 + 2 * (steps > 60)).all()
 
 

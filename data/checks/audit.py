@@ -1,8 +1,8 @@
 """`packspeed audit`: which documents a step trained on, and which steps trained on a document.
 
-Both are computed from the dataset, the seed and the batch size; no record of the run is needed. Cost: one batch per
-audited step. Finding the steps of a document takes 0.1 ms per epoch, because the permutation of the samples can be
-inverted.
+Both are computed from the dataset, the seed and the sizes of the batches; no record of the run is needed. Cost: one
+batch per audited step. Finding the steps of a document takes 0.1 ms per epoch, because the permutation of the samples
+can be inverted.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[s
     the shard), first_token (position in the document at which the part begins), tokens (length of the part) and, if
     `text` is set, text (the decoded part).
     """
-    first = step * loader.global_batch
-    for sample in range(first, first + loader.global_batch):
+    for sample in range(loader.batches.start(step), loader.batches.start(step + 1)):
         source, number = _origin(loader, sample)
         source_loader = sources_of(loader)[source]
         for start, length in source_loader.spans(number, 1)[0]:
@@ -55,7 +54,7 @@ def batches_with_document(loader: Loader, source: int, shard: str, index: int, b
         )
     source_loader = sources_of(loader)[source]
     start, length = _label_span(source_loader, shard, index)
-    samples = batches * loader.global_batch
+    samples = loader.batches.start(batches)
     if not isinstance(loader, MixtureLoader):
         found = source_loader.samples_with(start, length, samples)
     else:
@@ -63,7 +62,7 @@ def batches_with_document(loader: Loader, source: int, shard: str, index: int, b
         given = loader.mixture.counts(block + (rest > 0))[source]  # at least as many as the run reads of the source
         numbers = source_loader.samples_with(start, length, given).tolist()
         found = np.array([loader.mixture.sample_of(source, number) for number in numbers], dtype=np.int64)
-    return sorted(set((found[found < samples] // loader.global_batch).tolist()))
+    return sorted(set(loader.batches.batches_of(found[found < samples]).tolist()))
 
 
 def _origin(loader: Loader, sample: int) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def audit(
     """List the documents in a training step, or the steps that saw a document."""
     loader = loader_of_run(run)
     notes: list[str] = []
-    steps, batches = batches_of_run(run, loader.global_batch, notes)
+    steps, batches = batches_of_run(run, loader.batches, notes)
     vetoed = read_lines(run / "anomalies.jsonl", AnomalyLine, notes)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -19,6 +19,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
+from packspeed.data.batch_sizes import BatchSizes
 from packspeed.launch.run_folder.formats import EvaluationLine, StepLine
 from packspeed.launch.run_folder.metrics_file import last_line_with, parse_object
 from packspeed.launch.run_folder.reading import LIMITS, OTHER_LIMITS, is_readable, metrics_line, read_metrics
@@ -127,20 +128,19 @@ def _limits() -> dict[str, tuple[float, float]]:
     return {key: LIMITS.get(get_args(annotation)[1], OTHER_LIMITS) for key, annotation in hints.items()}
 
 
-def batches_of_run(folder: Path, global_batch: int, notes: list[str]) -> tuple[Integers, Integers]:
+def batches_of_run(folder: Path, sizes: BatchSizes, notes: list[str]) -> tuple[Integers, Integers]:
     """Return (the finished steps of a run, the index of the batch that each of them has read), both of shape (n,).
 
     The index is step - 1, plus the number of batches that rewinds have dropped before. If there was no
-    rewind, only the last line is read.
+    rewind, only the last line is read. `sizes` has the samples of each batch.
     """
     path = folder / "metrics.jsonl"
     if is_readable(path, notes):
         last = metrics_line(parse_object(last_line_with(path, b'"samples"', path.stat().st_size) or b""))
-        if last is not None and "val_loss" not in last and last.get("samples", 0) == last["step"] * global_batch:
+        if last is not None and "val_loss" not in last and last.get("samples", 0) == sizes.start(last["step"]):
             steps = np.arange(1, last["step"] + 1)
             return steps, steps - 1
     numbers = read_columns(folder, notes).numbers
-    has_batch = numbers["samples"] >= global_batch
-    return numbers["step"][has_batch].astype(np.int64), numbers["samples"][has_batch].astype(
-        np.int64
-    ) // global_batch - 1
+    has_batch = numbers["samples"] >= sizes.rows(0)
+    steps, samples = (numbers[key][has_batch].astype(np.int64) for key in ("step", "samples"))
+    return steps, sizes.batches_of(samples) - 1

@@ -55,7 +55,7 @@ def speed(loader: Loader, steps: int) -> float:
         began = time.perf_counter()
         for step in range(turn * steps, (turn + 1) * steps):
             loader.batch(step)
-        best = max(best, steps * loader.global_batch * loader.seq_len / (time.perf_counter() - began) / 1e6)
+        best = max(best, steps * loader.batches.sizes[-1] * loader.seq_len / (time.perf_counter() - began) / 1e6)
     return best
 
 
