@@ -57,6 +57,7 @@ OLDER_DEFAULTS = {
     "data.packing": "stream",
     "data.document_mask": False,
     "data.stages": [],
+    "train.batch_warmup": [],
     "model.z_loss": 0.0,
     "model.n_expert_active": 2,
     "model.n_shared_expert": 0,

@@ -1,6 +1,7 @@
 """Divide the global batch into micro batches, for example 480 samples of 1,024 tokens over 8 ranks into 15 x 4 each.
 
     plan_batch(run, 8)               # layout and batch of a run with 8 ranks, or ConfigError
+    plan_stages(run, 8)              # the same for each size of a batch, if there are several (train.batch_warmup)
     solve_batch(480, 1024, Layout(8), "auto")           # BatchPlan(micro_batch=15, accumulation=4, layout=...)
 
 One optimizer step always uses `global_batch` samples, whatever the hardware. Each rank, or each group of ranks that
@@ -16,7 +17,9 @@ import math
 import typing
 from typing import Literal
 
+from packspeed.data.batch_sizes import BatchSizes
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.layout import Layout, run_layout
 from packspeed.launch.config.run_file import RunFile
 
@@ -33,6 +36,11 @@ class BatchPlan:
     layout: Layout
 
     @property
+    def samples(self) -> int:
+        """Samples of the step, of all ranks together."""
+        return self.micro_batch * self.accumulation * self.layout.rows
+
+    @property
     def counted_by_deepspeed(self) -> int:
         """DeepSpeed's train_batch_size: micro_batch x accumulation x layout.zero.
 
@@ -43,25 +51,71 @@ class BatchPlan:
 
 
 def plan_batch(run: RunFile, world: int) -> BatchPlan:
-    """Return how `world` ranks form groups and divide the global batch. Raises ConfigError if they cannot."""
-    return solve_batch(run.global_batch, run.data.seq_len, run_layout(run, world), run.train.micro_batch)
+    """Return how `world` ranks form groups and divide the global batch: the last of `plan_stages`. Raises ConfigError
+    if they cannot divide it, or the batch of a stage of train.batch_warmup.
+    """
+    return plan_stages(run, world)[run.global_batch]
+
+
+def plan_stages(run: RunFile, world: int) -> dict[int, BatchPlan]:
+    """Return {samples of a step: how `world` ranks divide them} for each size of a batch of the run, ascending.
+
+    The size of the micro batch may differ between stages if train.micro_batch is auto: otherwise the smallest stage
+    would decide it for the run. Raises ConfigError if the ranks cannot divide one of the batches.
+    """
+    layout, seq_len, micro_batch = run_layout(run, world), run.data.seq_len, run.train.micro_batch
+    return {
+        samples: solve_batch(samples, seq_len, layout, micro_batch, key=run.train.key_of_batch(samples * seq_len))
+        for samples in run.batches.sizes
+    }
 
 
 def fits(run: RunFile, world: int) -> bool:
-    """Return whether `world` ranks can equally share the rows of the global batch and the experts of each layer."""
+    """Return whether `world` ranks can equally share the rows of every batch and the experts of each layer."""
     rows, rest = divmod(world, run.parallel.per_row)
     experts_fit = world // run.parallel.tensor % run.parallel.expert == 0
-    return rest == 0 and rows > 0 and run.global_batch % rows == 0 and experts_fit
+    return rest == 0 and rows > 0 and run.batches.divisor % rows == 0 and experts_fit
+
+
+def token_sizes(train: JsonObject) -> BatchSizes:
+    """Return the tokens of each batch of a run, given the section `train` of its config.yaml or of a manifest.
+
+    Unlike TrainSection.batches, it also reads sections of other versions. Raises KeyError, TypeError or ValueError if
+    the batch or a stage is missing or damaged.
+    """
+    stages = [(stage["until_tokens"], stage["global_batch_tokens"]) for stage in train.get("batch_warmup") or []]
+    return BatchSizes.staged(stages, train["global_batch_tokens"])
+
+
+def shortened_warmup(run: RunFile, steps: int, seq_len: int) -> list[str]:
+    """Return values of `--set` that give a copy of the run, of `steps` steps, a part of each stage of its batches.
+
+    The stages keep their samples per step, of `seq_len` tokens each, and divide the steps equally. Returns [] if the
+    run has no train.batch_warmup.
+    """
+    *stages, _ = run.batches.stages
+    stages = stages[: steps - 1]
+    each, until, texts = max(1, steps // (len(stages) + 1)), 0, []
+    for stage in stages:
+        tokens = stage.rows * seq_len
+        until += each * tokens
+        texts.append(f"{{until_tokens: {until}, global_batch_tokens: {tokens}}}")
+    return [f"train.batch_warmup=[{', '.join(texts)}]"] if stages else []
 
 
 def solve_batch(
-    global_batch: int, seq_len: int, layout: Layout, micro_batch: int | Literal["auto"], max_micro_tokens: int = 16384
+    global_batch: int,
+    seq_len: int,
+    layout: Layout,
+    micro_batch: int | Literal["auto"],
+    max_micro_tokens: int = 16384,
+    key: str = "train.global_batch_tokens",
 ) -> BatchPlan:
     """Divide `global_batch` samples of `seq_len` tokens over the ranks of `layout` and into micro batches.
 
     If micro_batch is "auto", it becomes the largest divisor of a rank's share with at most `max_micro_tokens` tokens
     per rank and forward pass, or 1 if there is none. Raises ConfigError if the batch or the share cannot be divided;
-    the message lists the nearest valid values.
+    the message lists the nearest valid values, and names `key`, the key of the run file with the batch.
     """
     parts = layout.rows
     sharers = f"{parts} data-parallel ranks" if layout.per_row == 1 else f"{parts} groups of {layout.per_row} ranks"
@@ -69,10 +123,10 @@ def solve_batch(
         near = sorted(sorted(divisors_of(global_batch), key=lambda n: abs(n - parts))[:4])
         low = max(parts, global_batch // parts * parts)
         raise ConfigError(
-            f"train.global_batch_tokens = {global_batch * seq_len} is {global_batch} samples of {seq_len} tokens, "
+            f"{key} = {global_batch * seq_len} is {global_batch} samples of {seq_len} tokens, "
             f"which {sharers} cannot share equally. "
             f"Ranks that can: {', '.join(str(n * layout.per_row) for n in near)}; or with {layout.world} ranks "
-            f"global_batch_tokens = {low * seq_len} or {(global_batch // parts + 1) * parts * seq_len}."
+            f"{key.split('.')[-1]} = {low * seq_len} or {(global_batch // parts + 1) * parts * seq_len}."
         )
     rows = global_batch // parts
     divisors = divisors_of(rows)
@@ -82,7 +136,7 @@ def solve_batch(
         near = sorted(sorted(divisors, key=lambda n: abs(n - typing.cast("int", micro_batch)))[:4])
         raise ConfigError(
             f"train.micro_batch = {micro_batch} does not divide the {rows} samples that each of {sharers} "
-            f"has per step ({global_batch} / {parts}). "
+            f"has per step ({global_batch} / {parts}; {key} = {global_batch * seq_len}). "
             f"The nearest that do: {', '.join(map(str, near))}; or auto."
         )
     return BatchPlan(micro_batch, rows // micro_batch, layout)

@@ -299,6 +299,8 @@ def conflicts(run: RunFile, raw: JsonObject, owned: JsonObject, precision: str) 
         )
     if run.train.optimizer.name == "muon":
         yield from _refused_with_muon(path, raw)
+    if run.train.batch_warmup:
+        yield from _refused_with_batch_warmup(path, raw)
     if run.parallel.expert > 1:
         yield from _refused_with_experts(path, raw, run.parallel.expert)
 
@@ -316,6 +318,17 @@ def _refused_with_tensor(path: Path, raw: JsonObject, asked: str) -> Iterator[st
             f"{path}: zero_hpz_partition_size and zero_quantized_gradients with {asked} are not supported: DeepSpeed "
             "uses groups of neighbours for them, and they have different parts of the weights. Remove them here."
         )
+
+
+def _refused_with_batch_warmup(path: Path, raw: JsonObject) -> Iterator[str]:
+    """Yield a message for each setting of the JSON `raw` with which the accumulation cannot change during a run."""
+    zero, compiler = raw.get("zero_optimization") or {}, raw.get("compile") or {}
+    found = {
+        "zero_optimization.zenflow": bool(zero.get("zenflow")),  # counts its own intervals in micro batches
+        "compile.deepcompile": compiler.get("deepcompile") is True,  # compiles the first micro batches' accumulation
+    }
+    for setting in (name for name, given in found.items() if given):
+        yield f"{path}: {setting} does not work with train.batch_warmup. Remove one of the two."
 
 
 def _refused_with_muon(path: Path, raw: JsonObject) -> Iterator[str]:

@@ -12,8 +12,8 @@ MODEL_SPEED_ONLY = (
 )  # fmt: skip
 
 FIXED = (
-    "train.seed", "train.global_batch_tokens", "train.optimizer.name", "data.seq_len", "data.shuffle", "data.packing",
-    "data.document_mask", "data.weights", "data.stages",
+    "train.seed", "train.global_batch_tokens", "train.batch_warmup", "train.optimizer.name", "data.seq_len",
+    "data.shuffle", "data.packing", "data.document_mask", "data.weights", "data.stages",
 )  # fmt: skip
 
 SPEED_ONLY = (

@@ -31,7 +31,7 @@ def reading_plan(run_file: Path) -> JsonObject:
     run = load_run_file(run_file)
     dataset = open_data(run)
     loader = make_run_loader(run, dataset)
-    samples = run.train.total_steps * run.global_batch
+    samples = run.batches.start(run.train.total_steps)
     single = {
         "path": run.data.path,
         "weight": 1.0,
@@ -85,7 +85,7 @@ def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader
 
     arguments: JsonObject = {
         "seq_len": run.data.seq_len,
-        "global_batch": run.global_batch,
+        "global_batch": run.batches,
         "seed": run.train.seed,
         "shuffle": run.data.shuffle,
         "packing": run.data.packing,

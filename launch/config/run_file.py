@@ -18,6 +18,7 @@ from typing import Annotated, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
+from packspeed.data.batch_sizes import BatchSizes
 from packspeed.launch.config.errors import ConfigError, nearest
 from packspeed.launch.config.fp8 import fp8_obstacle
 from packspeed.launch.config.json_types import JsonObject
@@ -385,6 +386,20 @@ class ScheduleSection(Section):
     )
 
 
+class BatchStageSection(Section):
+    """A stage at the beginning of the run, with smaller batches than the stage after it."""
+
+    until_tokens: float = Field(
+        gt=0,
+        lt=2**63,
+        description="Tokens, counted from the start of the run, at which the stage ends. Its last step is the one that "
+        "reaches them.",
+    )
+    global_batch_tokens: int = Field(
+        ge=1, lt=2**40, description="Tokens per optimizer step in this stage; a multiple of data.seq_len."
+    )
+
+
 class TrainSection(Section):
     """Length, batch size, precision and optimizer."""
 
@@ -403,11 +418,17 @@ class TrainSection(Section):
     global_batch_tokens: int = Field(
         ge=1, lt=2**40, description="Tokens per optimizer step, over all ranks; a multiple of data.seq_len."
     )
+    batch_warmup: list[BatchStageSection] = Field(
+        [],
+        description="Stages with smaller batches at the beginning of the run, in ascending order; after the last one, "
+        "a step has global_batch_tokens. The samples and their order are the same as without stages. The learning rate "
+        "follows the steps as always (docs/recipes.md).",
+    )
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="Samples per forward pass of a rank. Gradients are accumulated until the global batch is complete. "
         "auto: the largest number that divides a rank's share and has at most 16,384 tokens, however much memory "
-        "the device has. Changes speed and memory, not the loss.",
+        "the device has; each stage of batch_warmup has its own. Changes speed and memory, not the loss.",
     )
     precision: Literal["fp32", "bf16", "fp16", "fp8", "auto"] = Field(
         "auto",
@@ -443,10 +464,39 @@ class TrainSection(Section):
             raise ValueError("give exactly one of train.steps and train.tokens")
         return self
 
+    @model_validator(mode="after")
+    def _growing_batches(self) -> TrainSection:
+        """Raise ValueError if a stage of batch_warmup has smaller batches than the one before it, or no step."""
+        try:
+            self.batches  # noqa: B018
+        except ValueError as error:
+            raise ValueError(
+                f"train.batch_warmup: {error} tokens. Batches may only grow, up to train.global_batch_tokens = "
+                f"{self.global_batch_tokens:,} (stage {len(self.batch_warmup) + 1}), and each stage needs at least one "
+                "step. Correct until_tokens or global_batch_tokens of one of the two stages"
+            ) from None
+        return self
+
+    @property
+    def batches(self) -> BatchSizes:
+        """Tokens of each batch of the run."""
+        warmup = [(stage.until_tokens, stage.global_batch_tokens) for stage in self.batch_warmup]
+        return BatchSizes.staged(warmup, self.global_batch_tokens)
+
+    def key_of_batch(self, tokens: int) -> str:
+        """Return the key of the run file, for messages, that gives a step this many tokens."""
+        full = tokens == self.global_batch_tokens
+        return "train.global_batch_tokens" if full else "train.batch_warmup: global_batch_tokens"
+
     @property
     def total_steps(self) -> int:
         """Number of optimizer steps of the complete run, computed from train.tokens if that is given."""
-        return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / self.global_batch_tokens)
+        return self.steps if self.steps is not None else self.batches.count(self.tokens or 0)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all steps of the complete run together: train.tokens, rounded up to full steps."""
+        return self.batches.start(self.total_steps)
 
 
 class EvalSection(Section):
@@ -617,13 +667,14 @@ class RunFile(Section):
     @model_validator(mode="after")
     def _full_samples(self) -> RunFile:
         """Raise ValueError unless the batch has complete samples and steps are left after the warm-up."""
-        tokens, seq_len = self.train.global_batch_tokens, self.data.seq_len
-        if tokens % seq_len:
-            low = max(seq_len, tokens // seq_len * seq_len)
-            raise ValueError(
-                f"train.global_batch_tokens = {tokens} is not a multiple of data.seq_len = {seq_len}; "
-                f"the nearest that are: {low} and {tokens // seq_len * seq_len + seq_len}"
-            )
+        seq_len = self.data.seq_len
+        for tokens in self.train.batches.sizes:
+            if tokens % seq_len:
+                low = max(seq_len, tokens // seq_len * seq_len)
+                raise ValueError(
+                    f"{self.train.key_of_batch(tokens)} = {tokens} is not a multiple of data.seq_len = {seq_len}; "
+                    f"the nearest that are: {low} and {tokens // seq_len * seq_len + seq_len}"
+                )
         if self.train.schedule.warmup_steps >= self.train.total_steps:
             raise ValueError(
                 f"train.schedule.warmup_steps = {self.train.schedule.warmup_steps} leaves no step of the "
@@ -633,8 +684,17 @@ class RunFile(Section):
 
     @property
     def global_batch(self) -> int:
-        """Number of samples (windows of data.seq_len tokens) per optimizer step, over all ranks."""
+        """Number of samples (windows of data.seq_len tokens) per optimizer step, over all ranks. With
+        train.batch_warmup, that of the steps after the last stage.
+        """
         return self.train.global_batch_tokens // self.data.seq_len
+
+    @property
+    def batches(self) -> BatchSizes:
+        """Samples of each batch of the run. They are always global_batch, unless there are stages
+        (train.batch_warmup).
+        """
+        return self.train.batches.divided(self.data.seq_len)
 
     @property
     def folder(self) -> Path:

@@ -51,6 +51,7 @@ class Engine(Protocol):
     seq_data_parallel_group: torch.distributed.ProcessGroup  # the ranks that partition weights and optimizer states
     global_steps: int
     global_samples: int
+    micro_steps: int  # micro batches so far; a step ends with the micro batch that makes it a multiple of accumulation
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the module's forward pass with these arguments and return its loss."""
@@ -100,6 +101,12 @@ class Engine(Protocol):
 
     def train_micro_batch_size_per_gpu(self) -> int:
         """Return the number of samples of one micro batch on one rank."""
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the number of samples of one micro batch on one rank, and with it that of a step."""
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the number of samples per optimizer step, over all ranks, and with it the accumulation."""
 
     def zero_optimization_stage(self) -> int:
         """Return the ZeRO stage, 0 to 3."""

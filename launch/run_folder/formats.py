@@ -40,6 +40,7 @@ class _StepLine(TypedDict):
 class StepLine(_StepLine, total=False):
     """A line of metrics.jsonl for a training step. The keys below exist only if they apply."""
 
+    batch_tokens: Annotated[int, "tokens", "train.batch_warmup only: tokens of this step"]
     skipped: Annotated[str, "", "why the optimizer did not apply this step"]
     # In the order of data.sources; older versions wrote an object with the sources' paths as keys.
     epochs: Annotated[list[float] | dict[str, float], "epochs", "mixtures only: passes over each source so far"]

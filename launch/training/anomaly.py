@@ -102,6 +102,21 @@ class AnomalyDetector:
         rewinds = sum(target is not None and other.get("back_to") == target for other in self.records)
         return bool(max(self.vetoes_in_a_row, rewinds) > self.section.limit)
 
+    def rewinds(self) -> list[tuple[int, int]]:
+        """Return [(0, 0), (step, dropped), ...]: from each of these steps on, to the next one, that many batches had
+        been dropped.
+
+        A rewind to an earlier step makes later entries void. `step` is that of the checkpoint, so the next step is the
+        first that reads a later batch.
+        """
+        found = [(0, 0)]
+        for record in self.records:
+            if "back_to" in record:
+                dropped = record["step"] + found[-1][1] - record["back_to"]
+                found = [entry for entry in found if entry[0] < record["back_to"]]
+                found.append((record["back_to"], dropped))
+        return found
+
     def state(self) -> JsonObject:
         """Return the detector's state as JSON. A checkpoint's manifest contains it under the key "guard"."""
         return {

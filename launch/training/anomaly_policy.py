@@ -23,10 +23,11 @@ def handle_veto(trainer: Trainer, step: int, result: StepResult) -> int:
     detector, checkpointer = trainer.detector, trainer.checkpointer
     anomaly = detector.anomaly
     assert anomaly is not None
-    batch_number, samples = trainer.batches_before(step - 1), trainer.run.global_batch
+    batch_number, first_sample = trainer.batches_before(step - 1), trainer.samples_before(step - 1)
     record: AnomalyLine = {
         "step": step, "reason": anomaly.reason, "policy": anomaly.policy, "loss": finite_or_none(result.loss),
-        "grad_norm": finite_or_none(result.norm), "first_sample": batch_number * samples, "samples": samples,
+        "grad_norm": finite_or_none(result.norm), "first_sample": first_sample,
+        "samples": trainer.samples_before(step) - first_sample,
     }  # fmt: skip
     back_to = checkpointer.rewind_target(step) if anomaly.policy == "rewind" else None
     state_before = detector.state()

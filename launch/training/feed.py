@@ -1,6 +1,6 @@
 """Prepare batches on the device one step ahead, so that the device never waits for the CPU to prepare one.
 
-    feed = Feed(prefetcher, rows, topology, config.extra_heads)
+    feed = Feed(prefetcher, plans, topology, config.extra_heads)
     number, batch = next(feed)     # waits for the data if stage() has not prepared this batch
     feed.stage()                   # while the device computes: prepare the next batch
 
@@ -12,8 +12,10 @@ only on its number. So if a stop or a rewind drops a prepared batch, it is simpl
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from packspeed.data.loader import Batch, Prefetcher
+from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.engine.distributed import Topology
 from packspeed.launch.training.micro_batch import MicroBatch, micro_batches
 
@@ -22,6 +24,7 @@ from packspeed.launch.training.micro_batch import MicroBatch, micro_batches
 class StagedBatch:
     """This rank's rows of the batch of one step, as micro batches on the device."""
 
+    plan: BatchPlan  # how all ranks divide the batch
     micro_batches: list[MicroBatch]
     hash: int  # of the rows, see Batch.hash
 
@@ -29,11 +32,13 @@ class StagedBatch:
 class Feed:
     """Iterates over the batches of a Prefetcher, prepared for training: yields (batch number, StagedBatch).
 
-    `rows` is the number of rows per micro batch. extra_heads: see micro_batches.
+    `plans` is the result of plan_stages: {rows of a batch: how it is divided}. extra_heads: see micro_batches.
     """
 
-    def __init__(self, batches: Prefetcher, rows: int, topology: Topology, extra_heads: int = 0) -> None:
-        self._batches, self._rows, self._topology, self._extra_heads = batches, rows, topology, extra_heads
+    def __init__(
+        self, batches: Prefetcher, plans: Mapping[int, BatchPlan], topology: Topology, extra_heads: int = 0
+    ) -> None:
+        self._batches, self._plans, self._topology, self._extra_heads = batches, plans, topology, extra_heads
         self._staged: tuple[int, StagedBatch] | None = None
 
     def __iter__(self) -> Feed:
@@ -52,5 +57,6 @@ class Feed:
             self._staged = self._prepare(*following)
 
     def _prepare(self, number: int, batch: Batch) -> tuple[int, StagedBatch]:
-        micro = micro_batches(batch, self._rows, self._topology, self._extra_heads)
-        return number, StagedBatch(list(micro), batch.hash())
+        plan = self._plans[len(batch.tokens) * self._topology.rows_size]
+        micro = micro_batches(batch, plan.micro_batch, self._topology, self._extra_heads)
+        return number, StagedBatch(plan, list(micro), batch.hash())

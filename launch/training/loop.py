@@ -29,6 +29,7 @@ import torch
 from packspeed.data.loader import Prefetcher
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.schedule import learning_rate
+from packspeed.launch.engine.accumulation import divide_steps
 from packspeed.launch.engine.build import loss_scale
 from packspeed.launch.engine.experts import expert_norm_group
 from packspeed.launch.engine.groups import set_rates
@@ -90,7 +91,7 @@ def run_steps(trainer: Trainer, start_step: int) -> tuple[int, bool]:
         trainer.enter("data")
         # 1. Batch: a pure function of run file, dataset, seed and batch number. A thread reads ahead, and the feed
         #    copies the next batch to the device during the step.
-        feed = Feed(batches, trainer.plan.micro_batch, topology, trainer.extra_heads)
+        feed = Feed(batches, trainer.plans, topology, trainer.extra_heads)
         for step, (_, batch) in enumerate(feed, start=start_step + 1):
             lr = learning_rate(step - 1, run.train)
 
@@ -166,7 +167,8 @@ def train_step(
     is True, the gradient and weight norms of each parameter are measured too. `meanwhile` is called once, when all
     forward and backward passes are queued on the device and the host would only wait.
     """
-    engine, plan, norm_hook = trainer.engine, trainer.plan, trainer.norm_hook
+    engine, plan, norm_hook = trainer.engine, batch.plan, trainer.norm_hook
+    divide_steps(engine, plan)
     # Learning rate, weight decay, eps and momentum of this step.
     set_rates(engine.optimizer.param_groups, number, trainer.run.train, scales(cast(GPT, engine.module).config))
     trainer.detector.begin_step()
@@ -177,7 +179,7 @@ def train_step(
         # 2. Forward and backward. DeepSpeed's backward divides by the number of micro batches, so that the gradient
         #    is that of the mean over all tokens of the global batch.
         trainer.enter("forward")
-        loss, reported = micro_batch_loss(trainer, micro)
+        loss, reported = micro_batch_loss(trainer, micro, plan)
         trainer.enter("backward")
         engine.backward(loss)
         losses += reported

@@ -16,12 +16,13 @@ def metrics_line(
 
     `step_time_s` is the wall time of the step, and `data_wait_s` the part of it that was spent waiting for data.
     """
-    tokens_per_step = trainer.run.train.global_batch_tokens
-    tokens_per_s = tokens_per_step / step_time_s
+    seq_len, samples = trainer.run.data.seq_len, trainer.samples_before(step)
+    tokens_of_step = (samples - trainer.samples_before(step - 1)) * seq_len
+    tokens_per_s = tokens_of_step / step_time_s
     line: StepLine = {
         "step": step,
-        "tokens": step * tokens_per_step,
-        "samples": trainer.batches_before(step) * trainer.run.global_batch,
+        "tokens": trainer.samples_trained(step) * seq_len,
+        "samples": samples,
         "data_hash": result.data_hash,
         "loss": finite_or_none(result.loss),
         "lr": lr,
@@ -32,6 +33,8 @@ def metrics_line(
         "data_wait_s": round(data_wait_s, 6),
         "memory_gib": memory_gib(trainer.topology.device.type),
     }
+    if trainer.run.train.batch_warmup:
+        line["batch_tokens"] = tokens_of_step
     if result.not_taken:
         line["skipped"] = result.not_taken
     report = getattr(trainer.loader, "report", None)  # only a mixture's loader has one

@@ -69,21 +69,21 @@ def micro_batches(batch: Batch, rows: int, topology: Topology, extra_heads: int 
         yield MicroBatch(inputs, labels, part, arguments, future)
 
 
-def micro_batch_loss(trainer: Trainer, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def micro_batch_loss(trainer: Trainer, micro: MicroBatch, plan: BatchPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (the loss of a micro batch, a scalar with its graph for the backward pass; a tensor of numbers to report).
 
     The second tensor has the loss of the next token, then the loss of each extra head (model/mtp.py), then the share of
     tokens for which each extra head has a target: (1 + 2 extra heads,), on the device. Without extra heads, its only
     element is the loss. All are scaled so that their mean over all micro batches and ranks is the mean over the tokens
-    of the global batch.
+    of the global batch. `plan` says how that batch is divided.
     """
     keys = dropout_keys(micro.rows.samples, trainer.run.train.seed, micro.inputs.device)
     # The engine calls GPT.forward (model/gpt.py).
     out = trainer.engine(
         micro.inputs, micro.labels, reduction="sum", dropout_keys=keys, future=micro.future, **micro.arguments
     )
-    counted = micro.rows.global_used or trainer.run.train.global_batch_tokens
-    per_pass = tokens_per_pass(counted, trainer.plan)
+    counted = micro.rows.global_used or plan.samples * trainer.run.data.seq_len
+    per_pass = tokens_per_pass(counted, plan)
     if micro.future is None:
         loss: torch.Tensor = out / per_pass
         return loss, loss.detach().view(1)

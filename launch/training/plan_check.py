@@ -5,7 +5,8 @@
 For the first 20 steps of a process (STEPS), metrics.jsonl and TensorBoard get the planned values (planned_step_time_s,
 planned_memory_gib) beside the measured ones. After these steps, both are written to `plan.json` in the run folder, with
 the seconds of a step by kind of work and the allocator's own numbers. A warning is printed if a value is outside the
-plan's error bar. The first 5 steps (WARM_UP) do not count, because they compile kernels and allocate memory.
+plan's error bar. The first 5 steps (WARM_UP) do not count, because they compile kernels and allocate memory. Steps with
+a smaller batch (train.batch_warmup) are left out.
 """
 
 from __future__ import annotations
@@ -33,10 +34,19 @@ class PlanCheck:
     """
 
     def __init__(
-        self, lock: Lock, folder: Path, spent: Callable[[], dict[str, float]], device: str, log: Callable[[str], None]
+        self,
+        lock: Lock,
+        folder: Path,
+        spent: Callable[[], dict[str, float]],
+        device: str,
+        log: Callable[[str], None],
+        batch_tokens: int = 0,
     ) -> None:
-        """`spent` returns {kind of work: seconds that this process has spent on it}. `device` is "cpu" or "cuda"."""
+        """`spent` returns {kind of work: seconds that this process has spent on it}. `device` is "cpu" or "cuda".
+        Steps with fewer tokens than `batch_tokens` are left out.
+        """
         self.plan, self.path, self.spent, self.device, self.log = lock["plan"], folder / PLAN_FILE, spent, device, log
+        self.batch_tokens = batch_tokens
         self.warm: dict[str, float] = {}  # the seconds at the end of the warm-up
         self.planned = {
             "step_time_s": float(self.plan["step_s"]),
@@ -47,7 +57,7 @@ class PlanCheck:
 
     def see(self, line: StepLine) -> None:
         """Add the planned values to `line`, if it is of one of the first 20 steps. At the 20th, write plan.json."""
-        if len(self.seconds) >= STEPS:
+        if len(self.seconds) >= STEPS or line.get("batch_tokens", self.batch_tokens) < self.batch_tokens:
             return
         line["planned_step_time_s"] = round(self.planned["step_time_s"], 6)
         line["planned_memory_gib"] = round(self.planned["memory_gib"], 3)
@@ -99,7 +109,7 @@ def plan_check(
     if found or lock is None:
         log(f"note: nothing is compared with the locked plan: {'; '.join(found)}")
         return None
-    return PlanCheck(lock, run.folder, spent, device, log)
+    return PlanCheck(lock, run.folder, spent, device, log, run.train.global_batch_tokens)
 
 
 def report_errors(result: PlanResult, log: Callable[[str], None]) -> None:

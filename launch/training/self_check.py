@@ -23,8 +23,8 @@ def probe(trainer: Trainer, step: int) -> Probe:
     A collective: every rank must call it. Checkpoints contain the result. A resumed run repeats it, so changed data,
     code or weights are detected. Nothing is trained.
     """
-    topology, rows = trainer.topology, min(PROBE_ROWS, trainer.run.global_batch)
-    first = trainer.batches_before(step - 1) * trainer.run.global_batch
+    topology, first = trainer.topology, trainer.samples_before(step - 1)
+    rows = min(PROBE_ROWS, trainer.samples_before(step) - first)
     batch = trainer.loader.read(first, rows)
     single = list(batch.cut(1))
     losses = torch.zeros(rows, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import PackspeedError
@@ -38,7 +38,7 @@ def make_trainer(
     dataset: TokenDataset | MixtureData,
     engine: Engine,
     topology: Topology,
-    plan: BatchPlan,
+    plans: Mapping[int, BatchPlan],
     checkpointer: Checkpointer,
     manifest: Manifest,
     log: Callable[[str], None],
@@ -74,7 +74,7 @@ def make_trainer(
         run=run,
         topology=topology,
         engine=engine,
-        plan=plan,
+        plans=plans,
         loader=loader,
         eval_windows=windows,
         metrics=None,

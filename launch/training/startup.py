@@ -19,7 +19,7 @@ from packspeed.data.mixture import MixtureData
 from packspeed.launch.checkpoint.checkpointer import Checkpointer
 from packspeed.launch.checkpoint.identity import name_optimizers, run_identity
 from packspeed.launch.checkpoint.resume import find_checkpoint, resume_newest
-from packspeed.launch.config.batch import BatchPlan, plan_batch
+from packspeed.launch.config.batch import BatchPlan, plan_stages
 from packspeed.launch.config.deepspeed_json import resolve_ds_config, zero_stage
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.config.fp8 import engine_precision
@@ -96,7 +96,7 @@ def start_training(
             return 0
 
         trainer = make_trainer(
-            run, ranks.config, dataset, engine, topology, ranks.plan, checkpointer, manifest, log, heartbeat
+            run, ranks.config, dataset, engine, topology, ranks.plans, checkpointer, manifest, log, heartbeat
         )
         repeat_probe(trainer, manifest)  # check that the checkpoint still gives the loss with which it was saved
 
@@ -115,7 +115,7 @@ class ConnectedRanks:
     """The ranks of a run, and what they have decided together before the model is built."""
 
     topology: Topology
-    plan: BatchPlan
+    plans: dict[int, BatchPlan]  # {samples of a step: how they are divided}, ascending
     config: GPTConfig
     ds_config: DsConfig  # the final DeepSpeed configuration
     precision: str  # train.precision, with "auto" resolved
@@ -127,8 +127,11 @@ class ConnectedRanks:
         """Return ranks, precision, kernels and batch as text."""
         return (
             f"{self.topology.world} rank(s) x {self.threads} thread(s) on {self.topology.device.type}, "
-            f"{self.precision}, {self.kernels} kernels, ZeRO-{zero_stage(self.ds_config)}, {run.global_batch} samples "
-            f"per step = {self.plan.micro_batch} x {self.plan.accumulation} accumulated x {self.plan.layout}"
+            f"{self.precision}, {self.kernels} kernels, ZeRO-{zero_stage(self.ds_config)}, "
+            + ", then ".join(
+                f"{samples} samples per step = {plan.micro_batch} x {plan.accumulation} accumulated x {plan.layout}"
+                for samples, plan in self.plans.items()
+            )
         )
 
 
@@ -144,7 +147,8 @@ def connect(
     log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
     threads = limit_threads(local_size)
     precision = resolve_precision(run.train.precision)
-    plan = plan_batch(run, world)
+    plans = plan_stages(run, world)
+    plan = plans[run.global_batch]
     config = run.gpt_config(dataset.vocab_size)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, engine_precision(precision), config)
     check_precision(precision)
@@ -154,7 +158,7 @@ def connect(
     topology = start_distributed(ds_config, log, deterministic=run.train.deterministic, beat=beat, layout=plan.layout)
     config = agree_on_kernels(config, topology, log)
     kernels = resolve_kernels(config.kernels, log)
-    return ConnectedRanks(topology, plan, config, ds_config, precision, kernels, threads, log)
+    return ConnectedRanks(topology, plans, config, ds_config, precision, kernels, threads, log)
 
 
 def build_quietly(run: RunFile, ranks: ConnectedRanks, log_filter: DeepSpeedLogFilter, draw: bool) -> Engine:

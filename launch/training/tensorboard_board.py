@@ -17,7 +17,7 @@ TAGS = {
     "tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu", "step_time_s": "speed/step_time_s",
     "data_wait_s": "speed/data_wait_s", "memory_gib": "memory/rank0_gib",
     "planned_step_time_s": "speed/planned_step_time_s", "planned_memory_gib": "memory/planned_gib",
-    "expert_load": "experts/load", "dead_experts": "experts/dead",
+    "expert_load": "experts/load", "dead_experts": "experts/dead", "batch_tokens": "train/batch_tokens",
 }  # fmt: skip
 # Group -> chart -> tags, for TensorBoard's custom scalars. The goodput shares are those since the last start of the
 # process. `packspeed goodput` shows all starts together, including work that was lost.

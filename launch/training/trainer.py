@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -28,7 +28,7 @@ class Trainer:
     run: RunFile
     topology: Topology  # rank and device of this process, and collectives outside the engine
     engine: Engine  # DeepSpeed's engine around the GPT
-    plan: BatchPlan  # how the batch is divided: micro_batch rows x accumulation passes x groups of ranks
+    plans: Mapping[int, BatchPlan]  # {rows of a batch: how it is divided}; several with train.batch_warmup
     loader: Loader  # returns the rows of any batch, given its number
     eval_windows: int  # validation windows per evaluation; 0: the dataset has no validation split
     metrics: Metrics | None  # writes metrics.jsonl; None until open_run_files is called, and on ranks other than 0
@@ -43,6 +43,11 @@ class Trainer:
     log: Callable[[str], None]  # prints a line on rank 0, nothing on the others
     text_sampler: TextSampler | None = None  # None if monitor.sample_prompts is empty
     evaluation_pending: bool = False  # a signal interrupted the evaluation of the newest step
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How the largest batch of the run is divided: that of all steps, or of those after train.batch_warmup."""
+        return self.plans[self.run.global_batch]
 
     def enter(self, phase: str) -> None:
         """Attribute the wall time from now on to `phase`. run_folder/phase_timer.py lists the phases."""
@@ -62,6 +67,21 @@ class Trainer:
         This is also the index of the next batch, counted from 0.
         """
         return step + self.detector.dropped_batches
+
+    def samples_before(self, step: int) -> int:
+        """Return how many samples the run has read or dropped when it has done `step` steps.
+
+        This is also the index of the next sample, counted from 0.
+        """
+        return self.loader.batches.start(self.batches_before(step))
+
+    def samples_trained(self, step: int) -> int:
+        """Return how many samples the steps 1 to `step` have trained on, without those that rewinds have dropped."""
+        start, total, done = self.loader.batches.start, 0, step
+        for first, dropped in reversed(self.detector.rewinds()):  # from the newest rewind back to the start of the run
+            total += start(done + dropped) - start(first + dropped)
+            done = first
+        return total
 
 
 @dataclasses.dataclass(frozen=True)

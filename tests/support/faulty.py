@@ -205,13 +205,13 @@ def die_in(step: str) -> None:
     original, armed = loop.micro_batch_loss, []
     at_step(int(step) - 1, lambda: armed.append(step))
 
-    def hooked(trainer: Any, *arguments: Any) -> torch.Tensor:
-        loss: torch.Tensor = original(trainer, *arguments)
+    def hooked(trainer: Any, *arguments: Any) -> Any:
+        losses = original(trainer, *arguments)
         if armed:
             time.sleep(1.5)
             trainer.enter("backward")
             die()
-        return loss
+        return losses
 
     loop.micro_batch_loss = hooked
 
@@ -275,11 +275,11 @@ def bad_samples(values: str) -> None:
     first, last = (int(part) for part in span.split("-"))
     original = loop.micro_batch_loss
 
-    def hooked(trainer: Any, micro: Any) -> torch.Tensor:
-        loss: torch.Tensor = original(trainer, micro)
+    def hooked(trainer: Any, micro: Any, plan: Any) -> tuple[torch.Tensor, ...]:
+        losses: tuple[torch.Tensor, ...] = original(trainer, micro, plan)  # for the backward pass, and to report
         hit = bool(((micro.rows.samples >= first) & (micro.rows.samples <= last)).any())
         factor = float("nan") if what == "nan" else float(what.rstrip("x"))
-        return loss * factor if hit else loss
+        return tuple(loss * factor for loss in losses) if hit else losses
 
     loop.micro_batch_loss = hooked
 
@@ -312,7 +312,12 @@ def off_by_one(_: str) -> None:
 def noise(_: str) -> None:
     """Multiply each loss by a random number of about 1 from torch's generator."""
     original = loop.micro_batch_loss
-    loop.micro_batch_loss = lambda *arguments: original(*arguments) * (1 + 0.01 * torch.rand(()))
+
+    def hooked(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        factor = 1 + 0.01 * torch.rand(())
+        return tuple(loss * factor for loss in original(*arguments))
+
+    loop.micro_batch_loss = hooked
 
 
 def lost_rng(_: str) -> None:

@@ -65,10 +65,10 @@ def sum_gradients(engine: Engine) -> None:
         return
 
     def backward(loss: torch.Tensor) -> torch.Tensor:
+        micro_batches = engine.train_batch_size() // engine.train_micro_batch_size_per_gpu()  # may change during a run
         scaled: torch.Tensor = original(loss * (1.0 / micro_batches), scale_wrt_gas=False)
         return scaled
 
-    micro_batches = engine.train_batch_size() // engine.train_micro_batch_size_per_gpu()
     original = replace(engine, "backward", backward)
     replace(engine, "gradient_average", False)  # stage 0
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
