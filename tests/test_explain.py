@@ -140,6 +140,12 @@ CASES: list[tuple[str, list[str], dict[str, Any] | None, int]] = [
     ("longer-than-a-sample", ["model.mlp_chunk=100000"], None, 1),
     ("small-micro-batches", ["train.micro_batch=1", "train.global_batch_tokens=1024"], None, 1),
     ("dropout-in-one-epoch", ["model.dropout=0.1"], None, 1),
+    (
+        "batch-warmup-is-most-of-the-run",
+        ["train.batch_warmup=[{until_tokens: 2e3, global_batch_tokens: 128}]"],
+        None,
+        1,
+    ),
     ("precision-of-another-time", ["train.precision=fp16"], None, 1),
     ("fp8-is-emulated", ["train.precision=fp8", "train.fp8_skip_blocks=0"], None, 1),
     ("fp8-settings-unused", ["train.fp8_skip_blocks=2"], None, 1),

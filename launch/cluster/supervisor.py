@@ -237,7 +237,7 @@ class Supervisor:
 
     def _must_divide(self) -> str:
         """Return a clause for the log that says which number of ranks can share the samples of a step."""
-        per_row, samples = self.run.parallel.per_row, self.run.global_batch
+        per_row, samples = self.run.parallel.per_row, self.run.batches.divisor
         if per_row == 1:
             return f"their number must divide the {samples} samples of a step"
         return f"the number of groups of {per_row} ranks (section parallel) must divide the {samples} samples of a step"

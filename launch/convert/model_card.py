@@ -14,6 +14,7 @@ import yaml
 from packspeed.data.errors import DataError
 from packspeed.data.storage.manifest import load_manifest
 from packspeed.launch.checkpoint.manifest import Manifest
+from packspeed.launch.config.batch import token_sizes
 from packspeed.model.config import GPTConfig, num_parameters
 
 ROWS = 20  # largest number of rows in the table of losses
@@ -58,7 +59,8 @@ def curve(metrics: Path, until: int) -> tuple[Points, Points]:
 
 def _head(name: str, manifest: Manifest, config: GPTConfig) -> str:
     """Return the card's beginning: metadata, title and a table of facts about the model."""
-    tokens = manifest["step"] * manifest["config"].get("train", {}).get("global_batch_tokens", 0)
+    train = manifest["config"].get("train")  # imported weights have none
+    tokens = token_sizes(train).start(manifest["step"]) if train else 0
     rows = {
         "parameters": f"{num_parameters(config):,}",
         "layers, width": f"{config.n_layer}, {config.d_model}",

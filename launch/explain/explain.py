@@ -61,7 +61,8 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
     run = validate_leniently(written, copy.deepcopy(written.data), findings)
     raw, ds_lines = read_deepspeed_json(run.deepspeed, findings)
     count = ranks if ranks is not None else default_ranks(run)
-    plan = _plan_batch(run, count, findings)
+    plans = _plan_stages(run, count, findings)
+    plan = plans[run.global_batch]
     precision, why = guess_precision(run.train.precision)
     tokens, vocab_size = _inspect_dataset(run, findings)
     model = _gpt_config(run, vocab_size, findings)
@@ -73,13 +74,13 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
     )  # fmt: skip
     findings += [Finding(r.name, r.kind, message, r.source) for r in RULES for message in r.check(case)]
     values = run_file_values(run, written, model, vocab_size is not None)
-    values += solved_values(run, plan, precision, why, model)
+    values += solved_values(run, plans, precision, why, model)
     values += memory_values(case)
     return Explanation(str(run_file), values, deepspeed_values(run, raw, final, ds_lines), _worst_first(findings))
 
 
-def _plan_batch(run: RunFile, ranks: int, findings: list[Finding]) -> BatchPlan:
-    """Divide the ranks as the section `parallel` says, and the samples of a step among them.
+def _plan_stages(run: RunFile, ranks: int, findings: list[Finding]) -> dict[int, BatchPlan]:
+    """Divide the ranks as the section `parallel` says, and the samples of a step among them, as plan_stages does.
 
     If that is impossible, add a finding, and return an approximate division with micro batches of one sample.
     """
@@ -88,11 +89,15 @@ def _plan_batch(run: RunFile, ranks: int, findings: list[Finding]) -> BatchPlan:
         layout = run_layout(run, ranks)
     except ConfigError as error:
         findings.append(Finding("layout-does-not-fit", "refused", str(error), "arXiv:2309.14509"))
-    try:
-        return solve_batch(run.global_batch, run.data.seq_len, layout, run.train.micro_batch)
-    except ConfigError as error:
-        findings.append(Finding("batch-does-not-divide", "refused", str(error), "DeepSpeed#17, #3228, #3982"))
-        return BatchPlan(1, max(1, run.global_batch // layout.rows), layout)
+    plans: dict[int, BatchPlan] = {}
+    for samples in run.batches.sizes:
+        key = run.train.key_of_batch(samples * run.data.seq_len)
+        try:
+            plans[samples] = solve_batch(samples, run.data.seq_len, layout, run.train.micro_batch, key=key)
+        except ConfigError as error:
+            findings.append(Finding("batch-does-not-divide", "refused", str(error), "DeepSpeed#17, #3228, #3982"))
+            plans[samples] = BatchPlan(1, max(1, samples // layout.rows), layout)
+    return plans
 
 
 def guess_precision(wanted: str) -> tuple[str, str]:

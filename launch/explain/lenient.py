@@ -96,6 +96,8 @@ def _repair(data: JsonObject, path: KeyPath, message: str) -> bool:
     if "warmup_steps" in message and isinstance(train, dict):
         train.setdefault("schedule", {})["warmup_steps"] = 0
         return True
+    if "batch_warmup" in message and isinstance(train, dict):
+        return train.pop("batch_warmup", None) is not None
     if "global_batch_tokens" in message and isinstance(train, dict):
         length = int(source["seq_len"])
         train["global_batch_tokens"] = max(length, int(train["global_batch_tokens"]) // length * length)

@@ -49,6 +49,22 @@ def warmup_is_most_of_the_run(case: Case) -> Iterator[str]:
         )
 
 
+@rule("loss", "GPT-3, arXiv:2005.14165; DeepSeek-V3, arXiv:2412.19437")
+def batch_warmup_is_most_of_the_run(case: Case) -> Iterator[str]:
+    """The stages of train.batch_warmup take more than half of the run's tokens, so few steps have the full batch.
+
+    Symptom: the run has more steps than expected, and the loss is noisy until its end.
+    Fix: end the last stage earlier, or lower train.global_batch_tokens.
+    """
+    train = case.run.train
+    warmup = train.batches.stages[-1].first_sample
+    if warmup > train.total_tokens / 2:
+        yield (
+            f"train.batch_warmup takes {warmup:,} tokens, more than half of the run's {train.total_tokens:,}. Lower "
+            "until_tokens of its stages."
+        )
+
+
 @rule("useless")
 def schedule_settings_unused(case: Case) -> Iterator[str]:
     """A key of train.schedule or train.optimizer belongs to another schedule or optimizer than the chosen one.
@@ -167,7 +183,7 @@ def too_many_epochs(case: Case) -> Iterator[str]:
     Fix: use more data, fewer steps or a smaller model.
     """
     if case.train_tokens:
-        epochs = case.run.train.total_steps * case.run.train.global_batch_tokens / case.train_tokens
+        epochs = case.run.train.total_tokens / case.train_tokens
         if epochs > 4:
             yield (
                 f"the run reads the {case.train_tokens:,} training tokens {epochs:.1f} times. Beyond 4 times, "
@@ -283,13 +299,12 @@ def dropout_in_one_epoch(case: Case) -> Iterator[str]:
     Symptom: the loss is higher than without dropout.
     Fix: set model.dropout: 0.
     """
-    if case.model is not None and case.model.dropout > 0 and case.train_tokens:
-        tokens = case.run.train.total_steps * case.run.train.global_batch_tokens
-        if tokens <= case.train_tokens:
-            yield (
-                f"model.dropout = {case.model.dropout:g}, but the run reads no token twice, so dropout only slows "
-                "learning. 0 is usual."
-            )
+    once = case.train_tokens is not None and case.run.train.total_tokens <= case.train_tokens
+    if once and case.model is not None and case.model.dropout > 0:
+        yield (
+            f"model.dropout = {case.model.dropout:g}, but the run reads no token twice, so dropout only slows "
+            "learning. 0 is usual."
+        )
 
 
 @rule("slow")

@@ -8,8 +8,10 @@ tests/test_explain.py compares them with the installed version.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from packspeed.data.batch_sizes import BatchStage
 from packspeed.launch.config.batch import BatchPlan
 from packspeed.launch.config.deepspeed_defaults import BUCKET, MAX_LIVE, PREFETCH_BUCKET
 from packspeed.launch.config.deepspeed_json import ds_config_path, zero_stage
@@ -115,11 +117,15 @@ def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None
     return values
 
 
-def solved_values(run: RunFile, plan: BatchPlan, precision: str, why: str, model: GPTConfig | None) -> list[Value]:
+def solved_values(
+    run: RunFile, plans: Mapping[int, BatchPlan], precision: str, why: str, model: GPTConfig | None
+) -> list[Value]:
     """Return the settings that are computed from the run file, the number of ranks and the device.
 
-    `why` is the reason for the precision, and `model` the model's configuration or None.
+    `plans` is the result of plan_stages, `why` the reason for the precision, and `model` the model's configuration or
+    None.
     """
+    plan, batches = plans[run.global_batch], run.train.batches
     division = (
         f"solved: {run.global_batch} samples = {plan.micro_batch} x {plan.accumulation} accumulated x "
         f"{plan.layout.rows} {'ranks' if plan.layout.per_row == 1 else f'groups of {plan.layout.per_row} ranks'}"
@@ -133,9 +139,21 @@ def solved_values(run: RunFile, plan: BatchPlan, precision: str, why: str, model
         Value("(solved) ranks", str(plan.layout), None, "the section parallel"),
         Value("(solved) micro batch", plan.micro_batch, "auto", division),
         Value("(solved) accumulation", plan.accumulation, None, division),
+        *(
+            Value(f"(solved) batch from step {stage.first_batch + 1:,} on", *_stage(stage, plans, run.data.seq_len))
+            for stage in batches.stages
+            if len(batches.stages) > 1
+        ),
         Value("(solved) loss of the head", "in chunks", None, HEAD),
         Value("(solved) total steps", run.train.total_steps, None, "train.steps or train.tokens"),
     ]
+
+
+def _stage(stage: BatchStage, plans: Mapping[int, BatchPlan], seq_len: int) -> tuple[str, None, str]:
+    """Return value, default and source of the line about a stage of train.batch_warmup, whose sizes are in tokens."""
+    plan = plans[stage.rows // seq_len]
+    tokens = f"{stage.rows:,} tokens, after {stage.first_sample:,}"
+    return tokens, None, f"solved: {plan.samples} samples = {plan.micro_batch} x {plan.accumulation} accumulated"
 
 
 def memory_values(case: Case) -> list[Value]:

@@ -18,6 +18,7 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from packspeed.launch.config.batch import token_sizes
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.observe.console import RunProgress, hours_minutes_seconds, newest_checkpoint, panel
 from packspeed.launch.observe.goodput import read_lives
@@ -131,7 +132,12 @@ class Follower:
 def _total_steps(config: dict[str, Any]) -> int:
     """Return the number of steps of a run according to its config.yaml, or 0 if it is missing or damaged."""
     steps, tokens = _positive(config, "train", "steps"), _positive(config, "train", "tokens")
-    return steps or -(-tokens // (_positive(config, "train", "global_batch_tokens") or tokens or 1))
+    if steps or not tokens:
+        return steps
+    batch = _positive(config, "train", "global_batch_tokens") or tokens
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        return token_sizes({**config["train"], "global_batch_tokens": batch}).count(tokens)
+    return 0
 
 
 def _positive(config: dict[str, Any], section: str, key: str) -> int:

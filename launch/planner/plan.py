@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packspeed.data.errors import DataError
 from packspeed.data.remote import open_dataset
-from packspeed.launch.config.batch import BatchPlan, plan_batch
+from packspeed.launch.config.batch import BatchPlan, plan_stages
 from packspeed.launch.config.deepspeed_defaults import BUCKET, PREFETCH_BUCKET, overlaps
 from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_config, zero_stage
 from packspeed.launch.config.fp8 import engine_precision
@@ -47,7 +47,8 @@ class Job:
     ranks: int
     model: GPTConfig
     precision: str
-    batch: BatchPlan
+    batch: BatchPlan  # of the steps after train.batch_warmup
+    stages: list[tuple[int, BatchPlan]]  # (steps, their batch) from the start to the end of the run
     ds_config: JsonObject
     assumptions: list[str]
 
@@ -116,11 +117,13 @@ def job_of(run: RunFile, raw: JsonObject, machine: Machine, ranks: int, vocabula
     """Return a run file and a DeepSpeed JSON as a Job."""
     assumptions: list[str] = []
     vocabulary = vocabulary or _vocabulary(run, assumptions)
-    batch = plan_batch(run, ranks)
+    plans = plan_stages(run, ranks)
+    batch = plans[run.global_batch]
     precision = _precision(run, machine)
     model = run.gpt_config(vocabulary)
     ds_config = resolve_ds_config(run, raw, batch, engine_precision(precision), model)
-    return Job(run, machine, ranks, model, precision, batch, ds_config, assumptions)
+    stages = [(steps, plans[rows]) for steps, rows in run.batches.steps_of_stages(run.train.total_steps)]
+    return Job(run, machine, ranks, model, precision, batch, stages, ds_config, assumptions)
 
 
 def _vocabulary(run: RunFile, assumptions: list[str]) -> int:
@@ -202,12 +205,15 @@ def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], floa
     (this_cpu.py). The computed memory of tensors is kept, and the rest of the measured bytes gets the kind "process".
     """
     machine, run = job.machine, job.run
-    account = engine_memory(engine_spec(job))
+    batches = [*(batch for _, batch in job.stages), job.batch]
+    accounts = (engine_memory(engine_spec(dataclasses.replace(job, batch=batch))) for batch in dict.fromkeys(batches))
+    account = max(accounts, key=lambda account: account.peak.total)
     memory = _device_memory(job, account, measured[1] if measured else None)
     total = sum(memory.values())
     parts = measured[0] if measured else _time(job).parts()
     step_s = sum(parts.values())
     steps = run.train.total_steps
+    run_s = sum(count * _seconds_of(job, batch, parts, measured is not None) for count, batch in job.stages)
     tokens_per_s = run.train.global_batch_tokens / step_s
     flops = flops_per_token(job.model, run.data.seq_len) * tokens_per_s / job.ranks
     size = checkpoint_bytes(job)
@@ -221,8 +227,8 @@ def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], floa
         num_parameters(job.model, padded=True), memory, account.peak.phase,
         {phase.phase: phase.total for phase in account.phases}, account.host, total, capacity, fits,
         parts, step_s, tokens_per_s, None if machine.is_cpu else flops / machine.peak(job.precision), steps,
-        steps * step_s / 86_400,
-        steps * step_s * job.ranks / 3_600, size, disk, 2 * disk,
+        run_s / 86_400,
+        run_s * job.ranks / 3_600, size, disk, 2 * disk,
         {"memory": dataclasses.asdict(machine.memory_error), "time": dataclasses.asdict(machine.time_error)},
         [*job.assumptions, *_assumptions(job)],
     )  # fmt: skip
@@ -251,6 +257,18 @@ def _time(job: Job) -> StepTime:
     parts = step_time(work_of(job), job.machine, offload_optimizer=job.offloads("optimizer"))
     slower = DETERMINISTIC_ATTENTION if job.run.train.deterministic and not job.machine.is_cpu else 1.0
     return dataclasses.replace(parts, attention=parts.attention * slower)
+
+
+def _seconds_of(job: Job, batch: BatchPlan, parts: dict[str, float], measured: bool) -> float:
+    """Return the seconds of a step with this batch, which is job.batch or that of a stage of train.batch_warmup.
+
+    parts: the seconds of a step with job.batch by part. measured: whether they are those of this_cpu.measure.
+    """
+    if batch == job.batch:
+        return sum(parts.values())
+    if measured:
+        return parts["once a step"] + parts["micro batches"] * batch.samples / job.batch.samples
+    return sum(_time(dataclasses.replace(job, batch=batch)).parts().values())
 
 
 def _assumptions(job: Job) -> list[str]:

@@ -68,11 +68,13 @@ def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = 
 
     Raises ConfigError if the global batch cannot be divided among them, or if no layout can train the run.
     """
-    if run.global_batch % ranks:
-        near = [n for n in divisors_of(run.global_batch) if n <= ranks][-3:]
+    samples = run.batches.divisor
+    if samples % ranks:
+        near = [n for n in divisors_of(samples) if n <= ranks][-3:]
         raise ConfigError(
-            f"{run.global_batch} samples of a step cannot be divided among {ranks} GPUs: choose --ranks from "
-            f"{', '.join(map(str, near))}, or change train.global_batch_tokens."
+            f"{' or '.join(map(str, run.batches.sizes))} samples of a step cannot be divided among {ranks} GPUs: "
+            f"choose --ranks from {', '.join(map(str, near))}, or change train.global_batch_tokens"
+            f"{' and train.batch_warmup' if run.train.batch_warmup else ''}."
         )
     alone = run.parallel.model_copy(update=dict.fromkeys(_axes(run), 1))
     run_layout(_changed(run, {"parallel": alone}), ranks)  # raises what no other size would change
@@ -88,16 +90,17 @@ def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = 
 
 def _candidates(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None) -> Iterator[Candidate]:
     """Yield every combination of parallel sizes, stage, recompute and micro batch with its plan."""
+    samples = run.batches.divisor  # the candidates' micro batch must divide every batch
     for parallel in _parallel_sizes(run, machine.on_host(ranks)):
         shared = _changed(run, {"parallel": run.parallel.model_copy(update=parallel)})
         try:
             rows = run_layout(shared, ranks).rows
         except ConfigError:  # a size does not divide the heads, the tokens or the experts
             continue
-        if run.global_batch % rows:
+        if samples % rows:
             continue
         settings = {f"parallel.{key}": str(size) for key, size in parallel.items() if size > 1}
-        for candidate in _within(shared, machine, ranks, vocabulary, run.global_batch // rows):
+        for candidate in _within(shared, machine, ranks, vocabulary, samples // rows):
             yield Candidate(candidate.settings | settings, candidate.plan)
 
 

@@ -125,7 +125,8 @@ def copy_settings(job: Job, overrides: Sequence[str], folder: str, layers: int, 
     batch = job.batch.micro_batch * accumulation * job.batch.layout.rows * job.run.data.seq_len
     return [
         *overrides, "name=copy", f"runs_dir={folder}", f"model.n_layer={layers}", f"train.steps={STEPS}",
-        "train.tokens=null", f"train.global_batch_tokens={batch}", f"train.micro_batch={job.batch.micro_batch}",
+        "train.tokens=null", f"train.global_batch_tokens={batch}", "train.batch_warmup=[]",
+        f"train.micro_batch={job.batch.micro_batch}",
         "train.schedule={name: constant}", "train.fp8_skip_blocks=0", "eval.every_steps=0",
         "checkpoint.every_steps=0", "checkpoint.mirror=null", "monitor.sample_prompts=[]",
         "monitor.log_every_steps=1000",
@@ -147,7 +148,7 @@ def cache_file(job: Job, sizes: Sequence[tuple[int, int]]) -> Path:
     The DeepSpeed JSON is hashed as the user wrote it, because its defaults depend on the number of layers.
     """
     model = {key: value for key, value in vars(job.model).items() if key != "n_layer"}
-    train = job.run.train.model_dump(exclude={"steps", "tokens", "global_batch_tokens"})
+    train = job.run.train.model_dump(exclude={"steps", "tokens", "global_batch_tokens", "batch_warmup"})
     identity = [
         model, job.run.data.model_dump(), train, load_ds_config(job.run.deepspeed), list(sizes), versions(),
         dataclasses.asdict(job.batch.layout), job.batch.micro_batch, job.precision,

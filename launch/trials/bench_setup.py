@@ -95,7 +95,8 @@ class BenchSetup:
         ours = job["loop"].startswith("packspeed")
         # Other loops know data parallelism only. They train the same batch, with other rows on every rank.
         alone = [] if ours else ["parallel.sequence=1", "parallel.tensor=1", "parallel.expert=1"]
-        self.run: RunFile = load_run_file(job["run_file"], [*job["overrides"], *alone])
+        steady = "train.batch_warmup=[]"  # every step of a round has the same work
+        self.run: RunFile = load_run_file(job["run_file"], [*job["overrides"], *alone, steady])
         self.dataset = open_data(self.run)
         self.config: GPTConfig = self.run.gpt_config(self.dataset.vocab_size)
         self.precision = resolve_precision(self.run.train.precision)

@@ -87,7 +87,7 @@ class PackspeedLoop:
     """DeepSpeed's engine and the steps of Packspeed's training loop, without evaluations and checkpoints."""
 
     def __init__(self, setup: BenchSetup) -> None:
-        run, topology = setup.run, setup.topology
+        run, topology, plans = setup.run, setup.topology, {setup.run.global_batch: setup.plan}
         with run_folder.locked_run_folder(run.folder, topology, fresh=False):
             engine = build_engine(setup.config, run, setup.ds_config, topology=topology)
             run_folder.write_configs(
@@ -95,12 +95,12 @@ class PackspeedLoop:
             )
             checkpointer = Checkpointer(run.folder / "checkpoints", engine, topology, run.checkpoint, {}, print)
             self.trainer = make_trainer(
-                run, setup.config, setup.dataset, engine, topology, setup.plan, checkpointer, {"step": 0}, print
+                run, setup.config, setup.dataset, engine, topology, plans, checkpointer, {"step": 0}, print
             )
             open_run_files(self.trainer, {"step": 0})
         self.marks = self.trainer.timer.listener = PhaseMarks(topology.device)
         self.batches = setup.batches()
-        self.feed = Feed(self.batches, setup.plan.micro_batch, topology, setup.config.extra_heads)
+        self.feed = Feed(self.batches, plans, topology, setup.config.extra_heads)
         self.last_loss = float("nan")
 
     def step(self) -> None:

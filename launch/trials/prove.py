@@ -37,7 +37,7 @@ from typing import IO, TYPE_CHECKING, TypedDict
 import psutil
 
 from packspeed.launch.cluster import local_launcher as launcher
-from packspeed.launch.config.batch import fits, plan_batch
+from packspeed.launch.config.batch import fits, plan_batch, shortened_warmup
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
@@ -139,7 +139,7 @@ def plan_proof(
             if hosts:
                 hosts.first(number)  # raises: too few slots
     shorter = [f"train.steps={steps}", f"checkpoint.every_steps={max(1, steps // 6)}", f"eval.every_steps={steps // 2}"]
-    shorter.append("checkpoint.mirror=null")
+    shorter += ["checkpoint.mirror=null", *shortened_warmup(run, steps, run.data.seq_len)]
     if run.train.schedule.warmup_steps >= steps:
         shorter.append(f"train.schedule.warmup_steps={steps // 3}")
     draw = random.Random(seed)

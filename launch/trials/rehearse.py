@@ -35,6 +35,7 @@ from packspeed.launch.cluster.attempt import Attempt, LaunchOptions, Log
 from packspeed.launch.cluster.hosts import Host
 from packspeed.launch.cluster.local_launcher import PACKSPEED
 from packspeed.launch.cluster.supervisor import Supervisor
+from packspeed.launch.config.batch import shortened_warmup
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
@@ -90,6 +91,7 @@ def shrink(run_file: Path, overrides: list[str], steps: int) -> list[str]:
     small = [f"model.{field}" for field in shape]
     seq_len = min(SEQ_LEN, run.data.seq_len)
     small += [f"data.seq_len={seq_len}", f"train.global_batch_tokens={run.global_batch * seq_len}"]
+    small += shortened_warmup(run, steps, seq_len)
     small += [f"train.steps={steps}", f"checkpoint.every_steps={max(1, steps // 6)}", f"eval.every_steps={steps // 2}"]
     small += ["checkpoint.mirror=null", f"name={run.name}", f"runs_dir={run.folder.with_name(f'.rehearse-{run.name}')}"]
     if run.train.schedule.warmup_steps >= steps:

@@ -133,7 +133,7 @@ def parallel_layouts(run: RunFile) -> list[Layout]:
         shared = run_with(run, sequence, tensor)
         if not (fits(shared, ranks) and heads_fit(run.gpt_config(1), tensor, sequence)):
             continue
-        rows, sizes = run.global_batch * sequence * tensor // ranks, {"sequence": sequence, "tensor": tensor}
+        rows, sizes = run.batches.divisor * sequence * tensor // ranks, {"sequence": sequence, "tensor": tensor}
         found += [Layout("fp32", ranks, f"zero{stage}", rows, **sizes) for stage in range(4)]
         found += [Layout("fp32", ranks, "zero1", 1, **sizes)]
         found += [Layout("bf16", ranks, stage, 1, **sizes) for stage in ONE_CURVE]
@@ -240,7 +240,7 @@ def main() -> int:
         run = load_run_file(space.run_file, sets)
         shared = load_run_file(space.run_file, [*sets, *([] if args.run_file else SHARED_ROWS)])
         for page, marks, more, every in (
-            (PLACE, MARKS, [], layouts(run.global_batch, fits_fp8(space, sets))),
+            (PLACE, MARKS, [], layouts(run.batches.divisor, fits_fp8(space, sets))),
             (PARALLEL_PLACE, PARALLEL_MARKS, SHARED_ROWS, parallel_layouts(shared)),
             (EXPERTS_PLACE, EXPERTS_MARKS, [EXPERTS], [] if args.run_file else expert_layouts(run.global_batch)),
         ):
