@@ -121,8 +121,8 @@ def find_checkpoint(
 def _resumption(folder: Path, newest: Path | None, damaged: list[Path], identity: RunIdentity) -> Resumption:
     """Return the checkpoint to resume and how this run differs from it, on rank 0.
 
-    `newest` is the newest complete checkpoint in `folder` or None, and `damaged` the newer ones. Raises the errors of
-    find_checkpoint.
+    `newest` is the newest complete checkpoint in `folder` or None, and `damaged` has the damaged ones that are newer.
+    Raises the errors of find_checkpoint.
     """
     if newest is None:
         if (folder / step_folder(0)).is_dir():  # step 0 is always an import; without it, weights would be random

@@ -131,11 +131,11 @@ def expired_checkpoints(
 def rewind_target(
     folder: Path, before: int, section: CheckpointSection, topology: Topology | None = None
 ) -> int | None:
-    """Return the step of the newest complete checkpoint before step `before` whose step is a multiple of
-    checkpoint.every_steps.
+    """Return the step of the newest complete checkpoint before step `before` that was saved on schedule.
 
-    If none of these is complete, return the newest complete checkpoint before that step; None if there is none. With a
-    topology this is a collective: every rank must call it. Raises UserError if the folder cannot be read.
+    Its step is a multiple of checkpoint.every_steps. If there is none, return the step of the newest complete
+    checkpoint before `before`, or None. With a topology this is a collective: every rank must call it. Raises UserError
+    if the folder cannot be read.
     """
     earlier = [path for path in checkpoints_in(folder, topology) if step_of(path) < before]
     scheduled = [path for path in earlier if _is_multiple(path, section.every_steps)]

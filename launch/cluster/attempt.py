@@ -328,7 +328,8 @@ class Attempt:
         return []
 
     def _hang(self, since: float) -> Outcome:
-        """Return the outcome if nothing has changed since the time `since`: normally "hung".
+        """Return the outcome after no heartbeat has changed since the time `since`: "hung", or "failed" if all ranks
+        have ended.
 
         Asks every host for the state of its ranks, and names the ranks for which the others wait (diagnosis.py).
         """

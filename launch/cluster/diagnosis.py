@@ -117,7 +117,8 @@ def was_killed(death: RankDeath) -> bool:
 def was_oom_killed(death: RankDeath) -> bool:
     """Return whether the kernel's OOM killer probably ended a rank.
 
-    True if it has ended a process on that host since the launch, and the rank's status is SIGKILL or unknown.
+    True if the OOM killer has ended a process on that host since the launch, and the rank's status is SIGKILL or
+    unknown.
     """
     return bool(death["oom_kills"]) and death["status"] in (None, -signal.SIGKILL)
 

@@ -129,7 +129,8 @@ class _FactsOnRequest(TypedDict, total=False):
 class HostFacts(_FactsOnRequest):
     """The answer to FactsRequest: an agent's description of its host.
 
-    The keys of _FactsOnRequest are there only if the request asked for them.
+    The port and the facts about datasets and the run folder are there only if the request asked for them. The
+    doctor adds clock_s.
     """
 
     hostname: str

@@ -359,7 +359,7 @@ class OptimizerSection(Section):
     def _some_peak(self) -> OptimizerSection:
         """Raise ValueError if lr is 0 but a parameter group has its own peak learning rate.
 
-        The schedule is the rate of a step divided by lr, by which all peak rates are multiplied.
+        In each step, every peak rate is multiplied by the schedule's rate divided by lr.
         """
         if self.lr == 0 and (self.embedding_lr or self.head_lr or self.scalar_lr or self.muon_lr):
             raise ValueError("train.optimizer.lr = 0 sets every learning rate to 0: raise lr, or remove the others")

@@ -171,7 +171,7 @@ def compile_block_off(case: Case) -> Iterator[str]:
 def nested_auto(case: Case) -> Iterator[str]:
     """Inside a block, "auto" is a convention of transformers, which replaces it by a value.
 
-    Here such a key counts as missing.
+    Packspeed treats such a key as missing.
 
     Symptom: a setting has its default, and not the value that transformers would choose.
     Fix: write the value, or remove the key.

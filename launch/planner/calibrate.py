@@ -27,9 +27,9 @@ CALIBRATED_ERROR = {"median": 0.08, "p90": 0.21}  # of other stacks with one cal
 
 
 def measured_job(run_file: Path, overrides: Sequence[str], machine: Machine, row: JsonObject) -> Job:
-    """Return the job that a row of `packspeed bench` has measured. Its settings may differ from the run file's.
+    """Return the Job (run file, machine, ranks) that a row of `packspeed bench` has measured.
 
-    Of `row`, the values of ranks, micro_batch, kernels and stage are used.
+    Its ranks, micro batch, kernels and ZeRO stage are those of `row`, which may differ from the run file's.
     """
     settings = [*overrides, f"train.micro_batch={row['micro_batch']}", f"model.kernels={row['kernels']}"]
     run = load_run_file(run_file, settings)

@@ -111,9 +111,11 @@ def prepare_for_launch(folder: Path, fresh: bool, mirror: str | None = None) -> 
 
 
 def set_aside(folder: Path, mirror: str | None = None) -> None:
-    """Wait until no process trains in the run folder, then rename it, and its folder on the mirror, as move_aside does.
+    """Wait until no process trains in the run folder, then rename it to NAME.old-DATE-TIME, and its folder on the
+    mirror too.
 
-    Raises UserError if a process still trains in it after 60 s, or if a folder cannot be renamed.
+    `mirror` is the URL of that folder. Raises UserError if a process still trains in it after 60 s, or if a folder
+    cannot be renamed.
     """
     with _idle(folder):
         move_aside(folder, mirror)

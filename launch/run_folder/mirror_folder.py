@@ -27,7 +27,8 @@ MAX_PARTS = 9_000  # S3 allows 10,000
 
 
 class MirrorFolder:
-    """Reads and writes the files of one run on its mirror. Names are relative to the folder, with slashes.
+    """Reads and writes the files in the folder of one run on its mirror. File names are relative to that folder, with
+    slashes.
 
     The methods raise whatever error the store's library raises, and OSError for local files. Threads may share it.
     """

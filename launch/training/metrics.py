@@ -177,7 +177,7 @@ class Metrics:
     def _monitor_failed(self, error: OSError) -> None:
         """Warn that TensorBoard's events cannot be written because of `error`.
 
-        Warns only once, until they can be written again.
+        Further failures cause no warning until events could be written again.
         """
         if not self._monitor_broken:
             say(f"WARNING: TensorBoard's events cannot be written ({error.strerror}). metrics.jsonl has every step.")

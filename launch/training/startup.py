@@ -59,9 +59,9 @@ def start_training(
     """Train the run from its newest complete checkpoint until it ends or is stopped.
 
     Returns the exit code of the process. A collective: every rank must call it. If `fresh` is True, an existing run
-    folder is moved aside and training starts at step 0. `log_filter` is given the path of deepspeed.log.
-    `heartbeat` tells a supervisor, if there is one, what this rank is doing. Raises UserError if the run cannot start
-    or has failed.
+    folder is moved aside and training starts at step 0. `log_filter` writes DeepSpeed's log lines to deepspeed.log in
+    the run folder. `heartbeat` tells a supervisor, if there is one, what this rank is doing. Raises UserError if the
+    run cannot start or has failed.
     """
     ranks = connect(run, raw_ds_config, dataset, heartbeat or no_beat)
     topology, log = ranks.topology, ranks.log
