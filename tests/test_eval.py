@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from packspeed.data.errors import UsageError
 from packspeed.data.prepare.prepare import prepare
 from packspeed.launch.convert.export import export_hf
 from packspeed.launch.convert.import_weights import import_hf
@@ -128,6 +129,8 @@ def test_a_runs_validation_loss_is_that_of_its_training(workspace: Workspace, tm
     # The trainer's windows leave out the stream's first token and its last, partial window.
     assert result["tokens"] - line["val_tokens"] <= 33
     assert result["loss"] == pytest.approx(line["val_loss"], abs=2e-3)
+    with pytest.raises(UsageError, match="There is no tokenizer 'mine'"):
+        evaluate(workspace.folder / "runs" / name, tokenizer="mine", max_tokens=64)
 
 
 @pytest.mark.launch

@@ -169,7 +169,7 @@ def test_every_finding_is_named(
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {each.name for each in RULES} - {name for name, *_ in CASES} == {"uneven-vocabulary"}
+    assert {each.name for each in RULES} - {name for name, *_ in CASES} == {"uneven-widths"}
     assert len({each.name for each in RULES}) == len(RULES)
 
 
@@ -184,7 +184,7 @@ def test_every_finding_of_a_loader_is_in_the_troubleshooting_page() -> None:
 def test_shapes_that_gpus_dislike(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explaining, "local_accelerators", lambda: 1)
     findings = found(workspace, tmp_path, ["model.n_head=8", "train.precision=auto"]).findings
-    assert {p.rule for p in findings} == {"uneven-vocabulary"}
+    assert {p.rule for p in findings} == {"uneven-widths"}
     findings = found(workspace, tmp_path, ["model.d_model=64"]).findings
     assert {p.rule for p in findings} == {"precision-of-another-time"}
 

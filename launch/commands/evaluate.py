@@ -67,8 +67,9 @@ def evaluate(
     from packspeed.launch.inference import perplexity
 
     evaluation = perplexity.evaluate(
-        run, data=data, split=split, step=checkpoint, seq_len=seq_len, stride=stride, max_tokens=max_tokens
-    )
+        run, data=data, split=split, step=checkpoint, seq_len=seq_len, stride=stride, max_tokens=max_tokens,
+        tokenizer=tokenizer,
+    )  # fmt: skip
     lines = [
         f"{row['data']} ({row['split']}): perplexity {row['perplexity']:.4f} per token, loss {row['loss']:.4f}, "
         f"{row['bits_per_byte'] or float('nan'):.4f} bits per byte; {row['tokens']:,} tokens, {row['bytes']:,} bytes"

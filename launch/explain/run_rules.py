@@ -214,7 +214,7 @@ def evaluation_beyond_the_data(case: Case) -> Iterator[str]:
 
 
 @rule("slow", "nanoGPT, model.py: vocab_size 50304")
-def uneven_vocabulary(case: Case) -> Iterator[str]:
+def uneven_widths(case: Case) -> Iterator[str]:
     """Tensor cores and fused attention are fast only if the head width is a multiple of 8 and d_model a multiple of 64.
 
     Symptom: MFU is low.
@@ -226,14 +226,12 @@ def uneven_vocabulary(case: Case) -> Iterator[str]:
     if model.head_width % 8:
         yield (
             f"attention heads have {model.head_width} channels, which is not a multiple of 8, so fused attention uses "
-            f"a "
-            "slow kernel. Change n_head, d_model or head_dim."
+            "a slow kernel. Change n_head, d_model or head_dim."
         )
     if model.d_model % 64:
         yield (
             f"model.d_model = {model.d_model} is not a multiple of 64, so matrix products do not reach full speed. "
-            f"Change "
-            "d_model."
+            "Change d_model."
         )
 
 

@@ -99,11 +99,12 @@ def evaluate(
     seq_len: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
+    tokenizer: str | None = None,
 ) -> EvaluationResult:
     """Evaluate a checkpoint of a run on the run's datasets, or on `data`. Returns one result per dataset.
 
-    Options that are None have the run's values; max_tokens None means all tokens. Raises ConfigError for invalid
-    options and for a dataset with another tokenizer.
+    Options that are None have the run's values; max_tokens None means all tokens. `tokenizer` replaces the file that
+    each dataset contains. Raises ConfigError for invalid options and for a dataset with another tokenizer.
     """
     # Options that are not given have the values of the run.
     checkpoint = find_checkpoint(run, step)
@@ -134,9 +135,9 @@ def evaluate(
     for path in paths:
         dataset = open_dataset(path, **cache)
         _check_tokenizer(dataset, manifest, model.config.vocab_size)
-        tokenizer = find_tokenizer({"data": {"path": str(dataset.path)}}, checkpoint)
+        decoder = find_tokenizer({"data": {"path": str(dataset.path)}}, checkpoint, tokenizer)
         masked = bool(data_config.get("document_mask")) or data_config.get("packing", "stream") != "stream"
-        results.append(_evaluate(model, dataset, tokenizer, split, seq_len, stride, max_tokens, masked))
+        results.append(_evaluate(model, dataset, decoder, split, seq_len, stride, max_tokens, masked))
     return {"checkpoint": str(checkpoint), "step": manifest["step"], "results": results}
 
 
