@@ -6,8 +6,9 @@ rows it stacks, and whether transformers stores them transposed (GPT-2's Conv1D 
 Embedding and head of our model have padding rows up to a multiple of 128. An import fills them with zeros, and an
 export removes them. An export of a GPT-2 without biases adds zero biases, because transformers' GPT-2 always has them.
 RoPE needs no permutation: all families rotate the channel pairs (i, i + D/2), as we do. Qwen2 is Llama with biases on
-queries, keys and values. Qwen3 is Llama with a norm on the queries and keys of each head. hf_config.py converts the
-configurations.
+queries, keys and values. Qwen3 is Llama with a norm on the queries and keys of each head. Qwen3-Next, if all its layers
+have softmax attention and dense MLPs, is Qwen3 with elementwise gates; its norms store their weights minus 1.
+hf_config.py converts the configurations.
 
 With experts, our model computes what three families compute: Mixtral and Qwen3-MoE (softmax) and GLM-4-MoE, which has
 the experts of DeepSeek-V3 (sigmoid, shared experts, a bias that chooses) and the attention of Llama or Qwen3. Our model
@@ -28,7 +29,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constan
 HEAD, EMBEDDING = "lm_head.weight", "embed.weight"  # our names
 CHOOSING_BIAS = "e_score_correction_bias"  # transformers' name of a router's bias, which it keeps in fp32
 Family = Literal[
-    "gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "glm4_moe"
+    "gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3", "qwen3_next", "mixtral", "qwen3_moe", "glm4_moe"
 ]  # fmt: skip
 
 
@@ -43,6 +44,8 @@ class Weight(NamedTuple):
     rows: tuple[int, ...]  # how many of our rows each transformers weight provides
     columns: int | None = None  # None: the weight is a vector
     transposed: bool = False  # whether transformers stores (columns, rows)
+    offset: float = 0.0  # what transformers adds to the stored value before it is used
+    gated: int | None = None  # channels of a head, if its gate follows its query in transformers; ours come last
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -60,8 +63,21 @@ class Weight(NamedTuple):
                 f"{self.ours} is not 0, but the class of transformers for this model has no bias in its routers. "
                 "Train with model.balance_rate: 0, or with model.gate: sigmoid, which is exported as GLM-4-MoE."
             )
-        for name, part in zip(self.theirs, torch.split(ours[: sum(self.rows)], list(self.rows)), strict=True):
+        ours = ours[: sum(self.rows)] if self.gated is None else ours[self._places(self.gated)]
+        ours = ours - self.offset if self.offset else ours
+        for name, part in zip(self.theirs, torch.split(ours, list(self.rows)), strict=True):
             yield name, (part.t() if self.transposed else part).contiguous()
+
+    def _places(self, width: int) -> Tensor:
+        """Return the index of our row for each stacked row of transformers. width: the channels of a head.
+
+        Ours are queries, keys, values, gates. Transformers' first weight has a head's query, then its gate, head after
+        head.
+        """
+        queries, rows = torch.arange(self.rows[0] // 2), sum(self.rows)
+        others = torch.arange(len(queries), rows - len(queries))
+        pairs = torch.stack([queries.view(-1, width), queries.view(-1, width) + rows - len(queries)], 1)
+        return torch.cat([pairs.flatten(), others])
 
     def join(self, get: Callable[[str], Tensor], config: GPTConfig) -> Tensor:
         """Return our weight, with padding rows of zeros if it is the embedding or the head.
@@ -81,7 +97,8 @@ class Weight(NamedTuple):
             parts.append(part.t() if self.transposed else part)
         if self.ours in (EMBEDDING, HEAD):
             parts.append(parts[0].new_zeros(config.padded_vocab_size - config.vocab_size, config.d_model))
-        return torch.cat(parts)
+        stacked = torch.cat(parts) + self.offset if self.offset else torch.cat(parts)
+        return stacked if self.gated is None else stacked[self._places(self.gated).argsort()]
 
 
 def family(config: GPTConfig) -> Family:
@@ -91,6 +108,8 @@ def family(config: GPTConfig) -> Family:
     """
     if config.n_expert is not None:
         return _family_with_experts(config)
+    if config.attention_gate is not None:
+        return _family_with_gates(config)
     gpt2 = config.position == "learned"
     wanted: dict[str, tuple[object, ...]] = {"norm": ("layernorm",), "mlp": ("gelu", "gelu_tanh"), "qk_norm": (False,)}
     if not gpt2:
@@ -150,6 +169,21 @@ def _family_with_experts(config: GPTConfig) -> Family:
     return kind
 
 
+def _family_with_gates(config: GPTConfig) -> Family:
+    """Return the result of `family` for a model with attention gates and without experts."""
+    wanted: dict[str, tuple[object, ...]] = {
+        "attention_gate": ("elementwise",), "position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",),
+        "qk_norm": (True,), "bias": (False, "attention"), "sliding_window": (None,),
+    }  # fmt: skip
+    if wrong := _unsupported(config, wanted):
+        needs = "; ".join(f"{name}: {' or '.join(str(x) for x in valid)}" for name, valid in wanted.items())
+        raise ValueError(
+            f"transformers has no class for a model with {', '.join(wrong)}: with attention_gate, a model is exported "
+            f"as Qwen3-Next, which needs {needs}."
+        )
+    return "qwen3_next"
+
+
 def _windowed(config: GPTConfig) -> tuple[bool, bool]:
     """Return whether some layers have a sliding window, and whether all have one.
 
@@ -167,7 +201,7 @@ def _unsupported(config: GPTConfig, wanted: Mapping[str, tuple[object, ...]]) ->
     `wanted` need not name what no family has: a cap of the logits, residual scales, attention gates, and options that
     mix something into the values.
     """
-    wanted = {**wanted, "logit_softcap": (None,), "residual_scale": (False,), "attention_gate": (None,)}
+    wanted = {"attention_gate": (None,), **wanted, "logit_softcap": (None,), "residual_scale": (False,)}
     wanted |= {"value_residual": (False,), "value_embeddings": (None,)}
     return [
         f"{name} = {getattr(config, name)!r}" for name, valid in wanted.items() if getattr(config, name) not in valid
@@ -295,15 +329,18 @@ def _gpt2_table(config: GPTConfig) -> list[Weight]:
 def _llama_table(config: GPTConfig) -> list[Weight]:
     d, ff, vocab_size = config.d_model, config.ff_width, config.vocab_size
     queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
+    gated = config.head_width if config.attention_gate else None
+    offset = 1.0 if gated else 0.0  # of Qwen3-Next's norms
     table = [
         Weight(EMBEDDING, ("model.embed_tokens.weight",), (vocab_size,), d),
         Weight(HEAD, ("lm_head.weight",), (vocab_size,), d),
-        Weight("norm.weight", ("model.norm.weight",), (d,)),
+        Weight("norm.weight", ("model.norm.weight",), (d,), offset=offset),
     ]
     for layer in range(config.n_layer):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        qkv = (2 * queries if gated else queries, keys, keys)
         linear: list[tuple[str, tuple[str, ...], tuple[int, ...], int, Layer]] = [
-            ("attn.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (queries, keys, keys), d, "qkv"),
+            ("attn.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), qkv, d, "qkv"),
             ("attn.proj", ("self_attn.o_proj",), (d,), queries, "proj"),
         ]
         if config.has_experts(layer):
@@ -314,14 +351,15 @@ def _llama_table(config: GPTConfig) -> list[Weight]:
                 ("mlp.proj", ("mlp.down_proj",), (d,), ff, "mlp"),
             ]
         for name, parts, rows, columns, biased in linear:
-            names = [f"{theirs}.{part}" for part in parts]
-            table.append(Weight(f"{ours}.{name}.weight", tuple(f"{x}.weight" for x in names), rows, columns))
+            names, heads = [f"{theirs}.{part}" for part in parts], gated if name == "attn.qkv" else None
+            weights = tuple(f"{x}.weight" for x in names)
+            table.append(Weight(f"{ours}.{name}.weight", weights, rows, columns, gated=heads))
             if config.has_bias(biased):
-                table.append(Weight(f"{ours}.{name}.bias", tuple(f"{x}.bias" for x in names), rows))
+                table.append(Weight(f"{ours}.{name}.bias", tuple(f"{x}.bias" for x in names), rows, gated=heads))
         norms = [("attn_norm", "input_layernorm", d), ("mlp_norm", "post_attention_layernorm", d)]
         if config.qk_norm:
             norms += [(f"attn.{x}_norm", f"self_attn.{x}_norm", config.head_width) for x in "qk"]
-        table += [Weight(f"{ours}.{a}.weight", (f"{theirs}.{b}.weight",), (size,)) for a, b, size in norms]
+        table += [Weight(f"{ours}.{a}.weight", (f"{theirs}.{b}.weight",), (n,), offset=offset) for a, b, n in norms]
     return table
 
 

@@ -1,9 +1,10 @@
-"""Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Mistral, Ministral, Qwen2, Qwen3, and
-Mixtral, Qwen3-MoE, GLM-4-MoE.
+"""Conversion between transformers' config.json and GPTConfig: GPT-2, Llama, Mistral, Ministral, Qwen2, Qwen3,
+Qwen3-Next, and Mixtral, Qwen3-MoE, GLM-4-MoE.
 
 If a config.json leaves a key out, transformers' default is used. A feature that our model lacks (such as LongRoPE or
 another activation) raises a ValueError that names it; it is never ignored. Mistral without a sliding window computes
-the same as Llama, and is exported as Llama. Ministral is Mistral with a choice of layers for the window.
+the same as Llama, and is exported as Llama. Ministral is Mistral with a choice of layers for the window. Of Qwen3-Next,
+our model has the gated softmax attention only: no linear attention, and no experts.
 """
 
 import math
@@ -20,6 +21,7 @@ ARCHITECTURES = {
     "ministral": "MinistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
@@ -56,6 +58,11 @@ QWEN2_DEFAULTS = LLAMA_DEFAULTS | {
     "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
     "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
 }  # fmt: skip
+QWEN3_NEXT_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 48,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 32768, "head_dim": 256,
+    "layer_types": None, "num_experts": 512,
+}  # fmt: skip
 MIXTRAL_DEFAULTS = LLAMA_DEFAULTS | {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
     "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -79,6 +86,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ministral": MISTRAL_DEFAULTS | {"layer_types": None},
     "qwen2": QWEN2_DEFAULTS,
     "qwen3": QWEN2_DEFAULTS | {"head_dim": 128},
+    "qwen3_next": QWEN3_NEXT_DEFAULTS,
     "mixtral": MIXTRAL_DEFAULTS,
     "qwen3_moe": QWEN3_MOE_DEFAULTS,
     "glm4_moe": GLM4_MOE_DEFAULTS,
@@ -142,8 +150,19 @@ def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
             "attention_dropout": 0.0,
             **_rope(config),
             **_window(config, kind),
+            **(_next(config) if kind == "qwen3_next" else {}),
         }
     )
+
+
+def _next(config: GPTConfig) -> dict[str, Any]:
+    """Return the keys with which all layers of a Qwen3-Next have softmax attention, complete RoPE and dense MLPs."""
+    return {
+        "layer_types": [FULL] * config.n_layer,
+        "num_experts": 0,
+        "partial_rotary_factor": 1.0,
+        "rope_parameters": _rope(config)["rope_parameters"] | {"partial_rotary_factor": 1.0},
+    }
 
 
 def _window(config: GPTConfig, kind: str) -> dict[str, Any]:
@@ -275,8 +294,11 @@ def _from_gpt2(raw: dict[str, Any]) -> GPTConfig:
 
 def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
     _refuse(raw, {"hidden_act": SILU})
-    if kind == "glm4_moe" and (raw.get("rope_parameters") or {}).get("partial_rotary_factor") is None:
-        raw.setdefault("partial_rotary_factor", 0.5)
+    partial = {"glm4_moe": 0.5, "qwen3_next": 0.25}.get(kind)
+    if partial is not None and (raw.get("rope_parameters") or {}).get("partial_rotary_factor") is None:
+        raw.setdefault("partial_rotary_factor", partial)
+    if kind == "qwen3_next":
+        _check_next(raw)
     rope_theta, rope_scaling = _rope_of(raw)
     return GPTConfig(
         n_layer=_integer(raw, "num_hidden_layers"),
@@ -295,10 +317,22 @@ def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
         mlp="swiglu",
         **_window_of(raw, kind),
         bias=_bias(raw, kind),
-        qk_norm=kind in ("qwen3", "qwen3_moe") or (kind == "glm4_moe" and _flag(raw, "use_qk_norm")),
+        qk_norm=kind in ("qwen3", "qwen3_next", "qwen3_moe") or (kind == "glm4_moe" and _flag(raw, "use_qk_norm")),
+        attention_gate="elementwise" if kind == "qwen3_next" else None,
         tie_embeddings=_flag(raw, "tie_word_embeddings"),
         **_experts(raw, kind),
     )
+
+
+def _check_next(raw: Mapping[str, Any]) -> None:
+    """Raise ValueError if raw, the config.json of a Qwen3-Next, has experts or layers with linear attention."""
+    if raw["num_experts"] != 0:
+        raise ValueError(f"num_experts = {raw['num_experts']!r}: of Qwen3-Next, Packspeed's model has no experts.")
+    if raw["layer_types"] != [FULL] * _integer(raw, "num_hidden_layers"):
+        raise ValueError(
+            f"layer_types = {str(raw['layer_types'])[:100]}: of Qwen3-Next, Packspeed's model has no linear attention, "
+            f"so it must be {FULL} for each of num_hidden_layers = {raw['num_hidden_layers']}."
+        )
 
 
 def _experts(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -411,11 +445,11 @@ def _bias(raw: Mapping[str, Any], kind: str) -> bool | Literal["qkv", "attention
 def _window_of(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the fields of GPTConfig for the sliding window of raw, a config.json; an empty dict if no layer has one.
 
-    kind: its model_type. A window that is not shorter than the longest sequence counts as none. Llama and GLM-4-MoE
-    never have one: transformers ignores the keys for it. Raises ValueError if the layers with a window are not those of
-    a pattern that GPTConfig can express.
+    kind: its model_type. A window that is not shorter than the longest sequence counts as none. Llama, Qwen3-Next and
+    GLM-4-MoE never have one: transformers ignores the keys for it. Raises ValueError if the layers with a window are
+    not those of a pattern that GPTConfig can express.
     """
-    if kind in ("llama", "glm4_moe") or raw["sliding_window"] is None:
+    if kind in ("llama", "qwen3_next", "glm4_moe") or raw["sliding_window"] is None:
         return {}
     types = _layer_types(raw, kind)
     if SLIDING not in types:

@@ -49,6 +49,11 @@ MODELS = {  # run -> (its DeepSpeed file, what it trains, the class that it expo
     "out-llama-bias": ("zero2_offload", LLAMA.replace("bias: false", "bias: true") + ", d_ff: 96}", "LlamaForCausalLM"),
     "out-qwen2": ("zero1", LLAMA.replace("bias: false", "bias: qkv") + "}", "Qwen2ForCausalLM"),
     "out-qwen3": ("zero3", LLAMA + ", qk_norm: true, head_dim: 16, vocab_size: 300}", "Qwen3ForCausalLM"),
+    "out-qwen3-next": (
+        "zero2",
+        LLAMA + ", qk_norm: true, attention_gate: elementwise, vocab_size: 300}",
+        "Qwen3NextForCausalLM",
+    ),
     "out-glm4": (
         "zero3",
         LLAMA + ", n_expert: 4, d_expert: 32, n_shared_expert: 1, first_dense: 1, balance_rate: 0.3, vocab_size: 300}",

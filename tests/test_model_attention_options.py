@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from packspeed.launch.config.run_file import OptimizerSection
 from packspeed.launch.engine.groups import optimizer_groups
-from packspeed.model import hf
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, is_muon_parameter, use_fp8
 
@@ -212,10 +211,3 @@ def test_head_gates_are_never_in_8_bits() -> None:
     before = model.eval()(tokens, labels)
     torch.testing.assert_close(model.train()(tokens, labels), before, rtol=3e-2, atol=3e-2)
     assert not hasattr(model.blocks[0].attn.gates, "fp8_kernels")
-
-
-@pytest.mark.parametrize("options", [{"attention_gate": "headwise"}, {"value_residual": True}, {"value_embeddings": 2}])
-def test_exports_are_refused_by_name(options: dict[str, Any]) -> None:
-    (name, value), llama = next(iter(options.items())), {"position": "rope", "mlp": "swiglu"}
-    with pytest.raises(ValueError, match=f"{name} = {value!r}"):
-        hf.family(GPTConfig(**{**SHAPE, **llama, **options}))

@@ -49,6 +49,13 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"n_kv_head": 2, "bias": "qkv", "head_dim": 32},
     "qwen3": {"n_kv_head": 2, "qk_norm": True, "head_dim": 32, "tie_embeddings": False},
     "qwen3-bias": {"n_kv_head": 2, "qk_norm": True, "bias": "attention"},
+    "qwen3_next": {"n_kv_head": 2, "qk_norm": True, "attention_gate": "elementwise", "head_dim": 32},
+    "qwen3_next-bias-yarn": {
+        "qk_norm": True,
+        "attention_gate": "elementwise",
+        "bias": "attention",
+        "rope_scaling": YARN,
+    },
 }
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
 
@@ -60,8 +67,8 @@ def pair(case: str) -> tuple[GPT, Any, GPTConfig]:
     raw = to_hf_config(config, 0, [0], "float32")
     theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=torch.float32)
     assert type(theirs).__name__ == raw["architectures"][0]
-    for p in theirs.parameters():
-        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
+    for p in theirs.parameters():  # Qwen3-Next stores a norm's weight minus 1
+        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 and config.attention_gate is None else 0.0, std=0.1)
     ours = GPT(config)
     ours.load_state_dict(from_hf_state_dict(theirs.state_dict(), config))
     return ours, theirs.eval(), config
@@ -78,6 +85,8 @@ def test_logits_and_gradients_equal_transformers(case: str) -> None:
     ours(tokens, labels).backward()
     gradients = {n: p.grad for n, p in ours.named_parameters(remove_duplicate=False) if p.grad is not None}
     mapped = to_hf_state_dict(gradients, config)
+    if config.attention_gate:  # a norm's weight minus 1 has the gradient of the weight
+        mapped |= {name: gradient + 1 for name, gradient in mapped.items() if "norm." in name}
     for name, p in theirs.named_parameters():
         torch.testing.assert_close(mapped[name], p.grad, rtol=1e-5, atol=1e-5, msg=f"{name}: {{}}".format)
 
@@ -118,6 +127,11 @@ def test_refusals() -> None:
         ({**LLAMA, "qk_norm": True, "bias": "qkv"}, "bias = 'qkv'"),
         ({"sliding_window": 8}, "sliding_window = 8"),
         ({**LLAMA, "sliding_window": 8, "bias": "attention"}, "sliding_window = 8"),
+        ({**LLAMA, "attention_gate": "headwise", "qk_norm": True}, "attention_gate = 'headwise'"),
+        ({**LLAMA, "attention_gate": "elementwise"}, "qk_norm = False"),
+        ({**LLAMA, "attention_gate": "elementwise", "qk_norm": True, "sliding_window": 8}, "sliding_window = 8"),
+        ({**LLAMA, "value_residual": True}, "value_residual = True"),
+        ({**LLAMA, "value_embeddings": 2}, "value_embeddings = 2"),
     ],
 )
 def test_models_that_transformers_lacks_are_refused_by_field(fields: dict[str, Any], named: str) -> None:
@@ -180,7 +194,9 @@ def test_a_gpt2_without_some_biases_goes_out_with_zeros(bias: Any) -> None:
     torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-IMPORTED = ("gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "glm4_moe")
+IMPORTED = (
+    "gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3", "qwen3_next", "mixtral", "qwen3_moe", "glm4_moe",
+)  # fmt: skip
 FULL_ROTATION = {"partial_rotary_factor": 1.0}  # by default, GLM-4-MoE rotates half of the channels
 
 
@@ -205,7 +221,8 @@ def state_of_files(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_other_architectures_are_refused_by_name(kind: str) -> None:
     if kind in IMPORTED:
-        from_hf_config({"model_type": kind, "sliding_window": None, "head_dim": 128, **FULL_ROTATION})
+        next_ones = {"num_experts": 0, "layer_types": ["full_attention"] * 48} if kind == "qwen3_next" else {}
+        from_hf_config({"model_type": kind, "sliding_window": None, "head_dim": 128, **FULL_ROTATION, **next_ones})
     else:
         with pytest.raises(ValueError, match=f"model_type = '{kind}'"):
             from_hf_config({"model_type": kind})
@@ -217,7 +234,8 @@ TINY_LLAMA: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 40, "sliding_window": None,
 }  # fmt: skip
-TINY_EXPERTS: dict[str, dict[str, Any]] = {
+TINY_OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"num_experts": 0, "layer_types": ["full_attention"] * 2, "head_dim": 8, **FULL_ROTATION},
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "head_dim": 8},
     "glm4_moe": {"n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, **FULL_ROTATION},
@@ -285,11 +303,20 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
+# A dense Qwen3-Next cannot return the logits of routers.
+OF_QWEN3_NEXT: list[dict[str, Any]] = [variant for variant in VARIANTS if "output_router_logits" not in variant]
+OF_QWEN3_NEXT += [
+    {"num_experts": 2},
+    {"layer_types": ["full_attention", "linear_attention"]},
+    {"layer_types": None, "full_attention_interval": 2},
+]
+
+
 def with_other_values(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """One change for each key that transformers writes: bools are flipped, numbers doubled."""
     changes: list[dict[str, Any]] = []
     for name, value in raw.items():
-        if name == "return_dict":  # the type of what forward returns
+        if name in ("return_dict", "output_router_logits"):  # the type of what forward returns
             continue
         if isinstance(value, bool):
             changes.append({name: not value})
@@ -312,12 +339,13 @@ def our_config(raw: dict[str, Any], change: dict[str, Any]) -> GPTConfig | None:
 @pytest.mark.parametrize("kind", IMPORTED)
 def test_every_setting_is_computed_as_transformers_does_or_refused(kind: str) -> None:
     """A setting may be without effect in a family; then both models ignore it."""
-    tiny = TINY_GPT2 if kind == "gpt2" else {"model_type": kind, **TINY_LLAMA, **TINY_EXPERTS.get(kind, {})}
+    tiny = TINY_GPT2 if kind == "gpt2" else {"model_type": kind, **TINY_LLAMA, **TINY_OTHERS.get(kind, {})}
     if kind == "ministral":  # transformers' class cannot run without these two
         tiny |= {"sliding_window": 12, "head_dim": 8}
     written = CONFIG_MAPPING[kind].from_dict(dict(tiny)).to_dict()
     equal, refused = 0, 0
-    for base, changes in ((tiny, VARIANTS), (written, with_other_values(written))):
+    variants = OF_QWEN3_NEXT if kind == "qwen3_next" else VARIANTS
+    for base, changes in ((tiny, variants), (written, with_other_values(written))):
         for change in changes:
             raw = {**base, **change}
             config = our_config(raw, change)
@@ -331,7 +359,7 @@ def test_every_setting_is_computed_as_transformers_does_or_refused(kind: str) ->
                 continue
             torch.manual_seed(0)
             for p in theirs.parameters():
-                torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
+                torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 and kind != "qwen3_next" else 0.0, std=0.1)
             for name, buffer in theirs.named_buffers():
                 if name.endswith(CHOOSING_BIAS):
                     torch.nn.init.normal_(buffer, std=0.1)
