@@ -81,8 +81,8 @@ MODEL_KEYS = {
     "batches. 0: no balancing, which an export as Mixtral or Qwen3-MoE needs.",
     "qk_norm": "Apply RMSNorm to the query and the key of each head.",
     "attention_gate": "Multiply the output of attention by the sigmoid of a linear function of its input, so that a "
-    "token can ignore all others. headwise: one factor per head. elementwise: one factor per channel, as in "
-    "Qwen3-Next. Default: no gate.",
+    "token can ignore all others. headwise: one factor per head; cannot be exported. elementwise: one factor per "
+    "channel, as in Qwen3-Next. Default: no gate.",
     "value_residual": "Mix the values of the first layer into those of every later layer, with two learned factors per "
     "layer that start at 1/2 (ResFormer). Cannot be exported.",
     "value_embeddings": "n: the last layer, and every n-th layer before it, add an embedding of each token to its "
