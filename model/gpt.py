@@ -474,8 +474,8 @@ class GPT(nn.Module):
             for layer, block in zip(range(self.config.n_layer + heads), self.blocks, strict=False):
                 if layer == beside:
                     trunk = x if branch is None else x + branch
-                if layer >= beside:
-                    x, branch = trunk, None
+                if layer >= beside:  # a view, so that a block's gradients are added up before those of several blocks,
+                    x, branch = trunk.view_as(trunk), None  # as the hooks of ZeRO-3 do: in bf16 the order changes bits
                 recompute = self._recomputes(layer)
                 if recompute and branch is not None:  # its inputs are kept: the sum takes half as much as x and branch
                     x, branch = x + branch, None

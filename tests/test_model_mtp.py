@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -101,3 +102,23 @@ def test_future_labels_by_hand() -> None:
     positions = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])
     assert future_labels(labels, 5, positions)[..., 0].tolist() == [[2, -1, 4, -1], [6, 7, -1, -1]]
     assert (future_labels(labels, 5, positions)[..., 3:] == -1).all()
+
+
+@pytest.mark.slow
+def test_targets_are_megatrons() -> None:
+    """Megatron-LM rolls labels and loss mask by one for each head, and inside each sequence if they are packed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.packed_seq_params import PackedSeqParams
+        from megatron.core.transformer.multi_token_prediction import roll_tensor
+    rolled = torch.randint(1, 50, (1, 40))
+    positions, lengths = document_positions(rolled.numpy() % 9, 4)
+    assert min(lengths) < 4 < len(lengths)
+    ends = torch.tensor([0, *lengths.cumsum()])
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    stream = rolled
+    ours = [future_labels(rolled, 4, place).clamp(min=0) for place in (None, torch.from_numpy(positions).long())]
+    for k in range(4):
+        stream, rolled = roll_tensor(stream)[0], roll_tensor(rolled, packed_seq_params=packed)[0]
+        assert torch.equal(ours[0][..., k], stream)
+        assert torch.equal(ours[1][..., k], rolled)
