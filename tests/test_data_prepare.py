@@ -256,6 +256,23 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
     assert folder_bytes(out) == folder_bytes(tmp_path / "unbroken")
 
 
+def test_units_that_a_power_failure_damaged_are_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files without their last bytes, with zeros for bytes, and empty, as file systems leave them."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
+    source, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    count = prepare_part([source], out, "bytes", task_index=0, task_count=1)
+    damage = {".bin": b"\0" * 400, ".docs": b"\0" * 24, ".json": b""}
+    for number, (suffix, content) in enumerate(damage.items()):
+        path = out / f".units/{number:08d}{suffix}"
+        path.write_bytes(content + path.read_bytes()[len(content) :] if content else b"")
+    (out / ".units/00000003.bin").unlink()
+    os.truncate(out / ".units/00000004.docs", 24)
+    with pytest.raises(UsageError, match=f"5 of {count} work units"):
+        prepare([source], out, "bytes", only_merge=True)
+    assert prepare([source], out, "bytes") == prepare([source], tmp_path / "new", "bytes")
+    assert folder_bytes(out) == folder_bytes(tmp_path / "new")
+
+
 def test_a_source_that_changed_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
     source, out = Path(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "out"

@@ -36,6 +36,7 @@ from packspeed.data.prepare.units import (
     Job,
     Receipt,
     Unit,
+    load_intact,
     load_receipt,
     plan_units,
     save_job,
@@ -287,7 +288,7 @@ class _Preparation:
         a unit is not finished.
         """
         self.units = self.job.units[task[0] :: task[1]]
-        self.done = {unit.number: load_receipt(self.units_folder, unit.number) for unit in self.units}
+        self.done = {unit.number: load_intact(self.units_folder, unit.number) for unit in self.units}
         self.todo = [unit for unit in self.units if self.done[unit.number] is None]
         if only_merge and self.todo:
             raise UsageError(
@@ -348,23 +349,11 @@ class _Preparation:
             def encode(report: ReportCounts) -> Generator[tuple[int, Receipt], None, None]:
                 if not self.todo:
                     return
-                worker, finishing = load(), None
-                with ThreadPoolExecutor(1, "packspeed-unit") as disk:
-                    for unit in self.todo:
-                        finish = worker.encode(unit, report)
-                        if finishing is not None:
-                            yield finishing.result()
-                        finishing = disk.submit(self._finish, unit.number, finish)
-                    if finishing is not None:
-                        yield finishing.result()
+                worker = load()
+                for unit in self.todo:
+                    yield unit.number, worker.encode(unit, report)
 
             yield encode
-
-    def _finish(self, number: int, finish: Callable[[], Receipt]) -> tuple[int, Receipt]:
-        """Call finish() for unit `number` and tell the merge that the unit is ready. Return (number, receipt)."""
-        receipt = finish()
-        self.finished.add(number)
-        return number, receipt
 
     def merge(self) -> Manifest:
         """Wait for each unit in turn, write the shards and then the manifest, and remove the units.

@@ -14,9 +14,8 @@ import dataclasses
 import json
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, cast
 
@@ -28,14 +27,7 @@ from packspeed.data.errors import DataError
 from packspeed.data.prepare.units import DOCUMENT, Job, Receipt, Table, Unit, load_job, unit_path
 from packspeed.data.read.documents import Batch, Tally
 from packspeed.data.read.readers import read_batches
-from packspeed.data.storage.atomic import (
-    WRITEBACK_BYTES,
-    rename_temporary,
-    start_writeback,
-    sync,
-    temporary,
-    write_file,
-)
+from packspeed.data.storage.atomic import rename_temporary, temporary, write_file
 from packspeed.data.storage.manifest import Tokens
 from packspeed.data.text.encode import Choice, Encoder
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer_file
@@ -59,6 +51,9 @@ class Counts:
 ReportCounts = Callable[[Counts], None]
 
 
+REPORT_S = 0.2  # a worker process reports its counts when a unit is finished, and at most once in this time before
+
+
 class UnitWorker:
     """Encodes work units (parts of the source text) of one run of `prepare`, with one encoder.
 
@@ -70,44 +65,36 @@ class UnitWorker:
         self.folder, self.job, self.skip_bad = folder, job, skip_bad
         self.encoder = Encoder(tokenizer, choice)
 
-    def encode(self, unit: Unit, report: ReportCounts) -> Callable[[], Receipt]:
-        """Encode one unit into temporary files. Return a function that finishes the unit and returns its receipt.
+    def encode(self, unit: Unit, report: ReportCounts) -> Receipt:
+        """Encode one unit, write its files and return its receipt.
 
-        That function waits for the disk, so it should run in another thread while the next unit is encoded. report:
-        called after each megabyte of text. Raises DataError if there are too many bad documents. After an error none of
-        the unit's files exists.
+        report: called after each megabyte of text. Raises DataError if there are too many bad documents. After an error
+        none of the unit's files exists.
         """
         tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
-        paths = [unit_path(self.folder, unit.number, suffix) for suffix in (".bin", ".docs")]
+        digest = xxhash.xxh3_128()
+        paths = [unit_path(self.folder, unit.number, suffix) for suffix in (".bin", ".docs", ".json")]
         with _removed_after_error(paths):
             with open(temporary(paths[0]), "wb", buffering=WRITE_BUFFER_BYTES) as stream:
                 for tokens, counts in self._encoded(unit, tally, table):
                     stream.write(tokens.data)
-                    if stream.tell() // WRITEBACK_BYTES > total.tokens * tokens.itemsize // WRITEBACK_BYTES:
-                        start_writeback(stream.fileno())
+                    digest.update(tokens.data)
                     _add(total, counts)
                     report(counts)
-            temporary(paths[1]).write_bytes(b"".join(table))
-        receipt = Receipt(
-            bad=tally.bad,
-            null=tally.null,
-            passed_over=tally.passed_over,
-            bin_bytes=total.tokens * np.dtype(self.job.dtype).itemsize,
-            **dataclasses.asdict(total),
-        )
-
-        def finish() -> Receipt:
-            # Writing the receipt syncs the folder, which makes these names durable. If a crash keeps the receipt but
-            # loses a name, load_receipt notices that the file is missing.
-            with _removed_after_error(paths):
-                for path in paths:
-                    sync(temporary(path))
-                for path in paths:
-                    rename_temporary(path)
-            write_file(unit_path(self.folder, unit.number, ".json"), json.dumps(dataclasses.asdict(receipt)).encode())
-            return receipt
-
-        return finish
+            documents = b"".join(table)
+            temporary(paths[1]).write_bytes(documents)
+            for path in paths[:2]:
+                rename_temporary(path)
+            receipt = Receipt(
+                bad=tally.bad,
+                null=tally.null,
+                passed_over=tally.passed_over,
+                bin_xxh3_128=digest.hexdigest(),
+                docs_xxh3_128=xxhash.xxh3_128_hexdigest(documents),
+                **dataclasses.asdict(total),
+            )
+            write_file(paths[2], json.dumps(dataclasses.asdict(receipt)), durable=False)
+        return receipt
 
     def _encoded(self, unit: Unit, tally: Tally, table: list[bytes]) -> Iterator[tuple[Tokens, Counts]]:
         """Yield the tokens (n,) and the counts of about a megabyte of text at a time.
@@ -215,35 +202,31 @@ def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str],
     receipts and errors to it, one worker_pool.Message per line, as JSON.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
-    sending = threading.Lock()
+    counts, sent_s = Counts(), time.monotonic()
 
     def send(**message: object) -> None:
-        with sending:
-            print(json.dumps(message), file=out, flush=True)
+        print(json.dumps(message), file=out, flush=True)
 
-    @contextlib.contextmanager
-    def errors_sent() -> Iterator[None]:
-        try:
-            yield
-        except DataError as error:
-            send(error=str(error), exit_code=error.exit_code)
-        except OSError as error:
-            what = f"{folder} cannot be written: {error.strerror or error}. Correct that, then run the command again."
-            send(error=what, exit_code=DataError.exit_code)
+    def count(more: Counts) -> None:
+        nonlocal counts, sent_s
+        _add(counts, more)
+        if time.monotonic() > sent_s + REPORT_S:
+            send(counts=dataclasses.asdict(counts))
+            counts, sent_s = Counts(), time.monotonic()
 
-    def finish(number: int, finish_unit: Callable[[], Receipt]) -> None:
-        with errors_sent():
-            send(done=number, receipt=dataclasses.asdict(finish_unit()))
-
-    with errors_sent(), ThreadPoolExecutor(1, "packspeed-unit") as disk:
+    try:
         worker = load()
         send(ready=True)
         for line in commands:
             unit = worker.job.units[int(line)]
-            disk.submit(
-                finish, unit.number, worker.encode(unit, lambda counts: send(counts=dataclasses.asdict(counts)))
-            )
-            send(ready=True)
+            receipt = worker.encode(unit, count)
+            send(counts=dataclasses.asdict(counts), done=unit.number, receipt=dataclasses.asdict(receipt))
+            counts, sent_s = Counts(), time.monotonic()
+    except DataError as error:
+        send(error=str(error), exit_code=error.exit_code)
+    except OSError as error:
+        what = f"{folder} cannot be written: {error.strerror or error}. Correct that, then run the command again."
+        send(error=what, exit_code=DataError.exit_code)
 
 
 def load_worker(folder: Path, skip_bad: int, choice: Choice) -> UnitWorker:

@@ -8,9 +8,12 @@ the number of workers. The dataset is the outputs of all units in order. The uni
     <dataset>/.units/job.json        the list of units, and everything that determines their tokens
     <dataset>/.units/00000012.bin    the tokens of unit 12 in the dataset's dtype; every document ends with EOT
     <dataset>/.units/00000012.docs   for each document the number of tokens (int64) and 16 bytes of xxh3-128
-    <dataset>/.units/00000012.json   the receipt: counts and sizes; written last, so a unit with a receipt is finished
+    <dataset>/.units/00000012.json   the receipt: counts and hashes; written last, so a unit with a receipt is finished
 
-Each file is written under a temporary name, fsynced and renamed. A unit without a receipt is processed again.
+Each file is written under a temporary name and renamed, so a killed process leaves no incomplete file. Nothing waits
+for the disk: most units are merged and removed before the kernel would write them. A power failure may damage units
+that have a receipt. So a run that continues another one, and the merge, compare the hashes in the receipt. A unit
+without a receipt, or with other hashes, is processed again.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from packspeed.data.read.stores import DOWNLOADED, is_url, open_store
 from packspeed.data.read.streams import open_source
 from packspeed.data.read.tables import arrow_batch_bytes, row_group_bytes
 from packspeed.data.storage.atomic import temporary, write_file
+from packspeed.data.storage.hashing import hash_file
 
 UNIT_BYTES = 2**25
 
@@ -45,7 +49,7 @@ FOLDER = ".units"
 JOB = "job.json"
 
 
-JOB_VERSION = 2
+JOB_VERSION = 3
 
 
 DOCUMENT = np.dtype([("tokens", "<i8"), ("high", ">u8"), ("low", ">u8")])
@@ -90,7 +94,8 @@ class Receipt:
     bad: int  # bad documents that were skipped
     null: int  # records whose text is null
     passed_over: list[str]  # files that were skipped, with the reason
-    bin_bytes: int  # size of the file with the tokens
+    bin_xxh3_128: str  # hash of the file with the tokens
+    docs_xxh3_128: str  # hash of the table of documents
 
 
 @dataclass(frozen=True)
@@ -295,21 +300,25 @@ def unit_path(folder: Path, number: int, suffix: str) -> Path:
 
 
 def load_receipt(folder: Path, number: int) -> Receipt | None:
-    """Return the receipt of a unit, or None if the unit must be encoded (again).
-
-    The receipt is the record that a unit was encoded completely, with the sizes of its files. None: there is no
-    receipt, or a file has another size.
-    """
-    path = unit_path(folder, number, ".json")
-    if not path.exists():
+    """Return the receipt of a unit, the record that it was encoded completely, or None if there is none."""
+    try:
+        return Receipt(**json.loads(unit_path(folder, number, ".json").read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):  # a power failure can leave an empty or damaged file
         return None
-    receipt = Receipt(**_read_json(path))
-    expected = {".bin": receipt.bin_bytes, ".docs": receipt.documents * DOCUMENT.itemsize}
-    for suffix, size in expected.items():
-        file = unit_path(folder, number, suffix)
-        if not file.exists() or file.stat().st_size != size:
-            return None
-    return receipt
+
+
+def load_intact(folder: Path, number: int) -> Receipt | None:
+    """Return the receipt of a unit, or None if the unit must be encoded (again). Reads the files of the unit.
+
+    None: there is no receipt, or a file is missing or has another hash than in the receipt.
+    """
+    receipt = load_receipt(folder, number)
+    if receipt is None:
+        return None
+    hashes = {".bin": receipt.bin_xxh3_128, ".docs": receipt.docs_xxh3_128}
+    paths = {suffix: unit_path(folder, number, suffix) for suffix in hashes}
+    intact = all(path.exists() and hash_file(path)["xxh3_128"] == hashes[suffix] for suffix, path in paths.items())
+    return receipt if intact else None
 
 
 def remove_leftovers(folder: Path) -> None:

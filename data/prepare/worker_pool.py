@@ -26,9 +26,11 @@ from packspeed.data.prepare.units import Receipt, Unit
 
 
 class Message(TypedDict, total=False):
-    """One JSON line of a worker process: `ready`, `counts`, `done` with `receipt`, or `error` with `exit_code`."""
+    """One JSON line of a worker process: `ready`, `counts`, `counts` with `done` and `receipt`, or `error` with
+    `exit_code`.
+    """
 
-    ready: bool  # to encode the next unit, while the last one is being synced to the disk
+    ready: bool  # to encode the first unit
     counts: dict[str, int]  # the fields of Counts since the last message
     done: int  # number of the finished unit
     receipt: dict[str, Any]  # the fields of Receipt
@@ -94,14 +96,14 @@ class WorkerPool:
             while waiting or busy:
                 for key, _ in selector.select():
                     message = _receive(key.data)
-                    if "counts" in message:
-                        report(Counts(**message["counts"]))
-                    elif "receipt" in message:
-                        busy -= 1
-                        yield message["done"], Receipt(**message["receipt"])
-                    elif waiting:
+                    busy -= "receipt" in message
+                    if waiting and ("ready" in message or "receipt" in message):
                         busy += 1
                         _send_unit(key.data, waiting.pop())
+                    if "counts" in message:
+                        report(Counts(**message["counts"]))
+                    if "receipt" in message:
+                        yield message["done"], Receipt(**message["receipt"])
 
 
 def can_fork() -> bool:

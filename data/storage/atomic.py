@@ -25,13 +25,19 @@ WRITEBACK_BYTES = 2**23  # callers of `start_writeback` should call it once per 
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write a small file atomically and durably. Text is encoded as UTF-8. Raises OSError if the disk is full."""
+def write_file(path: Path, content: bytes | str, *, durable: bool = True) -> None:
+    """Write a small file atomically. Text is encoded as UTF-8. Raises OSError if the disk is full.
+
+    durable: wait for the disk, so that the file survives a power failure. Without that, it survives the death of this
+    process only.
+    """
     with open(temporary(path), "wb") as stream:
         stream.write(content.encode("utf-8") if isinstance(content, str) else content)
-        sync_stream(stream)
+        if durable:
+            sync_stream(stream)
     rename_temporary(path)
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 def temporary(path: Path) -> Path:

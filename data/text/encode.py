@@ -188,7 +188,7 @@ class _Gigatoken:
         self._ranks_file, self._pattern, self._eot_id = ranks_file, pattern, eot_id
         self._dtype = np.dtype(token_dtype(vocab_size))
         self._tokenizer = self._load()
-        self._first_bytes, self._since = _resident_bytes(), 0
+        self._first_bytes, self._since = _allocated_bytes(), 0
 
     def _load(self) -> Any:
         """Return the tokenizer as gigatoken's own class, which reads BPE ranks only from a file."""
@@ -220,10 +220,10 @@ class _Gigatoken:
         self._since += len(joined)
         if self._since >= MEASURED_BYTES:
             self._since = 0
-            if _resident_bytes() > self._first_bytes + GROWTH_BYTES:
+            if _allocated_bytes() > self._first_bytes + GROWTH_BYTES:
                 self._tokenizer = None  # frees the old one first, so that two never exist at the same time
                 self._tokenizer = self._load()
-                self._first_bytes = max(self._first_bytes, _resident_bytes() - GROWTH_BYTES // 2)
+                self._first_bytes = max(self._first_bytes, _allocated_bytes() - GROWTH_BYTES // 2)
         return ids, np.diff(ends, prepend=-1)
 
 
@@ -261,10 +261,13 @@ def _head(text: bytes, size: int) -> bytes:
     return text[:size].decode("utf-8", errors="ignore").encode("utf-8")
 
 
-def _resident_bytes() -> int:
-    """Return the resident memory of this process in bytes, or 0 if the operating system does not report it."""
+def _allocated_bytes() -> int:
+    """Return the resident memory of this process in bytes, without mapped files, or 0 if the operating system does not
+    report it.
+    """
     try:
         with open("/proc/self/statm", "rb") as stream:
-            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            _, resident, shared, *_ = map(int, stream.read().split())
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
