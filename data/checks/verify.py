@@ -112,14 +112,16 @@ def _check_tokens(path: Path, shard: Shard, manifest: Manifest, index: Index, re
     eot_id, vocab_size = manifest.tokenizer.eot_id, manifest.tokenizer.vocab_size
     ends = index.offsets_bytes // dtype.itemsize + index.lengths - 1
     digest, seen, highest, ends_right = xxhash.xxh3_128(), 0, 0, True
+    buffer = memoryview(bytearray(PIECE_BYTES))
     with open(path, "rb") as stream:
-        while piece := stream.read(PIECE_BYTES):
-            digest.update(piece)
-            tokens = np.frombuffer(piece, dtype=dtype)
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
+            tokens = np.frombuffer(buffer[:size], dtype=dtype)
             highest = max(highest, int(tokens.max()))
-            # EOT must be exactly where the index ends documents, nowhere else.
+            # EOT must be exactly where the index ends documents, nowhere else: at these places, and not more often.
             first, last = np.searchsorted(ends, [seen, seen + len(tokens)])
-            ends_right = ends_right and np.array_equal(np.flatnonzero(tokens == eot_id) + seen, ends[first:last])
+            at_ends, eots = tokens[ends[first:last] - seen] == eot_id, np.count_nonzero(tokens == eot_id)
+            ends_right = ends_right and bool(at_ends.all()) and eots == last - first
             seen += len(tokens)
     if digest.hexdigest() != shard.bin_xxh3_128:
         report.problems.append(f"{path} has changed: its xxh3-128 differs from the manifest's. Copy it again.")
