@@ -55,7 +55,9 @@ class BatchSizes:
                 before = f"the {stages[-1].rows:,} of stage {number - 1}" if stages else "1"
                 raise ValueError(f"stage {number} has batches of {size:,}, which is less than {before}")
             if end <= sample:
-                raise ValueError(f"stage {number} ends at {end:,.0f}, but the one before it only at {sample:,}")
+                raise ValueError(
+                    f"stage {number} ends at {end:,.0f}, which is not after the end of the stage before it, {sample:,}"
+                )
             stages.append(BatchStage(batch, sample, size))
             if end < math.inf:
                 batches = -(-(math.ceil(end) - sample) // size)

@@ -87,10 +87,14 @@ class Mixture:
 
         Raises UsageError if weights are negative, missing or all 0, or if the block is before that of the last stage.
         """
-        if len(weights) != self.sources or min(weights) < 0 or not sum(weights) > 0 or self.sources > MOST_SOURCES:
+        if self.sources > MOST_SOURCES:
             raise UsageError(
-                f"A mixture of {self.sources} sources (at most {MOST_SOURCES}) cannot have the weights "
-                f"{list(weights)}: give one weight for each source, none below 0 and at least one above 0."
+                f"A mixture can have at most {MOST_SOURCES} sources, not {self.sources}. Merge some of them."
+            )
+        if len(weights) != self.sources or min(weights) < 0 or not sum(weights) > 0:
+            raise UsageError(
+                f"A mixture of {self.sources} sources cannot have the weights {list(weights)}. Give one weight for "
+                "each source, none below 0 and at least one above 0."
             )
         if (not self.stages and block) or (self.stages and block < self.stages[-1].first_block):
             raise UsageError(

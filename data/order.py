@@ -176,9 +176,9 @@ class Order:
         return sample // self.windows
 
     def _starts_of_chunk(self, epoch: int, chunk: int) -> Indices:
-        """Return the position in the stream of the first token of each sample in part of an epoch, (n,), read-only.
+        """Return where each sample of a chunk begins in the stream of tokens, (n,), read-only.
 
-        An epoch is divided into parts of 1,024 samples, of which the last may be shorter. chunk: the index of the part.
+        A chunk is 1,024 consecutive samples of an epoch; the last one may be shorter. `chunk` is its index.
         """
         slots = np.arange(chunk * CHUNK, min(self.windows, (chunk + 1) * CHUNK), dtype=np.int64)
         starts = self._epoch(epoch).offset + self.seq_len * self._epoch(epoch)(slots)

@@ -32,7 +32,10 @@ class Losses(Protocol):
     """The interface of objects that compute losses from logits: a kernel module, or tensor.VocabularyLosses."""
 
     def row_losses(self, logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
-        """Return the cross entropy of each row, in nats. If with_gradient, overwrite the logits with their gradient."""
+        """Return the cross entropy of each row, in nats.
+
+        with_gradient: overwrite each row of the logits with the gradient of that row's loss.
+        """
 
 
 class Kernels(Losses, Protocol):

@@ -228,7 +228,8 @@ def activate(x: Tensor, kind: str) -> Tensor:
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
     """Return the cross entropy of each row of logits (N, padded V) in nats, (N,) fp32; 0 if its label is below 0.
 
-    z_loss: adds z_loss * log(sum exp logits)^2 to each loss. with_gradient: overwrite the logits with their gradient.
+    z_loss: adds z_loss * log(sum exp logits)^2 to each loss. with_gradient: overwrite each row of
+    the logits with the gradient of its loss.
     """
     if logits.dtype not in SUFFIX:
         return plain_row_losses(logits, labels, vocab_size, z_loss, with_gradient)

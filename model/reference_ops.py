@@ -102,7 +102,7 @@ def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, w
     logits: (N, padded V); columns from vocab_size on are padding and get no probability.
     labels: (N,) int64; a row whose label is below 0 is ignored, that is, its loss and gradient are 0.
     z_loss: adds z_loss * log(sum exp logits)^2 to each loss.
-    with_gradient: overwrite the logits with d loss / d logits.
+    with_gradient: overwrite each row of the logits with the gradient of that row's loss, z-loss included.
     """
     # The rows are processed in blocks that stay in the cache through all passes below.
     block = max(1, (CPU_BLOCK_ELEMENTS if logits.is_cpu else GPU_BLOCK_ELEMENTS) // logits.size(1))

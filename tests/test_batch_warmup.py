@@ -92,7 +92,7 @@ def test_samples_that_a_rewind_dropped_are_not_trained() -> None:
         ),
         (
             "[{until_tokens: 100, global_batch_tokens: 64}, {until_tokens: 128, global_batch_tokens: 128}]",
-            "stage 2 ends at 128, but the one before it only at 128 tokens",
+            "stage 2 ends at 128, which is not after the end of the stage before it, 128 tokens",
         ),
         (
             "[{until_tokens: 100, global_batch_tokens: 80}]",

@@ -138,7 +138,7 @@ def test_hosts_are_selected_by_ipv6_address() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"include": "a", "exclude": "b"}, "give one of them"),
+        ({"include": "a", "exclude": "b"}, "Give only one of them"),
         ({"include": "x"}, "there is no host 'x'; the hosts are a, b"),
         ({"include": "a@"}, "there is no host ''"),
         ({"exclude": "a:2"}, "a has no slot '2'; it has 0 to 1"),

@@ -85,8 +85,8 @@ class WorkerPool:
     def do(self, units: Sequence[Unit], report: ReportCounts) -> Generator[tuple[int, Receipt], None, None]:
         """Encode units on all workers. Yield (number, receipt) of each unit when it is finished.
 
-        report: called with the counts of each message. Raises the error that a worker reports, or DataError if
-        a worker process ends early.
+        report: called with the counts of documents and tokens that a worker sends while it encodes. Raises the error
+        that a worker reports, or DataError if a worker process ends early.
         """
         waiting, busy = list(reversed(units)), 0
         with selectors.DefaultSelector() as selector:

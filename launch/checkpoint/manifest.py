@@ -108,10 +108,10 @@ class _AlwaysThere(TypedDict):
 
 
 class Manifest(_AlwaysThere, RunIdentity, TrainingState, total=False):
-    """The content of packspeed.json.
+    """The content of packspeed.json, a file of every checkpoint folder.
 
-    Only `step` is in every manifest. {"step": 0} means a run without a checkpoint. The manifest of imported
-    weights has no dataset, layout or training state.
+    Only `step` is always present. The manifest of imported weights has no dataset, layout or training state. For a run
+    that has not saved a checkpoint yet, which has no such file, the code uses {"step": 0}.
     """
 
     format_version: int
@@ -175,9 +175,9 @@ def _hash_of(manifest: Mapping[str, object]) -> str:
 
 
 def read_manifest(folder: Path, format_version: int = FORMAT_VERSION) -> Manifest:
-    """Return the content of packspeed.json in a checkpoint folder, without its own hash.
+    """Read packspeed.json in a checkpoint folder, check it against the hash that it contains, and return the rest.
 
-    Raises UserError if it is missing, damaged or has another version than `format_version`.
+    Raises UserError if the file is missing, damaged or has another version than `format_version`.
     """
     path = folder / MANIFEST
     try:
@@ -200,7 +200,10 @@ def read_manifest(folder: Path, format_version: int = FORMAT_VERSION) -> Manifes
     else:
         changed = own_hash != _hash_of(manifest)
     if changed:
-        raise UserError(f"{path} was changed after it was written: its content does not match its hash.")
+        raise UserError(
+            f"{path} was edited or damaged after it was written: its content does not match its hash. "
+            "Restore it from a copy, or use another checkpoint."
+        )
     typed = all(isinstance(size, int) and isinstance(digest, str) for size, digest in sizes)
     right_step = not CHECKPOINT_NAME.fullmatch(folder.name) or step == step_of(folder)
     if not typed or not isinstance(step, int) or not right_step:

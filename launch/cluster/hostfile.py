@@ -132,7 +132,7 @@ def select_hosts(hosts: list[Host], include: str = "", exclude: str = "") -> lis
     is left.
     """
     if include and exclude:
-        raise ConfigError("--include and --exclude: give one of them.")
+        raise ConfigError("--include and --exclude cannot be combined. Give only one of them.")
     option, text = ("--include", include) if include else ("--exclude", exclude)
     if not text:
         return hosts

@@ -18,7 +18,9 @@ from packspeed.launch.config.errors import ConfigError
 def export(
     run: RunOrCheckpoint,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to create.")],
-    to: Annotated[str, typer.Option(help="Format: hf, which Hugging Face transformers loads.")] = "hf",
+    to: Annotated[
+        str, typer.Option(help="Output format. Only hf exists: a folder that Hugging Face transformers loads.")
+    ] = "hf",
     dtype: Annotated[str, typer.Option(help="Data type of the weights: fp32, bf16 or fp16.")] = "fp32",
     checkpoint: CheckpointStep = None,
     shard_size: Annotated[

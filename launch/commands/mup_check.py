@@ -27,7 +27,8 @@ def mup_check(
         str | None,
         typer.Option(
             metavar="WIDTH,WIDTH",
-            help="Values of d_model. Default: 1, 2, 4 and 8 times model.mup.base_width, or d_model / 4 without muP.",
+            help="Values of d_model to compare. Default: 1, 2, 4 and 8 times a base width, which is "
+            "model.mup.base_width, or a quarter of d_model if the run does not use muP.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of training before the activations are measured.")] = 5,

@@ -208,7 +208,13 @@ def _model_section() -> type[Section]:
         f.name: (Union[hints[f.name], None], Field(None, description=MODEL_KEYS[f.name]))  # noqa: UP007
         for f in dataclasses.fields(GPTConfig)
     }
-    preset = Annotated[str | None, Field(description=f"A published shape: {', '.join(PRESETS)}.")]
+    preset = Annotated[
+        str | None,
+        Field(
+            description="Take the layers, widths and heads of a published model; other keys override it: "
+            f"{', '.join(PRESETS)}."
+        ),
+    ]
     section = create_model("ModelSection", __base__=Section, preset=(preset, None), **fields)
     section.__doc__ = "The shape of the model: a preset, any of the other keys, or both (a key overrides the preset)."
     return section

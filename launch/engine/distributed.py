@@ -70,7 +70,10 @@ class Topology:
 
     @property
     def rows_size(self) -> int:
-        """Number of parts into which the rows of a batch are divided."""
+        """Number of groups of ranks that read different rows of a batch: the size of data parallelism.
+
+        The ranks of one sequence-parallel or tensor-parallel group read the same rows and count once.
+        """
         return self.layout.rows
 
     @property

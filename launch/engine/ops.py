@@ -125,8 +125,8 @@ def extensions_root() -> Path:
 def environment_name() -> str:
     """Return the name of the folder in which this Python environment builds DeepSpeed's ops.
 
-    It contains everything that makes ninja compile an op again: the versions of Python, torch, DeepSpeed and the C++
-    compiler, and a hash of the paths of torch and DeepSpeed.
+    The name contains everything whose change makes ninja compile an op again: the versions of Python, torch, DeepSpeed
+    and the C++ compiler, and a hash of the paths of torch and DeepSpeed.
     """
     compiler = os.environ.get("CXX", "c++")  # as torch chooses it
     folders = f"{Path(torch.__file__).parent}\n{Path(deepspeed.__file__).parent}"

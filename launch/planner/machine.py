@@ -29,7 +29,10 @@ FILE = ConfigDict(extra="forbid", allow_inf_nan=False)  # of what a calibration 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factors:
-    """The time of each part of a step, divided by its ideal time."""
+    """How many times longer each part of a step takes than the device's peak FLOP/s and bandwidth allow (1: ideal).
+
+    Measured, or taken from published runs: the calibration file names its sources.
+    """
 
     __pydantic_config__ = FILE
 

@@ -214,14 +214,14 @@ class _Stages12(_ZeroPatch):
         return torch.tensor(-1.0) if norms is None else norms[0]
 
     def get_grad_norm_direct(self, gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
-        """Return the norm of one parameter group over all ranks."""
+        """Return the norm of the gradients of one parameter group, over all ranks."""
         # The list also contains tensors that only pad the partition. DeepSpeed's own norm skips them too.
         held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         groups = self.hook.groups(self.optimizer.dp_process_group)
         return global_norm(self.hook.counted(held, params), groups, self.hook.exact)
 
     def complete_grad_norm_calculation_for_cpu_offload(self, params: Tensors) -> torch.Tensor:
-        """Return the norm of one parameter group over all ranks, if its gradients are in host memory."""
+        """Return the norm of the gradients of one parameter group, over all ranks, if they are in host memory."""
         norms = _norms_of(self.optimizer, self.hook.counted(params, params))
         total = offloaded_square_sum(norms, self.hook.groups(self.optimizer.dp_process_group))
         return finite_or_minus_1(total.double().sqrt().float())  # as DeepSpeed does; at stage 3 it does not
@@ -258,18 +258,22 @@ class _Stage3(_ZeroPatch):
         return [torch.tensor(-1.0)] if norms is None else norms
 
     def get_grad_norm_direct(self, gradients: Tensors, params: Tensors, norm_type: int = 2) -> torch.Tensor:
-        """Return the norm of one parameter group over all ranks."""
+        """Return the norm of the gradients of one parameter group, over all ranks."""
         groups = self.hook.groups(self.optimizer._get_param_partition_group(params[0]))
         return global_norm(self.hook.counted(gradients, params), groups, self.hook.exact)
 
     def complete_grad_norm_calculation_for_cpu_offload(self, params: Tensors) -> torch.Tensor:
-        """Return the norm of one parameter group over all ranks, if its gradients are in host memory."""
+        """Return the norm of the gradients of one parameter group, over all ranks, if they are in host memory."""
         groups = self.hook.groups(self.optimizer._get_param_partition_group(params[0]))
         norms = _norms_of(self.optimizer, self.hook.counted(params, params))
         return finite_or_minus_1(offloaded_square_sum(norms, groups).sqrt())
 
     def overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
-        """Return False (no overflow): get_norm_groups detects an overflow later."""
+        """Return False, whatever `update_scale` is: no overflow is known yet.
+
+        It replaces DeepSpeed's check, which reads all gradients once more. get_norm_groups finds an overflow from the
+        norms, and updates the loss scale there.
+        """
         self.optimizer.overflow = False
         return False
 
