@@ -38,6 +38,9 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses = torch.zeros(x.size(0), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         d_x, d_weight = torch.empty_like(x), None
+        alone = x.size(0) == 1 and len(_chunks(x[0], weight)) == 1
+        # On CPUs allocated before the logits, so that these are at the end of the heap and leave no gap when freed.
+        product = torch.empty_like(weight) if x.is_cpu and alone else None
         for k, of_one in enumerate(zip(x, labels, d_x, strict=True)):
             for rows, label, d_rows in zip(*(_chunks(t, weight) for t in of_one), strict=True):
                 logits = cap(rows @ weight.t(), softcap)  # (chunk, padded V)
@@ -47,7 +50,7 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(d_logits, weight, out=d_rows)
                 if k > 0:
                     d_rows.mul_(later)
-                d_weight = _add_product(d_weight, d_logits.t(), rows if k == 0 else rows * later)
+                d_weight = _add_product(d_weight, d_logits.t(), rows if k == 0 else rows * later, product)
                 del logits, d_logits, slope  # before the next chunk's logits are computed
         ctx.save_for_backward(d_x, d_weight)
         ctx.dtype = weight.dtype
@@ -81,8 +84,8 @@ def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return torch.split(rows, max(1, -(-rows.size(0) // max(1, count))))
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a @ b, in the memory of total if possible; a @ b if total is None.
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    """Return total + a @ b, in the memory of total if possible; a @ b, in the memory of `out`, if total is None.
 
     Products of 16-bit tensors are summed in fp32.
     """
@@ -91,7 +94,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     if total is None:
-        return a @ b
+        return torch.mm(a, b, out=out)
     if total.dtype == a.dtype and a.element_size() >= 4:
         return total.addmm_(a, b)
     total, product = total.float(), a @ b  # .float() copies once, at the second chunk

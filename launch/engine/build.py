@@ -34,7 +34,7 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology, no_beat
 from packspeed.launch.engine.experts import expert_part, mark_experts
 from packspeed.launch.engine.groups import optimizer_groups
-from packspeed.launch.engine.hardware import keep_memory
+from packspeed.launch.engine.hardware import keep_memory_from_step_2
 from packspeed.launch.engine.mpu import make_mpu
 from packspeed.launch.engine.muon import Muon, products_dtype
 from packspeed.launch.engine.ops import adamw_class, device_type
@@ -210,7 +210,6 @@ def build_engine(
     adam = muon.adam if muon is not None else engine.basic_optimizer
     if deepcompile:
         engine.compile()  # without this call DeepSpeed ignores the compile block, with a warning in each step
-    keep_memory()  # not before: what building frees would be kept, too
     forget_bias_products(adam, run.train.optimizer.betas)
     let_the_device_wait(engine.optimizer)
     save_and_load_swapped_state(engine)
@@ -219,6 +218,7 @@ def build_engine(
         accumulate_in_flat_tensors(engine)
     if engine.bfloat16_enabled() or engine.torch_autocast_enabled():
         update_in_full_vectors(adam)
+    keep_memory_from_step_2(engine.basic_optimizer)
     return engine
 
 

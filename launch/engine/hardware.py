@@ -59,6 +59,21 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def keep_memory_from_step_2(optimizer: torch.optim.Optimizer) -> None:
+    """Call keep_memory once the optimizer has taken its first step.
+
+    What is allocated before stays outside of the memory that the steps reuse: weights, and the optimizer's state, which
+    most optimizers make in their first step. Otherwise the state would take memory that activations have just freed,
+    and the next step would need new memory.
+    """
+
+    def first_step_done(*_: object) -> None:
+        handle.remove()
+        keep_memory()
+
+    handle = optimizer.register_step_post_hook(first_step_done)
+
+
 def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | str = "cpu") -> float:
     """Measure square matrix products for `seconds` seconds, and return the FLOP/s of the fastest.
 

@@ -333,18 +333,23 @@ def _head(spec: EngineSpec) -> tuple[float, float]:
     """Return (bytes of the head's gradients, which the forward pass computes; bytes of one chunk of the logits)."""
     model, e = spec.model, spec.value_bytes
     rows = model.padded_vocab_size / spec.tensor
-    logits = spec.tokens * rows * e
-    limit = CPU_CHUNK_BYTES if spec.device == "cpu" else GPU_CHUNK_BYTES
-    chunks = max(1, -(-logits // limit))
-    weight = rows * model.d_model
-    if spec.device == "cpu" and e == 2 and logits <= limit + SUM_BYTES * weight:
-        chunks = 1  # model/fused_loss.py: a second chunk would take more memory than it saves
+    weight, chunks = rows * model.d_model, _chunks(spec)
     summed = chunks > 1 or spec.model.extra_heads > 0  # the weight's gradient is a sum of several products
     wide = e == 2 and (spec.device == "gpu" or summed)
     gradients = spec.predictions * model.d_model * e + weight * (4 if wide else e)
     product = weight * e if summed and spec.device == "cpu" and e == 2 else 0.0
     copy = 2 * weight if spec.autocast else 0.0
-    return gradients + copy, logits / chunks + product
+    return gradients + copy, spec.tokens * rows * e / chunks + product
+
+
+def _chunks(spec: EngineSpec) -> int:
+    """Return the number of chunks in which the logits are computed."""
+    rows = spec.model.padded_vocab_size / spec.tensor
+    logits = spec.tokens * rows * spec.value_bytes
+    limit = CPU_CHUNK_BYTES if spec.device == "cpu" else GPU_CHUNK_BYTES
+    if spec.device == "cpu" and spec.value_bytes == 2 and logits <= limit + SUM_BYTES * rows * spec.model.d_model:
+        return 1  # model/fused_loss.py: a second chunk would take more memory than it saves
+    return max(1, int(-(-logits // limit)))
 
 
 def _gathered(spec: EngineSpec) -> float:
@@ -375,16 +380,17 @@ def _gathering(spec: EngineSpec) -> Kinds:
 
 def _end_of_forward(spec: EngineSpec) -> Kinds:
     """Return the bytes at the end of the forward pass by kind. A chunk of logits first gives its losses, then the
-    gradient of the head's weight; the larger need of the two counts.
+    gradient of the head's weight; the larger need of the two counts. On CPUs, one chunk alone needs both at once.
     """
     kept, _ = _blocks(spec)
     gradients, logits = _head(spec)
     rows = spec.predictions * spec.model.d_model * spec.value_bytes  # the head's input, which nothing keeps
     losses, weight = _losses(spec), gradients - rows  # the weight's gradient comes after the first losses
+    both = spec.device == "cpu" and _chunks(spec) == 1 and spec.model.extra_heads == 0
     return {
         "gathered": _gathered(spec),
-        "activations": kept + _embedding(spec) + _last_norm(spec) + rows + (0 if losses > weight else weight),
-        "logits": logits + rows + (losses if losses > weight else 0), "gradients": _accumulated(spec),
+        "activations": kept + _embedding(spec) + _last_norm(spec) + rows + (weight if both or weight >= losses else 0),
+        "logits": logits + rows + (losses if both or losses > weight else 0), "gradients": _accumulated(spec),
     }  # fmt: skip
 
 
