@@ -2,7 +2,8 @@
 
     tokens -> embedding (+ learned positions) -> n_layer x [ x + attention(norm(x)), x + mlp(norm(x)) ] -> norm -> head
 
-The MLP of a layer may be a mixture of experts (moe.py).
+The MLP of a layer may be a mixture of experts (moe.py). In training, more blocks beside the last one may predict later
+tokens (mtp.py).
 
 Letters in shapes: B rows of the batch, T tokens per row, C = d_model channels, H heads of D channels, V token ids in
 the vocabulary, S tokens in the key-value cache. `x` is the residual stream, (B, T, C).

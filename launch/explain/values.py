@@ -24,6 +24,8 @@ from packspeed.launch.explain.lenient import WrittenRunFile
 from packspeed.launch.explain.lint import Case, device
 from packspeed.launch.run_folder.folder import flatten
 from packspeed.model.config import PRESETS, GPTConfig, RopeScaling, num_parameters
+from packspeed.model.mtp import MTP
+from packspeed.model.mup import MuP
 
 # DeepSpeed's defaults for the keys of zero_optimization.
 DEFAULTS: JsonObject = {
@@ -109,11 +111,12 @@ def _model_values(run: RunFile, written: WrittenRunFile, model: GPTConfig | None
         default = None if field.default is dataclasses.MISSING else field.default
         inherited = f"preset {preset}" if preset and field.name in PRESETS.get(preset, {}) else None
         value = getattr(model, field.name)
-        key = f"model.{field.name}" + (".rope_type" if isinstance(value, RopeScaling) else "")
+        key = name = f"model.{field.name}"
+        if isinstance(value, RopeScaling | MuP | MTP):  # a mapping in the run file; its first key must be given
+            key = f"{name}.{dataclasses.fields(value)[0].name}"
+            value = {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
         by = written.set_by(key) or inherited or solved.get(field.name) or "default"
-        values.append(
-            Value(f"model.{field.name}", value.given() if isinstance(value, RopeScaling) else value, default, by)
-        )
+        values.append(Value(name, value, default, by))
     return values
 
 
