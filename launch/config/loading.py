@@ -77,12 +77,21 @@ def _section_at(path: KeyPath) -> type[Section] | None:
     """
     section: Any = RunFile
     for part in path:
+        if isinstance(part, int):
+            continue  # the index of a list of sections
         field = section.model_fields.get(part)
-        candidates = [] if field is None else [field.annotation, *typing.get_args(field.annotation)]
+        candidates = () if field is None else _types_in(field.annotation)
         section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
         if section is None:
             return None
     return typing.cast("type[Section]", section)
+
+
+def _types_in(annotation: Any) -> typing.Iterator[Any]:
+    """Yield an annotation and all types inside it: for list[int] | None the union, list[int], int and None."""
+    yield annotation
+    for part in typing.get_args(annotation):
+        yield from _types_in(part)
 
 
 def describe_error(error: ErrorDetails, path: Path, lines: dict[KeyPath, int], origins: dict[KeyPath, str]) -> str:
