@@ -56,7 +56,7 @@ class BatchSizes:
                 raise ValueError(f"stage {number} has batches of {size:,}, which is less than {before}")
             if end <= sample:
                 raise ValueError(
-                    f"stage {number} ends at {end:,.0f}, which is not after the end of the stage before it, {sample:,}"
+                    f"stage {number} ends at {end:,.0f}, which is not after the end of stage {number - 1}, {sample:,}"
                 )
             stages.append(BatchStage(batch, sample, size))
             if end < math.inf:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from packspeed.data.batch_sizes import BatchSizes
@@ -16,12 +20,17 @@ from packspeed.data.dataset import TokenDataset
 from packspeed.data.packing import make_loader
 from packspeed.launch.cli import app
 from packspeed.launch.config.batch import fits, plan_stages, shortened_warmup
+from packspeed.launch.config.deepspeed_json import conflicts
 from packspeed.launch.config.effects import fixed_on_resume
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_data import reading_plan
 from packspeed.launch.config.run_file import AnomalySection
+from packspeed.launch.observe.watch import Follower
+from packspeed.launch.planner.machine import load_machine
+from packspeed.launch.planner.plan import Plan, make_plan
 from packspeed.launch.training.anomaly import AnomalyDetector
+from support import ROOT
 from support.plain_loop import differences, reference
 from support.ranks import run_many, train
 from support.workspace import EXPERTS, Workspace
@@ -92,14 +101,14 @@ def test_samples_that_a_rewind_dropped_are_not_trained() -> None:
         ),
         (
             "[{until_tokens: 100, global_batch_tokens: 64}, {until_tokens: 128, global_batch_tokens: 128}]",
-            "stage 2 ends at 128, which is not after the end of the stage before it, 128 tokens",
+            "stage 2 ends at 128, which is not after the end of stage 1, 128. Batches must not shrink",
         ),
         (
             "[{until_tokens: 100, global_batch_tokens: 80}]",
             "global_batch_tokens = 80 is not a multiple of data.seq_len",
         ),
         ("[{until_tokens: 0, global_batch_tokens: 64}]", "until_tokens"),
-        ("[{until_step: 5, global_batch_tokens: 64}]", "until_step"),
+        ("[{until_step: 5, global_batch_tokens: 64}]", "Valid here: until_tokens, global_batch_tokens."),
     ],
 )
 def test_impossible_stages_are_refused(workspace: Workspace, stages: str, words: str) -> None:
@@ -170,6 +179,48 @@ def test_read_ahead_asks_for_the_samples_of_the_next_steps(
     assert asked[: len(wanted)] == wanted
 
 
+def test_a_plan_adds_up_the_stages_and_fits_the_largest() -> None:
+    path, machine = ROOT / "launch" / "configs" / "gpt2_124m.yaml", load_machine("h100-80gb")
+    length, small, full = "train={tokens: 1e9, global_batch_tokens: %d%s}", 8 * 12 * 1024, 8 * 60 * 1024
+
+    def planned(tokens: int, stages: str = "") -> Plan:
+        return make_plan(path, [length % (tokens, stages)], machine, 8, 50_257)
+
+    staged = planned(full, f", batch_warmup: [{{until_tokens: 2e8, global_batch_tokens: {small}}}]")
+    first, rest = planned(small), planned(full)
+    steps = math.ceil(2e8 / small)
+    left = math.ceil((1e9 - steps * small) / full)
+    assert staged.steps == steps + left
+    assert staged.days * 86_400 == pytest.approx(steps * first.step_s + left * rest.step_s)
+    assert (staged.step_s, staged.tokens_per_s) == (rest.step_s, rest.tokens_per_s)
+    assert staged.device_total == max(first.device_total, rest.device_total)
+    assert any(line.startswith("batch warm-up") for line in staged.assumptions)
+
+
+def test_a_damaged_config_has_no_length(workspace: Workspace, tmp_path: Path) -> None:
+    run = load_run_file(workspace.run_file, [*WARM, "train.steps=null", "train.tokens=1000"])
+    config = run.model_dump(mode="json")
+    for stages, total in (
+        (config["train"]["batch_warmup"], 7),
+        ([], 3),
+        ([{"until_tokens": 5}], 0),
+        ("x", 0),
+        ([3], 0),
+    ):
+        config["train"] |= {"batch_warmup": stages, "tokens": 1000}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        assert Follower(tmp_path).progress.total_steps == total, stages
+
+
+ZENFLOW = {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}
+
+
+@pytest.mark.parametrize(("block", "name"), [(ZENFLOW, "zenflow"), ({"compile": {"deepcompile": True}}, "deepcompile")])
+def test_an_engine_with_a_fixed_accumulation_is_refused(workspace: Workspace, block: dict[str, Any], name: str) -> None:
+    messages = list(conflicts(load_run_file(workspace.run_file, WARM), block, {}, "bf16"))
+    assert [text for text in messages if name in text and "train.batch_warmup" in text]
+
+
 def test_explain_shows_the_stages(workspace: Workspace) -> None:
     sets = [part for text in (*WARM, "train.steps=40") for part in ("--set", text)]
     out = CliRunner().invoke(app, ["explain", str(workspace.run_file), "--ranks", "2", *sets]).stdout
@@ -188,9 +239,13 @@ def trained(workspace: Workspace) -> dict[str, list[str]]:
     zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     stages = {"zero0": "zero0", "zero1": "zero1", "zero2": "zero2", "zero3": str(zero3), "off2": "zero2_offload"}
     found: dict[str, list[str]] = {}
+    # The passes per step change during the runs with a given micro batch, the rows per pass in those without.
+    given = {"zero0-2": 1, "zero2-2": 1, "zero3-2": 1, "off2-2": 1, "zero3-1": 2}
     bf16 = {1: ("zero1",), 2: ("zero1", "zero2", "zero3")}
     for ranks, names in ((1, ("zero1", "zero3")), (2, tuple(stages))):
         runs = {f"warm-{name}-{ranks}": [*RUN, f"deepspeed={stages[name]}"] for name in names}
+        for name in (name for name in given if name.endswith(f"-{ranks}")):
+            runs[f"warm-{name}"].append(f"train.micro_batch={given[name]}")
         runs |= {f"warm-bf16-{s}-{ranks}": [*RUN, *BF16, f"deepspeed={stages[s]}"] for s in bf16[ranks]}
         if ranks == 2:
             runs |= {"warm-moe": [*RUN, EXPERTS, "deepspeed=zero1", "model.dropout=0.1"]}

@@ -503,7 +503,8 @@ def test_the_first_steps_are_compared_with_the_plan(tmp_path: Path) -> None:
     said: list[str] = []
     spent = {"compute": 0.0}
     lock: Any = {"plan": plan}
-    check = PlanCheck(lock, tmp_path, lambda: spent, "cpu", said.append)
+    check = PlanCheck(lock, tmp_path, lambda: spent, "cpu", said.append, batch_tokens=64)
+    check.see({"batch_tokens": 32, "step_time_s": 0.1, "memory_gib": 1.3})  # type: ignore[typeddict-item]  # a stage
     lines: list[Any] = [{"step_time_s": 9.0 if n < 5 else 0.52, "memory_gib": 1.3} for n in range(22)]
     for line in lines:
         spent["compute"] += 0.5

@@ -25,8 +25,9 @@ COMMAND = [sys.executable, "-c", "from packspeed.launch.cli import main; main()"
 
 @pytest.mark.launch
 def test_a_killed_run_resumes_exactly(workspace: Workspace) -> None:
-    """2 ranks killed and resumed by 2 and by 1: dropout, accumulation, ZeRO-2."""
+    """2 ranks killed and resumed by 2 and by 1: dropout, accumulation, ZeRO-2, smaller batches in the first half."""
     sets = ["model.dropout=0.1", "train.micro_batch=2", "deepspeed=zero2", "name=proof"]
+    sets += ["train.batch_warmup=[{until_tokens: 1e6, global_batch_tokens: 128}]"]
     arguments = [str(workspace.run_file), "--ranks", "2", "--seed", "4", "--json", *(f"--set={text}" for text in sets)]
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr

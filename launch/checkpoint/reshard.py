@@ -43,6 +43,7 @@ from packspeed.launch.checkpoint.zero_checkpoint import (
     stage0_optimizer_state,
     zero_states,
 )
+from packspeed.launch.config.batch import token_sizes
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.engine.mapped_pages import release_pages
 from packspeed.launch.engine.optimizer_state import SCALER_FIELDS, fill_engine
@@ -83,7 +84,9 @@ def load(checkpoint: Path, engine: Engine, topology: Topology, log: Callable[[st
     info = {key: manifest[key] for key in ("optimizer_step", "loss_scaler")}
     fill_engine(engine, folder, info, lambda: topology.beat("loading"))
     engine.global_steps = manifest["step"]
-    engine.global_samples = manifest["step"] * engine.train_batch_size()
+    saved, layout = read_manifest(checkpoint)["config"], topology.layout
+    samples = token_sizes(saved["train"]).start(manifest["step"]) // saved["data"]["seq_len"] if manifest["step"] else 0
+    engine.global_samples = samples * layout.zero // layout.rows  # DeepSpeed counts a row once for each rank of it
 
 
 def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[[str], None]) -> Path:

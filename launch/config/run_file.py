@@ -477,9 +477,9 @@ class TrainSection(Section):
             self.batches  # noqa: B018
         except ValueError as error:
             raise ValueError(
-                f"train.batch_warmup: {error} tokens. Batches may only grow, up to train.global_batch_tokens = "
-                f"{self.global_batch_tokens:,} (stage {len(self.batch_warmup) + 1}), and each stage needs at least one "
-                "step. Correct until_tokens or global_batch_tokens of one of the two stages"
+                f"train.batch_warmup, in tokens: {error}. Batches must not shrink, and each stage needs a step. "
+                "Correct global_batch_tokens or until_tokens of one of the two (the last stage is "
+                f"train.global_batch_tokens = {self.global_batch_tokens:,})"
             ) from None
         return self
 

@@ -230,7 +230,7 @@ def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], floa
         run_s / 86_400,
         run_s * job.ranks / 3_600, size, disk, 2 * disk,
         {"memory": dataclasses.asdict(machine.memory_error), "time": dataclasses.asdict(machine.time_error)},
-        [*job.assumptions, *_assumptions(job)],
+        [*job.assumptions, *_assumptions(job), *_about_stages(job)],
     )  # fmt: skip
 
 
@@ -294,6 +294,17 @@ def _assumptions(job: Job) -> list[str]:
     if job.offloads("optimizer"):
         lines.append("offload: DeepSpeed's CPU Adam at 50 GB/s per host, not overlapped with anything")
     return lines
+
+
+def _about_stages(job: Job) -> list[str]:
+    """Return a line that says what a plan with train.batch_warmup counts; [] without it."""
+    counts = [f"{steps:,} steps of {batch.samples * job.run.data.seq_len:,} tokens" for steps, batch in job.stages]
+    if not job.run.train.batch_warmup:
+        return []
+    return [
+        f"batch warm-up: days and GPU-hours are the sum of {', '.join(counts)}; the step and its tokens/s are those of "
+        f"the full batch, the memory that of the batch that needs most"
+    ]
 
 
 def percent(share: float | None) -> str:
