@@ -33,7 +33,7 @@ FEW_DOCUMENTS = 100
 
 
 # Units with fewer bytes of tokens, and tables with fewer documents, are joined before they are distributed.
-JOINED_BYTES = 2**24
+JOINED_BYTES = 2**21
 JOINED_DOCUMENTS = 2**16
 
 

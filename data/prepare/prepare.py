@@ -302,14 +302,14 @@ class _Preparation:
         encode: encodes the units in `todo` and yields (number, receipt) of each; `encoding` provides it. progress:
         called with the state from time to time. Raises DataError if there are too many bad documents.
         """
-        meter = ProgressMeter(self.units, [receipt for receipt in self.done.values() if receipt], progress)
+        done = {number: receipt for number, receipt in self.done.items() if receipt is not None}
+        meter = ProgressMeter(self.units, done, progress)
         bad = self._check_bad(sum(receipt.bad for receipt in self._receipts()))
-        for number, receipt in self.done.items():
-            if receipt is not None:
-                self.finished.add(number)
+        for number in done:
+            self.finished.add(number)
         with contextlib.closing(encode(meter.add)) as finished:
             for number, receipt in finished:
-                meter.finished(receipt)
+                meter.finished(number)
                 bad = self._check_bad(bad + receipt.bad)
                 self.finished.add(number)
 

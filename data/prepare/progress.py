@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packspeed.data.prepare.unit_work import Counts
@@ -12,13 +11,9 @@ from packspeed.data.prepare.units import UNIT_BYTES, Receipt, Unit
 
 
 @dataclass
-class PrepareProgress:
+class PrepareProgress(Counts):
     """The progress of `packspeed prepare` so far, including what earlier runs of the same command finished."""
 
-    documents: int = 0
-    empty_documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
     elapsed_s: float = 0.0
     tokens_per_s: float = 0.0  # of this run
     bytes_done: int = 0  # of the source files, which may be compressed
@@ -29,26 +24,22 @@ class PrepareProgress:
 class ProgressMeter:
     """Adds up what all workers report, and calls `report` with the total after each of their reports.
 
-    units: all work units. done: the receipts (counts) of those that are finished already.
+    units: all work units. done: the receipts (counts) of those that are finished already, by their numbers.
     """
 
-    def __init__(self, units: list[Unit], done: list[Receipt], report: Callable[[PrepareProgress], None] | None):
-        self.now = PrepareProgress(bytes_total=sum(unit.bytes for unit in units))
+    def __init__(
+        self, units: list[Unit], done: Mapping[int, Receipt], report: Callable[[PrepareProgress], None] | None
+    ):
+        self.unit_bytes = {unit.number: unit.bytes for unit in units}
+        self.old_bytes = sum(self.unit_bytes[number] for number in done)
+        self.now = PrepareProgress(bytes_done=self.old_bytes, bytes_total=sum(self.unit_bytes.values()))
         self.report, self.began, self.new_tokens, self.open_bytes = report, time.perf_counter(), 0, 0
-        for receipt in done:
-            self._count(Counts(receipt.documents, receipt.empty_documents, receipt.text_bytes, receipt.tokens))
-        self.unit_bytes = self.now.bytes_total / max(1, len(units))
-        self.old_bytes = int(self.unit_bytes * len(done))
-        self.now.bytes_done = self.old_bytes
-
-    def _count(self, counts: Counts) -> None:
-        """Add documents, bytes of text and tokens to the totals in `now`."""
-        for field in dataclasses.fields(Counts):
-            setattr(self.now, field.name, getattr(self.now, field.name) + getattr(counts, field.name))
+        for receipt in done.values():
+            self.now.count(Counts(receipt.documents, receipt.empty_documents, receipt.text_bytes, receipt.tokens))
 
     def add(self, counts: Counts) -> None:
         """Add what a worker has encoded since its last report to `now`, and call `report`."""
-        self._count(counts)
+        self.now.count(counts)
         now, self.new_tokens = self.now, self.new_tokens + counts.tokens
         # The progress inside unfinished units is estimated from their text, for all workers together at most one unit.
         self.open_bytes = min(self.open_bytes + counts.text_bytes, UNIT_BYTES)
@@ -60,10 +51,7 @@ class ProgressMeter:
         if self.report is not None:
             self.report(now)
 
-    def finished(self, receipt: Receipt) -> None:
-        """Count a unit as finished: add the average size of a unit to the bytes that are done.
-
-        receipt: the unit's receipt, which is not used.
-        """
-        self.now.bytes_done = min(self.now.bytes_total, self.now.bytes_done + int(self.unit_bytes))
+    def finished(self, number: int) -> None:
+        """Add the size of a unit, which is finished, to the bytes that are done. number: of the unit."""
+        self.now.bytes_done += self.unit_bytes[number]
         self.open_bytes = 0

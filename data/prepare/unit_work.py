@@ -47,6 +47,13 @@ class Counts:
     text_bytes: int = 0
     tokens: int = 0
 
+    def count(self, more: Counts) -> None:
+        """Add the numbers of `more` to these."""
+        self.documents += more.documents
+        self.empty_documents += more.empty_documents
+        self.text_bytes += more.text_bytes
+        self.tokens += more.tokens
+
 
 ReportCounts = Callable[[Counts], None]
 
@@ -79,7 +86,7 @@ class UnitWorker:
                 for tokens, counts in self._encoded(unit, tally, table):
                     stream.write(tokens.data)
                     digest.update(tokens.data)
-                    _add(total, counts)
+                    total.count(counts)
                     report(counts)
             documents = b"".join(table)
             temporary(paths[1]).write_bytes(documents)
@@ -189,12 +196,6 @@ def _removed_after_error(paths: Sequence[Path]) -> Iterator[None]:
         raise
 
 
-def _add(total: Counts, counts: Counts) -> None:
-    """Add each field of `counts` to that of `total`, in place."""
-    for field in dataclasses.fields(Counts):
-        setattr(total, field.name, getattr(total, field.name) + getattr(counts, field.name))
-
-
 def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str], out: IO[str]) -> None:
     """Encode the units whose numbers arrive in `commands`, one per line, until `commands` ends.
 
@@ -209,7 +210,7 @@ def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str],
 
     def count(more: Counts) -> None:
         nonlocal counts, sent_s
-        _add(counts, more)
+        counts.count(more)
         if time.monotonic() > sent_s + REPORT_S:
             send(counts=dataclasses.asdict(counts))
             counts, sent_s = Counts(), time.monotonic()

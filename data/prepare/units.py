@@ -1,6 +1,7 @@
 """Work units: the parts of the sources that one process reads and encodes at a time, and their output files.
 
-A unit is about 32 MiB of consecutive text: many small files, or a part of a large file. Uncompressed lines are divided
+A unit is about 32 MiB of consecutive text: many small files, or a part of a large file. The units at the end of a large
+file of lines become smaller, down to 4 MiB, so that all workers are busy until the end. Uncompressed lines are divided
 at line ends, parquet files at row groups, arrow files at batches and Hub datasets at shards. A file that cannot be read
 from its middle is not divided: a compressed file, a text, csv, a JSON array. Units depend on the sources only, not on
 the number of workers. The dataset is the outputs of all units in order. The units of the validation sources come last.
@@ -166,7 +167,7 @@ def plan_units(sources: Sequence[Source], first: int = 0) -> tuple[list[Unit], s
         for part, part_bytes in parts:
             held.append(part)
             size += part_bytes
-            if size >= UNIT_BYTES:
+            if size >= UNIT_BYTES or part.end >= 0:  # parts of a divided file are not joined
                 units.append(Unit(first + len(units), size, tuple(held)))
                 held, size = [], 0
     if held:
@@ -188,7 +189,7 @@ def _state(source: Source) -> str:
 
 
 def _parts(source: Source) -> Iterator[tuple[Source, int]]:
-    """Yield (part of a source, size in bytes), about 32 MiB each. A source that cannot be divided is one part."""
+    """Yield (part of a source, size in bytes), about 32 MiB or less. A source that cannot be divided is one part."""
     if source.kind == "hub":
         for shard in range(open_hub(source.name).num_shards):
             yield dataclasses.replace(source, start=shard, end=shard + 1), UNIT_BYTES
@@ -214,15 +215,16 @@ def _parts(source: Source) -> Iterator[tuple[Source, int]]:
 
 
 def _line_ends(source: Source, size: int) -> Iterator[int]:
-    """Yield byte offsets, about 32 MiB apart, at which lines of a file end. The last offset is the end of the file.
+    """Yield byte offsets at which lines of a file end. The last offset is the end of the file.
 
-    size: of the file in bytes.
+    size: of the file in bytes. The offsets are about a third of the rest of the file apart, but 4 to 32 MiB.
     """
     end = 0
     with open_source(source) as stream:
         while end < size:
-            # Go to the next multiple, then search for the end of the line there.
-            end = min(size, end + UNIT_BYTES)
+            step = max(UNIT_BYTES // 8, min(UNIT_BYTES, (size - end) // 3))
+            # Go this far, then search for the end of the line there.
+            end = min(size, end + step)
             stream.seek(end)
             while end < size and (chunk := stream.read(2**16)):
                 newline = chunk.find(b"\n")
