@@ -111,7 +111,7 @@ def test_targets_are_megatrons() -> None:
         warnings.simplefilter("ignore")
         from megatron.core.packed_seq_params import PackedSeqParams
         from megatron.core.transformer.multi_token_prediction import roll_tensor
-    rolled = torch.randint(1, 50, (1, 40))
+    rolled = torch.randint(1, 50, (1, 40), generator=torch.Generator().manual_seed(1))
     positions, lengths = document_positions(rolled.numpy() % 9, 4)
     assert min(lengths) < 4 < len(lengths)
     ends = torch.tensor([0, *lengths.cumsum()])
