@@ -197,19 +197,17 @@ def test_a_plan_adds_up_the_stages_and_fits_the_largest() -> None:
     assert any(line.startswith("batch warm-up") for line in staged.assumptions)
 
 
-def test_a_damaged_config_has_no_length(workspace: Workspace, tmp_path: Path) -> None:
+def test_watch_knows_length_and_time_left_unless_the_config_is_damaged(workspace: Workspace, tmp_path: Path) -> None:
     run = load_run_file(workspace.run_file, [*WARM, "train.steps=null", "train.tokens=1000"])
     config = run.model_dump(mode="json")
-    for stages, total in (
-        (config["train"]["batch_warmup"], 7),
-        ([], 3),
-        ([{"until_tokens": 5}], 0),
-        ("x", 0),
-        ([3], 0),
-    ):
+    given = config["train"]["batch_warmup"]
+    for stages, total in (([{"until_tokens": 5}], 0), ("x", 0), ([3], 0), (given[::-1], 0), ([], 3), (given, 7)):
         config["train"] |= {"batch_warmup": stages, "tokens": 1000}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-        assert Follower(tmp_path).progress.total_steps == total, stages
+        progress = Follower(tmp_path).progress
+        assert progress.total_steps == total, stages
+    progress.add({"step": 2, "loss": 1.0, "step_time_s": 0.5})  # type: ignore[typeddict-item]
+    assert progress.left_s == 0.5 * 18, "a step of 2 samples took 0.5 s, and 36 samples are left"
 
 
 ZENFLOW = {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}

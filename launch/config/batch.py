@@ -122,11 +122,12 @@ def solve_batch(
     if global_batch % parts:
         near = sorted(sorted(divisors_of(global_batch), key=lambda n: abs(n - parts))[:4])
         low = max(parts, global_batch // parts * parts)
+        sizes = dict.fromkeys(rows * seq_len for rows in (low, (global_batch // parts + 1) * parts))
         raise ConfigError(
             f"{key} = {global_batch * seq_len} is {global_batch} samples of {seq_len} tokens, "
             f"which {sharers} cannot share equally. "
             f"Ranks that can: {', '.join(str(n * layout.per_row) for n in near)}; or with {layout.world} ranks "
-            f"{key.split('.')[-1]} = {low * seq_len} or {(global_batch // parts + 1) * parts * seq_len}."
+            f"global_batch_tokens = {' or '.join(map(str, sizes))}."
         )
     rows = global_batch // parts
     divisors = divisors_of(rows)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from packspeed.data.batch_sizes import BatchSizes
 from packspeed.launch.run_folder.formats import EvaluationLine, MetricsLine, StepLine
 from packspeed.launch.run_folder.reading import read_file
 
@@ -39,11 +40,12 @@ class MetricsWriter(Protocol):
 class RunProgress:
     """The state of one run, updated with lines of metrics.jsonl and shown by `panel`.
 
-    `total_steps` is 0 if it is not known. `notes` says what is damaged in the run's files.
+    `total_steps` is 0 if it is not known. `batches` has the sizes of the batches, in any unit, because a step takes
+    time in proportion to its batch. `notes` says what is damaged in the run's files.
     """
 
-    def __init__(self, name: str, total_steps: int, restarts: int = 0) -> None:
-        self.name, self.total_steps, self.restarts = name, total_steps, restarts
+    def __init__(self, name: str, total_steps: int, batches: BatchSizes, restarts: int = 0) -> None:
+        self.name, self.total_steps, self.batches, self.restarts = name, total_steps, batches, restarts
         self.last: StepLine | None = None
         self.evaluation: EvaluationLine | None = None
         self.checkpoint: str | None = None
@@ -69,7 +71,9 @@ class RunProgress:
         """Estimated seconds until the last step, from the mean time of the last 50 steps; 0 if unknown."""
         if self.last is None or not self._times:
             return 0.0
-        return sum(self._times) / len(self._times) * max(0, self.total_steps - self.last["step"])
+        step, start = self.last["step"], self.batches.start
+        steps_left = max(0, start(self.total_steps) - start(step)) / self.batches.rows(max(0, step - 1))
+        return sum(self._times) / len(self._times) * steps_left
 
     def sparkline(self, width: int = 40) -> str:
         """Return the last `width` losses as a row of block characters, or an empty string before the second loss."""

@@ -18,6 +18,7 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from packspeed.data.batch_sizes import BatchSizes
 from packspeed.launch.config.batch import token_sizes
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.observe.console import RunProgress, hours_minutes_seconds, newest_checkpoint, panel
@@ -44,7 +45,8 @@ class Follower:
         self._damaged_lines = self._repeated_lines = 0
         self._config_notes: list[str] = []
         config = read_tree(folder / "config.yaml", self._config_notes)
-        self.progress = RunProgress(run_name(folder, config), _total_steps(config))
+        steps, batches = _length(config)
+        self.progress = RunProgress(run_name(folder, config), steps, batches)
         self.log_every_steps = _positive(config, "monitor", "log_every_steps") or 1
         if config and not self.progress.total_steps:
             self._config_notes.append(f"{folder / 'config.yaml'}: the number of steps is missing or damaged.")
@@ -129,15 +131,18 @@ class Follower:
         return state, f"silent for {hours_minutes_seconds(silent_s)}: did it crash?" if silent_s > limit_s else ""
 
 
-def _total_steps(config: dict[str, Any]) -> int:
-    """Return the number of steps of a run according to its config.yaml, or 0 if it is missing or damaged."""
+def _length(config: dict[str, Any]) -> tuple[int, BatchSizes]:
+    """Return (number of steps of a run, sizes of its batches in tokens) according to its config.yaml.
+
+    If the length is missing or damaged, the number is 0. If the sizes are, they are taken to be equal.
+    """
     steps, tokens = _positive(config, "train", "steps"), _positive(config, "train", "tokens")
-    if steps or not tokens:
-        return steps
-    batch = _positive(config, "train", "global_batch_tokens") or tokens
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        return token_sizes({**config["train"], "global_batch_tokens": batch}).count(tokens)
-    return 0
+    batch = _positive(config, "train", "global_batch_tokens") or tokens or 1
+    try:
+        sizes = token_sizes({**config["train"], "global_batch_tokens": batch})
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        return steps, BatchSizes.of(1)
+    return steps or (sizes.count(tokens) if tokens else 0), sizes
 
 
 def _positive(config: dict[str, Any], section: str, key: str) -> int:

@@ -44,6 +44,7 @@ class Metrics:
         self.folder, self.path = run.folder, run.folder / "metrics.jsonl"
         self.monitor = monitor
         self.total_steps, self.log_every_steps = run.train.total_steps, run.monitor.log_every_steps
+        self._samples_before = run.batches.start
         self.followers: list[Callable[[MetricsLine], None]] = []  # functions that get every line: the live panel
         self.plan_check: PlanCheck | None = None
         self.shares: Callable[[], dict[str, float]] = dict  # returns {kind of work: share of wall time} (PhaseTimer)
@@ -213,8 +214,9 @@ class Metrics:
             return f"{head} | validation loss {line['val_loss']:.4f} over {line['val_tokens']:,} tokens"
         if line["loss"] is None:
             return f"{head} | {line.get('skipped', 'loss is not finite')}"
-        steps_done = max(1, step - self._start_step)
-        left_s = (time.monotonic() - self._started) / steps_done * (self.total_steps - step)
+        done = max(1, self._samples_before(step) - self._samples_before(self._start_step))
+        left = self._samples_before(self.total_steps) - self._samples_before(step)
+        left_s = (time.monotonic() - self._started) / done * left
         mfu = f" | mfu {line['mfu']:.1%}" if line["mfu"] is not None else ""
         norm = "none" if line["grad_norm"] is None else f"{line['grad_norm']:.2f}"
         return (

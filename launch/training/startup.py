@@ -207,4 +207,4 @@ def live_panel(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
     if trainer.metrics is None or not sys.stdout.isatty():
         return contextlib.nullcontext()
     run, restarts = trainer.run, len(read_lives(trainer.run.folder)) - 1
-    return live(trainer.metrics, RunProgress(run.name, run.train.total_steps, restarts))
+    return live(trainer.metrics, RunProgress(run.name, run.train.total_steps, run.train.batches, restarts))
