@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from packspeed.launch.checkpoint.zero_checkpoint import fp32_state_dict
@@ -61,6 +62,11 @@ def test_every_layout_has_the_curve_of_a_plain_loop(workspace: Workspace, layout
         lines = [line for line in workspace.metrics(name) if "loss" in line]
         for line, heads in zip(lines, curve.heads, strict=True):
             assert line["mtp_losses"] == pytest.approx(heads, abs=1e-5), name
+    events = EventAccumulator(str(next((workspace.folder / "runs" / "mtp-sp2").rglob("events*")).parent))
+    events.Reload()
+    for k in (1, 2):
+        shown = {event.step: event.value for event in events.Scalars(f"train/mtp_loss_{k}")}
+        assert shown[6] == pytest.approx(curve.heads[-1][k - 1], abs=1e-5)
 
 
 def test_bf16_runs_are_one_curve(workspace: Workspace, layouts: dict[str, tuple[str, ...]]) -> None:
