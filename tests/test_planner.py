@@ -25,7 +25,7 @@ from packspeed.launch.planner.machine import FOLDER, load_machine, machine_names
 from packspeed.launch.planner.plan import engine_spec, make_plan, plan_lines, plan_of, read_job
 from packspeed.launch.planner.search import reductions, search
 from packspeed.launch.planner.step_time import step_time
-from packspeed.launch.planner.this_cpu import STEPS, at, cache_file, copy_settings, copy_sizes
+from packspeed.launch.planner.this_cpu import STEPS, cache_file, copies, copy_settings, measure
 from packspeed.launch.planner.work import Layout, Work
 from packspeed.launch.training.plan_check import PlanCheck
 from packspeed.model.config import preset
@@ -299,23 +299,41 @@ def test_a_copy_that_measures_this_cpu_writes_nothing_outside_its_folder(tmp_pat
     sets = ["train.tokens=1e9"]
     assert load_run_file(path, sets).mirror is not None
     job = read_job(path, sets, machine_of("cpu", None, 2, None, None), 2)
-    copy = load_run_file(path, copy_settings(job, sets, f"{tmp_path}/copies", 2, 1))
+    copy = load_run_file(path, copy_settings(job, sets, f"{tmp_path}/copies", 1))
     assert copy.mirror is None
     assert copy.folder == tmp_path / "copies" / "copy"
     assert (copy.train.steps, copy.global_batch) == (STEPS, 2 * job.batch.micro_batch)
 
 
-@pytest.mark.parametrize(("layers", "accumulation"), [(12, 8), (12, 1), (2, 3), (1, 1)])
-def test_copies_give_the_run_and_the_farther_one_tames_the_noise(layers: int, accumulation: int) -> None:
-    def true(layers: int, micro_batches: int) -> float:
-        return 3 + 0.5 * layers + micro_batches * (2 + 0.25 * layers)
+@pytest.mark.parametrize(("accumulation", "step_s"), [(1, [5.0]), (2, [5.0, 8.0]), (8, [5.0, 8.0]), (8, [4.0, 8.5])])
+def test_a_step_is_linear_in_its_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, step_s: list[float]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(GPT2)
+    sets = ["train.micro_batch=1", f"train.global_batch_tokens={1024 * accumulation}"]
+    job = read_job(tmp_path / "run.yaml", sets, machine_of("cpu", None, 1, None, None), 1)
+    assert copies(job) == list(range(1, len(step_s) + 1))
+    found = [{"step_s": seconds, "memory": 3e9 + number} for number, seconds in enumerate(step_s)]
+    cache_file(job).parent.mkdir(parents=True)
+    cache_file(job).write_text(json.dumps(found))
+    parts, memory = measure(job, tmp_path / "run.yaml", sets)
+    micro_batch = {4.0: 4.25}.get(step_s[0], 3.0)  # noise makes two seem slower than twice one: then nothing is once
+    assert sum(parts.values()) == pytest.approx(step_s[-1] + micro_batch * (accumulation - len(step_s)))
+    assert min(parts.values()) >= 0
+    assert memory == found[-1]["memory"]
 
-    sizes = copy_sizes(layers, accumulation)
-    values = [true(*size) for size in sizes]
-    assert at(sizes, values, layers, accumulation) == pytest.approx(true(layers, accumulation))
-    noisy = [values[0], values[1] + 0.1, *values[2:]]
-    wrong = abs(at(sizes, noisy, layers, 1) - true(layers, 1))
-    assert wrong <= 0.4, "twelve layers from one and two would be wrong by 1.1"
+
+def test_a_run_too_large_for_this_cpu_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(MINIMAL)
+    sets = ["model.preset=llama-70b", "deepspeed=zero1", f"runs_dir={tmp_path}/runs"]
+    with pytest.raises(typer.Exit):
+        plan_command(tmp_path / "run.yaml", sets, gpu="cpu", ranks=2, lock=True)
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT" in said
+    assert "step: not measured" in said
+    assert "deepspeed: zero3: " in said
+    assert not (tmp_path / "runs").exists(), "a plan without a time is not locked"
 
 
 def test_what_was_measured_is_remembered_for_what_it_depends_on(tmp_path: Path) -> None:
@@ -324,19 +342,19 @@ def test_what_was_measured_is_remembered_for_what_it_depends_on(tmp_path: Path) 
 
     def remembered(*sets: str, ranks: int = 4) -> Path:
         job = read_job(path, ["train.micro_batch=2", *sets], machine_of("cpu", None, ranks, None, None), ranks)
-        return cache_file(job, copy_sizes(job.model.n_layer, job.batch.accumulation))
+        return cache_file(job)
 
     same = remembered()
-    for text in ("train.tokens=1e9", "model.n_layer=13", "train.global_batch_tokens=65536"):
+    for text in ("train.tokens=1e9", "train.global_batch_tokens=65536"):
         assert remembered(text) == same, text
     changed = [
         remembered(text)
         for text in (
             "parallel.sequence=2", "train.grad_clip=0", "train.optimizer.name=lion", "data.document_mask=true",
-            "deepspeed=zero3", "model.mlp_chunk=64",
+            "deepspeed=zero3", "model.mlp_chunk=64", "model.n_layer=13",
         )
     ]  # fmt: skip
-    assert len({same, remembered(ranks=8), *changed}) == 8
+    assert len({same, remembered(ranks=8), *changed}) == 9
 
 
 def test_one_measured_step_corrects_a_calibration(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from packspeed.launch.planner.machine import load_machine
 from packspeed.launch.planner.plan import Job, engine_spec, job_of
 from packspeed.launch.planner.this_cpu import this_cpu
 from packspeed.model.config import GPTConfig
-from packspeed.model.gpt import GPT
+from packspeed.model.gpt import GPT, gpt_without_weights
+from packspeed.model.sequence import SequencePart
+from packspeed.model.tensor import TensorPart
 from support import ROOT, prefork
 from support.ranks import environment
 from support.step_memory import VOCABULARY, deepspeed_values, run_values
@@ -32,16 +34,19 @@ LLAMA: dict[str, Any] = {
     "n_head": 4, "d_model": 128, "position": "rope", "mlp": "swiglu", "norm": "rmsnorm", "bias": False,
 }  # fmt: skip
 
-# STAGE,PRECISION,FAMILY,RECOMPUTE,OFFLOAD,ACCUMULATION. Without offload, states of every stage and precision at 8 and
-# 1,024 ranks are in test_memory.py, and the planner uses the same table. So these cases have the buckets, the offload,
-# and one of each recompute, family and accumulation at a stage.
+# STAGE,PRECISION,FAMILY,RECOMPUTE,OFFLOAD,ACCUMULATION and a parallel size. Without offload, states of every stage and
+# precision at 8 and 1,024 ranks are in test_memory.py, and the planner uses the same table. So these cases have the
+# buckets, the offload, and one of each layout, recompute, family and accumulation at a stage.
 CASES = {
     8: (
-        "0,fp32,gpt,none,no,1", "1,bf16,gpt,full,no,2", "2,bf16,llama,none,no,1", "3,fp32,llama,full,no,1",
-        "1,bf16,moe,none,no,1", "1,bf16,mtp,none,no,1",
+        "0,fp32,gpt,none,no,1,tensor=4", "1,bf16,gpt,full,no,2", "2,bf16,llama,none,no,1,sequence=2",
+        "3,fp32,llama,full,no,1", "1,bf16,moe,none,no,1,expert=2", "1,bf16,mtp,none,no,1",
     ),
-    64: ("2,bf16,gpt,none,yes,1", "3,bf16,llama,none,yes,1"),
-    1024: ("2,fp32,llama,full,yes,2", "3,fp32,gpt,full,yes,1", "3,bf16,gpt,full,no,1"),
+    64: ("2,bf16,gpt,none,yes,1", "3,bf16,llama,none,yes,1,sequence=2", "1,bf16,gpt,none,no,2,tensor=8"),
+    1024: (
+        "2,fp32,llama,full,yes,2,tensor=2", "3,fp32,gpt,full,yes,1", "3,bf16,gpt,full,no,1,tensor=8",
+        "2,bf16,moe,none,no,1,expert=4",
+    ),
 }  # fmt: skip
 
 
@@ -79,12 +84,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def kept_by_a_block(shape: str, precision: str) -> float:
-    """Bytes per token that autograd keeps for one more block, parameters aside. autocast: bf16 over fp32 weights."""
+def kept_by_a_block(shape: str, precision: str, tensor: int = 1, sequence: int = 1) -> float:
+    """Bytes per token that autograd keeps for one more block, parameters aside. autocast: bf16 over fp32 weights.
+
+    tensor, sequence: as rank 0 of that many, whose exchanges move nothing.
+    """
     rows, length = 2, 64
 
     def kept(layers: int) -> int:
-        model = GPT(GPTConfig(n_layer=layers, vocab_size=128, max_seq_len=length, kernels="eager", **SHAPES[shape]))
+        config = GPTConfig(n_layer=layers, vocab_size=128, max_seq_len=length, kernels="eager", **SHAPES[shape])
+        model = GPT(config, TensorPart(0, tensor))
         model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         storages: dict[int, torch.UntypedStorage] = {}
@@ -93,14 +102,15 @@ def kept_by_a_block(shape: str, precision: str) -> float:
             storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage()
             return saved
 
-        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        part = SequencePart(0, sequence, length, lambda received, *_: None) if sequence > 1 else None
+        tokens = torch.zeros(rows, length // sequence, dtype=torch.int64)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
         with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved), autocast:
-            loss = model(tokens, tokens)
+            loss = model(tokens, tokens, sequence=part)
         del loss
         return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
 
-    return (kept(2) - kept(1)) / (rows * length)
+    return (kept(2) - kept(1)) * sequence / (rows * length)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm under autocast
@@ -114,6 +124,39 @@ def test_a_block_keeps_what_is_counted(shape: str, precision: str) -> None:
     )  # fmt: skip
     copies = 2 * multiplied_weights(spec) / 128 if precision == "autocast" else 0
     assert block_bytes(spec) + copies == pytest.approx(kept_by_a_block(shape, precision), rel=0.005)
+
+
+@pytest.mark.parametrize(("tensor", "sequence"), [(2, 1), (1, 2), (1, 4), (2, 2)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", ["gpt", "llama", "qk_norm"])
+def test_a_block_keeps_what_is_counted_if_ranks_share_it(
+    shape: str, precision: str, tensor: int, sequence: int
+) -> None:
+    if shape == "qk_norm" and tensor > 1:
+        tensor = 1  # it has one key head
+    model = GPTConfig(n_layer=2, vocab_size=128, max_seq_len=64, kernels="eager", **SHAPES[shape])
+    spec = EngineSpec(
+        model=model, seq_len=64, micro_batch=2, accumulation=1, ranks=8, stage=1, precision=precision, kernels="eager",
+        device="cpu", tensor=tensor, sequence=sequence,
+    )  # fmt: skip
+    assert block_bytes(spec) == pytest.approx(kept_by_a_block(shape, precision, tensor, sequence), rel=0.005)
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_a_tensor_rank_has_the_parameters_that_are_counted(tensor: int) -> None:
+    """Divided matrices, and the norms, positions, biases and scales that every rank has."""
+    for changes in (
+        {"bias": True}, {"bias": "attention", "qk_norm": True, "position": "rope"},
+        {"bias": "qkv", "mlp": "swiglu", "norm": "rmsnorm", "tie_embeddings": False, "residual_scale": True},
+        {"attention_gate": "headwise", "value_embeddings": 1, "value_residual": True, "position": "rope"},
+        {"attention_gate": "elementwise", "n_kv_head": 8, "value_embeddings": 2},
+    ):  # fmt: skip
+        model = GPTConfig(n_layer=2, n_head=8, d_model=128, vocab_size=5000, max_seq_len=4096, **changes)
+        spec = EngineSpec(
+            model=model, seq_len=64, micro_batch=2, accumulation=1, ranks=8, stage=1, precision="bf16", tensor=tensor,
+        )  # fmt: skip
+        sizes = [parameter.numel() for parameter in gpt_without_weights(model, TensorPart(0, tensor)).parameters()]
+        assert (spec.parameters, spec.largest) == (sum(sizes), max(sizes))
 
 
 def test_zero_and_offload_move_memory_where_they_say() -> None:

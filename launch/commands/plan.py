@@ -1,6 +1,6 @@
 """`packspeed plan`: memory, step time and cost of a run before it starts. Loads no torch.
 
-With `--gpu cpu` it trains short copies of the run in other processes, once (planner/this_cpu.py).
+With `--gpu cpu` it trains a few steps of the run in other processes, once (planner/this_cpu.py).
 """
 
 from __future__ import annotations
@@ -113,15 +113,14 @@ def plan(
     job = job_of(run, raw, machine, ranks, vocabulary)
     measured = measure(job, run_file, sets) if machine.is_cpu else None
     found_plan = plan_of(job, str(run_file), measured)
-    # No formula gives the step of a changed run on this CPU.
-    changes = [] if found_plan.fits or machine.is_cpu else reductions(found_plan, run, raw, machine, vocabulary)
+    changes = [] if found_plan.fits else reductions(found_plan, run, raw, machine, vocabulary)
     if json_output:
         print(json.dumps(found_plan.as_dict() | {"changes": changes}))
     else:
         print(*plan_lines(found_plan), sep="\n")
         if changes:
             print("\nto make it fit:", *(f"  {line}" for line in changes), sep="\n")
-    if lock:
+    if lock and found_plan.step_parts:
         path = write_lock(run, found_plan, raw)
         if not json_output:
             print(f"wrote {path}")

@@ -18,6 +18,7 @@ Phases of a step:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 from packspeed.launch.config.deepspeed_defaults import BUCKET, MAX_LIVE, PREFETCH_BUCKET
@@ -98,21 +99,37 @@ class EngineSpec:
         """
         return self.model.activation_offload and self.device == "gpu"
 
+    @functools.cached_property
+    def own(self) -> GPTConfig:
+        """The model of this rank, with its heads, hidden channels and rows of the vocabulary, padding included. It has
+        the experts of all ranks.
+        """
+        model = self.model
+        return dataclasses.replace(
+            model, n_head=model.n_head // self.tensor, n_kv_head=model.kv_heads // self.tensor,
+            head_dim=model.head_width, d_ff=model.ff_width // self.tensor,
+            vocab_size=model.padded_vocab_size // self.tensor,
+        )  # fmt: skip
+
     @property
     def parameters(self) -> float:
         """Return the number of parameters of this rank before ZeRO divides them."""
-        elsewhere = expert_parameters(self.model) * (1 - 1 / self.expert)
-        return (num_parameters(self.model, padded=True) - elsewhere) / self.tensor
+        return self.divided - expert_parameters(self.model) * (1 - 1 / self.expert)
 
     @property
-    def divided(self) -> float:
+    def divided(self) -> int:
         """Return the number of parameters that ZeRO divides among `ranks`, with the experts of all these ranks."""
-        return num_parameters(self.model, padded=True) / self.tensor
+        tables = sum(map(self.own.embeds_values, range(self.own.n_block)))  # have all rows, and columns of own heads
+        rows = self.model.padded_vocab_size - self.own.vocab_size
+        return num_parameters(self.own) + tables * rows * self.own.kv_heads * self.own.head_width
 
-    @property
-    def largest(self) -> float:
-        """Return the number of elements of the largest parameter on this rank."""
-        return largest_parameter(self.model) / self.tensor
+    @functools.cached_property
+    def largest(self) -> int:
+        """The number of elements of the largest parameter on this rank."""
+        rest = largest_parameter(dataclasses.replace(self.own, vocab_size=1))  # the rank's rows need no padding
+        values = self.model.padded_vocab_size * self.own.kv_heads * self.own.head_width
+        tables = self.own.vocab_size * self.own.d_model, values if self.own.value_embeddings else 0
+        return max(rest, *tables)
 
 
 Kinds = dict[str, float]
@@ -199,7 +216,7 @@ def states(spec: EngineSpec) -> tuple[Kinds, Kinds]:
 
 def block_bytes(spec: EngineSpec) -> float:
     """Return the bytes per token that the forward pass of one block keeps for its backward pass."""
-    model, e = spec.model, spec.value_bytes
+    model, e = spec.own, spec.value_bytes
     torch_norms = spec.kernels != "triton" and model.norm == "rmsnorm" and spec.device == "cpu"
     d = (8 + 2 * e if spec.autocast else 4 * e) + ((8 if e == 4 or spec.autocast else 12) if torch_norms else 0)
     dropout = 2 * model.d_model if model.dropout else 0
@@ -209,7 +226,7 @@ def block_bytes(spec: EngineSpec) -> float:
 
 def attention_bytes(spec: EngineSpec) -> float:
     """Return the bytes per token that attention keeps for the backward pass: queries, keys, values and its result."""
-    model, e = spec.model, spec.value_bytes
+    model, e = spec.own, spec.value_bytes
     q = kv = 2.0 * e
     if spec.kernels not in ("native", "triton") and not spec.autocast:
         if e == 2 and spec.device == "cpu":
@@ -223,7 +240,8 @@ def attention_bytes(spec: EngineSpec) -> float:
     heads = model.n_head * model.head_width
     keys = model.kv_heads * model.head_width
     statistics = 4 * model.n_head + (4 * (model.n_head + model.kv_heads) if model.qk_norm else 0)
-    return (q * heads + kv * keys + statistics) / spec.tensor + _gate_bytes(spec) + _mixed_value_bytes(spec)
+    exchanged = _exchanged_bytes(spec) if spec.sequence > 1 else 0
+    return q * heads + kv * keys + statistics + exchanged + _gate_bytes(spec) + _mixed_value_bytes(spec)
 
 
 def _gate_bytes(spec: EngineSpec) -> float:
@@ -232,12 +250,12 @@ def _gate_bytes(spec: EngineSpec) -> float:
 
     These are the sigmoids and their products with the heads; elementwise gates also keep the inputs of the sigmoids.
     """
-    model, e = spec.model, spec.value_bytes
+    model, e = spec.own, spec.value_bytes
     heads = model.n_head * model.head_width
     if model.attention_gate == "elementwise":
-        return (2 if _attends_in_fp32(spec) else 3) * e * heads / spec.tensor
+        return (2 if _attends_in_fp32(spec) else 3) * e * heads
     if model.attention_gate == "headwise":  # autocast rounds the input of the gates for them alone
-        return e * (model.n_head + heads) / spec.tensor + (e * model.d_model if spec.autocast else 0)
+        return e * (model.n_head + heads) + (e * model.d_model if spec.autocast else 0)
     return 0.0
 
 
@@ -247,11 +265,11 @@ def _mixed_value_bytes(spec: EngineSpec) -> float:
 
     That is done by model.value_residual and model.value_embeddings.
     """
-    model = spec.model
+    model = spec.own
     if _attends_in_fp32(spec):
         return 0.0
     mixed = [model.embeds_values(layer) or (model.value_residual and layer > 0) for layer in range(model.n_block)]
-    return spec.value_bytes * model.kv_heads * model.head_width / spec.tensor * sum(mixed) / model.n_block
+    return spec.value_bytes * model.kv_heads * model.head_width * sum(mixed) / model.n_block
 
 
 def _attends_in_fp32(spec: EngineSpec) -> bool:
@@ -259,11 +277,26 @@ def _attends_in_fp32(spec: EngineSpec) -> bool:
     return spec.value_bytes == 2 and spec.device == "cpu" and spec.kernels not in ("native", "triton")
 
 
+def _exchanged_bytes(spec: EngineSpec) -> float:
+    """Return the bytes per token that attention keeps in addition if ranks share the tokens of a sample. Queries, keys
+    and values are then copies, as is the result. If there are more ranks than key heads, they hold the same ones.
+    """
+    model, e = spec.own, spec.value_bytes
+    heads, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
+    repeated = max(0, spec.sequence - model.kv_heads) * model.head_width
+    eager = spec.kernels not in ("native", "triton") and not spec.autocast
+    if eager and e == 2 and spec.device == "cpu":
+        return 8 * repeated  # attention in fp32
+    if (model.qk_norm and e == 2) or (eager and model.position == "rope" and not model.qk_norm):
+        return 2 * e * repeated - e * keys
+    return 2 * e * repeated + e * heads + (e * keys if model.qk_norm else 0)
+
+
 def hidden_bytes(spec: EngineSpec) -> float:
     """Return the bytes per token that an MLP or its experts keep for the backward pass, as a mean over the blocks."""
-    model, e = spec.model, spec.value_bytes
+    model, e = spec.own, spec.value_bytes
     fused = spec.kernels in ("native", "triton")
-    ff = (2 if model.mlp != "swiglu" else 3 if fused else 4) * e / spec.tensor  # per hidden channel
+    ff = (2 if model.mlp != "swiglu" else 3 if fused else 4) * e  # per hidden channel
     if model.n_expert is None:
         return ff * model.ff_width
     router = (6 if e == 2 and not spec.autocast else 4) * model.n_expert + 4
@@ -277,13 +310,13 @@ def hidden_bytes(spec: EngineSpec) -> float:
 
 def multiplied_weights(spec: EngineSpec) -> float:
     """Return the number of weights in a block's matrices on this rank, with its experts, as a mean over the blocks."""
-    model = spec.model
+    model = spec.own
     matrices = 3 if model.mlp == "swiglu" else 2
     sparse = (model.n_block - model.first_dense) / model.n_block if model.n_expert else 0.0
     width = (1 - sparse) * model.ff_width
     width += sparse * ((model.n_expert or 0) / spec.expert + model.n_shared_expert) * model.expert_width
     heads = (sum(model.qkv_heads) + model.n_head) * model.head_width + model.head_gates
-    return model.d_model * (matrices * width + heads) / spec.tensor
+    return model.d_model * (matrices * width + heads)
 
 
 def expert_parameters(model: GPTConfig) -> int:
@@ -309,7 +342,7 @@ def _blocks(spec: EngineSpec) -> tuple[float, float]:
         chunk = hidden_bytes(spec) * model.mlp_chunk
     kept = (model.n_block - again) * each + _recomputed_inputs(spec, 2 if spec.offloads_activations else None)
     if model.value_residual and again:  # the first layer's values, inputs of all other blocks
-        kept += spec.value_bytes * model.kv_heads * model.head_width / spec.tensor * spec.tokens
+        kept += spec.value_bytes * spec.own.kv_heads * model.head_width * spec.tokens
     copies = 0.0
     if spec.autocast:  # 16-bit copies of the weights of all products, made once in a forward pass
         copies = 2 * multiplied_weights(spec) * (model.n_block - again)
@@ -318,7 +351,7 @@ def _blocks(spec: EngineSpec) -> tuple[float, float]:
 
 def _embedding(spec: EngineSpec) -> float:
     """Return the bytes kept for the embedding and RoPE's table."""
-    model = spec.model
+    model = spec.own
     rope = 4 * model.head_width / spec.micro_batch if model.position == "rope" else 0
     return (rope + 20) * spec.tokens
 
@@ -331,8 +364,8 @@ def _last_norm(spec: EngineSpec) -> float:
 
 def _head(spec: EngineSpec) -> tuple[float, float]:
     """Return (bytes of the head's gradients, which the forward pass computes; bytes of one chunk of the logits)."""
-    model, e = spec.model, spec.value_bytes
-    rows = model.padded_vocab_size / spec.tensor
+    model, e = spec.own, spec.value_bytes
+    rows = model.vocab_size
     weight, chunks = rows * model.d_model, _chunks(spec)
     summed = chunks > 1 or spec.model.extra_heads > 0  # the weight's gradient is a sum of several products
     wide = e == 2 and (spec.device == "gpu" or summed)
@@ -344,7 +377,7 @@ def _head(spec: EngineSpec) -> tuple[float, float]:
 
 def _chunks(spec: EngineSpec) -> int:
     """Return the number of chunks in which the logits are computed."""
-    rows = spec.model.padded_vocab_size / spec.tensor
+    rows = spec.own.vocab_size
     logits = spec.tokens * rows * spec.value_bytes
     limit = CPU_CHUNK_BYTES if spec.device == "cpu" else GPU_CHUNK_BYTES
     if spec.device == "cpu" and spec.value_bytes == 2 and logits <= limit + SUM_BYTES * rows * spec.model.d_model:
@@ -371,7 +404,9 @@ def _gathering(spec: EngineSpec) -> Kinds:
     kept, _ = _blocks(spec)
     later = _last_norm(spec) + _head(spec)[0]
     if spec.model.recomputed_blocks:  # a recomputed block frees what it has computed
-        part = max(attention_bytes(spec), hidden_bytes(spec)) + spec.value_bytes * spec.model.d_model
+        model, e = spec.own, spec.value_bytes
+        values = e * (model.n_head + 2 * model.kv_heads) * model.head_width  # of attention, until the end of the block
+        part = max(attention_bytes(spec) + e * model.d_model, hidden_bytes(spec) + values + 3 * e * model.d_model)
         later = max(later, part * spec.tokens)
     return {
         "gathered": _gathered(spec), "communication": flat, "activations": kept + _embedding(spec) + later,
@@ -395,27 +430,30 @@ def _end_of_forward(spec: EngineSpec) -> Kinds:
 
 
 def _losses(spec: EngineSpec) -> float:
-    """Return the bytes for the losses of a chunk of logits, beyond the logits. The losses are computed in blocks, and
-    two fp32 copies of a block are needed for fp32 logits, three for 16-bit ones.
+    """Return the bytes for the losses of a chunk of logits, beyond the logits. The losses are computed in blocks. An
+    fp32 copy of a block is needed, for 16-bit logits two, one more if ranks share the vocabulary, and the copy of the
+    block before.
     """
-    if spec.kernels in ("native", "triton"):
+    if spec.kernels in ("native", "triton") and spec.tensor == 1:
         return 0.0
     block = CPU_BLOCK_ELEMENTS if spec.device == "cpu" else GPU_BLOCK_ELEMENTS
-    return 4 * min(block, spec.tokens * spec.model.padded_vocab_size) * (2 if spec.value_bytes == 4 else 3)
+    every = spec.tokens * spec.own.vocab_size
+    copies = (2 if spec.value_bytes == 2 else 1) + (spec.tensor > 1) + (every > block)
+    return 4 * min(block, every) * copies
 
 
 def _passing(spec: EngineSpec) -> float:
     """Return the bytes of the gradients of activations during the backward pass of one block."""
     wide = spec.value_bytes == 2 and spec.device == "cpu"  # attention in fp32
-    return (5 if wide else 4) * spec.tokens * spec.model.d_model * spec.value_bytes
+    return (5 if wide else 4) * spec.tokens * spec.own.n_head * spec.own.head_width * spec.value_bytes
 
 
 def _passing_mlp(spec: EngineSpec) -> float:
     """Return the bytes of gradients of an MLP's hidden channels, and of its input, in the backward pass."""
-    model, sparse = spec.model, spec.model.has_experts(spec.model.n_layer - 1)
+    model, sparse = spec.own, spec.own.has_experts(spec.model.n_layer - 1)
     chosen = model.n_expert_active if sparse else 0
     width = (chosen + model.n_shared_expert) * model.expert_width if sparse else model.ff_width
-    hidden = (2 if model.mlp == "swiglu" else 1) * width / spec.tensor
+    hidden = (2 if model.mlp == "swiglu" else 1) * width
     tokens = min(spec.tokens, model.mlp_chunk or spec.tokens)
     return (hidden + (1 + chosen) * model.d_model) * spec.value_bytes * tokens
 
@@ -429,18 +467,35 @@ def _start_of_backward(spec: EngineSpec) -> Kinds:
     base = {"gathered": _gathered(spec)} | _bucket(spec)
     base["gradients"] = max(base.get("gradients", 0.0), _accumulated(spec))
     activations, passing = kept + _embedding(spec), max(_passing(spec), _passing_mlp(spec))
-    tied = spec.model.padded_vocab_size * spec.model.d_model / spec.tensor if spec.model.tie_embeddings else 0
+    tied = spec.own.vocab_size * spec.model.d_model if spec.model.tie_embeddings else 0
     waiting = tied * spec.value_bytes  # the head's part of a tied embedding's gradient
     if block and block + passing + waiting > _last_norm(spec) + gradients:
+        if spec.stage == 3 and not spec.model.tie_embeddings:  # the head is not gathered any more
+            rest = spec.parameters - spec.own.vocab_size * spec.model.d_model
+            base["gathered"] = spec.weight_bytes * min(rest, MAX_LIVE)
         return base | {"activations": activations + waiting, "recompute": block + passing}
     head = activations + _last_norm(spec) + gradients
-    of_all = _passing(spec) * (1 + spec.model.extra_heads)  # which pass the last norm together
-    return base | {"activations": head + (0 if block else of_all)}
+    return base | {"activations": head + (0 if block else _first_gradients(spec))}
+
+
+def _first_gradients(spec: EngineSpec) -> float:
+    """Return the bytes that the backward pass of the last norm, or of the MLP of the last block, adds to those at the
+    end of the head. The MLP needs the gradients of its hidden channels, or of these and of its second matrix. What the
+    norm has kept is free by then.
+    """
+    model, sparse = spec.own, spec.own.has_experts(spec.own.n_layer - 1)
+    width = model.ff_width if not sparse else model.n_expert_active * model.expert_width
+    matrix = model.ff_width if not sparse else (model.n_expert or 0) / spec.expert * model.expert_width
+    hidden = spec.predictions * width
+    largest = max(hidden + matrix * model.d_model, 2 * hidden if model.mlp == "swiglu" else 0)
+    copies = 5 if model.norm == "rmsnorm" and spec.value_bytes == 2 and spec.device == "cpu" else 1  # fp32 ones
+    norm = copies * spec.predictions * model.d_model * spec.value_bytes
+    return max(norm, largest * spec.value_bytes - _last_norm(spec))
 
 
 def _bucket(spec: EngineSpec) -> Kinds:
     """Return the bytes that DeepSpeed allocates for gradients when the backward pass begins."""
-    elements = min(spec.parameters, spec.reduce_bucket) * (2 if spec.overlap else 1)
+    elements = spec.reduce_bucket * (2 if spec.overlap else 1)
     if spec.stage in (0, 3):
         return {}
     if spec.stage == 1 and spec.weight_bytes == 2 and not spec.overlap and not spec.offload_optimizer:
@@ -468,7 +523,10 @@ def _end_of_backward(spec: EngineSpec) -> Kinds:
     if spec.stage == 1 and e == 2 and not spec.overlap and not spec.offload_optimizer:
         return {"gradients": own, "recompute": block + branch, "buckets": e * spec.largest}
     # The bucket, the gradients that it was filled from, and for 16 bits the fp32 copy that is sent.
-    copies = {"buckets": e * full * (2 if spec.overlap else 1), "communication": (e if e == 4 else e + 4) * full}
+    copies = {
+        "buckets": e * spec.reduce_bucket * (2 if spec.overlap else 1),
+        "communication": (e if e == 4 else e + 4) * full,
+    }
     if spec.offload_optimizer:
         return copies | {"communication": e * full, "gradients": 2 * own if e == 2 else 0.0}
     if spec.stage == 1 and spec.accumulation > 1:  # the gradients are there already

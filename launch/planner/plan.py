@@ -35,6 +35,8 @@ from packspeed.model.config import PRESETS, GPTConfig, flops_per_token, num_para
 
 NCCL = 0.4e9  # bytes of NCCL's buffers on a GPU, assumed; none with one rank
 FALLBACK_VOCABULARY = 50_257
+Measured = tuple[dict[str, float], float]  # seconds of a step by part, bytes of a rank
+NOT_MEASURED: Measured = ({}, 0.0)
 DETERMINISTIC_ATTENTION = 1.3  # train.deterministic: attention takes this much longer; docs/run_file.md has its source
 
 
@@ -198,11 +200,12 @@ def checkpoint_bytes(job: Job) -> float:
     return num_parameters(job.model, padded=True) * (12.1 + own)
 
 
-def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], float] | None = None) -> Plan:
+def plan_of(job: Job, run_file: str = "", measured: Measured | None = None) -> Plan:
     """Return the plan of a job.
 
-    measured: the seconds of a step by part and the bytes of a rank, if they were measured on this machine
-    (this_cpu.py). The computed memory of tensors is kept, and the rest of the measured bytes gets the kind "process".
+    measured: on a CPU, the result of this_cpu.measure: the seconds of a step by part and the bytes of a rank. The
+    computed memory of tensors is kept, and the rest of the measured bytes gets the kind "process". If it is
+    NOT_MEASURED, the plan has 0 for everything that depends on time.
     """
     machine, run = job.machine, job.run
     batches = [*(batch for _, batch in job.stages), job.batch]
@@ -214,7 +217,7 @@ def plan_of(job: Job, run_file: str = "", measured: tuple[dict[str, float], floa
     step_s = sum(parts.values())
     steps = run.train.total_steps
     run_s = sum(count * _seconds_of(job, batch, parts, measured is not None) for count, batch in job.stages)
-    tokens_per_s = run.train.global_batch_tokens / step_s
+    tokens_per_s = run.train.global_batch_tokens / step_s if step_s else 0.0
     flops = flops_per_token(job.model, run.data.seq_len) * tokens_per_s / job.ranks
     size = checkpoint_bytes(job)
     disk = size / job.ranks / machine.disk
@@ -267,7 +270,8 @@ def _seconds_of(job: Job, batch: BatchPlan, parts: dict[str, float], measured: b
     if batch == job.batch:
         return sum(parts.values())
     if measured:
-        return parts["once a step"] + parts["micro batches"] * batch.samples / job.batch.samples
+        once, each = (parts.get(name, 0.0) for name in ("once a step", "micro batches"))
+        return once + each * batch.samples / job.batch.samples
     return sum(_time(dataclasses.replace(job, batch=batch)).parts().values())
 
 
@@ -275,7 +279,7 @@ def _assumptions(job: Job) -> list[str]:
     """Return the assumptions of the plan: facts that the run file does not contain."""
     machine = job.machine
     if machine.is_cpu:
-        return ["time and memory: measured here with copies of the model that have fewer layers, nothing else running"]
+        return ["time and memory: measured here with ten steps of the run, with nothing else running"]
     lines = [
         f"GPU: {machine.device} at its full power limit; a lower limit or a hot GPU lengthens every part",
         f"network: {machine.per_host} GPUs per host, {machine.link / 1e9:g} GB/s per GPU inside a host, "
@@ -333,13 +337,16 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.host_memory:
         host = sum(plan.host_memory.values())
         lines += [f"host memory of a rank, GiB: {host / GIB:.2f}", *table(plan.host_memory, GIB, 3, host)]
-    lines += [
-        "",
+    step = [
         f"step, seconds: {plan.step_s:.4g}; half of plans are off by at most {time['median']:.0%}, nine "
         f"tenths by at most {time['p90']:.0%}",
         *table(plan.step_parts, 1.0, 4, plan.step_s),
         f"{plan.tokens_per_s:,.0f} tokens/s, MFU {percent(plan.mfu)}; {plan.steps:,} steps take {plan.days:,.2f} days, "
         f"{plan.gpu_hours:,.0f} GPU-hours",
+    ]
+    lines += [
+        "",
+        *(step if plan.step_parts else ["step: not measured, because the tensors alone do not fit"]),
         f"checkpoint: {plan.checkpoint_bytes / 1e9:,.2f} GB, {plan.save_s:.3g} s to save, {plan.resume_s:.3g} s to "
         "resume",
         "",

@@ -24,7 +24,7 @@ from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.layout import run_layout
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.planner.machine import GIB, Machine
-from packspeed.launch.planner.plan import Plan, job_of, plan_of
+from packspeed.launch.planner.plan import NOT_MEASURED, Plan, job_of, plan_of
 from packspeed.model.config import Recompute
 
 STAGES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")  # files in ds_configs/
@@ -201,7 +201,11 @@ def _named(candidate: Candidate) -> str:
 
 
 def reductions(plan: Plan, run: RunFile, raw: JsonObject, machine: Machine, vocabulary: int | None) -> list[str]:
-    """Return one line for each single change to a plan that does not fit: the change, and how much memory it saves."""
+    """Return one line for each single change to a plan that does not fit: the change, and how much memory it saves. On
+    a CPU, the tensors are compared, and no line has a time.
+    """
+    measured = NOT_MEASURED if machine.is_cpu else None
+    tensors = plan.device_total - plan.memory.get("process", 0.0)
     lines = []
     changes: list[tuple[str, RunFile, JsonObject]] = []
     if plan.recompute != "full":
@@ -212,12 +216,11 @@ def reductions(plan: Plan, run: RunFile, raw: JsonObject, machine: Machine, voca
         if zero_stage(other_stage) > plan.stage or "offload" in name:
             changes.append((f"deepspeed: {name}", run, other_stage))
     for words, changed, json in changes:
-        other = plan_of(job_of(changed, json, machine, plan.ranks, vocabulary))
-        less = plan.device_total - other.device_total
+        other = plan_of(job_of(changed, json, machine, plan.ranks, vocabulary), "", measured)
+        less = tensors - other.device_total
         if less > 0:
-            slower = other.step_s / plan.step_s - 1
+            slower = "" if machine.is_cpu else f", step {other.step_s / plan.step_s - 1:+.0%}"
             lines.append(
-                f"{words}: {less / GIB:.1f} GiB less, {'fits' if other.fits else 'still does not fit'}, step "
-                f"{slower:+.0%}"
+                f"{words}: {less / GIB:.1f} GiB less, {'fits' if other.fits else 'still does not fit'}{slower}"
             )
     return lines

@@ -2,13 +2,14 @@
 
     parts, peak = measure(job, run_file, overrides)      seconds of a step by part, bytes of a rank
 
-No table knows a user's CPU, so the run itself is measured: copies of it with one layer and with a third of its layers
-(at least two) train for a few steps in a temporary folder, 10 to 20 s each. If the run accumulates gradients, there is
-a copy with one micro batch per step and one with two, for each number of layers. Time and memory of a step are linear
-in the numbers of layers and of micro batches, so the copies' values give the run's. The farther apart the copies' sizes
-are, the less their noise is multiplied. The result is kept in ~/.cache/packspeed/planner, by CPU and threads, versions,
-model without its layers, sizes of the copies, layout, DeepSpeed JSON, and the run file's sections `data` and `train`,
-without the length of the run and the global batch.
+No table knows a user's CPU, so the run itself is measured: ten of its steps train in a temporary folder. If the run
+accumulates gradients, there is one copy with one micro batch per step and one with two. The time of a step is linear in
+the number of micro batches, so the two give the run's. The copies have all layers, because the memory of a process is
+not linear in them: glibc keeps what is freed, and a large tensor grows the heap if no free piece is long enough. With
+12 layers that was 12% of a process (LOG.md).
+
+The result is kept in ~/.cache/packspeed/planner, by CPU and threads, versions, model, layout, DeepSpeed JSON, and the
+run file's sections `data` and `train`, without the length of the run and the global batch.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from packspeed.launch.cluster.local_launcher import launcher_command
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.planner.engine_memory import engine_memory
 from packspeed.launch.planner.machine import GIB, Error, Factors, Machine
-from packspeed.launch.planner.plan import Job
+from packspeed.launch.planner.plan import NOT_MEASURED, Job, Measured, engine_spec
 from packspeed.launch.run_folder.folder import cpu_model, versions
 
 STEPS = 10  # of a copy
 WARM_UP = 3  # steps that are not counted
-TIMEOUT_S = 600
+TIMEOUT_S = 1_200
 
 
 def this_cpu() -> Machine:
@@ -51,68 +53,58 @@ def this_cpu() -> Machine:
     )  # fmt: skip
 
 
-def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> tuple[dict[str, float], float]:
+def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> Measured:
     """Return the seconds of a step of this run by part, and the bytes of a rank's process, measured on short copies of
-    the run.
+    the run; NOT_MEASURED if this machine has too little memory for the tensors alone.
 
     Raises UserError if a copy of the run does not train; the message has its last lines.
     """
-    layers, accumulation = job.model.n_layer, job.batch.accumulation
-    sizes = copy_sizes(layers, accumulation)
-    found = _remembered(job, sizes) or _measure(job, run_file, overrides, sizes)
-    seconds = [point["step_s"] for point in found]
-    whole = at(sizes, seconds, layers, accumulation)
-    once = max(0.0, at(sizes, seconds, layers, 0)) if accumulation > 1 else 0.0
-    memory = at(sizes, [point["memory"] for point in found], layers, min(accumulation, 2))
-    return {"micro batches": whole - once, "once a step": once}, memory
+    account = engine_memory(engine_spec(job))
+    if account.peak.total + sum(account.host.values()) > job.machine.memory / job.machine.per_host:
+        return NOT_MEASURED
+    found = _remembered(job) or _measure(job, run_file, overrides)
+    first, last = found[0]["step_s"], found[-1]["step_s"]
+    if len(found) == 1:
+        return {"micro batches": last, "once a step": 0.0}, found[0]["memory"]
+    micro_batch = min(max(0.0, last - first), last / 2)
+    parts = {"micro batches": job.batch.accumulation * micro_batch, "once a step": last - 2 * micro_batch}
+    return parts, found[-1]["memory"]
 
 
-def copy_sizes(layers: int, accumulation: int) -> list[tuple[int, int]]:
-    """Return (layers, micro batches per step) of each copy that is trained to measure a run of this size."""
-    more = max(2, layers // 3)
-    return [(count, size) for size in ((1, 2) if accumulation > 1 else (1,)) for count in (1, more)]
+def copies(job: Job) -> list[int]:
+    """Return the number of micro batches per step of each copy that is trained to measure a run."""
+    return [1, 2] if job.batch.accumulation > 1 else [1]
 
 
-def at(sizes: Sequence[tuple[int, int]], values: Sequence[float], layers: int, accumulation: int) -> float:
-    """Return the value (time or memory) of a run with these layers and micro batches per step.
-
-    It is linear in both numbers and extrapolated from `values`, those of the copies of the run. sizes: (layers, micro
-    batches) of each copy, as copy_sizes returns them. If all copies have one micro batch, `accumulation` is ignored.
-    """
-    steps = (layers - 1) / (sizes[1][0] - 1)
-    first, *second = (values[n] + steps * (values[n + 1] - values[n]) for n in range(0, len(values), 2))
-    return first + sum((accumulation - 1) * (value - first) for value in second)
-
-
-def _measure(
-    job: Job, run_file: Path, overrides: Sequence[str], sizes: Sequence[tuple[int, int]]
-) -> list[dict[str, float]]:
-    """Train a copy of the run for each (layers, micro batches per step). Save and return the results."""
-    print(f"measuring this CPU with {len(sizes)} short runs; later plans reuse the result", file=sys.stderr, flush=True)
-    found = [_train(job, run_file, overrides, *size) for size in sizes]
-    path = cache_file(job, sizes)
+def _measure(job: Job, run_file: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
+    """Train the copies of the run. Save and return the results."""
+    sizes = copies(job)
+    print(
+        f"measuring {STEPS} steps of the run on this CPU{', twice' * (len(sizes) > 1)}; later plans reuse the result",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    found = [_train(job, run_file, overrides, size) for size in sizes]
+    path = cache_file(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found))
     return found
 
 
-def _train(job: Job, run_file: Path, overrides: Sequence[str], layers: int, accumulation: int) -> dict[str, float]:
+def _train(job: Job, run_file: Path, overrides: Sequence[str], accumulation: int) -> dict[str, float]:
     """Train one copy and return its seconds and bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = copy_settings(job, overrides, folder, layers, accumulation)
+        settings = copy_settings(job, overrides, folder, accumulation)
         arguments = ["--config", str(run_file), *(f"--set={text}" for text in settings)]
-        command = launcher_command(job.ranks, arguments)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+            code, output = _run(launcher_command(job.ranks, arguments))
         except subprocess.TimeoutExpired:
             raise UserError(
-                f"{run_file}: {STEPS} steps of a copy with {layers} layer(s) took more than {TIMEOUT_S} s on this CPU. "
-                "Plan a smaller model, or wait until the machine is idle."
+                f"{run_file}: {STEPS} steps took more than {TIMEOUT_S} s on this CPU. Lower train.micro_batch, plan a "
+                "smaller model, or wait until the machine is idle."
             ) from None
         lines = _lines(Path(folder) / "copy" / "metrics.jsonl")
-        if done.returncode or len(lines) < STEPS:
-            end = " ".join((done.stdout + done.stderr).split()[-60:])
-            raise UserError(f"{run_file}: a copy with {layers} layer(s) does not train on this CPU: {end}")
+        if code or len(lines) < STEPS:
+            raise UserError(f"{run_file}: the run does not train on this CPU: {' '.join(output.split()[-60:])}")
     steps = lines[WARM_UP:]
     return {
         "step_s": statistics.median(float(line["step_time_s"]) for line in steps),
@@ -120,14 +112,27 @@ def _train(job: Job, run_file: Path, overrides: Sequence[str], layers: int, accu
     }
 
 
-def copy_settings(job: Job, overrides: Sequence[str], folder: str, layers: int, accumulation: int) -> list[str]:
+def _run(command: Sequence[str]) -> tuple[int, str]:
+    """Run a command. Returns its exit code and output. Ends its processes, ranks included, if it takes too long."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    except BaseException:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        process.wait()
+        raise
+    return process.returncode, output
+
+
+def copy_settings(job: Job, overrides: Sequence[str], folder: str, accumulation: int) -> list[str]:
     """Return the values of `--set` with which the run file describes one copy, which writes only to `folder`."""
     batch = job.batch.micro_batch * accumulation * job.batch.layout.rows * job.run.data.seq_len
     return [
-        *overrides, "name=copy", f"runs_dir={folder}", f"model.n_layer={layers}", f"train.steps={STEPS}",
-        "train.tokens=null", f"train.global_batch_tokens={batch}", "train.batch_warmup=[]",
-        f"train.micro_batch={job.batch.micro_batch}",
-        "train.schedule={name: constant}", "train.fp8_skip_blocks=0", "eval.every_steps=0",
+        *overrides, "name=copy", f"runs_dir={folder}", f"train.steps={STEPS}", "train.tokens=null",
+        f"train.global_batch_tokens={batch}", "train.batch_warmup=[]",
+        f"train.micro_batch={job.batch.micro_batch}", "train.schedule={name: constant}", "eval.every_steps=0",
         "checkpoint.every_steps=0", "checkpoint.mirror=null", "monitor.sample_prompts=[]",
         "monitor.log_every_steps=1000",
     ]  # fmt: skip
@@ -142,15 +147,11 @@ def _lines(path: Path) -> list[JsonObject]:
     return [line for line in found if "loss" in line]
 
 
-def cache_file(job: Job, sizes: Sequence[tuple[int, int]]) -> Path:
-    """Return the file that remembers the copies of this job.
-
-    The DeepSpeed JSON is hashed as the user wrote it, because its defaults depend on the number of layers.
-    """
-    model = {key: value for key, value in vars(job.model).items() if key != "n_layer"}
+def cache_file(job: Job) -> Path:
+    """Return the file that remembers the copies of this job."""
     train = job.run.train.model_dump(exclude={"steps", "tokens", "global_batch_tokens", "batch_warmup"})
     identity = [
-        model, job.run.data.model_dump(), train, load_ds_config(job.run.deepspeed), list(sizes), versions(),
+        vars(job.model), job.run.data.model_dump(), train, load_ds_config(job.run.deepspeed), copies(job), versions(),
         dataclasses.asdict(job.batch.layout), job.batch.micro_batch, job.precision,
         cpu_model(), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS"),
     ]  # fmt: skip
@@ -159,10 +160,10 @@ def cache_file(job: Job, sizes: Sequence[tuple[int, int]]) -> Path:
     return root / "packspeed" / "planner" / f"cpu-{digest}.json"
 
 
-def _remembered(job: Job, sizes: Sequence[tuple[int, int]]) -> list[dict[str, float]] | None:
+def _remembered(job: Job) -> list[dict[str, float]] | None:
     """Return the results of an earlier measurement, or None if there was none."""
     try:
-        found = json.loads(cache_file(job, sizes).read_text())
+        found = json.loads(cache_file(job).read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, list) and len(found) == len(sizes) else None
+    return found if isinstance(found, list) and len(found) == len(copies(job)) else None
