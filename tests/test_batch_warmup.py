@@ -223,7 +223,7 @@ def test_explain_shows_the_stages(workspace: Workspace) -> None:
     sets = [part for text in (*WARM, "train.steps=40") for part in ("--set", text)]
     out = CliRunner().invoke(app, ["explain", str(workspace.run_file), "--ranks", "2", *sets]).stdout
     assert "batch from step 3 on" in " ".join(out.split())
-    assert "128 tokens, after 128" in " ".join(out.split())
+    assert "128 tokens, from token 128 on" in " ".join(out.split())
 
 
 RUN = (*WARM, "train.steps=9", "train.precision=fp32", "eval.every_steps=0", "checkpoint={every_steps: 1, keep: 9}")

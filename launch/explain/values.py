@@ -155,7 +155,7 @@ def solved_values(
 def _stage(stage: BatchStage, plans: Mapping[int, BatchPlan], seq_len: int) -> tuple[str, None, str]:
     """Return value, default and source of the line about a stage of train.batch_warmup, whose sizes are in tokens."""
     plan = plans[stage.rows // seq_len]
-    tokens = f"{stage.rows:,} tokens, after {stage.first_sample:,}"
+    tokens = f"{stage.rows:,} tokens, from token {stage.first_sample:,} on"
     return tokens, None, f"solved: {plan.samples} samples = {plan.micro_batch} x {plan.accumulation} accumulated"
 
 
