@@ -135,7 +135,6 @@ def main() -> None:
         except SystemExit as end:  # how Typer ends every command
             sys.stdout.flush()
             if sys.argv[1:2] == ["prepare"] and isinstance(end.code, int):
-                sys.stderr.flush()
                 os._exit(end.code)  # without freeing the tokenizers and their caches, which takes 0.03 s
             raise
         finally:
