@@ -47,7 +47,8 @@ def open_dataset(path: str | Path, quick_check: bool = True, **remote: Any) -> T
     """Open the dataset in a folder or behind a URL.
 
     quick_check: for a folder, compare the sizes of all shards with the manifest. remote: for a URL, the arguments
-    cache_dir and cache_gb of RemoteDataset. Raises DataError if the dataset is missing, damaged or unreachable.
+    cache_dir, cache_gb and retry_s of RemoteDataset. Raises DataError if the dataset is missing, damaged or
+    unreachable.
     """
     return RemoteDataset(str(path), **remote) if "://" in str(path) else TokenDataset(path, quick_check)
 
@@ -126,12 +127,14 @@ class ShardCache:
                 total -= stat.st_size
 
 
-def retrying(work: Callable[[], Result], what: str) -> Result:
-    """Return the result of work(). If it raises, try again with growing pauses, for RETRY_S seconds in total.
+def retrying(work: Callable[[], Result], what: str, seconds: float | None = None) -> Result:
+    """Return the result of work(). If it raises, try again with growing pauses, for `seconds` in total (default:
+    RETRY_S; 0: only once).
 
     what: the name of the file, for the message. Raises DataError with the last reason if all attempts fail.
     """
-    deadline, wait_s = time.monotonic() + RETRY_S, WAIT_S
+    seconds = RETRY_S if seconds is None else seconds
+    deadline, wait_s = time.monotonic() + seconds, WAIT_S
     while True:
         try:
             return work()
@@ -140,8 +143,9 @@ def retrying(work: Callable[[], Result], what: str) -> Result:
             if isinstance(error, FileNotFoundError):
                 reason = f"it was not found: {error}"
         if time.monotonic() > deadline:
+            attempts = f" in {seconds:.0f} s of attempts. The last one failed with" if seconds else ""
             raise DataError(
-                f"{what} could not be fetched in {RETRY_S:.0f} s of attempts. The last one failed with: {reason}. "
+                f"{what} could not be fetched{attempts}: {reason}. "
                 f"Check the URL, the credentials and the store, and start the command again: a run then resumes from "
                 f"its checkpoint."
             ) from cause
@@ -152,12 +156,20 @@ def retrying(work: Callable[[], Result], what: str) -> Result:
 class RemoteDataset(TokenDataset):
     """A TokenDataset behind a URL. A thread fetches shards ahead; a shard that is missing is fetched when it is read.
 
-    cache_dir: the folder of the local cache. cache_gb: its limit, in units of 10^9 bytes. Raises DataError if the
-    manifest cannot be fetched and is not in the cache.
+    cache_dir: the folder of the local cache. cache_gb: its limit, in units of 10^9 bytes. retry_s: for how many
+    seconds to retry if the manifest cannot be fetched (0: a single attempt; None: RETRY_S). Raises DataError if it
+    cannot be fetched and is not in the cache.
     """
 
-    def __init__(self, url: str, cache_dir: str | Path = "~/.cache/packspeed", cache_gb: float = 100.0):
+    def __init__(
+        self,
+        url: str,
+        cache_dir: str | Path = "~/.cache/packspeed",
+        cache_gb: float = 100.0,
+        retry_s: float | None = None,
+    ):
         self.url, self._cache_dir = url.rstrip("/"), Path(cache_dir).expanduser()
+        self._retry_s = retry_s
         self.cache = ShardCache(self._cache_dir, int(cache_gb * 1e9))
         self._ahead: threading.Thread | None = None
         super().__init__(self.url)
@@ -171,7 +183,8 @@ class RemoteDataset(TokenDataset):
         url_folder.mkdir(parents=True, exist_ok=True)
         with lock_file(url_folder / ".lock"):
             if not (url_folder / MANIFEST).exists():
-                write_file(url_folder / MANIFEST, retrying(lambda: self._read(MANIFEST), f"{self.url}/{MANIFEST}"))
+                read = retrying(lambda: self._read(MANIFEST), f"{self.url}/{MANIFEST}", self._retry_s)
+                write_file(url_folder / MANIFEST, read)
             else:
                 with contextlib.suppress(Exception):  # if the store is unreachable, use the manifest in the cache
                     write_file(url_folder / MANIFEST, self._read(MANIFEST))

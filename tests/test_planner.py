@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from packspeed.data.dataset import TokenDataset
+from packspeed.data.errors import DataError
 from packspeed.data.prepare.prepare import prepare
 from packspeed.launch.commands.plan import machine_of
 from packspeed.launch.commands.plan import plan as plan_command
@@ -488,6 +489,16 @@ def test_a_locked_run_is_refused_if_it_is_not_the_plans(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ConfigError, match="Write it again"):
         check_locked(run, raw, 8)
+
+
+def test_a_lock_names_a_url_that_cannot_be_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(GPT2)
+    sets = [f"runs_dir={tmp_path}/runs", f"data.path=file://{tmp_path}/tokens", f"data.cache_dir={tmp_path}/cache"]
+    sets += ["train.micro_batch=1", "deepspeed=zero1"]
+    for gpu in ("h100-80gb", "cpu"):  # the copies that measure a CPU would retry for ten minutes
+        with pytest.raises(DataError, match=r"tokens/manifest\.json could not be fetched: it was not found"):
+            plan_command(tmp_path / "run.yaml", sets, gpu=gpu, ranks=1, lock=True)
+    assert not list(tmp_path.glob("runs/*.json"))
 
 
 def test_a_mixture_has_the_vocabulary_and_the_identity_of_its_datasets(tmp_path: Path) -> None:

@@ -93,12 +93,18 @@ def settings_identity(run: RunFile, raw: JsonObject) -> str:
 
 
 def data_identity(run: RunFile) -> dict[str, str]:
-    """Return the fingerprint of each dataset by its path; "unknown" if the dataset cannot be opened here."""
+    """Return the fingerprint of each dataset by its path; "unknown" if its folder cannot be opened here.
+
+    Raises DataError, after a single attempt, if a dataset at a URL is neither reachable nor in the cache.
+    """
     found: dict[str, str] = {}
+    remote = {"cache_dir": run.data.cache_dir, "cache_gb": run.data.cache_gb, "retry_s": 0.0}
     for path in run.data.paths:
         try:
-            found[path] = open_dataset(path, quick_check=False).fingerprint
+            found[path] = open_dataset(path, quick_check=False, **remote).fingerprint
         except (DataError, OSError):
+            if "://" in path:
+                raise
             found[path] = "unknown"
     return found
 

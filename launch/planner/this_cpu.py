@@ -32,6 +32,7 @@ from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.planner.engine_memory import engine_memory
+from packspeed.launch.planner.lock import data_identity
 from packspeed.launch.planner.machine import GIB, Error, Factors, Machine
 from packspeed.launch.planner.plan import NOT_MEASURED, Job, Measured, engine_spec
 from packspeed.launch.run_folder.folder import cpu_model, versions
@@ -78,6 +79,7 @@ def copies(job: Job) -> list[int]:
 
 def _measure(job: Job, run_file: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
     """Train the copies of the run. Save and return the results."""
+    data_identity(job.run)  # raises if a URL is unreachable, for which the copies would wait much longer
     sizes = copies(job)
     print(
         f"measuring {STEPS} steps of the run on this CPU{', twice' * (len(sizes) > 1)}; later plans reuse the result",

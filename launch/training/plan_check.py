@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from packspeed.data.errors import PackspeedError
 from packspeed.launch.config.deepspeed_json import load_ds_config
-from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.planner.lock import Lock, differences, read_lock, tensor_bytes
 from packspeed.launch.run_folder.formats import PLAN_FILE, PlanResult, StepLine
@@ -104,7 +104,7 @@ def plan_check(
         if lock is None:
             return None
         found = differences(lock, run, load_ds_config(run.deepspeed), ranks)
-    except ConfigError as error:
+    except PackspeedError as error:
         found = [str(error)]
     if found or lock is None:
         log(f"note: nothing is compared with the locked plan: {'; '.join(found)}")
