@@ -76,7 +76,7 @@ class UnitWorker:
         """Encode one unit, write its files and return its receipt.
 
         report: called after each megabyte of text. Raises DataError if there are too many bad documents. After an error
-        none of the unit's files exists.
+        the unit has no receipt and no temporary file.
         """
         tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
         digest = xxhash.xxh3_128()
