@@ -238,9 +238,9 @@ def trained(workspace: Workspace) -> dict[str, list[str]]:
     stages = {"zero0": "zero0", "zero1": "zero1", "zero2": "zero2", "zero3": str(zero3), "off2": "zero2_offload"}
     found: dict[str, list[str]] = {}
     # The passes per step change during the runs with a given micro batch, the rows per pass in those without.
-    given = {"zero0-2": 1, "zero2-2": 1, "zero3-2": 1, "off2-2": 1, "zero3-1": 2}
-    bf16 = {1: ("zero1",), 2: ("zero1", "zero2", "zero3")}
-    for ranks, names in ((1, ("zero1", "zero3")), (2, tuple(stages))):
+    given = {"zero0-2": 1, "zero2-2": 1, "zero3-2": 1, "off2-2": 1}
+    bf16 = {1: ("zero1",), 2: ("zero2", "zero3")}
+    for ranks, names in ((1, ("zero1",)), (2, tuple(stages))):
         runs = {f"warm-{name}-{ranks}": [*RUN, f"deepspeed={stages[name]}"] for name in names}
         for name in (name for name in given if name.endswith(f"-{ranks}")):
             runs[f"warm-{name}"].append(f"train.micro_batch={given[name]}")
@@ -291,7 +291,7 @@ def test_metrics_have_the_tokens_of_each_step(workspace: Workspace, trained: dic
 def test_a_kill_in_each_stage_resumes_bit_for_bit_and_in_other_layouts(
     workspace: Workspace, trained: dict[str, list[str]]
 ) -> None:
-    steps = {"zero2": (1, 2, 4, 5, 7), "zero3": (1, 5)}  # inside each stage, and at the ends of two
+    steps = {"zero2": (2, 4, 7), "zero3": (1, 5)}  # inside each stage, and at the ends of two
     killed = {f"warm-kill-{layout}-{step}": (layout, step) for layout in steps for step in steps[layout]}
     for name, (layout, step) in killed.items():
         workspace.rewind(f"warm-{layout}-2", name, step=step)
