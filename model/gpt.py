@@ -153,6 +153,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(config, config.head_width, tensor) if config.qk_norm else None
         headwise = config.attention_gate == "headwise"
         self.gates = HeadGates(config.d_model, self.heads[0], bias=False) if headwise else None
+        self.gives_values = config.value_residual and layer == 0
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual and layer > 0 else None
         self.value_embed: Embedding | None = None
         if config.embeds_values(layer):  # a rank of the tensor group has the columns of its heads
@@ -167,9 +168,10 @@ class Attention(nn.Module):
         sequence: SequencePart | None = None,
         tokens: Tensor | None = None,
         first_values: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the attention branch, (B, T, C), for the normalised residual stream x (B, T, C), and the values, (B,
-        T, h, D), of this rank's h key-value heads.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the attention branch, (B, T, C), for the normalised residual stream x (B, T, C), and in the first
+        layer of a model with value residuals the values, (B, T, h, D), of this rank's h key-value heads, otherwise
+        None.
 
         rope: the result of rope_table; None with learned positions. cache: holds keys and values of the tokens before
         x, and gets those of x. documents: tokens attend only within their own document. sequence: this rank's part of
@@ -192,7 +194,9 @@ class Attention(nn.Module):
             mixed = mixed * self.gates(x)
         for gate in gates:  # at most one
             mixed = mixed * torch.sigmoid(gate)
-        return self.proj(mixed.flatten(2)), v  # of (B, T, H * D)
+        out: Tensor = self.proj(mixed.flatten(2))  # of (B, T, H * D)
+        # A copy, because a view would keep queries and keys in memory, too, if this block is recomputed.
+        return out, v.contiguous() if self.gives_values else None
 
     def _mixed(self, v: Tensor, tokens: Tensor | None, first_values: Tensor | None) -> Tensor:
         """Add value embeddings of `tokens` (B, T) to the values v (B, T, h, D), and mix in those of the first layer."""
@@ -270,7 +274,6 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, tensor: TensorPart = ALONE) -> None:
         super().__init__()
         self.dropout, self.branch_scale = config.dropout, scales(config).branch
-        self.gives_values = config.value_residual and layer == 0
         self.attn_norm = Norm(config)
         self.attn = Attention(config, layer, tensor)
         self.mlp_norm = Norm(config)
@@ -311,7 +314,7 @@ class Block(nn.Module):
         branch = self._scaled(branch, self.mlp_scale)
         if dropout_keys is not None:
             branch = keyed_dropout(branch, dropout_keys[1], self.dropout)
-        return x, branch, values if self.gives_values else None
+        return x, branch, values
 
     def _scaled(self, branch: Tensor, learned: Tensor | None) -> Tensor:
         """Return the branch times its learned scale, (C,) or None, and muP's factor."""

@@ -14,8 +14,9 @@ m = d_model / base_width and n = n_layer / base_depth (1 if base_depth is not gi
 | input of the head, and so the logits | x | x / m |
 | attention logits, with base_head_dim | q k / sqrt(head_dim) | q k sqrt(base_head_dim) / head_dim |
 
-Embeddings, head, norms and biases keep their learning rates and initial weights. The rules are those for AdamW, and for
-other optimizers whose update has the same size for every gradient.
+Embeddings (of values, too), head, norms, biases and the factors of value residuals keep their learning rates and
+initial weights. The rules are those for AdamW, and for other optimizers whose update has the same size for every
+gradient.
 Sources: muP (Yang et al. 2022, https://arxiv.org/abs/2203.03466, table 8), CompleteP with alpha = 1 (Dey et al. 2025,
 https://arxiv.org/abs/2505.01618, table 1).
 """

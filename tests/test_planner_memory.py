@@ -40,7 +40,7 @@ LLAMA: dict[str, Any] = {
 CASES = {
     8: (
         "0,fp32,gpt,none,no,1,tensor=4", "1,bf16,gpt,full,no,2", "2,bf16,llama,none,no,1,sequence=2",
-        "3,fp32,llama,full,no,1", "1,bf16,moe,none,no,1,expert=2", "1,bf16,mtp,none,no,1",
+        "3,fp32,mixed,full,no,1", "1,bf16,moe,none,no,1,expert=2", "1,bf16,mtp,none,no,1",
     ),
     64: ("2,bf16,gpt,none,yes,1", "3,bf16,llama,none,yes,1,sequence=2", "1,bf16,gpt,none,no,2,tensor=8"),
     1024: (

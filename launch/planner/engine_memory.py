@@ -266,10 +266,11 @@ def _mixed_value_bytes(spec: EngineSpec) -> float:
     That is done by model.value_residual and model.value_embeddings.
     """
     model = spec.own
-    if _attends_in_fp32(spec):
-        return 0.0
-    mixed = [model.embeds_values(layer) or (model.value_residual and layer > 0) for layer in range(model.n_block)]
-    return spec.value_bytes * model.kv_heads * model.head_width * sum(mixed) / model.n_block
+    residual = [model.value_residual and layer > 0 for layer in range(model.n_block)]
+    if _attends_in_fp32(spec):  # the factor of the residual keeps the 16-bit values, a view of all heads
+        return spec.value_bytes * sum(model.qkv_heads) * model.head_width * sum(residual) / model.n_block
+    mixed = sum(mixes or model.embeds_values(layer) for layer, mixes in enumerate(residual))
+    return spec.value_bytes * model.kv_heads * model.head_width * mixed / model.n_block
 
 
 def _attends_in_fp32(spec: EngineSpec) -> bool:
@@ -341,7 +342,7 @@ def _blocks(spec: EngineSpec) -> tuple[float, float]:
         each -= hidden_bytes(spec) * spec.tokens
         chunk = hidden_bytes(spec) * model.mlp_chunk
     kept = (model.n_block - again) * each + _recomputed_inputs(spec, 2 if spec.offloads_activations else None)
-    if model.value_residual and again:  # the first layer's values, inputs of all other blocks
+    if model.value_residual:  # a copy of the first layer's values, which all other blocks read
         kept += spec.value_bytes * spec.own.kv_heads * model.head_width * spec.tokens
     copies = 0.0
     if spec.autocast:  # 16-bit copies of the weights of all products, made once in a forward pass

@@ -156,7 +156,7 @@ def _activations(model: GPT, batch: MicroBatch) -> dict[str, Tensor]:
         modules |= {f"block {n} attention": cast(nn.Module, block.attn), f"block {n} mlp": cast(nn.Module, block.mlp)}
 
     def keeps(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
+        def keep(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, Tensor | None]) -> None:
             branch = output[0] if isinstance(output, tuple) else output  # attention returns its values, too
             found[name] = branch.detach().clone()
 

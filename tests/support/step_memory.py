@@ -25,6 +25,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_layer": 3, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 384, "position": "rope", "mlp": "swiglu",
         "norm": "rmsnorm", "bias": False, "tie_embeddings": False,
     },
+    "mixed": {
+        "n_layer": 3, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 384, "position": "rope", "mlp": "swiglu",
+        "norm": "rmsnorm", "bias": False, "attention_gate": "headwise", "value_residual": True,
+    },
     "moe": {
         "n_layer": 2, "n_head": 4, "d_model": 128, "d_expert": 128, "n_expert": 4, "position": "rope", "mlp": "swiglu",
         "norm": "rmsnorm", "bias": False,
