@@ -406,8 +406,7 @@ def _gathering(spec: EngineSpec) -> Kinds:
     later = _last_norm(spec) + _head(spec)[0]
     if spec.model.recomputed_blocks:  # a recomputed block frees what it has computed
         model, e = spec.own, spec.value_bytes
-        values = e * (model.n_head + 2 * model.kv_heads) * model.head_width  # of attention, until the end of the block
-        part = max(attention_bytes(spec) + e * model.d_model, hidden_bytes(spec) + values + 3 * e * model.d_model)
+        part = max(attention_bytes(spec) + e * model.d_model, hidden_bytes(spec) + 3 * e * model.d_model)
         later = max(later, part * spec.tokens)
     return {
         "gathered": _gathered(spec), "communication": flat, "activations": kept + _embedding(spec) + later,
