@@ -12,6 +12,8 @@ Memory: the logits of a chunk take at most 128 MiB on CPUs (`_chunks` describes 
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from torch import Tensor
 
 from packspeed.model.config import CPU_BLOCK_ELEMENTS, CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, SUM_BYTES
 from packspeed.model.kernels import Losses
+
+# Lends a flat tensor of so many elements of a dtype, which nothing else uses until the next backward pass; or None.
+Memory = Callable[[int, torch.dtype], Tensor | None]
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -35,6 +40,7 @@ class _HeadLoss(torch.autograd.Function):
         softcap: float | None,
         kernels: Losses,
         later: float,
+        memory: Memory | None,
     ) -> tuple[Tensor, Tensor]:
         losses = torch.zeros(x.size(0), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         d_x, d_weight = torch.empty_like(x), None
@@ -43,7 +49,10 @@ class _HeadLoss(torch.autograd.Function):
         product = torch.empty_like(weight) if x.is_cpu and alone else None
         for k, of_one in enumerate(zip(x, labels, d_x, strict=True)):
             for rows, label, d_rows in zip(*(_chunks(t, weight) for t in of_one), strict=True):
-                logits = cap(rows @ weight.t(), softcap)  # (chunk, padded V)
+                shape = rows.size(0), weight.size(0)
+                lent = memory(math.prod(shape), rows.dtype) if alone and memory is not None else None
+                out = None if lent is None else lent.view(shape)
+                logits = cap(torch.mm(rows, weight.t(), out=out), softcap)  # (chunk, padded V)
                 slope = None if softcap is None else 1 - (logits / softcap).square()  # d capped / d logits
                 losses[k] += kernels.row_losses(logits, label, vocab_size, z_loss, with_gradient=True).sum()
                 d_logits = logits if slope is None else logits.mul_(slope)  # row_losses has left the gradient in them
@@ -62,7 +71,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply the saved gradients by the scalar `grad`, in place: copies would be as large as the head."""
         d_x, d_weight = ctx.saved_tensors
-        return d_x.mul_(grad), _scale(d_weight, grad, ctx.dtype), None, None, None, None, None, None
+        return d_x.mul_(grad), _scale(d_weight, grad, ctx.dtype), *(None,) * 7
 
 
 def _weighted(losses: Tensor, later: float) -> Tensor:
@@ -139,15 +148,17 @@ def head_loss(
     kernels: Losses,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """Return the sum over N tokens of the cross entropy in nats, a scalar in fp32.
 
     x (N, C): the input of the head. weight (padded V, C): of the head; rows from vocab_size on are padding. labels
     (N,): labels below 0 are ignored. kernels: computes the losses of a chunk, see kernels.py. z_loss: adds z_loss *
     log(sum exp logits)^2 for each token. softcap: see `cap`. If x or weight require gradients, the forward pass
-    computes them already.
+    computes them already, and `memory`, if given, lends memory for the logits. Logits in several chunks do not use it:
+    the sum of the weight's gradient needs more memory than they do.
     """
-    return multi_head_loss(x[None], weight, labels[None], vocab_size, kernels, z_loss, softcap)[0]
+    return multi_head_loss(x[None], weight, labels[None], vocab_size, kernels, z_loss, softcap, memory=memory)[0]
 
 
 def multi_head_loss(
@@ -159,6 +170,7 @@ def multi_head_loss(
     z_loss: float = 0.0,
     softcap: float | None = None,
     later: float = 1.0,
+    memory: Memory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (total, losses) for K predictions that share the weight of the output head.
 
@@ -168,7 +180,7 @@ def multi_head_loss(
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         both: tuple[Tensor, Tensor] = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-            x, weight, labels, vocab_size, z_loss, softcap, kernels, later
+            x, weight, labels, vocab_size, z_loss, softcap, kernels, later, memory
         )
         return both
     losses = torch.stack([

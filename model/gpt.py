@@ -40,7 +40,7 @@ from packspeed.model.attention import Documents, attend, attend_last
 from packspeed.model.config import GPTConfig
 from packspeed.model.embedding import embedding
 from packspeed.model.fp8_linear import fp8_linear
-from packspeed.model.fused_loss import head_loss, head_losses, multi_head_loss
+from packspeed.model.fused_loss import Memory, head_loss, head_losses, multi_head_loss
 from packspeed.model.kernels import Kernels, choose, out_of_graphs
 from packspeed.model.keyed_dropout import keyed_dropout, mask_offset, site_keys
 from packspeed.model.linear import is_slow, linear
@@ -115,6 +115,22 @@ class RowLinear(Linear):
             return super().forward(x)
         out = self.tensor.sum(linear(x, self.weight, None))
         return out if self.bias is None else out + self.bias
+
+
+class ActivatedLinear(RowLinear):
+    """The second linear layer of an MLP, with the activation (model.mlp) before it."""
+
+    def __init__(self, config: GPTConfig, inputs: int, bias: bool, tensor: TensorPart) -> None:
+        """Build the layer of this rank. `inputs` is the number of channels of all ranks together."""
+        super().__init__(inputs, config.d_model, bias, tensor)
+        self.kernels, self.activation = config.kernels, config.mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the complete layer, (..., C), for x, the output of this rank's first linear layer."""
+        kernels = choose(self.kernels, x.device)
+        if self.tensor.size > 1 or (self.fp8_kernels is not None and self.training):
+            return super().forward(kernels.activate(x, self.activation))
+        return kernels.activate_linear(x, self.activation, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -243,8 +259,8 @@ class MLP(nn.Module):
         super().__init__()
         bias, width, self.tensor = config.has_bias("mlp"), width or config.ff_width, tensor
         self.up = Linear(config.d_model, width // tensor.size * (2 if config.mlp == "swiglu" else 1), bias=bias)
-        self.proj = RowLinear(width, config.d_model, bias, tensor)
-        self.kernels, self.activation, self.chunk = config.kernels, config.mlp, config.mlp_chunk
+        self.proj = ActivatedLinear(config, width, bias, tensor)
+        self.chunk = config.mlp_chunk
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's output, (..., C), for x (..., C).
@@ -264,7 +280,7 @@ class MLP(nn.Module):
         return torch.cat(parts).view(x.shape)
 
     def _compute(self, x: Tensor) -> Tensor:
-        out: Tensor = self.proj(choose(self.kernels, x.device).activate(self.up(x), self.activation))
+        out: Tensor = self.proj(self.up(x))
         return out
 
 
@@ -340,6 +356,7 @@ class Head(nn.Module):
         self.vocab_size, self.z_loss, self.softcap = config.vocab_size, config.z_loss, config.logit_softcap
         self.later = 1.0 if config.mtp is None else config.mtp.weight / config.mtp.depth
         self.kernels = "auto" if config.kernels == "compile" else config.kernels  # only blocks are compiled
+        self.memory: Memory | None = None  # for the logits in training; launch/engine/patches/flat_gradients.py sets it
         rows = config.padded_vocab_size // tensor.size
         self.weight = nn.Parameter(torch.zeros(rows, config.d_model)) if tied is None else tied
 
@@ -367,8 +384,10 @@ class Head(nn.Module):
                 return head_losses(*inputs, softcap=self.softcap).view(labels.shape)
             z_loss = self.z_loss if self.training else 0.0
             if x.dim() == 4:
-                return multi_head_loss(*inputs, z_loss=z_loss, softcap=self.softcap, later=self.later)
-            loss = head_loss(*inputs, z_loss=z_loss, softcap=self.softcap)
+                return multi_head_loss(
+                    *inputs, z_loss=z_loss, softcap=self.softcap, later=self.later, memory=self.memory
+                )
+            loss = head_loss(*inputs, z_loss=z_loss, softcap=self.softcap, memory=self.memory)
         return loss / (labels >= 0).sum() if reduction == "mean" else loss
 
 

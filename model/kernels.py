@@ -44,7 +44,7 @@ class Kernels(Losses, Protocol):
     def add_norm(
         self, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return (x + branch, its norm), or (x, its norm) if branch is None."""
+        """Return (x + branch, its norm), or (x, its norm) if branch is None. May overwrite branch."""
 
     def rotate(self, x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
         """Split x (B, T, H, D) into queries, keys and values, with RoPE on the first two. May overwrite x."""
@@ -56,6 +56,9 @@ class Kernels(Losses, Protocol):
 
     def activate(self, x: Tensor, kind: str) -> Tensor:
         """Apply the nonlinearity of the MLP to x: kind is gelu, gelu_tanh, relu2 or swiglu."""
+
+    def activate_linear(self, x: Tensor, kind: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return linear(activate(x, kind), weight, bias). May compute the activation again in the backward pass."""
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
         """Round a matrix to 8 bits. Return the copies (straight, transposed) and the scalar that multiplies them."""

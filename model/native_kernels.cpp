@@ -60,31 +60,45 @@ void activate(const T* x, T* out, Index rows, Index width, int threads) {
     }
 }
 
-template <typename T, Kind kind>
-void activate_backward(const T* x, const T* d_out, T* d_x, Index rows, Index width, int threads) {
+// With `again`, overwrite d_out with what activate returns for x: the same bits.
+template <typename T, Kind kind, bool again>
+void activate_backward(const T* x, T* d_out, T* d_x, Index rows, Index width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (Index row = 0; row < rows; row++) {
         const Index start = row * width * (kind == SWIGLU ? 2 : 1);
-        const T *a = x + start, *d = d_out + row * width;
-        T* to = d_x + start;
+        const T* a = x + start;
+        T *d = d_out + row * width, *to = d_x + start;
         for (Index first = 0; first < width; first += TILE) {
             const Index end = first + TILE < width ? first + TILE : width;
             float buffer[TILE], buffer_up[kind == SWIGLU ? TILE : 1];
+            float buffer_again[again ? TILE : 1];
             float *results = results_for(to + first, buffer), *of_up = results_for(to + width + first, buffer_up);
+            float* out = results_for(d + first, buffer_again);
 #pragma omp simd
             for (Index i = first; i < end; i++) {
                 const float v = load(a[i]), grad = load(d[i]);
+                float activated;
                 if constexpr (kind == SWIGLU) {
                     const float open = sigmoid(v), up = load(a[width + i]);
+                    activated = v * open * up;
                     results[i - first] = grad * up * open * (1.0f + v * (1.0f - open));
                     of_up[i - first] = grad * v * open;
                 } else if constexpr (kind == RELU2) {
+                    activated = v < 0.0f ? 0.0f : v * v;
                     results[i - first] = v < 0.0f ? 0.0f : grad * 2.0f * v;
                 } else {
-                    results[i - first] = grad * (kind == GELU ? gelu(v) : gelu_tanh(v)).slope;
+                    const Gelu at_v = kind == GELU ? gelu(v) : gelu_tanh(v);
+                    activated = v * at_v.share;
+                    results[i - first] = grad * at_v.slope;
+                }
+                if constexpr (again) {
+                    out[i - first] = activated;
                 }
             }
             store_all(to + first, results, 1.0f, end - first);
+            if constexpr (again) {
+                store_all(d + first, out, 1.0f, end - first);
+            }
             if constexpr (kind == SWIGLU) {
                 store_all(to + width + first, of_up, 1.0f, end - first);
             }
@@ -142,6 +156,15 @@ void row_losses(T* logits, const Index* labels, float* losses, Index rows, Index
     }
 }
 
+template <typename T, bool again>
+void choose_backward(const T* x, T* d_out, T* d_x, Index rows, Index width, int kind, int threads) {
+    const auto chosen = kind == GELU        ? activate_backward<T, GELU, again>
+                        : kind == GELU_TANH ? activate_backward<T, GELU_TANH, again>
+                        : kind == SWIGLU    ? activate_backward<T, SWIGLU, again>
+                                            : activate_backward<T, RELU2, again>;
+    chosen(x, d_out, d_x, rows, width, threads);
+}
+
 }  // namespace
 
 #define EXPORT(T)                                                                                                \
@@ -156,13 +179,9 @@ void row_losses(T* logits, const Index* labels, float* losses, Index rows, Index
                                                 : activate<T, RELU2>;                                            \
         chosen(x, out, rows, width, threads);                                                                    \
     }                                                                                                            \
-    extern "C" void activate_backward_##T(const T* x, const T* d_out, T* d_x, Index rows, Index width, int kind, \
-                                          int threads) {                                                         \
-        const auto chosen = kind == GELU        ? activate_backward<T, GELU>                                     \
-                            : kind == GELU_TANH ? activate_backward<T, GELU_TANH>                                \
-                            : kind == SWIGLU    ? activate_backward<T, SWIGLU>                                   \
-                                                : activate_backward<T, RELU2>;                                   \
-        chosen(x, d_out, d_x, rows, width, threads);                                                             \
+    extern "C" void activate_backward_##T(const T* x, T* d_out, T* d_x, Index rows, Index width, int kind,       \
+                                          int again, int threads) {                                              \
+        (again ? choose_backward<T, true> : choose_backward<T, false>)(x, d_out, d_x, rows, width, kind, threads); \
     }
 
 EXPORT(fp32)

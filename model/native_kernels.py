@@ -1,11 +1,13 @@
 """Three operations of reference_ops.py in C++ for CPUs. torch's versions read and write memory several times.
 
     attend      flash attention of all rows or documents in one call, in tiles that fit into a core's cache
-    activate    one pass with one exp per element; backward recomputes the gate from the output of the linear layer
+    activate    one pass with one exp per element; backward recomputes the gate from the output of the linear layer.
+                activate_linear keeps that output only, and its backward recomputes the activation in the same pass
     row_losses  loss and gradient of a row while it is in the cache; one exp per logit (torch: two, and four copies)
 
-add_norm and rotate are those of reference_ops.py. At first use the C++ is compiled for this CPU with
-`c++ -march=native`, which takes four seconds, into TORCH_EXTENSIONS_DIR or torch's default folder for extensions.
+add_norm is that of reference_ops.py, except that the sum takes the memory of the branch. At first use the C++ is
+compiled for this CPU with `c++ -march=native`, which takes four seconds, into TORCH_EXTENSIONS_DIR or torch's default
+folder for extensions.
 Several processes may do that at the same time. Without a compiler, `model.kernels: auto` uses reference_ops.py and
 warns. The C++ code uses as many threads as torch.
 """
@@ -27,14 +29,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from packspeed.model.attention import Documents
 from packspeed.model.attention import attend as plain_attend
+from packspeed.model.linear import is_slow, linear
 from packspeed.model.reference_ops import activate as plain_activate
-from packspeed.model.reference_ops import add_norm, gradient_of_heads, quantise
+from packspeed.model.reference_ops import add_norm as plain_add_norm
+from packspeed.model.reference_ops import gradient_of_heads, quantise
 from packspeed.model.reference_ops import row_losses as plain_row_losses
 
-__all__ = ["activate", "add_norm", "attend", "build", "quantise", "rotate", "row_losses"]
+__all__ = ["activate", "activate_linear", "add_norm", "attend", "build", "quantise", "rotate", "row_losses"]
 
 SOURCES = [Path(__file__).with_name(name) for name in (
     "native_attention.cpp", "native_attention_bf16.cpp", "native_kernels.cpp",
@@ -158,6 +163,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, 
     return out.view(q.shape)
 
 
+class _AddTo(torch.autograd.Function):
+    """x + branch in the memory of branch, which nothing may use afterwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor) -> Tensor:
+        return branch.detach().add_(x)  # a tensor of its own: in place of a view, autograd would copy gradients
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+
+def add_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (x + branch, its norm), or (x, its norm) if branch is None. Overwrites branch with the sum."""
+    if branch is not None and x.dtype == branch.dtype and branch.grad_fn is not None:
+        x, branch = _AddTo.apply(x, branch), None  # type: ignore[no-untyped-call]
+    return plain_add_norm(x, branch, weight, bias, eps, rms)
+
+
 def _turn(x: Tensor, rope: Tensor, sign: float, out: Tensor) -> None:
     """Rotate x (B, T, H, D) by `sign` times the angles of rope (rope.rope_table), into out, which may be x."""
     (cos, sin), (a, b), (out_a, out_b) = rope.unbind(0), x.chunk(2, dim=-1), out.chunk(2, dim=-1)
@@ -197,15 +224,21 @@ def rotate(x: Tensor, rope: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
     return parts
 
 
+def _activate(x: Tensor, kind: str) -> tuple[Tensor, tuple[Any, ...]]:
+    """Return the activation of a contiguous x, and (rows, width, kind) for the C++ functions."""
+    width = x.size(-1) // (2 if kind == "swiglu" else 1)
+    out = x.new_empty((*x.shape[:-1], width))
+    shape = c_int64(out.numel() // width), c_int64(width), KINDS.index(kind)
+    _call("activate", x, out, *shape, torch.get_num_threads())
+    return out, shape
+
+
 class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
         x = x.contiguous()
-        width = x.size(-1) // (2 if kind == "swiglu" else 1)
-        out = x.new_empty((*x.shape[:-1], width))
         ctx.save_for_backward(x)
-        ctx.shape = c_int64(out.numel() // width), c_int64(width), KINDS.index(kind)
-        _call("activate", x, out, *ctx.shape, torch.get_num_threads())
+        out, ctx.shape = _activate(x, kind)
         return out
 
     @staticmethod
@@ -213,7 +246,7 @@ class _Activate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         d_x = torch.empty_like(x)
-        _call("activate_backward", x, grad.contiguous(), d_x, *ctx.shape, torch.get_num_threads())
+        _call("activate_backward", x, grad.contiguous(), d_x, *ctx.shape, False, torch.get_num_threads())
         return d_x, None
 
 
@@ -222,6 +255,40 @@ def activate(x: Tensor, kind: str) -> Tensor:
     if x.dtype not in SUFFIX or x.numel() == 0:
         return plain_activate(x, kind)
     out: Tensor = _Activate.apply(x, kind)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ActivateLinear(torch.autograd.Function):
+    """The activation and a linear layer. The layer's input is not kept for backward, but computed again.
+
+    That needs no other pass over memory: the gradient of the activation takes the same exp.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        hidden, ctx.shape = _activate(x, kind)
+        return F.linear(hidden, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.size(-1))  # (N, out)
+        hidden, d_x = grad @ weight, torch.empty_like(x)
+        # Replaces the gradient of the hidden channels in `hidden` by the channels themselves.
+        _call("activate_backward", x, hidden, d_x, *ctx.shape, True, torch.get_num_threads())
+        d_weight = grad.t() @ hidden if ctx.needs_input_grad[2] else None
+        return d_x, None, d_weight, grad.sum(0) if ctx.needs_input_grad[3] else None
+
+
+def activate_linear(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return linear(activate(x, kind), weight, bias), without keeping the activation for the backward pass."""
+    plain = x.dtype not in SUFFIX or x.dtype != weight.dtype or x.numel() == 0 or is_slow(x.dtype, x.device)
+    if plain or torch.is_autocast_enabled("cpu"):
+        return linear(activate(x, kind), weight, bias)
+    out: Tensor = _ActivateLinear.apply(x, kind, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from packspeed.model.attention import attend as attend
 from packspeed.model.config import CPU_BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS
+from packspeed.model.linear import linear
 
 SMALLEST = 2.0**-100  # quantise counts a smaller largest magnitude as this, so that the scale is finite
 EXPONENT_BITS = 0x7F800000  # of fp32
@@ -77,6 +78,11 @@ def activate(x: Tensor, kind: str) -> Tensor:
     if kind == "relu2":
         return F.relu(x).square()
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def activate_linear(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return linear(activate(x, kind), weight, bias): the activation of an MLP and its second linear layer."""
+    return linear(activate(x, kind), weight, bias)
 
 
 def quantise(matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:

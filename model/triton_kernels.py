@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packspeed.model.attention import attend as attend
+from packspeed.model.linear import linear
 from packspeed.model.reference_ops import gradient_of_heads
 from packspeed.model.triton_fp8 import quantise as quantise
 
@@ -384,6 +385,11 @@ def activate(x: Tensor, kind: str) -> Tensor:
     """Return the MLP's nonlinearity: kind is gelu, gelu_tanh, relu2, or swiglu, which halves x's last dimension."""
     out: Tensor = _Activate.apply(x, kind)
     return out
+
+
+def activate_linear(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return linear(activate(x, kind), weight, bias): the activation of an MLP and its second linear layer."""
+    return linear(activate(x, kind), weight, bias)
 
 
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:

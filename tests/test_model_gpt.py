@@ -103,6 +103,23 @@ def test_head_and_loss_in_float64(
     assert torch.count_nonzero(expected[1][11:]) == 0
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_logits_in_lent_memory_change_no_bit(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only logits in one chunk use it."""
+    if cut:
+        monkeypatch.setattr("packspeed.model.fused_loss.CPU_CHUNK_BYTES", 2 * 16 * 9)
+        monkeypatch.setattr("packspeed.model.fused_loss.SUM_BYTES", 0)
+    x, weight = (torch.randn(n, 8).bfloat16().requires_grad_() for n in (50, 16))
+    labels, space = torch.randint(0, 16, (50,)), torch.full((50 * 16,), torch.inf)
+    losses = [
+        head_loss(x, weight, labels, 16, PLAIN, memory=memory)
+        for memory in (None, lambda count, dtype: space.view(dtype)[:count])
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert bool(space[0].isinf()) == cut
+    assert all(map(torch.equal, *(torch.autograd.grad(loss, (x, weight)) for loss in losses)))
+
+
 def test_gemms_that_return_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """What GPUs run: products of bf16 factors are never rounded to bf16, whatever the cut. CPUs have no such GEMM."""
     monkeypatch.setattr("packspeed.model.fused_loss._gemm_returns_fp32", lambda device: True)

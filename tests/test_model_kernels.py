@@ -19,6 +19,7 @@ from packspeed.model import kernels, native_kernels, reference_ops, triton_kerne
 from packspeed.model.config import GPTConfig
 from packspeed.model.generate import generate
 from packspeed.model.gpt import GPT, init_weights
+from packspeed.model.linear import linear
 from support import KERNEL_NUMBERS, ROOT
 
 CPU = torch.device("cpu")
@@ -237,6 +238,42 @@ def test_without_a_compiler_auto_is_eager_and_says_so(tmp_path: Path) -> None:
         assert said.startswith("packspeed.model.reference_ops 1 the C++ kernels could not be built")
         assert reason in said
         assert ("apt-get install g++" in said) == (compiler != "c++")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", native_kernels.KINDS)
+def test_native_computes_the_activation_again_with_the_same_bits(kind: str, dtype: torch.dtype) -> None:
+    """Width 1,100 is more than a tile. In bf16 the layer is fused only on CPUs with bf16 instructions."""
+    width, rows = 1100, 37
+    x = (3 * torch.randn(2, rows, width * (2 if kind == "swiglu" else 1))).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(n, dtype=dtype, requires_grad=True) for n in ((24, width), (24,)))
+    grad = torch.randn(2, rows, 24, dtype=dtype)
+    together = native_kernels.activate_linear(x, kind, weight, bias)
+    apart = linear(native_kernels.activate(x, kind), weight, bias)
+    assert torch.equal(together, apart)
+    found, expected = (torch.autograd.grad(out, (x, weight, bias), grad) for out in (together, apart))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_native_keeps_no_activation() -> None:
+    kept: list[torch.Size] = []
+    x, weight = torch.randn(5, 32, requires_grad=True), torch.randn(8, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        native_kernels.activate_linear(x, "gelu", weight, None)
+    assert kept == [x.shape, weight.shape]
+
+
+@pytest.mark.parametrize("rms", [True, False])
+def test_native_adds_a_branch_in_its_memory(rms: bool) -> None:
+    leaves = [torch.randn(2, 3, 16, requires_grad=True), torch.randn(2, 3, 16, requires_grad=True)]
+    weight, bias = torch.randn(16, requires_grad=True), None if rms else torch.randn(16)
+    results = []
+    for module in (native_kernels, reference_ops):
+        branch = leaves[1] * 1.0
+        total, normed = module.add_norm(leaves[0], branch, weight, bias, 1e-5, rms)
+        assert (total.data_ptr() == branch.data_ptr()) == (module is native_kernels)
+        results.append((total, normed, *torch.autograd.grad((total * normed).sum(), (*leaves, weight))))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,15 +14,17 @@ from packspeed.launch.config.deepspeed_json import load_ds_config, resolve_ds_co
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.planner.engine_memory import (
     EngineSpec,
+    attention_bytes,
     block_bytes,
     engine_memory,
+    hidden_bytes,
     multiplied_weights,
     states,
 )
 from packspeed.launch.planner.machine import load_machine
 from packspeed.launch.planner.plan import Job, engine_spec, job_of
 from packspeed.launch.planner.this_cpu import this_cpu
-from packspeed.model.config import GPTConfig
+from packspeed.model.config import GPTConfig, Kernels
 from packspeed.model.gpt import GPT, gpt_without_weights
 from packspeed.model.sequence import SequencePart
 from packspeed.model.tensor import TensorPart
@@ -84,7 +86,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def kept_by_a_block(shape: str, precision: str, tensor: int = 1, sequence: int = 1) -> float:
+def kept_by_a_block(
+    shape: str, precision: str, tensor: int = 1, sequence: int = 1, kernels: Kernels = "eager"
+) -> float:
     """Bytes per token that autograd keeps for one more block, parameters aside. autocast: bf16 over fp32 weights.
 
     tensor, sequence: as rank 0 of that many, whose exchanges move nothing.
@@ -92,7 +96,7 @@ def kept_by_a_block(shape: str, precision: str, tensor: int = 1, sequence: int =
     rows, length = 2, 64
 
     def kept(layers: int) -> int:
-        config = GPTConfig(n_layer=layers, vocab_size=128, max_seq_len=length, kernels="eager", **SHAPES[shape])
+        config = GPTConfig(n_layer=layers, vocab_size=128, max_seq_len=length, kernels=kernels, **SHAPES[shape])
         model = GPT(config, TensorPart(0, tensor))
         model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -157,6 +161,21 @@ def test_a_tensor_rank_has_the_parameters_that_are_counted(tensor: int) -> None:
         )  # fmt: skip
         sizes = [parameter.numel() for parameter in gpt_without_weights(model, TensorPart(0, tensor)).parameters()]
         assert (spec.parameters, spec.largest) == (sum(sizes), max(sizes))
+
+
+@pytest.mark.parametrize("shape", ["gpt", "llama", "shared"])
+def test_native_kernels_keep_no_activation_of_an_mlp(shape: str) -> None:
+    """The eager ones keep it, and SwiGLU's SiLU too."""
+    model = GPTConfig(n_layer=2, vocab_size=128, max_seq_len=64, kernels="eager", **SHAPES[shape])
+    eager = EngineSpec(
+        model=model, seq_len=64, micro_batch=2, accumulation=1, ranks=8, stage=1, precision="fp32", kernels="eager",
+        device="cpu",
+    )  # fmt: skip
+    native = dataclasses.replace(eager, kernels="native")
+    spared = hidden_bytes(eager) - hidden_bytes(native)
+    found = kept_by_a_block(shape, "fp32") - kept_by_a_block(shape, "fp32", kernels="native")
+    attention = attention_bytes(eager) - attention_bytes(native)
+    assert found - attention == pytest.approx(spared, rel=0.01)
 
 
 def test_zero_and_offload_move_memory_where_they_say() -> None:

@@ -298,15 +298,17 @@ def hidden_bytes(spec: EngineSpec) -> float:
     model, e = spec.own, spec.value_bytes
     fused = spec.kernels in ("native", "triton")
     ff = (2 if model.mlp != "swiglu" else 3 if fused else 4) * e  # per hidden channel
+    again = spec.kernels == "native" and not spec.autocast and spec.tensor == 1  # the activation is computed twice
+    dense = ff - e if again else ff
     if model.n_expert is None:
-        return ff * model.ff_width
+        return dense * model.ff_width
     router = (6 if e == 2 and not spec.autocast else 4) * model.n_expert + 4
     if e == 2:  # the router's fp32 input; a 16-bit one is kept for the shared experts only
         router += (4 if model.n_shared_expert else 2) * model.d_model
     experts = model.n_expert_active * (2 * e * model.d_model + ff * model.expert_width + 32) + router
-    experts += ff * model.n_shared_expert * model.expert_width
+    experts += dense * model.n_shared_expert * model.expert_width
     sparse = (model.n_block - model.first_dense) / model.n_block
-    return sparse * experts + (1 - sparse) * ff * model.ff_width
+    return sparse * experts + (1 - sparse) * dense * model.ff_width
 
 
 def multiplied_weights(spec: EngineSpec) -> float:

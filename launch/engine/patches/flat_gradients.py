@@ -8,14 +8,16 @@ Version    DeepSpeed 0.19.8: process_gradients, _fill_param_grad_accum_attribute
 Upstream   No thread is known.
 Without    The numbers are the same, but steps are slower.
 
-The tensor takes 4 bytes per parameter, from the first backward pass of a step until it is reduced.
+The tensor takes 4 bytes per parameter, from the first backward pass of a step until it is reduced. On CPUs the logits
+are computed in its memory before that, if they fit into it. So the two never need memory at the same time, and the
+allocator, which keeps what a step frees, finds the same place for both in each step.
 With overlap_comm gradients are reduced while the backward pass still runs, which this patch leaves to DeepSpeed.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed import comm as dist
@@ -23,6 +25,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPar
 
 from packspeed.launch.engine.patches.replace import replace
 from packspeed.launch.engine.protocol import Engine
+from packspeed.model.gpt import GPT
 
 Views = list[tuple[int, torch.Size, bool]]  # offset in this rank's part, shape, whether it only fills up the part
 
@@ -59,6 +62,14 @@ def accumulate_in_flat_tensors(engine: Engine) -> None:
             flat[group] = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
         return flat[group][offset : offset + parameter.numel()]
 
+    def lend(count: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the first `count` elements of the first group's tensor; None if it is too small or has gradients."""
+        like = optimizer.bit16_groups_flat[0]
+        if filled or not like.is_cpu or count * dtype.itemsize > 4 * like.numel():
+            return None
+        slot(optimizer.bit16_groups[0][0])
+        return flat[0].view(dtype)[:count]
+
     def fill(param: torch.Tensor, i: int = 0) -> None:
         if param.grad is None:
             return
@@ -89,6 +100,7 @@ def accumulate_in_flat_tensors(engine: Engine) -> None:
             optimizer.averaged_gradients[group] = GradPartitionBufferGroup(tensors, part)
         filled.clear()
 
+    cast(GPT, engine.module).lm_head.memory = lend
     replace(optimizer, "process_gradients", fill)
     replace(optimizer, "_fill_param_grad_accum_attribute", fill)
     replace(optimizer, "reduce_gradients", reduce_gradients)
