@@ -41,8 +41,9 @@ LLAMA: dict[str, Any] = {
 # buckets, the offload, and one of each layout, recompute, family and accumulation at a stage.
 CASES = {
     8: (
-        "0,fp32,gpt,none,no,1,tensor=4", "1,bf16,gpt,full,no,2", "2,bf16,llama,none,no,1,sequence=2",
-        "3,fp32,mixed,full,no,1", "1,bf16,moe,none,no,1,expert=2", "1,bf16,mtp,none,no,1",
+        "0,fp32,gpt,none,no,1,tensor=4", "1,fp32,gpt,none,no,2,tensor=2", "1,bf16,gpt,full,no,2",
+        "2,bf16,llama,none,no,1,sequence=2", "3,fp32,mixed,full,no,1", "1,bf16,moe,none,no,1,expert=2",
+        "1,bf16,mtp,none,no,1",
     ),
     64: ("2,bf16,gpt,none,yes,1", "3,bf16,llama,none,yes,1,sequence=2", "1,bf16,gpt,none,no,2,tensor=8"),
     1024: (

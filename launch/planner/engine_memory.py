@@ -424,7 +424,9 @@ def _end_of_forward(spec: EngineSpec) -> Kinds:
     rows = spec.predictions * spec.model.d_model * spec.value_bytes  # the head's input, which nothing keeps
     losses, weight = _losses(spec), gradients - rows  # the weight's gradient comes after the first losses
     both = spec.device == "cpu" and _chunks(spec) == 1 and spec.model.extra_heads == 0
-    return {
+    # In fp32, ZeRO-1 keeps its bucket from the first micro batch of a step to the last.
+    bucket = _bucket(spec) if spec.stage == 1 and spec.weight_bytes == 4 and spec.accumulation > 1 else {}
+    return bucket | {
         "gathered": _gathered(spec),
         "activations": kept + _embedding(spec) + _last_norm(spec) + rows + (weight if both or weight >= losses else 0),
         "logits": logits + rows + (losses if both or losses > weight else 0), "gradients": _accumulated(spec),
