@@ -28,7 +28,10 @@ if TYPE_CHECKING:  # run files are loaded without numpy, which takes 0.1 s to im
 
 @dataclass(frozen=True)
 class BatchStage:
-    """Batches of `rows` samples each, from batch number `first_batch` on, which begins at sample `first_sample`."""
+    """A part of a run in which every batch has `rows` samples.
+
+    Its first batch has number `first_batch` and begins with sample number `first_sample`, both counted from 0.
+    """
 
     first_batch: int
     first_sample: int
@@ -37,7 +40,7 @@ class BatchStage:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The stages of a run in ascending order, as `staged` makes them; the last one has no end."""
+    """The batch sizes of a run, as stages whose batches never become smaller. The last stage has no end."""
 
     stages: tuple[BatchStage, ...]
 
@@ -45,18 +48,18 @@ class BatchSizes:
     def staged(cls, warmup: Sequence[tuple[float, int]], rows: int) -> BatchSizes:
         """Return the sizes of a run that begins with smaller batches and continues with batches of `rows` samples.
 
-        warmup: (end, rows) of each stage before. A stage ends with the first of its batches that reaches sample number
-        `end`, counted from the start of the run. Raises ValueError if a stage has smaller batches than the one before,
-        or no batch.
+        warmup: (end, size) of each stage before the last one. A stage has batches of `size` samples until the run has
+        read at least `end` samples in total. Raises ValueError if a stage has no batch, or smaller batches than the
+        stage before it.
         """
         stages, batch, sample = list[BatchStage](), 0, 0
         for number, (end, size) in enumerate([*warmup, (math.inf, rows)], 1):
             if size < 1 or (stages and size < stages[-1].rows):
                 before = f"the {stages[-1].rows:,} of stage {number - 1}" if stages else "1"
-                raise ValueError(f"stage {number} has batches of {size:,}, which is less than {before}")
+                raise ValueError(f"stage {number} has batch size {size:,}, which is less than {before}")
             if end <= sample:
                 raise ValueError(
-                    f"stage {number} ends at {end:,.0f}, which is not after the end of stage {number - 1}, {sample:,}"
+                    f"stage {number} ends at {end:,.0f}, but stage {number - 1} already reaches {sample:,}"
                 )
             stages.append(BatchStage(batch, sample, size))
             if end < math.inf:
@@ -66,7 +69,7 @@ class BatchSizes:
 
     @classmethod
     def of(cls, rows: int | BatchSizes) -> BatchSizes:
-        """Return the argument, or if it is a number, the sizes of a run whose batches all have that many samples."""
+        """Return `rows` if it is a BatchSizes. If it is a number, every batch of the result has that many samples."""
         return rows if isinstance(rows, BatchSizes) else cls.staged([], rows)
 
     @property
@@ -76,13 +79,11 @@ class BatchSizes:
 
     @property
     def divisor(self) -> int:
-        """Largest number that divides the samples of every batch. Groups of ranks can share the batches if their
-        number divides it.
-        """
+        """The greatest common divisor of all batch sizes. n groups of ranks can share the batches if n divides it."""
         return math.gcd(*self.sizes)
 
     def start(self, batch: int) -> int:
-        """Return the number of the first sample of a batch, which is how many samples all batches before it have."""
+        """Return the number of the first sample of a batch: the number of samples in all batches before it."""
         return max(stage.first_sample + (batch - stage.first_batch) * stage.rows for stage in self.stages)
 
     def rows(self, batch: int) -> int:
@@ -94,19 +95,17 @@ class BatchSizes:
         return min(stage.first_batch + (sample - stage.first_sample) // stage.rows for stage in self.stages)
 
     def count(self, samples: float) -> int:
-        """Return how many batches are needed to read this many samples, of which there is at least a part."""
+        """Return how many batches a run needs to read at least this many samples. `samples` must be above 0."""
         return self.batch_of(math.ceil(samples) - 1) + 1
 
     def steps_of_stages(self, batches: int) -> list[tuple[int, int]]:
-        """Return (batches, their rows) of each stage, for the first `batches` batches of the run. Stages that have none
-        of them are left out.
-        """
+        """Return (number of batches, samples per batch) of each stage in the first `batches` batches of the run."""
         ends = [*(stage.first_batch for stage in self.stages[1:]), batches]
         counts = [min(end, batches) - stage.first_batch for stage, end in zip(self.stages, ends, strict=True)]
         return [(count, stage.rows) for count, stage in zip(counts, self.stages, strict=True) if count > 0]
 
     def starts(self, batches: Indices) -> Indices:
-        """Return `start` of each of several batches, (n,)."""
+        """Return the number of the first sample of each batch, (n,) for batches (n,)."""
         import numpy as np
 
         lines = [stage.first_sample + (batches - stage.first_batch) * stage.rows for stage in self.stages]
@@ -114,7 +113,7 @@ class BatchSizes:
         return found
 
     def batches_of(self, samples: Indices) -> Indices:
-        """Return `batch_of` of each of several samples, (n,)."""
+        """Return the number of the batch that has each sample, (n,) for samples (n,)."""
         import numpy as np
 
         lines = [stage.first_batch + (samples - stage.first_sample) // stage.rows for stage in self.stages]
@@ -122,7 +121,7 @@ class BatchSizes:
         return found
 
     def divided(self, seq_len: int) -> BatchSizes:
-        """Return sizes in tokens as sizes in samples of `seq_len` tokens, which must divide the sizes of all stages."""
+        """Convert sizes in tokens to sizes in samples of `seq_len` tokens. seq_len must divide all batch sizes."""
         return BatchSizes(
             tuple(BatchStage(s.first_batch, s.first_sample // seq_len, s.rows // seq_len) for s in self.stages)
         )

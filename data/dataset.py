@@ -226,9 +226,8 @@ class TokenDataset:
     def cut_tokens(self, split: str, stride: int, longest: int) -> Starts:
         """Return the number of tokens in each group of `stride` consecutive documents, (groups,).
 
-        packing.py packs each such group into rows. Of each document at most `longest` tokens are counted. Reads the
-        length of every document, 0.5 ns each. Raises DataError if the lengths of a shard's documents do not add up to
-        its tokens.
+        longest: tokens of a document beyond this number are not counted. Reads the length of every document, which
+        takes 0.5 ns each. Raises DataError if the lengths of a shard's documents do not add up to its tokens.
         """
 
         # 32-bit sums are four times as fast and correct modulo 2**32. All shards reuse the memory of `cut`.
@@ -322,9 +321,9 @@ class TokenDataset:
             filled, start, shard = filled + stop - start, stop, shard + 1
 
     def _map(self, split: str, number: int) -> Tokens:
-        """Return all tokens of shard number `number` of a split, (n,). The file is mapped into memory at first use.
+        """Return all tokens of the shard with index `number` in a split, (n,).
 
-        Raises DataError if the file cannot be read.
+        The file is mapped into memory at first use. Raises DataError if the file cannot be read.
         """
         name = self._shards[split][number].name
         if name not in self._maps:

@@ -210,7 +210,8 @@ class Loader:
     def _read_ahead(self, step: int, rank: int, world: int) -> None:
         """Ask the kernel, in a thread, to read the rows of this rank's next steps into the page cache; do not wait.
 
-        step: the current step. Does nothing until half of the steps that were requested last have been reached.
+        step: the current step. A call requests the rows of many steps; later calls do nothing until half of these
+        steps are done.
         """
         largest = self.batches.sizes[-1]
         steps = max(AHEAD_STEPS, min(AHEAD_TOKENS // self.seq_len, self.samples_per_epoch) // largest)
@@ -267,7 +268,7 @@ class Loader:
         return replace(batch, positions=positions, documents=documents)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Return the rows that rank `rank` of `world` ranks trains on in a step: 1 / world of its batch.
+        """Return the rows that rank `rank` of `world` ranks trains on in a step: 1 / world of the step's rows.
 
         Raises UsageError if the rows cannot be shared evenly, or if there is no such rank or step.
         """
@@ -309,7 +310,7 @@ class Loader:
         return digest.hexdigest()
 
     def epochs(self, step: int) -> float:
-        """Return how many epochs (passes over the split) are complete when `step` begins, as a fraction."""
+        """Return how many epochs (passes over the split) a run has read when `step` begins, such as 1.25."""
         return self.batches.start(step) / self.samples_per_epoch
 
     def val_windows(self, windows: int) -> npt.NDArray[np.int64]:

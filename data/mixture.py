@@ -58,7 +58,7 @@ class MixtureStage:
 
 
 class SourceReport(TypedDict):
-    """How much a run has read of one dataset of a mixture: samples, tokens and epochs (passes over it)."""
+    """A dataset of a mixture, and how much of it a run has read: samples, tokens and epochs (passes over it)."""
 
     path: str
     weight: float
@@ -196,7 +196,7 @@ class MixtureData:
 class MixtureLoader(Loader):
     """Batches from several datasets. stages: (token of the run at which the stage begins, one weight per dataset) each.
 
-    The other arguments are those of packing.make_loader, which makes the loader of each dataset. Raises DataError if a
+    The other arguments go to packing.make_loader, which makes the loader of each dataset. Raises DataError if a
     dataset is too small for one row, and UsageError if an argument is invalid.
     """
 
@@ -258,10 +258,10 @@ class MixtureLoader(Loader):
         return sum(loader.val_available() for loader in self.loaders)
 
     def eval_batch(self, indices: Sequence[int], windows: int) -> Batch:
-        """Return some of `windows` validation windows, which are always the same, as the rows of a Batch.
+        """Return some windows of a validation set of `windows` windows, as the rows of a Batch.
 
-        indices: which of the `windows` windows, from 0. Each source provides a number of them in proportion to how many
-        validation windows it has.
+        indices: which windows of the set, from 0. The set is the same in every call. Each source has a share of it, in
+        proportion to how many validation windows the source has.
         """
         # The windows of the set are numbered source after source.
         ends = np.cumsum([loader.val_available() for loader in self.loaders])
@@ -279,7 +279,7 @@ class MixtureLoader(Loader):
     def report(self, samples: int) -> list[SourceReport]:
         """Return, for each source, how much of it the first `samples` samples of the run read.
 
-        The reported weight of a source is its weight in the first stage.
+        The field `weight` is the source's weight in the first stage.
         """
         block, rest = divmod(samples, BLOCK)
         given = np.array(self.mixture.counts(block))

@@ -116,9 +116,10 @@ class Permutation:
 class Order:
     """Maps sample k to a window (seq_len + 1 consecutive tokens) of a stream of `tokens` tokens.
 
-    seed, shuffle: determine the order (see the top of this file). source: the index of the dataset in a mixture; it is
-    part of the random key, so the datasets have different orders. The attribute `windows` is the number of windows in
-    an epoch. Raises DataError if the stream is shorter than one window.
+    seed: part of the random key. shuffle: "full" shuffles all windows; "blocks" shuffles blocks of 2**17 tokens, then
+    the windows inside groups of blocks. source: the index of the dataset in a mixture; it is part of the random key, so
+    the datasets have different orders. The attribute `windows` is the number of windows in an epoch. Raises DataError
+    if the stream is shorter than one window.
     """
 
     def __init__(self, tokens: int, seq_len: int, seed: int, shuffle: Shuffle = "blocks", source: int = 0):
@@ -223,7 +224,10 @@ class _Epoch:
         return out
 
     def _in_group(self, group: int, slots: Indices) -> Indices:
-        """Return the index of the window of each slot, (n,) for slots (n,). group: the group that has these slots."""
+        """Return the index of the window of each slot, (n,) for slots (n,). All slots must be in the same group.
+
+        group: its index. A group is a number of blocks whose windows are shuffled together.
+        """
         first = self._first_slot[group]
         position = first + self._permute_group(group)(slots - first)  # windows in the order of the permuted blocks
         # The last block has fewer windows than the others. Add the difference to all positions after it, so that the
@@ -259,7 +263,7 @@ class _Epoch:
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 
     def _draw(self, purpose: bytes, n: int) -> int:
-        """Return a pseudo-random number in 0 .. n-1. purpose: a name for this draw; others give other numbers."""
+        """Return a pseudo-random number in 0 .. n-1. purpose: part of the random key."""
         digest = hashlib.blake2b(self._prefix + purpose, digest_size=16).digest()
         return int.from_bytes(digest, "little") % n
 

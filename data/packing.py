@@ -82,9 +82,9 @@ def pack(starts: Indices, lengths: Indices, seq_len: int, rows: int, mode: Packe
 
     starts, lengths (n,): position of the first token, and length with EOT, of each document. A document of at least
     seq_len tokens is cut into pieces of seq_len tokens and a remainder. best_fit packs all pieces; bos_aligned packs
-    the first and discards the others. If the rows have no room for a piece: best_fit splits it over the gaps that are
-    left, bos_aligned puts its beginning into one gap. A piece that still has no room is in no row. With best_fit and
-    rows = ceil(tokens / seq_len) everything has room.
+    the first piece only. If no row has room for a piece, best_fit splits it over the gaps in several rows, and
+    bos_aligned puts its beginning into one gap. What still has no room is discarded. With best_fit and
+    rows = ceil(tokens / seq_len) nothing is discarded.
     """
     # Documents that are at least as long as a row provide full rows.
     whole = np.minimum(lengths // seq_len, 1 if mode == "bos_aligned" else 2**62)
@@ -222,8 +222,9 @@ _loader_numbers = itertools.count()
 class PackedLoader(Loader):
     """Batches of packed rows: a sample is a row. `targets`, `used`, `positions` and `documents` of a Batch are set.
 
-    packing: best_fit or bos_aligned, as explained at the top of this file. seq_len: positions per row. The other
-    arguments are those of Loader. The constructor reads the index files, and raises DataError if one is damaged.
+    packing: "best_fit" discards no token; with "bos_aligned" every piece in a row is the beginning of a document, and
+    what does not fit is discarded. seq_len: positions per row. The other arguments are those of Loader. The constructor
+    reads the index files, and raises DataError if one is damaged.
     """
 
     def __init__(
@@ -418,7 +419,10 @@ class _PackedEpoch:
         self._padded = lru_cache(maxsize=8)(self._padded_rows)
 
     def _new_permutation(self, group: int) -> Permutation:
-        """Return the permutation of the rows of a group of windows, counted from the group's first row."""
+        """Return the permutation of the rows of a group: windows of documents whose rows are shuffled together.
+
+        group: its index. Rows are counted from the group's first row.
+        """
         size = int(self._first_slot[group + 1] - self._first_slot[group])
         return Permutation(size, self._prefix + b"group" + struct.pack("<Q", group))
 
@@ -458,10 +462,11 @@ class _PackedEpoch:
         return total
 
     def _padded_rows(self, group: int, plan: Callable[[int], PackingPlan]) -> tuple[Indices, Indices]:
-        """Return which samples of one group of windows have padding, ascending, and how much each has, (n,) each.
+        """Return which samples of a group have padding, ascending, and how much padding each has, (n,) each.
 
-        Samples are counted from 0 in the epoch. The padding of a sample is its number of positions without a label.
-        plan(window): returns the PackingPlan of a window of documents, given its index.
+        group: the index of a group of windows whose rows are shuffled together. plan(window): returns the PackingPlan
+        of a window of documents, given its index. Samples are counted from 0 in the epoch. The padding of a sample is
+        its number of positions without a label.
         """
         orders = np.flatnonzero(
             (self._first_slot[group] <= self._first[:-1]) & (self._first[:-1] < self._first_slot[group + 1])

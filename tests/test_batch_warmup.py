@@ -94,14 +94,14 @@ def test_samples_that_a_rewind_dropped_are_not_trained() -> None:
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
-        ("[{until_tokens: 100, global_batch_tokens: 512}]", "stage 2 has batches of 384, which is less than the 512"),
+        ("[{until_tokens: 100, global_batch_tokens: 512}]", "stage 2 has batch size 384, which is less than the 512"),
         (
             "[{until_tokens: 100, global_batch_tokens: 128}, {until_tokens: 900, global_batch_tokens: 64}]",
-            "stage 2 has batches of 64, which is less than the 128 of stage 1",
+            "stage 2 has batch size 64, which is less than the 128 of stage 1",
         ),
         (
             "[{until_tokens: 100, global_batch_tokens: 64}, {until_tokens: 128, global_batch_tokens: 128}]",
-            "stage 2 ends at 128, which is not after the end of stage 1, 128. Batches must not shrink",
+            "stage 2 ends at 128, but stage 1 already reaches 128. Batches must not shrink",
         ),
         (
             "[{until_tokens: 100, global_batch_tokens: 80}]",

@@ -318,7 +318,7 @@ def test_npy_files_are_imported(dtype: str, columns: int, tmp_path: Path) -> Non
 def test_npy_files_of_something_else_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.npy"
     for array, message in (
-        (np.zeros(5), "contains an array of type float64 and shape .5,. in"),
+        (np.zeros(5), "contains an array of type float64 and shape .5,. that ends at byte"),
         (np.zeros((3, 2), "u2", order="F"), "in C order"),
         (np.array(["a"]), "must be integers"),
     ):

@@ -27,9 +27,9 @@ def sources_of(loader: Loader) -> list[Loader]:
 def audit_step(loader: Loader, step: int, text: bool = False) -> Iterator[dict[str, Any]]:
     """Yield one record for each document, or part of one, that is trained on in step `step` (from 0).
 
-    A record has the keys sample (its index in the run), source (path of the dataset), shard, index (of the document in
-    the shard), first_token (position in the document at which the part begins), tokens (length of the part) and, if
-    `text` is set, text (the decoded part).
+    A record has the keys sample (index of the sample in the run), source (path of the dataset), shard, index (of the
+    document in the shard), first_token (position in the document at which the part begins), tokens (length of the part)
+    and, if `text` is set, text (the decoded part).
     """
     for sample in range(loader.batches.start(step), loader.batches.start(step + 1)):
         source, number = _origin(loader, sample)
@@ -119,7 +119,7 @@ def _number(dataset: TokenDataset, split: str, shard: str, index: int) -> tuple[
 
 
 def _label_span(loader: Loader, shard: str, index: int) -> tuple[int, int]:
-    """Return (position of its first token in the split's stream, length in tokens with EOT) of a document.
+    """Return the position of a document's first token in the split's stream, and its length in tokens with EOT.
 
     shard: a name such as "train-00000". index: of the document in the shard. Raises UsageError if there is no such
     document.

@@ -105,8 +105,8 @@ def _check_shard(folder: Path, shard: Shard, manifest: Manifest, report: VerifyR
 def _check_tokens(path: Path, shard: Shard, manifest: Manifest, index: Index, report: VerifyReport) -> None:
     """Read a .bin file in pieces of a megabyte, and add its problems to the report.
 
-    A problem is a hash that differs from the manifest's, an id outside the vocabulary, or an EOT that is not exactly at
-    the end of each document in the index.
+    A problem is a hash that differs from the manifest's, an id outside the vocabulary, a document of the index without
+    EOT at its end, or an EOT at another place.
     """
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     eot_id, vocab_size = manifest.tokenizer.eot_id, manifest.tokenizer.vocab_size

@@ -17,7 +17,7 @@ from packspeed.data.storage.mmidx import CODES, write_index
 
 
 def export_data(path: str | Path, out: str | Path, kind: Kind, shard_tokens: int = 10**8) -> list[Path]:
-    """Write both splits of the dataset `path` in another format into the new folder `out`. Return the files written.
+    """Write both splits of the dataset `path` in the format `kind` into the new folder `out`. Return the files written.
 
     shard_tokens: tokens per file, for llmc only. For mds, the returned paths are folders. Raises UsageError if `out` is
     not empty or if the format cannot store the ids, and DataError if the dataset is damaged or the disk is full.

@@ -71,9 +71,9 @@ def read_npy(path: str, tokenizer: Tokenizer) -> Iterator[Run]:
         raise DataError(f"{path} cannot be read as an .npy file ({reason}). Copy it again.") from error
     if array.dtype.kind not in "iu" or not array.flags.c_contiguous or end != os.path.getsize(path):
         raise DataError(
-            f"{path} contains an array of type {array.dtype} and shape {array.shape} in {end} of its "
-            f"{os.path.getsize(path)} bytes, but token ids must be integers in C order that fill the file. Save them "
-            f"again with numpy.save."
+            f"{path} contains an array of type {array.dtype} and shape {array.shape} that ends at byte {end} of "
+            f"{os.path.getsize(path)}. Token ids must be integers in C order, up to the end of the file. Save them "
+            f"like this with numpy.save."
         )
     return cut_at_eot(_pieces(path, array.view(np.ndarray).reshape(-1), tokenizer), tokenizer.eot_id)
 

@@ -129,7 +129,7 @@ def _detect_folder(path: Path) -> SourceKind:
     if (path / "index.json").is_file():
         return "mds"
     if (path / "manifest.json").is_file():
-        raise UsageError(f"{path} is a Packspeed dataset already: train on it, or give its .bin files.")
+        raise UsageError(f"{path} is a Packspeed dataset already: train on it. To import it, give its .bin files.")
     inner = sorted(index.parent.name for index in path.glob("*/index.json"))
     if inner:
         raise UsageError(f"{path} contains several MDS datasets ({', '.join(inner[:5])}). Give them one by one.")

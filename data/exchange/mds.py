@@ -76,7 +76,10 @@ def _read_shard(folder: Path, shard: dict[str, Any]) -> Samples:
     count = int(np.frombuffer(raw, "<u4", 1)[0])
     offsets = np.frombuffer(raw, "<u4", count + 1, 4).tolist()
     if count != shard["samples"] or offsets[-1] != len(raw):
-        raise ValueError(f"{shard['raw_data']['basename']} is truncated: it has {len(raw)} bytes and {count} samples")
+        raise ValueError(
+            f"{shard['raw_data']['basename']} is truncated or damaged: it has {len(raw)} bytes and {count} samples "
+            f"instead of {offsets[-1]} bytes and {shard['samples']} samples"
+        )
     sizes, encoding = shard["column_sizes"], shard["column_encodings"][column]
     samples = [_decode(_column(raw[begin:end], sizes, column), encoding) for begin, end in itertools.pairwise(offsets)]
     lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
@@ -130,7 +133,7 @@ def _column(sample: bytes, sizes: list[int | None], wanted: int) -> bytes:
 def _decode(value: bytes, encoding: str) -> npt.NDArray[np.uint32]:
     """Return the token ids (n,) of one value. encoding: how its column is stored, such as "ndarray:int32".
 
-    Raises ValueError if the encoding is another one or if the values are not token ids.
+    Raises ValueError if the encoding is neither ndarray nor bytes, or if the values are not token ids.
     """
     type_name, _, rest = encoding.partition(":")
     dtype, _, shape = rest.partition(":")
@@ -167,7 +170,7 @@ def write_mds(folder: Path, documents: Iterable[Tokens], dtype: str) -> None:
 
 
 def _encode(tokens: Tokens) -> bytes:
-    """Return a document as an MDS sample: the bytes of its only column (uint32), the array's shape, the token ids."""
+    """Return a document as an MDS sample with one column: its size in bytes (uint32), array shape and token ids."""
     code = next(code for code, dtype in enumerate(SHAPE_DTYPES) if len(tokens) <= np.iinfo(dtype).max)
     shape = np.array([len(tokens)], SHAPE_DTYPES[code]).tobytes()
     value = bytes([4 + code]) + shape + tokens.tobytes()

@@ -42,7 +42,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass
 class MergeCounts:
-    """How many documents a merge kept and dropped, and the sum of their hashes."""
+    """How many documents a merge kept and dropped, and the sum of the hashes of the kept ones."""
 
     documents: int = 0  # documents kept
     duplicates: int = 0  # documents dropped because they equal an earlier one
@@ -81,10 +81,11 @@ class FinishedUnits:
 
 
 class Merge:
-    """Merges the outputs of work units into shards. folder: where the outputs are. units: the numbers of the units.
+    """Merges the outputs of work units (encoded parts of the sources) into shards.
 
-    dtype: the type of the tokens. dedup: drop documents that equal an earlier one. shuffle_seed: shuffle the documents;
-    None: keep their order. ready(number): waits until unit `number` is encoded.
+    folder: where the outputs are. units: the numbers of the units. dtype: the type of the tokens. dedup: drop documents
+    that equal an earlier one. shuffle_seed: shuffle the documents; None: keep their order.
+    ready(number): waits until unit `number` is encoded.
     """
 
     def __init__(
@@ -243,7 +244,7 @@ class Merge:
 
 
 def _write_by_bucket(rows: npt.NDArray[np.void], files: Sequence[IO[bytes]]) -> None:
-    """Append each row to one of 256 files, which the first byte of its hash chooses. rows (n,): hash and number."""
+    """Append each row (hash and number of a document) to one of 256 files, chosen by the first byte of the hash."""
     for file, chosen in zip(files, by_bucket(rows["high"]), strict=True):
         if len(chosen):
             file.write(rows[chosen].tobytes())
@@ -266,7 +267,7 @@ def _copy(run: DocumentRun, chosen: npt.NDArray[np.bool_] | slice, writer: Shard
 
 
 def _unit_data(path: Path, size: int) -> npt.NDArray[np.uint8]:
-    """Return the bytes of a unit's .bin file, (at least size,). A large file is mapped, a small one is read.
+    """Return all bytes of a unit's .bin file, (n,). A large file is mapped into memory, a small one is read.
 
     Raises DataError if the file has fewer than `size` bytes.
     """

@@ -33,11 +33,13 @@ def claimed_folder(folder: Path, *, overwrite: bool = False, shared: bool = Fals
     """A context in which a folder is locked for one run of `prepare`. The folder is created if it does not exist.
 
     overwrite: remove an existing dataset once the folder is locked. shared: several tasks of one run use the folder at
-    the same time. Incomplete files of a killed run are removed at the start, unless `shared` is set.
+    the same time; then nothing is removed.
 
-    After an error in the block, finished units are kept and all else that prepare wrote is removed, the folder too if
-    it was new. After a UsageError nothing is removed. An OSError becomes a DataError. Raises UsageError if the folder
-    contains other files or a dataset, or if another `prepare` works in it.
+    At the start, incomplete files of a killed run are removed. After an error in the block, finished work units
+    (encoded parts of the sources) are kept, and all else that prepare wrote is removed. A new folder without such units
+    is removed too. After a UsageError nothing is removed. An OSError becomes a DataError.
+
+    Raises UsageError if the folder contains other files or a dataset, or if another `prepare` works in it.
     """
     created = not folder.exists()
     with _locked(folder, overwrite, shared):
@@ -92,7 +94,7 @@ def _check_contents(folder: Path, overwrite: bool) -> None:
 
 
 def _clean(folder: Path, created: bool) -> str:
-    """Remove everything except finished units after an error. Return what is left, as a sentence for the message.
+    """Remove everything except finished work units after an error. Return what is left, as text for the message.
 
     created: prepare made the folder, so remove it too if nothing is left in it.
     """
@@ -109,8 +111,8 @@ def _clean(folder: Path, created: bool) -> str:
 def clear_folder(folder: Path, keep_units: bool) -> None:
     """Remove the files that prepare wrote into a folder, except the lock file.
 
-    keep_units: also keep the finished units and the tokenizer. The manifest is removed first, so that the remaining
-    files never look like a complete dataset.
+    keep_units: also keep the tokenizer and the finished work units (encoded parts of the sources). The manifest is
+    removed first, so that the remaining files never look like a complete dataset.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in folder.iterdir():

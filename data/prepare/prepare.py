@@ -178,7 +178,7 @@ def prepare_part(
     encoder: Choice = "auto",
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> int:
-    """Encode one task's share of the work units of `prepare`, and return the number of these units.
+    """Encode one task's share of the work units (parts of the sources), and return how many units these are.
 
     task_index, task_count: this task encodes every task_count-th unit, from number task_index on. All tasks, which may
     run on different machines, write to the same folder `out`. After all tasks, call `prepare` with the same arguments
@@ -234,12 +234,14 @@ class Corpus:
         held_out = {os.path.realpath(source.name) for source in val.sources if source.kind != "hub"}
         train.sources = [source for source in train.sources if os.path.realpath(source.name) not in held_out]
         if not train.sources:
-            raise UsageError("All sources are validation sources too, so there is nothing to train on. Give others.")
+            raise UsageError(
+                "All sources are validation sources too, so there is nothing to train on. Add one that is not."
+            )
         return train, val
 
 
 def _is_small(units: Sequence[Unit]) -> bool:
-    """Return whether units have so little text that loading gigatoken takes longer than encoding them with tiktoken."""
+    """Return whether units have so little text that loading gigatoken takes longer than encoding it with tiktoken."""
     readable = all(
         source.kind not in BINARY_FORMATS and not source.compression for unit in units for source in unit.sources
     )
@@ -299,8 +301,8 @@ class _Preparation:
     def do(self, encode: Encode, progress: Callable[[PrepareProgress], None] | None) -> None:
         """Encode the work units that are not finished yet.
 
-        encode: encodes the units in `todo` and yields (number, receipt) of each; `encoding` provides it. progress:
-        called with the state from time to time. Raises DataError if there are too many bad documents.
+        encode: a function that `encoding` yields; it encodes the units in `todo`. progress: called with the counts so
+        far after each report of a worker. Raises DataError if there are too many bad documents.
         """
         done = {number: receipt for number, receipt in self.done.items() if receipt is not None}
         meter = ProgressMeter(self.units, done, progress)
@@ -331,7 +333,7 @@ class _Preparation:
     def encoding(self, workers: int, encoder: Choice) -> Iterator[Encode]:
         """Yield a function that encodes the units in `todo`, in this process or, if workers > 1, in worker processes.
 
-        The processes end with the `with` block. The function yields (number of the unit, its receipt) when a unit is
+        The processes end with the `with` block. The function yields (number of the unit, its counts) when a unit is
         finished. Its argument is a callback for the progress, which gets the Counts since the last call.
         """
         workers = min(workers, len(self.todo))

@@ -38,7 +38,7 @@ class ProgressMeter:
             self.now.count(Counts(receipt.documents, receipt.empty_documents, receipt.text_bytes, receipt.tokens))
 
     def add(self, counts: Counts) -> None:
-        """Add what a worker has encoded since its last report to `now`, and call `report`."""
+        """Add the counts of a worker since its last report to the total `now`, and call `report` with the total."""
         self.now.count(counts)
         now, self.new_tokens = self.now, self.new_tokens + counts.tokens
         # The progress inside unfinished units is estimated from their text, for all workers together at most one unit.
@@ -52,6 +52,6 @@ class ProgressMeter:
             self.report(now)
 
     def finished(self, number: int) -> None:
-        """Add the size of a unit, which is finished, to the bytes that are done. number: of the unit."""
+        """Add the size of work unit `number`, which is finished now, to the bytes that are done."""
         self.now.bytes_done += self.unit_bytes[number]
         self.open_bytes = 0

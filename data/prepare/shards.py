@@ -56,7 +56,7 @@ class ShardWriter:
         self._write([data.data], np.array([len(tokens)], dtype=np.int64))
 
     def add_run(self, tokens: Tokens, lengths: Lengths) -> None:
-        """Write several documents. tokens: their ids, one document after another; lengths (n,): with EOT."""
+        """Write several documents. tokens: their ids, one document after another. lengths (n,): in tokens, with EOT."""
         data = tokens.astype(np.dtype(self._dtype).newbyteorder("<"), copy=False)
         while len(lengths):
             ends = np.cumsum(lengths)

@@ -33,7 +33,7 @@ KEYED = np.dtype([("key", "<u8"), ("offset", "<i8"), ("document", DOCUMENT)])
 def shuffled(
     documents: Iterable[tuple[npt.NDArray[np.int64], DocumentRun]], seed: int, itemsize: int, folder: Path
 ) -> Iterator[DocumentRun]:
-    """Yield all documents in an order that depends on `seed` and their numbers only, one run per bucket.
+    """Yield all documents, in 256 runs. Their order depends only on `seed` and the numbers of the documents.
 
     documents: runs, each with the numbers (n,) of its documents. itemsize: bytes per token. folder: where the temporary
     files go.

@@ -113,7 +113,7 @@ class Job:
     eot_id: int
 
     def identity(self) -> str:
-        """Return a hash of the job, in hex. Jobs with different hashes give different tokens."""
+        """Return a hash of the job, in hex. Jobs with the same hash give the same tokens."""
         return xxhash.xxh3_128_hexdigest(json.dumps([JOB_VERSION, dataclasses.asdict(self)]).encode())
 
 
@@ -217,7 +217,8 @@ def _parts(source: Source) -> Iterator[tuple[Source, int]]:
 def _line_ends(source: Source, size: int) -> Iterator[int]:
     """Yield byte offsets at which lines of a file end. The last offset is the end of the file.
 
-    size: of the file in bytes. The offsets are about a third of the rest of the file apart, but 4 to 32 MiB.
+    size: of the file in bytes. The gaps between offsets are about a third of the rest of the file, but at least 4
+    and at most about 32 MiB.
     """
     end = 0
     with open_source(source) as stream:
@@ -258,9 +259,9 @@ def save_job(folder: Path, job: Job) -> None:
         write_file(path, json.dumps({"identity": job.identity()} | dataclasses.asdict(job)).encode())
     if _read_job(path).get("identity") != job.identity():
         raise UsageError(
-            f"{folder.parent} holds an interrupted `packspeed prepare` with other sources, another tokenizer or "
-            f"another text key, or its source files have changed since. Run its command again, or replace it "
-            f"with --overwrite."
+            f"{folder.parent} holds an interrupted `packspeed prepare` that had other sources, another tokenizer or "
+            f"another text key, or whose source files have changed since. Repeat that command to continue it, or "
+            f"start again with --overwrite."
         )
 
 

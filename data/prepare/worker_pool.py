@@ -26,8 +26,9 @@ from packspeed.data.prepare.units import Receipt, Unit
 
 
 class Message(TypedDict, total=False):
-    """One JSON line of a worker process: `ready`, `counts`, `counts` with `done` and `receipt`, or `error` with
-    `exit_code`.
+    """A message from a worker process, as one line of JSON, with one of these sets of keys:
+
+    `ready`; `counts`; `counts`, `done` and `receipt`; `error` and `exit_code`.
     """
 
     ready: bool  # to encode the first unit

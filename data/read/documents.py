@@ -29,7 +29,7 @@ class Document:
 
 @dataclass(slots=True)
 class Batch:
-    """Consecutive documents, or pieces of long ones: their texts, without the position of each."""
+    """The texts of consecutive documents, or of pieces of long ones, without their positions in the source."""
 
     texts: list[bytes] = field(default_factory=list)  # in UTF-8
     last: list[bool] = field(default_factory=list)  # whether each text ends its document
@@ -48,7 +48,7 @@ class Batch:
         return self
 
     def joined(self, other: Batch) -> Batch:
-        """Return a batch with the documents of this one and then those of `other`. Both may be changed."""
+        """Append the documents of `other` and return self; if this batch is empty, return `other`."""
         if not self.texts:
             return other
         self.texts += other.texts
@@ -81,7 +81,9 @@ class Tally:
     def pass_over(self, source: Source, why: str) -> None:
         """Record that a file is skipped. Raises DataError if the user gave the file by name, not by folder or glob."""
         if not source.found:
-            raise DataError(f"{source.name} cannot be used: {why}. Leave this file out, or convert it.")
+            raise DataError(
+                f"{source.name} cannot be used: {why}. Leave this file out, or convert it to text or jsonl."
+            )
         self.passed_over.append(f"{source.name}: {why}")
 
 
@@ -92,8 +94,8 @@ class TextKeys:
     name. If there are several keys, their texts are joined by an empty line; keys that the record lacks are left out.
 
     The attribute `take` is a function of a record that returns its text, which is faster than `text` if there is one
-    key without a dot. If the record has no text, it returns None or another value, or raises LookupError or TypeError.
-    The caller should then call `text`, which checks the record and says what is wrong.
+    key without a dot. If the record has no text, it returns a value that is not a str, or raises LookupError or
+    TypeError. The caller should then call `text`, which checks the record and raises an error that says what is wrong.
     """
 
     def __init__(self, keys: str | Sequence[str]):

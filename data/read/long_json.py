@@ -135,10 +135,10 @@ class _Scanner:
 
 
 def _last_cut(raw: bytes) -> int:
-    """Return where a slice of an encoded string may end: before its last space, or 0 if there is none.
+    """Return where to cut a part of an encoded JSON string: before its last space, or 0 (do not cut) if there is none.
 
-    If a long slice has no space, return the position of an ASCII character that no backslash precedes within 12 bytes,
-    the length of the longest escape sequence.
+    A part of 16 MiB or more without a space is cut before an ASCII character that has no backslash in the 12 bytes
+    before it, so that no escape sequence is cut.
     """
     place = raw.rfind(b" ")
     if place > 0 or len(raw) < 4 * SLICE_BYTES:

@@ -78,7 +78,9 @@ def _kind(source: Source, head: bytes) -> str:
         return kind
     if kind or b"\0" in head[:8192]:
         what = f"{kind} inside {source.compression}" if kind else "binary data"
-        raise DataError(f"{source.name} is {what}, not text. Unpack or convert it, or choose its --format.")
+        raise DataError(
+            f"{source.name} is {what}, not text. Unpack it, convert it to text or jsonl, or give its --format."
+        )
     return "json" if _RECORDS.match(head) else "text"
 
 

@@ -46,8 +46,8 @@ class Source:
     """One file, URL or Hub dataset, or a part of it.
 
     found: whether it was found through a folder or a glob; False if the user gave it by name.
-    start, end: the part to read, without the end: bytes of uncompressed lines (at line ends), row groups of parquet,
-    batches of arrow or shards of a Hub dataset. An end of -1 means the end of the file.
+    start, end: the part to read is start .. end - 1, or up to the end of the file if `end` is -1. They count bytes of
+    uncompressed lines (and are at line ends), row groups of parquet, batches of arrow or shards of a Hub dataset.
     copy: the path of a local copy, or "".
     """
 
@@ -172,7 +172,7 @@ class _Search:
 
         def fail(error: OSError) -> None:
             raise DataError(
-                f"{error.filename} cannot be read: {error.strerror}. Correct that, or give the other folders by name."
+                f"{error.filename} cannot be read: {error.strerror}. Correct that, or name only readable folders."
             ) from error
 
         for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
