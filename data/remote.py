@@ -210,7 +210,7 @@ class RemoteDataset(TokenDataset):
         return [description]
 
     def _remote(self, name: str) -> IO[bytes]:
-        """Open a file of the dataset on its server for reading. name: of the file, such as "train-00000.bin"."""
+        """Open a file of the dataset on its server for reading. name: the file's name, such as "train-00000.bin"."""
         import fsspec
 
         filesystem, root = fsspec.core.url_to_fs(self.url)
@@ -218,7 +218,7 @@ class RemoteDataset(TokenDataset):
         return stream
 
     def _read(self, name: str) -> bytes:
-        """Return the content of a file of the dataset on its server. name: of the file, such as "manifest.json"."""
+        """Return the content of a file of the dataset on its server. name: the file's name, such as "manifest.json"."""
         with self._remote(name) as stream:
             return stream.read()
 

@@ -74,7 +74,7 @@ def test_a_prompt_begins_as_documents_do(folder: Path) -> None:
 def test_tokens_that_are_not_there_are_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"no token '<end>', which --eot-token names.*<\|endoftext\|>"):
         load_tokenizer(str(folder), eot_token="<end>")
-    with pytest.raises(UsageError, match=r"no token '<begin>' for --bos"):
+    with pytest.raises(UsageError, match=r"--bos needs .* has no token '<begin>'"):
         load_tokenizer(str(folder), bos_token="<begin>")
     with pytest.raises(UsageError, match="both begins and ends"):
         load_tokenizer(str(folder), bos_token="<|endoftext|>")

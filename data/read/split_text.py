@@ -63,9 +63,9 @@ def split_text(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     yield held, True
 
 
-@lru_cache
+@lru_cache  # compiling the pattern takes 4 ms
 def _split_point() -> re.Pattern[str]:
-    """Return the pattern of the last letter before a point at which a text may be split. Compiling it takes 4 ms."""
+    """Return a pattern that matches the letter before each point at which a text may be split."""
     return re.compile(f"[{_LETTER}](?=[ \n][{_LETTER}])")
 
 

@@ -58,7 +58,7 @@ class Store:
         return self._urls(path for path in paths if "/." not in path.removeprefix(root))
 
     def glob(self) -> list[str]:
-        """Return the URLs of all files that match the URL as a glob, sorted. A folder that matches adds its files."""
+        """Return the URLs of all files that match the URL as a glob, sorted. A matching folder counts as its files."""
         names = list[str]()
         for path, info in self._call(self._files.glob, self._path, detail=True).items():
             if info["type"] != "directory":
@@ -144,7 +144,7 @@ def download(url: str, copy: IO[bytes]) -> None:
 
 
 class _Passing(Exception):
-    """A failure after which another attempt may succeed. wait_s: the seconds to wait that the server requested."""
+    """A failure after which another attempt may succeed. wait_s: how many seconds the server asks to wait first."""
 
     def __init__(self, message: str, wait_s: float = 0.0):
         super().__init__(message)

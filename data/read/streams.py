@@ -73,8 +73,9 @@ def local_copy(source: Source) -> Iterator[Source]:
 
 
 def read_chunks(source: Source) -> Iterator[bytes]:
-    """Yield the content of a source, or of its part from start to end, decompressed, in chunks of about a megabyte.
+    """Yield the content of a source, decompressed, in chunks of about a megabyte.
 
+    If it is not compressed, yield only the bytes source.start .. source.end - 1 (an end of -1: to the end of the file).
     Raises DataError if the file is damaged or ends inside a compressed stream, and OSError if it does not exist or
     cannot be opened.
     """
@@ -163,7 +164,8 @@ def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
     """Yield (byte offset, line without its newline) for each line of a stream of chunks.
 
-    A line above 64 MiB is an iterator of chunks, which must be used before the next line. offset: where chunks begin.
+    A line above 64 MiB is an iterator of chunks, which must be used before the next line. offset: where in
+    the file the first chunk begins, in bytes.
     """
     for start, lines in line_blocks(chunks, offset):
         if not isinstance(lines, list):
@@ -177,10 +179,10 @@ def split_lines(chunks: Iterable[bytes], offset: int = 0) -> Iterator[tuple[int,
 def line_blocks(
     chunks: Iterable[bytes], offset: int = 0
 ) -> Iterator[tuple[int, list[bytes]] | tuple[int, Iterator[bytes]]]:
-    """Yield (byte offset of the first line, lines with their newlines) for the lines that end in each chunk.
+    """For each chunk, yield the lines that end in it: (byte offset of the first line, list of lines with newlines).
 
-    A line above 64 MiB is an iterator of chunks, without the newline, which must be used before the next lines. offset:
-    where the chunks begin.
+    For a line above 64 MiB, yield (byte offset, iterator of chunks of the line without its newline). The iterator must
+    be used before the next lines. offset: where in the file the first chunk begins, in bytes.
     """
     chunks, pending, held = iter(chunks), list[bytes](), 0
     while (chunk := next(chunks, None)) is not None:
@@ -252,7 +254,7 @@ def copy_streams(sources: Sequence[Source], folder: Path) -> list[Source]:
 
 
 def _copy_stream(source: Source, folder: Path) -> Path:
-    """Copy a stream into the folder, under a name with its hash, and return the path."""
+    """Copy a stream into the folder, to a file named after the hash of the content, and return the path."""
     path, digest = folder / "stream.tmp", xxhash.xxh3_128()
     with (
         open(0 if source.name == STDIN else source.name, "rb", closefd=source.name != STDIN) as stream,

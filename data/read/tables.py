@@ -116,7 +116,7 @@ def _columns(source: Source, keys: TextKeys, names: list[str]) -> list[str]:
 def read_parquet(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
     """Yield one document per row of row groups source.start .. source.end - 1 of a parquet file.
 
-    An end of -1 means the last row group. keys: which columns have the text. tally: counts bad rows.
+    An end of -1: all row groups from source.start on. keys: which columns have the text. tally: counts bad rows.
     """
     import pyarrow.parquet
 
@@ -146,7 +146,7 @@ def _rows(
 ) -> Iterator[Document]:
     """Yield the documents of a batch of rows.
 
-    row: the index of the first of them in the file. release: called from time to time to release memory that was read.
+    row: the index of the batch's first row in the file. release: frees the mapped pages that have been read.
     """
     if batch.num_columns == 1 and keys.keys == (batch.schema.names[0],) and batch.nbytes < 2 * BATCH_BYTES:
         # A column of texts is read the fast way. Others are read the slow way, which finds the reason for an error.
@@ -180,9 +180,9 @@ def _is_text(column_type: Any) -> bool:
 
 
 def _content(column: Any, row: int) -> Any:
-    """Return the bytes of the text in a row as a buffer, or None if the column stores no text at all.
+    """Return the UTF-8 bytes of one row of a text column as a pyarrow buffer, without copying them.
 
-    Nothing is copied; a pyarrow scalar would be a copy.
+    Return None if the column has no buffer for its texts, because all of them are null or empty.
     """
     _, offsets, content = column.buffers()
     ends = memoryview(offsets).cast("q" if str(column.type).startswith("large") else "i")
@@ -194,7 +194,7 @@ def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], obj
     """Yield the document in one row, whose text is long, in pieces. buffer: the text in UTF-8.
 
     The text is decoded twice, a megabyte at a time: first only to check it, which raises UnicodeDecodeError if it is
-    not UTF-8, then to yield it. release: called from time to time to release memory that was read.
+    not UTF-8, then to yield it. release: called after each megabyte to free the mapped pages that have been read.
     """
 
     def decoded() -> Iterator[str]:
@@ -213,8 +213,8 @@ def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], obj
 def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Document]:
     """Yield one document per row of batches source.start .. source.end - 1 of an arrow file.
 
-    An end of -1 means the last batch. The file is an IPC file or an IPC stream, which the `datasets` library writes.
-    keys: which columns have the text. tally: counts bad rows.
+    An end of -1: all batches from source.start on. The file is an IPC file or an IPC stream (the `datasets` library
+    writes streams). keys: which columns have the text. tally: counts bad rows.
     """
     row = 0
     with _damage_named(source), _mapped(source) as pages:
@@ -235,7 +235,10 @@ def read_arrow(source: Source, keys: TextKeys, tally: Tally) -> Iterator[Documen
 
 
 def arrow_batch_bytes(source: Source) -> list[int]:
-    """Return the size in bytes of each batch of an arrow file; for an IPC file the average."""
+    """Return the size in bytes of each batch of an arrow file.
+
+    For an IPC file (not a stream) every entry is the average: the size of the file divided by the number of batches.
+    """
     import pyarrow.ipc
 
     with _damage_named(source), _mapped(source) as pages:
@@ -249,7 +252,7 @@ def arrow_batch_bytes(source: Source) -> list[int]:
 def row_group_bytes(source: Source) -> list[int]:
     """Return the uncompressed size in bytes of each row group of a parquet file, from its footer.
 
-    Sizes of single columns are not read: if the footer is damaged, that makes pyarrow 26 abort the process.
+    The sizes of single columns are not read: if the footer is damaged, reading them makes pyarrow 26 abort the process.
     """
     import pyarrow.parquet
 
@@ -301,7 +304,7 @@ def _open_arrow(pages: mmap.mmap) -> tuple[Any, Iterator[Any]]:
 
 
 def _valid_parts(batch: Any) -> Iterator[Any]:
-    """Yield an arrow batch in parts of about 16 MiB. Raises ArrowInvalid if offsets lead outside the buffers."""
+    """Yield an arrow batch in parts of about 16 MiB. Raises ArrowInvalid if an offset points outside its buffer."""
     import pyarrow
 
     rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))

@@ -26,10 +26,10 @@ LONGEST_HEADER = 2**16
 
 
 def read_warc(source: Source, tally: Tally) -> Iterator[Document]:
-    """Yield one document per record of extracted text (conversion or plain-text resource). tally: counts bad records.
+    """Yield one document per record of plain text (WARC-Type conversion or resource). tally: counts bad records.
 
-    A file that has only web pages is skipped, or raises DataError if the user gave it by name. Raises DataError if the
-    file is damaged.
+    A file that has web pages (HTML), but no record of plain text, is skipped if it was found through a folder or a
+    glob. Raises DataError if the user gave such a file by name, or if the file is damaged.
     """
     stream: IO[bytes] = io.BufferedReader(_ChunkStream(read_chunks(source)), CHUNK_BYTES)
     texts, pages = 0, 0
@@ -72,9 +72,9 @@ def _document(
 ) -> Iterator[Document]:
     """Yield the text of a record of `size` bytes, in pieces if it is long.
 
-    A text that is not UTF-8 is counted in `tally` as a bad document and skipped. Raises DataError if there are more of
-    them than the tally allows, or if a text above 16 MiB is not UTF-8. number: the
-    place of the record among those with text.
+    number: the index of the record among the records of plain text, from 0. A text that is not UTF-8 is counted in
+    `tally` as a bad document and skipped. Raises DataError if there are more bad documents than the tally allows, or if
+    a text of 16 MiB or more is not UTF-8.
     """
     where = f"{source.name}, record {header.get('warc-target-uri') or header.get('warc-record-id', 'without a name')}"
     if size >= LONG_TEXT_BYTES:

@@ -22,10 +22,10 @@ HASH_BYTES = 32
 
 
 def derived_array(folder: Path, key: str, compute: Callable[[], npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """Return the array (n,) with this key from its file in `folder`. If there is none, call compute() and write it.
+    """Return the array (n,) with this key from its file in `folder`.
 
-    key: a text that names everything on which the array depends. If the folder cannot be written, the array is still
-    returned.
+    If that file is missing or damaged, call compute(), write the result to the file and return it. An error while
+    writing is ignored. key: a text that names everything on which the array depends.
     """
     path = folder / f".derived-{xxhash.xxh3_128_hexdigest(key.encode())}.i64"
     with contextlib.suppress(OSError):

@@ -91,7 +91,7 @@ def _acquire(
     """Lock the open file `file` (a descriptor). operation: fcntl.LOCK_EX or LOCK_SH.
 
     path: for the message. timeout_s: how long to wait. on_wait: called before each wait with the holder's text.
-    required: False: do nothing if the file system does not support locks. Raises LockHeldError after the timeout.
+    required: if False, and the file system does not support locks, do nothing. Raises LockHeldError after the timeout.
     """
     deadline = time.monotonic() + timeout_s
     while True:

@@ -59,8 +59,8 @@ class TokenizerIdentity:
 class SplitMethod:
     """How `prepare` chose the validation split.
 
-    method: "hash" (each document by a hash of it), "tail" (the end of the stream, if there are few documents),
-    "sources" (from files of its own) or "none".
+    method: "hash" (the hash of a document decides), "tail" (the last tokens, if there are few documents), "sources"
+    (the user gave separate files for validation) or "none".
     """
 
     method: str
@@ -72,8 +72,8 @@ class SourceSummary:
     """What `prepare` read.
 
     fingerprint: the sum of the documents' hashes, which does not depend on their order. passed_over: the files that
-    `prepare` found but did not use, with the reason, at most 1,000. binary_files: how many such files there were
-    in all, text files included.
+    `prepare` found but did not use, each with the reason; at most 1,000 are listed. binary_files: the number of all
+    files that were not used, whether binary or text.
     """
 
     names: list[str]
@@ -106,7 +106,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of the manifest.json of a dataset. dtype: of the token ids in its shards."""
+    """The contents of the manifest.json of a dataset. dtype: of the token ids in the shards, "uint16" or "uint32"."""
 
     format: str
     version: int

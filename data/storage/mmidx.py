@@ -45,8 +45,8 @@ LONGEST_TOKENS = 2**31 - 1  # lengths are int32
 class Index:
     """The contents of an .idx file, mapped into memory, for the n documents of a shard.
 
-    lengths (n,): in tokens. offsets_bytes (n,): where each document begins in the .bin file. boundaries (n + 1,): 0, 1,
-    ... n. raw: the complete file.
+    lengths (n,): in tokens. offsets_bytes (n,): where each document begins in the .bin file. boundaries (n + 1,): the
+    numbers 0 to n, which Megatron's format requires. raw: the complete file.
     """
 
     dtype: str

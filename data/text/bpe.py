@@ -26,7 +26,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> J
 
     vocab_size: number of tokens, end-of-text included. The same tokens are written in tiktoken's format to
     NAME.tiktoken and NAME.tiktoken.json. The result depends on the texts and vocab_size only. Raises UsageError if
-    vocab_size is below 257 or the name is wrong, and DataError if the texts are too short to fill the vocabulary.
+    vocab_size is below 257 or `out` does not end with .json, and DataError if the texts give fewer
+    tokens.
     """
     import tokenizers
 

@@ -55,10 +55,11 @@ PATTERNS = {GPT2_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k"
 
 
 class Encoder:
-    """Encodes batches of texts with BOS and EOT. `name`: "gigatoken" if gigatoken encodes, otherwise "tokenizer".
+    """Encodes batches of texts, and adds BOS and EOT to each document.
 
-    choice: the library to use. Raises UsageError if it is "gigatoken", but gigatoken is not installed or does not
-    support the tokenizer.
+    choice: the library to use; "auto": gigatoken (a fast BPE encoder) if it is installed and supports the tokenizer.
+    `name`: "gigatoken" if gigatoken encodes, otherwise "tokenizer". Raises UsageError if `choice` is "gigatoken", but
+    gigatoken is not installed or does not support the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, choice: Choice = "auto"):
@@ -191,7 +192,7 @@ class _Gigatoken:
         self._first_bytes, self._since = _allocated_bytes(), 0
 
     def _load(self) -> Any:
-        """Return the tokenizer as gigatoken's own class, which reads BPE ranks only from a file."""
+        """Return a new gigatoken.Tokenizer. Writes a temporary file, because gigatoken reads BPE ranks from files."""
         import gigatoken
 
         with tempfile.TemporaryDirectory() as folder:
@@ -203,8 +204,8 @@ class _Gigatoken:
     def encode(self, texts: Sequence[bytes]) -> tuple[Tokens, npt.NDArray[np.int64]] | None:
         """Return the ids of complete documents with EOT after each, and the number of ids of each.
 
-        Return None if a text contains MARK, the string that separates the documents. Uses one thread, because work
-        units run in parallel processes.
+        Return None if a text contains MARK, the string that separates the documents. Uses one thread, because
+        several processes encode in parallel.
         """
         mark = MARK.encode()
         joined = mark.join([*texts, b""])

@@ -92,7 +92,7 @@ class JsonTokenizer:
         return [self._checked_ids(encoding) for encoding in encoded]
 
     def spans(self, text: str) -> Spans:
-        """Return the tokens of a text, with where each begins and ends in characters (see Spans in long_text.py)."""
+        """Return the ids of a text's tokens, and the characters at which each begins and ends (see long_text.Spans)."""
         with _library_errors(self.name, "used"):
             encoding = self._plain.encode(text, add_special_tokens=False)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
@@ -101,10 +101,10 @@ class JsonTokenizer:
         return Spans(self._checked_ids(encoding), offsets[:, 0], offsets[:, 1], begins)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Decode ids to bytes: exact if tokens are byte-level, otherwise the decoded text in UTF-8.
+        """Decode ids to bytes. If the tokens are byte-level, or for a single id, these are the tokens' exact bytes.
 
-        If tokens are not byte-level, decoders remove a space at the start of a text, but a single id here keeps the
-        space that it has in the middle of a text. Raises DataError if an id is not in the vocabulary.
+        Otherwise it is the library's decoded text in UTF-8. SentencePiece's decoder removes a space at the start of a
+        text; a single id keeps its space. Raises DataError if an id is not in the vocabulary.
         """
         if _is_byte_level(self._spec.get("decoder")) or len(ids) == 1:
             try:
@@ -148,7 +148,7 @@ class JsonTokenizer:
         return "tokenizer.json"
 
     def _eot(self, tokens: DocumentTokens) -> str:
-        """Return the end-of-text token's name: the one in `tokens`, or else a common one of the vocabulary.
+        """Return the end-of-text token: `tokens.eot`, or if that is None, the first of EOT_NAMES in the vocabulary.
 
         Raises DataError if there is none, and UsageError if the user named a token that the vocabulary lacks.
         """
@@ -163,14 +163,17 @@ class JsonTokenizer:
         raise error(f"Tokenizer {self.name} {problem}. {self._choice('--eot-token')}")
 
     def _bos(self, tokens: DocumentTokens) -> str:
-        """Return the begin-of-text token's name: the one in `tokens`, or else a common one of the vocabulary.
+        """Return the begin-of-text token: `tokens.bos`, or if that is None, the first of BOS_NAMES in the vocabulary.
 
         Raises UsageError if there is none, or if it is EOT.
         """
         name = _first(BOS_NAMES, self._ids) if tokens.bos is None else self._known(tokens.bos)
         if name is None:
-            named = f"no token {tokens.bos!r}" if tokens.bos is not None else "no token that begins a text"
-            raise UsageError(f"Tokenizer {self.name} has {named} for --bos. {self._choice('--bos-token')}")
+            named = f"no token {tokens.bos!r}" if tokens.bos is not None else f"none of {', '.join(BOS_NAMES)}"
+            raise UsageError(
+                f"--bos needs a begin-of-text token, but tokenizer {self.name} has {named}. "
+                f"{self._choice('--bos-token')}"
+            )
         if name == self.eot_name:
             raise UsageError(
                 f"Tokenizer {self.name}: {name} both begins and ends texts. It is written after each document, so it "
@@ -376,7 +379,7 @@ def _ids_of_the_file(name: str, spec: dict[str, Any], full: tokenizers.Tokenizer
 
 
 def _file_ids(plain: tokenizers.Tokenizer, ids: dict[str, int]) -> npt.NDArray[np.uint32] | None:
-    """Return an array: index = id in the tokenizers library, value = id in tokenizer.json; None if all are equal."""
+    """Return an array: index = id in the tokenizers library, value = id in tokenizer.json. None: no id differs."""
     vocabulary = plain.get_vocab(with_added_tokens=True)
     different = {library: ids[token] for token, library in vocabulary.items() if ids.get(token, library) != library}
     if not different:
@@ -387,7 +390,7 @@ def _file_ids(plain: tokenizers.Tokenizer, ids: dict[str, int]) -> npt.NDArray[n
 
 
 def _hide_in_model(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """Return a parsed tokenizer.json in which special tokens of the model's vocabulary have names that no text has.
+    """Return a parsed tokenizer.json in which the special tokens `names` are renamed, so that no text contains them.
 
     Tokens in merges keep their names, because other tokens are made of them. If a text gives such a token, _checked_ids
     raises an error.

@@ -71,8 +71,8 @@ class Spans:
 class Rules:
     """How far a tokenizer looks ahead in a text, which decides where the text may be cut.
 
-    repetitions: the largest number of unbounded repetitions (`+`, `*`) in one of its regular expressions. cuts_words:
-    whether it splits the text into words first.
+    repetitions: the largest number of unbounded repetitions (`+`, `*`) in one of its regular expressions. Each of them
+    looks ahead over at most one run of letters or of spaces. cuts_words: whether it splits the text into words first.
     """
 
     repetitions: int
@@ -84,10 +84,10 @@ class SpanTokenizer(Protocol):
 
     @property
     def rules(self) -> Rules | None:
-        """Return how far the tokenizer looks ahead, or None if that is not known: then texts are encoded at once."""
+        """Return how far the tokenizer looks ahead. None: not known, so a text must be encoded as a whole."""
 
     def spans(self, text: str) -> Spans:
-        """Return the tokens of a text, with where each begins and ends in characters."""
+        """Return the ids of a text's tokens, and the characters at which each token begins and ends."""
 
 
 class LongText:
@@ -131,14 +131,15 @@ class LongText:
     def _next_end(self, characters: int) -> int:
         """Return where in `_text` the next window ends: at least `characters` after the end of the last window.
 
-        Windows become longer if two of them had no safe cut and were joined.
+        The next window is longer if the last one was joined from two windows because _cut found no cut between them.
         """
         return self._window_end + max(characters, self._window_end - WINDOW_CHARACTERS - OVERLAP_CHARACTERS)
 
     def _encode_to(self, end: int) -> Ids:
-        """Encode the next window, up to position `end` of `_text`. Return the ids of the window before, up to the cut.
+        """Encode the next window, up to position `end` of `_text`, and return the ids that have become final.
 
-        The cut is a place that both windows share. Returns no ids for the first window, or if there is no safe cut.
+        Those are the ids of the previous window up to the cut, a position in the text that both windows share. Returns
+        no ids for the first window, or if _cut finds no cut; then the two windows are joined.
         """
         if self._window is None:
             self._window, self._window_end = self._tokenizer.spans(self._text[:end]), end
@@ -158,10 +159,10 @@ class LongText:
         return done
 
     def _cut(self, window: Spans, following: Spans, begin: int) -> tuple[int, int] | None:
-        """Return the index of the first token after a safe cut, in each of two windows that overlap, or None.
+        """Find a position at which the text may be cut between two tokens without changing the ids.
 
-        begin: the position at which the part that both windows share begins. The cut is near the middle of that part.
-        None: there is no safe cut.
+        Return the index of the first token after it in `window` and in `following`, or None if there is no such
+        position. begin: where in the text the part begins that both windows share. The cut is near its middle.
         """
         quarter = OVERLAP_CHARACTERS // 4
         low, high = begin + quarter, begin + 3 * quarter
@@ -202,9 +203,9 @@ GPT2_REPETITIONS = 8  # unbounded repetitions in GPT-2's pattern, which the comp
 
 
 def rules_of(spec: dict[str, Any]) -> Rules | None:
-    """Return how far a tokenizer looks ahead in a text, or None if it may look at any distance.
+    """Return how far a tokenizer looks ahead in a text. None: it may look at any distance, so no text may be cut.
 
-    spec: the parsed tokenizer.json. If the result is None, texts cannot be cut into windows.
+    spec: the parsed tokenizer.json.
     """
     if any(len(token["content"]) > OVERLAP_CHARACTERS // 8 for token in spec.get("added_tokens") or []):
         return None
@@ -253,7 +254,7 @@ _BOUNDED = re.compile(r"\?[+?]?|\{\d*(?:,\d+)?\}\??")  # a `{1,3}+` repeats with
 
 
 def repetitions(pattern: str) -> int | None:
-    """Return the number of unbounded repetitions in a regular expression, or None if one could match any text.
+    """Return the number of unbounded repetitions in a regular expression, or None if one of them is not accepted.
 
     A repetition is accepted if it repeats a character, a class or an escape that does not match both letters and white
     space. A repeated group is not accepted.

@@ -116,7 +116,7 @@ class TiktokenTokenizer:
         return Rules(counted, cuts_words=True) if counted is not None else None
 
     def spans(self, text: str) -> Spans:
-        """Return the tokens of a text, with where each begins and ends in characters (see Spans in long_text.py)."""
+        """Return the ids of a text's tokens, and the characters at which each begins and ends (see long_text.Spans)."""
         import regex
 
         ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
@@ -177,7 +177,7 @@ class BytesTokenizer:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32) for text in texts]
 
     def spans(self, text: str) -> Spans:
-        """Return the UTF-8 bytes of a text, with the positions in characters at which each begins and ends."""
+        """Return the UTF-8 bytes of a text, and the characters at which each byte begins and ends."""
         counts = [len(character.encode("utf-8")) for character in text]
         starts = np.repeat(np.arange(len(text)), counts)
         return Spans(self.encode_batch([text])[0], starts, starts + 1, np.diff(starts, prepend=-1) > 0)

@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
         """Return how far the tokenizer looks ahead in a text (see long_text.py), or None if that is not known."""
 
     def spans(self, text: str) -> Spans:
-        """Return the tokens of a text, with where each begins and ends in characters (see Spans in long_text.py)."""
+        """Return the ids of a text's tokens, and the characters at which each begins and ends (see long_text.Spans)."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without EOT. Special tokens in it are encoded as ordinary characters."""
@@ -63,7 +63,10 @@ class Tokenizer(Protocol):
         """Return the ids of several texts, without EOT, one array (n,) each."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Decode ids to the exact bytes of the text; EOT becomes its name. Raises DataError for an unknown id."""
+        """Decode ids to bytes: the exact bytes if tokens are byte-level, otherwise the decoded text in UTF-8.
+
+        EOT becomes its name. Raises DataError for an unknown id.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
@@ -80,7 +83,7 @@ def load_tokenizer(
     spec: "bytes", a name that tiktoken knows, the path of a .tiktoken, tokenizer.json or SentencePiece .model file, a
         folder with one of these or with vocab.json and merges.txt, or the name of a Hub repository as hf:owner/name.
     eot_token: the token that ends documents; None: the files beside a tokenizer.json name it (special_tokens.py).
-    bos: whether to begin every document with a begin-of-text token. bos_token: that token; None: as for eot_token.
+    bos: whether to begin every document with a begin-of-text token. bos_token: that token; None: those files name it.
 
     "gpt2" needs no network. tiktoken downloads and caches its other vocabularies. Raises UsageError if the name, the
     path or a token does not exist, and DataError if a file is damaged or a download fails.
@@ -144,7 +147,7 @@ def _chosen(named: DocumentTokens, eot_token: str | None, bos: bool, bos_token: 
     """Return the tokens that end and begin documents: those that the user gives, or else those in `named`.
 
     named: the tokens that the files of the tokenizer name. eot_token, bos_token: the user's, or None. bos: whether
-    every document begins with a token.
+    every document begins with a begin-of-text token; a bos_token implies it.
     """
     add_bos = bos or bos_token is not None
     tokens = dataclasses.replace(named, add_bos=add_bos, bos=bos_token if bos_token is not None else named.bos)

@@ -84,7 +84,7 @@ def _copy(parent: Path, folder: Path, step: int, origin: str) -> None:
 
 
 def _link(source: str, target: str) -> str:
-    """Make `target` a hard link to the file `source`, or a copy if the file system has no links."""
+    """Make `target` a hard link to the file `source`, or a copy if hard links are not possible."""
     try:
         os.link(source, target)
     except OSError:

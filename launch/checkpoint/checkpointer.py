@@ -61,8 +61,9 @@ class Checkpointer:
     """Saves and loads the engine's state in one run folder.
 
     Every public method except `written` is a collective: every rank must call it. In the time lines below, time runs to
-    the right. B is a barrier with a timeout, which names missing ranks. A means that all ranks agree on an error.
-    `expire` starts a thread that deletes the checkpoints that retention.py does not keep.
+    the right. B is a barrier with a timeout, which names missing ranks. A: the ranks exchange their errors, and
+    the save fails on all of them if it failed on one. `expire` starts a thread that deletes the checkpoints that
+    retention.py does not keep.
 
     Synchronous save (checkpoint.async_write: false, and the last save of a process):
 
@@ -79,8 +80,8 @@ class Checkpointer:
         writer threads                           write, hash, fsync
 
     The loop calls `finish` after the first step at the end of which all ranks have reported `written`, so `finish`
-    waits only briefly. It is also called by the next save, by a rewind, and at the end of the run. Only after `finish`
-    is the checkpoint visible to other processes. If a save fails, the error is logged and training continues with the
+    waits only briefly. The next save, a rewind and the end of the run also call `finish`. Only after `finish` is the
+    checkpoint visible to other processes. If a save fails, the error is logged and training continues with the
     previous checkpoint. If a rank is missing at a barrier, the run ends with UserError.
     """
 
@@ -267,8 +268,8 @@ class Checkpointer:
         return manifest
 
     def _on_load(self, content: Any) -> Any:
-        """Prepare the content of one of DeepSpeed's checkpoint files for DeepSpeed: own_states replaces its
-        memory-mapped tensors.
+        """Replace memory-mapped tensors in `content`, the object in a checkpoint file, by copies in memory, and return
+        it. DeepSpeed would keep the mapped tensors.
         """
         self.topology.beat("loading")
         return own_states(self.engine, content)

@@ -27,7 +27,7 @@ PATTERN = "experts_*.pt"
 
 
 def expert_files(checkpoint: Path) -> list[Path]:
-    """Return the files of experts in a checkpoint of stage 0, in the order of the ranks that wrote them.
+    """Return the experts_<number>.pt files in a checkpoint of ZeRO stage 0, sorted by rank (the number).
 
     Raises UserError if one is missing.
     """
@@ -61,8 +61,8 @@ def join_experts(
     """Return the complete tensors of the parameter `name`: rank 0's rows, which `tensors` has, then those of the other
     ranks.
 
-    `others` has the contents of the files that expert_files returns, in the same order. Parameters that are not of
-    experts are returned unchanged.
+    `others` has the contents of the files that expert_files returns, in the same order. If `name` is
+    not a parameter of an expert, `tensors` is returned unchanged.
     """
     if not others or name not in others[0]["weights"]:
         return tensors

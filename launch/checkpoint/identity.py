@@ -72,8 +72,10 @@ def run_identity(
 
 
 def name_optimizers(identity: RunIdentity, engine: Engine) -> RunIdentity:
-    """Return a copy of `identity` whose layout also has `optimizers`: the class names of DeepSpeed's optimizer wrapper
-    and of the optimizer inside it, and the names of those parameter groups that not every model has.
+    """Return a copy of `identity` whose layout also has `optimizers`, a list of names.
+
+    They are the class names of DeepSpeed's optimizer wrapper and of the optimizer inside it (for Muon also of its Adam,
+    unless that is FusedAdam), and the names of the parameter groups except "decay" and "no_decay".
     """
     optimizers = [type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__]
     adam = getattr(engine.basic_optimizer, "adam", None)  # inside Packspeed's Muon

@@ -175,7 +175,8 @@ def _hash_of(manifest: Mapping[str, object]) -> str:
 
 
 def read_manifest(folder: Path, format_version: int = FORMAT_VERSION) -> Manifest:
-    """Read packspeed.json in a checkpoint folder, check it against the hash that it contains, and return the rest.
+    """Read packspeed.json in a checkpoint folder, check it against the hash that it contains, and return it without
+    that hash.
 
     Raises UserError if the file is missing, damaged or has another version than `format_version`.
     """

@@ -91,8 +91,8 @@ class Mirror:
         """Start to copy the complete checkpoint of `step`, or skip it if an older checkpoint is being copied without
         failures.
 
-        If the mirror has a checkpoint of the same step from an earlier save, it is replaced. `states` has the property
-        `state` of every rank. Does not wait. Every rank must call it.
+        If the mirror has a checkpoint of the same step from an earlier save, it is replaced. `states` has the value of
+        Mirror.state on every rank. Does not wait. Every rank must call it.
         """
         if self.newest == step:
             self.newest = None
@@ -147,12 +147,12 @@ class Mirror:
 
         Returns None if the mirror has none. `than` is -1 if the disk has no complete checkpoint. A damaged copy is
         skipped, and the reason is logged. `check(url, manifest)` raises an error if a copy belongs to another run. Rank
-        0 calls it before it fetches the other files of a copy; if no copy is newer than `than`, it calls it for the
+        0 checks each copy before it fetches the copy's other files. If no copy is newer than `than`, it checks the
         newest one. A collective: every rank must call it.
 
         Raises the error of `check` on every rank, and UserError if the disk is full. If `than` is -1, also raises
-        UserError if the mirror cannot be read for 10 minutes or has damaged copies only. If `than` is a step and the
-        mirror cannot be read at once, only a warning is logged.
+        UserError if the mirror cannot be read for 10 minutes or has damaged copies only. If `than` is a step, a single
+        failure to read the mirror ends the search: a warning is logged, and None is returned.
         """
         self._patience_s = FETCH_S if than < 0 else 0.0
         try:
@@ -168,7 +168,8 @@ class Mirror:
         """Fetch the newest complete checkpoint after step `than`, and return its path; None if the mirror has none. A
         collective.
 
-        Raises the errors of fetch_newer on every rank, and _CannotRead if the mirror cannot be read.
+        On every rank, raises the error of `check`, _CannotRead if the mirror cannot be read, and UserError if the disk
+        is full, or if `than` is -1 and all copies are damaged.
         """
         candidates = self.topology.on_rank0(lambda: self._copies_after(than, check))
         for step in candidates:
@@ -188,7 +189,8 @@ class Mirror:
     def _copies_after(self, than: int, check: Callable[[str, Manifest], object]) -> list[int]:
         """On rank 0, return the steps after `than` of which the mirror has a copy, newest first.
 
-        Raises _CannotRead if the mirror does not answer. If all copies are older, raises the errors of _check_newest.
+        Raises _CannotRead if the mirror does not answer. If there are copies, but none after `than`, also raises the
+        error of `check` for the newest one.
         """
         steps = _persist(self.steps, self._pause(self.remote.url, self._beat))
         newer = [step for step in steps if step > than]
@@ -216,8 +218,8 @@ class Mirror:
     def _fetch(self, step: int, check: Callable[[str, Manifest], object]) -> list[str]:
         """Fetch the copy of `step` into the run folder, unless a file of the copy is damaged.
 
-        Returns a line for each damaged file; [] if the checkpoint was fetched. A collective. Raises the errors of
-        fetch_newer on every rank.
+        Returns a line for each damaged file; [] if the checkpoint was fetched. A collective. Raises on every rank the
+        error of `check`, _CannotRead if the mirror cannot be read, and UserError if the disk is full.
         """
         from packspeed.launch.engine.shared_work import SharedWork  # here, because it loads DeepSpeed
 
@@ -249,7 +251,7 @@ class Mirror:
     ) -> tuple[dict[str, FileHash], list[str]]:
         """On rank 0, fetch packspeed.json of the checkpoint folder `name` into the new folder `temporary`.
 
-        Returns (the files that the manifest lists with their hashes, a line for each thing that is damaged).
+        Returns ({file name: size and hash} from the manifest, a list with a line for each thing that is damaged).
         """
         url = f"{self.remote.url}/{name}"
 
@@ -301,7 +303,7 @@ class Mirror:
         return damage and _persist(attempt, self._pause(url, progress))
 
     def _beat(self) -> None:
-        """Write a heartbeat, which tells the supervisor that this rank is downloading."""
+        """Write a heartbeat, which shows the process that watches the run that this rank is downloading."""
         self.topology.beat("downloading")
 
     def _pause(self, url: str, progress: Callable[[], object]) -> Callable[[float, str], None]:
@@ -412,7 +414,7 @@ class _Copy:
             self.board.post("ended")
 
     def _read_files(self) -> dict[str, FileHash]:
-        """Return the files of the checkpoint on the disk. Raises UserError if its manifest cannot be read."""
+        """Return {file name: size and hash} from the manifest on the disk. Raises UserError if it cannot be read."""
         return read_manifest(self.mirror.folder / step_folder(self.step))["files"]
 
     def _manifest_of(self, files: dict[str, FileHash]) -> bytes:
@@ -444,7 +446,7 @@ class _Copy:
         self.board.count("copied", add=1)
 
     def _remove_expired(self) -> None:
-        """Remove earlier checkpoints from the mirror. Up to this step, the newest `keep` complete ones stay."""
+        """Remove checkpoints before this step from the mirror; the newest `keep` complete ones, with this one, stay."""
         files = self.mirror.remote.files()
         kept = {step_folder(step) for step in [s for s in complete_steps(files) if s <= self.step][: self.mirror.keep]}
         present = {file.partition("/")[0] for file in files}
@@ -469,7 +471,7 @@ class _Copy:
         return result
 
     def _post(self, note: str, text: str) -> None:
-        """Report a failure of this rank to rank 0, under the key `note`. On rank 0, log it."""
+        """Post `text`, a failure of this rank, for rank 0 under the key `note`. On rank 0, log it instead."""
         if self.mirror.topology.rank == 0:
             self._warn(text)
         else:
@@ -488,7 +490,7 @@ class _Copy:
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition()` is true. Meanwhile rank 0 logs the failures that other ranks report.
 
-        Raises _Superseded, and on rank 0 _CannotCopy if another rank has given up.
+        Raises _Superseded if this copy is not wanted any more, and on rank 0 _CannotCopy if another rank has given up.
         """
         while not condition():
             if self.mirror.topology.rank == 0:

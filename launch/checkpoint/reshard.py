@@ -60,7 +60,7 @@ LOCK_TIMEOUT_S = 30 * 24 * 3600.0  # practically none, but a finite timeout poll
 
 
 class OptimizerScalars(TypedDict):
-    """The optimizer's step count and loss scale: its state apart from tensors that have the size of the weights."""
+    """The optimizer's step count and loss scaler, which are stored once and not per parameter."""
 
     optimizer_step: int  # number of steps applied; smaller than `step` if fp16 overflows or vetoes dropped some
     loss_scaler: dict[str, float]  # fields of the fp16 loss scaler (SCALER_FIELDS); empty in other precisions
@@ -135,10 +135,9 @@ def resharded_folder(checkpoint: Path, topology: Topology | None, log: Callable[
 
 
 def _shared_work(topology: Topology | None) -> SharedWork | None:
-    """Return a SharedWork for one part of the conversion, in which the ranks report progress and wait for each other. A
-    collective.
+    """Return an object with which the ranks report progress on a part of the conversion and wait for each other.
 
-    Returns None without a topology, because this process then converts alone.
+    A collective. Without a topology, this process converts alone, and None is returned.
     """
     if topology is None:
         return None
@@ -230,11 +229,11 @@ def _state_keys(checkpoint: Path) -> list[str]:
 
 
 def _find_difference(name: str, weight: torch.Tensor, computed_with: torch.Tensor | None) -> str | None:
-    """Compare the fp32 `weight` of the parameter `name`, rounded, with `computed_with`, the module's weight.
+    """Round `weight`, the optimizer's fp32 copy of the parameter `name`, and compare it with the module's weight.
 
-    Returns a description of the difference, or None if they are equal or `computed_with` is None.
-
-    DeepSpeed stores the two in different files, so this finds errors in reading its format.
+    `computed_with` is the module's weight, for example in bf16; if it is None, nothing is compared. Returns a
+    description of the difference, or None. DeepSpeed stores the two in different files, so a difference shows that its
+    files were read incorrectly.
     """
     if computed_with is None:
         return None

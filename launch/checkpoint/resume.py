@@ -122,7 +122,8 @@ def _resumption(folder: Path, newest: Path | None, damaged: list[Path], identity
     """Return the checkpoint to resume and how this run differs from it, on rank 0.
 
     `newest` is the newest complete checkpoint in `folder` or None, and `damaged` has the damaged ones that are newer.
-    Raises the errors of find_checkpoint.
+    Raises UserError if there are checkpoints but none is complete, or if DeepSpeed's Muon trained `newest`, and
+    ConfigError if `newest` belongs to another run or was trained with other data.
     """
     if newest is None:
         if (folder / step_folder(0)).is_dir():  # step 0 is always an import; without it, weights would be random
@@ -141,7 +142,8 @@ def _resumption(folder: Path, newest: Path | None, damaged: list[Path], identity
 def resume_newest(checkpointer: Checkpointer, found: Resumption) -> Manifest:
     """Load the checkpoint that find_checkpoint has found, and return its manifest, or {"step": 0} if there is none.
 
-    A collective: every rank must call it. The caller must repeat the probe afterwards (self_check.repeat_probe).
+    A collective: every rank must call it. Afterwards the caller must call self_check.repeat_probe, which
+    checks that the loaded weights give the loss that the manifest records.
     """
     if found.checkpoint is None:
         return {"step": 0}
@@ -214,9 +216,9 @@ def _check_same_data(checkpoint: Path | str, saved: Manifest, identity: RunIdent
 def check_same_model(checkpoint: Path | str, old: Mapping[str, object], new: Mapping[str, object]) -> None:
     """Raise ConfigError if imported weights do not fit the model of the run file.
 
-    `old` and `new` are the flattened settings of the import and of the run file. Settings must be equal if they
-    determine the shape or the meaning of the weights. Those of RoPE may differ, because training at a longer context
-    often begins with stretched angles.
+    `old` and `new` are the settings of the import and of the run file as {dotted name: value}. Settings must be equal
+    if they determine the shape or the meaning of the weights. Those of RoPE may differ, because training at a longer
+    context often begins with rescaled RoPE frequencies.
     """
     stretched = ("model.rope_", "model.max_seq_len") if new.get("model.position") == "rope" else ()
     free = ("model.dropout", "model.z_loss", "model.balance_rate", *stretched, *MODEL_SPEED_ONLY)

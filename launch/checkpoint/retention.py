@@ -39,9 +39,9 @@ EXPIRED = ".expired"  # end of the name of a checkpoint that is being deleted
 class Retention:
     """Deletes expired checkpoints in a thread of rank 0, while training continues.
 
-    It remembers the validation loss of every checkpoint that it has read. As long as the manifest's size and times stay
-    the same, the file is not read again: reading 200 manifests of 1,024 ranks takes a second. If a crash interrupts a
-    deletion, the next save continues it.
+    It remembers the validation loss of every checkpoint that it has read. It reads a manifest again only if the file's
+    inode, size or modification time has changed, because reading 200 manifests of 1,024 ranks takes a second. If a
+    crash interrupts a deletion, the next save continues it.
     """
 
     def __init__(self, folder: Path, section: CheckpointSection) -> None:
@@ -83,7 +83,7 @@ class Retention:
         return known[1]
 
     def _delete(self, newest: int, damaged: Collection[Path], copying: int | None) -> None:
-        """Delete the expired checkpoints, in a thread. The arguments are those of `start`.
+        """Delete the expired checkpoints, except the one of step `copying`. Runs in a thread.
 
         Errors are ignored, because a later save tries again.
         """
@@ -113,11 +113,12 @@ def expired_checkpoints(
     section: CheckpointSection,
     val_loss: Callable[[Path], float | None] = read_val_loss,
 ) -> list[Path]:
-    """Return the checkpoints in `folder` that the settings in `section` do not keep (the rules are at the top of this
-    module).
+    """Return the checkpoints in `folder` that may be deleted, because no setting in `section` keeps them.
 
-    `newest` is the step that was saved last, and `damaged` has the checkpoints that this process skipped when it
-    resumed. `val_loss` returns the validation loss of a checkpoint.
+    These are kept: the newest `keep`, the `keep_best` with the lowest validation loss, each whose step is a multiple of
+    `keep_every_steps`, and the newest whose step is a multiple of `every_steps`. `newest` is the step that was saved
+    last. `damaged` has the checkpoints that this process skipped when it resumed; they are returned only if they are
+    older than all that are kept. `val_loss` returns the validation loss of a checkpoint.
     """
     present = [path for path in list_checkpoints(folder) if step_of(path) <= newest]
     complete = [path for path in present if path not in damaged]
@@ -131,11 +132,10 @@ def expired_checkpoints(
 def rewind_target(
     folder: Path, before: int, section: CheckpointSection, topology: Topology | None = None
 ) -> int | None:
-    """Return the step of the newest complete checkpoint before step `before` that was saved on schedule.
+    """Return the last step before `before` that has a complete checkpoint and is a multiple of checkpoint.every_steps.
 
-    Its step is a multiple of checkpoint.every_steps. If there is none, return the step of the newest complete
-    checkpoint before `before`, or None. With a topology this is a collective: every rank must call it. Raises UserError
-    if the folder cannot be read.
+    If there is none, return the last step before `before` that has a complete checkpoint, or None. With a topology
+    this is a collective: every rank must call it. Raises UserError if the folder cannot be read.
     """
     earlier = [path for path in checkpoints_in(folder, topology) if step_of(path) < before]
     scheduled = [path for path in earlier if _is_multiple(path, section.every_steps)]

@@ -48,7 +48,7 @@ class SafeWriter:
     """
 
     def __init__(self, on_load: Callable[[Any], Any] = lambda content: content) -> None:
-        """`on_load` is called with the content of each file that `load` reads, and returns what `load` returns."""
+        """`on_load` receives the content of each file that `load` reads; `load` returns its result."""
         self._on_load = on_load
         self._copies: dict[str, list[torch.Tensor]] = {}  # file name -> tensors of the last copy, for reuse
         self.begin(copy=False)
