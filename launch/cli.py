@@ -34,7 +34,7 @@ class Target(NamedTuple):
 # Shown in this order by `packspeed --help`; "ops build" is the command `build` of the group `ops`.
 COMMANDS = {
     "prepare": Target("prepare:prepare", "Turn text into a token dataset. Run it again to continue after a crash."),
-    "inspect": Target("inspect:inspect", "Print what a dataset contains, or what a run will read from each source."),
+    "inspect": Target("inspect:inspect", "Print what a dataset contains, or what a run will read from each dataset."),
     "verify": Target("inspect:verify", "Check every byte of a dataset: hashes, indices, token ids, document ends."),
     "audit": Target("audit:audit", "List the documents in a training step, or the steps that saw a document."),
     "import-data": Target(
@@ -85,9 +85,9 @@ class LazyCommand(TyperCommand):
         self.target = target
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
-        """Import the real command and parse `args` with it.
+        """Import the command's module, and parse `args` with the command that is defined there.
 
-        Returns the context of the real command, which Click then invokes.
+        Returns the context of that command. Click then invokes it.
         """
         module, _, function = self.target.function.partition(":")
         real = typer.Typer(add_completion=False)

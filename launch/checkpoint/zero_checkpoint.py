@@ -64,8 +64,8 @@ Shapes = dict[str, torch.Size]  # parameter name -> shape, in the order of a gro
 
 @dataclass(frozen=True)
 class _Selection:
-    """Which tensors full_tensors yields: those with these `keys` (None: all) of every `workers`-th parameter, from
-    index `worker` on.
+    """Which tensors to read: those named in `keys` (None: all), of the parameters with number `worker`, `worker` +
+    `workers`, `worker` + 2 * `workers`, ..., counted from 0.
     """
 
     keys: Sequence[str] | None
@@ -107,7 +107,7 @@ def full_tensors(
 
 
 def tensor_ranks(checkpoint: Path) -> int:
-    """Return the tensor-parallel size with which the checkpoint was written (parallel.tensor)."""
+    """Return the tensor-parallel size (parallel.tensor in the run file) with which the checkpoint was written."""
     manifest = read_manifest(checkpoint)
     return manifest["layout"].get("tensor", 1) if "layout" in manifest else 1
 
@@ -118,10 +118,10 @@ def _model_config(checkpoint: Path) -> GPTConfig:
 
 
 def _tensors_of(checkpoint: Path, selection: _Selection, tensor_rank: int) -> Iterator[tuple[str, Tensors]]:
-    """Yield (name, fp32 tensors) for every selected parameter, from the files of one rank of each tensor-parallel
-    group.
+    """Yield (name, fp32 tensors) for every selected parameter, from the files of all ranks with index `tensor_rank` in
+    their tensor-parallel group.
 
-    Of a parameter that these ranks divide, the tensors have only that rank's part.
+    If the ranks of a group divide a parameter, the tensors are the part of this index.
     """
     states = zero_states(checkpoint, tensor_rank)
     if not states:
@@ -148,7 +148,7 @@ def zero_states(checkpoint: Path, tensor_rank: int = 0) -> list[ZeroState]:
     """Return the ZeRO optimizer states of all ranks with index `tensor_rank` in their tensor-parallel group, in rank
     order.
 
-    The list is empty at stage 0. Raises UserError if files of ranks are missing.
+    The list is empty at ZeRO stage 0. Raises UserError if files of ranks are missing.
     """
     files = sorted(checkpoint.glob(f"*zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"), key=_rank_of)
     states = [read_safely(path)["optimizer_state_dict"] for path in files]
@@ -172,16 +172,17 @@ def inner_optimizer_state(state: ZeroState) -> StateDict:
 
 
 def stage0_optimizer_state(checkpoint: Path) -> StateDict:
-    """Return the optimizer's state_dict at stage 0, where there is no ZeRO optimizer: {"state": {number: {key:
-    tensor}}, ...}.
+    """Return the optimizer's state_dict at ZeRO stage 0, which has no ZeRO optimizer.
+
+    Its form is {"state": {number of a parameter: {key: tensor}}, ...}.
     """
     return dict(read_safely(checkpoint / "mp_rank_00_model_states.pt")["optimizer"])
 
 
 def module_weights(checkpoint: Path) -> Callable[[str], torch.Tensor | None]:
-    """Return a function: parameter name -> the module's weight, in the precision of the forward pass.
+    """Return a function that takes a parameter's name and returns its weight in the precision of the forward pass.
 
-    At stage 3, where the weights are partitioned, the function returns None.
+    At ZeRO stage 3, which partitions the weights, that function returns None.
     """
     paths = [checkpoint / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(tensor_ranks(checkpoint))]
     modules = [read_safely(path)["module"] for path in paths if path.exists()]
@@ -210,9 +211,7 @@ def shared_parameters(checkpoint: Path) -> dict[str, str]:
 
 
 def imported_from(checkpoint: Path) -> ImportedFrom | None:
-    """Return the origin of an imported checkpoint, which has only a universal/ folder; None for a checkpoint of
-    training.
-    """
+    """Return where the weights of an imported checkpoint come from, or None if training wrote the checkpoint."""
     return read_manifest(checkpoint).get("imported")
 
 
@@ -262,7 +261,7 @@ def _model_states(checkpoint: Path, tensor_rank: int = 0) -> StateDict:
     """Return the content of the first *_model_states.pt of the ranks with index `tensor_rank` in their tensor-parallel
     group.
 
-    It has weights (stages 0 to 2), shapes and shared parameters.
+    The content includes the weights (at ZeRO stages 0 to 2), the shapes, and the names of shared parameters.
     """
     files = sorted(checkpoint.glob(f"*mp_rank_{tensor_rank:02d}_model_states.pt"), key=_rank_of)
     if not files:
@@ -310,9 +309,9 @@ def _stage0_tensors(checkpoint: Path, selection: _Selection, tensor_rank: int) -
         order = read_manifest(checkpoint).get("optimizer_order")
         if order is None:
             raise UserError(
-                f"{checkpoint}: an older Packspeed wrote it without optimizer_order, so its optimizer state cannot be "
-                "assigned to parameters. Resume it in the layout in which it was saved: at ZeRO stage 0 with the same "
-                "number of ranks, precision and optimizer. The next checkpoint of that run has optimizer_order."
+                f"{checkpoint}: an older Packspeed wrote it and did not save the order of the optimizer's states, so "
+                "they cannot be assigned to parameters. Resume the run at ZeRO stage 0 with the same number of ranks, "
+                "precision and optimizer. The next checkpoint of the run has the order."
             )
         numbered = content["optimizer"]["state"]
         optimizer_tensors = {name: numbered.get(number, {}) for number, name in enumerate(order)}
@@ -391,10 +390,10 @@ def _stage3_tensors(
 def _slices_of_ranks(
     states: list[ZeroState], weights_key: str, group: int, selection: _Selection
 ) -> dict[str, list[torch.Tensor]]:
-    """Return the flat tensors of parameter group number `group`: {"fp32" or a state such as "exp_avg": [of rank 0, of
-    rank 1, ...]}.
+    """Return {key: [flat tensor of rank 0, of rank 1, ...]} for parameter group number `group`.
 
-    Only selected keys are read. `weights_key` is the key under which `states` have the fp32 weights.
+    A key is "fp32" or an optimizer state such as "exp_avg". Only selected keys are read. `weights_key` is the key under
+    which `states` have the fp32 weights.
     """
     weights = [state[weights_key][group].flatten() for state in states]
     slices = {"fp32": weights} if selection.has_key("fp32") else {}

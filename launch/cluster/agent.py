@@ -135,8 +135,9 @@ def _devices(request: RunRequest | PrepareRequest) -> list[list[int]]:
 
 
 def launcher_of(request: RunRequest | PrepareRequest) -> tuple[list[str], dict[str, str]]:
-    """Return the command line of DeepSpeed's node launcher on this host, and its environment without
-    PACKSPEED_LAUNCH_ID.
+    """Return (command line of DeepSpeed's node launcher on this host, environment variables for it).
+
+    The variables do not include PACKSPEED_LAUNCH_ID, which is different in each attempt.
     """
     # DeepSpeed's launcher only counts the hosts and their devices, so their names are not sent.
     world_info = {f"host-{number}": ids for number, ids in enumerate(_devices(request))}
@@ -179,7 +180,7 @@ class LocalRanks:
     def run(self) -> int:
         """Watch until DeepSpeed's node launcher ends, then kill the processes that are left.
 
-        Returns the launcher's exit code, or EXIT_STOPPED if the ranks were asked to stop before any of them had
+        Returns the launcher's exit code, or 75 (EXIT_STOPPED) if the ranks were asked to stop before any of them had
         started.
         """
         heard_at, kill_at, buffer = time.monotonic(), float("inf"), b""
@@ -209,8 +210,8 @@ class LocalRanks:
         return code if code is not None else self.launcher.wait()
 
     def ask_to_save(self) -> bool:
-        """Send SIGTERM to this host's ranks, but not to DeepSpeed's launcher. The ranks save and exit with 75, then
-        the launcher exits with 75 too. training/signals.py handles the signal in the ranks.
+        """Send SIGTERM to this host's ranks, but not to DeepSpeed's launcher. The ranks save and exit with code 75,
+        then the launcher exits with code 75 too. training/signals.py handles the signal in the ranks.
 
         Returns False if the launcher has not started any rank yet, so that there is no process to ask.
         """
@@ -306,9 +307,9 @@ def kill_launch(launch_id: str) -> list[int]:
 
 
 def rank_states(request: StacksRequest) -> dict[str, RankState]:
-    """Return {rank: state and stack} for every rank of a launch on this host. Takes 1 s.
+    """Return {rank as text: its state and stack} for every rank of a launch on this host. Takes 1 s.
 
-    SIGUSR2 makes faulthandler in each rank write its stack to <logs>/rank-N.stack.
+    SIGUSR2 makes faulthandler in each rank write the rank's stack to <logs>/rank-N.stack.
     """
     states: dict[str, RankState] = {}
     for rank, process in launch_ranks(request["id"]).items():

@@ -189,9 +189,9 @@ class Attempt:
         self.pool.prepare(requests)
 
     def _read(self, agent: subprocess.Popen[bytes]) -> None:
-        """Collect an agent's records, and print the output of its ranks, until it exits.
+        """Collect the records that an agent sends, such as RankDeath, and print the output of its ranks.
 
-        Runs in one thread per host.
+        Runs until the agent exits, in one thread per host.
         """
         assert agent.stdout is not None
         for raw in agent.stdout:
@@ -219,7 +219,10 @@ class Attempt:
     # --- watch --------------------------------------------------------------------------------------------------------
 
     def watch(self) -> Outcome:
-        """Block until the attempt ends, and return how it ended. The docstring of this module lists the outcomes."""
+        """Block until the attempt ends, and return how it ended.
+
+        The kind of the Outcome is "finished", "stopped", "refused", "died", "lost", "hung" or "failed".
+        """
         beat_counts: dict[int, int] = {}
         start_s = max(self.options.hang_s, START_S)
         progress_at, patience_s, sent_at, read_at = self.started, start_s, 0.0, 0.0

@@ -42,9 +42,10 @@ def groups(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> list[Pat
 
 
 def oom_kills(folders: list[Path], vmstat: Path = Path("/proc/vmstat")) -> int:
-    """Return the number of processes that the OOM killer has ended in the first of `folders`, the result of `groups`.
+    """Return the number of processes that the OOM killer has ended in the memory cgroup `folders[0]`.
 
-    If that cgroup does not count them, return the number on this machine since it was booted.
+    If that cgroup has no count, return the count of this machine since it was booted. `folders` is the result of
+    groups.
     """
     for path in [folder / name for folder in folders[:1] for name in ("memory.events", "memory.oom_control")] + [
         vmstat

@@ -32,8 +32,8 @@ def blocking_ranks(
 ) -> list[int]:
     """Return the ranks for which the others wait, or an empty list if they cannot be determined.
 
-    `beats` has the last heartbeat of each rank, `states` the ranks of hosts that answered, `unreachable` the error of
-    each host that did not, and `host_of` the host of each rank.
+    `beats` is {rank: its last heartbeat}, `states` {rank: its state} for the hosts that answered, `unreachable` {host:
+    error} for those that did not, and `host_of` {rank: its host}.
     """
     # Ranks that cannot continue: their host does not answer, they are stopped, or their process is gone.
     silent = [rank for rank, host in host_of.items() if host in unreachable]
@@ -63,9 +63,9 @@ def hang_report(
 ) -> list[str]:
     """Return lines of text about a hung run: the ranks for which the others wait, with their stacks.
 
-    The last lines say in which phase or collective the others wait. `beats` has the last heartbeat of each rank,
-    `states` the ranks of hosts that answered, `unreachable` the error of each host that did not, and `host_of` the host
-    of each rank. `now` is the time in seconds since the epoch.
+    The last lines say in which phase or collective the others wait. `beats` is {rank: its last heartbeat}, `states`
+    {rank: its state} for the hosts that answered, `unreachable` {host: error} for those that did not, and `host_of`
+    {rank: its host}. `now` is the time in seconds since the epoch.
     """
     blocking = blocking_ranks(beats, states, unreachable, host_of)
     lines = []

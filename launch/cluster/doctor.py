@@ -299,8 +299,8 @@ def measure_links(pool: AgentPool, hosts: list[Host], facts: Mapping[str, HostFa
 def ring_failures(errors: Mapping[str, str], hosts: list[Host]) -> list[tuple[str, str]]:
     """Return [(host, what is wrong)] for a failed all-reduce. `errors` is {host: error} for the hosts with an error.
 
-    Names the hosts that did not reach the first host. If all reached it, names those that could not reach another host;
-    if there are none, names the first host.
+    The list has the hosts that did not connect to the first host. If all did, it has the hosts that could not reach
+    some other host. If there are none of these either, it has only the first host.
     """
     error = errors[hosts[0].name]
     if error.startswith('{"late"'):

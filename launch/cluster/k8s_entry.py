@@ -20,7 +20,10 @@ from packspeed.launch.config.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the ranks of this pod's node until they end, and return their launcher's exit code; 2 for a wrong index."""
+    """Run the ranks of this pod until they end, and return their launcher's exit code.
+
+    Returns 2 if JOB_COMPLETION_INDEX is not a valid index of a node.
+    """
     parser = argparse.ArgumentParser(prog="packspeed.launch.cluster.k8s_entry", description="Run the ranks of one pod.")
     parser.add_argument("--nodes", type=int, required=True, help="number of nodes of the job")
     parser.add_argument("--ranks", type=int, required=True, help="number of ranks per node")

@@ -55,9 +55,9 @@ def _nvidia_devices() -> int:
 def default_ranks(run: RunFile, devices: int | None = None) -> int:
     """Return how many ranks to start on this machine if the user names no number.
 
-    It is the largest number, up to `devices` (default: all GPUs), that can share the samples of a step. Without GPUs it
-    is the smallest that the section `parallel` of the run file allows, usually 1, because a single rank with all cores
-    is fastest on CPUs (LOG.md).
+    It is the largest number of ranks, up to `devices` (default: all GPUs), that divides every batch equally. If there
+    is none, for example without GPUs, it is the smallest number that the section `parallel` of the run file allows.
+    That is usually 1: on CPUs, a single rank with all cores is fastest (LOG.md).
     """
     devices = local_accelerators() if devices is None else devices
     return max((n for n in range(1, devices + 1) if fits(run, n)), default=run.parallel.fewest_ranks)
@@ -90,7 +90,7 @@ def node_launcher_command(
 ) -> list[str]:
     """Return the command of DeepSpeed's launcher that starts the ranks of one node of several.
 
-    `world_info` has every node's device numbers, in the order of ranks; `node_rank` is the node's place in it. `master`
+    `world_info` has every node's device numbers, in the order of ranks; `node_rank` is the node's index in it. `master`
     and `port` are torch's rendezvous. Every rank runs `script` with `arguments`.
     """
     info = base64.urlsafe_b64encode(json.dumps(world_info).encode()).decode()
@@ -104,7 +104,7 @@ def run_launcher(command: Sequence[str]) -> int:
     """Run a launcher on this machine until it ends, and pass SIGTERM, SIGUSR1 and Ctrl-C on to its ranks.
 
     Returns its exit code, or 128 + the signal's number if a signal ended it, as shells do. A signal that arrives before
-    any rank has started ends the launcher, and the code is EXIT_STOPPED. A second Ctrl-C kills the ranks.
+    any rank has started ends the launcher, and the code is 75 (EXIT_STOPPED). A second Ctrl-C kills the ranks.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the launcher and the ranks inherit this; the ranks unblock them
     env = {**os.environ, LAUNCHER: str(os.getpid())}

@@ -129,8 +129,8 @@ class _FactsOnRequest(TypedDict, total=False):
 class HostFacts(_FactsOnRequest):
     """The answer to FactsRequest: an agent's description of its host.
 
-    The port and the facts about datasets and the run folder are there only if the request asked for them. The
-    doctor adds clock_s.
+    The port and the facts about datasets and the run folder are there only if the request asked for them. The error
+    of the host's clock (clock_s, in seconds) is not part of the answer: `packspeed doctor` adds it.
     """
 
     hostname: str

@@ -116,7 +116,7 @@ def launcher_files(plan: LaunchPlan, launcher: str) -> Iterator[tuple[Path, Path
 
 
 def launcher_variables(plan: LaunchPlan, launcher: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that every host gets, with values in the form that DeepSpeed needs.
+    """Return the environment variables that every host gets, with values escaped for DeepSpeed's launcher.
 
     `environ` is this process's environment. Raises ConfigError for a value that cannot be passed on.
     """
@@ -152,6 +152,6 @@ def pdsh_argument(text: str) -> str:
 def pdsh_value(text: str) -> str:
     """Escape the value of a variable so that DeepSpeed, pdsh and the remote shell reproduce `text`.
 
-    DeepSpeed puts the value in double quotes if it has an unusual character.
+    DeepSpeed puts a value with special characters in double quotes, but escapes nothing in it.
     """
     return re.sub(r"[\\$`\"]", r"\\\g<0>", text).replace("%", "%%")

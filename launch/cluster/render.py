@@ -80,7 +80,9 @@ K8S = f"""\
 
 
 def train_arguments(run_file: str, overrides: Sequence[str], fresh: bool = False) -> list[str]:
-    """Return the arguments of launch/train.py. `overrides` has the values of its --set options."""
+    """Return the command-line arguments of launch/train.py: the run file, one --set for each of `overrides`
+    ("KEY.PATH=VALUE"), and --fresh if `fresh` is True.
+    """
     path = f"./{run_file}" if run_file.startswith("-") else run_file
     # Without "./", argparse would take a path that starts with a dash for an option.
     sets = [word for text in overrides for word in ("--set", text)]

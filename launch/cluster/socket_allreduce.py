@@ -45,8 +45,9 @@ Value = TypeVar("Value")
 
 
 class RingError(Exception):
-    """A host cannot be reached. The text names it; for hosts that did not connect to the first one, it is {"late":
-    [their ranks]} in JSON.
+    """A host cannot be reached or has closed its connection. The text says which host.
+
+    If hosts have not connected to the first host, the text is JSON instead: {"late": [ranks of these hosts]}.
     """
 
 
@@ -212,10 +213,11 @@ def _measure_links(
 
 
 def _turn(link: int, world: int, odd_link: int) -> int:
-    """Return in which turn the link from rank `link` to the next rank is measured: 0, 1, or 2 for `odd_link`.
+    """Return the number of the turn in which the link from rank `link` to the next rank is measured.
 
-    In a ring of odd length, `odd_link` is the last link; otherwise it is 0, which means none. Links of the same turn
-    have no host in common. Two hosts have two links, measured one after the other.
+    It is 0 for even links and 1 for odd links, so that links of the same turn have no host in common. If the number of
+    hosts is odd, the last link has a host in common with link 0, so its turn is 2. `odd_link` is the number of that
+    link, or 0 if the number of hosts is even.
     """
     return 2 if odd_link and link == odd_link else link % 2
 

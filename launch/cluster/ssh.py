@@ -51,7 +51,7 @@ class Replies(Generic[Answer]):
 def agent_command(host: Host, python: str = sys.executable, ssh_config: Path | None = None) -> list[str]:
     """Return the command line that starts the agent of a host: over ssh, or directly if it is this machine.
 
-    `python` is the interpreter on that host, and the remote shell gets it quoted. `ssh_config` replaces ~/.ssh/config.
+    `python` is the path of the interpreter on that host; it may contain spaces. `ssh_config` replaces ~/.ssh/config.
     """
     return host_command(host, [python, "-m", "packspeed.launch.cluster.agent"], ssh_config)
 
@@ -232,8 +232,9 @@ class AgentConnection:
         self._reader.start()
 
     def _read_errors(self) -> None:
-        """Collect what the agent writes to stderr, or print it once print_errors was called. Runs in a thread until it
-        ends.
+        """Collect what the agent writes to stderr. After a call of print_errors, print it instead.
+
+        Runs in a thread until the agent ends.
         """
         assert self.process.stderr is not None
         with self.process.stderr as lines:

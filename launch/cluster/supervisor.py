@@ -78,11 +78,12 @@ class Supervisor:
         self._all_back = threading.Event()  # set if all dropped hosts are usable again
 
     def supervise(self, before_start: Callable[[], None] = lambda: None) -> int:
-        """Run attempts until the run finishes, is stopped, is refused or must be given up. Returns the exit code.
+        """Run attempts until the run finishes, is stopped, is refused (wrong config) or must be given up. Returns the
+        exit code.
 
-        The run is given up if no restart is left, or if a rank exits with a code other than 1 or 255 at the same step
-        at which the previous attempt failed. `before_start` is called once, when all hosts have passed their checks and
-        before anything is started.
+        The run is given up if no restart is left, or if two attempts in a row fail at the same step and a restart is
+        unlikely to help: a rank exited with a code other than 1 (a Python exception or a kill) or 255. `before_start`
+        is called once, when all hosts have passed their checks and before anything is started.
         """
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
@@ -94,8 +95,9 @@ class Supervisor:
             return EXIT_STOPPED
 
     def _supervise(self, before_start: Callable[[], None], pool: AgentPool) -> int:
-        """Run attempts until the run ends, as `supervise` describes. Raises StoppedError if a signal arrives while no
-        rank is running.
+        """Run attempts until the run finishes, is stopped, is refused or must be given up. Returns the exit code.
+
+        Raises StoppedError if a signal arrives while no rank is running.
         """
         fault: Outcome | None = None
         restarts, last_step, started = 0, -1, False
@@ -217,7 +219,7 @@ class Supervisor:
                 self.log(f"none of the hosts can be used now ({'; '.join(why)}); asking again in {ASK_AGAIN_S:.0f} s")
                 time.sleep(ASK_AGAIN_S)
             else:
-                raise UserError(f"none of the hosts can be used: {'; '.join(why)}. Run packspeed doctor to see why.")
+                raise UserError(f"none of the hosts can be used: {'; '.join(why)}. Fix a host and repeat the command.")
         hosts = fit_slots(self.hosts, lambda ranks: fits(self.run, ranks))
         if not hosts:
             plan_batch(self.run, sum(host.slots for host in self.hosts))  # raises: these ranks cannot share the batch
@@ -236,7 +238,7 @@ class Supervisor:
         self.hosts = [host for host in self.hosts if host.name not in unfit]
 
     def _must_divide(self) -> str:
-        """Return a clause for the log that says which number of ranks can share the samples of a step."""
+        """Return which numbers of ranks the batch allows: "their number must divide the N samples of a step"."""
         per_row, samples = self.run.parallel.per_row, self.run.batches.divisor
         if per_row == 1:
             return f"their number must divide the {samples} samples of a step"
@@ -256,9 +258,9 @@ class Supervisor:
         return pool.ask(hosts, request, HostFacts)
 
     def _ask_dropped_hosts(self, attempt: Attempt) -> None:
-        """Ask hosts that are no longer used every `take_back_s` seconds whether they can be used again.
+        """Every `take_back_s` seconds, ask the dropped hosts whether they can be used again.
 
-        Runs in a thread during an attempt. When all of them can be used, it asks the ranks to save and stop;
+        Runs in a thread during an attempt. When all dropped hosts can be used, asks the ranks to save and stop;
         `supervise` then restarts with all hosts.
         """
         while attempt is self.attempt and attempt.running():

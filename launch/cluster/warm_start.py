@@ -29,8 +29,10 @@ class WarmProcess:
     """A waiting process that has imported torch and DeepSpeed. Use it once: it becomes a launcher, or it is closed."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        """Start the process. `env` is the environment of the ranks. `command` must be about as long as the launcher's
-        command line, which later replaces it.
+        """Start the process. `env` is the environment of the ranks.
+
+        When the process becomes a launcher, /proc shows the launcher's command line in the place of `command`, which
+        must therefore be about as long.
         """
         self._socket, theirs = socket.socketpair()
         room = " " * (len(" ".join(command)) + ROOM_BYTES)
@@ -69,7 +71,8 @@ class WarmProcess:
 
 
 class ForkedProcess:
-    """A child of this process that was forked, here or by another process.
+    """A child process that was forked instead of started with subprocess: by this process, or by another one whose
+    orphans this process adopts (adopt_orphans).
 
     It has the part of subprocess.Popen's interface that the agent and DeepSpeed's launcher use.
     """

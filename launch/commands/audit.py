@@ -32,7 +32,7 @@ def audit(
         ),
     ] = None,
     source: Annotated[
-        int, typer.Option(min=0, help="With --document: index of its dataset in the mixture, from 0.")
+        int, typer.Option(min=0, help="With --document: index in data.sources of the document's dataset, from 0.")
     ] = 0,
     json_output: Json = False,
 ) -> None:
@@ -63,7 +63,10 @@ def audit(
 
 
 def _describe_anomaly(entry: AnomalyLine) -> str:
-    """Return a line about a step that the optimizer did not apply, because its loss or gradient norm was bad."""
+    """Return a line about a step that the optimizer did not apply.
+
+    The reason is a loss or gradient norm that was not finite or far above the previous ones.
+    """
     last = entry["first_sample"] + entry["samples"] - 1
     action = f"{entry['policy']}, back to step {entry['back_to']}" if "back_to" in entry else entry["policy"]
     samples = f"samples {entry['first_sample']} to {last}"

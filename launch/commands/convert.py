@@ -50,7 +50,10 @@ def import_(
     ],
     out: Annotated[Path, typer.Option(help="The run folder to create, <runs_dir>/<name>.")],
     data: Annotated[
-        str | None, typer.Option(help="The dataset to train on, which is written into the new run file.")
+        str | None,
+        typer.Option(
+            help="Path or URL of the dataset to train on, for data.path in the new run file. Default: fill it in later."
+        ),
     ] = None,
     json_output: Json = False,
 ) -> None:

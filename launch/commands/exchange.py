@@ -27,7 +27,11 @@ def import_data(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the dataset to, new or empty.")],
     tokenizer: Annotated[
-        str, typer.Option(help="The tokenizer with which the tokens were made: a name or a file, as for prepare.")
+        str,
+        typer.Option(
+            help="The tokenizer with which the tokens were made: the name of a tiktoken encoding, the word bytes, a "
+            "file, the folder of a Hugging Face model, or hf:owner/name."
+        ),
     ],
     val: Annotated[
         list[str] | None, typer.Option(metavar="PATH", help="Files for the validation split (repeatable).")

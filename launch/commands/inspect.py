@@ -26,7 +26,7 @@ def inspect(
         Path | None, typer.Option(help="A run file: print what its run will read from each of its datasets.")
     ] = None,
 ) -> None:
-    """Print what a dataset contains, or what a run will read from each source.
+    """Print what a dataset contains, or what a run will read from each dataset.
 
     Only the index of the dataset is read, not its tokens.
     """

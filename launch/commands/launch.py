@@ -86,8 +86,8 @@ def launch(
             "--take-back",
             min=0,
             max=LONGEST_S,
-            help="Every N seconds, ask the hosts that were dropped after a failure, and use those again that answer; "
-            "0 = never.",
+            help="Every N seconds, ask the hosts that were dropped after a failure. When all of them can be used "
+            "again, save and restart with them. 0 = never.",
         ),
     ] = 0,
     warm_start: Annotated[
@@ -124,8 +124,8 @@ def launch(
 ) -> None:
     """Train on the hosts of a hostfile; restart after failures.
 
-    Exit codes: 0 finished, 1 failed (also after the last restart), 2 wrong usage or config, 75 saved and stopped by a
-    signal (repeat the command to continue).
+    Exit codes: 0 finished, 1 failed and not restarted again, 2 wrong usage or config, 75 saved and stopped by a signal
+    (repeat the command to continue).
     """
     sets = overrides or []
     run = load_run_file(run_file, sets)

@@ -42,7 +42,9 @@ def mup_check(
             min=0.0, max=10.0, help="Activations grow as width^e. Largest e that counts as independent of the width."
         ),
     ] = 0.25,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with the plots (HTML).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write an HTML page with plots over the width.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Check that activations and their changes do not depend on the width (muP).
@@ -67,14 +69,18 @@ def mup_check(
 
 
 def _number(value: object) -> object:
-    """Return a value with None for NaN and infinity, which JSON does not have."""
+    """Return a value for JSON: NaN and infinity, also those in lists, become None."""
     if isinstance(value, (tuple, list)):
         return [_number(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(result: WidthCheck) -> list[str]:
-    """Return the result as lines of text: the change of each layer at every width, and both exponents."""
+    """Return the result as lines of text.
+
+    For each layer: the mean change of its activations at every width, and the exponents with which this change and the
+    activations grow with the width.
+    """
     lines = [["mean |change| at width", *map(str, result.widths), "exponent", "of |activation|", ""]]
     for layer in result.layers:
         exponents = [f"{layer.change_exponent:+.2f}", f"{layer.size_exponent:+.2f}"]
@@ -86,7 +92,7 @@ def table(result: WidthCheck) -> list[str]:
 
 
 def page(result: WidthCheck) -> str:
-    """Return an HTML page with two plots over the width, one curve for each layer."""
+    """Return an HTML page with two plots over the width, mean |change| and mean |activation|, one curve per layer."""
 
     def chart(title: str, values: list[tuple[LayerResult, tuple[float, ...]]]) -> str:
         x = [math.log2(width) for width in result.widths]

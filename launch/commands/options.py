@@ -20,7 +20,11 @@ DatasetFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder wri
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the run file (repeatable)."),
+    typer.Option(
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        help="Override a value of the run file, for example train.optimizer.lr=3e-4 (repeatable).",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 _RANKS_HELP = (
@@ -50,10 +54,13 @@ TextKey = Annotated[
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(metavar="GLOB", help="In folders and globs, read only files that match (repeatable)."),
+    typer.Option(
+        metavar="GLOB", help="In folders and globs, read only files whose paths match this pattern (repeatable)."
+    ),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="In folders and globs, skip files that match (repeatable).")
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="In folders and globs, skip files whose paths match this pattern (repeatable)."),
 ]
 UnknownFormat = Annotated[
     str,
@@ -73,7 +80,11 @@ CheckpointStep = Annotated[
     typer.Option("--checkpoint", min=0, metavar="STEP", help="Use the checkpoint of this step. Default: the newest."),
 ]
 TokenizerFile = Annotated[
-    str | None, typer.Option(help="Use this tokenizer (a name or a file) instead of the run's own.")
+    str | None,
+    typer.Option(
+        help="Use this tokenizer instead of the run's own: the name of a tiktoken encoding, the word bytes, a file, "
+        "the folder of a Hugging Face model, or hf:owner/name."
+    ),
 ]
 
 # Options about hosts, for `launch`, `doctor` and `rehearse`

@@ -76,13 +76,16 @@ def plan(
     lock: Annotated[
         bool,
         typer.Option(
-            "--lock", help="Write the plan next to the run folder; training compares its first steps with it."
+            "--lock", help="Write the plan to <runs_dir>/<name>.plan.json. Training compares the first steps with it."
         ),
     ] = False,
     table: Annotated[
         Path | None,
         typer.Option(
-            "--evaluate", metavar="FILE.csv", help="Predict every row of this table of published results, and compare."
+            "--evaluate",
+            metavar="FILE.csv",
+            help="Instead of planning a run, predict every row of this table of published results (docs/planner.md), "
+            "and compare.",
         ),
     ] = None,
     json_output: Json = False,
