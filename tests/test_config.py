@@ -247,7 +247,8 @@ def test_batch_solving_lists_the_nearest_choices() -> None:
     ):
         solve_batch(480, 1024, Layout(8), 7)
     with pytest.raises(
-        ConfigError, match=r"7 data-parallel ranks cannot share equally. Ranks that can: 4, 5, 6, 8; or with 7 ranks"
+        ConfigError,
+        match=r"7 data-parallel ranks cannot share equally. Possible numbers of ranks: 4, 5, 6, 8; or with 7 ranks",
     ):
         solve_batch(480, 1024, Layout(7), "auto")
 

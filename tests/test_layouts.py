@@ -47,7 +47,7 @@ def test_a_group_of_ranks_counts_once_when_the_batch_is_divided() -> None:
     assert plan.counted_by_deepspeed == 24
     # A forward pass of "auto" has at most 16,384 tokens on each rank.
     assert solve_batch(12, 16384, Layout(4, sequence=4), "auto").micro_batch == 4
-    with pytest.raises(ConfigError, match=r"4 groups of 2 ranks cannot share.*Ranks that can: 2, 6, 10, 30"):
+    with pytest.raises(ConfigError, match=r"4 groups of 2 ranks cannot share.*Possible numbers of ranks: 2, 6, 10, 30"):
         solve_batch(15, 64, Layout(8, sequence=2), "auto")
 
 

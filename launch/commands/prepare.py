@@ -30,8 +30,8 @@ def prepare(
     tokenizer: Annotated[
         str,
         typer.Option(
-            help="The name of a tiktoken encoding, the word bytes, a file (tokenizer.json, .tiktoken, SentencePiece "
-            ".model), the folder of a Hugging Face model, or hf:owner/name."
+            help="The name of a tiktoken encoding, bytes (each byte is a token), a file (tokenizer.json, .tiktoken, "
+            "SentencePiece .model), the folder of a Hugging Face model, or hf:owner/name (from the Hugging Face Hub)."
         ),
     ] = "gpt2",
     eot_token: Annotated[
@@ -54,7 +54,7 @@ def prepare(
     shard_tokens: Annotated[int, typer.Option(min=1, help="Start a new shard after this many tokens.")] = 2**28,
     skip_bad: SkipBad = 0,
     dedup: Annotated[
-        str | None, typer.Option(metavar="exact", help="Drop documents that are identical to an earlier one.")
+        str | None, typer.Option(metavar="exact", help="exact: drop documents that are identical to an earlier one.")
     ] = None,
     shuffle_documents: Annotated[bool, typer.Option(help="Write the documents in random order.")] = False,
     shuffle_seed: Annotated[int, typer.Option(min=0, help="Seed of --shuffle-documents.")] = 1337,
@@ -65,13 +65,15 @@ def prepare(
         str, typer.Option(help="Tokenizer library: auto, gigatoken or tiktoken. The tokens are the same with each.")
     ] = "auto",
     task_index: Annotated[
-        int | None, typer.Option(help="With --task-count: do only the part of the task with this index, from 0.")
+        int | None,
+        typer.Option(help="With --task-count: which task this command does, from 0 to --task-count minus 1."),
     ] = None,
     task_count: Annotated[
-        int | None, typer.Option(help="With --task-index: the number of tasks that share the work and the folder.")
+        int | None,
+        typer.Option(help="With --task-index: divide the work into this many tasks, which write to the same folder."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Write the dataset from the parts, after all tasks have finished.")
+        bool, typer.Option("--merge", help="After all tasks have finished: make the dataset from their files.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the dataset in the folder.")] = False,
     check: Annotated[
@@ -86,7 +88,7 @@ def prepare(
         raise UsageError(f"--encoder {encoder}: unknown encoder. Choose auto, gigatoken or tiktoken.")
     if (task_index is None) != (task_count is None) or (merge and task_count is not None):
         raise UsageError(
-            "Give --task-index and --task-count together. After all tasks have finished, give --merge without them."
+            "Give --task-index and --task-count together. After all tasks have finished, use --merge instead."
         )
     gc.set_threshold(200_000)  # the imports alone would cause a collection, which takes 0.01 s
     # Nothing here multiplies matrices, and OpenBLAS's threads wait actively for 30 ms when NumPy is imported.

@@ -30,7 +30,7 @@ def train(
     ] = None,
     decay_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="With --decay-from: steps of the decay. Default: a fifth of the branch's steps."),
+        typer.Option(min=1, help="With --decay-from STEP: steps of the decay. Default: a quarter of STEP."),
     ] = None,
 ) -> None:
     """Train on this machine: check the configuration, then run deepspeed launch/train.py.

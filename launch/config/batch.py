@@ -51,17 +51,19 @@ class BatchPlan:
 
 
 def plan_batch(run: RunFile, world: int) -> BatchPlan:
-    """Return how `world` ranks form groups and divide the global batch: the last of `plan_stages`. Raises ConfigError
-    if they cannot divide it, or the batch of a stage of train.batch_warmup.
+    """Return the layout of `world` ranks, and how they divide the global batch into micro batches.
+
+    Raises ConfigError if they cannot divide it, or the smaller batch of a stage of train.batch_warmup.
     """
     return plan_stages(run, world)[run.global_batch]
 
 
 def plan_stages(run: RunFile, world: int) -> dict[int, BatchPlan]:
-    """Return {samples of a step: how `world` ranks divide them} for each size of a batch of the run, ascending.
+    """Return {samples per step: how `world` ranks divide them} for each batch size of the run, ascending.
 
-    The size of the micro batch may differ between stages if train.micro_batch is auto: otherwise the smallest stage
-    would decide it for the run. Raises ConfigError if the ranks cannot divide one of the batches.
+    A run has several batch sizes if it has train.batch_warmup. If train.micro_batch is auto, each batch size gets its
+    own micro batch, because one that fits the smallest batch would slow down the others. Raises ConfigError if the
+    ranks cannot divide one of the batches.
     """
     layout, seq_len, micro_batch = run_layout(run, world), run.data.seq_len, run.train.micro_batch
     return {
@@ -71,27 +73,27 @@ def plan_stages(run: RunFile, world: int) -> dict[int, BatchPlan]:
 
 
 def fits(run: RunFile, world: int) -> bool:
-    """Return whether `world` ranks can equally share the rows of every batch and the experts of each layer."""
+    """Return whether `world` ranks can equally share the samples of every batch and the experts of each layer."""
     rows, rest = divmod(world, run.parallel.per_row)
     experts_fit = world // run.parallel.tensor % run.parallel.expert == 0
     return rest == 0 and rows > 0 and run.batches.divisor % rows == 0 and experts_fit
 
 
 def token_sizes(train: JsonObject) -> BatchSizes:
-    """Return the tokens of each batch of a run, given the section `train` of its config.yaml or of a manifest.
+    """Return the batch sizes of a run in tokens. `train`: the section of its config.yaml or of a checkpoint's manifest.
 
-    Unlike TrainSection.batches, it also reads sections of other versions. Raises KeyError, TypeError or ValueError if
-    the batch or a stage is missing or damaged.
+    The section may have been written by another version of Packspeed; only its keys global_batch_tokens and
+    batch_warmup are read. Raises KeyError, TypeError or ValueError if one of their values is missing or damaged.
     """
     stages = [(stage["until_tokens"], stage["global_batch_tokens"]) for stage in train.get("batch_warmup") or []]
     return BatchSizes.staged(stages, train["global_batch_tokens"])
 
 
 def shortened_warmup(run: RunFile, steps: int, seq_len: int) -> list[str]:
-    """Return values of `--set` that give a copy of the run, of `steps` steps, a part of each stage of its batches.
+    """Return the `--set` value of train.batch_warmup, in a list, for a copy of the run with only `steps` steps.
 
-    The stages keep their samples per step, of `seq_len` tokens each, and divide the steps equally. Returns [] if the
-    run has no train.batch_warmup.
+    Each stage keeps its samples per step and gets an equal share of the steps, at least one. A sample of the copy has
+    `seq_len` tokens. Returns [] if the run has no train.batch_warmup, or if `steps` is 1.
     """
     *stages, _ = run.batches.stages
     stages = stages[: steps - 1]
@@ -126,8 +128,8 @@ def solve_batch(
         raise ConfigError(
             f"{key} = {global_batch * seq_len} is {global_batch} samples of {seq_len} tokens, "
             f"which {sharers} cannot share equally. "
-            f"Ranks that can: {', '.join(str(n * layout.per_row) for n in near)}; or with {layout.world} ranks "
-            f"global_batch_tokens = {' or '.join(map(str, sizes))}."
+            f"Possible numbers of ranks: {', '.join(str(n * layout.per_row) for n in near)}; "
+            f"or with {layout.world} ranks global_batch_tokens = {' or '.join(map(str, sizes))}."
         )
     rows = global_batch // parts
     divisors = divisors_of(rows)

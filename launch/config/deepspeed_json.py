@@ -115,7 +115,7 @@ def unknown_keys(data: JsonObject, valid: KeyTree, parent: tuple[str, ...]) -> I
 
 
 def bad_values(data: JsonObject) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (path of the key, message) for each wrong value that DeepSpeed would not always refuse.
+    """Yield (path of the key, message) for each wrong value that DeepSpeed may accept without an error.
 
     These are a ZeRO stage other than 0 to 3, a value of an old offload key that modernise could not replace, and "auto"
     at a top-level key that the run file does not set.
@@ -321,7 +321,9 @@ def _refused_with_tensor(path: Path, raw: JsonObject, asked: str) -> Iterator[st
 
 
 def _refused_with_batch_warmup(path: Path, raw: JsonObject) -> Iterator[str]:
-    """Yield a message for each setting of the JSON `raw` with which the accumulation cannot change during a run."""
+    """Yield a message for each setting of the JSON `raw` with which the number of micro batches per step cannot
+    change during a run.
+    """
     zero, compiler = raw.get("zero_optimization") or {}, raw.get("compile") or {}
     found = {
         "zero_optimization.zenflow": bool(zero.get("zenflow")),  # counts its own intervals in micro batches

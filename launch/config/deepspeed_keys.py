@@ -71,7 +71,7 @@ ANY: KeyTree = {"*": WORKS}  # free-form: any keys
 
 
 def _works(names: str) -> KeyTree:
-    """Return {name: WORKS} for each word of `names`, a text with spaces between the words."""
+    """Return {name: WORKS} for each word of `names`, separated by spaces: keys that DeepSpeed reads as documented."""
     return dict.fromkeys(names.split(), WORKS)
 
 

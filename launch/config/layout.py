@@ -119,8 +119,8 @@ def run_layout(run: RunFile, world: int) -> Layout:
 
 
 def _check_ranks(layout: Layout) -> None:
-    """Raise ConfigError unless the number of ranks is a multiple of layout.per_row, the ranks that work on the same
-    rows.
+    """Raise ConfigError unless the number of ranks is a multiple of layout.per_row, the number of ranks that work on
+    the same rows of the batch.
     """
     if layout.world % layout.per_row == 0:
         return
@@ -162,16 +162,17 @@ def _check_tensor(run: RunFile, layout: Layout) -> None:
         sizes = [size for size in range(1, layout.world + 1) if possible(size)]
         raise ConfigError(
             f"{asked}: the model has {model.n_head} heads, {model.kv_heads} key-value heads and {model.ff_width} "
-            "hidden channels in the MLP, which so many ranks cannot share equally. The size must be a power of 2 and "
-            f"divide all three. With {layout.world} ranks these sizes are possible: {', '.join(map(str, sizes))}."
+            "hidden channels in the MLP. The size must be a power of 2 and divide these three numbers. "
+            f"With {layout.world} ranks these sizes are possible: {', '.join(map(str, sizes))}."
         )
 
 
 def _check_sequence(run: RunFile, layout: Layout) -> None:
     """Raise ConfigError unless every rank of a sequence-parallel group gets equally many heads, and enough tokens.
 
-    Each rank attends with some of the heads over complete rows. If there are fewer key-value heads than ranks, they are
-    repeated. So one of these two numbers must divide the other. In fp8, matrix products need a multiple of 16 tokens.
+    Each rank computes attention for some of the heads, over complete rows. If the group has more ranks than the model
+    has key-value heads, these heads are repeated. So the number of ranks must divide the number of key-value heads or
+    be a multiple of it. In fp8, matrix products need a multiple of 16 tokens.
     """
     model, length = run.gpt_config(1), run.data.seq_len
 
@@ -183,9 +184,9 @@ def _check_sequence(run: RunFile, layout: Layout) -> None:
         sizes = [size for size in range(1, layout.world + 1) if possible(size)]
         raise ConfigError(
             f"parallel.sequence = {layout.sequence}: the model has {model.n_head} heads and {model.kv_heads} key-value "
-            f"heads, and rows have {length} tokens, which so many ranks cannot share. It must divide model.n_head, and "
-            f"model.n_kv_head must divide it or be a multiple of it. With {layout.world} ranks these sizes are "
-            f"possible: {', '.join(map(str, sizes))}."
+            f"heads, and rows have {length} tokens. The size must divide model.n_head and be at most {length}. It must "
+            f"also divide model.n_kv_head or be a multiple of it. With {layout.world} ranks these sizes are possible: "
+            f"{', '.join(map(str, sizes))}."
         )
     if run.train.precision == "fp8" and length % (layout.sequence * FP8_MULTIPLE):
         raise ConfigError(
@@ -207,8 +208,8 @@ def _check_experts(run: RunFile, layout: Layout) -> None:
         raise ConfigError(f"{key} with parallel.tensor = {layout.tensor} is not supported. Write 1 for one of them.")
     if run.train.optimizer.name == "muon":
         raise ConfigError(
-            f"{key}: Muon needs complete matrices, and exchanges parts of them between all ranks. Write 1, or use "
-            "train.optimizer.name: adamw."
+            f"{key}: Muon needs complete matrices and collects their parts from all ranks, but not all ranks would "
+            "have parts of the same experts. Write 1, or use train.optimizer.name: adamw."
         )
     if model.n_expert % layout.expert or layout.zero % layout.expert:
         common = math.gcd(model.n_expert, layout.zero)

@@ -38,7 +38,7 @@ def read_text(path: Path, what: str, hint: str = ".") -> str:
     """Return the text of a UTF-8 file, with or without a byte order mark.
 
     Raises ConfigError if it cannot be read, is larger than MAX_BYTES or is not UTF-8. The message starts with `what`,
-    such as "run file", and may end with `hint`.
+    such as "run file". If the file cannot be opened, it ends with `hint`.
     """
     try:
         with path.open("rb") as file:
@@ -62,7 +62,7 @@ def read_text(path: Path, what: str, hint: str = ".") -> str:
 def unusable_character(text: str) -> str | None:
     """Return the name (such as U+0000) of the first null or surrogate character of the text, or None if it has none.
 
-    Paths and terminals cannot contain these characters.
+    A path cannot contain such a character, and a terminal cannot print it.
     """
     match = re.search("[\0\ud800-\udfff]", text)
     return f"U+{ord(match[0]):04X}" if match else None
@@ -73,9 +73,9 @@ TOO_MUCH = "more than {:,} values, or blocks that nest deeper than {} levels"
 
 
 class _Loader(yaml.SafeLoader):
-    """A yaml.SafeLoader that limits nesting (MAX_DEPTH), the number of values (MAX_VALUES) and the digits of a number.
+    """A yaml.SafeLoader that limits nesting (MAX_DEPTH), the number of values (MAX_VALUES) and digits (MAX_DIGITS).
 
-    Beyond a limit (MAX_DIGITS for the digits), or if it cannot convert a value, it raises a YAMLError with a line.
+    It raises a YAMLError that contains the line if a limit is exceeded or a value cannot be converted.
     """
 
     depth = count = 0
@@ -154,7 +154,7 @@ def _key_lines(root: yaml.Node, place: Path | str) -> dict[KeyPath, int]:
                 f"{place}:{line}: {dotted(key_path) or 'the file'} contains itself by an alias (*name). Remove it."
             )
         if count > MAX_VALUES or len(above) > MAX_DEPTH:
-            raise ConfigError(f"{place}:{line}: {TOO_MUCH.format(MAX_VALUES, MAX_DEPTH)}, by aliases (*name).")
+            raise ConfigError(f"{place}:{line}: {TOO_MUCH.format(MAX_VALUES, MAX_DEPTH)}, made by aliases (*name).")
         lines.setdefault(key_path, line)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:

@@ -170,17 +170,23 @@ class RopeScalingSection(Section):
 
 
 class MuPSection(Section):
-    """The shape of the small model whose learning rate and other tuned settings the run uses."""
+    """muP: the shape of the small model for which the learning rate and the other settings of this run were tuned."""
 
-    base_width: int = Field(ge=1, description="model.d_model of the small model.")
+    base_width: int = Field(
+        ge=1, description="Width (model.d_model) of the small model with which settings were tuned."
+    )
     base_depth: int | None = Field(
-        None, ge=1, description="model.n_layer of the small model. Default: no scaling by depth."
+        None,
+        ge=1,
+        description="Layers (model.n_layer) of the small model with which settings were tuned. Default: do not scale "
+        "by depth.",
     )
     base_head_dim: int | None = Field(
         None,
         ge=1,
-        description="model.head_dim of the small model: attention logits are then divided by head_dim / "
-        "sqrt(base_head_dim) and not by sqrt(head_dim). Needed only if head_dim differs.",
+        description="Channels per head (model.head_dim) of the small model with which settings were tuned. If given, "
+        "attention logits are divided by model.head_dim / sqrt(base_head_dim) and not by sqrt(model.head_dim). Needed "
+        "only if base_head_dim is not model.head_dim.",
     )
 
 
@@ -307,7 +313,7 @@ class OptimizerSection(Section):
     weight_decay_schedule: Literal["constant", "lr"] = Field(
         "constant",
         description="How the weight decay changes during the run. constant: weight_decay in every step. lr: in "
-        "proportion to the learning rate, so that the factor of a step is 1 - lr^2 * weight_decay / peak.",
+        "proportion to the learning rate, so that the factor of a step is 1 - lr^2 * weight_decay / (peak lr).",
     )
     embedding_lr: float | None = Field(
         None, gt=0, description="Peak learning rate of the token and position embeddings. Default: optimizer.lr."
@@ -331,7 +337,9 @@ class OptimizerSection(Section):
         "optimizer.momentum to optimizer.momentum.",
     )
     nesterov: bool = Field(
-        True, description="muon only: orthogonalise the mean of gradient and momentum instead of the momentum alone."
+        True,
+        description="muon only: Nesterov momentum. Orthogonalise the mean of the gradient (weight 1 - momentum) and "
+        "its running mean (weight momentum), instead of the running mean alone.",
     )
     ns_steps: int = Field(
         5, ge=1, le=20, description="muon only: number of Newton-Schulz iterations that orthogonalise an update."
@@ -368,7 +376,10 @@ class OptimizerSection(Section):
         In each step, every peak rate is multiplied by the schedule's rate divided by lr.
         """
         if self.lr == 0 and (self.embedding_lr or self.head_lr or self.scalar_lr or self.muon_lr):
-            raise ValueError("train.optimizer.lr = 0 sets every learning rate to 0: raise lr, or remove the others")
+            raise ValueError(
+                "train.optimizer.lr = 0 sets every learning rate to 0, also embedding_lr, head_lr, scalar_lr and "
+                "muon_lr. Raise lr, or remove these keys"
+            )
         return self
 
 
@@ -428,7 +439,7 @@ class TrainSection(Section):
         [],
         description="Stages with smaller batches at the beginning of the run, in ascending order; after the last one, "
         "a step has global_batch_tokens. The samples and their order are the same as without stages. The learning rate "
-        "follows the steps as always (docs/recipes.md).",
+        "depends on the number of steps done, not of tokens (docs/recipes.md).",
     )
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
@@ -452,11 +463,11 @@ class TrainSection(Section):
         True,
         description="Make every step on GPUs reproducible bit for bit, so that a resumed run equals the uninterrupted "
         "one. Estimated cost: attention's backward pass takes 1.2 to 2 times as long, which is 1 to 4% of a step at "
-        "1,024 tokens per sample and 5 to 10% at 4,096; NCCL does not add inside the NVSwitch. false: resumed runs "
-        "are equal up to rounding only, and `packspeed prove` refuses the run. CPUs are always reproducible.",
+        "1,024 tokens per sample and 5 to 10% at 4,096; NCCL's sums inside the NVSwitch (NVLS) are off. false: resumed "
+        "runs are equal up to rounding only, and `packspeed prove` refuses the run. CPUs are always reproducible.",
     )
     optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer and its settings.")
-    schedule: ScheduleSection = Field(ScheduleSection(), description="The learning rate over the run.")
+    schedule: ScheduleSection = Field(ScheduleSection(), description="How the learning rate changes during the run.")
     grad_clip: float = Field(
         1.0,
         ge=0,
@@ -472,25 +483,25 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _growing_batches(self) -> TrainSection:
-        """Raise ValueError if a stage of batch_warmup has smaller batches than the one before it, or no step."""
+        """Raise ValueError if a stage of batch_warmup has no step, or if batches become smaller after a stage."""
         try:
             self.batches  # noqa: B018
         except ValueError as error:
             raise ValueError(
                 f"train.batch_warmup, in tokens: {error}. Batches must not shrink, and each stage needs a step. "
-                "Correct global_batch_tokens or until_tokens of one of the two (the last stage is "
-                f"train.global_batch_tokens = {self.global_batch_tokens:,})"
+                "Correct global_batch_tokens or until_tokens of one of these two stages (after batch_warmup, the "
+                f"last stage has train.global_batch_tokens = {self.global_batch_tokens:,})"
             ) from None
         return self
 
     @property
     def batches(self) -> BatchSizes:
-        """Tokens of each batch of the run."""
+        """Batch sizes of the run in tokens: one per stage of batch_warmup, then global_batch_tokens."""
         warmup = [(stage.until_tokens, stage.global_batch_tokens) for stage in self.batch_warmup]
         return BatchSizes.staged(warmup, self.global_batch_tokens)
 
     def key_of_batch(self, tokens: int) -> str:
-        """Return the key of the run file, for messages, that gives a step this many tokens."""
+        """Return the key of the run file, as a text for messages, that sets a batch of this many tokens."""
         full = tokens == self.global_batch_tokens
         return "train.global_batch_tokens" if full else "train.batch_warmup: global_batch_tokens"
 
@@ -627,7 +638,7 @@ class ParallelSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_pipeline(cls, data: object) -> object:
-        """Raise ValueError that says what to use instead if the section asks for pipeline parallelism."""
+        """Raise ValueError if the section asks for pipeline parallelism. The message says what to use instead."""
         if isinstance(data, dict) and "pipeline" in data:
             raise ValueError(f"pipeline: {NO_PIPELINE}")
         return data
@@ -697,9 +708,7 @@ class RunFile(Section):
 
     @property
     def batches(self) -> BatchSizes:
-        """Samples of each batch of the run. They are always global_batch, unless there are stages
-        (train.batch_warmup).
-        """
+        """Batch sizes of the run in samples: one per stage of train.batch_warmup, then global_batch."""
         return self.train.batches.divided(self.data.seq_len)
 
     @property

@@ -49,10 +49,10 @@ def read_tokenizer(source: Path, rows: int) -> tuple[Tokenizer | None, list[str]
 
 
 def _with_bos(source: Path, tokenizer: JsonTokenizer) -> tuple[Tokenizer, list[str]]:
-    """Return the tokenizer of the model folder `source`, and notes for the user about its special tokens.
+    """Return (tokenizer of the model folder `source`, notes for the user about its special tokens).
 
-    It is `tokenizer`, changed to begin each document with BOS if the folder's template or settings add BOS, unless BOS
-    is the end-of-text token.
+    If the folder's template or settings add BOS, the returned tokenizer begins each document with BOS, unless BOS is
+    the end-of-text token. Otherwise it is `tokenizer` unchanged.
     """
     before, after = template(tokenizer.content)
     named = read_document_tokens(source)
@@ -153,9 +153,8 @@ def _check_ids(content: bytes, tokenizer: Tokenizer, eot: str, bos: str | None) 
     if not same or made.encode(PROBE).ids != [tokenizer.bos_id] * (bos is not None) + ids:
         raise DataError(
             f"Tokenizer {tokenizer.name}: the tokenizers library, and therefore transformers, gives other ids for a "
-            f"text or for {eot} than the model was trained on. Correct the ids in tokenizer.json, which may have gaps, "
-            f"and "
-            "give the corrected file with --tokenizer."
+            f"text or for {eot} than the model was trained on. Its ids in tokenizer.json may have gaps. Correct "
+            "them, and give the corrected file with --tokenizer."
         )
 
 

@@ -177,8 +177,8 @@ def _write_checkpoint(
 ) -> None:
     """Write a checkpoint that contains only packspeed.json and a universal/ folder with the weights.
 
-    In a checkpoint of training, that folder is a converted copy and is not listed in packspeed.json. Here the manifest
-    lists its files, because they cannot be made again from others.
+    packspeed.json lists the files of universal/, because they are the only copy of the weights. In a checkpoint of
+    training it does not list them, because they can be converted again from DeepSpeed's files.
     """
     folder = checkpoint / UNIVERSAL
     files: dict[str, FileHash] = {}

@@ -166,7 +166,8 @@ def wants_deepcompile(ds_config: DsConfig, device: str) -> bool:
 def build_engine(
     config: GPTConfig, run: RunFile, ds_config: DsConfig, draw: bool = True, topology: Topology | None = None
 ) -> Engine:
-    """Build the GPT, initialise its weights, wrap it in a DeepSpeedEngine and patch the engine's optimizer.
+    """Build the GPT, initialise its weights, wrap it in a DeepSpeedEngine and apply the changes of
+    engine/patches to the engine's optimizer.
 
     `ds_config` is the final DeepSpeed configuration of this run. If `draw` is False, no initial weights are drawn,
     and the caller must load a checkpoint. `topology` is needed if ranks share weights or experts (parallel.tensor,
@@ -245,7 +246,7 @@ def model_on(
 
     The weights are the same bits as if all were drawn in fp32 on the CPU and then cast. But only one parameter at a
     time is in host memory, because the fp32 weights of a 7B model on eight ranks would take 216 GB. Without a seed, the
-    weights are zeros. The topology says which ranks share weights; its `beat` is called for each parameter that is
+    weights are zeros. The topology says which ranks share weights. A heartbeat is written for each parameter that is
     drawn. With `experts`, the model contains only this rank's experts. A collective: every rank must call it.
     """
     model = gpt_without_weights(config, topology.tensor() if topology else ALONE)

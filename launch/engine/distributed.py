@@ -39,7 +39,7 @@ T = TypeVar("T")  # a small object that can be pickled
 
 
 def no_beat(phase: str, collective: str = "") -> None:
-    """Write no heartbeat: Topology.beat in a process that no supervisor watches."""
+    """Do nothing. This is Topology.beat of a process without a supervisor that reads heartbeats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,9 @@ class Topology:
 
     @property
     def first_of_rows(self) -> bool:
-        """Whether this rank is the first of the ranks that read the same rows of the batch. Only the first one counts
-        them.
+        """Whether this rank is the lowest of the ranks that read the same rows of the batch.
+
+        A sum over all ranks takes what belongs to these rows from the lowest one only.
         """
         return self.rank % self.layout.per_row == 0
 

@@ -40,7 +40,9 @@ def expert_part(topology: Topology | None) -> ExpertPart | None:
 
 
 def mark_experts(model: GPT, part: ExpertPart) -> None:
-    """Mark the parameters of experts for DeepSpeed, which must not average them over all ranks, and for part_of."""
+    """Set attributes of the experts' parameters: DeepSpeed then reduces their gradients in the group EXPERTS instead
+    of over all ranks, and part_of returns `part` for them.
+    """
     for name, parameter in model.named_parameters():
         if is_expert_parameter(name, model.config):
             # The names are DeepSpeed's, except the last.
@@ -48,9 +50,9 @@ def mark_experts(model: GPT, part: ExpertPart) -> None:
 
 
 def expert_norm_group(topology: Topology) -> TensorGroup | None:
-    """Return the ranks that share the experts, over which norms are summed if ZeRO does not partition the tensors.
+    """Return the group of ranks that share the experts, or None if every rank has all experts.
 
-    Returns None if every rank has all experts.
+    If ZeRO does not partition the tensors, norms must be summed over this group.
     """
     if topology.layout.expert == 1:
         return None

@@ -36,7 +36,7 @@ IN_BLOCKS = (HIDDEN, *WITHOUT_DECAY)
 
 
 def peak_rates(optimizer: OptimizerSection, factors: Scales = STANDARD) -> dict[str, float]:
-    """Return {name of a group: its peak learning rate} for all groups that these settings may need.
+    """Return {name of a parameter group: its peak learning rate} for all groups that this optimizer may need.
 
     factors: muP's factors (model/mup.py).
     """
@@ -82,7 +82,10 @@ def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject
 
 
 def _decay(group: str, weight_decay: float, factors: Scales) -> float:
-    """Return the weight decay of a group: 0 for groups without matrices, and with muP's factor for hidden matrices."""
+    """Return the weight decay of a parameter group.
+
+    It is 0 if the group has no matrices. For hidden matrices it is `weight_decay` times muP's factor.
+    """
     return 0.0 if group in WITHOUT_DECAY else weight_decay * (factors.matrix_decay if group == HIDDEN else 1.0)
 
 

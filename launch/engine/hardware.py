@@ -60,11 +60,10 @@ def keep_memory() -> None:
 
 
 def keep_memory_from_step_2(optimizer: torch.optim.Optimizer) -> None:
-    """Call keep_memory once the optimizer has taken its first step.
+    """Call keep_memory after the optimizer's first step, in which most optimizers allocate their state.
 
-    What is allocated before stays outside of the memory that the steps reuse: weights, and the optimizer's state, which
-    most optimizers make in their first step. Otherwise the state would take memory that activations have just freed,
-    and the next step would need new memory.
+    If it were called earlier, the state would take memory that activations have just freed, and the activations of the
+    next step would need new memory.
     """
 
     def first_step_done(*_: object) -> None:
@@ -116,7 +115,7 @@ def compute_precision(engine: Engine) -> str:
 
 
 def compute_environment(topology: Topology) -> ComputeEnvironment:
-    """Return the hardware and software of all ranks on which the bits of a run depend.
+    """Return what must be equal for a resumed run to have the same bits: hardware, number of ranks and software.
 
     A collective: every rank must call it.
     """

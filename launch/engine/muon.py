@@ -166,7 +166,8 @@ Spans = Callable[[Matrix, int], slice]  # Matrix.elements and the like: which nu
 
 
 class Round:
-    """Matrices whose elements are exchanged together: sent from all ranks to the owners, and back.
+    """Matrices whose elements are exchanged together: all ranks send them to the owners, the ranks that orthogonalise
+    them, and the owners send the results back.
 
     `replicated`: every rank holds every matrix completely (ZeRO-0), so nothing is sent to the owners.
     """
@@ -248,7 +249,7 @@ def length(span: slice) -> int:
 
 
 def products_dtype(bf16_run: bool) -> torch.dtype:
-    """Return the dtype of Muon's matrix products: bf16 on an accelerator and in a bf16 run, else fp32."""
+    """Return the dtype of Muon's matrix products: bf16 on an accelerator or in a bf16 run, else fp32."""
     return torch.bfloat16 if bf16_run or get_accelerator().device_name() != "cpu" else torch.float32
 
 
