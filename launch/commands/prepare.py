@@ -62,7 +62,11 @@ def prepare(
         int, typer.Option(min=1, help="Number of worker processes. It does not change the dataset.")
     ] = 1,
     encoder: Annotated[
-        str, typer.Option(help="Tokenizer library: auto, gigatoken or tiktoken. The tokens are the same with each.")
+        str,
+        typer.Option(
+            help="Tokenizer library: gigatoken, tiktoken or auto (gigatoken for large inputs, if it is installed). The "
+            "tokens are the same with each."
+        ),
     ] = "auto",
     task_index: Annotated[
         int | None,

@@ -25,7 +25,10 @@ from packspeed.model.config import FP8_MULTIPLE, VOCAB_MULTIPLE, GPTConfig
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sizes of the parallel axes; `world` is the number of ranks. run_layout checks them; this class does not."""
+    """How `world` ranks form groups: the sizes of the sequence-parallel, tensor-parallel and expert-parallel groups.
+
+    run_layout checks the sizes; this class does not.
+    """
 
     world: int = 1
     sequence: int = 1  # ranks that share the tokens of the same rows

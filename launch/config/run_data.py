@@ -54,7 +54,7 @@ def reading_plan(run_file: Path) -> JsonObject:
 
 
 def loader_of_run(folder: Path) -> Loader:
-    """Return the loader of an existing run folder, as its config.yaml describes it.
+    """Return the data loader of an existing run, as the config.yaml in the run folder describes it.
 
     Raises UserError if the folder has no config.yaml.
     """
@@ -80,7 +80,7 @@ def open_data(run: RunFile) -> TokenDataset | MixtureData:
 
 
 def make_run_loader(run: RunFile, dataset: TokenDataset | MixtureData) -> Loader:
-    """Return the loader that a run file describes. Equal run files and datasets give equal batches."""
+    """Return the data loader that a run file describes. Equal run files and datasets give equal batches."""
     from packspeed.data.packing import make_loader
 
     arguments: JsonObject = {

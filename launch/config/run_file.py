@@ -147,7 +147,7 @@ class RopeScalingSection(Section):
         "(0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).",
     )
     mscale_all_dim: float | None = Field(
-        None, gt=0, description="yarn: the number in the denominator of the rule for mscale."
+        None, gt=0, description="yarn: used only together with mscale, in the denominator of its formula."
     )
     truncate: bool | None = Field(
         None,
@@ -579,7 +579,9 @@ class AnomalySection(Section):
         "absolute deviation) above the median of past steps.",
     )
     window: int = Field(
-        128, ge=8, description="Number of past accepted steps from which the median and the deviation are computed."
+        128,
+        ge=8,
+        description="Number of past steps, without bad ones, from which the median and the deviation are computed.",
     )
     limit: int = Field(
         5,
@@ -683,7 +685,7 @@ class RunFile(Section):
 
     @model_validator(mode="after")
     def _full_samples(self) -> RunFile:
-        """Raise ValueError unless the batch has complete samples and steps are left after the warm-up."""
+        """Raise ValueError if a batch size is no multiple of data.seq_len, or if the warm-up takes all steps."""
         seq_len = self.data.seq_len
         for tokens in self.train.batches.sizes:
             if tokens % seq_len:

@@ -112,7 +112,10 @@ class WeightFiles:
         return ((weight.ours, weight.join(lambda name: self._finite(names[name]), config)) for weight in table)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check the type and shape that a file's header states for a tensor. Raises ConfigError if one is wrong."""
+        """Raise ConfigError if a tensor has another shape than `shape` or a type that cannot be imported.
+
+        Reads only the header of the tensor's file.
+        """
         path, file = self._files[name]
         header = file.get_slice(name)
         if header.get_dtype() not in DTYPES:

@@ -72,7 +72,7 @@ def agree_on_kernels(config: GPTConfig, topology: Topology, say: Callable[[str],
 
     Returns the config unchanged if `model.kernels` resolves to the same implementation on every rank, otherwise a copy
     with kernels="eager" (torch's own operations). With different kernels, the loss of a sample would depend on the rank
-    that computes it. If the kernels differ, `say` prints which rank can use which.
+    that computes it. If the kernels differ, `say` prints which kernels each rank can use.
     """
     of_rank = topology.gather(resolve_kernels(config.kernels, say))
     if len(set(of_rank)) == 1:

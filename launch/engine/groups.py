@@ -84,7 +84,7 @@ def optimizer_groups(model: GPT, optimizer: OptimizerSection) -> list[JsonObject
 def _decay(group: str, weight_decay: float, factors: Scales) -> float:
     """Return the weight decay of a parameter group.
 
-    It is 0 if the group has no matrices. For hidden matrices it is `weight_decay` times muP's factor.
+    It is 0 if the group has no matrices, `weight_decay` times muP's factor for hidden matrices, else `weight_decay`.
     """
     return 0.0 if group in WITHOUT_DECAY else weight_decay * (factors.matrix_decay if group == HIDDEN else 1.0)
 

@@ -210,8 +210,8 @@ class Round:
     def distribute(
         self, complete: dict[Matrix, Tensor], spans: Spans, dtype: torch.dtype
     ) -> Iterator[tuple[Matrix, Tensor]]:
-        """Send each rank its elements of every matrix back from the owner. Yields (matrix, flat tensor of this rank's
-        elements).
+        """Send the elements of every matrix from its owner to the ranks that hold them. Yields (matrix, flat tensor of
+        this rank's elements).
 
         complete: {matrix that this rank owns: flat tensor of all its elements}. spans(matrix, rank): which elements a
         rank holds. A collective.
@@ -334,7 +334,7 @@ class Muon(torch.optim.Optimizer):
                 target.add_(direction.to(target.device, target.dtype), alpha=-group["lr"] * scale)
 
     def _directions(self, part: Round, updates: dict[Tensor, Tensor]) -> Iterator[tuple[Matrix, Tensor]]:
-        """Yield (matrix, flat tensor of this rank's part of its update), and update NorMuon's running means.
+        """Yield (matrix, flat tensor of this rank's elements of the orthogonalised update). Update NorMuon's means.
 
         updates: {flattened tensor of the optimizer: the updates before they are orthogonalised}. A collective.
         """
@@ -356,9 +356,10 @@ class Muon(torch.optim.Optimizer):
                 own.copy_(rows.to(own.device).repeat_interleave(matrix.columns)[before : before + own.numel()])
 
     def _row_squares(self, matrix: Matrix, rank: int) -> Tensor:
-        """Return NorMuon's running mean squares of the rows that begin on this rank (`rank`).
+        """Return NorMuon's running mean squares of the rows that begin on this rank (`rank`), one number per row.
 
-        They are stored once per element, so that a checkpoint cuts and converts them like the momentum.
+        The optimizer state repeats this number for each element of the row. So it has the shape of the momentum, and a
+        checkpoint treats both alike.
         """
         own = matrix.part(self._state_of(matrix.flat, "row_square").view(-1), rank)
         return own[-matrix.held[rank][0] % matrix.columns :: matrix.columns]
