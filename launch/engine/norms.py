@@ -33,9 +33,11 @@ EXACT_PIECE = 2**18  # number of elements whose fp64 copies fit into a cache
 def square_sum(tensors: Sequence[torch.Tensor], exact: bool = False) -> torch.Tensor:
     """Return the sum of squares over all elements of all tensors, as an fp64 scalar on their device.
 
-    Its relative error is below 1e-6. `exact`: add in fp64, so that the result, rounded to fp32, does not depend on how
-    the elements are split into tensors. The tensors may have any shapes and float dtypes; without any tensor the sum is
-    0.
+    The tensors may have any shapes and float dtypes. If there are none, the sum is 0.
+
+    exact=False: part of the sum is added in fp32; its relative error is below 1e-6.
+    exact=True: everything is added in fp64. Rounded to fp32, the result does not depend on how the elements are split
+    into tensors.
     """
     if exact:
         return _exact_square_sum(tensors)
@@ -71,11 +73,11 @@ def _rows(flat: torch.Tensor) -> list[torch.Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that share the weights (or the experts) of each layer, for a norm over all these ranks.
+    """The tensor-parallel (or expert-parallel) ranks over which a norm is summed. Each element is counted once.
 
-    is_split(parameter) is true if each rank of the group holds a different part of the parameter; every rank then
-    counts its part. All ranks hold the other parameters completely, with the same gradient, so only the `first` rank
-    counts them.
+    is_split(parameter) is true if each rank of the group holds a different part of the parameter. Every rank then adds
+    its part to the norm. All other parameters are complete, with the same gradient, on every rank. Only the rank whose
+    `first` is True adds these to the norm.
     """
 
     group: Group
@@ -83,7 +85,7 @@ class TensorGroup:
     is_split: Callable[[torch.Tensor], bool]
 
     def counted(self, values: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return those of `values`, one per parameter in `params`, that this rank counts.
+        """Return the values that this rank must add to the norm. values[i] belongs to params[i].
 
         `values` can be longer than `params`: the rest is DeepSpeed's padding, which is zero, and is left out.
         """
@@ -92,7 +94,7 @@ class TensorGroup:
 
 
 def tensor_group(topology: Topology, model: torch.nn.Module) -> TensorGroup | None:
-    """Return the ranks that share the weights of `model`, a GPT; None if each rank has complete weights.
+    """Return the tensor-parallel ranks, which split the weights of `model`, a GPT; None without tensor parallelism.
 
     The first call is a collective: every rank must call it.
     """
@@ -106,10 +108,10 @@ def tensor_group(topology: Topology, model: torch.nn.Module) -> TensorGroup | No
 def global_norm(gradients: Sequence[torch.Tensor], groups: Sequence[Group], exact: bool = False) -> torch.Tensor:
     """Return the L2 norm of gradients that are distributed over the ranks of `groups`, as an fp32 scalar.
 
-    `gradients`: those that this rank counts; no element may be counted on two ranks. `groups`: the ZeRO group and, if
-    there is one, the tensor-parallel group; the squares are summed over both. `exact`: add in fp64, so that the result
-    does not depend on how the elements are split into tensors. All ranks of the groups must call it and get the same
-    norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
+    `gradients`: the gradients that this rank adds to the norm; each element must be passed on one rank only. `groups`:
+    the ZeRO group and, if there is one, the tensor-parallel group; the squares are summed over both. `exact`: add in
+    fp64, so that the result does not depend on how the elements are split into tensors. All ranks of the groups must
+    call it and get the same norm, or -1 (DeepSpeed's convention for an overflow) if the norm is not finite.
     """
     total = square_sum(gradients, exact)
     for group in groups:
@@ -120,7 +122,7 @@ def global_norm(gradients: Sequence[torch.Tensor], groups: Sequence[Group], exac
 def offloaded_square_sum(norms: Sequence[torch.Tensor], groups: Sequence[Group]) -> torch.Tensor:
     """Return the sum over the ranks of `groups` of the squares of offloaded gradients, as an fp32 scalar.
 
-    `norms`: the L2 norm of each gradient tensor that this rank counts, as a scalar. `groups`: the ZeRO group and, if
+    `norms`: the L2 norm of each gradient that this rank adds to the sum, as a scalar. `groups`: the ZeRO group and, if
     there is one, the tensor-parallel group. All ranks of the groups must call it. The arithmetic is DeepSpeed's: fp64
     within a rank, fp32 between ranks.
     """
@@ -137,7 +139,7 @@ def finite_or_minus_1(norm: torch.Tensor) -> torch.Tensor:
 
 
 def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:
-    """Return the factor by which clipping multiplies gradients with the L2 norm `norm`: 1 if `norm` is at most `limit`.
+    """Return the factor by which clipping multiplies gradients with the L2 norm `norm`: min(1, limit / (norm + 1e-6)).
 
     Packspeed clips by this formula only: two formulas that differ in the last bit would give two different loss curves.
     """
@@ -150,7 +152,7 @@ def parameter_norms(engine: Engine, experts: TensorGroup | None = None) -> dict[
 
     Call it on every rank (a collective at every ZeRO stage) after the last backward pass and before the optimizer step.
     The gradients are averaged over the global batch and not clipped yet. Gathers one parameter at a time, so a rank
-    never holds more than one complete parameter. `experts`: the ranks that share experts, if any do.
+    never holds more than one complete parameter. `experts`: the expert-parallel ranks; None if experts are not split.
     """
     scale = cast(ScaledOptimizer, engine.optimizer).loss_scale if engine.fp16_enabled() else 1.0
     norms: dict[str, dict[str, float]] = {"gradient": {}, "weight": {}}

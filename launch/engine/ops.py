@@ -200,8 +200,8 @@ def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
 def do_without(missing: dict[str, str], ds_config: DsConfig, say: Callable[[str], None]) -> None:
     """Change the final DeepSpeed configuration in place so that it needs none of the missing ops.
 
-    `missing` is {builder name: reason}. Raises UserError if the run's optimizer needs one of them without a substitute.
-    Prints with `say` what is used instead.
+    `missing` is {builder name: reason}. Prints with `say` what is used instead of each op. Raises UserError if the
+    run's optimizer needs a missing op that nothing can replace.
     """
     for name, why in missing.items():
         if name == FUSED_ADAM and ds_config["optimizer"]["type"] != "AdamW":

@@ -141,13 +141,14 @@ def fill_engine(engine: Engine, folder: Path, info: JsonObject, progress: Callab
 
 @torch.no_grad()
 def own_states(engine: Engine, content: JsonObject) -> JsonObject:
-    """Replace the memory-mapped tensors in `content`, the object in a checkpoint file, before DeepSpeed loads it.
+    """Replace memory-mapped tensors in `content`, the object in a checkpoint file, by tensors in memory, and return it.
 
-    DeepSpeed copies the weights out of the loaded object, but on CPUs it keeps the loaded tensors of the optimizer's
-    states. So this function copies these states to memory of this process. It copies the fp32 weights of stages 1 to 3
-    to the tensor in which the optimizer holds them, and puts that tensor into `content`: DeepSpeed then copies it to
-    itself. It copies piece by piece and releases the pages of the file, so that the file is never in memory as a whole.
-    With NVMe nothing is replaced, because patches/swapped_state.py copies all tensors. Returns `content`.
+    Call it before DeepSpeed loads `content`. It replaces:
+    - on CPUs the optimizer's states, by copies, because DeepSpeed keeps the loaded tensors as its states
+    - at stages 1 to 3 the fp32 weights, by the optimizer's own tensors, after copying the loaded weights into these
+
+    It copies piece by piece and releases the pages of the file, so that the file is never in memory as a whole. With
+    NVMe it replaces nothing, because patches/swapped_state.py copies all tensors.
     """
     if keeps_state_on_nvme(engine.optimizer):
         return content

@@ -29,7 +29,8 @@ NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch reads it when it looks for
 def preload(*names: str) -> None:
     """Import the modules `names`, and those of DeepSpeed and torch that a run would import only when it uses them.
 
-    Also checks the installed packages as every run does, and sets environment variables of this process.
+    Also checks, as every run does, that the installed packages have the internals that Packspeed patches. Sets
+    PYTORCH_NVML_BASED_CUDA_CHECK and the environment variables of prepare_for_ops in this process.
     """
     os.environ[NVML_CHECK] = "1"
     for name in (*names, *LATE):

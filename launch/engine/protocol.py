@@ -66,7 +66,7 @@ class Engine(Protocol):
         """Clip the gradients and run the optimizer, if the last backward pass completes a step. Call it after each
         micro batch.
 
-        patches/gradient_norm.py can veto that optimizer step.
+        patches/gradient_norm.py can skip the optimizer, for example after a loss spike.
         """
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -103,10 +103,10 @@ class Engine(Protocol):
         """Return the number of samples of one micro batch on one rank."""
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the number of samples of one micro batch on one rank, and with it that of a step."""
+        """Change the samples per micro batch on one rank. The number of micro batches per step stays the same."""
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the number of samples per optimizer step, over all ranks, and with it the accumulation."""
+        """Change the samples per optimizer step, over all ranks, by changing the number of micro batches per step."""
 
     def zero_optimization_stage(self) -> int:
         """Return the ZeRO stage, 0 to 3."""

@@ -33,7 +33,8 @@ class SharedWork:
     """Work of which each rank does its own part, such as reading a checkpoint. Every rank must create this object and
     call `wait`.
 
-    `phase` names the work in the heartbeats of the ranks and in the error.
+    `phase` is a name for the work, such as "verifying". The error of `wait` contains it, and so do the heartbeats by
+    which a rank shows what it is doing.
     """
 
     def __init__(self, topology: Topology, phase: str) -> None:
@@ -56,7 +57,8 @@ class SharedWork:
     def wait(self) -> None:
         """Wait until every rank has called this.
 
-        Raises UserError if no rank has made progress for 30 minutes. It names the ranks that have not called this.
+        Raises UserError if no rank has made progress for 30 minutes. The error lists the ranks that have not called
+        this.
         """
         if self._store is None:
             return
@@ -83,7 +85,7 @@ class SharedWork:
 
 
 class Board:
-    """Short texts and counters that the ranks share without a collective, in the store of the process group.
+    """Short texts and counters that the ranks share without a collective, in the process group's key-value store.
 
     The main thread of every rank must create it. All ranks must create their Board and SharedWork objects in the same
     order. Afterwards any thread may use the Board.

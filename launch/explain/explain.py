@@ -80,9 +80,10 @@ def explain(run_file: str | Path, overrides: Sequence[str] = (), ranks: int | No
 
 
 def _plan_stages(run: RunFile, ranks: int, findings: list[Finding]) -> dict[int, BatchPlan]:
-    """Divide the ranks as the section `parallel` says, and the samples of a step among them, as plan_stages does.
+    """Return {samples of a step: how the ranks divide them} for each batch size of the run.
 
-    If that is impossible, add a finding, and return an approximate division with micro batches of one sample.
+    Unlike plan_stages, it adds a finding for an error and returns an approximation: data parallelism only, if the ranks
+    cannot be divided as the section `parallel` says; micro batches of one sample, if the ranks cannot divide a batch.
     """
     layout = Layout(ranks)
     try:
@@ -101,7 +102,7 @@ def _plan_stages(run: RunFile, ranks: int, findings: list[Finding]) -> dict[int,
 
 
 def guess_precision(wanted: str) -> tuple[str, str]:
-    """Return (the precision that `wanted` means on this machine, the reason).
+    """Return (the precision that `wanted`, train.precision, means on this machine, the reason).
 
     torch is not imported, so for "auto" it is assumed that every GPU supports bf16.
     """
@@ -161,7 +162,7 @@ def _resolve_ds_config(
 
 
 def _worst_first(findings: list[Finding]) -> list[Finding]:
-    """Return the findings without duplicates, in the order of KINDS."""
+    """Return the findings without duplicates, in the order of KINDS, which begins with errors that prevent a start."""
     unique = {(finding.rule, finding.message): finding for finding in findings}
     return sorted(unique.values(), key=lambda finding: list(KINDS).index(finding.kind))
 

@@ -40,7 +40,8 @@ GIB = 2**30
 class Finding:
     """One result of a rule, or an error of a loader. The message starts with file and line if they are known.
 
-    `kind` is a key of KINDS, and `source` an issue, a paper or a page.
+    `kind` is a key of KINDS. `source` names an issue, a paper or a page, for example "DeepSpeed#1800" or
+    "arXiv:2306.10209".
     """
 
     rule: str
@@ -96,7 +97,10 @@ def device(case: Case, key: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A check of a run and its entry in docs/troubleshooting.md. `source` names an issue, a paper or a page."""
+    """A check of a run and its entry in docs/troubleshooting.md.
+
+    `kind` is a key of KINDS. `source` names an issue, a paper or a page, for example "DeepSpeed#1800".
+    """
 
     name: str
     kind: str

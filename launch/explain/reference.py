@@ -232,7 +232,10 @@ def _yaml(value: Any) -> str:
 
 
 def _resume(key: str) -> str:
-    """Return the cell of a run-file key in the column "resume" of docs/run_file.md: "yes" if a resume may change it."""
+    """Return the cell of a run-file key in the column "resume" of docs/run_file.md: may a resume change it?
+
+    The cell is "yes", "no" or a note from RESUME_NOTES.
+    """
     if key in RESUME_NOTES:
         return RESUME_NOTES[key]
     flat = {"data.sources[].weight": "data.weights"}.get(key, key.split("[]")[0])

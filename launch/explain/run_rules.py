@@ -196,7 +196,7 @@ def evaluation_beyond_the_data(case: Case) -> Iterator[str]:
     """eval.windows is more than the validation split has, or eval.every_steps is more than the steps of the run.
 
     Symptom: there are fewer windows or fewer evaluations than expected.
-    Fix: lower eval.windows or eval.every_steps, or prepare with a larger --val-fraction.
+    Fix: lower eval.windows or eval.every_steps, or prepare the dataset again with a larger --val-fraction.
     """
     section, steps = case.run.eval, case.run.train.total_steps
     if case.val_tokens is not None and section.every_steps:
@@ -392,7 +392,8 @@ def nothing_to_rewind_to(case: Case) -> Iterator[str]:
     """A rewind returns to a scheduled checkpoint, but this run saves none before its end.
 
     Symptom: the run stops at the first anomaly.
-    Fix: set checkpoint.every_steps to less than the number of steps, or use skip instead of rewind in anomalies.
+    Fix: set checkpoint.every_steps to less than the number of steps, or in the section anomalies write skip instead of
+    rewind.
     """
     section = case.run.anomalies
     if (

@@ -125,8 +125,8 @@ def solved_values(
 ) -> list[Value]:
     """Return the settings that are computed from the run file, the number of ranks and the device.
 
-    `plans` is the result of plan_stages, `why` the reason for the precision, and `model` the model's configuration or
-    None.
+    `plans` is {samples of a step: how the ranks divide them}, `why` the reason for the precision, and `model` the
+    model's configuration, or None if it is invalid.
     """
     plan, batches = plans[run.global_batch], run.train.batches
     division = (
@@ -153,7 +153,10 @@ def solved_values(
 
 
 def _stage(stage: BatchStage, plans: Mapping[int, BatchPlan], seq_len: int) -> tuple[str, None, str]:
-    """Return value, default and source of the line about a stage of train.batch_warmup, whose sizes are in tokens."""
+    """Return (value, default, source) of the line about one stage of train.batch_warmup.
+
+    `plans` is {samples of a step: how the ranks divide them}. The numbers in `stage` are in tokens.
+    """
     plan = plans[stage.rows // seq_len]
     tokens = f"{stage.rows:,} tokens, from token {stage.first_sample:,} on"
     return tokens, None, f"solved: {plan.samples} samples = {plan.micro_batch} x {plan.accumulation} accumulated"
@@ -174,8 +177,9 @@ def memory_values(case: Case) -> list[Value]:
 
 
 def _resumes(deterministic: bool) -> tuple[str, str, str]:
-    """Return the row about resumes: (how exactly a resumed run equals an uninterrupted one, how exactly it would with
-    train.deterministic: true, the reason).
+    """Return (value, default, source) of the line that says how exactly a resumed run equals an uninterrupted one.
+
+    The default is what train.deterministic: true gives.
     """
     exact = "bit for bit"
     if deterministic:

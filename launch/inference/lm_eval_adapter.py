@@ -46,7 +46,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Run the lm-eval tasks with these names on a run's model.
 
-    Returns {"checkpoint": ..., "results": {task: {metric: value}}} as JSON. Raises ConfigError for a task that the
+    Returns {"checkpoint": path, "results": {task: {metric: value}}}. Raises ConfigError for a task that the
     harness does not have.
     """
     generator = TextGenerator(run, step, tokenizer)
@@ -89,7 +89,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     @property
     def tokenizer_name(self) -> str:
-        """The name under which the harness caches results."""
+        """The name of the tokenizer. The harness uses it as a key when it caches results."""
         return self.tokenizer.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:

@@ -103,8 +103,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluate a checkpoint of a run on the run's datasets, or on `data`. Returns one result per dataset.
 
-    Options that are None have the run's values; max_tokens None means all tokens. `tokenizer` replaces the file that
-    each dataset contains. Raises ConfigError for invalid options and for a dataset with another tokenizer.
+    None means: for `step` the newest checkpoint, for `seq_len` the run's, for `stride` seq_len, for `max_tokens` all
+    tokens, and for `tokenizer` the file in each dataset. The tokenizer is used to count the bytes of the text. Raises
+    ConfigError for invalid options, and for a dataset that was made with another tokenizer than the run's.
     """
     # Options that are not given have the values of the run.
     checkpoint = find_checkpoint(run, step)
@@ -142,8 +143,8 @@ def evaluate(
 
 
 def _check_tokenizer(dataset: TokenDataset, manifest: Manifest, vocab_size: int) -> None:
-    """Raise ConfigError if the dataset was made with another tokenizer than the run's, or has more tokens than the
-    model.
+    """Raise ConfigError if the dataset was made with another tokenizer than the run's, or has a larger vocabulary than
+    the model.
     """
     trained_on = manifest.get("datasets")
     name, sha256 = dataset.describe()[0]["tokenizer"]

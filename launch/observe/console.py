@@ -40,8 +40,9 @@ class MetricsWriter(Protocol):
 class RunProgress:
     """The state of one run, updated with lines of metrics.jsonl and shown by `panel`.
 
-    `total_steps` is 0 if it is not known. `batches` has the sizes of the batches, in any unit, because a step takes
-    time in proportion to its batch. `notes` says what is damaged in the run's files.
+    `total_steps` is 0 if it is not known. `batches` has the batch size of each step, in any unit. The estimate of the
+    remaining time assumes that the time of a step is proportional to its batch size. `notes` says what is damaged in
+    the run's files.
     """
 
     def __init__(self, name: str, total_steps: int, batches: BatchSizes, restarts: int = 0) -> None:

@@ -38,7 +38,10 @@ LABELS = {
 
 
 class LifeSummary(TypedDict):
-    """One start of rank 0's process, in the output of `packspeed goodput --json`. formats.Life describes the keys."""
+    """The entry for one process of rank 0 in the output of `packspeed goodput --json`.
+
+    Each start of the run creates such a process. formats.Life describes the keys.
+    """
 
     started_at: float
     ended_at: float
@@ -105,9 +108,9 @@ def read_lives(folder: Path, notes: list[str] | None = None) -> list[EndedLife]:
 
 
 def _ended(life: Life) -> EndedLife:
-    """Return a life with the time of its end and with all keys.
+    """Return `life`, a line of goodput.jsonl, with all keys of EndedLife.
 
-    Missing keys get 0 or an empty value. The seconds of buckets with unknown names are added to `other`.
+    Missing keys get 0 or an empty value. The seconds of buckets with unknown names are added to the bucket `other`.
     """
     seconds = dict.fromkeys(MEASURED, 0.0)
     for name, value in life["seconds"].items():
@@ -121,7 +124,9 @@ def _ended(life: Life) -> EndedLife:
 
 
 def account(folder: Path, notes: list[str] | None = None) -> Account | None:
-    """Add up the seconds of all starts of a run per bucket. Returns None if goodput.jsonl has no line.
+    """Divide the wall time of a run, with all its restarts, into buckets (kinds of work).
+
+    Returns None if goodput.jsonl has no line.
 
     For damaged files in `folder`, a note is added to `notes`.
     """
@@ -159,16 +164,19 @@ def account(folder: Path, notes: list[str] | None = None) -> Account | None:
 
 
 def _move_lost(seconds: dict[str, float], bucket: str, amount: float) -> None:
-    """Move `amount` seconds from a bucket to the bucket `lost`, but not more than the bucket has. Changes `seconds`."""
+    """Move `amount` seconds in `seconds` from `bucket` to "lost", the bucket of work that had to be repeated.
+
+    If `bucket` has fewer seconds, all of them are moved.
+    """
     amount = min(amount, seconds[bucket])
     seconds[bucket] -= amount
     seconds["lost"] += amount
 
 
 def _move_compute(seconds: dict[str, float], amount: float) -> None:
-    """Move `amount` seconds of step time from compute and communication to the bucket `lost`.
+    """Move `amount` seconds in `seconds` from "compute" and "communication" to "lost", the bucket of repeated work.
 
-    The step time in metrics.jsonl includes both, so they are reduced in the proportion that they have over the run.
+    The step time in metrics.jsonl does not separate the two, so each gives up the same fraction of its seconds.
     """
     both = seconds["compute"] + seconds["communication"]
     share = seconds["communication"] / both if both else 0.0

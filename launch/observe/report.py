@@ -327,7 +327,10 @@ def _heading(run: Run, named: bool) -> str:
 
 
 def _plan(run: Run, named: bool) -> str:
-    """Return the HTML that compares a run's locked plan with its first steps. `named` adds the run's name."""
+    """Return the HTML that compares a run's first steps with the plan that `packspeed plan --lock` has stored.
+
+    `named` adds the run's name.
+    """
     plan = run.plan
     assert plan is not None
     names = {"step_time_s": "step time, s", "memory_gib": "memory of rank 0, GiB"}

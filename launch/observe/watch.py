@@ -71,8 +71,9 @@ class Follower:
         return new_lines
 
     def _new_lines(self, notes: list[str]) -> Iterator[MetricsLine]:
-        """Yield the lines of metrics.jsonl that were written since the last call; at the first call only those at its
-        end.
+        """Yield the lines of metrics.jsonl that were written since the last call.
+
+        The first call yields only lines in the last 256 KiB of the file.
         """
         path = self.folder / "metrics.jsonl"
         try:
@@ -134,7 +135,8 @@ class Follower:
 def _length(config: dict[str, Any]) -> tuple[int, BatchSizes]:
     """Return (number of steps of a run, sizes of its batches in tokens) according to its config.yaml.
 
-    If the length is missing or damaged, the number is 0. If the sizes are, they are taken to be equal.
+    If config.yaml has no valid number of steps or tokens, the number of steps is 0. If its batch sizes are missing or
+    damaged, all batches are taken to be equal.
     """
     steps, tokens = _positive(config, "train", "steps"), _positive(config, "train", "tokens")
     batch = _positive(config, "train", "global_batch_tokens") or tokens or 1

@@ -39,10 +39,11 @@ def measured_job(run_file: Path, overrides: Sequence[str], machine: Machine, row
 
 
 def correction(job: Job, step_s: float) -> float:
-    """Return the number by which the factors in the machine's calibration file must be multiplied to plan a step of
-    `step_s` seconds.
+    """Return the number by which the factors in the machine's calibration file must be multiplied so that the plan of
+    `job` predicts `step_s` seconds for a step.
 
-    The time of the optimizer, and the time for which the device waits for the host, are not corrected.
+    Two parts of that prediction are not multiplied: the time of the optimizer, and the time for which the device waits
+    for the host.
     """
     parts = plan_of(job).step_parts
     fixed = parts["optimizer"] + parts["host"]

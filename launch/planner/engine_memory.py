@@ -101,8 +101,9 @@ class EngineSpec:
 
     @functools.cached_property
     def own(self) -> GPTConfig:
-        """The model of this rank, with its heads, hidden channels and rows of the vocabulary, padding included. It has
-        the experts of all ranks.
+        """The configuration of this rank's part of the model under tensor parallelism.
+
+        It has the rank's heads, hidden channels and vocabulary rows (padding included), but all experts of each layer.
         """
         model = self.model
         return dataclasses.replace(
@@ -118,7 +119,7 @@ class EngineSpec:
 
     @property
     def divided(self) -> int:
-        """Return the number of parameters that ZeRO divides among `ranks`, with the experts of all these ranks."""
+        """Return the number of parameters that ZeRO divides among the data-parallel ranks, with all experts."""
         tables = sum(map(self.own.embeds_values, range(self.own.n_block)))  # have all rows, and columns of own heads
         rows = self.model.padded_vocab_size - self.own.vocab_size
         return num_parameters(self.own) + tables * rows * self.own.kv_heads * self.own.head_width
@@ -248,7 +249,8 @@ def _gate_bytes(spec: EngineSpec) -> float:
     """Return the bytes per token that the gates of attention (model.attention_gate) keep for the backward pass of a
     block.
 
-    These are the sigmoids and their products with the heads; elementwise gates also keep the inputs of the sigmoids.
+    These are the sigmoids, and the outputs of the heads multiplied by them. Elementwise gates also keep the inputs of
+    the sigmoids.
     """
     model, e = spec.own, spec.value_bytes
     heads = model.n_head * model.head_width
@@ -260,10 +262,10 @@ def _gate_bytes(spec: EngineSpec) -> float:
 
 
 def _mixed_value_bytes(spec: EngineSpec) -> float:
-    """Return the bytes per token that a block keeps because something is added to its values, as a mean over the
-    blocks.
+    """Return the bytes per token that a block keeps in addition because of model.value_residual and
+    model.value_embeddings, as a mean over the blocks.
 
-    That is done by model.value_residual and model.value_embeddings.
+    Both add something to the values of attention.
     """
     model = spec.own
     residual = [model.value_residual and layer > 0 for layer in range(model.n_block)]
@@ -279,8 +281,10 @@ def _attends_in_fp32(spec: EngineSpec) -> bool:
 
 
 def _exchanged_bytes(spec: EngineSpec) -> float:
-    """Return the bytes per token that attention keeps in addition if ranks share the tokens of a sample. Queries, keys
-    and values are then copies, as is the result. If there are more ranks than key heads, they hold the same ones.
+    """Return the bytes per token that attention keeps in addition with sequence parallelism.
+
+    The ranks then exchange queries, keys, values and the result, and keep the received copies. If there are more ranks
+    than key heads, several ranks hold a copy of the same key head.
     """
     model, e = spec.own, spec.value_bytes
     heads, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
@@ -294,7 +298,7 @@ def _exchanged_bytes(spec: EngineSpec) -> float:
 
 
 def hidden_bytes(spec: EngineSpec) -> float:
-    """Return the bytes per token that an MLP or its experts keep for the backward pass, as a mean over the blocks."""
+    """Return the bytes per token that a block's MLP or experts keep for the backward pass: the mean over all blocks."""
     model, e = spec.own, spec.value_bytes
     fused = spec.kernels in ("native", "triton")
     ff = (2 if model.mlp != "swiglu" else 3 if fused else 4) * e  # per hidden channel
@@ -312,7 +316,7 @@ def hidden_bytes(spec: EngineSpec) -> float:
 
 
 def multiplied_weights(spec: EngineSpec) -> float:
-    """Return the number of weights in a block's matrices on this rank, with its experts, as a mean over the blocks."""
+    """Return the number of weights in the matrices of a block on this rank, experts included: the mean over blocks."""
     model = spec.own
     matrices = 3 if model.mlp == "swiglu" else 2
     sparse = (model.n_block - model.first_dense) / model.n_block if model.n_expert else 0.0
@@ -389,7 +393,7 @@ def _chunks(spec: EngineSpec) -> int:
 
 
 def _gathered(spec: EngineSpec) -> float:
-    """Return the bytes of gathered weights at ZeRO-3: all weights, up to its limit (stage3_max_live_parameters)."""
+    """Return the bytes of gathered weights at ZeRO-3: all weights, but at most stage3_max_live_parameters of them."""
     return spec.weight_bytes * min(spec.parameters, MAX_LIVE) if spec.stage == 3 else 0.0
 
 
@@ -416,8 +420,10 @@ def _gathering(spec: EngineSpec) -> Kinds:
 
 
 def _end_of_forward(spec: EngineSpec) -> Kinds:
-    """Return the bytes at the end of the forward pass by kind. A chunk of logits first gives its losses, then the
-    gradient of the head's weight; the larger need of the two counts. On CPUs, one chunk alone needs both at once.
+    """Return the bytes at the end of the forward pass by kind.
+
+    After the logits of a chunk, the head computes first the losses, then the gradient of its weight. Only the larger of
+    these two counts, except on CPUs if there is only one chunk and no extra head: memory then holds both at once.
     """
     kept, _ = _blocks(spec)
     gradients, logits = _head(spec)
@@ -434,9 +440,11 @@ def _end_of_forward(spec: EngineSpec) -> Kinds:
 
 
 def _losses(spec: EngineSpec) -> float:
-    """Return the bytes for the losses of a chunk of logits, beyond the logits. The losses are computed in blocks. An
-    fp32 copy of a block is needed, for 16-bit logits two, one more if ranks share the vocabulary, and the copy of the
-    block before.
+    """Return the bytes that computing the losses of a chunk of logits takes in addition to the logits.
+
+    The chunk is processed in blocks. Memory holds 1 fp32 copy of a block, plus 1 if the logits have 16 bits, plus 1
+    with tensor parallelism, plus 1 (that of the previous block) if there are several blocks. Fused kernels
+    need none without tensor parallelism.
     """
     if spec.kernels in ("native", "triton") and spec.tensor == 1:
         return 0.0
@@ -483,9 +491,11 @@ def _start_of_backward(spec: EngineSpec) -> Kinds:
 
 
 def _first_gradients(spec: EngineSpec) -> float:
-    """Return the bytes that the backward pass of the last norm, or of the MLP of the last block, adds to those at the
-    end of the head. The MLP needs the gradients of its hidden channels, or of these and of its second matrix. What the
-    norm has kept is free by then.
+    """Return the bytes that the backward pass allocates right after the head: in the last norm or in the last block's
+    MLP, whichever is more.
+
+    The MLP allocates a gradient of its hidden channels and one of its second matrix; with SwiGLU, two of its hidden
+    channels if that is more. What the last norm has kept is subtracted, because it is free by then.
     """
     model, sparse = spec.own, spec.own.has_experts(spec.own.n_layer - 1)
     width = model.ff_width if not sparse else model.n_expert_active * model.expert_width
@@ -508,8 +518,8 @@ def _bucket(spec: EngineSpec) -> Kinds:
 
 
 def _end_of_backward(spec: EngineSpec) -> Kinds:
-    """Return the memory at the end of the backward pass: all gradients and the copies of their reduction, or the last
-    recomputed block, whichever is larger.
+    """Return the bytes at the end of the backward pass by kind: gradients, and either the copies that their reduction
+    makes or the block that is recomputed last, depending on the settings.
     """
     count, e = spec.parameters, spec.weight_bytes
     _, block = _blocks(spec)

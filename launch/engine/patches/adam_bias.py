@@ -27,7 +27,7 @@ VECTOR = 16  # floats in the widest vector of a CPU
 
 
 def forget_bias_products(basic_optimizer: torch.optim.Optimizer, betas: tuple[float, float]) -> None:
-    """Make DeepSpeed's Adam on CPUs compute beta^t anew in each step, so that it does not depend on earlier steps.
+    """Make DeepSpeed's Adam on CPUs compute beta^t by pow(beta, t) in each step, and not as beta * beta^(t-1).
 
     Patches DeepSpeedCPUAdam and the CPU's FusedAdam; other optimizers are left as they are. `betas` are Adam's two
     decay rates.

@@ -53,11 +53,11 @@ def one_zero1() -> Iterator[None]:
 
 
 def sum_gradients(engine: Engine) -> None:
-    """Patch a bf16 engine: divide each loss by the micro batches per step of all ranks, so that gradients are only
-    summed.
+    """Patch a bf16 engine so that it sums gradients and never divides them.
 
-    Engines of other precisions are left as they are, and so are those with ZenFlow, whose own reduction always divides.
-    Do not call it with DeepCompile, which divides too.
+    It divides each loss instead, by the number of micro batches per step over all ranks. Engines of other precisions
+    are left as they are, and so are engines with ZenFlow, which always divides gradients. Do not call this function
+    with DeepCompile, which divides them too.
     """
     optimizer: Any = engine.optimizer  # DeepSpeed's wrappers have no types
     in_bf16 = engine.bfloat16_enabled() or engine.torch_autocast_enabled()

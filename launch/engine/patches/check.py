@@ -30,9 +30,9 @@ _ON_OBJECTS = re.compile(r"\.(\w+) *=(?!=)")
 
 @functools.cache
 def check_sources() -> None:
-    """Raise UserError if installed source files lack a name of registry.py, or a function has other parameters.
+    """Raise UserError if the installed packages lack a name that registry.py lists, or a function's parameters differ.
 
-    The error lists all such names of the first package that has one.
+    The error lists all such names of one package, the first in which there are any.
     """
     absent = [(internal, found) for internal in REGISTRY if (found := problem(internal)) is not None]
     if absent:
@@ -146,9 +146,7 @@ def _signature(scope: str, name: str) -> str | None:
 
 @functools.cache
 def _collapsed_source(file: str) -> str:
-    """Return the source of a file below site-packages in the form of _collapsed: without white space. Each file is read
-    once.
-    """
+    """Return the source of a file below site-packages without white space and with double quotes only."""
     return _collapsed(read_source(file))
 
 

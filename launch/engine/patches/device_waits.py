@@ -33,8 +33,8 @@ from packspeed.launch.engine.protocol import Optimizer
 def let_the_device_wait(wrapper: Optimizer) -> None:
     """Patch DeepSpeed's ZeRO optimizer so that GPU streams wait for each other, and the CPU does not wait.
 
-    Does nothing on CPUs, with offload, at stages 1 and 2 without overlap_comm, and for other optimizers: there the CPU
-    does not wait anyway, or has to.
+    Does nothing on CPUs, at stage 0, and at stages 1 and 2 without overlap_comm, because the CPU does not wait there.
+    Does nothing with offload either, because the CPU must wait for the GPU before it reads the gradients.
     """
     optimizer: Any = wrapper
     if get_accelerator().resolves_data_dependency():

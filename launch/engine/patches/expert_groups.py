@@ -32,7 +32,10 @@ from packspeed.launch.engine.protocol import Engine
 
 @contextlib.contextmanager
 def experts_in(copies: Group) -> Iterator[None]:
-    """Context in which deepspeed.initialize partitions experts over `copies`, the ranks that hold the same experts."""
+    """Context in which deepspeed.initialize builds an engine that reduces the experts' gradients among `copies` only.
+
+    These are the ranks that hold the same experts. ZeRO also partitions the optimizer states of experts among them.
+    """
 
     def configure(engine: Any, model: object) -> None:
         original(engine, model)
@@ -47,7 +50,10 @@ def experts_in(copies: Group) -> Iterator[None]:
 
 
 def keep_own_checkpoints(engine: Engine) -> None:
-    """Turn off DeepSpeed's MoE checkpoints and norm in an engine that was built inside experts_in()."""
+    """Make an engine that was built inside experts_in() save, load and compute norms as for a model without experts.
+
+    DeepSpeed's own code for experts works for its class MoE only.
+    """
     replace(engine, "has_moe_layers", False)
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):

@@ -33,8 +33,8 @@ Views = list[tuple[int, torch.Size, bool]]  # offset in this rank's part, shape,
 def accumulate_in_flat_tensors(engine: Engine) -> None:
     """Let the ZeRO-1 optimizer of a bf16 engine add up its gradients in one fp32 tensor per parameter group.
 
-    Engines with overlap_comm, offload or a communication_data_type of 16 bits are left as they are. The patch never
-    divides gradients, so sum_gradients must be called before it.
+    Engines with overlap_comm, offload or a communication_data_type of 16 bits are left as they are. Call
+    bf16_gradients.sum_gradients before it: gradients are then sums, which this patch does not divide either.
     """
     optimizer: Any = engine.optimizer
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or not engine.bfloat16_enabled():
@@ -63,7 +63,10 @@ def accumulate_in_flat_tensors(engine: Engine) -> None:
         return flat[group][offset : offset + parameter.numel()]
 
     def lend(count: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the first `count` elements of the first group's tensor; None if it is too small or has gradients."""
+        """Lend memory for logits: `count` elements of `dtype` at the start of the gradient tensor of group 0.
+
+        Returns None if that tensor is too small, has gradients in it, or is not on a CPU.
+        """
         like = optimizer.bit16_groups_flat[0]
         if filled or not like.is_cpu or count * dtype.itemsize > 4 * like.numel():
             return None

@@ -91,12 +91,13 @@ class Stage3Optimizer(ScaledOptimizer, Protocol):
 
 
 class GradientNormHook:
-    """Patches an engine so that each step's gradient norm can be read, and so that the step can be vetoed.
+    """Patches an engine so that each step's gradient norm can be read, and so that `judge` can cancel the step.
 
     During engine.step() the hook stores the global L2 norm before clipping in `norm` (NaN if it is not finite) and
-    calls judge(norm, agreed), where `agreed` are the numbers given to `agree`. If the result is True, the optimizer
-    does not step, and `vetoed` is set. judge(None, agreed) is called if the norm is not finite because of an fp16
-    overflow. `tensor_group` says which ranks share the weights of a layer (parallel.tensor), if any do.
+    calls judge(norm, numbers). `numbers` are those that the training loop has passed to agree(), such as the loss. If
+    judge returns True, the optimizer does not step, and `vetoed` is True until begin_step(). In fp16 a norm that is not
+    finite is an overflow; the call is then judge(None, numbers). `tensor_group` has the tensor-parallel ranks, or is
+    None without tensor parallelism.
     """
 
     def __init__(
@@ -123,30 +124,30 @@ class GradientNormHook:
             _Stage0(self, engine)
 
     def begin_step(self) -> None:
-        """Forget the norm and the veto of the previous step. Call it before the first forward pass of a step."""
+        """Reset `norm`, `vetoed` and the numbers of agree(). Call it before the first forward pass of a step."""
         self.norm, self.vetoed = float("nan"), False
         self._agreement = self._agreed = None
 
     def agree(self, agreement: torch.Tensor) -> None:
-        """Store the numbers that `judge` needs besides the norm, as an fp64 tensor (n,) on the device, equal on all
-        ranks.
+        """Store the numbers that `judge` gets besides the norm, such as the loss. Call it before engine.step().
 
-        Call it before engine.step().
+        `agreement` is an fp64 tensor of shape (n,) on the device, and equal on all ranks.
         """
         self._agreement = agreement
 
     def read_agreement(self) -> list[float]:
-        """Return the numbers given to `agree` as floats. Waits for the device, unless the norm was read before."""
+        """Return the numbers passed to agree(). Waits for the device, unless this step's norm was already copied."""
         if self._agreed is None:
             assert self._agreement is not None, "call agree() first"
             self._agreed = self._agreement.tolist()
         return self._agreed
 
     def read_and_judge(self, norms: Tensors, scale: float = 1.0) -> Tensors | None:
-        """Return the norms as scalars in host memory, or None if the step must be dropped: a veto or an overflow.
+        """Copy the norms to host memory, store the total norm, and call `judge`. Returns the copies.
 
-        `norms` are the norms of all parameter groups, as scalar tensors that still contain the loss scale (`scale`). A
-        negative norm is DeepSpeed's mark for "not finite" and is stored as NaN.
+        Returns None if the optimizer must not step: if `judge` returns True, or after an fp16 overflow. `norms` has one
+        scalar per parameter group, multiplied by the loss scale (`scale`). The copies are multiplied too, the stored
+        norm is not. A negative scalar is DeepSpeed's mark for "not finite"; the stored norm is then NaN.
         """
         on_host = self._to_host(norms)
         value = float(combine_grad_norm_groups(on_host)) if len(on_host) > 1 else float(on_host[0])
@@ -158,7 +159,7 @@ class GradientNormHook:
         return None if self.vetoed else on_host
 
     def _to_host(self, norms: Tensors) -> Tensors:
-        """Return scalar norms as CPU tensors. The same copy brings the numbers given to `agree` to the CPU."""
+        """Return scalar norms as CPU tensors. The same copy brings the numbers passed to agree() to the CPU."""
         if self._agreement is None or norms[0].device != self._agreement.device:
             return [torch.tensor(float(norm), dtype=norm.dtype) for norm in norms]
         numbers: list[float] = torch.cat([*(norm.double().view(1) for norm in norms), self._agreement]).tolist()
@@ -172,7 +173,10 @@ class GradientNormHook:
         return [zero_group] if self.tensor_group is None else [zero_group, self.tensor_group.group]
 
     def counted(self, values: Tensors, params: Tensors) -> Tensors:
-        """Return those of `values`, one per parameter, that this rank counts. Without tensor parallelism, all."""
+        """Return the values that this rank must add to the norm. values[i] belongs to params[i].
+
+        Without tensor parallelism these are all values. Otherwise only one rank adds those of replicated parameters.
+        """
         return values if self.tensor_group is None else self.tensor_group.counted(values, params)
 
 
@@ -188,7 +192,7 @@ class _ZeroPatch:
         self._original_update_scale = replace(optimizer, "_update_scale", self.update_scale)
 
     def update_scale(self, has_overflow: bool = False) -> None:
-        """Adapt the fp16 loss scale, except after a veto, because a veto is no overflow."""
+        """Adapt the fp16 loss scale. Does nothing if `judge` has cancelled the step, because that is no overflow."""
         if not self.hook.vetoed:
             self._original_update_scale(has_overflow)
 
@@ -297,7 +301,7 @@ class _Stage0:
         self._original_step = replace(engine.optimizer, "step", self.step)
 
     def take_model_step(self, lr_kwargs: object) -> None:
-        """Compute the norm, let the hook judge it, then let DeepSpeed clip by this norm and step."""
+        """Compute the norm, call the hook's `judge`, then let DeepSpeed clip by this norm and call step()."""
         held = [p for p in self.engine.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in held]
         total = square_sum(self.hook.counted(gradients, held))
@@ -312,7 +316,7 @@ class _Stage0:
         del self.engine.clip_fp32_gradients  # it keeps the gradients in memory
 
     def step(self, *args: object, **kwargs: object) -> object:
-        """Take a step of the plain optimizer, unless it is vetoed."""
+        """Take a step of the plain optimizer, unless the hook's `judge` has cancelled it."""
         return None if self.hook.vetoed else self._original_step(*args, **kwargs)
 
 

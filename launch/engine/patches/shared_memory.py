@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def unlink_buffers(topology: Topology) -> None:
     """Remove the file name of the shared memory that this rank uses in DeepSpeed's all-reduce, if there is one.
 
-    Does nothing if the ranks are on several hosts. registry.py lists the three lines of shm.cpp that build the file
-    name, so a version of DeepSpeed with other names is refused at the start. A collective: every rank must call it.
+    Does nothing if the ranks are on several hosts. A collective: every rank must call it. DeepSpeed builds the name in
+    three lines of shm.cpp. registry.py lists these lines, so a run does not start if the installed ones differ.
     """
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{topology.rank}")
