@@ -33,7 +33,7 @@ UNSTATED_BACKEND = " (attention backend not stated: flash assumed)"
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A row of a table and the error of its prediction, as a fraction: positive if the prediction is too high."""
+    """The error of one row's prediction: predicted / measured - 1, so positive if the prediction is too high."""
 
     what: str  # "memory" or "time"
     source: str
@@ -45,7 +45,7 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The errors of all rows of one source, GPU and kind, as fractions."""
+    """Statistics of the errors |predicted / measured - 1| of all rows with this `what`, source, GPU and kind."""
 
     what: str
     source: str
@@ -59,13 +59,13 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """All rows whose error counts, and the number of each other row with the reason why it is excluded."""
+    """The errors of all rows that count, and (row number, reason) for each excluded row."""
 
     judged: list[Judged]
     excluded: list[tuple[int, str]]
 
     def groups(self) -> list[Group]:
-        """Return the errors, grouped by what was predicted, by source, GPU and kind."""
+        """Return statistics of the errors, for each combination of memory or time, source, GPU, and dense or moe."""
         errors: dict[tuple[str, str, str, str], list[float]] = collections.defaultdict(list)
         for row in self.judged:
             errors[row.what, row.source, row.gpu, row.kind].append(abs(row.error))
@@ -101,7 +101,11 @@ def summary(errors: Sequence[float]) -> tuple[int, float, float, float]:
 
 
 def evaluate(table: Path, calibration: Path | None = None) -> Evaluation:
-    """Predict every row of a CSV file. Raises ConfigError if it cannot be read or has unknown columns."""
+    """Predict the memory or the step time of every row of a CSV file, and compare it with the measured value.
+
+    calibration: a file or folder that load_machine uses to predict times. Raises ConfigError if the CSV file cannot be
+    read, or if it has the columns of neither kind of table.
+    """
     try:
         with table.open(newline="", encoding="utf-8") as file:
             rows: list[Row] = [{key: value or "" for key, value in row.items() if key} for row in csv.DictReader(file)]
@@ -132,7 +136,7 @@ SPEED_COLUMNS = {
 
 
 def _judge_memory(rows: Iterable[Row]) -> Evaluation:
-    """Predict the peak memory of every row of a table of Megatron's tests."""
+    """Predict the peak memory of every row of a table of Megatron-LM's functional tests."""
     judged, excluded = [], []
     for number, row in enumerate(rows, 1):
         try:

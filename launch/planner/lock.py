@@ -31,7 +31,7 @@ OUTSIDE_TENSORS = ("communication buffers", "allocator margin", "CUDA context") 
 
 
 def tensor_bytes(memory: Mapping[str, float]) -> float:
-    """Return the bytes of a plan's memory that torch counts on a GPU; on a CPU, all of the process.
+    """Return the bytes of a plan's memory that torch's GPU allocator counts. On a CPU, return the sum of all kinds.
 
     memory: bytes by kind, such as Plan.memory.
     """
@@ -39,7 +39,7 @@ def tensor_bytes(memory: Mapping[str, float]) -> float:
 
 
 class Lock(TypedDict):
-    """The content of the file `<name>.plan.json`."""
+    """The content of the file `<name>.plan.json`: a plan, and what must not change between planning and training."""
 
     format_version: int
     ranks: int
@@ -80,7 +80,10 @@ def read_lock(run: RunFile) -> Lock | None:
             f"{path}: the locked plan cannot be read ({error}). Write it again: packspeed plan --lock."
         ) from None
     if not isinstance(lock, dict) or lock.get("format_version") != FORMAT or set(lock) != set(Lock.__annotations__):
-        raise ConfigError(f"{path}: the locked plan has another format. Write it again: packspeed plan --lock.")
+        raise ConfigError(
+            f"{path}: the locked plan is not in the format of this version of Packspeed. Write it again: packspeed "
+            "plan --lock."
+        )
     return lock
 
 

@@ -58,7 +58,7 @@ class Error:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """One type of GPU, or this CPU, in a host with others of its type."""
+    """Capacities and speeds of one type of GPU, or of this CPU, and of a host with `per_host` of them."""
 
     __pydantic_config__ = FILE
 
@@ -91,7 +91,7 @@ class Machine:
         return min(self.per_host, ranks)
 
     def peak(self, precision: str) -> float:
-        """Return the peak FLOP/s in a precision ("fp32", "bf16", "fp16"; "fp8" gives bf16's, see Factors).
+        """Return the peak FLOP/s in a precision ("fp32", "bf16", "fp16"). For "fp8", that of bf16.
 
         Raises ConfigError if it is neither in the file nor in the data sheets that Packspeed knows.
         """
@@ -99,8 +99,8 @@ class Machine:
         found = self.peaks.get(wanted) or datasheet_peak(self.device, wanted)
         if not found > 0:
             raise ConfigError(
-                f"{self.name}: no peak is known for {wanted} on {self.device}. Add `peaks: {{{wanted}: FLOP/s}}` to "
-                "its calibration file."
+                f"{self.name}: the peak FLOP/s in {wanted} of {self.device} is not known. Add "
+                f"`peaks: {{{wanted}: FLOP/s}}` to its calibration file."
             )
         return found
 
@@ -162,7 +162,7 @@ def _read(path: Path, *above: Path) -> dict[str, Any]:
     parsed, _ = parse_yaml(read_text(path, "calibration file"), path)
     data = parse_numbers(parsed)
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: the top level of a calibration file is a mapping (device: ..., memory: ...).")
+        raise ConfigError(f"{path}: the top level of a calibration file must be a mapping (device: ..., memory: ...).")
     base = data.pop("like", None)
     if base is None:
         return data
@@ -171,8 +171,9 @@ def _read(path: Path, *above: Path) -> dict[str, Any]:
     found = next((place for place in places if place.is_file() and not any(map(place.samefile, chain))), None)
     if found is None:
         raise ConfigError(
-            f"{path}: like: {shortened(str(base))} names no other calibration file, neither beside this one nor among "
-            f"Packspeed's own ({', '.join(machine_names())}). A file cannot take keys from itself."
+            f"{path}: like: {shortened(str(base))} names no other calibration file. Give the name of one in "
+            f"the same folder or of one of Packspeed's own ({', '.join(machine_names())}), but not one that takes its "
+            "own keys from this file."
         )
     inherited = _read(found, *chain)
     inherited.pop("name", None)

@@ -73,7 +73,7 @@ class MegatronMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A test case of Megatron: its columns as numbers. Columns that its file leaves out have Megatron's defaults."""
+    """A row of the table (a test of Megatron-LM) as numbers. An empty column has Megatron-LM's default."""
 
     row: Row
     layout: Layout
@@ -124,7 +124,7 @@ def read_case(row: Row) -> Case:
         raise MissingColumn(f"family: the columns do not describe the layers of {row['family']!r}")
     for word, setting in UNTOLD.items():
         if word in name:
-            raise MissingColumn(f"{setting}: the case sets it, and the table has no such column")
+            raise MissingColumn(f"{setting}: the test case sets it, but the table has no column for it")
     for column in ("gpu", "mem_max_allocated_gib", "num_layers", "hidden", "heads", "seq_len", "micro_batch"):
         if not row[column]:
             raise MissingColumn(f"{column}: empty")
@@ -133,9 +133,11 @@ def read_case(row: Row) -> Case:
     if row["dist_optimizer"] == "True" and not row["n_gpus"]:
         raise MissingColumn("n_gpus: empty, so a rank's share of the optimizer states is unknown")
     if "memory_speed" in name and row["pp"] not in ("", "1"):
-        raise MissingColumn("num_layers_per_virtual_pipeline_stage: the case sets it, and the table has no such column")
+        raise MissingColumn(
+            "num_layers_per_virtual_pipeline_stage: the test case sets it, but the table has no column for it"
+        )
     if not row["attn_backend"] and row["transformer_impl"] != "local" and row["env"] == "lts":
-        raise MissingColumn("attn_backend: empty, and the lts environment ran the same case with two backends")
+        raise MissingColumn("attn_backend: empty, and with env = lts the same test ran with two backends")
     try:
         return _numbers(row)
     except (ValueError, OverflowError, ZeroDivisionError) as error:
@@ -221,14 +223,14 @@ def _activations(case: Case) -> float:
 
 @functools.cache
 def _workspaces() -> dict[str, dict[str, float]]:
-    """Return the GiB of workspaces, by GPU and by kind of test case."""
+    """Return {GPU: {kind of test case: GiB that CUDA libraries allocate through torch}}."""
     path = Path(__file__).parent / "megatron_workspaces.yaml"
     parsed, _ = parse_yaml(read_text(path, "workspaces"), path)
     return {gpu: {name: float(value) for name, value in sizes.items()} for gpu, sizes in parsed["gib"].items()}
 
 
 def _workspace(case: Case) -> float:
-    """Return the bytes that libraries allocate through torch."""
+    """Return the bytes that CUDA libraries, such as cuBLAS, allocate through torch."""
     sizes = _workspaces()[case.row["gpu"]]
     if case.row["transformer_impl"] == "local" and case.row["precision"] == "bf16":
         return sizes["local_bf16"] * GIB

@@ -42,7 +42,7 @@ DETERMINISTIC_ATTENTION = 1.3  # train.deterministic: attention takes this much 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run file for a machine, with everything that training would compute from both before it starts."""
+    """A run file, a machine, and everything that training would compute from the two before its first step."""
 
     run: RunFile
     machine: Machine
@@ -116,7 +116,10 @@ def read_job(
 
 
 def job_of(run: RunFile, raw: JsonObject, machine: Machine, ranks: int, vocabulary: int | None = None) -> Job:
-    """Return a run file and a DeepSpeed JSON as a Job."""
+    """Return the Job of a run file and `raw`, the content of a DeepSpeed JSON.
+
+    vocabulary: its size. None: the dataset's, or an assumed size if the dataset is not on this machine.
+    """
     assumptions: list[str] = []
     vocabulary = vocabulary or _vocabulary(run, assumptions)
     plans = plan_stages(run, ranks)
@@ -240,12 +243,15 @@ def plan_of(job: Job, run_file: str = "", measured: Measured | None = None) -> P
 def make_plan(
     run_file: Path, overrides: Sequence[str], machine: Machine, ranks: int, vocabulary: int | None = None
 ) -> Plan:
-    """Return the plan of a run file on a machine that is not this CPU."""
+    """Read a run file and return its plan for GPUs. (A plan for this CPU needs plan_of with measurements.)"""
     return plan_of(read_job(run_file, overrides, machine, ranks, vocabulary), str(run_file))
 
 
 def _device_memory(job: Job, account: EngineMemory, measured: float | None) -> dict[str, float]:
-    """Return the bytes on the device at the peak by kind, including memory outside tensors."""
+    """Return {kind: bytes on the device at the peak}, including memory outside tensors.
+
+    measured: bytes of a rank's process, on a CPU. None or 0: not measured.
+    """
     memory = dict(account.peak.kinds)
     tensors = account.peak.total
     if job.machine.is_cpu:
@@ -263,9 +269,9 @@ def _time(job: Job) -> StepTime:
 
 
 def _seconds_of(job: Job, batch: BatchPlan, parts: dict[str, float], measured: bool) -> float:
-    """Return the seconds of a step with this batch, which is job.batch or that of a stage of train.batch_warmup.
+    """Return the seconds of a step with `batch`: job.batch, or the batch of a stage of train.batch_warmup.
 
-    parts: the seconds of a step with job.batch by part. measured: whether they are those of this_cpu.measure.
+    parts: {part: seconds} of a step with job.batch. measured: whether this_cpu.measure has measured them.
     """
     if batch == job.batch:
         return sum(parts.values())
@@ -301,7 +307,7 @@ def _assumptions(job: Job) -> list[str]:
 
 
 def _about_stages(job: Job) -> list[str]:
-    """Return a line that says what a plan with train.batch_warmup counts; [] without it."""
+    """Return [a line that says which batch size each number of the plan is for]; [] without train.batch_warmup."""
     counts = [f"{steps:,} steps of {batch.samples * job.run.data.seq_len:,} tokens" for steps, batch in job.stages]
     if not job.run.train.batch_warmup:
         return []

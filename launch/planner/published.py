@@ -86,7 +86,10 @@ SOFTWARE = ("eager", "compile", "async", "ddp")
 
 
 def read_speed_row(row: Row) -> SpeedRow:
-    """Return a row of a throughput table as a step and its measured speed. Raises MissingColumn."""
+    """Return a row of a throughput table as a step and its measured speed.
+
+    Raises MissingColumn if the row lacks a value, or has one that cannot be used.
+    """
     try:
         return _speed_row(row)
     except (ValueError, OverflowError, ZeroDivisionError) as error:
@@ -130,10 +133,10 @@ def gpu_machine(gpu: str) -> str:
 
 
 def published_model(name: str) -> GPTConfig:
-    """Return the shape of a model, which is either known by its name or contained in it: "GPT-7.1B (L30 h4096 a32
-    vocab131072)".
+    """Return the shape of the model with this name.
 
-    Raises MissingColumn otherwise.
+    The name is in SHAPES ("llama3.1-8b"), or it contains the shape: "GPT-7.1B (L30 h4096 a32 vocab131072)". Otherwise,
+    raises MissingColumn.
     """
     known = SHAPES.get(name.lower().replace(" ", "-").replace("llama-", "llama"))
     if known is not None:
@@ -159,7 +162,10 @@ def published_layout(words: str, ranks: int) -> Layout:
 
 
 def _accumulation(row: Row, layout: Layout, tokens: int) -> int:
-    """Return the micro batches per step, from the column parallelism or the global batch. Raises MissingColumn."""
+    """Return the micro batches per step: stated in the column `parallelism`, or computed from the global batch.
+
+    tokens: of a micro batch of one model replica. Raises MissingColumn if the row does not say enough.
+    """
     if found := re.search(r"(?:grad_accum=|GAS=?)(\d+)", row["parallelism"]):
         return int(found[1])
     if layout.pipeline > 1 and re.search(r"memory is LAST rank", row["parallelism"]):

@@ -89,7 +89,7 @@ def search(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None = 
 
 
 def _candidates(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None) -> Iterator[Candidate]:
-    """Yield every combination of parallel sizes, stage, recompute and micro batch with its plan."""
+    """Yield every combination of parallel sizes, ZeRO stage, recompute and micro batch, with its plan."""
     samples = run.batches.divisor  # the candidates' micro batch must divide every batch
     for parallel in _parallel_sizes(run, machine.on_host(ranks)):
         shared = _changed(run, {"parallel": run.parallel.model_copy(update=parallel)})
@@ -141,12 +141,12 @@ def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, 
 
 @functools.cache
 def _stage(name: str) -> JsonObject:
-    """Return the content of a DeepSpeed configuration by its name. Nobody may change it."""
+    """Return the content of the DeepSpeed configuration `name`. Do not modify the result: it is cached."""
     return load_ds_config(name)
 
 
 def _stages(run: RunFile) -> Iterator[tuple[str, JsonObject]]:
-    """Yield (name, content) of each of the DeepSpeed configurations STAGES that the run's layout allows."""
+    """Yield (name, content) of the DeepSpeed configurations in STAGES that the run's layout allows."""
     for name in STAGES:
         raw = _stage(name)
         if run.parallel.expert == 1 or zero_stage(raw) < 3:
@@ -201,8 +201,10 @@ def _named(candidate: Candidate) -> str:
 
 
 def reductions(plan: Plan, run: RunFile, raw: JsonObject, machine: Machine, vocabulary: int | None) -> list[str]:
-    """Return one line for each single change to a plan that does not fit: the change, and how much memory it saves. On
-    a CPU, the tensors are compared, and no line has a time.
+    """Return one line for each single change to a plan that does not fit: the change, how much memory it saves, and
+    how much longer a step takes.
+
+    On a CPU, only the memory of tensors is compared, and the lines do not contain the time.
     """
     measured = NOT_MEASURED if machine.is_cpu else None
     tensors = plan.device_total - plan.memory.get("process", 0.0)

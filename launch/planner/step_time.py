@@ -55,7 +55,7 @@ class StepTime:
 
 
 def ideal_parts(work: Work, machine: Machine) -> dict[str, float]:
-    """Return the ideal seconds of one micro batch on one GPU, by the names in Factors."""
+    """Return {name of a field of Factors: ideal seconds of that part of one micro batch on one GPU}."""
     model, layout, tokens = work.model, work.layout, work.tokens
     peak, bandwidth = machine.peak(work.precision), machine.bandwidth
     share = 1 / (layout.tensor * layout.pipeline * layout.context)
@@ -83,7 +83,7 @@ def ideal_parts(work: Work, machine: Machine) -> dict[str, float]:
 
 
 def sends(work: Work) -> float:
-    """Return the bytes that one GPU sends in a micro batch, inside its host and to other hosts."""
+    """Return the bytes that one GPU sends in a micro batch: the sum over its own host and other hosts."""
     layout, model = work.layout, work.model
     activation = work.tokens / layout.context * model.d_model * 2
     blocks = model.n_block / layout.pipeline
@@ -96,7 +96,10 @@ def sends(work: Work) -> float:
 
 
 def sends_between_hosts(work: Work) -> float:
-    """Return the bytes that one host sends in a micro batch: a host passes each parameter on once."""
+    """Return the bytes that one host sends to other hosts in a micro batch.
+
+    Each gradient and weight is counted once per host, because GPUs of a host share what arrives.
+    """
     if work.layout.hosts == 1:
         return 0.0
     inside = min(work.layout.per_host, work.layout.tensor)

@@ -58,7 +58,7 @@ def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> Measured:
     """Return the seconds of a step of this run by part, and the bytes of a rank's process, measured on short copies of
     the run; NOT_MEASURED if this machine has too little memory for the tensors alone.
 
-    Raises UserError if a copy of the run does not train; the message has its last lines.
+    Raises UserError if a copy of the run does not train; the message has the last 60 words of its output.
     """
     account = engine_memory(engine_spec(job))
     if account.peak.total + sum(account.host.values()) > job.machine.memory / job.machine.per_host:
@@ -78,7 +78,7 @@ def copies(job: Job) -> list[int]:
 
 
 def _measure(job: Job, run_file: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
-    """Train the copies of the run. Save and return the results."""
+    """Train the copies of the run, save the results in cache_file, and return them: one result of _train per copy."""
     data_identity(job.run)  # raises if a URL is unreachable, for which the copies would wait much longer
     sizes = copies(job)
     print(
@@ -93,7 +93,10 @@ def _measure(job: Job, run_file: Path, overrides: Sequence[str]) -> list[dict[st
 
 
 def _train(job: Job, run_file: Path, overrides: Sequence[str], accumulation: int) -> dict[str, float]:
-    """Train one copy and return its seconds and bytes."""
+    """Train a copy with `accumulation` micro batches per step.
+
+    Returns {"step_s": median seconds of a step, "memory": most bytes of rank 0's process after a step}.
+    """
     with tempfile.TemporaryDirectory() as folder:
         settings = copy_settings(job, overrides, folder, accumulation)
         arguments = ["--config", str(run_file), *(f"--set={text}" for text in settings)]
@@ -129,7 +132,7 @@ def _run(command: Sequence[str]) -> tuple[int, str]:
 
 
 def copy_settings(job: Job, overrides: Sequence[str], folder: str, accumulation: int) -> list[str]:
-    """Return the values of `--set` with which the run file describes one copy, which writes only to `folder`."""
+    """Return the values of `--set` that turn the run file into a copy of the run that writes only to `folder`."""
     batch = job.batch.micro_batch * accumulation * job.batch.layout.rows * job.run.data.seq_len
     return [
         *overrides, "name=copy", f"runs_dir={folder}", f"train.steps={STEPS}", "train.tokens=null",
@@ -150,7 +153,7 @@ def _lines(path: Path) -> list[JsonObject]:
 
 
 def cache_file(job: Job) -> Path:
-    """Return the file that remembers the copies of this job."""
+    """Return the path of the file that stores the measurements of this job."""
     train = job.run.train.model_dump(exclude={"steps", "tokens", "global_batch_tokens", "batch_warmup"})
     identity = [
         vars(job.model), job.run.data.model_dump(), train, load_ds_config(job.run.deepspeed), copies(job), versions(),

@@ -93,9 +93,9 @@ class Work:
 
     @property
     def ff_rows(self) -> float:
-        """Return the number of rows of the MLP matrices that each token uses, as a mean over the blocks.
+        """Return the width of the MLP that each token uses, times its number of matrices: 2, or 3 with a gate.
 
-        An MLP has 2 matrices, or 3 with a gate.
+        With experts, the widths of the experts that a token uses are added up. The result is a mean over the blocks.
         """
         model = self.model
         matrices = 3 if model.mlp == "swiglu" else 2

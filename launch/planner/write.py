@@ -28,6 +28,6 @@ def write_run_file(run_file: Path, overrides: Sequence[str], best: Candidate, ta
 
 
 def _yaml(data: Any) -> str:
-    """Return data as YAML in the order of its keys."""
+    """Return data as YAML, without sorting the keys."""
     text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     return text

@@ -168,10 +168,10 @@ class Status(TypedDict):
 
 
 class ComputeEnvironment(TypedDict):
-    """What must be equal for a resumed run to equal an uninterrupted one bit for bit: the key `environment` of a
-    manifest.
+    """Hardware and software that must stay the same if a resumed run is to equal an uninterrupted one bit for bit.
 
-    The versions of DeepSpeed and torch, which must be equal too, are in the manifest's key `versions`.
+    A checkpoint's manifest has it under the key `environment`. The versions of DeepSpeed and torch must stay the same
+    too; they are under the key `versions`.
     """
 
     devices: list[str]  # models of the GPUs, or of the CPUs, of all ranks; each once

@@ -65,9 +65,7 @@ class Beat:
 
     @property
     def starting(self) -> bool:
-        """Whether the rank has not begun to train: it is in a phase of the start (STARTING), or waits for ranks that
-        are.
-        """
+        """Whether the rank has not begun to train: its phase is in STARTING, or it waits for a rank whose phase is."""
         # A rank that waits for work shared by all ranks gives that work as its collective (engine/shared_work.py).
         return self.phase in STARTING or self.collective in STARTING
 
@@ -120,7 +118,7 @@ def _local_path(launch_id: str, rank: int | str) -> Path:
 
 
 def remove_local_beats(launch_id: str) -> None:
-    """Remove the host's own heartbeat files (_local_path) of all ranks of a launch on this host."""
+    """Remove the files (_local_path) with the newest heartbeats of a launch's ranks on this host."""
     pattern = _local_path(launch_id, "*")
     for path in pattern.parent.glob(pattern.name):
         path.unlink(missing_ok=True)

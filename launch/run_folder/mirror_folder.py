@@ -61,8 +61,9 @@ class MirrorFolder:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file, in a folder that has files already. After a failure, the file is there completely or
-        not at all.
+        """Write a small file. Outside object stores, its folder must exist.
+
+        After a failure, the file is there completely or not at all.
         """
         if self._is_local:
             write_file(Path(self._root, name), content)
@@ -99,7 +100,10 @@ class MirrorFolder:
         self._store.get_file(f"{self._root}/{name}", str(path), callback=_progress(progress))
 
     def remove(self, checkpoint: str) -> None:
-        """Remove a checkpoint, such as "step-00000200", packspeed.json first. Does nothing if it is not there."""
+        """Remove a checkpoint, such as "step-00000200". Does nothing if it is not there.
+
+        packspeed.json is removed first: without it, a checkpoint that is removed in part is not used.
+        """
         names = [name for name in self.files() if name.startswith(f"{checkpoint}/")]
         manifest = f"{checkpoint}/{CHECKPOINT_MANIFEST}"
         if manifest in names:
@@ -135,7 +139,7 @@ def _progress(function: Callable[[], object]) -> Any:
 
 
 def move_mirror_aside(url: str) -> None:
-    """Move the folder of a run on its mirror aside. Raises UserError if the store does not answer."""
+    """Move the mirror's folder `url` of a run to <name>.old-DATE-TIME. Raises UserError if that fails."""
     try:
         MirrorFolder(url).move_aside()
     except UserError:

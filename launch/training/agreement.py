@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Agreement(NamedTuple):
-    """What every rank knows of a step after the all-reduce. Each number is a sum over the ranks."""
+    """What every rank knows of a step after the all-reduce. All numbers are for all ranks together."""
 
     loss: float  # mean over the global batch, nats per token
     ranks_stopping: float  # number of ranks that a signal asked to stop

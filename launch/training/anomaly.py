@@ -103,11 +103,11 @@ class AnomalyDetector:
         return bool(max(self.vetoes_in_a_row, rewinds) > self.section.limit)
 
     def rewinds(self) -> list[tuple[int, int]]:
-        """Return [(0, 0), (step, dropped), ...]: from each of these steps on, to the next one, that many batches had
-        been dropped.
+        """Return [(0, 0), (step, dropped), ...], ascending: the start of the run, then its rewinds.
 
-        A rewind to an earlier step makes later entries void. `step` is that of the checkpoint, so the next step is the
-        first that reads a later batch.
+        `step` is the step of the checkpoint to which a rewind returned, and `dropped` the number of batches that the
+        run had dropped by then. Each later step s, up to the step of the next entry, reads batch s - 1 + dropped
+        (counted from 0). An entry is left out if a newer rewind returned to its step or to an earlier one.
         """
         found = [(0, 0)]
         for record in self.records:

@@ -32,7 +32,8 @@ class StagedBatch:
 class Feed:
     """Iterates over the batches of a Prefetcher, prepared for training: yields (batch number, StagedBatch).
 
-    `plans` is the result of plan_stages: {rows of a batch: how it is divided}. extra_heads: see micro_batches.
+    `plans` is {rows of a global batch: how the ranks divide it}, from plan_stages. `extra_heads` is the number of heads
+    that predict later tokens (model/mtp.py).
     """
 
     def __init__(

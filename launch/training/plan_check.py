@@ -69,13 +69,13 @@ class PlanCheck:
             self._finish()
 
     def _each_step(self) -> dict[str, float]:
-        """Return the mean seconds of a step by kind of work, after the warm-up."""
+        """Return {kind of work: mean seconds per step}, without the first WARM_UP steps."""
         steps = STEPS - WARM_UP
         each = {kind: (seconds - self.warm.get(kind, 0.0)) / steps for kind, seconds in self.spent().items()}
         return {kind: round(seconds, 6) for kind, seconds in each.items() if seconds > 0}
 
     def _finish(self) -> None:
-        """Write plan.json, and warn about values outside the error bar."""
+        """Write plan.json, and log the errors of the plan: as warnings if they exceed those of 90% of plans."""
         measured = {"step_time_s": statistics.median(self.seconds[WARM_UP:]), "memory_gib": max(self.memory[WARM_UP:])}
         bars = {"step_time_s": self.plan["errors"]["time"]["p90"], "memory_gib": self.plan["errors"]["memory"]["p90"]}
         result: PlanResult = {
@@ -97,7 +97,8 @@ def plan_check(
 ) -> PlanCheck | None:
     """Return the PlanCheck of a run that has a locked plan, otherwise None. Call it on rank 0 only.
 
-    If the plan cannot be read or belongs to another run, a note says so, and nothing is compared.
+    `spent` returns {kind of work: seconds that this process has spent on it}. If the plan cannot be read or belongs to
+    another run, logs a note and returns None.
     """
     try:
         lock = read_lock(run)

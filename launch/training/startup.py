@@ -140,8 +140,8 @@ def connect(
 ) -> ConnectedRanks:
     """Decide precision, batch and DeepSpeed configuration, and join the process group. A collective.
 
-    All ranks use the same kernels, even if hosts support different ones. Raises ConfigError if this machine cannot
-    train the run.
+    All ranks use the same kernels, even if hosts support different ones. `beat` is called with the name of each phase,
+    such as "connecting". Raises ConfigError if this machine cannot train the run.
     """
     rank, world, _, local_size = launcher_environment()
     log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None

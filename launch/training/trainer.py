@@ -46,7 +46,7 @@ class Trainer:
 
     @property
     def plan(self) -> BatchPlan:
-        """How the largest batch of the run is divided: that of all steps, or of those after train.batch_warmup."""
+        """How the ranks divide the global batch; with train.batch_warmup, the full batch that follows the warm-up."""
         return self.plans[self.run.global_batch]
 
     def enter(self, phase: str) -> None:

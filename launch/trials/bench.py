@@ -112,8 +112,9 @@ def plan_bench(
 ) -> BenchPlan:
     """Check the options of `packspeed bench` and return the plan. Raises ConfigError if an option is wrong.
 
-    `micro_batch`, `kernels`, `stage` and `precision` are lists as the user writes them: "1,2,4". `steps` is the number
-    of steps per round.
+    `micro_batch`, `kernels`, `stage` (ZeRO) and `precision` (of the baselines) are lists as the user writes them:
+    "1,2,4". `steps` is the number of steps per round, `nanogpt` a checkout of nanoGPT, and `profile` the folder for
+    traces of torch's profiler.
     """
     run = load_run_file(run_file, overrides)
     load_ds_config(run.deepspeed)
@@ -157,7 +158,7 @@ def _listed(
 
 
 def _baselines(run: RunFile, nanogpt: Path | None, precision: str | None) -> list[str]:
-    """Return the names of the baselines, such as "bare:bf16". The first one is the reference of the column `x bare`.
+    """Return the names of the baselines, such as "bare:bf16". All loops are compared with the first baseline.
 
     Raises ConfigError if the baselines cannot train this run: they support only AdamW and windows of a token stream.
     """

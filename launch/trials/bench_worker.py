@@ -216,7 +216,7 @@ def _result(
     peak_memory_gib: float,
     loss: float,
 ) -> Result:
-    """Return the content of round-N.json for a measured round."""
+    """Return the content of round-N.json. `base_gib` is the peak memory of a rank before the model was built."""
     topology = setup.topology
     datasheet = None
     if topology.device.type == "cuda":

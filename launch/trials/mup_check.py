@@ -36,7 +36,7 @@ ALONE = Topology(rank=0, local_rank=0, local_size=1, device=torch.device("cpu"))
 
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
-    """The activations of one layer. The tuples have a value per width."""
+    """The activations of one layer. `size` and `change` have one value for each width."""
 
     layer: str
     size: tuple[float, ...]  # mean |activation| after the steps
@@ -55,7 +55,7 @@ class WidthCheck:
 
     @property
     def flat(self) -> bool:
-        """Return whether the activations of all layers are independent of the width."""
+        """Return whether in every layer activations do not grow with the width, and changes do not depend on it."""
         return all(layer.flat for layer in self.layers)
 
 
@@ -72,8 +72,8 @@ def mup_check(
 
     widths: values of d_model; None: 1, 2, 4 and 8 times the base width, or without model.mup 1, 2, 4 and 8 times a
     quarter of d_model. rows: samples per step. seeds: number of seeds for the initial weights, over which results are
-    averaged. tolerance: largest exponent that counts as independent of the width (flat). Raises ConfigError if the run
-    file cannot be checked.
+    averaged. tolerance: a layer is flat if activations ~ width^e with e <= tolerance, and their changes ~ width^e with
+    |e| <= tolerance. Raises ConfigError if the run file cannot be checked.
     """
     run = load_run_file(run_file, overrides)
     if run.train.optimizer.name != "adamw":
@@ -99,7 +99,8 @@ def widened(config: GPTConfig, width: int) -> GPTConfig:
     """Return the config with d_model = width. The width of a head, the query heads per key-value head and d_ff /
     d_model stay the same; dropout, recomputation and extra heads are off.
 
-    Raises ConfigError if the width does not consist of complete groups of heads.
+    Raises ConfigError if `width` is not a multiple of the width of a head * query heads per key-value head, or if d_ff
+    would not be a whole number.
     """
     per_group = config.n_head // config.kv_heads
     heads, rest = divmod(width * config.n_head, config.d_model)

@@ -63,7 +63,7 @@ Line = JsonObject  # a line of metrics.jsonl without MEASURED_KEYS
 
 @dataclasses.dataclass(frozen=True)
 class ResumeResult:
-    """The comparison of a resumed run with the uninterrupted one: an entry of "legs" in the JSON output."""
+    """The comparison of a resumed run with the uninterrupted one. The JSON output lists all of them under "legs"."""
 
     name: str
     ranks: int
@@ -103,7 +103,10 @@ class ProofPlan:
     place: Place = dataclasses.field(default_factory=ThisMachine)
 
     def arguments(self, name: str) -> list[str]:
-        """Return the arguments of train.py for the run called `name` ("alone", "same" or "other")."""
+        """Return the arguments of train.py for a run of the test.
+
+        name: "alone" (never killed), "same" or "other" (killed, then resumed with the same or another number of ranks).
+        """
         sets = [*self.overrides, f"name={name}", f"runs_dir={self.folder}"]
         return ["--config", str(self.run_file), *(f"--set={text}" for text in sets)]
 
@@ -121,7 +124,7 @@ def plan_proof(
 
     `ranks` and `other_ranks` have defaults if they are None; with `hosts`, the default of `ranks` is the number of
     their slots. If `other_ranks` is 0, there is no second resume. Raises ConfigError if there are too few steps, if the
-    global batch cannot be divided among the ranks, or if the run file gives up bitwise resumes.
+    global batch cannot be divided among the ranks, or if the run file has train.deterministic: false.
     """
     run = load_run_file(run_file, overrides)
     if not run.train.deterministic:
@@ -163,7 +166,7 @@ def _other_ranks(run: RunFile, ranks: int) -> int | None:
 
 
 def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:
-    """Run the test in plan.folder, which is deleted first. Returns one result per resumed run.
+    """Run the kill-and-resume test in plan.folder, which is deleted first. Returns one result per resumed run.
 
     Raises UserError if the uninterrupted run fails, or if the run to be killed ends before the kill.
     """
@@ -187,14 +190,13 @@ def prove(plan: ProofPlan, say: Say) -> list[ResumeResult]:
 
 
 def _log_file(plan: ProofPlan, name: str) -> Path:
-    """Return the path of the file for the output of the run `name` ("alone", "same" or "other")."""
+    """Return the path of the file for the output of the run `name`."""
     return plan.folder / f"{name}.log"
 
 
 @contextmanager
 def _launched(plan: ProofPlan, name: str, ranks: int) -> Iterator[psutil.Popen]:
-    """Launch the run `name` ("alone", "same" or "other") with `ranks` ranks, and return a context with the launcher's
-    process.
+    """Launch the run `name` with `ranks` ranks, and return a context with the launcher's process.
 
     At the end of the `with` block, the processes of the launch that are still running are killed.
     """
@@ -209,13 +211,13 @@ def _launched(plan: ProofPlan, name: str, ranks: int) -> Iterator[psutil.Popen]:
 
 
 def _start(plan: ProofPlan, name: str, ranks: int, log: IO[str]) -> psutil.Popen:
-    """Start the launcher for the run `name` ("alone", "same" or "other"), with its output in `log`."""
+    """Start the launcher for the run `name` with `ranks` ranks, and write its output to `log`."""
     command = plan.place.command(ranks, plan.arguments(name), plan.folder)
     return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def _finish(plan: ProofPlan, name: str, ranks: int) -> int:
-    """Train the run `name` ("alone", "same" or "other") to its end, from its newest checkpoint if it has one.
+    """Train the run `name` to its end, from its newest checkpoint if it has one.
 
     Returns the exit code of the launcher.
     """
