@@ -59,8 +59,9 @@ class InRankError(Exception):
 
 
 class Warm:
-    """The process that waits with all imports done: its environment at the start, and the modules that it has loaded
-    since.
+    """The process that has imported everything in advance and waits to become a launcher.
+
+    It records its environment at the start and the files of all loaded modules, to notice later if one has changed.
     """
 
     def __init__(self) -> None:
@@ -96,7 +97,10 @@ class Warm:
         self.area.show([sys.executable, "-u", __file__, "waiting"], self.env)
 
     def serve(self) -> tuple[list[str], dict[str, str]]:
-        """Wait for the agent's request. Returns only in the launcher: its command line and environment."""
+        """Wait until the agent, Packspeed's process on this host, requests a launcher, and fork it.
+
+        Returns only in the launcher: its command line and environment. This process exits.
+        """
         line = _read_line()
         if not line:
             sys.exit()  # the agent has ended
@@ -123,7 +127,7 @@ class Warm:
         raise InRankError(command, env)
 
     def why_cold(self, command: list[str], env: dict[str, str]) -> str:
-        """Return why a rank must be started as a new process, or an empty string."""
+        """Return why a rank must be started as a new process, or an empty string if it can be forked."""
         if command[:2] != [sys.executable, "-u"] or not command[2].endswith(".py"):
             return f"its command starts with {' '.join(command[:2])}"
         names = sorted(

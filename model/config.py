@@ -200,7 +200,7 @@ class GPTConfig:
             except TypeError as error:  # a missing or an unknown key
                 raise ValueError(f"mup: {str(error).partition(') ')[2]}.") from None
         if self.mup is not None and self.n_expert is not None:
-            raise ValueError("mup with n_expert: there are no rules for routers and experts. Leave one of them out.")
+            raise ValueError("mup with n_expert: muP has no rules for routers and experts. Leave mup or n_expert out.")
 
     def _check_mtp(self) -> None:
         given: Any = self.mtp
@@ -214,11 +214,12 @@ class GPTConfig:
         """Raise ValueError if a key of the experts is invalid, or contradicts another key."""
         if self.n_shared_expert < 0 or self.first_dense < 0:
             raise ValueError(
-                f"n_shared_expert = {self.n_shared_expert}, first_dense = {self.first_dense}: give at least 0."
+                f"n_shared_expert = {self.n_shared_expert}, first_dense = {self.first_dense}: both must be at least 0."
             )
         if not self.balance_rate >= 0.0 or not self.gate_scale > 0.0:
             raise ValueError(
-                f"balance_rate = {self.balance_rate} must be at least 0, and gate_scale = {self.gate_scale} above 0."
+                f"balance_rate = {self.balance_rate}, gate_scale = {self.gate_scale}: the first must be at least 0, "
+                "the second above 0."
             )
         if self.n_expert is None:
             if self.n_shared_expert or self.first_dense or self.d_expert is not None:
@@ -272,7 +273,9 @@ class GPTConfig:
         if not self.z_loss >= 0.0:
             raise ValueError(f"z_loss = {self.z_loss}: give 0 (none) or a small number above it, such as 1e-4.")
         if self.logit_softcap is not None and not self.logit_softcap > 0.0:
-            raise ValueError(f"logit_softcap = {self.logit_softcap}: give a number above 0, such as 30, or none.")
+            raise ValueError(
+                f"logit_softcap = {self.logit_softcap}: give a number above 0, such as 30, or leave it out."
+            )
         for name in ("norm_eps", "rope_theta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: give a number above 0.")
@@ -299,16 +302,16 @@ class GPTConfig:
 
     @property
     def qkv_heads(self) -> list[int]:
-        """Return how many heads of queries, keys and values one matrix computes, and of gates if these are elementwise.
+        """Return the numbers of heads of queries, keys and values; with elementwise gates, that of the gates is fourth.
 
-        Their rows are stacked in the matrix in this order, head_width rows for each head.
+        One matrix computes them all. Its rows are stacked in this order, head_width rows for each head.
         """
         gates = [self.n_head] if self.attention_gate == "elementwise" else []
         return [self.n_head, self.kv_heads, self.kv_heads, *gates]
 
     @property
     def head_gates(self) -> int:
-        """Return the number of gates per token of a layer's heads: n_head if these are headwise, otherwise 0."""
+        """Return the number of gates per token and layer: n_head with attention_gate "headwise", otherwise 0."""
         return self.n_head if self.attention_gate == "headwise" else 0
 
     def embeds_values(self, layer: int) -> bool:

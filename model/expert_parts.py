@@ -32,7 +32,7 @@ from packspeed.model.sequence import AllToAll
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """This rank's part of the experts of each layer, which it shares with size - 1 other ranks."""
+    """The experts of each layer that this rank has: one of `size` equal parts, the one with index `rank`."""
 
     rank: int
     size: int

@@ -154,9 +154,9 @@ def head_loss(
 
     x (N, C): the input of the head. weight (padded V, C): of the head; rows from vocab_size on are padding. labels
     (N,): labels below 0 are ignored. kernels: computes the losses of a chunk, see kernels.py. z_loss: adds z_loss *
-    log(sum exp logits)^2 for each token. softcap: see `cap`. If x or weight require gradients, the forward pass
-    computes them already, and `memory`, if given, lends memory for the logits. Logits in several chunks do not use it:
-    the sum of the weight's gradient needs more memory than they do.
+    log(sum exp logits)^2 for each token. softcap: see `cap`. If x or weight requires a gradient, the forward pass
+    computes both gradients already. Then memory(elements, dtype), if given, returns a flat tensor for the logits, or
+    None. It is called only if the logits are computed in one chunk.
     """
     return multi_head_loss(x[None], weight, labels[None], vocab_size, kernels, z_loss, softcap, memory=memory)[0]
 

@@ -94,7 +94,7 @@ class Linear(nn.Linear):
 
 
 class HeadGates(nn.Linear):
-    """Computes a gate for each attention head and token, from 0 to 1; in fp8 training too, without 8-bit numbers."""
+    """Computes a gate from 0 to 1 for each attention head and token. Never multiplies in 8 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gates, (..., H, 1), of the normalised residual stream x (..., C)."""
@@ -185,10 +185,10 @@ class Attention(nn.Module):
         tokens: Tensor | None = None,
         first_values: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attention branch, (B, T, C), for the normalised residual stream x (B, T, C), and in the first
-        layer of a model with value residuals the values, (B, T, h, D), of this rank's h key-value heads, otherwise
-        None.
+        """Return (branch, values) for the normalised residual stream x (B, T, C). The branch is (B, T, C).
 
+        values: those of this rank's h key-value heads, (B, T, h, D), in the first layer of a model with value
+        residuals, otherwise None.
         rope: the result of rope_table; None with learned positions. cache: holds keys and values of the tokens before
         x, and gets those of x. documents: tokens attend only within their own document. sequence: this rank's part of
         the rows, if several ranks share them: x has only its tokens, but documents are those of complete rows. tokens:
@@ -227,8 +227,8 @@ class Attention(nn.Module):
         """Return queries, keys, values and elementwise gates, (B, T, heads, D) each, of qkv (B, T, all heads, D).
 
         Queries and keys are those after QK-norm and RoPE. Without elementwise gates, the list has three tensors.
-        rope: the result of rope_table; None: no RoPE. qkv may be overwritten, which saves memory: a rotated copy of
-        queries and keys would exist beside qkv, which the values keep in memory.
+        rope: the result of rope_table; None: no RoPE. qkv may be overwritten with the rotated queries and keys. That
+        saves memory, because all of qkv exists as long as the values, which are a view of it.
         """
         if rope is not None and self.q_norm is None:
             q, k, *others = kernels.rotate(qkv, rope, self.heads)
@@ -365,9 +365,10 @@ class Head(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the logits (B, T, V) for x (B, T, C), or the loss in nats, fp32, if labels (B, T) are given.
 
-        Labels below 0 do not count. reduction: "mean" or "sum" over the labels that count returns a scalar; "none"
-        returns the loss of each label, (B, T). For x (K, B, T, C) and labels (K, B, T), those of the next token and of
-        K - 1 extra heads, return (the sum to train on, the sum of each, (K,)).
+        Labels below 0 are ignored. reduction: "mean" or "sum" over the other labels returns a scalar; "none" returns
+        the loss of each label, (B, T). With K - 1 extra heads (mtp.py), x is (K, B, T, C) and labels are (K, B, T), the
+        next token's first. Then return (total, losses): losses (K,) is each head's loss summed over the tokens, and
+        total, the scalar to train on, is their weighted sum.
         """
         if labels is None:
             logits = self.tensor.join_last(linear(x, self.weight, None))[..., : self.vocab_size]
@@ -444,9 +445,10 @@ class GPT(nn.Module):
             document. Give `positions` that restart at 0 with each document.
         sequence: this rank's part of the rows, if several ranks share their tokens (sequence.py). tokens, labels and
             positions are those of the part; documents are those of complete rows. Every rank must call it.
-        future: (B, T, depth) int64, the labels of the extra heads (mtp.future_labels). The result is then (the sum to
-            train on, the sums of the losses of the next token and of each extra head, (1 + depth,), without gradient).
-            reduction must be "sum". None: the extra heads are not computed.
+        future: (B, T, depth) int64, the labels of the extra heads (mtp.future_labels). The result is then (total,
+            losses). losses (1 + depth,): the loss of the next token, then that of each extra head, summed over the
+            tokens, without gradient. total: their weighted sum, a scalar to train on. reduction must be "sum".
+            None: the extra heads are not computed.
 
         Raises ValueError if T exceeds the number of learned positions, if the lengths of the documents do not add up to
         B * T, or if the model is in training mode with dropout and dropout_keys is None.
@@ -581,8 +583,8 @@ class NoInit(TorchFunctionMode):
 def use_fp8(model: GPT, skip_blocks: int) -> None:
     """Make the linear layers of all blocks but the first and last `skip_blocks` multiply in 8 bits while they train.
 
-    Head, embedding and the blocks of extra heads (mtp.py) never do, nor does the model in eval mode. So a validation
-    loss is that of the weights that are exported, and does not depend on the batches in which it is computed.
+    Head, embedding and the blocks of extra heads (mtp.py) never multiply in 8 bits, and in eval mode no layer does. So
+    a validation loss is that of the weights that are exported, and does not depend on how its samples are batched.
     """
     for block in model.blocks[skip_blocks : model.config.n_layer - skip_blocks]:
         for module in block.modules():
@@ -607,11 +609,11 @@ def init_weights(
     for rounding, the precision. Costs about 8 ns per weight, divided by `ranks`.
 
     The ranks share the drawing: each draws every `ranks`-th matrix, all at the same time, and holds one at a time.
-    materialise(p, source): returns a context in which parameter p is complete and can be written, and which at its end
-    gives every rank what rank `source` has written. With several ranks it is a collective. If the context yields a
-    tensor on rank `source`, the complete value is written to that tensor, of which the ranks then keep parts.
-    If ranks share the matrices (model.tensor), `rank` and `ranks` count those with the same part. Each draws complete
-    matrices, one at a time, and keeps its part.
+    materialise(p, source): returns a context in which rank `source` writes the value of parameter p. At the end of the
+    context, every rank gets this value. With several ranks it is a collective. If the context yields a tensor on rank
+    `source`, the value is written to that tensor instead of p, and each rank gets its part, as with divided experts.
+    With tensor parallelism (model.tensor), `rank` and `ranks` count only the ranks that have the same part of the
+    matrices. Each rank draws complete matrices, one at a time, and keeps its part.
     """
     # The shapes of another model, because ZeRO-3's partitions have none.
     shapes = {name: parameter.shape for name, parameter in gpt_without_weights(model.config).named_parameters()}

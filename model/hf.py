@@ -69,10 +69,10 @@ class Weight(NamedTuple):
             yield name, (part.t() if self.transposed else part).contiguous()
 
     def _places(self, width: int) -> Tensor:
-        """Return the index of our row for each stacked row of transformers. width: the channels of a head.
+        """Return, for each row of the transformers weights stacked in order, the index of the same row in ours.
 
-        Ours are queries, keys, values, gates. Transformers' first weight has a head's query, then its gate, head after
-        head.
+        Our rows are all queries, keys, values, then gates. In transformers, the rows are the first head's query and
+        gate, the second head's query and gate, and so on, then all keys and values. width: the channels of a head.
         """
         queries, rows = torch.arange(self.rows[0] // 2), sum(self.rows)
         others = torch.arange(len(queries), rows - len(queries))
@@ -170,7 +170,10 @@ def _family_with_experts(config: GPTConfig) -> Family:
 
 
 def _family_with_gates(config: GPTConfig) -> Family:
-    """Return the result of `family` for a model with attention gates and without experts."""
+    """Return the transformers family that computes the same as GPT(config) with attention gates, without experts.
+
+    Raises ValueError if there is none.
+    """
     wanted: dict[str, tuple[object, ...]] = {
         "attention_gate": ("elementwise",), "position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",),
         "qk_norm": (True,), "bias": (False, "attention"), "sliding_window": (None,),
@@ -196,10 +199,10 @@ def _windowed(config: GPTConfig) -> tuple[bool, bool]:
 
 
 def _unsupported(config: GPTConfig, wanted: Mapping[str, tuple[object, ...]]) -> list[str]:
-    """Return the fields of the config, as "name = value", whose value is not among those in `wanted`.
+    """Return the fields of the config, as "name = value", that a transformers family does not support.
 
-    `wanted` need not name what no family has: a cap of the logits, residual scales, attention gates, and options that
-    mix something into the values.
+    wanted: {name: values that the family supports}. Options that no family supports, such as logit_softcap, are checked
+    even if `wanted` lacks them. An attention gate is allowed only if `wanted` has it.
     """
     wanted = {"attention_gate": (None,), **wanted, "logit_softcap": (None,), "residual_scale": (False,)}
     wanted |= {"value_residual": (False,), "value_embeddings": (None,)}

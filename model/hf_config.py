@@ -156,7 +156,7 @@ def _llama(config: GPTConfig, kind: str) -> dict[str, Any]:
 
 
 def _next(config: GPTConfig) -> dict[str, Any]:
-    """Return the keys with which all layers of a Qwen3-Next have softmax attention, complete RoPE and dense MLPs."""
+    """Return the keys that give a Qwen3-Next softmax attention, RoPE on all channels, and dense MLPs in all layers."""
     return {
         "layer_types": [FULL] * config.n_layer,
         "num_experts": 0,
@@ -166,7 +166,10 @@ def _next(config: GPTConfig) -> dict[str, Any]:
 
 
 def _window(config: GPTConfig, kind: str) -> dict[str, Any]:
-    """Return the keys for a sliding window; an empty dict if no layer has one."""
+    """Return the keys for a sliding window in a config.json whose model_type is `kind`.
+
+    The dict is empty if no layer has a window.
+    """
     windows = [config.window_of(layer) for layer in range(config.n_layer)]
     if not any(windows):
         return {}
@@ -327,11 +330,11 @@ def _from_llama(raw: dict[str, Any], kind: str) -> GPTConfig:
 def _check_next(raw: Mapping[str, Any]) -> None:
     """Raise ValueError if raw, the config.json of a Qwen3-Next, has experts or layers with linear attention."""
     if raw["num_experts"] != 0:
-        raise ValueError(f"num_experts = {raw['num_experts']!r}: of Qwen3-Next, Packspeed's model has no experts.")
+        raise ValueError(f"num_experts = {raw['num_experts']!r}: Packspeed supports Qwen3-Next only without experts.")
     if raw["layer_types"] != [FULL] * _integer(raw, "num_hidden_layers"):
         raise ValueError(
-            f"layer_types = {str(raw['layer_types'])[:100]}: of Qwen3-Next, Packspeed's model has no linear attention, "
-            f"so it must be {FULL} for each of num_hidden_layers = {raw['num_hidden_layers']}."
+            f"layer_types = {str(raw['layer_types'])[:100]}: Packspeed supports Qwen3-Next only without linear "
+            f"attention, so give {FULL} for each of num_hidden_layers = {raw['num_hidden_layers']}."
         )
 
 
@@ -379,10 +382,10 @@ def _experts(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _rope_of(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Return the base of RoPE's angles and its scaling from raw, a config.json, at the keys that transformers reads.
+    """Return (base of RoPE's angles, RoPE's scaling or None) from raw, a config.json, as transformers reads it.
 
-    Raises ValueError if our model lacks the type of scaling, or if RoPE is not the same in all layers and on all
-    channels.
+    Raises ValueError if our model lacks the type of scaling, or if RoPE differs between layers or rotates only some of
+    the channels.
     """
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key) or {}

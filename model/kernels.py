@@ -61,7 +61,10 @@ class Kernels(Losses, Protocol):
         """Return linear(activate(x, kind), weight, bias). May compute the activation again in the backward pass."""
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
-        """Round a matrix to 8 bits. Return the copies (straight, transposed) and the scalar that multiplies them."""
+        """Round a matrix to an 8-bit dtype. Return the 8-bit copies and the fp32 scalar by which to multiply them.
+
+        straight: return a copy in the layout of the matrix. transposed: return a transposed copy, after the other one.
+        """
 
 
 def resolve(name: str, device: str) -> str:

@@ -39,7 +39,10 @@ def _mix(h: Tensor) -> Tensor:
 
 
 def site_keys(keys: Tensor, sites: Tensor) -> Tensor:
-    """Return one key per dropout site and sample, (S, B) int64, for the keys of samples (B,) and site numbers (S,)."""
+    """Return one key per dropout site and sample, (S, B) int64, for the keys of samples (B,) and site numbers (S,).
+
+    A dropout site is one place in the model that applies dropout.
+    """
     return _mix(_mix(keys.clone()) + sites[:, None] * SITE)  # int64 arithmetic wraps around, which is intended
 
 
@@ -51,7 +54,10 @@ def random_bits(keys: Tensor, length: int, width: int) -> Tensor:
 
 
 def mask_offset(first: int, width: int) -> int:
-    """Return what to add to a site's keys so that its masks begin at token `first` of a row with `width` channels."""
+    """Return what to add to the keys of a dropout site for a rank that has only the tokens of a row from `first` on.
+
+    Its masks are then those of the same tokens in the complete row. width: channels per token.
+    """
     return _signed(first * -(-width // 4) * (GAMMA % 2**64) % 2**64)
 
 

@@ -51,7 +51,7 @@ def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
 class _WideLinear(torch.autograd.Function):
     """A linear layer that multiplies bf16 tensors in fp32.
 
-    Backward keeps the bf16 tensors that F.linear keeps. The fp32 copies exist only during one product.
+    Like F.linear, it saves the bf16 tensors for the backward pass. Each fp32 copy exists during one product only.
     """
 
     @staticmethod

@@ -50,7 +50,7 @@ class Choice:
 
 
 class Router(nn.Module):
-    """Gives every token a score for every expert, in fp32, and chooses its experts."""
+    """Computes a score for every pair of token and expert, in fp32, and chooses the experts of each token."""
 
     bias: Tensor  # (E,) fp32 in every precision: it moves in steps that bf16 would round away
 
@@ -183,8 +183,8 @@ class MoE(nn.Module):
     def _route(self, part: ExpertPart, ends: Tensor, choice: Choice | None) -> Route:
         """Return which rows the ranks exchange. A recomputation reuses the Route of its forward pass. A collective.
 
-        ends (E,): ends[e] is the number of rows of experts 0 to e together. choice: stores the Route for a
-        recomputation; None: there is none.
+        ends (E,): ends[e] is the number of rows of experts 0 to e together. choice: stores the Route for the
+        recomputation; None if the layer is not recomputed.
         """
         if choice is not None and choice.route is not None:
             return choice.route
@@ -308,9 +308,10 @@ def _split(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
 
 
 def _has_grouped_gemm(rows: Tensor, *widths: int) -> bool:
-    """Return whether torch multiplies the rows of all experts in one kernel, without a wait of the host for the GPU.
+    """Return whether torch can multiply the rows of all experts in one kernel, so the host need not wait for the GPU.
 
-    widths: the input and output width of the experts' matrices. It is so for bf16 on GPUs, if both are multiples of 8.
+    That takes a torch with grouped_mm, at least one row, bf16 on a GPU, and widths that are multiples of 8. widths: the
+    input and output width of the experts' matrices.
     """
     if not rows.is_cuda or rows.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm") or not rows.size(0):
         return False

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MTP:
-    """The number of extra heads and the weight of their losses. Raises ValueError if a number is out of range."""
+    """Multi-token prediction: the number of extra heads, which predict later tokens, and the weight of their losses.
+
+    Raises ValueError if a number is out of range.
+    """
 
     depth: int  # number of extra heads
     weight: float = 0.3  # of the mean of their losses, compared with the next token's

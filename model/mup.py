@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MuP:
-    """The width and depth of the small model whose settings were tuned. Raises ValueError if a number is below 1."""
+    """The sizes of muP's base model, on which settings such as the learning rate were tuned.
+
+    Raises ValueError if a number is below 1.
+    """
 
     base_width: int  # its d_model
     base_depth: int | None = None  # its n_layer; None: depth has no rule
@@ -88,10 +91,11 @@ def residual_depth(config: GPTConfig) -> int:
 
 
 def folded(name: str, value: Tensor, config: GPTConfig) -> Tensor:
-    """Return a parameter's value, multiplied by muP's factor of the forward pass if that applies to it.
+    """Return a parameter's value, multiplied by the factor that muP applies to its output in the forward pass, if any.
 
-    With these values a model without muP computes the same. Projections get the factor of their branch, the final norm
-    that of the head's input, and the queries' rows of qkv, or the queries' norm if there is one, that of the queries.
+    With these values a model without muP computes the same. A block's output projections are multiplied by the factor
+    of branches, and the final norm by the factor of the head's input. The rows of qkv that compute queries, or q_norm
+    with QK-norm, are multiplied by the factor of queries.
     """
     factors = scales(config)
     if ".proj." in name:

@@ -261,7 +261,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
 class _ActivateLinear(torch.autograd.Function):
     """The activation and a linear layer. The layer's input is not kept for backward, but computed again.
 
-    That needs no other pass over memory: the gradient of the activation takes the same exp.
+    The loop that computes the gradient of the activation also computes the activation, so no other pass is needed.
     """
 
     @staticmethod

@@ -86,11 +86,11 @@ def activate_linear(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None) -
 
 
 def quantise(matrix: Tensor, dtype: torch.dtype, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
-    """Round a matrix to an 8-bit floating-point dtype. Return contiguous 8-bit copies, and their unit as the last item.
+    """Round a matrix to an 8-bit floating-point dtype. Return contiguous 8-bit copies and, last, an fp32 scalar.
 
-    straight: return a copy in the layout of the matrix. transposed: return a transposed copy, after the other one. The
-    unit is the fp32 scalar by which a copy is multiplied to give the matrix, rounded: the smallest power of two with
-    which no element is out of range, or NaN if an element is NaN or infinite.
+    straight: return a copy in the layout of the matrix. transposed: return a transposed copy, after the other one.
+    A copy times the scalar is the rounded matrix. The scalar is the smallest power of two with which all elements of
+    the copy are in the range of the dtype, or NaN if an element of the matrix is NaN or infinite.
     """
     largest = torch.linalg.vector_norm(matrix, float("inf")).float()
     ratio = torch.finfo(dtype).max / largest.clamp(min=SMALLEST)

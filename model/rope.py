@@ -86,7 +86,7 @@ def _yarn(plain: Tensor, width: int, theta: float, scaling: RopeScaling) -> Tens
     length = scaling.original_max_position_embeddings or 1
 
     def channel_of(rotations: float) -> float:
-        """Return the channel pair that makes `rotations` rotations over the pre-training length."""
+        """Return the index, unrounded, of the channel pair that makes `rotations` turns in the pre-training length."""
         return width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = (channel_of(beta) for beta in (scaling.beta_fast or 32, scaling.beta_slow or 1))

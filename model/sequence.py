@@ -35,7 +35,7 @@ Attend = Callable[..., Tensor]  # an implementation of attention.attend
 
 @dataclass(frozen=True)
 class SequencePart:
-    """This rank's part of rows of `length` tokens, which it shares with size - 1 other ranks."""
+    """The tokens of each row that this rank has. Rows have `length` tokens and are divided between `size` ranks."""
 
     rank: int
     size: int

@@ -44,7 +44,7 @@ def _same(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """This rank's part of the matrices, which it shares with size - 1 other ranks. Its methods are collectives."""
+    """One rank of a tensor group: `size` ranks that divide the model's matrices. Its methods are collectives."""
 
     rank: int = 0
     size: int = 1
@@ -154,7 +154,7 @@ class Slices:
 
 
 def slices(name: str, config: GPTConfig, rank: int, size: int) -> Slices | None:
-    """Return which part of the parameter of this name rank `rank` of `size` has; None: all of it.
+    """Return the part of the parameter `name` that a rank of a tensor group has, or None if it has all of it.
 
     The projections to queries, keys and values are stacked in one matrix, and so are gate and up. Each of these
     projections is divided evenly.

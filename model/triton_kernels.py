@@ -140,7 +140,8 @@ def rotate_heads(
 ):  # fmt: skip
     """Rotate the channel pairs (i, i + half) of HEADS heads of one token by `sign` times their angle.
 
-    x_b, x_t and x_h are the strides of x, from one row, token and head to the next. out may be x.
+    x_b, x_t and x_h are the strides of x, from one row, token and head to the next. out may be x. table_rows: how many
+    rows of the batch the table `rope` has, 1 if all share one.
     """
     token = tl.program_id(0).to(tl.int64)
     b, t = token // length, token % length

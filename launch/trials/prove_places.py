@@ -36,10 +36,10 @@ WATCH = (
 
 
 class Victims(Protocol):
-    """The processes of one launch, of which the test kills one rank, all ranks or the launcher."""
+    """The processes of one launch. `packspeed prove` kills one rank, all ranks or the launcher."""
 
     def find(self) -> None:
-        """Look for ranks that have started since the last call. Call it often, until the kill."""
+        """Look for ranks that have started since the last call. `kill` and `wait` know only those found so far."""
 
     def kill(self, victim: str) -> None:
         """Kill `victim` ("one rank", "all ranks" or "the launcher") with SIGKILL."""
@@ -60,7 +60,7 @@ class Place(Protocol):
     def victims(
         self, process: psutil.Popen, ranks: int, run_folder: Path
     ) -> contextlib.AbstractContextManager[Victims]:
-        """Return a context with the processes of the launch that `process`, the launcher, has started."""
+        """Return a context with the launcher, `process`, and the `ranks` ranks that it starts."""
 
 
 class ThisMachine:
@@ -77,7 +77,7 @@ class ThisMachine:
 
 
 class _LocalVictims:
-    """Processes below a launcher on this machine."""
+    """A launcher on this machine and its descendants, among them the ranks."""
 
     def __init__(self, process: psutil.Popen, count: int) -> None:
         self.process, self.count = process, count
@@ -116,7 +116,7 @@ class OverHosts:
     """Ranks that `packspeed launch` starts on the hosts of a hostfile.
 
     If a run needs fewer ranks than the hosts have slots, the last slots and hosts are unused. `python` is the
-    interpreter on the hosts, and `ssh_config` replaces ~/.ssh/config.
+    interpreter on the hosts. `ssh_config` is the file that ssh reads instead of ~/.ssh/config.
     """
 
     hosts: list[Host]

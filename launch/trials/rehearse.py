@@ -54,7 +54,7 @@ QDISCS = {"delay": "netem delay {}ms", "slow": "tbf rate {}mbit burst 256kb late
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One fault of a rehearsal, parsed from KIND:TARGET@STEP."""
+    """A fault that `packspeed rehearse` injects, such as a killed rank; parsed from KIND:TARGET@STEP."""
 
     kind: str  # kill, freeze, cut, fill, delay or slow
     target: str  # a rank, a host name, or a number of seconds, milliseconds or Mbit/s
@@ -62,8 +62,9 @@ class Fault:
 
 
 def parse_fault(text: str, hosts: list[Host]) -> Fault:
-    """Parse a fault, KIND:TARGET@STEP, such as "kill:3@12". Raises ConfigError if the form is wrong, or if there is no
-    such rank or host.
+    """Parse a fault, KIND:TARGET@STEP. "kill:3@12" means: kill rank 3 after step 12.
+
+    Raises ConfigError if the form is wrong, or if there is no such rank or host.
     """
     match = FAULT.fullmatch(text)
     if match is None:
@@ -80,7 +81,7 @@ def parse_fault(text: str, hosts: list[Host]) -> Fault:
 
 
 def shrink(run_file: Path, overrides: list[str], steps: int) -> list[str]:
-    """Return the overrides plus those that make the model and the samples small and the run `steps` steps long.
+    """Return the overrides (KEY=VALUE) plus more, which make model and samples small and the run `steps` steps long.
 
     Settings that would not fit, such as the intervals of checkpoints and evaluations, are adapted. Samples per step,
     ZeRO stage and gradient accumulation remain those of the run file.

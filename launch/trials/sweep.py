@@ -133,7 +133,10 @@ def train_all(sweep: Sweep, fresh: bool, say: Say) -> bool:
 
 
 def _train(sweep: Sweep, waiting: list[SweepRun], received: list[int], say: Say) -> bool:
-    """Start the runs in `waiting` and wait until all have ended. `received` gets the signals that arrive meanwhile."""
+    """Start the runs in `waiting` and wait until all have ended. Returns False if a signal has stopped them.
+
+    A signal handler appends the number of each signal that arrives meanwhile to `received`.
+    """
     running: dict[int, tuple[SweepRun, subprocess.Popen[bytes]]] = {}  # by the place among those side by side
     stopped = False
     try:
@@ -262,7 +265,10 @@ def table(comparison: Comparison) -> list[str]:
 
 
 def as_json(sweep: Sweep, comparison: Comparison, report: Path | None) -> JsonObject:
-    """Return the comparison for --json. An infinite loss, of a run that has diverged, is null."""
+    """Return the comparison for --json. An infinite loss, of a run that has diverged, is null.
+
+    report: the path of the HTML report; None if none was written.
+    """
 
     def number(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None

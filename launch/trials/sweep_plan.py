@@ -74,9 +74,10 @@ def plan_sweep(
 ) -> Sweep:
     """Return the sweep over all combinations of the grids (KEY=VALUE,VALUE) and seeds ("1,2,3").
 
-    ranks: of each run; None: an equal share of the GPUs, or 1 on CPUs. Loads and checks the run file, the DeepSpeed
-    JSON, the dataset and the model of every run, so that none fails for a typing error hours later. If one is invalid,
-    raises a ConfigError that names the run.
+    ranks: of each run; None: an equal share of the GPUs, or 1 on CPUs. parallel: how many runs train at the same time.
+
+    Loads and checks the run file, the DeepSpeed JSON, the dataset and the model of every run, so that none fails for a
+    typing error hours later. If one is invalid, raises a ConfigError that names the run.
     """
     if not grids and seeds is None:
         raise ConfigError("give --grid KEY=VALUE,VALUE or --seeds SEED,SEED: without them there is only one run.")
@@ -121,8 +122,8 @@ def _axes(grids: Sequence[str], seeds: str | None) -> dict[str, list[str]]:
             raise ConfigError(f"--grid {grid}: write it as --grid KEY.PATH=VALUE,VALUE, such as train.seed=1,2.")
         if key in OWN_KEYS:
             raise ConfigError(
-                f"--grid {grid}: a sweep sets {key} itself, for each run. To choose it for the sweep, use "
-                f"--set {key}=VALUE."
+                f"--grid {grid}: a sweep sets {key} itself, so {key} cannot have a grid. Use --set {key}=VALUE: "
+                f"the sweep derives the {key} of each run from it."
             )
         if key in axes:
             raise ConfigError(f"--grid {grid}: {key} has a grid already. Give all its values in one option.")
