@@ -47,14 +47,14 @@ class _HeadLoss(torch.autograd.Function):
         alone = x.size(0) == 1 and len(_chunks(x[0], weight)) == 1
         # On CPUs allocated before the logits, so that these are at the end of the heap and leave no gap when freed.
         product = torch.empty_like(weight) if x.is_cpu and alone else None
-        for k, of_one in enumerate(zip(x, labels, d_x, strict=True)):
+        for k, (total, *of_one) in enumerate(zip(losses, x, labels, d_x, strict=True)):
             for rows, label, d_rows in zip(*(_chunks(t, weight) for t in of_one), strict=True):
                 shape = rows.size(0), weight.size(0)
                 lent = memory(math.prod(shape), rows.dtype) if alone and memory is not None else None
                 out = None if lent is None else lent.view(shape)
                 logits = cap(torch.mm(rows, weight.t(), out=out), softcap)  # (chunk, padded V)
                 slope = None if softcap is None else 1 - (logits / softcap).square()  # d capped / d logits
-                losses[k] += kernels.row_losses(logits, label, vocab_size, z_loss, with_gradient=True).sum()
+                total.add_(kernels.row_losses(logits, label, vocab_size, z_loss, with_gradient=True).sum())
                 d_logits = logits if slope is None else logits.mul_(slope)  # row_losses has left the gradient in them
                 torch.mm(d_logits, weight, out=d_rows)
                 if k > 0:
