@@ -254,9 +254,10 @@ class Loader:
         return np.sort(found[found < samples])
 
     def _samples_in(self, epoch: int, start: int, length: int) -> npt.NDArray[np.int64]:
-        """Return the samples of an epoch that predict a token in start .. start + length - 1, (n,), unsorted.
+        """Return the indices, (n,), unsorted, of the samples that predict a token in start .. start + length - 1.
 
-        Tokens are counted in the split's stream, samples from the start of the first epoch.
+        Positions of tokens are in the split's stream. The samples are those of `epoch`; index 0 is the first sample of
+        the first epoch.
         """
         return self.order.samples_at(epoch, start, start + length)
 

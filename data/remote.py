@@ -154,11 +154,11 @@ def retrying(work: Callable[[], Result], what: str, seconds: float | None = None
 
 
 class RemoteDataset(TokenDataset):
-    """A TokenDataset behind a URL. A thread fetches shards ahead; a shard that is missing is fetched when it is read.
+    """A TokenDataset behind a URL. A thread fetches shards ahead; one that is read before that is fetched then.
 
     cache_dir: the folder of the local cache. cache_gb: its limit, in units of 10^9 bytes. retry_s: for how many
-    seconds to retry if the manifest cannot be fetched (0: a single attempt; None: RETRY_S). Raises DataError if it
-    cannot be fetched and is not in the cache.
+    seconds to try to fetch the manifest (0: a single attempt; None: RETRY_S). Raises DataError if the manifest can
+    neither be fetched nor found in the cache.
     """
 
     def __init__(

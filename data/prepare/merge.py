@@ -251,7 +251,7 @@ def _write_by_bucket(rows: npt.NDArray[np.void], files: Sequence[IO[bytes]]) -> 
 
 
 def _join(parts: list[tuple[Numbers, DocumentRun]]) -> tuple[Numbers, DocumentRun]:
-    """Join pairs (numbers of documents, run of these documents) into one pair. A single pair is not copied."""
+    """Join pairs (index of each document, the documents) into one pair. A single pair is returned without a copy."""
     if len(parts) == 1:
         return parts[0]
     numbers, runs = zip(*parts, strict=True)

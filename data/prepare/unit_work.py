@@ -169,9 +169,10 @@ class _OpenDocument:
     def _ended(
         self, texts: list[bytes], lengths: npt.NDArray[np.int64], last: list[bool]
     ) -> tuple[list[bytes], npt.NDArray[np.int64]]:
-        """Return the hash and the number of tokens of each document that ends in these texts.
+        """Return the hash and the number of tokens of each document whose last text is among these.
 
-        lengths (texts,): tokens of each text. last (texts,): whether a text ends its document.
+        A document has one text or several, some perhaps of earlier calls. lengths (texts,): tokens of each text.
+        last (texts,): whether a text ends its document.
         """
         digests, tokens = list[bytes](), list[int]()
         for text, length, ends in zip(texts, lengths.tolist(), last, strict=True):

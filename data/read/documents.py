@@ -29,7 +29,7 @@ class Document:
 
 @dataclass(slots=True)
 class Batch:
-    """The texts of consecutive documents, or of pieces of long ones, without their positions in the source."""
+    """The texts of consecutive documents, or of pieces of long ones. Does not record where in the source each was."""
 
     texts: list[bytes] = field(default_factory=list)  # in UTF-8
     last: list[bool] = field(default_factory=list)  # whether each text ends its document
@@ -82,7 +82,7 @@ class Tally:
         """Record that a file is skipped. Raises DataError if the user gave the file by name, not by folder or glob."""
         if not source.found:
             raise DataError(
-                f"{source.name} cannot be used: {why}. Leave this file out, or convert it to text or jsonl."
+                f"{source.name} cannot be used: {why}. Leave this file out, or convert it to a .txt or .jsonl file."
             )
         self.passed_over.append(f"{source.name}: {why}")
 
@@ -121,7 +121,7 @@ class TextKeys:
         texts = [value for value in values if value is not None]
         wrong = next((value for value in texts if not isinstance(value, str)), None)
         if wrong is not None:
-            raise TypeError(f"{self} is {type(wrong).__name__}, not a text")
+            raise TypeError(f"{self} must be a text, but is of type {type(wrong).__name__}")
         return SEPARATOR.join(filter(None, texts)) if texts else None
 
     def columns(self, names: Sequence[str]) -> list[str]:
@@ -150,7 +150,8 @@ def documents_of(
 ) -> Iterator[Document]:
     """Yield the document of a parsed record, in pieces if it is long; nothing if its text is null or the record is bad.
 
-    `tally` counts null and bad records. where: the record's place for an error message, or a function that returns it.
+    source, position: the name of the source and the record's place in it, which the documents keep. `tally` counts null
+    and bad records. where: the record's place in words, for an error message, or a function that returns it.
     Raises DataError if there are more bad records than the tally allows.
     """
     if not isinstance(value, dict):

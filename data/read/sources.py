@@ -307,7 +307,7 @@ def _data_files(content: bytes) -> list[str]:
 
 
 def _is_state(name: str) -> bool:
-    """Return whether a file is one of those with which the `datasets` library describes a saved dataset."""
+    """Return whether this is the name of a metadata file of `datasets`, such as state.json, and not of data."""
     return os.path.basename(name) in STATE_FILES
 
 

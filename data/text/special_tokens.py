@@ -58,10 +58,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}). Copy it again, or remove it.") from error
+        raise DataError(
+            f"{path} cannot be read as JSON ({error}). Copy it again from the model, or remove it: "
+            "tokenizer.json alone then gives the special tokens."
+        ) from error
     if not isinstance(content, dict):
         raise DataError(
-            f"{path} must contain a JSON object, not a {type(content).__name__}. Copy it again, or remove it."
+            f"{path} must contain a JSON object, not a {type(content).__name__}. Copy it again from the model, or "
+            "remove it: tokenizer.json alone then gives the special tokens."
         )
     return content
 

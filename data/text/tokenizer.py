@@ -82,8 +82,9 @@ def load_tokenizer(
 
     spec: "bytes", a name that tiktoken knows, the path of a .tiktoken, tokenizer.json or SentencePiece .model file, a
         folder with one of these or with vocab.json and merges.txt, or the name of a Hub repository as hf:owner/name.
-    eot_token: the token that ends documents; None: the files beside a tokenizer.json name it (special_tokens.py).
-    bos: whether to begin every document with a begin-of-text token. bos_token: that token; None: those files name it.
+    eot_token: the token that ends documents. bos: whether to begin every document with a begin-of-text token.
+    bos_token: that token. If a token is None, it is the tokenizer's own: for a tokenizer.json, the one that the
+        configuration files beside it name (special_tokens.py).
 
     "gpt2" needs no network. tiktoken downloads and caches its other vocabularies. Raises UsageError if the name, the
     path or a token does not exist, and DataError if a file is damaged or a download fails.
@@ -169,7 +170,9 @@ def load_from_dataset(folder: str | Path) -> Tokenizer:
     identity = load_manifest(folder).tokenizer
     path = Path(folder) / identity.file
     if not path.is_file():
-        raise DataError(f"Dataset {folder} lacks its tokenizer {identity.file}. Copy that file there again.")
+        raise DataError(
+            f"Dataset {folder} lacks its tokenizer {identity.file}. Copy that file there from the original dataset."
+        )
     tokenizer = load_tokenizer_file(path)
     for field in ("sha256", "pattern", "vocab_size", "eot_id"):
         actual, expected = getattr(tokenizer, field), getattr(identity, field)

@@ -213,11 +213,11 @@ def _measure_links(
 
 
 def _turn(link: int, world: int, odd_link: int) -> int:
-    """Return the number of the turn in which the link from rank `link` to the next rank is measured.
+    """Return when the link from rank `link` to the next rank is measured: in turn 0, 1 or 2.
 
-    It is 0 for even links and 1 for odd links, so that links of the same turn have no host in common. If the number of
-    hosts is odd, the last link has a host in common with link 0, so its turn is 2. `odd_link` is the number of that
-    link, or 0 if the number of hosts is even.
+    Links of one turn have no host in common, so that they can be measured at the same time. Even links have turn 0, odd
+    links turn 1. In a ring with an odd number of hosts, the last link has a host in common with link 0, and has turn 2.
+    `odd_link` is the number of that last link, or 0 if the number of hosts is even.
     """
     return 2 if odd_link and link == odd_link else link % 2
 

@@ -106,8 +106,8 @@ def launch(
     render: Annotated[
         str | None,
         typer.Option(
-            help="Start nothing. Print a job for a scheduler: slurm or k8s (with --nodes); or print the commands to "
-            "start by hand: no_ssh (with a hostfile)."
+            help="Start nothing, but print one of these. slurm, k8s: a job for that scheduler (give --nodes). no_ssh: "
+            "the commands to start by hand on each host (give a hostfile)."
         ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes, for --render slurm or k8s.")] = 1,

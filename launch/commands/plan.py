@@ -76,7 +76,9 @@ def plan(
     lock: Annotated[
         bool,
         typer.Option(
-            "--lock", help="Write the plan to <runs_dir>/<name>.plan.json. Training compares the first steps with it."
+            "--lock",
+            help="Write the plan to <runs_dir>/<name>.plan.json. Training compares the time and memory of its "
+            "first steps with it, and warns if they differ.",
         ),
     ] = False,
     table: Annotated[

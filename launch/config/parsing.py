@@ -170,12 +170,14 @@ def _key_lines(root: yaml.Node, place: Path | str) -> dict[KeyPath, int]:
 def _key_path(key: yaml.Node, parent: KeyPath, lines: dict[KeyPath, int], place: Path | str) -> KeyPath:
     """Return the path of a key below `parent`, and add its line to `lines`.
 
-    Raises ConfigError if the key is not a word, or if its block has the same key already.
+    Raises ConfigError if the key is not a string, or if its block has the same key already.
     """
     line = key.start_mark.line + 1
     if not isinstance(key, yaml.ScalarNode) or key.tag.rpartition(":")[2] not in ("str", "merge"):
         name = f"{shortened(key.value)} " if isinstance(key, yaml.ScalarNode) else ""
-        raise ConfigError(f"{place}:{line}: the key {name}is not a word. docs/run_file.md lists the keys.")
+        raise ConfigError(
+            f"{place}:{line}: the key {name}is not a string. Correct or quote it: docs/run_file.md lists the keys."
+        )
     path = (*parent, key.value)
     if path in lines:
         raise ConfigError(f"{place}:{line}: {dotted(path)} is given twice (first on line {lines[path]}). Remove one.")

@@ -312,8 +312,9 @@ class OptimizerSection(Section):
     )
     weight_decay_schedule: Literal["constant", "lr"] = Field(
         "constant",
-        description="How the weight decay changes during the run. constant: weight_decay in every step. lr: in "
-        "proportion to the learning rate, so that the factor of a step is 1 - lr^2 * weight_decay / (peak lr).",
+        description="How the weight decay changes during the run. constant: weight_decay in every step. lr: "
+        "weight_decay * lr / (peak lr), so that it falls with the learning rate. A step multiplies the weights by "
+        "1 - lr * (this weight decay).",
     )
     embedding_lr: float | None = Field(
         None, gt=0, description="Peak learning rate of the token and position embeddings. Default: optimizer.lr."
@@ -360,8 +361,8 @@ class OptimizerSection(Section):
         ge=0,
         lt=1,
         description="muon only: NorMuon. Divide each row of an orthogonalised update by a running root mean square of "
-        "this row over past steps. The value is the decay rate of the running mean per step; 0.95 is usual. Takes 4 "
-        "bytes per weight. Default: off.",
+        "this row over past steps. The value is the decay rate of the running mean per step; 0.95 is usual. Its state "
+        "takes 4 bytes per parameter. Default: off.",
     )
     split_fused: bool = Field(
         True,
@@ -467,7 +468,9 @@ class TrainSection(Section):
         "runs are equal up to rounding only, and `packspeed prove` refuses the run. CPUs are always reproducible.",
     )
     optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer and its settings.")
-    schedule: ScheduleSection = Field(ScheduleSection(), description="How the learning rate changes during the run.")
+    schedule: ScheduleSection = Field(
+        ScheduleSection(), description="Learning-rate schedule: warm-up, shape of the decay, and final value."
+    )
     grad_clip: float = Field(
         1.0,
         ge=0,

@@ -30,11 +30,11 @@ _numbers = itertools.count()
 
 
 class SharedWork:
-    """Work of which each rank does its own part, such as reading a checkpoint. Every rank must create this object and
-    call `wait`.
+    """Work of which each rank does its own part, such as reading a checkpoint.
 
-    `phase` is a name for the work, such as "verifying". The error of `wait` contains it, and so do the heartbeats by
-    which a rank shows what it is doing.
+    Every rank must create this object and call `wait`, which returns when all ranks have finished, and raises an error
+    on all of them if one has failed. `phase` is a name for the work, such as "verifying": that error and the rank's
+    heartbeats contain it.
     """
 
     def __init__(self, topology: Topology, phase: str) -> None:

@@ -169,7 +169,7 @@ def _accumulation(row: Row, layout: Layout, tokens: int) -> int:
     if found := re.search(r"(?:grad_accum=|GAS=?)(\d+)", row["parallelism"]):
         return int(found[1])
     if layout.pipeline > 1 and re.search(r"memory is LAST rank", row["parallelism"]):
-        raise MissingColumn("chunks of the pipeline: the table does not give the layers per virtual stage")
+        raise MissingColumn("layers per virtual stage: without this column the number of pipeline chunks is unknown")
     if not row["global_batch_tokens"]:
         raise MissingColumn("global_batch_tokens: empty, and the row gives no number of accumulated micro batches")
     return max(1, round(float(row["global_batch_tokens"]) / tokens / layout.data))

@@ -141,7 +141,7 @@ def _within(run: RunFile, machine: Machine, ranks: int, vocabulary: int | None, 
 
 @functools.cache
 def _stage(name: str) -> JsonObject:
-    """Return the content of the DeepSpeed configuration `name`. Do not modify the result: it is cached."""
+    """Return the packaged DeepSpeed configuration `name`, such as "zero2". Do not change the result: it is cached."""
     return load_ds_config(name)
 
 

@@ -104,7 +104,7 @@ class StopSignal:
 
 
 def launcher_ended() -> bool:
-    """Return whether one of the processes that launched this process has ended."""
+    """Return whether a process that launched this rank (DeepSpeed's launcher, the agent of this host) has ended."""
     launchers = launcher_processes()
     return launchers is None or not all(_is_alive(process) for process in launchers)
 

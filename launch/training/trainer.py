@@ -86,7 +86,7 @@ class Trainer:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What all ranks know about a step, which was applied or vetoed."""
+    """The outcome of one step, the same on all ranks. `not_taken` says why the optimizer did not apply it, if so."""
 
     loss: float  # mean over the global batch, nats per token
     norm: float  # global L2 norm of the gradient before clipping

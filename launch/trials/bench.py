@@ -355,9 +355,9 @@ def _row(worker: WorkerProcess, setting: Setting, gemm: dict[str, float], refere
 
 
 def _cells(row: Row) -> list[str]:
-    """Return the cells of a row for the Markdown table, one per column of COLUMNS.
+    """Return the cells of a row of the Markdown table, one per column of COLUMNS.
 
-    The row of a failed measurement has only the setting and the reason.
+    If the measurement failed, cells give its setting and the reason, and the others are empty.
     """
     if row["error"]:
         setting = ["run file's" if row[key] is None else str(row[key]) for key in ("kernels", "stage", "micro_batch")]

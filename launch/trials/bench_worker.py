@@ -124,7 +124,10 @@ class PackspeedLoop:
 
 
 def make_loop(setup: BenchSetup) -> TrainingLoop:
-    """Build the training loop that job.json names under "loop", such as "packspeed:" or "bare:bf16"."""
+    """Build the training loop that job.json names under "loop".
+
+    It is given as LOOP:PRECISION, such as "bare:bf16", or as "packspeed:", whose precision is the run file's.
+    """
     name, precision = setup.job["loop"].split(":")
     return PackspeedLoop(setup) if name == "packspeed" else BaselineLoop(setup, name, precision)
 

@@ -63,7 +63,7 @@ Line = JsonObject  # a line of metrics.jsonl without MEASURED_KEYS
 
 @dataclasses.dataclass(frozen=True)
 class ResumeResult:
-    """The comparison of a resumed run with the uninterrupted one. The JSON output lists all of them under "legs"."""
+    """The comparison of one resumed run with the uninterrupted one. In the JSON output, each is an entry of "legs"."""
 
     name: str
     ranks: int
@@ -154,7 +154,8 @@ def plan_proof(
 
 
 def _other_ranks(run: RunFile, ranks: int) -> int | None:
-    """Return the default number of ranks for the second resume: half of `ranks`, or 2 if `ranks` is 1.
+    """Return the default number of ranks for the second resume, which has another number of ranks than the run: half of
+    `ranks`, or 2 if `ranks` is 1.
 
     It is lower if the global batch cannot be divided among that many ranks. Returns None if there is no such
     number, or if `ranks` is 1 and this machine has only one GPU.

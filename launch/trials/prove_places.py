@@ -60,7 +60,10 @@ class Place(Protocol):
     def victims(
         self, process: psutil.Popen, ranks: int, run_folder: Path
     ) -> contextlib.AbstractContextManager[Victims]:
-        """Return a context with the launcher, `process`, and the `ranks` ranks that it starts."""
+        """Context manager for the processes that the trial may kill, on all hosts.
+
+        These are the launcher, `process`, and the `ranks` ranks that it has started.
+        """
 
 
 class ThisMachine:

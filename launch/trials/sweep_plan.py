@@ -195,7 +195,10 @@ def _refuse_repetitions(runs: Sequence[SweepRun]) -> None:
 
 
 class _DataCheck:
-    """Checks that the datasets of runs can be opened and that their models fit them. Opens each dataset once."""
+    """Checks for each run that its dataset can be opened and that its model has all tokens of the dataset's vocabulary.
+
+    Opens each dataset once, even if several runs use it.
+    """
 
     def __init__(self) -> None:
         self.opened: dict[str, TokenDataset | MixtureData] = {}
