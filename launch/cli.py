@@ -132,11 +132,6 @@ def main() -> None:
     try:
         try:
             app()
-        except SystemExit as end:  # how Typer ends every command
-            sys.stdout.flush()
-            if sys.argv[1:2] == ["prepare"] and isinstance(end.code, int):
-                os._exit(end.code)  # without freeing the tokenizers and their caches, which takes 0.03 s
-            raise
         finally:
             gc.freeze()  # spares the interpreter a search for garbage when it exits
             sys.stdout.flush()  # a full disk or a closed pipe must raise here, not when the interpreter exits

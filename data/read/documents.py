@@ -121,7 +121,7 @@ class TextKeys:
         texts = [value for value in values if value is not None]
         wrong = next((value for value in texts if not isinstance(value, str)), None)
         if wrong is not None:
-            raise TypeError(f"{self} must be a text, but is of type {type(wrong).__name__}")
+            raise TypeError(f"{self} is {type(wrong).__name__}, but must be a text")
         return SEPARATOR.join(filter(None, texts)) if texts else None
 
     def columns(self, names: Sequence[str]) -> list[str]:
