@@ -86,6 +86,7 @@ def mix_variance(image: Indices, share: float, batch: int) -> float:
     return float(counts.var() / (batch * share * (1 - share) * drawn_without_replacement))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", AWKWARD)
 def test_batches_mix_sources_as_numpys_permutation_does(n: int) -> None:
     for batch in (16, 64, 480):

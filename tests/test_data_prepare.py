@@ -355,6 +355,7 @@ def test_exact_duplicates_are_dropped(tmp_path: Path, monkeypatch: pytest.Monkey
     assert only_once.fingerprint == manifest.fingerprint
 
 
+@pytest.mark.slow
 def test_documents_are_shuffled_uniformly_and_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = jsonl(tmp_path / "a.jsonl", TEXTS)
     prepare([source], tmp_path / "a", "bytes", val_fraction=0, shuffle_seed=1)
@@ -420,6 +421,7 @@ def test_bad_documents_are_counted_over_all_tasks(tmp_path: Path, monkeypatch: p
     assert prepare([source], out, "bytes", only_merge=True, skip_bad=2).source.bad_documents == 2
 
 
+@pytest.mark.slow
 def test_validation_from_sources_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
     (tmp_path / "c").mkdir()

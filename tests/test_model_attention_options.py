@@ -15,6 +15,8 @@ from packspeed.launch.engine.groups import optimizer_groups
 from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights, is_muon_parameter, use_fp8
 
+pytestmark = pytest.mark.slow  # in `make test`, not in `make check`
+
 SHAPE: dict[str, Any] = {
     "n_layer": 3, "n_head": 4, "n_kv_head": 2, "d_model": 32, "vocab_size": 50, "max_seq_len": 16, "d_ff": 48,
     "norm": "rmsnorm", "bias": False, "mlp": "relu2", "kernels": "eager", "tie_embeddings": False,

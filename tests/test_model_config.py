@@ -83,6 +83,7 @@ def test_defaults_of_what_is_left_out() -> None:
     assert (GPTConfig(**SHAPE).padded_vocab_size, preset("gpt2-124m").padded_vocab_size) == (128, 50_304)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt", "llama", "headwise", "elementwise", "mtp"])
 def test_flops_agree_with_torchs_counter(family: str) -> None:
     """The counter sees the whole attention square, and only where attention is plain matmuls; norms are none."""

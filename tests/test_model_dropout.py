@@ -32,6 +32,7 @@ def tokens(rows: int = 8) -> Tensor:
     return torch.randint(0, 64, (rows, 16), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_a_sample_has_its_mask_in_any_micro_batch(parts: int) -> None:
     gpt = model()
@@ -123,6 +124,7 @@ def test_bf16_drops_the_same_elements_unbiased() -> None:
     assert torch.equal(exact == 0, half == 0)
 
 
+@pytest.mark.slow
 def test_compiled_masks_are_the_same() -> None:
     compiled = torch.compile(keyed_dropout, backend="aot_eager", fullgraph=True)
     x = torch.randn(8, 16, 32)

@@ -361,6 +361,7 @@ def test_a_wide_linear_rounds_as_bf16_does(has_bias: bool, autocast: bool, monke
         torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-6)  # a unit in the last place, of sums that cancel
 
 
+@pytest.mark.slow
 def test_a_few_steps_learn() -> None:
     model, (tokens, labels) = build(), batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

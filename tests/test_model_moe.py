@@ -102,6 +102,7 @@ def tokens() -> Tensor:
     return torch.randint(0, 100, (4, 17), generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.slow
 def test_micro_batches_see_the_same_experts() -> None:
     model, batch = build(), tokens()
     loss, whole = gradients(model, batch)

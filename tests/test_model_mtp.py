@@ -16,6 +16,8 @@ from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights
 from packspeed.model.mtp import future_labels
 
+pytestmark = pytest.mark.slow  # in `make test`, not in `make check`
+
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "d_model": 32, "vocab_size": 50, "max_seq_len": 24}
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "tie_embeddings": False}
 CASES: dict[str, dict[str, Any]] = {

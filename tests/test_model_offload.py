@@ -16,6 +16,8 @@ from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights
 from packspeed.model.offload import Offloaded
 
+pytestmark = pytest.mark.slow  # in `make test`, not in `make check`
+
 SHAPE: dict[str, Any] = {"n_layer": 4, "n_head": 4, "d_model": 64, "vocab_size": 100, "max_seq_len": 32}
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -393,6 +393,7 @@ def test_a_step_follows_what_it_computes_and_sends() -> None:
     assert seconds(precision="fp8")["products"] < one["products"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run_file", "preset_name", "ranks"),
     [(GPT2_XL, None, 8), (LLAMA_7B, None, 64), (LLAMA_7B, "llama-70b", 512), (LLAMA_7B, "llama-70b", 1024)],
@@ -421,6 +422,7 @@ def test_a_search_finds_what_an_expert_would(run_file: Path, preset_name: str | 
     assert ("parallel.sequence" in parallel) == (ranks > 8), "GPT-2 1.5B has 25 heads"
 
 
+@pytest.mark.slow
 def test_plans_with_shared_experts_leave_out_what_is_refused() -> None:
     """Experts fit on more GPUs than one; ZeRO-3 is proposed without sharing them only."""
     path, machine = ROOT / "launch" / "configs" / "moe_30b.yaml", load_machine("h100-80gb")
@@ -440,6 +442,7 @@ def test_plans_with_shared_experts_leave_out_what_is_refused() -> None:
     assert of_size[8].memory["optimizer"] == of_size[1].memory["optimizer"], "ZeRO-1 divides it by eight anyhow"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_names_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     run = load_run_file(LLAMA_7B, ["model.preset=llama-70b"])
     found = search(run, load_machine("a100-40gb"), 8)
