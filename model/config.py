@@ -171,20 +171,24 @@ class GPTConfig:
             )
         if self.position == "rope" and self.head_width % 2:
             raise ValueError(f"head_dim = {self.head_width} is odd: RoPE turns pairs of channels, so make it even.")
+        for name, section in (("rope_scaling", RopeScaling), ("mup", MuP), ("mtp", MTP)):
+            self._make_section(name, section)
         self._check_rope_scaling()
         self._check_mup()
-        self._check_mtp()
         self._check_experts()
         self._check_window()
         self._check_choices()
 
-    def _check_rope_scaling(self) -> None:
-        given: Any = self.rope_scaling
+    def _make_section(self, name: str, section: type[RopeScaling | MuP | MTP]) -> None:
+        """Replace the field `name` by a `section` if it is a mapping. Raises ValueError for a wrong key."""
+        given = getattr(self, name)
         if isinstance(given, Mapping):
             try:
-                object.__setattr__(self, "rope_scaling", RopeScaling(**given))
+                object.__setattr__(self, name, section(**given))
             except TypeError as error:  # a missing or an unknown key
-                raise ValueError(f"rope_scaling: {str(error).partition(') ')[2]}.") from None
+                raise ValueError(f"{name}: {str(error).partition(') ')[2]}.") from None
+
+    def _check_rope_scaling(self) -> None:
         if self.rope_scaling is None:
             return
         if self.position != "rope":
@@ -193,22 +197,8 @@ class GPTConfig:
             raise ValueError("rope_scaling.rope_type = dynamic needs a head_dim above 2.")
 
     def _check_mup(self) -> None:
-        given: Any = self.mup
-        if isinstance(given, Mapping):
-            try:
-                object.__setattr__(self, "mup", MuP(**given))
-            except TypeError as error:  # a missing or an unknown key
-                raise ValueError(f"mup: {str(error).partition(') ')[2]}.") from None
         if self.mup is not None and self.n_expert is not None:
             raise ValueError("mup with n_expert: muP has no rules for routers and experts. Leave mup or n_expert out.")
-
-    def _check_mtp(self) -> None:
-        given: Any = self.mtp
-        if isinstance(given, Mapping):
-            try:
-                object.__setattr__(self, "mtp", MTP(**given))
-            except TypeError as error:  # a missing or an unknown key
-                raise ValueError(f"mtp: {str(error).partition(') ')[2]}.") from None
 
     def _check_experts(self) -> None:
         """Raise ValueError if a key of the experts is invalid, or contradicts another key."""

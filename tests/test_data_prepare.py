@@ -399,7 +399,7 @@ def test_bad_documents_are_counted_over_all_units(tmp_path: Path, monkeypatch: p
         prepare([source], out)
     with pytest.raises(DataError, match="3 bad documents so far, but --skip-bad is 2"):
         prepare([source], out, skip_bad=2)
-    assert prepare([source], out, skip_bad=3).source.bad_documents == 3  # goes on with what is finished
+    assert prepare([source], out, skip_bad=3).source.bad_documents == 3  # continues with what is finished
 
 
 def test_bad_documents_are_counted_over_all_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -579,7 +579,7 @@ class Line:
 def run_part(name: str, context: Context, left_s: float) -> tuple[list[Line], float]:
     """Run a part in its own process, for at most left_s seconds. Return its lines and how many seconds it took.
 
-    If the part fails or runs out of time, its last line says so.
+    If the part has failed or run out of time, the last line is a FAIL with the reason.
     """
     limit_s, began = min(PARTS[name].limit_s * context.patience, left_s), time.monotonic()
     if limit_s < 1:
