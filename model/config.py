@@ -300,6 +300,16 @@ class GPTConfig:
         return [self.n_head, self.kv_heads, self.kv_heads, *gates]
 
     @property
+    def qkv_width(self) -> int:
+        """Return the number of channels of queries, keys, values and elementwise gates together, per token."""
+        return sum(self.qkv_heads) * self.head_width
+
+    @property
+    def attention_rows(self) -> int:
+        """Return how many vectors of d_model weights an attention layer's matrices have, output and gates included."""
+        return self.qkv_width + self.n_head * self.head_width + self.head_gates
+
+    @property
     def head_gates(self) -> int:
         """Return the number of gates per token and layer: n_head with attention_gate "headwise", otherwise 0."""
         return self.n_head if self.attention_gate == "headwise" else 0
@@ -406,7 +416,7 @@ def num_non_embedding_parameters(config: GPTConfig, *, active: bool = False) -> 
     """
     d = config.d_model
     queries = config.n_head * config.head_width
-    attention = (d + config.has_bias("qkv")) * sum(config.qkv_heads) * config.head_width
+    attention = (d + config.has_bias("qkv")) * config.qkv_width
     attention += (queries + config.has_bias("proj")) * d + config.qk_norm * 2 * config.head_width
     attention += d * config.head_gates
     norm = d * (1 + config.has_bias("norm") if config.norm == "layernorm" else 1)
@@ -435,7 +445,7 @@ def largest_parameter(config: GPTConfig) -> int:
     dense = config.ff_width if config.n_expert is None or config.first_dense else 0
     widest = max(dense, max(config.n_expert or 0, config.n_shared_expert) * config.expert_width)
     values = config.padded_vocab_size * config.kv_heads * config.head_width if config.value_embeddings else 0
-    return max(values, d * max(*widths, widest * gate_and_up, sum(config.qkv_heads) * config.head_width))
+    return max(values, d * max(*widths, widest * gate_and_up, config.qkv_width))
 
 
 def attended_tokens(config: GPTConfig, seq_len: int) -> int:

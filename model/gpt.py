@@ -10,7 +10,7 @@ the vocabulary, S tokens in the key-value cache. `x` is the residual stream, (B,
 
 Blocks are pre-norm, attention is causal (attention.py; on CPUs native_kernels.py). There is no padding mask: if a
 packed row has padding, it comes after all tokens, where causal attention never reads it, and its labels are -1.
-`choose` (kernels.py) returns a module with six fused operations: reference_ops.py, or the Triton or C++ version with
+`choose` (kernels.py) returns a module with seven fused operations: reference_ops.py, or the Triton or C++ version with
 the same signatures.
 Queries, keys and values share one weight matrix, and so do SwiGLU's gate and up projections.
 For ZeRO-3, a weight is used only in the forward of the module that owns it: DeepSpeed gathers it there.
@@ -44,7 +44,7 @@ from packspeed.model.fused_loss import Memory, head_loss, head_losses, multi_hea
 from packspeed.model.kernels import Kernels, choose, out_of_graphs
 from packspeed.model.keyed_dropout import keyed_dropout, mask_offset, site_keys
 from packspeed.model.linear import is_slow, linear
-from packspeed.model.moe import Choice, MoE
+from packspeed.model.moe import Choice, MoE, is_expert_parameter
 from packspeed.model.mup import residual_depth, scales
 from packspeed.model.offload import HostActivations
 from packspeed.model.rope import rope_table_of
@@ -506,11 +506,21 @@ class GPT(nn.Module):
                     x, branch = x + branch, None
                 block_keys = None if keys is None else keys[2 * layer + 1 : 2 * layer + 3]
                 choice = Choice() if recompute and self.config.has_experts(layer) else None
-                inputs = (x, branch, rope, block_keys, None if recompute else cache, packed, choice, sequence)
-                mixed_in = tokens if self.config.embeds_values(layer) else None, first
+                ids = tokens if self.config.embeds_values(layer) else None
+                inputs = (
+                    x,
+                    branch,
+                    rope,
+                    block_keys,
+                    None if recompute else cache,
+                    packed,
+                    choice,
+                    sequence,
+                    ids,
+                    first,
+                )
                 with host.keep(x) if recompute and host is not None else nullcontext():
-                    run = functools.partial(self.checkpoint_fn, block) if recompute else block
-                    x, branch, values = run(*inputs, *mixed_in)
+                    x, branch, values = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
                 first = values if layer == 0 else first
                 if layer >= beside:
                     ends.append(x + branch)
@@ -686,7 +696,7 @@ def stacked_matrices(name: str, shape: Sequence[int], config: GPTConfig, split: 
     if split and name.endswith("attn.qkv.weight"):
         return [(number * config.head_width, columns) for number in config.qkv_heads]
     count = 1
-    if name.endswith((".mlp.up.weight", ".mlp.proj.weight")) and config.has_experts(int(name.split(".")[1])):
+    if is_expert_parameter(name, config):
         count = config.n_expert or 1
     if split and name.endswith(".up.weight") and config.mlp == "swiglu":
         count *= 2

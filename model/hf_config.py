@@ -160,8 +160,7 @@ def _next(config: GPTConfig) -> dict[str, Any]:
     return {
         "layer_types": [FULL] * config.n_layer,
         "num_experts": 0,
-        "partial_rotary_factor": 1.0,
-        "rope_parameters": _rope(config)["rope_parameters"] | {"partial_rotary_factor": 1.0},
+        **_complete_rope(config),
     }
 
 
@@ -209,8 +208,7 @@ def _expert_keys(config: GPTConfig, kind: str) -> dict[str, Any]:
         "topk_group": 1,
         "use_qk_norm": config.qk_norm,
         "num_nextn_predict_layers": 0,
-        "partial_rotary_factor": 1.0,
-        "rope_parameters": _rope(config)["rope_parameters"] | {"partial_rotary_factor": 1.0},
+        **_complete_rope(config),
     }
 
 
@@ -222,6 +220,12 @@ def _rope(config: GPTConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_parameters": scaling | {"rope_theta": config.rope_theta},
     }
+
+
+def _complete_rope(config: GPTConfig) -> dict[str, Any]:
+    """Return the keys for RoPE on all channels, for architectures that rotate only some of them by default."""
+    complete = {"partial_rotary_factor": 1.0}
+    return complete | {"rope_parameters": _rope(config)["rope_parameters"] | complete}
 
 
 def from_hf_config(raw: Mapping[str, Any]) -> GPTConfig:

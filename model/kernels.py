@@ -1,7 +1,7 @@
-"""Choose the implementation of the model's six fused operations for a device.
+"""Choose the implementation of the model's seven fused operations for a device.
 
     kernels = choose("auto", x.device)      # a module with the same functions as reference_ops.py
-    kernels.add_norm(...), .rotate, .attend, .activate, .quantise, .row_losses
+    kernels.add_norm(...), .rotate, .attend, .activate, .activate_linear, .quantise, .row_losses
 
 | model.kernels in the run file | implementation |
 |---|---|

@@ -60,7 +60,7 @@ void activate(const T* x, T* out, Index rows, Index width, int threads) {
     }
 }
 
-// With `again`, overwrite d_out with what activate returns for x: the same bits.
+// With `again`, overwrite d_out with what activate returns for x, with the same bits.
 template <typename T, Kind kind, bool again>
 void activate_backward(const T* x, T* d_out, T* d_x, Index rows, Index width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -7,9 +7,8 @@
 
 add_norm is that of reference_ops.py, except that the sum takes the memory of the branch. At first use the C++ is
 compiled for this CPU with `c++ -march=native`, which takes four seconds, into TORCH_EXTENSIONS_DIR or torch's default
-folder for extensions.
-Several processes may do that at the same time. Without a compiler, `model.kernels: auto` uses reference_ops.py and
-warns. The C++ code uses as many threads as torch.
+folder for extensions. Several processes may do that at the same time. Without a compiler, `model.kernels: auto` uses
+reference_ops.py and warns. The C++ code uses as many threads as torch.
 """
 
 from __future__ import annotations
@@ -295,8 +294,8 @@ def activate_linear(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None) -
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
     """Return the cross entropy of each row of logits (N, padded V) in nats, (N,) fp32; 0 if its label is below 0.
 
-    z_loss: adds z_loss * log(sum exp logits)^2 to each loss. with_gradient: overwrite each row of
-    the logits with the gradient of its loss.
+    z_loss: adds z_loss * log(sum exp logits)^2 to each loss. with_gradient: overwrite each row of the logits with the
+    gradient of its loss.
     """
     if logits.dtype not in SUFFIX:
         return plain_row_losses(logits, labels, vocab_size, z_loss, with_gradient)

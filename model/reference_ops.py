@@ -1,6 +1,6 @@
-"""Reference implementations, in plain PyTorch, of the model's six operations that have fused kernels.
+"""Reference implementations, in plain PyTorch, of the model's seven operations that have fused kernels.
 
-    add_norm, rotate, attend, activate, quantise, row_losses
+    add_norm, rotate, attend, activate, activate_linear, quantise, row_losses
 
 The Triton and C++ versions (triton_kernels.py, native_kernels.py) have the same signatures and are tested against
 these. With `model.kernels: eager` a run uses this file as it is, with `compile` through torch.compile.

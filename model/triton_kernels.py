@@ -396,8 +396,8 @@ def activate_linear(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None) -
 def row_losses(logits: Tensor, labels: Tensor, vocab_size: int, z_loss: float, with_gradient: bool) -> Tensor:
     """Return the cross entropy of each row of logits (N, padded V) in nats, (N,) fp32; 0 if its label is below 0.
 
-    z_loss: adds z_loss * log(sum exp logits)^2 to each loss. with_gradient: overwrite each row of
-    the logits with the gradient of its loss.
+    z_loss: adds z_loss * log(sum exp logits)^2 to each loss. with_gradient: overwrite each row of the logits with the
+    gradient of its loss.
     """
     rows, padded = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)

@@ -43,7 +43,7 @@ def fp8_obstacle(config: GPTConfig, seq_len: int, skip_blocks: int) -> str | Non
         "model.mlp_chunk": config.mlp_chunk or FP8_MULTIPLE,
         "the width of the shared experts (n_shared_expert x d_expert)": config.n_shared_expert * config.expert_width,
         "the width of all query heads (n_head x head_dim)": config.n_head * config.head_width,
-        "the width of queries, keys and values (heads x head_dim)": sum(config.qkv_heads) * config.head_width,
+        "the width of queries, keys and values (heads x head_dim)": config.qkv_width,
     }
     wrong = [f"{name} = {width}" for name, width in widths.items() if width % FP8_MULTIPLE]
     if not wrong:

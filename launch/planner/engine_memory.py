@@ -270,7 +270,7 @@ def _mixed_value_bytes(spec: EngineSpec) -> float:
     model = spec.own
     residual = [model.value_residual and layer > 0 for layer in range(model.n_block)]
     if _attends_in_fp32(spec):  # the factor of the residual keeps the 16-bit values, a view of all heads
-        return spec.value_bytes * sum(model.qkv_heads) * model.head_width * sum(residual) / model.n_block
+        return spec.value_bytes * model.qkv_width * sum(residual) / model.n_block
     mixed = sum(mixes or model.embeds_values(layer) for layer, mixes in enumerate(residual))
     return spec.value_bytes * model.kv_heads * model.head_width * mixed / model.n_block
 
@@ -322,8 +322,7 @@ def multiplied_weights(spec: EngineSpec) -> float:
     sparse = (model.n_block - model.first_dense) / model.n_block if model.n_expert else 0.0
     width = (1 - sparse) * model.ff_width
     width += sparse * ((model.n_expert or 0) / spec.expert + model.n_shared_expert) * model.expert_width
-    heads = (sum(model.qkv_heads) + model.n_head) * model.head_width + model.head_gates
-    return model.d_model * (matrices * width + heads)
+    return model.d_model * (matrices * width + model.attention_rows)
 
 
 def expert_parameters(model: GPTConfig) -> int:

@@ -78,8 +78,7 @@ class Work:
     def block_products(self) -> float:
         """Return the number of weights that multiply each token in a block, as a mean over the blocks."""
         model = self.model
-        heads = (sum(model.qkv_heads) + model.n_head) * model.head_width + model.head_gates
-        return model.d_model * (heads + self.ff_rows)
+        return model.d_model * (model.attention_rows + self.ff_rows)
 
     @property
     def queries(self) -> int:
