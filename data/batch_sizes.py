@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from packspeed.data.errors import UsageError
+
 if TYPE_CHECKING:  # run files are loaded without numpy, which takes 0.1 s to import
     import numpy as np
     import numpy.typing as npt
@@ -69,8 +71,15 @@ class BatchSizes:
 
     @classmethod
     def of(cls, rows: int | BatchSizes) -> BatchSizes:
-        """Return `rows` if it is a BatchSizes. If it is a number, every batch of the result has that many samples."""
-        return rows if isinstance(rows, BatchSizes) else cls.staged([], rows)
+        """Return `rows` if it is a BatchSizes. If it is a number, every batch of the result has that many samples.
+
+        Raises UsageError if the number is below 1.
+        """
+        if isinstance(rows, BatchSizes):
+            return rows
+        if rows < 1:
+            raise UsageError(f"global_batch {rows} must be at least 1.")
+        return cls.staged([], rows)
 
     @property
     def sizes(self) -> tuple[int, ...]:

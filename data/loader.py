@@ -180,8 +180,8 @@ class Loader:
         document_mask: bool = False,
         source: int = 0,
     ):
-        if seq_len < 1 or (isinstance(global_batch, int) and global_batch < 1):
-            raise UsageError(f"seq_len {seq_len} and global_batch {global_batch} must be at least 1.")
+        if seq_len < 1:
+            raise UsageError(f"seq_len {seq_len} must be at least 1.")
         if shuffle not in ("blocks", "full"):
             raise UsageError(f"shuffle = {shuffle!r} does not exist: choose blocks or full.")
         self.dataset, self.split, self.seq_len = dataset, split, seq_len

@@ -40,6 +40,7 @@ from packspeed.data.prepare.units import (
     load_receipt,
     plan_units,
     save_job,
+    unit_path,
 )
 from packspeed.data.prepare.worker_pool import WorkerPool
 from packspeed.data.read.documents import TextKeys
@@ -290,13 +291,16 @@ class _Preparation:
         a unit is not finished.
         """
         self.units = self.job.units[task[0] :: task[1]]
-        self.done = {unit.number: load_intact(self.units_folder, unit.number) for unit in self.units}
-        self.todo = [unit for unit in self.units if self.done[unit.number] is None]
+        receipts = {unit.number: load_intact(self.units_folder, unit.number) for unit in self.units}
+        self.done = {number: receipt for number, receipt in receipts.items() if receipt is not None}
+        self.todo = [unit for unit in self.units if unit.number not in self.done]
         if only_merge and self.todo:
             raise UsageError(
                 f"{len(self.todo)} of {len(self.units)} work units of {self.folder} are not done (the first is number "
                 f"{self.todo[0].number}). Run the tasks (--task-index) that were not run or failed, then merge again."
             )
+        for unit in self.todo:  # a damaged unit has a receipt, whose counts no longer hold
+            unit_path(self.units_folder, unit.number, ".json").unlink(missing_ok=True)
 
     def do(self, encode: Encode, progress: Callable[[PrepareProgress], None] | None) -> None:
         """Encode the work units that are not finished yet.
@@ -304,10 +308,9 @@ class _Preparation:
         encode: a function that `encoding` yields; it encodes the units in `todo`. progress: called with the counts so
         far after each report of a worker. Raises DataError if there are too many bad documents.
         """
-        done = {number: receipt for number, receipt in self.done.items() if receipt is not None}
-        meter = ProgressMeter(self.units, done, progress)
+        meter = ProgressMeter(self.units, self.done, progress)
         bad = self._check_bad(sum(receipt.bad for receipt in self._receipts()))
-        for number in done:
+        for number in self.done:
             self.finished.add(number)
         with contextlib.closing(encode(meter.add)) as finished:
             for number, receipt in finished:

@@ -209,12 +209,15 @@ def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str],
     def send(**message: object) -> None:
         print(json.dumps(message), file=out, flush=True)
 
-    def count(more: Counts) -> None:
+    def send_counts(**more: object) -> None:
         nonlocal counts, sent_s
+        send(counts=dataclasses.asdict(counts), **more)
+        counts, sent_s = Counts(), time.monotonic()
+
+    def count(more: Counts) -> None:
         counts.count(more)
         if time.monotonic() > sent_s + REPORT_S:
-            send(counts=dataclasses.asdict(counts))
-            counts, sent_s = Counts(), time.monotonic()
+            send_counts()
 
     try:
         worker = load()
@@ -222,8 +225,7 @@ def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str],
         for line in commands:
             unit = worker.job.units[int(line)]
             receipt = worker.encode(unit, count)
-            send(counts=dataclasses.asdict(counts), done=unit.number, receipt=dataclasses.asdict(receipt))
-            counts, sent_s = Counts(), time.monotonic()
+            send_counts(done=unit.number, receipt=dataclasses.asdict(receipt))
     except DataError as error:
         send(error=str(error), exit_code=error.exit_code)
     except OSError as error:

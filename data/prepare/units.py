@@ -13,8 +13,8 @@ the number of workers. The dataset is the outputs of all units in order. The uni
 
 Each file is written under a temporary name and renamed, so a killed process leaves no incomplete file. Nothing waits
 for the disk: most units are merged and removed before the kernel would write them. A power failure may damage units
-that have a receipt. So a run that continues another one, and the merge, compare the hashes in the receipt. A unit
-without a receipt, or with other hashes, is processed again.
+that have a receipt. So a run that continues another one, and `prepare --merge`, first compare the units with the hashes
+in their receipts. A unit without a receipt, or with other hashes, is processed again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -285,14 +285,8 @@ def load_job(folder: Path) -> Job:
 
 def _read_job(path: Path) -> JobFile:
     """Return the content of a job.json. Raises DataError if the file cannot be read."""
-    raw: JobFile = _read_json(path)
-    return raw
-
-
-def _read_json(path: Path) -> Any:
-    """Return the dict in a JSON file. Raises DataError if it cannot be read."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        return cast(JobFile, dict(json.loads(path.read_bytes())))
     except (ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read ({error}). Prepare again with --overwrite.") from error
 

@@ -142,7 +142,7 @@ def _length(config: dict[str, Any]) -> tuple[int, BatchSizes]:
     batch = _positive(config, "train", "global_batch_tokens") or tokens or 1
     try:
         sizes = token_sizes({**config["train"], "global_batch_tokens": batch})
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return steps, BatchSizes.of(1)
     return steps or (sizes.count(tokens) if tokens else 0), sizes
 
