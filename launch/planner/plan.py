@@ -236,7 +236,7 @@ def plan_of(job: Job, run_file: str = "", measured: Measured | None = None) -> P
         run_s / 86_400,
         run_s * job.ranks / 3_600, size, disk, 2 * disk,
         {"memory": dataclasses.asdict(machine.memory_error), "time": dataclasses.asdict(machine.time_error)},
-        [*job.assumptions, *_assumptions(job), *_about_stages(job)],
+        [*job.assumptions, *_assumptions(job, measured=bool(parts)), *_about_stages(job)],
     )  # fmt: skip
 
 
@@ -255,8 +255,8 @@ def _device_memory(job: Job, account: EngineMemory, measured: float | None) -> d
     memory = dict(account.peak.kinds)
     tensors = account.peak.total
     if job.machine.is_cpu:
-        memory |= account.host
-        return memory | {"process": (measured or 0.0) - sum(memory.values())} if measured else memory
+        memory |= {kind: memory.get(kind, 0.0) + size for kind, size in account.host.items()}
+        return memory | {"process": measured - sum(memory.values())} if measured else memory
     outside = (NCCL if job.ranks > 1 else 0.0, tensors * job.machine.margin, job.machine.context)
     return memory | dict(zip(OUTSIDE_TENSORS, outside, strict=True))
 
@@ -281,11 +281,11 @@ def _seconds_of(job: Job, batch: BatchPlan, parts: dict[str, float], measured: b
     return sum(_time(dataclasses.replace(job, batch=batch)).parts().values())
 
 
-def _assumptions(job: Job) -> list[str]:
-    """Return the assumptions of the plan: facts that the run file does not contain."""
+def _assumptions(job: Job, measured: bool) -> list[str]:
+    """Return the assumptions of the plan: facts that the run file does not contain. `measured`: for a plan on a CPU."""
     machine = job.machine
     if machine.is_cpu:
-        return ["time and memory: measured here with ten steps of the run, with nothing else running"]
+        return ["time and memory: measured here with ten steps of the run, with nothing else running"] * measured
     lines = [
         f"GPU: {machine.device} at its full power limit; a lower limit or a hot GPU lengthens every part",
         f"network: {machine.per_host} GPUs per host, {machine.link / 1e9:g} GB/s per GPU inside a host, "

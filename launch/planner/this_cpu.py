@@ -31,10 +31,9 @@ from packspeed.launch.cluster.local_launcher import launcher_command
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
-from packspeed.launch.planner.engine_memory import engine_memory
 from packspeed.launch.planner.lock import data_identity
 from packspeed.launch.planner.machine import GIB, Error, Factors, Machine
-from packspeed.launch.planner.plan import NOT_MEASURED, Job, Measured, engine_spec
+from packspeed.launch.planner.plan import NOT_MEASURED, Job, Measured, plan_of
 from packspeed.launch.run_folder.folder import cpu_model, versions
 
 STEPS = 10  # of a copy
@@ -60,8 +59,7 @@ def measure(job: Job, run_file: Path, overrides: Sequence[str]) -> Measured:
 
     Raises UserError if a copy of the run does not train; the message has the last 60 words of its output.
     """
-    account = engine_memory(engine_spec(job))
-    if account.peak.total + sum(account.host.values()) > job.machine.memory / job.machine.per_host:
+    if not plan_of(job, str(run_file), NOT_MEASURED).fits:
         return NOT_MEASURED
     found = _remembered(job) or _measure(job, run_file, overrides)
     first, last = found[0]["step_s"], found[-1]["step_s"]
