@@ -238,12 +238,13 @@ def trained(workspace: Workspace) -> dict[str, list[str]]:
     stages = {"zero0": "zero0", "zero1": "zero1", "zero2": "zero2", "zero3": str(zero3), "off2": "zero2_offload"}
     found: dict[str, list[str]] = {}
     # The passes per step change during the runs with a given micro batch, the rows per pass in those without.
-    given = {"zero0-2": 1, "zero2-2": 1, "zero3-2": 1, "off2-2": 1}
+    given = ("warm-zero0-2", "warm-zero2-2", "warm-zero3-2", "warm-off2-2")
     bf16 = {1: ("zero1",), 2: ("zero2", "zero3")}
     for ranks, names in ((1, ("zero1",)), (2, tuple(stages))):
         runs = {f"warm-{name}-{ranks}": [*RUN, f"deepspeed={stages[name]}"] for name in names}
-        for name in (name for name in given if name.endswith(f"-{ranks}")):
-            runs[f"warm-{name}"].append(f"train.micro_batch={given[name]}")
+        for name in given:
+            if name in runs:
+                runs[name].append("train.micro_batch=1")
         runs |= {f"warm-bf16-{s}-{ranks}": [*RUN, *BF16, f"deepspeed={stages[s]}"] for s in bf16[ranks]}
         if ranks == 2:
             runs |= {"warm-moe": [*RUN, EXPERTS, "deepspeed=zero1", "model.dropout=0.1"]}

@@ -159,6 +159,21 @@ def is_rank(process: psutil.Process) -> bool:
     return str(TRAIN) in words and "deepspeed.launcher.launch" not in words and "RANK" in process.environ()
 
 
+def process_tree(process: psutil.Popen) -> list[psutil.Process]:
+    """Return a process and all its descendants, or an empty list if the process has ended."""
+    try:
+        return [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_tree(process: psutil.Popen) -> None:
+    """Kill a process and all its descendants with SIGKILL."""
+    for member in process_tree(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+
+
 def ranks_below(launcher_pid: int) -> list[psutil.Process]:
     """Return the rank processes among the descendants of a launcher; an empty list if the launcher has ended."""
     ranks = []

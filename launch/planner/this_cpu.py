@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from packspeed.launch.cluster.local_launcher import launcher_command
+from packspeed.launch.cluster.local_launcher import kill_tree, launcher_command
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import UserError
 from packspeed.launch.config.json_types import JsonObject
@@ -117,13 +117,11 @@ def _train(job: Job, run_file: Path, overrides: Sequence[str], accumulation: int
 
 def _run(command: Sequence[str]) -> tuple[int, str]:
     """Run a command. Returns its exit code and output. Ends its processes, ranks included, if it takes too long."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         output, _ = process.communicate(timeout=TIMEOUT_S)
     except BaseException:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
+        kill_tree(process)
         process.wait()
         raise
     return process.returncode, output

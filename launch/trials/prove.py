@@ -30,7 +30,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypedDict
 
@@ -43,7 +43,7 @@ from packspeed.launch.config.json_types import JsonObject
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.run_folder.formats import ComputeEnvironment
-from packspeed.launch.trials.prove_places import VICTIMS, OverHosts, Place, ThisMachine, process_tree
+from packspeed.launch.trials.prove_places import VICTIMS, OverHosts, Place, ThisMachine
 
 if TYPE_CHECKING:
     from packspeed.launch.checkpoint.manifest import Manifest
@@ -206,9 +206,7 @@ def _launched(plan: ProofPlan, name: str, ranks: int) -> Iterator[psutil.Popen]:
         try:
             yield process
         finally:
-            for member in process_tree(process):
-                with suppress(psutil.NoSuchProcess):
-                    member.kill()
+            launcher.kill_tree(process)
 
 
 def _start(plan: ProofPlan, name: str, ranks: int, log: IO[str]) -> psutil.Popen:

@@ -90,7 +90,7 @@ class _LocalVictims:
     def find(self) -> None:
         # Only while ranks start: later the search would take longer than a few steps.
         if len(self.ranks) < self.count:
-            self.tree, self.ranks = process_tree(self.process), launcher.ranks_below(self.process.pid)
+            self.tree, self.ranks = launcher.process_tree(self.process), launcher.ranks_below(self.process.pid)
 
     def kill(self, victim: str) -> None:
         chosen = {
@@ -104,14 +104,6 @@ class _LocalVictims:
 
     def wait(self) -> None:
         psutil.wait_procs(self.tree, timeout=END_TIMEOUT_S)
-
-
-def process_tree(process: psutil.Popen) -> list[psutil.Process]:
-    """Return a process and all its descendants, or an empty list if the process has ended."""
-    try:
-        return [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return []
 
 
 @dataclasses.dataclass(frozen=True)
