@@ -10,17 +10,12 @@ depend less on what else the machine does than wall time.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "launch" / "configs" / "speedrun_char.yaml"
+from recipes import last_val_loss, metrics, preparing, run, training
+
 VARIANTS = {
     "no extra heads": "null",
     "1 head, weight 0.1": "{depth: 1, weight: 0.1}",
@@ -30,24 +25,14 @@ VARIANTS = {
 }
 
 
-def cpu_seconds(words: list[str], folder: Path) -> float:
-    """Run a command in a folder, with one thread. Returns the CPU seconds of its processes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(words, cwd=folder, capture_output=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def train(folder: Path, name: str, seed: int, steps: int, *sets: str) -> tuple[float, float]:
     """Train the recipe. Returns (CPU seconds, last validation loss; NaN without evaluation)."""
     settings = (
         "data.path=tokens", "runs_dir=.", f"name={name}", f"train.seed={seed}", f"train.steps={steps}",
         f"train.schedule.decay_steps={steps // 2}", f"eval.every_steps={steps}", *sets,
     )  # fmt: skip
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(RECIPE), "--fresh"]
-    spent = cpu_seconds([*command, *(f"--set={setting}" for setting in settings)], folder)
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return spent, next((line["val_loss"] for line in reversed(lines) if "val_loss" in line), float("nan"))
+    spent = run(training("speedrun_char", settings), folder, {"OMP_NUM_THREADS": "1"})
+    return spent.cpu_s, last_val_loss(metrics(folder / name))
 
 
 def main() -> None:
@@ -60,16 +45,14 @@ def main() -> None:
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        packspeed = str(Path(sys.executable).with_name("packspeed"))
-        words = [packspeed, "prepare", str(options.text.resolve()), "--tokenizer", "bytes", "--val-fraction", "0.1"]
-        cpu_seconds([*words, "--out", "tokens"], folder)
+        run(preparing(options.text.resolve()), folder)
         start = statistics.median(train(folder, "start", 1, 2, "eval.every_steps=0")[0] for _ in range(2))
         for seed in options.seeds:
             for steps in options.steps:
                 for name, value in VARIANTS.items():
-                    run = train(folder, f"s{seed}-{steps}", seed, steps, f"model.mtp={value}")
-                    found.setdefault((name, steps), []).append(run)
-                    print(f"seed {seed}, {steps} steps, {name}: {run[1]:.4f}, {run[0] - start:.1f} s", flush=True)
+                    spent, loss = train(folder, f"s{seed}-{steps}", seed, steps, f"model.mtp={value}")
+                    found.setdefault((name, steps), []).append((spent, loss))
+                    print(f"seed {seed}, {steps} steps, {name}: {loss:.4f}, {spent - start:.1f} s", flush=True)
     for (name, steps), runs in found.items():
         losses = [loss for _, loss in runs]
         spent = statistics.mean(seconds - start for seconds, _ in runs)

@@ -11,14 +11,12 @@ megatron: json.loads, tiktoken, one IndexedDatasetBuilder.add_document per docum
 
 import json
 import os
-import resource
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from corpus import make_corpus, make_prose
+from recipes import run
 
 
 def nanogpt(source: str, out: str) -> None:
@@ -81,10 +79,7 @@ def ranks() -> object:
 
 def timed(name: str, command: list[str]) -> tuple[float, float]:
     """Run a command. Print and return its wall time and its CPU time, which other work on the machine disturbs less."""
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wall_s, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    wall_s, cpu_s, _ = run(command)
     print(f"{name:<28} {wall_s:8.2f} s, {cpu_s:.2f} s of CPU", flush=True)
     return wall_s, cpu_s
 

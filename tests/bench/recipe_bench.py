@@ -9,30 +9,24 @@ the seconds of the command.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "launch" / "configs" / "gpt_10m.yaml"
+from recipes import last_val_loss, metrics, run, training
+
 ADAMW = "train.optimizer={name: adamw, lr: %s, betas: [0.9, 0.95], weight_decay: 0.1}"
 
 
 def train(name: str, folder: Path, sets: list[str]) -> float:
     """Run the recipe with these overrides, print a line, and return the validation loss after the last step."""
-    words = [f"--set={word}" for word in (f"name={name}", f"runs_dir={folder}", "checkpoint.every_steps=0", *sets)]
-    start = time.monotonic()
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(RECIPE), *words]
-    subprocess.run(command, capture_output=True, check=True)
-    spent = time.monotonic() - start
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    loss = next(float(line["val_loss"]) for line in reversed(lines) if "val_loss" in line)
+    settings = (f"name={name}", f"runs_dir={folder}", "checkpoint.every_steps=0", *sets)
+    spent = run(training("gpt_10m", settings))
+    lines = metrics(folder / name)
+    steps, loss = [line for line in lines if "loss" in line], last_val_loss(lines)
     in_steps = sum(line["step_time_s"] for line in steps)
-    print(f"{name:<14} {loss:.4f} after {len(steps)} steps, {in_steps:.1f} s in steps, {spent:.1f} s", flush=True)
+    print(
+        f"{name:<14} {loss:.4f} after {len(steps)} steps, {in_steps:.1f} s in steps, {spent.wall_s:.1f} s", flush=True
+    )
     return loss
 
 

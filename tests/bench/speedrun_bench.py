@@ -10,17 +10,14 @@ includes the preparation of the dataset.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "launch" / "configs"
+from recipes import last_val_loss, metrics, preparing, run, training
+
 NANOGPT = [
     "config/train_shakespeare_char.py",
     "--device=cpu",
@@ -39,24 +36,13 @@ NANOGPT = [
 ]
 
 
-def seconds(words: list[str], cwd: Path) -> tuple[float, str]:
-    """Run a command. Returns (wall seconds, its output)."""
-    start = time.monotonic()
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=True)
-    return time.monotonic() - start, done.stdout
-
-
 def ours(text: Path, folder: Path, seed: int, recipe: str) -> tuple[float, float]:
     """Return (seconds, validation loss) of preparing the text and training by the recipe, a file of launch/configs."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    packspeed = str(Path(sys.executable).with_name("packspeed"))
-    prepare = [packspeed, "prepare", str(text), "--tokenizer", "bytes", "--val-fraction", "0.1", "--out", "tokens"]
-    sets = [f"--set={word}" for word in ("data.path=tokens", "runs_dir=.", f"train.seed={seed}")]
-    train = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(CONFIGS / f"{recipe}.yaml"), *sets]
-    spent = seconds(prepare, folder)[0] + seconds(train, folder)[0]
-    lines = [json.loads(line) for line in (folder / recipe / "metrics.jsonl").read_text().splitlines()]
-    return spent, next(line["val_loss"] for line in reversed(lines) if "val_loss" in line)
+    sets = ("data.path=tokens", "runs_dir=.", f"train.seed={seed}")
+    spent = run(preparing(text), folder).wall_s + run(training(recipe, sets), folder).wall_s
+    return spent, last_val_loss(metrics(folder / recipe))
 
 
 def main() -> None:
@@ -71,11 +57,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for seed in options.seeds:
             if options.nanogpt:
-                spent, output = seconds(
-                    [sys.executable, "train.py", *NANOGPT, f"--out_dir={scratch}/n"], options.nanogpt
+                nano = run([sys.executable, "train.py", *NANOGPT, f"--out_dir={scratch}/n"], options.nanogpt)
+                theirs.append(nano.wall_s)
+                print(
+                    f"nanoGPT: {nano.wall_s:.1f} s, {[x for x in nano.output.splitlines() if 'val loss' in x][-1]}",
+                    flush=True,
                 )
-                theirs.append(spent)
-                print(f"nanoGPT: {spent:.1f} s, {[x for x in output.splitlines() if 'val loss' in x][-1]}", flush=True)
             spent, loss = ours(options.text.resolve(), Path(scratch) / "ours", seed, options.recipe)
             mine.append(spent)
             losses.append(loss)
