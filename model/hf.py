@@ -159,11 +159,10 @@ def _family_with_experts(config: GPTConfig) -> Family:
     if some and (kind == "glm4_moe" or not every):
         wrong.append(f"sliding_window = {config.sliding_window}")
     if wrong:
-        needs = "; ".join(f"{name}: {' or '.join(str(x) for x in valid)}" for name, valid in wanted.items())
         raise ValueError(
             f"transformers has no class for a model with {', '.join(wrong)}: with n_expert, a model with gate: sigmoid "
             "is exported as GLM-4-MoE, with softmax and qk_norm as Qwen3-MoE, with softmax alone as Mixtral. This one "
-            f"would be {kind}, which needs {needs}; a sliding_window is for "
+            f"would be {kind}, which needs {_needs(wanted)}; a sliding_window is for "
             "Mixtral and Qwen3-MoE, in all layers."
         )
     return kind
@@ -179,12 +178,16 @@ def _family_with_gates(config: GPTConfig) -> Family:
         "qk_norm": (True,), "bias": (False, "attention"), "sliding_window": (None,),
     }  # fmt: skip
     if wrong := _unsupported(config, wanted):
-        needs = "; ".join(f"{name}: {' or '.join(str(x) for x in valid)}" for name, valid in wanted.items())
         raise ValueError(
             f"transformers has no class for a model with {', '.join(wrong)}: with attention_gate, a model is exported "
-            f"as Qwen3-Next, which needs {needs}."
+            f"as Qwen3-Next, which needs {_needs(wanted)}."
         )
     return "qwen3_next"
+
+
+def _needs(wanted: Mapping[str, tuple[object, ...]]) -> str:
+    """Return, for a message, the values that a transformers family supports: "qk_norm: True; bias: False or qkv"."""
+    return "; ".join(f"{name}: {' or '.join(map(str, valid))}" for name, valid in wanted.items())
 
 
 def _windowed(config: GPTConfig) -> tuple[bool, bool]:
@@ -204,10 +207,12 @@ def _unsupported(config: GPTConfig, wanted: Mapping[str, tuple[object, ...]]) ->
     wanted: {name: values that the family supports}. Options that no family supports, such as logit_softcap, are checked
     even if `wanted` lacks them. An attention gate is allowed only if `wanted` has it.
     """
-    wanted = {"attention_gate": (None,), **wanted, "logit_softcap": (None,), "residual_scale": (False,)}
-    wanted |= {"value_residual": (False,), "value_embeddings": (None,)}
+    supported = {
+        "attention_gate": (None,), **wanted, "logit_softcap": (None,), "residual_scale": (False,),
+        "value_residual": (False,), "value_embeddings": (None,),
+    }  # fmt: skip
     return [
-        f"{name} = {getattr(config, name)!r}" for name, valid in wanted.items() if getattr(config, name) not in valid
+        f"{name} = {getattr(config, name)!r}" for name, valid in supported.items() if getattr(config, name) not in valid
     ]
 
 
