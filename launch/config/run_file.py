@@ -488,7 +488,7 @@ class TrainSection(Section):
     def _growing_batches(self) -> TrainSection:
         """Raise ValueError if a stage of batch_warmup has no step, or if batches become smaller after a stage."""
         try:
-            self.batches  # noqa: B018
+            _ = self.batches
         except ValueError as error:
             raise ValueError(
                 f"train.batch_warmup, in tokens: {error}. Batches must not shrink, and each stage needs a step. "
