@@ -45,7 +45,7 @@ WITHOUT_TORCH = {"config", "run_folder", "cluster", "observe", "explain", "plann
 
 DATA = {
     "errors": set[str](),
-    "batch_sizes": set[str](),
+    "batch_sizes": {"errors"},
     "storage": {"errors"},
     "dataset": {"errors", "storage"},
     "remote": {"errors", "storage", "dataset"},

@@ -148,6 +148,7 @@ class Cluster:
         group = (CGROUPS if UNIFIED else CGROUPS / "memory") / self.space(name)
         if UNIFIED:
             (CGROUPS / "cgroup.subtree_control").write_text("+memory")
+        self.end_group(group)  # one that a killed test run left behind
         group.mkdir()
         (group / ("memory.max" if UNIFIED else "memory.limit_in_bytes")).write_text(str(limit_bytes))
         (group / "cgroup.procs").write_text(str(self.daemons[name].pid))
@@ -155,11 +156,19 @@ class Cluster:
             yield
         finally:
             self.start_sshd(name)
-            for pid in (group / "cgroup.procs").read_text().split():
-                os.kill(int(pid), signal.SIGKILL)
-            while (group / "cgroup.procs").read_text():
-                time.sleep(0.05)
-            group.rmdir()
+            self.end_group(group)
+
+    @staticmethod
+    def end_group(group: Path) -> None:
+        """Kill the processes of a cgroup, then remove it, if it exists."""
+        if not group.exists():
+            return
+        while pids := (group / "cgroup.procs").read_text().split():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            time.sleep(0.05)
+        group.rmdir()
 
     def wait_for_sshd(self, name: str) -> None:
         """Wait until a host's sshd accepts connections."""
