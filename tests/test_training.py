@@ -182,7 +182,7 @@ def test_experts_are_balanced_as_in_a_plain_pytorch_loop(workspace: Workspace, t
 def test_without_a_compiler_a_run_goes_on_and_says_so(
     workspace: Workspace, trained: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    """Nothing that would have to be built: torch's AdamW and operations, and one rank needs no shared memory."""
+    """Nothing that would have to be built: torch's AdamW and operations."""
     command = [
         sys.executable,
         str(TRAIN),
@@ -191,9 +191,9 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(
     environment = os.environ | {"CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for said in ("the C++ kernels could not be built", "Continuing with gloo", "Continuing with torch's fused"):
+    for said in ("the C++ kernels could not be built", "Continuing with torch's fused"):
         assert said in done.stdout, said
-    assert done.stdout.count("install a C++ compiler") == 3
+    assert done.stdout.count("install a C++ compiler") == 2
     for name in ("no-compiler", "torch_adam"):
         assert workspace.losses(name) == pytest.approx(workspace.losses("zero1-fp32"), abs=1e-5)
 

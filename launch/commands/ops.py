@@ -32,8 +32,7 @@ def build(
     from packspeed.launch.engine import ops
     from packspeed.launch.engine.build import resolve_kernels
 
-    device = ops.device_type()
-    names = [ops.SHM_COMM, ops.FUSED_ADAM] if device == "cpu" else [ops.FUSED_ADAM]
+    device, names = ops.device_type(), [ops.FUSED_ADAM]
     if run_file is not None:
         run = load_run_file(run_file, overrides or [])
         plan = solve_batch(run.global_batch, run.data.seq_len, Layout(), 1)

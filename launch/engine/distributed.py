@@ -2,9 +2,9 @@
 
     topology = start_distributed(ds_config, say)            # once per process; returns rank, sizes and device
 
-start_distributed does five things in this order: it checks that DeepSpeed has the internal names that Packspeed uses,
-sets deterministic and full-precision computation (numerics.py), joins the process group, compiles DeepSpeed's ops (on
-one rank of each host), and initialises DeepSpeed on that group.
+start_distributed does four things in this order: it checks that DeepSpeed has the internal names that Packspeed uses,
+sets deterministic and full-precision computation (numerics.py), initialises DeepSpeed and with it the process group,
+and compiles DeepSpeed's ops (on one rank of each host).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from packspeed.launch.config.ports import free_port
 from packspeed.launch.engine.numerics import let_segments_grow, set_numerics
 from packspeed.launch.engine.ops import build_ops, device_type, do_without, needed_ops, prepare_for_ops
 from packspeed.launch.engine.patches.check import check_loaded, check_sources
+from packspeed.launch.engine.patches.inference_op import skip_inference_op
 from packspeed.launch.engine.patches.replace import version_notes
-from packspeed.launch.engine.patches.shared_memory import unlink_buffers
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.sequence import SequencePart
 from packspeed.model.tensor import ALONE, TensorPart
@@ -264,29 +264,15 @@ def start_distributed(
     let_segments_grow()
     if device_type() != "cpu":
         accelerator.set_device(local_rank)
-    if backend != "gloo":
-        _start_deepspeed(backend, timeout)
-    elif not torch.distributed.is_initialized():
-        # Join the group without DeepSpeed, because ops have to be built before deepspeed.init_distributed. It uses the
-        # shared-memory op at once: if one rank could not build that op, the others would wait there forever.
-        torch.distributed.init_process_group(backend, timeout=timeout)
+    skip_inference_op()
+    if not dist.is_initialized():
+        with quiet(None):
+            deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     device = torch.device(accelerator.current_device_name())
     topology = Topology(rank, local_rank, local_size, device, layout or Layout(world), beat, timeout)
     if ds_config is not None:
         _build_ops(ds_config, topology, say)
-    _start_deepspeed(backend, timeout)
-    unlink_buffers(topology)
     return topology
-
-
-def _start_deepspeed(backend: str, timeout: datetime.timedelta) -> None:
-    """Initialise DeepSpeed on the process group, and create the group if there is none.
-
-    A collective; later calls do nothing. `timeout` applies to collectives, if the group is created here.
-    """
-    if not dist.is_initialized():
-        with quiet(None):
-            deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 
 
 def _build_ops(ds_config: DsConfig, topology: Topology, say: Callable[[str], None]) -> None:

@@ -38,11 +38,10 @@ from torch.utils import cpp_extension
 from packspeed.data.storage.lock import lock_file
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.config.json_types import DsConfig
-from packspeed.launch.engine.patches.compatible_ops import mark_as_incompatible
 from packspeed.launch.engine.patches.cpu_name import remember_cpu_name
 
 # The class names of DeepSpeed's op builders.
-SHM_COMM, FUSED_ADAM, CPU_ADAM = "ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"
+FUSED_ADAM, CPU_ADAM = "FusedAdamBuilder", "CPUAdamBuilder"
 CPU_LION, FUSED_LION, ASYNC_IO = "CPULionBuilder", "FusedLionBuilder", "AsyncIOBuilder"
 QUANTIZER = "QuantizerBuilder"  # of ZeRO++
 
@@ -53,10 +52,7 @@ REBUILD_S = 3.0  # loading an op that is already compiled takes less than a seco
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 # What a run uses instead of an op that cannot be built. Results differ by rounding only.
-SUBSTITUTES = {
-    SHM_COMM: "gloo for the communication between the ranks of a host, which is slower than shared memory",
-    FUSED_ADAM: "torch's fused AdamW, which is a little slower",
-}
+SUBSTITUTES = {FUSED_ADAM: "torch's fused AdamW, which is a little slower"}
 
 
 # What the user can change if an op without a substitute cannot be built.
@@ -154,7 +150,7 @@ def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
 
     `ds_config` is the final DeepSpeed configuration, `device` the device type ("cpu", "cuda").
     """
-    ops = [SHM_COMM] if device == "cpu" else []
+    ops = []
     zero = ds_config.get("zero_optimization") or {}
     devices = {(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
@@ -173,7 +169,7 @@ def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
 def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
     """Compile and load ops, given their builder names.
 
-    Returns {builder name: reason} for the ops that cannot be built on this host but that torch or gloo can replace. If
+    Returns {builder name: reason} for the ops that cannot be built on this host but that torch can replace. If
     any other op cannot be built, raises UserError with the likely cause and the end of the build's output. Raises
     ConfigError if DeepSpeed has no such op for this device. Progress is printed with `say`.
     """
@@ -209,8 +205,6 @@ def do_without(missing: dict[str, str], ds_config: DsConfig, say: Callable[[str]
         say(f"note: {why}\nContinuing with {SUBSTITUTES[name]}.")
     if FUSED_ADAM in missing:
         ds_config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
-    if SHM_COMM in missing:
-        mark_as_incompatible(SHM_COMM)
 
 
 def _build_op(builder: OpBuilder, say: Callable[[str], None]) -> None:

@@ -29,7 +29,7 @@ def deepspeed(
         timeout=LAUNCH_TIMEOUT_S,
         env={**os.environ, **(env or {})},
     )
-    assert not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory was not removed"
+    assert not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory was left behind"
     return done
 
 

@@ -337,14 +337,16 @@ OPTIMIZERS: tuple[Row, ...] = (
 )  # fmt: skip
 
 BUILDERS: tuple[Row, ...] = (
-    ("deepspeed/ops/__init__.py", TEXT, "engine/patches/compatible_ops.py", {
-        "__compatible_ops__": "set: an op that does not compile here is not tried again",
+    ("deepspeed/ops/__init__.py", TEXT, "engine/patches/inference_op.py", {
+        "__compatible_ops__": "set: the op of inference_all_reduce is not built",
     }),
     ("deepspeed/ops/op_builder/builder.py", "OpBuilder", OPS, {
         "name": "read: names the build folder",
         "load(verbose)": "called: compiles and loads the op",
     }),
-    ("deepspeed/ops/op_builder/cpu/comm.py", "ShareMemCommBuilder", OPS, {"NAME": "read: the name of the op"}),
+    ("deepspeed/ops/op_builder/cpu/comm.py", "ShareMemCommBuilder", "engine/patches/inference_op.py", {
+        "NAME": "read: the name of the op",
+    }),
     ("deepspeed/ops/op_builder/cpu/cpu_adam.py", "CPUAdamBuilder", OPS, {"NAME": "read: the name of the op"}),
     ("deepspeed/ops/op_builder/cpu/fused_adam.py", "FusedAdamBuilder", OPS, {"NAME": "read: the name of the op"}),
     ("deepspeed/ops/op_builder/cpu/cpu_lion.py", "CPULionBuilder", OPS, {"NAME": "read: the name of the op"}),
@@ -353,10 +355,10 @@ BUILDERS: tuple[Row, ...] = (
     ("deepspeed/ops/op_builder/async_io.py", "AsyncIOBuilder", OPS, {"NAME": "read: the name of the op"}),
     ("deepspeed/ops/op_builder/fused_lion.py", "FusedLionBuilder", OPS, {"NAME": "read: the name of the op"}),
     ("deepspeed/ops/op_builder/quantizer.py", "QuantizerBuilder", OPS, {"NAME": "read: the name of the op"}),
-    ("deepspeed/ops/csrc/cpu/comm/shm.cpp", TEXT, "engine/patches/shared_memory.py", {
-        '#define SHM_BUFFER_NAME "deepspeed_allreduce_buffer"': "read: the buffer's name in /dev/shm",
-        '"%s_%d_%s_%s", SHM_BUFFER_NAME, getuid(), addr_string, port_string': "read: the buffer's name in /dev/shm",
-        '"%s_%d", shm_name_prefix, rank': "read: the buffer's name in /dev/shm",
+    ("deepspeed/comm/torch.py", TEXT, "engine/patches/inference_op.py", {
+        "if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):":
+            "read: an op that the table calls incompatible is not built",
+        "return torch.ops.deepspeed.inference_all_reduce_(tensor)": "read: the op's only use",
     }),
     ("deepspeed/utils/groups.py", MODULE, "engine/mpu.py", {
         "mpu": "replaced: the groups of the last engine, which the next engine of a process would use",
