@@ -1,9 +1,9 @@
 """Find the best learning rate of several widths, with and without muP: python tests/bench/mup_bench.py TEXT
 
 One model per width and learning rate, of 2 layers with heads of 32 channels, trained by AdamW for the same steps on the
-same batches of TEXT's bytes, in one process. Prints the loss of each (mean of the last tenth of the steps, over the
-seeds), the best rate of each width by a parabola through the lowest loss and its neighbours, and how far these rates
-are apart. --standard adds the models without muP, which takes as long again.
+same batches of TEXT's bytes, in one process. Prints the loss of each on the same rows of the last tenth of TEXT, which
+is not trained on (mean over the seeds), the best rate of each width by a parabola through the lowest loss and its
+neighbours, and how far these rates are apart. --standard adds the models without muP, which takes as long again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from packspeed.model.config import GPTConfig
 from packspeed.model.gpt import GPT, init_weights
 from packspeed.model.mup import scales
 
-HEAD, BASE, SEQ_LEN = 32, 64, 64
+HEAD, BASE, SEQ_LEN, HELD_OUT_ROWS = 32, 64, 64, 512
 
 
 def final_loss(data: torch.Tensor, width: int, lr: float, steps: int, rows: int, seed: int, mup: bool) -> float:
-    """Train one model, and return its mean loss over the last tenth of the steps."""
+    """Train one model on the first nine tenths of `data`, and return its loss on rows of the last tenth."""
     shape: dict[str, Any] = {"n_layer": 2, "n_head": width // HEAD, "d_model": width, "vocab_size": 256}
     config = GPTConfig(
-        **shape, max_seq_len=SEQ_LEN, norm="rmsnorm", position="rope", bias=False,
+        **shape, max_seq_len=SEQ_LEN, norm="rmsnorm", position="rope", qk_norm=True, bias=False,
         mup={"base_width": BASE} if mup else None,
     )  # fmt: skip
     model = GPT(config)
@@ -39,18 +39,22 @@ def final_loss(data: torch.Tensor, width: int, lr: float, steps: int, rows: int,
     train = TrainSection(steps=steps, global_batch_tokens=rows * SEQ_LEN, optimizer=settings, schedule=schedule)
     options = train.optimizer
     optimizer = torch.optim.AdamW(optimizer_groups(model, options), lr=lr, betas=options.betas, fused=True)
-    draw, losses = np.random.default_rng(seed), []
+    border, draw = len(data) * 9 // 10, np.random.default_rng(seed)
     for step in range(steps):
-        starts = draw.integers(0, len(data) - SEQ_LEN - 1, rows)
-        batch = torch.stack([data[start : start + SEQ_LEN + 1] for start in starts.tolist()])
+        batch = windows(data, draw.integers(0, border - SEQ_LEN - 1, rows))
         set_rates(optimizer.param_groups, step, train, scales(config))
         optimizer.zero_grad()
-        loss = model(batch[:, :-1], batch[:, 1:])
-        loss.backward()
+        model(batch[:, :-1], batch[:, 1:]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss.detach()))
-    return float(np.mean(losses[-max(1, steps // 10) :]))
+    held_out = windows(data, np.linspace(border, len(data) - SEQ_LEN - 1, HELD_OUT_ROWS).astype(np.int64))
+    with torch.no_grad():
+        return float(model(held_out[:, :-1], held_out[:, 1:]))
+
+
+def windows(data: torch.Tensor, starts: np.ndarray) -> torch.Tensor:
+    """Return the SEQ_LEN + 1 bytes of `data` from each start on, (starts, SEQ_LEN + 1)."""
+    return torch.stack([data[start : start + SEQ_LEN + 1] for start in starts.tolist()])
 
 
 def best(rates: list[float], losses: list[float]) -> float:
