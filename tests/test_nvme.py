@@ -11,6 +11,7 @@ import torch
 from packspeed.launch.checkpoint.resume import check_loadable
 from packspeed.launch.checkpoint.zero_checkpoint import full_tensors
 from packspeed.launch.config.errors import UserError
+from packspeed.launch.engine.patches.swapped_state import with_own_swap_folders
 from support.ranks import run_many
 from support.workspace import Workspace
 
@@ -35,6 +36,34 @@ def nvme(workspace: Workspace) -> str:
     path = workspace.folder / "nvme.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     return f"deepspeed={path}"
+
+
+def test_each_run_has_its_own_swap_folder_and_forgets_what_its_rank_left(tmp_path: Path) -> None:
+    place = {"device": "nvme", "nvme_path": str(tmp_path / "disk"), "pin_memory": False}
+    ds_config = {"zero_optimization": {"stage": 3, "offload_optimizer": place}, "bf16": {"enabled": True}}
+    folders = []
+    for run in ("a/one", "b/one"):
+        own = with_own_swap_folders(ds_config, tmp_path / run, rank=0)
+        folders.append(Path(own["zero_optimization"]["offload_optimizer"]["nvme_path"]))
+        assert own == {
+            **ds_config,
+            "zero_optimization": {"stage": 3, "offload_optimizer": {**place, "nvme_path": str(folders[-1])}},
+        }
+    assert folders[0] != folders[1]
+    assert {folder.parent for folder in folders} == {tmp_path / "disk"}
+    files = [folders[0] / f"zero_stage_3/optimizer/rank{rank}/1.tensor.swp" for rank in (0, 1)]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    with_own_swap_folders(ds_config, tmp_path / "b/one", rank=0)
+    assert files[0].exists()
+    with_own_swap_folders(ds_config, tmp_path / "a/one", rank=0)
+    assert [file.exists() for file in files] == [False, True]
+
+
+def test_a_run_in_memory_keeps_its_configuration(tmp_path: Path) -> None:
+    ds_config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    assert with_own_swap_folders(ds_config, tmp_path / "one", rank=0) is ds_config
 
 
 @pytest.mark.launch

@@ -43,7 +43,7 @@ from packspeed.launch.engine.patches.bf16_gradients import one_zero1, sum_gradie
 from packspeed.launch.engine.patches.device_waits import let_the_device_wait
 from packspeed.launch.engine.patches.expert_groups import experts_in, keep_own_checkpoints
 from packspeed.launch.engine.patches.flat_gradients import accumulate_in_flat_tensors
-from packspeed.launch.engine.patches.swapped_state import save_and_load_swapped_state
+from packspeed.launch.engine.patches.swapped_state import save_and_load_swapped_state, with_own_swap_folders
 from packspeed.launch.engine.protocol import Engine, ScaledOptimizer
 from packspeed.launch.engine.quiet import quiet
 from packspeed.model.config import GPTConfig
@@ -174,6 +174,7 @@ def build_engine(
     parallel.expert). A collective: every rank must call it.
     """
     seed = run.train.seed if draw else None
+    ds_config = with_own_swap_folders(ds_config, run.folder, dist.get_rank())
     deepcompile = wants_deepcompile(ds_config, device_type())
     # Packspeed itself uses no global random generator. A library may, and must then get the same numbers in every run.
     torch.manual_seed(run.train.seed)

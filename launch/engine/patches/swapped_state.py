@@ -8,6 +8,9 @@ Version    DeepSpeed 0.19.8, runtime/zero/stage3.py (state_dict, _rigid_load_sta
 Upstream   github.com/deepspeedai/DeepSpeed/pull/4707 added the copies; issue 7549 reports a race between them.
 Without    A run on NVMe cannot be resumed, and its checkpoints cannot be converted to another layout.
 
+Only the process that wrote swap files reads them. Each run has a folder of its own for them. DeepSpeed names the files
+by id(), so those of two runs could overwrite each other, and those of an earlier launch would remain.
+
 A save maps the swap files into memory and writes them to the checkpoint like all other tensors. A load swaps one
 sub-group in at a time, copies its numbers out of the checkpoint, and swaps it out. So a checkpoint has the same form as
 that of a run with offload to the CPU, and neither a save nor a load needs more memory than a step. Neither may run
@@ -17,13 +20,16 @@ during a step, because the swap files of a step are complete only at its end.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from packspeed.launch.config.errors import UserError
-from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.json_types import DsConfig, JsonObject
 from packspeed.launch.engine.mapped_pages import copy_mapped
 from packspeed.launch.engine.patches.replace import replace
 from packspeed.launch.engine.protocol import Engine
@@ -32,6 +38,30 @@ from packspeed.launch.engine.protocol import Engine
 def keeps_state_on_nvme(optimizer: Any) -> bool:
     """Return whether DeepSpeed's `optimizer` keeps optimizer states or weights on NVMe."""
     return bool(getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False))
+
+
+def with_own_swap_folders(ds_config: DsConfig, run_folder: Path, rank: int) -> DsConfig:
+    """Return a DeepSpeed configuration whose swap files are in a folder of this run's own inside `nvme_path`.
+
+    Removes the swap files that an earlier launch of the run left there for this rank. Returns `ds_config` itself if
+    nothing is on NVMe. No other process of this rank may be training in the run folder.
+    """
+    zero = ds_config.get("zero_optimization") or {}
+    swapped = {
+        key: zero[key]
+        for key in ("offload_optimizer", "offload_param")
+        if (zero.get(key) or {}).get("device") == "nvme" and zero[key].get("nvme_path")
+    }
+    if not swapped:
+        return ds_config
+    digest = hashlib.blake2b(str(run_folder.absolute()).encode(), digest_size=4).hexdigest()
+    own = {}
+    for key, place in swapped.items():
+        folder = Path(place["nvme_path"]) / f"{run_folder.name}-{digest}"
+        for left_over in folder.glob(f"zero_stage_3/*/rank{rank}"):
+            shutil.rmtree(left_over)
+        own[key] = {**place, "nvme_path": str(folder)}
+    return {**ds_config, "zero_optimization": {**zero, **own}}
 
 
 def save_and_load_swapped_state(engine: Engine) -> None:
